@@ -1,0 +1,89 @@
+"""Every exception imagemill raises on purpose.
+
+    ImagemillError                exit 1: one clear line, never a traceback
+    ├── UsageError                exit 2: the command or call is wrong; nothing was done
+    │   ├── ClassCountError       labels and model disagree about the number of classes
+    │   └── JobMismatchError      an explicit flag differs from the frozen job
+    ├── ModelError                a model cannot be had, read or built
+    │   ├── CheckpointError       a weights file is damaged, hostile or does not fit its architecture
+    │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
+    │   └── BadLogitsError        a session returned NaN or the wrong shape
+    ├── DeviceError               a device or backend that was asked for is not there
+    ├── SourceError               a source as a whole cannot be listed
+    ├── OutputError               the output folder is foreign, locked, full or read-only
+    │   └── PartError             a part is damaged, missing, or belongs to another job
+    ├── WorkerError               workers die and restarting does not help
+    └── TooManyBadError           --max-bad-fraction was exceeded
+
+    Interrupted                   exit 130 or 143: stopped by a signal, resumable
+"""
+
+from __future__ import annotations
+
+
+class ImagemillError(Exception):
+    """The base of all of them: its text is one clear message for the user."""
+
+    exit_code = 1
+
+
+class UsageError(ImagemillError):
+    """The command or call is wrong; nothing was done."""
+
+    exit_code = 2
+
+
+class ClassCountError(UsageError):
+    """Labels and model disagree about the number of classes."""
+
+
+class JobMismatchError(UsageError):
+    """An explicit setting differs from the one the job was frozen with."""
+
+
+class ModelError(ImagemillError):
+    """A model cannot be had, read or built."""
+
+
+class CheckpointError(ModelError):
+    """A weights file is damaged, hostile, or does not fit its architecture."""
+
+
+class DownloadError(ModelError):
+    """A model's home cannot be reached or sends the wrong bytes."""
+
+
+class BadLogitsError(ModelError):
+    """A session returned NaN or an array of the wrong shape."""
+
+
+class DeviceError(ImagemillError):
+    """A device or backend that was asked for is not there."""
+
+
+class SourceError(ImagemillError):
+    """A source as a whole cannot be listed."""
+
+
+class OutputError(ImagemillError):
+    """The output folder is foreign, locked, full or read-only."""
+
+
+class PartError(OutputError):
+    """A part is damaged, missing, or belongs to another job."""
+
+
+class WorkerError(ImagemillError):
+    """Workers die and restarting them does not help."""
+
+
+class TooManyBadError(ImagemillError):
+    """More pictures are unreadable than `--max-bad-fraction` allows."""
+
+
+class Interrupted(ImagemillError):
+    """The job was stopped by a signal; the same command resumes it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,1 @@
+"""Models: published checkpoints in, ONNX bundles out."""

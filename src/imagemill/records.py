@@ -1,0 +1,394 @@
+"""The frozen records that cross borders between stages, in the order the data travels.
+
+    Settings ─► Job ─► Lease(Shard) ─► Picture ─► Decoded ─► Batch ─► Outputs ─► TopK ─► Receipt ─► Summary
+
+A stage knows only the record that it receives and the one that it hands on. Nothing heavier than NumPy is imported here, and NumPy
+only for typing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Status(StrEnum):
+    """What became of one picture; every value but OK comes with a one-line error."""
+
+    OK = "ok"
+    MISSING = "missing"
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    UNSUPPORTED = "unsupported"
+    TOO_LARGE = "too_large"
+    TIMEOUT = "timeout"
+    CRASHED_DECODER = "crashed_decoder"
+    READ_ERROR = "read_error"
+
+
+class Precision(StrEnum):
+    """The arithmetic of a session."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Interpolation(StrEnum):
+    """The resampling filter of a recipe, always antialiased as Pillow does it."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+
+
+class Scores(StrEnum):
+    """What the numbers that a model returns are."""
+
+    LOGITS = "logits"
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class Saved(StrEnum):
+    """Extra columns a job may keep."""
+
+    LOGITS = "logits"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a picture becomes the model's input; normalisation is not here, it is the graph's first layer."""
+
+    size: int = 224
+    """Height and width of the model's input, pixels."""
+    resize: int | None = 256
+    """Length of the short side after resizing, pixels; None: the centre is cropped without resizing."""
+    interpolation: Interpolation = Interpolation.BILINEAR
+    exif: bool = True
+    """Whether pictures are turned as their EXIF orientation says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a bundle knows about its model (`card.json`)."""
+
+    name: str
+    architecture: str
+    labels: tuple[str, ...]
+    """One per class, in the order of the logits."""
+    recipe: Recipe
+    mean: tuple[float, float, float]
+    """RGB mean that the graph subtracts, on the scale 0 to 255."""
+    std: tuple[float, float, float]
+    """RGB deviation that the graph divides by, on the scale 0 to 255."""
+    sha256: str
+    """Of `model.onnx`."""
+    licence: str
+    origin: Mapping[str, str | int | bool | None]
+    """Where the weights come from: `source` (`file`, `url`, `package`, `random`), its `sha256`, `verified`, …"""
+    parameters: int = 0
+    """How many trained numbers the published model has."""
+    scores: Scores = Scores.LOGITS
+    input: str = "pixels"
+    """Name of the graph's input: uint8 (n, size, size, 3), RGB."""
+    normalised: str | None = None
+    """Name of the tensor where normalisation ends: float32 (n, 3, size, size)."""
+    outputs: tuple[str, ...] = ("logits", "embedding")
+    top1: float | None = None
+    """Published top-1 accuracy on ImageNet, per cent."""
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Budgets of one picture; beyond them it is a `too_large` or `timeout` row."""
+
+    max_pixels: int = 180_000_000
+    """Width times height as the header says, before decoding."""
+    max_bytes: int = 256 * 2**20
+    """Size of the encoded picture."""
+    max_seconds: float = 60.0
+    """Reading and decoding, wall clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen."""
+
+    sources: tuple[str, ...]
+    output: str
+    model: str | None = None
+    models_dir: str | None = None
+    devices: str | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    batches_per_step: int | None = None
+    num_workers: int | None = None
+    top_k: int | None = None
+    save: tuple[str, ...] | None = None
+    shard_size: int | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    all_files: bool | None = None
+    limit: int | None = None
+    preprocess: str | None = None
+    labels: str | None = None
+    max_pixels: int | None = None
+    max_bytes: int | None = None
+    max_seconds: float | None = None
+    dry_run: bool = False
+    retry_failed: tuple[str, ...] | None = None
+    max_bad_fraction: float | None = None
+    grace_s: float = 20.0
+    log_dir: str | None = None
+    engine: str = "local"
+    allow_mixed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """One device as the launcher hands it to its worker process."""
+
+    name: str
+    """`cpu#0`, `cuda#1`, …"""
+    kind: str
+    """`cpu`, `cuda`, `ipu`, `null`."""
+    backend: str
+    """`openvino`, `onnxruntime`, `popart`, `null`."""
+    cores: tuple[int, ...]
+    """CPU cores that the process may use, by number."""
+    id: int = 0
+    """Which of the GPUs or IPUs it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One `imagemill run` as it was frozen; all that a worker needs besides its device and its leases."""
+
+    output: str
+    sources: tuple[str, ...]
+    """Absolute paths or URLs; a plan row names its source by position."""
+    model_file: str
+    """The ONNX or OpenVINO file that sessions compile."""
+    card: Card
+    precision: Precision
+    variant: str
+    """Which file of the bundle: `model`, or `int8-<key>`."""
+    batch_size: int
+    batches_per_step: int
+    """Batches in flight at most; 0 leaves it to the session."""
+    num_workers: int
+    """Decoding threads per device; 0 leaves it to the worker."""
+    top_k: int
+    save: tuple[Saved, ...]
+    limits: Limits
+    plan_id: str
+    answer_id: str
+    cache_dir: str | None = None
+    """Where sessions may keep compiled models."""
+    log_dir: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run of pictures that is committed as a whole."""
+
+    number: int
+    first: int
+    """Index of its first picture in the plan."""
+    count: int
+    group: int
+    """The sub-folder it belongs to where sub-folders are dealt to devices, else 0."""
+    plan_file: str
+    """File name below `plan/`."""
+    row_group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A shard on its way to a worker, with what is known about the pictures in it."""
+
+    shard: Shard
+    suspects: Mapping[int, str] = field(default_factory=dict)
+    """Index → why (`crash` or `timeout`) of pictures that a decoder was at when a worker died: decoded in a disposable process."""
+    isolate: bool = False
+    """Decode every picture of the shard in a disposable process: it brought down more than one worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One planned picture, not yet read."""
+
+    index: int
+    shard: Shard
+    source: str
+    path: bytes
+    """Relative to its source, as the file system spells it."""
+    size: int
+    """Bytes when it was listed; -1 where unknown."""
+    fetch: Callable[[], bytes]
+    """Reads the encoded bytes. Raises `BadPicture`."""
+    suspect: str | None = None
+    """Why it must be decoded in a disposable process: `crash` or `timeout`; None: it need not."""
+
+
+class BadPicture(Exception):  # noqa: N818 - not an error of the program but a row of the result
+    """A picture that cannot be had: becomes a row with this status and error."""
+
+    def __init__(self, status: Status, error: str, width: int | None = None, height: int | None = None) -> None:
+        super().__init__(status, error, width, height)
+        self.status = status
+        self.error = " ".join(error.split())
+        self.width = width
+        self.height = height
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One picture after decoding and preprocessing."""
+
+    pixels: NDArray[np.uint8] | None
+    """uint8 (size, size, 3), RGB; None where error is set."""
+    status: Status = Status.OK
+    error: str | None = None
+    width: int | None = None
+    """Of the picture as displayed; None where not known."""
+    height: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a batch knows of one picture: everything but its pixels."""
+
+    index: int
+    shard: Shard
+    source: str
+    path: str
+    """For people: bytes that are not UTF-8 are shown as `\\xNN`."""
+    status: Status
+    error: str | None
+    width: int | None
+    height: int | None
+    slot: int
+    """Its place in the batch; -1 where status is not ok."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A fixed-size batch. Pictures that could not be decoded take no place in it, only a row."""
+
+    pixels: NDArray[np.uint8]
+    """uint8 (batch size, size, size, 3), RGB, C-contiguous; places from `filled` on are padding."""
+    filled: int
+    rows: tuple[Row, ...]
+    """In plan order; at least `filled` of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a session returns for a batch, padding dropped."""
+
+    logits: NDArray[np.float32]
+    """float32 (filled, classes)."""
+    embedding: NDArray[np.float32] | None = None
+    """float32 (filled, features), where the job saves it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The k most probable classes of each picture of a batch, most probable first, ties by class id."""
+
+    class_ids: NDArray[np.int32]
+    """int32 (filled, k)."""
+    probabilities: NDArray[np.float32]
+    """float32 (filled, k)."""
+    outputs: Outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What committing a part returns."""
+
+    shard: int
+    rows: int
+    failed: int
+    bytes: int
+    seconds: float
+    """From the shard's first batch to its commit."""
+    sha256: str
+    failed_by_status: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Where a worker's time went since it started, seconds."""
+
+    read: float = 0.0
+    """Summed over decoding threads: fetching bytes."""
+    decode: float = 0.0
+    """Summed over decoding threads: decoding and resampling."""
+    starved: float = 0.0
+    """The session waited for pictures."""
+    compute: float = 0.0
+    """The loop waited for the session."""
+    write: float = 0.0
+    """Building and committing parts."""
+    pictures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSummary:
+    """One device's share of a job."""
+
+    name: str
+    images: int
+    images_per_second: float | None
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """`summary.json`: what one finished job was, and what this invocation added to it."""
+
+    images: int
+    ok: int
+    failed: int
+    failed_by_status: Mapping[str, int]
+    skipped_by_suffix: Mapping[str, int]
+    shards: int
+    resumed_shards: int
+    seconds: float
+    images_per_second: float | None
+    """Rows committed by this invocation over the seconds from the first lease to the last commit; None if none."""
+    model: str
+    precision: str
+    bottleneck: str | None
+    """`compute`, `decode`, `read` or `write`; None where nothing ran."""
+    devices: tuple[DeviceSummary, ...]
+    output: str
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """images/s: `decode_only` and `compute_only` as this run's clocks suggest them, and `achieved`."""
+    advice: str | None = None
+    skipped_hidden: int = 0
+    skipped_by_filter: int = 0
+    new_in_source: int = 0
+    """Pictures in the source that are not in the frozen plan (known only when a finished job is repeated)."""
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A model on disk."""
+
+    dir: Path
+    card: Card
