@@ -1,21 +1,21 @@
 """Every exception imagemill raises on purpose.
 
-    ImagemillError                exit 1: one clear line, never a traceback
-    ├── UsageError                exit 2: the command or call is wrong; nothing was done
-    │   ├── ClassCountError       labels and model disagree about the number of classes
-    │   └── JobMismatchError      an explicit flag differs from the frozen job
-    ├── ModelError                a model cannot be had, read or built
-    │   ├── CheckpointError       a weights file is damaged, hostile or does not fit its architecture
-    │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
-    │   └── BadLogitsError        a session returned NaN or the wrong shape
-    ├── DeviceError               a device or backend that was asked for is not there
-    ├── SourceError               a source as a whole cannot be listed
-    ├── OutputError               the output folder is foreign, locked, full or read-only
-    │   └── PartError             a part is damaged, missing, or belongs to another job
-    ├── WorkerError               workers die and restarting does not help
-    └── TooManyBadError           --max-bad-fraction was exceeded
+ImagemillError                exit 1: one clear line, never a traceback
+├── UsageError                exit 2: the command or call is wrong; nothing was done
+│   ├── ClassCountError       labels and model disagree about the number of classes
+│   └── JobMismatchError      an explicit flag differs from the frozen job
+├── ModelError                a model cannot be had, read or built
+│   ├── CheckpointError       a weights file is damaged, hostile or does not fit its architecture
+│   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
+│   └── BadLogitsError        a session returned NaN or the wrong shape
+├── DeviceError               a device or backend that was asked for is not there
+├── SourceError               a source as a whole cannot be listed
+├── OutputError               the output folder is foreign, locked, full or read-only
+│   └── PartError             a part is damaged, missing, or belongs to another job
+├── WorkerError               workers die and restarting does not help
+└── TooManyBadError           --max-bad-fraction was exceeded
 
-    Interrupted                   exit 130 or 143: stopped by a signal, resumable
+Interrupted                   exit 130 or 143: stopped by a signal, resumable
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TooManyBadError(ImagemillError):
     """More pictures are unreadable than `--max-bad-fraction` allows."""
 
 
-class Interrupted(ImagemillError):
+class Interrupted(ImagemillError):  # noqa: N818 - what happened, not a fault
     """The job was stopped by a signal; the same command resumes it."""
 
     def __init__(self, message: str, exit_code: int) -> None:

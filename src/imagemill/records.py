@@ -336,7 +336,7 @@ class Clock:
     read: float = 0.0
     """Summed over decoding threads: fetching bytes."""
     decode: float = 0.0
-    """Summed over decoding threads: decoding and resampling."""
+    """Summed over decoding threads: CPU time of decoding and resampling."""
     starved: float = 0.0
     """The session waited for pictures."""
     compute: float = 0.0

@@ -1,0 +1,355 @@
+"""The command line: arguments → Settings → one call; prints; no logic.
+
+Progress and logs go to stderr, the result to stdout; with `--json` stdout holds exactly one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from imagemill.errors import ImagemillError
+from imagemill.version import __version__
+
+if TYPE_CHECKING:
+    from imagemill.launcher import Progress
+    from imagemill.records import Settings, Summary
+
+_OLD_SPELLINGS = {
+    "--batch_size": "--batch-size",
+    "--batches_per_step": "--batches-per-step",
+    "--data_dir": "the SOURCE argument of `imagemill run` (or `partition --data-dir`)",
+    "--data-dir": "the SOURCE argument of `imagemill run`",
+    "--log_path": "--log-dir",
+    "--log-path": "--log-dir",
+    "--model_name": "--model",
+    "--model_path": "--model",
+    "--model-path": "--model",
+    "--num_ipus": "--devices ipu:N",
+    "--num-ipus": "--devices ipu:N",
+    "--num_workers": "--num-workers",
+    "--num_of_partitions": "--partitions",
+    "--report_hw_cycle_count": "nothing: `imagemill bench` measures rates",
+    "--use_popart": "--devices ipu:N@popart",
+}
+"""Flags of Graphcore's example (and near misses) → what says it here."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A mistake of the user's is one line on stderr, never a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parser = _parser()
+        parsed = parser.parse_args(arguments)
+        code: int = parsed.call(parsed)
+        sys.stdout.flush()
+    except ImagemillError as error:
+        print(f"imagemill: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("imagemill: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that speaks in one line, and knows the old spellings."""
+
+    def error(self, message: str) -> NoReturn:
+        for argument in sys.argv[1:]:
+            flag = argument.partition("=")[0]
+            if flag in _OLD_SPELLINGS and flag not in self._option_string_actions:
+                message = f"{flag} is spelt {_OLD_SPELLINGS[flag]} here"
+        self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="imagemill", description="Classify pictures in bulk: folders in, one Parquet row per picture out.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"imagemill {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(call=call)
+        return sub
+
+    sub = command("run", _run, "classify every picture of the sources; repeat the command to resume")
+    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="folder (taken with all below it) or picture file")
+    sub.add_argument("--output", required=True, metavar="DIR", help="output folder; new, or of the same job")
+    _job_options(sub)
+
+    sub = command("demo", _demo, "the whole thing on pictures and a trained model that install with the package")
+    sub.add_argument("--output", default="imagemill-demo", metavar="DIR", help="output folder (default: %(default)s)")
+    _job_options(sub)
+
+    sub = command("status", _status, "how far a job is; safe beside a running one")
+    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("verify", _verify, "exit 0 only if the job is complete and sound")
+    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("--quarantine", action="store_true", help="move damaged parts aside, so that `run` computes them again")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("devices", _devices, "what this machine offers and what each would be used for")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("models", _models, "what models can be had and which are here")
+    sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("get-model", _get_model, "fetch a published model, or build one from a file, as a bundle")
+    sub.add_argument("name", metavar="NAME", help="see `imagemill models`")
+    sub.add_argument("--from", dest="from_file", metavar="FILE", help="build from this .pth or .safetensors file, download nothing")
+    sub.add_argument("--url", metavar="URL", help="download from here instead of the model's home")
+    sub.add_argument("--random-weights", type=int, metavar="SEED", help="random weights, for measuring")
+    sub.add_argument("--batch-size", type=int, action="append", default=[], metavar="N", help="also write model_N.onnx; may be repeated")
+    sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+    return parser
+
+
+def _job_options(sub: argparse.ArgumentParser) -> None:
+    def number(text: str) -> int | None:
+        return None if text == "auto" else int(text)
+
+    number.__name__ = "number"
+    sub.add_argument("--model", metavar="NAME", help="model name or bundle folder (default: resnext101_32x4d)")
+    sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+    sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (N processes sharing the cores), joined by + (default: auto)")
+    sub.add_argument("--precision", metavar="P", help="auto, fp32, bf16 or int8 (default: auto)")
+    sub.add_argument("--batch-size", type=number, metavar="N", help="pictures per batch (default: auto)")
+    sub.add_argument("--batches-per-step", type=number, metavar="N", help="batches in flight per device (default: auto)")
+    sub.add_argument("--num-workers", type=number, metavar="N", help="decoding threads per device (default: auto, its cores)")
+    sub.add_argument("--top-k", type=int, metavar="K", help="classes kept per picture (default: 5)")
+    sub.add_argument("--save", action="append", metavar="WHAT", help="also keep `logits` or `embedding`; may be repeated")
+    sub.add_argument("--shard-size", type=number, metavar="N", help="pictures per part file (default: auto)")
+    sub.add_argument("--include", action="append", metavar="GLOB", help="plan only these; may be repeated")
+    sub.add_argument("--exclude", action="append", metavar="GLOB", help="leave these out; may be repeated")
+    sub.add_argument("--all-files", action="store_true", default=None, help="plan every file, whatever its suffix")
+    sub.add_argument("--limit", type=int, metavar="N", help="plan the first N pictures only")
+    sub.add_argument("--preprocess", choices=["card", "center-crop"], help="the model's own recipe, or the centre cropped without resizing")
+    sub.add_argument("--max-pixels", type=int, metavar="N", help="larger pictures become a too_large row, undecoded")
+    sub.add_argument("--max-bytes", type=int, metavar="N", help="larger files become a too_large row, unread")
+    sub.add_argument("--max-seconds", type=float, metavar="S", help="pictures that take longer become a timeout row")
+    sub.add_argument("--dry-run", action="store_true", help="list and count, write nothing")
+    sub.add_argument(
+        "--retry-failed", nargs="?", const="", metavar="STATUS,…", help="compute shards with failed pictures again (default: any status)"
+    )
+    sub.add_argument("--max-bad-fraction", type=float, metavar="F", help="stop once more than this fraction of all pictures is bad")
+    sub.add_argument("--grace", type=float, default=20.0, metavar="S", help="seconds to finish shards in hand when stopped (default: 20)")
+    sub.add_argument("--engine", default="local", choices=["local"], help="what places the workers")
+    sub.add_argument("--allow-mixed", action="store_true", help="allow backends whose answers differ in the last bits")
+    sub.add_argument("--log-dir", metavar="DIR", help="default: logs/ in the output folder")
+    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+
+
+def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any) -> Settings:
+    from imagemill.records import Settings
+
+    retry = parsed.retry_failed
+    values: dict[str, Any] = {
+        "sources": tuple(sources),
+        "output": parsed.output,
+        "save": tuple(parsed.save) if parsed.save else None,
+        "include": tuple(parsed.include) if parsed.include else None,
+        "exclude": tuple(parsed.exclude) if parsed.exclude else None,
+        "retry_failed": None if retry is None else tuple(filter(None, retry.split(","))),
+        "grace_s": parsed.grace,
+    }
+    same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess
+        max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir""".split()
+    values |= {name: getattr(parsed, name) for name in same}
+    return Settings(**(values | changes))
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    return _carry_out(_settings(parsed, parsed.sources), as_json=parsed.json)
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from importlib.resources import as_file, files
+
+    with as_file(files("imagemill") / "data" / "demo") as pictures:
+        code = _carry_out(_settings(parsed, [str(pictures)], model=parsed.model or "efficientnet_lite0"), as_json=parsed.json)
+        if not parsed.json and not parsed.dry_run:
+            _show_rows(Path(parsed.output))
+    return code
+
+
+def _carry_out(settings: Settings, *, as_json: bool) -> int:
+    from imagemill import codec, run
+
+    if settings.dry_run:
+        found = run.dry_run(settings)
+        if as_json:
+            print(json.dumps(codec.to_plain(found)))
+        else:
+            skipped = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.skipped_by_suffix.items())
+            print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
+        return 0
+    summary = run.run(settings, _Terminal())
+    print(json.dumps(codec.to_plain(summary)) if as_json else _told(summary))
+    return 0
+
+
+def _terminal_class() -> Any:
+    from imagemill import progress, run
+
+    class Terminal(run.Watcher):
+        """Says things on stderr."""
+
+        def say(self, message: str) -> None:
+            print(f"imagemill: {message}", file=sys.stderr, flush=True)
+
+        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+            self._display = progress.display(total, resumed)
+            self._display.__enter__()
+            return self._display
+
+        def end(self) -> None:
+            self._display.__exit__(None, None, None)
+
+    return Terminal
+
+
+def _Terminal() -> Any:  # noqa: N802 - stands for the class, which is made when the heavy modules are
+    return _terminal_class()()
+
+
+def _told(summary: Summary) -> str:
+    """The aggregate for people."""
+    from imagemill.progress import statuses
+
+    lines = [f"{summary.images:,} pictures: {summary.ok:,} ok, {summary.failed:,} failed"]
+    if summary.failed:
+        lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
+    if summary.skipped_by_suffix:
+        lines.append("skipped: " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in summary.skipped_by_suffix.items()))
+    if summary.images_per_second:
+        lines.append(f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s, {summary.model} in {summary.precision}")
+        for device in summary.devices:
+            restarts = f", {device.restarts} restarts" if device.restarts else ""
+            lines.append(f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f} images/s{restarts}")
+        rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.1f}" for name, rate in summary.rates.items())
+        lines.append(f"bounded by {summary.bottleneck} ({rates} images/s): {summary.advice}")
+    lines.append(f"results: {summary.output}/predictions")
+    return "\n".join(lines)
+
+
+def _show_rows(output: Path) -> None:
+    """Print the demo's rows, as anybody would read them."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(output.absolute() / "predictions", columns=["path", "status", "label", "probability", "error"])
+    print()
+    for row in table.to_pylist():
+        answer = f"{row['probability']:6.1%}  {row['label']}" if row["status"] == "ok" else f"{row['status']}: {row['error']}"
+        print(f"  {row['path']:<34} {answer}")
+
+
+def _open_job(folder: str) -> Any:
+    from imagemill import run
+    from imagemill.errors import OutputError
+    from imagemill.layout import JobPaths
+
+    paths = JobPaths(Path(folder).absolute())
+    frozen = run.read_frozen(paths)
+    if frozen is None:
+        raise OutputError(f"{folder} is not an imagemill job: it has no job.json.")
+    return paths, frozen
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from imagemill import codec, run
+    from imagemill.progress import statuses
+
+    found = run.status(*_open_job(parsed.dir))
+    if parsed.json:
+        print(json.dumps(codec.to_plain(found)))
+        return 0
+    state = "finished" if found.complete else "running" if found.running else "not finished: repeat the run command to resume"
+    print(f"{found.done:,} of {found.images:,} pictures ({found.shards_done:,} of {found.shards:,} shards), {state}")
+    if found.failed_by_status:
+        print(f"failed: {statuses(dict(found.failed_by_status))}")
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from imagemill import run
+
+    paths, frozen = _open_job(parsed.dir)
+    problems, moved = run.verify(paths, frozen, quarantine=parsed.quarantine)
+    found = [{"shard": p.shard, "path": str(p.path), "problem": p.what} for p in problems]
+    if parsed.json:
+        print(json.dumps({"sound": not found, "images": frozen.pictures, "problems": found, "moved": [str(path) for path in moved]}))
+    else:
+        for problem in found:
+            print(f"{problem['path']} {problem['problem']}")
+        for path in moved:
+            print(f"moved to {path}")
+        print(f"{len(found)} problems" if found else f"complete and sound: {frozen.pictures:,} pictures, one row each")
+    return 1 if found else 0
+
+
+def _devices(parsed: argparse.Namespace) -> int:
+    from imagemill import devices
+
+    offers = devices.offers()
+    if parsed.json:
+        print(json.dumps({"devices": offers}))
+    else:
+        for offer in offers:
+            print(f"{offer['devices']:<8} {offer['what']}")
+            for note in offer["notes"]:
+                print(f"{'':<8} {note}")
+    return 0
+
+
+def _models_dir(parsed: argparse.Namespace) -> Path:
+    from imagemill.models import bundle
+
+    return Path(parsed.models_dir) if parsed.models_dir else bundle.default_models_dir()
+
+
+def _models(parsed: argparse.Namespace) -> int:
+    from imagemill.models import registry
+
+    rows = registry.listing(_models_dir(parsed))
+    if parsed.json:
+        print(json.dumps({"models": rows}))
+        return 0
+    for line in registry.table(rows):
+        print(line)
+    return 0
+
+
+def _get_model(parsed: argparse.Namespace) -> int:
+    from imagemill.models import registry
+
+    made = registry.get(
+        parsed.name,
+        _models_dir(parsed),
+        from_file=Path(parsed.from_file) if parsed.from_file else None,
+        url=parsed.url,
+        random_seed=parsed.random_weights,
+        batch_sizes=tuple(parsed.batch_size),
+        say=lambda message: print(f"imagemill: {message}", file=sys.stderr, flush=True),
+    )
+    print(made.dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

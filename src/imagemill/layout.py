@@ -1,0 +1,205 @@
+"""Every path of the output folder is spelt here, and files appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagemill.errors import OutputError
+
+_PART_PREFIX = "part-"
+_PART_SUFFIX = ".parquet"
+_TEMPORARY_SUFFIX = ".tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class JobPaths:
+    """The output folder of one job."""
+
+    root: Path
+    log_dir: Path | None = None
+
+    @property
+    def job(self) -> Path:
+        """The frozen job; written last of all that a start writes, so its presence says that plan and choices are whole."""
+        return self.root / "job.json"
+
+    @property
+    def plan(self) -> Path:
+        """Folder of the listing."""
+        return self.root / "plan"
+
+    @property
+    def spool(self) -> Path:
+        """The listing while it is not yet cut into shards."""
+        return self.plan / ".listing.arrow.tmp"
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of the parts: the data set, and the ledger."""
+        return self.root / "predictions"
+
+    @property
+    def quarantine(self) -> Path:
+        """Folder that `verify --quarantine` moves damaged parts to."""
+        return self.root / "quarantine"
+
+    @property
+    def logs(self) -> Path:
+        """Folder with one log per process."""
+        return self.log_dir or self.root / "logs"
+
+    @property
+    def launcher_log(self) -> Path:
+        """The launcher's own log."""
+        return self.logs / "launcher.log"
+
+    @property
+    def summary(self) -> Path:
+        """Written when the ledger closes."""
+        return self.root / "summary.json"
+
+    @property
+    def manifest(self) -> Path:
+        """The sha256 of every part; rebuildable."""
+        return self.root / "manifest.json"
+
+    @property
+    def failed_list(self) -> Path:
+        """Paths of the pictures that have no answer, one a line, fit to be a source again."""
+        return self.root / "failed.txt"
+
+    @property
+    def report(self) -> Path:
+        """One self-contained page."""
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the launcher as long as it lives."""
+        return self.root / ".lock"
+
+    def part(self, shard: int) -> Path:
+        """The one file that shard `shard` becomes; its name depends on the shard alone."""
+        return self.predictions / f"{_PART_PREFIX}{shard:06d}{_PART_SUFFIX}"
+
+    def parts(self) -> dict[int, Path]:
+        """Every part on disk by shard number, whatever its content; temporary and foreign files are left out."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.predictions) as entries:
+            for entry in entries:
+                digits = entry.name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)
+                if digits.isdecimal() and entry.name == self.part(int(digits)).name:
+                    found[int(digits)] = Path(entry.path)
+        return dict(sorted(found.items()))
+
+    def device_log(self, device: str) -> Path:
+        """The log of one device process."""
+        return self.logs / f"{device}.log"
+
+    def ours(self) -> set[str]:
+        """Names that a start which was cut short may have left behind."""
+        return {path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)}
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written. Only for the holder of the lock, before workers run."""
+        for folder in (self.root, self.plan, self.predictions):
+            if folder.is_dir():
+                for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
+                    path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees all of it or nothing.
+
+    The temporary file lies beside its goal (one file system), is synced before it gets its name, and the folder is synced after.
+
+    Raises:
+        OutputError: the disk is full, read-only, over its quota or failing; nothing is left behind under the final name.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The one clear message for a write that failed."""
+    remedy = {
+        errno.ENOSPC: "The disk is full. Free some space, then repeat the command: finished parts are kept.",
+        errno.EDQUOT: "The disk quota is used up. Free some space, then repeat the command: finished parts are kept.",
+        errno.EROFS: "The file system is read-only. Give another --output, or remount it and repeat the command.",
+        errno.EACCES: "The folder may not be written to. Give another --output, or change its permissions and repeat the command.",
+    }.get(error.errno or 0, "Repeat the command once the cause is mended: finished parts are kept.")
+    return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises: OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def locked(paths: JobPaths) -> Iterator[None]:
+    """Hold the output folder against a second launcher; the kernel lets go of it however this process ends.
+
+    Raises:
+        OutputError: another launcher holds it, or it cannot be written to.
+    """
+    make_folder(paths.root)
+    try:
+        handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise cannot_write(paths.lock, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise cannot_write(paths.lock, error) from error
+            raise OutputError(
+                f"{paths.root} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.root}`."
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(paths: JobPaths) -> bool:
+    """Whether a launcher is at work on this folder now."""
+    try:
+        handle = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

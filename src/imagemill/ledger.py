@@ -1,0 +1,248 @@
+"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that every picture has exactly one row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagemill import codec, layout, plan
+from imagemill.errors import PartError
+from imagemill.layout import JobPaths
+from imagemill.records import Receipt, Shard, Status
+
+_ANSWER_ID = b"imagemill.answer_id"
+_SHARD = b"imagemill.shard"
+
+
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """One line of `manifest.json`."""
+
+    rows: int
+    failed_by_status: Mapping[str, int]
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`manifest.json`: what the closed ledger found, part by part. Rebuildable from the parts."""
+
+    plan_id: str
+    answer_id: str
+    parts: Mapping[str, PartRecord]
+    """By file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """The sum over all parts."""
+
+    images: int
+    failed_by_status: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        """Rows whose status is not ok."""
+        return sum(self.failed_by_status.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that `verify` found wrong."""
+
+    shard: int | None
+    path: Path
+    what: str
+    damaged: bool = False
+    """Whether the file is there but not to be trusted; `verify --quarantine` moves such files aside."""
+
+
+def committed(paths: JobPaths, shards: Iterable[Shard]) -> set[int]:
+    """Shards whose part is on disk. A part appears whole or not at all, so its name suffices."""
+    return paths.parts().keys() & {shard.number for shard in shards}
+
+
+def shards_with(paths: JobPaths, shards: Iterable[Shard], statuses: Iterable[str]) -> set[int]:
+    """Committed shards that hold a row of one of these statuses; with none given, of any but ok."""
+    wanted = set(statuses)
+    present = paths.parts()
+    found = set()
+    for shard in shards:
+        if shard.number in present:
+            failed = examine(present[shard.number]).failed_by_status
+            if failed and (not wanted or wanted & failed.keys()):
+                found.add(shard.number)
+    return found
+
+
+def examine(path: Path, receipt: Receipt | None = None) -> PartRecord:
+    """What a part holds. With the receipt of its commit nothing is read again.
+
+    Raises:
+        PartError: the part cannot be read.
+    """
+    if receipt is not None:
+        return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
+    try:
+        data = path.read_bytes()
+        statuses = Counter(pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)["status"].to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise PartError(f"{path} is damaged: {error}. Run `imagemill verify --quarantine`, then repeat the run.") from error
+    rows = statuses.total()
+    statuses.pop(Status.OK.value, None)
+    return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
+
+
+def close(
+    paths: JobPaths, shards: Sequence[Shard], sources: Sequence[str], plan_id: str, answer_id: str, receipts: Iterable[Receipt]
+) -> Tally:
+    """Prove that every shard has its part with one row per picture, write the manifest and the list of failed pictures.
+
+    Args:
+        receipts: of the parts committed by this invocation, which need not be read again.
+
+    Raises:
+        PartError: a part is missing, damaged, of another job, or has another number of rows than its shard.
+    """
+    by_shard = {receipt.shard: receipt for receipt in receipts}
+    parts: dict[str, PartRecord] = {}
+    failed: Counter[str] = Counter()
+    for shard in shards:
+        path = paths.part(shard.number)
+        if shard.number not in by_shard and (problem := _foreign(path, shard, answer_id)):
+            raise PartError(f"{path} {problem}. Run `imagemill verify --quarantine {paths.root}`, then repeat the run.")
+        record = examine(path, by_shard.get(shard.number))
+        if record.rows != shard.count:
+            raise PartError(f"{path} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
+        parts[path.name] = record
+        failed.update(record.failed_by_status)
+    layout.write_whole(paths.manifest, codec.dumps(Manifest(plan_id, answer_id, parts)))
+    tally = Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())))
+    layout.write_whole(paths.failed_list, b"".join(failed_paths(paths, shards, parts, sources)))
+    return tally
+
+
+def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], sources: Sequence[str]) -> Iterator[bytes]:
+    """Full path of each picture without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string."""
+    for shard in shards:
+        path = paths.part(shard.number)
+        if parts[path.name].failed_by_status:
+            statuses = pq.read_table(path, columns=["status"], use_threads=False)["status"].to_pylist()
+            for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
+                if status != Status.OK.value:
+                    root = os.fsencode(sources[row.source])
+                    full = root.rstrip(b"/") + b"/" + row.path if row.path else root
+                    quoted = b"\n" in full or b"\r" in full
+                    yield (json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full) + b"\n"
+
+
+def read_manifest(paths: JobPaths) -> Manifest | None:
+    """The manifest, or None where there is none or it cannot be read: it can be rebuilt."""
+    try:
+        return _manifest(json.loads(paths.manifest.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _manifest(plain: dict[str, object]) -> Manifest:
+    parts = plain["parts"]
+    assert isinstance(parts, dict)
+    records = {name: codec.from_plain(PartRecord, record) for name, record in parts.items()}
+    return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
+
+
+def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: str) -> Iterator[Problem]:
+    """Read everything and yield what is wrong: nothing missing, nothing twice, nothing foreign, not one byte changed."""
+    manifest = read_manifest(paths)
+    if manifest is None:
+        yield Problem(None, paths.manifest, "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it")
+    elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
+        yield Problem(None, paths.manifest, "belongs to another job")
+        manifest = None
+    present = paths.parts()
+    expected = {shard.number for shard in shards}
+    for number, path in present.items():
+        if number not in expected:
+            yield Problem(number, path, "is of no shard of the plan", damaged=True)
+    for shard in shards:
+        path = paths.part(shard.number)
+        if shard.number not in present:
+            yield Problem(shard.number, path, "is missing")
+            continue
+        recorded = manifest.parts.get(path.name) if manifest else None
+        if what := _unsound(path, shard, answer_id, paths, recorded):
+            yield Problem(shard.number, path, what, damaged=True)
+    if not paths.summary.is_file():
+        yield Problem(None, paths.summary, "is missing: the job is not finished")
+
+
+def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None) -> str | None:
+    """What is wrong with one part, or None."""
+    try:
+        data = path.read_bytes()
+        if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
+            return "is not the file that was committed: its sha256 differs from the manifest's"
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        if what := _foreign_metadata(file.schema_arrow.metadata, shard, answer_id):
+            return what
+        table = file.read(use_threads=False)
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        return f"cannot be read: {str(error).splitlines()[0]}"
+    if table.num_rows != shard.count:
+        return f"has {table.num_rows} rows, its shard has {shard.count} pictures"
+    indices = table["index"].to_pylist()
+    if indices != list(range(shard.first, shard.first + shard.count)):
+        twice = [index for index, count in Counter(indices).items() if count > 1]
+        return f"has picture {twice[0]} twice" if twice else "has other pictures than its shard, or another order"
+    planned = [row.path.decode("utf-8", "backslashreplace") for row in plan.read(paths.plan, shard)]
+    if table["path"].to_pylist() != planned:
+        return "has other paths than the plan"
+    for status, error, label in zip(*(table[name].to_pylist() for name in ("status", "error", "label")), strict=True):
+        if (status == Status.OK.value) != (error is None) or (status == Status.OK.value) == (label is None):
+            return "has a row whose status, error and answer contradict each other"
+    return None
+
+
+def _foreign(path: Path, shard: Shard, answer_id: str) -> str | None:
+    try:
+        metadata = pq.read_schema(path).metadata
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, pa.ArrowException) as error:
+        return f"cannot be read: {str(error).splitlines()[0]}"
+    return _foreign_metadata(metadata, shard, answer_id)
+
+
+def _foreign_metadata(metadata: Mapping[bytes, bytes] | None, shard: Shard, answer_id: str) -> str | None:
+    metadata = metadata or {}
+    if metadata.get(_ANSWER_ID) != answer_id.encode():
+        return f"has answer id {metadata.get(_ANSWER_ID, b'none').decode()}, the job has {answer_id}"
+    if metadata.get(_SHARD) != str(shard.number).encode():
+        return f"is shard {metadata.get(_SHARD, b'none').decode()} under another shard's name"
+    return None
+
+
+def quarantine(paths: JobPaths, problems: Iterable[Problem]) -> list[Path]:
+    """Move damaged parts aside, and with them the summary and manifest that vouched for them. Returns where they went."""
+    moved = []
+    for problem in problems:
+        if problem.damaged:
+            layout.make_folder(paths.quarantine)
+            goal = paths.quarantine / f"{problem.path.stem}.{time.time_ns()}{problem.path.suffix}"
+            problem.path.replace(goal)
+            moved.append(goal)
+    if moved:
+        paths.summary.unlink(missing_ok=True)
+        paths.manifest.unlink(missing_ok=True)
+    return moved

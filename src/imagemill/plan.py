@@ -1,0 +1,192 @@
+"""The plan: the frozen listing of a job's pictures, cut into shards, in listing order.
+
+A plan is Parquet files with the columns `index`, `source`, `path` (bytes) and `size`, in which every row group is one shard; so the
+shards are known from the files' footers, and a worker reads the rows of its shard alone. Neither writing nor reading holds the whole
+listing in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imagemill import layout
+from imagemill.errors import OutputError
+from imagemill.records import Shard
+
+SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64())])
+_SPOOL_SCHEMA = pa.schema([("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("group", pa.int32())])
+_SPOOL_ROWS = 32_768
+_SHARDS_PER_FILE = 1_000
+_SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing."""
+
+    source: int
+    """Position of its source in the command."""
+    path: bytes
+    size: int
+    """Bytes; -1 where unknown."""
+    group: int = 0
+    """Which sub-folder it lies in, counted from 0 in listing order."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One row of the plan."""
+
+    index: int
+    source: int
+    path: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What spooling a listing returns."""
+
+    pictures: int
+    groups: int
+
+
+def auto_shard_size(pictures: int, devices: int) -> int:
+    """Pictures in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten million pictures."""
+    size = min(max(pictures // (8 * devices), _SMALLEST_SHARD), _LARGEST_SHARD)
+    return max(size, -(-pictures // _MOST_SHARDS))
+
+
+def spool(entries: Iterable[Entry], path: Path) -> Listing:
+    """Write a listing as it comes to the file `path`, in memory that does not grow with it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    pictures, groups = 0, set[int]()
+    columns: tuple[list[int], list[bytes], list[int], list[int]] = ([], [], [], [])
+
+    def flush(writer: pa.RecordBatchFileWriter) -> None:
+        writer.write_batch(
+            pa.record_batch([pa.array(c, t.type) for c, t in zip(columns, _SPOOL_SCHEMA, strict=True)], schema=_SPOOL_SCHEMA)
+        )
+        for column in columns:
+            column.clear()
+
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
+            for entry in entries:
+                for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.group), strict=True):
+                    column.append(value)  # type: ignore[arg-type]
+                pictures += 1
+                groups.add(entry.group)
+                if len(columns[0]) == _SPOOL_ROWS:
+                    flush(writer)
+            flush(writer)
+    except OSError as error:
+        raise layout.cannot_write(path, error) from error
+    return Listing(pictures, len(groups))
+
+
+def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None:
+    """Cut a spooled listing into shards below `folder`; with `by_group` shards also end where a group ends.
+
+    Files are named `plan-GGGGG-NNNNN.parquet` by group and order, so that sorting the names gives the listing order.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    writer: pq.ParquetWriter | None = None
+    shards_in_file = files = index = 0
+    group = -1
+
+    def write_shard(rows: pa.Table) -> None:
+        nonlocal writer, shards_in_file, files, index
+        if writer is None or shards_in_file == _SHARDS_PER_FILE:
+            if writer is not None:
+                writer.close()
+            writer = pq.ParquetWriter(folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet", SCHEMA, compression="zstd")
+            files, shards_in_file = files + 1, 0
+        count = rows.num_rows
+        numbered = rows.select(["source", "path", "size"]).add_column(0, "index", pa.array(range(index, index + count), pa.int64()))
+        writer.write_table(numbered, row_group_size=count)
+        shards_in_file, index = shards_in_file + 1, index + count
+
+    try:
+        with pa.memory_map(str(spooled)) as file:
+            pending = _SPOOL_SCHEMA.empty_table()
+            for run_group, rows in _runs(pa.ipc.open_file(file), by_group=by_group):
+                if run_group != group:
+                    if pending.num_rows:
+                        write_shard(pending)
+                        pending = _SPOOL_SCHEMA.empty_table()
+                    if writer is not None:
+                        writer.close()
+                        writer = None
+                    group = run_group
+                pending = pa.concat_tables([pending, rows]).combine_chunks()
+                start = 0
+                while pending.num_rows - start >= shard_size:
+                    write_shard(pending.slice(start, shard_size))
+                    start += shard_size
+                pending = pending.slice(start)
+            if pending.num_rows:
+                write_shard(pending)
+            if writer is not None:
+                writer.close()
+        layout.sync_folder(folder)
+    except OSError as error:
+        raise layout.cannot_write(folder, error) from error
+
+
+def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple[int, pa.Table]]:
+    """The listing in order, as tables each of one group."""
+    for number in range(reader.num_record_batches):
+        table = pa.Table.from_batches([reader.get_batch(number)])
+        if not by_group:
+            yield 0, table
+            continue
+        groups = table["group"].to_pylist()
+        start = 0
+        for end in range(1, len(groups) + 1):
+            if end == len(groups) or groups[end] != groups[start]:
+                yield groups[start], table.slice(start, end - start)
+                start = end
+
+
+def shards(folder: Path) -> list[Shard]:
+    """Every shard of the plan, in order, read from the footers of its files.
+
+    Raises:
+        OutputError: a plan file is damaged or missing.
+    """
+    found: list[Shard] = []
+    first = 0
+    for path in sorted(folder.glob("plan-*.parquet")):
+        try:
+            metadata = pq.read_metadata(path)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
+        group = int(path.name.split("-")[1])
+        for row_group in range(metadata.num_row_groups):
+            count = metadata.row_group(row_group).num_rows
+            found.append(Shard(len(found), first, count, group, path.name, row_group))
+            first += count
+    return found
+
+
+def read(folder: Path, shard: Shard) -> list[PlannedRow]:
+    """The rows of one shard. Raises: OutputError."""
+    path = folder / shard.plan_file
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read_row_group(shard.row_group)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
+    columns = (table[name].to_pylist() for name in ("index", "source", "path", "size"))
+    return [PlannedRow(*row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,103 @@
+"""What a run shows while it runs: a live display on a terminal, plain lines elsewhere. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from imagemill.launcher import Progress
+
+_PLAIN_EVERY_S = 10.0
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42s, 3m07s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def statuses(failed: dict[str, int]) -> str:
+    """Failures by kind, most frequent first."""
+    return ", ".join(f"{count} {status}" for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0])))
+
+
+class PlainProgress:
+    """A line now and then, for log files."""
+
+    def __init__(self, total: int, resumed: int, stream: TextIO | None = None) -> None:
+        self._total, self._resumed = total, resumed
+        self._stream = stream or sys.stderr
+        self._next = time.monotonic()
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+    def __call__(self, progress: Progress) -> None:
+        """Show it, if it is time to."""
+        now = time.monotonic()
+        if now < self._next or not progress.since_first_lease_s:
+            return
+        self._next = now + _PLAIN_EVERY_S
+        print(line(progress, self._total, self._resumed), file=self._stream, flush=True)
+
+
+class LiveProgress:
+    """A display that renews itself in place: the whole job, then a line per device."""
+
+    def __init__(self, total: int, resumed: int) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._total, self._resumed = total, resumed
+        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveProgress:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Renew the display."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        lines: list[ProgressBar | Text] = [
+            ProgressBar(total=max(self._total, 1), completed=self._resumed + progress.rows),
+            Text(line(progress, self._total, self._resumed), overflow="ellipsis", no_wrap=True),
+        ]
+        for name, rows in list(progress.devices.items())[:16]:
+            rate = rows / progress.since_first_lease_s if progress.since_first_lease_s else 0.0
+            restarts = f", {progress.restarts[name]} restarts" if progress.restarts[name] else ""
+            lines.append(Text(f"  {name:<10} {rows:>9,} images {rate:>9,.1f} images/s{restarts}", overflow="ellipsis", no_wrap=True))
+        self._live.update(Group(*lines))
+
+
+def line(progress: Progress, total: int, resumed: int) -> str:
+    """The whole job in one line."""
+    done = resumed + progress.rows
+    rate = progress.rows / progress.since_first_lease_s if progress.since_first_lease_s else 0.0
+    if not progress.rows:
+        state = "starting" if not progress.ready else "first shards under way"
+    else:
+        state = f"{rate:,.1f} images/s, {duration((total - done) / rate)} left"
+    failed = f", {statuses(progress.failed_by_status)}" if progress.failed_by_status else ""
+    return f"{done:,} of {total:,} ({100 * done / max(total, 1):.0f} %), {state}{failed}"
+
+
+def display(total: int, resumed: int, *, quiet: bool = False) -> PlainProgress | LiveProgress:
+    """The display that fits where stderr goes."""
+    if not quiet and sys.stderr.isatty():
+        return LiveProgress(total, resumed)
+    return PlainProgress(total, resumed)

@@ -1,0 +1,174 @@
+"""A folder of pictures, or one picture file: recursive, in a stable order, links followed without loops."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import heapq
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from imagemill.errors import SourceError
+from imagemill.plan import Entry
+from imagemill.records import BadPicture, Status
+from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, shown
+
+_NAMES_IN_MEMORY = 100_000
+_PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
+_RETRY_DELAYS_S = (0.05, 0.2, 0.8)
+
+
+class FolderSource:
+    """See the module's docstring. `root` is absolute; `skip` is a folder that is never entered: the job's own output."""
+
+    def __init__(self, position: int, root: bytes, skip: os.stat_result | None = None) -> None:
+        self.name = shown(root)
+        self._position = position
+        self._root = root
+        self._skip = (skip.st_dev, skip.st_ino) if skip else None
+        self._prefix = os.path.join(root, b"")  # noqa: PTH118 - bytes, for names that are not UTF-8
+        self._is_file: bool | None = None
+
+    def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+        """See `Source.entries`. A source that is itself a file is planned whatever its suffix."""
+        try:
+            found = os.stat(self._root)  # noqa: PTH116
+        except OSError as error:
+            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a folder or a picture.") from error
+        if not stat.S_ISDIR(found.st_mode):
+            yield Entry(self._position, b"", found.st_size)
+            return
+        wanted = _matcher(filters)
+        group = -1
+        for path, size, is_first_of_folder in self._walk(b"", found, (), filters, skipped, wanted):
+            group += is_first_of_folder
+            yield Entry(self._position, path, size, max(group, 0))
+
+    def fetch(self, path: bytes, max_bytes: int) -> bytes:
+        """See `Source.fetch`. Errors that pass by themselves are retried; everything but a regular file is a `read_error`."""
+        full = self._prefix + path if path else self._root
+        for delay_s in (*_RETRY_DELAYS_S, None):
+            try:
+                return _read(full, max_bytes)
+            except OSError as error:
+                if delay_s is not None and error.errno in _PASSING_ERRORS:
+                    time.sleep(delay_s)
+                    continue
+                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                    raise BadPicture(Status.MISSING, "the file was listed but is gone, or its link leads nowhere") from error
+                raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
+        raise AssertionError("unreachable")
+
+    def _walk(
+        self,
+        folder: bytes,
+        identity: os.stat_result,
+        ancestors: tuple[tuple[int, int], ...],
+        filters: Filters,
+        skipped: Skipped,
+        wanted: Callable[[bytes], bool],
+    ) -> Iterator[tuple[bytes, int, bool]]:
+        """Yield (path, size, whether it is the first picture of a folder right below the root), sorted by name in each folder."""
+        ancestors = (*ancestors, (identity.st_dev, identity.st_ino))
+        try:
+            names = _sorted_names(self._prefix + folder if folder else self._root)
+        except OSError as error:
+            where = shown(self._prefix + folder)
+            raise SourceError(
+                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude."
+            ) from error
+        for name in names:
+            path = folder + b"/" + name if folder else name
+            if name.startswith(b"."):
+                skipped.hidden += 1
+                continue
+            try:
+                found: os.stat_result | None = os.stat(self._prefix + path)  # noqa: PTH116
+            except OSError:
+                found = None  # a link that leads nowhere or to itself, or a file gone since: its row will say so
+            inside = found is not None and stat.S_ISDIR(found.st_mode)
+            loops = inside and found is not None and (found.st_dev, found.st_ino) in ancestors
+            suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
+            if suffix in IMAGE_SUFFIXES or (filters.all_files and not inside):
+                if wanted(path):
+                    yield path, found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1, False
+                else:
+                    skipped.by_filter += 1
+            elif not inside:
+                skipped.by_suffix[suffix] += 1
+            if inside and found is not None and not loops:
+                if (found.st_dev, found.st_ino) == self._skip or not wanted(path + b"/"):
+                    continue
+                is_first = not folder
+                for below, size, _ in self._walk(path, found, ancestors, filters, skipped, wanted):
+                    yield below, size, is_first
+                    is_first = False
+
+
+def _sorted_names(folder: bytes) -> Iterable[bytes]:
+    """The names in a folder, sorted as bytes; above 100,000 of them sorted runs go to temporary files and are merged."""
+    with os.scandir(folder) as scan:
+        names = (entry.name for entry in scan)
+        chunk = sorted(islice(names, _NAMES_IN_MEMORY))
+        if len(chunk) < _NAMES_IN_MEMORY:
+            return chunk
+        runs = []
+        while chunk:
+            run = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the merge reads it
+            run.writelines(name + b"\0" for name in chunk)
+            run.seek(0)
+            runs.append(_names_of(run))
+            chunk = sorted(islice(names, _NAMES_IN_MEMORY))
+    return heapq.merge(*runs)
+
+
+def _names_of(run: object, block_bytes: int = 65_536) -> Iterator[bytes]:
+    rest = b""
+    while block := run.read(block_bytes):  # type: ignore[attr-defined]
+        *names, rest = (rest + block).split(b"\0")
+        yield from names
+
+
+def _matcher(filters: Filters) -> Callable[[bytes], bool]:
+    """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
+
+    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
+    """
+
+    def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
+        return [("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/")))) for pattern in patterns]
+
+    include, exclude = compiled(filters.include), compiled(filters.exclude)
+
+    def matches(rules: list[tuple[bool, re.Pattern[str]]], path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return any(rule.match(path if whole else name) for whole, rule in rules)
+
+    def wanted(path: bytes) -> bool:
+        text = os.fsdecode(path.rstrip(b"/"))
+        if exclude and matches(exclude, text):
+            return False
+        return path.endswith(b"/") or not include or matches(include, text)
+
+    return wanted
+
+
+def _read(path: bytes, max_bytes: int) -> bytes:
+    """Read a regular file; never waits on a FIFO. Raises: OSError, BadPicture."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(found.st_mode), "a device")
+            raise BadPicture(Status.READ_ERROR, f"is {kind}, not a regular file")
+        if found.st_size > max_bytes:
+            raise BadPicture(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
+        with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
+            return file.readall()
+    finally:
+        os.close(handle)

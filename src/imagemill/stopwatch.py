@@ -1,0 +1,56 @@
+"""Where a worker's time goes: a few sums, added to from any thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from imagemill.records import Clock
+
+T = TypeVar("T")
+
+
+class Stopwatch:
+    """Sums of seconds by name, and a count of pictures."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = {"read": 0.0, "decode": 0.0, "starved": 0.0, "compute": 0.0, "write": 0.0}
+        self._pictures = 0
+        self._begun = time.perf_counter()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to one of the sums of `Clock`."""
+        with self._lock:
+            self._seconds[name] += seconds
+
+    def picture(self, read_s: float, decode_s: float) -> None:
+        """Count one picture and the time that reading and decoding it took."""
+        with self._lock:
+            self._seconds["read"] += read_s
+            self._seconds["decode"] += decode_s
+            self._pictures += 1
+
+    def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Pass items on, adding to `name` the time that was spent waiting for each."""
+        iterator = iter(items)
+        while True:
+            begun = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.add(name, time.perf_counter() - begun)
+            yield item
+
+    def elapsed(self) -> float:
+        """Seconds since this watch was made."""
+        return time.perf_counter() - self._begun
+
+    def read(self) -> Clock:
+        """The sums so far."""
+        with self._lock:
+            return Clock(**self._seconds, pictures=self._pictures)
