@@ -324,14 +324,21 @@ def _models_dir(parsed: argparse.Namespace) -> Path:
 
 
 def _models(parsed: argparse.Namespace) -> int:
+    from imagemill import codec
     from imagemill.models import registry
 
-    rows = registry.listing(_models_dir(parsed))
+    folder = _models_dir(parsed)
+    rows = registry.listing(folder)
     if parsed.json:
-        print(json.dumps({"models": rows}))
+        print(json.dumps({"models_dir": str(folder), "models": codec.to_plain(rows)}))
         return 0
-    for line in registry.table(rows):
-        print(line)
+    print(f"{'name':<42} {'top-1':>6} {'parameters':>11} {'licence':<14} here")
+    for row in rows:
+        here = "" if row.bytes_on_disk is None else f"{row.bytes_on_disk / 2**20:,.0f} MiB, {row.origin}"
+        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
+        print(f"{row.name:<42} {top1:>6} {row.parameters / 1e6:>9.1f} M {row.licence:<14} {here}")
+    for bare, meant in registry.ALIASES.items():
+        print(f"{bare} means {meant}")
     return 0
 
 

@@ -4,14 +4,14 @@ Contract
 --------
 - Every shard that is not committed is either waiting here or leased to exactly one live worker; `wire.Done` is sent only after its part is
   durably on disk. A worker that dies gives its leases back.
-- A worker may die at any moment and of anything. It is started again, at once, and the pictures that its decoding threads were at
-  (the noteboard outlives it) become suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths is
-  leased alone, with every picture decoded that way.
+- A worker may die at any moment and of anything. It is started again, at once, and the pictures that its decoding threads were at (the
+  noteboard outlives it) become suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths
+  is leased alone, with every picture decoded that way.
 - A decoding thread that is at one picture for longer than the time budget is a death that the launcher brings about itself. If the same
   picture does so again, though its decoder is disposable, its very reading hangs, and it is given up.
 - A worker that cannot start three times running, or ten deaths without one commit between them, end the job with the log's last lines.
 - Workers never outlive this process.
-- Nothing here grows with the number of pictures, and little with the number of shards: the ones not yet committed are held as small records.
+- Nothing here grows with the number of pictures, and little with the number of shards: those not committed are held as small records.
 """
 
 from __future__ import annotations

@@ -140,10 +140,14 @@ def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, P
             statuses = pq.read_table(path, columns=["status"], use_threads=False)["status"].to_pylist()
             for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
-                    root = os.fsencode(sources[row.source])
-                    full = root.rstrip(b"/") + b"/" + row.path if row.path else root
+                    full = _full_path(os.fsencode(sources[row.source]), row.path)
                     quoted = b"\n" in full or b"\r" in full
                     yield (json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full) + b"\n"
+
+
+def _full_path(source: bytes, path: bytes) -> bytes:
+    folder = os.path.dirname(source[1:]) if source.startswith(b"@") else source  # noqa: PTH120
+    return os.path.join(folder, path) if path else folder  # noqa: PTH118
 
 
 def read_manifest(paths: JobPaths) -> Manifest | None:
@@ -208,8 +212,8 @@ def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded
     planned = [row.path.decode("utf-8", "backslashreplace") for row in plan.read(paths.plan, shard)]
     if table["path"].to_pylist() != planned:
         return "has other paths than the plan"
-    for status, error, label in zip(*(table[name].to_pylist() for name in ("status", "error", "label")), strict=True):
-        if (status == Status.OK.value) != (error is None) or (status == Status.OK.value) == (label is None):
+    for status, why, label in zip(*(table[name].to_pylist() for name in ("status", "error", "label")), strict=True):
+        if (status == Status.OK.value) != (why is None) or (status == Status.OK.value) == (label is None):
             return "has a row whose status, error and answer contradict each other"
     return None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -69,7 +70,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
         OutputError: it cannot be written.
     """
     pictures, groups = 0, set[int]()
-    columns: tuple[list[int], list[bytes], list[int], list[int]] = ([], [], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [])
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
         writer.write_batch(
@@ -82,7 +83,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
             for entry in entries:
                 for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.group), strict=True):
-                    column.append(value)  # type: ignore[arg-type]
+                    column.append(value)
                 pictures += 1
                 groups.add(entry.group)
                 if len(columns[0]) == _SPOOL_ROWS:

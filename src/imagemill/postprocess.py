@@ -58,7 +58,8 @@ def to_probabilities(scores: NDArray[np.float32], kind: Scores) -> NDArray[np.fl
     if wide.size:
         wide -= wide.max(axis=1, keepdims=True)
     exponential = np.exp(wide)
-    return (exponential / exponential.sum(axis=1, keepdims=True)).astype(np.float32)
+    exponential /= exponential.sum(axis=1, keepdims=True)
+    return exponential.astype(np.float32)
 
 
 def _rows_of(batch: Batch) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -87,7 +87,7 @@ class Watcher:
     def say(self, message: str) -> None:
         """One line for the user."""
 
-    def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+    def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for those who override it
         """The job starts: `resumed` of `total` pictures are done. Returns what is told of the progress."""
         return lambda _: None
 
@@ -226,7 +226,7 @@ def _freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], m
     paths.spool.unlink()
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.say(
-            f"note: the sources have {listed.groups} sub-folders, there are {len(chosen)} devices: shards are dealt without regard to folders"
+            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
         )
     job = _job(settings, paths, chosen, model, shard_size, filters)
     frozen = Frozen(
@@ -358,11 +358,7 @@ def _resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wa
 
 def _listing(settings: Settings, filters: Filters, skipped: Skipped, output: Path | None) -> Iterator[plan.Entry]:
     resolved = [sources.resolve(source) for source in settings.sources]
-    group = 0
-    entries = islice(_entries(resolved, filters, skipped, output), settings.limit)
-    for entry in entries:
-        group = max(group, entry.group)
-        yield entry
+    return islice(_entries(resolved, filters, skipped, output), settings.limit)
 
 
 def _entries(resolved: Sequence[str], filters: Filters, skipped: Skipped, output: Path | None) -> Iterator[plan.Entry]:
@@ -410,20 +406,24 @@ def _report_finished(frozen: Frozen, paths: JobPaths, summary: Summary, watcher:
 
 def _new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
     """How many pictures the sources hold that the plan does not, and the first of their names; both are read in order, side by side."""
-    planned = ((row.source, row.path.split(b"/")) for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard))
-    listed = _entries(frozen.job.sources, frozen.filters, Skipped(), paths.root)
+    ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
+
+    def keyed(rows: Iterable[plan.PlannedRow | plan.Entry]) -> Iterator[tuple[tuple[int, object], bytes]]:
+        for number, row in enumerate(rows):
+            yield (row.source, row.path.split(b"/") if ordered[row.source] else number), row.path
+
+    planned = keyed(row for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard))
     count, names = 0, list[str]()
     next_planned = next(planned, None)
-    for entry in listed:
-        key = (entry.source, entry.path.split(b"/"))
-        while next_planned is not None and next_planned < key:
+    for key, path in keyed(_entries(frozen.job.sources, frozen.filters, Skipped(), paths.root)):
+        while next_planned is not None and next_planned[0] < key:
             next_planned = next(planned, None)
         if next_planned is None and frozen.limit is not None:
             break  # beyond the limit nothing is new
-        if next_planned != key:
+        if next_planned is None or next_planned[0] != key:
             count += 1
             if len(names) < _NAMED_NEW:
-                names.append(sources.shown(entry.path))
+                names.append(sources.shown(path))
     return count, names
 
 

@@ -190,10 +190,8 @@ def _decode_jpeg(data: bytes, jpeg: _Jpeg, recipe: Recipe, out: NDArray[np.uint8
     width, height = _turned_size(*stored, orientation)
     box = preprocess.region(_shrunk(crop, factor), recipe, width, height)
     left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)
-    image = Image.fromarray(pixels[top:bottom, left:right])
-    if orientation in preprocess.TURNS:
-        image = image.transpose(preprocess.TURNS[orientation])
-    preprocess.resample(image, crop, recipe, out, left=box[0], top=box[1], scale=factor)
+    part = preprocess.turn(pixels[top:bottom, left:right], orientation)
+    preprocess.resample_pixels(part, crop, recipe, out, left=box[0], top=box[1], scale=factor)
     return True
 
 

@@ -305,17 +305,17 @@ def _array(tensor: _Tensor, raw: Mapping[str, Array]) -> Array:
     storage = tensor.storage
     numbers = raw[storage.key][storage.start : storage.start + storage.length]
     if prod(tensor.size) == 0:
-        view = np.empty(tensor.size, numbers.dtype)
+        view: Array = np.empty(tensor.size, numbers.dtype)
     else:  # `_tensor` has checked that the last element lies inside
         step = numbers.dtype.itemsize
         view = np.lib.stride_tricks.as_strided(
             numbers[tensor.offset :], tensor.size, tuple(step * stride for stride in tensor.stride), writeable=False
         )
-    contiguous = np.ascontiguousarray(view).reshape(tensor.size)
+    contiguous: Array = np.ascontiguousarray(view).reshape(tensor.size)
     if storage.dtype == "bf16":
         return _from_bfloat16(contiguous)
     if storage.dtype == "bool":
-        return contiguous != 0
+        return contiguous.astype(np.bool_)
     return _widened(contiguous)
 
 
@@ -325,7 +325,7 @@ def _widened(array: Array) -> Array:
 
 def _from_bfloat16(bits: Array) -> NDArray[np.float32]:
     """A bfloat16 is the upper half of a float32."""
-    upper: NDArray[np.uint32] = bits.astype(np.uint32) << 16
+    upper = np.left_shift(bits.astype(np.uint32), 16, dtype=np.uint32)
     return upper.view(np.float32)
 
 

@@ -91,7 +91,7 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
     if problems:
         lines = problems[:LISTED] + ([f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else [])
         raise CheckpointError(
-            f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)} disagree with the file's {len(arrays)}.\n  "
+            f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)} disagree with the file's {len(arrays)}\n  "
             + "\n  ".join(lines)
             + f"\nGive a checkpoint of {architecture}, or the NAME whose architecture the file has."
         )

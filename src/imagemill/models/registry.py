@@ -187,7 +187,7 @@ def get(
     batch_sizes: tuple[int, ...] = (),
     say: Say = _silent,
     progress: download.Progress | None = None,
-    patience: download.Patience = download.Patience(),
+    patience: download.Patience | None = None,
 ) -> Bundle:
     """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it lacks.
 
@@ -219,7 +219,7 @@ def get(
         _same_origin(found, from_file, url, random_seed)
         say(f"{found.card.name} is here: {found.dir} ({_origin(found.card)})")
     else:
-        found = _make(name, architecture, models_dir, from_file, url, random_seed, say, progress, patience)
+        found = _make(name, architecture, models_dir, from_file, url, random_seed, say, progress, patience or download.Patience())
     for size in batch_sizes:
         bundles.freeze(found, size)
     return found

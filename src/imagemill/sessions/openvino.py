@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
@@ -92,15 +93,20 @@ class OpenVinoSession:
             yield self._finish(*busy.popleft())
 
     def _finish(self, batch: Batch, request: Any) -> tuple[Batch, Outputs]:
-        if request is None:
-            return batch, Outputs(*(np.empty((0, port.shape[1]), np.float32) if port else None for port in (self._logits, self._embedding)))
-        begun = time.perf_counter()
-        request.wait()
-        self._clock.add("compute", time.perf_counter() - begun)
-        outputs = Outputs(
-            *(request.get_tensor(port).data[: batch.filled].copy() if port else None for port in (self._logits, self._embedding))
-        )
-        self._free.append(request)
+        if request is not None:
+            begun = time.perf_counter()
+            request.wait()
+            self._clock.add("compute", time.perf_counter() - begun)
+
+        def output(port: Any) -> NDArray[np.float32]:
+            if request is None:
+                return np.empty((0, port.shape[1]), np.float32)
+            values: NDArray[np.float32] = request.get_tensor(port).data[: batch.filled].copy()  # the request's memory is used again
+            return values
+
+        outputs = Outputs(output(self._logits), output(self._embedding) if self._embedding else None)
+        if request is not None:
+            self._free.append(request)
         return batch, outputs
 
     def close(self) -> None:

@@ -13,21 +13,29 @@ from imagemill.layout import JobPaths
 from imagemill.records import Job, Lease, Picture
 from imagemill.sources.base import Filters, Skipped, Source, shown
 from imagemill.sources.folder import FolderSource
+from imagemill.sources.list import ListSource
 
 __all__ = ["Filters", "Skipped", "Source", "open_all", "read", "resolve", "shown"]
 
 
 def resolve(argument: str) -> str:
-    """The source argument as it is frozen: an absolute path. Raises: UsageError."""
+    """The source argument as it is frozen: an absolute path, or `@` and that of a list. Raises: UsageError."""
     if "://" in argument:
-        raise UsageError(f"source {argument}: URLs cannot be read yet. Give a folder or a picture.")
-    return os.path.abspath(argument)  # noqa: PTH100 - links stay as they were given
+        raise UsageError(f"source {argument}: URLs cannot be read yet. Give a folder, a picture, or @LIST.")
+    at = "@" if argument.startswith("@") else ""
+    return at + os.path.abspath(argument.removeprefix("@"))  # noqa: PTH100 - links stay as they were given
 
 
 def open_all(sources: Iterable[str], output: Path | None = None) -> list[Source]:
     """Make the sources of a job; `output` is left out of what they list."""
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
-    return [FolderSource(position, os.fsencode(source), skip) for position, source in enumerate(sources)]
+    return [_open(position, source, skip) for position, source in enumerate(sources)]
+
+
+def _open(position: int, source: str, skip: os.stat_result | None) -> Source:
+    if source.startswith("@"):
+        return ListSource(position, os.fsencode(source[1:]))
+    return FolderSource(position, os.fsencode(source), skip)
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:

@@ -40,9 +40,11 @@ class Source(Protocol):
 
     name: str
     """As rows name it: an absolute path or URL, bytes that are not UTF-8 shown as `\\xNN`."""
+    ordered: bool
+    """Whether entries come ordered by the components of their paths as bytes, else in an order of the source's own."""
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """List the pictures in bounded memory, ordered by the components of their paths as bytes, counting what is left out.
+        """List the pictures in bounded memory and in the same order each time, counting what is left out.
 
         Raises: SourceError.
         """

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 import heapq
 import os
 import re
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, shown
+from imagemill.sources.files import read_file
 
 _NAMES_IN_MEMORY = 100_000
-_PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
-_RETRY_DELAYS_S = (0.05, 0.2, 0.8)
 
 
 class FolderSource:
     """See the module's docstring. `root` is absolute; `skip` is a folder that is never entered: the job's own output."""
+
+    ordered = True
 
     def __init__(self, position: int, root: bytes, skip: os.stat_result | None = None) -> None:
         self.name = shown(root)
@@ -32,7 +30,6 @@ class FolderSource:
         self._root = root
         self._skip = (skip.st_dev, skip.st_ino) if skip else None
         self._prefix = os.path.join(root, b"")  # noqa: PTH118 - bytes, for names that are not UTF-8
-        self._is_file: bool | None = None
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. A source that is itself a file is planned whatever its suffix."""
@@ -43,26 +40,15 @@ class FolderSource:
         if not stat.S_ISDIR(found.st_mode):
             yield Entry(self._position, b"", found.st_size)
             return
-        wanted = _matcher(filters)
+        wanted = matcher(filters)
         group = -1
         for path, size, is_first_of_folder in self._walk(b"", found, (), filters, skipped, wanted):
             group += is_first_of_folder
             yield Entry(self._position, path, size, max(group, 0))
 
     def fetch(self, path: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. Errors that pass by themselves are retried; everything but a regular file is a `read_error`."""
-        full = self._prefix + path if path else self._root
-        for delay_s in (*_RETRY_DELAYS_S, None):
-            try:
-                return _read(full, max_bytes)
-            except OSError as error:
-                if delay_s is not None and error.errno in _PASSING_ERRORS:
-                    time.sleep(delay_s)
-                    continue
-                if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                    raise BadPicture(Status.MISSING, "the file was listed but is gone, or its link leads nowhere") from error
-                raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
-        raise AssertionError("unreachable")
+        """See `Source.fetch`."""
+        return read_file(self._prefix + path if path else self._root, max_bytes)
 
     def _walk(
         self,
@@ -134,7 +120,7 @@ def _names_of(run: object, block_bytes: int = 65_536) -> Iterator[bytes]:
         yield from names
 
 
-def _matcher(filters: Filters) -> Callable[[bytes], bool]:
+def matcher(filters: Filters) -> Callable[[bytes], bool]:
     """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
 
     A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
@@ -156,19 +142,3 @@ def _matcher(filters: Filters) -> Callable[[bytes], bool]:
         return path.endswith(b"/") or not include or matches(include, text)
 
     return wanted
-
-
-def _read(path: bytes, max_bytes: int) -> bytes:
-    """Read a regular file; never waits on a FIFO. Raises: OSError, BadPicture."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(found.st_mode), "a device")
-            raise BadPicture(Status.READ_ERROR, f"is {kind}, not a regular file")
-        if found.st_size > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
-        with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
-            return file.readall()
-    finally:
-        os.close(handle)

@@ -1,0 +1,48 @@
+"""Reading one file of a file system: retried where the error may pass, a reason where it does not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+
+from imagemill.records import BadPicture, Status
+
+_PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
+_RETRY_DELAYS_S = (0.05, 0.2, 0.8)
+
+
+def read_file(path: bytes, max_bytes: int) -> bytes:
+    """Read a picture's file. Errors that may pass by themselves are retried for about a second.
+
+    Raises:
+        BadPicture: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
+    """
+    for delay_s in (*_RETRY_DELAYS_S, None):
+        try:
+            return _read(path, max_bytes)
+        except OSError as error:
+            if delay_s is not None and error.errno in _PASSING_ERRORS:
+                time.sleep(delay_s)
+                continue
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise BadPicture(Status.MISSING, "the file was listed but is gone, or its link leads nowhere") from error
+            raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
+    raise AssertionError("unreachable")
+
+
+def _read(path: bytes, max_bytes: int) -> bytes:
+    """Read a regular file; never waits on a FIFO. Raises: OSError, BadPicture."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(found.st_mode), "a device")
+            raise BadPicture(Status.READ_ERROR, f"is {kind}, not a regular file")
+        if found.st_size > max_bytes:
+            raise BadPicture(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
+        with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
+            return file.readall()
+    finally:
+        os.close(handle)
