@@ -210,6 +210,8 @@ def _terminal_class() -> Any:
     class Terminal(run.Watcher):
         """Says things on stderr."""
 
+        _downloading = progress.DownloadProgress()
+
         def say(self, message: str) -> None:
             print(f"imagemill: {message}", file=sys.stderr, flush=True)
 
@@ -217,6 +219,9 @@ def _terminal_class() -> Any:
             self._display = progress.display(total, resumed)
             self._display.__enter__()
             return self._display
+
+        def download(self, done: int, total: int | None) -> None:
+            self._downloading(done, total)
 
         def end(self) -> None:
             self._display.__exit__(None, None, None)
@@ -250,11 +255,11 @@ def _told(summary: Summary) -> str:
 
 def _show_rows(output: Path) -> None:
     """Print the demo's rows, as anybody would read them."""
-    import pyarrow.parquet as pq
+    from imagemill import ledger
+    from imagemill.layout import JobPaths
 
-    table = pq.read_table(output.absolute() / "predictions", columns=["path", "status", "label", "probability", "error"])
     print()
-    for row in table.to_pylist():
+    for row in ledger.rows(JobPaths(output.absolute()), ["path", "status", "label", "probability", "error"]):
         answer = f"{row['probability']:6.1%}  {row['label']}" if row["status"] == "ok" else f"{row['status']}: {row['error']}"
         print(f"  {row['path']:<34} {answer}")
 
@@ -344,6 +349,7 @@ def _models(parsed: argparse.Namespace) -> int:
 
 def _get_model(parsed: argparse.Namespace) -> int:
     from imagemill.models import registry
+    from imagemill.progress import DownloadProgress
 
     made = registry.get(
         parsed.name,
@@ -353,6 +359,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         random_seed=parsed.random_weights,
         batch_sizes=tuple(parsed.batch_size),
         say=lambda message: print(f"imagemill: {message}", file=sys.stderr, flush=True),
+        progress=DownloadProgress(),
     )
     print(made.dir)
     return 0

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -130,6 +131,16 @@ def close(
     tally = Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())))
     layout.write_whole(paths.failed_list, b"".join(failed_paths(paths, shards, parts, sources)))
     return tally
+
+
+def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
+    for path in paths.parts().values():
+        try:
+            table = pq.read_table(path, columns=list(columns), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise PartError(f"{path} is damaged: {error}. Run `imagemill verify --quarantine`, then repeat the run.") from error
+        yield from table.to_pylist()
 
 
 def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], sources: Sequence[str]) -> Iterator[bytes]:

@@ -84,6 +84,31 @@ class LiveProgress:
         self._live.update(Group(*lines))
 
 
+class DownloadProgress:
+    """How far a download is: one line renewed in place on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._begun = self._next = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Show it, if it is time to. `done` and `total` are bytes; what an earlier try left counts as done, but not into the rate."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._begun = done, now
+        live = self._stream.isatty()
+        finished = done == total
+        if now < self._next and not (live and finished):
+            return
+        self._next = now + (0.2 if live else _PLAIN_EVERY_S)
+        rate = (done - self._first) / max(now - self._begun, 1e-3)
+        of_all = f" of {total / 2**20:,.1f} MiB ({100 * done / max(total, 1):.0f} %)" if total else " MiB"
+        left = f", {duration((total - done) / rate)} left" if total and rate else ""
+        text = f"{done / 2**20:,.1f}{of_all}, {rate / 2**20:,.1f} MiB/s{left}"
+        print(f"\r\x1b[K{text}" if live else text, end="\n" if finished or not live else "", file=self._stream, flush=True)
+
+
 def line(progress: Progress, total: int, resumed: int) -> str:
     """The whole job in one line."""
     done = resumed + progress.rows

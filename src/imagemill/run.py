@@ -87,6 +87,9 @@ class Watcher:
     def say(self, message: str) -> None:
         """One line for the user."""
 
+    def download(self, done: int, total: int | None) -> None:
+        """A model is being downloaded: bytes so far, and in all where known."""
+
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for those who override it
         """The job starts: `resumed` of `total` pictures are done. Returns what is told of the progress."""
         return lambda _: None
@@ -208,7 +211,7 @@ def _refuse_foreign(paths: JobPaths) -> None:
 
 def _resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say)
+    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
     bundle.verify_hash(found)
     return found
 

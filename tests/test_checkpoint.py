@@ -1,0 +1,366 @@
+"""The readers give what PyTorch gives, run nothing, and answer whatever bytes they meet with one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import pth_files
+from imagemill.errors import CheckpointError
+from imagemill.models import checkpoint
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ARRAYS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.array(7, np.int64)}
+WRITERS = {"zip": pth_files.write_zip, "legacy": pth_files.write_legacy}
+
+
+def expected_content() -> dict[str, np.ndarray]:
+    """What fixtures/make_fixtures.py put into its files."""
+    base = np.arange(24, dtype=np.float32)
+    return {
+        "plain": base.reshape(2, 3, 4),
+        "transposed": base.reshape(4, 6).T,
+        "slice": base[5:17:3],
+        "parameter": np.array([[1.5, -2.0]], np.float32),
+        "half": np.array([0.5, 65504.0, -6.0e-8], np.float16).astype(np.float32),
+        "brain": np.array([1.0, -3.140625, 3.0e38], np.float32).view(np.uint32) + np.uint32(0x8000),
+        "double": np.array([0.1]),
+        "long": np.array(-(2**40)),
+        "int": np.array([7], np.int32),
+        "byte": np.array([0, 255], np.uint8),
+        "bool": np.array([True, False]),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+
+
+@pytest.mark.parametrize("file", ["plain.zip.pth", "plain.legacy.pth", "nested.zip.pth", "nested.legacy.pth", "protocol4.zip.pth"])
+def test_files_of_real_pytorch_read_to_the_same_numbers(file: str) -> None:
+    """Strides, offsets, shared storages, Parameters, 16-bit floats, integers, wrapping: names, order, types, values as saved."""
+    read = checkpoint.read(FIXTURES / file)
+    expected = expected_content()
+    brain = (expected.pop("brain") & np.uint32(0xFFFF0000)).view(np.float32)
+    assert list(read) == list(expected_content())
+    assert np.array_equal(read.pop("brain"), brain)
+    for name, array in expected.items():
+        assert read[name].dtype == array.dtype, name
+        assert read[name].shape == array.shape, name
+        assert np.array_equal(read[name], array), name
+
+
+@pytest.mark.parametrize("file", ["net.zip.pth", "net.legacy.pth"])
+def test_state_dict_of_a_real_module_is_read(file: str) -> None:
+    """A module's state dict carries versions as an attribute; they are skipped."""
+    read = checkpoint.read(FIXTURES / file)
+    assert np.array_equal(read["0.weight"], np.load(FIXTURES / "net.weight.npy"))
+    assert read["1.num_batches_tracked"].shape == ()
+
+
+def test_files_written_under_python_2_are_read(tmp_path: Path) -> None:
+    """Byte strings, `_rebuild_tensor` without v2, OrderedDict of a list of pairs: as in files of 2017."""
+    read = checkpoint.read(pth_files.write_legacy(tmp_path / "old.pth", ARRAYS, python2=True))
+    assert list(read) == list(ARRAYS)
+    assert all(np.array_equal(read[name], ARRAYS[name]) for name in ARRAYS)
+
+
+def test_format_is_decided_by_content_not_by_suffix(tmp_path: Path) -> None:
+    """Each format is read under each suffix."""
+    for suffix in (".pth", ".safetensors", ".bin"):
+        for write in (*WRITERS.values(), lambda path, arrays: save_file(arrays, path) or path):
+            path = write(tmp_path / f"weights{suffix}", ARRAYS)
+            assert np.array_equal(checkpoint.read(path)["a.weight"], ARRAYS["a.weight"])
+
+
+def test_safetensors_keep_file_order_and_widen_16_bit_floats(tmp_path: Path) -> None:
+    """bfloat16, which NumPy lacks, is read too; order is that of the data."""
+    header = {
+        "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [0, 4]},
+        "a": {"dtype": "F16", "shape": [2], "data_offsets": [4, 8]},
+        "c": {"dtype": "I64", "shape": [], "data_offsets": [8, 16]},
+    }
+    body = np.array([0x3F80, 0xC000], "<u2").tobytes() + np.array([0.5, 2], "<f2").tobytes() + struct.pack("<q", -5)
+    path = safetensors_file(tmp_path, header, body)
+    read = checkpoint.read(path)
+    assert list(read) == ["b", "a", "c"]
+    assert np.array_equal(read["b"], np.array([[1.0], [-2.0]], np.float32))
+    assert read["a"].dtype == np.float32
+    assert read["c"] == -5
+
+
+def safetensors_file(folder: Path, header: object, body: bytes) -> Path:
+    text = json.dumps(header).encode()
+    path = folder / "w.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+# ── hostile pickles ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Runs:
+    """Unpickling this runs a command."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return self.call  # type: ignore[return-value]
+
+
+def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
+    """Pickle → what the refusal must say."""
+    command = f"touch {marker}"
+    return {
+        "os.system": (pickle.dumps(Runs(os.system, command), 2), "posix.system"),
+        "eval": (pickle.dumps(Runs(eval, f"open({str(marker)!r}, 'w')"), 2), "__builtin__.eval"),
+        "protocol 4": (pickle.dumps(Runs(eval, f"open({str(marker)!r}, 'w')"), 4), "builtins.eval"),
+        "among tensors": (
+            b"\x80\x02}(" + pth_files.text("a") + pth_files.tensor("0", ARRAYS["a.weight"], legacy=True)
+            + pth_files.text("b") + pickle.dumps(Runs(os.system, command), 2)[2:-1] + b"u.",
+            "posix.system",
+        ),
+        "dotted name": (b"\x80\x04\x8c\x0ctorch._utils\x8c\x1e_rebuild_tensor_v2.__globals__\x93.", "_rebuild_tensor_v2.__globals__"),
+        "torch.load": (b"\x80\x02ctorch\nload\n(X\x01\x00\x00\x00atR.", "torch.load"),
+        "OrderedDict of another module": (b"\x80\x02ccollections\nabc.OrderedDict\n)R.", "collections.abc.OrderedDict"),
+        "INST": (b"\x80\x02(S'" + command.encode() + b"'\nios\nsystem\n.", "opcode INST"),
+        "OBJ": (b"\x80\x02(cposix\nsystem\n.", "posix.system"),
+        "NEWOBJ": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
+        "EXT1": (b"\x80\x02\x82\x01.", "opcode EXT1"),
+        "PERSID": (b"\x80\x02Pfoo\n.", "opcode PERSID"),
+        "BUILD on a name": (b"\x80\x02ccollections\nOrderedDict\n}b.", "wants a dict"),
+        "calls a storage type": (b"\x80\x02ctorch\nFloatStorage\n(K\x01tR.", "torch.FloatStorage"),
+        "calls a number": (b"\x80\x02K\x01)R.", "calls a value of type int"),
+        "a path as storage": (
+            b"\x80\x02}" + pth_files.text("a") + pth_files.tensor("../../etc/passwd", ARRAYS["a.weight"], legacy=True) + b"s.",
+            "'../../etc/passwd', which is not a number",
+        ),
+        "not a storage outside": (b"\x80\x02(X\x06\x00\x00\x00moduletQ.", "not a storage"),
+    }  # fmt: skip
+
+
+HOSTILE = sorted(hostile(Path("marker")))
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_pickle_that_would_run_something_is_refused_by_name(case: str, form: str, tmp_path: Path) -> None:
+    """Nothing runs, nothing is written, and the message names what was refused and says what to do."""
+    marker = tmp_path / "ran"
+    program, named = hostile(marker)[case]
+    path = WRITERS[form](tmp_path / "w.pth", ARRAYS, program)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read(path)
+    assert named in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "Get the file again from its publisher" in str(caught.value)
+    assert os.listdir(tmp_path) == ["w.pth"]  # noqa: PTH208
+
+
+def bombs() -> dict[str, bytes]:
+    """Pickles of few bytes that would take memory or time without end."""
+    huge = 2**62
+    weight = ARRAYS["a.weight"]
+
+    def one(tensor: bytes) -> bytes:
+        return b"\x80\x02}" + pth_files.text("a") + tensor + b"s."
+
+    doubling = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(100))
+    return {
+        "memo index": b"\x80\x02Nr\xff\xff\xff\xff.",
+        "BINBYTES8": b"\x80\x04\x8e" + struct.pack("<Q", huge) + b".",
+        "BINUNICODE": b"\x80\x02X\xff\xff\xff\x7fabc.",
+        "BYTEARRAY8": b"\x80\x05\x96" + struct.pack("<Q", huge) + b".",
+        "FRAME": b"\x80\x04\x95" + struct.pack("<Q", huge) + b"N.",
+        "LONG4": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        "huge storage": one(pth_files.tensor("0", weight, legacy=True, count=huge)),
+        "huge shape": one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))),
+        "stretched": one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))),
+        "empty but endless": one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))),
+        "key of doubling tuples": b"\x80\x02})q\x00" + doubling + b"Ns.",
+        "doubling tuples": b"\x80\x02)q\x00" + doubling + b".",
+        "many opcodes": b"\x80\x02" + b"N" * 2_000_000 + b".",
+        "nested": b"\x80\x02" + b"(" * 500_000 + b"l" * 500_000 + b".",
+        "endless": b"\x80\x02" + b"N0" * 9_000_000,
+        "same tensor many times": (
+            b"\x80\x02}("
+            + b"".join(pth_files.text(f"a{i}") + pth_files.tensor("0", np.zeros(10_000, np.float32), legacy=True) for i in range(500))
+            + b"u."
+        ),
+    }
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("case", sorted(bombs()))
+def test_a_pickle_that_allocates_without_end_is_refused(case: str, form: str, tmp_path: Path) -> None:
+    """Within seconds and 300 MB: lengths are checked against the file, shapes against storages, the program against its budget."""
+    arrays = {"a": np.zeros(10_000, np.float32)} if case.startswith("same") else ARRAYS
+    path = WRITERS[form](tmp_path / "w.pth", arrays, bombs()[case])
+    start = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            checkpoint.read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 300_000_000
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ({"shape": (13,)}, "does not fit into its storage 0 of 12 elements"),
+        ({"offset": 1}, "does not fit"),
+        ({"shape": (2, 2), "stride": (11, 1)}, "does not fit"),
+        ({"shape": (3, 4), "stride": (-4, 1)}, "impossible shape"),
+        ({"offset": -1}, "impossible shape"),
+        ({"shape": (3,), "stride": (1, 1)}, "impossible shape"),
+        ({"count": 11}, "11"),
+    ],
+)
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_view_that_leaves_its_storage_is_refused(form: str, lie: dict, message: str, tmp_path: Path) -> None:
+    """Offsets, shapes and strides are checked before memory is touched."""
+    program = b"\x80\x02}" + pth_files.text("a") + pth_files.tensor("0", ARRAYS["a.weight"], legacy=True, **lie) + b"s."
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(WRITERS[form](tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program))
+
+
+# ── damaged and foreign files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def repack(path: Path, change: dict[str, bytes | None], names: dict[str, str] | None = None, **options: int) -> Path:
+    """Write a zip again with members replaced, removed (None), added or renamed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members |= {name: data for name, data in change.items() if data is not None}
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, data in members.items():
+            if name not in change or change[name] is not None:
+                archive.writestr((names or {}).get(name, name), data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "archive/../../outside", "..\\outside", "C:/outside"])
+def test_a_zip_with_a_path_leading_out_is_refused(name: str, tmp_path: Path) -> None:
+    """Nothing is extracted anyway; the file is refused all the same, and nothing is written."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = repack(pth_files.write_zip(folder / "w.pth", ARRAYS), {name: b"x"})
+    with pytest.raises(CheckpointError, match="leads out of the archive"):
+        checkpoint.read(path)
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "w.pth"]
+
+
+def test_odd_zips_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """Compressed, incomplete, foreign, big-endian, wrongly sized, twice the same name."""
+
+    def refused(match: str) -> None:
+        with pytest.raises(CheckpointError, match=match):
+            checkpoint.read(tmp_path / "w.pth")
+
+    def fresh() -> Path:
+        return pth_files.write_zip(tmp_path / "w.pth", ARRAYS)
+
+    repack(fresh(), {}, compression=zipfile.ZIP_DEFLATED)
+    refused("is compressed")
+    repack(fresh(), {"archive/data/0": None})
+    refused("archive/data/0 is missing")
+    repack(fresh(), {"archive/data/0": b"1234"})
+    refused("archive/data/0 has 4 bytes, the pickle says 48")
+    repack(fresh(), {"archive/data.pkl": None})
+    refused("not one made by torch.save")
+    repack(fresh(), {"archive/byteorder": b"big"})
+    refused("big")
+    with pytest.warns(UserWarning, match="Duplicate"):
+        repack(fresh(), {}, {"archive/version": "archive/data/0"})
+    refused("is there twice")
+    data = bytearray(fresh().read_bytes())
+    at = data.index(ARRAYS["a.weight"].tobytes())
+    data[at + 5] ^= 1
+    (tmp_path / "w.pth").write_bytes(data)
+    refused("archive/data/0 is damaged")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"<!DOCTYPE html><html>", "this is a web page"),
+        (b"\x80\x02}q\x00.", "bare pickle"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\0\0\0", "neither .safetensors nor .pth: it begins with 89 50 4e 47"),
+        (b"PK\x03\x04", "damaged zip"),
+        (pth_files.LEGACY_MAGIC, "damaged"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "safetensors"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    """The message says what the file looks like."""
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read(tmp_path / "w.pth")
+
+
+def test_a_file_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+    """Missing files and folders are no tracebacks."""
+    with pytest.raises(CheckpointError, match=r"No such file or directory\. Check the path"):
+        checkpoint.read(tmp_path / "missing.pth")
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        checkpoint.read(tmp_path)
+
+
+def test_what_is_not_a_tensor_is_named(tmp_path: Path) -> None:
+    """A mapping with something else in it, or no mapping at all, is refused with its key and type."""
+    path = pth_files.write_zip(tmp_path / "w.pth", {}, b"\x80\x02}" + pth_files.text("lr") + b"K\x01s.")
+    with pytest.raises(CheckpointError, match="entry 'lr' is a value of type int, not a tensor"):
+        checkpoint.read(path)
+    path = pth_files.write_zip(tmp_path / "w.pth", {}, b"\x80\x02]K\x01a.")
+    with pytest.raises(CheckpointError, match="holds a value of type list"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("form", [*WRITERS, "safetensors"])
+def test_a_file_cut_anywhere_is_one_clear_error(form: str, tmp_path: Path) -> None:
+    """Every length shorter than the whole is a CheckpointError, never an answer and never another exception."""
+    path = tmp_path / "w.pth"
+    save_file(ARRAYS, path) if form == "safetensors" else WRITERS[form](path, ARRAYS)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            checkpoint.read(path)
+
+
+SEEDS = [path.read_bytes() for path in sorted(FIXTURES.glob("*.pth"))]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(which=st.sampled_from(range(len(SEEDS))), seed=st.integers(0, 2**32), changes=st.integers(1, 12))
+def test_damaged_bytes_never_raise_anything_else(which: int, seed: int, changes: int, tmp_path: Path) -> None:
+    """Bytes flipped at random give tensors or a CheckpointError."""
+    data = bytearray(SEEDS[which])
+    chooser = random.Random(seed)
+    for _ in range(changes):
+        data[chooser.randrange(len(data))] = chooser.choice([0, 1, 127, 128, 255, chooser.randrange(256)])
+    path = tmp_path / "w.pth"
+    path.write_bytes(data)
+    try:
+        arrays = checkpoint.read(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert sum(array.nbytes for array in arrays.values()) <= 8 * len(data)

