@@ -9,12 +9,13 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from imagemill.errors import ImagemillError
+from imagemill.errors import ImagemillError, Interrupted
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A mistake of the user's is one line on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parser = _parser()
-        parsed = parser.parse_args(arguments)
+        parsed = _parser().parse_args(arguments)
+        with contextlib.suppress(ValueError):  # not the main thread: the signal stays its owner's
+            signal.signal(signal.SIGTERM, _terminated)
         code: int = parsed.call(parsed)
         sys.stdout.flush()
     except ImagemillError as error:
@@ -60,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    """SIGTERM outside the launcher's loop, which has a handler of its own."""
+    raise Interrupted("terminated before anything was lost. Repeat the command to resume.", 128 + number)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from imagemill import errors, noteboard, wire
+from imagemill import child, errors, noteboard, wire
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
 from imagemill.layout import JobPaths
 from imagemill.noteboard import Noteboard
@@ -105,6 +105,7 @@ class Launcher:
         grace_s: how long a SIGTERM or SIGINT waits for the shards in hand.
         on_tick: called some times a second with how far things are.
         on_receipt: called for each commit; may raise to end the job.
+        say: takes a line for the user.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Launcher:
         grace_s: float = 20.0,
         on_tick: Callable[[Progress], None] = lambda _: None,
         on_receipt: Callable[[Receipt], None] = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._job = job
         self._devices = devices
@@ -130,6 +132,7 @@ class Launcher:
         self._grace_s = grace_s
         self._on_tick = on_tick
         self._on_receipt = on_receipt
+        self._say = say
         self._workers: list[_Worker] = []
         self._failed_starts = 0
         self._deaths_since_commit = 0
@@ -156,7 +159,8 @@ class Launcher:
                     if self._signals:
                         self._stop_gracefully()
                         break
-                self._end_workers()
+                if not self._remaining:
+                    self._end_workers()
             finally:
                 self._kill_workers()
         self._outcome.seconds = max(0.0, self._last_commit - self._first_lease)
@@ -312,7 +316,7 @@ class Launcher:
         command = [sys.executable, "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
         with self._paths.device_log(device.name).open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=_environment()
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
             )
         theirs.close()
         ours.send(wire.Begin(self._job, device))
@@ -362,7 +366,9 @@ class Launcher:
 
     def _stop_gracefully(self) -> None:
         """Lease nothing more; wait for the shards in hand until the grace is over or a second signal comes."""
-        _log.warning("%s: finishing the shards in hand, %g s at most", signal.Signals(self._signals[0]).name, self._grace_s)
+        name = signal.Signals(self._signals[0]).name
+        _log.warning("%s: finishing the shards in hand, %g s at most", name, self._grace_s)
+        self._say(f"{name}: finishing the shards in hand, {self._grace_s:g} s at most; a second signal drops them")
         deadline = time.monotonic() + self._grace_s
         while any(worker.leases for worker in self._workers) and time.monotonic() < deadline and len(self._signals) == 1:
             if not self._could_finish(deadline - time.monotonic()):
@@ -397,13 +403,6 @@ class Launcher:
             since_first_lease_s=time.monotonic() - self._first_lease if self._first_lease else 0.0,
             ready=sum(worker.ready for worker in self._workers),
         )
-
-
-def _environment() -> dict[str, str]:
-    """The worker's environment: ours, with this package importable and numeric libraries kept from starting threads of their own."""
-    package_home = str(Path(__file__).resolve().parents[1])
-    paths = [package_home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
 def _tail(path: Path) -> str:

@@ -154,6 +154,7 @@ def _carry_out(settings: Settings, frozen: Frozen, paths: JobPaths, chosen: Sequ
                 groups=frozen.groups,
                 grace_s=settings.grace_s,
                 on_tick=tick,
+                say=watcher.say,
                 on_receipt=_bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done),
             )
             outcome = launcher.run()

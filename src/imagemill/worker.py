@@ -6,7 +6,6 @@ Started by the launcher as `python -m imagemill.worker SOCKET NOTEBOARD LAUNCHER
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -17,21 +16,19 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
 
-from imagemill import errors, wire
+from imagemill import child, errors, wire
 from imagemill.errors import ImagemillError
 from imagemill.noteboard import Noteboard
 from imagemill.records import Lease
 
 _log = logging.getLogger("imagemill.worker")
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
     """Run one worker until the launcher stops it, or is gone."""
     socket, notes, launcher = (int(argument) for argument in sys.argv[1:4])
-    _end_with(launcher)
+    child.end_with(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -58,9 +55,7 @@ def main() -> int:
 def _work(connection: Connection, board: Noteboard) -> int:
     begin = connection.recv()
     assert isinstance(begin, wire.Begin)
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, begin.device.cores)
+    child.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     from imagemill.images.feed import Feed
     from imagemill.sessions import open_session
@@ -139,15 +134,6 @@ def _decoder_versions() -> dict[str, str]:
         "pillow": PIL.__version__,
         "simplejpeg": str(getattr(simplejpeg, "__version__", "")),
     }
-
-
-def _end_with(launcher: int) -> None:
-    """Have the kernel kill this process when the launcher dies (Linux); elsewhere the closed socket ends it at its next message."""
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != launcher:
-            os._exit(1)
 
 
 if __name__ == "__main__":

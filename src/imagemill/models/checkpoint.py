@@ -14,6 +14,7 @@ has a budget of bytes and opcodes.
 
 from __future__ import annotations
 
+import errno
 import io
 import pickletools
 import re
@@ -119,6 +120,8 @@ def read(path: Path) -> dict[str, Array]:
     except _Refused as reason:
         raise CheckpointError(f"{path}: {reason}. Nothing in it was run. Get the file again from its publisher.") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a seek to before the first byte, which only a damaged zip asks for
+            raise CheckpointError(f"{path}: damaged ({error}). Nothing in it was run. Get the file again from its publisher.") from error
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check the path given with --from.") from error
     except MemoryError as error:
         raise CheckpointError(f"{path}: its tensors do not fit into memory. Use a machine with more, or a smaller model.") from error

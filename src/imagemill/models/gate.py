@@ -1,0 +1,132 @@
+"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on pictures that its calibration did not see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill.records import Scores
+
+ENOUGH: Final = 1_000
+"""Held-out pictures that a verdict needs."""
+BAR: Final = 0.95
+"""What the lower bound of the 95 % Wilson interval of the agreement must reach."""
+SURE: Final = 0.1
+"""fp32 is sure of a picture where its two largest probabilities are further apart than this."""
+TOO_FEW: Final = "too few pictures"
+"""How the reason of such a verdict starts."""
+_Z95: Final = 1.959963984540054
+"""The normal distribution's 97.5 % quantile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate found."""
+
+    pictures: int
+    agreement: float
+    """Share of the pictures whose top-1 is fp32's; 0 without pictures."""
+    wilson_low: float
+    """Of the agreement's 95 % interval."""
+    wilson_high: float
+    sure: int
+    """Pictures of which fp32 was sure, see `SURE`."""
+    flips_where_sure: int
+    """How many of these have another top-1."""
+    mean_probability_difference: float
+    """Mean over the pictures of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and as the candidate does."""
+    accepted: bool
+    reason: str
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share.
+
+    E. B. Wilson: Probable inference, the law of succession, and statistical inference, JASA 22 (1927). Without trials it is (0, 1).
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials")
+    if trials == 0:
+        return 0.0, 1.0
+    share, z2 = successes / trials, _Z95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z95 / (1 + z2 / trials) * sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    # At the ends the interval touches 0 or 1; rounding must not take it past the share itself.
+    return (0.0 if successes == 0 else min(share, centre - half)), (1.0 if successes == trials else max(share, centre + half))
+
+
+def probabilities(logits: NDArray[Any], scores: Scores) -> NDArray[np.float64]:
+    """Turn a model's scores into probabilities, float64 (n, classes)."""
+    values = np.asarray(logits, np.float64)
+    if scores is Scores.SOFTMAX:
+        return values  # the model's last layer has made them probabilities already
+    if scores is Scores.SIGMOID:
+        return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))
+    powers = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS) -> Verdict:
+    """Judge a candidate by fp32's answers to the same pictures.
+
+    Args:
+        reference: fp32's scores, (n, classes), row by row of the same pictures as the candidate's; n may be 0.
+        candidate: the faster precision's. A row that is not finite counts as another answer, and refuses the candidate.
+        scores: what the numbers are.
+
+    Raises:
+        ValueError: the shapes differ or are not (n, classes), or the reference holds NaN or infinity.
+    """
+    if reference.ndim != 2 or reference.shape != candidate.shape or reference.shape[1] < 1:
+        raise ValueError(f"reference {reference.shape} and candidate {candidate.shape} must be one shape, (pictures, classes)")
+    if not np.isfinite(reference).all():
+        raise ValueError("the reference holds NaN or infinity")
+    pictures, classes = reference.shape
+    if pictures == 0:
+        return Verdict(0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed")
+    finite = np.isfinite(candidate).all(axis=1)
+    rows = np.arange(pictures)
+    top = reference.argmax(axis=1)  # ties by class id, as in the results
+    same = finite & (np.where(finite[:, None], candidate, 0).argmax(axis=1) == top)
+    before = probabilities(reference, scores)
+    after = probabilities(np.where(finite[:, None], candidate, 0), scores)
+    sure = np.zeros(pictures, bool)
+    if classes > 1:
+        two = np.partition(before, classes - 2, axis=1)[:, -2:]
+        sure = two[:, 1] - two[:, 0] > SURE
+    difference = np.where(finite, np.abs(before[rows, top] - after[rows, top]), 1.0)
+    agreed = int(same.sum())
+    low, high = wilson(agreed, pictures)
+    strange = pictures - int(finite.sum())
+    if strange:
+        accepted, reason = False, f"NaN or infinity in the answers to {strange:,} of {pictures:,} pictures"
+    elif pictures < ENOUGH:
+        accepted, reason = False, f"{TOO_FEW}: {pictures:,} held out, {ENOUGH:,} are needed"
+    elif low < BAR:
+        accepted, reason = False, f"the lower bound of its agreement with fp32, {low:.4f}, is below {BAR}"
+    else:
+        accepted, reason = True, f"the lower bound of its agreement with fp32, {low:.4f}, reaches {BAR}"
+    return Verdict(
+        pictures=pictures,
+        agreement=agreed / pictures,
+        wilson_low=low,
+        wilson_high=high,
+        sure=int(sure.sum()),
+        flips_where_sure=int((sure & ~same).sum()),
+        mean_probability_difference=float(difference.mean()),
+        accepted=accepted,
+        reason=reason,
+    )
+
+
+def told(verdict: Verdict) -> str:
+    """A verdict's figures, in one line for people."""
+    return (
+        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.pictures:,} held-out pictures "
+        f"(95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}), {verdict.flips_where_sure:,} flips among the "
+        f"{verdict.sure:,} where fp32 was sure, mean probability difference {verdict.mean_probability_difference:.4f}"
+    )

@@ -1,0 +1,320 @@
+"""int8 variants of a bundle: made by NNCF's post-training quantisation, kept beside the model, described in its card.
+
+    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so a .xml is never without its weights
+    DIR/card.json                notes.variants.int8: file, key, calibration, verdict, …
+
+Constants are folded before quantising: the shape arithmetic around the weights of grouped convolutions otherwise keeps all of them in
+fp32, 29 % of the time of resnext101_32x4d (docs/performance.md). `kernels` shows what runs in int8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill import layout
+from imagemill.errors import ModelError, OutputError
+from imagemill.models import bundle as bundles
+from imagemill.records import Bundle
+
+VARIANTS: Final = "variants"
+"""Key in a card's notes: precision → what is known of it."""
+_LAYERS: Final = ("Convolution", "GroupConvolution", "MatMul")
+_FQ_INPUTS: Final = 5
+_STEPS_TO_FQ: Final = 4
+"""NNCF may put a quantiser above a pooling, reshaping or transposing layer instead of right before the convolution."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How to quantise."""
+
+    preset: str = "performance"
+    """`performance`: symmetric everywhere; `mixed`: asymmetric activations."""
+    ignored: tuple[str, ...] = ()
+    """Layers, by name, that stay in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What one layer ran as."""
+
+    layer: str
+    type: str
+    """`Convolution`, `GroupConvolution`, …"""
+    kernel: str
+    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision."""
+
+
+def _libraries() -> tuple[Any, Any]:
+    """Import OpenVINO and NNCF with telemetry off: both would otherwise send events when imported, and NNCF for each call."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    return openvino, nncf
+
+
+def _openvino() -> Any:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a variant; nothing is imported for it."""
+    found = {}
+    for name in ("openvino", "nncf"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def key(model_sha256: str, calibration: str, scheme: Scheme) -> str:
+    """Name a variant by what decides it: the model, the calibration set's identity, the scheme, and the libraries' versions."""
+    values = [model_sha256, calibration, scheme.preset, list(scheme.ignored), sorted(versions().items())]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def quantize(
+    model_file: Path,
+    pixels: Iterable[NDArray[np.uint8]],
+    subset_size: int,
+    *,
+    preset: str = "performance",
+    ignored: Sequence[str] = (),
+) -> Any:
+    """Quantise a model to int8.
+
+    Args:
+        model_file: ONNX; uint8 (n, H, W, 3) goes in, normalisation included.
+        pixels: calibration pictures, uint8 (1, H, W, 3) each; walked over more than once.
+        subset_size: how many of them to use at most.
+        preset: `performance` or `mixed`.
+        ignored: names of layers to leave in fp32.
+
+    Returns:
+        an `openvino.Model` with the same input and outputs; the batch is open.
+
+    Raises:
+        ModelError: there is no picture, or the model cannot be read or quantised.
+    """
+    ov, nncf = _libraries()
+    items = list(pixels)[:subset_size]
+    if not items:
+        raise ModelError(f"{model_file} cannot be quantised without pictures to calibrate on. Give a source that holds readable pictures.")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws progress bars there
+            model = ov.convert_model(str(model_file), input=list(items[0].shape))
+            name = next(iter(model.input(0).get_names()))
+            quantised = nncf.quantize(
+                model,
+                nncf.Dataset(items),
+                subset_size=len(items),
+                preset=nncf.QuantizationPreset(preset),
+                ignored_scope=nncf.IgnoredScope(names=list(ignored)) if ignored else None,
+            )
+        quantised.reshape({name: [-1, *items[0].shape[1:]]})
+    except Exception as error:  # NNCF raises whatever it meets
+        raise ModelError(f"{model_file} cannot be quantised: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}") from error
+    return quantised
+
+
+def save(model: Any, folder: Path, name: str) -> Path:
+    """Write a model as `name.xml` and `name.bin`; each appears whole, the .xml last. Returns the path of the .xml.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
+    ov = _openvino()
+    target = folder / f"{name}.xml"
+    temporary = folder / f".{name}.{os.getpid()}.tmp.xml"
+    try:
+        ov.save_model(model, str(temporary), compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):
+            written = temporary.with_suffix(suffix)
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+            written.replace(target.with_suffix(suffix))
+        layout.sync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+        raise ModelError(f"{target} cannot be written: {reason}. Make room or rights there, or use --precision fp32.") from error
+    finally:
+        for suffix in (".bin", ".xml"):
+            with contextlib.suppress(OSError):
+                temporary.with_suffix(suffix).unlink(missing_ok=True)
+    return target
+
+
+def remove(model_file: Path) -> None:
+    """Remove a variant's files, the .xml first."""
+    for suffix in (".xml", ".bin"):
+        model_file.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def digest(model_file: Path) -> str:
+    """Return one sha256 over a variant's .xml and .bin, in hexadecimal."""
+    sums = [bundles.sha256(model_file.with_suffix(suffix)) for suffix in (".xml", ".bin")]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def layers(model_file: Path) -> tuple[str, ...]:
+    """Names of the convolutions and matrix products of a model, ONNX or IR, in order."""
+    model = _openvino().Core().read_model(str(model_file))
+    return tuple(node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in _LAYERS and not _is_weight(node))
+
+
+def _is_weight(node: Any) -> bool:
+    return bool(node.get_type_name() == "MatMul" and all(port.get_source_output().get_node().get_type_name() == "Constant" for port in node.inputs()))
+
+
+def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
+    """Run a model once and tell which kernel each convolution ran as.
+
+    Args:
+        model: a file or an `openvino.Model` (which is left with a fixed batch).
+        batch_size: pictures in the run.
+    """
+    ov = _openvino()
+    core = ov.Core()
+    found = core.read_model(str(model)) if isinstance(model, Path) else model
+    entry = found.input(0)
+    shape = [batch_size, *(int(side.get_length()) for side in list(entry.get_partial_shape())[1:])]
+    found.reshape({next(iter(entry.get_names())): shape})
+    request = core.compile_model(found, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request.infer([np.zeros(shape, np.uint8)])
+    return tuple(
+        Kernel(item.node_name, item.node_type, item.exec_type) for item in request.profiling_info if item.node_type.endswith("Convolution")
+    )
+
+
+def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
+    """Rank layers by how much of their input the quantiser before them destroys, the worst first.
+
+    Of every channel the quantiser's error is set against the channel's own power, and the mean over the channels is taken: one loud channel
+    that makes the step too coarse for all the others shows, though it hides them in the sum.
+
+    Args:
+        model_file: the model in fp32.
+        quantised_file: what `quantize` made of it.
+        pixels: a few pictures, uint8 (1, H, W, 3) each.
+
+    Returns:
+        name and mean noise-to-signal ratio, of the layers whose input is quantised.
+    """
+    ov = _openvino()
+    core = ov.Core()
+    model = ov.convert_model(str(model_file), input=list(pixels[0].shape))
+    here = {node.get_friendly_name(): node for node in model.get_ops()}
+    measured: list[tuple[str, Any, list[NDArray[Any]]]] = []
+    for node in core.read_model(str(quantised_file)).get_ordered_ops():
+        if node.get_type_name() not in _LAYERS or (found := _quantiser_of(node)) is None:
+            continue
+        source = found.input(0).get_source_output()
+        twin = here.get(source.get_node().get_friendly_name())
+        constants = [found.input(place).get_source_output().get_node() for place in range(1, _FQ_INPUTS)]
+        if twin is not None and twin.get_output_size() == 1 and all(node.get_type_name() == "Constant" for node in constants):
+            levels = int(found.get_attributes()["levels"])
+            measured.append((node.get_friendly_name(), twin, [levels, *(constant.data for constant in constants)]))
+    # One output a tensor, though several layers may read it.
+    tensors = {twin.get_friendly_name(): twin for _, twin, _ in measured}
+    probe = ov.Model([ov.opset13.result(twin.output(0)) for twin in tensors.values()], model.get_parameters(), "probe")
+    compiled = core.compile_model(probe, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    sums = {name: 0.0 for name, _, _ in measured}
+    for item in pixels:
+        outputs = compiled(item)
+        values = {name: outputs[place] for place, name in enumerate(tensors)}
+        for name, twin, ranges in measured:
+            sums[name] += _noise(values[twin.get_friendly_name()], ranges)
+    return sorted(((name, total / len(pixels)) for name, total in sums.items()), key=lambda pair: -pair[1])
+
+
+def _quantiser_of(node: Any) -> Any | None:
+    """The FakeQuantize that a layer's first input comes from, or None."""
+    for _ in range(_STEPS_TO_FQ):
+        node = node.input(0).get_source_output().get_node()
+        if node.get_type_name() == "FakeQuantize":
+            return node
+        if node.get_type_name() in ("Parameter", "Constant", *_LAYERS):
+            return None
+    return None
+
+
+def _noise(values: NDArray[Any], ranges: Sequence[Any]) -> float:
+    """Mean over channels (axis 1) of the quantisation error's power by the channel's; FakeQuantize as OpenVINO defines it."""
+    levels, low, high, out_low, out_high = ranges
+    x = values.astype(np.float64)
+    steps = np.round((np.clip(x, low, high) - low) / np.maximum(high - low, 1e-30) * (levels - 1))
+    error = steps / (levels - 1) * (out_high - out_low) + out_low - x
+    axes = tuple(axis for axis in range(x.ndim) if axis != 1) if x.ndim > 1 else ()
+    power = (x**2).sum(axis=axes)
+    heard = power > 0
+    return float(((error**2).sum(axis=axes)[heard] / power[heard]).mean()) if heard.any() else 0.0
+
+
+# ── what the card knows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def variants(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """What the card says of faster precisions: precision → record. Damaged entries are left out."""
+    kept = bundle.card.notes.get(VARIANTS)
+    return {str(name): dict(record) for name, record in kept.items() if isinstance(record, Mapping)} if isinstance(kept, Mapping) else {}
+
+
+def variant_file(bundle: Bundle, record: Mapping[str, Any]) -> Path | None:
+    """The file of an int8 record if it is there, whole and unchanged; else None."""
+    name = record.get("file")
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".xml"):
+        return None
+    file = bundle.dir / name
+    try:
+        return file if digest(file) == record.get("sha256") else None
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a bundle against others that would quantise it; they wait. The kernel lets go of it however this process ends."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder.") from error
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks: then the last to finish wins
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def note(bundle: Bundle, records: Mapping[str, Mapping[str, Any]]) -> Bundle:
+    """Put what was found about precisions into the card, beside what it holds already; the card appears whole.
+
+    Raises:
+        ModelError: the card cannot be read or written.
+    """
+    now = bundles.load(bundle.dir)
+    card = replace(now.card, notes={**now.card.notes, VARIANTS: {**variants(now), **records}})
+    try:
+        layout.write_whole(bundle.dir / bundles.CARD, bundles.card_json(card).encode())
+    except OutputError as error:
+        raise ModelError(f"{bundle.dir / bundles.CARD} cannot be written. Make room or rights there, or use --precision fp32.") from error
+    return Bundle(bundle.dir, card)
