@@ -9,16 +9,19 @@ PATH   := $(BIN):$(PATH)
 export PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-large check format bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BASE)  ## install imagemill and classify the pictures that ship with it
 	$(BIN)/imagemill demo
 
 test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest
+
+test-large: $(DEV)  ## the tests that take gigabytes or many minutes
+	$(BIN)/python -m pytest -m large
 
 check: $(DEV)  ## exactly what CI runs: lint, format, types, import directions, tests
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import trustme
 
 from imagemill.errors import DownloadError, UsageError
 from imagemill.models import download
@@ -27,6 +29,7 @@ class Server:
         self.script: list[Callable[[Handler], None]] = [serve()]
         self.requests: list[dict[str, str]] = []
         self.release = threading.Event()
+        self.authority: trustme.CA
         outer = self
 
         class Bound(Handler):
@@ -38,6 +41,11 @@ class Server:
         self.url = f"http://127.0.0.1:{self._httpd.server_address[1]}/weights.bin"
         self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
+
+    def wrap(self, context: ssl.SSLContext) -> None:
+        """Speak TLS from now on."""
+        self._httpd.socket = context.wrap_socket(self._httpd.socket, server_side=True)
+        self.url = self.url.replace("http:", "https:")
 
     def close(self) -> None:
         self.release.set()
@@ -276,3 +284,45 @@ def test_a_full_disk_is_named_as_such(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DownloadError, match="cannot be written: "):
         download.fetch(server.url, tmp_path / "file" / "w", patience=QUICK)
+
+
+@pytest.fixture
+def tls_server(server: Server) -> Server:
+    """The same server speaking TLS, its certificate signed by an authority made for this test."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.authority = trustme.CA()
+    server.authority.issue_cert("127.0.0.1").configure_cert(context)
+    server.wrap(context)
+    return server
+
+
+def test_an_unknown_certificate_is_refused(tls_server: Server, tmp_path: Path) -> None:
+    """TLS certificates are checked: a server nobody vouches for sends nothing that is kept."""
+    with pytest.raises(DownloadError, match="certificate"):
+        download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK)
+    assert tls_server.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trusted_certificate_is_accepted(tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other side of the check above: with its authority trusted, the same server is downloaded from."""
+    with tls_server.authority.cert_pem.tempfile() as trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", trusted)
+        assert download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK) == DIGEST
+
+
+def test_a_redirect_from_https_to_http_is_refused(tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that began under TLS does not go on without it."""
+
+    def redirect(handler: Handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", "http://127.0.0.1:9/weights.bin")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    tls_server.script = [redirect]
+    with tls_server.authority.cert_pem.tempfile() as trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", trusted)
+        with pytest.raises(DownloadError, match="from https to http"):
+            download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK)
+    assert not (tmp_path / "weights.bin").exists()

@@ -22,7 +22,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
-from imagemill import child, errors, noteboard, wire
+from imagemill import child, errors, layout, noteboard, wire
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
 from imagemill.layout import JobPaths
 from imagemill.noteboard import Noteboard
@@ -254,13 +253,13 @@ class Launcher:
         code = self._reap(worker)
         name = worker.device.name
         self._outcome.restarts[name] += 1
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         _log.warning("%s (pid %d) died of %s, %d shards in hand", name, worker.process.pid, how, len(worker.leases))
         self._earlier_clocks[name] = self._clock_of(name)
-        if worker.ready:
-            self._deaths_since_commit += 1
-        else:
+        if not worker.ready:
             self._failed_starts += 1
+        elif not worker.timed_out:  # that kind of death is progress: its picture is never tried that way again
+            self._deaths_since_commit += 1
         if self._failed_starts >= START_TRIES or self._deaths_since_commit >= DEATHS_WITHOUT_COMMIT:
             what = (
                 f"{name} could not start {START_TRIES} times running"
@@ -308,18 +307,23 @@ class Launcher:
 
     def _start(self, device: DeviceSpec, position: int) -> _Worker:
         ours, theirs = Pipe()
-        notes = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker is buried
-        notes.truncate(noteboard.SIZE)
+        notes = noteboard.shared_file()
         board = Noteboard(notes.fileno())
         board.clear()
         fds = (theirs.fileno(), notes.fileno())
-        command = [sys.executable, "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
-        with self._paths.device_log(device.name).open("ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
-            )
+        # -P: no module is taken from the folder that the user happens to be in.
+        command = [sys.executable, "-P", "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
+        log_path = self._paths.device_log(device.name)
+        try:
+            with log_path.open("ab") as log:
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
+                )
+        except OSError as error:
+            raise layout.cannot_write(log_path, error) from error
         theirs.close()
-        ours.send(wire.Begin(self._job, device))
+        with contextlib.suppress(OSError):  # dead already: the next turn of the loop buries it
+            ours.send(wire.Begin(self._job, device))
         return _Worker(device, position, process, ours, notes, board)
 
     def _reap(self, worker: _Worker) -> int:
@@ -335,6 +339,8 @@ class Launcher:
                 worker.connection.send(wire.Stop())
         deadline = time.monotonic() + 2
         for worker in self._workers:
+            if worker.leases:
+                continue  # the grace is over: it would go on with what it has in hand
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
@@ -403,6 +409,13 @@ class Launcher:
             since_first_lease_s=time.monotonic() - self._first_lease if self._first_lease else 0.0,
             ready=sum(worker.ready for worker in self._workers),
         )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
 
 
 def _tail(path: Path) -> str:

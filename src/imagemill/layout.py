@@ -6,7 +6,8 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from imagemill.errors import OutputError
 _PART_PREFIX = "part-"
 _PART_SUFFIX = ".parquet"
 _TEMPORARY_SUFFIX = ".tmp"
+_LOCK_DELAYS_S = (0.01, 0.05, 0.2)
+"""Waits for a lock that `is_locked` may hold for a moment, from another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ class JobPaths:
 
     def ours(self) -> set[str]:
         """Names that a start which was cut short may have left behind."""
-        return {path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)}
+        left = {path.name for path in self.root.glob(f".{self.job.name}.*{_TEMPORARY_SUFFIX}")}
+        return left | {path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)}
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written. Only for the holder of the lock, before workers run."""
@@ -114,8 +118,8 @@ class JobPaths:
                     path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to `path` so that a reader, or a crash, sees all of it or nothing.
+def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
+    """Write `data`, at once or in pieces, to `path` so that a reader, or a crash, sees all of it or nothing.
 
     The temporary file lies beside its goal (one file system), is synced before it gets its name, and the folder is synced after.
 
@@ -125,7 +129,7 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -134,6 +138,15 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -177,14 +190,18 @@ def locked(paths: JobPaths) -> Iterator[None]:
     except OSError as error:
         raise cannot_write(paths.lock, error) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise cannot_write(paths.lock, error) from error
-            raise OutputError(
-                f"{paths.root} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.root}`."
-            ) from error
+        for delay_s in (*_LOCK_DELAYS_S, None):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise cannot_write(paths.lock, error) from error
+                if delay_s is None:
+                    raise OutputError(
+                        f"{paths.root} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.root}`."
+                    ) from error
+                time.sleep(delay_s)
         yield
     finally:
         os.close(handle)

@@ -129,7 +129,7 @@ def close(
         failed.update(record.failed_by_status)
     layout.write_whole(paths.manifest, codec.dumps(Manifest(plan_id, answer_id, parts)))
     tally = Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())))
-    layout.write_whole(paths.failed_list, b"".join(failed_paths(paths, shards, parts, sources)))
+    layout.write_whole(paths.failed_list, failed_paths(paths, shards, parts, sources))
     return tally
 
 

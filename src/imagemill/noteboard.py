@@ -1,18 +1,31 @@
 """Where each decoding thread notes the picture it is at, in memory that the launcher reads even after the worker has died.
 
-One slot per thread: index of the picture (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed).
+One slot per thread: index of the picture (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
+stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no picture with another one's clock.
 """
 
 from __future__ import annotations
 
 import mmap
-import struct
+import os
+import tempfile
 import time
 from dataclasses import dataclass
+from typing import IO
 
 SLOTS = 256
-_SLOT = struct.Struct("<qq")
-SIZE = SLOTS * _SLOT.size
+SIZE = SLOTS * 16
+
+
+def shared_file() -> IO[bytes]:
+    """A file of `SIZE` bytes for a board, in memory where the system can: a full disk must not be met by a write to a mapping (SIGBUS)."""
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("imagemill-noteboard"), "w+b")
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    file.write(bytes(SIZE))
+    file.flush()
+    return file
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +40,7 @@ class Noteboard:
     """A view of the shared file `descriptor`, which holds `SIZE` bytes."""
 
     def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, SIZE)
+        self._words = memoryview(mmap.mmap(descriptor, SIZE)).cast("q")
 
     def clear(self) -> None:
         """Empty every slot."""
@@ -36,13 +49,17 @@ class Noteboard:
 
     def at(self, slot: int, index: int, *, timed: bool = True) -> None:
         """Note that thread `slot` begins the picture `index`."""
-        _SLOT.pack_into(self._memory, slot * _SLOT.size, index, time.monotonic_ns() if timed else 0)
+        self._words[2 * slot + 1] = 0
+        self._words[2 * slot] = index
+        if timed:
+            self._words[2 * slot + 1] = time.monotonic_ns()
 
     def done(self, slot: int) -> None:
         """Note that thread `slot` is at no picture."""
-        _SLOT.pack_into(self._memory, slot * _SLOT.size, -1, 0)
+        self._words[2 * slot + 1] = 0
+        self._words[2 * slot] = -1
 
     def notes(self) -> list[Note]:
         """What the threads are at, or were when they died."""
-        found = (Note(*_SLOT.unpack_from(self._memory, slot * _SLOT.size)) for slot in range(SLOTS))
+        found = (Note(self._words[2 * slot], self._words[2 * slot + 1]) for slot in range(SLOTS))
         return [note for note in found if note.index >= 0]

@@ -106,11 +106,16 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
     shards_in_file = files = index = 0
     group = -1
 
+    def close() -> None:
+        nonlocal writer
+        if writer is not None:
+            writer.close()
+            writer = None
+
     def write_shard(rows: pa.Table) -> None:
         nonlocal writer, shards_in_file, files, index
         if writer is None or shards_in_file == _SHARDS_PER_FILE:
-            if writer is not None:
-                writer.close()
+            close()
             writer = pq.ParquetWriter(folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet", SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
@@ -119,16 +124,14 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         shards_in_file, index = shards_in_file + 1, index + count
 
     try:
-        with pa.memory_map(str(spooled)) as file:
+        with pa.OSFile(str(spooled)) as file:  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
             pending = _SPOOL_SCHEMA.empty_table()
             for run_group, rows in _runs(pa.ipc.open_file(file), by_group=by_group):
                 if run_group != group:
                     if pending.num_rows:
                         write_shard(pending)
                         pending = _SPOOL_SCHEMA.empty_table()
-                    if writer is not None:
-                        writer.close()
-                        writer = None
+                    close()
                     group = run_group
                 pending = pa.concat_tables([pending, rows]).combine_chunks()
                 start = 0
@@ -138,8 +141,9 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
                 pending = pending.slice(start)
             if pending.num_rows:
                 write_shard(pending)
-            if writer is not None:
-                writer.close()
+            close()
+        for path in folder.glob("plan-*.parquet"):
+            layout.sync_file(path)
         layout.sync_folder(folder)
     except OSError as error:
         raise layout.cannot_write(folder, error) from error

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 from imagemill import codec, devices, layout, ledger, plan, sources
-from imagemill.errors import JobMismatchError, OutputError, TooManyBadError, UsageError
+from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.images import DECODER
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
@@ -203,10 +204,16 @@ def _flag(name: str) -> str:
 
 def _refuse_foreign(paths: JobPaths) -> None:
     """Raises: OutputError if the folder holds something that no start of ours has left."""
-    if paths.root.exists() and not paths.root.is_dir():
-        raise OutputError(f"--output {paths.root} is a file. Give a folder.")
-    names = {entry.name for entry in paths.root.iterdir()} if paths.root.is_dir() else set()
-    if foreign := sorted(names - paths.ours()):
+    try:
+        names = {entry.name for entry in paths.root.iterdir()}
+        foreign = sorted(names - paths.ours())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error
+    except OSError as error:
+        raise OutputError(f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output.") from error
+    if foreign:
         raise OutputError(f"--output {paths.root} is not empty and not an imagemill job (it holds {foreign[0]!r}). Give a new folder.")
 
 
@@ -399,7 +406,11 @@ def dry_run(settings: Settings) -> DryRun:
 def _report_finished(frozen: Frozen, paths: JobPaths, summary: Summary, watcher: Watcher) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
     watcher.say(f"finished already: {summary.images:,} pictures in {paths.predictions}")
-    count, names = _new_in_source(frozen, paths)
+    try:
+        count, names = _new_in_source(frozen, paths)
+    except SourceError as error:
+        watcher.say(f"what is new in the source is not known: {error}")
+        count, names = 0, []
     if count:
         more = f" and {count - len(names):,} more" if count > len(names) else ""
         watcher.say(
@@ -596,11 +607,26 @@ def read_summary(paths: JobPaths) -> Summary | None:
         return None
 
 
+class _LogFile(logging.FileHandler):
+    """A log that goes without what it cannot write: a full disk is told once, by what needs it, and ends no job for a line of log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # of opening it
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging calls
+        """Say nothing."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _logging_to:  # noqa: N801 - reads as the verb it is
     """Send this package's log to a file, and nowhere else, for a while."""
 
     def __init__(self, path: Path) -> None:
-        self._handler = logging.FileHandler(path, delay=True)
+        self._handler = _LogFile(path, delay=True)
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def __enter__(self) -> None:

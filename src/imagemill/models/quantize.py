@@ -182,7 +182,10 @@ def layers(model_file: Path) -> tuple[str, ...]:
 
 
 def _is_weight(node: Any) -> bool:
-    return bool(node.get_type_name() == "MatMul" and all(port.get_source_output().get_node().get_type_name() == "Constant" for port in node.inputs()))
+    return bool(
+        node.get_type_name() == "MatMul"
+        and all(port.get_source_output().get_node().get_type_name() == "Constant" for port in node.inputs())
+    )
 
 
 def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
@@ -223,7 +226,7 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
     core = ov.Core()
     model = ov.convert_model(str(model_file), input=list(pixels[0].shape))
     here = {node.get_friendly_name(): node for node in model.get_ops()}
-    measured: list[tuple[str, Any, list[NDArray[Any]]]] = []
+    measured: list[tuple[str, Any, list[Any]]] = []
     for node in core.read_model(str(quantised_file)).get_ordered_ops():
         if node.get_type_name() not in _LAYERS or (found := _quantiser_of(node)) is None:
             continue

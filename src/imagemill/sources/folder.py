@@ -10,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import IO
 
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
@@ -42,7 +43,7 @@ class FolderSource:
             return
         wanted = matcher(filters)
         group = -1
-        for path, size, is_first_of_folder in self._walk(b"", found, (), filters, skipped, wanted):
+        for path, size, is_first_of_folder in self._walk(found, filters, skipped, wanted):
             group += is_first_of_folder
             yield Entry(self._position, path, size, max(group, 0))
 
@@ -51,24 +52,17 @@ class FolderSource:
         return read_file(self._prefix + path if path else self._root, max_bytes)
 
     def _walk(
-        self,
-        folder: bytes,
-        identity: os.stat_result,
-        ancestors: tuple[tuple[int, int], ...],
-        filters: Filters,
-        skipped: Skipped,
-        wanted: Callable[[bytes], bool],
+        self, root: os.stat_result, filters: Filters, skipped: Skipped, wanted: Callable[[bytes], bool]
     ) -> Iterator[tuple[bytes, int, bool]]:
         """Yield (path, size, whether it is the first picture of a folder right below the root), sorted by name in each folder."""
-        ancestors = (*ancestors, (identity.st_dev, identity.st_ino))
-        try:
-            names = _sorted_names(self._prefix + folder if folder else self._root)
-        except OSError as error:
-            where = shown(self._prefix + folder)
-            raise SourceError(
-                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude."
-            ) from error
-        for name in names:
+        levels = [(b"", (root.st_dev, root.st_ino), iter(self._names(b"")))]  # a stack of our own: folders may lie deeper than calls
+        fresh = False
+        while levels:
+            folder, _, names = levels[-1]
+            name = next(names, None)
+            if name is None:
+                levels.pop()
+                continue
             path = folder + b"/" + name if folder else name
             if name.startswith(b"."):
                 skipped.hidden += 1
@@ -78,22 +72,31 @@ class FolderSource:
             except OSError:
                 found = None  # a link that leads nowhere or to itself, or a file gone since: its row will say so
             inside = found is not None and stat.S_ISDIR(found.st_mode)
-            loops = inside and found is not None and (found.st_dev, found.st_ino) in ancestors
             suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
             if suffix in IMAGE_SUFFIXES or (filters.all_files and not inside):
                 if wanted(path):
-                    yield path, found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1, False
+                    yield path, found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1, fresh and len(levels) > 1
+                    fresh = fresh and len(levels) == 1
                 else:
                     skipped.by_filter += 1
             elif not inside:
                 skipped.by_suffix[suffix] += 1
-            if inside and found is not None and not loops:
-                if (found.st_dev, found.st_ino) == self._skip or not wanted(path + b"/"):
-                    continue
-                is_first = not folder
-                for below, size, _ in self._walk(path, found, ancestors, filters, skipped, wanted):
-                    yield below, size, is_first
-                    is_first = False
+            if inside and found is not None:
+                identity = (found.st_dev, found.st_ino)
+                loops = any(identity == above for _, above, _ in levels)
+                if not loops and identity != self._skip and wanted(path + b"/"):
+                    fresh = fresh or len(levels) == 1
+                    levels.append((path, identity, iter(self._names(path))))
+
+    def _names(self, folder: bytes) -> Iterable[bytes]:
+        """The sorted names in a folder. Raises: SourceError."""
+        try:
+            return _sorted_names(self._prefix + folder if folder else self._root)
+        except OSError as error:
+            where = shown(self._prefix + folder)
+            raise SourceError(
+                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude."
+            ) from error
 
 
 def _sorted_names(folder: bytes) -> Iterable[bytes]:
@@ -113,11 +116,12 @@ def _sorted_names(folder: bytes) -> Iterable[bytes]:
     return heapq.merge(*runs)
 
 
-def _names_of(run: object, block_bytes: int = 65_536) -> Iterator[bytes]:
+def _names_of(run: IO[bytes], block_bytes: int = 65_536) -> Iterator[bytes]:
     rest = b""
-    while block := run.read(block_bytes):  # type: ignore[attr-defined]
-        *names, rest = (rest + block).split(b"\0")
-        yield from names
+    with run:
+        while block := run.read(block_bytes):
+            *names, rest = (rest + block).split(b"\0")
+            yield from names
 
 
 def matcher(filters: Filters) -> Callable[[bytes], bool]:

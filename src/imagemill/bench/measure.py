@@ -1,0 +1,294 @@
+"""Measuring: rounds of compute only, decode only and end to end, interleaved, so that they meet the machine in the same state.
+
+Compute only and decode only run the session and the feed that `imagemill run` runs, in processes like its workers; end to end is
+`run` itself, into a temporary folder.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+from imagemill import devices, plan, quantizing
+from imagemill import run as jobs
+from imagemill.bench.crew import Crew
+from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
+from imagemill.bench.verdict import judge
+from imagemill.errors import SourceError, UsageError
+from imagemill.layout import JobPaths
+from imagemill.models import bundle, quantize, registry
+from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
+from imagemill.version import __version__
+
+COMPUTE_S = 2.0
+"""How long one iteration of compute only should take where `--batches-per-step` does not say."""
+END_TO_END_S = 10.0
+"""How long one iteration end to end should take where `--limit` does not say."""
+_MOST_IN_FLIGHT = 256
+_WARM_UP_BATCHES = 4
+_FEWEST_BATCHES, _FEWEST_PICTURES = 8, 64
+_LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
+_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+
+Say = Callable[[str], None]
+
+
+def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
+    """Measure what the settings ask for.
+
+    Args:
+        settings: either `synthetic`, or at least one source.
+        say: takes one line of progress at a time.
+
+    Raises:
+        UsageError: settings that make no sense. DeviceError, ModelError, SourceError: what is asked for is not to be had. WorkerError: a
+        measuring process died.
+    """
+    _check(settings)
+    chosen = devices.resolve(settings.devices or "auto")
+    if settings.synthetic:
+        return _synthetic(settings, chosen, say)
+    with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
+        return _with_sources(settings, chosen, Path(folder), say)
+
+
+def _check(settings: BenchSettings) -> None:
+    if settings.synthetic and settings.sources:
+        raise UsageError(f"--synthetic needs no pictures, but {settings.sources[0]} was given. Leave one of them out.")
+    if not settings.synthetic and not settings.sources:
+        raise UsageError("give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone.")
+    for name in ("iterations", "batch_size", "batches_per_step", "num_workers", "limit"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    if settings.precision not in (None, "auto", *Precision):
+        raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
+
+
+# Without pictures.
+
+
+def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
+    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
+    model = registry.resolve(settings.model or jobs.DEFAULT_MODEL, models_dir, say=say)
+    job = _job(settings, model)
+    say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
+    with Crew(job, chosen) as crew:
+        orders = _compute_orders(settings, crew, chosen, job)
+        rounds = []
+        for number in range(1, settings.iterations + 1):
+            rounds.append(crew.measure(orders))
+            say(f"iteration {number} of {settings.iterations}: {_in_all(rounds[-1]):,.1f} images/s")
+        versions = crew.versions
+    pictures = {"compute_only": sum(found.pictures for found in rounds[-1].values())}
+    return BenchReport(
+        model=model.card.name,
+        precision=job.precision.value,
+        batch_size=job.batch_size,
+        pictures_per_iteration=pictures,
+        compute_only=_rates(rounds),
+        decode_only=None,
+        end_to_end=None,
+        bound=None,
+        advice=(),
+        machine=machine(),
+        versions=_versions() | versions,
+        settings=settings,
+    )
+
+
+def _job(settings: BenchSettings, model: Bundle) -> Job:
+    """What a session needs of a job: everything but pictures."""
+    precision, file = _precision(settings.precision, model)
+    return Job(
+        output="",
+        sources=(),
+        model_file=str(file.absolute()),
+        card=model.card,
+        precision=precision,
+        variant=file.stem,
+        batch_size=settings.batch_size or jobs.DEFAULT_BATCH_SIZE,
+        batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
+        num_workers=settings.num_workers or 0,
+        top_k=5,
+        save=(),
+        limits=Limits(),
+        plan_id="",
+        answer_id="",
+        cache_dir=str(model.dir.absolute() / "compiled"),
+    )
+
+
+def _precision(asked: str | None, model: Bundle) -> tuple[Precision, Path]:
+    """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is too short for a new verdict."""
+    if asked in (None, "auto"):
+        choice = quantizing.choose(model, 0)
+        return choice.precision, choice.model_file
+    precision = Precision(asked)
+    if precision is not Precision.INT8:
+        return precision, model.dir / bundle.MODEL
+    file = quantize.variant_file(model, quantize.variants(model).get(precision.value, {}))
+    if file is None:
+        name = model.card.name
+        raise UsageError(f"--precision int8: {name} has no int8 variant yet. Make one: imagemill quantize {name} --images SOURCE.")
+    return precision, file
+
+
+def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec], job: Job) -> dict[str, Compute]:
+    """Warm every device up; then as many batches as were asked for, or as take about `COMPUTE_S`."""
+    warm = Compute(_WARM_UP_BATCHES)
+    crew.measure({device.name: warm for device in chosen})
+    if settings.batches_per_step:
+        return {device.name: Compute(settings.batches_per_step) for device in chosen}
+    tried = crew.measure({device.name: Compute(_FEWEST_BATCHES) for device in chosen})
+    return {
+        name: Compute(max(_FEWEST_BATCHES, math.ceil(COMPUTE_S * found.images_per_second / job.batch_size)))
+        for name, found in tried.items()
+    }
+
+
+# With pictures.
+
+
+def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say) -> BenchReport:
+    say("a first short run, to warm up and to see how long an iteration takes")
+    first = jobs.run(_run_settings(settings, folder / "first", min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES)), _Relay(say))
+    if not first.ok:
+        raise SourceError(f"none of the first {first.images} pictures of {', '.join(settings.sources)} can be read. Give other pictures.")
+    limit = settings.limit or max(_FEWEST_PICTURES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
+    job = _frozen_job(folder / "first")
+    computed, decoded, achieved = [], [], []
+    with Crew(job, chosen) as crew:
+        orders = _compute_orders(settings, crew, chosen, job)
+        for number in range(1, settings.iterations + 1):
+            output = folder / str(number)
+            achieved.append(jobs.run(_run_settings(settings, output, limit)))
+            decoded.append(crew.measure(_decode_orders(output, chosen)))
+            computed.append(crew.measure(orders))
+            rates = f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to end {_achieved(achieved[-1]):,.1f}"
+            say(f"iteration {number} of {settings.iterations}: {rates} images/s")
+        versions = crew.versions
+    compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
+    read = sum(found.read_s for found in _all(decoded))
+    flags = devices.processor_flags()
+    bound, advice = judge(
+        compute_only.median,
+        decode_only.median,
+        end_to_end.median,
+        read_share=read / (sum(found.decode_s for found in _all(decoded)) + read),
+        precision=job.precision,
+        hardware=([Precision.BF16] if flags & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8],
+        threads=sum(job.num_workers or len(device.cores) for device in chosen),
+        cores=len({core for device in chosen for core in device.cores}),
+        shared_cores=all(device.kind in ("cpu", "null") for device in chosen),
+    )
+    return BenchReport(
+        model=job.card.name,
+        precision=job.precision.value,
+        batch_size=job.batch_size,
+        pictures_per_iteration={
+            "compute_only": sum(found.pictures for found in computed[-1].values()),
+            "decode_only": sum(found.pictures for found in decoded[-1].values()),
+            "end_to_end": achieved[-1].images,
+        },
+        compute_only=compute_only,
+        decode_only=decode_only,
+        end_to_end=end_to_end,
+        bound=bound,
+        advice=advice,
+        machine=machine(),
+        versions=_versions() | versions,
+        settings=settings,
+    )
+
+
+def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
+    same = ("sources", "model", "models_dir", "devices", "precision", "batch_size", "num_workers")
+    in_flight = min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
+    return Settings(**{name: getattr(settings, name) for name in same}, output=str(output), limit=limit, batches_per_step=in_flight)
+
+
+def _frozen_job(output: Path) -> Job:
+    frozen = jobs.read_frozen(JobPaths(output))
+    assert frozen is not None
+    return frozen.job
+
+
+def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Decode]:
+    """The shards of a finished run, dealt to the devices one after the other."""
+    shards = plan.shards(JobPaths(output).plan)
+    job = _frozen_job(output)
+    dealt = {device.name: tuple(map(Lease, shards[position :: len(chosen)])) for position, device in enumerate(chosen)}
+    return {name: Decode(job, leases) for name, leases in dealt.items() if leases}
+
+
+class _Relay(jobs.Watcher):
+    """Passes on what a run has to say."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+
+    def say(self, message: str) -> None:
+        """See `Watcher.say`."""
+        self._say(message)
+
+
+# Rates.
+
+
+def _in_all(found: Mapping[str, Measured]) -> float:
+    """Images/s of all devices together, from the first one's start to the last one's end."""
+    pictures = sum(one.pictures for one in found.values())
+    return pictures / (max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values()))
+
+
+def _all(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:
+    return [one for found in rounds for one in found.values()]
+
+
+def _rates(rounds: Sequence[Mapping[str, Measured]]) -> Rates:
+    per_device = {name: [found[name].images_per_second for found in rounds] for name in rounds[0]}
+    return _over([_in_all(found) for found in rounds], per_device)
+
+
+def _achieved(summary: Summary) -> float:
+    return summary.images_per_second or 0.0
+
+
+def _summarised(runs: Sequence[Summary]) -> Rates:
+    names = [device.name for device in runs[0].devices]
+    per_device = {name: [d.images_per_second or 0.0 for one in runs for d in one.devices if d.name == name] for name in names}
+    return _over([_achieved(one) for one in runs], per_device)
+
+
+def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> Rates:
+    of_devices = {name: round(median(found), 3) for name, found in per_device.items()}
+    return Rates(round(median(rates), 3), round(min(rates), 3), round(max(rates), 3), tuple(round(rate, 3) for rate in rates), of_devices)
+
+
+# The machine.
+
+
+def machine() -> dict[str, object]:
+    """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None: no limit), vector `flags`."""
+    flags = devices.processor_flags()
+    return {
+        "cpu": devices.processor_name(),
+        "cores": devices.usable_cores(),
+        "quota": devices.cgroup_quota(),
+        "flags": [flag for flag in _FLAGS if flag in flags],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"imagemill": __version__}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

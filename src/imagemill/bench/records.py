@@ -1,0 +1,122 @@
+"""The records of `imagemill bench`: what is asked, what bench and its workers say to each other, what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from imagemill.records import DeviceSpec, Job, Lease
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """What the user asked for; None leaves it to imagemill, as in `Settings`."""
+
+    sources: tuple[str, ...] = ()
+    """None with `synthetic`, else at least one."""
+    synthetic: bool = False
+    """Compute alone, on pictures made in memory."""
+    model: str | None = None
+    models_dir: str | None = None
+    devices: str | None = None
+    precision: str | None = None
+    batch_size: int | None = None
+    batches_per_step: int | None = None
+    """Batches handed to a device at a time, and per iteration; None: as many as take about two seconds."""
+    num_workers: int | None = None
+    iterations: int = 3
+    limit: int | None = None
+    """Pictures of the sources per iteration, the first ones; None: as many as take about ten seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """One kind of measurement, images/s over the iterations."""
+
+    median: float
+    min: float
+    max: float
+    iterations: tuple[float, ...]
+    """In the order they were measured."""
+    devices: Mapping[str, float]
+    """Device → its own median. They need not add up to the median of all, which waits for the slowest."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All that one bench measured and concluded."""
+
+    model: str
+    precision: str
+    batch_size: int
+    pictures_per_iteration: Mapping[str, int]
+    """`compute_only`, `decode_only`, `end_to_end` → pictures, all devices together."""
+    compute_only: Rates
+    decode_only: Rates | None
+    """None without a source, as the next ones."""
+    end_to_end: Rates | None
+    bound: str | None
+    """`compute`, `decode`, `read` or `write`."""
+    advice: tuple[str, ...]
+    """What to change, most promising first."""
+    machine: Mapping[str, object]
+    versions: Mapping[str, str]
+    settings: BenchSettings
+
+
+# bench                         bench worker
+# Begin ───────────────────────►
+#       ◄─────────────────────── Ready, or wire.Failed
+# Compute or Decode ───────────►
+#       ◄─────────────────────── Measured, or wire.Failed
+# wire.Stop ───────────────────►
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The first message: what to compile, and for which device."""
+
+    job: Job
+    device: DeviceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The session is compiled."""
+
+    backend: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Send this many synthetic batches through the session."""
+
+    batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Turn these shards into batches, and throw them away."""
+
+    job: Job
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one order took."""
+
+    pictures: int
+    begun_s: float
+    """Monotonic clock, which all processes of a machine share."""
+    ended_s: float
+    read_s: float = 0.0
+    """Summed over decoding threads: fetching bytes."""
+    decode_s: float = 0.0
+    """Summed over decoding threads: CPU time of decoding."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Its own rate."""
+        return self.pictures / (self.ended_s - self.begun_s)

@@ -1,0 +1,117 @@
+"""The child process that bench measures in: the session and the feed of `imagemill.worker`, on the same cores, each alone.
+
+Started as `python -m imagemill.bench.worker SOCKET BENCH_PID`; ends with bench, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import cycle, islice
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+
+from imagemill import child, errors, wire
+from imagemill.bench.records import Begin, Compute, Decode, Measured, Ready
+from imagemill.errors import ImagemillError
+from imagemill.records import DeviceSpec, Job
+
+if TYPE_CHECKING:
+    from imagemill.records import Batch
+    from imagemill.sessions.base import Session
+
+_log = logging.getLogger("imagemill.bench.worker")
+_DISTINCT_BATCHES = 4
+
+
+def main() -> int:
+    """Carry out orders until bench says stop, or is gone."""
+    socket, bench = (int(argument) for argument in sys.argv[1:3])
+    child.end_with(bench)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # bench decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    warnings.simplefilter("ignore")
+    connection = Connection(socket)
+    try:
+        _work(connection)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 1
+    except ImagemillError as error:
+        _fail(connection, error)
+        return 1
+    except Exception as error:
+        _log.exception("unexpected")
+        _fail(connection, ImagemillError(f"unexpected {type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+def _work(connection: Connection) -> None:
+    begin = connection.recv()
+    assert isinstance(begin, Begin)
+    child.keep_to(begin.device.cores)
+    # Only now, with the affinity set, are the libraries imported that count the cores they find.
+    from imagemill.sessions import open_session
+    from imagemill.stopwatch import Stopwatch
+
+    session = open_session(begin.job, begin.device, Stopwatch())
+    batches = _synthetic(begin.job)
+    gc.freeze()
+    connection.send(Ready(session.backend, session.versions))
+    while not isinstance(order := connection.recv(), wire.Stop):
+        match order:
+            case Compute(count):
+                connection.send(_compute(session, islice(batches, count)))
+            case Decode():
+                connection.send(_decode(order, begin.device))
+            case _:
+                raise AssertionError(order)
+    session.close()
+
+
+def _synthetic(job: Job) -> Iterator[Batch]:
+    """Full batches of noise, without end: a few of them in turn, so that making them takes no time."""
+    import numpy as np
+
+    from imagemill.records import Batch
+
+    shape = (job.batch_size, job.card.recipe.size, job.card.recipe.size, 3)
+    noise = np.random.default_rng(0)
+    return cycle([Batch(noise.integers(0, 256, shape, np.uint8), job.batch_size, ()) for _ in range(_DISTINCT_BATCHES)])
+
+
+def _compute(session: Session, batches: Iterator[Batch]) -> Measured:
+    begun = time.monotonic()
+    pictures = sum(batch.filled for batch, _ in session.stream(batches))
+    return Measured(pictures, begun, time.monotonic())
+
+
+def _decode(order: Decode, device: DeviceSpec) -> Measured:
+    from imagemill import sources
+    from imagemill.images.feed import Feed
+    from imagemill.stopwatch import Stopwatch
+
+    job, clock = order.job, Stopwatch()
+    with Feed(job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock) as feed:
+        begun = time.monotonic()
+        pictures = sum(len(batch.rows) for batch in feed.batches(sources.read(order.leases, job)))
+        ended = time.monotonic()
+    spent = clock.read()
+    return Measured(pictures, begun, ended, spent.read, spent.decode)
+
+
+def _fail(connection: Connection, error: ImagemillError) -> None:
+    kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
+    with contextlib.suppress(OSError):
+        connection.send(wire.Failed(kind, str(error)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

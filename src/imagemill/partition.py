@@ -1,0 +1,249 @@
+"""Cut a folder of pictures into one sub-folder per device: `imagemill partition`.
+
+    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one; a picture keeps its relative path
+    OUTPUT/.imagemill-partition.json      what it is a partition of; written first, so that an interrupted one is known as ours
+
+What a picture is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies what `imagemill run DATA_DIR` would. The
+listing is held in memory, some 200 bytes a picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+
+from imagemill import layout
+from imagemill.errors import OutputError, SourceError, UsageError
+from imagemill.sources.base import Filters, Skipped, shown
+from imagemill.sources.folder import FolderSource
+
+MARKER = ".imagemill-partition.json"
+MOST_PARTITIONS = 512
+_TEMPORARY = b".imagemill-partition.tmp"
+_NO_HARD_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
+
+Say = Callable[[str], None]
+
+
+class Link(StrEnum):
+    """How a picture gets into its partition."""
+
+    HARD = "hard"
+    SYMBOLIC = "symbolic"
+    COPY = "copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Partitioned:
+    """What was made of a folder."""
+
+    output: str
+    pictures: int
+    partitions: tuple[int, ...]
+    """Pictures of each sub-folder."""
+    made: int
+    """Links or copies that this call made; the others were there already."""
+    link: Link
+    """What was made in the end: `symbolic` also where hard links were impossible."""
+    skipped_by_suffix: Mapping[str, int]
+    skipped_hidden: int
+    folders: int
+    """Folders that are named like pictures: they are entered, but not pictures themselves."""
+
+
+def partition(data_dir: str, partitions: int, output: str, link: Link | None = None, say: Say = lambda _: None) -> Partitioned:
+    """Deal the pictures of a folder, and of all below it, to sub-folders; repeat it at will.
+
+    A repeated call makes what lacks and mends what is not as it should be, and changes nothing else. Each file appears whole or not at
+    all. What is no regular file (a link that leads nowhere, a FIFO) becomes a symbolic link, so that its row can say what is wrong.
+
+    Args:
+        data_dir: the folder.
+        partitions: how many sub-folders, 1 to 512.
+        output: where they are made; new, empty, or a partition of the same pictures into as many.
+        link: None makes hard links, or symbolic ones (and says so) where the file system has no hard links to there.
+        say: takes one line at a time.
+
+    Raises:
+        UsageError: arguments that make no sense. SourceError: no pictures. OutputError: the output is foreign or cannot be written.
+    """
+    if not 1 <= partitions <= MOST_PARTITIONS:
+        raise UsageError(f"--partitions {partitions}: must be from 1 to {MOST_PARTITIONS}.")
+    source, target = Path(data_dir).absolute(), Path(output).absolute()
+    if source.is_file():
+        raise UsageError(f"--data-dir {data_dir} is a file. Give a folder.")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise UsageError(f"--output {output} is the data folder itself. Give another folder.")
+    _refuse_foreign(target, source, partitions)
+    pictures, skipped, folders = _pictures(source, target)
+    if not pictures:
+        raise SourceError(f"--data-dir {data_dir} holds no pictures. Give a folder that does.")
+    least, more = divmod(len(pictures), partitions)
+    ends = [number * least + min(number, more) for number in range(partitions + 1)]
+    shares = [pictures[start:end] for start, end in pairwise(ends)]
+    _refuse_stale(target, shares)
+    layout.make_folder(target)
+    marker = {"data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"), "partitions": partitions}
+    layout.write_whole(target / MARKER, json.dumps(marker).encode())
+    maker = _Maker(link, say)
+    for number, share in enumerate(shares):
+        layout.make_folder(target / str(number))
+        for path in share:
+            maker.make(os.path.join(os.fsencode(source), path), os.path.join(os.fsencode(target / str(number)), path))  # noqa: PTH118
+    by_suffix = dict(sorted(skipped.by_suffix.items()))
+    counts = tuple(map(len, shares))
+    return Partitioned(str(target), len(pictures), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders)
+
+
+def _pictures(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
+    """The relative paths of the pictures in listing order, what was skipped, and how many folders are named like pictures."""
+    skipped = Skipped()
+    skip = target.stat() if target.is_dir() else None
+    root = os.fsencode(source)
+    pictures, folders = [], 0
+    for entry in FolderSource(0, root, skip).entries(Filters(), skipped):
+        if entry.size < 0 and os.path.isdir(os.path.join(root, entry.path)):  # noqa: PTH112, PTH118 - bytes
+            folders += 1
+        else:
+            pictures.append(entry.path)
+    return pictures, skipped, folders
+
+
+def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
+    """Raises: OutputError unless the output is new, empty, or a partition of the same folder into as many."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"--output {target} is a file. Give a folder.")
+    names = sorted(os.listdir(target)) if target.is_dir() else []  # noqa: PTH208 - names are all that is wanted
+    if not names:
+        return
+    try:
+        marker = json.loads((target / MARKER).read_bytes())
+        found = (str(marker["data_dir"]), int(marker["partitions"]))
+    except FileNotFoundError:
+        raise OutputError(
+            f"--output {target} is not empty and not made by `imagemill partition` (it holds {names[0]!r}). Give a new folder."
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"{target / MARKER} cannot be read: {error}. Give a new folder.") from error
+    asked = (os.fsencode(source).decode("utf-8", "backslashreplace"), partitions)
+    if found != asked:
+        raise OutputError(
+            f"--output {target} holds {found[0]} in {found[1]} partitions, now {asked[0]} in {asked[1]} is asked for. "
+            "Remove it, or give another folder."
+        )
+    foreign = [name for name in names if name != MARKER and not name.startswith(f".{MARKER}") and name not in map(str, range(partitions))]
+    if foreign:
+        raise OutputError(f"--output {target} also holds {foreign[0]!r}, which `imagemill partition` did not make. Move it away.")
+
+
+def _refuse_stale(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
+    """Raises: OutputError if a partition holds a file that is not its own: the pictures changed since it was made."""
+    for number, share in enumerate(shares):
+        folder = os.fsencode(target / str(number))
+        expected = set(share)
+        for path in _files(folder):
+            if path not in expected:
+                raise OutputError(
+                    f"{target} holds {shown(path)} in partition {number}, where it does not belong now: the pictures changed since it was "
+                    "made. Remove it, or give another folder."
+                )
+
+
+def _files(folder: bytes) -> Iterator[bytes]:
+    """Relative paths of everything below that is no folder, but for our own temporary files, which are removed."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)  # noqa: PTH118
+            if name == _TEMPORARY:
+                os.unlink(path)  # noqa: PTH108
+            else:
+                yield os.path.relpath(path, folder)
+        # links to folders are listed by os.walk among the folders: they cannot be ours
+
+
+class _Maker:
+    """Makes links or copies, and remembers when hard links turn out to be impossible."""
+
+    def __init__(self, link: Link | None, say: Say) -> None:
+        self.link = link or Link.HARD
+        self.made = 0
+        self._may_fall_back = link is None
+        self._say = say
+
+    def make(self, source: bytes, target: bytes) -> None:
+        """Make one picture appear at `target`, unless it is there as it should be. Raises: OutputError."""
+        try:
+            kind = self.link if _is_regular(source) else Link.SYMBOLIC
+            if self._is_there(source, target, kind):
+                return
+            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
+            self._put(source, target, kind)
+            self.made += 1
+        except OSError as error:
+            raise layout.cannot_write(Path(os.fsdecode(target)), error) from error
+
+    def _put(self, source: bytes, target: bytes, kind: Link) -> None:
+        temporary = os.path.join(os.path.dirname(target), _TEMPORARY)  # noqa: PTH118, PTH120
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # noqa: PTH108
+        try:
+            if kind is Link.HARD:
+                os.link(os.path.realpath(source), temporary)
+            elif kind is Link.SYMBOLIC:
+                os.symlink(source, temporary)  # noqa: PTH211
+            else:
+                shutil.copy2(source, temporary)
+            os.replace(temporary, target)  # noqa: PTH105
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108
+            if kind is not Link.HARD or error.errno not in _NO_HARD_LINKS:
+                raise
+            if not self._may_fall_back:
+                raise OutputError(
+                    f"cannot make {shown(target)} a hard link to {shown(source)}: {error.strerror}. Use --link symbolic or --link copy."
+                ) from error
+            self._say(f"note: no hard links can be made here ({error.strerror}): symbolic links instead; --link copy makes copies")
+            self.link = Link.SYMBOLIC
+            self._put(source, target, Link.SYMBOLIC)
+
+    def _is_there(self, source: bytes, target: bytes, kind: Link) -> bool:
+        try:
+            found = os.lstat(target)
+        except FileNotFoundError:
+            return False
+        if kind is Link.SYMBOLIC:
+            return stat.S_ISLNK(found.st_mode) and os.readlink(target) == source  # noqa: PTH115
+        wanted = os.stat(source)  # noqa: PTH116
+        same = (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)
+        if kind is Link.HARD:
+            return same
+        alike = (found.st_size, found.st_mtime_ns) == (wanted.st_size, wanted.st_mtime_ns)
+        return not same and stat.S_ISREG(found.st_mode) and alike
+
+
+def _is_regular(path: bytes) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def told(made: Partitioned) -> str:
+    """The outcome for people."""
+    least, most = min(made.partitions), max(made.partitions)
+    size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+    what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[made.link]
+    lines = [f"{made.pictures:,} pictures in {len(made.partitions)} partitions of {size}: {made.output} ({made.made:,} {what} made)"]
+    if made.skipped_by_suffix:
+        lines.append("skipped: " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in made.skipped_by_suffix.items()))
+    return "\n".join(lines)

@@ -1,0 +1,345 @@
+"""Which precision a job runs in, and which file of its bundle: promise 6.
+
+`prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the verdicts that the bundle's card keeps, and
+have `trial` make those that are missing: `auto` only where the job gains more than the trial costs.
+
+    auto       int8 if accepted ─► else bf16 if accepted ─► else fp32; each step is said
+    explicit   obeyed; its figures are said
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from imagemill import codec, devices, sources, trial
+from imagemill.errors import ImagemillError, UsageError
+from imagemill.models import bundle as bundles
+from imagemill.models import gate, quantize
+from imagemill.plan import Entry
+from imagemill.records import Bundle, DeviceSpec, Limits, Precision
+from imagemill.sources import Filters, Skipped
+from imagemill.trial import Record, Say, Trial
+
+CALIBRATION: Final = 300
+"""Pictures that int8 is calibrated on."""
+HELD_OUT: Final = gate.ENOUGH
+_SPARE: Final = 1.25
+"""Pictures picked for each that is needed, since some cannot be read."""
+_UNITS: Final[Mapping[Precision, frozenset[str]]] = {
+    Precision.INT8: frozenset(("amx_int8", "avx512_vnni", "avx_vnni")),
+    Precision.BF16: frozenset(("amx_bf16", "avx512_bf16")),
+}
+"""Processor flags that make a precision faster than fp32."""
+_WORTH_USING: Final = 1.05
+"""Measured speed-up from which an accepted precision is used."""
+_SHOWN_OF: Final = 50
+"""An explicit precision is judged on one picture in so many, so that its figures cost little beside the job."""
+_FEWEST: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the card allows a job that asks for `auto`."""
+
+    precision: Precision
+    variant: str
+    """`model` or `int8-<key>`."""
+    model_file: Path
+    reasons: tuple[str, ...] = ()
+    """Why, and why not the faster ones; one line each."""
+    worth_trying: tuple[Precision, ...] = ()
+    """Faster ones without a verdict, whose trial may pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a job is to be frozen with."""
+
+    precision: Precision
+    variant: str
+    """`Job.variant`."""
+    model_file: Path
+    """`Job.model_file`."""
+    lines: tuple[str, ...] = ()
+    """All that was said on the way; also told to `say` at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `imagemill quantize` found."""
+
+    bundle: str
+    pictures: int
+    """That the sources hold."""
+    precisions: Mapping[str, Record] = field(default_factory=dict)
+    """Precision → what the card now keeps: `file`, `key`, `preset`, `verdict`, `accepted`, `speedup`, …"""
+
+
+def _silent(_: str) -> None:
+    """Say nothing."""
+
+
+# ── what a job runs in ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prepare(
+    setting: str | None,
+    bundle: Bundle,
+    sources_of_job: Sequence[str],
+    entries: Callable[[], Iterable[Entry]],
+    pictures: int,
+    *,
+    chosen: Sequence[DeviceSpec],
+    limits: Limits | None = None,
+    say: Say = _silent,
+) -> Prepared:
+    """Resolve a `--precision` setting, quantising and measuring where that is needed.
+
+    Args:
+        setting: `auto`, `fp32`, `bf16`, `int8`; None means auto.
+        bundle: its card with the recipe that the job uses.
+        sources_of_job: resolved, as entries number them.
+        entries: lists the job's pictures; called only if some are needed, and walked over once, in bounded memory.
+        pictures: how many these are.
+        chosen: the job's devices.
+        limits: budgets of one picture.
+        say: takes a line for the user.
+
+    Raises:
+        UsageError: int8 is asked for on a backend that cannot run it. ModelError, WorkerError: an explicit int8 cannot be made; `auto` says
+        so and goes on in fp32.
+    """
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    base = Trial(
+        bundle=bundle,
+        sources=tuple(sources_of_job),
+        entries=(),
+        cores=tuple(sorted({core for device in chosen for core in device.cores})),
+        limits=limits or Limits(),
+        precisions=(),
+        calibration=CALIBRATION,
+        held_out=HELD_OUT,
+    )
+    foreign = sorted({device.backend for device in chosen if device.backend != "openvino"})
+    if setting == Precision.FP32 or (foreign and setting != Precision.INT8):
+        precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
+        return Prepared(precision, "model", bundle.dir / bundles.MODEL)
+    if foreign:
+        raise UsageError(f"--precision int8 needs the backend openvino, --devices has {' and '.join(foreign)}. Use --precision fp32.")
+    if setting in (None, "auto"):
+        choice = _automatic(base, entries, pictures, tell)
+    else:
+        choice = _explicit(Precision(setting), base, entries, pictures, tell)
+    return Prepared(choice.precision, choice.variant, choice.model_file, tuple(lines))
+
+
+def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choice:
+    """Pick the fastest precision that the card's verdicts allow; nothing is measured.
+
+    A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file is whole.
+
+    Args:
+        bundle: its card with the recipe that the job uses.
+        pictures: of the job; decides what is worth trying.
+        flags: of the processor; None looks them up.
+    """
+    flags = devices.processor_flags() if flags is None else flags
+    reasons: list[str] = []
+    worth: list[Precision] = []
+    for precision in (Precision.INT8, Precision.BF16):
+        record = usable(bundle, precision, flags)
+        verdict = record.get("verdict", {}) if record else {}
+        if record and record.get("accepted") is True:
+            speedup = record.get("speedup")
+            if isinstance(speedup, int | float) and speedup < _WORTH_USING:
+                reasons.append(f"{precision} is not used: it answers as fp32 does but makes only {speedup:.2f} times its images/s")
+                continue
+            reasons.append(f"{precision} is used: {verdict.get('reason')}")
+            return Choice(precision, *_files(bundle, precision, record), tuple(reasons), tuple(worth))
+        if record and verdict.get("pictures", 0) >= gate.ENOUGH:
+            reasons.append(f"{precision} is not used: {verdict.get('reason')}")
+        elif not flags & _UNITS[precision]:
+            reasons.append(f"{precision} is not used: this processor has no units for it")
+        elif not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
+            reasons.append(
+                f"{precision} is not used: {pictures:,} pictures are too few for trying it to pay; "
+                "`imagemill quantize` measures once and for all whether it answers as fp32 does"
+            )
+        else:
+            worth.append(precision)
+    return Choice(Precision.FP32, "model", bundle.dir / bundles.MODEL, tuple(reasons), tuple(worth))
+
+
+def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) -> Record | None:
+    """The card's record of a precision if it counts here and now, else None; see `choose`."""
+    record = quantize.variants(bundle).get(precision.value)
+    if record is None or not isinstance(record.get("verdict"), Mapping):
+        return None
+    libraries = record.get("versions")
+    now = quantize.versions().get("openvino")
+    if not isinstance(libraries, Mapping) or libraries.get("openvino") != now or record.get("recipe") != codec.to_plain(bundle.card.recipe):
+        return None
+    if record.get("instruction_set") != trial.instruction_set(flags):
+        return None
+    if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
+        return None
+    return record
+
+
+def _files(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> tuple[str, Path]:
+    """Variant and model file."""
+    if precision is not Precision.INT8:
+        return "model", bundle.dir / bundles.MODEL
+    return str(record["file"]).removesuffix(".xml"), bundle.dir / str(record["file"])
+
+
+def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: int, say: Say) -> Choice:
+    """See `prepare`. What goes wrong with a faster precision costs the job nothing but that precision."""
+    choice = choose(base.bundle, pictures)
+    if choice.worth_trying:
+        some, _ = thin(entries(), _wanted(base))
+        try:
+            trial.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
+        except ImagemillError as error:
+            say(f"no faster precision could be tried: {error}")
+        choice = choose(_reloaded(base.bundle), pictures)
+    for reason in choice.reasons:
+        say(reason)
+    if choice.precision is Precision.FP32:
+        say("precision fp32")
+    return choice
+
+
+def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], pictures: int, say: Say) -> Choice:
+    """See `prepare`. The card's verdict is told; where there is none, a short trial makes one."""
+    bundle = base.bundle
+    record = usable(bundle, precision)
+    if record is None and (precision is Precision.INT8 or pictures >= HELD_OUT):
+        held_out = min(HELD_OUT, max(_FEWEST, pictures // _SHOWN_OF))
+        quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)
+        some, _ = thin(entries(), _wanted(quick))
+        record = trial.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
+    elif record is not None:
+        say(f"{precision}: {told(record)}")
+    if record is None:
+        say(f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name} --images SOURCE` does that")
+        return Choice(precision, "model", bundle.dir / bundles.MODEL)
+    if not record["accepted"]:
+        say(f"{precision} is used because it was asked for; `auto` would not use it: {record['verdict']['reason']}")
+    return Choice(precision, *_files(bundle, precision, record))
+
+
+def _reloaded(bundle: Bundle) -> Bundle:
+    """The card's notes as they are now, with the recipe that the job uses."""
+    return replace(bundle, card=replace(bundle.card, notes=bundles.load(bundle.dir).card.notes))
+
+
+def _wanted(base: Trial) -> int:
+    return round(_SPARE * (base.calibration + base.held_out))
+
+
+def thin(entries: Iterable[Entry], wanted: int) -> tuple[list[Entry], int]:
+    """Pick at least `wanted` entries, evenly spread over a listing of unknown length; all of a shorter one.
+
+    Every 2^k-th is kept, k growing with the listing, so that never more than twice as many are held. Returns them, and how many there were.
+    """
+    kept: list[Entry] = []
+    step = 1
+    count = 0
+    for entry in entries:
+        if count % step == 0:
+            kept.append(entry)
+            if len(kept) >= 2 * max(wanted, 1):
+                kept = kept[::2]
+                step *= 2
+        count += 1
+    return kept, count
+
+
+# ── imagemill quantize ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def quantize_bundle(
+    bundle: Bundle,
+    given: Sequence[str],
+    *,
+    chosen: Sequence[DeviceSpec],
+    filters: Filters | None = None,
+    calibration: int = CALIBRATION,
+    held_out: int = HELD_OUT,
+    attempts: int = 4,
+    limits: Limits | None = None,
+    say: Say = _silent,
+) -> Report:
+    """Make the int8 variant of a bundle and measure it, and bf16 where the processor has it, against fp32.
+
+    The verdicts are kept in the bundle's card, whatever they are. The same call again measures nothing anew.
+
+    Args:
+        bundle: the model.
+        given: sources, as on the command line.
+        chosen: devices; all their cores are used by one process.
+        filters: which entries of the sources are pictures.
+        calibration: pictures to calibrate on.
+        held_out: other pictures to judge by; 1,000 at least for a verdict that `auto` follows.
+        attempts: ways of quantising to try, as long as none is accepted.
+        limits: budgets of one picture.
+        say: takes a line for the user.
+
+    Raises:
+        UsageError: numbers that make no sense, or sources without pictures. ModelError, SourceError, WorkerError.
+    """
+    for name, value in (("--calibration", calibration), ("--held-out", held_out)):
+        if not 1 <= value <= 100_000:
+            raise UsageError(f"{name} {value}: must be from 1 to 100,000.")
+    resolved = tuple(sources.resolve(source) for source in given)
+    base = Trial(
+        bundle=bundle,
+        sources=resolved,
+        entries=(),
+        cores=tuple(sorted({core for device in chosen for core in device.cores})),
+        limits=limits or Limits(),
+        precisions=(Precision.INT8, *([Precision.BF16] if devices.processor_flags() & _UNITS[Precision.BF16] else [])),
+        calibration=calibration,
+        held_out=held_out,
+        attempts=attempts,
+    )
+    some, pictures = thin(_listing(resolved, filters or Filters()), _wanted(base))
+    if not pictures:
+        raise UsageError(f"{', '.join(given)} holds no pictures. Give a folder of pictures like those that will be classified.")
+    found = trial.in_child(replace(base, entries=tuple(some)), say)
+    return Report(str(bundle.dir), pictures, found)
+
+
+def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
+    skipped = Skipped()
+    for source in sources.open_all(resolved):
+        yield from source.entries(filters, skipped)
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """A record's figures in one line for people."""
+    verdict = gate.Verdict(**{name: record["verdict"][name] for name in gate.Verdict.__slots__})
+    faster = f"; {record['speedup']:.2f} × the images/s of fp32" if record.get("speedup") else ""
+    return f"{'accepted' if verdict.accepted else 'not accepted'} ({verdict.reason}): {gate.told(verdict)}{faster}"
+
+
+def report_lines(report: Report) -> list[str]:
+    """A report for people."""
+    lines = []
+    for precision, record in report.precisions.items():
+        lines.append(f"{precision}: {told(record)}")
+        for item in record.get("tried", ()):
+            but = f", {len(item['ignored'])} layers in fp32" if item["ignored"] else ""
+            lines.append(f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower bound {item['wilson_low']:.4f}")
+        if "file" in record:
+            lines.append(f"  kept {record['file']} in {report.bundle}")
+    return lines

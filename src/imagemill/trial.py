@@ -1,0 +1,560 @@
+"""One trial of faster precisions against fp32: decode, calibrate, judge, note the verdicts in the bundle's card.
+
+It runs in a process of its own, started by `in_child`: a picture that kills its decoder
+does not kill the job, the memory of quantising is given back, and heavy libraries stay out of the launcher. A child that dies or hangs
+is started once more, and then decodes every picture in a disposable process.
+
+parent                        child
+Trial ───────────────────────►
+      ◄─────────────────────── Said(line)
+      ◄─────────────────────── At(patience_s)     what begins now says something again within that time; None: it may take long
+      ◄─────────────────────── Found or Failed    the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill import child, codec, devices, errors, sources
+from imagemill.errors import BadLogitsError, ImagemillError, WorkerError
+from imagemill.images import DECODER
+from imagemill.images.feed import Feed
+from imagemill.models import bundle as bundles
+from imagemill.models import gate, quantize
+from imagemill.plan import Entry
+from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Picture, Precision, Shard
+from imagemill.stopwatch import Stopwatch
+
+Say = Callable[[str], None]
+Record = dict[str, Any]
+"""What the card keeps of one precision."""
+
+SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
+"""Over fp32, compute only, where the processor has the units (docs/performance.md)."""
+_CALIBRATING: Final = 2.0
+"""Quantising costs as much as this many fp32 pictures for each that it calibrates on: resnext101_32x4d, 300 pictures in 48 s at 12.5/s."""
+_STARTING_S: Final = 12.0
+"""Importing, converting and compiling."""
+_PROBE_S: Final = 2.0
+_SLACK_S: Final = 60.0
+_WORST: Final = (0.05, 0.15)
+"""Shares of the layers that the third and fourth attempt leave in fp32."""
+_LOOKED_AT: Final = 8
+"""Pictures that the layers' sensitivities are measured on."""
+_WARM_UP: Final = 8
+"""Batches computed before a rate is measured."""
+_LONG_ENOUGH_S: Final = 0.5
+"""Shorter passes say nothing about a rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What to try, and on what."""
+
+    bundle: Bundle
+    """With the recipe that the job uses."""
+    sources: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    """Spread evenly over the listing; some more than are needed, since some cannot be read."""
+    cores: tuple[int, ...]
+    limits: Limits
+    precisions: tuple[Precision, ...]
+    """To try, in this order."""
+    calibration: int
+    """Pictures to calibrate on."""
+    held_out: int
+    """Other pictures to judge by."""
+    attempts: int = 4
+    """Ways of quantising to try at most, as long as none is accepted."""
+    pictures: int | None = None
+    """Of the job that must gain more than the trial costs, and needs one precision only; None: try everything, whatever it costs."""
+    batch_size: int = 4
+    isolate: bool = False
+    """Decode every picture in a disposable process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A line for the user."""
+
+    line: str
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """How long the parent should wait for the next message."""
+
+    patience_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The end: what was found, by precision, also noted in the card."""
+
+    records: Mapping[str, Record] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end: an error for the user."""
+
+    kind: str
+    """Class name in `imagemill.errors`."""
+    message: str
+
+
+def instruction_set(flags: set[str] | None = None) -> str:
+    """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between processors that differ in it."""
+    flags = devices.processor_flags() if flags is None else flags
+    return next((name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp") if name in flags), "plain")
+
+
+def spent_pictures(precision: Precision, calibration: int, held_out: int) -> float:
+    """What trying a precision costs, in fp32 pictures: calibrating, and judging on the held-out ones in fp32 and in it."""
+    calibrating = _CALIBRATING * calibration if precision is Precision.INT8 else 0.0
+    return calibrating + held_out * (1 + 1 / SPEEDUP[precision])
+
+
+def gained_pictures(precision: Precision, pictures: int) -> float:
+    """What a job gains from a precision, in fp32 pictures. Decoding is the same in both, and so plays no part."""
+    return pictures * (1 - 1 / SPEEDUP[precision])
+
+
+def pays(precision: Precision, pictures: int, calibration: int, held_out: int, rate: float = 0.0) -> bool:
+    """Tell whether a job gains more from a precision than trying it costs.
+
+    Args:
+        precision: bf16 or int8.
+        pictures: of the job.
+        calibration: pictures to calibrate on.
+        held_out: pictures to judge by.
+        rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of models.
+    """
+    return gained_pictures(precision, pictures) > spent_pictures(precision, calibration, held_out) + _STARTING_S * rate
+
+
+def split(available: int, calibration: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Deal positions 0 … available−1 to calibration and gate: disjoint, both spread evenly, the same every time.
+
+    Where there are more than both need, both get spares in proportion; where there are fewer, calibration gets up to four fifths. Both
+    lists come shuffled with a fixed seed, so that stopping early leaves out no part of the listing.
+    """
+    wanted = calibration + held_out
+    share = available * calibration // wanted if available >= wanted > 0 else min(calibration, max(min(available, 1), available * 4 // 5))
+    first = [place for place in range(available) if (place + 1) * share // available > place * share // available]
+    chosen = set(first)
+    rest = [place for place in range(available) if place not in chosen]
+    shuffled = [np.random.default_rng(0).permutation(places).tolist() for places in (first, rest)]
+    return shuffled[0], shuffled[1]
+
+
+def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
+    """Hash of what decides a set of pixel arrays: paths, sizes, how many at most, recipe and decoder."""
+    state = hashlib.sha256(json.dumps([count, codec.to_plain(bundle.card.recipe), DECODER]).encode())
+    for entry in entries:
+        state.update(b"%d\0%b\0%d\n" % (entry.source, entry.path, entry.size))
+    return state.hexdigest()[:16]
+
+
+# ── the trial ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None) -> dict[str, Record]:
+    """Try the precisions in turn and note each verdict in the bundle's card.
+
+    Held in memory: the calibration and held-out pictures, 150 KB each at 224×224, and fp32's answers to the latter.
+
+    Args:
+        trial: see there.
+        say: takes lines for the user.
+        at: told before each step how long it may take at most, seconds; None: not known.
+
+    Returns:
+        precision → record, of those that were tried or found measured already. Empty where trying does not pay.
+
+    Raises:
+        ModelError: the model cannot be compiled or quantised, or the bundle cannot be written. BadLogitsError: fp32 itself returns NaN.
+    """
+    at(None)
+    with quantize.locked(trial.bundle.dir):
+        now = bundles.load(trial.bundle.dir)
+        if trial.pictures is not None and now.card.notes != trial.bundle.card.notes:
+            return {}  # another process noted something while this one waited: the caller looks again
+        return _Run(trial, now, say, at).carry_out()
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    scheme: quantize.Scheme
+    file: Path
+    key: str
+    verdict: gate.Verdict
+    rate: float
+    """images/s, compute only."""
+
+
+class _Run:
+    """One trial under the bundle's lock; `now` is the card as it lies on disk."""
+
+    def __init__(self, trial: Trial, now: Bundle, say: Say, at: Callable[[float | None], None]) -> None:
+        self._trial, self._now, self._say, self._at = trial, now, say, at
+        self._onnx = trial.bundle.dir / bundles.MODEL
+        calibration = trial.calibration if Precision.INT8 in trial.precisions else 0
+        first, rest = split(len(trial.entries), calibration, trial.held_out)
+        self._first, self._rest = [trial.entries[place] for place in first], [trial.entries[place] for place in rest]
+        self._common: Record = {
+            "held_out": {"id": identity(self._rest, trial.held_out, trial.bundle)},
+            "versions": quantize.versions(),
+            "instruction_set": instruction_set(),
+            "recipe": codec.to_plain(trial.bundle.card.recipe),
+        }
+        self._calibrated_on = identity(self._first, calibration, trial.bundle)
+
+    def carry_out(self) -> dict[str, Record]:
+        trial = self._trial
+        records = {}
+        for precision in trial.precisions:
+            if reused := self._noted(precision):
+                self._say(f"{precision} was measured on these very pictures already")
+                records[precision.value] = reused
+        wanted = [precision for precision in trial.precisions if precision.value not in records]
+        if not wanted:
+            return records
+        pixels = list(self._pixels(self._first, trial.calibration)) if Precision.INT8 in wanted else []
+        if trial.pictures is not None and not (wanted := self._worth_it(wanted, pixels, trial.pictures)):
+            return records
+        held_out = list(self._pixels(self._rest, trial.held_out))
+        self._at(None)
+        reference, rate = self._answers(Precision.FP32, self._onnx, held_out)
+        if not np.isfinite(reference).all():
+            raise BadLogitsError(f"{self._onnx} returns NaN or infinity for some of the pictures in fp32. Use another model.")
+        for precision in wanted:
+            judge = partial(self._judge, precision, held_out, reference)
+            record = self._int8(pixels, judge) if precision is Precision.INT8 else self._bf16(judge)
+            faster = record["images_per_second"]
+            record |= {"fp32_images_per_second": round(rate, 2), "speedup": round(faster / rate, 2) if faster and rate else None}
+            records[precision.value] = record
+            self._now = quantize.note(self._now, {precision.value: record})
+            if record["accepted"] and trial.pictures is not None:
+                break
+        return records
+
+    def _noted(self, precision: Precision) -> Record | None:
+        """The card's record if it is of the same pictures, versions and processor, and its file is whole."""
+        record = quantize.variants(self._now).get(precision.value)
+        if record is None or any(record.get(name) != value for name, value in self._common.items()):
+            return None
+        if precision is Precision.INT8:
+            calibration = record.get("calibration")
+            if not isinstance(calibration, Mapping) or calibration.get("id") != self._calibrated_on:
+                return None
+            if quantize.variant_file(self._now, record) is None:
+                return None
+        return record
+
+    def _worth_it(self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], pictures: int) -> list[Precision]:
+        """Measure fp32's rate for some seconds and keep the precisions that pay at it."""
+        trial = self._trial
+        some = list(pixels[: 16 * trial.batch_size]) or list(self._pixels(self._rest, 16 * trial.batch_size))
+        rate = self._rate(some)
+        kept = [precision for precision in wanted if pays(precision, pictures, trial.calibration, trial.held_out, rate)]
+        if not kept:
+            self._say(f"fp32 makes {rate:.1f} images/s: measuring whether a faster precision answers alike would take longer than it saves")
+        elif rate:
+            spent = spent_pictures(kept[0], trial.calibration, trial.held_out) / rate + _STARTING_S
+            gained = gained_pictures(kept[0], pictures) / rate
+            self._say(f"fp32 makes {rate:.1f} images/s; {kept[0]} could save {gained:,.0f} s: trying it, which takes about {spent:,.0f} s")
+        return kept
+
+    def _rate(self, pixels: Sequence[NDArray[np.uint8]]) -> float:
+        if not pixels:
+            return 0.0
+        self._at(None)
+        batches = self._batches(pixels)
+        with self._session(Precision.FP32, self._onnx) as session:
+            for _ in session.stream(batches[:_WARM_UP]):
+                pass
+            begun, done = time.perf_counter(), 0
+
+            def enough() -> Iterator[Batch]:
+                while time.perf_counter() - begun < _PROBE_S:
+                    yield from batches
+
+            for batch, _ in session.stream(enough()):
+                done += batch.filled
+            return done / (time.perf_counter() - begun)
+
+    # Pictures.
+
+    def _pixels(self, entries: Sequence[Entry], wanted: int) -> Iterator[NDArray[np.uint8]]:
+        """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
+        trial = self._trial
+        patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
+        opened = sources.open_all(trial.sources)
+        nowhere = Shard(0, 0, len(entries), 0, "", 0)
+
+        def pictures() -> Iterator[Picture]:
+            for index, entry in enumerate(entries):
+                fetch = partial(opened[entry.source].fetch, entry.path, trial.limits.max_bytes)
+                name = opened[entry.source].name
+                yield Picture(index, nowhere, name, entry.path, entry.size, fetch, "crash" if trial.isolate else None)
+
+        with Feed(trial.bundle.card, trial.limits, 1, len(trial.cores), None, Stopwatch()) as feed:
+            self._at(patience_s)
+            for batch in feed.batches(pictures()):
+                self._at(patience_s)
+                if batch.filled and wanted > 0:
+                    wanted -= 1
+                    yield batch.pixels
+                if wanted <= 0:
+                    return
+
+    def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Batch]:
+        """Fixed-size batches, the last one padded."""
+        size = self._trial.batch_size
+        batches = []
+        for start in range(0, len(pixels), size):
+            some = pixels[start : start + size]
+            padding = [np.zeros_like(some[0])] * (size - len(some))
+            batches.append(Batch(np.concatenate([*some, *padding]), len(some), ()))
+        return batches
+
+    # Answers.
+
+    @contextlib.contextmanager
+    def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
+        from imagemill.sessions import open_session
+
+        trial = self._trial
+        job = Job(
+            output="",
+            sources=trial.sources,
+            model_file=str(file),
+            card=trial.bundle.card,
+            precision=precision,
+            variant="",
+            batch_size=trial.batch_size,
+            batches_per_step=0,
+            num_workers=0,
+            top_k=1,
+            save=(),
+            limits=trial.limits,
+            plan_id="",
+            answer_id="",
+        )
+        session = open_session(job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch())
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def _answers(self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], float]:
+        """Logits, float32 (n, classes), and images/s; 0 where there are too few pictures to tell."""
+        batches = self._batches(pixels)
+        with self._session(precision, file) as session:
+            for _ in session.stream(batches[:_WARM_UP]):
+                pass
+            begun = time.perf_counter()
+            logits = [outputs.logits for _, outputs in session.stream(batches)]
+            seconds = time.perf_counter() - begun
+        if not logits:
+            return np.zeros((0, len(self._trial.bundle.card.labels)), np.float32), 0.0
+        return np.concatenate(logits), len(pixels) / seconds if seconds > _LONG_ENOUGH_S else 0.0
+
+    def _judge(
+        self, precision: Precision, pixels: Sequence[NDArray[np.uint8]], reference: NDArray[np.float32], file: Path
+    ) -> tuple[gate.Verdict, float]:
+        answers, rate = self._answers(precision, file, pixels)
+        verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
+        self._say(f"{precision}: {gate.told(verdict)}")
+        return verdict, rate
+
+    # Precisions.
+
+    def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
+        verdict, rate = judge(self._onnx)
+        return {**self._common, "verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
+
+    def _int8(self, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
+        """Quantise until the gate accepts or the attempts are used up; keep the best."""
+        tried: list[_Candidate] = []
+        kept: _Candidate | None = None
+        while len(tried) < self._trial.attempts:
+            scheme = self._scheme(kept, len(tried), pixels)
+            tried.append(self._attempt(scheme, pixels, judge))
+            candidate = tried[-1]
+            if kept is None or _goodness(candidate) > _goodness(kept):
+                kept, candidate = candidate, kept or candidate
+            if candidate is not kept:
+                self._discard(candidate)
+            if tried[-1].verdict.accepted or tried[-1].verdict.reason.startswith(gate.TOO_FEW):
+                break
+        assert kept is not None
+        verdict = kept.verdict
+        return {
+            "file": kept.file.name,
+            "key": kept.key,
+            "sha256": quantize.digest(kept.file),
+            "preset": kept.scheme.preset,
+            "ignored": list(kept.scheme.ignored),
+            "calibration": {"id": self._calibrated_on, "pictures": len(pixels)},
+            **self._common,
+            "verdict": asdict(verdict),
+            "accepted": verdict.accepted,
+            "images_per_second": round(kept.rate, 2),
+            "tried": [
+                {
+                    "preset": item.scheme.preset,
+                    "ignored": list(item.scheme.ignored),
+                    "agreement": item.verdict.agreement,
+                    "wilson_low": item.verdict.wilson_low,
+                    "images_per_second": round(item.rate, 2),
+                }
+                for item in tried
+            ],
+        }
+
+    def _scheme(self, best: _Candidate | None, number: int, pixels: Sequence[NDArray[np.uint8]]) -> quantize.Scheme:
+        """What to try next: the fastest way, then asymmetric activations, then the better of both with its worst layers in fp32."""
+        if best is None or number < 2:
+            return quantize.Scheme(("performance", "mixed")[min(number, 1)])
+        ranked = quantize.sensitivities(self._onnx, best.file, pixels[:_LOOKED_AT])
+        count = max(number - 1, round(_WORST[min(number - 2, len(_WORST) - 1)] * len(ranked)))
+        return quantize.Scheme(best.scheme.preset, tuple(sorted({*best.scheme.ignored, *(name for name, _ in ranked[:count])})))
+
+    def _attempt(
+        self, scheme: quantize.Scheme, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]
+    ) -> _Candidate:
+        but = f", {len(scheme.ignored)} sensitive layers in fp32" if scheme.ignored else ""
+        self._say(f"int8: quantising on {len(pixels):,} pictures, preset {scheme.preset}{but}")
+        self._at(None)
+        key = quantize.key(self._trial.bundle.card.sha256, self._calibrated_on, scheme)
+        model = quantize.quantize(self._onnx, pixels, len(pixels), preset=scheme.preset, ignored=scheme.ignored)
+        file = quantize.save(model, self._trial.bundle.dir, f"int8-{key}")
+        del model
+        verdict, rate = judge(file)
+        return _Candidate(scheme, file, key, verdict, rate)
+
+    def _discard(self, candidate: _Candidate) -> None:
+        """Remove an attempt's files, unless the card names them: jobs may be running from those."""
+        named = {record.get("file") for record in quantize.variants(self._now).values()}
+        if candidate.file.name not in named:
+            quantize.remove(candidate.file)
+
+
+def _goodness(candidate: _Candidate) -> tuple[float, float]:
+    return candidate.verdict.wilson_low, -candidate.verdict.mean_probability_difference
+
+
+# ── the child and its parent ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
+    """`carry_out` in a process of its own; started once more, decoding in disposable processes, if it dies or hangs.
+
+    Raises:
+        ImagemillError: as `carry_out`. WorkerError: it died twice.
+    """
+    try:
+        return _attempt_in_child(trial, say)
+    except _DiedError as died:
+        say(f"the trial process {died}: starting it again, each picture decoded in a process of its own")
+    try:
+        return _attempt_in_child(replace(trial, isolate=True), say)
+    except _DiedError as died:
+        raise WorkerError(f"the process that measures precisions {died}, twice. Use --precision fp32.") from died
+
+
+class _DiedError(Exception):
+    """The child is gone without an answer; says how."""
+
+
+def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
+    ours, theirs = Pipe()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            # Imported under its own name, so that the records that are pickled there are known here.
+            [
+                sys.executable,
+                "-c",
+                "import sys; from imagemill import trial; sys.exit(trial.main())",
+                str(theirs.fileno()),
+                str(os.getpid()),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            pass_fds=(theirs.fileno(),),
+            env=child.environment(),
+        )
+        theirs.close()
+        try:
+            ours.send(trial)
+            return _listen(ours, say)
+        except (EOFError, OSError):
+            code = process.wait()
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            log.seek(0)
+            last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise _DiedError(": ".join([how, *last])) from None
+        finally:
+            process.kill()
+            process.wait()
+            ours.close()
+
+
+def _listen(connection: Connection, say: Say) -> dict[str, Record]:
+    patience_s: float | None = None
+    while True:
+        if not connection.poll(patience_s):
+            raise _DiedError(f"said nothing for {patience_s:g} s while decoding")
+        match connection.recv():
+            case Said(line):
+                say(line)
+            case At(patience):
+                patience_s = patience
+            case Found(records):
+                return dict(records)
+            case Failed(kind, message):
+                known = getattr(errors, kind, ImagemillError)
+                raise known(message)
+
+
+def main() -> int:
+    """Be the child."""
+    socket, parent = (int(argument) for argument in sys.argv[1:3])
+    child.end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    warnings.simplefilter("ignore")
+    connection = Connection(socket)
+    trial = connection.recv()
+    assert isinstance(trial, Trial)
+    child.keep_to(trial.cores)
+    try:
+        found = carry_out(trial, lambda line: connection.send(Said(line)), lambda patience_s: connection.send(At(patience_s)))
+        connection.send(Found(found))
+    except ImagemillError as error:
+        kind = type(error).__name__
+        connection.send(Failed(kind if hasattr(errors, kind) else "ImagemillError", str(error)))
+    return 0
