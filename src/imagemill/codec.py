@@ -51,6 +51,8 @@ def _convert(kind: Any, value: Any) -> Any:
             return tuple(_convert(arguments[0], item) for item in value)
         return tuple(_convert(option, item) for option, item in zip(arguments, value, strict=True))
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{kind.__name__} is not an object")
         hints = _hints(kind)
         return kind(**{name: _convert(hints[name], item) for name, item in value.items() if name in hints})
     if isinstance(kind, type) and issubclass(kind, Enum | Path):

@@ -320,8 +320,11 @@ class Launcher:
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
                 )
         except OSError as error:
+            ours.close()
+            notes.close()
             raise layout.cannot_write(log_path, error) from error
-        theirs.close()
+        finally:
+            theirs.close()
         with contextlib.suppress(OSError):  # dead already: the next turn of the loop buries it
             ours.send(wire.Begin(self._job, device))
         return _Worker(device, position, process, ours, notes, board)

@@ -171,7 +171,8 @@ def read_manifest(paths: JobPaths) -> Manifest | None:
 
 def _manifest(plain: dict[str, object]) -> Manifest:
     parts = plain["parts"]
-    assert isinstance(parts, dict)
+    if not isinstance(parts, dict):
+        raise TypeError("parts is not an object")
     records = {name: codec.from_plain(PartRecord, record) for name, record in parts.items()}
     return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
 

@@ -113,6 +113,8 @@ def run(settings: Settings, watcher: Watcher | None = None) -> Summary:
     _check(settings)
     paths = JobPaths(Path(settings.output).absolute(), Path(settings.log_dir).absolute() if settings.log_dir else None)
     frozen = read_frozen(paths)
+    if frozen and frozen.job.log_dir and not settings.log_dir:
+        paths = replace(paths, log_dir=Path(frozen.job.log_dir))
     chosen = devices.resolve(settings.devices or (frozen.devices if frozen else "auto"))
     if frozen is None:
         _refuse_foreign(paths)
@@ -161,6 +163,7 @@ def _carry_out(settings: Settings, frozen: Frozen, paths: JobPaths, chosen: Sequ
             outcome = launcher.run()
     finally:
         watcher.end()
+    paths.sweep()  # once more: workers that died have left their temporary files
     tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
     summary = _summarise(frozen, paths, shards, done, outcome, tally, chosen)
     layout.write_whole(paths.summary, codec.dumps(summary))
@@ -182,7 +185,7 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{_flag(name)} {value}: must be from 1 to 256.")
     if settings.max_bad_fraction is not None and not 0 <= settings.max_bad_fraction <= 1:
         raise UsageError(f"--max-bad-fraction {settings.max_bad_fraction}: must be from 0 to 1.")
-    if settings.max_seconds is not None and settings.max_seconds <= 0:
+    if settings.max_seconds is not None and not settings.max_seconds > 0:  # NaN neither
         raise UsageError(f"--max-seconds {settings.max_seconds}: must be more than 0.")
     for flag, values, known in (("--save", settings.save, list(Saved)), ("--retry-failed", settings.retry_failed, list(Status))):
         for value in values or ():
@@ -590,6 +593,8 @@ def read_frozen(paths: JobPaths) -> Frozen | None:
     """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
     try:
         plain = json.loads(paths.job.read_bytes())
+        if not isinstance(plain, dict):
+            raise TypeError("it is not a JSON object")
         if plain.get("format") != _FORMAT:
             raise OutputError(f"{paths.job} has format {plain.get('format')}, this version of imagemill reads {_FORMAT}.")
         return codec.from_plain(Frozen, plain)

@@ -57,6 +57,7 @@ _STARTING_S: Final = 12.0
 """Importing, converting and compiling."""
 _PROBE_S: Final = 2.0
 _SLACK_S: Final = 60.0
+_PRESETS: Final = ("performance", "mixed")
 _WORST: Final = (0.05, 0.15)
 """Shares of the layers that the third and fourth attempt leave in fp32."""
 _LOOKED_AT: Final = 8
@@ -435,12 +436,16 @@ class _Run:
         }
 
     def _scheme(self, best: _Candidate | None, number: int, pixels: Sequence[NDArray[np.uint8]]) -> quantize.Scheme:
-        """What to try next: the fastest way, then asymmetric activations, then the better of both with its worst layers in fp32."""
-        if best is None or number < 2:
-            return quantize.Scheme(("performance", "mixed")[min(number, 1)])
+        """What to try next: the fastest way, then asymmetric activations, then the better of both with its worst layers in fp32; at last
+        with more of them, and those that feed them."""
+        if best is None or number < len(_PRESETS):
+            return quantize.Scheme(_PRESETS[number])
         ranked = quantize.sensitivities(self._onnx, best.file, pixels[:_LOOKED_AT])
-        count = max(number - 1, round(_WORST[min(number - 2, len(_WORST) - 1)] * len(ranked)))
-        return quantize.Scheme(best.scheme.preset, tuple(sorted({*best.scheme.ignored, *(name for name, _ in ranked[:count])})))
+        again = number > len(_PRESETS)
+        worst = {name for name, _ in ranked[: max(1, round(_WORST[again] * len(ranked)))]}
+        if again:
+            worst.update(quantize.feeders(best.file, worst))
+        return quantize.Scheme(best.scheme.preset, tuple(sorted(worst.union(best.scheme.ignored))))
 
     def _attempt(
         self, scheme: quantize.Scheme, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]

@@ -175,19 +175,6 @@ def digest(model_file: Path) -> str:
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def layers(model_file: Path) -> tuple[str, ...]:
-    """Names of the convolutions and matrix products of a model, ONNX or IR, in order."""
-    model = _openvino().Core().read_model(str(model_file))
-    return tuple(node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in _LAYERS and not _is_weight(node))
-
-
-def _is_weight(node: Any) -> bool:
-    return bool(
-        node.get_type_name() == "MatMul"
-        and all(port.get_source_output().get_node().get_type_name() == "Constant" for port in node.inputs())
-    )
-
-
 def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
     """Run a model once and tell which kernel each convolution ran as.
 
@@ -247,6 +234,27 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
         for name, twin, ranges in measured:
             sums[name] += _noise(values[twin.get_friendly_name()], ranges)
     return sorted(((name, total / len(pixels)) for name, total in sums.items()), key=lambda pair: -pair[1])
+
+
+def feeders(model_file: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """Name the layers whose results reach the named ones without passing another layer.
+
+    Keeping a layer in fp32 may not be enough: the one that computes its loud channel may lose the quiet ones by itself.
+    """
+    model = _openvino().Core().read_model(str(model_file))
+    wanted = set(names)
+    coming = [node.input(0).get_source_output().get_node() for node in model.get_ops() if node.get_friendly_name() in wanted]
+    found, seen = [], set()
+    while coming:
+        node = coming.pop()
+        if (name := node.get_friendly_name()) in seen:
+            continue
+        seen.add(name)
+        if node.get_type_name() in _LAYERS:
+            found.append(name)
+        else:
+            coming += [port.get_source_output().get_node() for port in node.inputs()]
+    return tuple(sorted(set(found) - wanted))
 
 
 def _quantiser_of(node: Any) -> Any | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -56,8 +57,7 @@ class OpenVinoSession:
         self._shape = (job.batch_size, size, size, 3)
         self._with_embedding = Saved.EMBEDDING in job.save
         core = ov.Core()
-        if job.cache_dir:
-            Path(job.cache_dir).mkdir(parents=True, exist_ok=True)
+        if job.cache_dir and _can_be_written(Path(job.cache_dir)):
             core.set_property({"CACHE_DIR": job.cache_dir})
         try:
             model = core.read_model(job.model_file)
@@ -112,3 +112,12 @@ class OpenVinoSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._free.clear()
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Make a folder. A models folder may be another user's, or read-only: then models are compiled anew at each start."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
