@@ -45,6 +45,8 @@ _OLD_SPELLINGS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A mistake of the user's is one line on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(AttributeError):  # replaced by something simpler; else names that it cannot spell are no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         parsed = _parser().parse_args(arguments)
         with contextlib.suppress(ValueError):  # not the main thread: the signal stays its owner's

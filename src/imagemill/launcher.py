@@ -313,18 +313,19 @@ class Launcher:
         fds = (theirs.fileno(), notes.fileno())
         # -P: no module is taken from the folder that the user happens to be in.
         command = [sys.executable, "-P", "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
-        log_path = self._paths.device_log(device.name)
-        try:
-            with log_path.open("ab") as log:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
-                )
-        except OSError as error:
-            ours.close()
-            notes.close()
-            raise layout.cannot_write(log_path, error) from error
-        finally:
-            theirs.close()
+        with contextlib.ExitStack() as undone:
+            undone.callback(notes.close)
+            undone.callback(ours.close)
+            try:
+                with layout.appending(self._paths.device_log(device.name)) as log:
+                    process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
+                    )
+            except OSError as error:
+                raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error
+            finally:
+                theirs.close()
+            undone.pop_all()
         with contextlib.suppress(OSError):  # dead already: the next turn of the loop buries it
             ours.send(wire.Begin(self._job, device))
         return _Worker(device, position, process, ours, notes, board)

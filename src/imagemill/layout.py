@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from imagemill.errors import OutputError
 
@@ -167,6 +168,14 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
         errno.EACCES: "The folder may not be written to. Give another --output, or change its permissions and repeat the command.",
     }.get(error.errno or 0, "Repeat the command once the cause is mended: finished parts are kept.")
     return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
+
+
+def appending(path: Path) -> BinaryIO:
+    """Open a file to append to. Raises: OutputError."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def make_folder(path: Path) -> None:

@@ -137,7 +137,8 @@ def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
     for path in paths.parts().values():
         try:
-            table = pq.read_table(path, columns=list(columns), use_threads=False)
+            with pa.OSFile(os.fsencode(path)) as file:
+                table = pq.read_table(file, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise PartError(f"{path} is damaged: {error}. Run `imagemill verify --quarantine`, then repeat the run.") from error
         yield from table.to_pylist()
@@ -148,7 +149,8 @@ def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, P
     for shard in shards:
         path = paths.part(shard.number)
         if parts[path.name].failed_by_status:
-            statuses = pq.read_table(path, columns=["status"], use_threads=False)["status"].to_pylist()
+            with pa.OSFile(os.fsencode(path)) as file:
+                statuses = pq.read_table(file, columns=["status"], use_threads=False)["status"].to_pylist()
             for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
                     full = _full_path(os.fsencode(sources[row.source]), row.path)
@@ -232,7 +234,8 @@ def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded
 
 def _foreign(path: Path, shard: Shard, answer_id: str) -> str | None:
     try:
-        metadata = pq.read_schema(path).metadata
+        with pa.OSFile(os.fsencode(path)) as file:
+            metadata = pq.read_schema(file).metadata
     except FileNotFoundError:
         return "is missing"
     except (OSError, pa.ArrowException) as error:

@@ -7,6 +7,7 @@ listing in memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
             column.clear()
 
     try:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
+        with pa.OSFile(os.fsencode(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
             for entry in entries:
                 for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.group), strict=True):
                     column.append(value)
@@ -103,20 +104,24 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         OutputError: it cannot be written.
     """
     writer: pq.ParquetWriter | None = None
+    opened: pa.OSFile | None = None
     shards_in_file = files = index = 0
     group = -1
 
     def close() -> None:
-        nonlocal writer
-        if writer is not None:
+        nonlocal writer, opened
+        if writer is not None and opened is not None:
             writer.close()
-            writer = None
+            opened.close()
+            writer = opened = None
 
     def write_shard(rows: pa.Table) -> None:
-        nonlocal writer, shards_in_file, files, index
+        nonlocal writer, opened, shards_in_file, files, index
         if writer is None or shards_in_file == _SHARDS_PER_FILE:
             close()
-            writer = pq.ParquetWriter(folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet", SCHEMA, compression="zstd")
+            path = folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet"
+            opened = pa.OSFile(os.fsencode(path), "wb")  # as bytes: the folder's name may not be UTF-8
+            writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
         numbered = rows.select(["source", "path", "size"]).add_column(0, "index", pa.array(range(index, index + count), pa.int64()))
@@ -124,7 +129,7 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         shards_in_file, index = shards_in_file + 1, index + count
 
     try:
-        with pa.OSFile(str(spooled)) as file:  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
+        with pa.OSFile(os.fsencode(spooled)) as file:  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
             pending = _SPOOL_SCHEMA.empty_table()
             for run_group, rows in _runs(pa.ipc.open_file(file), by_group=by_group):
                 if run_group != group:
@@ -174,7 +179,8 @@ def shards(folder: Path) -> list[Shard]:
     first = 0
     for path in sorted(folder.glob("plan-*.parquet")):
         try:
-            metadata = pq.read_metadata(path)
+            with pa.OSFile(os.fsencode(path)) as file:
+                metadata = pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
             raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
         group = int(path.name.split("-")[1])
@@ -189,7 +195,7 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
     """The rows of one shard. Raises: OutputError."""
     path = folder / shard.plan_file
     try:
-        with pq.ParquetFile(path) as file:
+        with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened) as file:
             table = file.read_row_group(shard.row_group)
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from imagemill import codec, devices, sources, trial
-from imagemill.errors import ImagemillError, UsageError
+from imagemill.errors import ImagemillError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.plan import Entry
@@ -48,6 +48,8 @@ class Choice:
     variant: str
     """`model` or `int8-<key>`."""
     model_file: Path
+    sha256: str | None = None
+    """See `Prepared.sha256`."""
     reasons: tuple[str, ...] = ()
     """Why, and why not the faster ones; one line each."""
     worth_trying: tuple[Precision, ...] = ()
@@ -63,6 +65,8 @@ class Prepared:
     """`Job.variant`."""
     model_file: Path
     """`Job.model_file`."""
+    sha256: str | None = None
+    """Of a variant's files, for `verify_variant` when the job is resumed; None for `model.onnx`, which the card's own sum covers."""
     lines: tuple[str, ...] = ()
     """All that was said on the way; also told to `say` at once."""
 
@@ -138,7 +142,23 @@ def prepare(
         choice = _automatic(base, entries, pictures, tell)
     else:
         choice = _explicit(Precision(setting), base, entries, pictures, tell)
-    return Prepared(choice.precision, choice.variant, choice.model_file, tuple(lines))
+    return Prepared(choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines))
+
+
+def verify_variant(model_file: Path, sha256: str | None) -> None:
+    """Compare a variant's files with the sum that the job was frozen with; None: nothing to compare.
+
+    Raises:
+        ModelError: they changed, or are gone.
+    """
+    if sha256 is None:
+        return
+    try:
+        found = quantize.digest(model_file)
+    except OSError as error:
+        raise ModelError(f"{model_file}, which the job was started with, cannot be read: {error.strerror}. Start anew.") from error
+    if found != sha256:
+        raise ModelError(f"{model_file} is not the file that the job was started with: its sha256 is {found}, was {sha256}. Start anew.")
 
 
 def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choice:
@@ -163,7 +183,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
                 reasons.append(f"{precision} is not used: it answers as fp32 does but makes only {speedup:.2f} times its images/s")
                 continue
             reasons.append(f"{precision} is used: {verdict.get('reason')}")
-            return Choice(precision, *_files(bundle, precision, record), tuple(reasons), tuple(worth))
+            return replace(_chosen(bundle, precision, record), reasons=tuple(reasons), worth_trying=tuple(worth))
         if record and verdict.get("pictures", 0) >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
         elif not flags & _UNITS[precision]:
@@ -175,7 +195,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
             )
         else:
             worth.append(precision)
-    return Choice(Precision.FP32, "model", bundle.dir / bundles.MODEL, tuple(reasons), tuple(worth))
+    return Choice(Precision.FP32, "model", bundle.dir / bundles.MODEL, None, tuple(reasons), tuple(worth))
 
 
 def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) -> Record | None:
@@ -194,11 +214,11 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
     return record
 
 
-def _files(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> tuple[str, Path]:
-    """Variant and model file."""
+def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> Choice:
     if precision is not Precision.INT8:
-        return "model", bundle.dir / bundles.MODEL
-    return str(record["file"]).removesuffix(".xml"), bundle.dir / str(record["file"])
+        return Choice(precision, "model", bundle.dir / bundles.MODEL)
+    name = str(record["file"])
+    return Choice(precision, name.removesuffix(".xml"), bundle.dir / name, str(record["sha256"]))
 
 
 def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: int, say: Say) -> Choice:
@@ -234,7 +254,7 @@ def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[
         return Choice(precision, "model", bundle.dir / bundles.MODEL)
     if not record["accepted"]:
         say(f"{precision} is used because it was asked for; `auto` would not use it: {record['verdict']['reason']}")
-    return Choice(precision, *_files(bundle, precision, record))
+    return _chosen(bundle, precision, record)
 
 
 def _reloaded(bundle: Bundle) -> Bundle:

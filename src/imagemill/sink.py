@@ -140,13 +140,13 @@ class Sink:
             pa.array([row.source for row in rows], pa.string()),
             pa.array([row.path for row in rows], pa.string()),
             pa.array([row.status.value for row in rows], pa.string()),
-            pa.array([row.error for row in rows], pa.string()),
+            pa.array([_told(row.error) for row in rows], pa.string()),
             first,
             self._labels.take(first),
             pa.array(probabilities[:, 0], pa.float32()).take(taken),
             pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, mask=pa.array(~answered)),
-            pa.array([row.width for row in rows], pa.int32()),
-            pa.array([row.height for row in rows], pa.int32()),
+            pa.array([_side(row.width) for row in rows], pa.int32()),
+            pa.array([_side(row.height) for row in rows], pa.int32()),
         ]
         fields = list(_COLUMNS)
         for saved, arrays in opened.saved.items():
@@ -156,3 +156,13 @@ class Sink:
             fields.append(pa.field(saved.value, kind))
         metadata = self._metadata | {"imagemill.shard": str(opened.shard.number)}
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
+
+
+def _side(pixels: int | None) -> int | None:
+    """Width or height as the column can hold it: a broken header may promise anything."""
+    return pixels if pixels is not None and 0 <= pixels < 2**31 else None
+
+
+def _told(error: str | None) -> str | None:
+    """An error as UTF-8 can hold it: it may quote the picture."""
+    return error if error is None else error.encode("utf-8", "backslashreplace").decode()

@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill import child, codec, devices, errors, sources
-from imagemill.errors import BadLogitsError, ImagemillError, WorkerError
+from imagemill.errors import BadLogitsError, ImagemillError, ModelError, WorkerError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
@@ -50,7 +51,7 @@ Record = dict[str, Any]
 """What the card keeps of one precision."""
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
-"""Over fp32, compute only, where the processor has the units (docs/performance.md)."""
+"""Over fp32, compute only, at best (docs/performance.md)."""
 _CALIBRATING: Final = 2.0
 """Quantising costs as much as this many fp32 pictures for each that it calibrates on: resnext101_32x4d, 300 pictures in 48 s at 12.5/s."""
 _STARTING_S: Final = 12.0
@@ -130,18 +131,18 @@ def instruction_set(flags: set[str] | None = None) -> str:
     return next((name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp") if name in flags), "plain")
 
 
-def spent_pictures(precision: Precision, calibration: int, held_out: int) -> float:
+def spent_pictures(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
     """What trying a precision costs, in fp32 pictures: calibrating, and judging on the held-out ones in fp32 and in it."""
     calibrating = _CALIBRATING * calibration if precision is Precision.INT8 else 0.0
-    return calibrating + held_out * (1 + 1 / SPEEDUP[precision])
+    return calibrating + held_out * (1 + 1 / speedup)
 
 
-def gained_pictures(precision: Precision, pictures: int) -> float:
+def gained_pictures(pictures: int, speedup: float) -> float:
     """What a job gains from a precision, in fp32 pictures. Decoding is the same in both, and so plays no part."""
-    return pictures * (1 - 1 / SPEEDUP[precision])
+    return pictures * (1 - 1 / speedup)
 
 
-def pays(precision: Precision, pictures: int, calibration: int, held_out: int, rate: float = 0.0) -> bool:
+def pays(precision: Precision, pictures: int, calibration: int, held_out: int, *, rate: float = 0.0, speedup: float | None = None) -> bool:
     """Tell whether a job gains more from a precision than trying it costs.
 
     Args:
@@ -150,8 +151,10 @@ def pays(precision: Precision, pictures: int, calibration: int, held_out: int, r
         calibration: pictures to calibrate on.
         held_out: pictures to judge by.
         rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of models.
+        speedup: over fp32; None: as much as the units can.
     """
-    return gained_pictures(precision, pictures) > spent_pictures(precision, calibration, held_out) + _STARTING_S * rate
+    speedup = speedup or SPEEDUP[precision]
+    return gained_pictures(pictures, speedup) > spent_pictures(precision, calibration, held_out, speedup) + _STARTING_S * rate
 
 
 def split(available: int, calibration: int, held_out: int) -> tuple[list[int], list[int]]:
@@ -204,6 +207,11 @@ def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | Non
         return _Run(trial, now, say, at).carry_out()
 
 
+def calibration_pixels(trial: Trial) -> list[NDArray[np.uint8]]:
+    """Decode what a trial would calibrate on: uint8 (1, size, size, 3) each."""
+    return _Run(trial, trial.bundle, lambda _: None, lambda _: None).calibration_pixels()
+
+
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     scheme: quantize.Scheme
@@ -241,7 +249,7 @@ class _Run:
         wanted = [precision for precision in trial.precisions if precision.value not in records]
         if not wanted:
             return records
-        pixels = list(self._pixels(self._first, trial.calibration)) if Precision.INT8 in wanted else []
+        pixels = self.calibration_pixels() if Precision.INT8 in wanted else []
         if trial.pictures is not None and not (wanted := self._worth_it(wanted, pixels, trial.pictures)):
             return records
         held_out = list(self._pixels(self._rest, trial.held_out))
@@ -260,6 +268,9 @@ class _Run:
                 break
         return records
 
+    def calibration_pixels(self) -> list[NDArray[np.uint8]]:
+        return list(self._pixels(self._first, self._trial.calibration))
+
     def _noted(self, precision: Precision) -> Record | None:
         """The card's record if it is of the same pictures, versions and processor, and its file is whole."""
         record = quantize.variants(self._now).get(precision.value)
@@ -274,32 +285,40 @@ class _Run:
         return record
 
     def _worth_it(self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], pictures: int) -> list[Precision]:
-        """Measure fp32's rate for some seconds and keep the precisions that pay at it."""
+        """Measure for some seconds, and keep the precisions that pay. bf16 is measured, not believed: on Intel processors whose AMX is
+        switched off its instructions are there and slower than fp32's (0.55 × with resnext101_32x4d, OpenVINO 2026.4, 2026-11)."""
         trial = self._trial
         some = list(pixels[: 16 * trial.batch_size]) or list(self._pixels(self._rest, 16 * trial.batch_size))
-        rate = self._rate(some)
-        kept = [precision for precision in wanted if pays(precision, pictures, trial.calibration, trial.held_out, rate)]
-        if not kept:
-            self._say(f"fp32 makes {rate:.1f} images/s: measuring whether a faster precision answers alike would take longer than it saves")
-        elif rate:
-            spent = spent_pictures(kept[0], trial.calibration, trial.held_out) / rate + _STARTING_S
-            gained = gained_pictures(kept[0], pictures) / rate
-            self._say(f"fp32 makes {rate:.1f} images/s; {kept[0]} could save {gained:,.0f} s: trying it, which takes about {spent:,.0f} s")
+        if not some:
+            return []
+        rate = self._rate(Precision.FP32, some)
+        speedups = {precision: SPEEDUP[precision] for precision in wanted}
+        if Precision.BF16 in wanted:
+            speedups[Precision.BF16] = self._rate(Precision.BF16, some) / rate
+        kept = [p for p in wanted if pays(p, pictures, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])]
+        for precision, speedup in speedups.items():
+            if precision in kept:
+                spent = spent_pictures(precision, trial.calibration, trial.held_out, speedup) / rate + _STARTING_S
+                gained = gained_pictures(pictures, speedup) / rate
+                self._say(f"{precision} could save {gained:,.0f} s, finding out whether it answers as fp32 does takes about {spent:,.0f} s")
+            elif precision is Precision.BF16 and speedup < 1:
+                self._say(f"bf16 is not tried: it makes {speedup:.2f} times the images/s of fp32 on this processor")
+            else:
+                self._say(f"{precision} is not tried: finding out whether it answers as fp32 does would take longer than it saves")
         return kept
 
-    def _rate(self, pixels: Sequence[NDArray[np.uint8]]) -> float:
-        if not pixels:
-            return 0.0
+    def _rate(self, precision: Precision, pixels: Sequence[NDArray[np.uint8]]) -> float:
+        """images/s, compute only."""
         self._at(None)
-        batches = self._batches(pixels)
-        with self._session(Precision.FP32, self._onnx) as session:
+        batches = list(self._batches(pixels))
+        with self._session(precision, self._onnx) as session:
             for _ in session.stream(batches[:_WARM_UP]):
                 pass
             begun, done = time.perf_counter(), 0
 
             def enough() -> Iterator[Batch]:
                 while time.perf_counter() - begun < _PROBE_S:
-                    yield from batches
+                    yield from batches[:_WARM_UP]
 
             for batch, _ in session.stream(enough()):
                 done += batch.filled
@@ -326,19 +345,17 @@ class _Run:
                 self._at(patience_s)
                 if batch.filled and wanted > 0:
                     wanted -= 1
-                    yield batch.pixels
+                    yield batch.pixels.copy()  # it is kept for long, whatever becomes of the feed's buffer
                 if wanted <= 0:
                     return
 
-    def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Batch]:
+    def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[Batch]:
         """Fixed-size batches, the last one padded."""
         size = self._trial.batch_size
-        batches = []
         for start in range(0, len(pixels), size):
             some = pixels[start : start + size]
             padding = [np.zeros_like(some[0])] * (size - len(some))
-            batches.append(Batch(np.concatenate([*some, *padding]), len(some), ()))
-        return batches
+            yield Batch(np.concatenate([*some, *padding]), len(some), ())
 
     # Answers.
 
@@ -371,12 +388,11 @@ class _Run:
 
     def _answers(self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], float]:
         """Logits, float32 (n, classes), and images/s; 0 where there are too few pictures to tell."""
-        batches = self._batches(pixels)
         with self._session(precision, file) as session:
-            for _ in session.stream(batches[:_WARM_UP]):
+            for _ in session.stream(islice(self._batches(pixels), _WARM_UP)):
                 pass
             begun = time.perf_counter()
-            logits = [outputs.logits for _, outputs in session.stream(batches)]
+            logits = [outputs.logits for _, outputs in session.stream(self._batches(pixels))]
             seconds = time.perf_counter() - begun
         if not logits:
             return np.zeros((0, len(self._trial.bundle.card.labels)), np.float32), 0.0
@@ -402,8 +418,16 @@ class _Run:
         kept: _Candidate | None = None
         while len(tried) < self._trial.attempts:
             scheme = self._scheme(kept, len(tried), pixels)
-            tried.append(self._attempt(scheme, pixels, judge))
-            candidate = tried[-1]
+            if any(scheme == item.scheme for item in tried):
+                break  # nothing is left to try
+            try:
+                candidate = self._attempt(scheme, pixels, judge)
+            except ModelError as error:
+                if kept is None:
+                    raise
+                self._say(f"int8: that way fails: {error}")
+                break
+            tried.append(candidate)
             if kept is None or _goodness(candidate) > _goodness(kept):
                 kept, candidate = candidate, kept or candidate
             if candidate is not kept:

@@ -191,7 +191,7 @@ def _decode_jpeg(data: bytes, jpeg: _Jpeg, recipe: Recipe, out: NDArray[np.uint8
     box = preprocess.region(_shrunk(crop, factor), recipe, width, height)
     left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)
     part = preprocess.turn(pixels[top:bottom, left:right], orientation)
-    preprocess.resample(Image.fromarray(part), crop, recipe, out, left=box[0], top=box[1], scale=factor)
+    preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1], scale=factor)
     return True
 
 

@@ -4,9 +4,10 @@ The published recipes resize the whole picture so that its short side is `resize
 first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never computed: a
 picture of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare with.
 
-The resampler is Pillow's own, within a level or two of `by_the_book`. cykooz-resizer, the same filters in SIMD code, would make decoding
-1.4 to 1.7 times as fast (bench/decode.py, 2026-11-22) and is off by one level in 18 % of the values: on 328 photographs that flips the
-top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear), where this flips none. Fast decoding may not change answers, so it is not used.
+The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit, in
+about a third of the time (bench/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by one
+level in 18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear),
+where this flips none. Fast decoding may not change answers, so it is not used.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ import numpy as np
 from PIL import Image
 
 from imagemill.records import Interpolation
+
+try:
+    from imagemill.images import _resample
+except ImportError:  # no compiler where it was installed: the same answers, later
+    _resample = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,13 +135,24 @@ def turned_region(box: tuple[int, int, int, int], orientation: int, width: int, 
     return box
 
 
+NATIVE = _resample is not None
+"""Whether the vectorised resampler was built."""
+
+
 def resample(
-    image: Image.Image, crop: Crop, recipe: Recipe, out: NDArray[np.uint8], *, left: int = 0, top: int = 0, scale: int = 1
+    image: Image.Image | NDArray[np.uint8],
+    crop: Crop,
+    recipe: Recipe,
+    out: NDArray[np.uint8],
+    *,
+    left: int = 0,
+    top: int = 0,
+    scale: int = 1,
 ) -> None:
     """Resample the crop of a displayed picture into `out`.
 
     Args:
-        image: RGB; the displayed picture, or a part of it.
+        image: RGB, as Pillow's or uint8 (H, W, 3); the displayed picture, or a part of it.
         crop: as `locate` found it for the whole picture at full size.
         out: uint8 (size, size, 3); written in full, padding included.
         left, top: where in the whole picture the image begins, pixels of the image.
@@ -145,22 +162,44 @@ def resample(
         out[:] = 0
         return
     shape = (crop.x.count, crop.y.count)
+    if isinstance(image, np.ndarray):
+        if _resample_fast(image, crop, recipe, out, left, top, scale):
+            return
+        image = Image.fromarray(image)
     if recipe.resize is None:
         x, y = round(crop.x.start) - left, round(crop.y.start) - top
         piece = image if (x, y) == (0, 0) and image.size == shape else image.crop((x, y, x + shape[0], y + shape[1]))
     else:
-        box = (
-            max(0.0, crop.x.start / scale - left),
-            max(0.0, crop.y.start / scale - top),
-            min(float(image.width), crop.x.stop / scale - left),
-            min(float(image.height), crop.y.stop / scale - top),
-        )
-        piece = image.resize(shape, FILTERS[recipe.interpolation], box=box)
+        piece = image.resize(shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale))
     if shape == (recipe.size, recipe.size):
         out[:] = np.asarray(piece)
         return
     out[:] = 0
     out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = np.asarray(piece)
+
+
+def _box(crop: Crop, width: int, height: int, left: int, top: int, scale: int) -> tuple[float, float, float, float]:
+    """Where the crop lies in an image of this size that begins at (left, top)."""
+    return (
+        max(0.0, crop.x.start / scale - left),
+        max(0.0, crop.y.start / scale - top),
+        min(float(width), crop.x.stop / scale - left),
+        min(float(height), crop.y.stop / scale - top),
+    )
+
+
+def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: NDArray[np.uint8], left: int, top: int, scale: int) -> bool:
+    """Resample with `_resample.c`; False where it is not built or not made for this, which leaves it to Pillow."""
+    height, width = pixels.shape[:2]
+    to_width, to_height = crop.x.count, crop.y.count
+    # Pillow 13 goes down first where more than twice as many rows as columns are lost; which rule it is changed between its versions.
+    rows_first = height - to_height > max(0, 2 * (width - to_width))
+    if not NATIVE or recipe.resize is None or rows_first or (to_height, to_width, 3) != out.shape or not out.flags.c_contiguous:
+        return False
+    if pixels.strides[1:] != (3, 1):  # turned
+        pixels = np.ascontiguousarray(pixels)
+    _resample.resample(pixels, _box(crop, width, height, left, top, scale), recipe.interpolation is Interpolation.BICUBIC, out)
+    return True
 
 
 def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
