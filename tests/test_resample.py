@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pictures
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import pictures
 from imagemill.images import preprocess
 from imagemill.images.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
