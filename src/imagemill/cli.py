@@ -126,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--random-weights", type=int, metavar="SEED", help="random weights, for measuring")
     sub.add_argument("--batch-size", type=int, action="append", default=[], metavar="N", help="also write model_N.onnx; may be repeated")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+
+    sub = command("quantize", _quantize, "make the int8 variant of a model and measure its agreement with fp32")
+    sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
+    sub.add_argument(
+        "--images", action="append", required=True, metavar="SOURCE", help="pictures like those to be classified; may be repeated"
+    )
+    sub.add_argument("--calibration", type=int, default=300, metavar="N", help="pictures to calibrate on (default: %(default)s)")
+    sub.add_argument("--held-out", type=int, default=1000, metavar="N", help="further pictures to compare on (default: %(default)s)")
+    sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -371,6 +381,23 @@ def _get_model(parsed: argparse.Namespace) -> int:
         progress=DownloadProgress(),
     )
     print(made.dir)
+    return 0
+
+
+def _quantize(parsed: argparse.Namespace) -> int:
+    from imagemill import codec, devices, quantizing
+    from imagemill.models import bundle, registry
+    from imagemill.progress import DownloadProgress
+
+    def say(message: str) -> None:
+        print(f"imagemill: {message}", file=sys.stderr, flush=True)
+
+    found = registry.resolve(parsed.model, _models_dir(parsed), say=say, progress=DownloadProgress())
+    bundle.verify_hash(found)
+    report = quantizing.quantize_bundle(
+        found, parsed.images, chosen=devices.resolve("cpu"), calibration=parsed.calibration, held_out=parsed.held_out, say=say
+    )
+    print(json.dumps(codec.to_plain(report)) if parsed.json else "\n".join(quantizing.report_lines(report)))
     return 0
 
 

@@ -242,6 +242,8 @@ def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[
     """See `prepare`. The card's verdict is told; where there is none, a short trial makes one."""
     bundle = base.bundle
     record = usable(bundle, precision)
+    if record is None and pictures == 0:
+        return Choice(precision, "model", bundle.dir / bundles.MODEL)  # nothing to calibrate on, and nothing to classify
     if record is None and (precision is Precision.INT8 or pictures >= HELD_OUT):
         held_out = min(HELD_OUT, max(_FEWEST, pictures // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)

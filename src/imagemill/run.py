@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagemill import codec, devices, layout, ledger, plan, sources
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
@@ -43,6 +44,9 @@ from imagemill.records import (
 from imagemill.sources import Filters, Skipped
 from imagemill.version import __version__
 
+if TYPE_CHECKING:
+    from imagemill.quantizing import Prepared
+
 DEFAULT_MODEL = "resnext101_32x4d"
 DEFAULT_BATCH_SIZE = 4
 _FORMAT = 1
@@ -66,6 +70,8 @@ class Frozen:
     skipped_hidden: int
     skipped_by_filter: int
     backend: str
+    variant_sha256: str | None = None
+    """Of the quantised variant that the job runs in; None where it runs in the bundle's own weights."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,6 +122,7 @@ def run(settings: Settings, watcher: Watcher | None = None) -> Summary:
     if frozen and frozen.job.log_dir and not settings.log_dir:
         paths = replace(paths, log_dir=Path(frozen.job.log_dir))
     chosen = devices.resolve(settings.devices or (frozen.devices if frozen else "auto"))
+    _backend(chosen, settings.allow_mixed)
     if frozen is None:
         _refuse_foreign(paths)
         with_model = _resolve_model(settings, watcher)
@@ -242,7 +249,10 @@ def _freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], m
         watcher.say(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
         )
-    job = _job(settings, paths, chosen, model, shard_size, filters)
+    if settings.preprocess == "center-crop":
+        model = replace(model, card=replace(model.card, recipe=replace(model.card.recipe, resize=None)))
+    prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
+    job = _job(settings, paths, chosen, model, prepared, shard_size, filters)
     frozen = Frozen(
         format=_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -257,45 +267,58 @@ def _freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], m
         skipped_hidden=skipped.hidden,
         skipped_by_filter=skipped.by_filter,
         backend=_backend(chosen, settings.allow_mixed),
+        variant_sha256=prepared.sha256,
         versions={"imagemill": __version__},
     )
     layout.write_whole(paths.job, codec.dumps(frozen))
     return frozen
 
 
-def _job(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, shard_size: int, filters: Filters) -> Job:
+def _job(
+    settings: Settings,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    model: Bundle,
+    prepared: Prepared,
+    shard_size: int,
+    filters: Filters,
+) -> Job:
     card = model.card
-    if settings.preprocess == "center-crop":
-        card = replace(card, recipe=replace(card.recipe, resize=None))
     resolved = tuple(sources.resolve(source) for source in settings.sources)
-    precision = Precision.FP32 if settings.precision in (None, "auto") else Precision(settings.precision)
-    variant, model_file = "model", model.dir / "model.onnx"
-    if precision is Precision.INT8:
-        raise UsageError("--precision int8: this version has no quantised variants yet. Use fp32 or bf16.")
     save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
     top_k = settings.top_k or 5
-    defaults = Limits()
     return Job(
         output=str(paths.root),
         sources=resolved,
-        model_file=str(model_file.absolute()),
+        model_file=str(prepared.model_file.absolute()),
         card=card,
-        precision=precision,
-        variant=variant,
+        precision=prepared.precision,
+        variant=prepared.variant,
         batch_size=settings.batch_size or DEFAULT_BATCH_SIZE,
         batches_per_step=settings.batches_per_step or 0,
         num_workers=settings.num_workers or 0,
         top_k=top_k,
         save=save,
-        limits=Limits(
-            settings.max_pixels or defaults.max_pixels,
-            settings.max_bytes or defaults.max_bytes,
-            settings.max_seconds or defaults.max_seconds,
-        ),
+        limits=_limits(settings, Limits()),
         plan_id=plan_id(resolved, filters, settings.limit, shard_size),
-        answer_id=answer_id(card, precision, variant, _backend(chosen, settings.allow_mixed), top_k, save),
+        answer_id=answer_id(card, prepared, _backend(chosen, settings.allow_mixed), top_k, save),
         cache_dir=str(model.dir.absolute() / "compiled"),
         log_dir=str(paths.logs) if settings.log_dir else None,
+    )
+
+
+def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, pictures: int, watcher: Watcher) -> Prepared:
+    """Resolve the precision, on the job's own pictures where something must be measured."""
+    from imagemill import quantizing  # brings NumPy and the decoder, which a repeated command can do without
+
+    def entries() -> Iterator[plan.Entry]:
+        for shard in plan.shards(paths.plan):
+            for row in plan.read(paths.plan, shard):
+                yield plan.Entry(row.source, row.path, row.size)
+
+    resolved = [sources.resolve(source) for source in settings.sources]
+    return quantizing.prepare(
+        settings.precision, model, resolved, entries, pictures, chosen=chosen, limits=_limits(settings, Limits()), say=watcher.say
     )
 
 
@@ -304,11 +327,14 @@ def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_
     return _hash(list(resolved), asdict(filters), limit, shard_size)
 
 
-def answer_id(card: Card, precision: Precision, variant: str, backend: str, top_k: int, save: Sequence[Saved]) -> str:
+def answer_id(card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]) -> str:
     """Hash of what decides an answer."""
-    return _hash(
-        card.sha256, codec.to_plain(card.recipe), card.scores, list(card.labels), DECODER, precision, variant, backend, top_k, list(save)
-    )
+    weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
+    return _hash(weights, codec.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
+
+
+def _limits(settings: Settings, otherwise: Limits) -> Limits:
+    return Limits(*(getattr(settings, name) or getattr(otherwise, name) for name in ("max_pixels", "max_bytes", "max_seconds")))
 
 
 def _hash(*values: object) -> str:
@@ -354,11 +380,14 @@ def _resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wa
     if not Path(job.model_file).is_file():
         raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: `imagemill get-model {job.card.name}`.")
     bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
-    limits = Limits(*(getattr(settings, name) or getattr(job.limits, name) for name in ("max_pixels", "max_bytes", "max_seconds")))
+    if frozen.variant_sha256 is not None:
+        from imagemill import quantizing
+
+        quantizing.verify_variant(Path(job.model_file), frozen.variant_sha256)
     job = replace(
         job,
         output=str(Path(settings.output).absolute()),
-        limits=limits,
+        limits=_limits(settings, job.limits),
         batch_size=settings.batch_size or job.batch_size,
         batches_per_step=settings.batches_per_step or job.batches_per_step,
         num_workers=settings.num_workers or job.num_workers,
@@ -593,10 +622,9 @@ def read_frozen(paths: JobPaths) -> Frozen | None:
     """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
     try:
         plain = json.loads(paths.job.read_bytes())
-        if not isinstance(plain, dict):
-            raise TypeError("it is not a JSON object")
-        if plain.get("format") != _FORMAT:
-            raise OutputError(f"{paths.job} has format {plain.get('format')}, this version of imagemill reads {_FORMAT}.")
+        written = plain.get("format") if isinstance(plain, dict) else None
+        if written != _FORMAT:
+            raise OutputError(f"{paths.job} has format {written}, this version of imagemill reads {_FORMAT}.")
         return codec.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):
         return None

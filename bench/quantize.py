@@ -1,0 +1,108 @@
+"""How fast fp32, bf16 and int8 are in the same session, and which kernels int8 runs as.
+
+    python bench/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [PICTURES]
+
+The bundle is copied to a temporary folder and quantised there, on PICTURES (a folder) or on noise; then the three precisions take turns,
+`--seconds` each, `--rounds` times, all cores, no decoding. It prints medians in images/s, their ratios to fp32, and every convolution of
+int8 that does not run as int8. For the accuracy of trained weights, and the gate, use `imagemill quantize MODEL --images SOURCE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from imagemill import devices, quantizing, sources, trial
+from imagemill.models import bundle as bundles
+from imagemill.models import quantize
+from imagemill.records import Batch, DeviceSpec, Job, Limits, Precision
+from imagemill.sessions import open_session
+from imagemill.stopwatch import Stopwatch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="?", help="folder to calibrate on (default: noise)")
+    parser.add_argument("--model", default="resnext101_32x4d")
+    parser.add_argument("--models-dir", type=Path, default=bundles.default_models_dir())
+    parser.add_argument("--calibration", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--batch-size", type=int, default=4)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
+        measure(given, Path(folder))
+
+
+def measure(given: argparse.Namespace, folder: Path) -> None:
+    for file in (given.models_dir / given.model).glob("[cm]*.*"):
+        shutil.copy(file, folder)
+    bundle = bundles.load(folder)
+    card, cores = bundle.card, tuple(devices.usable_cores())
+    pixels = calibration_pixels(given, bundle, cores)
+    begun = time.perf_counter()
+    model = quantize.quantize(folder / "model.onnx", pixels, len(pixels))
+    print(f"calibrated on {len(pixels)} pictures in {time.perf_counter() - begun:.1f} s")
+    int8 = quantize.save(model, folder, "int8-bench")
+    del model
+    found = quantize.kernels(int8)
+    for (layer, kernel), count in sorted(Counter((kernel.type, kernel.kernel) for kernel in found).items()):
+        print(f"  {count:4} × {layer:<18} {kernel}")
+    for kernel in found:
+        if not kernel.kernel.endswith("_I8"):
+            print(f"  not int8: {kernel.layer} ({kernel.kernel})")
+
+    files = {Precision.FP32: folder / "model.onnx", Precision.BF16: folder / "model.onnx", Precision.INT8: int8}
+    shape = (given.batch_size, card.recipe.size, card.recipe.size, 3)
+    batch = Batch(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), given.batch_size, ())
+
+    def opened(precision: Precision):
+        job = Job("", (), str(files[precision]), card, precision, "", given.batch_size, 0, 0, 1, (), Limits(), "", "")
+        session = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
+        for _ in session.stream([batch] * 4):
+            pass
+        return session
+
+    sessions = {precision: opened(precision) for precision in files}
+
+    def run(precision: Precision) -> float:
+        """images/s of one turn."""
+        begun = time.perf_counter()
+
+        def batches():
+            while time.perf_counter() - begun < given.seconds:
+                yield batch
+
+        done = sum(outputs.logits.shape[0] for _, outputs in sessions[precision].stream(batches()))
+        return done / (time.perf_counter() - begun)
+
+    rates: dict[Precision, list[float]] = {precision: [] for precision in files}
+    for _ in range(given.rounds):
+        for precision in files:
+            rates[precision].append(run(precision))
+    medians = {precision: statistics.median(values) for precision, values in rates.items()}
+    for precision, values in rates.items():
+        ratio = medians[precision] / medians[Precision.FP32]
+        print(f"{precision:<5} {medians[precision]:8.1f} images/s  {ratio:5.2f} × fp32   ({', '.join(f'{value:.1f}' for value in values)})")
+
+
+def calibration_pixels(given: argparse.Namespace, bundle, cores: tuple[int, ...]) -> list[np.ndarray]:
+    size = bundle.card.recipe.size
+    if given.pictures is None:
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for _ in range(given.calibration)]
+    source = sources.resolve(given.pictures)
+    entries, _ = quantizing.thin(sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()), 2 * given.calibration)
+    wanted = trial.Trial(bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0)
+    return trial.calibration_pixels(wanted)
+
+
+if __name__ == "__main__":
+    main()

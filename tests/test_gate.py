@@ -1,0 +1,132 @@
+"""The gate of promise 6: when a faster precision may stand in for fp32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagemill.models import gate
+from imagemill.records import Scores
+
+# Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of SciPy 1.17 gives it.
+SCIPY = [
+    (81, 263, 0.2553, 0.3662),
+    (15, 148, 0.0624, 0.1605),
+    (0, 20, 0.0, 0.1611),
+    (1, 29, 0.0061, 0.1718),
+    (980, 1000, 0.9693, 0.9870),
+    (963, 1000, 0.9494, 0.9730),
+]
+
+
+def answers(agree: int, pictures: int, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a reference that is sure of class 0, and of a candidate with the same top-1 for the first `agree` pictures."""
+    reference = np.zeros((pictures, classes), np.float32)
+    reference[:, 0] = 3
+    candidate = reference.copy()
+    candidate[agree:, 1] = 4
+    return reference, candidate
+
+
+@pytest.mark.parametrize(("successes", "trials", "low", "high"), SCIPY)
+def test_wilson_gives_the_intervals_of_scipy(successes: int, trials: int, low: float, high: float) -> None:
+    assert gate.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(0, 5000), st.data())
+def test_wilson_holds_the_share_and_lies_in_the_unit_interval(trials: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, trials))
+    low, high = gate.wilson(successes, trials)
+    assert 0 <= low <= high <= 1
+    if trials:
+        assert low <= successes / trials <= high
+        mirrored = gate.wilson(trials - successes, trials)
+        assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
+
+
+@given(st.integers(1, 3000), st.data())
+def test_more_agreement_never_lowers_the_bound(trials: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, trials - 1))
+    assert gate.wilson(successes, trials)[0] <= gate.wilson(successes + 1, trials)[0]
+
+
+@pytest.mark.parametrize(("agree", "accepted"), [(1000, True), (964, True), (963, False), (900, False)])
+def test_the_bar_lies_between_963_and_964_of_1000(agree: int, accepted: bool) -> None:
+    """The lower bound, not the agreement itself, must reach 0.95."""
+    verdict = gate.judge(*answers(agree, 1000))
+    assert verdict.accepted is accepted
+    assert verdict.agreement == agree / 1000
+    assert verdict.flips_where_sure == 1000 - agree
+    assert ("reaches" if accepted else "is below") in verdict.reason
+
+
+@pytest.mark.parametrize("pictures", [0, 1, 999])
+def test_too_few_pictures_are_never_accepted_however_alike(pictures: int) -> None:
+    verdict = gate.judge(*answers(pictures, pictures))
+    assert not verdict.accepted
+    assert verdict.reason.startswith(gate.TOO_FEW)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(Scores))
+def test_fp32_agrees_with_itself(pictures: int, classes: int, seed: int, scores: Scores) -> None:
+    reference = np.random.default_rng(seed).normal(0, 4, (pictures, classes)).astype(np.float32)
+    verdict = gate.judge(reference, reference.copy(), scores)
+    assert (verdict.agreement, verdict.flips_where_sure, verdict.mean_probability_difference) == (1, 0, 0)
+
+
+@given(st.integers(1, 40), st.integers(2, 12), st.integers(0, 2**32 - 1))
+def test_figures_are_those_counted_one_by_one(pictures: int, classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    reference = rng.normal(0, 2, (pictures, classes)).astype(np.float32)
+    candidate = (reference + rng.normal(0, 1, reference.shape)).astype(np.float32)
+    same = sure = flips = 0
+    difference = 0.0
+    for before, after in zip(reference.astype(float), candidate.astype(float), strict=True):
+        p = np.exp(before) / np.exp(before).sum()
+        q = np.exp(after) / np.exp(after).sum()
+        top = int(np.argmax(p))
+        agrees = top == int(np.argmax(q))
+        same += agrees
+        second, first = sorted(p)[-2:]
+        sure += first - second > gate.SURE
+        flips += first - second > gate.SURE and not agrees
+        difference += abs(p[top] - q[top])
+    verdict = gate.judge(reference, candidate)
+    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (same / pictures, sure, flips)
+    assert verdict.mean_probability_difference == pytest.approx(difference / pictures)
+
+
+def test_a_flip_where_fp32_was_not_sure_is_told_apart() -> None:
+    reference = np.float32([[1.0, 0.99, 0.0], [5.0, 0.0, 0.0]])
+    candidate = np.float32([[0.99, 1.0, 0.0], [0.0, 5.0, 0.0]])
+    verdict = gate.judge(reference, candidate)
+    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (0, 1, 1)
+
+
+def test_nan_in_the_candidate_refuses_it() -> None:
+    reference, candidate = answers(2000, 2000)
+    candidate[7, 3] = np.nan
+    verdict = gate.judge(reference, candidate)
+    assert not verdict.accepted
+    assert verdict.reason == "NaN or infinity in the answers to 1 of 2,000 pictures"
+
+
+def test_nan_in_the_reference_is_an_error() -> None:
+    reference, candidate = answers(4, 4)
+    reference[0, 0] = np.inf
+    with pytest.raises(ValueError, match="the reference holds NaN"):
+        gate.judge(reference, candidate)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 4), (4,)])
+def test_answers_of_different_shapes_are_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be one shape"):
+        gate.judge(np.zeros((4, 5), np.float32), np.zeros(shape, np.float32))
+
+
+def test_the_telling_names_every_figure() -> None:
+    text = gate.told(gate.judge(*answers(980, 1000)))
+    assert "0.9800 of 1,000 held-out pictures (95 % interval 0.9693 to 0.9870)" in text
+    assert "20 flips among the 1,000 where fp32 was sure" in text

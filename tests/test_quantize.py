@@ -1,0 +1,516 @@
+"""int8 variants, what a trial finds, and which precision a job gets: promise 6."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from imagemill import codec, devices, quantizing, trial
+from imagemill.errors import ModelError, UsageError, WorkerError
+from imagemill.models import bundle as bundles
+from imagemill.models import gate, quantize, resnext
+from imagemill.plan import Entry
+from imagemill.records import Batch, Bundle, Card, DeviceSpec, Job, Limits, Precision, Recipe
+from imagemill.sessions import open_session
+from imagemill.stopwatch import Stopwatch
+
+SIZE = 32
+COLOURS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1))
+CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0,)),)
+
+
+def classifier(loud: float = 0.0, offset: float = 0.0) -> onnx.ModelProto:
+    """Tells six colours apart. `loud` is the weight of two further channels that say nothing: between the two convolutions int8's one
+    step for all channels then drowns the others. `offset` is added to every channel there, more than int8 and bf16 have digits for."""
+    prototypes = np.float32(COLOURS).reshape(6, 3, 1, 1)
+    first = np.concatenate([prototypes, np.full((2, 3, 1, 1), loud, np.float32)])
+    second = np.eye(6, 8, dtype=np.float32).reshape(6, 8, 1, 1)
+    arrays = {
+        "mean": np.float32([127.0]),
+        "std": np.float32([128.0]),
+        "w1": first,
+        "b1": np.full(8, offset, np.float32),
+        "w2": second,
+        "b2": np.full(6, -offset, np.float32),
+        "w3": 8 * np.eye(6, dtype=np.float32),
+        "b3": np.zeros(6, np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Sub", ["planes", "mean"], ["centred"]),
+        helper.make_node("Div", ["centred", "std"], ["normalised"]),
+        helper.make_node("Conv", ["normalised", "w1", "b1"], ["first"], name="first", kernel_shape=[1, 1]),
+        helper.make_node("Relu", ["first"], ["relu"], name="relu"),
+        helper.make_node("Conv", ["relu", "w2", "b2"], ["second"], name="second", kernel_shape=[1, 1]),
+        helper.make_node("GlobalAveragePool", ["second"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"]),
+        helper.make_node("Gemm", ["embedding", "w3", "b3"], ["logits"], name="logits", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", SIZE, SIZE, 3])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 6]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 6]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
+
+
+def make_bundle(folder: Path, **options: float) -> Bundle:
+    card = Card(
+        name="colours",
+        architecture="colours",
+        labels=tuple("red green blue cyan magenta yellow".split()),
+        recipe=Recipe(size=SIZE, resize=None),
+        mean=(127.0,) * 3,
+        std=(128.0,) * 3,
+        sha256="",
+        licence="Apache-2.0",
+        origin={"source": "file"},
+        notes={"keep": "this"},
+    )
+    return bundles.write(folder, card, classifier(**options))
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,400 small pictures of six colours in 6 folders."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for number in range(1400):
+        colour = number * 7 % 6
+        (folder / str(colour)).mkdir(exist_ok=True)
+        base = 127 + 60 * np.array(COLOURS[colour])
+        pixels = (base + rng.normal(0, 30, (SIZE, SIZE, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / str(colour) / f"{number:04d}.ppm")
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trials run in this process: quicker, and seen by monkeypatch."""
+    monkeypatch.setattr(trial, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say))
+    return
+
+
+def entries_of(folder: Path) -> list[Entry]:
+    return list(quantizing._listing([str(folder)], quantizing.Filters()))
+
+
+def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **changes: Any) -> dict[str, Any]:
+    """What the card would keep of bf16 or, with a file, of int8."""
+    agree = pictures if accepted else pictures // 2
+    reference = np.eye(6, dtype=np.float32)[np.zeros(pictures, int)] * 9
+    candidate = reference.copy()
+    candidate[agree:] = 9 - candidate[agree:]
+    verdict = gate.judge(reference, candidate)
+    return {
+        "verdict": codec.to_plain(verdict),
+        "accepted": verdict.accepted,
+        "versions": quantize.versions(),
+        "instruction_set": trial.instruction_set(),
+        "recipe": codec.to_plain(bundle.card.recipe),
+        "speedup": 3.0,
+    } | changes
+
+
+# The model.
+
+
+def test_every_grouped_convolution_runs_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap: with constants unfolded, all grouped convolutions would stay in fp32. Four blocks of a ResNeXt show it as well as 33."""
+    monkeypatch.setitem(resnext.BLOCKS, 14, (1, 1, 1, 1))
+    network = resnext.ResNeXt(14, 32, 4)
+    onnx.save(network.build(network.random(0)), tmp_path / "model.onnx")
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
+    saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels, 3), tmp_path, "int8-test")
+    found = quantize.kernels(saved, batch_size=2)
+    grouped = [kernel for kernel in found if kernel.type == "GroupConvolution"]
+    assert len(grouped) == 4
+    assert [kernel for kernel in found if not kernel.kernel.endswith("_I8")] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8-test.bin", "int8-test.xml", "model.onnx"]
+
+
+def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) -> None:
+    """The same input and outputs as the model's, at any batch size, bit for bit."""
+    bundle = make_bundle(tmp_path)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, SIZE, SIZE, 3), dtype=np.uint8)
+    file = quantize.save(quantize.quantize(tmp_path / "model.onnx", [row[None] for row in pixels], 12), tmp_path, "int8-test")
+
+    def logits(batch_size: int) -> np.ndarray:
+        job = Job("", (), str(file), bundle.card, Precision.INT8, "", batch_size, 0, 0, 1, (), Limits(), "", "")
+        session = open_session(job, CPU[0], Stopwatch())
+        batches = [Batch(pixels[start : start + batch_size], batch_size, ()) for start in range(0, 12, batch_size)]
+        return np.concatenate([outputs.logits for _, outputs in session.stream(batches)])
+
+    assert logits(1).shape == (12, 6)
+    np.testing.assert_array_equal(logits(1), logits(4))
+    np.testing.assert_array_equal(logits(1), logits(6))
+
+
+def test_quantising_without_pictures_says_what_to_do(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    with pytest.raises(ModelError, match="without pictures to calibrate on"):
+        quantize.quantize(tmp_path / "model.onnx", [], 300)
+
+
+def test_nothing_phones_home(tmp_path: Path) -> None:
+    """Importing OpenVINO and NNCF, and quantising, opens no socket and starts no process; checked by Python's audit events."""
+    make_bundle(tmp_path)
+    script = f"""
+import sys
+seen = []
+watched = ("socket.", "urllib.", "subprocess.", "os.fork", "os.posix_spawn")
+sys.addaudithook(lambda event, _: event.startswith(watched) and seen.append(event))
+import numpy as np
+from pathlib import Path
+from imagemill.models import quantize
+pixels = [np.zeros((1, {SIZE}, {SIZE}, 3), np.uint8)]
+quantize.save(quantize.quantize(Path({str(tmp_path / "model.onnx")!r}), pixels, 1), Path({str(tmp_path)!r}), "int8-x")
+import nncf.telemetry, openvino
+assert "openvino_telemetry" in sys.modules and sys.modules["openvino_telemetry"] is None
+print(seen)
+import socket
+socket.socket().close()
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "['socket.__new__']"]  # the second shows that the hook would have seen it
+
+
+def test_the_key_changes_with_all_that_decides_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = quantize.Scheme()
+    keys = {
+        quantize.key("a", "c", plain),
+        quantize.key("b", "c", plain),
+        quantize.key("a", "d", plain),
+        quantize.key("a", "c", quantize.Scheme("mixed")),
+        quantize.key("a", "c", quantize.Scheme(ignored=("conv1",))),
+    }
+    assert quantize.key("a", "c", plain) in keys
+    monkeypatch.setattr(quantize, "versions", lambda: {"nncf": "0"})
+    assert len(keys | {quantize.key("a", "c", plain)}) == 6
+
+
+# The card.
+
+
+def test_noting_a_verdict_keeps_what_the_card_held(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    quantize.note(bundle, {"bf16": {"accepted": False}})
+    quantize.note(bundle, {"int8": {"accepted": True}})  # by a caller that has not seen the first
+    now = bundles.load(tmp_path)
+    assert now.card.notes["keep"] == "this"
+    assert quantize.variants(now) == {"bf16": {"accepted": False}, "int8": {"accepted": True}}
+
+
+@pytest.mark.parametrize("name", ["../model.xml", "/etc/passwd", "int8-a.onnx", "", None, 7])
+def test_a_card_cannot_point_to_a_file_elsewhere(tmp_path: Path, name: object) -> None:
+    assert quantize.variant_file(make_bundle(tmp_path), {"file": name, "sha256": "x"}) is None
+
+
+def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    (tmp_path / "int8-a.xml").write_bytes(b"graph")
+    (tmp_path / "int8-a.bin").write_bytes(b"weights")
+    known = {"file": "int8-a.xml", "sha256": quantize.digest(tmp_path / "int8-a.xml")}
+    assert quantize.variant_file(bundle, known) == tmp_path / "int8-a.xml"
+    (tmp_path / "int8-a.bin").write_bytes(b"Weights")
+    assert quantize.variant_file(bundle, known) is None
+    (tmp_path / "int8-a.bin").unlink()
+    assert quantize.variant_file(bundle, known) is None
+
+
+# Picking pictures.
+
+
+@given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 1500))
+def test_calibration_and_gate_never_share_a_picture(available: int, calibration: int, held_out: int) -> None:
+    first, rest = trial.split(available, calibration, held_out)
+    assert sorted(first + rest) == list(range(available))
+    if available >= calibration + held_out:
+        assert len(first) >= calibration
+        assert len(rest) >= held_out
+    elif available and calibration:
+        assert 1 <= len(first) <= calibration
+    assert trial.split(available, calibration, held_out) == (first, rest)
+
+
+@given(st.integers(0, 4000), st.integers(1, 300))
+def test_thinning_keeps_enough_evenly_and_never_much_more(listed: int, wanted: int) -> None:
+    kept, count = quantizing.thin((Entry(0, b"%d" % number, 1) for number in range(listed)), wanted)
+    assert count == listed
+    assert min(wanted, listed) <= len(kept) < 2 * wanted
+    numbers = [int(entry.path) for entry in kept]
+    assert numbers == list(range(0, listed, numbers[1] if len(numbers) > 1 else max(listed, 1)))
+
+
+def test_another_picture_set_has_another_identity(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    entries = [Entry(0, b"a", 1), Entry(0, b"b", 2)]
+    other = replace(bundle, card=replace(bundle.card, recipe=Recipe(size=64)))
+    ids = {
+        trial.identity(entries, 2, bundle),
+        trial.identity(entries[:1], 2, bundle),
+        trial.identity(entries, 1, bundle),
+        trial.identity([entries[0], replace(entries[1], size=3)], 2, bundle),
+        trial.identity(entries, 2, other),
+    }
+    assert len(ids) == 5
+
+
+# imagemill quantize.
+
+
+def test_few_pictures_are_reported_and_not_accepted(tmp_path: Path, colours: Path) -> None:
+    """In the child process, as the command does it; the second call measures nothing anew."""
+    bundle = make_bundle(tmp_path)
+    said: list[str] = []
+    first = quantizing.quantize_bundle(bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    int8 = first.precisions["int8"]
+    assert int8["accepted"] is False
+    assert int8["verdict"]["reason"].startswith("too few pictures: ")
+    assert int8["calibration"]["pictures"] == 20
+    assert int8["verdict"]["pictures"] == first.pictures - 20
+    assert len(int8["tried"]) == 1
+    assert json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"] == int8["file"]
+    assert (tmp_path / int8["file"]).is_file()
+    assert quantizing.report_lines(first)[0].startswith("int8: not accepted (too few pictures")
+    before = (tmp_path / int8["file"]).stat().st_mtime_ns
+    said.clear()
+    again = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    assert again == first
+    assert said[0] == "int8 was measured on these very pictures already"
+    assert (tmp_path / int8["file"]).stat().st_mtime_ns == before
+
+
+def test_enough_agreeing_pictures_are_accepted_and_auto_then_uses_them(
+    tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path)
+    report = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
+    int8 = report.precisions["int8"]
+    assert int8["accepted"] is True
+    assert int8["verdict"]["pictures"] == 1000
+    monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
+    prepared = quantizing.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
+    assert prepared.precision is Precision.INT8
+    assert prepared.model_file == tmp_path / int8["file"]
+    assert prepared.variant == f"int8-{int8['key']}"
+    assert prepared.lines == (f"int8 is used: {int8['verdict']['reason']}",)
+    quantizing.verify_variant(prepared.model_file, prepared.sha256)
+    prepared.model_file.with_suffix(".bin").write_bytes(b"changed")
+    with pytest.raises(ModelError, match="is not the file that the job was started with"):
+        quantizing.verify_variant(prepared.model_file, prepared.sha256)
+    assert quantizing.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU).precision is not Precision.INT8
+
+
+def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path: Path, colours: Path, here: None) -> None:
+    """Both presets fail where one loud channel sets the step for all; the layer that reads it, and then the one that
+    makes it, are found and left in fp32."""
+    bundle = make_bundle(tmp_path, loud=3e4)
+    int8 = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    assert [item["preset"] for item in int8["tried"]][:2] == ["performance", "mixed"]
+    assert max(item["agreement"] for item in int8["tried"][:2]) < 0.9
+    assert int8["accepted"] is True
+    assert int8["ignored"] == ["first/WithoutBiases", "second/WithoutBiases"]
+    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{int8['key']}.bin", f"int8-{int8['key']}.xml"]
+
+
+# What a job gets.
+
+
+@pytest.fixture
+def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the model were slow and the processor had every unit."""
+    monkeypatch.setattr(trial, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(trial, "_PROBE_S", 0.05)
+    monkeypatch.setattr(quantizing, "_UNITS", dict.fromkeys(quantizing._UNITS, devices.processor_flags() or {"x"}))
+    monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
+
+
+def auto(bundle: Bundle, folder: Path, pictures: int = 1400) -> quantizing.Prepared:
+    return quantizing.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), pictures, chosen=CPU)
+
+
+def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
+    tmp_path: Path, colours: Path, here: None, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())  # no rescue
+    bundle = make_bundle(tmp_path, loud=3e4)
+    prepared = auto(bundle, colours)
+    assert (prepared.precision, prepared.variant, prepared.model_file) == (Precision.BF16, "model", tmp_path / "model.onnx")
+    assert any(line.startswith("int8 is not used: the lower bound of its agreement") for line in prepared.lines)
+    assert prepared.lines[-1].startswith("bf16 is used: the lower bound of its agreement")
+
+
+def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
+    tmp_path: Path, colours: Path, here: None, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither int8 nor bf16 has the digits for this model. The verdicts are in the card, so the next job measures nothing."""
+    if "avx512_bf16" not in devices.processor_flags():
+        pytest.skip("this processor computes bf16 as fp32")
+    monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())
+    bundle = make_bundle(tmp_path, offset=1e5)
+    prepared = auto(bundle, colours)
+    assert prepared.precision is Precision.FP32
+    assert [line.partition(":")[0] for line in prepared.lines[-3:]] == ["int8 is not used", "bf16 is not used", "precision fp32"]
+    monkeypatch.setattr(trial, "in_child", lambda *_: pytest.fail("measured again"))
+    assert auto(bundles.load(tmp_path), colours).lines == prepared.lines[-3:]
+
+
+def test_auto_measures_nothing_where_a_job_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "in_child", lambda *_: pytest.fail("measured"))
+    prepared = quantizing.prepare("auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU)
+    assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
+    assert prepared.lines[-1] == "precision fp32"
+
+
+def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise WorkerError("the process that measures precisions died")
+
+    monkeypatch.setattr(trial, "in_child", fails)
+    prepared = auto(make_bundle(tmp_path), colours)
+    assert prepared.precision is Precision.FP32
+    assert prepared.lines[0] == "no faster precision could be tried: the process that measures precisions died"
+
+
+def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None:
+    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms a picture."""
+    for precision in (Precision.INT8, Precision.BF16):
+        assert not trial.pays(precision, 1_400, 300, 1000)
+        assert trial.pays(precision, 10_000, 300, 1000, rate=12.5)
+        assert not trial.pays(precision, 10_000, 300, 1000, rate=5_000)
+
+
+def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_PROBE_S", 0.05)
+    monkeypatch.setattr(trial, "_STARTING_S", 1e9)
+    said: list[str] = []
+    wanted = trial.Trial(
+        make_bundle(tmp_path), (str(colours),), tuple(entries_of(colours)), (0,), Limits(), (Precision.INT8,), 20, 1000, pictures=10_000
+    )
+    assert trial.carry_out(wanted, said.append) == {}
+    assert said == ["int8 is not tried: finding out whether it answers as fp32 does would take longer than it saves"]
+
+
+def test_bf16_that_is_slower_than_fp32_is_not_tried(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor may have bf16 instructions that gain nothing: its rate is measured before anything is judged."""
+    monkeypatch.setattr(trial._Run, "_rate", lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision])
+    said: list[str] = []
+    wanted = replace(small_trial(make_bundle(tmp_path), colours), pictures=10**9)
+    assert trial.carry_out(wanted, said.append) == {}
+    assert said == ["bf16 is not tried: it makes 0.55 times the images/s of fp32 on this processor"]
+
+
+def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, here: None) -> None:
+    bundle = make_bundle(tmp_path)
+    prepared = quantizing.prepare("int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU)
+    assert prepared.precision is Precision.INT8
+    assert prepared.model_file.is_file()
+    assert prepared.lines[-1].startswith("int8 is used because it was asked for; `auto` would not use it: too few pictures")
+    again = quantizing.prepare("int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU)
+    assert again.model_file == prepared.model_file
+    assert again.lines[0].startswith("int8: not accepted (too few pictures")
+
+
+def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    fp32 = quantizing.prepare("fp32", bundle, [], lambda: pytest.fail("listed"), 10**6, chosen=CPU)
+    assert fp32 == quantizing.Prepared(Precision.FP32, "model", tmp_path / "model.onnx")
+    bf16 = quantizing.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
+    assert bf16.precision is Precision.BF16
+    assert bf16.lines == ("bf16: not compared with fp32 yet; `imagemill quantize colours --images SOURCE` does that",)
+
+
+def test_explicit_int8_of_an_empty_source_is_no_error(tmp_path: Path) -> None:
+    assert quantizing.prepare("int8", make_bundle(tmp_path), [], lambda: [], 0, chosen=CPU).precision is Precision.INT8
+
+
+def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
+    null = (DeviceSpec("null#0", "null", "null", (0,)),)
+    assert quantizing.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision is Precision.FP32
+    with pytest.raises(UsageError, match="--precision int8 needs the backend openvino, --devices has null"):
+        quantizing.prepare("int8", make_bundle(tmp_path), [], lambda: [], 9, chosen=null)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"versions": {"openvino": "2020.1"}},
+        {"instruction_set": "other"},
+        {"recipe": {"size": 64}},
+        {"verdict": None},
+        {"accepted": False},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change: dict[str, Any]) -> None:
+    bundle = make_bundle(tmp_path)
+    accepted = quantize.note(bundle, {"bf16": record(bundle)})
+    assert quantizing.choose(accepted, 10).precision is Precision.BF16
+    other = quantize.note(bundle, {"bf16": record(bundle, **change)})
+    assert quantizing.choose(other, 10).precision is Precision.FP32
+
+
+def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    choice = quantizing.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)
+    assert choice.precision is Precision.FP32
+    assert "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s" in choice.reasons
+
+
+def test_a_refused_verdict_of_enough_pictures_is_final_and_one_of_too_few_is_not(tmp_path: Path, everything_pays: None) -> None:
+    bundle = make_bundle(tmp_path)
+    few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, pictures=100)})
+    assert Precision.BF16 in quantizing.choose(few, 10**6).worth_trying
+    enough = quantize.note(bundle, {"bf16": record(bundle, accepted=False)})
+    assert Precision.BF16 not in quantizing.choose(enough, 10**6).worth_trying
+
+
+# The child.
+
+
+def small_trial(bundle: Bundle, folder: Path) -> trial.Trial:
+    return trial.Trial(bundle, (str(folder),), tuple(entries_of(folder)), (0,), Limits(), (Precision.BF16,), 0, 20)
+
+
+def test_a_picture_that_kills_its_decoder_does_not_kill_the_job(
+    tmp_path: Path, jpegs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial is started again with every picture decoded in a disposable process, and judges by the others."""
+    from imagemill.images.decode import FAULTS_VARIABLE
+
+    monkeypatch.setenv(FAULTS_VARIABLE, "1")
+    folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
+    said: list[str] = []
+    found = trial.in_child(small_trial(make_bundle(tmp_path / "bundle"), folder), said.append)
+    assert found["bf16"]["verdict"]["pictures"] == 12
+    assert said[0].startswith("the trial process was killed by SIG")
+
+
+def test_a_users_error_crosses_from_the_child_as_itself(tmp_path: Path, jpegs: Callable[..., Path]) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    (bundle.dir / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(ModelError, match=r"model\.onnx"):
+        trial.in_child(small_trial(bundle, jpegs(3)))
