@@ -27,15 +27,24 @@ _OLD_SPELLINGS = {
     "--batches_per_step": "--batches-per-step",
     "--data_dir": "the SOURCE argument of `imagemill run` (or `partition --data-dir`)",
     "--data-dir": "the SOURCE argument of `imagemill run`",
+    "--data_sub_dir": "the SOURCE argument of `imagemill run`",
+    "--device_iterations": "--batches-per-step",
+    "--half_partials": "--precision",
+    "--hide_output": "nothing: logs are files, see --log-dir",
     "--log_path": "--log-dir",
     "--log-path": "--log-dir",
+    "--micro_batch_size": "--batch-size",
+    "--micro-batch-size": "--batch-size",
     "--model_name": "--model",
-    "--model_path": "--model",
-    "--model-path": "--model",
+    "--model-name": "the NAME argument of `imagemill get-model` (or `run --model`)",
+    "--model_path": "--models-dir",
+    "--model-path": "--models-dir",
+    "--nohide_output": "nothing: logs are files, see --log-dir",
     "--num_ipus": "--devices ipu:N",
     "--num-ipus": "--devices ipu:N",
     "--num_workers": "--num-workers",
     "--num_of_partitions": "--partitions",
+    "--pretrained-model-path": "get-model --from FILE",
     "--report_hw_cycle_count": "nothing: `imagemill bench` measures rates",
     "--use_popart": "--devices ipu:N@popart",
 }
@@ -136,7 +145,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--held-out", type=int, default=1000, metavar="N", help="further pictures to compare on (default: %(default)s)")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("partition", _partition, "cut a folder of pictures into one sub-folder per device; nothing is dropped")
+    sub.add_argument("--data-dir", required=True, metavar="DIR", help="folder of pictures, taken with all below it")
+    sub.add_argument("--partitions", type=int, required=True, metavar="N", help="how many sub-folders; their sizes differ by at most one")
+    sub.add_argument("--output", required=True, metavar="DIR", help="where they are made; repeat the command to make what lacks")
+    sub.add_argument("--link", choices=["hard", "symbolic", "copy"], help="default: hard, else symbolic where that is impossible")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("bench", _bench, "measure decoding, computing and both; says what bounds a job and what to change")
+    sub.add_argument("sources", nargs="*", metavar="SOURCE", help="pictures to measure with, as for `run`; leave it out with --synthetic")
+    sub.add_argument("--synthetic", action="store_true", help="compute alone, on pictures made in memory")
+    _bench_options(sub)
     return parser
+
+
+def _bench_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", metavar="NAME", help="model name or bundle folder (default: resnext101_32x4d)")
+    sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+    sub.add_argument("--devices", metavar="SPEC", help="as for `run` (default: auto)")
+    sub.add_argument("--precision", metavar="P", help="as for `run` (default: auto)")
+    sub.add_argument("--batch-size", type=int, metavar="N", help="pictures per batch (default: as `run`)")
+    sub.add_argument("--batches-per-step", type=int, metavar="N", help="batches handed to a device at a time (default: about 2 s of them)")
+    sub.add_argument("--num-workers", type=int, metavar="N", help="decoding threads per device (default: as `run`)")
+    sub.add_argument("--iterations", type=int, default=3, metavar="N", help="the median over them is reported (default: %(default)s)")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N pictures per iteration (default: about 10 s of them)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _job_options(sub: argparse.ArgumentParser) -> None:
@@ -398,6 +432,28 @@ def _quantize(parsed: argparse.Namespace) -> int:
         found, parsed.images, chosen=devices.resolve("cpu"), calibration=parsed.calibration, held_out=parsed.held_out, say=say
     )
     print(json.dumps(codec.to_plain(report)) if parsed.json else "\n".join(quantizing.report_lines(report)))
+    return 0
+
+
+def _say(message: str) -> None:
+    print(f"imagemill: {message}", file=sys.stderr, flush=True)
+
+
+def _partition(parsed: argparse.Namespace) -> int:
+    from imagemill import codec, partition
+
+    link = partition.Link(parsed.link) if parsed.link else None
+    made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, _say)
+    print(json.dumps(codec.to_plain(made)) if parsed.json else partition.told(made))
+    return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from imagemill import bench, codec
+
+    same = "synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit".split()
+    report = bench.run(bench.BenchSettings(sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}), _say)
+    print(json.dumps(codec.to_plain(report)) if parsed.json else bench.told(report))
     return 0
 
 

@@ -153,6 +153,7 @@ def _carry_out(settings: Settings, frozen: Frozen, paths: JobPaths, chosen: Sequ
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
+    guard = _bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done)
     tick = watcher.begin(frozen.pictures, resumed)
     try:
         outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
@@ -165,7 +166,7 @@ def _carry_out(settings: Settings, frozen: Frozen, paths: JobPaths, chosen: Sequ
                 grace_s=settings.grace_s,
                 on_tick=tick,
                 say=watcher.say,
-                on_receipt=_bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done),
+                on_receipt=guard,
             )
             outcome = launcher.run()
     finally:
@@ -197,7 +198,8 @@ def _check(settings: Settings) -> None:
     for flag, values, known in (("--save", settings.save, list(Saved)), ("--retry-failed", settings.retry_failed, list(Status))):
         for value in values or ():
             if value not in known or value == Status.OK:
-                raise UsageError(f"{flag} {value}: not known. Known: {', '.join(item for item in known if item != Status.OK)}.")
+                hint = " Write --retry-failed=STATUS, with an equals sign, or alone and last." if flag == "--retry-failed" else ""
+                raise UsageError(f"{flag} {value}: not known. Known: {', '.join(item for item in known if item != Status.OK)}.{hint}")
     if settings.precision not in (None, "auto", *Precision):
         raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
     if settings.engine != "local":
@@ -485,15 +487,19 @@ def _bad_fraction_guard(
         return lambda _: None
     bad = sum(sum(ledger.examine(paths.part(s.number)).failed_by_status.values()) for s in shards if s.number in done)
 
-    def guard(receipt: Receipt) -> None:
-        nonlocal bad
-        bad += receipt.failed
+    def check() -> None:
         if bad > fraction * pictures:
             raise TooManyBadError(
                 f"{bad:,} of {pictures:,} pictures are bad, more than --max-bad-fraction {fraction:g} allows. "
                 "See the status and error columns; repeat the command with a larger fraction, or without it, to resume."
             )
 
+    def guard(receipt: Receipt) -> None:
+        nonlocal bad
+        bad += receipt.failed
+        check()
+
+    check()
     return guard
 
 

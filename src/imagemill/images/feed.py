@@ -111,7 +111,7 @@ class Feed:
             if picture.suspect is not None:
                 if self._board is not None:
                     self._board.at(slot, picture.index, timed=False)  # the disposable process has a clock of its own
-                return self._decode_alone(data)
+                return self._decode_alone(data, picture.suspect)
             return decode(data, self._recipe, self._limits)
         except BadPicture as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
@@ -120,8 +120,8 @@ class Feed:
                 self._board.done(slot)
             self._clock.picture(fetched - begun, time.thread_time() - decoding)
 
-    def _decode_alone(self, data: bytes) -> Decoded:
+    def _decode_alone(self, data: bytes, why: str) -> Decoded:
         with self._isolated_lock:
             if self._isolated is None:
                 self._isolated = IsolatedDecoder()
-            return self._isolated.decode(data, self._recipe, self._limits)
+            return self._isolated.decode(data, self._recipe, self._limits, why)

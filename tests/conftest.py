@@ -1,0 +1,236 @@
+"""Fixtures that test modules share: models, folders of pictures, and one run over the photographs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, settings
+from onnx import TensorProto, helper, numpy_helper
+
+import helpers
+import pictures
+from imagemill.models import bundle, registry
+from imagemill.records import Bundle, Card, Recipe, Settings
+
+settings.register_profile(
+    "imagemill", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("imagemill")
+
+CLASSES = 10
+SIZE = 32
+LABELS = ("tench", "hen", "cock", "Über, das", 'a "quoted" name', "line\u2028separator", "dog", "cat", "crème brûlée", "last")
+PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
+    """No test reads or fills the models folder of whoever runs it."""
+    monkeypatch.setenv("IMAGEMILL_MODELS", str(models_dir))
+
+
+def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
+    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil` puts a NaN where white pictures meet it."""
+    rng = np.random.default_rng(seed)
+
+    def constant(name: str, array: Any) -> onnx.TensorProto:
+        return numpy_helper.from_array(np.asarray(array), name)
+
+    def weights(*shape: int) -> Any:
+        return rng.normal(0, 1.6 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32)
+
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["wide"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Sub", ["planes", "mean"], ["centred"]),
+        helper.make_node("Mul", ["centred", "scale"], ["normalised"]),
+        helper.make_node("Conv", ["normalised", "w1", "b1"], ["c1"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Clip", ["c1", "low", "high"], ["r1"]),
+        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("AveragePool", ["c2"], ["pooled"], kernel_shape=[8, 4], strides=[8, 4]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"]),
+        helper.make_node("Gemm", ["embedding", "w3", "b3"], ["raw" if spoil else "logits"], transB=1),
+    ]
+    constants = [
+        constant("mean", np.float32([123.0, 117.0, 104.0]).reshape(1, 3, 1, 1)),
+        constant("scale", np.float32([1 / 58.0] * 3).reshape(1, 3, 1, 1)),
+        *(
+            constant(*item)
+            for item in (("w1", weights(8, 3, 3, 3)), ("b1", 0.1 * weights(8)), ("w2", weights(16, 8, 3, 3)), ("b2", 0.1 * weights(16)))
+        ),
+        *(constant(*item) for item in (("low", np.float32(-1)), ("high", np.float32(1)))),
+        *(constant(*item) for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))),
+    ]
+    if spoil:  # log of a negative number where the whole picture is white
+        nodes += [
+            helper.make_node("ReduceMean", ["wide"], ["level"], axes=[1, 2, 3], keepdims=0),
+            helper.make_node("Sub", ["limit", "level"], ["below"]),
+            helper.make_node("Log", ["below"], ["log"]),
+            helper.make_node("Mul", ["log", "zero"], ["nothing"]),
+            helper.make_node("Unsqueeze", ["nothing"], ["column"], axes=[1]),
+            helper.make_node("Add", ["raw", "column"], ["logits"]),
+        ]
+        constants += [constant("limit", np.float32([254.5])), constant("zero", np.float32([0.0]))]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", SIZE, SIZE, 3])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
+            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 32]),
+        ],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
+    onnx.checker.check_model(model)
+    return model
+
+
+TINY_CARD = Card(
+    name="tiny",
+    architecture="tiny",
+    labels=LABELS,
+    recipe=Recipe(size=SIZE, resize=36),
+    mean=(123.0, 117.0, 104.0),
+    std=(58.0, 58.0, 58.0),
+    sha256="",
+    licence="Apache-2.0",
+    origin={"source": "random", "seed": 0, "verified": False},
+    parameters=3_000,
+)
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with `tiny`, a random classifier of ten classes, and `tiny2`, the same with other weights."""
+    folder = tmp_path_factory.mktemp("models")
+    bundle.write(folder / "tiny", TINY_CARD, tiny_model())
+    bundle.write(folder / "tiny2", replace(TINY_CARD, name="tiny2"), tiny_model(seed=1))
+    bundle.write(folder / "spoilt", replace(TINY_CARD, name="spoilt"), tiny_model(spoil="white"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(models_dir: Path) -> Bundle:
+    return bundle.load(models_dir / "tiny")
+
+
+@pytest.fixture(scope="session")
+def lite0(models_dir: Path) -> Bundle:
+    """EfficientNet-Lite0 with its trained weights, from the installed package."""
+    return registry.get("efficientnet_lite0", models_dir)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """The folder of photographs that are not part of the project: `imagenet-sample/`, `coco-sample/` and `labels.csv`."""
+    folder = os.environ.get(PHOTOGRAPHS_VARIABLE)
+    if not folder:
+        pytest.skip(f"{PHOTOGRAPHS_VARIABLE} does not name the folder of photographs")
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the command line."""
+
+    result: helpers.Result
+    output: Path
+
+
+@pytest.fixture(scope="session")
+def photographs_run(photographs: Path, lite0: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`imagemill run PHOTOGRAPHS --output out --model efficientnet_lite0 --devices cpu:2 --json`."""
+    output = tmp_path_factory.mktemp("photographs") / "out"
+    environment = helpers.environment(IMAGEMILL_MODELS=str(lite0.dir.parent))
+    arguments = ("--output", output, "--model", "efficientnet_lite0", "--devices", "cpu:2", "--json")
+    return Finished(helpers.imagemill_cli("run", photographs, *arguments, env=environment), output)
+
+
+@pytest.fixture(scope="session")
+def some_jpegs() -> dict[str, bytes]:
+    """Forty small JPEGs of different content, some in sub-folders, by name."""
+    return {f"{'abc'[seed % 3]}/{seed:02d}.jpg": pictures.jpeg(40 + seed, 50, seed=seed, quality=80) for seed in range(40)}
+
+
+@pytest.fixture
+def jpegs(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of `count` small JPEGs of different content."""
+
+    def make(count: int = 12, name: str = "pictures", **files: bytes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return helpers.fill(folder, {f"{seed:03d}.jpg": pictures.jpeg(48, 40, seed=seed, quality=80) for seed in range(count)} | files)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pictures that take some 20 ms each to decode, so that there is time to send a signal; links to a few files."""
+    folder = tmp_path_factory.mktemp("slow")
+    data = [pictures.encode(pictures.photograph(900, 800, seed), "PNG", compress_level=1) for seed in range(4)]
+    originals = [folder / f".{number}" for number in range(len(data))]
+    for path, content in zip(originals, data, strict=True):
+        path.write_bytes(content)
+    for number in range(96):
+        os.link(originals[number % len(originals)], folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Settings]:
+    """Makes settings for `run.run`: the tiny model on the null device, into `tmp_path/out`."""
+
+    def make(*sources: Path, **changes: Any) -> Settings:
+        values: dict[str, Any] = {"output": str(tmp_path / "out"), "model": "tiny", "devices": "null", "batch_size": 4}
+        return Settings(sources=tuple(map(str, sources)), **(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def imagemill(models_dir: Path) -> Callable[..., helpers.Result]:
+    """Runs the command line in a process of its own; returns its exit code, outputs and JSON."""
+
+    def call(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> helpers.Result:
+        return helpers.imagemill_cli(*arguments, env=env or helpers.environment(IMAGEMILL_MODELS=str(models_dir)), **options)
+
+    return call
+
+
+@pytest.fixture
+def start(models_dir: Path) -> Iterator[Callable[..., Any]]:
+    """Starts the command line; whatever still runs at the end of the test is killed."""
+    started = []
+
+    def call(*arguments: object, **options: Any) -> Any:
+        options.setdefault("env", helpers.environment(IMAGEMILL_MODELS=str(models_dir)))
+        started.append(helpers.start(*arguments, **options))
+        return started[-1]
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a finished output, to be damaged."""
+
+    def copy(output: Path) -> Path:
+        goal = tmp_path / f"copy-of-{output.name}"
+        shutil.copytree(output, goal)
+        return goal
+
+    return copy

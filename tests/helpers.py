@@ -1,0 +1,132 @@
+"""What tests share that is not a fixture: the command line as a child process, folders of pictures, and the rows of an output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import imagemill
+
+SOURCE_ROOT = Path(imagemill.__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command line came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be exactly one JSON value."""
+        return json.loads(self.out)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Ours, with this very imagemill importable by a child."""
+    paths = [str(SOURCE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **changes}
+
+
+def start(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, before: tuple[str, ...] = ()) -> Any:
+    """Start `imagemill ARGUMENTS` with its outputs in pipes; `before` is put in front of the interpreter."""
+    command = [*before, sys.executable, "-W", "error", "-m", "imagemill", *map(os.fspath, map(_argument, arguments))]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env or environment(), cwd=cwd
+    )
+
+
+def finish(process: Any, timeout: float = 120) -> Result:
+    """Wait for a started command line."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Result(process.returncode, out.decode("utf-8", "backslashreplace"), err.decode("utf-8", "backslashreplace"))
+
+
+def imagemill_cli(*arguments: object, **options: Any) -> Result:
+    """Run `imagemill ARGUMENTS` to its end."""
+    return finish(start(*arguments, **options))
+
+
+def _argument(argument: object) -> str | bytes:
+    return argument if isinstance(argument, str | bytes) else str(argument)
+
+
+def fill(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files below a folder; names may hold slashes."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return folder
+
+
+def table(output: Path) -> pa.Table:
+    """All rows of an output, in the order of its parts."""
+    return pa.concat_tables(
+        pq.read_table(pa.BufferReader(path.read_bytes())) for path in sorted((output / "predictions").glob("part-*.parquet"))
+    )
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """The same as dicts."""
+    found: list[dict[str, Any]] = table(output).to_pylist()
+    return found
+
+
+def by_path(output: Path) -> dict[str, dict[str, Any]]:
+    """Rows by path, without their index and source, which depend on the neighbours by right."""
+    found = {row["path"]: {name: value for name, value in row.items() if name not in ("index", "source")} for row in rows(output)}
+    assert len(found) == len(rows(output))
+    return found
+
+
+def parts(output: Path) -> dict[str, tuple[int, int]]:
+    """Name → (inode, mtime) of every part on disk: a part that was written again has another."""
+    found = {}
+    for path in (output / "predictions").glob("part-*.parquet"):
+        stat = path.stat()
+        found[path.name] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float = 60, process: Any = None) -> Any:
+    """Wait until a condition holds and return its value; give up after a while, or when the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, finish(process)
+        time.sleep(0.005)
+    return value
+
+
+def worker_pids(output: Path) -> list[int]:
+    """Process ids of the workers of a run, in the order in which they became ready, from the launcher's log."""
+    log = output / "logs" / "launcher.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line.rpartition("(pid ")[2].rstrip(")")) for line in lines if " is ready (pid " in line]
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except FileNotFoundError:
+        return False

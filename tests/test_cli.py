@@ -1,0 +1,279 @@
+"""The command line: what it prints where, how it exits, and how it speaks of mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+import helpers
+from imagemill import progress
+from imagemill.launcher import Progress
+from imagemill.records import Clock
+
+CLI = Callable[..., helpers.Result]
+Folders = Callable[..., Path]
+TINY = ("--model", "tiny", "--devices", "null")
+HEAVY = {"numpy", "pyarrow", "openvino", "onnx", "onnxruntime", "PIL", "simplejpeg", "rich", "safetensors", "nncf", "multiprocessing"}
+
+
+def child_cpu_seconds(command: list[str]) -> float:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=helpers.environment())
+    return spent() - before
+
+
+@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_answers_at_once(command: list[str]) -> None:
+    """In a third of a second of CPU; the least of three, so that a busy machine does not matter."""
+    assert min(child_cpu_seconds([sys.executable, "-m", "imagemill", *command]) for _ in range(3)) < 0.33
+
+
+@pytest.mark.parametrize("what", ["import imagemill", "from imagemill import cli; cli._parser()"])
+def test_importing_loads_no_heavy_library(what: str) -> None:
+    """Neither the package nor the parser of its command line."""
+    program = f"import sys; {what}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True, env=helpers.environment()
+    ).stdout
+    assert not HEAVY & set(loaded.split())
+
+
+def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """The summary on stdout and nothing else, for a new job, a finished one and a dry run; everything said goes to stderr."""
+    command = ("run", jpegs(5), "--output", tmp_path / "out", *TINY, "--json")
+    dry = imagemill(*command, "--dry-run")
+    assert (dry.code, dry.json["images"], (tmp_path / "out").exists()) == (0, 5, False)
+    new = imagemill(*command)
+    assert (new.code, new.json) == (0, json.loads((tmp_path / "out" / "summary.json").read_bytes()))
+    again = imagemill(*command)
+    assert (again.code, again.json["resumed_shards"], again.json["images"]) == (0, 1, 5)
+    assert "finished already: 5 pictures" in again.err
+    for result in (dry, new, again):
+        assert result.out.count("\n") == 1
+
+
+def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """For people: counts, rates, what bounded the job, and where the results are. No escape codes where there is no terminal."""
+    result = imagemill("run", jpegs(5, **{"bad.jpg": b"", "x.txt": b""}), "--output", tmp_path / "out", *TINY)
+    assert result.code == 0
+    first, *lines = result.out.splitlines()
+    assert first == "6 pictures: 5 ok, 1 failed (1 empty)"
+    assert lines[0] == "skipped: 1 .txt"
+    assert lines[-1] == f"results: {tmp_path}/out/predictions"
+    assert any(line.startswith("bounded by ") for line in lines)
+    assert "of 6 (" in result.err
+    assert "\x1b" not in result.out + result.err
+
+
+def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """One line; nothing is written."""
+    result = imagemill("run", jpegs(5, **{"x.txt": b"", "y": b""}), "--output", tmp_path / "out", "--dry-run")
+    assert (result.code, result.out) == (0, "5 pictures, shards of 32; skipped: 1 (no suffix), 1 .txt\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "imagemill: the following arguments are required: COMMAND. See `imagemill --help`."),
+        (("walk",), "imagemill: argument COMMAND: invalid choice: 'walk'"),
+        (("run",), "imagemill run: the following arguments are required: SOURCE, --output. See `imagemill run --help`."),
+        (("run", "x", "--output", "y", "--top-k", "many"), "imagemill run: argument --top-k: invalid int value: 'many'."),
+        (("run", "x", "--output", "y", "--batch-size", "big"), "imagemill run: argument --batch-size: invalid number value: 'big'."),
+        (("run", "x", "--output", "y", "--outp", "z"), "imagemill: unrecognized arguments: --outp z."),
+        (("run", "x", "--output", "y", "--top-k", "0"), "imagemill: --top-k 0: must be at least 1."),
+        (("run", "x", "--output", "y", "--devices", "tpu"), "imagemill: --devices tpu: 'tpu' is not a kind of device."),
+        (("run", "x", "--output", "y", "--model", "nonesuch"), "imagemill: No model is called nonesuch."),
+        (("run", "s3://x/y", "--output", "y"), "imagemill: source s3://x/y: URLs cannot be read yet."),
+        (("get-model", "nonesuch"), "imagemill: No model is called nonesuch."),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    """Nothing is done, nothing is on stdout, and there is no traceback."""
+    result = imagemill(*arguments, cwd=tmp_path)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(message)
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "y" / "job.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch_size", "6"), "--batch_size is spelt --batch-size here"),
+        (("--batches_per_step=10",), "--batches_per_step is spelt --batches-per-step here"),
+        (("--num_workers", "4"), "--num_workers is spelt --num-workers here"),
+        (("--num_ipus", "8"), "--num_ipus is spelt --devices ipu:N here"),
+        (("--data_dir", "datasets/"), "--data_dir is spelt the SOURCE argument of `imagemill run`"),
+        (("--log_path", "logs"), "--log_path is spelt --log-dir here"),
+        (("--model_name", "resnext101_32x4d"), "--model_name is spelt --model here"),
+    ],
+)
+def test_the_spellings_of_graphcores_example_are_known(imagemill: CLI, arguments: tuple[str, ...], message: str) -> None:
+    """Who comes from there is told what it is called here."""
+    for given in (("run", "pictures", "--output", "out", *arguments), ("run", *arguments)):
+        result = imagemill(*given)
+        assert result.code == 2
+        assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "none", "--output", "out", *TINY), "imagemill: source {here}/none cannot be read: No such file or directory."),
+        (("run", "none", "--output", "out", "--model", "tiny", "--devices", "ipu:8"), "imagemill: --devices ipu:8: Graphcore IPUs are not"),
+        (("status", "none"), "imagemill: none is not an imagemill job: it has no job.json."),
+        (("verify", "."), "imagemill: . is not an imagemill job: it has no job.json."),
+        (("get-model", "resnext50_32x4d.mine", "--from", "none.pth"), "imagemill: "),
+    ],
+)
+def test_failures_are_one_line_and_exit_1(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    """One clear message on stderr, nothing on stdout, no traceback."""
+    result = imagemill(*arguments, cwd=tmp_path)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(message.format(here=tmp_path))
+    assert "Traceback" not in result.err
+
+
+def test_verify_and_status_speak_json_and_exit_codes(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """0 only if sound; --quarantine says where the damage went; then the same run command heals."""
+    out = tmp_path / "out"
+    command = ("run", jpegs(6), "--output", out, *TINY, "--shard-size", "2", "--json")
+    assert imagemill(*command).code == 0
+    sound = imagemill("verify", out, "--json")
+    assert (sound.code, sound.json) == (0, {"sound": True, "images": 6, "problems": [], "moved": []})
+    (out / "predictions" / "part-000001.parquet").write_bytes(b"rubbish")
+    bad = imagemill("verify", out, "--quarantine", "--json")
+    assert (bad.code, [problem["shard"] for problem in bad.json["problems"]], len(bad.json["moved"])) == (1, [1], 1)
+    told = imagemill("verify", out)
+    assert told.code == 1
+    assert "part-000001.parquet is missing\n" in told.out
+    status = imagemill("status", out, "--json")
+    assert (status.code, status.json["done"], status.json["complete"]) == (0, 4, False)
+    assert "not finished: repeat the run command to resume" in imagemill("status", out).out
+    assert imagemill(*command).json["resumed_shards"] == 2
+    assert imagemill("verify", out).code == 0
+    assert "6 of 6 pictures (3 of 3 shards), finished\n" in imagemill("status", out).out
+
+
+def test_a_changed_flag_is_exit_2(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """Wrong usage, with both values named."""
+    command = ("run", jpegs(2), "--output", tmp_path / "out", *TINY)
+    assert imagemill(*command).code == 0
+    result = imagemill(*command, "--top-k", "3")
+    assert (result.code, result.out) == (2, "")
+    assert "was started with --top-k 5, now --top-k 3 is asked for: that would change its answer id." in result.err
+
+
+def test_names_that_no_terminal_can_show_do_no_harm(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """An output folder whose name is not UTF-8, printed on a terminal that knows ASCII alone: exit 0, and the rows are there."""
+    out = os.path.join(os.fsencode(tmp_path), b"out-\xff\xc3\xbc")
+    env = helpers.environment(IMAGEMILL_MODELS=os.environ["IMAGEMILL_MODELS"], PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    folder = jpegs(3, **{"ü.txt": b"", "x.ü": b""})
+    result = imagemill("run", folder, "--output", out, *TINY, env=env)
+    assert result.code == 0, result.err
+    assert "3 pictures: 3 ok" in result.out
+    assert len(helpers.rows(Path(os.fsdecode(out)))) == 3
+    assert imagemill("verify", out, env=env).code == 0
+    again = imagemill("run", folder, "--output", out, *TINY, "--json", env=env)
+    assert (again.code, again.json["images"]) == (0, 3)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(jpegs: Folders, tmp_path: Path) -> None:
+    """`imagemill models | head -1` ends quietly."""
+    command = f"{sys.executable} -m imagemill models | head -n 1"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, env=helpers.environment(), check=True)
+    assert found.stderr == b""
+
+
+def test_models_and_devices_speak_json(imagemill: CLI) -> None:
+    """What can be had, what is here, and what to type."""
+    models = imagemill("models", "--json")
+    rows = {row["name"]: row for row in models.json["models"]}
+    assert rows["efficientnet_lite0"]["licence"] == "Apache-2.0"
+    assert rows["tiny"]["bytes_on_disk"] > 0
+    assert imagemill("models").out.startswith("name ")
+    assert imagemill("devices", "--json").json["devices"][0]["devices"] == "cpu"
+    assert imagemill("devices").out.startswith("cpu ")
+
+
+def test_the_demo_shows_real_answers(imagemill: CLI, tmp_path: Path) -> None:
+    """Pictures and trained model that install with the package; the one that is broken on purpose is a row."""
+    result = imagemill("demo", "--output", tmp_path / "demo", "--models-dir", tmp_path / "models")
+    assert result.code == 0, result.err
+    assert "13 pictures: 12 ok, 1 failed (1 truncated)" in result.out
+    rows = helpers.by_path(tmp_path / "demo")
+    assert rows["coffee.webp"]["label"] == "espresso"
+    assert rows["chelsea.jpg"]["label"] == rows["chelsea_turned.jpg"]["label"] == "Egyptian cat"
+    assert rows["broken_on_purpose.jpg"]["status"] == "truncated"
+    assert all(path in result.out for path in rows)
+
+
+def made(rows: int, seconds: float, ready: int = 1, failed: dict[str, int] | None = None) -> Progress:
+    return Progress(rows, Counter(failed or {}), {"cpu#0": rows}, {"cpu#0": Clock()}, {"cpu#0": 0}, seconds, ready)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (made(0, 0.0, ready=0), "100 of 1,100 (9 %), starting"),
+        (made(0, 1.0), "100 of 1,100 (9 %), first shards under way"),
+        (made(500, 10.0), "600 of 1,100 (55 %), 50.0 images/s, 10s left"),
+        (made(500, 10.0, failed={"empty": 1, "corrupt": 3}), "600 of 1,100 (55 %), 50.0 images/s, 10s left, 3 corrupt, 1 empty"),
+        (made(1, 500.0), "101 of 1,100 (9 %), 0.0 images/s, 138h45m left"),
+    ],
+)
+def test_a_progress_line_says_how_far_how_fast_and_how_long(given: Progress, expected: str) -> None:
+    """Resumed pictures count as done, but not into the rate."""
+    assert progress.line(given, 1_100, 100) == expected
+
+
+def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ten seconds, and not before there is something to tell."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = StringIO()
+    with progress.PlainProgress(10, 0, stream) as display:
+        display(made(0, 0.0))
+        for second in range(31):
+            now[0] = 100.0 + second
+            display(made(1, 1.0 + second))
+    assert stream.getvalue().count("\n") == 4
+
+
+def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:
+    """On a terminal stderr renews itself in place; stdout is still the aggregate alone."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "imagemill", "run", str(jpegs(30)), "--output", str(tmp_path / "out"), *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=helpers.environment(TERM="xterm"))
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65_536)
+        except OSError:  # Linux says so when the last writer is gone
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    out = process.communicate()[0]
+    assert process.returncode == 0
+    assert b"\x1b[" in shown
+    assert b"null#0" in shown
+    assert out.startswith(b"30 pictures: 30 ok")

@@ -1,0 +1,158 @@
+"""Documentation that drifts from the code fails here."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+import helpers
+from conftest import TINY_CARD
+from imagemill import cli, records, run, sink
+
+README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
+DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
+FROM_GRAPHCORE = (helpers.PROJECT / "docs" / "from-graphcore.md").read_text(encoding="utf-8")
+
+NOT_YET: frozenset[str] = frozenset({"report"})
+"""Commands of the documents that are not built yet. One that is built must leave this list."""
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def flags(command: str) -> set[str]:
+    return set(parsers()[command]._option_string_actions)
+
+
+def block_after(text: str, heading: str) -> str:
+    """The first fenced block below a heading."""
+    return text.partition(f"\n{heading}\n")[2].split("```")[1]
+
+
+def told_commands(block: str) -> list[tuple[str, set[str]]]:
+    """Each `imagemill COMMAND` of a block, with the flags on its lines."""
+    joined = re.sub(r"\n {10,}", " ", block)
+    found = re.findall(r"^(?:\$ |\.venv/bin/|.*&& \.venv/bin/)?imagemill ([a-z-]+)(.*)$", joined, re.MULTILINE)
+    return [(name, set(re.findall(r"(?<![\w-])--[a-z-]+", rest.partition(" #")[0]))) for name, rest in found]
+
+
+def columns(text: str) -> list[tuple[list[str], str]]:
+    """The table of columns: names and type of each line."""
+    lines = re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", text.partition("| column")[2].partition("\n\n")[0], re.MULTILINE)
+    return [(re.findall(r"`(\w+)`", names), kind) for names, kind in lines]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [("README", block_after(README, "## Commands")), ("design", block_after(DESIGN, "## Commands"))]
+)
+def test_every_command_and_flag_of_the_documents_exists(name: str, block: str) -> None:
+    """In the lists of commands; or its command is on the list of what is not built yet."""
+    told = told_commands(block)
+    assert len(told) >= 10
+    for command, wanted in told:
+        if command not in NOT_YET:
+            assert command in parsers(), f"{name} tells of `imagemill {command}`"
+            assert wanted <= flags(command), f"{name} tells of {wanted - flags(command)} of `imagemill {command}`"
+
+
+def test_every_command_that_exists_is_documented() -> None:
+    """In the README and in the design."""
+    for text in (README, DESIGN):
+        assert set(parsers()) <= {name for name, _ in told_commands(block_after(text, "## Commands"))}
+
+
+def test_what_is_not_built_yet_is_not_built() -> None:
+    """A command that exists by now must leave the list above."""
+    assert not NOT_YET & set(parsers())
+
+
+def test_every_option_in_the_readmes_table_exists() -> None:
+    """The options that are often wanted."""
+    table = README.partition("| option | meaning |")[2].partition("\n\n")[0]
+    wanted = set(re.findall(r"`(--[a-z-]+)", table))
+    assert len(wanted) >= 10
+    assert wanted <= flags("run")
+
+
+@pytest.mark.parametrize("text", [README, FROM_GRAPHCORE])
+def test_every_line_that_can_be_typed_parses(text: str) -> None:
+    """Every `imagemill …` in a fenced block is taken by the parser, as far as its command is built."""
+    typed = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in re.findall(r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.MULTILINE):
+            words = re.split(r" {2,}| +#", line)[0].split()
+            if words[0] not in NOT_YET and not {"[", "DIR", "NAME"} & {word[0] if word[0] == "[" else word for word in words}:
+                typed.append(words)
+    assert typed
+    for words in typed:
+        assert cli._parser().parse_args(words).call, words
+
+
+@pytest.mark.parametrize("text", [README, DESIGN])
+def test_the_table_of_columns_is_the_schema(text: str) -> None:
+    """Names in order, types, and which may be null."""
+    told = [(name, kind) for names, kind in columns(text) for name in names]
+    schema = [(field.name, str(field.type)) for field in sink._COLUMNS]
+    assert [name for name, _ in told] == [name for name, _ in schema] + ["logits", "embedding"]
+    assert dict(told)["index"].startswith(dict(schema)["index"])
+    kinds = {names[0]: kind for names, kind in columns(text)}
+    assert kinds["class_id"].startswith("int32, string, float32")
+    assert kinds["source"].startswith("string")
+    assert kinds["top_k"].startswith("list of struct(class_id, label, probability)")
+    assert [field.name for field in sink._TOP_K] == ["class_id", "label", "probability"]
+    assert kinds["width"].startswith("int32")
+    assert kinds["logits"].startswith("fixed-size list of float32")
+
+
+@pytest.mark.parametrize("text", [README, DESIGN])
+def test_every_status_is_documented(text: str) -> None:
+    """In the order of the code."""
+    line = next(line for line in text.splitlines() if line.startswith("| `status` |"))
+    told = [word for word in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[2].rpartition("|")[0]) if word != "ok"]
+    assert told == [status.value for status in records.Status if status != "ok"]
+
+
+def test_the_fields_of_the_summary_are_those_of_the_design() -> None:
+    """Every field that the design names is in the record."""
+    paragraph = DESIGN.partition("\n`summary.json`: ")[2].partition("\n\n")[0]
+    head, _, devices = paragraph.partition("`devices` (list: ")
+    told = set(re.findall(r"`(\w+)`(?:,| \()", head)) - {"compute", "decode", "read", "write"}
+    assert len(told) >= 12
+    assert told | {"devices"} <= set(records.Summary.__slots__)
+    assert set(re.findall(r"`(\w+)`", devices)) == set(records.DeviceSummary.__slots__)
+
+
+def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None:
+    """Paths of the design's list are spelt by layout.py."""
+    paths = run.JobPaths(tmp_path)
+    told = {line.split()[0] for line in block_after(DESIGN, "## The output folder").splitlines() if line}
+    ours = [paths.job, paths.plan / "*.parquet", paths.part(0), paths.logs, paths.summary, paths.report]
+    spelt = {f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours}
+    assert {name.rstrip("/") for name in told} == spelt
+
+
+def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:
+    """A newcomer types one line and sees answers."""
+    assert "make demo" in "\n".join(README.splitlines()[:20])
+
+
+def test_the_default_model_is_the_one_documented() -> None:
+    """In the design, the README and the code."""
+    assert f"`--model` defaults to `{run.DEFAULT_MODEL}`" in DESIGN
+    assert f"default `{run.DEFAULT_MODEL}`" in README
+    assert TINY_CARD.name != run.DEFAULT_MODEL
+
+
+def test_exit_codes_are_documented() -> None:
+    """Those that errors carry."""
+    from imagemill import errors
+
+    codes = {getattr(errors, name).exit_code for name in ("ImagemillError", "UsageError", "WorkerError", "OutputError")}
+    assert codes == {1, 2}
+    table = README.partition("| exit code | meaning |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) == ["0", "1", "2", "130, 143"]

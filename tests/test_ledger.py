@@ -1,0 +1,283 @@
+"""The ledger: plan against parts. `verify` finds whatever is wrong, and `run` heals it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+import helpers
+import pictures
+from imagemill import ledger, run
+from imagemill.errors import OutputError, PartError
+from imagemill.layout import JobPaths, locked
+from imagemill.records import Settings
+
+SOUND: list[tuple[int | None, str]] = []
+Copy = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A finished job of 10 pictures, one of them bad, in 4 parts; never to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("ledger")
+    files = {f"{number}.jpg": pictures.jpeg(40, 40, seed=number) for number in range(9)} | {"bad.jpg": b""}
+    source = helpers.fill(folder / "pictures", files)
+    settings = Settings(
+        sources=(str(source),), output=str(folder / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=3
+    )
+    run.run(settings)
+    return settings
+
+
+@pytest.fixture
+def out(finished: Settings, copy_of: Copy) -> Path:
+    """A copy of the finished job, to be damaged."""
+    return copy_of(Path(finished.output))
+
+
+def found(out: Path) -> list[tuple[int | None, str]]:
+    frozen = run.read_frozen(JobPaths(out))
+    assert frozen is not None
+    return [(problem.shard, problem.what) for problem in run.verify(JobPaths(out), frozen)[0]]
+
+
+def part(out: Path, number: int) -> Path:
+    return JobPaths(out).part(number)
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Write a part again, well-formed, but otherwise than it was; and have the manifest vouch for it, as a liar would."""
+    pq.write_table(change(pq.read_table(path)), path, write_page_checksum=True)
+    manifest = path.parents[1] / "manifest.json"
+    plain = json.loads(manifest.read_bytes())
+    plain["parts"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(plain))
+
+
+def test_a_finished_job_is_sound(out: Path) -> None:
+    """Nothing is found where nothing is wrong."""
+    assert found(out) == SOUND
+
+
+def test_a_missing_part_is_found(out: Path) -> None:
+    """By its shard."""
+    part(out, 2).unlink()
+    assert found(out) == [(2, "is missing")]
+
+
+def test_one_row_too_few_is_found(out: Path) -> None:
+    """With both numbers."""
+    rewrite(part(out, 1), lambda table: table.slice(0, 2))
+    assert found(out) == [(1, "has 2 rows, its shard has 3 pictures")]
+
+
+def test_a_duplicated_row_is_found(out: Path) -> None:
+    """With the right number of rows, but one picture twice and another not at all."""
+    rewrite(part(out, 1), lambda table: table.take([0, 1, 1]))
+    assert found(out) == [(1, "has picture 4 twice")]
+
+
+def test_rows_in_another_order_are_found(out: Path) -> None:
+    """A part is in plan order."""
+    rewrite(part(out, 0), lambda table: table.take([2, 1, 0]))
+    assert found(out) == [(0, "has other pictures than its shard, or another order")]
+
+
+def test_an_answer_under_another_name_is_found(out: Path) -> None:
+    """Paths are held against the plan."""
+    rewrite(part(out, 0), lambda table: table.set_column(2, table.schema.field("path"), [table["path"].take([1, 0, 2])]))
+    assert found(out) == [(0, "has other paths than the plan")]
+
+
+def test_a_row_that_contradicts_itself_is_found(out: Path) -> None:
+    """An ok row without an answer is none."""
+    empty = pa.nulls(3, pa.string())
+    rewrite(part(out, 0), lambda table: table.set_column(table.schema.get_field_index("label"), "label", empty))
+    assert found(out) == [(0, "has a row whose status, error and answer contradict each other")]
+
+
+def test_another_shards_part_is_found(out: Path) -> None:
+    """A part under the name of another."""
+    shutil.copy(part(out, 0), part(out, 1))
+    rewrite(part(out, 1), lambda table: table)
+    assert found(out) == [(1, "is shard 0 under another shard's name")]
+
+
+def test_a_part_of_another_job_is_found(out: Path) -> None:
+    """Its answer id gives it away, and both are named."""
+    frozen = run.read_frozen(JobPaths(out))
+    assert frozen is not None
+    rewrite(
+        part(out, 1), lambda table: table.replace_schema_metadata({**table.schema.metadata, b"imagemill.answer_id": b"feedfeedfeedfeed"})
+    )
+    assert found(out) == [(1, f"has answer id feedfeedfeedfeed, the job has {frozen.job.answer_id}")]
+
+
+def test_an_extra_part_is_found(out: Path) -> None:
+    """A part that no shard of the plan wants would be read by every tool."""
+    shutil.copy(part(out, 0), part(out, 4))
+    assert found(out) == [(4, "is of no shard of the plan")]
+
+
+def test_an_unfinished_job_is_not_sound(out: Path) -> None:
+    """Without summary and manifest the ledger was never closed."""
+    (out / "summary.json").unlink()
+    (out / "manifest.json").unlink()
+    assert [what for _, what in found(out)] == [
+        "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it",
+        "is missing: the job is not finished",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"parts": [], "plan_id": "", "answer_id": ""}', b'{"parts": {"part-000000.parquet": 5}}']
+)
+def test_a_damaged_manifest_is_found(out: Path, content: bytes) -> None:
+    """Whatever is in it."""
+    (out / "manifest.json").write_bytes(content)
+    assert [what for _, what in found(out)][:1] == [
+        "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it"
+    ]
+
+
+@examples(max_examples=60)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), number=st.integers(0, 3))
+def test_a_flipped_bit_anywhere_is_found(
+    finished: Settings, tmp_path_factory: pytest.TempPathFactory, place: float, bit: int, number: int
+) -> None:
+    """In whichever byte of whichever part."""
+    out = tmp_path_factory.mktemp("flip") / "out"
+    shutil.copytree(finished.output, out)
+    path = part(out, number)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+    assert [shard for shard, _ in found(out)] == [number]
+
+
+@examples(max_examples=30)
+@given(length=st.floats(0, 1, exclude_max=True))
+def test_a_part_cut_short_is_found_even_without_a_manifest(
+    finished: Settings, tmp_path_factory: pytest.TempPathFactory, length: float
+) -> None:
+    """At whatever length, and never as a traceback."""
+    out = tmp_path_factory.mktemp("cut") / "out"
+    shutil.copytree(finished.output, out)
+    (out / "manifest.json").unlink()
+    data = part(out, 0).read_bytes()
+    part(out, 0).write_bytes(data[: int(length * len(data))])
+    assert [shard for shard, _ in found(out)] == [None, 0]
+
+
+def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
+    """Damaged parts are moved aside with their summary; the same command computes them, and only them, again."""
+    original = {path.name: path.read_bytes() for path in (Path(finished.output) / "predictions").iterdir()}
+    part(out, 0).write_bytes(b"rubbish")
+    shutil.copy(part(out, 2), part(out, 9))
+    part(out, 3).unlink()
+    before = helpers.parts(out)
+    paths, frozen = JobPaths(out), run.read_frozen(JobPaths(out))
+    assert frozen is not None
+    problems, moved = run.verify(paths, frozen, quarantine=True)
+    assert [problem.shard for problem in problems] == [9, 0, 3]
+    assert sorted(path.name.split(".")[0] for path in moved) == ["part-000000", "part-000009"]
+    assert all(path.parent == out / "quarantine" and path.is_file() for path in moved)
+    assert found(out) != SOUND
+    summary = run.run(Settings(sources=finished.sources, output=str(out)))
+    assert (summary.images, summary.resumed_shards) == (10, 2)
+    assert found(out) == SOUND
+    after = helpers.parts(out)
+    assert {name: after[name] for name in ("part-000001.parquet", "part-000002.parquet")} == {
+        name: before[name] for name in ("part-000001.parquet", "part-000002.parquet")
+    }
+    assert {path.name: path.read_bytes() for path in (out / "predictions").iterdir()} == original
+
+
+def test_quarantine_waits_for_no_running_job(out: Path) -> None:
+    """Parts are not moved under the feet of a run."""
+    part(out, 0).write_bytes(b"rubbish")
+    frozen = run.read_frozen(JobPaths(out))
+    assert frozen is not None
+    with locked(JobPaths(out)), pytest.raises(OutputError, match="is in use by another imagemill run"):
+        run.verify(JobPaths(out), frozen, quarantine=True)
+    assert part(out, 0).is_file()
+
+
+def test_the_manifest_can_be_rebuilt_from_the_parts(finished: Settings, out: Path) -> None:
+    """No file but the parts records progress: without manifest and summary the repeated command computes nothing and writes both."""
+    before, manifest = helpers.parts(out), (out / "manifest.json").read_bytes()
+    (out / "manifest.json").unlink()
+    (out / "summary.json").unlink()
+    summary = run.run(Settings(sources=finished.sources, output=str(out)))
+    assert (summary.images, summary.failed_by_status, summary.images_per_second) == (10, {"empty": 1}, None)
+    assert (out / "manifest.json").read_bytes() == manifest
+    assert helpers.parts(out) == before
+    assert found(out) == SOUND
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "other job", "short"])
+def test_the_ledger_does_not_close_over_a_damaged_part(finished: Settings, out: Path, damage: str) -> None:
+    """A resumed run names the part and the way out instead of finishing over it."""
+    (out / "summary.json").unlink()
+    part(out, 3).unlink()
+    if damage == "rubbish":
+        part(out, 1).write_bytes(b"PAR1 rubbish")
+    elif damage == "other job":
+        rewrite(part(out, 1), lambda table: table.replace_schema_metadata({b"imagemill.answer_id": b"0"}))
+    else:
+        rewrite(part(out, 1), lambda table: table.slice(1))
+    with pytest.raises(PartError, match=r"part-000001\.parquet .*imagemill verify --quarantine"):
+        run.run(Settings(sources=finished.sources, output=str(out)))
+    assert not (out / "summary.json").exists()
+
+
+def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path) -> None:
+    """What a killed worker left half-written counts for nothing and is swept away; other people's files stay."""
+    predictions = out / "predictions"
+    part(out, 0).rename(predictions / ".part-000000.parquet.123.tmp")
+    (predictions / "notes.txt").touch()
+    assert found(out) == [(0, "is missing")]
+    run.run(Settings(sources=finished.sources, output=str(out)))
+    assert found(out) == SOUND
+    assert sorted(path.name for path in predictions.iterdir())[0] == "notes.txt"
+    assert not list(predictions.glob(".*"))
+
+
+def test_status_counts_what_is_there(out: Path) -> None:
+    """Reads only; a job with a missing part is not complete, and the failures so far are counted."""
+    part(out, 0).unlink()
+    frozen = run.read_frozen(JobPaths(out))
+    assert frozen is not None
+    before = sorted(path for path in out.rglob("*"))
+    status = run.status(JobPaths(out), frozen)
+    assert (status.images, status.done, status.shards, status.shards_done) == (10, 7, 4, 3)
+    assert (status.failed_by_status, status.running, status.complete) == ({"empty": 1}, False, False)
+    with locked(JobPaths(out)):
+        assert run.status(JobPaths(out), frozen).running
+    assert sorted(path for path in out.rglob("*")) == before
+
+
+def test_a_plan_that_lost_pictures_is_found(out: Path) -> None:
+    """The job's own count is held against the plan: a plan file that is gone does not make a smaller job complete."""
+    for path in (out / "plan").glob("*.parquet"):
+        path.unlink()
+    assert (None, "does not hold the 10 pictures of job.json") in found(out)
+
+
+def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
+    """As any other tool computes it."""
+    manifest = ledger.read_manifest(JobPaths(out))
+    assert manifest is not None
+    assert {name: record.sha256 for name, record in manifest.parts.items()} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (out / "predictions").iterdir()
+    }

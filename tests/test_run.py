@@ -1,0 +1,609 @@
+"""The main job, end to end: pictures in, one row per picture out, whatever they are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import helpers
+import pictures
+from conftest import CLASSES, LABELS, Finished
+from imagemill import ledger, run
+from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
+from imagemill.records import Settings, Summary
+
+Jobs = Callable[..., Settings]
+Folders = Callable[..., Path]
+CLI = Callable[..., helpers.Result]
+
+
+class Listener(run.Watcher):
+    """Remembers what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def problems(output: Path) -> list[ledger.Problem]:
+    paths = run.JobPaths(output)
+    frozen = run.read_frozen(paths)
+    assert frozen is not None
+    return run.verify(paths, frozen)[0]
+
+
+# ── the photographs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_photographs_become_one_row_each(photographs: Path, photographs_run: Finished, imagemill: CLI) -> None:
+    """328 photographs, 328 rows, both processes at work, the two text files counted as skipped; `verify` agrees."""
+    result = photographs_run.result
+    assert result.code == 0, result.err
+    summary = result.json
+    assert (summary["images"], summary["ok"], summary["failed"], summary["failed_by_status"]) == (328, 328, 0, {})
+    assert summary["skipped_by_suffix"] == {".csv": 1, ".md": 1}
+    assert [(device["name"], device["images"] > 0, device["restarts"]) for device in summary["devices"]] == [
+        ("cpu#0", True, 0),
+        ("cpu#1", True, 0),
+    ]
+    assert sum(device["images"] for device in summary["devices"]) == 328
+    rows = helpers.rows(photographs_run.output)
+    assert [row["index"] for row in rows] == list(range(328))
+    on_disk = sorted(
+        str(path.relative_to(photographs)) for folder in ("coco-sample", "imagenet-sample") for path in (photographs / folder).iterdir()
+    )
+    assert [row["path"] for row in rows] == on_disk
+    for row in rows:
+        with Image.open(photographs / row["path"]) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5
+            assert (row["width"], row["height"]) == (image.size[::-1] if turned else image.size)
+    verified = imagemill("verify", photographs_run.output)
+    assert (verified.code, verified.out) == (0, "complete and sound: 328 pictures, one row each\n")
+
+
+def test_efficientnet_lite0_answers_as_the_reference_does(photographs: Path, photographs_run: Finished) -> None:
+    """The same top-1 as PyTorch's on at least 196 of 200 photographs, and right on at least 0.885 of them."""
+    with (photographs / "labels.csv").open(newline="") as file:
+        reference = {f"imagenet-sample/{line['file']}": line for line in csv.DictReader(file)}
+    rows = [row for row in helpers.rows(photographs_run.output) if row["path"] in reference]
+    assert len(rows) == len(reference) == 200
+    agree = [row for row in rows if row["class_id"] == int(reference[row["path"]]["efficientnet_lite0_top1"])]
+    right = [row for row in rows if row["class_id"] == int(reference[row["path"]]["class_id"])]
+    assert len(agree) >= 196
+    assert len(right) / 200 >= 0.885
+    off = sorted(abs(row["probability"] - float(reference[row["path"]]["efficientnet_lite0_probability"])) for row in agree)
+    assert off[len(off) // 2] < 0.01  # the median; decoders differ in the last bit of a pixel
+
+
+# ── hostile entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_root_powers() -> tuple[str, ...]:
+    """What to put in front of a command so that file permissions bind it, also as root.
+
+    Root reads everything because of two capabilities. A wrapper drops them for good before it becomes the command; so the kernel answers
+    as it does to another user, while the interpreter and the clone need not be readable by one.
+    """
+    if os.geteuid() != 0:
+        return ()
+    program = """
+import ctypes, os, sys
+for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    if ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
+        sys.exit(f"cannot drop capability {capability}: errno {ctypes.get_errno()}")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    return (sys.executable, "-c", program)
+
+
+def hostile(folder: Path) -> dict[str, str]:
+    """Write the whole list of hostile entries into a folder; returns path → expected status."""
+    good = pictures.photograph(90, 70, seed=5)
+    files: dict[bytes, tuple[bytes, str]] = {
+        b"empty.jpg": (b"", "empty"),
+        b"text.png": (b"This is not a picture.\n" * 20, "not_an_image"),
+        b"half.jpg": (pictures.half(pictures.jpeg(320, 240)), "truncated"),
+        b"wrong-sum.png": (pictures.png_with_wrong_sum(), "corrupt"),
+        b"cmyk.jpg": (pictures.encode(good.convert("CMYK"), "JPEG"), "ok"),
+        b"grey16.png": (pictures.encode(Image.frombytes("I;16", (60, 50), bytes(range(250)) * 24), "PNG"), "ok"),
+        b"turned.jpg": (pictures.jpeg(64, 48, orientation=6), "ok"),
+        b"animated.gif": (pictures.animated_gif(), "ok"),
+        b"1x1.png": (pictures.encode(pictures.photograph(1, 1), "PNG"), "ok"),
+        b"1x4000.png": (pictures.encode(Image.new("RGB", (1, 4000), "red"), "PNG"), "ok"),
+        b"not-utf8-\xff\xfe.jpg": (pictures.jpeg(50, 40, seed=7), "ok"),
+        b"new\nline and 'quote\".jpg": (pictures.jpeg(50, 40, seed=8), "ok"),
+        b"unreadable.jpg": (pictures.jpeg(50, 40, seed=9), "read_error"),
+    }
+    for name, (data, _) in files.items():
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(data)
+    (folder / "unreadable.jpg").chmod(0)
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "above.jpg").symlink_to("..")
+    os.mkfifo(folder / "fifo.png")
+    expected = {name.decode("utf-8", "backslashreplace"): status for name, (_, status) in files.items()}
+    return expected | {"loop.jpg": "read_error", "above.jpg": "read_error", "fifo.png": "read_error"}
+
+
+def test_hostile_entries_are_rows_and_leave_their_neighbours_alone(jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+    """One row each with the right status, exit 0, and every neighbour bit for bit as in a run without them."""
+    folder = jpegs(20)
+    arguments = ("--model", "tiny", "--devices", "cpu:1", "--batch-size", "4", "--shard-size", "7", "--save", "logits", "--json")
+    assert imagemill("run", folder, "--output", tmp_path / "before", *arguments).code == 0
+    expected = hostile(folder)
+    result = imagemill("run", folder, "--output", tmp_path / "after", *arguments, before=without_root_powers())
+    assert result.code == 0, result.err
+    before, after = helpers.by_path(tmp_path / "before"), helpers.by_path(tmp_path / "after")
+    assert {path: row["status"] for path, row in after.items() if path not in before} == expected
+    assert {path: row for path, row in after.items() if path in before} == before
+    assert all(row["error"] is None or "\n" not in row["error"] for row in after.values())
+    assert after["unreadable.jpg"]["error"] == "cannot be read: Permission denied"
+    assert after["fifo.png"]["error"] == "is a FIFO, not a regular file"
+    assert (after["turned.jpg"]["width"], after["turned.jpg"]["height"]) == (48, 64)
+    assert (after["1x4000.png"]["width"], after["1x4000.png"]["height"]) == (1, 4000)
+    failed = {status: list(expected.values()).count(status) for status in set(expected.values()) - {"ok"}}
+    assert result.json["failed_by_status"] == failed
+    assert imagemill("verify", tmp_path / "after").code == 0
+
+
+def test_permissions_bind_the_wrapped_command(tmp_path: Path) -> None:
+    """The test above can fail: without root's powers the file cannot be opened."""
+    (tmp_path / "secret").write_bytes(b"x")
+    (tmp_path / "secret").chmod(0)
+    import subprocess
+
+    command = [*without_root_powers(), sys.executable, "-c", "import sys; open(sys.argv[1])", str(tmp_path / "secret")]
+    assert b"PermissionError" in subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr
+
+
+def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Path) -> None:
+    """All the odd pictures that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
+    made = {f"{name}.jpg": make() for name, make in pictures.HOSTILE.items()}
+    folder = helpers.fill(tmp_path / "hostile", {name: data for name, (data, _) in made.items()})
+    summary = run.run(job(folder, shard_size=2, save=("logits",)))
+    rows = helpers.by_path(tmp_path / "out")
+    assert {path: row["status"] for path, row in rows.items()} == {name: status for name, (_, status) in made.items()}
+    assert all(row["error"] and row["logits"] is None and row["top_k"] is None for row in rows.values())
+    assert (summary.ok, summary.failed) == (0, len(made))
+    assert problems(tmp_path / "out") == []
+
+
+# ── which pictures ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Folders and single pictures, in the order they were given; rows name their source, paths are relative to it."""
+    first, second = jpegs(3, "first"), jpegs(2, "second")
+    run.run(job(second, first, first / "001.jpg"))
+    found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
+    assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [(str(first), f"00{n}.jpg") for n in range(3)] + [
+        (str(first / "001.jpg"), "")
+    ]
+
+
+def test_a_list_of_failed_pictures_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """`failed.txt` names every picture without an answer, whatever its name, and `@failed.txt` runs them again."""
+    folder = jpegs(2, **{"bad.jpg": b"", "new\nline.jpg": b"", '"quoted".jpg': b""})
+    run.run(job(folder, output=str(tmp_path / "one")))
+    listed = f"@{tmp_path / 'one' / 'failed.txt'}"
+    summary = run.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
+    assert (summary.images, summary.failed_by_status) == (3, {"empty": 3})
+    assert {Path(row["path"]).name for row in helpers.rows(tmp_path / "two")} == {"bad.jpg", "new\nline.jpg", '"quoted".jpg'}
+
+
+def test_limit_takes_the_first(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """--limit N plans the first N in listing order."""
+    assert run.run(job(jpegs(9), limit=4)).images == 4
+    assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
+
+
+def test_filters_and_hidden_entries_are_in_the_summary(job: Jobs, jpegs: Folders) -> None:
+    """What was left out, and why, can be read afterwards."""
+    summary = run.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
+    found = (summary.images, summary.skipped_by_filter, summary.skipped_hidden, dict(summary.skipped_by_suffix))
+    assert found == (4, 2, 1, {"": 1, ".txt": 1})
+
+
+def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """--all-files: a text file is a row that says it is no picture."""
+    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
+    assert {row["path"]: row["status"] for row in helpers.rows(tmp_path / "out")} == {
+        "000.jpg": "ok",
+        "notes.txt": "not_an_image",
+        "really": "ok",
+    }
+
+
+def test_no_picture_at_all_is_a_finished_job(job: Jobs, tmp_path: Path) -> None:
+    """An empty folder has no rows, which is complete and sound, and repeating finds it so."""
+    (tmp_path / "empty").mkdir()
+    summary = run.run(job(tmp_path / "empty"))
+    assert (summary.images, summary.shards, summary.bottleneck) == (0, 0, None)
+    assert problems(tmp_path / "out") == []
+    assert run.run(job(tmp_path / "empty")).images == 0
+
+
+def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) -> None:
+    """Neither the first time, nor when the repeated command looks for new pictures."""
+    folder = jpegs(3)
+    settings = job(folder, output=str(folder / "out"), all_files=True)
+    assert run.run(settings).images == 3
+    assert run.run(settings).new_in_source == 0
+
+
+def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """It lists and counts; the output folder does not even appear, and no model is needed."""
+    found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
+    assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (70, 32, {".txt": 1}, ("000.jpg", "001.jpg"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+
+
+def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path) -> None:
+    """One sub-folder per device: shards end with the sub-folder, so that each device can take its own; another number is told."""
+    folder = helpers.fill(tmp_path / "datasets", some_jpegs)
+    listener = Listener()
+    run.run(job(folder, devices="null:3", shard_size=10), listener)
+    frozen = run.read_frozen(run.JobPaths(tmp_path / "out"))
+    assert frozen is not None
+    assert frozen.groups == 3
+    assert [(s.group, s.count) for s in run.plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
+    assert listener.said == []
+    run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
+    assert listener.said == ["note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to folders"]
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_top_k_never_exceeds_the_classes(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """--top-k 99 of ten classes keeps ten, most probable first, summing to one; labels survive whatever they hold."""
+    run.run(job(jpegs(3), top_k=99, devices="cpu"))
+    for row in helpers.rows(tmp_path / "out"):
+        assert sorted(item["class_id"] for item in row["top_k"]) == list(range(CLASSES))
+        assert [item["label"] for item in row["top_k"]] == [LABELS[item["class_id"]] for item in row["top_k"]]
+        assert sum(item["probability"] for item in row["top_k"]) == pytest.approx(1, abs=1e-5)
+        assert row["top_k"][0] == {"class_id": row["class_id"], "label": row["label"], "probability": row["probability"]}
+
+
+def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """--save adds fixed-size columns; the softmax of the logits is the probability."""
+    import numpy as np
+
+    run.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
+    table = helpers.table(tmp_path / "out")
+    assert [str(table.schema.field(name).type) for name in ("logits", "embedding")] == [
+        "fixed_size_list<element: float>[10]",
+        "fixed_size_list<element: float>[32]",
+    ]
+    *good, bad = helpers.rows(tmp_path / "out")
+    assert (bad["path"], bad["logits"], bad["embedding"]) == ("bad.jpg", None, None)
+    for row in good:
+        exponentials = np.exp(np.float64(row["logits"]) - max(row["logits"]))
+        assert row["probability"] == pytest.approx(exponentials.max() / exponentials.sum(), rel=1e-6)
+
+
+def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
+    """--preprocess center-crop takes the middle of the picture as it is; it is another answer id."""
+    inner = pictures.photograph(32, 32, seed=3)
+    outer = Image.new("RGB", (132, 92), "white")
+    outer.paste(inner, (50, 30))
+    folder = helpers.fill(tmp_path / "p", {"inner.png": pictures.encode(inner, "PNG"), "outer.png": pictures.encode(outer, "PNG")})
+    run.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
+    inner_row, outer_row = helpers.rows(tmp_path / "out")
+    assert inner_row["logits"] == outer_row["logits"]
+    with pytest.raises(JobMismatchError, match="was started with --preprocess center-crop, now --preprocess card is asked for"):
+        run.run(job(folder, preprocess="card", devices="cpu"))
+    run.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
+    card_rows = helpers.rows(tmp_path / "card")
+    assert card_rows[1]["logits"] != outer_row["logits"]
+
+
+def test_nan_ends_the_job_with_one_clear_error(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+    """A model that returns NaN for one picture is named with it; no row is made up, and it is exit 1 without a traceback."""
+    white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
+    folder = jpegs(6, **{"white.png": white})
+    with pytest.raises(BadLogitsError, match=r"spoilt returned a NaN or an infinity for white\.png"):
+        run.run(job(folder, model="spoilt", devices="cpu"))
+    result = imagemill("run", folder, "--output", tmp_path / "out", "--devices", "cpu", "--json")
+    assert (result.code, result.out) == (1, "")
+    assert "imagemill: spoilt returned a NaN or an infinity for white.png" in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """--max-pixels and --max-bytes: what is larger is a `too_large` row, undecoded and unread."""
+    run.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
+                max_pixels=10_000, max_bytes=800_000))  # fmt: skip
+    found = {row["path"]: (row["status"], row["width"]) for row in helpers.rows(tmp_path / "out")}
+    assert found == {"000.jpg": ("ok", 48), "wide.png": ("too_large", 300), "zeros.jpg": ("too_large", None)}
+
+
+# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def started(job: Jobs, jpegs: Folders, tmp_path: Path) -> Settings:
+    """A job of 12 pictures in 4 parts, of which two are missing, as after a crash."""
+    settings = job(jpegs(12), shard_size=3)
+    run.run(settings)
+    for name in ("part-000001.parquet", "part-000003.parquet"):
+        (tmp_path / "out" / "predictions" / name).unlink()
+    (tmp_path / "out" / "summary.json").unlink()
+    return settings
+
+
+def unsaid(settings: Settings, **changes: Any) -> Settings:
+    return Settings(sources=settings.sources, output=settings.output, **changes)
+
+
+def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings, tmp_path: Path) -> None:
+    """Finished parts are the very same files afterwards; the rows are those of an undisturbed run."""
+    before = helpers.parts(tmp_path / "out")
+    listener = Listener()
+    summary = run.run(started, listener)
+    after = helpers.parts(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 4
+    assert listener.said == ["resuming: 6 of 12 pictures are done"]
+    assert (summary.images, summary.shards, summary.resumed_shards) == (12, 4, 2)
+    assert sum(device.images for device in summary.devices) == 6
+    assert problems(tmp_path / "out") == []
+
+
+def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path) -> None:
+    """Model, devices, batch size and the rest come from job.json; what may differ, may be changed."""
+    assert run.run(unsaid(started, devices="null:2", batch_size=1, num_workers=2)).model == "tiny"
+    assert [row["index"] for row in helpers.rows(tmp_path / "out")] == list(range(12))
+    assert problems(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "was", "now"),
+    [
+        ({"limit": 5}, "plan id", "--limit None", "--limit 5"),
+        ({"shard_size": 4}, "plan id", "--shard-size 3", "--shard-size 4"),
+        ({"include": ("*.jpg",)}, "plan id", "--include []", "--include ['*.jpg']"),
+        ({"exclude": ("*.png",)}, "plan id", "--exclude []", "--exclude ['*.png']"),
+        ({"all_files": True}, "plan id", "--all-files False", "--all-files True"),
+        ({"sources": ("/",)}, "plan id", "SOURCE ['", "SOURCE ['/']"),
+        ({"model": "tiny2"}, "answer id", "--model tiny (", "--model tiny2 ("),
+        ({"top_k": 3}, "answer id", "--top-k 5", "--top-k 3"),
+        ({"save": ("logits",)}, "answer id", "--save []", "--save ['logits']"),
+        ({"precision": "bf16"}, "answer id", "--precision fp32", "--precision bf16"),
+        ({"preprocess": "center-crop"}, "answer id", "--preprocess card", "--preprocess center-crop"),
+        ({"devices": "cpu"}, "answer id", "backend null", "backend openvino"),
+    ],
+)
+def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
+    started: Settings, tmp_path: Path, change: dict[str, Any], kind: str, was: str, now: str
+) -> None:
+    """Nothing is touched; the message says which id would change and what to do. Wrong usage, so exit 2."""
+    before = helpers.parts(tmp_path / "out")
+    with pytest.raises(JobMismatchError) as caught:
+        run.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
+    message = str(caught.value)
+    assert f"was started with {was}" in message
+    assert f", now {now}" in message
+    assert message.endswith(f"that would change its {kind}. Leave it out to resume, or give another --output.")
+    assert caught.value.exit_code == 2
+    assert helpers.parts(tmp_path / "out") == before
+
+
+def test_saying_the_same_again_is_no_change(started: Settings) -> None:
+    """Explicit flags that agree with the frozen job resume it, in any spelling of the same."""
+    same = {"model": "tiny", "limit": None, "shard_size": 3, "top_k": 5, "precision": "auto", "preprocess": "card"}
+    assert run.run(unsaid(started, **same)).images == 12
+
+
+def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Nothing is computed; what is new since the plan was frozen is named, and left to another output."""
+    settings = job(jpegs(5))
+    run.run(settings)
+    before = helpers.parts(tmp_path / "out")
+    jpegs(7, **{"0/first.jpg": b"x", "notes.txt": b"x"})
+    (tmp_path / "pictures" / "002.jpg").unlink()
+    listener = Listener()
+    summary = run.run(settings, listener)
+    assert listener.said == [
+        f"finished already: 5 pictures in {tmp_path}/out/predictions",
+        "3 pictures are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
+    ]
+    assert (summary.new_in_source, summary.resumed_shards, summary.images_per_second) == (3, 1, None)
+    assert helpers.parts(tmp_path / "out") == before
+
+
+def test_a_picture_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_path: Path) -> None:
+    """The plan is frozen: what is gone is `missing`, never left out."""
+    (tmp_path / "pictures" / "004.jpg").unlink()
+    assert run.run(started).failed_by_status == {"missing": 1}
+
+
+def test_retry_failed_computes_bad_pictures_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Only shards that hold such a row; mended pictures become ok. A status that is not among them leaves all as it was."""
+    folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not a picture at all" * 9})
+    run.run(job(folder, shard_size=3))
+    before = helpers.parts(tmp_path / "out")
+    (folder / "a.jpg").write_bytes(pictures.jpeg())
+    assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
+    assert helpers.parts(tmp_path / "out") == before
+    summary = run.run(job(folder, retry_failed=("empty",)))
+    assert summary.failed_by_status == {"not_an_image": 1}
+    after = helpers.parts(tmp_path / "out")
+    assert [name for name in before if after[name] != before[name]] == ["part-000002.parquet"]
+    assert problems(tmp_path / "out") == []
+
+
+def test_too_many_bad_pictures_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Folders) -> None:
+    """--max-bad-fraction counts over the whole job; without it the same command goes on."""
+    folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
+    with pytest.raises(TooManyBadError, match=r"of 12 pictures are bad, more than --max-bad-fraction 0\.25 allows"):
+        run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
+    assert run.run(job(folder)).failed_by_status == {"empty": 6}
+
+
+def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Not empty and not ours: nothing is written, and the message names what is in it."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").touch()
+    with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)\. Give a new folder\."):
+        run.run(job(jpegs(1)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
+    with pytest.raises(OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."):
+        run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
+
+
+def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Before job.json is there nothing counts: a half-written plan and temporary files are swept away."""
+    out = tmp_path / "out"
+    helpers.fill(
+        out, {"plan/plan-00000-00000.parquet": b"half", "plan/.listing.arrow.tmp": b"x", ".job.json.77.tmp": b"{", "logs/l.log": b""}
+    )
+    (out / "predictions").mkdir()
+    assert run.run(job(jpegs(3))).images == 3
+    assert not list(out.rglob("*.tmp"))
+    assert problems(out) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format": 99}', b'{"format": 1}', b'{"format": 1, "job": []}', b"\xff"])
+def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: Path, content: bytes) -> None:
+    """Whatever is in job.json: no traceback, nothing overwritten."""
+    helpers.fill(tmp_path / "out", {"job.json": content})
+    with pytest.raises(OutputError, match=r"job\.json"):
+        run.run(job(jpegs(1)))
+    assert (tmp_path / "out" / "job.json").read_bytes() == content
+
+
+def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path) -> None:
+    """--log-dir holds one file per process; a resumed job finds it again, even if it was removed meanwhile."""
+    settings = job(jpegs(6, "more"), output=str(tmp_path / "two"), log_dir=str(tmp_path / "elsewhere"), shard_size=3)
+    run.run(settings)
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
+    for path in (tmp_path / "elsewhere").iterdir():
+        path.unlink()
+    (tmp_path / "elsewhere").rmdir()
+    (tmp_path / "two" / "predictions" / "part-000001.parquet").unlink()
+    run.run(unsaid(settings))
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
+
+
+def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
+    """A resumed job checks the weights it was frozen with."""
+    import shutil
+
+    folder = tmp_path / "models" / "tiny"
+    shutil.copytree(tiny.dir, folder)
+    settings = Settings(sources=started.sources, output=str(tmp_path / "two"), model="tiny", models_dir=str(folder.parent), devices="null")
+    run.run(settings)
+    with (folder / "model.onnx").open("r+b") as file:
+        file.seek(200)
+        file.write(b"\0\1\2")
+    from imagemill.errors import ModelError
+
+    with pytest.raises(ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"):
+        run.run(unsaid(settings))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1."),
+        ({"top_k": -1}, "--top-k -1: must be at least 1."),
+        ({"shard_size": 0}, "--shard-size 0: must be at least 1."),
+        ({"limit": 0}, "--limit 0: must be at least 1."),
+        ({"num_workers": 257}, "--num-workers 257: must be from 1 to 256."),
+        ({"max_bad_fraction": 1.5}, "--max-bad-fraction 1.5: must be from 0 to 1."),
+        ({"max_bad_fraction": float("nan")}, "--max-bad-fraction nan: must be from 0 to 1."),
+        ({"max_seconds": 0.0}, "--max-seconds 0.0: must be more than 0."),
+        ({"max_seconds": float("nan")}, "--max-seconds nan: must be more than 0."),
+        ({"save": ("pixels",)}, "--save pixels: not known. Known: logits, embedding."),
+        ({"retry_failed": ("ok",)}, "--retry-failed ok: not known. Known: missing, empty,"),
+        ({"precision": "fp16"}, "--precision fp16: not known. Known: auto, fp32, bf16, int8."),
+        ({"devices": "cpu:0"}, "cpu:N takes one number from 1 to 512, not 0."),
+        (
+            {"devices": "cpu+null"},
+            "--devices mixes the backends null and openvino, whose answers differ in the last bits. Add --allow-mixed.",
+        ),
+        ({"model": "no such model"}, "'no such model' is not a model's name"),
+        ({"sources": ()}, "give at least one SOURCE"),
+        ({"engine": "ray"}, "--engine ray: only local is supported by this version."),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
+    job: Jobs, jpegs: Folders, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """The message names flag and value; the output folder does not hold a job afterwards."""
+    with pytest.raises(UsageError) as caught:
+        run.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
+    assert message in str(caught.value)
+    assert not (tmp_path / "out" / "job.json").exists()
+
+
+def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path) -> None:
+    """And with the source put right the same command works: nothing half-begun is in its way."""
+    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory"):
+        run.run(job(tmp_path / "none"))
+    helpers.fill(tmp_path / "none", {"a.jpg": pictures.jpeg()})
+    assert run.run(job(tmp_path / "none")).images == 1
+
+
+# ── what it says afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """summary.json holds the fields that the design names, and rates that add up."""
+    summary = run.run(job(jpegs(20), devices="null:2", shard_size=3))
+    on_disk = json.loads((tmp_path / "out" / "summary.json").read_bytes())
+    assert run.read_summary(run.JobPaths(tmp_path / "out")) == summary
+    named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
+        bottleneck devices""".split()
+    assert set(named) <= set(on_disk)
+    assert set(on_disk["devices"][0]) == {"name", "images", "images_per_second", "restarts"}
+    assert on_disk["images_per_second"] == pytest.approx(20 / on_disk["seconds"], rel=0.05)
+    assert on_disk["bottleneck"] in ("compute", "decode", "read", "write")
+
+
+def clock(**sums: float) -> run.Clock:
+    return run.Clock(**{"pictures": 100, **sums})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sums", "bottleneck"),
+    [
+        ({"starved": 8, "read": 1, "decode": 9, "compute": 1, "write": 1}, "decode"),
+        ({"starved": 8, "read": 9, "decode": 1, "compute": 1, "write": 1}, "read"),
+        ({"starved": 1, "read": 9, "decode": 1, "compute": 8, "write": 1}, "compute"),
+        ({"starved": 1, "read": 9, "decode": 1, "compute": 2, "write": 5}, "write"),
+    ],
+)
+def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bottleneck: str) -> None:
+    """The largest of three waits; starving is put down to reading or decoding. Advice comes with it."""
+    found, rates, advice = run.judge([clock(**sums)], 100, 10.0, 2)
+    assert found == bottleneck
+    assert rates["achieved"] == 10.0
+    assert rates["decode_only"] == 100 * 2 / (sums["read"] + sums["decode"])
+    assert advice
+
+
+def test_where_nothing_ran_nothing_is_judged() -> None:
+    """A resumed job with nothing left has no rate and no bottleneck."""
+    assert run.judge([], 0, 0.0, 2) == (None, {}, None)
+
+
+def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
+    """The Python API gives records, not dicts; enumerations come back as themselves from disk."""
+    summary = run.run(job(jpegs(1)))
+    assert isinstance(summary, Summary)
+    frozen = run.read_frozen(run.JobPaths(Path(summary.output)))
+    assert frozen is not None
+    assert frozen.job.precision is run.Precision.FP32
+    assert frozen.job.card.labels == LABELS

@@ -1,0 +1,290 @@
+"""The folder source: which entries are planned, in which order, and what comes of reading them."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from helpers import fill
+from imagemill.errors import SourceError, UsageError
+from imagemill.plan import Entry
+from imagemill.records import BadPicture, Status
+from imagemill.sources import Filters, Skipped, files, folder, open_all, resolve
+from imagemill.sources.folder import FolderSource
+
+
+def entries(root: Path | bytes, skip: Path | None = None, **filters: Any) -> tuple[list[Entry], Skipped]:
+    skipped = Skipped()
+    (source,) = open_all([os.fsdecode(root)], skip)
+    return list(source.entries(Filters(**filters), skipped)), skipped
+
+
+def paths(root: Path | bytes, **filters: Any) -> list[bytes]:
+    return [entry.path for entry in entries(root, **filters)[0]]
+
+
+def source(root: Path) -> FolderSource:
+    return FolderSource(0, os.fsencode(root))
+
+
+def problem(call: Callable[[], object]) -> tuple[Status, str]:
+    with pytest.raises(BadPicture) as caught:
+        call()
+    return caught.value.status, caught.value.error
+
+
+NAMES = st.binary(min_size=1, max_size=6).filter(lambda name: not set(name) & {0, ord("/"), ord(".")})
+
+
+@examples(max_examples=25)
+@given(names=st.sets(st.tuples(NAMES, NAMES), min_size=1, max_size=8), seed=st.integers())
+def test_order_is_stable_whatever_the_names_and_the_order_of_creation(
+    tmp_path_factory: pytest.TempPathFactory, names: set[tuple[bytes, bytes]], seed: int
+) -> None:
+    """Entries come ordered by the components of their paths as bytes, never as the file system happens to list them."""
+    root = os.fsencode(tmp_path_factory.mktemp("names"))
+    order = sorted(names)
+    random.Random(seed).shuffle(order)
+    for directory, name in order:
+        os.makedirs(os.path.join(root, directory), exist_ok=True)
+        Path(os.fsdecode(os.path.join(root, directory, name + b".png"))).write_bytes(b"")
+    assert paths(root) == [
+        directory + b"/" + name + b".png" for directory, name in sorted((d, n + b".png") for d, n in names) for name in [name[:-4]]
+    ]
+
+
+def test_suffix_decides_what_is_a_picture(tmp_path: Path) -> None:
+    """Known suffixes in any case are planned, whatever type or content; the rest is counted by suffix."""
+    files = dict.fromkeys(("a.JPG", "b.Jpeg", "c.tiff", "d.txt", "e.TXT", "f", "g.csv", "h.jpg.part", "i.webp"), b"x")
+    found, skipped = entries(fill(tmp_path, files))
+    assert [entry.path for entry in found] == [b"a.JPG", b"b.Jpeg", b"c.tiff", b"i.webp"]
+    assert skipped.by_suffix == {".txt": 2, "": 1, ".csv": 1, ".part": 1}
+
+
+def test_all_files_plans_every_file(tmp_path: Path) -> None:
+    """With --all-files no suffix is skipped; folders are still no pictures."""
+    fill(tmp_path, dict.fromkeys(("a", "b.txt", "c/d.jpg", "c/e.json"), b"x"))
+    found, skipped = entries(tmp_path, all_files=True)
+    assert [entry.path for entry in found] == [b"a", b"b.txt", b"c/d.jpg", b"c/e.json"]
+    assert not skipped.by_suffix
+
+
+def test_hidden_entries_are_counted_not_planned(tmp_path: Path) -> None:
+    """A hidden file counts as one, and so does a hidden folder, which is not entered."""
+    fill(tmp_path, dict.fromkeys((".a.jpg", ".git/b.jpg", ".git/c.jpg", "d.jpg", "e/.f.jpg"), b"x"))
+    found, skipped = entries(tmp_path)
+    assert [entry.path for entry in found] == [b"d.jpg"]
+    assert skipped.hidden == 3
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"include": ("*.png",)}, ["a/1.png", "b/2.png"]),
+        ({"include": ("a/*",)}, ["a/1.png", "a/c/3.jpg"]),
+        ({"exclude": ("a",)}, ["b/2.png", "b/4.jpg"]),
+        ({"exclude": ("a/",)}, ["b/2.png", "b/4.jpg"]),
+        ({"exclude": ("a/c",)}, ["a/1.png", "b/2.png", "b/4.jpg"]),
+        ({"exclude": ("*.jpg", "2*")}, ["a/1.png"]),
+        ({"include": ("[13].*",), "exclude": ("*.png",)}, ["a/c/3.jpg"]),
+        ({"include": ("nothing",)}, []),
+    ],
+)
+def test_filters_choose_by_name_or_by_path(tmp_path: Path, filters: dict[str, Any], expected: list[str]) -> None:
+    """A pattern with a slash is held against the relative path, else against the name; an excluded folder is closed."""
+    fill(tmp_path, dict.fromkeys(("a/1.png", "a/c/3.jpg", "b/2.png", "b/4.jpg"), b"x"))
+    assert paths(tmp_path, **filters) == [os.fsencode(path) for path in expected]
+
+
+def test_filtered_pictures_are_counted(tmp_path: Path) -> None:
+    """What --include and --exclude leave out is in the summary, apart from the skipped suffixes."""
+    fill(tmp_path, dict.fromkeys(("1.png", "2.jpg", "3.jpg", "4.txt"), b"x"))
+    skipped = entries(tmp_path, exclude=("*.jpg",))[1]
+    assert (skipped.by_filter, skipped.by_suffix) == (2, {".txt": 1})
+
+
+def test_links_are_followed_without_loops(tmp_path: Path) -> None:
+    """Links to files and folders count as what they lead to; a link to a folder above is not entered again."""
+    root = fill(tmp_path / "root", {"a/1.jpg": b"xyz"})
+    fill(tmp_path / "elsewhere", {"2.jpg": b"x"})
+    (root / "b").symlink_to("../elsewhere")
+    (root / "c.jpg").symlink_to("a/1.jpg")
+    (root / "a" / "up").symlink_to("..")
+    (root / "a" / "up.jpg").symlink_to("..")
+    found = {entry.path: entry.size for entry in entries(root)[0]}
+    assert found == {b"a/1.jpg": 3, b"a/up.jpg": -1, b"b/2.jpg": 1, b"c.jpg": 3}
+
+
+def test_two_links_to_one_folder_are_two_folders(tmp_path: Path) -> None:
+    """Only a loop is cut: what can be reached by two ways is planned by two names."""
+    root = fill(tmp_path / "root", {"a/1.jpg": b"x"})
+    (root / "b").symlink_to("a")
+    assert paths(root) == [b"a/1.jpg", b"b/1.jpg"]
+
+
+def test_a_folder_with_a_picture_suffix_is_planned_and_entered(tmp_path: Path) -> None:
+    """It has an image suffix, so it has a row; the pictures in it have theirs."""
+    fill(tmp_path, {"x.jpg/1.png": b"x", "x.jpg-2.png": b"x"})
+    assert paths(tmp_path) == [b"x.jpg", b"x.jpg/1.png", b"x.jpg-2.png"]
+    assert problem(lambda: source(tmp_path).fetch(b"x.jpg", 99)) == (Status.READ_ERROR, "is a folder, not a regular file")
+
+
+def test_names_are_bytes(tmp_path: Path) -> None:
+    """Names that are not UTF-8, or hold line breaks and quotes, are listed and fetched as they are."""
+    names = [b"\xff\xfe.jpg", b"new\nline 'and' \"quotes\".jpg", "ü.jpg".encode(), b" .jpg", b"-rf.jpg", b"$(x);`y`.jpg"]
+    for name in names:
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(name)
+    found = paths(tmp_path)
+    assert found == sorted(names)
+    assert [source(tmp_path).fetch(path, 99) for path in found] == found
+
+
+def test_pictures_of_one_sub_folder_are_one_group(tmp_path: Path) -> None:
+    """Groups count the folders right below the root, in order, however deep the pictures lie; empty ones do not count."""
+    fill(tmp_path, dict.fromkeys(("a/1.jpg", "a/deep/er/2.jpg", "b/none.txt", "c/3.jpg", "c/4.jpg", "d/x/5.jpg"), b"x"))
+    assert [entry.group for entry in entries(tmp_path)[0]] == [0, 0, 1, 1, 2]
+
+
+def test_many_names_are_merged_from_sorted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More names than memory is meant for go to temporary files and come back in order, each once."""
+    names = [b"%04d\xff\n.jpg" % number for number in random.Random(1).sample(range(10_000), 250)]
+    for name in names:
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"")
+    monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", 7)
+    assert paths(tmp_path) == sorted(names)
+
+
+@pytest.mark.parametrize("count", [6, 7, 8, 14])
+def test_no_name_is_lost_where_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Exactly as many names as fit into memory, one fewer, one more, twice as many."""
+    monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", 7)
+    fill(tmp_path, {f"{number}.jpg": b"" for number in range(count)})
+    assert len(paths(tmp_path)) == count
+
+
+def test_names_longer_than_a_block_survive_the_merge() -> None:
+    """The merge reads its runs in blocks; a name may span several of them."""
+    import io
+
+    names = [b"a" * 50, b"b" * 3, b"c" * 120]
+    assert list(folder._names_of(io.BytesIO(b"".join(name + b"\0" for name in names)), block_bytes=16)) == names
+
+
+def test_the_output_folder_is_not_listed(tmp_path: Path) -> None:
+    """An output folder inside the source is left out, by identity and not by name."""
+    fill(tmp_path, {"a.jpg": b"x", "out/b.jpg": b"x", "other/out/c.jpg": b"x"})
+    (tmp_path / "link").symlink_to("out")
+    assert [entry.path for entry in entries(tmp_path, tmp_path / "out")[0]] == [b"a.jpg", b"other/out/c.jpg"]
+
+
+def test_a_single_file_is_a_source(tmp_path: Path) -> None:
+    """A picture file named as the source is planned whatever its suffix."""
+    fill(tmp_path, {"thing.data": b"abc"})
+    (entry,) = entries(tmp_path / "thing.data")[0]
+    assert (entry.path, entry.size) == (b"", 3)
+    assert source(tmp_path / "thing.data").fetch(b"", 9) == b"abc"
+
+
+def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
+    """It names the source and the reason."""
+    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory\. Give a folder or a picture\."):
+        entries(tmp_path / "none")
+
+
+def test_a_url_is_refused_for_now() -> None:
+    """URLs are planned, and say so."""
+    with pytest.raises(UsageError, match="URLs cannot be read yet"):
+        resolve("s3://bucket/pictures")
+
+
+def test_odd_entries_are_rows_and_are_never_waited_for(tmp_path: Path) -> None:
+    """FIFO, socket, self-link, dead link and a device: planned, and fetching them gives a status at once."""
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "dead.jpg").symlink_to("nowhere")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        here = Path.cwd()
+        os.chdir(tmp_path)  # a socket's path is short
+        try:
+            server.bind("socket.jpg")
+        finally:
+            os.chdir(here)
+        assert {entry.path: entry.size for entry in entries(tmp_path)[0]} == {
+            b"dead.jpg": -1,
+            b"device.jpg": -1,
+            b"fifo.jpg": -1,
+            b"loop.jpg": -1,
+            b"socket.jpg": -1,
+        }
+        found = {name: problem(lambda name=name: source(tmp_path).fetch(name, 99)) for name in paths(tmp_path)}
+    assert found == {
+        b"dead.jpg": (Status.MISSING, "the file was listed but is gone, or its link leads nowhere"),
+        b"device.jpg": (Status.READ_ERROR, "is a device, not a regular file"),
+        b"fifo.jpg": (Status.READ_ERROR, "is a FIFO, not a regular file"),
+        b"loop.jpg": (Status.READ_ERROR, "cannot be read: Too many levels of symbolic links"),
+        b"socket.jpg": (Status.READ_ERROR, "cannot be read: No such device or address"),
+    }
+
+
+def test_a_file_beyond_max_bytes_is_not_read(tmp_path: Path) -> None:
+    """Its size decides, before a byte of it is read."""
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(2**40)
+    assert problem(lambda: source(tmp_path).fetch(b"huge.jpg", 2**20)) == (
+        Status.TOO_LARGE,
+        "has 1099511627776 bytes, more than --max-bytes 1048576",
+    )
+
+
+def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO twice and then the bytes: the picture is read. EIO for ever: a row that says so. ENOENT is not retried."""
+    fill(tmp_path, {"a.jpg": b"abc"})
+    monkeypatch.setattr(files, "_RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    calls: list[int] = []
+    read = files._read
+
+    def failing(times: int, code: int) -> None:
+        calls.clear()
+
+        def fail(path: bytes, max_bytes: int) -> bytes:
+            calls.append(code)
+            if len(calls) <= times:
+                raise OSError(code, os.strerror(code))
+            return read(path, max_bytes)
+
+        monkeypatch.setattr(files, "_read", fail)
+
+    failing(2, errno.EIO)
+    assert source(tmp_path).fetch(b"a.jpg", 9) == b"abc"
+    failing(99, errno.EIO)
+    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", 9)) == (Status.READ_ERROR, "cannot be read: Input/output error")
+    assert len(calls) == 4
+    failing(99, errno.ENOENT)
+    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", 9))[0] is Status.MISSING
+    assert len(calls) == 1
+
+
+def test_a_very_deep_folder_is_listed(tmp_path: Path) -> None:
+    """Depth is bounded by the file system and not by the interpreter's stack."""
+    deep = tmp_path.joinpath(*["d"] * 300)
+    deep.mkdir(parents=True)
+    (deep / "deep.jpg").write_bytes(b"x")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        assert paths(tmp_path) == [b"d/" * 300 + b"deep.jpg"]
+    finally:
+        sys.setrecursionlimit(limit)
