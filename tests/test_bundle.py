@@ -58,7 +58,7 @@ def test_what_is_written_is_what_is_loaded(tiny: Bundle) -> None:
     assert loaded == tiny
     assert replace(loaded.card, sha256="") == CARD
     bundle.verify_hash(loaded)
-    assert sorted(os.listdir(tiny.dir)) == ["card.json", "model.onnx"]  # noqa: PTH208
+    assert sorted(os.listdir(tiny.dir)) == ["card.json", "model.onnx"]
 
 
 def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
@@ -137,7 +137,7 @@ def test_an_interrupted_write_leaves_no_bundle(tmp_path: Path, monkeypatch: pyte
         bundle.write(tmp_path / "tiny", CARD, tiny_model())
     assert calls
     assert not bundle.is_bundle(made.dir)
-    assert os.listdir(made.dir) == ["model.onnx"]  # noqa: PTH208
+    assert os.listdir(made.dir) == ["model.onnx"]
 
 
 def test_weights_beyond_the_limit_lie_beside_the_model(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_pickle_that_would_run_something_is_refused_by_name(case: str, form: s
     assert named in str(caught.value)
     assert str(path) in str(caught.value)
     assert "Get the file again from its publisher" in str(caught.value)
-    assert os.listdir(tmp_path) == ["w.pth"]  # noqa: PTH208
+    assert os.listdir(tmp_path) == ["w.pth"]
 
 
 def bombs() -> dict[str, bytes]:
