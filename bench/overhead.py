@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagemill import bench, devices, layout, ledger, plan, postprocess, sources
+from imagemill import bench, devices, freezing, layout, ledger, plan, postprocess, sources
 from imagemill import run as jobs
 from imagemill.images.feed import Feed
 from imagemill.layout import JobPaths
@@ -70,7 +70,7 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
 
 def sink_alone(output: Path, folder: Path) -> float:
     """CPU seconds of writing the rows of a finished job once more, elsewhere."""
-    frozen = jobs.read_frozen(JobPaths(output))
+    frozen = freezing.read_frozen(JobPaths(output))
     assert frozen is not None
     job, clock = frozen.job, Stopwatch()
     session = open_session(job, devices.resolve("null")[0], clock)

@@ -10,7 +10,8 @@ import pytest
 
 import helpers
 from conftest import TINY_CARD
-from imagemill import cli, records, run, sink
+from imagemill import cli, freezing, records, sink
+from imagemill.layout import JobPaths
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
 DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
@@ -129,7 +130,7 @@ def test_the_fields_of_the_summary_are_those_of_the_design() -> None:
 
 def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None:
     """Paths of the design's list are spelt by layout.py."""
-    paths = run.JobPaths(tmp_path)
+    paths = JobPaths(tmp_path)
     told = {line.split()[0] for line in block_after(DESIGN, "## The output folder").splitlines() if line}
     ours = [paths.job, paths.plan / "*.parquet", paths.part(0), paths.logs, paths.summary, paths.report]
     spelt = {f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours}
@@ -143,9 +144,9 @@ def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:
 
 def test_the_default_model_is_the_one_documented() -> None:
     """In the design, the README and the code."""
-    assert f"`--model` defaults to `{run.DEFAULT_MODEL}`" in DESIGN
-    assert f"default `{run.DEFAULT_MODEL}`" in README
-    assert TINY_CARD.name != run.DEFAULT_MODEL
+    assert f"`--model` defaults to `{freezing.DEFAULT_MODEL}`" in DESIGN
+    assert f"default `{freezing.DEFAULT_MODEL}`" in README
+    assert TINY_CARD.name != freezing.DEFAULT_MODEL
 
 
 def test_exit_codes_are_documented() -> None:

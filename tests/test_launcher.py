@@ -16,9 +16,10 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import launcher, run
+from imagemill import freezing, launcher, run
 from imagemill.errors import WorkerError
 from imagemill.images.decode import FAULTS_VARIABLE
+from imagemill.layout import JobPaths
 from imagemill.records import Settings
 
 Start = Callable[..., Any]
@@ -37,9 +38,9 @@ def complete(output: Path, count: int) -> None:
     rows = helpers.rows(output)
     assert [row["index"] for row in rows] == list(range(count))
     assert {row["status"] for row in rows} == {"ok"}
-    frozen = run.read_frozen(run.JobPaths(output))
+    frozen = freezing.read_frozen(JobPaths(output))
     assert frozen is not None
-    assert run.verify(run.JobPaths(output), frozen)[0] == []
+    assert run.verify(JobPaths(output), frozen)[0] == []
 
 
 def begin(start: Start, folder: Path, output: Path, *more: object, parts: int = 3) -> Any:

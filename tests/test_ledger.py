@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import ledger, run
+from imagemill import freezing, ledger, run
 from imagemill.errors import OutputError, PartError
 from imagemill.layout import JobPaths, locked
 from imagemill.records import Settings
@@ -46,7 +46,7 @@ def out(finished: Settings, copy_of: Copy) -> Path:
 
 
 def found(out: Path) -> list[tuple[int | None, str]]:
-    frozen = run.read_frozen(JobPaths(out))
+    frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     return [(problem.shard, problem.what) for problem in run.verify(JobPaths(out), frozen)[0]]
 
@@ -115,7 +115,7 @@ def test_another_shards_part_is_found(out: Path) -> None:
 
 def test_a_part_of_another_job_is_found(out: Path) -> None:
     """Its answer id gives it away, and both are named."""
-    frozen = run.read_frozen(JobPaths(out))
+    frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     rewrite(
         part(out, 1), lambda table: table.replace_schema_metadata({**table.schema.metadata, b"imagemill.answer_id": b"feedfeedfeedfeed"})
@@ -186,7 +186,7 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
     shutil.copy(part(out, 2), part(out, 9))
     part(out, 3).unlink()
     before = helpers.parts(out)
-    paths, frozen = JobPaths(out), run.read_frozen(JobPaths(out))
+    paths, frozen = JobPaths(out), freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     problems, moved = run.verify(paths, frozen, quarantine=True)
     assert [problem.shard for problem in problems] == [9, 0, 3]
@@ -206,7 +206,7 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
 def test_quarantine_waits_for_no_running_job(out: Path) -> None:
     """Parts are not moved under the feet of a run."""
     part(out, 0).write_bytes(b"rubbish")
-    frozen = run.read_frozen(JobPaths(out))
+    frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     with locked(JobPaths(out)), pytest.raises(OutputError, match="is in use by another imagemill run"):
         run.verify(JobPaths(out), frozen, quarantine=True)
@@ -256,7 +256,7 @@ def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path)
 def test_status_counts_what_is_there(out: Path) -> None:
     """Reads only; a job with a missing part is not complete, and the failures so far are counted."""
     part(out, 0).unlink()
-    frozen = run.read_frozen(JobPaths(out))
+    frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     before = sorted(path for path in out.rglob("*"))
     status = run.status(JobPaths(out), frozen)

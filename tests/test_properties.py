@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from conftest import Finished
-from imagemill import plan, run
+from imagemill import freezing, plan, run
 from imagemill.images.feed import Feed
 from imagemill.layout import JobPaths
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
@@ -95,7 +95,7 @@ class Bench:
     """The stages of a worker, in this process: one compiled model for many orders of leases."""
 
     def __init__(self, reference: Finished) -> None:
-        frozen = run.read_frozen(JobPaths(reference.output))
+        frozen = freezing.read_frozen(JobPaths(reference.output))
         assert frozen is not None
         self.frozen = frozen
         self.session = open_session(replace(frozen.job, batch_size=5), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())

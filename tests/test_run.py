@@ -16,16 +16,17 @@ from PIL import Image
 import helpers
 import pictures
 from conftest import CLASSES, LABELS, Finished
-from imagemill import ledger, run
+from imagemill import closing, freezing, ledger, plan, run, watching
 from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
-from imagemill.records import Settings, Summary
+from imagemill.layout import JobPaths
+from imagemill.records import Clock, Precision, Settings, Summary
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
 CLI = Callable[..., helpers.Result]
 
 
-class Listener(run.Watcher):
+class Listener(watching.Watcher):
     """Remembers what a run says."""
 
     def __init__(self) -> None:
@@ -36,8 +37,8 @@ class Listener(run.Watcher):
 
 
 def problems(output: Path) -> list[ledger.Problem]:
-    paths = run.JobPaths(output)
-    frozen = run.read_frozen(paths)
+    paths = JobPaths(output)
+    frozen = freezing.read_frozen(paths)
     assert frozen is not None
     return run.verify(paths, frozen)[0]
 
@@ -252,10 +253,10 @@ def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[st
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
     run.run(job(folder, devices="null:3", shard_size=10), listener)
-    frozen = run.read_frozen(run.JobPaths(tmp_path / "out"))
+    frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.groups == 3
-    assert [(s.group, s.count) for s in run.plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
+    assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
     assert listener.said == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
     assert listener.said == ["note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to folders"]
@@ -563,7 +564,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
     """summary.json holds the fields that the design names, and rates that add up."""
     summary = run.run(job(jpegs(20), devices="null:2", shard_size=3))
     on_disk = json.loads((tmp_path / "out" / "summary.json").read_bytes())
-    assert run.read_summary(run.JobPaths(tmp_path / "out")) == summary
+    assert closing.read_summary(JobPaths(tmp_path / "out")) == summary
     named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
         bottleneck devices""".split()
     assert set(named) <= set(on_disk)
@@ -572,8 +573,8 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
     assert on_disk["bottleneck"] in ("compute", "decode", "read", "write")
 
 
-def clock(**sums: float) -> run.Clock:
-    return run.Clock(**{"pictures": 100, **sums})  # type: ignore[arg-type]
+def clock(**sums: float) -> Clock:
+    return Clock(**{"pictures": 100, **sums})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -587,7 +588,7 @@ def clock(**sums: float) -> run.Clock:
 )
 def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bottleneck: str) -> None:
     """The largest of three waits; starving is put down to reading or decoding. Advice comes with it."""
-    found, rates, advice = run.judge([clock(**sums)], 100, 10.0, 2)
+    found, rates, advice = closing.judge([clock(**sums)], 100, 10.0, 2)
     assert found == bottleneck
     assert rates["achieved"] == 10.0
     assert rates["decode_only"] == 100 * 2 / (sums["read"] + sums["decode"])
@@ -596,14 +597,14 @@ def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bott
 
 def test_where_nothing_ran_nothing_is_judged() -> None:
     """A resumed job with nothing left has no rate and no bottleneck."""
-    assert run.judge([], 0, 0.0, 2) == (None, {}, None)
+    assert closing.judge([], 0, 0.0, 2) == (None, {}, None)
 
 
 def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     """The Python API gives records, not dicts; enumerations come back as themselves from disk."""
     summary = run.run(job(jpegs(1)))
     assert isinstance(summary, Summary)
-    frozen = run.read_frozen(run.JobPaths(Path(summary.output)))
+    frozen = freezing.read_frozen(JobPaths(Path(summary.output)))
     assert frozen is not None
-    assert frozen.job.precision is run.Precision.FP32
+    assert frozen.job.precision is Precision.FP32
     assert frozen.job.card.labels == LABELS

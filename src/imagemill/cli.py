@@ -258,9 +258,9 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
 
 
 def _terminal_class() -> Any:
-    from imagemill import progress, run
+    from imagemill import progress, watching
 
-    class Terminal(run.Watcher):
+    class Terminal(watching.Watcher):
         """Says things on stderr."""
 
         _downloading = progress.DownloadProgress()
@@ -318,12 +318,12 @@ def _show_rows(output: Path) -> None:
 
 
 def _open_job(folder: str) -> Any:
-    from imagemill import run
+    from imagemill import freezing
     from imagemill.errors import OutputError
     from imagemill.layout import JobPaths
 
     paths = JobPaths(Path(folder).absolute())
-    frozen = run.read_frozen(paths)
+    frozen = freezing.read_frozen(paths)
     if frozen is None:
         raise OutputError(f"{folder} is not an imagemill job: it has no job.json.")
     return paths, frozen

@@ -343,8 +343,6 @@ class Launcher:
                 worker.connection.send(wire.Stop())
         deadline = time.monotonic() + 2
         for worker in self._workers:
-            if worker.leases:
-                continue  # the grace is over: it would go on with what it has in hand
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
 

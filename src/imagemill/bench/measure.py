@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import devices, plan, quantizing
+from imagemill import devices, freezing, plan, quantizing, watching
 from imagemill import run as jobs
 from imagemill.bench.crew import Crew
 from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
@@ -74,7 +74,7 @@ def _check(settings: BenchSettings) -> None:
 
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    model = registry.resolve(settings.model or jobs.DEFAULT_MODEL, models_dir, say=say)
+    model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
     job = _job(settings, model)
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
@@ -111,7 +111,7 @@ def _job(settings: BenchSettings, model: Bundle) -> Job:
         card=model.card,
         precision=precision,
         variant=file.stem,
-        batch_size=settings.batch_size or jobs.DEFAULT_BATCH_SIZE,
+        batch_size=settings.batch_size or freezing.DEFAULT_BATCH_SIZE,
         batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
         num_workers=settings.num_workers or 0,
         top_k=5,
@@ -213,7 +213,7 @@ def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings
 
 
 def _frozen_job(output: Path) -> Job:
-    frozen = jobs.read_frozen(JobPaths(output))
+    frozen = freezing.read_frozen(JobPaths(output))
     assert frozen is not None
     return frozen.job
 
@@ -226,7 +226,7 @@ def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Deco
     return {name: Decode(job, leases) for name, leases in dealt.items() if leases}
 
 
-class _Relay(jobs.Watcher):
+class _Relay(watching.Watcher):
     """Passes on what a run has to say."""
 
     def __init__(self, say: Say) -> None:

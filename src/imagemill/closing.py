@@ -1,0 +1,124 @@
+"""The end of a job: what was bad, what bounded it, and the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from imagemill import codec, ledger
+from imagemill.errors import TooManyBadError
+from imagemill.freezing import Frozen
+from imagemill.launcher import Outcome
+from imagemill.layout import JobPaths
+from imagemill.records import (
+    Clock,
+    DeviceSpec,
+    DeviceSummary,
+    Job,
+    Receipt,
+    Shard,
+    Summary,
+)
+
+
+def bad_fraction_guard(
+    fraction: float | None, pictures: int, paths: JobPaths, shards: Sequence[Shard], done: set[int]
+) -> Callable[[Receipt], None]:
+    """Ends the job once more than `fraction` of all its pictures are known to be bad."""
+    if fraction is None:
+        return lambda _: None
+    bad = sum(sum(ledger.examine(paths.part(s.number)).failed_by_status.values()) for s in shards if s.number in done)
+
+    def check() -> None:
+        if bad > fraction * pictures:
+            raise TooManyBadError(
+                f"{bad:,} of {pictures:,} pictures are bad, more than --max-bad-fraction {fraction:g} allows. "
+                "See the status and error columns; repeat the command with a larger fraction, or without it, to resume."
+            )
+
+    def guard(receipt: Receipt) -> None:
+        nonlocal bad
+        bad += receipt.failed
+        check()
+
+    check()
+    return guard
+
+
+def summarise(
+    frozen: Frozen,
+    paths: JobPaths,
+    shards: Sequence[Shard],
+    done: set[int],
+    outcome: Outcome,
+    tally: ledger.Tally,
+    chosen: Sequence[DeviceSpec],
+) -> Summary:
+    """The summary of a closed ledger; `outcome` is what this invocation added."""
+    rows = sum(outcome.devices.values())
+    seconds = outcome.seconds
+
+    def rate(count: int) -> float | None:
+        return round(count / seconds, 3) if count and seconds else None
+
+    bottleneck, rates, advice = judge(list(outcome.clocks.values()), rows, seconds, _threads(frozen.job, chosen))
+    return Summary(
+        images=tally.images,
+        ok=tally.images - tally.failed,
+        failed=tally.failed,
+        failed_by_status=tally.failed_by_status,
+        skipped_by_suffix=frozen.skipped_by_suffix,
+        shards=len(shards),
+        resumed_shards=len(done),
+        seconds=round(seconds, 3),
+        images_per_second=rate(rows),
+        model=frozen.job.card.name,
+        precision=frozen.job.precision.value,
+        bottleneck=bottleneck,
+        devices=tuple(
+            DeviceSummary(d.name, outcome.devices[d.name], rate(outcome.devices[d.name]), outcome.restarts[d.name]) for d in chosen
+        ),
+        output=str(paths.root),
+        rates=rates,
+        advice=advice,
+        skipped_hidden=frozen.skipped_hidden,
+        skipped_by_filter=frozen.skipped_by_filter,
+    )
+
+
+def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
+    return sum(job.num_workers or len(device.cores) for device in chosen)
+
+
+def judge(clocks: Sequence[Clock], rows: int, seconds: float, threads: int) -> tuple[str | None, dict[str, float], str | None]:
+    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
+
+    The loop of each worker either waits for pictures, waits for the session, or writes; the largest of the three sums names the bottleneck,
+    and where it waited for pictures, the larger of reading and decoding does.
+    """
+    if not rows or not clocks or not seconds:
+        return None, {}, None
+    total = Clock(*(sum(getattr(clock, name) for clock in clocks) for name in Clock.__slots__))
+    waits = {"compute": total.compute, "write": total.write, ("read" if total.read > total.decode else "decode"): total.starved}
+    bottleneck = max(waits, key=lambda name: waits[name])
+    rates = {"achieved": round(rows / seconds, 3)}
+    if total.read + total.decode:
+        rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)
+    computing = seconds * len(clocks) - total.starved - total.write
+    if computing > 0 and total.compute:
+        rates["compute_only"] = round(rows * len(clocks) / computing, 3)
+    advice = {
+        "compute": "a lower precision or one more device would help",
+        "decode": "more cores, or smaller pictures, would help; more --num-workers if cores are idle",
+        "read": "more --num-workers, or storage that answers faster, would help",
+        "write": "a faster disk, larger shards, or fewer --save columns would help",
+    }[bottleneck]
+    return bottleneck, rates, advice
+
+
+def read_summary(paths: JobPaths) -> Summary | None:
+    """The summary of a finished job, or None."""
+    try:
+        return codec.from_plain(Summary, json.loads(paths.summary.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,295 @@
+"""From settings to a frozen job (`job.json`), new or resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imagemill import codec, layout, plan, sources
+from imagemill.errors import JobMismatchError, OutputError, UsageError
+from imagemill.images import DECODER
+from imagemill.layout import JobPaths
+from imagemill.listing import listing
+from imagemill.models import bundle, registry
+from imagemill.records import (
+    Bundle,
+    Card,
+    DeviceSpec,
+    Job,
+    Limits,
+    Precision,
+    Saved,
+    Settings,
+    Status,
+)
+from imagemill.sources import Filters, Skipped
+from imagemill.version import __version__
+from imagemill.watching import Watcher
+
+if TYPE_CHECKING:
+    from imagemill.quantizing import Prepared
+
+DEFAULT_MODEL = "resnext101_32x4d"
+DEFAULT_BATCH_SIZE = 4
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """`job.json`: the job as it was frozen. Written last of what a start writes, so its presence says that the plan is whole."""
+
+    format: int
+    created: str
+    job: Job
+    devices: str
+    filters: Filters
+    limit: int | None
+    shard_size: int
+    pictures: int
+    groups: int
+    skipped_by_suffix: Mapping[str, int]
+    skipped_hidden: int
+    skipped_by_filter: int
+    backend: str
+    variant_sha256: str | None = None
+    """Of the quantised variant that the job runs in; None where it runs in the bundle's own weights."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_frozen(paths: JobPaths) -> Frozen | None:
+    """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
+    try:
+        plain = json.loads(paths.job.read_bytes())
+        written = plain.get("format") if isinstance(plain, dict) else None
+        if written != _FORMAT:
+            raise OutputError(f"{paths.job} has format {written}, this version of imagemill reads {_FORMAT}.")
+        return codec.from_plain(Frozen, plain)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"{paths.job} cannot be read: {error}. Give another --output.") from error
+
+
+def check(settings: Settings) -> None:
+    """Settings that can be judged alone. Raises: UsageError."""
+    for name in ("batch_size", "top_k", "shard_size", "limit", "max_pixels", "max_bytes"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{_flag(name)} {value}: must be at least 1.")
+    for name in ("num_workers", "batches_per_step"):
+        value = getattr(settings, name)
+        if value is not None and not 1 <= value <= 256:
+            raise UsageError(f"{_flag(name)} {value}: must be from 1 to 256.")
+    if settings.max_bad_fraction is not None and not 0 <= settings.max_bad_fraction <= 1:
+        raise UsageError(f"--max-bad-fraction {settings.max_bad_fraction}: must be from 0 to 1.")
+    if settings.max_seconds is not None and not settings.max_seconds > 0:  # NaN neither
+        raise UsageError(f"--max-seconds {settings.max_seconds}: must be more than 0.")
+    for flag, values, known in (("--save", settings.save, list(Saved)), ("--retry-failed", settings.retry_failed, list(Status))):
+        for value in values or ():
+            if value not in known or value == Status.OK:
+                hint = " Write --retry-failed=STATUS, with an equals sign, or alone and last." if flag == "--retry-failed" else ""
+                raise UsageError(f"{flag} {value}: not known. Known: {', '.join(item for item in known if item != Status.OK)}.{hint}")
+    if settings.precision not in (None, "auto", *Precision):
+        raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
+    if settings.engine != "local":
+        raise UsageError(f"--engine {settings.engine}: only local is supported by this version.")
+    if not settings.sources:
+        raise UsageError("give at least one SOURCE: a folder or a picture.")
+    for source in settings.sources:
+        sources.resolve(source)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def refuse_foreign(paths: JobPaths) -> None:
+    """Raises: OutputError if the folder holds something that no start of ours has left."""
+    try:
+        names = {entry.name for entry in paths.root.iterdir()}
+        foreign = sorted(names - paths.ours())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error
+    except OSError as error:
+        raise OutputError(f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output.") from error
+    if foreign:
+        raise OutputError(f"--output {paths.root} is not empty and not an imagemill job (it holds {foreign[0]!r}). Give a new folder.")
+
+
+def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
+    """The bundle that the settings mean, fetched where it lacks, its weights compared with its card. Raises: UsageError, ModelError."""
+    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
+    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
+    bundle.verify_hash(found)
+    return found
+
+
+def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, watcher: Watcher) -> Frozen:
+    """List the sources, cut the plan, resolve what was left to us, and write it all down."""
+    shutil.rmtree(paths.plan)
+    layout.make_folder(paths.plan)
+    filters = Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
+    skipped = Skipped()
+    listed = plan.spool(listing(settings, filters, skipped, paths.root), paths.spool)
+    by_group = listed.groups == len(chosen) > 1
+    shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
+    plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
+    paths.spool.unlink()
+    if listed.groups > 1 and len(chosen) > 1 and not by_group:
+        watcher.say(
+            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
+        )
+    if settings.preprocess == "center-crop":
+        model = replace(model, card=replace(model.card, recipe=replace(model.card.recipe, resize=None)))
+    prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
+    job = _job(settings, paths, chosen, model, prepared, shard_size, filters)
+    frozen = Frozen(
+        format=_FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        job=job,
+        devices=settings.devices or "auto",
+        filters=filters,
+        limit=settings.limit,
+        shard_size=shard_size,
+        pictures=listed.pictures,
+        groups=listed.groups if by_group else 1,
+        skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
+        skipped_hidden=skipped.hidden,
+        skipped_by_filter=skipped.by_filter,
+        backend=backend_of(chosen, settings.allow_mixed),
+        variant_sha256=prepared.sha256,
+        versions={"imagemill": __version__},
+    )
+    layout.write_whole(paths.job, codec.dumps(frozen))
+    return frozen
+
+
+def _job(
+    settings: Settings,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    model: Bundle,
+    prepared: Prepared,
+    shard_size: int,
+    filters: Filters,
+) -> Job:
+    card = model.card
+    resolved = tuple(sources.resolve(source) for source in settings.sources)
+    save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
+    top_k = settings.top_k or 5
+    return Job(
+        output=str(paths.root),
+        sources=resolved,
+        model_file=str(prepared.model_file.absolute()),
+        card=card,
+        precision=prepared.precision,
+        variant=prepared.variant,
+        batch_size=settings.batch_size or DEFAULT_BATCH_SIZE,
+        batches_per_step=settings.batches_per_step or 0,
+        num_workers=settings.num_workers or 0,
+        top_k=top_k,
+        save=save,
+        limits=_limits(settings, Limits()),
+        plan_id=plan_id(resolved, filters, settings.limit, shard_size),
+        answer_id=answer_id(card, prepared, backend_of(chosen, settings.allow_mixed), top_k, save),
+        cache_dir=str(model.dir.absolute() / "compiled"),
+        log_dir=str(paths.logs) if settings.log_dir else None,
+    )
+
+
+def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, pictures: int, watcher: Watcher) -> Prepared:
+    """Resolve the precision, on the job's own pictures where something must be measured."""
+    from imagemill import quantizing  # brings NumPy and the decoder, which a repeated command can do without
+
+    def entries() -> Iterator[plan.Entry]:
+        for shard in plan.shards(paths.plan):
+            for row in plan.read(paths.plan, shard):
+                yield plan.Entry(row.source, row.path, row.size)
+
+    resolved = [sources.resolve(source) for source in settings.sources]
+    return quantizing.prepare(
+        settings.precision, model, resolved, entries, pictures, chosen=chosen, limits=_limits(settings, Limits()), say=watcher.say
+    )
+
+
+def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_size: int) -> str:
+    """Hash of what decides the listing."""
+    return _hash(list(resolved), asdict(filters), limit, shard_size)
+
+
+def answer_id(card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]) -> str:
+    """Hash of what decides an answer."""
+    weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
+    return _hash(weights, codec.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
+
+
+def _limits(settings: Settings, otherwise: Limits) -> Limits:
+    return Limits(*(getattr(settings, name) or getattr(otherwise, name) for name in ("max_pixels", "max_bytes", "max_seconds")))
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
+    """The backends of the devices, as the answer id names them. Raises: UsageError where several are mixed and that is not allowed."""
+    backends = sorted({device.backend for device in chosen})
+    if len(backends) > 1 and not allow_mixed:
+        raise UsageError(
+            f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the last bits. Add --allow-mixed."
+        )
+    return "+".join(backends)
+
+
+def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:
+    """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of what may not."""
+    job = frozen.job
+    asked_sources = tuple(sources.resolve(source) for source in settings.sources)
+    pairs: list[tuple[str, object, object]] = [
+        ("SOURCE", list(job.sources), list(asked_sources)),
+        ("--include", list(frozen.filters.include), settings.include and list(settings.include)),
+        ("--exclude", list(frozen.filters.exclude), settings.exclude and list(settings.exclude)),
+        ("--all-files", frozen.filters.all_files, settings.all_files),
+        ("--limit", frozen.limit, settings.limit),
+        ("--shard-size", frozen.shard_size, settings.shard_size),
+        ("--top-k", job.top_k, settings.top_k),
+        ("--save", sorted(job.save), settings.save and sorted(settings.save)),
+        ("--precision", job.precision.value, None if settings.precision == "auto" else settings.precision),
+        ("backend", frozen.backend, backend_of(chosen, settings.allow_mixed)),
+        ("--preprocess", "center-crop" if job.card.recipe.resize is None else "card", settings.preprocess),
+    ]
+    if settings.model is not None:
+        card = resolve_model(settings, watcher).card
+        pairs.append(("--model", f"{job.card.name} ({job.card.sha256[:12]})", f"{card.name} ({card.sha256[:12]})"))
+    for flag, was, asked in pairs:
+        if asked is not None and asked != was:
+            what = "plan id" if flag in ("SOURCE", "--include", "--exclude", "--all-files", "--limit", "--shard-size") else "answer id"
+            raise JobMismatchError(
+                f"{settings.output} was started with {flag} {was}, now {flag} {asked} is asked for: that would change its {what}. "
+                "Leave it out to resume, or give another --output."
+            )
+    if not Path(job.model_file).is_file():
+        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: `imagemill get-model {job.card.name}`.")
+    bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
+    if frozen.variant_sha256 is not None:
+        from imagemill import quantizing
+
+        quantizing.verify_variant(Path(job.model_file), frozen.variant_sha256)
+    job = replace(
+        job,
+        output=str(Path(settings.output).absolute()),
+        limits=_limits(settings, job.limits),
+        batch_size=settings.batch_size or job.batch_size,
+        batches_per_step=settings.batches_per_step or job.batches_per_step,
+        num_workers=settings.num_workers or job.num_workers,
+        log_dir=settings.log_dir or job.log_dir,
+    )
+    return replace(frozen, job=job)
