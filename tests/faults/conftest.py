@@ -1,0 +1,60 @@
+"""Fixtures of the tests by fault. The long forms of two of them are scripts in `bench/`, which are tested from here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+import helpers
+import pictures
+
+sys.path.insert(0, str(helpers.PROJECT / "bench"))
+
+
+@pytest.fixture(scope="session")
+def null_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return harness.null_bundle(tmp_path_factory.mktemp("null-models"))
+
+
+@pytest.fixture(scope="session")
+def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 small pictures, all different."""
+    folder = tmp_path_factory.mktemp("small")
+    return helpers.fill(folder, {f"{seed:03d}.jpg": pictures.jpeg(40, 36, seed=seed, quality=80) for seed in range(48)})
+
+
+@pytest.fixture
+def null_run(null_models: Path, start: Callable[..., Any]) -> Callable[..., helpers.Result]:
+    """`imagemill run ARGUMENTS --model null`, on the null device unless told otherwise, to its end."""
+
+    def call(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> helpers.Result:
+        return helpers.finish(start(*job_arguments(*arguments), env=with_models(env, null_models), **options))
+
+    return call
+
+
+@pytest.fixture
+def null_start(null_models: Path, start: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, not waited for."""
+
+    def call(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> Any:
+        return start(*job_arguments(*arguments), env=with_models(env, null_models), **options)
+
+    return call
+
+
+def job_arguments(*arguments: object) -> tuple[object, ...]:
+    given = set(map(str, arguments))
+    defaults: list[object] = []
+    for flag, value in (("--model", "null"), ("--devices", "null:1"), ("--shard-size", "8"), ("--num-workers", "1")):
+        defaults += [] if flag in given else [flag, value]
+    return ("run", *arguments, *defaults)
+
+
+def with_models(env: dict[str, str] | None, models: Path) -> dict[str, str]:
+    return (env or helpers.environment()) | {"IMAGEMILL_MODELS": str(models)}

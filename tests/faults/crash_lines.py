@@ -1,0 +1,220 @@
+"""Runs one small job per place of the code, its worker or launcher killed as it first reaches that place, and looks at the end of each.
+
+    python tests/faults/crash_lines.py record worker FOLDER          print the places, in the order in which a job comes by them
+    python tests/faults/crash_lines.py crash worker FOLDER PLACE…    kill at each, print it when the job came to the right end
+    python tests/faults/crash_lines.py record launcher FOLDER        the same for the launcher, from freezing the job to closing its ledger
+
+A place is `sink.py:69`, a line about to be executed, or `layout.py:124 return`, a function about to return. The workers are processes that
+really die of SIGKILL; only, they are forked from this one instead of started anew, because importing their libraries some 300 times would
+take longer than everything else. FOLDER holds `models` and `pictures`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness
+
+import imagemill.images.feed
+import imagemill.images.isolated
+import imagemill.sessions.null
+import imagemill.shards
+import imagemill.sink  # noqa: F401 - here, so that no worker has to import them
+from imagemill import launcher, run, worker
+from imagemill.records import Settings, Summary
+
+FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
+    "worker": {"shards.py": None, "sink.py": None, "layout.py": {"write_whole", "sync_folder"}},
+    "launcher": {
+        "run.py": {"_carry_out"},
+        "freezing.py": {"freeze"},
+        "plan.py": {"spool", "flush", "cut", "write_shard", "close"},
+        "ledger.py": {"close"},
+        "layout.py": {"write_whole", "sync_file", "sync_folder", "locked", "sweep", "make_folder"},
+    },
+}
+"""Process and file → the functions whose places count; None: all of them."""
+
+
+class Forked:
+    """What the launcher uses of `subprocess.Popen`, for a worker that is forked and traced."""
+
+    visit: Callable[[str], None] = staticmethod(lambda _: None)
+
+    def __init__(self, command: Sequence[str], *, stdout: Any, pass_fds: Sequence[int], **_: Any) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 70
+            try:
+                os.dup2(stdout.fileno(), 2)
+                keep = {2, *pass_fds}
+                for descriptor in map(int, os.listdir("/proc/self/fd")):
+                    if descriptor not in keep:
+                        with contextlib.suppress(OSError):
+                            os.close(descriptor)
+                logging.getLogger("imagemill").handlers.clear()
+                logging.getLogger("imagemill").propagate = True
+                sys.argv = list(command[command.index("imagemill.worker") :])
+                trace(FUNCTIONS["worker"], Forked.visit)
+                code = worker.main()
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (status := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(status[1])
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (600 if timeout is None else timeout)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            time.sleep(0.001)
+        assert self.returncode is not None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> None:
+    """Call `visit` with each place as it is reached, on every thread."""
+
+    def local(frame: FrameType, event: str, _: object) -> Any:
+        name = Path(frame.f_code.co_filename).name
+        if event == "line":
+            visit(f"{name}:{frame.f_lineno}")
+        elif event == "return":
+            visit(f"{name}:{frame.f_code.co_firstlineno} return")
+        return local
+
+    def tracer(frame: FrameType, _event: str, _: object) -> Any:
+        code = frame.f_code
+        folder, _, name = code.co_filename.rpartition("/")
+        if not folder.endswith("imagemill") or name not in places or not code.co_flags & inspect.CO_OPTIMIZED:
+            return None
+        functions = places[name]
+        return local if functions is None or code.co_name in functions else None
+
+    threading.settrace(tracer)
+    sys.settrace(tracer)
+
+
+def job(folder: Path, output: Path) -> Summary:
+    settings = Settings(
+        sources=(str(folder / "pictures"),),
+        output=str(output),
+        model="null",
+        models_dir=str(folder / "models"),
+        devices="null:1",
+        shard_size=4,
+        num_workers=1,
+        batch_size=4,
+    )
+    return run.run(settings)
+
+
+def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], None]) -> int:
+    """One job, `visit` called in its worker, or in its launcher, forked for it. Returns the restarts, or the launcher's exit code."""
+    if process == "worker":
+        Forked.visit = staticmethod(visit)
+        return job(folder, output).devices[0].restarts
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            trace(FUNCTIONS["launcher"], visit)
+            job(folder, output)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def record(process: str, folder: Path) -> list[str]:
+    """Places in the order in which an undisturbed job comes by them; its output is what the others are held against."""
+    seen: set[str] = set()
+    places = folder / "places"
+
+    def visit(place: str) -> None:
+        if place not in seen:
+            seen.add(place)
+            with places.open("a") as file:
+                file.write(f"{place}\n")
+
+    assert run_traced(process, folder, folder / "undisturbed", visit) == 0
+    return places.read_text().splitlines()
+
+
+def crash(process: str, folder: Path, place: str) -> None:
+    """Raises: AssertionError unless the process was killed there, and the job came to the same end as the undisturbed one."""
+    name = place.replace(":", "-").replace(" ", "-")
+    output, marker = folder / f"out-{name}", folder / f"killed-{name}"
+
+    def visit(reached: str) -> None:
+        if reached == place and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ended = run_traced(process, folder, output, visit)
+    assert marker.exists(), f"{place} was not reached"
+    if process == "worker":
+        assert ended == 1, f"{ended} restarts"
+    else:
+        assert ended == -signal.SIGKILL, f"exit code {ended}"
+        job(folder, output)
+    harness.assert_complete(output)
+    harness.assert_same(output, folder / "undisturbed")
+
+
+def apart(act: Callable[[], object]) -> None:
+    """Do something in a fork of this process, which itself so never has a thread: Arrow's do not survive a fork. Raises: SystemExit."""
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            print(act() or "", end="", flush=True)
+            code = 0
+        except BaseException:  # every one of them ends this fork, and nothing else
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if status := os.waitpid(pid, 0)[1]:
+        sys.exit(f"ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    mode, process, folder, *places = arguments
+    for late in ("pandas", "imagemill.trial", "imagemill.quantizing", "imagemill.models.quantize", "imagemill.models.gate"):
+        with contextlib.suppress(ImportError):  # what a job imports as it goes: here once, instead of in every fork
+            importlib.import_module(late)
+    launcher.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
+    if mode == "record":
+        apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder))))
+    for place in places:
+        apart(partial(crash, process, Path(folder), place))
+        print(place, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

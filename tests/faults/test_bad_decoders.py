@@ -1,0 +1,131 @@
+"""Pictures that crash, hang or exhaust their decoder, or hang their very reading, take only themselves with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import pytest
+
+import helpers
+import pictures
+from imagemill.images.decode import FAULTS_VARIABLE
+
+HANGING_READ = """
+if WORKER:
+    def patch(module):
+        fetch = module.FolderSource.fetch
+        def hanging(self, path, max_bytes):
+            if path.startswith(b"hangs"):
+                time.sleep(3600)
+            return fetch(self, path, max_bytes)
+        module.FolderSource.fetch = hanging
+    after_import("imagemill.sources.folder", patch)
+if LAUNCHER:
+    def hurry(module):
+        module._SLACK_S = 0.0
+    after_import("imagemill.launcher", hurry)
+"""
+
+
+def good(count: int = 40) -> dict[str, bytes]:
+    return {f"{seed:03d}.jpg": pictures.jpeg(40, 36, seed=seed, quality=80) for seed in range(count)}
+
+
+def neighbours(output: Path) -> dict[str, object]:
+    return {path: row for path, row in helpers.by_path(output).items() if path in good()}
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "error"),
+    [
+        ("crash", "crashed_decoder", "the decoder was killed by SIGSEGV, twice in a process of its own"),
+        ("hang", "timeout", "decoding took more than 0.5 s, twice in a process of its own"),
+        ("oom", "too_large", "not enough memory to decode it"),
+    ],
+)
+def test_a_deadly_picture_is_a_row_and_its_neighbours_keep_their_answers(null_run, tmp_path: Path, fault, status, error) -> None:
+    """A picture that crashes, hangs or exhausts its decoder has the row that says so; all others have what they have without it."""
+    deadly = ("017x.jpg",) if fault == "hang" else ("017x.jpg", "017y.jpg", "030x.jpg")
+    data = pictures.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
+    with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
+    without = helpers.fill(tmp_path / "without", good())
+    env = helpers.environment(**{FAULTS_VARIABLE: "1"})
+    arguments = ("--max-seconds", "0.5", "--num-workers", "2", "--json")
+    result = null_run(with_it, "--output", tmp_path / "out", *arguments, env=env)
+    assert result.code == 0, result
+    assert null_run(without, "--output", tmp_path / "calm", *arguments).code == 0
+    harness.assert_complete(tmp_path / "out")
+    assert neighbours(tmp_path / "out") == neighbours(tmp_path / "calm")
+    rows = helpers.by_path(tmp_path / "out")
+    for name in deadly:
+        assert rows[name]["status"] == status, rows[name]
+        assert rows[name]["error"].startswith(error)
+    assert (result.json["devices"][0]["restarts"] > 0) == (fault != "oom")
+
+
+def test_every_picture_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
+    """A folder where nothing but decoder killers is left still comes to its end: a row each."""
+    deadly = {f"{seed:03d}.jpg": pictures.jpeg(seed=seed) + b"imagemill-test-crash" for seed in range(6)}
+    source = helpers.fill(tmp_path / "source", deadly)
+    env = helpers.environment(**{FAULTS_VARIABLE: "1"})
+    result = null_run(source, "--output", tmp_path / "out", "--json", "--shard-size", "3", "--num-workers", "2", env=env)
+    assert result.code == 0, result
+    assert harness.assert_complete(tmp_path / "out")["status"].to_pylist() == ["crashed_decoder"] * 6
+
+
+def test_a_read_that_hangs_is_a_timeout_row_after_two_tries(null_run, tmp_path: Path) -> None:
+    """Storage that never answers for some pictures costs each of them two tries of --max-seconds and a `timeout` row, however many lie in
+    one shard: they do not add up to the ten deaths that end a job."""
+    hanging = {f"hangs-{number}.jpg": b"?" for number in range(5)}
+    source = helpers.fill(tmp_path / "source", good() | hanging)
+    without = helpers.fill(tmp_path / "without", good())
+    env = harness.hooks(tmp_path / "hooks", HANGING_READ)
+    result = null_run(source, "--output", tmp_path / "out", "--max-seconds", "0.1", "--json", env=env)
+    assert result.code == 0, result
+    assert null_run(without, "--output", tmp_path / "calm", "--max-seconds", "0.1").code == 0
+    harness.assert_complete(tmp_path / "out")
+    rows = helpers.by_path(tmp_path / "out")
+    error = "reading or decoding it took more than --max-seconds 0.1, twice"
+    assert {(rows[name]["status"], rows[name]["error"]) for name in hanging} == {("timeout", error)}
+    assert neighbours(tmp_path / "out") == neighbours(tmp_path / "calm")
+    assert result.json["devices"][0]["restarts"] == 10
+
+
+def test_a_short_failure_of_storage_is_waited_out(null_run, tmp_path: Path) -> None:
+    """EIO twice running is no row: the read is tried again, a little later each time."""
+    source = helpers.fill(tmp_path / "source", good(3))
+    hook = """
+    if WORKER:
+        import errno
+        opened, failures = os.open, []
+        def failing(path, *arguments, **options):
+            if isinstance(path, bytes) and path.endswith(b"001.jpg") and len(failures) < 2:
+                failures.append(path)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return opened(path, *arguments, **options)
+        os.open = failing
+        def tell(module):
+            import atexit
+            atexit.register(lambda: open(os.environ["MARKER"], "w").write(str(len(failures))))
+        after_import("imagemill.sources.folder", tell)
+    """
+    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "failures"))
+    assert null_run(source, "--output", tmp_path / "out", env=env).code == 0
+    assert helpers.table(tmp_path / "out")["status"].to_pylist() == ["ok"] * 3
+    assert (tmp_path / "failures").read_text() == "2"
+
+
+@pytest.mark.parametrize("device", ["null:1", "cpu:1"])
+def test_batches_without_one_good_picture_are_rows_like_any_other(null_run, models_dir: Path, tmp_path: Path, device: str) -> None:
+    """A run of bad pictures longer than any batch, and a job of nothing else, come to their end."""
+    source = helpers.fill(tmp_path / "source", {f"{number:03d}.jpg": b"bad" for number in range(100)})
+    helpers.fill(source, {"050.jpg": pictures.jpeg(40, 36)})
+    for sources, ok in (((source,), 1), ((source / "000.jpg",), 0)):
+        output = tmp_path / f"out-{ok}"
+        arguments = ("--output", output, "--devices", device, "--model", models_dir / "tiny", "--batch-size", "2", "--shard-size", "90")
+        result = null_run(*sources, *arguments)
+        assert result.code == 0, result
+        statuses = harness.assert_complete(output)["status"].to_pylist()
+        assert statuses.count("ok") == ok
+        assert statuses.count("not_an_image") == len(statuses) - ok

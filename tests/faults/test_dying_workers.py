@@ -1,0 +1,94 @@
+"""Workers that die again and again end the job clearly, or do not end it at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import harness
+import pytest
+
+import helpers
+
+
+def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+    """Three starts that fail running end the job with exit 1 and the last lines of the log; once the cause is gone, it resumes."""
+    hook = """
+    if WORKER:
+        def die(module):
+            print("the driver is not loaded", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        after_import("imagemill.sessions.null", die)
+    """
+    result = null_run(small_jpegs, "--output", tmp_path / "out", env=harness.hooks(tmp_path / "hooks", hook))
+    assert result.code == 1
+    log = tmp_path / "out" / "logs" / "null#0.log"
+    message = f"imagemill: null#0 could not start 3 times running (last: signal SIGKILL). The last lines of {log}:\n"
+    assert message in result.err
+    assert result.err.endswith("the driver is not loaded\n")
+    assert "Traceback" not in result.err
+    assert log.read_text().count("the driver is not loaded") == 3
+    assert null_run(small_jpegs, "--output", tmp_path / "out").code == 0
+    harness.assert_complete(tmp_path / "out")
+
+
+def test_ten_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+    """Workers that start but never finish a shard are not restarted for ever; what was committed before them is kept."""
+    hook = """
+    if WORKER:
+        def die(module):
+            write = module.Sink.write
+            def deadly(self, batch, top):
+                if batch.rows[0].shard.number >= 3:
+                    print("here it ends", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return write(self, batch, top)
+            module.Sink.write = deadly
+        after_import("imagemill.sink", die)
+    """
+    result = null_run(small_jpegs, "--output", tmp_path / "out", "--batch-size", "8", env=harness.hooks(tmp_path / "hooks", hook))
+    assert result.code == 1
+    assert "imagemill: workers died 10 times without finishing one shard (last: signal SIGKILL). The last lines of" in result.err
+    assert (tmp_path / "out" / "logs" / "null#0.log").read_text().count("here it ends") == 10
+    assert harness.assert_sound_so_far(tmp_path / "out") == 3
+    before = helpers.parts(tmp_path / "out")
+    assert null_run(small_jpegs, "--output", tmp_path / "out").code == 0
+    harness.assert_complete(tmp_path / "out")
+    assert before.items() <= helpers.parts(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(null_run, small_jpegs: Path, tmp_path: Path, deaths: int) -> None:
+    """A MemoryError outside any decoder ends the worker, not the job; its shard is given to the next one, in the end alone."""
+    hook = """
+    if WORKER:
+        def exhaust(module):
+            write = module.Sink.write
+            def exhausted(self, batch, top):
+                if batch.rows[0].shard.number == 2 and any(once(f"{os.environ['MARKER']}{n}") for n in range(int(os.environ["DEATHS"]))):
+                    raise MemoryError
+                return write(self, batch, top)
+            module.Sink.write = exhausted
+        after_import("imagemill.sink", exhaust)
+    """
+    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "death"), DEATHS=str(deaths))
+    result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", "--batch-size", "8", env=env)
+    assert result.code == 0, result
+    assert result.json["devices"][0]["restarts"] == deaths
+    assert ("alone now" in (tmp_path / "out" / "logs" / "launcher.log").read_text()) == (deaths >= 2)
+    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
+    harness.assert_complete(tmp_path / "out")
+    harness.assert_same(tmp_path / "out", tmp_path / "calm")
+
+
+def test_workers_take_no_module_from_the_folder_the_user_is_in(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+    """A folder of downloads that happens to hold a queue.py is no place to run code from."""
+    stray = b"import os\nos._exit(9)\n"
+    here = helpers.fill(tmp_path / "here", {"simplejpeg.py": stray, "queue.py": stray, "colorsys.py": stray})
+    # The launcher is `python -m imagemill` here, which needs the same care from its user; the installed `imagemill` does not.
+    hook = """
+    if LAUNCHER:
+        os.environ.pop("PYTHONSAFEPATH", None)
+    """
+    env = harness.hooks(tmp_path / "hooks", hook, PYTHONSAFEPATH="1")
+    result = null_run(small_jpegs, "--output", tmp_path / "out", env=env, cwd=here)
+    assert result.code == 0, result

@@ -1,0 +1,86 @@
+"""Processes are killed, at random and at every single step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+
+import helpers
+import pictures
+
+SCRIPT = Path(__file__).with_name("crash_lines.py")
+
+
+def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """Workers and launchers that are killed at random moments leave a job that one quiet run finishes: same rows, same bytes.
+
+    The long form is `python bench/chaos.py --pictures 3000 --kills 100`; docs/faults.md has its result."""
+    import chaos
+
+    report = chaos.chaos(tmp_path, 300, 8, seed=4)
+    assert report.kills.total() == 8
+    assert report.committed_under_fire > 0
+
+
+def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_the_same_end(tmp_path: Path) -> None:
+    """A worker killed at any line of shards.py, of sink.py or of writing a file whole, or as one of their functions returns: the job is
+    complete, with one row per picture, and its parts equal an undisturbed job's byte for byte."""
+    _kill_at_every_place("worker", tmp_path, {"shards.py": 5, "sink.py": 50, "layout.py": 10})
+
+
+def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(tmp_path: Path) -> None:
+    """A launcher killed at any line of freezing a job, cutting its plan, carrying it out, closing its ledger or writing a file whole: the
+    same command, repeated, ends as if nothing had been."""
+    _kill_at_every_place("launcher", tmp_path, {"run.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30})
+
+
+def _kill_at_every_place(process: str, folder: Path, least: dict[str, int]) -> None:
+    harness.null_bundle(folder / "models", classes=20, size=16)
+    files = {f"{seed}.jpg": pictures.jpeg(24, 20, seed=seed) for seed in range(11)} | {"broken.jpg": b"broken"}
+    helpers.fill(folder / "pictures", files)
+    places = _driver("record", process, folder).communicate()[0].decode().splitlines()
+    for file, count in least.items():
+        assert sum(place.startswith(file) for place in places) >= count, places
+    drivers = [_driver("crash", process, folder, *places[half::2]) for half in (0, 1)]
+    ends = [(driver.communicate(), driver.returncode) for driver in drivers]
+    for half, ((out, err), code) in enumerate(ends):
+        assert (code, out.decode().splitlines()) == (0, places[half::2]), err.decode()
+
+
+def _driver(*arguments: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.environment())
+
+
+@pytest.mark.parametrize("victim", ["worker", "launcher"])
+def test_the_picture_in_hand_at_a_kill_is_no_worse_off(null_start, null_run, small_jpegs: Path, tmp_path: Path, victim: str) -> None:
+    """A picture that was being read when its worker or its launcher was killed gets its answer like any other."""
+    hook = """
+    if WORKER:
+        def slow(module):
+            fetch = module.FolderSource.fetch
+            def slowed(self, path, max_bytes):
+                if path == b"020.jpg" and once(os.environ["MARKER"]):
+                    time.sleep(600)
+                return fetch(self, path, max_bytes)
+            module.FolderSource.fetch = slowed
+        after_import("imagemill.sources.folder", slow)
+    """
+    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
+    process = null_start(small_jpegs, "--output", tmp_path / "out", env=env)
+    helpers.until((tmp_path / "marker").exists, process=process)
+    worker = harness.children(process.pid)[0]
+    harness.kill(worker if victim == "worker" else process.pid)
+    if victim == "launcher":
+        process.wait()
+        helpers.until(lambda: not helpers.running(worker))
+        assert null_run(small_jpegs, "--output", tmp_path / "out", env=env).code == 0
+    else:
+        assert helpers.finish(process).code == 0
+    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
+    harness.assert_complete(tmp_path / "out")
+    harness.assert_same(tmp_path / "out", tmp_path / "calm")
