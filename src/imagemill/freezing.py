@@ -125,11 +125,9 @@ def refuse_foreign(paths: JobPaths) -> None:
 
 
 def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
-    """The bundle that the settings mean, fetched where it lacks, its weights compared with its card. Raises: UsageError, ModelError."""
+    """The bundle that the settings mean, fetched where it lacks. Raises: UsageError, ModelError."""
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
-    bundle.verify_hash(found)
-    return found
+    return registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
 
 
 def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, watcher: Watcher) -> Frozen:
@@ -276,13 +274,6 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
                 f"{settings.output} was started with {flag} {was}, now {flag} {asked} is asked for: that would change its {what}. "
                 "Leave it out to resume, or give another --output."
             )
-    if not Path(job.model_file).is_file():
-        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: `imagemill get-model {job.card.name}`.")
-    bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
-    if frozen.variant_sha256 is not None:
-        from imagemill import quantizing
-
-        quantizing.verify_variant(Path(job.model_file), frozen.variant_sha256)
     job = replace(
         job,
         output=str(Path(settings.output).absolute()),
@@ -293,3 +284,15 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         log_dir=settings.log_dir or job.log_dir,
     )
     return replace(frozen, job=job)
+
+
+def verify_model(frozen: Frozen) -> None:
+    """Compare the model's files with what the job was frozen with. Raises: OutputError, ModelError."""
+    job = frozen.job
+    if not Path(job.model_file).is_file():
+        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: `imagemill get-model {job.card.name}`.")
+    bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
+    if frozen.variant_sha256 is not None:
+        from imagemill import quantizing
+
+        quantizing.verify_variant(Path(job.model_file), frozen.variant_sha256)

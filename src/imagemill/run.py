@@ -15,6 +15,7 @@ from imagemill import closing, codec, devices, freezing, layout, ledger, listing
 from imagemill.errors import OutputError, SourceError
 from imagemill.launcher import Launcher, Outcome
 from imagemill.layout import JobPaths
+from imagemill.models import bundle
 from imagemill.records import (
     DeviceSpec,
     Settings,
@@ -72,22 +73,27 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     if frozen is None:
         freezing.refuse_foreign(paths)
         with_model = freezing.resolve_model(settings, watcher)
+        bundle.verify_hash(with_model)
     with layout.locked(paths):
         frozen = freezing.read_frozen(paths)  # again: another launcher may have frozen it before we held the lock
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             layout.make_folder(folder)
         with watching.logging_to(paths.launcher_log):
-            frozen = (
-                freezing.freeze(settings, paths, chosen, with_model, watcher)
-                if frozen is None
-                else freezing.resume(settings, frozen, chosen, watcher)
-            )
-            return _carry_out(settings, frozen, paths, chosen, watcher)
+            if frozen is None:
+                return _carry_out(settings, freezing.freeze(settings, paths, chosen, with_model, watcher), paths, chosen, watcher)
+            resumed = freezing.resume(settings, frozen, chosen, watcher)
+            return _carry_out(settings, resumed, paths, chosen, watcher, is_resumed=True)
 
 
 def _carry_out(
-    settings: Settings, frozen: freezing.Frozen, paths: JobPaths, chosen: Sequence[DeviceSpec], watcher: watching.Watcher
+    settings: Settings,
+    frozen: freezing.Frozen,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    watcher: watching.Watcher,
+    *,
+    is_resumed: bool = False,
 ) -> Summary:
     """Launch what is left of a frozen job and close its ledger."""
     shards = plan.shards(paths.plan)
@@ -99,6 +105,8 @@ def _carry_out(
         watcher.say(f"retrying {len(again)} of {len(done)} finished shards")
         done -= again
     left = [shard for shard in shards if shard.number not in done]
+    if left and is_resumed:
+        freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
         return _report_finished(frozen, paths, summary, watcher)
     paths.summary.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ class NullSession:
         """See `Session.stream`."""
         for batch in batches:
             flat = batch.pixels[: batch.filled].reshape(batch.filled, batch.pixels[0].size)
-            sums = flat.view(np.uint32 if flat.shape[1] % 4 == 0 else np.uint8).sum(axis=1, dtype=np.uint64)
+            sums = flat.view(np.uint64 if flat.shape[1] % 8 == 0 else np.uint8).sum(axis=1, dtype=np.uint64)
             logits = np.zeros((batch.filled, self._classes), np.float32)
             for place, weight in enumerate((8.0, 4.0, 2.0, 1.0)):
                 column = (sums // np.uint64(self._classes**place) % np.uint64(self._classes)).astype(np.intp)
