@@ -32,9 +32,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(8, 0.34 * len(names) + 0.9))
     bars = axes.barh(names, [rates[name] for name in names], color=colours)
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_xlabel(
-        "resnext101_32x4d, images/s, steady medians (blue: imagemill, orange: peers, grey: limit)", fontsize=8
-    )
+    axes.set_xlabel("resnext101_32x4d, images/s, steady medians (blue: imagemill, orange: peers, grey: limit)", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     figure.tight_layout()

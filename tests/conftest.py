@@ -5,29 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 from hypothesis import HealthCheck, settings
-from onnx import TensorProto, helper, numpy_helper
 
 import helpers
 import pictures
 from imagemill.models import bundle, registry
-from imagemill.records import Bundle, Card, Recipe, Settings
+from imagemill.records import Bundle, Settings
+from tiny import TINY_CARD, Finished, tiny_model
 
 settings.register_profile(
     "imagemill", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("imagemill")
 
-CLASSES = 10
-SIZE = 32
-LABELS = ("tench", "hen", "cock", "Über, das", 'a "quoted" name', "line\u2028separator", "dog", "cat", "crème brûlée", "last")
 PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 
 
@@ -35,77 +30,6 @@ PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
     """No test reads or fills the models folder of whoever runs it."""
     monkeypatch.setenv("IMAGEMILL_MODELS", str(models_dir))
-
-
-def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
-    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil` puts a NaN where white pictures meet it."""
-    rng = np.random.default_rng(seed)
-
-    def constant(name: str, array: Any) -> onnx.TensorProto:
-        return numpy_helper.from_array(np.asarray(array), name)
-
-    def weights(*shape: int) -> Any:
-        return rng.normal(0, 1.6 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32)
-
-    nodes = [
-        helper.make_node("Cast", ["pixels"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["wide"], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Sub", ["planes", "mean"], ["centred"]),
-        helper.make_node("Mul", ["centred", "scale"], ["normalised"]),
-        helper.make_node("Conv", ["normalised", "w1", "b1"], ["c1"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("Clip", ["c1", "low", "high"], ["r1"]),
-        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("AveragePool", ["c2"], ["pooled"], kernel_shape=[8, 4], strides=[8, 4]),
-        helper.make_node("Flatten", ["pooled"], ["embedding"]),
-        helper.make_node("Gemm", ["embedding", "w3", "b3"], ["raw" if spoil else "logits"], transB=1),
-    ]
-    constants = [
-        constant("mean", np.float32([123.0, 117.0, 104.0]).reshape(1, 3, 1, 1)),
-        constant("scale", np.float32([1 / 58.0] * 3).reshape(1, 3, 1, 1)),
-        *(
-            constant(*item)
-            for item in (("w1", weights(8, 3, 3, 3)), ("b1", 0.1 * weights(8)), ("w2", weights(16, 8, 3, 3)), ("b2", 0.1 * weights(16)))
-        ),
-        *(constant(*item) for item in (("low", np.float32(-1)), ("high", np.float32(1)))),
-        *(constant(*item) for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))),
-    ]
-    if spoil:  # log of a negative number where the whole picture is white
-        nodes += [
-            helper.make_node("ReduceMean", ["wide"], ["level"], axes=[1, 2, 3], keepdims=0),
-            helper.make_node("Sub", ["limit", "level"], ["below"]),
-            helper.make_node("Log", ["below"], ["log"]),
-            helper.make_node("Mul", ["log", "zero"], ["nothing"]),
-            helper.make_node("Unsqueeze", ["nothing"], ["column"], axes=[1]),
-            helper.make_node("Add", ["raw", "column"], ["logits"]),
-        ]
-        constants += [constant("limit", np.float32([254.5])), constant("zero", np.float32([0.0]))]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", SIZE, SIZE, 3])],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
-            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 32]),
-        ],
-        constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
-    onnx.checker.check_model(model)
-    return model
-
-
-TINY_CARD = Card(
-    name="tiny",
-    architecture="tiny",
-    labels=LABELS,
-    recipe=Recipe(size=SIZE, resize=36),
-    mean=(123.0, 117.0, 104.0),
-    std=(58.0, 58.0, 58.0),
-    sha256="",
-    licence="Apache-2.0",
-    origin={"source": "random", "seed": 0, "verified": False},
-    parameters=3_000,
-)
 
 
 @pytest.fixture(scope="session")
@@ -136,14 +60,6 @@ def photographs() -> Path:
     if not folder:
         pytest.skip(f"{PHOTOGRAPHS_VARIABLE} does not name the folder of photographs")
     return Path(folder)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished run of the command line."""
-
-    result: helpers.Result
-    output: Path
 
 
 @pytest.fixture(scope="session")

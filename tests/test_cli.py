@@ -103,6 +103,7 @@ def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> N
 )
 def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     """Nothing is done, nothing is on stdout, and there is no traceback."""
+    (tmp_path / "x").mkdir()
     result = imagemill(*arguments, cwd=tmp_path)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith(message)
@@ -277,3 +278,31 @@ def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:
     assert b"\x1b[" in shown
     assert b"null#0" in shown
     assert out.startswith(b"30 pictures: 30 ok")
+
+
+def run_tiny(models_dir: Path, pictures: Path, output: Path, **streams: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "imagemill", "run", str(pictures), "--output", str(output), *TINY]
+    env = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    return subprocess.Popen(command, env=env, text=True, stdin=subprocess.DEVNULL, **streams)  # type: ignore[call-overload]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_job_goes_on_when_nobody_reads_stderr_any_more(models_dir: Path, tmp_path: Path, jpegs: Folders) -> None:
+    """Exit 0 means that every picture has its row: a reader of the progress that goes away changes nothing."""
+    process = run_tiny(models_dir, jpegs(), tmp_path / "out", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait() == 0
+    assert (tmp_path / "out" / "summary.json").is_file()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_result_that_cannot_be_printed_is_one_line(models_dir: Path, tmp_path: Path, jpegs: Folders) -> None:
+    """A full device behind stdout: exit 1, no traceback, and the job is whole."""
+    with Path("/dev/full").open("w") as full:
+        process = run_tiny(models_dir, jpegs(), tmp_path / "out", stdout=full, stderr=subprocess.PIPE)
+        _, err = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "cannot be printed" in err
+    assert (tmp_path / "out" / "summary.json").is_file()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import helpers
-from conftest import TINY_CARD
 from imagemill import cli, freezing, records, sink
 from imagemill.layout import JobPaths
+from tiny import TINY_CARD
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
 DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")

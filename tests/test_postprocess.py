@@ -13,10 +13,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from conftest import CLASSES, TINY_CARD
 from imagemill.errors import BadLogitsError, ClassCountError
 from imagemill.postprocess import to_probabilities, top_k
 from imagemill.records import Batch, Outputs, Row, Scores, Shard, Status, TopK
+from tiny import CLASSES, TINY_CARD
 
 SHARD = Shard(0, 0, 99, 0, "plan", 0)
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from conftest import Finished
 from imagemill import freezing, plan, run
 from imagemill.images.feed import Feed
 from imagemill.layout import JobPaths
@@ -25,6 +24,7 @@ from imagemill.sessions import open_session
 from imagemill.shards import run_shards
 from imagemill.sink import Sink
 from imagemill.stopwatch import Stopwatch
+from tiny import Finished
 
 COUNT = 24
 

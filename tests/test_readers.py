@@ -12,9 +12,9 @@ import pytest
 
 import helpers
 import pictures
-from conftest import Finished
 from imagemill import run
 from imagemill.records import Settings
+from tiny import Finished
 
 
 @pytest.fixture(scope="module")

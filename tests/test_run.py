@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,11 @@ from PIL import Image
 
 import helpers
 import pictures
-from conftest import CLASSES, LABELS, Finished
 from imagemill import closing, freezing, ledger, plan, run, watching
 from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Clock, Precision, Settings, Summary
+from tiny import CLASSES, LABELS, Finished
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
@@ -497,10 +499,24 @@ def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: F
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
 
 
-def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
-    """A resumed job checks the weights it was frozen with."""
-    import shutil
+def test_a_source_that_is_gone_ends_a_resume_before_it_begins(started: Settings, tmp_path: Path) -> None:
+    """An outage of the storage is one error, not a job full of `missing` rows."""
+    from imagemill.errors import SourceError
 
+    source = tmp_path / "moving"
+    shutil.copytree(started.sources[0], source)
+    settings = dataclasses.replace(started, sources=(str(source),), output=str(tmp_path / "two"))
+    run.run(settings)
+    (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
+    source.rename(tmp_path / "away")
+    with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
+        run.run(settings)
+    (tmp_path / "away").rename(source)
+    assert run.run(settings).failed == 0
+
+
+def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
+    """A resumed job that has something left checks the weights it was frozen with; one that has not needs none."""
     folder = tmp_path / "models" / "tiny"
     shutil.copytree(tiny.dir, folder)
     settings = Settings(sources=started.sources, output=str(tmp_path / "two"), model="tiny", models_dir=str(folder.parent), devices="null")
@@ -510,6 +526,8 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         file.write(b"\0\1\2")
     from imagemill.errors import ModelError
 
+    assert run.run(unsaid(settings)).complete
+    (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"):
         run.run(unsaid(settings))
 

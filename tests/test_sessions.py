@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from conftest import CLASSES, SIZE
 from helpers import environment
 from imagemill import errors
 from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Precision, Saved
@@ -21,6 +20,7 @@ from imagemill.sessions import open_session
 from imagemill.sessions.base import Session
 from imagemill.sessions.openvino import properties
 from imagemill.stopwatch import Stopwatch
+from tiny import CLASSES, SIZE
 
 
 def make(tiny: Bundle, *, backend: str = "openvino", cores: int = 1, **changes: Any) -> tuple[Session, Job]:

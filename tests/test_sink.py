@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from conftest import CLASSES, TINY_CARD
 from imagemill import layout
 from imagemill.errors import OutputError
 from imagemill.postprocess import top_k
 from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Saved, Shard, Status
 from imagemill.sink import Part, Sink
+from tiny import CLASSES, TINY_CARD
 
 
 def make_job(output: Path, *, top: int = 3, save: tuple[Saved, ...] = ()) -> Job:

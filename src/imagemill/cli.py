@@ -61,18 +61,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(ValueError):  # not the main thread: the signal stays its owner's
             signal.signal(signal.SIGTERM, _terminated)
         code: int = parsed.call(parsed)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except ImagemillError as error:
         print(f"imagemill: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("imagemill: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # of stdout, printing the result: whoever read it has enough
+        _drop_stdout()
         return 0
+    except OSError as error:
+        if not _is_stdout_at_fault():
+            raise
+        _drop_stdout()
+        print(f"imagemill: the result cannot be printed: {error.strerror}. The job itself is not harmed.", file=sys.stderr)
+        return 1
     return code
+
+
+def _is_stdout_at_fault() -> bool:
+    try:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_stdout() -> None:
+    """Have nothing more go to stdout, so that the interpreter's own flush at exit finds no fault."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminated(number: int, _frame: object) -> NoReturn:
@@ -104,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("run", _run, "classify every picture of the sources; repeat the command to resume")
-    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="folder (taken with all below it) or picture file")
+    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="folder (with all below it), picture, or @LIST: one path a line")
     sub.add_argument("--output", required=True, metavar="DIR", help="output folder; new, or of the same job")
     _job_options(sub)
 
@@ -266,7 +287,7 @@ def _terminal_class() -> Any:
         _downloading = progress.DownloadProgress()
 
         def say(self, message: str) -> None:
-            print(f"imagemill: {message}", file=sys.stderr, flush=True)
+            progress.tell(f"imagemill: {message}")
 
         def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
             self._display = progress.display(total, resumed)
@@ -402,7 +423,7 @@ def _models(parsed: argparse.Namespace) -> int:
 
 def _get_model(parsed: argparse.Namespace) -> int:
     from imagemill.models import registry
-    from imagemill.progress import DownloadProgress
+    from imagemill.progress import DownloadProgress, tell
 
     made = registry.get(
         parsed.name,
@@ -411,7 +432,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         url=parsed.url,
         random_seed=parsed.random_weights,
         batch_sizes=tuple(parsed.batch_size),
-        say=lambda message: print(f"imagemill: {message}", file=sys.stderr, flush=True),
+        say=lambda message: tell(f"imagemill: {message}"),
         progress=DownloadProgress(),
     )
     print(made.dir)

@@ -137,6 +137,8 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     filters = Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
     skipped = Skipped()
     listed = plan.spool(listing(settings, filters, skipped, paths.root), paths.spool)
+    if not listed.pictures:
+        watcher.say("no pictures found: no known image suffix is left after --include, --exclude and hidden files; see --all-files")
     by_group = listed.groups == len(chosen) > 1
     shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
@@ -264,7 +266,9 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         ("backend", frozen.backend, backend_of(chosen, settings.allow_mixed)),
         ("--preprocess", "center-crop" if job.card.recipe.resize is None else "card", settings.preprocess),
     ]
-    if settings.model is not None:
+    if settings.model is not None and not _is_here(settings) and settings.model != job.card.name:
+        pairs.append(("--model", job.card.name, settings.model))  # before anything is downloaded
+    elif settings.model is not None:
         card = resolve_model(settings, watcher).card
         pairs.append(("--model", f"{job.card.name} ({job.card.sha256[:12]})", f"{card.name} ({card.sha256[:12]})"))
     for flag, was, asked in pairs:
@@ -284,6 +288,12 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         log_dir=settings.log_dir or job.log_dir,
     )
     return replace(frozen, job=job)
+
+
+def _is_here(settings: Settings) -> bool:
+    """Whether the model that the settings name is on disk."""
+    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
+    return any(bundle.is_bundle(folder) for folder in (models_dir / str(settings.model), Path(str(settings.model))))
 
 
 def verify_model(frozen: Frozen) -> None:

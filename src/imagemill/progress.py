@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -10,6 +11,12 @@ from typing import TextIO
 from imagemill.launcher import Progress
 
 _PLAIN_EVERY_S = 10.0
+
+
+def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to stderr, or `stream`. Where nobody reads it any more the job goes on: what it has to say is in its log."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=stream or sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -47,7 +54,7 @@ class PlainProgress:
         if now < self._next or not progress.since_first_lease_s:
             return
         self._next = now + _PLAIN_EVERY_S
-        print(line(progress, self._total, self._resumed), file=self._stream, flush=True)
+        tell(line(progress, self._total, self._resumed), self._stream)
 
 
 class LiveProgress:
@@ -106,7 +113,7 @@ class DownloadProgress:
         of_all = f" of {total / 2**20:,.1f} MiB ({100 * done / max(total, 1):.0f} %)" if total else " MiB"
         left = f", {duration((total - done) / rate)} left" if total and rate else ""
         text = f"{done / 2**20:,.1f}{of_all}, {rate / 2**20:,.1f} MiB/s{left}"
-        print(f"\r\x1b[K{text}" if live else text, end="\n" if finished or not live else "", file=self._stream, flush=True)
+        tell(f"\r\x1b[K{text}" if live else text, self._stream, end="\n" if finished or not live else "")
 
 
 def line(progress: Progress, total: int, resumed: int) -> str:

@@ -72,6 +72,7 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     freezing.backend_of(chosen, settings.allow_mixed)
     if frozen is None:
         freezing.refuse_foreign(paths)
+        sources.check(sources.resolve(source) for source in settings.sources)
         with_model = freezing.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     with layout.locked(paths):
@@ -106,6 +107,7 @@ def _carry_out(
         done -= again
     left = [shard for shard in shards if shard.number not in done]
     if left and is_resumed:
+        sources.check(frozen.job.sources)  # or every picture left would become a `missing` row
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
         return _report_finished(frozen, paths, summary, watcher)
@@ -177,6 +179,8 @@ def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary,
 def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
     """Count what is committed; reads only, so it is safe beside a running job."""
     shards = plan.shards(paths.plan)
+    if sum(shard.count for shard in shards) != frozen.pictures:
+        raise OutputError(f"{paths.plan} does not hold the {frozen.pictures} pictures of job.json. Start anew in another output folder.")
     done = ledger.committed(paths, shards)
     failed: Counter[str] = Counter()
     for shard in shards:

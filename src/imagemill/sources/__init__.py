@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from imagemill import plan
-from imagemill.errors import UsageError
+from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Job, Lease, Picture
 from imagemill.sources.base import Filters, Skipped, Source, shown
 from imagemill.sources.folder import FolderSource
 from imagemill.sources.list import ListSource
 
-__all__ = ["Filters", "Skipped", "Source", "open_all", "read", "resolve", "shown"]
+__all__ = ["Filters", "Skipped", "Source", "check", "open_all", "read", "resolve", "shown"]
 
 
 def resolve(argument: str) -> str:
@@ -30,6 +30,14 @@ def open_all(sources: Iterable[str], output: Path | None = None) -> list[Source]
     """Make the sources of a job; `output` is left out of what they list."""
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
     return [_open(position, source, skip) for position, source in enumerate(sources)]
+
+
+def check(sources: Iterable[str]) -> None:
+    """See that the sources as such are there, before anything is begun. Raises: SourceError."""
+    for source in sources:
+        path = source.removeprefix("@")
+        if not os.path.exists(path):  # noqa: PTH110
+            raise SourceError(f"source {shown(os.fsencode(source))} cannot be read: No such file or directory. Give a folder or a picture.")
 
 
 def _open(position: int, source: str, skip: os.stat_result | None) -> Source:
