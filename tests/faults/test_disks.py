@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import harness
 import pytest
 
 import helpers
+import pictures
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system and become another user")
 
@@ -120,6 +122,27 @@ def test_a_read_only_part_of_the_output_is_one_clear_error(null_run, small_jpegs
     one_clear_error(result, f"cannot write {output / closed}/", "The file system is read-only.")
     assert null_run(small_jpegs, "--output", output).code == 0
     harness.assert_complete(output)
+
+
+@needs_root
+def test_a_folder_of_another_user_is_one_clear_error(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+    """An output that belongs to somebody else, before the job is begun and after: exit 1, and the remedy."""
+    base = Path("/tmp") / f"imagemill-test-{os.getpid()}"
+    try:
+        source = helpers.fill(base / "pictures", {f"{n}.jpg": pictures.jpeg(seed=n) for n in range(12)})
+        arguments = (source, "--output", base / "out", "--models-dir", harness.null_bundle(base / "models"))
+        (base / "out").mkdir()
+        for path in (base, *base.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+        refused = "The folder may not be written to. Give another --output, or change its permissions and repeat the command."
+        one_clear_error(null_run(*arguments, before=nobody), f"cannot write {base}/out/.lock: Permission denied. {refused}")
+        one_clear_error(null_run(source, "--output", base / "new", *arguments[3:], before=nobody), f"cannot write {base}/new: ", refused)
+        assert null_run(*arguments).code == 0
+        harness.assert_complete(base / "out")
+        one_clear_error(null_run(*arguments, before=nobody), f"cannot write {base}/out/.lock: Permission denied. {refused}")
+    finally:
+        shutil.rmtree(base)
 
 
 def test_a_file_size_limit_is_one_clear_error(null_run, small_jpegs: Path, tmp_path: Path) -> None:
