@@ -91,24 +91,6 @@ def test_efficientnet_lite0_answers_as_the_reference_does(photographs: Path, pho
 # ── hostile entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def without_root_powers() -> tuple[str, ...]:
-    """What to put in front of a command so that file permissions bind it, also as root.
-
-    Root reads everything because of two capabilities. A wrapper drops them for good before it becomes the command; so the kernel answers
-    as it does to another user, while the interpreter and the clone need not be readable by one.
-    """
-    if os.geteuid() != 0:
-        return ()
-    program = """
-import ctypes, os, sys
-for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    if ctypes.CDLL(None, use_errno=True).prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
-        sys.exit(f"cannot drop capability {capability}: errno {ctypes.get_errno()}")
-os.execv(sys.argv[1], sys.argv[1:])
-"""
-    return (sys.executable, "-c", program)
-
-
 def hostile(folder: Path) -> dict[str, str]:
     """Write the whole list of hostile entries into a folder; returns path → expected status."""
     good = pictures.photograph(90, 70, seed=5)
@@ -143,7 +125,7 @@ def test_hostile_entries_are_rows_and_leave_their_neighbours_alone(jpegs: Folder
     arguments = ("--model", "tiny", "--devices", "cpu:1", "--batch-size", "4", "--shard-size", "7", "--save", "logits", "--json")
     assert imagemill("run", folder, "--output", tmp_path / "before", *arguments).code == 0
     expected = hostile(folder)
-    result = imagemill("run", folder, "--output", tmp_path / "after", *arguments, before=without_root_powers())
+    result = imagemill("run", folder, "--output", tmp_path / "after", *arguments, before=helpers.without_root_powers())
     assert result.code == 0, result.err
     before, after = helpers.by_path(tmp_path / "before"), helpers.by_path(tmp_path / "after")
     assert {path: row["status"] for path, row in after.items() if path not in before} == expected
@@ -164,7 +146,7 @@ def test_permissions_bind_the_wrapped_command(tmp_path: Path) -> None:
     (tmp_path / "secret").chmod(0)
     import subprocess
 
-    command = [*without_root_powers(), sys.executable, "-c", "import sys; open(sys.argv[1])", str(tmp_path / "secret")]
+    command = [*helpers.without_root_powers(), sys.executable, "-c", "import sys; open(sys.argv[1])", str(tmp_path / "secret")]
     assert b"PermissionError" in subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr
 
 
