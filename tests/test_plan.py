@@ -72,8 +72,8 @@ def test_more_rows_than_a_record_batch_are_cut_across_its_border(tmp_path: Path)
     entries = [Entry(0, b"%d" % number, -1) for number in range(plan._SPOOL_ROWS * 2 + 5)]
     folder = freeze(tmp_path / "plan", entries, 1_000)
     shards = plan.shards(folder)
-    assert [shard.count for shard in shards] == [1_000] * 65 + [541]
-    assert plan.read(folder, shards[32])[768].path == b"32768"
+    assert [shard.count for shard in shards] == [1_000] * 8 + [197]
+    assert plan.read(folder, shards[4])[96].path == b"4096"
 
 
 @pytest.mark.parametrize(

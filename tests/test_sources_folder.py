@@ -174,12 +174,14 @@ def test_no_name_is_lost_where_a_run_ends(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(paths(tmp_path)) == count
 
 
-def test_names_longer_than_a_block_survive_the_merge() -> None:
-    """The merge reads its runs in blocks; a name may span several of them."""
-    import io
-
+def test_names_longer_than_a_block_survive_the_merge(tmp_path: Path) -> None:
+    """The merge reads its runs in blocks; a name may span several of them, and a run ends where the next begins."""
     names = [b"a" * 50, b"b" * 3, b"c" * 120]
-    assert list(folder._names_of(io.BytesIO(b"".join(name + b"\0" for name in names)), block_bytes=16)) == names
+    data = b"".join(name + b"\0" for name in names)
+    (tmp_path / "runs").write_bytes(data + data)
+    with (tmp_path / "runs").open("rb") as file:
+        assert list(folder._names_of(file, 0, len(data), block_bytes=16)) == names
+        assert list(folder._names_of(file, len(data), 2 * len(data), block_bytes=16)) == names
 
 
 def test_the_output_folder_is_not_listed(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from imagemill.records import Shard
 
 SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64())])
 _SPOOL_SCHEMA = pa.schema([("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("group", pa.int32())])
-_SPOOL_ROWS = 32_768
+_SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 1_000
 _SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
 

@@ -9,7 +9,7 @@ import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import IO
 
 from imagemill.errors import SourceError
@@ -17,7 +17,7 @@ from imagemill.plan import Entry
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, shown
 from imagemill.sources.files import read_file
 
-_NAMES_IN_MEMORY = 100_000
+_NAMES_IN_MEMORY = 10_000
 
 
 class FolderSource:
@@ -100,28 +100,39 @@ class FolderSource:
 
 
 def _sorted_names(folder: bytes) -> Iterable[bytes]:
-    """The names in a folder, sorted as bytes; above 100,000 of them sorted runs go to temporary files and are merged."""
+    """The names in a folder, sorted as bytes; above 10,000 of them sorted runs go to one temporary file and are merged from there."""
     with os.scandir(folder) as scan:
         names = (entry.name for entry in scan)
         chunk = sorted(islice(names, _NAMES_IN_MEMORY))
         if len(chunk) < _NAMES_IN_MEMORY:
             return chunk
-        runs = []
-        while chunk:
-            run = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the merge reads it
-            run.writelines(name + b"\0" for name in chunk)
-            run.seek(0)
-            runs.append(_names_of(run))
-            chunk = sorted(islice(names, _NAMES_IN_MEMORY))
-    return heapq.merge(*runs)
+        return _merged(chunk, names)
 
 
-def _names_of(run: IO[bytes], block_bytes: int = 65_536) -> Iterator[bytes]:
+def _merged(chunk: list[bytes], names: Iterator[bytes]) -> Iterator[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the merge reads it
+    starts = [0]
+    while chunk:
+        file.writelines(name + b"\0" for name in chunk)
+        starts.append(file.tell())
+        chunk = sorted(islice(names, _NAMES_IN_MEMORY))
+    file.flush()
+    return _merging(file, starts)
+
+
+def _merging(file: IO[bytes], starts: list[int]) -> Iterator[bytes]:
+    with file:
+        yield from heapq.merge(*(_names_of(file, start, end) for start, end in pairwise(starts)))
+
+
+def _names_of(file: IO[bytes], start: int, end: int, block_bytes: int = 8_192) -> Iterator[bytes]:
+    """The names of one run, read by position: the runs share the file."""
     rest = b""
-    with run:
-        while block := run.read(block_bytes):
-            *names, rest = (rest + block).split(b"\0")
-            yield from names
+    while start < end:
+        block = os.pread(file.fileno(), min(block_bytes, end - start), start)
+        start += len(block)
+        *names, rest = (rest + block).split(b"\0")
+        yield from names
 
 
 def matcher(filters: Filters) -> Callable[[bytes], bool]:
