@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from imagemill import bench, devices, freezing, layout, ledger, plan, postprocess, sources
-from imagemill import run as jobs
+from imagemill import running as jobs
 from imagemill.images.feed import Feed
 from imagemill.layout import JobPaths
 from imagemill.records import Lease, Settings

@@ -104,7 +104,7 @@ def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Callable[..., Settings]:
-    """Makes settings for `run.run`: the tiny model on the null device, into `tmp_path/out`."""
+    """Makes settings for `running.run`: the tiny model on the null device, into `tmp_path/out`."""
 
     def make(*sources: Path, **changes: Any) -> Settings:
         values: dict[str, Any] = {"output": str(tmp_path / "out"), "model": "tiny", "devices": "null", "batch_size": 4}

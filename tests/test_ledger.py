@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, ledger, run
+from imagemill import freezing, ledger, running
 from imagemill.errors import OutputError, PartError
 from imagemill.layout import JobPaths, locked
 from imagemill.records import Settings
@@ -35,7 +35,7 @@ def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sett
     settings = Settings(
         sources=(str(source),), output=str(folder / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=3
     )
-    run.run(settings)
+    running.run(settings)
     return settings
 
 
@@ -48,7 +48,7 @@ def out(finished: Settings, copy_of: Copy) -> Path:
 def found(out: Path) -> list[tuple[int | None, str]]:
     frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
-    return [(problem.shard, problem.what) for problem in run.verify(JobPaths(out), frozen)[0]]
+    return [(problem.shard, problem.what) for problem in running.verify(JobPaths(out), frozen)[0]]
 
 
 def part(out: Path, number: int) -> Path:
@@ -188,12 +188,12 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
     before = helpers.parts(out)
     paths, frozen = JobPaths(out), freezing.read_frozen(JobPaths(out))
     assert frozen is not None
-    problems, moved = run.verify(paths, frozen, quarantine=True)
+    problems, moved = running.verify(paths, frozen, quarantine=True)
     assert [problem.shard for problem in problems] == [9, 0, 3]
     assert sorted(path.name.split(".")[0] for path in moved) == ["part-000000", "part-000009"]
     assert all(path.parent == out / "quarantine" and path.is_file() for path in moved)
     assert found(out) != SOUND
-    summary = run.run(Settings(sources=finished.sources, output=str(out)))
+    summary = running.run(Settings(sources=finished.sources, output=str(out)))
     assert (summary.images, summary.resumed_shards) == (10, 2)
     assert found(out) == SOUND
     after = helpers.parts(out)
@@ -209,7 +209,7 @@ def test_quarantine_waits_for_no_running_job(out: Path) -> None:
     frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     with locked(JobPaths(out)), pytest.raises(OutputError, match="is in use by another imagemill run"):
-        run.verify(JobPaths(out), frozen, quarantine=True)
+        running.verify(JobPaths(out), frozen, quarantine=True)
     assert part(out, 0).is_file()
 
 
@@ -218,7 +218,7 @@ def test_the_manifest_can_be_rebuilt_from_the_parts(finished: Settings, out: Pat
     before, manifest = helpers.parts(out), (out / "manifest.json").read_bytes()
     (out / "manifest.json").unlink()
     (out / "summary.json").unlink()
-    summary = run.run(Settings(sources=finished.sources, output=str(out)))
+    summary = running.run(Settings(sources=finished.sources, output=str(out)))
     assert (summary.images, summary.failed_by_status, summary.images_per_second) == (10, {"empty": 1}, None)
     assert (out / "manifest.json").read_bytes() == manifest
     assert helpers.parts(out) == before
@@ -237,7 +237,7 @@ def test_the_ledger_does_not_close_over_a_damaged_part(finished: Settings, out: 
     else:
         rewrite(part(out, 1), lambda table: table.slice(1))
     with pytest.raises(PartError, match=r"part-000001\.parquet .*imagemill verify --quarantine"):
-        run.run(Settings(sources=finished.sources, output=str(out)))
+        running.run(Settings(sources=finished.sources, output=str(out)))
     assert not (out / "summary.json").exists()
 
 
@@ -247,7 +247,7 @@ def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path)
     part(out, 0).rename(predictions / ".part-000000.parquet.123.tmp")
     (predictions / "notes.txt").touch()
     assert found(out) == [(0, "is missing")]
-    run.run(Settings(sources=finished.sources, output=str(out)))
+    running.run(Settings(sources=finished.sources, output=str(out)))
     assert found(out) == SOUND
     assert sorted(path.name for path in predictions.iterdir())[0] == "notes.txt"
     assert not list(predictions.glob(".*"))
@@ -259,11 +259,11 @@ def test_status_counts_what_is_there(out: Path) -> None:
     frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     before = sorted(path for path in out.rglob("*"))
-    status = run.status(JobPaths(out), frozen)
+    status = running.status(JobPaths(out), frozen)
     assert (status.images, status.done, status.shards, status.shards_done) == (10, 7, 4, 3)
     assert (status.failed_by_status, status.running, status.complete) == ({"empty": 1}, False, False)
     with locked(JobPaths(out)):
-        assert run.status(JobPaths(out), frozen).running
+        assert running.status(JobPaths(out), frozen).running
     assert sorted(path for path in out.rglob("*")) == before
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, plan, run
+from imagemill import freezing, plan, running
 from imagemill.images.feed import Feed
 from imagemill.layout import JobPaths
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
@@ -42,7 +42,7 @@ def reference(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fin
     }
     source = helpers.fill(folder / "pictures", files)
     settings = settings_for(source, folder / "out", models_dir, devices="cpu", batch_size=1, batches_per_step=1, num_workers=1)
-    run.run(settings)
+    running.run(settings)
     return Finished(helpers.Result(0, str(source), ""), folder / "out")
 
 
@@ -87,7 +87,7 @@ def test_the_same_rows_whatever_the_settings(
         "batches_per_step": in_flight,
         "num_workers": threads,
     }
-    run.run(settings_for(Path(reference.result.out), out, models_dir, **changes))
+    running.run(settings_for(Path(reference.result.out), out, models_dir, **changes))
     assert bits(helpers.table(out)) == bits(helpers.table(reference.output))
 
 

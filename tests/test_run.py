@@ -17,7 +17,7 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, ledger, plan, run, watching
+from imagemill import closing, freezing, ledger, plan, running, watching
 from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Clock, Precision, Settings, Summary
@@ -42,7 +42,7 @@ def problems(output: Path) -> list[ledger.Problem]:
     paths = JobPaths(output)
     frozen = freezing.read_frozen(paths)
     assert frozen is not None
-    return run.verify(paths, frozen)[0]
+    return running.verify(paths, frozen)[0]
 
 
 # ── the photographs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,7 +154,7 @@ def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Pat
     """All the odd pictures that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
     made = {f"{name}.jpg": make() for name, make in pictures.HOSTILE.items()}
     folder = helpers.fill(tmp_path / "hostile", {name: data for name, (data, _) in made.items()})
-    summary = run.run(job(folder, shard_size=2, save=("logits",)))
+    summary = running.run(job(folder, shard_size=2, save=("logits",)))
     rows = helpers.by_path(tmp_path / "out")
     assert {path: row["status"] for path, row in rows.items()} == {name: status for name, (_, status) in made.items()}
     assert all(row["error"] and row["logits"] is None and row["top_k"] is None for row in rows.values())
@@ -168,7 +168,7 @@ def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Pat
 def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Folders and single pictures, in the order they were given; rows name their source, paths are relative to it."""
     first, second = jpegs(3, "first"), jpegs(2, "second")
-    run.run(job(second, first, first / "001.jpg"))
+    running.run(job(second, first, first / "001.jpg"))
     found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
     assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [(str(first), f"00{n}.jpg") for n in range(3)] + [
         (str(first / "001.jpg"), "")
@@ -178,29 +178,29 @@ def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) 
 def test_a_list_of_failed_pictures_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """`failed.txt` names every picture without an answer, whatever its name, and `@failed.txt` runs them again."""
     folder = jpegs(2, **{"bad.jpg": b"", "new\nline.jpg": b"", '"quoted".jpg': b""})
-    run.run(job(folder, output=str(tmp_path / "one")))
+    running.run(job(folder, output=str(tmp_path / "one")))
     listed = f"@{tmp_path / 'one' / 'failed.txt'}"
-    summary = run.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
+    summary = running.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
     assert (summary.images, summary.failed_by_status) == (3, {"empty": 3})
     assert {Path(row["path"]).name for row in helpers.rows(tmp_path / "two")} == {"bad.jpg", "new\nline.jpg", '"quoted".jpg'}
 
 
 def test_limit_takes_the_first(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--limit N plans the first N in listing order."""
-    assert run.run(job(jpegs(9), limit=4)).images == 4
+    assert running.run(job(jpegs(9), limit=4)).images == 4
     assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
 
 
 def test_filters_and_hidden_entries_are_in_the_summary(job: Jobs, jpegs: Folders) -> None:
     """What was left out, and why, can be read afterwards."""
-    summary = run.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
+    summary = running.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
     found = (summary.images, summary.skipped_by_filter, summary.skipped_hidden, dict(summary.skipped_by_suffix))
     assert found == (4, 2, 1, {"": 1, ".txt": 1})
 
 
 def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--all-files: a text file is a row that says it is no picture."""
-    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
+    running.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
     assert {row["path"]: row["status"] for row in helpers.rows(tmp_path / "out")} == {
         "000.jpg": "ok",
         "notes.txt": "not_an_image",
@@ -211,23 +211,23 @@ def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path
 def test_no_picture_at_all_is_a_finished_job(job: Jobs, tmp_path: Path) -> None:
     """An empty folder has no rows, which is complete and sound, and repeating finds it so."""
     (tmp_path / "empty").mkdir()
-    summary = run.run(job(tmp_path / "empty"))
+    summary = running.run(job(tmp_path / "empty"))
     assert (summary.images, summary.shards, summary.bottleneck) == (0, 0, None)
     assert problems(tmp_path / "out") == []
-    assert run.run(job(tmp_path / "empty")).images == 0
+    assert running.run(job(tmp_path / "empty")).images == 0
 
 
 def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) -> None:
     """Neither the first time, nor when the repeated command looks for new pictures."""
     folder = jpegs(3)
     settings = job(folder, output=str(folder / "out"), all_files=True)
-    assert run.run(settings).images == 3
-    assert run.run(settings).new_in_source == 0
+    assert running.run(settings).images == 3
+    assert running.run(settings).new_in_source == 0
 
 
 def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """It lists and counts; the output folder does not even appear, and no model is needed."""
-    found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
+    found = running.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
     assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (70, 32, {".txt": 1}, ("000.jpg", "001.jpg"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
 
@@ -236,13 +236,13 @@ def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[st
     """One sub-folder per device: shards end with the sub-folder, so that each device can take its own; another number is told."""
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
-    run.run(job(folder, devices="null:3", shard_size=10), listener)
+    running.run(job(folder, devices="null:3", shard_size=10), listener)
     frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.groups == 3
     assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
     assert listener.said == []
-    run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
+    running.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
     assert listener.said == ["note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to folders"]
 
 
@@ -251,7 +251,7 @@ def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[st
 
 def test_top_k_never_exceeds_the_classes(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--top-k 99 of ten classes keeps ten, most probable first, summing to one; labels survive whatever they hold."""
-    run.run(job(jpegs(3), top_k=99, devices="cpu"))
+    running.run(job(jpegs(3), top_k=99, devices="cpu"))
     for row in helpers.rows(tmp_path / "out"):
         assert sorted(item["class_id"] for item in row["top_k"]) == list(range(CLASSES))
         assert [item["label"] for item in row["top_k"]] == [LABELS[item["class_id"]] for item in row["top_k"]]
@@ -263,7 +263,7 @@ def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_
     """--save adds fixed-size columns; the softmax of the logits is the probability."""
     import numpy as np
 
-    run.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
+    running.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
     table = helpers.table(tmp_path / "out")
     assert [str(table.schema.field(name).type) for name in ("logits", "embedding")] == [
         "fixed_size_list<element: float>[10]",
@@ -282,12 +282,12 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
     outer = Image.new("RGB", (132, 92), "white")
     outer.paste(inner, (50, 30))
     folder = helpers.fill(tmp_path / "p", {"inner.png": pictures.encode(inner, "PNG"), "outer.png": pictures.encode(outer, "PNG")})
-    run.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
+    running.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
     inner_row, outer_row = helpers.rows(tmp_path / "out")
     assert inner_row["logits"] == outer_row["logits"]
     with pytest.raises(JobMismatchError, match="was started with --preprocess center-crop, now --preprocess card is asked for"):
-        run.run(job(folder, preprocess="card", devices="cpu"))
-    run.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
+        running.run(job(folder, preprocess="card", devices="cpu"))
+    running.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
     card_rows = helpers.rows(tmp_path / "card")
     assert card_rows[1]["logits"] != outer_row["logits"]
 
@@ -297,7 +297,7 @@ def test_nan_ends_the_job_with_one_clear_error(job: Jobs, jpegs: Folders, imagem
     white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     folder = jpegs(6, **{"white.png": white})
     with pytest.raises(BadLogitsError, match=r"spoilt returned a NaN or an infinity for white\.png"):
-        run.run(job(folder, model="spoilt", devices="cpu"))
+        running.run(job(folder, model="spoilt", devices="cpu"))
     result = imagemill("run", folder, "--output", tmp_path / "out", "--devices", "cpu", "--json")
     assert (result.code, result.out) == (1, "")
     assert "imagemill: spoilt returned a NaN or an infinity for white.png" in result.err
@@ -307,7 +307,7 @@ def test_nan_ends_the_job_with_one_clear_error(job: Jobs, jpegs: Folders, imagem
 
 def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--max-pixels and --max-bytes: what is larger is a `too_large` row, undecoded and unread."""
-    run.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
+    running.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
                 max_pixels=10_000, max_bytes=800_000))  # fmt: skip
     found = {row["path"]: (row["status"], row["width"]) for row in helpers.rows(tmp_path / "out")}
     assert found == {"000.jpg": ("ok", 48), "wide.png": ("too_large", 300), "zeros.jpg": ("too_large", None)}
@@ -320,7 +320,7 @@ def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
 def started(job: Jobs, jpegs: Folders, tmp_path: Path) -> Settings:
     """A job of 12 pictures in 4 parts, of which two are missing, as after a crash."""
     settings = job(jpegs(12), shard_size=3)
-    run.run(settings)
+    running.run(settings)
     for name in ("part-000001.parquet", "part-000003.parquet"):
         (tmp_path / "out" / "predictions" / name).unlink()
     (tmp_path / "out" / "summary.json").unlink()
@@ -335,7 +335,7 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
     """Finished parts are the very same files afterwards; the rows are those of an undisturbed run."""
     before = helpers.parts(tmp_path / "out")
     listener = Listener()
-    summary = run.run(started, listener)
+    summary = running.run(started, listener)
     after = helpers.parts(tmp_path / "out")
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
@@ -347,7 +347,7 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
 
 def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path) -> None:
     """Model, devices, batch size and the rest come from job.json; what may differ, may be changed."""
-    assert run.run(unsaid(started, devices="null:2", batch_size=1, num_workers=2)).model == "tiny"
+    assert running.run(unsaid(started, devices="null:2", batch_size=1, num_workers=2)).model == "tiny"
     assert [row["index"] for row in helpers.rows(tmp_path / "out")] == list(range(12))
     assert problems(tmp_path / "out") == []
 
@@ -375,7 +375,7 @@ def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
     """Nothing is touched; the message says which id would change and what to do. Wrong usage, so exit 2."""
     before = helpers.parts(tmp_path / "out")
     with pytest.raises(JobMismatchError) as caught:
-        run.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
+        running.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
     message = str(caught.value)
     assert f"was started with {was}" in message
     assert f", now {now}" in message
@@ -387,18 +387,18 @@ def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
 def test_saying_the_same_again_is_no_change(started: Settings) -> None:
     """Explicit flags that agree with the frozen job resume it, in any spelling of the same."""
     same = {"model": "tiny", "limit": None, "shard_size": 3, "top_k": 5, "precision": "auto", "preprocess": "card"}
-    assert run.run(unsaid(started, **same)).images == 12
+    assert running.run(unsaid(started, **same)).images == 12
 
 
 def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Nothing is computed; what is new since the plan was frozen is named, and left to another output."""
     settings = job(jpegs(5))
-    run.run(settings)
+    running.run(settings)
     before = helpers.parts(tmp_path / "out")
     jpegs(7, **{"0/first.jpg": b"x", "notes.txt": b"x"})
     (tmp_path / "pictures" / "002.jpg").unlink()
     listener = Listener()
-    summary = run.run(settings, listener)
+    summary = running.run(settings, listener)
     assert listener.said == [
         f"finished already: 5 pictures in {tmp_path}/out/predictions",
         "3 pictures are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
@@ -410,18 +410,18 @@ def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders
 def test_a_picture_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_path: Path) -> None:
     """The plan is frozen: what is gone is `missing`, never left out."""
     (tmp_path / "pictures" / "004.jpg").unlink()
-    assert run.run(started).failed_by_status == {"missing": 1}
+    assert running.run(started).failed_by_status == {"missing": 1}
 
 
 def test_retry_failed_computes_bad_pictures_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Only shards that hold such a row; mended pictures become ok. A status that is not among them leaves all as it was."""
     folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not a picture at all" * 9})
-    run.run(job(folder, shard_size=3))
+    running.run(job(folder, shard_size=3))
     before = helpers.parts(tmp_path / "out")
     (folder / "a.jpg").write_bytes(pictures.jpeg())
-    assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
+    assert running.run(job(folder, retry_failed=("timeout",))).failed == 2
     assert helpers.parts(tmp_path / "out") == before
-    summary = run.run(job(folder, retry_failed=("empty",)))
+    summary = running.run(job(folder, retry_failed=("empty",)))
     assert summary.failed_by_status == {"not_an_image": 1}
     after = helpers.parts(tmp_path / "out")
     assert [name for name in before if after[name] != before[name]] == ["part-000002.parquet"]
@@ -432,8 +432,8 @@ def test_too_many_bad_pictures_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: F
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
     with pytest.raises(TooManyBadError, match=r"of 12 pictures are bad, more than --max-bad-fraction 0\.25 allows"):
-        run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
-    assert run.run(job(folder)).failed_by_status == {"empty": 6}
+        running.run(job(folder, shard_size=2, max_bad_fraction=0.25))
+    assert running.run(job(folder)).failed_by_status == {"empty": 6}
 
 
 def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -441,10 +441,10 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").touch()
     with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)\. Give a new folder\."):
-        run.run(job(jpegs(1)))
+        running.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
     with pytest.raises(OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."):
-        run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
+        running.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
 
 
 def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, t
         out, {"plan/plan-00000-00000.parquet": b"half", "plan/.listing.arrow.tmp": b"x", ".job.json.77.tmp": b"{", "logs/l.log": b""}
     )
     (out / "predictions").mkdir()
-    assert run.run(job(jpegs(3))).images == 3
+    assert running.run(job(jpegs(3))).images == 3
     assert not list(out.rglob("*.tmp"))
     assert problems(out) == []
 
@@ -464,20 +464,20 @@ def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: P
     """Whatever is in job.json: no traceback, nothing overwritten."""
     helpers.fill(tmp_path / "out", {"job.json": content})
     with pytest.raises(OutputError, match=r"job\.json"):
-        run.run(job(jpegs(1)))
+        running.run(job(jpegs(1)))
     assert (tmp_path / "out" / "job.json").read_bytes() == content
 
 
 def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path) -> None:
     """--log-dir holds one file per process; a resumed job finds it again, even if it was removed meanwhile."""
     settings = job(jpegs(6, "more"), output=str(tmp_path / "two"), log_dir=str(tmp_path / "elsewhere"), shard_size=3)
-    run.run(settings)
+    running.run(settings)
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
     for path in (tmp_path / "elsewhere").iterdir():
         path.unlink()
     (tmp_path / "elsewhere").rmdir()
     (tmp_path / "two" / "predictions" / "part-000001.parquet").unlink()
-    run.run(unsaid(settings))
+    running.run(unsaid(settings))
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
 
 
@@ -488,13 +488,13 @@ def test_a_source_that_is_gone_ends_a_resume_before_it_begins(started: Settings,
     source = tmp_path / "moving"
     shutil.copytree(started.sources[0], source)
     settings = dataclasses.replace(started, sources=(str(source),), output=str(tmp_path / "two"))
-    run.run(settings)
+    running.run(settings)
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     source.rename(tmp_path / "away")
     with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
-        run.run(settings)
+        running.run(settings)
     (tmp_path / "away").rename(source)
-    assert run.run(settings).failed == 0
+    assert running.run(settings).failed == 0
 
 
 def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
@@ -502,16 +502,16 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
     folder = tmp_path / "models" / "tiny"
     shutil.copytree(tiny.dir, folder)
     settings = Settings(sources=started.sources, output=str(tmp_path / "two"), model="tiny", models_dir=str(folder.parent), devices="null")
-    run.run(settings)
+    running.run(settings)
     with (folder / "model.onnx").open("r+b") as file:
         file.seek(200)
         file.write(b"\0\1\2")
     from imagemill.errors import ModelError
 
-    assert run.run(unsaid(settings)).complete
+    assert running.run(unsaid(settings)).complete
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"):
-        run.run(unsaid(settings))
+        running.run(unsaid(settings))
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
 ) -> None:
     """The message names flag and value; the output folder does not hold a job afterwards."""
     with pytest.raises(UsageError) as caught:
-        run.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
+        running.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
     assert message in str(caught.value)
     assert not (tmp_path / "out" / "job.json").exists()
 
@@ -552,9 +552,9 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
 def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path) -> None:
     """And with the source put right the same command works: nothing half-begun is in its way."""
     with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory"):
-        run.run(job(tmp_path / "none"))
+        running.run(job(tmp_path / "none"))
     helpers.fill(tmp_path / "none", {"a.jpg": pictures.jpeg()})
-    assert run.run(job(tmp_path / "none")).images == 1
+    assert running.run(job(tmp_path / "none")).images == 1
 
 
 # ── what it says afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -562,7 +562,7 @@ def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path
 
 def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """summary.json holds the fields that the design names, and rates that add up."""
-    summary = run.run(job(jpegs(20), devices="null:2", shard_size=3))
+    summary = running.run(job(jpegs(20), devices="null:2", shard_size=3))
     on_disk = json.loads((tmp_path / "out" / "summary.json").read_bytes())
     assert closing.read_summary(JobPaths(tmp_path / "out")) == summary
     named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
@@ -602,7 +602,7 @@ def test_where_nothing_ran_nothing_is_judged() -> None:
 
 def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     """The Python API gives records, not dicts; enumerations come back as themselves from disk."""
-    summary = run.run(job(jpegs(1)))
+    summary = running.run(job(jpegs(1)))
     assert isinstance(summary, Summary)
     frozen = freezing.read_frozen(JobPaths(Path(summary.output)))
     assert frozen is not None

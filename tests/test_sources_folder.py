@@ -138,7 +138,7 @@ def test_a_folder_with_a_picture_suffix_is_planned_and_entered(tmp_path: Path) -
     """It has an image suffix, so it has a row; the pictures in it have theirs."""
     fill(tmp_path, {"x.jpg/1.png": b"x", "x.jpg-2.png": b"x"})
     assert paths(tmp_path) == [b"x.jpg", b"x.jpg/1.png", b"x.jpg-2.png"]
-    assert problem(lambda: source(tmp_path).fetch(b"x.jpg", 99)) == (Status.READ_ERROR, "is a folder, not a regular file")
+    assert problem(lambda: source(tmp_path).fetch(b"x.jpg", b"", 99)) == (Status.READ_ERROR, "is a folder, not a regular file")
 
 
 def test_names_are_bytes(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_names_are_bytes(tmp_path: Path) -> None:
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(name)
     found = paths(tmp_path)
     assert found == sorted(names)
-    assert [source(tmp_path).fetch(path, 99) for path in found] == found
+    assert [source(tmp_path).fetch(path, b"", 99) for path in found] == found
 
 
 def test_pictures_of_one_sub_folder_are_one_group(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_single_file_is_a_source(tmp_path: Path) -> None:
     fill(tmp_path, {"thing.data": b"abc"})
     (entry,) = entries(tmp_path / "thing.data")[0]
     assert (entry.path, entry.size) == (b"", 3)
-    assert source(tmp_path / "thing.data").fetch(b"", 9) == b"abc"
+    assert source(tmp_path / "thing.data").fetch(b"", b"", 9) == b"abc"
 
 
 def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
@@ -205,10 +205,17 @@ def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
         entries(tmp_path / "none")
 
 
-def test_a_url_is_refused_for_now() -> None:
-    """URLs are planned, and say so."""
-    with pytest.raises(UsageError, match="URLs cannot be read yet"):
-        resolve("s3://bucket/pictures")
+def test_braces_name_many_sources(tmp_path: Path) -> None:
+    """`{000..003}` and `{a,b}` as WebDataset writes them; a name that exists as it stands is taken as it stands."""
+    (tmp_path / "x{1..3}").mkdir()
+    root = str(tmp_path)
+    assert resolve([f"{root}/x{{1..3}}"]) == (f"{root}/x{{1..3}}",)
+    assert resolve([f"{root}/{{008..010}}.tar", f"{root}/{{b,a}}-{{2..1}}"]) == (
+        *(f"{root}/{name}.tar" for name in ("008", "009", "010")),
+        *(f"{root}/{name}" for name in ("b-2", "b-1", "a-2", "a-1")),
+    )
+    with pytest.raises(UsageError, match="means more than 100,000 sources"):
+        resolve([f"{root}/{{0..999999}}.jpg"])
 
 
 def test_odd_entries_are_rows_and_are_never_waited_for(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_odd_entries_are_rows_and_are_never_waited_for(tmp_path: Path) -> None:
             b"loop.jpg": -1,
             b"socket.jpg": -1,
         }
-        found = {name: problem(lambda name=name: source(tmp_path).fetch(name, 99)) for name in paths(tmp_path)}
+        found = {name: problem(lambda name=name: source(tmp_path).fetch(name, b"", 99)) for name in paths(tmp_path)}
     assert found == {
         b"dead.jpg": (Status.MISSING, "the file was listed but is gone, or its link leads nowhere"),
         b"device.jpg": (Status.READ_ERROR, "is a device, not a regular file"),
@@ -245,7 +252,7 @@ def test_a_file_beyond_max_bytes_is_not_read(tmp_path: Path) -> None:
     """Its size decides, before a byte of it is read."""
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.truncate(2**40)
-    assert problem(lambda: source(tmp_path).fetch(b"huge.jpg", 2**20)) == (
+    assert problem(lambda: source(tmp_path).fetch(b"huge.jpg", b"", 2**20)) == (
         Status.TOO_LARGE,
         "has 1099511627776 bytes, more than --max-bytes 1048576",
     )
@@ -270,12 +277,12 @@ def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(files, "_read", fail)
 
     failing(2, errno.EIO)
-    assert source(tmp_path).fetch(b"a.jpg", 9) == b"abc"
+    assert source(tmp_path).fetch(b"a.jpg", b"", 9) == b"abc"
     failing(99, errno.EIO)
-    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", 9)) == (Status.READ_ERROR, "cannot be read: Input/output error")
+    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", b"", 9)) == (Status.READ_ERROR, "cannot be read: Input/output error")
     assert len(calls) == 4
     failing(99, errno.ENOENT)
-    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", 9))[0] is Status.MISSING
+    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", b"", 9))[0] is Status.MISSING
     assert len(calls) == 1
 
 

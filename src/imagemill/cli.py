@@ -263,17 +263,17 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import codec, run
+    from imagemill import codec, running
 
     if settings.dry_run:
-        found = run.dry_run(settings)
+        found = running.dry_run(settings)
         if as_json:
             print(json.dumps(codec.to_plain(found)))
         else:
             skipped = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.skipped_by_suffix.items())
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
-    summary = run.run(settings, _Terminal())
+    summary = running.run(settings, _Terminal())
     print(json.dumps(codec.to_plain(summary)) if as_json else _told(summary))
     return 0
 
@@ -351,10 +351,10 @@ def _open_job(folder: str) -> Any:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from imagemill import codec, run
+    from imagemill import codec, running
     from imagemill.progress import statuses
 
-    found = run.status(*_open_job(parsed.dir))
+    found = running.status(*_open_job(parsed.dir))
     if parsed.json:
         print(json.dumps(codec.to_plain(found)))
         return 0
@@ -366,10 +366,10 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from imagemill import run
+    from imagemill import running
 
     paths, frozen = _open_job(parsed.dir)
-    problems, moved = run.verify(paths, frozen, quarantine=parsed.quarantine)
+    problems, moved = running.verify(paths, frozen, quarantine=parsed.quarantine)
     found = [{"shard": p.shard, "path": str(p.path), "problem": p.what} for p in problems]
     if parsed.json:
         print(json.dumps({"sound": not found, "images": frozen.pictures, "problems": found, "moved": [str(path) for path in moved]}))

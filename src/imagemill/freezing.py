@@ -101,8 +101,7 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--engine {settings.engine}: only local is supported by this version.")
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or a picture.")
-    for source in settings.sources:
-        sources.resolve(source)
+    sources.resolve(settings.sources)
 
 
 def _flag(name: str) -> str:
@@ -136,7 +135,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     layout.make_folder(paths.plan)
     filters = Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
     skipped = Skipped()
-    listed = plan.spool(listing(settings, filters, skipped, paths.root), paths.spool)
+    listed = plan.spool(listing(settings, filters, skipped, paths.root, paths.plan), paths.spool)
     if not listed.pictures:
         watcher.say("no pictures found: no known image suffix is left after --include, --exclude and hidden files; see --all-files")
     by_group = listed.groups == len(chosen) > 1
@@ -182,7 +181,7 @@ def _job(
     filters: Filters,
 ) -> Job:
     card = model.card
-    resolved = tuple(sources.resolve(source) for source in settings.sources)
+    resolved = sources.resolve(settings.sources)
     save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
     top_k = settings.top_k or 5
     return Job(
@@ -212,9 +211,9 @@ def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], 
     def entries() -> Iterator[plan.Entry]:
         for shard in plan.shards(paths.plan):
             for row in plan.read(paths.plan, shard):
-                yield plan.Entry(row.source, row.path, row.size)
+                yield plan.Entry(row.source, row.path, row.size, locator=row.locator)
 
-    resolved = [sources.resolve(source) for source in settings.sources]
+    resolved = sources.resolve(settings.sources)
     return quantizing.prepare(
         settings.precision, model, resolved, entries, pictures, chosen=chosen, limits=_limits(settings, Limits()), say=watcher.say
     )
@@ -252,7 +251,7 @@ def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
 def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:
     """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of what may not."""
     job = frozen.job
-    asked_sources = tuple(sources.resolve(source) for source in settings.sources)
+    asked_sources = sources.resolve(settings.sources)
     pairs: list[tuple[str, object, object]] = [
         ("SOURCE", list(job.sources), list(asked_sources)),
         ("--include", list(frozen.filters.include), settings.include and list(settings.include)),

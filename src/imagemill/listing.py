@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 _NAMED = 10
 
 
-def entries(resolved: Sequence[str], filters: Filters, skipped: Skipped, output: Path | None) -> Iterator[plan.Entry]:
-    """All sources one after another; their sub-folders are counted on."""
+def entries(
+    resolved: Sequence[str], filters: Filters, skipped: Skipped, output: Path | None, aside: Path | None = None
+) -> Iterator[plan.Entry]:
+    """All sources one after another; their sub-folders are counted on. `aside`: see `sources.open_all`."""
     offset = 0
-    for source in sources.open_all(resolved, output):
+    for source in sources.open_all(resolved, output, aside):
         highest = offset
         for entry in source.entries(filters, skipped):
             highest = max(highest, offset + entry.group)
@@ -32,10 +34,10 @@ def entries(resolved: Sequence[str], filters: Filters, skipped: Skipped, output:
         offset = highest + 1
 
 
-def listing(settings: Settings, filters: Filters, skipped: Skipped, output: Path | None) -> Iterator[plan.Entry]:
+def listing(settings: Settings, filters: Filters, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[plan.Entry]:
     """The pictures of new settings, in plan order. Raises: SourceError."""
-    resolved = [sources.resolve(source) for source in settings.sources]
-    return islice(entries(resolved, filters, skipped, output), settings.limit)
+    resolved = sources.resolve(settings.sources)
+    return islice(entries(resolved, filters, skipped, output, aside), settings.limit)
 
 
 def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:

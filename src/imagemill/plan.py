@@ -1,8 +1,8 @@
 """The plan: the frozen listing of a job's pictures, cut into shards, in listing order.
 
-A plan is Parquet files with the columns `index`, `source`, `path` (bytes) and `size`, in which every row group is one shard; so the
-shards are known from the files' footers, and a worker reads the rows of its shard alone. Neither writing nor reading holds the whole
-listing in memory.
+A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`, in which every row group is one shard;
+so the shards are known from the files' footers, and a worker reads the rows of its shard alone. Neither writing nor reading holds the
+whole listing in memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from imagemill import layout
 from imagemill.errors import OutputError
 from imagemill.records import Shard
 
-SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64())])
-_SPOOL_SCHEMA = pa.schema([("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("group", pa.int32())])
+SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary())])
+_SPOOL_SCHEMA = pa.schema(
+    [("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary()), ("group", pa.int32())]
+)
 _SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 1_000
 _SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
@@ -38,6 +40,8 @@ class Entry:
     """Bytes; -1 where unknown."""
     group: int = 0
     """Which sub-folder it lies in, counted from 0 in listing order."""
+    locator: bytes = b""
+    """Where in its source its bytes lie, in the source's own words, so that nothing has to be searched for it; empty: its path says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class PlannedRow:
     source: int
     path: bytes
     size: int
+    locator: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
         OutputError: it cannot be written.
     """
     pictures, groups = 0, set[int]()
-    columns: tuple[list[Any], ...] = ([], [], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [], [])
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
         writer.write_batch(
@@ -83,7 +88,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
     try:
         with pa.OSFile(os.fsencode(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
             for entry in entries:
-                for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.group), strict=True):
+                for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.locator, entry.group), strict=True):
                     column.append(value)
                 pictures += 1
                 groups.add(entry.group)
@@ -124,7 +129,9 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
             writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
-        numbered = rows.select(["source", "path", "size"]).add_column(0, "index", pa.array(range(index, index + count), pa.int64()))
+        numbered = rows.select(["source", "path", "size", "locator"]).add_column(
+            0, "index", pa.array(range(index, index + count), pa.int64())
+        )
         writer.write_table(numbered, row_group_size=count)
         shards_in_file, index = shards_in_file + 1, index + count
 
@@ -199,5 +206,5 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
             table = file.read_row_group(shard.row_group)
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
-    columns = (table[name].to_pylist() for name in ("index", "source", "path", "size"))
+    columns = (table[name].to_pylist() for name in SCHEMA.names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]

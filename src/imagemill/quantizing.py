@@ -322,7 +322,7 @@ def quantize_bundle(
     for name, value in (("--calibration", calibration), ("--held-out", held_out)):
         if not 1 <= value <= 100_000:
             raise UsageError(f"{name} {value}: must be from 1 to 100,000.")
-    resolved = tuple(sources.resolve(source) for source in given)
+    resolved = sources.resolve(given)
     base = Trial(
         bundle=bundle,
         sources=resolved,

@@ -335,7 +335,7 @@ class _Run:
 
         def pictures() -> Iterator[Picture]:
             for index, entry in enumerate(entries):
-                fetch = partial(opened[entry.source].fetch, entry.path, trial.limits.max_bytes)
+                fetch = partial(opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes)
                 name = opened[entry.source].name
                 yield Picture(index, nowhere, name, entry.path, entry.size, fetch, "crash" if trial.isolate else None)
 

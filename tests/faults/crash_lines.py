@@ -37,13 +37,13 @@ import imagemill.images.isolated
 import imagemill.sessions.null
 import imagemill.shards
 import imagemill.sink  # noqa: F401 - here, so that no worker has to import them
-from imagemill import launcher, run, worker
+from imagemill import launcher, running, worker
 from imagemill.records import Settings, Summary
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
     "worker": {"shards.py": None, "sink.py": None, "layout.py": {"write_whole", "sync_folder"}},
     "launcher": {
-        "run.py": {"_carry_out"},
+        "running.py": {"_carry_out"},
         "freezing.py": {"freeze"},
         "plan.py": {"spool", "flush", "cut", "write_shard", "close"},
         "ledger.py": {"close"},
@@ -131,7 +131,7 @@ def job(folder: Path, output: Path) -> Summary:
         num_workers=1,
         batch_size=4,
     )
-    return run.run(settings)
+    return running.run(settings)
 
 
 def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], None]) -> int:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 import helpers
-from imagemill import freezing, ledger, plan, run
+from imagemill import freezing, ledger, plan, running
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe
@@ -124,7 +124,7 @@ def assert_complete(output: Path) -> pa.Table:
     paths = JobPaths(output)
     frozen = freezing.read_frozen(paths)
     assert frozen is not None
-    problems, _ = run.verify(paths, frozen)
+    problems, _ = running.verify(paths, frozen)
     assert not problems, problems
     rows = helpers.table(output)
     planned = [row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)]

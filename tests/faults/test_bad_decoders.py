@@ -15,10 +15,10 @@ HANGING_READ = """
 if WORKER:
     def patch(module):
         fetch = module.FolderSource.fetch
-        def hanging(self, path, max_bytes):
+        def hanging(self, path, locator, max_bytes):
             if path.startswith(b"hangs"):
                 time.sleep(3600)
-            return fetch(self, path, max_bytes)
+            return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = hanging
     after_import("imagemill.sources.folder", patch)
 if LAUNCHER:

@@ -79,7 +79,7 @@ def test_damage_is_found_moved_aside_and_computed_again(
 
 def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path, tmp_path: Path) -> None:
     """Every byte of a part counts: two hundred flips over a part, first and last byte included, none escapes; undone, all is sound."""
-    from imagemill import freezing, run
+    from imagemill import freezing, running
     from imagemill.layout import JobPaths
 
     output = tmp_path / "out"
@@ -92,7 +92,7 @@ def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path,
     for at in (0, 1, size - 1, size - 5, *rng.sample(range(size), 196)):
         bit = rng.randrange(8)
         flip(part, at, bit)
-        problems, _ = run.verify(JobPaths(output), frozen)
+        problems, _ = running.verify(JobPaths(output), frozen)
         assert [problem.path for problem in problems] == [part], (at, bit)
         flip(part, at, bit)
     assert imagemill("verify", output).code == 0

@@ -16,9 +16,9 @@ SLOW_READS = """
 if WORKER:
     def slow(module):
         fetch = module.FolderSource.fetch
-        def slowed(self, path, max_bytes):
+        def slowed(self, path, locator, max_bytes):
             time.sleep(float(os.environ["READ_SECONDS"]))
-            return fetch(self, path, max_bytes)
+            return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = slowed
     after_import("imagemill.sources.folder", slow)
 """
@@ -59,11 +59,11 @@ def test_the_grace_and_a_second_signal_end_the_wait(null_start, null_run, small_
     if WORKER:
         def stall(module):
             fetch = module.FolderSource.fetch
-            def stalled(self, path, max_bytes):
+            def stalled(self, path, locator, max_bytes):
                 if path == b"020.jpg":
                     open(os.environ["MARKER"], "w").close()
                     time.sleep(600)
-                return fetch(self, path, max_bytes)
+                return fetch(self, path, locator, max_bytes)
             module.FolderSource.fetch = stalled
         after_import("imagemill.sources.folder", stall)
     """

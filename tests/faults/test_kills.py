@@ -35,7 +35,7 @@ def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_th
 def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(tmp_path: Path) -> None:
     """A launcher killed at any line of freezing a job, cutting its plan, carrying it out, closing its ledger or writing a file whole: the
     same command, repeated, ends as if nothing had been."""
-    _kill_at_every_place("launcher", tmp_path, {"run.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30})
+    _kill_at_every_place("launcher", tmp_path, {"running.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30})
 
 
 def _kill_at_every_place(process: str, folder: Path, least: dict[str, int]) -> None:
@@ -63,10 +63,10 @@ def test_the_picture_in_hand_at_a_kill_is_no_worse_off(null_start, null_run, sma
     if WORKER:
         def slow(module):
             fetch = module.FolderSource.fetch
-            def slowed(self, path, max_bytes):
+            def slowed(self, path, locator, max_bytes):
                 if path == b"020.jpg" and once(os.environ["MARKER"]):
                     time.sleep(600)
-                return fetch(self, path, max_bytes)
+                return fetch(self, path, locator, max_bytes)
             module.FolderSource.fetch = slowed
         after_import("imagemill.sources.folder", slow)
     """

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from imagemill import devices, freezing, plan, quantizing, watching
-from imagemill import run as jobs
+from imagemill import running as jobs
 from imagemill.bench.crew import Crew
 from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
 from imagemill.bench.verdict import judge

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,11 +53,53 @@ class Source(Protocol):
         """
         ...
 
-    def fetch(self, path: bytes, max_bytes: int) -> bytes:
-        """Read one picture's encoded bytes. Called from many threads at once. Raises: BadPicture."""
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
+        """Read one picture's encoded bytes. Called from many threads at once, in any order.
+
+        Args:
+            path, locator: as `entries` gave them, perhaps to another process.
+            max_bytes: a picture that is longer is `too_large`; no more than this is read.
+
+        Raises: BadPicture.
+        """
         ...
+
+
+def wanted_suffix(name: bytes, filters: Filters) -> str | None:
+    """The suffix of a member that is no picture, for `Skipped.by_suffix`; None: it is one, or all files are wanted."""
+    suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
+    return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
+
+
+def is_hidden(path: bytes) -> bool:
+    """Whether a member of an archive or store, or a folder it lies in, is hidden: its name begins with a dot."""
+    return any(part.startswith(b".") and part not in (b".", b"..") for part in path.split(b"/"))
 
 
 def shown(name: bytes) -> str:
     """A name for people: UTF-8, other bytes as `\\xNN`."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def matcher(filters: Filters) -> Callable[[bytes], bool]:
+    """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
+
+    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
+    """
+
+    def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
+        return [("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/")))) for pattern in patterns]
+
+    include, exclude = compiled(filters.include), compiled(filters.exclude)
+
+    def matches(rules: list[tuple[bool, re.Pattern[str]]], path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return any(rule.match(path if whole else name) for whole, rule in rules)
+
+    def wanted(path: bytes) -> bool:
+        text = os.fsdecode(path.rstrip(b"/"))
+        if exclude and matches(exclude, text):
+            return False
+        return path.endswith(b"/") or not include or matches(include, text)
+
+    return wanted

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import heapq
 import os
-import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +12,7 @@ from typing import IO
 
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
-from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, shown
+from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, matcher, shown
 from imagemill.sources.files import read_file
 
 _NAMES_IN_MEMORY = 10_000
@@ -47,7 +45,7 @@ class FolderSource:
             group += is_first_of_folder
             yield Entry(self._position, path, size, max(group, 0))
 
-    def fetch(self, path: bytes, max_bytes: int) -> bytes:
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
         return read_file(self._prefix + path if path else self._root, max_bytes)
 
@@ -133,27 +131,3 @@ def _names_of(file: IO[bytes], start: int, end: int, block_bytes: int = 8_192) -
         start += len(block)
         *names, rest = (rest + block).split(b"\0")
         yield from names
-
-
-def matcher(filters: Filters) -> Callable[[bytes], bool]:
-    """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
-
-    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
-    """
-
-    def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
-        return [("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/")))) for pattern in patterns]
-
-    include, exclude = compiled(filters.include), compiled(filters.exclude)
-
-    def matches(rules: list[tuple[bool, re.Pattern[str]]], path: str) -> bool:
-        name = path.rpartition("/")[2]
-        return any(rule.match(path if whole else name) for whole, rule in rules)
-
-    def wanted(path: bytes) -> bool:
-        text = os.fsdecode(path.rstrip(b"/"))
-        if exclude and matches(exclude, text):
-            return False
-        return path.endswith(b"/") or not include or matches(include, text)
-
-    return wanted

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
-from imagemill.sources.base import Filters, Skipped, shown
+from imagemill.sources.base import Filters, Skipped, matcher, shown
 from imagemill.sources.files import read_file
-from imagemill.sources.folder import matcher
 
 
 class ListSource:
@@ -43,7 +42,7 @@ class ListSource:
         except OSError as error:
             raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a text file with one path a line.") from error
 
-    def fetch(self, path: bytes, max_bytes: int) -> bytes:
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
         return read_file(os.path.join(self._folder, path), max_bytes)  # noqa: PTH118
 

@@ -72,7 +72,7 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     freezing.backend_of(chosen, settings.allow_mixed)
     if frozen is None:
         freezing.refuse_foreign(paths)
-        sources.check(sources.resolve(source) for source in settings.sources)
+        sources.check(sources.resolve(settings.sources))
         with_model = freezing.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     with layout.locked(paths):
