@@ -36,9 +36,9 @@ SLOW_READS = """
 if WORKER:
     def slow(module):
         fetch = module.FolderSource.fetch
-        def slowed(self, path, max_bytes):
+        def slowed(self, path, locator, max_bytes):
             time.sleep(float(os.environ["CHAOS_READ_SECONDS"]))
-            return fetch(self, path, max_bytes)
+            return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = slowed
     after_import("imagemill.sources.folder", slow)
 """
@@ -88,12 +88,15 @@ def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], 
     models = harness.null_bundle(folder / "models")
     arguments = ["run", source, "--model", "null", "--devices", "null:2", "--num-workers", "2", "--shard-size", "8", "--json"]
     quiet = helpers.environment(IMAGEMILL_MODELS=str(models))
+    begun = time.monotonic()
     result = helpers.imagemill_cli(*arguments, "--output", calm, env=quiet)
     assert result.code == 0, result
+    # On a busy machine starting takes longer: so that some workers live to commit something, the kills then come at longer intervals.
+    slowness = max(1.0, (time.monotonic() - begun) / (1.5 + count / 2000))
 
     rng, report, begun = random.Random(seed), Report(seed, count), time.monotonic()
     # Four threads read. Some half of the time no worker is ready; a kill comes every 0.8 s on average.
-    seconds = str(round(4 * 0.5 * kills / count, 4))
+    seconds = str(round(4 * 0.5 * kills / count * slowness, 4))
     slow = harness.hooks(folder / "hooks", SLOW_READS, IMAGEMILL_MODELS=str(models), CHAOS_READ_SECONDS=seconds)
     workers_killed = 0
     launcher: subprocess.Popen[bytes] | None = None
@@ -108,7 +111,7 @@ def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], 
                     launcher = _launch([*arguments, "--output", output], slow, errors)
                     report.launches += 1
                     workers_killed = 0
-                time.sleep(rng.uniform(0.0, 1.6))
+                time.sleep(rng.uniform(0.0, 1.6 * slowness))
                 workers = harness.children(launcher.pid)
                 decoders = [pid for worker in workers for pid in harness.children(worker)]
                 choice = rng.random()
