@@ -16,6 +16,7 @@ import helpers
 import pictures
 from imagemill.models import bundle, registry
 from imagemill.records import Bundle, Settings
+from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
 from tiny import TINY_CARD, Finished, tiny_model
 
 settings.register_profile(

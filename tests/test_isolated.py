@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LIMITS = Limits(max_pixels=20_000_000, max_bytes=2**24, max_seconds=30.0)
+SQUASHED = Recipe(32, (48, 40), Interpolation.LANCZOS)
 CRASH, HANG, OOM = b"imagemill-test-crash", b"imagemill-test-hang", b"imagemill-test-oom"
 
 
@@ -53,7 +54,7 @@ def gone_within(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(size=100, resize=None, interpolation=Interpolation.BICUBIC, exif=False)])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(size=100, resize=None, interpolation=Interpolation.BICUBIC, exif=False), SQUASHED])
 @pytest.mark.parametrize("name", ["jpeg", "png", "cut"])
 def test_same_answer_as_in_process(decoder: IsolatedDecoder, recipe: Recipe, name: str) -> None:
     """Whatever the child answers is what `decode` answers here, bit for bit."""

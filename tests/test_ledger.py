@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, ledger, running
+from imagemill import freezing, ledger, running, watching
 from imagemill.errors import OutputError, PartError
 from imagemill.layout import JobPaths, locked
 from imagemill.records import Settings
@@ -281,3 +283,26 @@ def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     assert {name: record.sha256 for name, record in manifest.parts.items()} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (out / "predictions").iterdir()
     }
+
+
+def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, tmp_path: Path) -> None:
+    """Folders, lists and single files are spelt as before; members of a zip or tar and rows of a table are counted instead."""
+    folder = helpers.fill(tmp_path / "pictures", {"a/bad.jpg": b"", "good.jpg": pictures.jpeg()})
+    (tmp_path / "list.txt").write_text("pictures/a/bad.jpg\npictures/good.jpg\n")
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.write(folder / "a" / "bad.jpg", "a/bad.jpg")
+    with tarfile.open(tmp_path / "some.tar", "w") as tar:
+        tar.add(folder / "a" / "bad.jpg", "a/bad.jpg")
+    pq.write_table(pa.table({"image": [b"", b"text" * 9]}), tmp_path / "some.parquet")
+    sources = (folder, f"@{tmp_path / 'list.txt'}", tmp_path / "some.{zip,tar,parquet}", folder / "a" / "bad.jpg")
+    settings = Settings(tuple(map(str, sources)), str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=4)
+    said: list[str] = []
+
+    class Listener(watching.Watcher):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    assert running.run(settings, Listener()).failed == 7
+    assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
+    assert said == ["4 failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
+    assert found(tmp_path / "out") == SOUND

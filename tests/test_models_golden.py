@@ -96,7 +96,7 @@ def test_every_format_gives_the_same_arrays(golden: tuple[str, dict[str, np.ndar
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_golden_logits_are_met(built: tuple[str, bytes], runtime: str) -> None:
-    """In fp32 the logits are those of the published implementation, and so are the differences between pictures."""
+    """In fp32 logits and embedding are those of the published implementation, and so are the logits' differences between pictures."""
     name, model = built
     expected = np.load(GOLDEN / f"{name}.logits.npy")
     logits, embedding = RUNTIMES[runtime](model, recipe.pixels())
@@ -108,6 +108,9 @@ def test_golden_logits_are_met(built: tuple[str, bytes], runtime: str) -> None:
     last = "last_linear" if name.startswith("cadene") else "fc"
     weight, bias = classifier[f"{last}.weight"], classifier[f"{last}.bias"]
     np.testing.assert_allclose(embedding @ weight.T + bias, logits, rtol=0, atol=MODELS[name])
+    features = np.load(GOLDEN / f"{name}.embedding.npy")
+    np.testing.assert_allclose(embedding, features, rtol=0, atol=MODELS[name])
+    assert MODELS[name] < features.std(axis=0).mean() / 10, "the tolerance must be far below what tells pictures apart"
 
 
 def test_graph_is_old_enough_for_old_runtimes(built: tuple[str, bytes]) -> None:

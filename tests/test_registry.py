@@ -300,8 +300,8 @@ def test_origins_exclude_each_other(models: Path, lite_file: Path) -> None:
 
 
 def test_what_run_cannot_use_as_a_model_is_named(models: Path, tmp_path: Path) -> None:
-    """A bare ONNX file and a folder that is no bundle."""
-    with pytest.raises(UsageError, match="is a bare ONNX file; a bundle is wanted"):
+    """An ONNX file that is not there and a folder that is no bundle."""
+    with pytest.raises(UsageError, match="there is no such file"):
         registry.resolve("some/model.onnx", models)
     with pytest.raises(UsageError, match=r"not a model bundle: it has no card\.json"):
         registry.resolve(str(tmp_path), models)

@@ -1,5 +1,75 @@
-"""imagemill classifies pictures in bulk: folders in, one Parquet row per picture out."""
+"""imagemill classifies pictures in bulk: folders in, one Parquet row per picture out.
+
+    imagemill.run(sources, output, …) -> Summary          a whole job, as `imagemill run`
+    imagemill.load(model, …).predict(…) -> list[Prediction]
+
+Nothing heavy is imported before the first of these is touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from imagemill.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from imagemill.api import Answer, Classifier, Prediction, load, run
+    from imagemill.errors import (
+        BadLogitsError,
+        CheckpointError,
+        ClassCountError,
+        DeviceError,
+        DownloadError,
+        ImagemillError,
+        Interrupted,
+        JobMismatchError,
+        ModelError,
+        OutputError,
+        PartError,
+        SourceError,
+        TooManyBadError,
+        UsageError,
+        WorkerError,
+    )
+    from imagemill.records import Limits, Status, Summary
+
+__all__ = [
+    "Answer",
+    "BadLogitsError",
+    "CheckpointError",
+    "ClassCountError",
+    "Classifier",
+    "DeviceError",
+    "DownloadError",
+    "ImagemillError",
+    "Interrupted",
+    "JobMismatchError",
+    "Limits",
+    "ModelError",
+    "OutputError",
+    "PartError",
+    "Prediction",
+    "SourceError",
+    "Status",
+    "Summary",
+    "TooManyBadError",
+    "UsageError",
+    "WorkerError",
+    "__version__",
+    "load",
+    "run",
+]
+
+_HOMES = {"api": ("Answer", "Classifier", "Prediction", "load", "run"), "records": ("Limits", "Status", "Summary")}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

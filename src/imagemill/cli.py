@@ -19,7 +19,6 @@ from imagemill.errors import ImagemillError, Interrupted
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
-    from imagemill.launcher import Progress
     from imagemill.records import Settings, Summary
 
 _OLD_SPELLINGS = {
@@ -49,6 +48,7 @@ _OLD_SPELLINGS = {
     "--use_popart": "--devices ipu:N@popart",
 }
 """Flags of Graphcore's example (and near misses) → what says it here."""
+_NAMED_MISSING = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,13 +125,18 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("run", _run, "classify every picture of the sources; repeat the command to resume")
-    sub.add_argument("sources", nargs="+", metavar="SOURCE", help="folder (with all below it), picture, or @LIST: one path a line")
-    sub.add_argument("--output", required=True, metavar="DIR", help="output folder; new, or of the same job")
+    sub.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="folder (with all below it), picture, archive, table, URL, or @LIST: one path or URL a line; see docs/sources.md",
+    )
+    sub.add_argument("--output", required=True, metavar="DIR", help="output folder or s3:// URL; new, or of the same job")
     _job_options(sub)
 
     sub = command("demo", _demo, "the whole thing on pictures and a trained model that install with the package")
     sub.add_argument("--output", default="imagemill-demo", metavar="DIR", help="output folder (default: %(default)s)")
-    _job_options(sub)
+    _job_options(sub, "efficientnet_lite0")
 
     sub = command("status", _status, "how far a job is; safe beside a running one")
     sub.add_argument("dir", metavar="DIR")
@@ -141,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument("--quarantine", action="store_true", help="move damaged parts aside, so that `run` computes them again")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("export", _export, "the rows of a job in plan order, as CSV or JSON lines")
+    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("--to", required=True, choices=["csv", "jsonl"], help="csv: lists are JSON in a cell; jsonl: one JSON object a line")
+    sub.add_argument("--output", metavar="FILE", help="default: standard output")
+    sub.add_argument("--columns", metavar="A,B,…", help="these columns, in this order (default: all)")
+    sub.add_argument("--partial", action="store_true", help="of a job that is not finished: the rows that are there")
 
     sub = command("devices", _devices, "what this machine offers and what each would be used for")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -156,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--random-weights", type=int, metavar="SEED", help="random weights, for measuring")
     sub.add_argument("--batch-size", type=int, action="append", default=[], metavar="N", help="also write model_N.onnx; may be repeated")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
+
+    sub = command("wrap", _wrap, "make any ONNX classifier usable: write the card that says how pictures are prepared, and try it")
+    _wrap_options(sub)
 
     sub = command("quantize", _quantize, "make the int8 variant of a model and measure its agreement with fp32")
     sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
@@ -181,8 +196,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _wrap_options(sub: argparse.ArgumentParser) -> None:
+    colours = ("R", "G", "B")
+    sub.add_argument("file", metavar="FILE", help="file.onnx; its card becomes file.card.json beside it, for `run --model file.onnx`")
+    sub.add_argument("--mean", type=float, nargs=3, metavar=colours, help="subtracted, red green blue whatever --color (default: 0 0 0)")
+    sub.add_argument("--std", type=float, nargs=3, metavar=colours, help="divided by, red green blue whatever --color (default: 1 1 1)")
+    sub.add_argument(
+        "--scale", type=int, metavar="1|255", help="range of the pixels that --mean and --std apply to: 0 to 1 (default) or 0 to 255"
+    )
+    sub.add_argument("--layout", metavar="NCHW|NHWC", help="order of the input's dimensions (default: as the file's shape shows it)")
+    sub.add_argument("--color", metavar="RGB|BGR", help="order of the model's channels (default: RGB)")
+    sub.add_argument("--size", type=int, metavar="N", help="height and width of the input (default: as the file says)")
+    sub.add_argument(
+        "--resize", metavar="N|WxH|none", help="short side to N, squash to WxH, or none (default: size / 0.875; with --crop none: squash)"
+    )
+    sub.add_argument("--crop", metavar="center|none", help="cut the centre out of the resized picture, or take all of it (default: center)")
+    sub.add_argument("--interpolation", metavar="FILTER", help="nearest, box, bilinear, hamming, bicubic, lanczos (default: bilinear)")
+    sub.add_argument("--exif", action=argparse.BooleanOptionalAction, help="turn pictures as their EXIF says (default: yes)")
+    sub.add_argument(
+        "--scores", metavar="KIND", help="logits (default), softmax: probabilities already, or sigmoid: each class has one of its own"
+    )
+    sub.add_argument("--labels", metavar="FILE", help="one label a line, in the order of the classes (default: their numbers)")
+    sub.add_argument("--logits", metavar="TENSOR", help="output that holds the scores (default: the only one of their shape)")
+    sub.add_argument("--embedding", metavar="TENSOR", help="features for `run --save embedding` (default: what the last layer reads)")
+    sub.add_argument("--licence", metavar="NAME", help="of the weights (default: unknown)")
+    sub.add_argument("--name", metavar="NAME", help="as results name the model (default: the file's name)")
+    sub.add_argument("--output", metavar="DIR", help="make a bundle there instead, for `run --model DIR` on any machine")
+
+
 def _bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", metavar="NAME", help="model name or bundle folder (default: resnext101_32x4d)")
+    sub.add_argument("--model", metavar="NAME", help="model name, bundle folder or wrapped file.onnx (default: resnext101_32x4d)")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--devices", metavar="SPEC", help="as for `run` (default: auto)")
     sub.add_argument("--precision", metavar="P", help="as for `run` (default: auto)")
@@ -194,12 +237,12 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _job_options(sub: argparse.ArgumentParser) -> None:
+def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") -> None:
     def number(text: str) -> int | None:
         return None if text == "auto" else int(text)
 
     number.__name__ = "number"
-    sub.add_argument("--model", metavar="NAME", help="model name or bundle folder (default: resnext101_32x4d)")
+    sub.add_argument("--model", metavar="NAME", help=f"model name, bundle folder or wrapped file.onnx (default: {model})")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (N processes sharing the cores), joined by + (default: auto)")
     sub.add_argument("--precision", metavar="P", help="auto, fp32, bf16 or int8 (default: auto)")
@@ -207,6 +250,7 @@ def _job_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batches-per-step", type=number, metavar="N", help="batches in flight per device (default: auto)")
     sub.add_argument("--num-workers", type=number, metavar="N", help="decoding threads per device (default: auto, its cores)")
     sub.add_argument("--top-k", type=int, metavar="K", help="classes kept per picture (default: 5)")
+    sub.add_argument("--labels", metavar="FILE", help="one label a line, in the order of the classes, instead of the model's own")
     sub.add_argument("--save", action="append", metavar="WHAT", help="also keep `logits` or `embedding`; may be repeated")
     sub.add_argument("--shard-size", type=number, metavar="N", help="pictures per part file (default: auto)")
     sub.add_argument("--include", action="append", metavar="GLOB", help="plan only these; may be repeated")
@@ -242,7 +286,7 @@ def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any
         "retry_failed": None if retry is None else tuple(filter(None, retry.split(","))),
         "grace_s": parsed.grace,
     }
-    same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess
+    same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess labels
         max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir""".split()
     values |= {name: getattr(parsed, name) for name in same}
     return Settings(**(values | changes))
@@ -263,7 +307,7 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import codec, running
+    from imagemill import codec, running, watching
 
     if settings.dry_run:
         found = running.dry_run(settings)
@@ -273,38 +317,9 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
             skipped = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.skipped_by_suffix.items())
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
-    summary = running.run(settings, _Terminal())
+    summary = running.run(settings, watching.Terminal())
     print(json.dumps(codec.to_plain(summary)) if as_json else _told(summary))
     return 0
-
-
-def _terminal_class() -> Any:
-    from imagemill import progress, watching
-
-    class Terminal(watching.Watcher):
-        """Says things on stderr."""
-
-        _downloading = progress.DownloadProgress()
-
-        def say(self, message: str) -> None:
-            progress.tell(f"imagemill: {message}")
-
-        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
-            self._display = progress.display(total, resumed)
-            self._display.__enter__()
-            return self._display
-
-        def download(self, done: int, total: int | None) -> None:
-            self._downloading(done, total)
-
-        def end(self) -> None:
-            self._display.__exit__(None, None, None)
-
-    return Terminal
-
-
-def _Terminal() -> Any:  # noqa: N802 - stands for the class, which is made when the heavy modules are
-    return _terminal_class()()
 
 
 def _told(summary: Summary) -> str:
@@ -343,7 +358,7 @@ def _open_job(folder: str) -> Any:
     from imagemill.errors import OutputError
     from imagemill.layout import JobPaths
 
-    paths = JobPaths(Path(folder).absolute())
+    paths = JobPaths.of(folder)
     frozen = freezing.read_frozen(paths)
     if frozen is None:
         raise OutputError(f"{folder} is not an imagemill job: it has no job.json.")
@@ -370,16 +385,35 @@ def _verify(parsed: argparse.Namespace) -> int:
 
     paths, frozen = _open_job(parsed.dir)
     problems, moved = running.verify(paths, frozen, quarantine=parsed.quarantine)
-    found = [{"shard": p.shard, "path": str(p.path), "problem": p.what} for p in problems]
+    found = [{"shard": p.shard, "path": paths.shown(p.path), "problem": p.what} for p in problems]
     if parsed.json:
-        print(json.dumps({"sound": not found, "images": frozen.pictures, "problems": found, "moved": [str(path) for path in moved]}))
+        aside = [paths.shown(path) for path in moved]
+        print(json.dumps({"sound": not found, "images": frozen.pictures, "problems": found, "moved": aside}))
     else:
+        missing = [problem for problem in found if problem["problem"] == "is missing" and problem["shard"] is not None]
         for problem in found:
-            print(f"{problem['path']} {problem['problem']}")
+            if problem not in missing[_NAMED_MISSING:]:
+                print(f"{problem['path']} {problem['problem']}")
+        if len(missing) > _NAMED_MISSING:
+            print(f"… and {len(missing) - _NAMED_MISSING:,} more parts are missing: repeat the run")
         for path in moved:
-            print(f"moved to {path}")
+            print(f"moved to {paths.shown(path)}")
         print(f"{len(found)} problems" if found else f"complete and sound: {frozen.pictures:,} pictures, one row each")
     return 1 if found else 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from imagemill import export
+
+    paths, frozen = _open_job(parsed.dir)
+    columns = parsed.columns.split(",") if parsed.columns else None
+    form = export.Form(parsed.to)
+    pieces = export.export(paths, frozen.job, frozen.plan_nonce, form, columns=columns, partial=parsed.partial, say=_say)
+    if parsed.output:
+        export.write(pieces, Path(parsed.output))
+    else:
+        sys.stdout.buffer.writelines(pieces)
+    return 0
 
 
 def _devices(parsed: argparse.Namespace) -> int:
@@ -436,6 +470,19 @@ def _get_model(parsed: argparse.Namespace) -> int:
         progress=DownloadProgress(),
     )
     print(made.dir)
+    return 0
+
+
+def _wrap(parsed: argparse.Namespace) -> int:
+    from imagemill.models import wrap
+
+    resize = int(parsed.resize) if parsed.resize and parsed.resize.isdecimal() else parsed.resize
+    names = "mean std scale layout color size crop interpolation exif scores labels logits embedding licence name".split()
+    given = {name: getattr(parsed, name) for name in names} | {"resize": resize}
+    written, checked = wrap.wrap(Path(parsed.file), given, Path(parsed.output) if parsed.output else None)
+    for line in checked.lines:
+        _say(line)
+    print(written)
     return 0
 
 

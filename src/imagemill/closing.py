@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from imagemill import codec, ledger
+from imagemill import codec, devices, home, ledger
 from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
 from imagemill.launcher import Outcome
@@ -27,7 +27,7 @@ def bad_fraction_guard(
     """Ends the job once more than `fraction` of all its pictures are known to be bad."""
     if fraction is None:
         return lambda _: None
-    bad = sum(sum(ledger.examine(paths.part(s.number)).failed_by_status.values()) for s in shards if s.number in done)
+    bad = sum(sum(ledger.examine(paths, s.number).failed_by_status.values()) for s in shards if s.number in done)
 
     def check() -> None:
         if bad > fraction * pictures:
@@ -76,13 +76,18 @@ def summarise(
         precision=frozen.job.precision.value,
         bottleneck=bottleneck,
         devices=tuple(
-            DeviceSummary(d.name, outcome.devices[d.name], rate(outcome.devices[d.name]), outcome.restarts[d.name]) for d in chosen
+            DeviceSummary(
+                d.name, outcome.devices[d.name], rate(outcome.devices[d.name]), outcome.restarts[d.name], outcome.clocks.get(d.name)
+            )
+            for d in chosen
         ),
-        output=str(paths.root),
+        output=paths.output,
         rates=rates,
         advice=advice,
         skipped_hidden=frozen.skipped_hidden,
         skipped_by_filter=frozen.skipped_by_filter,
+        throughput=outcome.throughput,
+        machine=devices.machine(),
     )
 
 
@@ -119,6 +124,6 @@ def judge(clocks: Sequence[Clock], rows: int, seconds: float, threads: int) -> t
 def read_summary(paths: JobPaths) -> Summary | None:
     """The summary of a finished job, or None."""
     try:
-        return codec.from_plain(Summary, json.loads(paths.summary.read_bytes()))
+        return codec.from_plain(Summary, json.loads(home.read(paths, paths.summary)))
     except (OSError, ValueError, TypeError, KeyError):
         return None

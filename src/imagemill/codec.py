@@ -45,7 +45,9 @@ def _convert(kind: Any, value: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(option for option in arguments if option is not type(None)), value)
+        options = [option for option in arguments if option is not type(None)]
+        fitting = [option for option in options if isinstance(value, list | tuple) == str(option).startswith("tuple[")]
+        return _convert((fitting or options)[0], value)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return tuple(_convert(arguments[0], item) for item in value)

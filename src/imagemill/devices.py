@@ -124,6 +124,18 @@ def offers() -> list[dict[str, Any]]:
     return [{"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor_name()}", "notes": notes}]
 
 
+def machine() -> dict[str, str]:
+    """What this machine is, for provenance."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": processor_name(),
+        "cores": f"{len(usable_cores())} of {os.cpu_count()}",
+        "memory": f"{memory / 2**30:.1f} GiB",
+        "python": platform.python_version(),
+    }
+
+
 def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     """Instruction-set flags of the processor, as Linux names them; empty where unknown."""
     with contextlib.suppress(OSError):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import codec, layout, plan, sources
-from imagemill.errors import JobMismatchError, OutputError, UsageError
+from imagemill import codec, home, layout, plan, sources
+from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
 from imagemill.layout import JobPaths
 from imagemill.listing import listing
@@ -60,20 +59,25 @@ class Frozen:
     variant_sha256: str | None = None
     """Of the quantised variant that the job runs in; None where it runs in the bundle's own weights."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    plan_nonce: str = ""
+    """Which plan in an object store is this job's; see `home`."""
 
 
 def read_frozen(paths: JobPaths) -> Frozen | None:
     """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
     try:
-        plain = json.loads(paths.job.read_bytes())
+        plain = json.loads(home.read(paths, paths.job))
         written = plain.get("format") if isinstance(plain, dict) else None
         if written != _FORMAT:
-            raise OutputError(f"{paths.job} has format {written}, this version of imagemill reads {_FORMAT}.")
+            raise OutputError(f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads {_FORMAT}.")
         return codec.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{paths.job} cannot be read: {error}. Give another --output.") from error
+    except OSError as error:
+        remedy = "Repeat the command once the store answers, or give" if paths.url else "Give"
+        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {home.reason(error)}. {remedy} another --output.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {error}. Give another --output.") from error
 
 
 def check(settings: Settings) -> None:
@@ -88,6 +92,8 @@ def check(settings: Settings) -> None:
             raise UsageError(f"{_flag(name)} {value}: must be from 1 to 256.")
     if settings.max_bad_fraction is not None and not 0 <= settings.max_bad_fraction <= 1:
         raise UsageError(f"--max-bad-fraction {settings.max_bad_fraction}: must be from 0 to 1.")
+    if not settings.grace_s >= 0:
+        raise UsageError(f"--grace {settings.grace_s}: must be at least 0.")
     if settings.max_seconds is not None and not settings.max_seconds > 0:  # NaN neither
         raise UsageError(f"--max-seconds {settings.max_seconds}: must be more than 0.")
     for flag, values, known in (("--save", settings.save, list(Saved)), ("--retry-failed", settings.retry_failed, list(Status))):
@@ -110,6 +116,10 @@ def _flag(name: str) -> str:
 
 def refuse_foreign(paths: JobPaths) -> None:
     """Raises: OutputError if the folder holds something that no start of ours has left."""
+    if paths.url:
+        if key := home.foreign(paths):
+            raise OutputError(f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r}). Give a new prefix.")
+        return
     try:
         names = {entry.name for entry in paths.root.iterdir()}
         foreign = sorted(names - paths.ours())
@@ -124,15 +134,48 @@ def refuse_foreign(paths: JobPaths) -> None:
 
 
 def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
-    """The bundle that the settings mean, fetched where it lacks. Raises: UsageError, ModelError."""
+    """The bundle that the settings mean, fetched where it lacks, with the labels that they give.
+
+    Raises:
+        UsageError: there is no such model, or it cannot give what is to be saved. ClassCountError: the labels do not fit. ModelError.
+    """
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    return registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
+    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
+    card = found.card
+    for saved in settings.save or ():
+        if saved not in card.outputs:
+            raise UsageError(f"--save {saved}: {card.name} has no such output. Leave it out, or wrap the file again with --{saved} TENSOR.")
+    if settings.labels is None:
+        return found
+    labels = bundle.read_labels(Path(settings.labels))
+    if len(labels) != len(card.labels):
+        classes = len(card.labels)
+        raise ClassCountError(
+            f"{bundle.MODEL} returns {classes} classes, {settings.labels} has {len(labels)} lines. "
+            f"Give the {classes}-line file with --labels."
+        )
+    return replace(found, card=replace(card, labels=labels))
+
+
+def _identity(card: Card) -> str:
+    """A model for people, and for telling it from others: of a wrapped one its own card counts too."""
+    return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
+
+
+def _told_labels(labels: Sequence[str]) -> str:
+    """A list of labels for people, and for telling it from others."""
+    digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
+    return f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})" if labels else "without a label"
 
 
 def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, watcher: Watcher) -> Frozen:
-    """List the sources, cut the plan, resolve what was left to us, and write it all down."""
-    shutil.rmtree(paths.plan)
-    layout.make_folder(paths.plan)
+    """List the sources, cut the plan, resolve what was left to us, and write it all down.
+
+    Raises:
+        FileExistsError: in an object store, where another launcher was quicker. Whatever listing, quantising and writing raise.
+    """
+    paths.plan_nonce.unlink(missing_ok=True)
+    layout.clear_folder(paths.plan)
     filters = Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
     skipped = Skipped()
     listed = plan.spool(listing(settings, filters, skipped, paths.root, paths.plan), paths.spool)
@@ -166,8 +209,15 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         backend=backend_of(chosen, settings.allow_mixed),
         variant_sha256=prepared.sha256,
         versions={"imagemill": __version__},
+        plan_nonce=home.publish_plan(paths),
     )
-    layout.write_whole(paths.job, codec.dumps(frozen))
+    try:
+        home.write(paths, paths.job, codec.dumps(frozen), create=True)
+    except FileExistsError:
+        there = read_frozen(paths)
+        if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
+            home.forget_plan(paths, frozen.plan_nonce)
+            raise
     return frozen
 
 
@@ -185,7 +235,7 @@ def _job(
     save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
     top_k = settings.top_k or 5
     return Job(
-        output=str(paths.root),
+        output=paths.output,
         sources=resolved,
         model_file=str(prepared.model_file.absolute()),
         card=card,
@@ -268,18 +318,21 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
     if settings.model is not None and not _is_here(settings) and settings.model != job.card.name:
         pairs.append(("--model", job.card.name, settings.model))  # before anything is downloaded
     elif settings.model is not None:
-        card = resolve_model(settings, watcher).card
-        pairs.append(("--model", f"{job.card.name} ({job.card.sha256[:12]})", f"{card.name} ({card.sha256[:12]})"))
+        card = resolve_model(replace(settings, labels=None), watcher).card
+        pairs.append(("--model", _identity(job.card), _identity(card)))
+    if settings.labels is not None:
+        pairs.append(("--labels", _told_labels(job.card.labels), _told_labels(bundle.read_labels(Path(settings.labels)))))
     for flag, was, asked in pairs:
         if asked is not None and asked != was:
             what = "plan id" if flag in ("SOURCE", "--include", "--exclude", "--all-files", "--limit", "--shard-size") else "answer id"
             raise JobMismatchError(
-                f"{settings.output} was started with {flag} {was}, now {flag} {asked} is asked for: that would change its {what}. "
+                f"{settings.output} was started with {_spelt(flag, was)}, now {_spelt(flag, asked)} is asked for: "
+                f"that would change its {what}. "
                 "Leave it out to resume, or give another --output."
             )
     job = replace(
         job,
-        output=str(Path(settings.output).absolute()),
+        output=JobPaths.of(settings.output).output,
         limits=_limits(settings, job.limits),
         batch_size=settings.batch_size or job.batch_size,
         batches_per_step=settings.batches_per_step or job.batches_per_step,
@@ -289,8 +342,19 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
     return replace(frozen, job=job)
 
 
+def _spelt(flag: str, value: object) -> str:
+    """A flag as one would type it."""
+    if value is None or value is False or value in ([], ()):
+        return f"no {flag}"
+    if value is True:
+        return flag
+    return f"{flag} {' '.join(map(str, value))}" if isinstance(value, list | tuple) else f"{flag} {value}"
+
+
 def _is_here(settings: Settings) -> bool:
     """Whether the model that the settings name is on disk."""
+    if str(settings.model).endswith(".onnx"):
+        return True  # to be wrapped, if it is not; nothing is downloaded for it
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     return any(bundle.is_bundle(folder) for folder in (models_dir / str(settings.model), Path(str(settings.model))))
 
@@ -299,7 +363,10 @@ def verify_model(frozen: Frozen) -> None:
     """Compare the model's files with what the job was frozen with. Raises: OutputError, ModelError."""
     job = frozen.job
     if not Path(job.model_file).is_file():
-        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: `imagemill get-model {job.card.name}`.")
+        remedy = f"`imagemill get-model {job.card.name}`"
+        if job.card.origin.get("source") == "onnx":
+            remedy = f"repeat the command with --model {job.card.origin.get('file')}"
+        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
     if frozen.variant_sha256 is not None:
         from imagemill import quantizing

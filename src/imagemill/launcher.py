@@ -9,6 +9,7 @@ Contract
   is leased alone, with every picture decoded that way.
 - A decoding thread that is at one picture for longer than the time budget is a death that the launcher brings about itself. If the same
   picture does so again, though its decoder is disposable, its very reading hangs, and it is given up.
+- So is a session that hangs: a worker with shards in hand that for ten minutes neither decodes nor takes a batch nor commits.
 - A worker that cannot start three times running, or ten deaths without one commit between them, end the job with the log's last lines.
 - Workers never outlive this process.
 - Nothing here grows with the number of pictures, and little with the number of shards: those not committed are held as small records.
@@ -35,7 +36,8 @@ from imagemill import child, errors, layout, noteboard, wire
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
 from imagemill.layout import JobPaths
 from imagemill.noteboard import Noteboard
-from imagemill.records import Clock, DeviceSpec, Job, Lease, Receipt, Shard
+from imagemill.records import Clock, DeviceSpec, Job, Lease, Receipt, Shard, Throughput
+from imagemill.timeline import Timeline
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ DEATHS_WITHOUT_COMMIT = 10
 ALONE_AFTER_DEATHS = 2
 _TICK_S = 0.2
 _SLACK_S = 1.0
+STALLED_S = 600.0
+"""Longer than a batch takes on the slowest device, and than an object store is waited for."""
 _LOG_LINES = 12
 
 
@@ -73,6 +77,7 @@ class Outcome:
     clocks: dict[str, Clock] = field(default_factory=dict)
     seconds: float = 0.0
     """From the first lease to the last commit."""
+    throughput: Throughput | None = None
 
 
 @dataclass(slots=True)
@@ -91,6 +96,9 @@ class _Worker:
     timed_out: tuple[int, ...] = ()
     """Pictures for whose sake the launcher killed it."""
     clock: Clock = field(default_factory=Clock)
+    pulse: int = -1
+    alive_at: float = 0.0
+    """When it was last seen doing something, on the monotonic clock."""
 
 
 class Launcher:
@@ -121,7 +129,7 @@ class Launcher:
     ) -> None:
         self._job = job
         self._devices = devices
-        self._paths = JobPaths(Path(job.output), Path(job.log_dir) if job.log_dir else None)
+        self._paths = JobPaths.of(job.output, job.log_dir)
         self._dealt = groups == len(devices)
         self._queues: dict[int, deque[Lease]] = {}
         for shard in shards:
@@ -141,6 +149,7 @@ class Launcher:
         self._earlier_clocks: dict[str, Clock] = {}
         self._first_lease = 0.0
         self._last_commit = 0.0
+        self._timeline = Timeline([device.name for device in devices])
         self._outcome = Outcome(devices={d.name: 0 for d in devices}, restarts={d.name: 0 for d in devices})
 
     def run(self) -> Outcome:
@@ -163,6 +172,7 @@ class Launcher:
             finally:
                 self._kill_workers()
         self._outcome.seconds = max(0.0, self._last_commit - self._first_lease)
+        self._outcome.throughput = self._timeline.read()
         for device in self._devices:
             self._outcome.clocks[device.name] = self._clock_of(device.name)
         if self._remaining:
@@ -185,6 +195,7 @@ class Launcher:
                 self._bury(worker)
         self._wake_idle()
         self._kill_hanging()
+        self._kill_stalled()
         self._on_tick(self._progress())
 
     def _handle(self, worker: _Worker, message: object) -> None:
@@ -209,12 +220,15 @@ class Launcher:
     def _committed(self, worker: _Worker, receipt: Receipt, clock: Clock) -> None:
         del worker.leases[receipt.shard]
         worker.clock = clock
+        worker.alive_at = time.monotonic()
         self._remaining -= 1
         self._deaths_since_commit = 0
         self._deaths_of_shard.pop(receipt.shard, None)
         self._last_commit = time.monotonic()
         self._outcome.receipts.append(receipt)
         self._outcome.devices[worker.device.name] += receipt.rows
+        since_first_lease_s = self._last_commit - self._first_lease
+        self._timeline.add(worker.device.name, since_first_lease_s - receipt.seconds, since_first_lease_s, receipt.rows)
         self._failed_by_status.update(receipt.failed_by_status)
         self._on_receipt(receipt)
 
@@ -301,6 +315,19 @@ class Launcher:
             if hanging:
                 _log.warning("%s is at picture %s for more than %.1f s: killed", worker.device.name, hanging, limit_s)
                 worker.timed_out = hanging
+                worker.process.kill()
+
+    def _kill_stalled(self) -> None:
+        now = time.monotonic()
+        for worker in self._workers:
+            pulse = worker.board.pulse
+            if pulse != worker.pulse or not worker.leases or not worker.ready or worker.board.notes():
+                worker.pulse, worker.alive_at = pulse, now
+            elif now - worker.alive_at > STALLED_S:
+                _log.warning(
+                    "%s has done nothing for %.0f s with %d shards in hand: killed", worker.device.name, STALLED_S, len(worker.leases)
+                )
+                worker.alive_at = now
                 worker.process.kill()
 
     # Processes.

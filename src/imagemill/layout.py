@@ -1,17 +1,24 @@
-"""Every path of the output folder is spelt here, and files appear whole or not at all."""
+"""Every path of the output folder is spelt here, and files appear whole or not at all.
+
+Where the output is an object store, a folder in the user's cache stands for it: plan and logs are worked on there, and `home` reads and
+writes the results, under the same names, in the store.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from imagemill import storage
 from imagemill.errors import OutputError
 
 _PART_PREFIX = "part-"
@@ -27,6 +34,31 @@ class JobPaths:
 
     root: Path
     log_dir: Path | None = None
+    url: str = ""
+    """Of the object store that `root` stands for; empty: `root` is the output itself."""
+
+    @classmethod
+    def of(cls, output: str, log_dir: str | None = None) -> JobPaths:
+        """What `--output` and `--log-dir` name: a folder, or an object store's URL."""
+        logs = Path(log_dir).absolute() if log_dir else None
+        if not storage.is_url(output):
+            return cls(Path(output).absolute(), logs)
+        url = output.rstrip("/")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cls(cache / "imagemill" / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
+
+    @property
+    def output(self) -> str:
+        """For people, and for `job.json`: the absolute path or the URL."""
+        return self.url or str(self.root)
+
+    def key(self, path: Path) -> str:
+        """The key below `url` that a path below `root` has."""
+        return path.relative_to(self.root).as_posix()
+
+    def shown(self, path: Path) -> str:
+        """A path below `root` for people."""
+        return f"{self.url}/{self.key(path)}" if self.url and path.is_relative_to(self.root) else str(path)
 
     @property
     def job(self) -> Path:
@@ -42,6 +74,11 @@ class JobPaths:
     def spool(self) -> Path:
         """The listing while it is not yet cut into shards."""
         return self.plan / ".listing.arrow.tmp"
+
+    @property
+    def plan_nonce(self) -> Path:
+        """Which plan of an object store lies in `plan` now."""
+        return self.root / "plan.nonce"
 
     @property
     def predictions(self) -> Path:
@@ -94,12 +131,17 @@ class JobPaths:
 
     def parts(self) -> dict[int, Path]:
         """Every part on disk by shard number, whatever its content; temporary and foreign files are left out."""
-        found = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self.predictions) as entries:
-            for entry in entries:
-                digits = entry.name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)
-                if digits.isdecimal() and entry.name == self.part(int(digits)).name:
-                    found[int(digits)] = Path(entry.path)
+            return self.parts_among(entry.name for entry in entries)
+        return {}
+
+    def parts_among(self, names: Iterable[str]) -> dict[int, Path]:
+        """Those of the names in `predictions/` that are a part's, by shard number, in order."""
+        found = {}
+        for name in names:
+            digits = name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)
+            if digits.isdecimal() and name == self.part(int(digits)).name:
+                found[int(digits)] = self.predictions / name
         return dict(sorted(found.items()))
 
     def device_log(self, device: str) -> Path:
@@ -139,6 +181,10 @@ def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+    except BaseException:  # of whoever makes the pieces
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_file(path: Path) -> None:
@@ -186,6 +232,17 @@ def make_folder(path: Path) -> None:
         raise cannot_write(path, error) from error
 
 
+def clear_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, and make it again. Raises: OutputError."""
+    try:
+        shutil.rmtree(path, ignore_errors=False)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    make_folder(path)
+
+
 @contextlib.contextmanager
 def locked(paths: JobPaths) -> Iterator[None]:
     """Hold the output folder against a second launcher; the kernel lets go of it however this process ends.
@@ -208,7 +265,7 @@ def locked(paths: JobPaths) -> Iterator[None]:
                     raise cannot_write(paths.lock, error) from error
                 if delay_s is None:
                     raise OutputError(
-                        f"{paths.root} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.root}`."
+                        f"{paths.output} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.output}`."
                     ) from error
                 time.sleep(delay_s)
         yield

@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill import codec, layout, plan
+from imagemill import codec, home, plan
 from imagemill.errors import PartError
 from imagemill.layout import JobPaths
 from imagemill.records import Receipt, Shard, Status
+from imagemill.sources import as_line
 
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
@@ -50,6 +51,8 @@ class Tally:
 
     images: int
     failed_by_status: Mapping[str, int] = field(default_factory=dict)
+    unlisted: int = 0
+    """Rows whose status is not ok and that `failed.txt` cannot name: they lie in archives or tables."""
 
     @property
     def failed(self) -> int:
@@ -70,23 +73,23 @@ class Problem:
 
 def committed(paths: JobPaths, shards: Iterable[Shard]) -> set[int]:
     """Shards whose part is on disk. A part appears whole or not at all, so its name suffices."""
-    return paths.parts().keys() & {shard.number for shard in shards}
+    return home.parts(paths).keys() & {shard.number for shard in shards}
 
 
 def shards_with(paths: JobPaths, shards: Iterable[Shard], statuses: Iterable[str]) -> set[int]:
     """Committed shards that hold a row of one of these statuses; with none given, of any but ok."""
     wanted = set(statuses)
-    present = paths.parts()
+    present = home.parts(paths)
     found = set()
     for shard in shards:
         if shard.number in present:
-            failed = examine(present[shard.number]).failed_by_status
+            failed = examine(paths, shard.number).failed_by_status
             if failed and (not wanted or wanted & failed.keys()):
                 found.add(shard.number)
     return found
 
 
-def examine(path: Path, receipt: Receipt | None = None) -> PartRecord:
+def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> PartRecord:
     """What a part holds. With the receipt of its commit nothing is read again.
 
     Raises:
@@ -95,10 +98,10 @@ def examine(path: Path, receipt: Receipt | None = None) -> PartRecord:
     if receipt is not None:
         return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
     try:
-        data = path.read_bytes()
+        data = home.read(paths, paths.part(shard))
         statuses = Counter(pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)["status"].to_pylist())
     except (OSError, pa.ArrowException) as error:
-        raise PartError(f"{path} is damaged: {error}. Run `imagemill verify --quarantine`, then repeat the run.") from error
+        raise _damaged(paths, paths.part(shard), error) from error
     rows = statuses.total()
     statuses.pop(Status.OK.value, None)
     return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
@@ -120,53 +123,77 @@ def close(
     failed: Counter[str] = Counter()
     for shard in shards:
         path = paths.part(shard.number)
-        if shard.number not in by_shard and (problem := _foreign(path, shard, answer_id)):
-            raise PartError(f"{path} {problem}. Run `imagemill verify --quarantine {paths.root}`, then repeat the run.")
-        record = examine(path, by_shard.get(shard.number))
+        shown = paths.shown(path)
+        if shard.number not in by_shard and (problem := _foreign(paths, shard, answer_id)):
+            raise PartError(f"{shown} {problem}. Run `imagemill verify --quarantine {paths.output}`, then repeat the run.")
+        record = examine(paths, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
-            raise PartError(f"{path} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
+            raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
         parts[path.name] = record
         failed.update(record.failed_by_status)
-    layout.write_whole(paths.manifest, codec.dumps(Manifest(plan_id, answer_id, parts)))
-    tally = Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())))
-    layout.write_whole(paths.failed_list, failed_paths(paths, shards, parts, sources))
-    return tally
+    home.write(paths, paths.manifest, codec.dumps(Manifest(plan_id, answer_id, parts)))
+    listed = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal listed
+        for line in failed_paths(paths, shards, parts, sources):
+            listed += 1
+            yield line
+
+    home.write(paths, paths.failed_list, lines())
+    return Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed)
+
+
+def _opened(paths: JobPaths, path: Path) -> pa.NativeFile:
+    """A part to read. Raises: OSError."""
+    return pa.BufferReader(home.read(paths, path)) if paths.url else pa.OSFile(os.fsencode(path))
+
+
+def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
+    told = str(error).splitlines()[0]
+    return PartError(f"{paths.shown(path)} is damaged: {told}. Run `imagemill verify --quarantine`, then repeat the run.")
 
 
 def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
-    for path in paths.parts().values():
-        try:
-            with pa.OSFile(os.fsencode(path)) as file:
-                table = pq.read_table(file, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise PartError(f"{path} is damaged: {error}. Run `imagemill verify --quarantine`, then repeat the run.") from error
+    for table in tables(paths, home.parts(paths), columns):
         yield from table.to_pylist()
 
 
+def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The rows of committed shards, part by part, with these columns in this order. Raises: PartError."""
+    for shard in shards:
+        path = paths.part(shard)
+        try:
+            with _opened(paths, path) as file:
+                yield pq.read_table(file, columns=list(columns), use_threads=False).select(list(columns))
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise _damaged(paths, path, error) from error
+
+
 def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], sources: Sequence[str]) -> Iterator[bytes]:
-    """Full path of each picture without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string."""
+    """Full path or URL of each picture without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string.
+
+    Pictures inside archives and tables are left out: no line can name them.
+    """
     for shard in shards:
         path = paths.part(shard.number)
         if parts[path.name].failed_by_status:
-            with pa.OSFile(os.fsencode(path)) as file:
+            with _opened(paths, path) as file:
                 statuses = pq.read_table(file, columns=["status"], use_threads=False)["status"].to_pylist()
             for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
-                    full = _full_path(os.fsencode(sources[row.source]), row.path)
+                    full = as_line(sources[row.source], row.path)
+                    if full is None:
+                        continue
                     quoted = b"\n" in full or b"\r" in full
                     yield (json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full) + b"\n"
-
-
-def _full_path(source: bytes, path: bytes) -> bytes:
-    folder = os.path.dirname(source[1:]) if source.startswith(b"@") else source  # noqa: PTH120
-    return os.path.join(folder, path) if path else folder  # noqa: PTH118
 
 
 def read_manifest(paths: JobPaths) -> Manifest | None:
     """The manifest, or None where there is none or it cannot be read: it can be rebuilt."""
     try:
-        return _manifest(json.loads(paths.manifest.read_bytes()))
+        return _manifest(json.loads(home.read(paths, paths.manifest)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -187,7 +214,7 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
     elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
         yield Problem(None, paths.manifest, "belongs to another job")
         manifest = None
-    present = paths.parts()
+    present = home.parts(paths)
     expected = {shard.number for shard in shards}
     for number, path in present.items():
         if number not in expected:
@@ -200,14 +227,14 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
         recorded = manifest.parts.get(path.name) if manifest else None
         if what := _unsound(path, shard, answer_id, paths, recorded):
             yield Problem(shard.number, path, what, damaged=True)
-    if not paths.summary.is_file():
+    if not home.exists(paths, paths.summary):
         yield Problem(None, paths.summary, "is missing: the job is not finished")
 
 
 def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None) -> str | None:
     """What is wrong with one part, or None."""
     try:
-        data = path.read_bytes()
+        data = home.read(paths, path)
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -232,9 +259,9 @@ def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded
     return None
 
 
-def _foreign(path: Path, shard: Shard, answer_id: str) -> str | None:
+def _foreign(paths: JobPaths, shard: Shard, answer_id: str) -> str | None:
     try:
-        with pa.OSFile(os.fsencode(path)) as file:
+        with _opened(paths, paths.part(shard.number)) as file:
             metadata = pq.read_schema(file).metadata
     except FileNotFoundError:
         return "is missing"
@@ -257,11 +284,10 @@ def quarantine(paths: JobPaths, problems: Iterable[Problem]) -> list[Path]:
     moved = []
     for problem in problems:
         if problem.damaged:
-            layout.make_folder(paths.quarantine)
             goal = paths.quarantine / f"{problem.path.stem}.{time.time_ns()}{problem.path.suffix}"
-            problem.path.replace(goal)
+            home.move(paths, problem.path, goal)
             moved.append(goal)
     if moved:
-        paths.summary.unlink(missing_ok=True)
-        paths.manifest.unlink(missing_ok=True)
+        home.remove(paths, paths.summary)
+        home.remove(paths, paths.manifest)
     return moved

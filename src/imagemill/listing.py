@@ -45,8 +45,11 @@ def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
     ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
 
     def keyed(rows: Iterable[plan.PlannedRow | plan.Entry]) -> Iterator[tuple[tuple[int, object], bytes]]:
-        for number, row in enumerate(rows):
-            yield (row.source, row.path.split(b"/") if ordered[row.source] else number), row.path
+        source, number = -1, 0
+        for row in rows:
+            source, number = row.source, number + 1 if row.source == source else 0  # of its own source: another may have grown
+            place = {True: row.path.split(b"/"), "whole": row.path, False: number}[ordered[row.source]]
+            yield (row.source, place), row.path
 
     planned = keyed(row for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard))
     count, names = 0, list[str]()

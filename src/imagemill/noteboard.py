@@ -1,5 +1,6 @@
 """Where each decoding thread notes the picture it is at, in memory that the launcher reads even after the worker has died.
 
+A word of its own counts the batches that the feed has handed on: where it stands still while no thread decodes, the session hangs.
 One slot per thread: index of the picture (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
 stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no picture with another one's clock.
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from typing import IO
 
 SLOTS = 256
-SIZE = SLOTS * 16
+SIZE = SLOTS * 16 + 8
+_PULSE = 2 * SLOTS
 
 
 def shared_file() -> IO[bytes]:
@@ -58,6 +60,15 @@ class Noteboard:
         """Note that thread `slot` is at no picture."""
         self._words[2 * slot + 1] = 0
         self._words[2 * slot] = -1
+
+    def beat(self) -> None:
+        """Count one more batch that is handed on."""
+        self._words[_PULSE] += 1
+
+    @property
+    def pulse(self) -> int:
+        """How many batches were handed on."""
+        return self._words[_PULSE]
 
     def notes(self) -> list[Note]:
         """What the threads are at, or were when they died."""

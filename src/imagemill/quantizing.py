@@ -191,7 +191,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
         elif not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
             reasons.append(
                 f"{precision} is not used: {pictures:,} pictures are too few for trying it to pay; "
-                "`imagemill quantize` measures once and for all whether it answers as fp32 does"
+                "`imagemill quantize` measures whether it answers as fp32 does, and keeps the verdict"
             )
         else:
             worth.append(precision)

@@ -44,10 +44,14 @@ class Precision(StrEnum):
 
 
 class Interpolation(StrEnum):
-    """The resampling filter of a recipe, always antialiased as Pillow does it."""
+    """The resampling filter of a recipe, antialiased as Pillow does it (`nearest` alone is not)."""
 
+    NEAREST = "nearest"
+    BOX = "box"
     BILINEAR = "bilinear"
+    HAMMING = "hamming"
     BICUBIC = "bicubic"
+    LANCZOS = "lanczos"
 
 
 class Scores(StrEnum):
@@ -71,8 +75,9 @@ class Recipe:
 
     size: int = 224
     """Height and width of the model's input, pixels."""
-    resize: int | None = 256
-    """Length of the short side after resizing, pixels; None: the centre is cropped without resizing."""
+    resize: int | tuple[int, int] | None = 256
+    """Length of the short side after resizing, pixels; or width and height that the picture is squashed to, whatever its shape; None: it is
+    not resized. The centre of the result is cut out."""
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
     """Whether pictures are turned as their EXIF orientation says."""
@@ -102,7 +107,7 @@ class Card:
     input: str = "pixels"
     """Name of the graph's input: uint8 (n, size, size, 3), RGB."""
     normalised: str | None = None
-    """Name of the tensor where normalisation ends: float32 (n, 3, size, size)."""
+    """Name of the tensor where normalisation ends: float32 (n, 3, size, size), or (n, size, size, 3) where the model wants it so."""
     outputs: tuple[str, ...] = ("logits", "embedding")
     top1: float | None = None
     """Published top-1 accuracy on ImageNet, per cent."""
@@ -153,6 +158,8 @@ class Settings:
     log_dir: str | None = None
     engine: str = "local"
     allow_mixed: bool = False
+    report: bool = True
+    """Whether `report.html` is written at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +354,16 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
+class Throughput:
+    """When rows were made, per device."""
+
+    bucket_s: float
+    """Width of a bucket; the first begins with the first lease."""
+    images: Mapping[str, tuple[float, ...]]
+    """By device: rows per bucket, a commit's rows spread evenly over the time that its shard took."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceSummary:
     """One device's share of a job."""
 
@@ -354,6 +371,8 @@ class DeviceSummary:
     images: int
     images_per_second: float | None
     restarts: int
+    clock: Clock | None = None
+    """Where its time went; None in summaries of versions that did not keep it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +403,10 @@ class Summary:
     new_in_source: int = 0
     """Pictures in the source that are not in the frozen plan (known only when a finished job is repeated)."""
     complete: bool = True
+    throughput: Throughput | None = None
+    """Of this invocation alone; None in summaries of versions that did not keep it."""
+    machine: Mapping[str, str] = field(default_factory=dict)
+    """What the job ran on: `system`, `processor`, `cores`, `memory`, `python`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, codec, devices, freezing, layout, ledger, listing, plan, sources, watching
+from imagemill import closing, codec, devices, freezing, home, layout, ledger, listing, plan, sources, watching
 from imagemill.errors import OutputError, SourceError
 from imagemill.launcher import Launcher, Outcome
 from imagemill.layout import JobPaths
@@ -64,7 +64,7 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     """
     watcher = watcher or watching.Watcher()
     freezing.check(settings)
-    paths = JobPaths(Path(settings.output).absolute(), Path(settings.log_dir).absolute() if settings.log_dir else None)
+    paths = JobPaths.of(settings.output, settings.log_dir)
     frozen = freezing.read_frozen(paths)
     if frozen and frozen.job.log_dir and not settings.log_dir:
         paths = replace(paths, log_dir=Path(frozen.job.log_dir))
@@ -80,11 +80,19 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             layout.make_folder(folder)
-        with watching.logging_to(paths.launcher_log):
-            if frozen is None:
-                return _carry_out(settings, freezing.freeze(settings, paths, chosen, with_model, watcher), paths, chosen, watcher)
-            resumed = freezing.resume(settings, frozen, chosen, watcher)
-            return _carry_out(settings, resumed, paths, chosen, watcher, is_resumed=True)
+        try:
+            with watching.logging_to(paths.launcher_log):
+                if frozen is None:
+                    try:
+                        frozen = freezing.freeze(settings, paths, chosen, with_model, watcher)
+                        return _carry_out(settings, frozen, paths, chosen, watcher)
+                    except FileExistsError:  # in an object store: another machine's launcher has frozen the job meanwhile
+                        frozen = freezing.read_frozen(paths)
+                        assert frozen is not None
+                resumed = freezing.resume(settings, frozen, chosen, watcher)
+                return _carry_out(settings, resumed, paths, chosen, watcher, is_resumed=True)
+        finally:
+            home.publish_logs(paths)
 
 
 def _carry_out(
@@ -97,9 +105,12 @@ def _carry_out(
     is_resumed: bool = False,
 ) -> Summary:
     """Launch what is left of a frozen job and close its ledger."""
+    home.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     if sum(shard.count for shard in shards) != frozen.pictures:
-        raise OutputError(f"{paths.plan} does not hold the {frozen.pictures} pictures of job.json. Start anew in another --output.")
+        raise OutputError(
+            f"{paths.shown(paths.plan)} does not hold the {frozen.pictures} pictures of job.json. Start anew in another --output."
+        )
     done = ledger.committed(paths, shards)
     if settings.retry_failed is not None:
         again = ledger.shards_with(paths, shards, settings.retry_failed)
@@ -111,7 +122,7 @@ def _carry_out(
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
         return _report_finished(frozen, paths, summary, watcher)
-    paths.summary.unlink(missing_ok=True)
+    home.remove(paths, paths.summary)
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
@@ -135,8 +146,10 @@ def _carry_out(
         watcher.end()
     paths.sweep()  # once more: workers that died have left their temporary files
     tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
+    if tally.unlisted:
+        watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
     summary = closing.summarise(frozen, paths, shards, done, outcome, tally, chosen)
-    layout.write_whole(paths.summary, codec.dumps(summary))
+    home.write(paths, paths.summary, codec.dumps(summary))
     return summary
 
 
@@ -144,6 +157,9 @@ def dry_run(settings: Settings) -> DryRun:
     """List the sources and say what a job would be; nothing is written to the output."""
     freezing.check(settings)
     chosen = devices.resolve(settings.devices or "auto")
+    paths = JobPaths.of(settings.output, settings.log_dir)
+    if freezing.read_frozen(paths) is None:
+        freezing.refuse_foreign(paths)
     filters, skipped = Filters(settings.include or (), settings.exclude or (), settings.all_files or False), Skipped()
     first: list[str] = []
 
@@ -162,7 +178,7 @@ def dry_run(settings: Settings) -> DryRun:
 
 def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary, watcher: watching.Watcher) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
-    watcher.say(f"finished already: {summary.images:,} pictures in {paths.predictions}")
+    watcher.say(f"finished already: {summary.images:,} pictures in {paths.shown(paths.predictions)}")
     try:
         count, names = listing.new_in_source(frozen, paths)
     except SourceError as error:
@@ -173,11 +189,12 @@ def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary,
         watcher.say(
             f"{count:,} pictures are new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
         )
-    return replace(summary, new_in_source=count, resumed_shards=summary.shards, seconds=0.0, images_per_second=None)
+    return replace(summary, output=paths.output, new_in_source=count, resumed_shards=summary.shards, seconds=0.0, images_per_second=None)
 
 
 def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
     """Count what is committed; reads only, so it is safe beside a running job."""
+    home.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     if sum(shard.count for shard in shards) != frozen.pictures:
         raise OutputError(f"{paths.plan} does not hold the {frozen.pictures} pictures of job.json. Start anew in another output folder.")
@@ -185,7 +202,7 @@ def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
     failed: Counter[str] = Counter()
     for shard in shards:
         if shard.number in done:
-            failed.update(ledger.examine(paths.part(shard.number)).failed_by_status)
+            failed.update(ledger.examine(paths, shard.number).failed_by_status)
     return JobStatus(
         images=frozen.pictures,
         done=sum(shard.count for shard in shards if shard.number in done),
@@ -193,7 +210,7 @@ def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
         shards_done=len(done),
         failed_by_status=dict(sorted(failed.items())),
         running=layout.is_locked(paths),
-        complete=len(done) == len(shards) and paths.summary.is_file(),
+        complete=len(done) == len(shards) and home.exists(paths, paths.summary),
     )
 
 
@@ -206,6 +223,7 @@ def verify(paths: JobPaths, frozen: freezing.Frozen, *, quarantine: bool = False
     Raises:
         OutputError: quarantine is asked for while a run is at work on the folder.
     """
+    home.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     problems = list(ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id))
     if sum(shard.count for shard in shards) != frozen.pictures:

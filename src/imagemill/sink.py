@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from imagemill import layout
+from imagemill import home, layout
 from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
 
 _TOP_K = pa.struct([("class_id", pa.int32()), ("label", pa.string()), ("probability", pa.float32())])
@@ -32,6 +31,8 @@ _COLUMNS = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
 ]
+COLUMNS = tuple(field.name for field in _COLUMNS)
+"""Of every part, in order; those that `--save` adds come after."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Part:
 
     shard: Shard
     table: pa.Table
-    path: Path
+    paths: layout.JobPaths
     since: float
 
     def commit(self) -> Receipt:
@@ -69,7 +70,7 @@ class Part:
         )
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()
-        layout.write_whole(self.path, memoryview(data))
+        home.write(self.paths, self.paths.part(self.shard.number), memoryview(data))
         statuses = Counter(self.table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
         rows = self.table.num_rows
@@ -87,7 +88,7 @@ class Sink:
 
     def __init__(self, job: Job, backend: str, versions: dict[str, str]) -> None:
         self._job = job
-        self._paths = layout.JobPaths(Path(job.output))
+        self._paths = layout.JobPaths.of(job.output)
         self._labels = pa.array(job.card.labels, pa.string())
         self._open: dict[int, _Open] = {}
         self._metadata = {
@@ -118,7 +119,7 @@ class Sink:
                 opened.saved.setdefault(saved, []).append(values[slots])
             if len(opened.rows) == shard.count:
                 del self._open[shard.number]
-                yield Part(shard, self._table(opened), self._paths.part(shard.number), opened.since)
+                yield Part(shard, self._table(opened), self._paths, opened.since)
             start = end
 
     def _table(self, opened: _Open) -> pa.Table:

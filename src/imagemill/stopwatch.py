@@ -34,8 +34,9 @@ class Stopwatch:
             self._pictures += 1
 
     def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items on, adding to `name` the time that was spent waiting for each."""
+        """Pass items on, adding to `name` the time that was spent waiting for each but the first: until then the way fills up."""
         iterator = iter(items)
+        is_first = True
         while True:
             begun = time.perf_counter()
             try:
@@ -43,7 +44,9 @@ class Stopwatch:
             except StopIteration:
                 return
             finally:
-                self.add(name, time.perf_counter() - begun)
+                if not is_first:
+                    self.add(name, time.perf_counter() - begun)
+                is_first = False
             yield item
 
     def elapsed(self) -> float:

@@ -1,16 +1,64 @@
 """Bytes at rest, wherever they lie: files opened for reading at any place, by many threads at once.
 
 `open_blob` takes a local path or an object's URL; archives and tables are read through what it returns, so that a zip on a disk and a zip
-in an object store are read by the same lines.
+in an object store are read by the same lines. `open_store` is for whoever lists, reads whole or writes.
+
+Object stores are spoken to by obstore (Rust's object_store): a GET is one request, threads wait outside the interpreter's lock, keys are
+listed as they come. Its clients live in threads that a fork does not copy; imagemill's processes are spawned, each makes its own.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
+import importlib.util
 import io
 import os
+import re
 import stat
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from imagemill.errors import UsageError
+from imagemill.version import __version__
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, ObjectStore, S3CredentialProvider
+
+SCHEMES = ("s3", "gs", "az")
+"""Object stores that can be named in a URL."""
+_URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """When an object store is given up."""
+
+    tries: int = 10
+    seconds: float = 35.0
+    """After so long no further try is begun."""
+    pause_s: float = 0.1
+    """Before the second try; doubles with each, more or less by chance."""
+    longest_pause_s: float = 5.0
+    connect_s: float = 5.0
+    silence_s: float | None = 15.0
+    """A connection without a byte for so long counts as dead; None: not before the whole request is."""
+    request_s: float = 3_600.0
+    """For one request from its beginning to its end."""
+
+
+READING = Patience()
+"""Given up before the 60 s of --max-seconds are over, so that an outage is a row and not a dead worker."""
+PROBING = Patience(tries=4, seconds=8.0, connect_s=3.0, silence_s=5.0)
+"""For the question whether something is there, asked before anything begins: whoever mistyped an address should not wait long."""
+WRITING = Patience(seconds=90.0, silence_s=None, request_s=120.0)
+"""While an upload is under way the other side is silent by right."""
 
 
 class Blob(Protocol):
@@ -31,11 +79,13 @@ class Blob(Protocol):
 class LocalBlob:
     """A regular file of a file system."""
 
+    _handle = -1
+
     def __init__(self, path: bytes) -> None:
         self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         found = os.fstat(self._handle)
         if not stat.S_ISREG(found.st_mode):
-            os.close(self._handle)
+            self.close()
             raise OSError(0, "is not a regular file")
         self.size = found.st_size
 
@@ -68,7 +118,10 @@ class Store(Protocol):
         ...
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
-        """One whole object, or its first `max_bytes`, by one request. Raises: FileNotFoundError, PermissionError, OSError."""
+        """One whole object, by one request.
+
+        Raises: FileNotFoundError, PermissionError, OSError; that with EFBIG where it has more than `max_bytes`, of which none is read.
+        """
         ...
 
     def open(self, key: str) -> Blob:
@@ -89,12 +142,319 @@ class Store(Protocol):
 
 def is_url(location: str | bytes) -> bool:
     """Whether a location is a URL and not a path."""
-    return b"://" in location if isinstance(location, bytes) else "://" in location
+    return _URL.match(os.fsencode(location)) is not None
+
+
+def is_object(location: str | bytes) -> bool:
+    """Whether a location is the URL of something in an object store."""
+    return is_url(location) and os.fsdecode(location).partition("://")[0] in SCHEMES
+
+
+NO_PASSWORDS = "the URL holds a user name or password, which would be written into every row. Put it into ~/.netrc or the environment."
+
+
+def names_password(location: str | bytes) -> bool:
+    """Whether a location is a URL with a user name or password in it."""
+    rest = os.fsencode(location).partition(b"://")[2]
+    return is_url(location) and b"@" in re.split(rb"[/?#]", rest, maxsplit=1)[0]
+
+
+def beside(file: bytes, path: bytes) -> bytes:
+    """The location that a path or URL means where it is written in a file, itself at a path or URL: relative to the folder it lies in."""
+    if is_url(path):
+        return path
+    folder = os.path.dirname(file.partition(b"?")[0] if is_url(file) else file)  # noqa: PTH120 - bytes, for names that are not UTF-8
+    return os.path.join(folder, path)  # noqa: PTH118
+
+
+def open_store(url: str, patience: Patience | None = None) -> Store:
+    """Open a place in an object store; nothing is asked of it yet.
+
+    Credentials, region and endpoint come from the standard variables of the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …);
+    profiles of `~/.aws` are read where boto3 is installed.
+
+    Args:
+        url: `s3://bucket/prefix`; `gs://` and `az://` come with the library and are not tested.
+        patience: when to give up listing and reading; None: as `READING` says.
+
+    Raises:
+        UsageError: the URL makes no sense, or a package is missing.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.rstrip("/").partition("/")
+    if scheme not in SCHEMES or not bucket or "//" in f"/{prefix}":
+        raise UsageError(f"{url}: is no place in an object store. Write it like s3://bucket/prefix.")
+    return _ObjectStore(f"{scheme}://{bucket}", prefix, patience or READING)
+
+
+def split(url: str) -> tuple[str, str]:
+    """An object's URL as those of its bucket and its key in it."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    return f"{scheme}://{bucket}", key
 
 
 def open_blob(location: bytes) -> Blob:
-    """Open a local path, or a URL. Raises: OSError."""
+    """Open a local path or an object's URL. Raises: OSError; UsageError where a package is missing."""
+    if is_object(location):
+        bucket, key = split(os.fsdecode(location))
+        return open_store(bucket).open(key)
+    if is_url(location):
+        raise OSError(errno.EPROTONOSUPPORT, "an archive or table cannot be read over this protocol")
     return LocalBlob(location)
+
+
+class _ObjectStore:
+    """A `Store` by obstore."""
+
+    def __init__(self, bucket: str, prefix: str, patience: Patience) -> None:
+        self.url = f"{bucket}/{prefix}" if prefix else bucket
+        self._bucket = bucket
+        self._prefix = prefix + "/" if prefix else ""
+        self._patience = patience
+        _client(bucket, patience, _environment())
+
+    @property
+    def _reader(self) -> ObjectStore:
+        return _client(self._bucket, self._patience, _environment())
+
+    def list(self, below: str = "") -> Iterator[tuple[str, int]]:
+        """See `Store.list`."""
+        before: tuple[str, int] | None = None
+        for path, size in self._paths(self._prefix + below):
+            # An empty object `a/`, which consoles make to show a folder, is listed as `a`, by which name it cannot be read.
+            if before is not None and (before[1] or not path.startswith(before[0] + "/")):
+                yield before[0][len(self._prefix) :], before[1]
+            before = path, size
+        if before is not None:
+            yield before[0][len(self._prefix) :], before[1]
+
+    def _path(self, key: str) -> str:
+        if not key or "" in key.split("/"):  # the library would drop the slash, and take another object
+            raise OSError(errno.EINVAL, "the key has an empty part, with which no object is read", f"{self.url}/{key}")
+        return self._prefix + key
+
+    def _paths(self, start: str) -> Iterator[tuple[str, int]]:
+        folder = start.rpartition("/")[0] or None  # the library lists folder by folder
+        last: str | None = None
+        chunks, tries = None, _Tries(self._patience)
+        while True:
+            try:
+                with _told(self.url):
+                    chunks = chunks or iter(self._reader.list(folder, offset=last, chunk_size=1_000))
+                    chunk = next(chunks, None)
+            except ConnectionResetError as error:
+                tries.again_after(error)
+                chunks = None
+                continue
+            if chunk is None:
+                return
+            tries = _Tries(self._patience)
+            for found in chunk:
+                if found["path"].startswith(start) and found["path"] != last:
+                    yield found["path"], found["size"]
+                last = found["path"]
+
+    def read(self, key: str, max_bytes: int | None = None) -> bytes:
+        """See `Store.read`."""
+
+        def whole() -> bytes:
+            answer = self._reader.get(self._path(key))
+            if max_bytes is not None and answer.meta["size"] > max_bytes:
+                raise OSError(errno.EFBIG, f"has {answer.meta['size']} bytes, more than {max_bytes}")
+            return bytes(answer.bytes())
+
+        return _uncut(whole, f"{self.url}/{key}", self._patience)
+
+    def open(self, key: str) -> Blob:
+        """See `Store.open`."""
+        return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._patience)
+
+    def put(self, key: str, data: bytes | memoryview, *, create: bool = False) -> None:
+        """See `Store.put`."""
+        with _told(f"{self.url}/{key}"):
+            client = _client(self._bucket, WRITING, _environment())
+            client.put(self._path(key), data, mode="create" if create else "overwrite", use_multipart=False)
+
+    def remove(self, key: str) -> None:
+        """See `Store.remove`."""
+        with _told(f"{self.url}/{key}"):
+            try:
+                _client(self._bucket, WRITING, _environment()).delete(self._path(key))
+            except FileNotFoundError:
+                return
+
+
+class _ObjectBlob:
+    """A `Blob` in an object store. What is read must be of the object that was opened: it is asked for by its entity tag."""
+
+    def __init__(self, client: ObjectStore, url: str, path: str, patience: Patience) -> None:
+        self._client = client
+        self._patience = patience
+        self._url = url
+        self._path = path
+        with _told(url):
+            found = client.head(path)
+        self.size = found["size"]
+        self._tag = found["e_tag"]
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """See `Blob.read_at`."""
+        end = min(offset + length, self.size)
+        if offset >= end:
+            return b""  # a range of nothing is an error to object stores
+        options: GetOptions = {"range": (offset, end), "if_match": self._tag}
+        return _uncut(lambda: bytes(self._client.get(self._path, options=options).bytes()), self._url, self._patience)
+
+    def close(self) -> None:
+        """See `Blob.close`."""
+
+
+class _Tries:
+    """Counts the tries that are ours: the library repeats requests, but not all that were cut when part of the answer was there."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._begun = time.monotonic()
+        self._made = 0
+
+    def again_after(self, error: OSError) -> None:
+        """Wait a little, or raise the error where patience is at its end."""
+        self._made += 1
+        if self._made >= self._patience.tries or time.monotonic() - self._begun > self._patience.seconds:
+            raise error
+        time.sleep(min(self._patience.pause_s * 2**self._made, self._patience.longest_pause_s))
+
+
+def _uncut(read: Callable[[], bytes], url: str, patience: Patience) -> bytes:
+    tries = _Tries(patience)
+    while True:
+        try:
+            with _told(url):
+                return read()
+        except ConnectionResetError as error:
+            tries.again_after(error)
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    """What of the environment decides a client: one made before somebody set right a variable must not be used after it."""
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+
+
+@functools.lru_cache(maxsize=256)
+def _client(bucket: str, patience: Patience, environment: tuple[tuple[str, str], ...]) -> ObjectStore:
+    """The one client of this process for a bucket, with its connections. Raises: UsageError."""
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise UsageError(f"{bucket}: object stores need a package that is not installed. Type: pip install 'imagemill[s3]'") from error
+    variables = dict(environment)
+    endpoints = (variables.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    options: ClientConfig = {
+        "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),  # whoever wrote that meant it
+        "connect_timeout": timedelta(seconds=patience.connect_s),
+        "timeout": timedelta(seconds=patience.request_s),
+        "user_agent": f"imagemill/{__version__}",
+    }
+    if patience.silence_s is not None:
+        options["read_timeout"] = timedelta(seconds=patience.silence_s)
+    try:
+        return from_url(
+            bucket,
+            client_options=options,
+            retry_config={
+                "max_retries": patience.tries - 1,
+                "retry_timeout": timedelta(seconds=patience.seconds),
+                "backoff": {
+                    "init_backoff": timedelta(seconds=patience.pause_s),
+                    "max_backoff": timedelta(seconds=patience.longest_pause_s),
+                    "base": 2,
+                },
+            },
+            credential_provider=_profile(variables) if bucket.startswith("s3://") else None,
+        )
+    except Exception as error:  # the library's own are of no common kind
+        raise UsageError(f"{bucket}: cannot be opened: {_reason(error)}. Look at the variables {_VARIABLES}.") from error
+
+
+_VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_OTHER_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+                      "AWS_CONTAINER_CREDENTIALS_FULL_URI")  # fmt: skip
+
+
+def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
+    """Credentials from `~/.aws`, by boto3, where a profile is named, or where the environment has none and there is such a file."""
+    named = "AWS_PROFILE" in variables
+    if not named and (any(name in variables for name in _OTHER_CREDENTIALS) or not (Path.home() / ".aws").is_dir()):
+        return None
+    if importlib.util.find_spec("boto3") is None:
+        if not named:
+            return None
+        raise UsageError(
+            f"AWS_PROFILE {variables['AWS_PROFILE']}: profiles are read by a package that is not installed. "
+            "Type: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    try:
+        return Boto3CredentialProvider()
+    except Exception as error:
+        if not named:
+            return None  # the folder is there, credentials are not
+        raise UsageError(f"AWS_PROFILE {variables['AWS_PROFILE']}: {_reason(error)}") from error
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Turn the library's errors into the system's, with one line of text."""
+    from obstore import exceptions
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _reason(error), url) from error
+    except exceptions.AlreadyExistsError as error:
+        raise FileExistsError(errno.EEXIST, "is there already", url) from error
+    except exceptions.PreconditionError as error:
+        raise OSError(errno.ESTALE, "changed while it was being read", url) from error
+    except (exceptions.BaseError, ValueError) as error:
+        text = str(error)
+        code = (_STATUS.search(text) or ("", ""))[1][:3]
+        kind = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT}.get(code, errno.EIO)
+        if any(mark in text for mark in _CUT):
+            kind = errno.ECONNRESET
+        raise OSError(kind, _reason(error), url) from error  # which makes it a PermissionError, a FileNotFoundError
+
+
+_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
+_CODE = re.compile(r"<Code>([^<]+)</Code>")
+_PREFIX = "Generic S3 error: "
+_CUT = ("response body error", "Content-Range header not present")
+_TRIES = re.compile(r"after (\d+) retries")
+_CAUSES = {
+    "Connection refused": "the connection was refused",
+    "ConnectionRefused": "the connection was refused",
+    "ConnectionReset": "the connection was reset",
+    "TimedOut": "no answer in time",
+    "dns error": "its name cannot be resolved",
+    "certificate": "its certificate is not trusted",
+    "IncompleteMessage": "the connection was cut",
+    "UnexpectedEof": "the connection was cut",
+}
+
+
+def _reason(error: Exception) -> str:
+    """One line of the many that the library writes."""
+    text = str(error)
+    first = " ".join(text.partition("\n\nDebug source:")[0].split())
+    if "169.254.169.254" in first:
+        return "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+    status, code, tries = _STATUS.search(text), _CODE.search(first), _TRIES.search(first)
+    if status:
+        reason = status[1].strip() + (f" ({code[1]})" if code else "")
+    else:
+        reason = next((words for mark, words in _CAUSES.items() if mark in text), first.rpartition(" - ")[2].removeprefix(_PREFIX)[:300])
+    return f"{reason}, after {int(tries[1]) + 1} tries" if tries else reason
 
 
 class BlobFile(io.RawIOBase):

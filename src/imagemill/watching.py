@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from imagemill import progress
 from imagemill.launcher import Progress
 
 
@@ -25,6 +26,31 @@ class Watcher:
 
     def end(self) -> None:
         """The workers are gone."""
+
+
+class Terminal(Watcher):
+    """Says everything on stderr."""
+
+    def __init__(self) -> None:
+        self._downloading = progress.DownloadProgress()
+
+    def say(self, message: str) -> None:
+        """See `Watcher.say`."""
+        progress.tell(f"imagemill: {message}")
+
+    def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+        """See `Watcher.begin`."""
+        self._display = progress.display(total, resumed)
+        self._display.__enter__()
+        return self._display
+
+    def download(self, done: int, total: int | None) -> None:
+        """See `Watcher.download`."""
+        self._downloading(done, total)
+
+    def end(self) -> None:
+        """See `Watcher.end`."""
+        self._display.__exit__(None, None, None)
 
 
 class _LogFile(logging.FileHandler):

@@ -92,3 +92,29 @@ def test_workers_take_no_module_from_the_folder_the_user_is_in(null_run, small_j
     env = harness.hooks(tmp_path / "hooks", hook, PYTHONSAFEPATH="1")
     result = null_run(small_jpegs, "--output", tmp_path / "out", env=env, cwd=here)
     assert result.code == 0, result
+
+
+def test_a_session_that_hangs_is_killed_and_started_again(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+    """A device that never answers does not stop the job: its worker is killed, and the next one computes what it held."""
+    hook = """
+    if WORKER:
+        def hang(module):
+            stream = module.NullSession.stream
+            def hanging(self, batches):
+                for number, found in enumerate(stream(self, batches)):
+                    if number == 3 and once(os.environ["MARKER"]):
+                        time.sleep(3600)
+                    yield found
+            module.NullSession.stream = hanging
+        after_import("imagemill.sessions.null", hang)
+    if LAUNCHER:
+        def impatient(module):
+            module.STALLED_S = 1.5
+        after_import("imagemill.launcher", impatient)
+    """
+    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
+    result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", env=env)
+    assert result.code == 0, result
+    assert result.json["devices"][0]["restarts"] == 1
+    assert "null#0 has done nothing for 2 s with" in (tmp_path / "out" / "logs" / "launcher.log").read_text()
+    assert harness.assert_complete(tmp_path / "out").num_rows == 48

@@ -83,6 +83,8 @@ class Feed:
             size = (decoded.width, decoded.height)
             rows.append(Row(picture.index, picture.shard, picture.source, path, decoded.status, decoded.error, *size, slot))
             if filled == self._batch_size or len(rows) >= 16 * self._batch_size:
+                if self._board is not None:
+                    self._board.beat()
                 yield Batch(pixels, filled, tuple(rows))
                 pixels, rows, filled = self._empty(), [], 0
         if rows:

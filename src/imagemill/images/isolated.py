@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from imagemill import codec
 from imagemill.errors import WorkerError
 from imagemill.images.decode import decode
-from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
+from imagemill.records import Decoded, Limits, Recipe, Status
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -250,8 +251,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     while lengths := requests.read(_LENGTHS.size):
         head_size, body_size = _LENGTHS.unpack(lengths)
         head, data = json.loads(requests.read(head_size)), requests.read(body_size)
-        limits, recipe = Limits(**head["limits"]), Recipe(**head["recipe"])
-        recipe = Recipe(recipe.size, recipe.resize, Interpolation(recipe.interpolation), recipe.exif)
+        limits, recipe = Limits(**head["limits"]), codec.from_plain(Recipe, head["recipe"])
         signal.setitimer(signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN)  # for a parent that is gone, or is itself stopped
         decoded = decode(data, recipe, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,8 +1,9 @@
 """The card's recipe: where the crop lies in a picture, and how its pixels become the model's.
 
-The published recipes resize the whole picture so that its short side is `resize`, and then cut the centre out. Here the crop is found
-first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never computed: a
-picture of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare with.
+The published recipes resize the whole picture so that its short side is `resize`, or squash it, and then cut the centre out. Here the
+crop is found first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never
+computed: a picture of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare
+with. (`box` has hard edges: where one falls exactly between two pixels, either may count, here as in Pillow.)
 
 The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit,
 in about a third of the time (bench/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by
@@ -31,10 +32,21 @@ if TYPE_CHECKING:
 
     from imagemill.records import Recipe
 
-FILTERS = {Interpolation.BILINEAR: Image.Resampling.BILINEAR, Interpolation.BICUBIC: Image.Resampling.BICUBIC}
+FILTERS = {item: Image.Resampling[item.name] for item in Interpolation}
 
-_SUPPORT = {Interpolation.BILINEAR: 1.0, Interpolation.BICUBIC: 2.0}
+_SUPPORT = {
+    Interpolation.NEAREST: 0.0,
+    Interpolation.BOX: 0.5,
+    Interpolation.BILINEAR: 1.0,
+    Interpolation.HAMMING: 1.0,
+    Interpolation.BICUBIC: 2.0,
+    Interpolation.LANCZOS: 3.0,
+}
 """Half the width of the filter, in pixels of the coarser of source and result."""
+_ADDED_UP = 2**20
+"""Longest axis over which `nearest` adds up positions one by one."""
+_VECTORISED = (Interpolation.BILINEAR, Interpolation.BICUBIC)
+"""What `_resample.c` knows; the other filters are Pillow's."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,6 +71,8 @@ class Span:
     """Of the result, the first pixel that shows the source; those before are black padding."""
     count: int
     """How many pixels of the result show the source."""
+    resized: int = 0
+    """Length of the whole axis after resizing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +89,44 @@ def locate(width: int, height: int, recipe: Recipe) -> Crop:
     The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`, `CenterCrop` starts at
     `int(round((side - size) / 2.0))` and pads a side that is too short with black, the odd pixel at the end.
     """
-    if recipe.resize is None:
-        return Crop(_span(width, width, recipe.size), _span(height, height, recipe.size))
-    short, long = min(width, height), max(width, height)
-    longer = int(recipe.resize * long / short)
-    to_width, to_height = (recipe.resize, longer) if width <= height else (longer, recipe.resize)
+    to_width, to_height = resized(width, height, recipe)
     return Crop(_span(width, to_width, recipe.size), _span(height, to_height, recipe.size))
+
+
+def resized(width: int, height: int, recipe: Recipe) -> tuple[int, int]:
+    """Width and height of the whole picture after resizing."""
+    match recipe.resize:
+        case None:
+            return width, height
+        case int(side):
+            longer = int(side * max(width, height) / min(width, height))
+            return (side, longer) if width <= height else (longer, side)
+        case squashed:
+            return squashed
 
 
 def _span(length: int, resized: int, size: int) -> Span:
     if resized < size:
-        return Span(0.0, float(length), (size - resized) // 2, resized)
+        return Span(0.0, float(length), (size - resized) // 2, resized, resized)
     first = int(round((resized - size) / 2.0))  # noqa: RUF046 - as torchvision spells it
-    return Span(first * length / resized, min(float(length), (first + size) * length / resized), 0, size)
+    return Span(first * length / resized, min(float(length), (first + size) * length / resized), 0, size, resized)
 
 
 def shrink(width: int, height: int, recipe: Recipe) -> int:
     """Say by which power of two (1, 2, 4, 8) a JPEG may be scaled while it is decoded.
 
-    The short side stays at least twice the length it is resized to, so that the filter still has the say: scaling to just above the
-    target costs a point of top-1 (docs/performance.md). Without resizing there is nothing to scale.
+    The short side (of a squashed picture both sides) stays at least twice the length it is resized to, so that the filter still has the
+    say: scaling to just above the target costs a point of top-1 (docs/performance.md). Without resizing there is nothing to scale, and
+    `nearest` picks pixels that scaling would blend.
     """
-    if recipe.resize is None:
-        return 1
-    return next((factor for factor in (8, 4, 2) if min(width, height) >= factor * 2 * recipe.resize), 1)
+    match recipe.resize:
+        case _ if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
+            return 1
+        case int(side):
+            times = min(width, height) // side
+        case to_width, to_height:
+            times = min(width // to_width, height // to_height)
+    return next((factor for factor in (8, 4, 2) if times >= factor * 2), 1)
 
 
 def region(crop: Crop, recipe: Recipe, width: int, height: int) -> tuple[int, int, int, int]:
@@ -169,6 +197,8 @@ def resample(
     if recipe.resize is None:
         x, y = round(crop.x.start) - left, round(crop.y.start) - top
         piece = image if (x, y) == (0, 0) and image.size == shape else image.crop((x, y, x + shape[0], y + shape[1]))
+    elif recipe.interpolation is Interpolation.NEAREST:
+        piece = Image.fromarray(np.asarray(image)[np.ix_(_nearest(crop.y) - top, _nearest(crop.x) - left)])
     else:
         piece = image.resize(shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale))
     if shape == (recipe.size, recipe.size):
@@ -176,6 +206,18 @@ def resample(
         return
     out[:] = 0
     out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = np.asarray(piece)
+
+
+def _nearest(span: Span) -> NDArray[np.intp]:
+    """Which pixels of the source `nearest` picks, added up as Pillow does it: where two are equally near, its rounding decides."""
+    length = round((span.stop - span.start) * span.resized / span.count)
+    first = round(span.start * span.resized / length)
+    step = length / span.resized
+    if span.resized > _ADDED_UP:
+        return ((np.arange(first, first + span.count) + 0.5) * step).astype(np.intp)
+    steps = np.full(first + span.count, step)
+    steps[0] = step / 2
+    return np.add.accumulate(steps)[first:].astype(np.intp)
 
 
 def _box(crop: Crop, width: int, height: int, left: int, top: int, scale: int) -> tuple[float, float, float, float]:
@@ -194,7 +236,8 @@ def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: N
     to_width, to_height = crop.x.count, crop.y.count
     # Pillow 13 goes down first where more than twice as many rows as columns are lost; which rule it is changed between its versions.
     rows_first = height - to_height > max(0, 2 * (width - to_width))
-    if not NATIVE or recipe.resize is None or rows_first or (to_height, to_width, 3) != out.shape or not out.flags.c_contiguous:
+    fitting = recipe.resize is not None and recipe.interpolation in _VECTORISED
+    if not NATIVE or not fitting or rows_first or (to_height, to_width, 3) != out.shape or not out.flags.c_contiguous:
         return False
     if pixels.strides[1:] != (3, 1):  # turned
         pixels = np.ascontiguousarray(pixels)
@@ -220,10 +263,7 @@ def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
     """
     image = image.convert("RGB")
     if recipe.resize is not None:
-        short, long = min(image.size), max(image.size)
-        longer = int(recipe.resize * long / short)
-        size = (recipe.resize, longer) if image.width <= image.height else (longer, recipe.resize)
-        image = image.resize(size, FILTERS[recipe.interpolation])
+        image = image.resize(resized(*image.size, recipe), FILTERS[recipe.interpolation])
     pixels = np.asarray(image)
     for axis in (0, 1):
         lacking = max(0, recipe.size - pixels.shape[axis])

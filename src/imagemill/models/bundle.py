@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from imagemill.errors import ModelError
+from imagemill.errors import ModelError, UsageError
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
 if TYPE_CHECKING:
@@ -53,6 +53,16 @@ def imagenet_labels() -> tuple[str, ...]:
     """Return the 1,000 classes of ImageNet-1k in the order of every published classifier's logits."""
     text = resources.files("imagemill").joinpath("data/imagenet_labels.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
+
+
+def read_labels(file: Path) -> tuple[str, ...]:
+    """Read a list of labels: UTF-8, one a line, in the order of the logits. Raises: UsageError."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"--labels {file} cannot be read: {reason}. Give a text file with one label a line.") from error
+    return tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")) if text else ()
 
 
 def frozen_file(bundle: Bundle, batch_size: int) -> Path:
@@ -153,8 +163,11 @@ def _card(values: Any) -> Card:
 
     recipe = mapping("recipe")
     size, resize = recipe["size"], recipe["resize"]
-    if type(size) is not int or size < 1 or (resize is not None and (type(resize) is not int or resize < 1)):
+    sides = resize if isinstance(resize, list) else [] if resize is None else [resize]
+    if any(type(side) is not int or side < 1 for side in (size, *sides)) or (isinstance(resize, list) and len(resize) != 2):
         raise ValueError(f"recipe says size {size!r}, resize {resize!r}")
+    if isinstance(resize, list):
+        resize = (resize[0], resize[1])
     if type(recipe["exif"]) is not bool:
         raise TypeError("recipe.exif is neither true nor false")
     return Card(

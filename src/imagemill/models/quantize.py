@@ -240,6 +240,24 @@ def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
     )
 
 
+def answers(model_file: Path, batches: Sequence[NDArray[np.uint8]]) -> list[dict[str, NDArray[np.float32]]]:
+    """Run a model in fp32 on a few batches of one shape and return its logits and embedding by name.
+
+    Raises:
+        RuntimeError: OpenVINO's, where it cannot read, compile or run the model.
+    """
+    ov = _openvino()
+    core = ov.Core()
+    model = core.read_model(str(model_file))
+    model.reshape({"pixels": list(batches[0].shape)})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = []
+    for batch in batches:
+        result = compiled({"pixels": batch})
+        found.append({name: np.array(values) for port, values in result.items() for name in port.get_names() & {"logits", "embedding"}})
+    return found
+
+
 def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
     """Rank layers by how much of their input the quantiser before them destroys, the worst first.
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import checkpoint, download, efficientnet_lite, resnext
+from imagemill.models import checkpoint, download, efficientnet_lite, resnext, wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe
 
 Array = NDArray[Any]
@@ -226,15 +226,16 @@ def get(
 
 
 def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: download.Progress | None = None) -> Bundle:
-    """Find the bundle that `run --model` means: a name on disk, a bundle's folder, or a published name, which is fetched.
+    """Find the bundle that `run --model` means: a name on disk, a bundle's folder, an ONNX file with its card, or a published name, which
+    is fetched.
 
     Raises:
         UsageError: it is none of them.
         ModelError: as `get`.
     """
     path = Path(model).expanduser()
-    if model.endswith(".onnx"):
-        raise UsageError(f"--model {model} is a bare ONNX file; a bundle is wanted, which says how pictures are prepared. Give its folder.")
+    if model.endswith(".onnx") and not path.is_dir():
+        return wrap.bundle_for(path, models_dir, say)
     if re.fullmatch(_NAME, model) and (found := _on_disk(model, models_dir, explicit=False)) is not None:
         return found
     if bundles.is_bundle(path):
@@ -249,7 +250,7 @@ def listing(models_dir: Path) -> list[Row]:
     here: dict[str, Bundle | str] = {}
     if models_dir.is_dir():
         for folder in sorted(models_dir.iterdir()):
-            if bundles.is_bundle(folder):
+            if bundles.is_bundle(folder) and not folder.name.startswith("."):  # half made
                 try:
                     here[folder.name] = bundles.load(folder)
                 except ModelError:
@@ -329,6 +330,8 @@ def _origin(card: Card) -> str:
             text = f"from the file {origin.get('file')}"
         case "url":
             text = f"from {origin.get('url')}"
+        case "onnx":
+            text = f"wrapped from {origin.get('file')}"
         case "package":
             text = f"from the package {origin.get('package')}"
         case other:

@@ -2,6 +2,12 @@
 
     folder/, picture.jpg      folder.py
     @paths.txt                list.py       a path or URL a line
+    @paths.csv#column         table.py      a path or URL a row, .tsv and .parquet too
+    pictures.parquet#column   parquet.py    bytes in a column, here or in an object store
+    pictures.zip              zip.py        here or in an object store
+    pictures.tar, .tar.gz     tar.py        the same
+    s3://bucket/prefix        objects.py    all below it, or one object
+    https://host/picture.jpg  http.py
 
 A further kind is one file with a class behind the `Source` Protocol, and one line in `_open`.
 """
@@ -11,22 +17,30 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-from imagemill import plan
+from imagemill import plan, storage
 from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Job, Lease, Picture
+from imagemill.sources import objects
 from imagemill.sources.base import Filters, Skipped, Source, shown
 from imagemill.sources.folder import FolderSource
 from imagemill.sources.list import ListSource
+from imagemill.sources.parquet import ParquetSource
+from imagemill.sources.table import TableSource, is_table, split_column
+from imagemill.sources.tar import SUFFIXES as TAR_SUFFIXES
+from imagemill.sources.tar import TarSource
+from imagemill.sources.zip import ZipSource
 
-__all__ = ["Filters", "Skipped", "Source", "check", "open_all", "read", "resolve", "shown"]
+__all__ = ["Filters", "Skipped", "Source", "as_line", "check", "open_all", "read", "resolve", "shown"]
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_EXPANDED = 100_000
+_READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv")
 
 
 def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
@@ -35,15 +49,34 @@ def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
 
 
 def _absolute(argument: str) -> str:
-    if "://" in argument:
-        raise UsageError(f"source {argument}: URLs cannot be read yet. Give a folder, a picture, or @LIST.")
     at = "@" if argument.startswith("@") else ""
+    if storage.is_url(argument.removeprefix("@")):
+        return at + _url(argument.removeprefix("@"), is_list=bool(at))
     return at + os.path.abspath(argument.removeprefix("@"))  # noqa: PTH100 - links stay as they were given
+
+
+def _url(url: str, *, is_list: bool) -> str:
+    """A URL as it is frozen: as it was given, without a slash at the end of a place in an object store."""
+    scheme, _, rest = url.partition("://")
+    if storage.names_password(url):
+        raise UsageError(f"source {scheme}://…@{rest.partition('@')[2]}: {storage.NO_PASSWORDS}")
+    if not rest.strip("/"):
+        raise UsageError(f"source {url}: names no host or bucket.")
+    if storage.is_object(url):
+        return url.rstrip("/")
+    if scheme not in ("http", "https"):
+        raise UsageError(f"source {url}: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}.")
+    path = rest.partition("?")[0].partition("#")[0].lower()
+    if not is_list and (path.endswith(("/", *_READ_IN_PIECES)) or "/" not in path):
+        raise UsageError(
+            f"source {url}: only single pictures are read over {scheme}. Download it, or list its pictures' URLs in a file: @FILE."
+        )
+    return url
 
 
 def _expanded(argument: str) -> list[str]:
     """`{000..099}` and `{a,b}` as WebDataset and shells write them; a name that is there as it stands is taken as it stands."""
-    if "://" not in argument and os.path.lexists(argument.removeprefix("@")):
+    if not storage.is_url(argument.removeprefix("@")) and os.path.lexists(argument.removeprefix("@")):
         return [argument]
     pieces: list[list[str]] = []
     count, end = 1, 0
@@ -80,21 +113,61 @@ def open_all(sources: Iterable[str], output: Path | None = None, aside: Path | N
 
 def check(sources: Iterable[str]) -> None:
     """See that the sources as such are there, before anything is begun. Raises: SourceError."""
+    urls = []
     for source in sources:
-        path = source.removeprefix("@")
-        if not os.path.exists(path):  # noqa: PTH110
+        path, _ = split_column(source.removeprefix("@"))
+        if storage.is_url(path):
+            urls.append(path)
+        elif not os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"source {shown(os.fsencode(source))} cannot be read: No such file or directory. Give a folder or a picture.")
+    with ThreadPoolExecutor(min(16, len(urls)) or 1) as pool:  # thousands may have come of one pair of braces
+        for _ in pool.map(_look, urls):
+            pass
 
 
-def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None) -> Source:  # noqa: ARG001
+def _look(url: str) -> None:
+    if storage.is_object(url):
+        objects.look(url)
+    else:
+        from imagemill.sources import http  # its library is heavy, and rarely needed
+
+        http.look(url)
+
+
+def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None) -> Source:
+    location, column = split_column(source.removeprefix("@"))
     if source.startswith("@"):
+        if is_table(location):
+            return TableSource(position, os.fsencode(location), column)
         return ListSource(position, os.fsencode(source[1:]))
+    if location.lower().endswith(".parquet") and not os.path.isdir(location):  # noqa: PTH112 - a URL is none
+        return ParquetSource(position, os.fsencode(location), column)
+    if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
+        return ZipSource(position, os.fsencode(source))
+    if TAR_SUFFIXES.search(source) and not os.path.isdir(source):  # noqa: PTH112
+        return TarSource(position, os.fsencode(source), aside)
+    if storage.is_object(source):
+        return objects.ObjectSource(position, source)
+    if storage.is_url(source):
+        from imagemill.sources import http
+
+        return http.HttpSource(position, source)
     return FolderSource(position, os.fsencode(source), skip)
+
+
+def as_line(source: str, path: bytes) -> bytes | None:
+    """The line of a list that means this picture of a source; None: it lies inside an archive or table, and no line does."""
+    if isinstance(_open(0, source, None, None), ZipSource | TarSource | ParquetSource):
+        return None
+    if source.startswith("@"):
+        location, _ = split_column(source[1:])
+        return storage.beside(os.fsencode(location), path) if path else None
+    return os.path.join(os.fsencode(source), path) if path else os.fsencode(source)  # noqa: PTH118
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:
     """The pictures of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
-    folder = JobPaths(Path(job.output)).plan
+    folder = JobPaths.of(job.output).plan
     opened = open_all(job.sources, aside=folder)
     for lease in leases:
         for row in plan.read(folder, lease.shard):

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from imagemill.plan import Entry
 
@@ -43,8 +43,12 @@ class Source(Protocol):
 
     name: str
     """As rows name it: an absolute path or URL, bytes that are not UTF-8 shown as `\\xNN`."""
-    ordered: bool
-    """Whether entries come ordered by the components of their paths as bytes, else in an order of the source's own."""
+
+    @property
+    def ordered(self) -> bool | Literal["whole"]:
+        """Whether entries come ordered by the components of their paths as bytes; `whole`: by their whole paths as bytes; False: in an
+        order of the source's own."""
+        ...
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """List the pictures in bounded memory and in the same order each time, counting what is left out.

@@ -6,11 +6,13 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Callable
 
 from imagemill.records import BadPicture, Status
 
 _PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
 _RETRY_DELAYS_S = (0.05, 0.2, 0.8)
+_RETRY_SECONDS = 5.0
 
 
 def read_file(path: bytes, max_bytes: int) -> bytes:
@@ -19,15 +21,26 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
     Raises:
         BadPicture: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
     """
+    return retried(lambda: _read(path, max_bytes), "the file was listed but is gone, or its link leads nowhere")
+
+
+def retried(read: Callable[[], bytes], gone: str) -> bytes:
+    """Call `read` until it succeeds, for about a second while its errors may pass by themselves; `gone` is what a `missing` row says.
+
+    Raises:
+        BadPicture: `missing`, or `read_error`.
+    """
+    begun = time.monotonic()
     for delay_s in (*_RETRY_DELAYS_S, None):
         try:
-            return _read(path, max_bytes)
+            return read()
         except OSError as error:
-            if delay_s is not None and error.errno in _PASSING_ERRORS:
+            is_early = time.monotonic() - begun < _RETRY_SECONDS  # an object store has been tried again for long when it fails
+            if delay_s is not None and is_early and error.errno in _PASSING_ERRORS:
                 time.sleep(delay_s)
                 continue
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                raise BadPicture(Status.MISSING, "the file was listed but is gone, or its link leads nowhere") from error
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise BadPicture(Status.MISSING, gone) from error
             raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
     raise AssertionError("unreachable")
 

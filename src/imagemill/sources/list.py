@@ -1,4 +1,7 @@
-"""A list of picture files, `@FILE`: one path a line, in the list's order, relative to the list's own folder or absolute."""
+"""A list of pictures, `@FILE`: one path or URL a line, in the list's order. Relative paths are relative to the list's own folder.
+
+The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the web; its relative paths then mean objects and pages there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 import os
 from collections.abc import Iterator
 
+from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
+from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
-from imagemill.sources.files import read_file
 
 
 class ListSource:
@@ -24,27 +28,29 @@ class ListSource:
         self.name = "@" + shown(file)
         self._position = position
         self._file = file
-        self._folder = os.path.dirname(file)  # noqa: PTH120 - bytes, for names that are not UTF-8
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. The order is the list's; sizes are not known."""
         wanted = matcher(filters)
         try:
-            with open(self._file, "rb") as lines:  # noqa: PTH123
+            with locations.open_text(self._file) as lines:
                 for number, line in enumerate(lines, 1):
                     path = self._path(line.rstrip(b"\r\n"), number)
                     if not path:
                         continue
+                    if storage.names_password(path):
+                        raise SourceError(f"source {self.name}, line {number}: {storage.NO_PASSWORDS}")
                     if wanted(path):
                         yield Entry(self._position, path, -1)
                     else:
                         skipped.by_filter += 1
         except OSError as error:
-            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a text file with one path a line.") from error
+            what = "Give a text file with one path or URL a line."
+            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. {what}") from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
-        return read_file(os.path.join(self._folder, path), max_bytes)  # noqa: PTH118
+        return locations.fetch(storage.beside(self._file, path), max_bytes)
 
     def _path(self, line: bytes, number: int) -> bytes:
         if not line.startswith(b'"'):

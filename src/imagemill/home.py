@@ -1,0 +1,189 @@
+"""Where a job's results live: the output folder, or an object store that a folder on this machine stands for.
+
+Every reader and writer of results goes through here and names them by their paths below `JobPaths.root`. In an object store each result is
+one object of the same name, written by one PUT, so that others see all of it or nothing.
+
+Two launchers may freeze a job in one store at the same moment, from two machines that share no lock. So the files of a plan carry a nonce
+there (`plan/plan-00000-00000-NONCE.parquet`), and `job.json`, which names the nonce, is only written where none is: the first to write it
+has frozen the job, the other one takes that job up. From then on they do each other no harm: a part that is computed twice replaces itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imagemill import layout, storage
+from imagemill.errors import OutputError
+from imagemill.layout import JobPaths
+
+if TYPE_CHECKING:
+    from imagemill.storage import Store
+
+_log = logging.getLogger(__name__)
+
+_NONCED = re.compile(r"(.+)-([0-9a-f]{16})(\.[^./]+)")
+_NONCE_BYTES = 8
+
+
+@functools.cache
+def _store(url: str) -> Store:
+    return storage.open_store(url)
+
+
+def foreign(paths: JobPaths) -> str | None:
+    """The key of something in an object store's output that no start of ours has left; None: it is free. Raises: OutputError."""
+    try:
+        return next((key for key, _ in _store(paths.url).list() if not key.startswith((f"{paths.plan.name}/", "logs/"))), None)
+    except OSError as error:
+        raise OutputError(f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and credentials.") from error
+
+
+def read(paths: JobPaths, path: Path) -> bytes:
+    """A whole result. Raises: OSError, FileNotFoundError."""
+    return _store(paths.url).read(paths.key(path)) if paths.url else path.read_bytes()
+
+
+def exists(paths: JobPaths, path: Path) -> bool:
+    """Whether a result is there. Raises: OSError where the store does not answer."""
+    if not paths.url:
+        return path.is_file()
+    key = paths.key(path)
+    return any(found == key for found, _ in _store(paths.url).list(key))
+
+
+def write(paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False) -> None:
+    """Write a result so that others see all of it or nothing.
+
+    Args:
+        paths: of the job.
+        path: below its root.
+        data: at once, or in pieces.
+        create: in an object store, only where it is not there yet.
+
+    Raises:
+        FileExistsError: `create`, and it is there. OutputError: it cannot be written.
+    """
+    if not paths.url:
+        layout.write_whole(path, data)
+        return
+    whole = bytes(data) if isinstance(data, bytes | memoryview) else b"".join(data)
+    try:
+        _store(paths.url).put(paths.key(path), whole, create=create)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {paths.shown(path)}: {reason(error)}. Repeat the command once the store answers: finished parts are kept."
+        ) from error
+
+
+def remove(paths: JobPaths, path: Path) -> None:
+    """Remove a result, if it is there. Raises: OutputError."""
+    try:
+        if paths.url:
+            _store(paths.url).remove(paths.key(path))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {paths.shown(path)}: {reason(error)}. Change its permissions and repeat the command.") from error
+
+
+def move(paths: JobPaths, path: Path, goal: Path) -> None:
+    """Move a result to another name below the root. Raises: OutputError."""
+    try:
+        if paths.url:
+            _store(paths.url).put(paths.key(goal), read(paths, path))
+            _store(paths.url).remove(paths.key(path))
+        else:
+            layout.make_folder(goal.parent)
+            path.replace(goal)
+    except OSError as error:
+        raise OutputError(f"cannot move {paths.shown(path)} to {paths.shown(goal)}: {reason(error)}.") from error
+
+
+def parts(paths: JobPaths) -> dict[int, Path]:
+    """Every part there is, by shard number, whatever its content. Raises: OutputError."""
+    if not paths.url:
+        return paths.parts()
+    folder = f"{paths.predictions.name}/"
+    try:
+        return paths.parts_among(key.removeprefix(folder) for key, _ in _store(paths.url).list(folder))
+    except OSError as error:
+        raise OutputError(f"{paths.url}/{folder} cannot be listed: {reason(error)}. Repeat the command once the store answers.") from error
+
+
+def publish_plan(paths: JobPaths) -> str:
+    """Put the plan, as it lies in the folder on this machine, into the store. Returns: its nonce; empty where the output is a folder."""
+    if not paths.url:
+        return ""
+    nonce = secrets.token_hex(_NONCE_BYTES)
+    for path in sorted(paths.plan.iterdir()):
+        if not path.name.startswith("."):
+            write(paths, path.with_name(f"{path.stem}-{nonce}{path.suffix}"), path.read_bytes())
+    layout.write_whole(paths.plan_nonce, nonce.encode())
+    return nonce
+
+
+def forget_plan(paths: JobPaths, nonce: str) -> None:
+    """Take back a plan that another launcher was quicker than."""
+    for key in _plan_keys(paths, nonce):
+        with contextlib.suppress(OSError):
+            _store(paths.url).remove(key)
+
+
+def fetch_plan(paths: JobPaths, nonce: str) -> None:
+    """Have the frozen job's plan in the folder on this machine. Raises: OutputError."""
+    if not paths.url or _here(paths) == nonce:
+        return
+    layout.make_folder(paths.plan)
+    paths.plan_nonce.unlink(missing_ok=True)
+    for path in paths.plan.iterdir():
+        path.unlink()
+    try:
+        for key, name in _plan_keys(paths, nonce).items():
+            layout.write_whole(paths.plan / name, _store(paths.url).read(key))
+    except OSError as error:
+        raise OutputError(
+            f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the store answers."
+        ) from error
+    layout.write_whole(paths.plan_nonce, nonce.encode())
+
+
+def _here(paths: JobPaths) -> str | None:
+    try:
+        return paths.plan_nonce.read_text()
+    except OSError:
+        return None
+
+
+def _plan_keys(paths: JobPaths, nonce: str) -> dict[str, str]:
+    """Key in the store → name in the plan's folder, of one plan's files."""
+    folder = f"{paths.plan.name}/"
+    found = {}
+    for key, _ in _store(paths.url).list(folder):
+        if (match := _NONCED.fullmatch(key.removeprefix(folder))) and match[2] == nonce:
+            found[key] = match[1] + match[3]
+    return found
+
+
+def publish_logs(paths: JobPaths) -> None:
+    """Put the logs beside the results. They are no result: where that fails, the log of this machine says so."""
+    if not paths.url or paths.log_dir:
+        return
+    for path in sorted(paths.logs.glob("*.log")):
+        try:
+            _store(paths.url).put(paths.key(path), path.read_bytes())
+        except OSError as error:
+            _log.warning("%s could not be put into %s: %s", path, paths.url, reason(error))
+
+
+def reason(error: OSError) -> str:
+    """Why something could not be read or written, without a full stop."""
+    return " ".join((error.strerror or str(error) or type(error).__name__).split()).rstrip(".")

@@ -1,0 +1,54 @@
+"""Whatever a line of a list or a cell of a table may name: a path, a URL of the web, an object in a store."""
+
+from __future__ import annotations
+
+import errno
+import io
+from typing import IO
+
+from imagemill import storage
+from imagemill.records import BadPicture, Status
+from imagemill.sources.files import read_file
+
+_LONGEST_LIST = 256 * 2**20
+
+
+def fetch(location: bytes, max_bytes: int) -> bytes:
+    """Read a picture's encoded bytes, called from many threads at once.
+
+    Args:
+        location: an absolute path, or a URL: `http`, `https` or of an object store. `storage.beside` makes it of a relative one.
+        max_bytes: a longer one is `too_large`; no more than this is read.
+
+    Raises:
+        BadPicture.
+    """
+    if b"\0" in location:
+        raise BadPicture(Status.MISSING, "nothing can lie there: its name has a NUL byte")
+    if not storage.is_url(location):
+        return read_file(location, max_bytes)
+    if storage.names_password(location):
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {storage.NO_PASSWORDS}")
+    url = location.decode("utf-8", "surrogateescape")
+    scheme = url.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        from imagemill.sources import http
+
+        return http.fetch(url, max_bytes)
+    if storage.is_object(url):
+        from imagemill.sources import objects
+
+        return objects.fetch(url, max_bytes)
+    raise BadPicture(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
+
+
+def open_text(location: bytes) -> IO[bytes]:
+    """Open a list for reading it line by line, wherever it lies. Raises: OSError."""
+    if storage.is_object(location):
+        return io.BufferedReader(storage.BlobFile(storage.open_blob(location)), 2**20)
+    if not storage.is_url(location):
+        return open(location, "rb")  # noqa: PTH123 - the caller closes it
+    try:
+        return io.BytesIO(fetch(location, _LONGEST_LIST))
+    except BadPicture as bad:
+        raise OSError(errno.EIO, bad.error) from bad
