@@ -54,9 +54,9 @@ class Bucket:
         self.client.delete_object(Bucket=self.name, Key=key)
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    """The address of the server, which lives as long as the tests."""
+@contextlib.contextmanager
+def serving() -> Iterator[str]:
+    """A server on a free port; gives its address."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -75,21 +75,38 @@ def s3_endpoint() -> Iterator[str]:
         process.wait()
 
 
-@pytest.fixture
-def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A fresh bucket; the environment of this process and its children says where it is and how to get in."""
+def environment(endpoint: str) -> dict[str, str]:
+    """The variables that say where the server is and how to get in."""
+    known = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    return known | {"AWS_ENDPOINT_URL": endpoint}
+
+
+def new_bucket(endpoint: str) -> Bucket:
+    """A fresh bucket; `environment` must be set."""
     import boto3
     from botocore.config import Config
 
-    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    known = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
-    for name, value in (known | {"AWS_ENDPOINT_URL": s3_endpoint}).items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=s3_endpoint, config=Config(retries={"max_attempts": 1}))
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint, config=Config(retries={"max_attempts": 1}))
     bucket = Bucket(client, f"bucket-{os.getpid()}-{next(_numbers)}")
     client.create_bucket(Bucket=bucket.name)
     return bucket
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of the server, which lives as long as the tests."""
+    with serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A fresh bucket; the environment of this process and its children says where it is and how to get in."""
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    return new_bucket(s3_endpoint)
 
 
 @dataclass(frozen=True)
