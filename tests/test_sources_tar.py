@@ -20,7 +20,7 @@ import pytest
 
 import helpers
 import pictures
-from archives import END, KINDS, fetched, listed, pack, read, tar, tar_member
+from archive_files import END, KINDS, fetched, listed, pack, read, tar, tar_member
 from imagemill import running
 from imagemill.errors import SourceError
 from imagemill.records import Settings

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from archives import Member, deflated, fetched, listed, read, zip_by_hand
+from archive_files import Member, deflated, fetched, listed, read, zip_by_hand
 from imagemill.errors import SourceError
 from imagemill.sources import Filters
 from s3 import Bucket

@@ -10,7 +10,7 @@ import harness
 import pytest
 
 import helpers
-from archives import KINDS, pack
+from archive_files import KINDS, pack
 
 SLOW = """
 if WORKER:

@@ -52,7 +52,7 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
     assert parts(s3) == calm
     keys = s3.keys()
     names = {key.partition("/")[2] for key in keys if "/predictions/" not in key and "/plan/" not in key}
-    assert names == {"job.json", "summary.json", "manifest.json", "failed.txt", "logs/launcher.log", "logs/null#0.log"}
+    assert names == {"job.json", "summary.json", "manifest.json", "failed.txt", "report.html", "logs/launcher.log", "logs/null#0.log"}
     for machine in ("cache", "another machine's cache"):
         env = helpers.environment(XDG_CACHE_HOME=str(cache.parent / machine))
         sound = helpers.imagemill_cli("verify", s3.url + "/job", env=env)

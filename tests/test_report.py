@@ -1,0 +1,620 @@
+"""report.html: its figures are the rows', its pictures the pictures, and nothing that it shows can harm whoever opens it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import helpers
+import pictures
+from imagemill import freezing, plan, running
+from imagemill.images.decode import FAULTS_VARIABLE, decode
+from imagemill.layout import JobPaths
+from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
+from imagemill.report import charts, figures, page, thumbnails
+from imagemill.timeline import BUCKETS, Timeline
+from s3 import Bucket
+from tiny import CLASSES, TINY_CARD
+
+CLI = Callable[..., helpers.Result]
+Jobs = Callable[..., Settings]
+Pages = Callable[..., Page]
+HOSTILE_NAMES = (
+    "<img src=x onerror=alert(1)>.jpg",
+    "</script>.jpg",
+    "a'\"&amp;b.jpg",
+    "{{ 7 * 7 }}{% raw %}.jpg",
+    "\u202egpj.exe.jpg",
+    "tab\tand\x1b[31mescape.jpg",
+    "l" * 200 + ".jpg",
+    "javascript:alert(1).jpg",
+    "<!-- <script>alert(1).jpg",
+    "]]>.jpg",
+)
+HOSTILE_LABELS = (
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(2)>',
+    "<svg onload=alert(3)>",
+    "{{ config }}",
+    "\u202etfel ot thgir",
+    "<b>bold</b> & 'quoted'",
+    "W" * 300,
+    "plain",
+    "</style><style>body{display:none}</style>",
+    "\u2028separated",
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Pages]:
+    """Opens a report from disk; whatever it complains of, asks for or pops up fails the test at its end."""
+    contexts, seen = [], []
+
+    def open_page(report: Path, width: int = 1280, **options: Any) -> Page:
+        context = browser.new_context(offline=True, viewport={"width": width, "height": 800}, **options)
+        contexts.append(context)
+        shown = context.new_page()
+        shown.on("console", lambda message: seen.append(f"console: {message.text}"))
+        shown.on("pageerror", lambda error: seen.append(f"error: {error}"))
+        shown.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        shown.on("request", lambda request: seen.append(request.url[:80]) if not request.url.startswith("data:image/jpeg;") else None)
+        shown.goto(report.as_uri())
+        assert seen.pop(0) == report.as_uri()
+        return shown
+
+    yield open_page
+    assert not seen
+    for context in contexts:
+        context.close()
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A finished job whose report is looked at."""
+
+    source: Path
+    output: Path
+
+    @property
+    def report(self) -> Path:
+        return self.output / "report.html"
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return helpers.rows(self.output)
+
+
+@pytest.fixture(scope="session")
+def reported(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
+    """A job over 150 pictures, some of them broken, some of hostile name, with hostile labels; written by `run` itself."""
+    folder = tmp_path_factory.mktemp("reported")
+    files = {f"{seed % 5}/{seed:03d}.jpg": pictures.jpeg(60 + seed % 40, 50 + seed % 30, seed=seed) for seed in range(140)}
+    files |= {name: pictures.jpeg(80, 60, seed=200 + number) for number, name in enumerate(HOSTILE_NAMES)}
+    files |= {f"broken/{number:02d} <svg onload=alert(4)>.jpg": b"<svg onload=alert(5)>" for number in range(12)}
+    files |= {"broken/half.jpg": pictures.half(pictures.jpeg(300, 200)), "broken/empty.jpg": b""}
+    helpers.fill(folder / "source", files)
+    labels = folder / "labels.txt"
+    labels.write_text("\n".join(HOSTILE_LABELS[:-1]) + "\nlast\n", encoding="utf-8")
+    environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    arguments = ("--model", "tiny", "--devices", "null:2", "--shard-size", "7", "--labels", labels)
+    result = helpers.imagemill_cli("run", folder / "source", "--output", folder / "out", *arguments, env=environment)
+    assert result.code == 0, result
+    return Reported(folder / "source", folder / "out")
+
+
+def cards(shown: Page, part: str) -> list[dict[str, Any]]:
+    """Name, label, probability and picture of each picture in a part of the gallery."""
+    found: list[dict[str, Any]] = shown.eval_on_selector_all(
+        f"#{part} .pictures > li",
+        """items => items.map(item => ({
+            name: item.querySelector(".name bdi").textContent,
+            label: item.querySelector(".answer bdi").textContent,
+            probability: item.querySelector(".answer .number").textContent,
+            image: item.querySelector("img")?.src,
+            alt: item.querySelector("img")?.alt,
+            gone: item.querySelector(".gone")?.textContent}))""",
+    )
+    return found
+
+
+def visible_names(shown: Page) -> list[str]:
+    return shown.locator(".pictures > li:visible .name bdi").all_text_contents()
+
+
+# ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) -> None:
+    """Counts, classes, certainty and failures are what anybody counts in predictions/."""
+    rows = reported.rows
+    ok = [row for row in rows if row["status"] == "ok"]
+    shown = opened(reported.report)
+    told = dict(zip(shown.locator(".figures dt").all_text_contents(), shown.locator(".figures dd").all_text_contents(), strict=True))
+    assert told["Classified"].startswith(f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} pictures")
+    assert told["Failed"].startswith(str(len(rows) - len(ok)))
+    counts = Counter(row["class_id"] for row in ok)
+    assert told["Classes seen"].startswith(f"{len(counts)}of {CLASSES}")
+    table = [line.split("\t") for line in shown.locator(".classes tbody").inner_text().splitlines() if "\t" in line]
+    assert [int(line[1]) for line in table] == sorted(counts.values(), reverse=True)
+    shown.locator("#certainty ~ details summary").click()
+    histogram = shown.locator("#certainty ~ details tbody td:nth-child(2)").all_text_contents()
+    assert [int(cell) for cell in histogram] == np.histogram([row["probability"] for row in ok], 20, (0, 1))[0].tolist()
+    failed = Counter(row["status"] for row in rows if row["status"] != "ok")
+    section = shown.locator("section:has(> #failures)")
+    assert section.locator("tbody tr").all_inner_texts() == [
+        f"{status}\t{count}\t{100 * count / len(rows):.2f} %"
+        for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    assert section.locator("details").all_inner_texts()[0].startswith("not_an_image: 8 of 12, at random")
+    assert "broken/half.jpg" in section.text_content()  # type: ignore[operator]
+
+
+def test_the_gallery_shows_both_ends_and_a_sample(reported: Reported, opened: Pages) -> None:
+    """The surest and least sure pictures are those that sorting all rows finds; the sample is of the others, and all are labelled."""
+    ok = [row for row in reported.rows if row["status"] == "ok"]
+    shown = opened(reported.report)
+    by_name = {page.visible(row["path"]): row for row in ok}
+    found = {part: cards(shown, part) for part in ("most", "least", "sample")}
+    most = sorted(ok, key=lambda row: (-row["probability"], row["index"]))[:24]
+    least = sorted(ok, key=lambda row: (row["probability"], row["index"]))[:24]
+    assert [card["name"] for card in found["most"]] == [page.visible(row["path"]) for row in most]
+    assert [card["name"] for card in found["least"]] == [page.visible(row["path"]) for row in least]
+    assert len({card["name"] for part in found.values() for card in part}) == 24 + 24 + 48
+    for card in (card for part in found.values() for card in part):
+        assert card["label"] == page.visible(by_name[card["name"]]["label"])
+        assert float(card["probability"].strip("<> %")) == pytest.approx(100 * by_name[card["name"]]["probability"], abs=0.06)
+
+
+def test_thumbnails_are_their_pictures(reported: Reported, opened: Pages) -> None:
+    """Each thumbnail is what the model saw of the picture it stands for, and of no other."""
+    recipe = TINY_CARD.recipe
+    seen = {}
+    for row in reported.rows:
+        if row["status"] == "ok":
+            pixels = decode((reported.source / row["path"]).read_bytes(), recipe, Limits()).pixels
+            assert pixels is not None
+            seen[page.visible(row["path"])] = pixels.astype(int)
+    shown = opened(reported.report)
+    pictured = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
+    assert len(pictured) == 96
+    for card in pictured:
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(card["image"].partition(",")[2]))), int)
+        distances = {name: np.abs(pixels - others).mean() for name, others in seen.items()}
+        assert min(distances, key=lambda name: distances[name]) == card["name"]
+        assert distances[card["name"]] < 12
+        assert card["alt"] == f"The model's view of {card['name']}"
+    assert shown.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 32)")
+
+
+@given(st.integers(1, 40), st.integers(0, 3))
+def test_any_cut_into_shards_gives_the_same_figures(reported: Reported, size: int, seed: int) -> None:
+    """Heaps and sample are kept part by part; they are what the whole at once would give."""
+    keys = np.random.default_rng(seed).integers(0, 9, 137).astype(np.float64)
+    kept, whole = figures._Least(11), figures._Least(11)
+    for start in range(0, 137, size):
+        kept.offer(keys[start : start + size], np.arange(start, min(start + size, 137)))
+    whole.offer(keys, np.arange(137))
+    assert kept.indices.tolist() == whole.indices.tolist() == np.lexsort((np.arange(137), keys))[:11].tolist()
+
+
+def test_the_random_sample_is_uniform() -> None:
+    """Whatever the seed, every picture has the same chance: chi-squared over a thousand samples of ten out of a hundred."""
+    counts = np.zeros(100)
+    for seed in range(1000):
+        counts[np.argsort(figures.shuffled(np.arange(100), seed * 0x1234567890AB))[:10]] += 1
+    assert ((counts - 100) ** 2 / 90).sum() < 160  # 99.99 % of chi-squared with 99 degrees of freedom
+
+
+def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
+    """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on the page."""
+    frozen = freezing.read_frozen(JobPaths(reported.output))
+    assert frozen is not None
+    text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
+    job, card = frozen.job, frozen.job.card
+    named = (job.plan_id, job.answer_id, card.sha256, card.licence, str(reported.source), "source: random", "null", "Pillow".lower())
+    for value in (*named, *json.loads((reported.output / "summary.json").read_bytes())["machine"].values()):
+        assert value in text, value
+
+
+def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
+    reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
+) -> None:
+    """Verdict, agreement, interval and speed-up of each faster precision that the card knows."""
+    output = copy_of(reported.output)
+    job = json.loads((output / "job.json").read_bytes())
+    verdict = {
+        "pictures": 1000,
+        "agreement": 0.978,
+        "wilson_low": 0.967,
+        "wilson_high": 0.9855,
+        "accepted": True,
+        "reason": "<b>it agrees</b>",
+    }
+    job["job"]["card"]["notes"]["variants"] = {"int8": {"verdict": verdict, "speedup": 2.31}, "bf16": "damaged"}
+    (output / "job.json").write_text(json.dumps(job))
+    assert helpers.imagemill_cli("report", output).code == 0
+    shown = opened(output / "report.html")
+    assert shown.locator("section:has(> #gate) tbody").inner_text().split("\t") == [
+        "int8", "passed: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %", "2.31 ×"
+    ]  # fmt: skip
+    assert not opened(reported.report).locator("#gate").count()
+
+
+def test_speed_is_shown_per_device(reported: Reported, opened: Pages) -> None:
+    """A line for all and for each device, whose numbers add up to the job's rows; and where each device's time went."""
+    shown = opened(reported.report)
+    assert shown.locator("#speed ~ .legend").first.inner_text().split() == ["all", "devices", "null#0", "null#1"]
+    summary = json.loads((reported.output / "summary.json").read_bytes())
+    made = sum(map(sum, summary["throughput"]["images"].values()))
+    assert made == pytest.approx(len(reported.rows), abs=0.05 * 2 * BUCKETS)
+    assert shown.locator(".devices tbody th").all_text_contents() == ["null#0", "null#1"]
+    for cells in shown.locator(".devices tbody tr").all():
+        shares = [float(text.strip("<> %")) for text in cells.locator("td").all_text_contents()[3:7]]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_a_job_that_is_not_finished_says_so(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, opened: Pages) -> None:
+    """The page is about the rows there are, and names the ones that lack; a page of a job of several goes says what it cannot know."""
+    settings = job(jpegs(12), shard_size=4)
+    running.run(settings)
+    part = tmp_path / "out" / "predictions" / "part-000001.parquet"
+    part.unlink()
+    assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
+    shown = opened(tmp_path / "out" / "report.html")
+    assert "8 of 12 pictures have their row" in shown.locator(".note").inner_text()
+    running.run(settings)
+    shown = opened(tmp_path / "out" / "report.html")
+    assert not shown.locator(".note").count()
+    assert "added 4 of 12 pictures" in shown.locator("section:has(> #speed)").inner_text()
+    (tmp_path / "out" / "summary.json").unlink()
+    running.run(settings)
+    assert "Nothing was left to compute" in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
+
+
+def test_a_job_without_pictures_and_one_without_answers_have_a_page(job: Jobs, tmp_path: Path, opened: Pages) -> None:
+    """Nothing divides by zero."""
+    (tmp_path / "none").mkdir()
+    running.run(job(tmp_path / "none", output=str(tmp_path / "a")))
+    assert "0 pictures, classified by" in opened(tmp_path / "a" / "report.html").locator("h1").inner_text()
+    running.run(job(helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}), output=str(tmp_path / "b")))
+    shown = opened(tmp_path / "b" / "report.html")
+    assert shown.get_by_text("No picture was classified.").count() == 3
+    running.run(job(helpers.fill(tmp_path / "one", {"x.jpg": pictures.jpeg()}), output=str(tmp_path / "c")))
+    assert len(cards(opened(tmp_path / "c" / "report.html"), "sample")) == 1
+
+
+# ── that it harms nobody ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_opens_from_disk_and_asks_for_nothing(reported: Reported, opened: Pages) -> None:
+    """One file, no request, nothing on the console; and at most a few MB."""
+    shown = opened(reported.report)
+    assert shown.title() == "164 pictures, tiny – imagemill report"
+    assert shown.locator("#shown").inner_text() == "96 of 96 pictures shown"
+    assert reported.report.stat().st_size < 3_000_000
+    assert "http" not in reported.report.read_text(encoding="utf-8").replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("with_policy", [True, False])
+def test_hostile_names_labels_and_errors_are_inert(reported: Reported, opened: Pages, tmp_path: Path, with_policy: bool) -> None:
+    """They are shown as the text they are: escaping alone holds, and the page's own policy is a second wall."""
+    html = reported.report.read_text(encoding="utf-8")
+    if not with_policy:
+        before, policy, after = html.partition('<meta http-equiv="Content-Security-Policy"')
+        assert policy
+        html = before + after.partition(">")[2]
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    shown = opened(tmp_path / "page.html")
+    ours = (page._HERE / "page.js").read_text(encoding="utf-8")
+    assert shown.eval_on_selector_all("script", "found => found.map(script => script.textContent)") == [ours]
+    assert shown.locator("style").count() == 1
+    assert shown.evaluate("[...document.images].every(image => image.src.startsWith('data:image/jpeg;base64,'))")
+    assert not shown.evaluate("[...document.querySelectorAll('*')].some(e => [...e.attributes].some(a => a.name.startsWith('on')))")
+    assert shown.evaluate("[...document.links].every(link => link.getAttribute('href').startsWith('#'))")
+    text = shown.locator("body").text_content()
+    assert text is not None
+    classes = shown.locator(".classes").text_content()
+    assert classes is not None
+    for label in {page.visible(row["label"]) for row in reported.rows if row["label"]}:
+        assert label in classes
+    for error in ("<svg onload=alert(4)>", "b'<svg onload="):
+        assert error in text
+    assert not set(text) & {"\u202e", "\x1b", "\t", "\u2028"} - {"\t"}
+
+
+def test_any_text_is_shown_as_visible_text() -> None:
+    """What cannot be seen or turns the direction is spelt out, what is endless is shortened, and what is plain stays."""
+    assert page.visible("crème brûlée 图片 <b>&amp;</b>") == "crème brûlée 图片 <b>&amp;</b>"
+    assert page.visible("a\u202eb\nc\x00\ud800") == "a\\u202eb\\nc\\x00\\ud800"
+    assert len(page.visible("x" * 10_000)) < 450
+
+
+def test_each_hostile_name_is_in_the_gallery_as_it_is(models_dir: Path, job: Jobs, tmp_path: Path, opened: Pages) -> None:
+    """In names, alternative texts and tooltips; searching for one finds it."""
+    folder = helpers.fill(tmp_path / "in <i>", {name: pictures.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)})
+    running.run(job(folder))
+    shown = opened(tmp_path / "out" / "report.html")
+    names = [card["name"] for part in ("most", "least", "sample") for card in cards(shown, part)]
+    assert sorted(names) == sorted(page.visible(name) for name in HOSTILE_NAMES)
+    for name in names:
+        shown.fill("#text", name)
+        assert visible_names(shown) == [name]
+
+
+def test_a_policy_lets_nothing_but_its_own_script_run(reported: Reported, browser: Browser) -> None:
+    """Whoever gets markup into the page after all gets no further: neither script nor handler nor request."""
+    html = reported.report.read_text(encoding="utf-8")
+    evil = "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'><img src='file:///etc/hostname'>"
+    shown = browser.new_page()
+    said: list[str] = []
+    shown.on("console", lambda message: said.append(message.text))
+    shown.set_content(html.replace("</main>", f"{evil}</main>"))
+    assert shown.evaluate("window.harmed") is None
+    assert any("Content Security Policy" in line for line in said)
+    shown.close()
+
+
+# ── that it can be used ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_gallery_can_be_searched_and_filtered(reported: Reported, opened: Pages) -> None:
+    """By name or label, by class, by part, and all three together; what fits is shown and counted, and Clear brings all back."""
+    shown = opened(reported.report)
+    everything = visible_names(shown)
+    shown.fill("#text", "1/0")
+    assert visible_names(shown) == [name for name in everything if "1/0" in name] != []
+    shown.fill("#text", "")
+    class_id, count = shown.eval_on_selector("#class", "e => [e.options[1].value, Number(e.options[1].text.split(': ').pop())]")
+    shown.select_option("#class", class_id)
+    rows = {page.visible(row["path"]): row for row in reported.rows}
+    assert visible_names(shown) == [name for name in everything if rows[name]["class_id"] == int(class_id)]
+    assert shown.locator("#shown").inner_text() == f"{count} of 96 pictures shown"
+    shown.select_option("#part", "sample")
+    chosen = visible_names(shown)
+    assert chosen == [card["name"] for card in cards(shown, "sample") if rows[card["name"]]["class_id"] == int(class_id)]
+    assert not shown.locator("#most").is_visible()
+    shown.fill("#text", "no such picture")
+    assert visible_names(shown) == []
+    assert shown.locator("#shown").inner_text() == "0 of 96 pictures shown"
+    shown.click("#clear")
+    assert visible_names(shown) == everything
+
+
+def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> None:
+    """The first stop skips to the figures; every control, link and table that scrolls is a stop, with a visible focus."""
+    shown = opened(reported.report, width=360)
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.className") == "skip"
+    assert shown.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
+    shown.keyboard.press("Enter")
+    assert shown.evaluate("location.hash") == "#main"
+    stops = set()
+    for _ in range(60):
+        shown.keyboard.press("Tab")
+        name, outline = shown.evaluate(
+            "[document.activeElement.id || document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+        )
+        if name != "BODY":
+            stops.add(name)
+            assert outline != "none", name
+    assert {"text", "class", "part", "clear", "SUMMARY", "DIV"} <= stops
+    shown.focus("#text")
+    shown.keyboard.type("half")
+    shown.keyboard.press("Enter")
+    assert shown.locator("#shown").inner_text() == "0 of 96 pictures shown"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_an_accessibility_check_finds_nothing_serious(reported: Reported, opened: Pages, width: int, scheme: Any) -> None:
+    """axe-core has no finding at all, with everything unfolded, on a phone and on a desk, light and dark."""
+    shown = opened(reported.report, width=width, color_scheme=scheme)
+    shown.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    found = Axe().run(shown).response["violations"]
+    assert [(item["id"], item["impact"], [node["target"] for node in item["nodes"]][:3]) for item in found] == []
+
+
+@pytest.mark.parametrize("width", [320, 360, 768])
+def test_nothing_overflows_a_phone(reported: Reported, opened: Pages, width: int) -> None:
+    """Neither the page nor anything on it is wider than the screen; wide tables scroll by themselves."""
+    shown = opened(reported.report, width=width)
+    shown.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    beyond = shown.evaluate(
+        f"""[...document.body.querySelectorAll("*")].filter(e => !e.closest(".scroll :scope, .scroll *, svg *") && e.className !== "skip"
+            && e.getBoundingClientRect().right > {width} + 0.5).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert beyond == []
+
+
+def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, opened: Pages) -> None:
+    """The system's choice holds until the reader makes another one; print is always dark on light, without controls."""
+    shown = opened(reported.report, color_scheme="dark")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    dark = shown.evaluate(paper)
+    shown.select_option("#theme", "light")
+    light = shown.evaluate(paper)
+    assert light == "rgb(255, 255, 255)" != dark
+    shown.select_option("#theme", "dark")
+    assert shown.evaluate(paper) == dark
+    shown.emulate_media(media="print")
+    assert shown.evaluate(paper) == light
+    for hidden in ("nav", "#filter", "#theme"):
+        assert not shown.locator(hidden).is_visible()
+    assert shown.locator(".pictures img").first.is_visible()
+    assert opened(reported.report, color_scheme="light").evaluate(paper) == light
+
+
+def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
+    """Controls that would do nothing are hidden; all pictures and tables are shown."""
+    shown = opened(reported.report, java_script_enabled=False)
+    assert shown.locator(".pictures > li").count() == 96
+    assert not shown.locator("#filter").is_visible()
+    assert not shown.locator("#appearance").is_visible()
+
+
+# ── that making it harms nothing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tmp_path: Path, opened: Pages) -> None:
+    """Each says why it has no thumbnail, and the others have theirs, though one crashes its decoder and one hangs it."""
+    source = helpers.fill(tmp_path / "source", {f"{n}.jpg": pictures.jpeg(60, 50, seed=n) for n in range(6)})
+    for name, data in {"crash": b"imagemill-test-crash", "hang": b"imagemill-test-hang"}.items():
+        (source / f"{name}.jpg").write_bytes(pictures.jpeg(60, 50, seed=9) + data)
+    running.run(job(source, max_seconds=1.0, report=False))
+    assert not (tmp_path / "out" / "report.html").exists()
+    (source / "0.jpg").unlink()
+    (source / "1.jpg").write_bytes(pictures.jpeg(90, 50, seed=50))
+    (source / "2.jpg").write_bytes(b"text")
+    result = helpers.imagemill_cli("report", tmp_path / "out", env=helpers.environment(**{FAULTS_VARIABLE: "1"}))
+    assert (result.code, result.out) == (0, f"{tmp_path / 'out' / 'report.html'}\n"), result
+    shown = opened(tmp_path / "out" / "report.html")
+    found = {card["name"]: card["gone"] for part in ("most", "least", "sample") for card in cards(shown, part)}
+    reasons = {name: reason for name, reason in found.items() if reason}
+    assert reasons.keys() == {"0.jpg", "1.jpg", "2.jpg", "crash.jpg", "hang.jpg"}
+    for name, reason in {
+        "0.jpg": "missing",
+        "1.jpg": "has changed",
+        "2.jpg": "no picture format",
+        "crash.jpg": "SIGSEGV",
+        "hang.jpg": "more than 1 s",
+    }.items():
+        assert reason in reasons[name] or (name == "0.jpg" and "No thumbnail: " in reasons[name]), reasons[name]
+    shutil.rmtree(source)
+    assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
+
+
+def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(job: Jobs, tmp_path: Path) -> None:
+    """Pictures that come late are placeholders that say so."""
+    source = helpers.fill(tmp_path / "source", {"a.jpg": pictures.jpeg(), "b.jpg": pictures.jpeg(seed=1)})
+    running.run(job(source, report=False))
+    paths = JobPaths(tmp_path / "out")
+    frozen = freezing.read_frozen(paths)
+    assert frozen is not None
+    shards = plan.shards(paths.plan)
+    found = figures.gather(paths, shards, frozen.job.card.labels, 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
+        hanging = freezing.replace(frozen.job, sources=(url,))
+        made = thumbnails.make(paths, hanging, shards, found.sample, seconds=0.3)
+    assert {made[told.index].reason for told in found.sample} == {"it could not be had within 0.3 s for all"}
+
+
+def test_a_report_that_cannot_be_made_is_a_note(imagemill: CLI, jpegs: Callable[..., Path], tmp_path: Path) -> None:
+    """The job is finished all the same, with exit code 0, and says how to try again."""
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    arguments = ("--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+    assert imagemill("run", jpegs(4), *arguments, "--no-report").code == 0
+    assert not (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "out" / "report.html").mkdir()
+    (tmp_path / "out" / "summary.json").unlink()
+    result = imagemill("run", jpegs(4), *arguments)
+    assert result.code == 0
+    assert "note: no report could be made (cannot write" in result.err
+    assert f"`imagemill report {tmp_path / 'out'}` tries again" in result.err
+    assert imagemill("verify", tmp_path / "out").code == 0
+    failed = imagemill("report", tmp_path / "out")
+    assert failed.code == 1
+    assert "Traceback" not in failed.err
+
+
+def test_report_names_what_it_cannot_read(imagemill: CLI, reported: Reported, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A folder that is no job, and a damaged part, are one line and exit code 1."""
+    assert "is not an imagemill job" in imagemill("report", tmp_path).err
+    output = copy_of(reported.output)
+    (output / "predictions" / "part-000003.parquet").write_bytes(b"PAR1")
+    result = imagemill("report", output)
+    assert result.code == 1
+    assert "part-000003.parquet is damaged" in result.err
+
+
+def test_a_job_in_an_object_store_has_its_report_there(
+    s3: Bucket, jpegs: Callable[..., Path], job: Jobs, tmp_path: Path, opened: Pages
+) -> None:
+    """With thumbnails of pictures that lie in a store too."""
+    url = s3.fill({path.name: path.read_bytes() for path in jpegs(6).iterdir()}, "pictures/")
+    running.run(job(url, output=f"{s3.url}/job"))
+    (tmp_path / "report.html").write_bytes(s3.get("job/report.html"))
+    shown = opened(tmp_path / "report.html")
+    assert shown.locator(".pictures img").count() == 6
+
+
+# ── bounded, however large the job ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 1e6), st.floats(0, 1e3), st.integers(1, 10_000)), max_size=40))
+def test_a_timeline_keeps_every_row_in_a_bounded_number_of_buckets(commits: list[tuple[str, float, float, int]]) -> None:
+    """Whatever is committed when, per device the buckets hold the rows, and there are never more of them."""
+    timeline = Timeline(["a", "b"])
+    made: Counter[str] = Counter()
+    for device, ended_s, took_s, rows in commits:
+        timeline.add(device, ended_s - took_s, ended_s, rows)
+        made[device] += rows
+    kept = timeline.read()
+    assert len(kept.images["a"]) == len(kept.images["b"]) <= BUCKETS
+    for device in "ab":
+        assert sum(kept.images[device]) == pytest.approx(made[device], abs=0.05 * BUCKETS + 1e-6)
+
+
+def test_a_timeline_puts_rows_where_they_were_made() -> None:
+    """A commit's rows lie in the time its shard took, also after buckets were merged."""
+    timeline = Timeline(["a"])
+    timeline.add("a", 0.0, 2.0, 100)
+    timeline.add("a", 14.0, 16.0, 60)
+    kept = timeline.read()
+    assert (kept.bucket_s, sum(kept.images["a"][:8]), sum(kept.images["a"][8:56]), sum(kept.images["a"][56:])) == (0.25, 100.0, 0, 60.0)
+    chart = charts.rates(kept, 16.0)
+    assert chart is not None
+    assert {values for start, _, values in chart.rows if start < 2} == {(50.0,)}
+    assert chart.ticks == (50, 37.5, 25, 12.5, 0)
+
+
+@given(st.floats(1e-6, 1e12))
+def test_a_scale_ends_at_a_round_number_that_is_not_too_far(value: float) -> None:
+    """The largest value fits and takes at least half of the height."""
+    assert value <= charts.ceiling(value) * (1 + 1e-9) <= 2 * value * (1 + 1e-6)
+
+
+def test_shares_of_time_add_up() -> None:
+    """Whatever the clocks say, the pieces are one bar."""
+    for clock, seconds in ((Clock(starved=1, compute=2, write=1), 10.0), (Clock(starved=9, compute=9, write=1), 10.0), (Clock(), 0.0)):
+        found = charts.shares(DeviceSummary("cpu#0", 1, 1.0, 0, clock), seconds)
+        assert sum(share.width for share in found) in (pytest.approx(100, abs=0.01), 0.0)
+    assert charts.rates(Throughput(1.0, {}), 1.0) is None
+
+
+def test_thumbnails_of_the_worst_pictures_are_small() -> None:
+    """Noise does not compress; even so ninety-six of them are no more than 2 MB."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    made = thumbnails.encode(noise)
+    assert (made.width, made.height) == (160, 160)
+    assert len(made.jpeg) <= 16_384
+    odd = thumbnails.encode(np.arange(160 * 160 * 3, dtype=np.uint8).reshape(160, 160, 3))
+    assert 0 < len(odd.jpeg) <= 16_384

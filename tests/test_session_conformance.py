@@ -1,0 +1,260 @@
+"""What every session promises, whatever computes: one line in `SESSIONS` puts a further one to the test."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx.reference
+import pytest
+from numpy.typing import NDArray
+
+from faults.harness import children
+from imagemill import errors, postprocess
+from imagemill.models import bundle
+from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Precision, Row, Saved, Shard, Status
+from imagemill.sessions import open_session
+from imagemill.sessions.base import Session
+from imagemill.stopwatch import Stopwatch
+from tiny import CLASSES, SIZE
+
+SHARD = Shard(0, 0, 1000, 0, "plan.parquet", 0)
+
+
+def nothing(_monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
+    """This session needs no preparation."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A session to be put to the test."""
+
+    backend: str
+    kind: str = "cpu"
+    precision: Precision = Precision.FP32
+    tolerance: float | None = 1e-4
+    """How far a logit or an embedding's number may lie from fp32's, absolute (they are of the size of 1 to 10); None: it computes no model."""
+    is_queue: bool = True
+    """Whether it takes several batches before it gives the first back."""
+    prepare: Callable[[pytest.MonkeyPatch, Path], None] = nothing
+    """Called before it is opened, with a folder of its own."""
+
+
+SESSIONS = {
+    "openvino": Candidate("openvino"),
+    "onnxruntime": Candidate("onnxruntime"),
+    "null": Candidate("null", "null", tolerance=None, is_queue=False),
+}
+
+
+class Opener:
+    """Opens sessions of one candidate; whatever is open at the end of the test is closed."""
+
+    def __init__(self, candidate: Candidate, tiny: Bundle) -> None:
+        self.candidate = candidate
+        self._tiny = tiny
+        self._open: list[Session] = []
+
+    def __call__(self, model: Bundle | None = None, **changes: Any) -> Session:
+        model = model or self._tiny
+        values: dict[str, Any] = {"output": "/nowhere", "sources": (), "model_file": str(model.dir / "model.onnx"), "card": model.card}
+        values |= {"batch_size": 3, "batches_per_step": 0, "num_workers": 0, "top_k": 5, "save": (), "limits": Limits()}
+        values |= {"precision": self.candidate.precision, "variant": "model", "plan_id": "", "answer_id": ""}
+        device = DeviceSpec(f"{self.candidate.kind}#0", self.candidate.kind, self.candidate.backend, (0,))
+        self._open.append(open_session(Job(**(values | changes)), device, Stopwatch()))
+        return self._open[-1]
+
+    def close(self) -> None:
+        for session in self._open:
+            session.close()
+
+
+@pytest.fixture(params=SESSIONS)
+def opener(request: pytest.FixtureRequest, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Opener]:
+    candidate = SESSIONS[request.param]
+    candidate.prepare(monkeypatch, tmp_path)
+    made = Opener(candidate, tiny)
+    yield made
+    made.close()
+
+
+def rows(filled: int) -> tuple[Row, ...]:
+    return tuple(Row(place, SHARD, "/somewhere", f"{place}.jpg", Status.OK, None, SIZE, SIZE, place) for place in range(filled))
+
+
+def batches(count: int, size: int = 3, filled: int | None = None, seed: int = 0) -> list[Batch]:
+    """Batches of random pixels; `filled` is of the last one, the others are full."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        places = size if filled is None or number < count - 1 else filled
+        made.append(Batch(rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8), places, rows(places)))
+    return made
+
+
+def noting(items: Iterable[Batch], taken: list[Batch]) -> Iterator[Batch]:
+    for item in items:
+        taken.append(item)
+        yield item
+
+
+def fp32(model: Bundle, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits and embedding by ONNX's own NumPy implementation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        evaluator = onnx.reference.ReferenceEvaluator(str(model.dir / "model.onnx"))
+        logits, embedding = evaluator.run(["logits", "embedding"], {"pixels": pixels})
+    return logits, embedding
+
+
+def test_batches_come_back_in_order_each_with_its_own_outputs(opener: Opener) -> None:
+    """However many are in flight: as many as went in, in order, and what each gives alone, bit for bit."""
+    session = opener()
+    given = batches(9)
+    found = list(session.stream(iter(given)))
+    assert [batch is expected for (batch, _), expected in zip(found, given, strict=True)] == [True] * 9
+    assert len({outputs.logits.tobytes() for _, outputs in found}) == 9
+    for batch, outputs in found:
+        ((_, alone),) = session.stream([batch])
+        assert outputs.logits.dtype == np.float32
+        assert outputs.logits.tobytes() == alone.logits.tobytes()
+
+
+def test_padding_is_dropped_and_changes_nothing(opener: Opener) -> None:
+    """Places beyond `filled` are not in the outputs, whatever lies in them, and change no bit of the others."""
+    session = opener(save=(Saved.EMBEDDING,))
+    full, part = batches(1), batches(1, filled=2)
+    part[0].pixels[2] = 255
+    ((_, whole),), ((_, cut),) = session.stream(full), session.stream(part)
+    assert cut.logits.shape == (2, CLASSES)
+    assert cut.logits.tobytes() == whole.logits[:2].tobytes()
+    assert cut.embedding is not None
+    assert whole.embedding is not None
+    assert cut.embedding.tobytes() == whole.embedding[:2].tobytes()
+
+
+def test_an_empty_batch_is_passed_on_uncomputed(opener: Opener) -> None:
+    """Where no picture of a batch could be decoded there are zero rows, as wide as the others, and the order is kept."""
+    session = opener(save=(Saved.EMBEDDING,))
+    given = batches(3)
+    given[1] = replace(given[1], filled=0, rows=())
+    found = list(session.stream(given))
+    assert [outputs.logits.shape for _, outputs in found] == [(3, CLASSES), (0, CLASSES), (3, CLASSES)]
+    first, empty = found[0][1].embedding, found[1][1].embedding
+    assert first is not None
+    assert empty is not None
+    assert empty.shape == (0, first.shape[1])
+    ((_, alone),) = session.stream([given[1]])
+    assert alone.logits.shape == (0, CLASSES)
+
+
+def test_several_batches_are_in_flight_and_no_more_than_asked_for(opener: Opener) -> None:
+    """The stream takes more than one batch before it gives the first back, and reads ahead by one at most of what it may hold."""
+    taken: list[Batch] = []
+    stream = opener(batches_per_step=3).stream(noting(batches(10), taken))
+    next(stream)
+    assert (2 <= len(taken) <= 4) if opener.candidate.is_queue else len(taken) == 1
+    assert len(list(stream)) == 9
+
+
+def test_a_stream_can_follow_a_stream(opener: Opener) -> None:
+    """A worker streams again when further leases come; nothing of the first stream is left over, not even of a broken one."""
+    session = opener()
+    assert [len(list(session.stream(batches(count)))) for count in (4, 0, 2)] == [4, 0, 2]
+
+    def broken() -> Iterator[Batch]:
+        yield from batches(2)
+        raise RuntimeError("the feed broke")
+
+    with pytest.raises(RuntimeError, match="the feed broke"):
+        list(session.stream(broken()))
+    given = batches(2, seed=7)
+    assert [batch is expected for (batch, _), expected in zip(session.stream(given), given, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("shape", [(4, SIZE, SIZE, 3), (3, SIZE, SIZE + 1, 3), (3, 3, SIZE, SIZE)])
+def test_a_batch_of_another_shape_is_an_error(opener: Opener, shape: tuple[int, ...]) -> None:
+    """Shapes never recompile silently; the message has both, and the session can still be used."""
+    session = opener()
+    found = rf"batch of uint8 \({', '.join(map(str, shape))}\) for a session compiled for uint8 \(3, {SIZE}, {SIZE}, 3\)"
+    with pytest.raises(errors.ModelError, match=found):
+        list(session.stream([Batch(np.zeros(shape, np.uint8), 3, rows(3))]))
+    assert len(list(session.stream(batches(1)))) == 1
+
+
+def test_pixels_of_another_type_are_an_error(opener: Opener) -> None:
+    """Normalised pixels where raw ones are meant would give nonsense."""
+    pixels: Any = np.zeros((3, SIZE, SIZE, 3), np.float32)
+    with pytest.raises(errors.ModelError, match=r"batch of float32 .* compiled for uint8"):
+        list(opener().stream([Batch(pixels, 3, rows(3))]))
+
+
+def test_answers_are_those_of_fp32_within_the_tolerance(opener: Opener) -> None:
+    """Logits and embedding lie as near to ONNX's own NumPy implementation as the candidate states."""
+    if opener.candidate.tolerance is None:
+        return
+    session = opener(save=(Saved.LOGITS, Saved.EMBEDDING))
+    model = bundle.load(Path(opener._tiny.dir))
+    for batch, outputs in session.stream(batches(5)):
+        logits, embedding = fp32(model, batch.pixels)
+        assert np.abs(outputs.logits - logits).max() < opener.candidate.tolerance
+        assert outputs.embedding is not None
+        assert outputs.embedding.dtype == np.float32
+        assert np.abs(outputs.embedding - embedding).max() < opener.candidate.tolerance
+
+
+def test_the_embedding_comes_only_where_it_is_saved(opener: Opener) -> None:
+    """Nobody pays for a column that nobody wants."""
+    ((_, outputs),) = opener().stream(batches(1))
+    assert outputs.embedding is None
+
+
+def test_outputs_are_the_callers_own(opener: Opener) -> None:
+    """Memory of the device that is used again for the next batch does not show through."""
+    stream = opener(save=(Saved.EMBEDDING,), batches_per_step=2).stream(batches(12))
+    _, first = next(stream)
+    assert first.embedding is not None
+    before = (first.logits.tobytes(), first.embedding.tobytes())
+    assert len(list(stream)) == 11
+    assert (first.logits.tobytes(), first.embedding.tobytes()) == before
+
+
+def test_a_nan_is_noticed_and_named(opener: Opener, models_dir: Path) -> None:
+    """A session hands NaN on as it is, so that the job ends with the picture's name; no other picture is blamed."""
+    if opener.candidate.tolerance is None:
+        return
+    spoilt = bundle.load(models_dir / "spoilt")
+    good, bad = batches(2)
+    bad.pixels[1] = 255
+    (first, outputs), (second, nan) = opener(spoilt).stream([good, bad])
+    assert np.isfinite(postprocess.top_k(first, outputs, spoilt.card, 5).probabilities).all()
+    with pytest.raises(errors.BadLogitsError, match=r"returned a NaN or an infinity for 1\.jpg\."):
+        postprocess.top_k(second, nan, spoilt.card, 5)
+
+
+def test_closing_leaves_nothing_behind(opener: Opener) -> None:
+    """Neither threads nor processes, though batches were in flight; closing twice does no harm, and the device can be had again."""
+    threads, processes = set(threading.enumerate()), set(children(os.getpid()))
+    session = opener()
+    stream = session.stream(batches(8))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    session.close()
+    session.close()
+    assert set(threading.enumerate()) <= threads
+    assert set(children(os.getpid())) <= processes
+    assert len(list(opener().stream(batches(1)))) == 1
+
+
+def test_it_says_who_answered(opener: Opener) -> None:
+    """Each part's metadata names backend and versions."""
+    session = opener()
+    assert session.backend == DeviceSpec("", opener.candidate.kind, opener.candidate.backend, ()).engine
+    assert all(isinstance(version, str) and version for version in session.versions.values())
+    assert bool(session.versions) == (opener.candidate.tolerance is not None)
