@@ -42,8 +42,8 @@ from imagemill.sources.files import retried
 
 _KNOWN_NAMES = "image img images picture photo jpg jpeg png webp bytes image_bytes img_bytes image_data data content".split()
 """Names that a column of pictures goes by."""
-_LOCATOR = struct.Struct("<III")
-"""Row group, row in it, CRC-32 of the footer."""
+_LOCATOR = struct.Struct(">III")
+"""Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
 _BATCH_BYTES = 4 * 2**20
 _KEPT_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
