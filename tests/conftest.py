@@ -108,7 +108,7 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
     """Makes settings for `running.run`: the tiny model on the null device, into `tmp_path/out`."""
 
     def make(*sources: Path, **changes: Any) -> Settings:
-        values: dict[str, Any] = {"output": str(tmp_path / "out"), "model": "tiny", "devices": "null", "batch_size": 4}
+        values: dict[str, Any] = {"output": str(tmp_path / "out"), "model": "tiny", "devices": "null", "batch_size": 4, "report": False}
         return Settings(sources=tuple(map(str, sources)), **(values | changes))
 
     return make

@@ -16,7 +16,7 @@ import pytest
 import helpers
 from imagemill import bench, devices
 from imagemill.bench.crew import Crew
-from imagemill.bench.measure import _job, machine
+from imagemill.bench.measure import machine, synthetic_job
 from imagemill.bench.records import Compute
 from imagemill.bench.verdict import judge, together
 from imagemill.errors import ModelError, SourceError, UsageError, WorkerError
@@ -108,7 +108,7 @@ def test_every_device_is_measured_on_its_own_cores(tiny: Bundle) -> None:
     """A bench worker stays on the cores of its device, as the worker of a run does."""
     cores = devices.usable_cores()
     chosen = devices.resolve(f"null:{len(cores)}")
-    with Crew(_job(settings(), tiny), chosen) as crew:
+    with Crew(synthetic_job(settings(), tiny, chosen), chosen) as crew:
         crew.measure({device.name: Compute(1) for device in chosen})
         found = [os.sched_getaffinity(member.process.pid) for member in crew._members]
     assert found == [{core} for core in cores]
@@ -179,9 +179,9 @@ def test_the_advice_fits_the_bound(rates: tuple[float, float, float], changes: d
         ({"synthetic": True, "sources": ("x",)}, "--synthetic needs no pictures, but x was given. Leave one of them out."),
         ({"synthetic": True, "iterations": 0}, "--iterations 0: must be at least 1."),
         ({"synthetic": True, "batches_per_step": 0}, "--batches-per-step 0: must be at least 1."),
-        ({"synthetic": True, "precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, bf16, int8."),
+        ({"synthetic": True, "precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8."),
         (
-            {"synthetic": True, "precision": "int8"},
+            {"synthetic": True, "devices": "cpu", "precision": "int8"},
             "--precision int8: tiny has no int8 variant yet. Make one: imagemill quantize tiny --images SOURCE.",
         ),
     ],
@@ -203,7 +203,7 @@ def test_pictures_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> None:
     """No wait for an answer that will not come, and no figure of the others alone."""
     chosen = devices.resolve("null:2")
-    with Crew(_job(settings(), tiny), chosen) as crew:
+    with Crew(synthetic_job(settings(), tiny, chosen), chosen) as crew:
         crew._members[1].process.kill()
         with pytest.raises(WorkerError, match=r"the bench worker of null#1 died \(exit code -9\)"):
             crew.measure({device.name: Compute(1) for device in chosen})
@@ -213,7 +213,7 @@ def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_
     """A model that cannot be compiled is one clear ModelError from the worker's process."""
     broken = Bundle(tmp_path, tiny.card)
     (tmp_path / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"), Crew(_job(settings(), broken), devices.resolve("cpu")):
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"), Crew(synthetic_job(settings(), broken, devices.resolve("cpu")), devices.resolve("cpu")):
         pass
 
 

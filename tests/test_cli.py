@@ -7,17 +7,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
 import helpers
-from imagemill import progress
-from imagemill.launcher import Progress
-from imagemill.records import Clock
 
 CLI = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
@@ -221,38 +216,6 @@ def test_the_demo_shows_real_answers(imagemill: CLI, tmp_path: Path) -> None:
     assert rows["chelsea.jpg"]["label"] == rows["chelsea_turned.jpg"]["label"] == "Egyptian cat"
     assert rows["broken_on_purpose.jpg"]["status"] == "truncated"
     assert all(path in result.out for path in rows)
-
-
-def made(rows: int, seconds: float, ready: int = 1, failed: dict[str, int] | None = None) -> Progress:
-    return Progress(rows, Counter(failed or {}), {"cpu#0": rows}, {"cpu#0": Clock()}, {"cpu#0": 0}, seconds, ready)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (made(0, 0.0, ready=0), "100 of 1,100 (9 %), starting"),
-        (made(0, 1.0), "100 of 1,100 (9 %), first shards under way"),
-        (made(500, 10.0), "600 of 1,100 (55 %), 50.0 images/s, 10s left"),
-        (made(500, 10.0, failed={"empty": 1, "corrupt": 3}), "600 of 1,100 (55 %), 50.0 images/s, 10s left, 3 corrupt, 1 empty"),
-        (made(1, 500.0), "101 of 1,100 (9 %), 0.0 images/s, 138h45m left"),
-    ],
-)
-def test_a_progress_line_says_how_far_how_fast_and_how_long(given: Progress, expected: str) -> None:
-    """Resumed pictures count as done, but not into the rate."""
-    assert progress.line(given, 1_100, 100) == expected
-
-
-def test_plain_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ten seconds, and not before there is something to tell."""
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    stream = StringIO()
-    with progress.PlainProgress(10, 0, stream) as display:
-        display(made(0, 0.0))
-        for second in range(31):
-            now[0] = 100.0 + second
-            display(made(1, 1.0 + second))
-    assert stream.getvalue().count("\n") == 4
 
 
 def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:

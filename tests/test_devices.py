@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import helpers
 from helpers import fill
 from imagemill import devices
 from imagemill.errors import DeviceError, UsageError
+from imagemill.sessions.base import Found
 
 
 @given(count=st.integers(1, 100), processes=st.integers(1, 130))
@@ -51,7 +59,7 @@ def test_auto_is_one_process_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "'' is not a device. Write auto, cpu, or cpu:N, joined by +."),
+        ("", "'' is not a device. Write auto, cpu, cpu:N, cuda:I,J or ipu:N, joined by +."),
         ("cpu:", "'cpu:' is not a device."),
         ("cpu:x", "'cpu:x' is not a device."),
         ("cpu+", "'' is not a device."),
@@ -61,7 +69,11 @@ def test_auto_is_one_process_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> No
         ("cpu:0", "cpu:N takes one number from 1 to 512, not 0."),
         ("cpu:513", "cpu:N takes one number from 1 to 512, not 513."),
         ("cpu:1,2", "cpu:N takes one number from 1 to 512, not 1,2."),
-        ("cpu@onnxruntime", "cpu has no backend 'onnxruntime'. Known: openvino"),
+        ("cpu@tensorrt", "cpu has no backend 'tensorrt'. Known: openvino, onnxruntime"),
+        ("cuda:0@openvino", "cuda has no backend 'openvino'. Known: onnxruntime, tensorrt"),
+        ("cuda:0,", "cuda:I,J takes ids from 0 to 511, joined by commas, not 0,."),
+        ("gpu:512", "gpu:I,J takes ids from 0 to 511, joined by commas, not 512."),
+        ("ipu:1,2", "ipu:N takes one number from 1 to 512, not 1,2."),
     ],
 )
 def test_a_misspelt_device_is_wrong_usage_that_names_it(spec: str, message: str) -> None:
@@ -70,11 +82,148 @@ def test_a_misspelt_device_is_wrong_usage_that_names_it(spec: str, message: str)
         devices.resolve(spec)
 
 
-@pytest.mark.parametrize("spec", ["cuda:0", "cuda:0,1", "ipu:8", "cpu+ipu:8", "ipu:4@popart"])
-def test_a_device_that_is_planned_says_so(spec: str) -> None:
-    """GPUs and IPUs end with a clear message, and with what to use instead."""
-    with pytest.raises(DeviceError, match=r"not supported by this version of imagemill\. Use --devices cpu\."):
+def stub_driver(folder: Path, gpus: int, code: int = 0) -> dict[str, str]:
+    """An environment whose NVIDIA driver shows so many GPUs: a shared library with the three calls that are made, compiled here."""
+    folder.mkdir()
+    (folder / "cuda.c").write_text(
+        "#include <stdio.h>\n"
+        f"int cuInit(unsigned flags) {{ return {code}; }}\n"
+        f"int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}\n"
+        'int cuDeviceGetName(char *name, int size, int number) { return snprintf(name, size, "Stub GPU %d", number) < 0; }\n'
+    )
+    compiler = shlex.split(sysconfig.get_config_var("CC"))[0]
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True)
+    return helpers.environment(LD_LIBRARY_PATH=str(folder))
+
+
+def ask(program: str, env: dict[str, str]) -> str:
+    return subprocess.run([sys.executable, "-c", program], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+NVIDIA = "from imagemill.sessions.onnxruntime import nvidia; found = nvidia(); print(found.devices, found.missing)"
+
+
+def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
+    """Asked of the driver itself, so that no toolkit is needed and CUDA_VISIBLE_DEVICES counts."""
+    assert ask(NVIDIA, stub_driver(tmp_path / "two", 2)) == "('Stub GPU 0', 'Stub GPU 1') None"
+    assert "No NVIDIA GPU: the driver shows none." in ask(NVIDIA, stub_driver(tmp_path / "none", 0))
+    assert "No NVIDIA GPU: the driver answers with error 100." in ask(NVIDIA, stub_driver(tmp_path / "ill", 1, code=100))
+
+
+def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
+    """`devices` names the provider that lacks, and the line to type; `run` ends with the same."""
+    env = stub_driver(tmp_path / "driver", 1) | {"IMAGEMILL_MODELS": str(tmp_path / "none")}
+    offers = {offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]}
+    missing = offers["cuda"]["missing"]
+    assert missing.startswith(f"The installed ONNX Runtime {metadata.version('onnxruntime')} has no CUDAExecutionProvider.")
+    assert missing.endswith("pip uninstall -y onnxruntime, then pip install 'imagemill[cuda]'.")
+    ended = imagemill("run", tmp_path, "--output", tmp_path / "out", "--devices", "cuda:0", env=env)
+    assert (ended.code, ended.err) == (1, f"imagemill: --devices cuda:0: {missing} Until then: --devices cpu.\n")
+
+
+@pytest.mark.parametrize(
+    ("spec", "what", "remedy"),
+    [
+        ("cuda:0", "No NVIDIA driver: libcuda.so.1 cannot be loaded", "pip install 'imagemill[cuda]'"),
+        ("cuda", "No NVIDIA driver", "until `nvidia-smi` lists the GPU"),
+        ("cuda:0@tensorrt", "has no TensorrtExecutionProvider", "pip install 'imagemill[cuda]' tensorrt"),
+        ("ipu:1", "popart", "enable.sh"),
+        ("gpu:0", "OpenVINO finds no GPU (it finds: CPU)", "Install Intel's compute driver"),
+        ("npu", "OpenVINO finds no NPU (it finds: CPU)", "Install Intel's NPU driver"),
+        ("rocm:0", "has no MIGraphXExecutionProvider", "onnxruntime-migraphx"),
+        ("cpu+ipu:8", "popart", "enable.sh"),
+    ],
+)
+def test_a_device_that_is_not_here_ends_the_run_before_anything_is_listed(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result], spec: str, what: str, remedy: str
+) -> None:
+    """Exit 1 and one line: what is missing, and what to type. Nothing is written, and no source is looked at."""
+    ended = imagemill("run", tmp_path / "no-such-folder", "--output", tmp_path / "out", "--devices", spec)
+    assert ended.code == 1
+    assert ended.err.startswith(f"imagemill: --devices {spec}: ")
+    assert ended.err.count("\n") == 1
+    assert what in ended.err
+    assert remedy in ended.err
+    assert ended.err.endswith("Until then: --devices cpu.\n")
+    assert not list(tmp_path.iterdir())
+
+
+def found(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Every accelerator that is looked for is here, under these names."""
+    monkeypatch.setattr(devices.sessions, "look_for", lambda _backend, _kind: Found(names))
+
+
+def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cuda` is all of them, `cuda:I,J` these; `ipu:N` is so many; names carry the id, and the engine tells backends apart."""
+    found(monkeypatch, "one", "two", "three")
+    assert [(d.name, d.backend, d.id) for d in devices.resolve("cuda")] == [(f"cuda#{i}", "onnxruntime", i) for i in range(3)]
+    mixed = devices.resolve("cuda:2,0+gpu:1+ipu:2+cuda:1@tensorrt+cpu@onnxruntime")
+    assert [(d.name, d.engine, d.id) for d in mixed] == [
+        ("cuda#2", "onnxruntime:cuda", 2),
+        ("cuda#0", "onnxruntime:cuda", 0),
+        ("gpu#1", "openvino:gpu", 1),
+        ("ipu#0", "popart:ipu", 0),
+        ("ipu#1", "popart:ipu", 1),
+        ("cuda#1", "tensorrt:cuda", 1),
+        ("cpu#0", "onnxruntime", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "message"),
+    [
+        ("cuda:3", DeviceError, "there is no cuda 3 here; there are: 0 (one), 1 (two), 2 (three)."),
+        ("cuda:1,1", UsageError, "cuda 1 is named twice."),
+        ("cuda+cuda:0@tensorrt", UsageError, "cuda 0 is named twice."),
+    ],
+)
+def test_an_id_that_is_not_here_or_taken_is_refused(
+    monkeypatch: pytest.MonkeyPatch, spec: str, kind: type[Exception], message: str
+) -> None:
+    """Two processes on one device would only take its memory from each other."""
+    found(monkeypatch, "one", "two", "three")
+    with pytest.raises(kind, match=re.escape(f"--devices {spec}: {message}")):
         devices.resolve(spec)
+
+
+def test_a_library_that_fails_at_looking_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken installation is one line, never a traceback, and does not hide the other devices."""
+
+    def broken(_backend: str, _kind: str) -> Found:
+        raise OSError("libfoo.so: version GLIBC_9.9 not found")
+
+    monkeypatch.setattr(devices.sessions, "look_for", broken)
+    with pytest.raises(DeviceError, match=r"Looking for NVIDIA GPUs by onnxruntime failed: OSError: libfoo\.so: version"):
+        devices.resolve("cuda:0")
+    assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "setting", "message"),
+    [
+        ("cpu+cpu@onnxruntime", "int8", "--precision int8: cpu@onnxruntime does not compute in it. Use --precision fp32."),
+        ("cpu@onnxruntime", "bf16", "--precision bf16: cpu@onnxruntime does not compute in it. Use --precision fp32."),
+        ("cpu", "fp16", "--precision fp16: cpu@openvino does not compute in it. Use --precision fp32 or bf16 or int8."),
+        ("npu", None, "--precision auto starts from fp32: npu@openvino does not compute in it. Use --precision fp16."),
+        ("npu+cpu", "auto", "--precision auto starts from fp32: npu@openvino does not compute in it. The devices share no precision"),
+    ],
+)
+def test_a_precision_is_one_that_all_devices_compute_in(
+    monkeypatch: pytest.MonkeyPatch, spec: str, setting: str | None, message: str
+) -> None:
+    """Accuracy is never traded silently: what cannot be computed is refused by name, before anything is listed."""
+    found(monkeypatch, "one")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        devices.check_precision(setting, devices.resolve(spec))
+
+
+@pytest.mark.parametrize(
+    ("spec", "all_compute"), [("cpu", "fp32 bf16 int8"), ("cpu+cpu@onnxruntime", "fp32"), ("gpu+cuda@tensorrt", "fp32 fp16")]
+)
+def test_the_precisions_of_several_devices_are_those_they_share(monkeypatch: pytest.MonkeyPatch, spec: str, all_compute: str) -> None:
+    """In the order of `Precision`."""
+    found(monkeypatch, "one")
+    assert list(devices.precisions(devices.resolve(spec))) == all_compute.split()
 
 
 def quota(tmp_path: Path, membership: str, files: dict[str, str]) -> float | None:
@@ -118,11 +267,14 @@ def test_usable_cores_are_the_affinity_cut_to_the_limit(monkeypatch: pytest.Monk
     assert devices.usable_cores() == expected
 
 
-def test_offers_say_what_to_type() -> None:
-    """Every offer names a `--devices` argument that resolves."""
-    for offer in devices.offers():
-        assert devices.resolve(offer["devices"])
-        assert offer["what"]
+def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every offer that is usable names a `--devices` argument that resolves; every other one says what is missing."""
+    assert [offer["devices"] for offer in devices.offers() if not offer["missing"]] == ["cpu"]
+    found(monkeypatch, "one", "two")
+    offers = {offer["devices"]: offer for offer in devices.offers()}
+    assert {"cpu", "cuda:0,1", "gpu:0,1", "npu:0,1", "ipu:1"} <= set(offers)
+    assert all(devices.resolve(typed) for typed in offers)
+    assert all(offer["what"] and offer["missing"] is None for offer in offers.values())
 
 
 def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:

@@ -473,7 +473,7 @@ def test_explicit_int8_of_an_empty_source_is_no_error(tmp_path: Path) -> None:
 def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     null = (DeviceSpec("null#0", "null", "null", (0,)),)
     assert quantizing.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision is Precision.FP32
-    with pytest.raises(UsageError, match="--precision int8 needs the backend openvino, --devices has null"):
+    with pytest.raises(UsageError, match=r"--precision int8: null@null does not compute in it\. Use --precision fp32 or bf16\."):
         quantizing.prepare("int8", make_bundle(tmp_path), [], lambda: [], 9, chosen=null)
 
 

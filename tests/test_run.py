@@ -528,7 +528,8 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         ({"max_seconds": float("nan")}, "--max-seconds nan: must be more than 0."),
         ({"save": ("pixels",)}, "--save pixels: not known. Known: logits, embedding."),
         ({"retry_failed": ("ok",)}, "--retry-failed ok: not known. Known: missing, empty,"),
-        ({"precision": "fp16"}, "--precision fp16: not known. Known: auto, fp32, bf16, int8."),
+        ({"precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8."),
+        ({"precision": "fp16"}, "--precision fp16: null@null does not compute in it. Use --precision fp32 or bf16."),
         ({"devices": "cpu:0"}, "cpu:N takes one number from 1 to 512, not 0."),
         (
             {"devices": "cpu+null"},

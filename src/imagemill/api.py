@@ -103,6 +103,7 @@ def run(
     engine: str = "local",
     allow_mixed: bool = False,
     report: bool = True,
+    preflight: bool = True,
     progress: bool = False,
 ) -> Summary:
     """Classify every picture of the sources, one row each; the same call again resumes what an earlier one began.

@@ -154,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--columns", metavar="A,B,…", help="these columns, in this order (default: all)")
     sub.add_argument("--partial", action="store_true", help="of a job that is not finished: the rows that are there")
 
+    sub = command("report", _report, "write DIR/report.html again: figures, speed, failures and pictures of a job on one page")
+    sub.add_argument("dir", metavar="DIR")
+
     sub = command("devices", _devices, "what this machine offers and what each would be used for")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -234,6 +237,9 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--num-workers", type=int, metavar="N", help="decoding threads per device (default: as `run`)")
     sub.add_argument("--iterations", type=int, default=3, metavar="N", help="the median over them is reported (default: %(default)s)")
     sub.add_argument("--limit", type=int, metavar="N", help="the first N pictures per iteration (default: about 10 s of them)")
+    sub.add_argument("--loadgen", action="store_true", help="have MLPerf's LoadGen drive one device: Offline scenario, both modes")
+    sub.add_argument("--min-duration", type=float, metavar="S", help="of a LoadGen performance run (default: 10; MLPerf's rules want 600)")
+    sub.add_argument("--log-dir", metavar="DIR", help="for LoadGen's own logs (default: imagemill-loadgen)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -244,8 +250,8 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     number.__name__ = "number"
     sub.add_argument("--model", metavar="NAME", help=f"model name, bundle folder or wrapped file.onnx (default: {model})")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
-    sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (N processes sharing the cores), joined by + (default: auto)")
-    sub.add_argument("--precision", metavar="P", help="auto, fp32, bf16 or int8 (default: auto)")
+    sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (processes), cuda:I,J (ids), ipu:N; joined by + (default: auto)")
+    sub.add_argument("--precision", metavar="P", help="auto, fp32, fp16, bf16 or int8 (default: auto)")
     sub.add_argument("--batch-size", type=number, metavar="N", help="pictures per batch (default: auto)")
     sub.add_argument("--batches-per-step", type=number, metavar="N", help="batches in flight per device (default: auto)")
     sub.add_argument("--num-workers", type=number, metavar="N", help="decoding threads per device (default: auto, its cores)")
@@ -270,6 +276,10 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     sub.add_argument("--engine", default="local", choices=["local"], help="what places the workers")
     sub.add_argument("--allow-mixed", action="store_true", help="allow backends whose answers differ in the last bits")
     sub.add_argument("--log-dir", metavar="DIR", help="default: logs/ in the output folder")
+    sub.add_argument(
+        "--no-preflight", dest="preflight", action="store_false", help="do not look at a sample of a new job's pictures as it starts"
+    )
+    sub.add_argument("--no-report", dest="report", action="store_false", help="write no report.html at the end")
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
 
@@ -287,7 +297,7 @@ def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any
         "grace_s": parsed.grace,
     }
     same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess labels
-        max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir""".split()
+        max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight""".split()
     values |= {name: getattr(parsed, name) for name in same}
     return Settings(**(values | changes))
 
@@ -416,6 +426,15 @@ def _export(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _report(parsed: argparse.Namespace) -> int:
+    from imagemill import report
+
+    paths, frozen = _open_job(parsed.dir)
+    report.write(paths, frozen)
+    print(paths.shown(paths.report))
+    return 0
+
+
 def _devices(parsed: argparse.Namespace) -> int:
     from imagemill import devices
 
@@ -424,8 +443,8 @@ def _devices(parsed: argparse.Namespace) -> int:
         print(json.dumps({"devices": offers}))
     else:
         for offer in offers:
-            print(f"{offer['devices']:<8} {offer['what']}")
-            for note in offer["notes"]:
+            print(f"{offer['devices']:<8} {offer['what']}" + (": not usable" if offer["missing"] else ""))
+            for note in [offer["missing"], *offer["notes"]] if offer["missing"] else offer["notes"]:
                 print(f"{'':<8} {note}")
     return 0
 
@@ -518,9 +537,16 @@ def _partition(parsed: argparse.Namespace) -> int:
 
 def _bench(parsed: argparse.Namespace) -> int:
     from imagemill import bench, codec
+    from imagemill.bench import loadgen
 
-    same = "synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit".split()
-    report = bench.run(bench.BenchSettings(sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}), _say)
+    same = """synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit min_duration
+        log_dir""".split()
+    settings = bench.BenchSettings(sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same})
+    if parsed.loadgen:
+        found = loadgen.run(settings, _say)
+        print(json.dumps(codec.to_plain(found)) if parsed.json else loadgen.told(found))
+        return 0 if found.valid else 1
+    report = bench.run(settings, _say)
     print(json.dumps(codec.to_plain(report)) if parsed.json else bench.told(report))
     return 0
 

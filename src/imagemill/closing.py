@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from imagemill import codec, devices, home, ledger
+from imagemill import codec, devices, home, ledger, stopwatch
 from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
 from imagemill.launcher import Outcome
@@ -96,16 +96,11 @@ def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
 
 
 def judge(clocks: Sequence[Clock], rows: int, seconds: float, threads: int) -> tuple[str | None, dict[str, float], str | None]:
-    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
-
-    The loop of each worker either waits for pictures, waits for the session, or writes; the largest of the three sums names the bottleneck,
-    and where it waited for pictures, the larger of reading and decoding does.
-    """
+    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change."""
     if not rows or not clocks or not seconds:
         return None, {}, None
-    total = Clock(*(sum(getattr(clock, name) for clock in clocks) for name in Clock.__slots__))
-    waits = {"compute": total.compute, "write": total.write, ("read" if total.read > total.decode else "decode"): total.starved}
-    bottleneck = max(waits, key=lambda name: waits[name])
+    total = stopwatch.total(clocks)
+    bottleneck = stopwatch.bound_by(total)
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
         rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)

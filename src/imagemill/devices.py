@@ -6,22 +6,34 @@ import contextlib
 import os
 import platform
 import re
-from collections import Counter
+import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+from imagemill import sessions
 from imagemill.errors import DeviceError, UsageError
-from imagemill.records import DeviceSpec
+from imagemill.records import DeviceSpec, Precision
+from imagemill.sessions.base import Found
 
-DEFAULT_BACKENDS = {"cpu": "openvino", "null": "null"}
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?::(?P<ids>[0-9,]+))?(?:@(?P<backend>[a-z]+))?")
-_BACKENDS = {"cpu": ("openvino",), "null": ("null",)}
-_PLANNED = {
-    "cuda": "GPUs are not supported by this version of imagemill. Use --devices cpu.",
-    "ipu": "Graphcore IPUs are not supported by this version of imagemill. Use --devices cpu.",
+_COUNTED = ("cpu", "ipu", "null")
+"""Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's business; of the others `kind:I,J` names
+them by id."""
+_MOST = 512
+_WHAT = {
+    "cuda": "NVIDIA GPUs",
+    "gpu": "Intel GPUs",
+    "npu": "Intel NPU",
+    "ipu": "Graphcore IPUs",
+    "rocm": "AMD GPUs",
+    "coreml": "Apple Neural Engine and GPU",
+    "directml": "GPUs by DirectX 12",
 }
+"""For people, in the order in which they are told."""
+_ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
 
 
 def usable_cores() -> list[int]:
@@ -65,37 +77,94 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def resolve(spec: str) -> tuple[DeviceSpec, ...]:
-    """Turn a `--devices` argument into devices.
+    """Turn a `--devices` argument into devices, and look whether they are there.
 
-    `auto`, `cpu`, `cpu:N`, `null:N`, joined by `+`; `@backend` after one picks its backend. Cores are split between the CPU processes of
-    the whole list, as evenly as they go; where there are more processes than cores, they take turns.
+    `auto`, `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of them and `cuda:I,J` by id, and so with `gpu`, `npu`, …; joined by `+`;
+    `@backend` after one picks its backend. Cores are split between the processes of the whole list, as evenly as they go; where there are
+    more processes than cores, they take turns.
 
     Raises:
-        UsageError: it is misspelt. DeviceError: the device is not to be had.
+        UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing, and the line to type.
     """
-    asked: list[tuple[str, str, int]] = []
-    for item in spec.split("+"):
-        match = _ITEM.fullmatch("cpu" if item == "auto" else item)
-        if not match:
-            raise UsageError(f"--devices {spec}: {item!r} is not a device. Write auto, cpu, or cpu:N, joined by +.")
-        kind, ids, backend = match["kind"], match["ids"], match["backend"]
-        if kind in _PLANNED:
-            raise DeviceError(f"--devices {spec}: {_PLANNED[kind]}")
-        if kind not in _BACKENDS:
-            raise UsageError(f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(_BACKENDS)}.")
-        backend = backend or DEFAULT_BACKENDS[kind]
-        if backend not in _BACKENDS[kind]:
-            raise UsageError(f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(_BACKENDS[kind])}.")
-        if ids is not None and (not ids.isdecimal() or not 1 <= int(ids) <= 512):
-            raise UsageError(f"--devices {spec}: {kind}:N takes one number from 1 to 512, not {ids}.")
-        asked += [(kind, backend, 0)] * int(ids or 1)
-    shares = split_cores(usable_cores(), len(asked))
-    numbers: Counter[str] = Counter()
-    devices = []
-    for (kind, backend, device_id), cores in zip(asked, shares, strict=True):
-        devices.append(DeviceSpec(f"{kind}#{numbers[kind]}", kind, backend, cores, device_id))
-        numbers[kind] += 1
-    return tuple(devices)
+    asked = [_parse(spec, item) for item in spec.split("+")]  # all of it before anything is looked for
+    found: dict[tuple[str, str], Found] = {}
+    places: list[tuple[str, str, int]] = []
+    for kind, ids, backend in asked:
+        if kind not in sessions.BACKENDS[backend].anywhere and (kind, backend) not in found:
+            found[kind, backend] = _look_for(kind, backend)
+            if missing := found[kind, backend].missing:
+                raise DeviceError(f"--devices {spec}: {missing}" + ("" if kind == "cpu" else " Until then: --devices cpu."))
+        here = found.get((kind, backend), Found()).devices
+        if kind in _COUNTED:
+            taken = sum(place[0] == kind for place in places)
+            chosen = list(range(taken, taken + int(ids or 1)))
+        else:
+            chosen = [int(number) for number in ids.split(",")] if ids else list(range(len(here)))
+        for number in chosen:
+            if kind not in _COUNTED and number >= len(here):  # how many IPUs are free shows when they are attached to
+                there = ", ".join(f"{place} ({name})" for place, name in enumerate(here))
+                raise DeviceError(f"--devices {spec}: there is no {kind} {number} here; there are: {there}.")
+            if any(place[0] == kind and place[2] == number for place in places):
+                raise UsageError(f"--devices {spec}: {kind} {number} is named twice.")
+            places.append((kind, backend, number))
+    shares = split_cores(usable_cores(), len(places))
+    return tuple(
+        DeviceSpec(f"{kind}#{number}", kind, backend, cores, 0 if kind in ("cpu", "null") else number)
+        for (kind, backend, number), cores in zip(places, shares, strict=True)
+    )
+
+
+def _parse(spec: str, item: str) -> tuple[str, str, str]:
+    """One item as kind, ids and backend. Raises: UsageError."""
+    match = _ITEM.fullmatch("cpu" if item == "auto" else item)
+    if not match:
+        raise UsageError(f"--devices {spec}: {item!r} is not a device. Write auto, cpu, cpu:N, cuda:I,J or ipu:N, joined by +.")
+    kind, ids, backend = match["kind"], match["ids"] or "", match["backend"]
+    kinds = list(dict.fromkeys(known for row in sessions.BACKENDS.values() for known in row.kinds))
+    if kind not in kinds:
+        raise UsageError(f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(kinds)}.")
+    backends = _backends(kind)
+    if backend and backend not in backends:
+        raise UsageError(f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(backends)}.")
+    if kind in _COUNTED:
+        if ids and not (ids.isdecimal() and 1 <= int(ids) <= _MOST):
+            raise UsageError(f"--devices {spec}: {kind}:N takes one number from 1 to {_MOST}, not {ids}.")
+    elif ids and not all(number.isdecimal() and int(number) < _MOST for number in ids.split(",")):
+        raise UsageError(f"--devices {spec}: {kind}:I,J takes ids from 0 to {_MOST - 1}, joined by commas, not {ids}.")
+    return kind, ids, backend or backends[0]
+
+
+def _backends(kind: str) -> list[str]:
+    return [name for name, row in sessions.BACKENDS.items() if kind in row.kinds]
+
+
+def _look_for(kind: str, backend: str) -> Found:
+    """What a backend finds; where its library fails at that, this is what is missing."""
+    try:
+        return sessions.look_for(backend, kind)
+    except Exception as error:  # whatever a foreign library, half installed, comes up with
+        return Found((), f"Looking for {_WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}: {error}.")
+
+
+def precisions(chosen: Sequence[DeviceSpec]) -> tuple[Precision, ...]:
+    """The precisions that all of these devices compute in."""
+    return tuple(one for one in Precision if all(one in sessions.BACKENDS[device.backend].kinds[device.kind] for device in chosen))
+
+
+def check_precision(setting: str | None, chosen: Sequence[DeviceSpec]) -> None:
+    """Compare a `--precision` setting, None for `auto`, with what the devices compute in.
+
+    Raises:
+        UsageError: one of them does not; names it, and what all of them do.
+    """
+    wanted = Precision.FP32 if setting in (None, "auto") else Precision(setting)
+    common = precisions(chosen)
+    if wanted in common:
+        return
+    other = next(d for d in chosen if wanted not in sessions.BACKENDS[d.backend].kinds[d.kind])
+    asked = "auto starts from fp32" if setting in (None, "auto") else wanted
+    remedy = f"Use --precision {' or '.join(common)}." if common else "The devices share no precision: give each a job of its own."
+    raise UsageError(f"--precision {asked}: {other.kind}@{other.backend} does not compute in it. {remedy}")
 
 
 def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
@@ -108,20 +177,45 @@ def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
 
 
 def offers() -> list[dict[str, Any]]:
-    """What this machine offers, for `imagemill devices`: `devices` (what to type), `what` it is, and `notes`."""
+    """What this machine offers, for `imagemill devices`.
+
+    One dict for each kind: `devices` (what to type), `what` it is, `notes`, and `missing`: why it cannot be used and the line to type; None
+    where it can.
+    """
+    found = [_cpu_offer()]
+    for kind, what in _WHAT.items():
+        if not sys.platform.startswith(_ONLY_ON.get(kind, "")):
+            continue
+        first, *others = _backends(kind)
+        here = _look_for(kind, first)
+        computes = ", ".join(sessions.BACKENDS[first].kinds[kind])
+        notes = [f"backend {first}, precisions: {computes}"]
+        for backend in others:
+            missing = _look_for(kind, backend).missing
+            notes.append(f"@{backend}: " + (missing or f"precisions {', '.join(sessions.BACKENDS[backend].kinds[kind])}"))
+        typed = f"{kind}:1" if kind in _COUNTED else f"{kind}:{','.join(map(str, range(len(here.devices))))}"
+        if here.missing:
+            found.append({"devices": kind, "what": what, "notes": [], "missing": here.missing})
+        else:
+            found.append({"devices": typed, "what": ", ".join(here.devices), "notes": notes, "missing": None})
+    return found
+
+
+def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
     flags = processor_flags()
-    precisions = ["fp32"] + (["bf16"] if flags & {"avx512_bf16", "amx_bf16"} else []) + ["int8"]
+    fast = ["fp32"] + (["bf16"] if flags & {"avx512_bf16", "amx_bf16"} else []) + ["int8"]
     units = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if name in flags]
     quota = cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
-        f"backend openvino, precisions with hardware support: {', '.join(precisions)}",
+        f"backend openvino, precisions with hardware support: {', '.join(fast)}",
+        "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
         "`auto` means this: one process, all cores",
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")
-    return [{"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor_name()}", "notes": notes}]
+    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor_name()}", "notes": notes, "missing": None}
 
 
 def machine() -> dict[str, str]:

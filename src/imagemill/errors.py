@@ -9,6 +9,7 @@ ImagemillError                exit 1: one clear line, never a traceback
 │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
 │   └── BadLogitsError        a session returned NaN or the wrong shape
 ├── DeviceError               a device or backend that was asked for is not there
+│   └── DeviceLostError       it was there, and its program died; a job starts the worker again
 ├── SourceError               a source as a whole cannot be listed
 ├── OutputError               the output folder is foreign, locked, full or read-only
 │   └── PartError             a part is damaged, missing, or belongs to another job
@@ -59,6 +60,10 @@ class BadLogitsError(ModelError):
 
 class DeviceError(ImagemillError):
     """A device or backend that was asked for is not there."""
+
+
+class DeviceLostError(DeviceError):
+    """A device's own program died. In a job the worker dies with it and is started again; elsewhere it is an error as any other."""
 
 
 class SourceError(ImagemillError):

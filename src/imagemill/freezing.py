@@ -290,7 +290,7 @@ def _hash(*values: object) -> str:
 
 def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
     """The backends of the devices, as the answer id names them. Raises: UsageError where several are mixed and that is not allowed."""
-    backends = sorted({device.backend for device in chosen})
+    backends = sorted({device.engine for device in chosen})
     if len(backends) > 1 and not allow_mixed:
         raise UsageError(
             f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the last bits. Add --allow-mixed."

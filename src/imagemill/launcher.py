@@ -37,6 +37,7 @@ from imagemill.errors import ImagemillError, Interrupted, WorkerError
 from imagemill.layout import JobPaths
 from imagemill.noteboard import Noteboard
 from imagemill.records import Clock, DeviceSpec, Job, Lease, Receipt, Shard, Throughput
+from imagemill.stopwatch import total
 from imagemill.timeline import Timeline
 
 _log = logging.getLogger(__name__)
@@ -58,9 +59,13 @@ class Progress:
     rows: int
     """Committed by this invocation."""
     failed_by_status: Counter[str]
+    """Among the committed."""
     devices: dict[str, int]
-    """Rows committed per device."""
-    clocks: dict[str, Clock]
+    """Rows per device that have their answers, committed or not. Becomes less where a worker dies: what it had in hand is done again."""
+    leased: dict[str, int]
+    """Rows per device that are leased to it and have no answer yet."""
+    clock: Clock
+    """Where the time of all devices went."""
     restarts: dict[str, int]
     since_first_lease_s: float
     ready: int
@@ -96,6 +101,8 @@ class _Worker:
     timed_out: tuple[int, ...] = ()
     """Pictures for whose sake the launcher killed it."""
     clock: Clock = field(default_factory=Clock)
+    rows: int = 0
+    """Committed by this process."""
     pulse: int = -1
     alive_at: float = 0.0
     """When it was last seen doing something, on the monotonic clock."""
@@ -148,6 +155,7 @@ class Launcher:
         self._failed_by_status: Counter[str] = Counter()
         self._earlier_clocks: dict[str, Clock] = {}
         self._first_lease = 0.0
+        self._next_tick = 0.0
         self._last_commit = 0.0
         self._timeline = Timeline([device.name for device in devices])
         self._outcome = Outcome(devices={d.name: 0 for d in devices}, restarts={d.name: 0 for d in devices})
@@ -167,6 +175,7 @@ class Launcher:
                     if self._signals:
                         self._stop_gracefully()
                         break
+                self._on_tick(self._progress())  # the last word, also of a job that is over before its second tick
                 if not self._remaining:
                     self._end_workers()
             finally:
@@ -196,7 +205,9 @@ class Launcher:
         self._wake_idle()
         self._kill_hanging()
         self._kill_stalled()
-        self._on_tick(self._progress())
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + _TICK_S
+            self._on_tick(self._progress())
 
     def _handle(self, worker: _Worker, message: object) -> None:
         match message:
@@ -220,6 +231,7 @@ class Launcher:
     def _committed(self, worker: _Worker, receipt: Receipt, clock: Clock) -> None:
         del worker.leases[receipt.shard]
         worker.clock = clock
+        worker.rows += receipt.rows
         worker.alive_at = time.monotonic()
         self._remaining -= 1
         self._deaths_since_commit = 0
@@ -426,14 +438,22 @@ class Launcher:
     def _clock_of(self, device: str) -> Clock:
         earlier = self._earlier_clocks.get(device, Clock())
         now = next((worker.clock for worker in self._workers if worker.device.name == device), Clock())
-        return Clock(*(getattr(earlier, name) + getattr(now, name) for name in Clock.__slots__))
+        return total((earlier, now))
 
     def _progress(self) -> Progress:
+        devices, leased = dict(self._outcome.devices), dict.fromkeys(self._outcome.devices, 0)
+        clocks = list(self._earlier_clocks.values())
+        for worker in self._workers:
+            in_hand = max(0, worker.board.rows - worker.rows)
+            devices[worker.device.name] += in_hand
+            leased[worker.device.name] = max(0, sum(lease.shard.count for lease in worker.leases.values()) - in_hand)
+            clocks.append(worker.board.clock)
         return Progress(
             rows=sum(self._outcome.devices.values()),
             failed_by_status=self._failed_by_status,
-            devices=self._outcome.devices,
-            clocks={device.name: self._clock_of(device.name) for device in self._devices},
+            devices=devices,
+            leased=leased,
+            clock=total(clocks),
             restarts=self._outcome.restarts,
             since_first_lease_s=time.monotonic() - self._first_lease if self._first_lease else 0.0,
             ready=sum(worker.ready for worker in self._workers),

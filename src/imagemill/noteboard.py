@@ -1,6 +1,8 @@
 """Where each decoding thread notes the picture it is at, in memory that the launcher reads even after the worker has died.
 
 A word of its own counts the batches that the feed has handed on: where it stands still while no thread decodes, the session hangs.
+Others hold how far the worker is: rows that have their answers, and the sums of its stopwatch. Each is stored on its own, so a reader may
+see words of two batches; nothing but the display depends on them.
 One slot per thread: index of the picture (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
 stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no picture with another one's clock.
 """
@@ -14,9 +16,14 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
+from imagemill.records import Clock
+
 SLOTS = 256
-SIZE = SLOTS * 16 + 8
+_SUMS = ("read", "decode", "starved", "compute", "write")
 _PULSE = 2 * SLOTS
+_ROWS = _PULSE + 1
+_CLOCK = _ROWS + 1
+SIZE = 8 * (_CLOCK + len(_SUMS) + 1)
 
 
 def shared_file() -> IO[bytes]:
@@ -69,6 +76,24 @@ class Noteboard:
     def pulse(self) -> int:
         """How many batches were handed on."""
         return self._words[_PULSE]
+
+    def tell(self, rows: int, clock: Clock) -> None:
+        """Let the launcher see how many rows have their answers, and where the time went."""
+        for place, name in enumerate(_SUMS, _CLOCK):
+            self._words[place] = int(1e9 * getattr(clock, name))
+        self._words[_CLOCK + len(_SUMS)] = clock.pictures
+        self._words[_ROWS] = rows
+
+    @property
+    def rows(self) -> int:
+        """How many rows have their answers, committed or not."""
+        return self._words[_ROWS]
+
+    @property
+    def clock(self) -> Clock:
+        """Where the time went so far."""
+        sums = {name: self._words[place] / 1e9 for place, name in enumerate(_SUMS, _CLOCK)}
+        return Clock(**sums, pictures=self._words[_CLOCK + len(_SUMS)])
 
     def notes(self) -> list[Note]:
         """What the threads are at, or were when they died."""

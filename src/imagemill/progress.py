@@ -1,16 +1,48 @@
-"""What a run shows while it runs: a live display on a terminal, plain lines elsewhere. Everything goes to stderr."""
+"""What a run shows while it runs: a live display on a terminal or in a notebook, plain lines elsewhere.
+
+`Pace` turns what the launcher tells into rates and the time that is left; every display shows its `Estimate`. Everything goes to stderr,
+in ASCII, so that no encoding of a log can spoil it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import sys
 import time
-from types import TracebackType
-from typing import TextIO
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol, TextIO
 
 from imagemill.launcher import Progress
+from imagemill.records import Clock
+from imagemill.stopwatch import bound_by
 
 _PLAIN_EVERY_S = 10.0
+_PLAIN_AT_MOST_EVERY_S = 600.0
+_PLAIN_SHARE = 0.05
+"""Of the time so far, after which a log file gets its next line: a night's job leaves some hundred of them."""
+_WINDOW_SHARE = 0.5
+"""Of the time so far, that a rate is taken over: the longer the job, the calmer; a change of pace is followed after as long again."""
+_WINDOW_S = 15.0
+"""At least."""
+_TELLING_S = 2.0
+"""Of answers, before a rate is told."""
+_POINTS = 512
+_LUMPS = 4
+_INTERVAL_S = 10.0
+"""Between looks at the clocks; the bottleneck is that of the last one or two intervals."""
+_STILL_S = 30.0
+"""After so long without any answer it is said."""
+_DEVICES = 16
+"""Lines of devices at most."""
+_NOTEBOOK_WIDTH = 110
+"""Columns, in the font of a notebook's output."""
+_AROUND = 8
+"""Lines of a terminal that are kept free of devices."""
 
 
 def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
@@ -29,66 +61,296 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def statuses(failed: dict[str, int]) -> str:
+def statuses(failed: Mapping[str, int]) -> str:
     """Failures by kind, most frequent first."""
     return ", ".join(f"{count} {status}" for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0])))
 
 
-class PlainProgress:
-    """A line now and then, for log files."""
+# ── how fast, and how long ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def __init__(self, total: int, resumed: int, stream: TextIO | None = None) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """How far a job is, how fast it goes, and how long it will take."""
+
+    total: int
+    """Pictures of the job."""
+    done: int
+    """That have their answers, by this invocation or earlier ones."""
+    saved: int
+    """Of these: in committed parts, safe whatever happens."""
+    state: str
+    """`starting`, `first pictures under way` or `running`."""
+    rate: float | None
+    """images/s of this invocation, lately; None where nothing can be said yet."""
+    left_s: float | None
+    """Seconds until the last picture has its answer; None where nothing can be said."""
+    still_s: float
+    """Since the last answer of any device."""
+    devices: Mapping[str, float | None]
+    """images/s by device."""
+    bottleneck: str | None
+    """What bounded the last 10 to 20 s; None where nothing can be said yet."""
+
+
+class _Count:
+    """One device's count of answers over time: the moments at which it moved, thinned where there are many."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._rows: list[int] = []
+        self._last = 0
+        self._lost = 0
+
+    def add(self, now_s: float, rows: int) -> None:
+        """Note the count. One that became less has lost work to a death; to do it again takes its time like any other."""
+        if rows < self._last:
+            self._lost += self._last - rows
+        elif rows > self._last:
+            self._times.append(now_s)
+            self._rows.append(rows + self._lost)
+        self._last = rows
+        if len(self._times) > _POINTS:
+            keep = range(len(self._times) - 1, -1, -2)
+            self._times, self._rows = [self._times[i] for i in keep][::-1], [self._rows[i] for i in keep][::-1]
+
+    @property
+    def moved_s(self) -> float:
+        """When it last moved."""
+        return self._times[-1] if self._times else 0.0
+
+    @property
+    def lump(self) -> int:
+        """How many answers come at once: the largest of the last few steps."""
+        recent = self._rows[-_LUMPS - 1 :]
+        return max((after - before for before, after in pairwise(recent)), default=0)
+
+    def rate(self, now_s: float) -> float | None:
+        """Rows/s over the later part of its time, from one step to another, so that it is exact where steps come evenly. The first step
+        only starts the clock: before it the way filled up. Where the next step is overdue, the rate is what it would be had it come now."""
+        if len(self._times) < 2 or self._times[-1] - self._times[0] < _TELLING_S:
+            return None
+        window_s = max(_WINDOW_S, _WINDOW_SHARE * (self._times[-1] - self._times[0]))
+        base = max(0, bisect_right(self._times, self._times[-1] - window_s) - 1)
+        rows = self._rows[-1] - self._rows[base]
+        seconds = self._times[-1] - self._times[base]
+        overdue = (rows + self.lump) / max(now_s - self._times[base], 1e-9)
+        return min(rows / seconds, overdue)
+
+    def under_way(self, now_s: float, rate: float | None) -> float:
+        """Rows that should have come since the last step, at most one step's."""
+        return min(self.lump, (rate or 0.0) * max(0.0, now_s - self.moved_s))
+
+
+class Pace:
+    """Turns the progress of one invocation into estimates: nothing but what it is given decides them.
+
+    Args:
+        total: pictures of the job.
+        resumed: of these, done before; they count as done, but not into any rate.
+    """
+
+    def __init__(self, total: int, resumed: int) -> None:
         self._total, self._resumed = total, resumed
-        self._stream = stream or sys.stderr
-        self._next = time.monotonic()
+        self._counts: dict[str, _Count] = {}
+        self._looks: list[tuple[float, Clock]] = []
 
-    def __enter__(self) -> PlainProgress:
-        return self
+    def add(self, progress: Progress) -> Estimate:
+        """Take the next progress, and say how things are now."""
+        now_s = progress.since_first_lease_s
+        rates: dict[str, float | None] = {}
+        for name, rows in progress.devices.items():
+            count = self._counts.setdefault(name, _Count())
+            count.add(now_s, rows)
+            rates[name] = count.rate(now_s)
+        through = sum(progress.devices.values())
+        left = max(0, self._total - self._resumed - through)
+        rate, left_s = self._left(progress, rates, left)
+        return Estimate(
+            total=self._total,
+            done=self._resumed + through,
+            saved=self._resumed + progress.rows,
+            state="running" if through else "first pictures under way" if progress.ready else "starting",
+            rate=rate,
+            left_s=left_s,
+            still_s=max(0.0, now_s - max((count.moved_s for count in self._counts.values()), default=0.0)) if through else 0.0,
+            devices=rates,
+            bottleneck=self._bottleneck(now_s, progress.clock),
+        )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        pass
+    def _left(self, progress: Progress, rates: Mapping[str, float | None], left: int) -> tuple[float | None, float | None]:
+        """The rate of the devices that have work, and the seconds it takes them, at least those of the one with most in hand."""
+        now_s = progress.since_first_lease_s
+        is_last = left <= sum(progress.leased.values())  # then the devices without a lease stay idle
+        at_work = [name for name in rates if not is_last or progress.leased.get(name)]
+        known = [rate for name in at_work if (rate := rates[name]) is not None]
+        if not left:
+            rate = sum(rate or 0.0 for rate in rates.values())
+            return rate or None, 0.0
+        mean = sum(known) / len(known) if known else 0.0
+        if mean <= 0:
+            return None, None
+        speed = {name: mean if rates[name] is None else rates[name] or 0.0 for name in at_work}
+        under_way = {name: self._counts[name].under_way(now_s, speed[name]) for name in at_work}
+        slowest = max((progress.leased.get(name, 0) - under_way[name]) / speed[name] for name in at_work if speed[name] > 0)
+        return sum(speed.values()), max(0.0, slowest, (left - sum(under_way.values())) / sum(speed.values()))
+
+    def _bottleneck(self, now_s: float, clock: Clock) -> str | None:
+        if not self._looks or now_s - self._looks[-1][0] >= _INTERVAL_S:
+            self._looks = [*self._looks[-1:], (now_s, clock)]
+        before = self._looks[0][1]
+        # A death takes back what the dead worker's clock had shown.
+        lately = Clock(*(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__))
+        return bound_by(lately) if lately.pictures and lately.compute + lately.starved + lately.write > 0 else None
+
+
+# ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def clauses(estimate: Estimate, failed: Mapping[str, int]) -> list[str]:
+    """What is to be said of the whole job, the most important first."""
+    share = 100 * estimate.done // max(estimate.total, 1)
+    said = [f"{estimate.done:,} of {estimate.total:,} ({share} %)"]
+    if estimate.state != "running":
+        said.append(estimate.state)
+    elif estimate.rate is not None and estimate.left_s is not None:
+        said += [f"{estimate.rate:,.1f} images/s", f"{duration(estimate.left_s)} left"]
+    if estimate.still_s >= _STILL_S:
+        said.append(f"no answer for {duration(estimate.still_s)}")
+    if estimate.bottleneck and estimate.state == "running":
+        said.append(f"bounded by {estimate.bottleneck}")
+    if failed:
+        kinds = statuses(failed).split(", ")
+        said += [f"{sum(failed.values()):,} failed: {kinds[0]}", *kinds[1:]]
+    return said
+
+
+def packed(said: Iterable[str], width: int) -> list[str]:
+    """Clauses as lines of at most `width` columns, broken between clauses."""
+    lines: list[str] = []
+    for clause in said:
+        if lines and len(lines[-1]) + 2 + len(clause) <= width - 1:
+            lines[-1] += f", {clause}"
+        else:
+            if lines:
+                lines[-1] += ","
+            lines.append(clause)
+    return lines
+
+
+def device_lines(progress: Progress, estimate: Estimate, width: int, most: int) -> list[str]:
+    """A line per device, several beside each other where there is room, at most `most` lines; what all others make together."""
+    names = list(progress.devices)
+    longest = max(map(len, names), default=0)
+    cells = []
+    for name in names:
+        rate = estimate.devices.get(name)
+        speed = f"{rate:>9,.1f} images/s" if rate is not None else f"{'-':>9} images/s"
+        restarts = progress.restarts.get(name, 0)
+        again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
+        cells.append(f"{name:<{longest}} {progress.devices[name]:>11,} images {speed}{again}")
+    cell_width = max(map(len, cells), default=0) + 2
+    across = max(1, min(width // cell_width, -(-len(cells) // 4)))
+    rest: list[str] = []
+    if len(cells) > most * across:
+        room = max(1, most - 1) * across
+        others = names[room:]
+        made, speed_of = sum(progress.devices[name] for name in others), sum(estimate.devices.get(name) or 0.0 for name in others)
+        rest = [f"  and {len(others):,} more: {made:,} images, {speed_of:,.1f} images/s"]
+        cells = cells[:room]
+    down = -(-len(cells) // across)
+    rows = ["".join(f"  {cell:<{cell_width - 2}}" for cell in cells[row::down]).rstrip() for row in range(down)]
+    return rows + rest
+
+
+# ── displays ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Display(Protocol):
+    """Shows the progress of one invocation."""
 
     def __call__(self, progress: Progress) -> None:
         """Show it, if it is time to."""
+
+    def close(self) -> None:
+        """The workers are gone."""
+
+
+class PlainProgress:
+    """A line now and then, for log files: often at first, rarely later."""
+
+    def __init__(self, total: int, resumed: int, stream: TextIO | None = None) -> None:
+        self._pace = Pace(total, resumed)
+        self._stream = stream or sys.stderr
+        self._begun = self._next = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        """See `Display`."""
+        estimate = self._pace.add(progress)
         now = time.monotonic()
         if now < self._next or not progress.since_first_lease_s:
             return
-        self._next = now + _PLAIN_EVERY_S
-        tell(line(progress, self._total, self._resumed), self._stream)
+        self._next = now + min(_PLAIN_AT_MOST_EVERY_S, max(_PLAIN_EVERY_S, _PLAIN_SHARE * (now - self._begun)))
+        tell(", ".join(clauses(estimate, progress.failed_by_status)), self._stream)
+
+    def close(self) -> None:
+        """See `Display`."""
 
 
 class LiveProgress:
-    """A display that renews itself in place: the whole job, then a line per device."""
+    """A display that renews itself in place: a bar, the whole job, then the devices."""
 
     def __init__(self, total: int, resumed: int) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._total, self._resumed = total, resumed
-        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> LiveProgress:
+        self._pace = Pace(total, resumed)
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Renew the display."""
+        """See `Display`."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
-        lines: list[ProgressBar | Text] = [
-            ProgressBar(total=max(self._total, 1), completed=self._resumed + progress.rows),
-            Text(line(progress, self._total, self._resumed), overflow="ellipsis", no_wrap=True),
-        ]
-        for name, rows in list(progress.devices.items())[:16]:
-            rate = rows / progress.since_first_lease_s if progress.since_first_lease_s else 0.0
-            restarts = f", {progress.restarts[name]} restarts" if progress.restarts[name] else ""
-            lines.append(Text(f"  {name:<10} {rows:>9,} images {rate:>9,.1f} images/s{restarts}", overflow="ellipsis", no_wrap=True))
-        self._live.update(Group(*lines))
+        estimate = self._pace.add(progress)
+        width, height = self._console.size
+        lines = text(progress, estimate, width, min(_DEVICES, max(1, height - _AROUND)))
+        bar = Table.grid(expand=True)  # a bar of its own would not end its line
+        bar.add_row(ProgressBar(total=max(estimate.total, 1), completed=estimate.done, complete_style="green", finished_style="green"))
+        self._live.update(Group(bar, *(Text(line, overflow="crop", no_wrap=True) for line in lines)))
+
+    def close(self) -> None:
+        """See `Display`."""
+        self._live.stop()
+
+
+class NotebookProgress:
+    """The same text below a notebook's cell, renewed in place."""
+
+    def __init__(self, total: int, resumed: int) -> None:
+        self._pace = Pace(total, resumed)
+        self._handle: Any = None
+        self._next = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """See `Display`."""
+        estimate = self._pace.add(progress)
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + 1.0
+        shown = {"text/plain": "\n".join(text(progress, estimate, _NOTEBOOK_WIDTH, _DEVICES))}
+        if self._handle is None:
+            self._handle = importlib.import_module("IPython.display").display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+
+    def close(self) -> None:
+        """See `Display`."""
 
 
 class DownloadProgress:
@@ -116,20 +378,30 @@ class DownloadProgress:
         tell(f"\r\x1b[K{text}" if live else text, self._stream, end="\n" if finished or not live else "")
 
 
-def line(progress: Progress, total: int, resumed: int) -> str:
-    """The whole job in one line."""
-    done = resumed + progress.rows
-    rate = progress.rows / progress.since_first_lease_s if progress.since_first_lease_s else 0.0
-    if not progress.rows:
-        state = "starting" if not progress.ready else "first shards under way"
-    else:
-        state = f"{rate:,.1f} images/s, {duration((total - done) / rate)} left"
-    failed = f", {statuses(progress.failed_by_status)}" if progress.failed_by_status else ""
-    return f"{done:,} of {total:,} ({100 * done / max(total, 1):.0f} %), {state}{failed}"
+def text(progress: Progress, estimate: Estimate, width: int, most: int) -> list[str]:
+    """The whole display but its bar, in lines of at most `width` columns.
+
+    Args:
+        progress: as the launcher tells it.
+        estimate: what `Pace` makes of it.
+        width: columns, at least some 60.
+        most: lines of devices at most.
+    """
+    said = clauses(estimate, progress.failed_by_status)
+    said.insert(1, f"{estimate.saved:,} saved")
+    return packed(said, width) + device_lines(progress, estimate, width, most)
 
 
-def display(total: int, resumed: int, *, quiet: bool = False) -> PlainProgress | LiveProgress:
+def display(total: int, resumed: int) -> Display:
     """The display that fits where stderr goes."""
-    if not quiet and sys.stderr.isatty():
+    if in_notebook():
+        return NotebookProgress(total, resumed)
+    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
         return LiveProgress(total, resumed)
     return PlainProgress(total, resumed)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None

@@ -103,7 +103,7 @@ def prepare(
     """Resolve a `--precision` setting, quantising and measuring where that is needed.
 
     Args:
-        setting: `auto`, `fp32`, `bf16`, `int8`; None means auto.
+        setting: `auto`, or a precision; None means auto.
         bundle: its card with the recipe that the job uses.
         sources_of_job: resolved, as entries number them.
         entries: lists the job's pictures; called only if some are needed, and walked over once, in bounded memory.
@@ -113,7 +113,7 @@ def prepare(
         say: takes a line for the user.
 
     Raises:
-        UsageError: int8 is asked for on a backend that cannot run it. ModelError, WorkerError: an explicit int8 cannot be made; `auto` says
+        UsageError: the devices do not all compute in it. ModelError, WorkerError: an explicit int8 cannot be made; `auto` says
         so and goes on in fp32.
     """
     lines: list[str] = []
@@ -132,17 +132,20 @@ def prepare(
         calibration=CALIBRATION,
         held_out=HELD_OUT,
     )
-    foreign = sorted({device.backend for device in chosen if device.backend != "openvino"})
-    if setting == Precision.FP32 or (foreign and setting != Precision.INT8):
+    devices.check_precision(setting, chosen)
+    if setting in (Precision.FP32, Precision.FP16) or not are_judged(chosen):
         precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
         return Prepared(precision, "model", bundle.dir / bundles.MODEL)
-    if foreign:
-        raise UsageError(f"--precision int8 needs the backend openvino, --devices has {' and '.join(foreign)}. Use --precision fp32.")
     if setting in (None, "auto"):
         choice = _automatic(base, entries, pictures, tell)
     else:
         choice = _explicit(Precision(setting), base, entries, pictures, tell)
     return Prepared(choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines))
+
+
+def are_judged(chosen: Sequence[DeviceSpec]) -> bool:
+    """Whether the verdicts that a bundle keeps are about these devices: they are made by OpenVINO on the CPU."""
+    return all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
 
 
 def verify_variant(model_file: Path, sha256: str | None) -> None:

@@ -39,6 +39,7 @@ class Precision(StrEnum):
     """The arithmetic of a session."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
 
@@ -160,6 +161,8 @@ class Settings:
     allow_mixed: bool = False
     report: bool = True
     """Whether `report.html` is written at the end."""
+    preflight: bool = True
+    """Whether a sample of a new job's pictures is looked at as it starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +172,18 @@ class DeviceSpec:
     name: str
     """`cpu#0`, `cuda#1`, …"""
     kind: str
-    """`cpu`, `cuda`, `ipu`, `null`."""
+    """`cpu`, `cuda`, `gpu`, `npu`, `ipu`, `null`, …"""
     backend: str
-    """`openvino`, `onnxruntime`, `popart`, `null`."""
+    """`openvino`, `onnxruntime`, `tensorrt`, `popart`, `null`: a row of `sessions.BACKENDS`."""
     cores: tuple[int, ...]
     """CPU cores that the process may use, by number."""
     id: int = 0
-    """Which of the GPUs or IPUs it is."""
+    """Which of its kind it is, as the backend counts them."""
+
+    @property
+    def engine(self) -> str:
+        """What decides the last bits of its answers, and so is part of the answer id: `openvino`, `onnxruntime`, `onnxruntime:cuda`, …"""
+        return self.backend if self.kind in ("cpu", "null") else f"{self.backend}:{self.kind}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +201,7 @@ class Job:
     """Which file of the bundle: `model`, or `int8-<key>`."""
     batch_size: int
     batches_per_step: int
-    """Batches in flight at most; 0 leaves it to the session."""
+    """Batches in flight at most, on an IPU those of one step; 0 leaves it to the session."""
     num_workers: int
     """Decoding threads per device; 0 leaves it to the worker."""
     top_k: int
@@ -204,6 +212,8 @@ class Job:
     cache_dir: str | None = None
     """Where sessions may keep compiled models."""
     log_dir: str | None = None
+    synthetic: bool = False
+    """Only the device's own speed is wanted: a session whose device can make up its input may have it do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +369,33 @@ class Throughput:
 
     bucket_s: float
     """Width of a bucket; the first begins with the first lease."""
-    images: Mapping[str, tuple[float, ...]]
-    """By device: rows per bucket, a commit's rows spread evenly over the time that its shard took."""
+    devices: tuple[str, ...]
+    images: tuple[tuple[float, ...], ...]
+    """Of each device, rows per bucket; a commit's rows are spread evenly over the time that its shard took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was foretold of a new job as it started."""
+
+    looked_at: int
+    """Pictures, spread evenly over the plan."""
+    unreadable: Mapping[str, int]
+    """Of these, by status."""
+    unreadable_low: float
+    """Share of the whole job's pictures, lower and upper bound of the 95 % Wilson interval."""
+    unreadable_high: float
+    decode_only: float | None
+    """images/s of all decoding threads."""
+    cpu_s: float
+    """What looking cost, CPU seconds; 0 where the process that looked did not end by itself."""
+    images_per_second: float | None = None
+    """This and all below: None where the job ended before they could be said."""
+    seconds: float | None = None
+    """From the first lease to the last answer."""
+    bottleneck: str | None = None
+    result_bytes: int | None = None
+    """Of all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +440,8 @@ class Summary:
     complete: bool = True
     throughput: Throughput | None = None
     """Of this invocation alone; None in summaries of versions that did not keep it."""
+    preflight: Preflight | None = None
+    """None where this invocation made none."""
     machine: Mapping[str, str] = field(default_factory=dict)
     """What the job ran on: `system`, `processor`, `cores`, `memory`, `python`."""
 

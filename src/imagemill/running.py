@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, codec, devices, freezing, home, layout, ledger, listing, plan, sources, watching
+from imagemill import closing, codec, devices, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
 from imagemill.errors import OutputError, SourceError
-from imagemill.launcher import Launcher, Outcome
+from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
 from imagemill.records import (
     DeviceSpec,
+    Receipt,
     Settings,
     Summary,
 )
@@ -71,6 +72,7 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     chosen = devices.resolve(settings.devices or (frozen.devices if frozen else "auto"))
     freezing.backend_of(chosen, settings.allow_mixed)
     if frozen is None:
+        devices.check_precision(settings.precision, chosen)
         freezing.refuse_foreign(paths)
         sources.check(sources.resolve(settings.sources))
         with_model = freezing.resolve_model(settings, watcher)
@@ -127,29 +129,42 @@ def _carry_out(
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
     guard = closing.bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done)
-    tick = watcher.begin(frozen.pictures, resumed)
+    outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
+    sampled = left if settings.preflight and not is_resumed else []
+    shown = watcher.begin(frozen.pictures, resumed)
     try:
-        outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
-        if left:
-            launcher = Launcher(
-                frozen.job,
-                chosen,
-                left,
-                groups=frozen.groups,
-                grace_s=settings.grace_s,
-                on_tick=tick,
-                say=watcher.say,
-                on_receipt=guard,
-            )
-            outcome = launcher.run()
+        with preflight.Lookout(frozen.job, sampled, chosen, watcher.say) as lookout:
+
+            def tick(progress: Progress) -> None:
+                shown(progress)
+                lookout(progress)
+
+            def on_receipt(receipt: Receipt) -> None:
+                lookout.receipt(receipt)
+                guard(receipt)
+
+            if left:
+                launcher = Launcher(
+                    frozen.job,
+                    chosen,
+                    left,
+                    groups=frozen.groups,
+                    grace_s=settings.grace_s,
+                    on_tick=tick,
+                    say=watcher.say,
+                    on_receipt=on_receipt,
+                )
+                outcome = launcher.run()
     finally:
         watcher.end()
     paths.sweep()  # once more: workers that died have left their temporary files
     tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
-    summary = closing.summarise(frozen, paths, shards, done, outcome, tally, chosen)
+    summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, chosen), preflight=lookout.found)
     home.write(paths, paths.summary, codec.dumps(summary))
+    if settings.report:
+        report.attempt(paths, frozen, watcher.say)
     return summary
 
 

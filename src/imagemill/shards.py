@@ -40,6 +40,7 @@ def run_shards(leases: Iterable[Lease], session: Session, feed: Feed, sink: Sink
     """
     batches = clock.timing("starved", feed.batches(sources.read(leases, job)))
     for batch, outputs in session.stream(batches):
+        clock.through(len(batch.rows))
         top = postprocess.top_k(batch, outputs, job.card, job.top_k)
         begun = time.perf_counter()
         for part in sink.write(batch, top):

@@ -7,16 +7,39 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from imagemill.noteboard import Noteboard
 from imagemill.records import Clock
 
 T = TypeVar("T")
 
 
-class Stopwatch:
-    """Sums of seconds by name, and a count of pictures."""
+def total(clocks: Iterable[Clock]) -> Clock:
+    """The sums of several clocks."""
+    every = list(clocks)
+    return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
 
-    def __init__(self) -> None:
+
+def bound_by(clock: Clock) -> str:
+    """What bounded the time of a clock: `compute`, `write`, `read` or `decode`.
+
+    The loop of a worker either waits for pictures, waits for the session, or writes; the largest of the three sums names it, and where it
+    waited for pictures, the larger of reading and decoding does.
+    """
+    waits = {"compute": clock.compute, "write": clock.write, ("read" if clock.read > clock.decode else "decode"): clock.starved}
+    return max(waits, key=lambda name: waits[name])
+
+
+class Stopwatch:
+    """Sums of seconds by name, and counts of pictures and rows.
+
+    Args:
+        board: where the launcher sees them; None: nowhere.
+    """
+
+    def __init__(self, board: Noteboard | None = None) -> None:
         self._lock = threading.Lock()
+        self._board = board
+        self._rows = 0
         self._seconds = {"read": 0.0, "decode": 0.0, "starved": 0.0, "compute": 0.0, "write": 0.0}
         self._pictures = 0
         self._begun = time.perf_counter()
@@ -32,6 +55,12 @@ class Stopwatch:
             self._seconds["read"] += read_s
             self._seconds["decode"] += decode_s
             self._pictures += 1
+
+    def through(self, rows: int) -> None:
+        """Count rows that have their answers."""
+        self._rows += rows
+        if self._board is not None:
+            self._board.tell(self._rows, self.read())
 
     def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Pass items on, adding to `name` the time that was spent waiting for each but the first: until then the way fills up."""

@@ -51,4 +51,5 @@ class Timeline:
     def read(self) -> Throughput:
         """What there is so far, up to the last bucket that holds a row."""
         used = max((number + 1 for rows in self._rows.values() for number, count in enumerate(rows) if count), default=0)
-        return Throughput(self._bucket_s, {name: tuple(round(count, 1) for count in rows[:used]) for name, rows in self._rows.items()})
+        images = tuple(tuple(round(count, 1) for count in rows[:used]) for rows in self._rows.values())
+        return Throughput(self._bucket_s, tuple(self._rows), images)

@@ -41,7 +41,6 @@ class Terminal(Watcher):
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
         """See `Watcher.begin`."""
         self._display = progress.display(total, resumed)
-        self._display.__enter__()
         return self._display
 
     def download(self, done: int, total: int | None) -> None:
@@ -50,7 +49,7 @@ class Terminal(Watcher):
 
     def end(self) -> None:
         """See `Watcher.end`."""
-        self._display.__exit__(None, None, None)
+        self._display.close()
 
 
 class _LogFile(logging.FileHandler):

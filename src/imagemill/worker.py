@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 from imagemill import child, errors, wire
-from imagemill.errors import ImagemillError
+from imagemill.errors import DeviceLostError, ImagemillError
 from imagemill.noteboard import Noteboard
 from imagemill.records import Lease
 
@@ -38,6 +38,9 @@ def main() -> int:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         _log.warning("the launcher is gone")
         return 1
+    except DeviceLostError as error:
+        _log.error("%s", error)
+        return 1  # the launcher starts it again, as after any other death
     except ImagemillError as error:
         _log.error("%s", error)
         _fail(connection, error)
@@ -62,7 +65,7 @@ def _work(connection: Connection, board: Noteboard) -> int:
     from imagemill.sink import Sink
     from imagemill.stopwatch import Stopwatch
 
-    job, device, clock = begin.job, begin.device, Stopwatch()
+    job, device, clock = begin.job, begin.device, Stopwatch(board)
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
     session = open_session(job, device, clock)

@@ -243,4 +243,5 @@ def test_the_plan_is_durable_before_the_job_says_so(null_run, small_jpegs: Path,
     env = harness.hooks(tmp_path / "hooks", hook, EVENTS=str(tmp_path / "events"))
     assert null_run(small_jpegs, "--output", tmp_path / "out", env=env).code == 0
     events = (tmp_path / "events").read_text().splitlines()
-    assert events == ["job.json", *(f"part-{n:06d}.parquet" for n in range(6)), "manifest.json", "failed.txt", "summary.json"]
+    closing = ["manifest.json", "failed.txt", "summary.json", "report.html"]
+    assert events == ["job.json", *(f"part-{n:06d}.parquet" for n in range(6)), *closing]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from imagemill import child, errors, wire
-from imagemill.bench.records import Begin, Compute, Decode, Measured, Ready
+from imagemill.bench.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.errors import ImagemillError, WorkerError
 from imagemill.records import DeviceSpec, Job
 
@@ -58,7 +58,7 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
+    def measure(self, orders: Mapping[str, Compute | Decode | Offline]) -> dict[str, Measured]:
         """Give each device its order, all at once, and wait for all of them.
 
         Args:

@@ -48,7 +48,9 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         UsageError: settings that make no sense. DeviceError, ModelError, SourceError: what is asked for is not to be had. WorkerError: a
         measuring process died.
     """
-    _check(settings)
+    check(settings)
+    if settings.min_duration is not None or settings.log_dir is not None:
+        raise UsageError("--min-duration and --log-dir are about LoadGen. Add --loadgen.")
     chosen = devices.resolve(settings.devices or "auto")
     if settings.synthetic:
         return _synthetic(settings, chosen, say)
@@ -56,7 +58,8 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         return _with_sources(settings, chosen, Path(folder), say)
 
 
-def _check(settings: BenchSettings) -> None:
+def check(settings: BenchSettings) -> None:
+    """Settings that can be judged alone. Raises: UsageError."""
     if settings.synthetic and settings.sources:
         raise UsageError(f"--synthetic needs no pictures, but {settings.sources[0]} was given. Leave one of them out.")
     if not settings.synthetic and not settings.sources:
@@ -75,10 +78,10 @@ def _check(settings: BenchSettings) -> None:
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
-    job = _job(settings, model)
+    job = synthetic_job(settings, model, chosen)
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
-        orders = _compute_orders(settings, crew, chosen, job)
+        orders = compute_orders(settings, crew, chosen, job)
         rounds = []
         for number in range(1, settings.iterations + 1):
             rounds.append(crew.measure(orders))
@@ -101,9 +104,9 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
     )
 
 
-def _job(settings: BenchSettings, model: Bundle) -> Job:
+def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
     """What a session needs of a job: everything but pictures."""
-    precision, file = _precision(settings.precision, model)
+    precision, file = _precision(settings.precision, model, chosen)
     return Job(
         output="",
         sources=(),
@@ -120,12 +123,16 @@ def _job(settings: BenchSettings, model: Bundle) -> Job:
         plan_id="",
         answer_id="",
         cache_dir=str(model.dir.absolute() / "compiled"),
+        synthetic=True,
     )
 
 
-def _precision(asked: str | None, model: Bundle) -> tuple[Precision, Path]:
+def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -> tuple[Precision, Path]:
     """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is too short for a new verdict."""
+    devices.check_precision(asked, chosen)
     if asked in (None, "auto"):
+        if not quantizing.are_judged(chosen):
+            return Precision.FP32, model.dir / bundle.MODEL
         choice = quantizing.choose(model, 0)
         return choice.precision, choice.model_file
     precision = Precision(asked)
@@ -138,7 +145,7 @@ def _precision(asked: str | None, model: Bundle) -> tuple[Precision, Path]:
     return precision, file
 
 
-def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec], job: Job) -> dict[str, Compute]:
+def compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec], job: Job) -> dict[str, Compute]:
     """Warm every device up; then as many batches as were asked for, or as take about `COMPUTE_S`."""
     warm = Compute(_WARM_UP_BATCHES)
     crew.measure({device.name: warm for device in chosen})
@@ -156,14 +163,12 @@ def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[Device
 
 def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say) -> BenchReport:
     say("a first short run, to warm up and to see how long an iteration takes")
-    first = jobs.run(_run_settings(settings, folder / "first", min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES)), _Relay(say))
-    if not first.ok:
-        raise SourceError(f"none of the first {first.images} pictures of {', '.join(settings.sources)} can be read. Give other pictures.")
+    first = _first_run(settings, folder, min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES), say)
     limit = settings.limit or max(_FEWEST_PICTURES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
     job = _frozen_job(folder / "first")
     computed, decoded, achieved = [], [], []
     with Crew(job, chosen) as crew:
-        orders = _compute_orders(settings, crew, chosen, job)
+        orders = compute_orders(settings, crew, chosen, job)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
             achieved.append(jobs.run(_run_settings(settings, output, limit)))
@@ -174,14 +179,14 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _all(decoded))
-    flags = devices.processor_flags()
+    hardware = ([Precision.BF16] if devices.processor_flags() & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8]
     bound, advice = judge(
         compute_only.median,
         decode_only.median,
         end_to_end.median,
         read_share=read / (sum(found.decode_s for found in _all(decoded)) + read),
         precision=job.precision,
-        hardware=([Precision.BF16] if flags & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8],
+        hardware=[one for one in hardware if one in devices.precisions(chosen)],
         threads=sum(job.num_workers or len(device.cores) for device in chosen),
         cores=len({core for device in chosen for core in device.cores}),
         shared_cores=all(device.kind in ("cpu", "null") for device in chosen),
@@ -204,6 +209,20 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         versions=_versions() | versions,
         settings=settings,
     )
+
+
+def pictures(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, limit: int, say: Say) -> Decode:
+    """The first pictures of the sources, as an order to the only device."""
+    say(f"a first short run over {limit} pictures")
+    _first_run(settings, folder, limit, say)
+    return next(iter(_decode_orders(folder / "first", chosen).values()))
+
+
+def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
+    first = jobs.run(_run_settings(settings, folder / "first", limit), _Relay(say))
+    if not first.ok:
+        raise SourceError(f"none of the first {first.images} pictures of {', '.join(settings.sources)} can be read. Give other pictures.")
+    return first
 
 
 def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:

@@ -27,6 +27,10 @@ class BenchSettings:
     iterations: int = 3
     limit: int | None = None
     """Pictures of the sources per iteration, the first ones; None: as many as take about ten seconds."""
+    min_duration: float | None = None
+    """With LoadGen: seconds that a performance run takes at least."""
+    log_dir: str | None = None
+    """With LoadGen: where its logs go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class BenchReport:
 # bench                         bench worker
 # Begin ───────────────────────►
 #       ◄─────────────────────── Ready, or wire.Failed
-# Compute or Decode ───────────►
+# Compute, Decode, Offline ────►
 #       ◄─────────────────────── Measured, or wire.Failed
 # wire.Stop ───────────────────►
 
@@ -101,6 +105,22 @@ class Decode:
 
     job: Job
     leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offline:
+    """Have MLPerf's LoadGen drive the session, Offline scenario."""
+
+    log_dir: str
+    min_duration_s: float
+    expected_rate: float
+    """images/s; decides how many samples LoadGen asks for."""
+    samples: int
+    """Pictures of noise in its library."""
+    pictures: Decode | None
+    """Decoded ones instead."""
+    accuracy: bool
+    """Log each picture's answer once, instead of measuring."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from imagemill import child, errors, wire
-from imagemill.bench.records import Begin, Compute, Decode, Measured, Ready
+from imagemill.bench.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.errors import ImagemillError
 from imagemill.records import DeviceSpec, Job
 
@@ -71,6 +71,10 @@ def _work(connection: Connection) -> None:
                 connection.send(_compute(session, islice(batches, count)))
             case Decode():
                 connection.send(_decode(order, begin.device))
+            case Offline():
+                from imagemill.bench import loadgen
+
+                connection.send(loadgen.offline(session, begin.job, order))
             case _:
                 raise AssertionError(order)
     session.close()

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
+from imagemill.errors import ModelError
 from imagemill.records import Batch, Outputs
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The devices of one kind that a backend finds on this machine; returned by a session class's static method `found(kind)`."""
+
+    devices: tuple[str, ...] = ()
+    """What each is, for people, by id."""
+    missing: str | None = None
+    """Why none can be used: what is missing, and the line to type, in whole sentences; None: nothing is missing."""
+
+
 class Session(Protocol):
-    """One compiled model on one device.
+    """One compiled model on one device; made from a job, a device and a stopwatch.
 
     How many batches are in flight is the session's own business: it may take several before it gives the first back. A batch in which
     no place is filled is passed on without being computed.
     """
 
     backend: str
-    """`openvino`, `onnxruntime`, …"""
+    """As `DeviceSpec.engine` names it."""
     versions: dict[str, str]
     """Of the libraries that decide the answers."""
 
@@ -31,3 +43,9 @@ class Session(Protocol):
     def close(self) -> None:
         """Let go of the device."""
         ...
+
+
+def refuse_other_shapes(batch: Batch, shape: tuple[int, ...]) -> None:
+    """Compare a batch with what a session was compiled for, uint8 `shape`. Raises: ModelError where it differs."""
+    if batch.pixels.shape != shape or batch.pixels.dtype != "uint8":
+        raise ModelError(f"batch of {batch.pixels.dtype} {batch.pixels.shape} for a session compiled for uint8 {shape}")

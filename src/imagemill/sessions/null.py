@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Saved
+from imagemill.sessions.base import refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
 
 _FEATURES = 8
@@ -19,12 +20,15 @@ class NullSession:
 
     def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:  # noqa: ARG002 - the constructor that all sessions share
         self.versions: dict[str, str] = {}
+        size = job.card.recipe.size
+        self._shape = (job.batch_size, size, size, 3)
         self._classes = len(job.card.labels)
         self._with_embedding = Saved.EMBEDDING in job.save
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""
         for batch in batches:
+            refuse_other_shapes(batch, self._shape)
             flat = batch.pixels[: batch.filled].reshape(batch.filled, batch.pixels[0].size)
             sums = flat.view(np.uint64 if flat.shape[1] % 8 == 0 else np.uint8).sum(axis=1, dtype=np.uint64)
             logits = np.zeros((batch.filled, self._classes), np.float32)

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: several requests in flight, answers in order."""
+"""OpenVINO on the CPU, and on Intel's GPUs and NPUs: several requests in flight, answers in order."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.sessions.base import Found, refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
 
 _log = logging.getLogger(__name__)
@@ -29,28 +30,37 @@ def load_openvino() -> Any:
     return openvino
 
 
-def properties(precision: Precision, cores: int, streams: int | None = None) -> dict[str, Any]:
-    """How OpenVINO compiles for `cores` CPU cores.
+_HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
+_DRIVERS = {
+    "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
+    "npu": "Install Intel's NPU driver (linux-npu-driver) and join the group that owns /dev/accel/accel0.",
+}
+
+
+def properties(precision: Precision, cores: int, streams: int | None = None, kind: str = "cpu") -> dict[str, Any]:
+    """How OpenVINO compiles for `cores` CPU cores, or for another kind of device, whose own hint says how many streams it takes.
 
     One stream a core: on 2 cores two streams of one thread gave as much as one of two or more (docs/performance.md). fp32 is asked for by
     name, since the plug-in's own choice on a processor with bfloat16 is bf16.
     """
-    return {
-        "PERFORMANCE_HINT": "THROUGHPUT",
-        "INFERENCE_PRECISION_HINT": "bf16" if precision is Precision.BF16 else "f32",
-        "INFERENCE_NUM_THREADS": cores,
-        "NUM_STREAMS": streams or cores,
-    }
+    hints: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32")}
+    if kind == "cpu":
+        hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
+    return hints
+
+
+def _device_name(kind: str, number: int) -> str:
+    """A device as OpenVINO spells it. Of NPUs it knows only one."""
+    return f"{kind.upper()}.{number}" if kind == "gpu" else kind.upper()
 
 
 class OpenVinoSession:
     """See the module's docstring."""
 
-    backend = "openvino"
-
     def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
         ov = load_openvino()
         self._ov = ov
+        self.backend = device.engine
         self.versions = {"openvino": ov.get_version().split("-")[0]}
         self._clock = clock
         size = job.card.recipe.size
@@ -66,7 +76,8 @@ class OpenVinoSession:
                 if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
-            compiled = core.compile_model(model, "CPU", properties(job.precision, len(device.cores)))
+            name = _device_name(device.kind, device.id)
+            compiled = core.compile_model(model, name, properties(job.precision, len(device.cores), kind=device.kind))
         except RuntimeError as error:
             raise ModelError(f"{job.model_file} cannot be compiled: {str(error).strip().splitlines()[-1]}") from error
         self._logits = compiled.output("logits")
@@ -75,22 +86,37 @@ class OpenVinoSession:
         self._free = deque(compiled.create_infer_request() for _ in range(in_flight))
         _log.info("compiled %s for %s: %d batches of %d in flight", job.model_file, device.name, in_flight, job.batch_size)
 
+    @staticmethod
+    def found(kind: str) -> Found:
+        """See `Found`."""
+        core = load_openvino().Core()
+        names = [name for name in core.available_devices if name.partition(".")[0] == kind.upper()]
+        if not names:
+            others = ", ".join(core.available_devices) or "none"
+            return Found((), f"OpenVINO finds no {kind.upper()} (it finds: {others}). {_DRIVERS[kind]}")
+        return Found(tuple(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names))
+
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""
         busy: deque[tuple[Batch, Any]] = deque()
-        for batch in batches:
-            if batch.pixels.shape != self._shape or batch.pixels.dtype != np.uint8:
-                raise ModelError(f"batch of {batch.pixels.dtype} {batch.pixels.shape} for a session compiled for uint8 {self._shape}")
-            while not self._free:
+        try:
+            for batch in batches:
+                refuse_other_shapes(batch, self._shape)
+                while not self._free:
+                    yield self._finish(*busy.popleft())
+                request = None
+                if batch.filled:
+                    request = self._free.popleft()
+                    request.set_input_tensor(self._ov.Tensor(batch.pixels, shared_memory=True))
+                    request.start_async()
+                busy.append((batch, request))
+            while busy:
                 yield self._finish(*busy.popleft())
-            request = None
-            if batch.filled:
-                request = self._free.popleft()
-                request.set_input_tensor(self._ov.Tensor(batch.pixels, shared_memory=True))
-                request.start_async()
-            busy.append((batch, request))
-        while busy:
-            yield self._finish(*busy.popleft())
+        finally:
+            for _, request in busy:  # the stream was broken off: the requests come free, and let go of the pixels
+                if request is not None:
+                    request.wait()
+                    self._free.append(request)
 
     def _finish(self, batch: Batch, request: Any) -> tuple[Batch, Outputs]:
         if request is not None:

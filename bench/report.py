@@ -1,0 +1,127 @@
+"""Time, memory and size of `imagemill report` for jobs of very different length, in one table.
+
+    python bench/report.py --sizes 1000 100000 1000000
+
+The jobs are written through the plan and the sink that every job goes through, with made-up answers on the null device: classes as unequal
+as in photographs, probabilities between 0 and 1, one picture in a hundred failed. The pictures that the gallery shows are real files.
+Memory is the peak of the resident set of the process that makes the page (VmHWM), without its disposable decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
+
+import harness  # noqa: E402
+
+import helpers  # noqa: E402
+import pictures  # noqa: E402
+from imagemill import codec, devices, freezing, ledger, plan, running  # noqa: E402
+from imagemill.layout import JobPaths  # noqa: E402
+from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
+from imagemill.sink import Sink  # noqa: E402
+
+_FILES = 50
+_CLASSES = 1000
+_K = 5
+
+
+def make_job(folder: Path, count: int) -> Path:
+    """A job of `count` pictures with all of its parts; returns the output folder."""
+    output, source = folder / f"out-{count}", folder / f"pictures-{count}.txt"
+    with source.open("w") as lines:
+        lines.writelines(f"files/{number % _FILES:02d}.jpg\n" for number in range(count))
+    os.environ["IMAGEMILL_MODELS"] = str(folder / "models")
+    small = folder / "small.txt"
+    small.write_text(f"files/{0:02d}.jpg\n")
+    running.run(Settings((f"@{small}",), str(output), model="null", devices="null", report=False))  # job.json, to be stretched
+    paths = JobPaths(output)
+    frozen = freezing.read_frozen(paths)
+    assert frozen is not None
+    shard_size = plan.auto_shard_size(count, 1)
+    frozen = replace(frozen, job=replace(frozen.job, sources=(f"@{source}",)), pictures=count, shard_size=shard_size)
+    paths.job.write_bytes(codec.dumps(frozen))
+    for path in (*paths.plan.iterdir(), *paths.predictions.iterdir()):
+        path.unlink()
+    entries = (plan.Entry(0, f"files/{number % _FILES:02d}.jpg".encode(), -1) for number in range(count))
+    plan.spool(entries, paths.spool)
+    plan.cut(paths.spool, paths.plan, shard_size, by_group=False)
+    paths.spool.unlink()
+    sink = Sink(frozen.job, "null", {"numpy": np.__version__})
+    shards = plan.shards(paths.plan)
+    receipts = [part.commit() for shard in shards for part in sink.write(*answers(shard, f"@{source}"))]
+    tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, receipts)
+    summary = Summary(
+        tally.images, tally.images - tally.failed, tally.failed, tally.failed_by_status, {}, len(shards), 0, 0.0, None, "null", "fp32",
+        None, (), str(output), machine=devices.machine(),
+    )  # fmt: skip
+    paths.summary.write_bytes(codec.dumps(summary))
+    return output
+
+
+def answers(shard: Shard, source: str) -> tuple[Batch, TopK]:
+    """Made-up answers to the pictures of a shard."""
+    rng = np.random.default_rng(shard.number)
+    failed = rng.random(shard.count) < 0.01
+    filled = int((~failed).sum())
+    slots = np.where(failed, -1, np.cumsum(~failed) - 1)
+
+    def rows() -> Iterator[Row]:
+        for place in range(shard.count):
+            index = shard.first + place
+            status, error = (Status.TRUNCATED, "made up: the file ends early") if failed[place] else (Status.OK, None)
+            yield Row(index, shard, source, f"files/{index % _FILES:02d}.jpg", status, error, 640, 480, int(slots[place]))
+
+    first = (rng.zipf(1.3, filled) - 1) % _CLASSES
+    class_ids = ((first[:, None] + np.arange(_K)) % _CLASSES).astype(np.int32)
+    top = rng.beta(2, 0.8, filled)
+    probabilities = (top[:, None] * 0.5 ** np.arange(_K)).astype(np.float32)
+    pixels = np.zeros((0, 1, 1, 3), np.uint8)
+    return Batch(pixels, filled, tuple(rows())), TopK(class_ids, probabilities, Outputs(np.zeros((filled, 0), np.float32)))
+
+
+def measure(output: Path) -> tuple[float, float, float]:
+    """Seconds, MiB and MB of page."""
+    begun = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imagemill", "report", str(output)], env=helpers.environment(), stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return time.monotonic() - begun, usage.ru_maxrss / 1024, (output / "report.html").stat().st_size / 1e6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parsed = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="imagemill-report-", dir=parsed.folder) as name:
+        folder = Path(name)
+        harness.null_bundle(folder / "models", classes=_CLASSES, size=224)
+        (folder / "files").mkdir()
+        for number in range(_FILES):
+            (folder / "files" / f"{number:02d}.jpg").write_bytes(pictures.jpeg(640, 480, seed=number))
+        print("|      rows | seconds | peak MiB | page MB |\n|----------:|--------:|---------:|--------:|", flush=True)
+        for size in parsed.sizes:
+            seconds, mebibytes, megabytes = measure(make_job(folder, size))
+            print(f"| {size:9,} | {seconds:7.1f} | {mebibytes:8.0f} | {megabytes:7.2f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

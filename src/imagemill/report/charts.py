@@ -1,0 +1,119 @@
+"""Numbers → what the template draws: scales with round ends, lines, and shares of a bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from imagemill.records import Clock, DeviceSummary, Throughput
+
+WIDTH, HEIGHT = 1000.0, 100.0
+"""Of a drawing's own coordinates; the page stretches them."""
+_TICKS = 4
+_LINES = 6
+"""Devices that have a line of their own; of more, all lines look alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    style: str
+    """Class that the style sheet knows it by."""
+    path: str
+    """In SVG's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateChart:
+    """images/s over time."""
+
+    lines: tuple[Line, ...]
+    ticks: tuple[float, ...]
+    """Of the vertical axis, from the top to 0."""
+    times: tuple[float, ...]
+    """Of the horizontal axis, seconds."""
+    names: tuple[str, ...]
+    """Columns of the table."""
+    rows: tuple[tuple[float, float, tuple[float, ...]], ...]
+    """From, to (seconds), and images/s of each column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A piece of a bar."""
+
+    name: str
+    style: str
+    start: float
+    """Per cent."""
+    width: float
+
+
+def ceiling(value: float) -> float:
+    """The smallest number that is not below the value, and whose quarter is round; 1 for 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9))
+
+
+def rates(throughput: Throughput, seconds: float) -> RateChart | None:
+    """The chart of a run's throughput; None where nothing was committed."""
+    buckets = max((len(counts) for counts in throughput.images), default=0)
+    if not buckets or seconds <= 0:
+        return None
+    ends = [min((number + 1) * throughput.bucket_s, max(seconds, (buckets - 0.5) * throughput.bucket_s)) for number in range(buckets)]
+    starts = [number * throughput.bucket_s for number in range(buckets)]
+    devices = {
+        name: [count / (end - start) for count, start, end in zip(counts, starts, ends, strict=True)]
+        for name, counts in zip(throughput.devices, throughput.images, strict=True)
+    }
+    series: dict[str, list[float]] = dict(devices)
+    if len(devices) > 1:
+        series = {"all devices": [sum(values) for values in zip(*devices.values(), strict=True)], **devices}
+    top = ceiling(max(max(values) for values in series.values()))
+
+    def path(values: Sequence[float]) -> str:
+        steps: list[str] = []
+        for value, start, end in zip(values, starts, ends, strict=True):
+            height = HEIGHT * (1 - value / top)
+            steps.append(f"{'L' if steps else 'M'}{WIDTH * start / ends[-1]:.1f} {height:.2f}H{WIDTH * end / ends[-1]:.1f}")
+        return "".join(steps)
+
+    def style(position: int) -> str:
+        position -= len(devices) > 1
+        return "all" if position < 0 else f"c{position}" if len(devices) <= _LINES else "many"
+
+    return RateChart(
+        lines=tuple(Line(name, style(position), path(values)) for position, (name, values) in enumerate(series.items())),
+        ticks=tuple(top * (_TICKS - number) / _TICKS for number in range(_TICKS + 1)),
+        times=tuple(ends[-1] * number / _TICKS for number in range(_TICKS + 1)),
+        names=tuple(series),
+        rows=tuple((starts[n], ends[n], tuple(values[n] for values in series.values())) for n in range(buckets)),
+    )
+
+
+PIECES: Mapping[str, tuple[str, str]] = {
+    "starved": ("waiting for pictures", "c1"),
+    "compute": ("waiting for the session", "c0"),
+    "write": ("writing results", "c2"),
+    "other": ("starting and the rest", "rest"),
+}
+"""What a worker's time is made of: field of `Clock` → name, and the class that the style sheet knows it by."""
+
+
+def shares(device: DeviceSummary, seconds: float) -> tuple[Share, ...]:
+    """Where a worker's time went, from the first lease to the last commit of all."""
+    clock = device.clock or Clock()
+    spent = {name: getattr(clock, name) for name in ("starved", "compute", "write")}
+    whole = max(seconds, sum(spent.values()), 1e-9)
+    spent["other"] = max(0.0, whole - sum(spent.values()))
+    found, start = [], 0.0
+    for name, (told, style) in PIECES.items():
+        width = 100 * spent[name] / whole
+        found.append(Share(told, style, round(start, 3), round(width, 3)))
+        start += width
+    return tuple(found)

@@ -1,0 +1,200 @@
+"""The figures of a report: one pass over the parts, in memory that no number of pictures changes."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from imagemill import ledger
+from imagemill.layout import JobPaths
+from imagemill.records import Shard, Status
+
+BINS = 20
+"""Of the histogram of probabilities."""
+CLASSES = 20
+"""Most frequent classes that are named."""
+SURE_PICTURES, SAMPLED = 24, 48
+"""Pictures in each of the two ends of the gallery, and in the sample."""
+EXAMPLES = 8
+"""Failed pictures that are named, of each status."""
+_COUNTED = ("status", "class_id", "probability")
+_TOLD = ("index", "source", "path", "status", "error", "class_id", "label", "probability", "top_k", "width", "height")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCount:
+    """How often a class was the most probable one."""
+
+    class_id: int
+    label: str
+    images: int
+    mean_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One picture that the report names: its row."""
+
+    index: int
+    shard: int
+    source: str
+    path: str
+    status: str
+    error: str | None
+    class_id: int | None
+    label: str | None
+    probability: float | None
+    top_k: tuple[tuple[str, float], ...]
+    """Label and probability, most probable first."""
+    width: int | None
+    height: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the parts say."""
+
+    images: int
+    ok: int
+    failed_by_status: Mapping[str, int]
+    """Most frequent first."""
+    classes: tuple[ClassCount, ...]
+    """The most frequent ones, at most `CLASSES`."""
+    classes_seen: int
+    other_images: int
+    """Pictures of the classes that are not named."""
+    other_probability: float
+    """Their mean probability; 0 where there are none."""
+    probabilities: tuple[int, ...]
+    """Pictures per bin of their top-1 probability; `BINS` bins of equal width from 0 to 1."""
+    mean_probability: float | None
+    examples: Mapping[str, tuple[Told, ...]]
+    """Failed pictures by status, in plan order."""
+    most_certain: tuple[Told, ...]
+    least_certain: tuple[Told, ...]
+    sample: tuple[Told, ...]
+    """At random, in plan order, of the pictures that are in neither of the two."""
+    backend: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries that decided the answers."""
+
+
+class _Least:
+    """The `count` pictures with the smallest keys seen so far; of equal keys, the ones that come first in the plan."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._keys: NDArray[Any] | None = None
+        self.indices = np.empty(0, np.int64)
+
+    def offer(self, keys: NDArray[Any], indices: NDArray[np.int64]) -> None:
+        if self._keys is None:
+            self._keys = keys[:0]
+        elif len(self._keys) == self._count:
+            near = keys <= self._keys[-1]
+            keys, indices = keys[near], indices[near]
+        keys, indices = np.concatenate([self._keys, keys]), np.concatenate([self.indices, indices])
+        order = np.lexsort((indices, keys))[: self._count]
+        self._keys, self.indices = keys[order], indices[order]
+
+
+def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """A pseudo-random key for each index, the same whenever and in whatever order it is asked for.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+    """
+    with np.errstate(over="ignore"):
+        x = (indices.astype(np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed: int) -> Figures:
+    """Read the parts of these shards.
+
+    Args:
+        paths: of the output.
+        shards: the committed ones, in plan order.
+        labels: one per class.
+        seed: decides the random sample.
+
+    Raises:
+        PartError: a part is damaged.
+    """
+    images = 0
+    statuses: Counter[str] = Counter()
+    counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))
+    bins = np.zeros(BINS, np.int64)
+    most, least, sample = _Least(SURE_PICTURES), _Least(SURE_PICTURES), _Least(2 * SURE_PICTURES + SAMPLED)
+    failed: dict[str, _Least] = {}
+    metadata: Mapping[bytes, bytes] = {}
+    for shard, table in zip(shards, ledger.tables(paths, [shard.number for shard in shards], _COUNTED), strict=True):
+        metadata = metadata or table.schema.metadata or {}
+        images += table.num_rows
+        here = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"].combine_chunks()).to_pylist()}
+        statuses.update(here)
+        is_ok = pc.equal(table["status"], Status.OK.value).to_numpy()
+        indices = shard.first + np.flatnonzero(is_ok)
+        class_ids = table["class_id"].filter(is_ok).to_numpy()
+        probabilities = table["probability"].filter(is_ok).to_numpy().astype(np.float64)
+        counts += np.bincount(class_ids, minlength=len(labels))
+        sums += np.bincount(class_ids, weights=probabilities, minlength=len(labels))
+        bins += np.histogram(probabilities, BINS, (0.0, 1.0))[0]
+        most.offer(-probabilities, indices)
+        least.offer(probabilities, indices)
+        sample.offer(shuffled(indices, seed), indices)
+        for status in here.keys() - {Status.OK.value}:
+            lost = shard.first + np.flatnonzero(pc.equal(table["status"], status).to_numpy())
+            failed.setdefault(status, _Least(EXAMPLES)).offer(shuffled(lost, seed), lost)
+    ok = statuses.pop(Status.OK.value, 0)
+    ends = min(SURE_PICTURES, ok // 3)
+    chosen_most = most.indices[:ends].tolist()
+    chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
+    apart = {*chosen_most, *chosen_least}
+    chosen_sample = sorted([index for index in sample.indices.tolist() if index not in apart][:SAMPLED])
+    chosen_failed = {status: sorted(found.indices.tolist()) for status, found in failed.items()}
+    told = _told(paths, shards, {*apart, *chosen_sample, *(index for found in chosen_failed.values() for index in found)})
+    named = [int(class_id) for class_id in np.lexsort((np.arange(len(labels)), -counts))[:CLASSES] if counts[class_id]]
+    others = ok - int(counts[named].sum())
+    return Figures(
+        images=images,
+        ok=ok,
+        failed_by_status=dict(sorted(statuses.items(), key=lambda item: (-item[1], item[0]))),
+        classes=tuple(ClassCount(i, labels[i], int(counts[i]), float(sums[i] / counts[i])) for i in named),
+        classes_seen=int(np.count_nonzero(counts)),
+        other_images=others,
+        other_probability=float((sums.sum() - sums[named].sum()) / others) if others else 0.0,
+        probabilities=tuple(bins.tolist()),
+        mean_probability=float(sums.sum() / ok) if ok else None,
+        examples={status: tuple(told[index] for index in found) for status, found in chosen_failed.items()},
+        most_certain=tuple(told[index] for index in chosen_most),
+        least_certain=tuple(told[index] for index in chosen_least),
+        sample=tuple(told[index] for index in chosen_sample),
+        backend=metadata.get(b"imagemill.backend", b"").decode(),
+        versions=json.loads(metadata.get(b"imagemill.versions", b"{}")),
+    )
+
+
+def _told(paths: JobPaths, shards: Sequence[Shard], indices: Iterable[int]) -> dict[int, Told]:
+    """The rows of some pictures, by index."""
+    firsts = [shard.first for shard in shards]
+    by_shard: dict[int, list[int]] = {}
+    for index in sorted(indices):
+        by_shard.setdefault(bisect_right(firsts, index) - 1, []).append(index)
+    found = {}
+    tables = ledger.tables(paths, [shards[position].number for position in by_shard], _TOLD)
+    for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
+        shard = shards[position]
+        for row in table.take([index - shard.first for index in wanted]).to_pylist():
+            top_k = tuple((answer["label"], answer["probability"]) for answer in row.pop("top_k") or ())
+            found[row["index"]] = Told(shard=shard.number, top_k=top_k, **row)
+    return found

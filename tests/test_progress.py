@@ -1,0 +1,393 @@
+"""The display: rates, the time that is left, and what is shown where."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from fcntl import ioctl
+from io import StringIO
+from pathlib import Path
+from termios import TIOCSWINSZ
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import helpers
+import pictures
+from imagemill import progress
+from imagemill.launcher import Progress
+from imagemill.progress import Estimate, Pace
+from imagemill.records import Clock
+
+Folders = Callable[..., Path]
+
+
+def at(
+    seconds: float,
+    rows: Mapping[str, int] | int,
+    *,
+    leased: Mapping[str, int] | None = None,
+    saved: int = 0,
+    ready: int = 1,
+    clock: Clock | None = None,
+    failed: Mapping[str, int] | None = None,
+    restarts: int = 0,
+) -> Progress:
+    """A progress as the launcher tells it; one device where `rows` is a number."""
+    devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
+    return Progress(
+        rows=saved,
+        failed_by_status=Counter(failed or {}),
+        devices=devices,
+        leased=dict(leased if leased is not None else dict.fromkeys(devices, 1)),
+        clock=clock or Clock(),
+        restarts=dict.fromkeys(devices, restarts),
+        since_first_lease_s=seconds,
+        ready=ready,
+    )
+
+
+def fed(pace: Pace, course: Iterable[tuple[float, int]]) -> Estimate:
+    """The estimate after the last of (seconds, rows)."""
+    estimates = [pace.add(at(seconds, rows)) for seconds, rows in course]
+    return estimates[-1]
+
+
+# ── rate and time left ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    step=st.integers(1, 64),
+    every_s=st.floats(0.05, 40),
+    steps=st.integers(3, 60),
+    start_s=st.floats(0, 30),
+    waited=st.floats(0, 0.95),
+)
+def test_a_steady_rate_gives_the_exact_end(step: int, every_s: float, steps: int, start_s: float, waited: float) -> None:
+    """However answers are lumped into batches, whenever one looks between two of them, and however long the first one took to come."""
+    assume((steps - 1) * every_s >= 2.01)
+    total = 10 * step * steps
+    pace = Pace(total, 0)
+    fed(pace, [(start_s + number * every_s, (number + 1) * step) for number in range(steps)])
+    now_s = start_s + (steps - 1 + waited) * every_s
+    estimate = pace.add(at(now_s, steps * step))
+    assert estimate.rate == pytest.approx(step / every_s)
+    assert estimate.left_s is not None
+    assert now_s + estimate.left_s == pytest.approx(start_s + (10 * steps - 1) * every_s)
+
+
+@given(course=st.lists(st.tuples(st.floats(0, 1000), st.integers(-50, 500)), max_size=40), total=st.integers(0, 5000), data=st.data())
+def test_any_course_gives_numbers_or_nothing(course: list[tuple[float, int]], total: int, data: st.DataObject) -> None:
+    """Leaps, stalls, deaths, no time between two looks, nothing to do: never an error, a negative time or a rate that is none."""
+    resumed = data.draw(st.integers(0, total))
+    pace, now_s, rows = Pace(total, resumed), 0.0, 0
+    for seconds, more in course:
+        now_s, rows = now_s + seconds, min(total - resumed, max(0, rows + more))
+        estimate = pace.add(at(now_s, rows, leased={"cpu#0": data.draw(st.integers(0, 500))}))
+        assert estimate.rate is None or 0 < estimate.rate < float("inf")
+        assert estimate.left_s is None or 0 <= estimate.left_s < float("inf")
+        assert estimate.done == resumed + rows
+        assert progress.text(at(now_s, rows), estimate, 80, 16)
+
+
+def test_resumed_pictures_count_as_done_but_into_no_rate() -> None:
+    """A job that is resumed at nine tenths tells the rate of today."""
+    estimate = fed(Pace(1_000, 900), [(2.0, 4), (3.0, 14), (4.0, 24)])
+    assert (estimate.done, estimate.rate, estimate.left_s) == (924, 10.0, 7.6)
+
+
+def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
+    """Without answers, and with those of the first two seconds alone, there is neither rate nor time."""
+    pace = Pace(100, 0)
+    for seconds, rows, ready, state in [
+        (0.0, 0, 0, "starting"),
+        (5.0, 0, 1, "first pictures under way"),
+        (6.0, 4, 1, "running"),
+        (7.9, 40, 1, "running"),
+    ]:
+        estimate = pace.add(at(seconds, rows, ready=ready))
+        assert (estimate.state, estimate.rate, estimate.left_s) == (state, None, None)
+
+
+def test_a_change_of_pace_is_followed() -> None:
+    """After as long again at another pace the old one is forgotten, and half-way there it counts for half at most."""
+    pace = Pace(100_000, 0)
+    fed(pace, [(second, 40 * second) for second in range(1, 101)])
+    estimate = fed(pace, [(100 + second, 4_000 + 10 * second) for second in range(1, 51)])
+    assert estimate.rate is not None
+    assert 10 < estimate.rate < 25
+    estimate = fed(pace, [(150 + second, 4_500 + 10 * second) for second in range(1, 52)])
+    assert estimate.rate == pytest.approx(10)
+
+
+def test_a_short_hitch_moves_little() -> None:
+    """One second in which nothing comes, out of a hundred, is not taken for the pace."""
+    pace = Pace(10_000, 0)
+    course = [(second, 40 * (second - (second > 90))) for second in range(1, 101)]
+    estimate = fed(pace, course)
+    assert estimate.rate == pytest.approx(40, rel=0.03)
+
+
+def test_a_stall_makes_the_time_longer_and_is_said() -> None:
+    """Where answers stop coming the rate falls from then on, and the display says for how long nothing came."""
+    pace = Pace(2_000, 0)
+    before = fed(pace, [(second, 10 * second) for second in range(1, 61)])
+    lefts = [estimate.left_s for second in range(70, 200, 10) if (estimate := pace.add(at(second, 600)))]
+    assert lefts == sorted(lefts, key=lambda left: left or 0.0)
+    assert before.left_s is not None
+    assert lefts[-1] is not None
+    assert lefts[-1] > 3 * before.left_s
+    assert "no answer for 2m10s" in progress.clauses(pace.add(at(190, 600)), {})
+    assert not any("no answer" in clause for clause in progress.clauses(pace.add(at(191, 610)), {}))
+
+
+def test_work_lost_to_a_death_is_work_to_do_again() -> None:
+    """A device whose count falls back is not slower for it; what is lost is left to do."""
+    pace = Pace(1_000, 0)
+    fed(pace, [(second, 10 * second) for second in range(1, 31)])
+    pace.add(at(30.0, 200))
+    estimate = fed(pace, [(30 + second, 200 + 10 * second) for second in range(1, 31)])
+    assert estimate.rate == pytest.approx(10)
+    assert estimate.left_s == pytest.approx(50)
+
+
+def test_devices_that_start_late_do_not_count_as_slow() -> None:
+    """Each device's clock starts with its own first answers; one that has none yet is taken to be as fast as the others."""
+    pace = Pace(10_000, 0)
+    for second in range(1, 41):
+        estimate = pace.add(at(second, {"cpu#0": 10 * second, "cpu#1": 10 * max(0, second - 20)}))
+        if second == 15:
+            assert estimate.rate == pytest.approx(20)
+    assert estimate.devices == {"cpu#0": pytest.approx(10), "cpu#1": pytest.approx(10)}
+    assert estimate.rate == pytest.approx(20)
+
+
+def test_the_end_is_that_of_the_device_with_most_in_hand() -> None:
+    """When nothing is left to lease, idle devices do not help: the time is that of the last shard."""
+    pace = Pace(1_000, 0)
+    for second in range(1, 46):
+        pace.add(at(second, {"cpu#0": 10 * second, "cpu#1": 10 * second}))
+    estimate = pace.add(at(45.0, {"cpu#0": 450, "cpu#1": 450}, leased={"cpu#0": 100, "cpu#1": 0}))
+    assert estimate.rate == pytest.approx(10)
+    assert estimate.left_s == pytest.approx(10)
+
+
+def test_its_memory_does_not_grow_with_the_job() -> None:
+    """A device that has moved a hundred thousand times is remembered by a few hundred of them, and the rate is as exact."""
+    pace = Pace(10**7, 0)
+    estimate = fed(pace, ((0.2 * number, 4 * number) for number in range(1, 100_001)))
+    assert len(pace._counts["cpu#0"]._times) <= progress._POINTS
+    assert estimate.rate == pytest.approx(20)
+
+
+def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
+    """The clocks of the last interval decide, not those of the whole job; without a picture in between nothing is said."""
+    pace = Pace(10_000, 0)
+    for second in range(61):
+        estimate = pace.add(at(second, second, clock=Clock(compute=float(second), decode=0.1 * second, pictures=second)))
+    assert estimate.bottleneck == "compute"
+    for second in range(61, 101):
+        clock = Clock(compute=60.0, decode=6.0 + second - 60, starved=float(second - 60), pictures=second)
+        estimate = pace.add(at(second, second, clock=clock))
+    assert estimate.bottleneck == "decode"
+    for second in range(101, 131):
+        estimate = pace.add(at(second, 100, clock=clock))
+    assert estimate.bottleneck is None
+
+
+# ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MANY_KINDS = {"truncated": 1_200, "corrupt": 340, "missing": 99, "not_an_image": 20, "unsupported": 7, "too_large": 6, "timeout": 3}
+
+
+def large(devices: int, restarts: int = 0) -> tuple[Progress, Estimate]:
+    """A large job in the middle."""
+    pace = Pace(40_000_000, 1_000_000)
+    for second in range(1, 101):
+        rows = {f"cuda#{number}": 1_000 * second for number in range(devices)}
+        clock = Clock(starved=float(second), decode=9.0 * second, pictures=second)
+        now = at(second, rows, saved=90_000, failed=MANY_KINDS, clock=clock, restarts=restarts)
+        estimate = pace.add(now)
+    return now, estimate
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160, 300])
+@pytest.mark.parametrize("devices", [1, 2, 8, 300])
+def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devices: int) -> None:
+    """At any width every kind of failure, rate, time and bottleneck is there whole; lines of devices are bounded, the rest is summed up."""
+    now, estimate = large(devices)
+    lines = progress.text(now, estimate, width, 16)
+    assert max(map(len, lines)) <= width
+    said = re.sub(r",\n", ", ", "\n".join(lines))
+    for kind, count in MANY_KINDS.items():
+        assert f"{count} {kind}" in said
+    for clause in ("images/s, ", " left", "bounded by decode", "1,675 failed: 1200 truncated", f"{1_000_000 + 90_000:,} saved"):
+        assert clause in said
+    shown = [line for line in lines if "#" in line]
+    named = re.findall(r"cuda#\d+", "\n".join(shown))
+    assert len(shown) <= 16
+    assert len(named) == len(set(named))
+    rest = re.search(r"and (\d+) more: ([\d,]+) images", said)
+    assert len(named) + (int(rest[1]) if rest else 0) == devices
+    assert rest is None or int(rest[2].replace(",", "")) == 100_000 * int(rest[1])
+    assert all(ord(letter) < 128 for letter in said)
+
+
+def test_restarts_are_shown() -> None:
+    """Of the device they happened to; at 80 columns too."""
+    for count, text in ((0, ""), (1, ", 1 restart"), (12, ", 12 restarts")):
+        now, estimate = large(2, count)
+        line = next(line for line in progress.text(now, estimate, 80, 16) if "cuda#1" in line)
+        assert line.endswith(f"images/s{text}")
+        assert len(line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("course", "failed", "expected"),  # of 1,000 pictures after 100 that were resumed
+    [
+        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first pictures under way"),
+        ([(1.0, 0), (11.0, 500)], {}, "600 of 1,100 (54 %)"),
+        ([(1.0, 50), (10.0, 500)], {}, "600 of 1,100 (54 %), 50.0 images/s, 10s left"),
+        (
+            [(1.0, 50), (10.0, 500)],
+            {"empty": 1, "corrupt": 2},
+            "600 of 1,100 (54 %), 50.0 images/s, 10s left, 3 failed: 2 corrupt, 1 empty",
+        ),
+        ([(1.0, 50), (20.0, 1_000)], {}, "1,100 of 1,100 (100 %), 50.0 images/s, 0s left"),
+    ],
+)
+def test_a_line_says_how_far_how_fast_and_how_long(course: list[tuple[float, int]], failed: dict[str, int], expected: str) -> None:
+    """For log files: everything in one line."""
+    assert ", ".join(progress.clauses(fed(Pace(1_100, 100), course), failed)) == expected
+
+
+# ── displays ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before there is something to tell; every ten seconds at first, ever more rarely in a job of a night; no control characters."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = StringIO()
+    display = progress.PlainProgress(10**6, 0, stream)
+    display(at(0.0, 0, ready=0))
+    assert stream.getvalue() == ""
+    for second in range(1, 31):
+        now[0] = 1000.0 + second
+        display(at(second, 10 * second))
+    assert stream.getvalue().count("\n") == 3
+    for second in range(31, 36_000):
+        now[0] = 1000.0 + second
+        display(at(second, 10 * second))
+    lines = stream.getvalue().splitlines()
+    assert 60 < len(lines) < 200
+    assert all(line.isprintable() for line in lines)
+
+
+def on_terminal(folder: Path, output: Path, models_dir: Path, columns: int, **environment: str) -> tuple[str, list[str]]:
+    """Run the command on a terminal; returns all that came, and the lines that it showed for a while, without what styles them."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, "-m", "imagemill", "run", str(folder), "--output", str(output), "--model", "tiny", "--devices", "null:2"]
+    env = helpers.environment(IMAGEMILL_MODELS=str(models_dir), **environment)
+    env = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen([*command, "--no-report"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65_536)
+        except OSError:  # Linux says so when the last writer is gone
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    process.communicate()
+    assert process.returncode == 0
+    text = shown.decode()
+    return text, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_a_terminal_gets_a_live_display(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path, columns: int) -> None:
+    """It renews itself in place, in colour, no line wider than the terminal, and takes itself away at the end."""
+    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, columns, TERM="xterm-256color")
+    assert "\x1b[1A" in text, "no line was renewed"
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", text), "no colour"
+    assert max(map(len, lines)) <= columns
+    assert any(re.match(r"\d+ of 96 \(\d+ %\), \d+ saved", line) for line in lines)
+    assert any("null#0" in line and "images/s" in line for line in lines)
+    assert "null#0" not in lines[-1]
+
+
+def test_no_color_is_obeyed(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+    """NO_COLOR: still renewed in place, without one colour."""
+    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, 80, TERM="xterm-256color", NO_COLOR="1")
+    assert "\x1b[1A" in text
+    assert not re.search(r"\x1b\[[0-9;]*(3|4|9|10)[0-9][;m]", text)
+    assert any("null#1" in line for line in lines)
+
+
+def test_a_dumb_terminal_gets_plain_lines(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+    """TERM=dumb: what a log file gets."""
+    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, 80, TERM="dumb")
+    assert "\x1b" not in text
+    assert any(re.match(r"\d+ of 96 \(\d+ %\), ", line) for line in lines)
+
+
+def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+    """With one large shard the display moves all the same: workers tell what has its answer, and where their time goes."""
+    from imagemill import running, watching
+    from imagemill.records import Settings
+
+    seen: list[Progress] = []
+
+    class Watcher(watching.Watcher):
+        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+            return seen.append
+
+    settings = Settings(
+        sources=(str(slow_folder),), output=str(tmp_path / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=96
+    )
+    running.run(settings, Watcher())
+    counts = sorted({one.devices["null#0"] for one in seen if not one.rows})
+    assert len(counts) > 3
+    assert all(one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"])
+    assert [one.clock.pictures for one in seen] == sorted(one.clock.pictures for one in seen)
+    assert max(one.clock.decode for one in seen) > 0
+
+
+def test_a_picture_of_a_notebook(tmp_path: Path, jpegs: Folders) -> None:
+    """In a kernel the display is an output of the cell that is renewed in place, and nothing goes to stderr but what is said."""
+    from jupyter_client.manager import start_new_kernel
+
+    helpers.fill(tmp_path / "more", {f"{number}.png": pictures.encode(pictures.photograph(900, 800, number), "PNG") for number in range(8)})
+    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment())
+    try:
+        code = f"""
+import imagemill
+summary = imagemill.run({str(tmp_path / "more")!r}, {str(tmp_path / "out")!r}, model="tiny", devices="null", progress=True, report=False)
+print(summary.ok)
+"""
+        heard: list[dict[str, Any]] = []
+        client.execute_interactive(code, timeout=60, output_hook=heard.append)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    shown = [message["content"] for message in heard if message["msg_type"] in ("display_data", "update_display_data")]
+    said = {message["content"]["name"]: message["content"]["text"] for message in heard if message["msg_type"] == "stream"}
+    assert not [message for message in heard if message["msg_type"] == "error"], heard
+    assert said["stdout"] == "8\n"
+    assert len({content["transient"]["display_id"] for content in shown}) == 1
+    assert "null#0" in shown[-1]["data"]["text/plain"]
+    assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
