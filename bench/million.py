@@ -116,6 +116,8 @@ def measure(folder: Path, count: int, devices: str) -> Measured:
         "null",
         "--devices",
         devices,
+        "--no-preflight",
+        "--no-report",
         "--json",
     ]
     begun = time.monotonic()

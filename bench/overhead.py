@@ -105,7 +105,9 @@ def main() -> None:
     assert measured.end_to_end is not None
     with tempfile.TemporaryDirectory(prefix="imagemill-overhead-") as folder:
         output = Path(folder) / "out"
-        pictures, spent = launcher_and_ledger(Settings(sources=folders, output=str(output), model=asked.model, devices="null"))
+        pictures, spent = launcher_and_ledger(
+            Settings(sources=folders, output=str(output), model=asked.model, devices="null", preflight=False, report=False)
+        )
         spent["sink"] = sink_alone(output, Path(folder) / "again")
     each = {name: round(1e6 * seconds / pictures, 2) for name, seconds in spent.items()}
     report = {

@@ -25,7 +25,7 @@ def main() -> None:
         if asked.images is None:
             command = [*mill, "bench", "--synthetic", *same]
         else:
-            command = [*mill, "run", asked.images, "--output", str(Path(folder) / "out"), *same]
+            command = [*mill, "run", asked.images, "--output", str(Path(folder) / "out"), "--no-preflight", "--no-report", *same]
             command += ["--limit", str(asked.limit)] if asked.limit else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         seconds = time.monotonic() - start

@@ -228,7 +228,8 @@ def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> S
 def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
     same = ("sources", "model", "models_dir", "devices", "precision", "batch_size", "num_workers")
     in_flight = min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
-    return Settings(**{name: getattr(settings, name) for name in same}, output=str(output), limit=limit, batches_per_step=in_flight)
+    asked = {name: getattr(settings, name) for name in same}
+    return Settings(**asked, output=str(output), limit=limit, batches_per_step=in_flight, preflight=False, report=False)
 
 
 def _frozen_job(output: Path) -> Job:
