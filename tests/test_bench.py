@@ -213,7 +213,8 @@ def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_
     """A model that cannot be compiled is one clear ModelError from the worker's process."""
     broken = Bundle(tmp_path, tiny.card)
     (tmp_path / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"), Crew(synthetic_job(settings(), broken, devices.resolve("cpu")), devices.resolve("cpu")):
+    chosen = devices.resolve("cpu")
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"), Crew(synthetic_job(settings(), broken, chosen), chosen):
         pass
 
 

@@ -39,7 +39,7 @@ class Candidate:
     kind: str = "cpu"
     precision: Precision = Precision.FP32
     tolerance: float | None = 1e-4
-    """How far a logit or an embedding's number may lie from fp32's, absolute; they are of the size of 1 to 10. None: it computes no model."""
+    """How far a logit or an embedding's number may lie from fp32's; they are of the size of 1 to 10. None: it computes no model."""
     is_queue: bool = True
     """Whether it takes several batches before it gives the first back."""
     steps: int = 1

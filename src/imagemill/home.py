@@ -150,9 +150,7 @@ def fetch_plan(paths: JobPaths, nonce: str) -> None:
         for key, name in _plan_keys(paths, nonce).items():
             layout.write_whole(paths.plan / name, _store(paths.url).read(key))
     except OSError as error:
-        raise OutputError(
-            f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the store answers."
-        ) from error
+        raise OutputError(f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the store answers.") from error
     layout.write_whole(paths.plan_nonce, nonce.encode())
 
 

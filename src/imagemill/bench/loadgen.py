@@ -130,7 +130,9 @@ def _drive(
     (order,) = measure.compute_orders(settings, crew, [device], job).values()
     rate = crew.measure({device.name: order})[device.name].images_per_second
     lasting = Compute(max(order.batches, round(minimum_s * rate / job.batch_size)))
-    rounds, runs, valid = [], [], []
+    rounds: list[float] = []
+    runs: list[float] = []
+    valid: list[str] = []
     for number in range(1, settings.iterations + 1):
         rounds.append(crew.measure({device.name: lasting})[device.name].images_per_second)
         folder = logs / "performance" / f"run_{number}"
