@@ -295,7 +295,7 @@ def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, 
         tar.add(folder / "a" / "bad.jpg", "a/bad.jpg")
     pq.write_table(pa.table({"image": [b"", b"text" * 9]}), tmp_path / "some.parquet")
     sources = (folder, f"@{tmp_path / 'list.txt'}", tmp_path / "some.{zip,tar,parquet}", folder / "a" / "bad.jpg")
-    settings = Settings(tuple(map(str, sources)), str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=4)
+    settings = Settings(tuple(map(str, sources)), str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=4, report=False)
     said: list[str] = []
 
     class Listener(watching.Watcher):
