@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 BASE   := $(VENV)/.imagemill-installed
 DEV    := $(VENV)/.imagemill-installed-dev
+PARALLEL := --numprocesses auto --dist worksteal
 PATH   := $(BIN):$(PATH)
 export PATH
 
@@ -18,7 +19,7 @@ demo: $(BASE)  ## install imagemill and classify the pictures that ship with it
 	$(BIN)/imagemill demo
 
 test: $(DEV)  ## install what the tests need and run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-large: $(DEV)  ## the tests that take gigabytes or many minutes
 	$(BIN)/python -m pytest -m large
@@ -28,7 +29,7 @@ check: $(DEV)  ## exactly what CI runs: lint, format, types, import directions, 
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 format: $(DEV)  ## put the code into the project's format
 	$(BIN)/ruff check --fix .

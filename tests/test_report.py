@@ -84,7 +84,7 @@ def opened(browser: Browser) -> Iterator[Pages]:
         shown.on("console", lambda message: seen.append(f"console: {message.text}"))
         shown.on("pageerror", lambda error: seen.append(f"error: {error}"))
         shown.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        shown.on("request", lambda request: seen.append(request.url[:80]) if not request.url.startswith("data:image/jpeg;") else None)
+        shown.on("request", lambda request: seen.append(request.url[:1000]) if not request.url.startswith("data:image/jpeg;") else None)
         shown.goto(report.as_uri())
         assert seen.pop(0) == report.as_uri()
         return shown

@@ -441,7 +441,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     after_import("imagemill.sources.http", hasty)
     """
     env: Mapping[str, str] = harness.hooks(tmp_path / "hooks", hook, IMAGEMILL_MODELS=str(models_dir))
-    tiny = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits")
+    tiny = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits", "--no-report")
     arguments = ("run", f"@{tmp_path / 'urls.txt'}", "--output", tmp_path / "out", *tiny)
 
     def slowly(handler: Handler, number: int) -> None:

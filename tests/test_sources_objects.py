@@ -27,7 +27,7 @@ import harness
 
 CLI = Callable[..., helpers.Result]
 Jobs = Callable[..., Settings]
-TINY = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits")
+TINY = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits", "--no-report")
 HASTY = """
     def hasty(module):
         module.READING = module.Patience(tries=3, seconds=1, pause_s=0.01, longest_pause_s=0.05, connect_s=1, silence_s=1)
