@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--imagemill-python", default=sys.executable)
     parser.add_argument("--timm-batch-size", type=int, default=256)
     parser.add_argument("--gop-per-image", type=float, default=16.0, help="operations of one picture, for the limit")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every single measurement")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every single measurement; rounds are added to those that it holds")
     asked = parser.parse_args()
     asked.model_dir = asked.model_dir.resolve()
     source = HERE.parents[1] / "src"
@@ -148,15 +148,18 @@ def main() -> None:
                 print(f"making {file}", file=sys.stderr)
                 command = [asked.python, str(HERE / "make_int8.py"), tool, "--model-dir", str(asked.model_dir), "--images", str(pictures)]
                 subprocess.run([*command, "--output", str(work / file)], check=True, stdout=subprocess.DEVNULL)
+        kept: dict[str, list[dict[str, Any]]] = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else {}
+        for peer in found:
+            peer.lines = kept.setdefault(peer.name, peer.lines)
         for number in range(1, asked.rounds + 1):
             for peer in found:
                 line = measure(peer, asked, pictures, limit)
                 if line is not None:
                     peer.lines.append(line)
+                    if asked.json:
+                        asked.json.write_text(json.dumps(kept, indent=1))
                     whole, steady = line["images_per_second"], line["steady_images_per_second"]
                     print(f"round {number}: {peer.name}: whole {whole}, steady {steady}", file=sys.stderr, flush=True)
-    if asked.json:
-        asked.json.write_text(json.dumps({peer.name: peer.lines for peer in found}, indent=1))
     print(table(found))
 
 

@@ -22,11 +22,22 @@
 #define LANES 8
 
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t words __attribute__((vector_size(16)));
+typedef uint8_t bytes __attribute__((vector_size(16)));
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONED
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#define SHUFFLES /* which Clang spells otherwise */
+#endif
+#if defined(__GNUC__)
+#define INLINED static inline __attribute__((always_inline))
+#else
+#define INLINED static inline
 #endif
 
 typedef struct {
@@ -103,42 +114,74 @@ static inline uint8_t clip8(int32_t sum) {
     return sum < 0 ? 0 : sum > 255 ? 255 : (uint8_t)sum;
 }
 
-/* Rows `top` to `bottom` of the source, resampled to `width` pixels each, into `out` without gaps. Eight rows at a time, a lane each: of each
- * pixel four bytes are read, red, green and blue are shifted and masked out, and the byte that belongs to the neighbour is dropped. */
+/* Pixels `from` to `to` of eight rows as one word a row: red, green and blue in its lower three bytes, the lanes of a pixel side by side. Four
+ * pixels of a row at a time are spread to four words, and the eight rows turned about; where their sixteen bytes would reach beyond the
+ * row, and for what is left over, each word is put together byte by byte. */
+INLINED void transpose(const uint8_t *rows, Py_ssize_t stride, int in_width, int from, int to, lanes *columns) {
+    int x = from;
+#ifdef SHUFFLES
+    const bytes spread = {0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0};
+    for (; x + 4 <= to && x * 3 + 16 <= in_width * 3; x += 4) {
+        words four[LANES];
+        for (int r = 0; r < LANES; r++) {
+            bytes packed;
+            memcpy(&packed, rows + r * stride + (size_t)x * 3, sizeof packed);
+            four[r] = (words)__builtin_shuffle(packed, spread) & 0xffffff;
+        }
+        words *turned = (words *)(columns + x);
+        for (int half = 0; half < 2; half++) {
+            const words *row = four + 4 * half;
+            words low = __builtin_shuffle(row[0], row[1], (words){0, 4, 1, 5}), lower = __builtin_shuffle(row[2], row[3], (words){0, 4, 1, 5});
+            words high = __builtin_shuffle(row[0], row[1], (words){2, 6, 3, 7}), higher = __builtin_shuffle(row[2], row[3], (words){2, 6, 3, 7});
+            turned[half] = __builtin_shuffle(low, lower, (words){0, 1, 4, 5});
+            turned[2 + half] = __builtin_shuffle(low, lower, (words){2, 3, 6, 7});
+            turned[4 + half] = __builtin_shuffle(high, higher, (words){0, 1, 4, 5});
+            turned[6 + half] = __builtin_shuffle(high, higher, (words){2, 3, 6, 7});
+        }
+    }
+#endif
+    (void)in_width;
+    for (; x < to; x++) {
+        const uint8_t *at = rows + (size_t)x * 3;
+        for (int r = 0; r < LANES; r++, at += stride) columns[x][r] = at[0] | at[1] << 8 | at[2] << 16;
+    }
+}
+
+/* Rows `top` to `bottom` of the source, resampled to `width` pixels each, into `out` without gaps. Eight rows at a time, a lane each, so that
+ * one weight serves them all; `columns` has room for the words of `in_width` pixels. */
 CLONED static void horizontal(
-    const uint8_t *source, Py_ssize_t stride, int in_width, int top, int bottom, const taps *t, int width, uint8_t *out) {
+    const uint8_t *source, Py_ssize_t stride, int in_width, int top, int bottom, const taps *t, int width, lanes *columns, uint8_t *out) {
     const lanes half = (lanes){0} + (1 << (PRECISION_BITS - 1)), none = {0}, most = (lanes){0} + 255;
+    const int from = t->spans[0].first, to = t->spans[width - 1].first + t->spans[width - 1].count;
     int y = top;
     for (; y + LANES <= bottom; y += LANES) {
-        const uint8_t *rows = source + y * stride;
+        transpose(source + y * stride, stride, in_width, from, to, columns);
         for (int x = 0; x < width; x++) {
             const int32_t *weights = t->weights + (size_t)x * t->size;
-            const uint8_t *at = rows + (size_t)t->spans[x].first * 3;
+            const lanes *at = columns + t->spans[x].first;
             int count = t->spans[x].count;
-            int careful = t->spans[x].first + count >= in_width; /* four bytes of the row's last pixel would reach beyond it */
             lanes red = half, green = half, blue = half;
-            for (int i = 0; i < count; i++, at += 3) {
-                int32_t word[LANES];
-                if (careful && i + 1 == count) {
-                    for (int r = 0; r < LANES; r++) word[r] = at[r * stride] | at[r * stride + 1] << 8 | at[r * stride + 2] << 16;
-                } else {
-                    for (int r = 0; r < LANES; r++) memcpy(&word[r], at + r * stride, 4);
-                }
-                lanes packed = {word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]};
-                red += (packed & 255) * weights[i];
-                green += (packed >> 8 & 255) * weights[i];
-                blue += (packed >> 16 & 255) * weights[i];
+            for (int i = 0; i < count; i++) {
+                red += (at[i] & 255) * weights[i];
+                green += (at[i] >> 8 & 255) * weights[i];
+                blue += (at[i] >> 16) * weights[i];
             }
             lanes sums[3] = {red >> PRECISION_BITS, green >> PRECISION_BITS, blue >> PRECISION_BITS};
             for (int c = 0; c < 3; c++) {
                 sums[c] &= sums[c] > none;
                 sums[c] = (sums[c] & (sums[c] < most)) | (most & (sums[c] >= most));
             }
+            lanes pixels = sums[0] | sums[1] << 8 | sums[2] << 16;
             uint8_t *pixel = out + ((size_t)(y - top) * width + x) * 3;
             for (int r = 0; r < LANES; r++, pixel += (size_t)width * 3) {
-                pixel[0] = (uint8_t)sums[0][r];
-                pixel[1] = (uint8_t)sums[1][r];
-                pixel[2] = (uint8_t)sums[2][r];
+                uint32_t word = (uint32_t)pixels[r];
+                if (x + 1 < width) {
+                    memcpy(pixel, &word, 4); /* the fourth byte is the next pixel's, which is written after */
+                } else {
+                    pixel[0] = (uint8_t)word;
+                    pixel[1] = (uint8_t)(word >> 8);
+                    pixel[2] = (uint8_t)(word >> 16);
+                }
             }
         }
     }
@@ -184,7 +227,9 @@ static int both(
     taps x_taps = {0}, y_taps = {0};
     uint8_t *middle = NULL;
     int32_t *sums = malloc(sizeof(int32_t) * 3 * (size_t)width);
-    int done = sums && make_taps(&x_taps, in_width, box[0], box[2], width, cubic) && make_taps(&y_taps, in_height, box[1], box[3], height, cubic);
+    void *room = malloc(sizeof(lanes) * ((size_t)in_width + 1));
+    lanes *columns = (lanes *)(((uintptr_t)room + sizeof(lanes) - 1) / sizeof(lanes) * sizeof(lanes)); /* malloc aligns to 16 bytes only */
+    int done = sums && room && make_taps(&x_taps, in_width, box[0], box[2], width, cubic) && make_taps(&y_taps, in_height, box[1], box[3], height, cubic);
     if (done) {
         int top = y_taps.spans[0].first;
         int bottom = y_taps.spans[height - 1].first + y_taps.spans[height - 1].count;
@@ -192,11 +237,11 @@ static int both(
             middle = malloc((size_t)(bottom - top) * width * 3 + 1);
             done = middle != NULL;
             if (done) {
-                horizontal(source, stride, in_width, top, bottom, &x_taps, width, middle);
+                horizontal(source, stride, in_width, top, bottom, &x_taps, width, columns, middle);
                 vertical(middle, (Py_ssize_t)width * 3, top, &y_taps, width * 3, height, out, sums);
             }
         } else if (across) {
-            horizontal(source, stride, in_width, 0, height, &x_taps, width, out);
+            horizontal(source, stride, in_width, 0, height, &x_taps, width, columns, out);
         } else if (down) {
             vertical(source, stride, 0, &y_taps, width * 3, height, out, sums);
         } else {
@@ -204,6 +249,7 @@ static int both(
         }
     }
     free(middle);
+    free(room);
     free(sums);
     free_taps(&x_taps);
     free_taps(&y_taps);
