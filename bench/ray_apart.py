@@ -74,8 +74,8 @@ def main() -> int:
         cache.mkdir()
         os.environ |= s3.environment(stack.enter_context(s3.serving()))
         bucket = s3.new_bucket(os.environ["AWS_ENDPOINT_URL"])
-        found = sorted(path for path in asked.images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))[: asked.limit]
-        bucket.fill({f"photos/{path.name}": path.read_bytes() for path in found})
+        found = sorted(path for path in asked.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[: asked.limit]
+        bucket.fill({f"photos/{path.relative_to(asked.images)}": path.read_bytes() for path in found})
         env = helpers.environment(IMAGEMILL_MODELS=str(asked.models_dir), XDG_CACHE_HOME=str(cache))
         options = ["--model", asked.model, "--precision", "fp32", "--shard-size", "16", "--no-report", "--no-preflight", "--json"]
         local = helpers.imagemill_cli(

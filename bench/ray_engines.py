@@ -36,7 +36,7 @@ KINDS = ("local", "ray", "pool", "documented")
 def links(images: Path, goal: Path, count: int) -> Path:
     """A folder of `count` links to the JPEG files of another."""
     goal.mkdir()
-    found = sorted(path for path in images.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     for number in range(count):
         (goal / f"{number:06d}.jpg").symlink_to(found[number % len(found)].resolve())
     return goal
@@ -74,7 +74,8 @@ def once(kind: str, source: Path, output: Path, asked: argparse.Namespace) -> tu
         return documented(source, asked)
     if kind == "local":
         return imagemill("local", source, output, asked, env)
-    with cluster(num_cpus=len(os.sched_getaffinity(0))) as nodes:
+    spare = 1 if kind == "pool" else 0  # Ray Data's own reading task wants one, though it has nothing to do
+    with cluster(num_cpus=len(os.sched_getaffinity(0)) + spare) as nodes:
         env["RAY_ADDRESS"] = nodes.address
         return imagemill("ray", source, output, asked, env) if kind == "ray" else pool(source, output, asked, env)
 

@@ -208,9 +208,9 @@ def requests(pictures: int, shard_size: int) -> None:
 
     class Counting(s3._Handler):
         def note(self) -> s3.Request:
-            kind = "GET (list)" if self.command == "GET" and "list-type" in self.path else self.command
-            place = re.sub(r"\?.*|part-\d+\S*|plan-\d\S*|\d{4}\.jpg", "…", self.path.partition("/job/")[2] or "source")
-            seen[f"{kind} {place if '/job/' in self.path else 'source'}"] += 1
+            kind = "LIST" if self.command == "GET" and "list-type" in self.path else self.command
+            of_output = re.search(r"[/=]job(?:/|%2F)?([^&?]*)", self.path)
+            seen[f"{kind} {re.sub('[0-9].*', '…', of_output[1]) or 'output' if of_output else 'source'}"] += 1
             return s3.Request(0, self.command, self.path)
 
         def fault(self, _: s3.Request) -> None:

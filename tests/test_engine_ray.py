@@ -189,6 +189,39 @@ def test_a_node_killed_and_another_one_joining(nodes: Nodes, ray_start: Start, s
     assert {row["status"] for row in helpers.rows(out)} == {"ok"}
 
 
+def test_the_last_node_killed(start: Start, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+    """The job waits for another one, says so, and then ends with exit 1; with a new node the same command does the rest."""
+    out = tmp_path / "out"
+    hook = """
+    if LAUNCHER:
+        def impatient(module):
+            module.WITHOUT_WORKERS_S = 3.0
+        after_import("imagemill.engines.ray", impatient)
+    """
+    with cluster(num_cpus=0) as nodes:
+        only = nodes.add()
+        hurried = harness.hooks(tmp_path / "hooks", hook, RAY_ADDRESS=nodes.address, IMAGEMILL_MODELS=str(models_dir))
+        options = ("run", slow_folder, *arguments(out, "--devices", "null", "--engine", "ray", "--no-preflight", "--json"))
+        process = start(*options, env=hurried)
+        helpers.until(lambda: len(helpers.parts(out)) >= 3, seconds=90, process=process)
+        nodes.kill(only)
+        result = helpers.finish(process)
+        assert result.code == 1, result
+        assert "imagemill: no node of the Ray cluster is left for a worker: waiting for one, 3 s at most\n" in result.err
+        assert re.search(
+            r"imagemill: no node of the Ray cluster was there for a worker for 3 s\. Start nodes \(`ray status` lists them\), "
+            r"then repeat the command: finished parts are kept\.\n$",
+            result.err,
+        )
+        before = helpers.parts(out)
+        nodes.add()
+        result = helpers.finish(start(*options, env=hurried))
+    assert result.code == 0, result
+    assert result.json["resumed_shards"] == len(before)
+    assert before.items() <= helpers.parts(out).items()
+    assert harness.assert_complete(out).num_rows == 96
+
+
 def test_the_driver_killed(ray_start: Start, ray_run: Run, slow_folder: Path, tmp_path: Path) -> None:
     """SIGKILL to the launcher: the workers on the nodes end too; the same command does the rest and repeats no finished shard."""
     out = tmp_path / "out"
@@ -344,6 +377,25 @@ def test_a_node_with_another_imagemill_or_none_is_refused(
     assert result.code == 1
     assert re.search(rf"imagemill: {message}", result.err), result.err
     assert "Traceback" not in result.err
+
+
+def test_a_node_that_joins_and_is_not_fit_is_left_out(nodes: Nodes, ray_start: Start, slow_folder: Path, tmp_path: Path) -> None:
+    """A job that is under way goes on without it, and says why."""
+    hook = """
+    if any("default_worker" in word for word in sys.orig_argv):
+        def other(module):
+            module.__version__ = "0.0.9"
+        after_import("imagemill.version", other)
+    """
+    out = tmp_path / "out"
+    process = two_at_work(ray_start, slow_folder, out, "--json")
+    alien = nodes.add(node_name="alien", env=harness.hooks(tmp_path / "hooks", hook))
+    result = helpers.finish(process)
+    nodes.remove(alien)
+    assert result.code == 0, result
+    assert re.search(r"imagemill: left out: node alien \([0-9a-f]{8}\) has imagemill 0\.0\.9, this machine has \S+: .*\n", result.err)
+    assert result.err.count("left out") == 1
+    assert harness.assert_complete(out).num_rows == 96
 
 
 def test_devices_that_no_node_offers_are_refused(ray_run: Run, jpegs: Folders, tmp_path: Path) -> None:
