@@ -45,6 +45,9 @@ WITHOUT_WORKERS_S = 300.0
 """How long a job waits for a node when it has lost the last one."""
 _NODES_EVERY_S = 1.0
 _UNPLACED_S = 15.0
+"""So long Ray may take to start an actor before it is said, and before the others begin without it."""
+_CHECKS_S = 120.0
+"""So long the others wait for a node's checks, which may have a model sent to it."""
 _SILENT_S = 120.0
 """After so long without an answer an actor that should answer within a second or so counts as lost."""
 _TURN_S = 0.2
@@ -232,8 +235,15 @@ class Cluster:
 
     def nodes(self) -> list[Node]:
         """The live nodes, by name."""
+        try:
+            every = self._ray.nodes()
+        except Exception as error:  # whatever a cluster that goes down comes up with
+            told = " ".join(str(error).split())
+            raise DeviceError(
+                f"the Ray cluster does not answer: {told}. Repeat the command once it does: finished parts are kept."
+            ) from error
         found = []
-        for item in self._ray.nodes():
+        for item in every:
             if item["Alive"]:
                 name = item.get("NodeName") or item["NodeManagerAddress"]
                 found.append(Node(item["NodeID"], f"{name} ({item['NodeID'][:8]})", item["Resources"]))
@@ -288,7 +298,7 @@ def _actor_class() -> type:
 
     class Worker:
         def hello(self, backends: tuple[str, ...]) -> dict[str, str]:
-            """Begin, or begin anew: what of this node decides answers; or only `missing`, and by which `python`."""
+            """What of this node decides answers; or only `missing`, and by which `python`."""
             import os
             import sys
 
@@ -297,8 +307,6 @@ def _actor_class() -> type:
                 from imagemill.engines import station
             except ImportError as error:
                 return {"missing": str(error), "python": sys.executable}
-            if getattr(self, "station", None) is not None:  # the launcher had lost sight of us
-                self.station.close()
             self.station: Any = None
             return station.identity(backends)
 
@@ -443,13 +451,12 @@ class RayCrew:
         return self._after_checks(heard)
 
     def _after_checks(self, heard: list[Heard]) -> list[Heard]:
-        """What was heard; but nothing of the first workers before all of their nodes were checked, so that none gets a lease before."""
-        if self._unchecked:
-            now = time.monotonic()
-            for name in list(self._unchecked):
-                seat = self._seats.get(name)
-                if seat is None or seat.step is _Step.TURN or (seat.step is _Step.HELLO and now - seat.asked_at > _UNPLACED_S):
-                    self._unchecked.remove(name)
+        """What was heard; but nothing before the nodes of the first workers were checked, so that none gets a lease before."""
+        for name in list(self._unchecked):
+            seat = self._seats.get(name)
+            patience_s = _UNPLACED_S if seat and seat.step is _Step.HELLO else _CHECKS_S
+            if seat is None or seat.step is _Step.TURN or time.monotonic() - seat.asked_at > patience_s:
+                self._unchecked.remove(name)
         self._held += heard
         if self._unchecked:
             return []
