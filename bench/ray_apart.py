@@ -34,7 +34,7 @@ exec {ray} start --address={address} --num-cpus=1 --node-ip-address={host} --nod
 
 
 @contextlib.contextmanager
-def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str]):
+def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str], folder: Path):
     """A raylet that sees none of these folders' content; gives the process that shares its view."""
     script = _START.format(
         hidden=" ".join(f"'{folder}'" for folder in hidden),
@@ -44,9 +44,9 @@ def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str])
         host=f"127.0.1.{name.rpartition('-')[2]}",
         store=STORE_BYTES,
     )
-    process = subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", script], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
-    )
+    with (folder / f"{name}.log").open("wb") as log:
+        command = ["unshare", "--mount", "sh", "-c", script]
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
     try:
         yield process
     finally:
@@ -84,7 +84,7 @@ def main() -> int:
         assert local.code == 0, local
         nodes = stack.enter_context(cluster(num_cpus=0, env=env))
         hidden = [asked.models_dir.resolve(), asked.images.resolve(), cache]
-        apart = [stack.enter_context(node_apart(f"apart-{n}", nodes.address, hidden, env)) for n in (1, 2)]
+        apart = [stack.enter_context(node_apart(f"apart-{n}", nodes.address, hidden, env, folder)) for n in (1, 2)]
         joined = helpers.environment(RAY_ADDRESS=nodes.address)
         program = "import ray, os; ray.init(address=os.environ['RAY_ADDRESS'], log_to_driver=False, logging_level='CRITICAL'); "
         program += "print(sum(n['Alive'] and n['Resources'].get('CPU', 0) for n in ray.nodes()))"
@@ -92,7 +92,7 @@ def main() -> int:
         while not subprocess.run([sys.executable, "-c", program], env=joined, capture_output=True, text=True, check=True).stdout.startswith(
             "2"
         ):
-            assert time.monotonic() < deadline, "the nodes did not join"
+            assert time.monotonic() < deadline, (folder / "apart-1.log").read_text()
         ray = helpers.imagemill_cli(
             *("run", f"{bucket.url}/photos", "--output", f"{bucket.url}/job", "--devices", "cpu", "--engine", "ray", *options),
             env=env | {"RAY_ADDRESS": nodes.address},

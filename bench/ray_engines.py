@@ -30,6 +30,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 import helpers  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
 
+_SETTLES_S = 10.0
+"""A cluster's own processes are busy for some seconds after it has started."""
 KINDS = ("local", "ray", "pool", "documented")
 
 
@@ -77,6 +79,7 @@ def once(kind: str, source: Path, output: Path, asked: argparse.Namespace) -> tu
     spare = 1 if kind == "pool" else 0  # Ray Data's own reading task wants one, though it has nothing to do
     with cluster(num_cpus=len(os.sched_getaffinity(0)) + spare) as nodes:
         env["RAY_ADDRESS"] = nodes.address
+        time.sleep(_SETTLES_S)
         return imagemill("ray", source, output, asked, env) if kind == "ray" else pool(source, output, asked, env)
 
 

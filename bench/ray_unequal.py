@@ -1,6 +1,6 @@
 """Two nodes of unequal speed: what each holds and does over time. The fast one must never be idle while shards remain.
 
-    python bench/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 600] [--load 4]
+    python bench/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 2000] [--load 3]
 
 Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but count on its core, so that it gets a part of
 it. Every lease, and every moment in which a worker had nothing in hand, is noted by the launcher; the timeline shows both.
@@ -81,9 +81,9 @@ def main() -> int:
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", default="efficientnet_lite0")
-    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--shard-size", type=int, default=16)
-    parser.add_argument("--load", type=int, default=4, metavar="N")
+    parser.add_argument("--load", type=int, default=3, metavar="N")
     asked = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     assert len(cores) >= 2, "two cores are needed"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -456,3 +457,15 @@ def test_the_worked_cluster_of_the_documentation_is_one() -> None:
     config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     jsonschema.validate(config, json.loads((Path(autoscaler.__file__).parent / "ray-schema.json").read_text()))
     assert config["head_node_type"] in config["available_node_types"]
+
+
+@pytest.mark.parametrize(("chosen", "sent"), [(None, "False"), ("1", "True")])
+def test_usage_statistics_are_off_unless_the_user_turns_them_on(chosen: str | None, sent: str) -> None:
+    """In the launcher, and so in a cluster that it starts, whose processes inherit its environment."""
+    program = (
+        "from imagemill.engines import ray; ray._load_ray(); from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
+    )
+    env = {name: value for name, value in helpers.environment().items() if name != "RAY_USAGE_STATS_ENABLED"}
+    env |= {"RAY_USAGE_STATS_ENABLED": chosen} if chosen else {}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{sent}\n"
