@@ -16,7 +16,7 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, launcher, running
+from imagemill import freezing, running, supervisor
 from imagemill.errors import WorkerError
 from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.layout import JobPaths
@@ -197,7 +197,7 @@ def test_a_picture_that_hangs_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tm
 
 def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(job: Jobs, jpegs: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times running, and no more; the log's last lines are in the message."""
-    monkeypatch.setattr(launcher.sys, "executable", "/bin/false")
+    monkeypatch.setattr(supervisor.sys, "executable", "/bin/false")
     with pytest.raises(
         WorkerError, match=r"null#0 could not start 3 times running \(last: exit code 1\)\. The last lines of .*null#0\.log"
     ):

@@ -537,7 +537,7 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         ),
         ({"model": "no such model"}, "'no such model' is not a model's name"),
         ({"sources": ()}, "give at least one SOURCE"),
-        ({"engine": "ray"}, "--engine ray: only local is supported by this version."),
+        ({"engine": "spark"}, "--engine spark: not known. Known: local, ray."),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(

@@ -116,6 +116,7 @@ def run(
         output: the output folder.
         retry_failed: True computes shards with failed pictures again; or the statuses that count as failed.
         progress: show on stderr what the command line shows.
+        engine: `local`, or `ray` for the nodes of a Ray cluster: the one that is connected to already, else as docs/scaling.md says.
 
     Returns:
         what `summary.json` holds.

@@ -273,7 +273,7 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     )
     sub.add_argument("--max-bad-fraction", type=float, metavar="F", help="stop once more than this fraction of all pictures is bad")
     sub.add_argument("--grace", type=float, default=20.0, metavar="S", help="seconds to finish shards in hand when stopped (default: 20)")
-    sub.add_argument("--engine", default="local", choices=["local"], help="what places the workers")
+    sub.add_argument("--engine", default="local", choices=["local", "ray"], help="workers on this machine, or on a Ray cluster")
     sub.add_argument("--allow-mixed", action="store_true", help="allow backends whose answers differ in the last bits")
     sub.add_argument("--log-dir", metavar="DIR", help="default: logs/ in the output folder")
     sub.add_argument(

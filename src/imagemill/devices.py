@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -33,6 +34,7 @@ _WHAT = {
     "directml": "GPUs by DirectX 12",
 }
 """For people, in the order in which they are told."""
+_VECTOR_UNITS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
 _ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
 
 
@@ -42,6 +44,12 @@ def usable_cores() -> list[int]:
     cores = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count() or 1))
     quota = cgroup_quota()
     return cores if quota is None else cores[: max(1, min(len(cores), ceil(quota)))]
+
+
+def cores_here(chosen: Iterable[DeviceSpec]) -> tuple[int, ...]:
+    """The cores of these devices, for work beside theirs; all that this process may use where they lie on other machines."""
+    usable = usable_cores()
+    return tuple(core for core in usable if any(core in device.cores for device in chosen)) or tuple(usable)
 
 
 def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
@@ -76,6 +84,21 @@ def _quota_of(folder: Path) -> float | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One item of a `--devices` argument."""
+
+    kind: str
+    ids: str
+    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant without."""
+    backend: str
+
+
+def parse(spec: str) -> list[Asked]:
+    """What a `--devices` argument asks for, item by item; nothing is looked for. Raises: UsageError where it is misspelt."""
+    return [Asked(*_parse(spec, item)) for item in spec.split("+")]
+
+
 def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     """Turn a `--devices` argument into devices, and look whether they are there.
 
@@ -86,10 +109,11 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     Raises:
         UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing, and the line to type.
     """
-    asked = [_parse(spec, item) for item in spec.split("+")]  # all of it before anything is looked for
+    asked = parse(spec)  # all of it before anything is looked for
     found: dict[tuple[str, str], Found] = {}
     places: list[tuple[str, str, int]] = []
-    for kind, ids, backend in asked:
+    for item in asked:
+        kind, ids, backend = item.kind, item.ids, item.backend
         if kind not in sessions.BACKENDS[backend].anywhere and (kind, backend) not in found:
             found[kind, backend] = _look_for(kind, backend)
             if missing := found[kind, backend].missing:
@@ -205,7 +229,7 @@ def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
     flags = processor_flags()
     fast = ["fp32"] + (["bf16"] if flags & {"avx512_bf16", "amx_bf16"} else []) + ["int8"]
-    units = [name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2") if name in flags]
+    units = vector_units(flags)
     quota = cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
@@ -237,6 +261,11 @@ def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
             if line.lower().startswith(("flags", "features")):
                 return set(line.partition(":")[2].split())
     return set()
+
+
+def vector_units(flags: Iterable[str]) -> list[str]:
+    """Those among a processor's flags that name the units which libraries choose their kernels by, widest first."""
+    return [name for name in _VECTOR_UNITS if name in flags]
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

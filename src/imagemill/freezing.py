@@ -20,6 +20,7 @@ from imagemill.records import (
     Bundle,
     Card,
     DeviceSpec,
+    Engine,
     Job,
     Limits,
     Precision,
@@ -103,8 +104,8 @@ def check(settings: Settings) -> None:
                 raise UsageError(f"{flag} {value}: not known. Known: {', '.join(item for item in known if item != Status.OK)}.{hint}")
     if settings.precision not in (None, "auto", *Precision):
         raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
-    if settings.engine != "local":
-        raise UsageError(f"--engine {settings.engine}: only local is supported by this version.")
+    if settings.engine not in list(Engine):
+        raise UsageError(f"--engine {settings.engine}: not known. Known: {', '.join(Engine)}.")
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or a picture.")
     sources.resolve(settings.sources)

@@ -139,8 +139,14 @@ def forget_plan(paths: JobPaths, nonce: str) -> None:
 
 
 def fetch_plan(paths: JobPaths, nonce: str) -> None:
-    """Have the frozen job's plan in the folder on this machine. Raises: OutputError."""
-    if not paths.url or _here(paths) == nonce:
+    """Have the frozen job's plan in the folder on this machine, whoever else wants it there at the same time. Raises: OutputError."""
+    if paths.url and _here(paths) != nonce:
+        with layout.in_turn(paths.fetching):
+            _fetch_plan(paths, nonce)
+
+
+def _fetch_plan(paths: JobPaths, nonce: str) -> None:
+    if _here(paths) == nonce:
         return
     layout.make_folder(paths.plan)
     paths.plan_nonce.unlink(missing_ok=True)
@@ -171,11 +177,11 @@ def _plan_keys(paths: JobPaths, nonce: str) -> dict[str, str]:
     return found
 
 
-def publish_logs(paths: JobPaths) -> None:
+def publish_logs(paths: JobPaths, pattern: str = "*.log") -> None:
     """Put the logs beside the results. They are no result: where that fails, the log of this machine says so."""
     if not paths.url or paths.log_dir:
         return
-    for path in sorted(paths.logs.glob("*.log")):
+    for path in sorted(paths.logs.glob(pattern)):
         try:
             _store(paths.url).put(paths.key(path), path.read_bytes())
         except OSError as error:

@@ -1,42 +1,35 @@
-"""The launcher: one child process per device. It leases shards, watches, restarts and stops.
+"""The launcher: leases shards to a crew of workers, one per device, has dead ones started again, and stops.
 
 Contract
 --------
-- Every shard that is not committed is either waiting here or leased to exactly one live worker; `wire.Done` is sent only after its part is
-  durably on disk. A worker that dies gives its leases back.
-- A worker may die at any moment and of anything. It is started again, at once, and the pictures that its decoding threads were at (the
-  noteboard outlives it) become suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths
-  is leased alone, with every picture decoded that way.
-- A decoding thread that is at one picture for longer than the time budget is a death that the launcher brings about itself. If the same
-  picture does so again, though its decoder is disposable, its very reading hangs, and it is given up.
-- So is a session that hangs: a worker with shards in hand that for ten minutes neither decodes nor takes a batch nor commits.
+- Every shard that is not committed is either waiting in `Leases` or leased to exactly one worker; `wire.Done` is sent only after its part
+  is durably in the output. A worker that dies or is lost gives its leases back.
+- A worker may die at any moment and of anything. It is started again, at once, and the pictures that its decoding threads were at become
+  suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths is leased alone, with every
+  picture of it decoded that way. If a picture hangs so though its decoder is disposable, its very reading hangs, and it is given up.
 - A worker that cannot start three times running, or ten deaths without one commit between them, end the job with the log's last lines.
+  Nodes that are lost do not count: a hundred of them may be reclaimed at once.
 - Workers never outlive this process.
 - Nothing here grows with the number of pictures, and little with the number of shards: those not committed are held as small records.
+
+Where the workers are is the crew's business: `engines.local` or `engines.ray`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import IO, Any
 
-from imagemill import child, errors, layout, noteboard, wire
+from imagemill import errors, wire
+from imagemill.crew import Crew, Died, Heard, Joined, Lost
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
-from imagemill.layout import JobPaths
-from imagemill.noteboard import Noteboard
-from imagemill.records import Clock, DeviceSpec, Job, Lease, Receipt, Shard, Throughput
+from imagemill.leases import Leases
+from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard, Throughput
 from imagemill.stopwatch import total
 from imagemill.timeline import Timeline
 
@@ -44,12 +37,7 @@ _log = logging.getLogger(__name__)
 
 START_TRIES = 3
 DEATHS_WITHOUT_COMMIT = 10
-ALONE_AFTER_DEATHS = 2
 _TICK_S = 0.2
-_SLACK_S = 1.0
-STALLED_S = 600.0
-"""Longer than a batch takes on the slowest device, and than an object store is waited for."""
-_LOG_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +71,35 @@ class Outcome:
     seconds: float = 0.0
     """From the first lease to the last commit."""
     throughput: Throughput | None = None
+    joined: list[DeviceSpec] = field(default_factory=list)
+    """Devices that came while it ran."""
 
 
 @dataclass(slots=True)
 class _Worker:
-    """One device and the process that drives it now."""
+    """What is known here of one device and the process that drives it now."""
 
     device: DeviceSpec
     position: int
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    notes: IO[bytes]
-    board: Noteboard
     ready: bool = False
     idle: bool = False
     leases: dict[int, Lease] = field(default_factory=dict)
-    timed_out: tuple[int, ...] = ()
-    """Pictures for whose sake the launcher killed it."""
     clock: Clock = field(default_factory=Clock)
     rows: int = 0
     """Committed by this process."""
-    pulse: int = -1
-    alive_at: float = 0.0
-    """When it was last seen doing something, on the monotonic clock."""
+
+    def anew(self) -> None:
+        """Its process is another one from now on."""
+        self.ready = self.idle = False
+        self.leases, self.clock, self.rows = {}, Clock(), 0
 
 
 class Launcher:
     """Runs shards on devices until all of them are committed.
 
     Args:
-        job: the frozen job.
-        devices: one worker process each.
+        crew: one worker process for each device.
+        devices: that the crew has.
         shards: the ones that are not committed yet.
         groups: how many sub-folders the shards are dealt by; where it equals the number of devices, each device takes its own first.
         grace_s: how long a SIGTERM or SIGINT waits for the shards in hand.
@@ -124,7 +110,7 @@ class Launcher:
 
     def __init__(
         self,
-        job: Job,
+        crew: Crew,
         devices: Sequence[DeviceSpec],
         shards: Sequence[Shard],
         *,
@@ -134,23 +120,16 @@ class Launcher:
         on_receipt: Callable[[Receipt], None] = lambda _: None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._job = job
-        self._devices = devices
-        self._paths = JobPaths.of(job.output, job.log_dir)
-        self._dealt = groups == len(devices)
-        self._queues: dict[int, deque[Lease]] = {}
-        for shard in shards:
-            self._queues.setdefault(shard.group if self._dealt else 0, deque()).append(Lease(shard))
-        self._alone: deque[Lease] = deque()
-        self._remaining = len(shards)
+        self._crew = crew
+        self._devices = list(devices)
+        self._leases = Leases(shards, dealt=groups == len(devices))
         self._grace_s = grace_s
         self._on_tick = on_tick
         self._on_receipt = on_receipt
         self._say = say
-        self._workers: list[_Worker] = []
+        self._workers: dict[str, _Worker] = {}
         self._failed_starts = 0
         self._deaths_since_commit = 0
-        self._deaths_of_shard: Counter[int] = Counter()
         self._signals: list[int] = []
         self._failed_by_status: Counter[str] = Counter()
         self._earlier_clocks: dict[str, Clock] = {}
@@ -168,56 +147,53 @@ class Launcher:
         """
         with self._handling_signals():
             try:
-                for position, device in enumerate(self._devices[: max(1, min(len(self._devices), self._remaining))]):
-                    self._workers.append(self._start(device, position))
-                while self._remaining:
+                for device in self._crew.begin(max(1, self._leases.remaining)):
+                    self._workers[device.name] = _Worker(device, self._devices.index(device))
+                while self._leases.remaining:
                     self._turn()
                     if self._signals:
                         self._stop_gracefully()
                         break
                 self._on_tick(self._progress())  # the last word, also of a job that is over before its second tick
-                if not self._remaining:
-                    self._end_workers()
+                if not self._leases.remaining:
+                    self._crew.end()
             finally:
-                self._kill_workers()
+                self._crew.kill()
         self._outcome.seconds = max(0.0, self._last_commit - self._first_lease)
         self._outcome.throughput = self._timeline.read()
-        for device in self._devices:
-            self._outcome.clocks[device.name] = self._clock_of(device.name)
-        if self._remaining:
+        for name in self._outcome.devices:
+            self._outcome.clocks[name] = self._clock_of(name)
+        if self._leases.remaining:
             number = self._signals[0]
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name}: {self._remaining} shards are left. Repeat the command to resume.", 128 + number
+                f"stopped by {signal.Signals(number).name}: {self._leases.remaining} shards are left. Repeat the command to resume.",
+                128 + number,
             )
         return self._outcome
 
     # One turn of the loop.
 
     def _turn(self) -> None:
-        by_connection: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers}
-        for connection in wait(list(by_connection), timeout=_TICK_S):
-            worker = by_connection[connection]
-            try:
-                while worker.connection.poll():
-                    self._handle(worker, worker.connection.recv())
-            except (EOFError, OSError):
-                self._bury(worker)
+        for heard in self._crew.wait(_TICK_S):
+            self._handle(heard)
         self._wake_idle()
-        self._kill_hanging()
-        self._kill_stalled()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + _TICK_S
             self._on_tick(self._progress())
 
-    def _handle(self, worker: _Worker, message: object) -> None:
-        match message:
-            case wire.Ready():
+    def _handle(self, heard: Heard) -> None:
+        if isinstance(heard.message, Joined):
+            self._welcome(heard.message.device)
+            return
+        worker = self._workers[heard.device]
+        match heard.message:
+            case wire.Ready(pid):
                 worker.ready, worker.idle = True, True
                 self._failed_starts = 0
-                _log.info("%s is ready (pid %d)", worker.device.name, worker.process.pid)
+                _log.info("%s is ready (pid %d)", worker.device.name, pid)
             case wire.Want():
-                lease = None if self._signals or self._holds_suspect(worker) else self._next_lease(worker)
-                worker.connection.send(lease or wire.Pause())
+                lease = None if self._signals else self._next_lease(worker)
+                self._crew.answer(worker.device.name, lease or wire.Pause())
             case wire.Idle():
                 worker.idle = True
             case wire.Done(receipt, clock):
@@ -225,17 +201,30 @@ class Launcher:
             case wire.Failed(kind, text):
                 _log.error("%s: %s", worker.device.name, text)
                 raise getattr(errors, kind, ImagemillError)(text)
+            case Died() as died:
+                self._bury(worker, died)
+            case Lost() as lost:
+                self._lose(worker, lost)
             case _:
-                raise AssertionError(message)
+                raise AssertionError(heard)
+
+    def _welcome(self, device: DeviceSpec) -> None:
+        """A device joined, or one that was lost has come back."""
+        name = device.name
+        known = next((place for place, one in enumerate(self._devices) if one.name == name), None)
+        if known is None:
+            known = len(self._devices)
+            self._devices.append(device)
+            self._outcome.joined.append(device)
+            self._outcome.devices[name] = self._outcome.restarts[name] = 0
+        self._workers[name] = _Worker(device, known)
 
     def _committed(self, worker: _Worker, receipt: Receipt, clock: Clock) -> None:
         del worker.leases[receipt.shard]
         worker.clock = clock
         worker.rows += receipt.rows
-        worker.alive_at = time.monotonic()
-        self._remaining -= 1
+        self._leases.committed(receipt.shard)
         self._deaths_since_commit = 0
-        self._deaths_of_shard.pop(receipt.shard, None)
         self._last_commit = time.monotonic()
         self._outcome.receipts.append(receipt)
         self._outcome.devices[worker.device.name] += receipt.rows
@@ -246,152 +235,59 @@ class Launcher:
 
     def _wake_idle(self) -> None:
         """Give idle workers a lease where there is one: at the start, and when a dead worker's leases came back."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             if worker.idle and not self._signals and (lease := self._next_lease(worker)):
                 worker.idle = False
-                with contextlib.suppress(OSError):  # dead: its lease comes back when it is buried
-                    worker.connection.send(lease)
-
-    # Leases.
+                self._crew.answer(worker.device.name, lease)
 
     def _next_lease(self, worker: _Worker) -> Lease | None:
-        if self._alone:
-            if worker.leases:
-                return None  # wait until this worker's hands are empty, then take it
-            lease = self._alone.popleft()
-        else:
-            own = self._queues.get(worker.position if self._dealt else 0)
-            queue = own or max(self._queues.values(), key=len, default=None)
-            if not queue:
-                return None
-            lease = queue.popleft()
-        self._first_lease = self._first_lease or time.monotonic()
-        worker.leases[lease.shard.number] = lease
+        lease = self._leases.next(worker.position, worker.leases.values())
+        if lease is not None:
+            self._first_lease = self._first_lease or time.monotonic()
+            worker.leases[lease.shard.number] = lease
         return lease
-
-    def _holds_suspect(self, worker: _Worker) -> bool:
-        return any(lease.isolate for lease in worker.leases.values())
 
     # Death.
 
-    def _bury(self, worker: _Worker) -> None:
-        """Take back the leases of a dead worker, mark its suspects, and start it again."""
-        code = self._reap(worker)
+    def _bury(self, worker: _Worker, died: Died) -> None:
+        """Take back the leases of a dead worker, mark its suspects, and have it started again."""
+        name = worker.device.name
+        _log.warning("%s (pid %d) died of %s, %d shards in hand", name, died.pid, died.how, len(worker.leases))
+        if not died.ready:
+            self._failed_starts += 1
+        elif not died.timed_out:  # that kind of death is progress: its picture is never tried that way again
+            self._deaths_since_commit += 1
+        self._refuse_endless_deaths(name, died.how, died.last_words, ready=died.ready)
+        for lease in reversed(worker.leases.values()):
+            self._leases.give_back(lease, died.noted, died.timed_out)
+        self._begin_anew(worker)
+        self._crew.restart(name)
+
+    def _lose(self, worker: _Worker, lost: Lost) -> None:
+        """Take back the leases of a worker of which nothing is left to look at."""
+        name = worker.device.name
+        _log.warning("%s is lost, %d shards in hand: %s", name, len(worker.leases), lost.why)
+        if worker.ready and not lost.with_machine:
+            self._deaths_since_commit += 1
+            self._refuse_endless_deaths(name, lost.why, "See the logs of Ray on that machine.", ready=True)
+        for lease in reversed(worker.leases.values()):
+            self._leases.lost(lease)
+        self._begin_anew(worker)
+
+    def _begin_anew(self, worker: _Worker) -> None:
         name = worker.device.name
         self._outcome.restarts[name] += 1
-        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        _log.warning("%s (pid %d) died of %s, %d shards in hand", name, worker.process.pid, how, len(worker.leases))
         self._earlier_clocks[name] = self._clock_of(name)
-        if not worker.ready:
-            self._failed_starts += 1
-        elif not worker.timed_out:  # that kind of death is progress: its picture is never tried that way again
-            self._deaths_since_commit += 1
+        worker.anew()
+
+    def _refuse_endless_deaths(self, name: str, how: str, last_words: str, *, ready: bool) -> None:
         if self._failed_starts >= START_TRIES or self._deaths_since_commit >= DEATHS_WITHOUT_COMMIT:
             what = (
-                f"{name} could not start {START_TRIES} times running"
-                if not worker.ready
-                else f"workers died {DEATHS_WITHOUT_COMMIT} times without finishing one shard"
+                f"workers died {DEATHS_WITHOUT_COMMIT} times without finishing one shard"
+                if ready
+                else f"{name} could not start {START_TRIES} times running"
             )
-            log = self._paths.device_log(name)
-            raise WorkerError(f"{what} (last: {how}). The last lines of {log}:\n{_tail(log)}")
-        noted = {note.index for note in worker.board.notes()} if worker.ready else set()
-        for lease in reversed(worker.leases.values()):
-            self._give_back(lease, noted, worker.timed_out)
-        worker.notes.close()
-        self._workers[self._workers.index(worker)] = self._start(worker.device, worker.position)
-
-    def _give_back(self, lease: Lease, noted: set[int], timed_out: tuple[int, ...]) -> None:
-        shard = lease.shard
-        suspects = dict(lease.suspects)
-        for index in noted:
-            if shard.first <= index < shard.first + shard.count:
-                if index in timed_out:
-                    suspects[index] = "hung_read" if suspects.get(index) == "timeout" else "timeout"
-                else:
-                    suspects.setdefault(index, "crash")
-                _log.warning("picture %d is suspected: %s", index, suspects[index])
-        self._deaths_of_shard[shard.number] += 1
-        if self._deaths_of_shard[shard.number] >= ALONE_AFTER_DEATHS:
-            _log.warning("shard %d was in hand at %d deaths: alone now", shard.number, self._deaths_of_shard[shard.number])
-            self._alone.append(Lease(shard, suspects, isolate=True))
-        else:
-            self._queues.setdefault(shard.group if self._dealt else 0, deque()).appendleft(Lease(shard, suspects))
-
-    def _kill_hanging(self) -> None:
-        limit_s = self._job.limits.max_seconds + _SLACK_S
-        now = time.monotonic_ns()
-        for worker in self._workers:
-            if not worker.ready or worker.timed_out:
-                continue
-            hanging = tuple(n.index for n in worker.board.notes() if n.since_ns and now - n.since_ns > limit_s * 1e9)
-            if hanging:
-                _log.warning("%s is at picture %s for more than %.1f s: killed", worker.device.name, hanging, limit_s)
-                worker.timed_out = hanging
-                worker.process.kill()
-
-    def _kill_stalled(self) -> None:
-        now = time.monotonic()
-        for worker in self._workers:
-            pulse = worker.board.pulse
-            if pulse != worker.pulse or not worker.leases or not worker.ready or worker.board.notes():
-                worker.pulse, worker.alive_at = pulse, now
-            elif now - worker.alive_at > STALLED_S:
-                _log.warning(
-                    "%s has done nothing for %.0f s with %d shards in hand: killed", worker.device.name, STALLED_S, len(worker.leases)
-                )
-                worker.alive_at = now
-                worker.process.kill()
-
-    # Processes.
-
-    def _start(self, device: DeviceSpec, position: int) -> _Worker:
-        ours, theirs = Pipe()
-        notes = noteboard.shared_file()
-        board = Noteboard(notes.fileno())
-        board.clear()
-        fds = (theirs.fileno(), notes.fileno())
-        # -P: no module is taken from the folder that the user happens to be in.
-        command = [sys.executable, "-P", "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
-        with contextlib.ExitStack() as undone:
-            undone.callback(notes.close)
-            undone.callback(ours.close)
-            try:
-                with layout.appending(self._paths.device_log(device.name)) as log:
-                    process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
-                    )
-            except OSError as error:
-                raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error
-            finally:
-                theirs.close()
-            undone.pop_all()
-        with contextlib.suppress(OSError):  # dead already: the next turn of the loop buries it
-            ours.send(wire.Begin(self._job, device))
-        return _Worker(device, position, process, ours, notes, board)
-
-    def _reap(self, worker: _Worker) -> int:
-        worker.connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return worker.process.wait(timeout=5)
-        worker.process.kill()
-        return worker.process.wait()
-
-    def _end_workers(self) -> None:
-        for worker in self._workers:
-            with contextlib.suppress(OSError):
-                worker.connection.send(wire.Stop())
-        deadline = time.monotonic() + 2
-        for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-
-    def _kill_workers(self) -> None:
-        for worker in self._workers:
-            if worker.process.poll() is None:
-                worker.process.kill()
-            worker.process.wait()
-            worker.connection.close()
-            worker.notes.close()
+            raise WorkerError(f"{what} (last: {how}). {last_words}")
 
     # Signals.
 
@@ -417,7 +313,7 @@ class Launcher:
         _log.warning("%s: finishing the shards in hand, %g s at most", name, self._grace_s)
         self._say(f"{name}: finishing the shards in hand, {self._grace_s:g} s at most; a second signal drops them")
         deadline = time.monotonic() + self._grace_s
-        while any(worker.leases for worker in self._workers) and time.monotonic() < deadline and len(self._signals) == 1:
+        while any(worker.leases for worker in self._workers.values()) and time.monotonic() < deadline and len(self._signals) == 1:
             if not self._could_finish(deadline - time.monotonic()):
                 break
             self._turn()
@@ -425,7 +321,7 @@ class Launcher:
     def _could_finish(self, seconds: float) -> bool:
         """Whether at least one shard in hand has a chance to be committed in time, as the device's rate so far suggests."""
         elapsed = time.monotonic() - self._first_lease
-        for worker in self._workers:
+        for worker in self._workers.values():
             rows = self._outcome.devices[worker.device.name]
             if worker.leases and (
                 not rows or rows / elapsed * (seconds + elapsed / 2) >= min(x.shard.count for x in worker.leases.values())
@@ -437,17 +333,18 @@ class Launcher:
 
     def _clock_of(self, device: str) -> Clock:
         earlier = self._earlier_clocks.get(device, Clock())
-        now = next((worker.clock for worker in self._workers if worker.device.name == device), Clock())
-        return total((earlier, now))
+        worker = self._workers.get(device)
+        return total((earlier, worker.clock if worker else Clock()))
 
     def _progress(self) -> Progress:
         devices, leased = dict(self._outcome.devices), dict.fromkeys(self._outcome.devices, 0)
         clocks = list(self._earlier_clocks.values())
-        for worker in self._workers:
-            in_hand = max(0, worker.board.rows - worker.rows)
-            devices[worker.device.name] += in_hand
-            leased[worker.device.name] = max(0, sum(lease.shard.count for lease in worker.leases.values()) - in_hand)
-            clocks.append(worker.board.clock)
+        for name, worker in self._workers.items():
+            told = self._crew.told(name)
+            in_hand = max(0, told.rows - worker.rows)
+            devices[name] += in_hand
+            leased[name] = max(0, sum(lease.shard.count for lease in worker.leases.values()) - in_hand)
+            clocks.append(told.clock)
         return Progress(
             rows=sum(self._outcome.devices.values()),
             failed_by_status=self._failed_by_status,
@@ -456,22 +353,5 @@ class Launcher:
             clock=total(clocks),
             restarts=self._outcome.restarts,
             since_first_lease_s=time.monotonic() - self._first_lease if self._first_lease else 0.0,
-            ready=sum(worker.ready for worker in self._workers),
+            ready=sum(worker.ready for worker in self._workers.values()),
         )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return str(number)
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
-            lines = file.read().decode("utf-8", "backslashreplace").splitlines()
-    except OSError as error:
-        return f"  (no log: {error.strerror})"
-    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])

@@ -44,8 +44,7 @@ class JobPaths:
         if not storage.is_url(output):
             return cls(Path(output).absolute(), logs)
         url = output.rstrip("/")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(cache / "imagemill" / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
+        return cls(cache_folder() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
 
     @property
     def output(self) -> str:
@@ -121,6 +120,16 @@ class JobPaths:
         return self.root / "report.html"
 
     @property
+    def launch(self) -> Path:
+        """Written by a launcher whose workers are on other machines, so that these can tell whether they see the same folder."""
+        return self.root / f".launch{_TEMPORARY_SUFFIX}"
+
+    @property
+    def fetching(self) -> Path:
+        """Lock of those who fetch a plan from an object store to this machine."""
+        return self.root / ".fetching"
+
+    @property
     def lock(self) -> Path:
         """Held by the launcher as long as it lives."""
         return self.root / ".lock"
@@ -159,6 +168,16 @@ class JobPaths:
             if folder.is_dir():
                 for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
                     path.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of ours: nothing in it is missed for long."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagemill"
+
+
+def delivered(key: str) -> Path:
+    """The folder in the user's cache that holds a model which came from another machine."""
+    return cache_folder() / "delivered" / key
 
 
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
@@ -268,6 +287,25 @@ def locked(paths: JobPaths) -> Iterator[None]:
                         f"{paths.output} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.output}`."
                     ) from error
                 time.sleep(delay_s)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against others of this machine, who wait; the kernel lets go of it however this process ends.
+
+    Raises:
+        OutputError: it cannot be written to.
+    """
+    make_folder(path.parent)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Final
 
 from imagemill import child, plan, sources, storage
+from imagemill.devices import cores_here
 from imagemill.launcher import Progress
 from imagemill.layout import JobPaths
 from imagemill.progress import Pace, duration, statuses
@@ -132,9 +133,8 @@ class Lookout:
         """What was said; None as long as nothing was."""
         budget = budget_s(self._pictures, job.card.parameters, devices)
         if budget:
-            cores = tuple(sorted({core for device in devices for core in device.cores}))
             try:
-                self._start(Sample(job, self._pictures, min(_MOST, self._pictures), cores, budget))
+                self._start(Sample(job, self._pictures, min(_MOST, self._pictures), cores_here(devices), budget))
             except OSError as error:
                 _log.warning("no preflight: %s", error)
 

@@ -44,6 +44,13 @@ class Precision(StrEnum):
     INT8 = "int8"
 
 
+class Engine(StrEnum):
+    """What places a job's workers and keeps them alive."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 class Interpolation(StrEnum):
     """The resampling filter of a recipe, antialiased as Pillow does it (`nearest` alone is not)."""
 
@@ -179,6 +186,8 @@ class DeviceSpec:
     """CPU cores that the process may use, by number."""
     id: int = 0
     """Which of its kind it is, as the backend counts them."""
+    floating: bool = False
+    """It may use so many cores as `cores` has, whichever these are: others, who are not ours, may be at work on the machine."""
 
     @property
     def engine(self) -> str:

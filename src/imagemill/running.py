@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, codec, devices, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
+from imagemill import closing, codec, devices, engines, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
 from imagemill.errors import OutputError, SourceError
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
@@ -65,11 +66,16 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     """
     watcher = watcher or watching.Watcher()
     freezing.check(settings)
+    with contextlib.closing(engines.connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
+        return _run(settings, machines, watcher)
+
+
+def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watcher) -> Summary:
     paths = JobPaths.of(settings.output, settings.log_dir)
     frozen = freezing.read_frozen(paths)
     if frozen and frozen.job.log_dir and not settings.log_dir:
         paths = replace(paths, log_dir=Path(frozen.job.log_dir))
-    chosen = devices.resolve(settings.devices or (frozen.devices if frozen else "auto"))
+    chosen = machines.devices(settings.devices or (frozen.devices if frozen else "auto"))
     freezing.backend_of(chosen, settings.allow_mixed)
     if frozen is None:
         devices.check_precision(settings.precision, chosen)
@@ -87,12 +93,12 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
                 if frozen is None:
                     try:
                         frozen = freezing.freeze(settings, paths, chosen, with_model, watcher)
-                        return _carry_out(settings, frozen, paths, chosen, watcher)
+                        return _carry_out(settings, frozen, paths, machines, chosen, watcher)
                     except FileExistsError:  # in an object store: another machine's launcher has frozen the job meanwhile
                         frozen = freezing.read_frozen(paths)
                         assert frozen is not None
                 resumed = freezing.resume(settings, frozen, chosen, watcher)
-                return _carry_out(settings, resumed, paths, chosen, watcher, is_resumed=True)
+                return _carry_out(settings, resumed, paths, machines, chosen, watcher, is_resumed=True)
         finally:
             home.publish_logs(paths)
 
@@ -101,6 +107,7 @@ def _carry_out(
     settings: Settings,
     frozen: freezing.Frozen,
     paths: JobPaths,
+    machines: engines.Machines,
     chosen: Sequence[DeviceSpec],
     watcher: watching.Watcher,
     *,
@@ -145,7 +152,7 @@ def _carry_out(
 
             if left:
                 launcher = Launcher(
-                    frozen.job,
+                    machines.crew(frozen.job, paths, chosen, left, frozen.plan_nonce),
                     chosen,
                     left,
                     groups=frozen.groups,
@@ -161,7 +168,7 @@ def _carry_out(
     tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
-    summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, chosen), preflight=lookout.found)
+    summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
     home.write(paths, paths.summary, codec.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
@@ -171,7 +178,8 @@ def _carry_out(
 def dry_run(settings: Settings) -> DryRun:
     """List the sources and say what a job would be; nothing is written to the output."""
     freezing.check(settings)
-    chosen = devices.resolve(settings.devices or "auto")
+    with contextlib.closing(engines.connect(settings.engine, lambda _: None)) as machines:
+        chosen = machines.devices(settings.devices or "auto")
     paths = JobPaths.of(settings.output, settings.log_dir)
     if freezing.read_frozen(paths) is None:
         freezing.refuse_foreign(paths)

@@ -34,7 +34,7 @@ class Timeline:
         ended_s = max(ended_s, begun_s)
         while ended_s >= self._bucket_s * BUCKETS:
             self._merge()
-        buckets = self._rows[device]
+        buckets = self._rows.setdefault(device, [0.0] * BUCKETS)  # it may have come while the job ran
         if ended_s == begun_s:
             buckets[int(begun_s / self._bucket_s)] += rows
             return

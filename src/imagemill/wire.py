@@ -30,6 +30,9 @@ class Begin:
 class Ready:
     """The session is compiled."""
 
+    pid: int
+    """Of the worker's process."""
+
 
 @dataclass(frozen=True, slots=True)
 class Want:

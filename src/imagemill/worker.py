@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import platform
 import signal
 import sys
@@ -57,7 +58,8 @@ def main() -> int:
 def _work(connection: Connection, board: Noteboard) -> int:
     begin = connection.recv()
     assert isinstance(begin, wire.Begin)
-    child.keep_to(begin.device.cores)
+    if not begin.device.floating:
+        child.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     from imagemill.images.feed import Feed
     from imagemill.sessions import open_session
@@ -72,7 +74,7 @@ def _work(connection: Connection, board: Noteboard) -> int:
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()
-    connection.send(wire.Ready())
+    connection.send(wire.Ready(os.getpid()))
     with Feed(job.card, job.limits, job.batch_size, workers, board, clock) as feed:
         images, begun = 0, clock.elapsed()
         inbox = _Inbox(connection)

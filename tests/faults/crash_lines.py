@@ -37,7 +37,7 @@ import imagemill.images.isolated
 import imagemill.sessions.null
 import imagemill.shards
 import imagemill.sink  # noqa: F401 - here, so that no worker has to import them
-from imagemill import launcher, running, worker
+from imagemill import running, supervisor, worker
 from imagemill.records import Settings, Summary
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     for late in ("pandas", "imagemill.trial", "imagemill.quantizing", "imagemill.models.quantize", "imagemill.models.gate"):
         with contextlib.suppress(ImportError):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
-    launcher.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
+    supervisor.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
     if mode == "record":
         apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder))))
     for place in places:

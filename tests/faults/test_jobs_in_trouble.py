@@ -149,13 +149,13 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
     hook = """
     if LAUNCHER:
         def outage(module):
-            start = module.Launcher._start
+            start = module.LocalCrew._start
             def started(self, *arguments):
                 if os.path.exists(os.environ["SOURCE"] + "/b"):
                     os.rename(os.environ["SOURCE"] + "/b", os.environ["SOURCE"] + "-b")
                 return start(self, *arguments)
-            module.Launcher._start = started
-        after_import("imagemill.launcher", outage)
+            module.LocalCrew._start = started
+        after_import("imagemill.engines.local", outage)
     """
     result = null_run(source, "--output", output, "--json", env=harness.hooks(tmp_path / "hooks", hook, SOURCE=str(source)))
     assert result.code == 0, result

@@ -77,7 +77,10 @@ class OpenVinoSession:
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
             name = _device_name(device.kind, device.id)
-            compiled = core.compile_model(model, name, properties(job.precision, len(device.cores), kind=device.kind))
+            hints = properties(job.precision, len(device.cores), kind=device.kind)
+            if device.floating and device.kind == "cpu":
+                hints["ENABLE_CPU_PINNING"] = False  # else two such processes keep their threads on the same first cores
+            compiled = core.compile_model(model, name, hints)
         except RuntimeError as error:
             raise ModelError(f"{job.model_file} cannot be compiled: {str(error).strip().splitlines()[-1]}") from error
         self._logits = compiled.output("logits")

@@ -1,0 +1,145 @@
+"""Two nodes of unequal speed: what each holds and does over time. The fast one must never be idle while shards remain.
+
+    python bench/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 2000] [--load 3]
+
+Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but count on its core, so that it gets a part of
+it. Every lease, and every moment in which a worker had nothing in hand, is noted by the launcher; the timeline shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src"), str(ROOT / "bench")]
+
+from ray_engines import links  # noqa: E402
+
+from imagemill import running  # noqa: E402
+from imagemill.crew import Heard, Lost  # noqa: E402
+from imagemill.engines.ray import RayCrew  # noqa: E402
+from imagemill.leases import Leases  # noqa: E402
+from imagemill.records import Lease, Settings  # noqa: E402
+from imagemill.wire import Done  # noqa: E402
+from ray_nodes import cluster  # noqa: E402
+
+_COLUMNS = 60
+
+
+class Notes:
+    """When each device got leases and committed them, and how many shards were waiting then."""
+
+    def __init__(self) -> None:
+        self.hands: dict[str, list[tuple[float, int]]] = {}
+        """Moments at which the number of shards in hand changed."""
+        self.waiting: list[tuple[float, int]] = []
+
+    def watch(self) -> None:
+        """Listen in between the launcher and its crew, and at the dealer's."""
+        answer, wait, deal = RayCrew.answer, RayCrew.wait, Leases.next
+        notes = self
+
+        def answering(crew: RayCrew, device: str, message: object) -> None:
+            if isinstance(message, Lease):
+                notes._change(device, time.monotonic(), 1)
+            answer(crew, device, message)
+
+        def waiting(crew: RayCrew, seconds: float) -> list[Heard]:
+            found = list(wait(crew, seconds))
+            for one in found:
+                if isinstance(one.message, Done):
+                    notes._change(one.device, time.monotonic(), -1)
+                assert not isinstance(one.message, Lost), one
+            return found
+
+        def dealing(leases: Leases, *arguments: object) -> Lease | None:
+            lease = deal(leases, *arguments)
+            notes.waiting.append((time.monotonic(), leases.waiting))
+            return lease
+
+        RayCrew.answer, RayCrew.wait, Leases.next = answering, waiting, dealing
+
+    def _change(self, device: str, now: float, by: int) -> None:
+        hand = self.hands.setdefault(device, [])
+        hand.append((now, (hand[-1][1] if hand else 0) + by))
+
+    def idle_s(self, device: str, until: float) -> float:
+        """Seconds in which a device had nothing in hand, from its first lease on, while shards were waiting."""
+        changes = [*self.hands[device], (until, 0)]
+        return sum(max(0.0, min(end, until) - start) for (start, held), (end, _) in pairwise(changes) if held == 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--models-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--model", default="efficientnet_lite0")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--shard-size", type=int, default=16)
+    parser.add_argument("--load", type=int, default=3, metavar="N")
+    asked = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    assert len(cores) >= 2, "two cores are needed"
+    notes = Notes()
+    notes.watch()
+    loads: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="imagemill-unequal-") as name:
+        source = links(asked.images, Path(name) / "pictures", asked.count)
+        os.sched_setaffinity(0, cores[:1])
+        try:
+            with cluster(num_cpus=1, node_name="fast") as nodes:
+                os.sched_setaffinity(0, cores[1:2])
+                nodes.add(num_cpus=1, node_name="slow")
+                loads = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(asked.load)]
+                os.sched_setaffinity(0, cores)
+                os.environ |= {"RAY_ADDRESS": nodes.address, "IMAGEMILL_MODELS": str(asked.models_dir)}
+                summary = running.run(
+                    Settings(
+                        sources=(str(source),),
+                        output=str(Path(name) / "out"),
+                        model=asked.model,
+                        precision="fp32",
+                        devices="cpu",
+                        engine="ray",
+                        shard_size=asked.shard_size,
+                        preflight=False,
+                        report=False,
+                    )
+                )
+                log = (Path(name) / "out" / "logs" / "launcher.log").read_text()
+        finally:
+            for load in loads:
+                load.kill()
+                load.wait()
+    named = {line.split()[4]: line.split(" is on node ")[1].split()[0] for line in log.splitlines() if " is on node " in line}
+    first = min(hand[0][0] for hand in notes.hands.values())
+    last = max(hand[-1][0] for hand in notes.hands.values())
+    none_left = next(when for when, count in notes.waiting if count == 0)
+    width = (last - first) / _COLUMNS
+    print(f"{summary.images} pictures in shards of {asked.shard_size}, {last - first:.1f} s, {width:.2f} s a column")
+    print("a figure: so many shards in hand; a dot: none")
+    for device, hand in sorted(notes.hands.items()):
+        shown = ""
+        for column in range(_COLUMNS):
+            end = first + (column + 1) * width
+            held = [count for when, count in hand if when <= end]
+            shown += str(held[-1]) if held and held[-1] else "."
+        images = next(one.images for one in summary.devices if one.name == device)
+        print(f"{named[device]:>5} {device} {shown} {images} images")
+    print(" " * (12 + int((none_left - first) / width)) + f"^ the last shard was leased at {none_left - first:.1f} s")
+    for device in sorted(notes.hands):
+        idle = notes.idle_s(device, none_left)
+        most = max(count for _, count in notes.hands[device])
+        print(f"{named[device]}: idle {idle:.3f} s of {none_left - first:.1f} s while shards remained; at most {most} shards in hand")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

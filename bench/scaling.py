@@ -1,0 +1,270 @@
+"""What a job costs besides its pictures, by the number of these: listing, plan, ledger, and what is read of them at each start.
+
+    python bench/scaling.py --sizes 100000 1000000 10000000 [--folder DIR]
+
+Every step is imagemill's own function over made-up pictures, in a process of its own, so that its peak memory (VmHWM) is its own. A picture
+is a name of some 30 bytes in folders of a thousand. Parts are written by the real sink, with made-up answers (top-5 of 1,000 classes), as
+one worker would; shards are of the size that `auto` gives. Bytes are those on disk. --requests instead counts, over the proxy of the tests,
+the requests that a job with source and output in an object store makes, by kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
+
+_FOLDER = 1_000
+_CLASSES = 1_000
+_DEVICES = 8
+_MILLION = 1e6
+
+
+# ── the steps, each in a process of its own ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _entries(pictures: int) -> Iterator[object]:
+    from imagemill.plan import Entry
+
+    for number in range(pictures):
+        yield Entry(0, b"folder-%06d/picture-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000)
+
+
+def _paths(folder: Path) -> object:
+    from imagemill import layout
+    from imagemill.layout import JobPaths
+
+    paths = JobPaths(folder / "job")
+    for one in (paths.plan, paths.predictions):
+        layout.make_folder(one)
+    return paths
+
+
+def spool(folder: Path, pictures: int) -> None:
+    """The listing as it comes, into a file."""
+    from imagemill import plan
+
+    plan.spool(_entries(pictures), _paths(folder).spool)
+
+
+def cut(folder: Path, pictures: int) -> None:
+    """The listing into shards."""
+    from imagemill import plan
+
+    paths = _paths(folder)
+    plan.cut(paths.spool, paths.plan, plan.auto_shard_size(pictures, _DEVICES), by_group=False)
+
+
+def shards(folder: Path, pictures: int) -> None:
+    """What every start reads: the footers of the plan."""
+    from imagemill import plan
+
+    assert sum(shard.count for shard in plan.shards(_paths(folder).plan)) == pictures
+
+
+def parts(folder: Path, _: int) -> None:
+    """All answers, through the real sink."""
+    import harness
+    import numpy as np
+
+    from imagemill import plan
+    from imagemill.records import Batch, Outputs, Row, Status, TopK
+    from imagemill.sink import Sink
+
+    paths = _paths(folder)
+    harness.null_bundle(folder / "models", classes=_CLASSES, size=8)
+    from imagemill.models import bundle
+
+    card = bundle.load(folder / "models" / "null").card
+    job = replace(_job(folder), card=card, output=str(paths.root))
+    sink = Sink(job, "null", {})
+    rng = np.random.default_rng(0)
+    for shard in plan.shards(paths.plan):
+        rows = tuple(
+            Row(row.index, shard, "/photos", row.path.decode(), Status.OK, None, 640, 480, place)
+            for place, row in enumerate(plan.read(paths.plan, shard))
+        )
+        ids = rng.integers(0, _CLASSES, (len(rows), 5), np.int32)
+        top = TopK(ids, rng.random((len(rows), 5), np.float32), Outputs(np.zeros((0, 0), np.float32)))
+        for part in sink.write(Batch(np.zeros((0, 8, 8, 3), np.uint8), len(rows), rows), top):
+            part.commit()
+
+
+def committed(folder: Path, _: int) -> None:
+    """What a resumed start asks: which parts are there."""
+    from imagemill import ledger, plan
+
+    paths = _paths(folder)
+    every = plan.shards(paths.plan)
+    assert len(ledger.committed(paths, every)) == len(every)
+
+
+def close(folder: Path, pictures: int) -> None:
+    """Closing the ledger of a job that this launcher has run to its end, receipts in hand."""
+    from imagemill import ledger, plan
+    from imagemill.records import Receipt
+
+    paths = _paths(folder)
+    every = plan.shards(paths.plan)
+    receipts = [Receipt(shard.number, shard.count, 0, 50_000, 1.0, "0" * 64) for shard in every]
+    assert ledger.close(paths, every, ("/photos",), "plan", "answer", receipts).images == pictures
+
+
+def reread(folder: Path, pictures: int) -> None:
+    """Closing it where all parts are of earlier launches: each is read."""
+    from imagemill import ledger, plan
+
+    paths = _paths(folder)
+    job = _job(folder)
+    assert ledger.close(paths, plan.shards(paths.plan), ("/photos",), job.plan_id, job.answer_id, ()).images == pictures
+
+
+def verify(folder: Path, _: int) -> None:
+    """`imagemill verify`: every byte."""
+    from imagemill import ledger, plan
+
+    paths = _paths(folder)
+    job = _job(folder)
+    found = [p for p in ledger.verify(paths, plan.shards(paths.plan), job.plan_id, job.answer_id) if p.shard is not None]
+    assert not found, found[:3]
+
+
+def _job(folder: Path) -> object:
+    from imagemill.records import Card, Job, Limits, Precision, Recipe
+
+    card = Card("null", "null", (), Recipe(), (0, 0, 0), (1, 1, 1), "", "", {})
+    return Job(str(folder / "job"), ("/photos",), "", card, Precision.FP32, "model", 4, 0, 1, 5, (), Limits(), "plan", "answer")
+
+
+STEPS: tuple[Callable[[Path, int], None], ...] = (spool, cut, shards, parts, committed, close, reread, verify)
+
+
+def run_step(name: str, folder: Path, pictures: int) -> None:
+    """Do one step in this process and print what it cost."""
+    step = next(step for step in STEPS if step.__name__ == name)
+    import imagemill.ledger  # noqa: F401 - the libraries are not the step's
+
+    begun, cpu = time.monotonic(), time.process_time()
+    step(folder, pictures)
+    seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert peak
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_mib": int(peak[1]) / 1024}))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(folder: Path, pictures: int) -> None:
+    """All steps for one size, a line of the table each."""
+    from imagemill import plan
+
+    size = plan.auto_shard_size(pictures, _DEVICES)
+    for step in STEPS:
+        command = [sys.executable, __file__, "--step", step.__name__, "--folder", str(folder), "--sizes", str(pictures)]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+        per = 1e6 * found["cpu_s"] / pictures
+        cells = (f"{pictures:>11,}", f"{step.__name__:9}", f"{found['seconds']:8.2f}", f"{per:11.2f}", f"{found['peak_mib']:8.1f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+    job = folder / "job"
+    kinds = {"listing": job / "plan" / ".listing.arrow.tmp"}
+    listing = kinds["listing"].stat().st_size / pictures
+    planned = (_bytes(job / "plan") - kinds["listing"].stat().st_size) / pictures
+    print(
+        f"  {-(-pictures // size):,} shards of {size:,}; bytes a picture: spooled {listing:.1f}, plan {planned:.1f}, "
+        f"parts {_bytes(job / 'predictions') / pictures:.1f}; manifest {(job / 'manifest.json').stat().st_size / 2**20:.1f} MiB\n",
+        flush=True,
+    )
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def requests(pictures: int, shard_size: int) -> None:
+    """Run one job with source and output in a store, and its finished repeat, and count what the store was asked."""
+    import contextlib
+
+    import harness
+
+    import helpers
+    import pictures as made
+    import s3
+
+    seen: Counter[str] = Counter()
+
+    class Counting(s3._Handler):
+        def note(self) -> s3.Request:
+            kind = "LIST" if self.command == "GET" and "list-type" in self.path else self.command
+            of_output = re.search(r"[/=]job(?:/|%2F)?([^&?]*)", self.path)
+            seen[f"{kind} {re.sub('[0-9].*', '…', of_output[1]) or 'output' if of_output else 'source'}"] += 1
+            return s3.Request(0, self.command, self.path)
+
+        def fault(self, _: s3.Request) -> None:
+            return None
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-scaling-")))
+        endpoint = stack.enter_context(s3.serving())
+        os.environ.update(s3.environment(endpoint))
+        bucket = s3.new_bucket(endpoint)
+        bucket.fill({f"photos/{n:04d}.jpg": made.jpeg(24, 24, seed=n % 16) for n in range(pictures)})
+        Counting.upstream = int(endpoint.rpartition(":")[2])
+        server = s3.ThreadingHTTPServer(("127.0.0.1", 0), Counting)
+        server.daemon_threads = True
+        s3.threading.Thread(target=server.serve_forever, daemon=True).start()
+        harness.null_bundle(folder / "models")
+        env = helpers.environment(
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_address[1]}",
+            XDG_CACHE_HOME=str(folder / "cache"),
+            IMAGEMILL_MODELS=str(folder / "models"),
+        )
+        command = ["run", f"{bucket.url}/photos", "--output", f"{bucket.url}/job", "--model", "null", "--devices", "null:1"]
+        command += ["--shard-size", str(shard_size), "--no-preflight", "--no-report"]
+        for what in ("the job", "the same command again"):
+            seen.clear()
+            result = helpers.imagemill_cli(*command, env=env)
+            assert result.code == 0, result
+            print(f"{what}: {pictures:,} pictures, shards of {shard_size}: {sum(seen.values()):,} requests")
+            for kind, count in sorted(seen.items()):
+                print(f"  {count:6,}  {kind}")
+        server.shutdown()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    parser.add_argument("--requests", type=int, nargs=2, metavar=("PICTURES", "SHARD_SIZE"), help="count requests to an object store")
+    parser.add_argument("--step", choices=[step.__name__ for step in STEPS], help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "src"))
+    if asked.step:
+        run_step(asked.step, asked.folder, asked.sizes[0])
+        return 0
+    if asked.requests:
+        requests(*asked.requests)
+        return 0
+    print("|    pictures | step      |  seconds | CPU µs/pict | peak MiB |")
+    print("|------------:|-----------|---------:|------------:|---------:|")
+    for size in asked.sizes:
+        with tempfile.TemporaryDirectory(prefix="imagemill-scaling-", dir=asked.folder) as name:
+            measure(Path(name), size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

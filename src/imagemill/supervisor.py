@@ -1,0 +1,175 @@
+"""One device's worker process: started, watched over, and seen to its end. Whoever supervises is the process's parent.
+
+- The pictures that its decoding threads were at are known after its death, whatever it died of: the noteboard outlives it.
+- A decoding thread that is at one picture for longer than the time budget is a death that is brought about here. So is a session that
+  hangs: a worker with shards in hand that for ten minutes neither decodes nor takes a batch nor commits.
+- The process never outlives its supervisor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+
+from imagemill import child, layout, noteboard, wire
+from imagemill.crew import Died, Told
+from imagemill.errors import WorkerError
+from imagemill.layout import JobPaths
+from imagemill.noteboard import Noteboard
+from imagemill.records import DeviceSpec, Job, Lease
+
+_log = logging.getLogger(__name__)
+
+_SLACK_S = 1.0
+STALLED_S = 600.0
+"""Longer than a batch takes on the slowest device, and than an object store is waited for."""
+_LOG_LINES = 12
+
+
+class Supervisor:
+    """Starts one worker process and watches it. It is for one process: a new one has a supervisor of its own.
+
+    Args:
+        job: the frozen job.
+        device: what the process drives.
+
+    Raises:
+        WorkerError: no process can be started. OutputError: its log cannot be written.
+    """
+
+    def __init__(self, job: Job, device: DeviceSpec) -> None:
+        self.device = device
+        self._limit_s = job.limits.max_seconds + _SLACK_S
+        self._log_file = JobPaths.of(job.output, job.log_dir).device_log(device.name)
+        self._ready = False
+        self._in_hand: set[int] = set()
+        self._timed_out: tuple[int, ...] = ()
+        self._pulse = -1
+        self._alive_at = time.monotonic()
+        self.connection, theirs = Pipe()
+        self._notes = noteboard.shared_file()
+        self._board = Noteboard(self._notes.fileno())
+        self._board.clear()
+        fds = (theirs.fileno(), self._notes.fileno())
+        # -P: no module is taken from the folder that the user happens to be in.
+        command = [sys.executable, "-P", "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
+        with contextlib.ExitStack() as undone:
+            undone.callback(self._notes.close)
+            undone.callback(self.connection.close)
+            try:
+                with layout.appending(self._log_file) as log:
+                    self._process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
+                    )
+            except OSError as error:
+                raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error
+            finally:
+                theirs.close()
+            undone.pop_all()
+        self.send(wire.Begin(job, device))
+
+    def send(self, message: wire.Begin | Lease | wire.Pause | wire.Stop) -> None:
+        """Tell the process something. Where it is dead already, `hear` will say so."""
+        if isinstance(message, Lease):
+            self._in_hand.add(message.shard.number)
+        with contextlib.suppress(OSError):
+            self.connection.send(message)
+
+    def hear(self) -> Iterator[wire.Ready | wire.Want | wire.Idle | wire.Done | wire.Failed | Died]:
+        """What the process has said and was not heard yet, last of all that it died."""
+        try:
+            while self.connection.poll():
+                message = self.connection.recv()
+                match message:
+                    case wire.Ready():
+                        self._ready = True
+                    case wire.Done(receipt):
+                        self._in_hand.discard(receipt.shard)
+                        self._alive_at = time.monotonic()
+                yield message
+        except (EOFError, OSError):
+            yield self._bury()
+
+    def watch(self) -> None:
+        """Kill the process where it hangs; call this some times a second."""
+        if self._process.returncode is not None:
+            return
+        self._kill_hanging()
+        self._kill_stalled()
+
+    def told(self) -> Told:
+        """How far the process is."""
+        return Told(self._board.rows, self._board.clock)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the process to end by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=seconds)
+
+    def kill(self) -> None:
+        """End the process, if it is not dead yet, and let go of what belongs to it."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self.connection.close()
+        self._notes.close()
+
+    def _bury(self) -> Died:
+        code = self._reap()
+        noted = tuple(sorted({note.index for note in self._board.notes()})) if self._ready else ()
+        self._notes.close()
+        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        last_words = f"The last lines of {self._log_file}:\n{_tail(self._log_file)}"
+        return Died(self._process.pid, how, self._ready, noted, self._timed_out, last_words)
+
+    def _reap(self) -> int:
+        self.connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=5)
+        self._process.kill()
+        return self._process.wait()
+
+    def _kill_hanging(self) -> None:
+        if not self._ready or self._timed_out:
+            return
+        now = time.monotonic_ns()
+        hanging = tuple(n.index for n in self._board.notes() if n.since_ns and now - n.since_ns > self._limit_s * 1e9)
+        if hanging:
+            _log.warning("%s is at picture %s for more than %.1f s: killed", self.device.name, hanging, self._limit_s)
+            self._timed_out = hanging
+            self._process.kill()
+
+    def _kill_stalled(self) -> None:
+        now = time.monotonic()
+        pulse = self._board.pulse
+        if pulse != self._pulse or not self._in_hand or not self._ready or self._board.notes():
+            self._pulse, self._alive_at = pulse, now
+        elif now - self._alive_at > STALLED_S:
+            _log.warning("%s has done nothing for %.0f s with %d shards in hand: killed", self.device.name, STALLED_S, len(self._in_hand))
+            self._alive_at = now
+            self._process.kill()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
+            lines = file.read().decode("utf-8", "backslashreplace").splitlines()
+    except OSError as error:
+        return f"  (no log: {error.strerror})"
+    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])

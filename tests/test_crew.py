@@ -1,0 +1,181 @@
+"""The launcher and a crew of simulated workers, in simulated time: how shards are dealt where workers differ in speed, come and go."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from imagemill import launcher, wire
+from imagemill.crew import Died, Heard, Joined, Lost, Told
+from imagemill.errors import WorkerError
+from imagemill.launcher import Launcher
+from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
+
+PICTURES = 10
+
+
+def shards(count: int) -> list[Shard]:
+    return [Shard(number, PICTURES * number, PICTURES, 0, "plan-00000-00000.parquet", number) for number in range(count)]
+
+
+def device(number: int) -> DeviceSpec:
+    return DeviceSpec(f"null#{number}", "null", "null", (0,))
+
+
+class Simulated:
+    """Workers that take so many seconds for a shard; each asks for a lease when it begins its last one, as a real worker does."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+        self.hands: dict[str, list[Lease]] = {name: [] for name in seconds}
+        self.most_in_hand = dict.fromkeys(seconds, 0)
+        self.idle_from: dict[str, float] = {}
+        self.committed: list[tuple[float, str, int]] = []
+        self.events: list[tuple[float, int, Callable[[], list[Heard]]]] = []
+        self._order = itertools.count()
+        self._working: dict[str, int] = dict.fromkeys(seconds, 0)
+        """Counts the lives of a worker, so that what it would have done in an earlier one does not happen."""
+
+    def at(self, seconds: float, act: Callable[[], list[Heard]]) -> None:
+        heapq.heappush(self.events, (self.now + seconds, next(self._order), act))
+
+    def begin(self, most: int) -> Sequence[DeviceSpec]:
+        begun = [device(number) for number in range(len(self.seconds))][:most]
+        for one in begun:
+            self.at(0.0, lambda name=one.name: [Heard(name, wire.Ready(1))])
+        return begun
+
+    def wait(self, seconds: float) -> Sequence[Heard]:
+        if not self.events:
+            self.now += seconds
+            return []
+        self.now, _, act = heapq.heappop(self.events)
+        return act()
+
+    def answer(self, name: str, message: Lease | wire.Pause) -> None:
+        hand = self.hands[name]
+        if isinstance(message, wire.Pause):
+            return
+        hand.append(message)
+        self.most_in_hand[name] = max(self.most_in_hand[name], len(hand))
+        self.idle_from.pop(name, None)
+        if len(hand) == 1:
+            self._work(name)
+
+    def _work(self, name: str) -> None:
+        life = self._working[name]
+
+        def done() -> list[Heard]:
+            if life != self._working[name]:
+                return []
+            lease = self.hands[name].pop(0)
+            self.committed.append((self.now, name, lease.shard.number))
+            heard = [Heard(name, wire.Done(Receipt(lease.shard.number, PICTURES, 0, 1, 0.0, ""), Clock()))]
+            if self.hands[name]:
+                self._work(name)
+            else:
+                self.idle_from[name] = self.now
+                heard.append(Heard(name, wire.Idle()))
+            return heard
+
+        if len(self.hands[name]) == 1:
+            self.at(0.0, lambda: [Heard(name, wire.Want())] if life == self._working[name] else [])
+        self.at(self.seconds[name], done)
+
+    def lose(self, name: str, *, with_machine: bool = True) -> list[Heard]:
+        self._working[name] += 1
+        self.hands[name] = []
+        return [Heard(name, Lost("pulled the plug", with_machine))]
+
+    def die(self, name: str) -> list[Heard]:
+        self._working[name] += 1
+        self.hands[name] = []
+        return [Heard(name, Died(1, "signal SIGKILL", True, (), (), "The last lines of its log:"))]
+
+    def join(self, name: str, seconds: float) -> list[Heard]:
+        self.seconds[name] = seconds
+        self.hands[name], self.most_in_hand[name], self._working[name] = [], 0, self._working.get(name, 0) + 1
+        self.at(0.0, lambda: [Heard(name, wire.Ready(1))])
+        return [Heard(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
+
+    def restart(self, name: str) -> None:
+        self.at(0.0, lambda: [Heard(name, wire.Ready(2))])
+
+    def told(self, name: str) -> Told:
+        return Told()
+
+    def end(self) -> None:
+        self.ended = True
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def run(crew: Simulated, count: int) -> launcher.Outcome:
+    return Launcher(crew, [device(number) for number in range(len(crew.seconds))], shards(count)).run()
+
+
+def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
+    """One is thirty times as fast as the other: the slow one holds two shards at most, the fast one works until none is waiting."""
+    crew = Simulated({"null#0": 30.0, "null#1": 1.0})
+    outcome = run(crew, 100)
+    assert crew.most_in_hand == {"null#0": 2, "null#1": 2}
+    last_of_fast = max(when for when, name, _ in crew.committed if name == "null#1")
+    others = [when for when, name, _ in crew.committed if name == "null#0"]
+    assert crew.idle_from["null#1"] == last_of_fast, "it was idle only once nothing was left to lease"
+    assert sum(when > last_of_fast for when in others) <= 2
+    assert last_of_fast >= 100 - 2 - len(others)
+    assert sorted(number for _, _, number in crew.committed) == list(range(100))
+    assert outcome.devices == {"null#0": PICTURES * len(others), "null#1": PICTURES * (100 - len(others))}
+
+
+def test_a_device_that_joins_takes_part_and_is_counted() -> None:
+    """It is told of like the others: rows, restarts, its place in the timeline."""
+    crew = Simulated({"null#0": 1.0})
+    crew.at(5.5, lambda: crew.join("null#7", 1.0))
+    outcome = run(crew, 40)
+    assert [one.name for one in outcome.joined] == ["null#7"]
+    assert set(outcome.devices) == {"null#0", "null#7"}
+    assert sum(outcome.devices.values()) == 40 * PICTURES
+    assert 150 <= outcome.devices["null#7"] <= 200
+    assert outcome.throughput is not None
+    assert outcome.throughput.devices == ("null#0", "null#7")
+
+
+def test_lost_nodes_never_end_a_job_by_their_number() -> None:
+    """Twenty reclaimed before one shard was done, then one that stays: every shard is committed once, and restarts are counted."""
+    crew = Simulated({"null#0": 1.0})
+
+    def reclaim(left: int) -> list[Heard]:
+        crew.at(0.2, lambda: crew.join("null#0", 1.0))
+        if left:
+            crew.at(0.5, lambda: reclaim(left - 1))
+        return crew.lose("null#0")
+
+    crew.at(0.5, lambda: reclaim(19))
+    outcome = run(crew, 5)
+    assert outcome.restarts == {"null#0": 20}
+    assert sorted(number for _, _, number in crew.committed) == list(range(5))
+
+
+@pytest.mark.parametrize("how", ["die", "lose"])
+def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> None:
+    """Whether the process alone dies or who watches it too, as where memory is short: ten times without a commit between them."""
+    crew = Simulated({"null#0": 1.0})
+
+    def strike() -> list[Heard]:
+        crew.at(0.5, strike)
+        if how == "die":
+            return crew.die("null#0")
+        crew.at(0.2, lambda: crew.join("null#0", 1.0))
+        return crew.lose("null#0", with_machine=False)
+
+    crew.at(0.5, strike)
+    with pytest.raises(WorkerError, match=r"workers died 10 times without finishing one shard \(last: (signal SIGKILL|pulled the plug)\)"):
+        run(crew, 5)
+    assert crew.committed == []
+    assert crew.killed

@@ -1,0 +1,121 @@
+"""Who gets which shard next, and what becomes of a shard whose worker died."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagemill.leases import Leases
+from imagemill.records import Lease, Shard
+
+
+def shards(count: int, groups: int = 1) -> list[Shard]:
+    return [Shard(number, 10 * number, 10, number * groups // count, "plan-00000-00000.parquet", number) for number in range(count)]
+
+
+def test_shards_are_dealt_in_plan_order() -> None:
+    """One after the other, each once, whoever asks."""
+    leases = Leases(shards(4))
+    dealt = [leases.next(position) for position in (1, 0, 0, 1)]
+    assert [lease.shard.number for lease in dealt if lease] == [0, 1, 2, 3]
+    assert leases.next(0) is None
+    assert (leases.waiting, leases.remaining) == (0, 4)
+
+
+def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
+    """Where sub-folders are dealt; a device that came later has none of its own and helps from the beginning."""
+    leases = Leases(shards(6, groups=2), dealt=True)
+    assert [leases.next(1).shard.number for _ in range(3)] == [3, 4, 5]  # type: ignore[union-attr]
+    assert leases.next(1).shard.number == 0  # type: ignore[union-attr]
+    assert leases.next(7).shard.number == 1  # type: ignore[union-attr]
+
+
+def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
+    """The pictures that its threads were at, in this shard and no other."""
+    leases = Leases(shards(3))
+    lease = leases.next(0)
+    assert lease is not None
+    leases.give_back(lease, noted=(3, 25), timed_out=())
+    again = leases.next(0)
+    assert again == Lease(lease.shard, {3: "crash"})
+
+
+def test_a_picture_that_hangs_alone_too_is_given_up() -> None:
+    """First it is suspected of hanging its decoder, then its very reading hangs."""
+    leases = Leases(shards(1))
+    for expected in ({4: "timeout"}, {4: "hung_read"}):
+        lease = leases.next(0)
+        assert lease is not None
+        leases.give_back(lease, noted=(4,), timed_out=(4,))
+        assert leases._alone[-1].suspects == expected if leases._alone else leases._queues[0][0].suspects == expected
+
+
+def test_a_shard_in_hand_at_two_deaths_is_alone() -> None:
+    """Nothing is dealt beside it, nor it to a worker that has something in hand."""
+    leases = Leases(shards(3))
+    for _ in range(2):
+        lease = leases.next(0)
+        assert lease is not None
+        assert (lease.shard.number, lease.isolate) == (0, False)
+        leases.give_back(lease)
+    other = Lease(shards(3)[2])
+    assert leases.next(0, [other]) is None
+    alone = leases.next(0)
+    assert alone is not None
+    assert (alone.shard.number, alone.isolate) == (0, True)
+    assert leases.next(0, [alone]) is None
+    assert leases.next(1).shard.number == 1  # type: ignore[union-attr]
+
+
+def test_lost_nodes_weigh_half_of_deaths() -> None:
+    """Three spot nodes that are reclaimed leave an innocent shard what it is; a fourth, or a death and two of them, are suspicious."""
+    leases = Leases(shards(2))
+    for _ in range(3):
+        lease = leases.next(0)
+        assert lease is not None
+        leases.lost(lease)
+    lease = leases.next(0)
+    assert lease is not None
+    assert (lease.shard.number, lease.isolate) == (0, False)
+    leases.lost(lease)
+    assert leases.next(0).isolate  # type: ignore[union-attr]
+
+
+def test_a_commit_clears_a_shards_name() -> None:
+    """What a shard is blamed for ends with its commit: `--retry-failed` begins anew."""
+    leases = Leases(shards(1))
+    lease = leases.next(0)
+    assert lease is not None
+    leases.give_back(lease)
+    again = leases.next(0)
+    assert again is not None
+    leases.committed(0)
+    assert leases.remaining == 0
+    leases.lost(again)
+    leases.lost(again)
+    assert not any(lease.isolate for lease in leases._queues[0])
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.sampled_from(["lease", "commit", "die", "lose"]), st.integers(0, 2)), max_size=60),
+)
+def test_every_shard_is_waiting_or_leased_once_whatever_happens(count: int, acts: list[tuple[str, int]]) -> None:
+    """Waiting, in exactly one hand, or committed: at any moment, whoever dies."""
+    leases, done = Leases(shards(count)), set()
+    hands: list[list[Lease]] = [[], [], []]
+    for act, who in acts:
+        hand = hands[who]
+        if act == "lease" and (lease := leases.next(who, hand)):
+            hand.append(lease)
+        elif act == "commit" and hand:
+            done.add(hand[0].shard.number)
+            leases.committed(hand.pop(0).shard.number)
+        elif act in ("die", "lose"):
+            for lease in reversed(hand):
+                leases.give_back(lease) if act == "die" else leases.lost(lease)
+            hand.clear()
+        held = [lease.shard.number for hand in hands for lease in hand]
+        waiting = [lease.shard.number for queue in (leases._alone, *leases._queues.values()) for lease in queue]
+        assert sorted([*held, *waiting, *done]) == list(range(count))
+        assert (leases.waiting, leases.remaining) == (len(waiting), count - len(done))

@@ -1,0 +1,259 @@
+"""One device on a node: what it checks before it begins, how the model comes to it, and that its worker is the one of a local run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import helpers
+import pictures
+from imagemill import freezing, layout, plan, running, wire
+from imagemill.crew import Died
+from imagemill.engines import station
+from imagemill.engines.station import ModelFile, Order, Restart, Station
+from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
+from imagemill.layout import JobPaths
+from imagemill.records import DeviceSpec, Lease, Settings, Shard
+
+Jobs = Callable[..., Settings]
+Folders = Callable[..., Path]
+Orders = Callable[..., Order]
+
+DEVICE = DeviceSpec("null#0", "null", "null", (0,))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(station, "_LOOK_S", 0.0)
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Callable[[], list[Shard]]:
+    """The shards of the job that `order` has frozen."""
+    return lambda: plan.shards(tmp_path / "out" / "plan")
+
+
+@pytest.fixture
+def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
+    """Freezes a job of twelve pictures, takes its parts away again, and makes the order for one device of it."""
+    settings = job(jpegs(12), shard_size=4)
+    running.run(settings)
+    paths = JobPaths(tmp_path / "out")
+    (tmp_path / "done").mkdir()
+    for part in paths.predictions.iterdir():
+        part.rename(tmp_path / "done" / part.name)
+    frozen = freezing.read_frozen(paths)
+    assert frozen is not None
+    layout.write_whole(paths.launch, b"the launch")
+
+    def make(**changes: Any) -> Order:
+        values: dict[str, Any] = {
+            "node": "alien (01234567)",
+            "job": frozen.job,
+            "device": DEVICE,
+            "index": 0,
+            "processes": 1,
+            "cpus": 512,
+            "launch": "the launch",
+            "plan_nonce": "",
+            "model": station.model_files(frozen.job),
+            "samples": station.sample(frozen.job, plan.shards(paths.plan)),
+        }
+        return Order(**(values | changes))
+
+    return make
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Station]]:
+    """Makes stations that end with the test."""
+    made: list[Station] = []
+
+    def make(*arguments: Any) -> Station:
+        made.append(Station(*arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def heard(one: Station, wanted: type, *first: Any) -> list[Any]:
+    """Turn until a message of a kind has come; all that was heard."""
+    found: list[Any] = []
+    messages = first
+
+    def turned() -> bool:
+        nonlocal messages
+        report = one.turn(messages, 0.05)
+        messages = ()
+        found.extend(report.heard)
+        return any(isinstance(message, wanted) for message in report.heard)
+
+    helpers.until(turned)
+    return found
+
+
+def test_a_station_commits_the_parts_of_a_local_run(order: Orders, opened: Callable[..., Station], left: Any, tmp_path: Path) -> None:
+    """Lease by lease, by the same worker process; a killed one is told of, and started again when that is asked for."""
+    one = opened(order())
+    (ready,) = heard(one, wire.Ready)
+    assert isinstance(ready, wire.Ready)
+    assert [type(message) for message in heard(one, wire.Want, Lease(left()[0]))] == [wire.Want]
+    ended = heard(one, wire.Idle, wire.Pause())
+    assert [message.receipt.shard for message in ended if isinstance(message, wire.Done)] == [0]
+    assert one.turn((), 0.0).told.rows == 4
+    one._worker._process.kill()  # type: ignore[union-attr]
+    (died,) = heard(one, Died)
+    assert (died.how, died.ready, died.timed_out) == ("signal SIGKILL", True, ())
+    assert "null#0.log" in died.last_words
+    heard(one, wire.Ready, Restart())
+    for shard in left()[1:]:
+        heard(one, wire.Want, Lease(shard))
+        heard(one, wire.Idle, wire.Pause())
+    one.end()
+    parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "predictions").iterdir()}
+    assert parts == {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
+
+
+def test_an_output_that_is_another_folder_is_refused(order: Orders, tmp_path: Path) -> None:
+    """Which path, which node, why, and what to do: where the launch's file is missing, and where another launch's lies."""
+    remedy = r"Give an --output on storage that all nodes share, under the same path, or in an object store \(s3://…\)\."
+    where = rf"--output {tmp_path}/out on node alien \(01234567\) is not what it is on the launcher's"
+    with pytest.raises(OutputError, match=rf"{where}: it holds another launch\. {remedy}"):
+        Station(order(launch="a later launch"))
+    made = order()
+    JobPaths(tmp_path / "out").launch.unlink()
+    with pytest.raises(OutputError, match=rf"{where}: No such file or directory\. {remedy}"):
+        Station(made)
+
+
+def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path: Path) -> None:
+    """A folder that is not there, a picture that is missing in it, and one that is another picture."""
+    made, folder = order(), tmp_path / "pictures"
+    remedy = r"Put it on storage that all nodes share, under the same path, or into an object store \(s3://…\)\."
+    differs = rf"source {folder} on node alien \(01234567\) is not what it is on the launcher's"
+    kept = (folder / "000.jpg").read_bytes()
+    (folder / "000.jpg").write_bytes(pictures.jpeg(seed=99))
+    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg is another picture\. {remedy}"):
+        Station(made)
+    (folder / "000.jpg").unlink()
+    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg: .*\. {remedy}"):
+        Station(made)
+    (folder / "000.jpg").write_bytes(kept)
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(SourceError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"):
+        Station(made)
+
+
+def test_pictures_that_the_launcher_cannot_read_are_no_sample(order: Orders, left: Any, tmp_path: Path) -> None:
+    """They are rows like any others, and say nothing about a node."""
+    made = order()
+    assert len(made.samples) == 3
+    (tmp_path / "pictures" / "000.jpg").unlink()
+    assert [sample.path for sample in station.sample(made.job, left())] == [b"004.jpg", b"008.jpg"]
+
+
+def test_a_model_that_a_node_lacks_comes_once_and_is_checked(order: Orders, opened: Callable[..., Station], tmp_path: Path) -> None:
+    """It lies in the node's cache by its hash afterwards, where the next station finds it; other bytes are refused, with both hashes."""
+    made = order()
+    content = memoryview(Path(made.job.model_file).read_bytes())
+    there = replace(made, job=replace(made.job, model_file=str(tmp_path / "not here" / "model.onnx")))
+    assert opened(there).lacks_model
+    wrong = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(
+        ModelError,
+        match=rf"model\.onnx came to node alien \(01234567\) with the sha256 {wrong}, the job's is {made.model[0].sha256}\. Repeat",
+    ):
+        Station(there, [memoryview(b"other")])
+    assert not opened(there, [content]).lacks_model
+    (found,) = (tmp_path / "cache" / "imagemill" / "delivered").glob("*/model.onnx")
+    assert found.read_bytes() == content
+    again = opened(there)
+    assert not again.lacks_model
+    assert (again._job.model_file, again._job.cache_dir) == (str(found), str(found.parent / "compiled"))  # type: ignore[union-attr]
+    heard(again, wire.Ready)
+    found.write_bytes(b"damaged since")
+    assert opened(there).lacks_model
+
+
+def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> None:
+    """OpenVINO's two files, and the weights of a model above 2 GiB."""
+    job = order().job
+    for name in ("int8-abc.xml", "int8-abc.bin", "big.onnx", "model.onnx.data"):
+        (tmp_path / name).write_bytes(name.encode())
+
+    def files(name: str) -> list[str]:
+        return [file.name for file in station.model_files(replace(job, model_file=str(tmp_path / name)))]
+
+    assert files("int8-abc.xml") == ["int8-abc.xml", "int8-abc.bin"]
+    assert files("big.onnx") == ["big.onnx", "model.onnx.data"]
+    assert station.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[1] == ModelFile(
+        "int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest()
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "processes", "index", "cores", "expected", "floating"),
+    [
+        (4, 1, 0, 4, (10, 11, 12, 13), False),
+        (4, 2, 1, 2, (12, 13), False),
+        (8, 3, 2, 2, (13,), False),
+        (2, 1, 0, 2, (10, 11), True),
+        (1, 2, 1, 1, (10,), True),
+    ],
+)
+def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
+    order: Orders,
+    opened: Callable[..., Station],
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: int,
+    processes: int,
+    index: int,
+    cores: int,
+    expected: tuple[int, ...],
+    floating: bool,
+) -> None:
+    """A node that gives Ray all four cores has them split as a local run splits them; of one that gives some, so many are used, any."""
+    monkeypatch.setattr(station.devices, "usable_cores", lambda: [10, 11, 12, 13])
+    device = replace(DEVICE, cores=tuple(range(cores)))
+    one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
+    assert (one._device.cores, one._device.floating) == (expected, floating)
+
+
+def test_a_node_whose_answers_may_differ_is_refused() -> None:
+    """Both values are named; what mixing may differ in is let through where it is allowed, another imagemill never."""
+    ours = {"imagemill": "1.0", "pillow": "12.0"}
+
+    def refuse(found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False) -> None:
+        station.refuse_other("b (2)", found, expected, "this machine", allow_mixed=allow_mixed)
+
+    refuse(ours | {"more": "1"})
+    with pytest.raises(
+        DeviceError,
+        match=r"node b \(2\) has pillow 11\.0, this machine has 12\.0: their answers may differ\. "
+        r"Install the same on both, or add --allow-mixed\.",
+    ):
+        refuse(ours | {"pillow": "11.0"})
+    with pytest.raises(DeviceError, match=r"node b \(2\) has pillow none, this machine has 12\.0"):
+        refuse({"imagemill": "1.0"})
+    refuse(ours | {"pillow": "11.0"}, allow_mixed=True)
+    with pytest.raises(
+        DeviceError, match=r"has imagemill 0\.9, this machine has 1\.0: their answers may differ\. Install the same on both\."
+    ):
+        refuse(ours | {"imagemill": "0.9"}, allow_mixed=True)
+    with pytest.raises(DeviceError, match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\."):
+        refuse({station.UNITS: "avx2"}, {station.UNITS: "avx512f avx2"})
+
+
+def test_what_decides_answers_is_told_of_every_backend() -> None:
+    """imagemill, the way of decoding, the libraries behind it and the backend's own, and the processor's units."""
+    found = station.identity(("openvino", "null"))
+    assert {"imagemill", "decoder", "pillow", "simplejpeg", "numpy", "openvino", station.UNITS} == set(found)
+    assert all(found.values())
