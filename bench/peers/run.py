@@ -73,6 +73,8 @@ def peers(asked: argparse.Namespace, work: Path, int8: Path | None) -> list[Peer
         print("note: the bundle has no int8 variant (`imagemill quantize MODEL --images DIR`): left out", file=sys.stderr)
     if asked.only:
         found = [peer for peer in found if any(peer.name.startswith(name.strip()) for name in asked.only.split(","))]
+    if asked.without:
+        found = [peer for peer in found if not any(peer.name.endswith(name.strip()) for name in asked.without.split(","))]
     return found
 
 
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0, help="of what decodes nothing")
     parser.add_argument("--only", metavar="NAME,…", help="peers whose names begin so")
+    parser.add_argument("--without", metavar="NAME,…", help="leave out peers whose names end so")
     parser.add_argument("--work-dir", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--imagemill-python", default=sys.executable)
