@@ -15,7 +15,7 @@ from imagemill import errors
 from imagemill.records import Bundle, DeviceSpec, Precision
 from imagemill.sessions import open_session
 from imagemill.sessions.base import Session
-from imagemill.sessions.openvino import _device_name, properties
+from imagemill.sessions.openvino import _compiled, _device_name, properties
 from imagemill.stopwatch import Stopwatch
 
 
@@ -79,3 +79,25 @@ def test_null_answers_depend_on_every_pixel(tiny: Bundle) -> None:
     batch.pixels[0, 17, 5, 1] ^= 1
     ((_, after),) = session.stream([batch])
     assert before.logits.tobytes() != after.logits.tobytes()
+
+
+def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_path: Path) -> None:
+    """Where OpenVINO stumbles over the other's blob, the model is compiled without the cache; whatever else fails is told as it was."""
+
+    class Stumbling:
+        def __init__(self, *errors: str) -> None:
+            self.errors, self.properties = list(errors), [{"CACHE_DIR": str(tmp_path)}]
+
+        def set_property(self, values: dict[str, str]) -> None:
+            self.properties.append(values)
+
+        def compile_model(self, *arguments: object) -> object:
+            if self.errors:
+                raise RuntimeError(self.errors.pop(0))
+            return arguments
+
+    core = Stumbling("filesystem error: cannot set permissions: No such file or directory [1.blob]")
+    assert _compiled(core, "model", "CPU", {}) == ("model", "CPU", {})
+    assert core.properties[-1] == {"CACHE_DIR": ""}
+    with pytest.raises(RuntimeError, match="unsupported layer"):
+        _compiled(Stumbling("unsupported layer"), "model", "CPU", {})

@@ -54,6 +54,18 @@ def _device_name(kind: str, number: int) -> str:
     return f"{kind.upper()}.{number}" if kind == "gpu" else kind.upper()
 
 
+def _compiled(core: Any, model: Any, name: str, hints: dict[str, Any]) -> Any:
+    """Compile a model; without the cache where that was in the way: another worker may have put the same blob there at the same moment."""
+    try:
+        return core.compile_model(model, name, hints)
+    except RuntimeError as error:
+        if "filesystem error" not in str(error):
+            raise
+        _log.warning("compiled without the cache: %s", str(error).strip().splitlines()[-1])
+        core.set_property({"CACHE_DIR": ""})
+        return core.compile_model(model, name, hints)
+
+
 class OpenVinoSession:
     """See the module's docstring."""
 
@@ -80,7 +92,7 @@ class OpenVinoSession:
             hints = properties(job.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":
                 hints["ENABLE_CPU_PINNING"] = False  # else two such processes keep their threads on the same first cores
-            compiled = core.compile_model(model, name, hints)
+            compiled = _compiled(core, model, name, hints)
         except RuntimeError as error:
             raise ModelError(f"{job.model_file} cannot be compiled: {str(error).strip().splitlines()[-1]}") from error
         self._logits = compiled.output("logits")
