@@ -91,6 +91,14 @@ def test_other_devices_than_cores_take_no_core_s_time() -> None:
     assert preflight.budget_s(10**6, 44_177_704, gpu) == pytest.approx(60)
 
 
+def test_many_cores_do_not_wait_for_it() -> None:
+    """Where cores are many a job of much CPU time is over soon: the preflight is not to last longer than a twentieth of it."""
+    wide = (DeviceSpec("cpu#0", "cpu", "openvino", tuple(range(64))),)
+    seconds = 100_000 * (0.003 + 0.9e-9 * 44_177_704) / 64
+    assert preflight.budget_s(100_000, 44_177_704, wide) == pytest.approx(0.05 * seconds)
+    assert preflight.budget_s(10_000, 44_177_704, wide) == 0
+
+
 @given(count=st.integers(1, 10**7), data=st.data())
 def test_any_sample_is_spread_evenly_at_any_time(count: int, data: st.DataObject) -> None:
     """Each picture once, all of a small plan; the first eighth of a large sample already reaches from one end to the other."""
@@ -142,6 +150,26 @@ def test_where_all_can_be_read_it_says_how_many_may_not(job: Jobs, jpegs: Folder
     ]
 
 
+def test_the_display_knows_while_it_runs(job: Jobs, jpegs: Folders, heavy: str) -> None:
+    """Each progress says whether the sample is being taken beside it, so that no rate is taken from it: at first yes, afterwards no."""
+    seen: list[bool] = []
+
+    class Watcher(Patient):
+        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+            wait = super().begin(total, resumed)
+
+            def shown(progress: Progress) -> None:
+                seen.append(progress.sampling)
+                wait(progress)
+
+            return shown
+
+    running.run(job(jpegs(60), model=heavy), Watcher())
+    assert seen[0] is True
+    assert seen[-1] is False
+    assert seen == sorted(seen, reverse=True)
+
+
 def test_it_ends_with_the_job(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """A job that is over first leaves no process behind."""
     running.run(job(jpegs(4), model=heavy))
@@ -158,8 +186,8 @@ def lookout_of(job: Jobs, folder: Path, heavy: str, said: list[str], **changes: 
     return Lookout(frozen.job, plan.shards(paths.plan), CPU, said.append)
 
 
-def at(seconds: float, rows: int, clock: Clock) -> Progress:
-    return Progress(0, Counter(), {"cpu#0": rows}, {"cpu#0": 1}, clock, {"cpu#0": 0}, seconds, 1)
+def at(seconds: float, rows: int, clock: Clock, ready: int = 1) -> Progress:
+    return Progress(0, Counter(), {"cpu#0": rows}, {"cpu#0": 1}, clock, {"cpu#0": 0}, seconds, ready)
 
 
 def heard(lookout: Lookout) -> None:
@@ -234,6 +262,35 @@ def test_a_picture_that_ends_the_child_ends_nothing_else(
     assert lookout.found.looked_at > 10
     assert lookout.found.unreadable == ({"crashed_decoder": 1} if fault == "crash" else {})
     assert lookout.found.cpu_s == 0
+
+
+def test_it_hurries_and_then_gives_way(job: Jobs, jpegs: Folders, heavy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While workers start the child has their priority; from the first that is ready on it gets what they leave."""
+    lookout = lookout_of(job, jpegs(20, **{f"{number:03d}.jpg": b"imagemill-test-hang" for number in range(20)}), heavy, [])
+    with lookout:
+        lookout._end()
+        monkeypatch.setenv(FAULTS_VARIABLE, "1")
+        lookout._start(Sample(lookout._job, 20, 20, (0, 1), 1e9))
+        assert lookout._process is not None
+        pid, ours = lookout._process.pid, os.getpriority(os.PRIO_PROCESS, 0)
+        lookout(at(0.0, 0, Clock(), ready=0))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == ours
+        lookout(at(0.0, 0, Clock(), ready=1))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 10
+        assert lookout.sampling
+
+
+def test_a_child_that_waits_for_servers_disturbs_nobody(job: Jobs, jpegs: Folders, heavy: str) -> None:
+    """What takes no time of the cores keeps no rate from being told; what decodes does, and so does the child's start."""
+    with lookout_of(job, jpegs(20), heavy, []) as lookout:
+        assert lookout._process is not None
+        assert lookout.sampling
+        lookout._looked = [Looked(Status.OK, 0.2, 0.003)] * 4
+        assert not lookout.sampling
+        lookout._looked += [Looked(Status.OK, 0.001, 0.3)] * 4
+        assert lookout.sampling
+        lookout._end()
+        assert not lookout.sampling
 
 
 def test_it_can_be_left_out_and_is_not_repeated(job: Jobs, jpegs: Folders, heavy: str, tmp_path: Path) -> None:
