@@ -20,7 +20,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
-import pictures
 from imagemill import progress
 from imagemill.launcher import Progress
 from imagemill.progress import Estimate, Pace
@@ -388,16 +387,16 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
     assert max(one.clock.decode for one in seen) > 0
 
 
-def test_a_picture_of_a_notebook(tmp_path: Path, jpegs: Folders) -> None:
+def test_a_picture_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """In a kernel the display is an output of the cell that is renewed in place, and nothing goes to stderr but what is said."""
     from jupyter_client.manager import start_new_kernel
 
-    helpers.fill(tmp_path / "more", {f"{number}.png": pictures.encode(pictures.photograph(900, 800, number), "PNG") for number in range(8)})
-    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment())
+    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment(IMAGEMILL_MODELS=str(models_dir)))
     try:
         code = f"""
 import imagemill
-summary = imagemill.run({str(tmp_path / "more")!r}, {str(tmp_path / "out")!r}, model="tiny", devices="null", progress=True, report=False)
+slow = dict(num_workers=1, devices="null")
+summary = imagemill.run({str(slow_folder)!r}, {str(tmp_path / "out")!r}, model="tiny", progress=True, report=False, **slow)
 print(summary.ok)
 """
         heard: list[dict[str, Any]] = []
@@ -408,7 +407,8 @@ print(summary.ok)
     shown = [message["content"] for message in heard if message["msg_type"] in ("display_data", "update_display_data")]
     said = {message["content"]["name"]: message["content"]["text"] for message in heard if message["msg_type"] == "stream"}
     assert not [message for message in heard if message["msg_type"] == "error"], heard
-    assert said["stdout"] == "8\n"
+    assert said["stdout"] == "96\n"
+    assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     assert "null#0" in shown[-1]["data"]["text/plain"]
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)

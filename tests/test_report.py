@@ -470,6 +470,19 @@ def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, ope
     assert opened(reported.report, color_scheme="light").evaluate(paper) == light
 
 
+def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> None:
+    """In print nothing is there to be clicked, it is light even in the dark, lists of failures say of what, and no footer is repeated."""
+    shown = opened(reported.report, width=680, color_scheme="dark")
+    shown.emulate_media(media="print")
+    for useless in ("nav", ".filter", ".appearance", "details:not([open])"):
+        assert not any(found.is_visible() for found in shown.locator(useless).all()), useless
+    assert shown.locator("details[open] summary", has_text="not_an_image").is_visible()
+    assert shown.locator(".part img").first.is_visible()
+    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert shown.evaluate("[...document.querySelectorAll('tfoot')].every(foot => getComputedStyle(foot).display === 'table-row-group')")
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 680, "wider than A4 between its margins"
+
+
 def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
     """Controls that would do nothing are hidden; all pictures and tables are shown."""
     shown = opened(reported.report, java_script_enabled=False)

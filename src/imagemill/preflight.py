@@ -49,10 +49,10 @@ _LASTING: Final = 0.05
 """Of the job's own time, at most, so that a machine of many cores has told its rate before a tenth of the job is over."""
 _START_S: Final = 0.5
 """CPU time of starting the child: 0.33 to 0.4 s (Xeon, 2 cores, 2026-11)."""
-_DECODING_S: Final = 0.003
-"""CPU time of decoding a picture at the least: JPEG files of 500 × 375."""
-_COMPUTING_S: Final = 0.9e-9
-"""CPU time of computing a picture at the least, for each parameter: resnext101_32x4d in int8 on one core, 33 ms for 44 M parameters."""
+_DECODING_S: Final = 0.002
+"""CPU time of decoding a picture at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores, 2026-11)."""
+_COMPUTING_S: Final = 0.6e-9
+"""CPU time of computing a picture at the least, for each parameter: resnext101_32x4d in int8 on one core, 27 ms for 44 M parameters."""
 _MOST: Final = 300
 """Pictures to look at."""
 _MOST_REMOTE: Final = 24
