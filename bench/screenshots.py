@@ -32,7 +32,7 @@ from imagemill.sources.base import IMAGE_SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src" / "imagemill" / "data" / "demo"
-_COLOURS = 128
+_COLOURS = 256
 """Of a PNG file's palette: enough for text and thumbnails, and a third of the size."""
 _PAGE = """\
 <body style="margin:16px;background:{background};color:{foreground}">
@@ -57,8 +57,8 @@ def tmux(session: str, *arguments: str) -> str:
     return subprocess.run(["tmux", "-L", session, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def terminal(browser: Browser, output: str, columns: int, goal: Path, **environment: str) -> None:
-    """Run a job in a terminal of so many columns; take a picture of it while it runs, and one of its end."""
+def terminal(browser: Browser, output: str, columns: int, goal: Path, end: Path | None = None, **environment: str) -> None:
+    """Run a job in a terminal of so many columns; take a picture of it while it runs, and one of its end where that is wanted."""
     session = f"imagemill-{os.getpid()}"
     lines = [f"imagemill run photos --output {output} --model efficientnet_lite0 \\", "    --devices cpu:2 --precision fp32"]
     command = shlex.split(" ".join(lines).replace("\\", ""))
@@ -83,7 +83,8 @@ def terminal(browser: Browser, output: str, columns: int, goal: Path, **environm
         draw(browser, tmux(session, "capture-pane", "-p", "-e"), columns, goal)
         while not tmux(session, "capture-pane", "-p").rstrip().endswith("\n$"):
             time.sleep(0.5)
-        draw(browser, tmux(session, "capture-pane", "-p", "-e"), columns, goal.with_stem(f"{goal.stem}-end"))
+        if end:
+            draw(browser, tmux(session, "capture-pane", "-p", "-e"), columns, end)
     finally:
         tmux(session, "kill-server")
 
@@ -101,7 +102,7 @@ def draw(browser: Browser, shown: str, columns: int, goal: Path) -> None:
 
 def shrink(path: Path) -> None:
     """Give a PNG file a palette."""
-    Image.open(path).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(_COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def page_pictures(browser: Browser, report: Path, goal: Path) -> None:
@@ -116,9 +117,8 @@ def page_pictures(browser: Browser, report: Path, goal: Path) -> None:
 def gallery_picture(browser: Browser, goal: Path) -> None:
     """The head and the gallery of the demo's report."""
     subprocess.run([sys.executable, "-m", "imagemill", "demo", "--output", "demo"], check=True, capture_output=True)
-    shown = browser.new_page(viewport={"width": 1000, "height": 700})
+    shown = browser.new_page(viewport={"width": 1120, "height": 560})
     shown.goto(Path("demo/report.html").absolute().as_uri())
-    shown.locator("#gallery").scroll_into_view_if_needed()
     shown.evaluate("document.getElementById('gallery').scrollIntoView()")
     shown.screenshot(path=goal)
     shrink(goal)
@@ -140,7 +140,7 @@ def main() -> int:
         folder = Path("photos")
         folder.mkdir()
         links(folder, asked.images.absolute(), asked.count)
-        terminal(browser, "out", 80, asked.goal / "terminal.png")
+        terminal(browser, "out", 80, asked.goal / "terminal.png", asked.goal / "terminal-end.png" if asked.all else None)
         gallery_picture(browser, asked.goal / "report.png")
         if asked.all:
             page_pictures(browser, Path("out/report.html").absolute(), asked.goal)
