@@ -1,14 +1,16 @@
 """How well the display knows how long a job will take.
 
     python bench/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--pictures 3000] [--devices cpu]
-                        [--rounds 2] [--stop-at 0.4] [--latency 0.2] [--json]
+                        [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2] [--num-workers N] [--json]
 
 Runs a job over links to the pictures of DIR, and takes down at every tick what the display would show: `progress.Pace`, fed as the display
 feeds it. At each moment the prediction of the whole time is the time so far plus what is said to be left; its error is told as a share of
 the time that it really took, from the launch of the workers to their end. Each round is a whole run and one that is stopped at --stop-at
 and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU time that other processes took meanwhile
-(Linux): beside other work the errors tell of that work too. With --latency the pictures come from a server of this process's that takes
-its time for each, log-normal around so many seconds: such a job is bounded by reading, and hardly minds what else the machine does.
+(Linux): beside other work the errors tell of that work too. `preflight` is what the preflight cost, as a share of the job's CPU time, and
+`foretold` the time that it said the job would take, over the time from the first lease to the last commit. With --latency the pictures come
+from a server of this process's that takes its time for each, log-normal around so many seconds: such a job is bounded by reading, and
+hardly minds what else the machine does.
 """
 
 from __future__ import annotations
@@ -82,8 +84,13 @@ class Recorder(Watcher):
 def foreign_cpu_s() -> float:
     """CPU time that processes which are not ours have used since the machine started; exact once our children have ended."""
     user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - our_cpu_s()
+
+
+def our_cpu_s() -> float:
+    """CPU time of this process and of its children that have ended."""
     ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(usage.ru_utime + usage.ru_stime for usage in ours)
+    return sum(usage.ru_utime + usage.ru_stime for usage in ours)
 
 
 def judged(recorder: Recorder) -> dict[str, object]:
@@ -161,6 +168,7 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu")
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=("whole", "resumed"), default=("whole", "resumed"))
     parser.add_argument("--stop-at", type=float, default=0.4)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--num-workers", type=int)
@@ -173,7 +181,7 @@ def main() -> None:
         links(folder, asked.images, asked.pictures)
         source = served(folder, asked.latency, Path(temporary) / "urls.txt") if asked.latency else str(folder)
         for number in range(asked.rounds):
-            for kind in ("whole", "resumed"):
+            for kind in asked.kinds:
                 settings = Settings(
                     sources=(source,),
                     output=str(Path(temporary) / f"{kind}-{number}"),
@@ -187,9 +195,12 @@ def main() -> None:
                 if kind == "resumed":
                     with contextlib.suppress(Interrupted):
                         running.run(settings, Recorder(stop_at=asked.stop_at))
-                recorder = Recorder()
-                running.run(settings, recorder)
+                recorder, before_s = Recorder(), our_cpu_s()
+                summary = running.run(settings, recorder)
                 report.append({"run": kind} | judged(recorder))
+                if (said := summary.preflight) is not None:
+                    report[-1]["preflight"] = round(said.cpu_s / (our_cpu_s() - before_s), 4)
+                    report[-1]["foretold"] = said.seconds and round(said.seconds / summary.seconds, 3)
                 if not asked.json:
                     print(json.dumps(report[-1]), flush=True)
     if asked.json:

@@ -37,7 +37,7 @@ CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 @pytest.fixture(scope="module")
 def heavy(models_dir: Path) -> str:
     """The tiny model with a card that says it is huge, so that a job of few pictures is one of many minutes to the preflight."""
-    bundle.write(models_dir / "heavy", replace(TINY_CARD, name="heavy", parameters=10**10), tiny_model())
+    bundle.write(models_dir / "heavy", replace(TINY_CARD, name="heavy", parameters=2 * 10**10), tiny_model())
     return "heavy"
 
 
@@ -77,18 +77,27 @@ def carried_out(settings: Settings) -> tuple[Summary, list[str]]:
 
 @pytest.mark.parametrize(
     ("count", "parameters", "has_one"),
-    [(30, 44_177_704, False), (500, 44_177_704, False), (1_000, 44_177_704, True), (1_000, 4_652_008, False), (5_000, 4_652_008, True)],
+    [(30, 44_177_704, False), (500, 44_177_704, False), (1_000, 44_177_704, True), (1_000, 4_652_008, False), (6_000, 4_652_008, True)],
 )
 def test_small_jobs_get_none(count: int, parameters: int, has_one: bool) -> None:
     """Where starting a process costs more than 2 % of the job; how many pictures that are depends on the model."""
     assert (preflight.budget_s(count, parameters, CPU) > 0) is has_one
+    assert preflight.budget_s(count, parameters, CPU) <= 0.02 * count * (0.002 + 0.6e-9 * parameters)
 
 
 def test_other_devices_than_cores_take_no_core_s_time() -> None:
     """A GPU's computing is not counted as CPU time that there is to spare."""
     gpu = (DeviceSpec("cuda#0", "cuda", "onnxruntime", (0,)),)
     assert preflight.budget_s(5_000, 44_177_704, gpu) == 0
-    assert preflight.budget_s(10**6, 44_177_704, gpu) == pytest.approx(60)
+    assert preflight.budget_s(10**6, 44_177_704, gpu) == pytest.approx(40)
+
+
+def test_many_cores_do_not_wait_for_it() -> None:
+    """Where cores are many a job of much CPU time is over soon: the preflight is not to last longer than a twentieth of it."""
+    wide = (DeviceSpec("cpu#0", "cpu", "openvino", tuple(range(64))),)
+    seconds = 100_000 * (0.002 + 0.6e-9 * 44_177_704) / 64
+    assert preflight.budget_s(100_000, 44_177_704, wide) == pytest.approx(0.05 * seconds)
+    assert preflight.budget_s(10_000, 44_177_704, wide) == 0
 
 
 @given(count=st.integers(1, 10**7), data=st.data())
@@ -142,6 +151,26 @@ def test_where_all_can_be_read_it_says_how_many_may_not(job: Jobs, jpegs: Folder
     ]
 
 
+def test_the_display_knows_while_it_runs(job: Jobs, jpegs: Folders, heavy: str) -> None:
+    """Each progress says whether the sample is being taken beside it, so that no rate is taken from it: at first yes, afterwards no."""
+    seen: list[bool] = []
+
+    class Watcher(Patient):
+        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+            wait = super().begin(total, resumed)
+
+            def shown(progress: Progress) -> None:
+                seen.append(progress.sampling)
+                wait(progress)
+
+            return shown
+
+    running.run(job(jpegs(60), model=heavy), Watcher())
+    assert seen[0] is True
+    assert seen[-1] is False
+    assert seen == sorted(seen, reverse=True)
+
+
 def test_it_ends_with_the_job(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """A job that is over first leaves no process behind."""
     running.run(job(jpegs(4), model=heavy))
@@ -158,8 +187,8 @@ def lookout_of(job: Jobs, folder: Path, heavy: str, said: list[str], **changes: 
     return Lookout(frozen.job, plan.shards(paths.plan), CPU, said.append)
 
 
-def at(seconds: float, rows: int, clock: Clock) -> Progress:
-    return Progress(0, Counter(), {"cpu#0": rows}, {"cpu#0": 1}, clock, {"cpu#0": 0}, seconds, 1)
+def at(seconds: float, rows: int, clock: Clock, ready: int = 1) -> Progress:
+    return Progress(0, Counter(), {"cpu#0": rows}, {"cpu#0": 1}, clock, {"cpu#0": 0}, seconds, ready)
 
 
 def heard(lookout: Lookout) -> None:
@@ -234,6 +263,35 @@ def test_a_picture_that_ends_the_child_ends_nothing_else(
     assert lookout.found.looked_at > 10
     assert lookout.found.unreadable == ({"crashed_decoder": 1} if fault == "crash" else {})
     assert lookout.found.cpu_s == 0
+
+
+def test_it_hurries_and_then_gives_way(job: Jobs, jpegs: Folders, heavy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While workers start the child has their priority; from the first that is ready on it gets what they leave."""
+    lookout = lookout_of(job, jpegs(20, **{f"{number:03d}.jpg": b"imagemill-test-hang" for number in range(20)}), heavy, [])
+    with lookout:
+        lookout._end()
+        monkeypatch.setenv(FAULTS_VARIABLE, "1")
+        lookout._start(Sample(lookout._job, 20, 20, (0, 1), 1e9))
+        assert lookout._process is not None
+        pid, ours = lookout._process.pid, os.getpriority(os.PRIO_PROCESS, 0)
+        lookout(at(0.0, 0, Clock(), ready=0))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == ours
+        lookout(at(0.0, 0, Clock(), ready=1))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == 10
+        assert lookout.sampling
+
+
+def test_a_child_that_waits_for_servers_disturbs_nobody(job: Jobs, jpegs: Folders, heavy: str) -> None:
+    """What takes no time of the cores keeps no rate from being told; what decodes does, and so does the child's start."""
+    with lookout_of(job, jpegs(20), heavy, []) as lookout:
+        assert lookout._process is not None
+        assert lookout.sampling
+        lookout._looked = [Looked(Status.OK, 0.2, 0.003)] * 4
+        assert not lookout.sampling
+        lookout._looked += [Looked(Status.OK, 0.001, 0.3)] * 4
+        assert lookout.sampling
+        lookout._end()
+        assert not lookout.sampling
 
 
 def test_it_can_be_left_out_and_is_not_repeated(job: Jobs, jpegs: Folders, heavy: str, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
-import pictures
 from imagemill import progress
 from imagemill.launcher import Progress
 from imagemill.progress import Estimate, Pace
@@ -39,6 +38,7 @@ def at(
     clock: Clock | None = None,
     failed: Mapping[str, int] | None = None,
     restarts: int = 0,
+    sampling: bool = False,
 ) -> Progress:
     """A progress as the launcher tells it; one device where `rows` is a number."""
     devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
@@ -51,6 +51,7 @@ def at(
         restarts=dict.fromkeys(devices, restarts),
         since_first_lease_s=seconds,
         ready=ready,
+        sampling=sampling,
     )
 
 
@@ -144,8 +145,24 @@ def test_a_stall_makes_the_time_longer_and_is_said() -> None:
     assert before.left_s is not None
     assert lefts[-1] is not None
     assert lefts[-1] > 3 * before.left_s
-    assert "no answer for 2m10s" in progress.clauses(pace.add(at(190, 600)), {})
-    assert not any("no answer" in clause for clause in progress.clauses(pace.add(at(191, 610)), {}))
+    assert "no answer for 2m10s" in progress.clauses(pace.add(at(190, 600)))
+    assert not any("no answer" in clause for clause in progress.clauses(pace.add(at(191, 610))))
+
+
+def test_what_came_beside_a_preflight_is_not_taken_for_the_pace() -> None:
+    """While it runs, and until there are two seconds of answers after it, nothing is said; then what came since is all that counts."""
+    pace = Pace(4_000, 0)
+    for tenth in range(51):
+        estimate = pace.add(at(tenth / 10, 2 * tenth, sampling=True))
+        assert (estimate.rate, estimate.left_s) == (None, None)
+    for tenth in range(1, 31):
+        estimate = pace.add(at(5 + tenth / 10, 100 + 4 * tenth))
+        if estimate.rate is None:
+            assert tenth < 22
+        else:
+            assert estimate.rate == pytest.approx(40)
+            assert estimate.left_s == pytest.approx((4_000 - 100 - 4 * tenth) / 40)
+    assert estimate.rate is not None
 
 
 def test_work_lost_to_a_death_is_work_to_do_again() -> None:
@@ -227,8 +244,8 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devi
     assert max(map(len, lines)) <= width
     said = re.sub(r",\n", ", ", "\n".join(lines))
     for kind, count in MANY_KINDS.items():
-        assert f"{count} {kind}" in said
-    for clause in ("images/s, ", " left", "bounded by decode", "1,675 failed: 1200 truncated", f"{1_000_000 + 90_000:,} saved"):
+        assert f"{count:,} {kind}" in said
+    for clause in ("images/s, ", " left", "bounded by decode", "1,675 failed: 1,200 truncated", f"{1_000_000 + 90_000:,} saved"):
         assert clause in said
     shown = [line for line in lines if "#" in line]
     named = re.findall(r"cuda#\d+", "\n".join(shown))
@@ -265,7 +282,10 @@ def test_restarts_are_shown() -> None:
 )
 def test_a_line_says_how_far_how_fast_and_how_long(course: list[tuple[float, int]], failed: dict[str, int], expected: str) -> None:
     """For log files: everything in one line."""
-    assert ", ".join(progress.clauses(fed(Pace(1_100, 100), course), failed)) == expected
+    estimate = fed(Pace(1_100, 100), course)
+    assert ", ".join([*progress.clauses(estimate), *progress.failures(failed)]) == expected
+    if failed:
+        assert progress.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2] == "3 failed: 2 corrupt, 1 empty", "not a line of its own"
 
 
 # ── displays ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -367,16 +387,16 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
     assert max(one.clock.decode for one in seen) > 0
 
 
-def test_a_picture_of_a_notebook(tmp_path: Path, jpegs: Folders) -> None:
+def test_a_picture_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """In a kernel the display is an output of the cell that is renewed in place, and nothing goes to stderr but what is said."""
     from jupyter_client.manager import start_new_kernel
 
-    helpers.fill(tmp_path / "more", {f"{number}.png": pictures.encode(pictures.photograph(900, 800, number), "PNG") for number in range(8)})
-    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment())
+    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment(IMAGEMILL_MODELS=str(models_dir)))
     try:
         code = f"""
 import imagemill
-summary = imagemill.run({str(tmp_path / "more")!r}, {str(tmp_path / "out")!r}, model="tiny", devices="null", progress=True, report=False)
+slow = dict(num_workers=1, devices="null")
+summary = imagemill.run({str(slow_folder)!r}, {str(tmp_path / "out")!r}, model="tiny", progress=True, report=False, **slow)
 print(summary.ok)
 """
         heard: list[dict[str, Any]] = []
@@ -387,7 +407,8 @@ print(summary.ok)
     shown = [message["content"] for message in heard if message["msg_type"] in ("display_data", "update_display_data")]
     said = {message["content"]["name"]: message["content"]["text"] for message in heard if message["msg_type"] == "stream"}
     assert not [message for message in heard if message["msg_type"] == "error"], heard
-    assert said["stdout"] == "8\n"
+    assert said["stdout"] == "96\n"
+    assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     assert "null#0" in shown[-1]["data"]["text/plain"]
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)

@@ -470,6 +470,20 @@ def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, ope
     assert opened(reported.report, color_scheme="light").evaluate(paper) == light
 
 
+def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> None:
+    """In print nothing is there to be clicked, it is light even in the dark, lists of failures say of what, and no footer is repeated."""
+    shown = opened(reported.report, width=680, color_scheme="dark")
+    shown.emulate_media(media="print")
+    for useless in ("nav", ".filter", ".appearance", "details:not([open])"):
+        assert not any(found.is_visible() for found in shown.locator(useless).all()), useless
+    assert shown.locator("details[open] summary", has_text="not_an_image").is_visible()
+    assert shown.locator(".part img").first.is_visible()
+    assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    foot = "getComputedStyle(document.querySelector('.classes').createTFoot()).display"  # this job has too few classes for one
+    assert shown.evaluate(foot) == "table-row-group"
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 680, "wider than A4 between its margins"
+
+
 def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
     """Controls that would do nothing are hidden; all pictures and tables are shown."""
     shown = opened(reported.report, java_script_enabled=False)
@@ -611,3 +625,8 @@ def test_thumbnails_of_the_worst_pictures_are_small() -> None:
     assert len(made.jpeg) <= 16_384
     odd = thumbnails.encode(np.arange(160 * 160 * 3, dtype=np.uint8).reshape(160, 160, 3))
     assert 0 < len(odd.jpeg) <= 16_384
+    harsh = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (160, 160, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(harsh).save(buffer, "JPEG", quality=78, optimize=True)
+    assert len(buffer.getvalue()) > 16_384, "no quality had to be given up"
+    assert 0 < len(thumbnails.encode(harsh).jpeg) <= 16_384

@@ -344,10 +344,11 @@ def _told(summary: Summary) -> str:
     if summary.images_per_second:
         lines.append(f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s, {summary.model} in {summary.precision}")
         for device in summary.devices:
-            restarts = f", {device.restarts} restarts" if device.restarts else ""
+            restarts = f", {device.restarts} restart{'s' if device.restarts > 1 else ''}" if device.restarts else ""
             lines.append(f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f} images/s{restarts}")
         rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.1f}" for name, rate in summary.rates.items())
-        lines.append(f"bounded by {summary.bottleneck} ({rates} images/s): {summary.advice}")
+        lines.append(f"bounded by {summary.bottleneck}: {summary.advice}")
+        lines.append(f"images/s: {rates}")
     lines.append(f"results: {summary.output}/predictions")
     return "\n".join(lines)
 

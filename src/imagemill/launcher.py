@@ -58,6 +58,8 @@ class Progress:
     since_first_lease_s: float
     ready: int
     """Devices whose session is compiled."""
+    sampling: bool = False
+    """A preflight takes some of the cores' time; the launcher itself does not know of it."""
 
 
 @dataclass(slots=True)

@@ -1,12 +1,14 @@
 """What a new job is going to be: a sample of its pictures, looked at by a child process while the workers start.
 
-The child reads and decodes pictures spread evenly over the plan, with a lower priority than the workers, and tells of each; it may be
-killed by any of them, or hang, and is ended when its time is up: what it told until then counts. How fast the job computes is not probed,
-which would cost a second compilation: the job itself shows that within seconds, and only then is its time foretold. So two lines come at
-once, two a little later, and neither the workers nor the answers wait for them.
+The child reads and decodes pictures spread evenly over the plan, and tells of each; it may be killed by any of them, or hang, and is ended
+when its time is up: what it told until then counts. It hurries while the workers start, and gives way once they have pictures. What it
+takes then makes the job look slower than it is, so the display is told of it and takes no rate from that time. How fast the job computes
+is not probed, which would cost a second compilation: the job itself shows that within seconds, and only then is its time foretold. So two
+lines come at once, two a little later, and neither the workers nor the answers wait for them.
 
 What it may cost is 2 % of the CPU time that the job takes at the very least: for its pictures to be decoded, and for a model of its size to
-be computed by fast int8 units. Where the child's start alone costs more, the job is small, and there is none.
+be computed by fast int8 units; nor may it last longer than a twentieth of that job on all of its cores. Where the child's start alone costs
+more, the job is small, and there is none.
 
 parent                        child
 Sample ──────────────────────►
@@ -44,12 +46,14 @@ _log = logging.getLogger(__name__)
 
 SHARE: Final = 0.02
 """Of the job's CPU time, at most."""
+_LASTING: Final = 0.05
+"""Of the job's own time, at most, so that a machine of many cores has told its rate before a tenth of the job is over."""
 _START_S: Final = 0.5
 """CPU time of starting the child: 0.33 to 0.4 s (Xeon, 2 cores, 2026-11)."""
-_DECODING_S: Final = 0.003
-"""CPU time of decoding a picture at the least: JPEG files of 500 × 375."""
-_COMPUTING_S: Final = 0.9e-9
-"""CPU time of computing a picture at the least, for each parameter: resnext101_32x4d in int8 on one core, 33 ms for 44 M parameters."""
+_DECODING_S: Final = 0.002
+"""CPU time of decoding a picture at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores, 2026-11)."""
+_COMPUTING_S: Final = 0.6e-9
+"""CPU time of computing a picture at the least, for each parameter: resnext101_32x4d in int8 on one core, 27 ms for 44 M parameters."""
 _MOST: Final = 300
 """Pictures to look at."""
 _MOST_REMOTE: Final = 24
@@ -60,6 +64,9 @@ _PASSES: Final = 8
 """The sample is gone through that often, each time spread over the whole plan, so that one which is ended early is spread as well."""
 _DEADLINE_S: Final = 20.0
 _NICE: Final = 10
+"""Priority of the child once workers are ready."""
+_LATELY: Final = 8
+"""Pictures, by which it is judged whether the child mostly decodes."""
 _SETTLED_S: Final = 3.0
 """After the first answers, before the rate is believed."""
 _LEAST_SCALE, _MOST_SCALE = 0.25, 4.0
@@ -103,7 +110,8 @@ def budget_s(pictures: int, parameters: int, devices: Sequence[DeviceSpec]) -> f
         devices: of the job; those that are no processor cores compute without them.
     """
     on_cores = all(device.kind in ("cpu", "null") for device in devices)
-    allowed = SHARE * pictures * (_DECODING_S + (_COMPUTING_S * parameters if on_cores else 0.0))
+    least_s = pictures * (_DECODING_S + (_COMPUTING_S * parameters if on_cores else 0.0))
+    allowed = least_s * min(SHARE, _LASTING / max(1, len({core for device in devices for core in device.cores})))
     return allowed if allowed > _START_S else 0.0
 
 
@@ -127,6 +135,7 @@ class Lookout:
         self._bytes = self._rows = 0
         self._foretold = False
         self._cpu_s = 0.0
+        self._gives_way = False
         self._process: subprocess.Popen[bytes] | None = None
         self._deadline = time.monotonic() + _DEADLINE_S
         self.found: Preflight | None = None
@@ -147,6 +156,7 @@ class Lookout:
     def __call__(self, progress: Progress) -> None:
         """Hear what there is; say what can be said now."""
         if self._process is not None:
+            self._give_way(progress)
             self._listen()
         if self.found is None or self._foretold:
             return
@@ -156,6 +166,12 @@ class Lookout:
         settled = self._first_answers is not None and progress.since_first_lease_s >= self._first_answers + _SETTLED_S
         if settled and estimate.rate and estimate.left_s is not None and self._process is None:
             self._foretell(estimate.rate, estimate.bottleneck, progress)
+
+    @property
+    def sampling(self) -> bool:
+        """Whether the child takes of the cores' time: it runs, and does not mostly wait for what it reads."""
+        lately = self._looked[-_LATELY:]
+        return self._process is not None and sum(item.decode_s for item in lately) >= sum(item.read_s for item in lately)
 
     def receipt(self, receipt: Receipt) -> None:
         """A part was committed: what a row takes is known better now."""
@@ -191,6 +207,13 @@ class Lookout:
         self._connection = ours
         with contextlib.suppress(OSError):  # dead already: the next look finds it so
             ours.send(sample)
+
+    def _give_way(self, progress: Progress) -> None:
+        """From the first worker that is ready on, the child gets what they leave."""
+        if progress.ready and not self._gives_way and self._process is not None:
+            self._gives_way = True
+            with contextlib.suppress(OSError):  # dead already
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICE)
 
     def _listen(self) -> None:
         try:
@@ -342,7 +365,6 @@ def main() -> int:
     socket, parent = (int(argument) for argument in sys.argv[1:3])
     child.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.nice(_NICE)
     with contextlib.suppress(OSError):  # where memory is short, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     warnings.simplefilter("ignore")

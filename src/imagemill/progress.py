@@ -41,6 +41,8 @@ _DEVICES = 16
 """Lines of devices at most."""
 _NOTEBOOK_WIDTH = 110
 """Columns, in the font of a notebook's output."""
+_WIDE = 100
+"""Columns from which on the whole job has one line."""
 _AROUND = 8
 """Lines of a terminal that are kept free of devices."""
 
@@ -63,7 +65,7 @@ def duration(seconds: float) -> str:
 
 def statuses(failed: Mapping[str, int]) -> str:
     """Failures by kind, most frequent first."""
-    return ", ".join(f"{count} {status}" for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(f"{count:,} {status}" for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0])))
 
 
 # ── how fast, and how long ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,6 +103,11 @@ class _Count:
         self._rows: list[int] = []
         self._last = 0
         self._lost = 0
+        self._undisturbed_s = -1.0
+
+    def disturbed(self, now_s: float) -> None:
+        """Something that ends soon takes of the device's time: no rate is taken from what comes until then."""
+        self._undisturbed_s = now_s
 
     def add(self, now_s: float, rows: int) -> None:
         """Note the count. One that became less has lost work to a death; to do it again takes its time like any other."""
@@ -127,11 +134,13 @@ class _Count:
 
     def rate(self, now_s: float) -> float | None:
         """Rows/s over the later part of its time, from one step to another, so that it is exact where steps come evenly. The first step
-        only starts the clock: before it the way filled up. Where the next step is overdue, the rate is what it would be had it come now."""
-        if len(self._times) < 2 or self._times[-1] - self._times[0] < _TELLING_S:
+        only starts the clock: before it the way filled up, or something else took of the device's time. Where the next step is overdue, the
+        rate is what it would be had it come now."""
+        first = bisect_right(self._times, self._undisturbed_s)
+        if first >= len(self._times) or self._times[-1] - self._times[first] < _TELLING_S:
             return None
-        window_s = max(_WINDOW_S, _WINDOW_SHARE * (self._times[-1] - self._times[0]))
-        base = max(0, bisect_right(self._times, self._times[-1] - window_s) - 1)
+        window_s = max(_WINDOW_S, _WINDOW_SHARE * (self._times[-1] - self._times[first]))
+        base = max(first, bisect_right(self._times, self._times[-1] - window_s) - 1)
         rows = self._rows[-1] - self._rows[base]
         seconds = self._times[-1] - self._times[base]
         overdue = (rows + self.lump) / max(now_s - self._times[base], 1e-9)
@@ -162,6 +171,8 @@ class Pace:
         for name, rows in progress.devices.items():
             count = self._counts.setdefault(name, _Count())
             count.add(now_s, rows)
+            if progress.sampling:
+                count.disturbed(now_s)
             rates[name] = count.rate(now_s)
         through = sum(progress.devices.values())
         left = max(0, self._total - self._resumed - through)
@@ -207,7 +218,7 @@ class Pace:
 # ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def clauses(estimate: Estimate, failed: Mapping[str, int]) -> list[str]:
+def clauses(estimate: Estimate) -> list[str]:
     """What is to be said of the whole job, the most important first."""
     share = 100 * estimate.done // max(estimate.total, 1)
     said = [f"{estimate.done:,} of {estimate.total:,} ({share} %)"]
@@ -219,10 +230,15 @@ def clauses(estimate: Estimate, failed: Mapping[str, int]) -> list[str]:
         said.append(f"no answer for {duration(estimate.still_s)}")
     if estimate.bottleneck and estimate.state == "running":
         said.append(f"bounded by {estimate.bottleneck}")
-    if failed:
-        kinds = statuses(failed).split(", ")
-        said += [f"{sum(failed.values()):,} failed: {kinds[0]}", *kinds[1:]]
     return said
+
+
+def failures(failed: Mapping[str, int]) -> list[str]:
+    """What is to be said of the pictures without an answer; nothing where there are none."""
+    if not failed:
+        return []
+    first, *rest = statuses(failed).split(", ")
+    return [f"{sum(failed.values()):,} failed: {first}", *rest]
 
 
 def packed(said: Iterable[str], width: int) -> list[str]:
@@ -291,7 +307,7 @@ class PlainProgress:
         if now < self._next or not progress.since_first_lease_s:
             return
         self._next = now + min(_PLAIN_AT_MOST_EVERY_S, max(_PLAIN_EVERY_S, _PLAIN_SHARE * (now - self._begun)))
-        tell(", ".join(clauses(estimate, progress.failed_by_status)), self._stream)
+        tell(", ".join([*clauses(estimate), *failures(progress.failed_by_status)]), self._stream)
 
     def close(self) -> None:
         """See `Display`."""
@@ -387,9 +403,10 @@ def text(progress: Progress, estimate: Estimate, width: int, most: int) -> list[
         width: columns, at least some 60.
         most: lines of devices at most.
     """
-    said = clauses(estimate, progress.failed_by_status)
-    said.insert(1, f"{estimate.saved:,} saved")
-    return packed(said, width) + device_lines(progress, estimate, width, most)
+    done, *pace = clauses(estimate)
+    parts = [[done, f"{estimate.saved:,} saved", *pace]] if width >= _WIDE else [[done, f"{estimate.saved:,} saved"], pace]
+    said = [line for part in parts for line in packed(part, width)]  # in parts, so that no figure that gets longer moves the others
+    return said + packed(failures(progress.failed_by_status), width) + device_lines(progress, estimate, width, most)
 
 
 def display(total: int, resumed: int) -> Display:

@@ -143,8 +143,8 @@ def _carry_out(
         with preflight.Lookout(frozen.job, sampled, chosen, watcher.say) as lookout:
 
             def tick(progress: Progress) -> None:
-                shown(progress)
                 lookout(progress)
+                shown(replace(progress, sampling=lookout.sampling))
 
             def on_receipt(receipt: Receipt) -> None:
                 lookout.receipt(receipt)
