@@ -410,5 +410,7 @@ print(summary.ok)
     assert said["stdout"] == "96\n"
     assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
-    assert "null#0" in shown[-1]["data"]["text/plain"]
+    lines = shown[-1]["data"]["text/plain"].splitlines()
+    assert "96" in lines[0]
+    assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
