@@ -108,11 +108,8 @@ def verify_hash(bundle: Bundle) -> None:
         ModelError: names both sums; the model changed on disk since it was made.
     """
     _compare(bundle.dir / MODEL, bundle.card.sha256)
-    import onnx
-
-    for entry in onnx.load(str(bundle.dir / MODEL), load_external_data=False).metadata_props:
-        if entry.key == DATA_SHA256:
-            _compare(bundle.dir / DATA, entry.value)
+    if expected := _metadata(bundle.dir / MODEL).get(DATA_SHA256):
+        _compare(bundle.dir / DATA, expected)
 
 
 def _compare(file: Path, expected: str) -> None:
@@ -301,6 +298,7 @@ _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "Tensor": {13: "Entry"},
     "Entry": {},
 }
+_METADATA: Final[Mapping[str, Mapping[int, str]]] = {"Model": {14: "Entry"}, "Entry": {}}
 _DEEPEST: Final = 100
 """Nesting at which protobuf itself gives up."""
 
@@ -326,20 +324,40 @@ def check_external_data(file: Path) -> None:
         if not target.is_file():
             raise ModelError(f"{file} is incomplete: {location}, which holds its weights, is not a file beside it. Copy it there.")
 
+    _visit(file, _FIELDS, entry)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """Read an ONNX file's metadata, without its weights."""
+    found: dict[str, str] = {}
+    _visit(file, _METADATA, lambda key, value: found.update({key.decode("utf-8", "replace"): value.decode("utf-8", "replace")}))
+    return found
+
+
+def _visit(file: Path, messages: Mapping[str, Mapping[int, str]], entry: Callable[[bytes, bytes], None]) -> None:
+    """Call `entry` with every key and value that `messages` lead to. Raises: ModelError."""
     try:
         with file.open("rb") as opened:
             if opened.seek(0, os.SEEK_END) == 0:
                 raise ModelError(f"{file} is empty. Get the model again with imagemill get-model.")
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _walk(data, 0, len(data), "Model", entry, 0)
+                _walk(data, 0, len(data), "Model", messages, entry, 0)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ModelError(f"{file} is damaged or not ONNX: {error}. Get the model again with imagemill get-model.") from error
 
 
-def _walk(data: mmap.mmap, at: int, end: int, message: str, entry: Callable[[bytes, bytes], None], depth: int) -> None:
-    """Visit every key and value of every tensor's external data in one protobuf message."""
+def _walk(
+    data: mmap.mmap,
+    at: int,
+    end: int,
+    message: str,
+    messages: Mapping[str, Mapping[int, str]],
+    entry: Callable[[bytes, bytes], None],
+    depth: int,
+) -> None:
+    """Visit every key and value of every `Entry` that is found in one protobuf message."""
     if depth > _DEEPEST:
         raise ValueError(f"messages are nested deeper than {_DEEPEST}")
     texts: dict[int, list[bytes]] = {1: [], 2: []}
@@ -355,8 +373,8 @@ def _walk(data: mmap.mmap, at: int, end: int, message: str, entry: Callable[[byt
             length, at = _varint(data, at, end)
             if at + length > end:
                 raise ValueError(f"it ends inside a field of {length} bytes")
-            if inner := _FIELDS[message].get(number):
-                _walk(data, at, at + length, inner, entry, depth + 1)
+            if inner := messages[message].get(number):
+                _walk(data, at, at + length, inner, messages, entry, depth + 1)
             elif message == "Entry" and number in texts:
                 texts[number].append(data[at : at + length])
             at += length
