@@ -1,10 +1,11 @@
-/* How many operations a second the vector units can do: multiply-adds between registers, nothing loaded or stored.
+/* How many operations a second a processor can do at most: multiply-adds between registers, nothing loaded or stored.
 
-   limit KIND SECONDS            KIND: fp32, bf16 or int8; prints Gop/s over all usable cores, one thread pinned to each
-   exit 3: this processor (or compiler) lacks the instructions
+   limit KIND SECONDS            KIND: fp32, bf16 or int8, by the vector units; bf16-amx or int8-amx, by the matrix units;
+                                 prints Gop/s over all usable cores, one thread pinned to each
+   exit 3: this processor (or compiler, or kernel) lacks the instructions
 
    One multiply-add counts as two operations. The accumulators are independent and as many as hide the latency; the empty asm keeps the
-   compiler from seeing through them. Matrix units (AMX) are not used: where the processor has them, the limit counts VNNI alone.
+   compiler from seeing through them. Tiles that are zero throughout take as long as any.
    Compiled by limit.py: gcc -O3 -march=native -pthread. */
 
 #define _GNU_SOURCE
@@ -16,6 +17,12 @@
 #include <time.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#endif
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_AMX
 #endif
 
 #define ROUNDS 100000
@@ -116,6 +123,51 @@ static double int8(void) {
 static double int8(void) { return 0; }
 #endif
 
+#if defined(HAS_AMX)
+#define TILES 8
+#define TILE_ROWS 16
+#define TILE_BYTES 64 /* of a row */
+#define XFEATURE_TILEDATA 18
+
+/* Each thread says what its tiles look like; each process asks the kernel for them once. */
+static int amx_begin(void) {
+    static const struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {
+        .palette = 1,
+        .bytes = {[0 ... TILES - 1] = TILE_BYTES},
+        .rows = {[0 ... TILES - 1] = TILE_ROWS},
+    };
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, XFEATURE_TILEDATA)) return 0;
+    _tile_loadconfig(&shape);
+    return 1;
+}
+
+/* Tiles 0 to 5 accumulate, 6 and 7 are multiplied. */
+#define EACH_TILE(F) F(0, 6, 7); F(1, 6, 7); F(2, 6, 7); F(3, 6, 7); F(4, 6, 7); F(5, 6, 7);
+#define AMX(NAME, STEP, DEPTH)                                                \
+    static double NAME(void) {                                                \
+        if (!amx_begin()) return 0;                                           \
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);           \
+        _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);           \
+        for (long round = 0; round < ROUNDS; round++) { EACH_TILE(STEP) }     \
+        _tile_release();                                                      \
+        return 2.0 * TILE_ROWS * (TILE_BYTES / 4) * (DEPTH) * 6 * ROUNDS;     \
+    }
+AMX(bf16_amx, _tile_dpbf16ps, TILE_BYTES / 2)
+AMX(int8_amx, _tile_dpbusd, TILE_BYTES)
+#else
+static double bf16_amx(void) { return 0; }
+static double int8_amx(void) { return 0; }
+#endif
+
+static const struct {
+    const char *name;
+    double (*work)(void);
+} KINDS[] = {{"fp32", fp32}, {"bf16", bf16}, {"int8", int8}, {"bf16-amx", bf16_amx}, {"int8-amx", int8_amx}};
+
 typedef struct {
     int core;
     double seconds, gop_per_second;
@@ -145,11 +197,13 @@ static void *run(void *argument) {
 }
 
 int main(int count, char **arguments) {
-    if (count != 3) {
-        fprintf(stderr, "usage: limit fp32|bf16|int8 SECONDS\n");
+    double (*work)(void) = NULL;
+    for (size_t i = 0; count == 3 && i < sizeof KINDS / sizeof *KINDS; i++)
+        if (!strcmp(arguments[1], KINDS[i].name)) work = KINDS[i].work;
+    if (!work) {
+        fprintf(stderr, "usage: limit fp32|bf16|int8|bf16-amx|int8-amx SECONDS\n");
         return 2;
     }
-    double (*work)(void) = !strcmp(arguments[1], "fp32") ? fp32 : !strcmp(arguments[1], "bf16") ? bf16 : int8;
     if (work() == 0) return 3;
     cpu_set_t usable;
     sched_getaffinity(0, sizeof usable, &usable);

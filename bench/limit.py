@@ -1,9 +1,9 @@
-"""What the vector units of this machine can do at most: compiles limit.c and runs it on all usable cores.
+"""What the vector and matrix units of this machine can do at most: compiles limit.c and runs it on all usable cores.
 
     python bench/limit.py [--rounds 5] [--seconds 0.5] [--gop-per-image 16.0] [--json]
 
-Prints Gop/s in fp32, bf16 and int8 (median over rounds, the three interleaved), and what that is in images/s for a model of so many
-operations an image: 16.0 for resnext101_32x4d (8.0 GMAC). Needs gcc.
+Prints Gop/s in fp32, bf16 and int8, and where the processor has AMX in bf16 and int8 with it (median over rounds, all interleaved),
+and what that is in images/s for a model of so many operations an image: 16.0 for resnext101_32x4d (8.0 GMAC). Needs gcc.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-KINDS = ("fp32", "bf16", "int8")
+KINDS = ("fp32", "bf16", "int8", "bf16-amx", "int8-amx")
 SOURCE = Path(__file__).with_name("limit.c")
 LACKS = 3
 
@@ -71,7 +71,7 @@ def main() -> None:
         return
     for kind, row in report.items():
         spread = f"({row['min']:,.0f} to {row['max']:,.0f})"
-        print(f"{kind}  {row['gop_per_second']:>8,.0f} Gop/s {spread:<18} {row['images_per_second']:>7,.1f} images/s")
+        print(f"{kind:<8}  {row['gop_per_second']:>8,.0f} Gop/s {spread:<20} {row['images_per_second']:>7,.1f} images/s")
 
 
 if __name__ == "__main__":

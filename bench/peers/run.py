@@ -51,6 +51,7 @@ def peers(asked: argparse.Namespace, work: Path, int8: Path | None) -> list[Peer
         found.append(Peer(f"imagemill {precision}", "imagemill_run.py", [*mill, "--precision", precision]))
         found.append(Peer(f"imagemill session {precision}", "imagemill_run.py", [*mill, "--precision", precision], decodes=False))
         found.append(Peer(f"limit {precision}", ""))
+    found += [Peer("limit bf16-amx", ""), Peer("limit int8-amx", "")]  # where the processor has them
     batch = ["--batch-size", str(asked.timm_batch_size)]
     for precision in ("fp32", "bf16"):
         found.append(Peer(f"timm {precision}", "timm_inference.py", [*batch, "--precision", precision]))
