@@ -26,7 +26,7 @@ from imagemill import api, cli, freezing, quantizing, running
 from imagemill.devices import resolve
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.layout import JobPaths
-from imagemill.models import bundle, quantize, registry, wrap
+from imagemill.models import bundle, foreign, onnx_card, quantize, registry, wrap
 from imagemill.postprocess import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 
@@ -260,8 +260,8 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(exported: 
     values = numpy_helper.to_array(model.graph.initializer[0])
     model.graph.initializer[0].CopyFrom(helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist()))
     assert not model.graph.initializer[0].raw_data
-    plan = wrap._examine(file, model, wrap.OnnxCard(scale=255))
-    wrap._assemble(model, plan)
+    plan = foreign.examine(file, model, onnx_card.OnnxCard(scale=255))
+    foreign.assemble(model, plan)
     made = bundle.write(tmp_path / "large", wrap._bundle_card(plan, "key"), model, external_from=1)
     assert (made.dir / bundle.DATA).is_file()
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
@@ -282,7 +282,7 @@ def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(exported: Cal
     assert not said
     assert (first.dir / bundle.MODEL).stat().st_mtime_ns == stamp
     wrap.wrap(file, {"exif": False})
-    card = wrap.read_card(wrap.card_file(file))
+    card = onnx_card.read_card(onnx_card.card_file(file))
     assert card.mean == IMAGENET["mean"], "what the second call left unsaid is the first one's"
     second = wrap.bundle_for(file, tmp_path / "models", silent)
     assert second.dir != first.dir
@@ -296,7 +296,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(exported: Callable[[str], P
     """`wrap --output DIR`, then `run --model DIR`."""
     file = exported("dynamo")
     assert imagemill("wrap", file, "--output", tmp_path / "mine").code == 0
-    assert not wrap.card_file(file).exists()
+    assert not onnx_card.card_file(file).exists()
     file.unlink()
     done = imagemill("run", jpegs(3), "--output", tmp_path / "out", "--model", tmp_path / "mine", "--precision", "fp32", "--json")
     assert done.code == 0, done.err
@@ -362,7 +362,7 @@ def test_a_card_by_hand_says_only_what_differs(exported: Callable[[str], Path], 
 def test_a_wrong_card_is_refused_by_key_and_value(values: Any, message: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
     """One line that names the file, what stands there and what could."""
     file = exported("torchscript")
-    wrap.card_file(file).write_text(json.dumps(values))
+    onnx_card.card_file(file).write_text(json.dumps(values))
     with pytest.raises((ModelError, UsageError), match=message) as caught:
         wrap.bundle_for(file, tmp_path / "models", silent)
     assert "\n" not in str(caught.value)
@@ -544,7 +544,7 @@ def test_labels_that_do_not_fit_name_both_counts(exported: Callable[[str], Path]
     file = exported("torchscript")
     with pytest.raises(ClassCountError, match=r"^torchscript\.onnx returns 7 classes, .*two\.txt has 2 lines\. Give the 7-line file with"):
         wrap.wrap(file, {"labels": str(tmp_path / "two.txt")})
-    wrap.card_file(file).write_text('{"labels": ["a", "b"]}')
+    onnx_card.card_file(file).write_text('{"labels": ["a", "b"]}')
     with pytest.raises(ClassCountError, match=r"^torchscript\.onnx returns 7 classes, its card has 2 labels\. Give the 7-line file"):
         wrap.bundle_for(file, tmp_path / "models", silent)
     with pytest.raises(
@@ -594,7 +594,7 @@ def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
     """docs/models.md has each once; `imagemill wrap` takes each."""
     table = MODELS_PAGE.partition("| card key, flag |")[2].partition("\n\n")[0]
     told = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])]
-    keys = [item.name for item in dataclasses.fields(wrap.OnnxCard)]
+    keys = [item.name for item in dataclasses.fields(onnx_card.OnnxCard)]
     assert sorted(told) == sorted(keys)
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main(["wrap", "--help"])
@@ -606,7 +606,7 @@ def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
 def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
     """The example by hand can be read as it stands."""
     helpers.fill(tmp_path, {"x.card.json": MODELS_PAGE.partition("```json\n")[2].partition("```")[0].encode(), "labels.txt": b"a\nb\n"})
-    card = wrap.read_card(tmp_path / "x.card.json")
+    card = onnx_card.read_card(tmp_path / "x.card.json")
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
-    (tmp_path / "y.card.json").write_text(wrap.card_text(card))
-    assert wrap.read_card(tmp_path / "y.card.json") == card, "what is written is read back"
+    (tmp_path / "y.card.json").write_text(onnx_card.card_text(card))
+    assert onnx_card.read_card(tmp_path / "y.card.json") == card, "what is written is read back"
