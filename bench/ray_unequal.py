@@ -24,7 +24,7 @@ from ray_engines import links  # noqa: E402
 
 from imagemill import running  # noqa: E402
 from imagemill.crew import Heard, Lost  # noqa: E402
-from imagemill.engines.ray import RayCrew  # noqa: E402
+from imagemill.engines.ray_crew import RayCrew  # noqa: E402
 from imagemill.leases import Leases  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
 from imagemill.wire import Done  # noqa: E402

@@ -17,7 +17,7 @@ import pytest
 import helpers
 import pictures
 from imagemill import devices, freezing, plan, running
-from imagemill.engines import ray
+from imagemill.engines.nodes import Node, places
 from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.layout import JobPaths
 from imagemill.records import Bundle, Settings
@@ -101,7 +101,7 @@ def log(output: Path) -> str:
 )
 def test_devices_mean_the_same_on_every_node(spec: str, resources: dict[str, float], expected: list[Any]) -> None:
     """Kind, id and what Ray is asked for of each worker: whole CPUs, as Ray wants them, or parts of one."""
-    found = ray.places(ray.Node("id", "name", resources), devices.parse(spec))
+    found = places(Node("id", "name", resources), devices.parse(spec))
     assert [(place.kind, place.device(7).id, place.resources()) for place in found] == expected
     assert [(place.order, place.of) for place in found] == [(number, len(found)) for number in range(len(found))]
     assert all(len(place.device(7).cores) == max(1, int(place.cpus)) for place in found)
@@ -197,7 +197,7 @@ def test_the_last_node_killed(start: Start, models_dir: Path, slow_folder: Path,
     if LAUNCHER:
         def impatient(module):
             module.WITHOUT_WORKERS_S = 3.0
-        after_import("imagemill.engines.ray", impatient)
+        after_import("imagemill.engines.ray_crew", impatient)
     """
     with cluster(num_cpus=0) as nodes:
         only = nodes.add()
@@ -463,7 +463,7 @@ def test_the_worked_cluster_of_the_documentation_is_one() -> None:
 def test_usage_statistics_are_off_unless_the_user_turns_them_on(chosen: str | None, sent: str) -> None:
     """In the launcher, and so in a cluster that it starts, whose processes inherit its environment."""
     program = (
-        "from imagemill.engines import ray; ray._load_ray(); from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
+        "from imagemill.engines import ray; ray.load_ray(); from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
     )
     env = {name: value for name, value in helpers.environment().items() if name != "RAY_USAGE_STATS_ENABLED"}
     env |= {"RAY_USAGE_STATS_ENABLED": chosen} if chosen else {}

@@ -1,7 +1,7 @@
 """The workers as the launcher sees them, wherever they are: what it hears of them, and what it can tell them.
 
 A crew drives one worker process per device, each under a `Supervisor`: those of this machine (`engines.local`), or those of a cluster
-(`engines.ray`). It deals nothing and decides nothing; it carries the words of `wire` to and fro, and tells what befell its workers.
+(`engines.ray_crew`). It deals nothing and decides nothing; it carries the words of `wire` to and fro, and tells what befell its workers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Contract
 - Workers never outlive this process.
 - Nothing here grows with the number of pictures, and little with the number of shards: those not committed are held as small records.
 
-Where the workers are is the crew's business: `engines.local` or `engines.ray`.
+Where the workers are is the crew's business: `engines.local` or `engines.ray_crew`.
 """
 
 from __future__ import annotations
