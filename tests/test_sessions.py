@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,24 @@ def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_
     assert core.properties[-1] == {"CACHE_DIR": ""}
     with pytest.raises(RuntimeError, match="unsupported layer"):
         _compiled(Stumbling("unsupported layer"), "model", "CPU", {})
+
+
+def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp_path: Path) -> None:
+    """The eight used last stay, and whatever was used within a day."""
+    cache, day = tmp_path / "compiled", 86_400
+    cache.mkdir()
+    for number in range(12):
+        blob = cache / f"{number}.blob"
+        blob.write_bytes(b"")
+        used = time.time() - (day / 2 if number < 2 else number * 2 * day)
+        os.utime(blob, (used, used))
+    read = time.time() - 3 * day
+    os.utime(cache / "11.blob", (read, time.time() - 100 * day))  # written long ago, read since
+    make(tiny, cache_dir=str(cache))
+    left = {blob.name for blob in cache.glob("*.blob")}
+    assert {f"{number}.blob" for number in (0, 1, 2, 11, 3, 4, 5)} <= left, "with the one just made, eight"
+    assert not {f"{number}.blob" for number in range(6, 11)} & left
+    for number in range(20):
+        (cache / f"new{number}.blob").write_bytes(b"")
+    make(tiny, cache_dir=str(cache))
+    assert len(list(cache.glob("new*.blob"))) == 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -30,6 +31,10 @@ def load_openvino() -> Any:
     return openvino
 
 
+_KEPT = 8
+"""Compiled models of one bundle that are kept however old they are."""
+_IN_USE_S = 86_400.0
+"""What was read or written so lately is not removed. File systems note at most once a day that a file was read."""
 _HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
 _DRIVERS = {
     "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
@@ -93,6 +98,8 @@ class OpenVinoSession:
             if device.floating and device.kind == "cpu":
                 hints["ENABLE_CPU_PINNING"] = False  # else two such processes keep their threads on the same first cores
             compiled = _compiled(core, model, name, hints)
+            if job.cache_dir:
+                _prune(Path(job.cache_dir))
         except RuntimeError as error:
             raise ModelError(f"{job.model_file} cannot be compiled: {str(error).strip().splitlines()[-1]}") from error
         self._logits = compiled.output("logits")
@@ -162,3 +169,18 @@ def _can_be_written(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
+
+
+def _prune(folder: Path) -> None:
+    """Remove the compiled models that were used longest ago: each batch size, precision and version of OpenVINO leaves one of its own."""
+    found = []
+    for blob in folder.glob("*.blob"):
+        with contextlib.suppress(OSError):
+            about = blob.stat()
+            found.append((max(about.st_atime, about.st_mtime), blob))
+    before = time.time() - _IN_USE_S
+    for used, blob in sorted(found)[:-_KEPT]:
+        if used < before:
+            with contextlib.suppress(OSError):
+                blob.unlink()
+                _log.info("removed %s, a compiled model that was not used since %s", blob, time.ctime(used))
