@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -196,6 +197,31 @@ def test_a_listing_that_breaks_off_is_no_short_listing(s3: Bucket, s3_faults: Fa
     s3_faults.rule = rule
     with pytest.raises(SourceError, match=r"500 Internal Server Error \(InternalError\), after 2 tries"):
         list(ObjectSource(0, url).entries(Filters(), Skipped()))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("passed", [0, 1], ids=["looking", "listing"])
+def test_a_signal_is_heard_while_a_store_is_waited_for(
+    s3: Bucket, s3_faults: FaultProxy, start: Callable[..., Any], tmp_path: Path, passed: int, number: signal.Signals, code: int
+) -> None:
+    """An answer never comes, for which the library would wait 8 s when it only looks, and 35 s when it lists."""
+    url = s3.fill({f"{name}.jpg": b"x" for name in range(5)}, "p/")
+
+    def second_pages() -> int:
+        return s3_faults.count("GET", "continuation-token")
+
+    def rule(request: faults.Request) -> faults.Fault | None:
+        if "continuation-token" in request.path and second_pages() > passed:
+            return faults.hangs()
+        return lambda handler, request: setattr(handler, "path", handler.path + "&max-keys=3")
+
+    s3_faults.rule = rule
+    process = start("run", url, "--output", tmp_path / "out", *TINY)
+    helpers.until(lambda: second_pages() > passed, process=process)
+    process.send_signal(number)
+    result = helpers.finish(process, timeout=6)
+    assert result.code == code
+    assert "Traceback" not in result.err
 
 
 def test_a_key_that_cannot_be_read_ends_the_listing_in_words(s3: Bucket) -> None:

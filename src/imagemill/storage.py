@@ -9,6 +9,7 @@ listed as they come. Its clients live in threads that a fork does not copy; imag
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.util
@@ -16,13 +17,16 @@ import io
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from imagemill.errors import UsageError
 from imagemill.version import __version__
@@ -30,6 +34,8 @@ from imagemill.version import __version__
 if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, S3CredentialProvider
+
+T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
 """Object stores that can be named in a URL."""
@@ -242,7 +248,7 @@ class _ObjectStore:
             try:
                 with _told(self.url):
                     chunks = chunks or iter(self._reader.list(folder, offset=last, chunk_size=1_000))
-                    chunk = next(chunks, None)
+                    chunk = _awaited(partial(next, chunks, None))
             except ConnectionResetError as error:
                 tries.again_after(error)
                 chunks = None
@@ -274,15 +280,15 @@ class _ObjectStore:
         """See `Store.put`."""
         with _told(f"{self.url}/{key}"):
             client = _client(self._bucket, WRITING, _environment())
-            client.put(self._path(key), data, mode="create" if create else "overwrite", use_multipart=False)
+            mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
+            _awaited(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False))
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
         with _told(f"{self.url}/{key}"):
-            try:
-                _client(self._bucket, WRITING, _environment()).delete(self._path(key))
-            except FileNotFoundError:
-                return
+            client = _client(self._bucket, WRITING, _environment())
+            with contextlib.suppress(FileNotFoundError):
+                _awaited(lambda: client.delete(self._path(key)))
 
 
 class _ObjectBlob:
@@ -294,7 +300,7 @@ class _ObjectBlob:
         self._url = url
         self._path = path
         with _told(url):
-            found = client.head(path)
+            found = _awaited(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
 
@@ -331,9 +337,28 @@ def _uncut(read: Callable[[], bytes], url: str, patience: Patience) -> bytes:
     while True:
         try:
             with _told(url):
-                return read()
+                return _awaited(read)
         except ConnectionResetError as error:
             tries.again_after(error)
+
+
+def _awaited(call: Callable[[], T]) -> T:
+    """Call the library, and hear signals meanwhile: it waits for minutes where no handler of Python's runs, so Ctrl-C would wait as long.
+
+    Handlers run in the main thread, so that a call from there is made in another one. A signal that ends the wait leaves that behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    answer: Future[T] = Future()
+
+    def make() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=make, name="object-store", daemon=True).start()
+    return answer.result()
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

@@ -120,9 +120,12 @@ def check(sources: Iterable[str]) -> None:
             urls.append(path)
         elif not os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"source {shown(os.fsencode(source))} cannot be read: No such file or directory. Give a folder or a picture.")
-    with ThreadPoolExecutor(min(16, len(urls)) or 1) as pool:  # thousands may have come of one pair of braces
-        for _ in pool.map(_look, urls):
-            pass
+    if len(urls) == 1:  # where it is, a signal is heard while it waits
+        _look(urls[0])
+    elif urls:
+        with ThreadPoolExecutor(min(16, len(urls))) as pool:  # thousands may have come of one pair of braces
+            for _ in pool.map(_look, urls):
+                pass
 
 
 def _look(url: str) -> None:
