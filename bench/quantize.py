@@ -56,7 +56,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     for (layer, kernel), count in sorted(Counter((kernel.type, kernel.kernel) for kernel in found).items()):
         print(f"  {count:4} × {layer:<18} {kernel}")
     for kernel in found:
-        if not kernel.kernel.endswith("_I8"):
+        if not kernel.kernel.upper().endswith("_I8"):
             print(f"  not int8: {kernel.layer} ({kernel.kernel})")
 
     files = {Precision.FP32: folder / "model.onnx", Precision.BF16: folder / "model.onnx", Precision.INT8: int8}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import fill
-from imagemill import devices
+from imagemill import devices, processor
 from imagemill.errors import DeviceError, UsageError
 from imagemill.sessions.base import Found
 
@@ -282,7 +282,7 @@ def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:
     x86, arm = tmp_path / "x86", tmp_path / "arm"
     x86.write_text("processor : 0\nmodel name : A CPU\nflags : fpu avx2 amx_bf16\n")
     arm.write_text("processor : 0\nFeatures : fp asimd bf16\n")
-    assert devices.processor_flags(x86) == {"fpu", "avx2", "amx_bf16"}
-    assert devices.processor_name(x86) == "A CPU"
-    assert "asimd" in devices.processor_flags(arm)
-    assert devices.processor_flags(tmp_path / "none") == set()
+    assert processor.flags(x86) == {"fpu", "avx2", "amx_bf16"}
+    assert processor.name(x86) == "A CPU"
+    assert "asimd" in processor.flags(arm)
+    assert processor.flags(tmp_path / "none") == set()

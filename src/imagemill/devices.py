@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
@@ -14,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from imagemill import sessions
+from imagemill import processor, sessions
 from imagemill.errors import DeviceError, UsageError
 from imagemill.records import DeviceSpec, Precision
 from imagemill.sessions.base import Found
@@ -34,7 +33,6 @@ _WHAT = {
     "directml": "GPUs by DirectX 12",
 }
 """For people, in the order in which they are told."""
-_VECTOR_UNITS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
 _ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
 
 
@@ -227,9 +225,9 @@ def offers() -> list[dict[str, Any]]:
 
 def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
-    flags = processor_flags()
+    flags = processor.flags()
     fast = ["fp32"] + (["bf16"] if flags & {"avx512_bf16", "amx_bf16"} else []) + ["int8"]
-    units = vector_units(flags)
+    units = processor.vector_units(flags)
     quota = cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
@@ -239,7 +237,7 @@ def _cpu_offer() -> dict[str, Any]:
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")
-    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor_name()}", "notes": notes, "missing": None}
+    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor.name()}", "notes": notes, "missing": None}
 
 
 def machine() -> dict[str, str]:
@@ -247,31 +245,8 @@ def machine() -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": processor_name(),
+        "processor": processor.name(),
         "cores": f"{len(usable_cores())} of {os.cpu_count()}",
         "memory": f"{memory / 2**30:.1f} GiB",
         "python": platform.python_version(),
     }
-
-
-def processor_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Instruction-set flags of the processor, as Linux names them; empty where unknown."""
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            if line.lower().startswith(("flags", "features")):
-                return set(line.partition(":")[2].split())
-    return set()
-
-
-def vector_units(flags: Iterable[str]) -> list[str]:
-    """Those among a processor's flags that name the units which libraries choose their kernels by, widest first."""
-    return [name for name in _VECTOR_UNITS if name in flags]
-
-
-def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name for people."""
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import codec, devices, sources, trial
+from imagemill import codec, devices, processor, sources, trial
 from imagemill.errors import ImagemillError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
@@ -174,7 +174,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
         pictures: of the job; decides what is worth trying.
         flags: of the processor; None looks them up.
     """
-    flags = devices.processor_flags() if flags is None else flags
+    flags = processor.flags() if flags is None else flags
     reasons: list[str] = []
     worth: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
@@ -332,7 +332,7 @@ def quantize_bundle(
         entries=(),
         cores=devices.cores_here(chosen),
         limits=limits or Limits(),
-        precisions=(Precision.INT8, *([Precision.BF16] if devices.processor_flags() & _UNITS[Precision.BF16] else [])),
+        precisions=(Precision.INT8, *([Precision.BF16] if processor.flags() & _UNITS[Precision.BF16] else [])),
         calibration=calibration,
         held_out=held_out,
         attempts=attempts,

@@ -36,7 +36,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import child, codec, devices, errors, sources
+from imagemill import child, codec, errors, processor, sources
 from imagemill.errors import BadLogitsError, ImagemillError, ModelError, WorkerError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
@@ -128,8 +128,8 @@ class Failed:
 
 def instruction_set(flags: set[str] | None = None) -> str:
     """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between processors that differ in it."""
-    flags = devices.processor_flags() if flags is None else flags
-    return next((name for name in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp") if name in flags), "plain")
+    flags = processor.flags() if flags is None else flags
+    return next(iter(processor.vector_units(flags)), "plain")
 
 
 def spent_pictures(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import devices, freezing, plan, quantizing, watching
+from imagemill import devices, freezing, plan, processor, quantizing, watching
 from imagemill import running as jobs
 from imagemill.bench.crew import Crew
 from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
@@ -179,7 +179,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _all(decoded))
-    hardware = ([Precision.BF16] if devices.processor_flags() & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8]
+    hardware = ([Precision.BF16] if processor.flags() & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8]
     bound, advice = judge(
         compute_only.median,
         decode_only.median,
@@ -295,9 +295,9 @@ def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> 
 
 def machine() -> dict[str, object]:
     """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None: no limit), vector `flags`."""
-    flags = devices.processor_flags()
+    flags = processor.flags()
     return {
-        "cpu": devices.processor_name(),
+        "cpu": processor.name(),
         "cores": devices.usable_cores(),
         "quota": devices.cgroup_quota(),
         "flags": [flag for flag in _FLAGS if flag in flags],

@@ -14,7 +14,7 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill import devices, home, layout, plan, sources, wire
+from imagemill import devices, home, layout, plan, processor, sources, wire
 from imagemill.crew import Died, Told
 from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
 from imagemill.images import DECODER
@@ -46,7 +46,7 @@ def identity(backends: Sequence[str]) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {UNITS: " ".join(devices.vector_units(devices.processor_flags())) or "none known"}
+    return found | {UNITS: " ".join(processor.vector_units(processor.flags())) or "none known"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from imagemill import layout
 from imagemill.errors import ModelError, OutputError
 from imagemill.models import bundle as bundles
+from imagemill.models import groups
 from imagemill.records import Bundle
 
 VARIANTS: Final = "variants"
@@ -36,8 +37,8 @@ VARIANTS: Final = "variants"
 _LAYERS: Final = ("Convolution", "GroupConvolution", "MatMul")
 _FQ_INPUTS: Final = 5
 _GROUP_CHANNELS: Final = 16
-"""Narrower groups are merged up to this many channels: the int8 kernels compute 16 output channels at a time, wanted or not."""
-_SCALED: Final = 2
+"""Narrower groups are merged up to this many channels: resnext101_32x4d begins with groups of 4 and 8, which ran at 82 and 185 Gop/s a core
+where groups of 16 make 485; merged they take 2/3 and 6/7 of the time, 1.7 % of the whole network (2026-11-22)."""
 _STEPS_TO_FQ: Final = 4
 """NNCF may put a quantiser above a pooling, reshaping or transposing layer instead of right before the convolution."""
 
@@ -60,7 +61,7 @@ class Kernel:
     type: str
     """`Convolution`, `GroupConvolution`, …"""
     kernel: str
-    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision."""
+    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision, for the first layer in lower case with AMX."""
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -133,52 +134,11 @@ def quantize(
                 preset=nncf.QuantizationPreset(preset),
                 ignored_scope=nncf.IgnoredScope(names=list(ignored)) if ignored else None,
             )
-        widen_groups(ov, quantised)
+        groups.merge(ov, quantised, _GROUP_CHANNELS)
         quantised.reshape({name: [-1, *items[0].shape[1:]]})
     except Exception as error:  # NNCF raises whatever it meets
         raise ModelError(f"{model_file} cannot be quantised: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}") from error
     return quantised
-
-
-def widen_groups(ov: Any, model: Any) -> int:
-    """Merge the narrow groups of grouped convolutions, in place, with zeros between them; int8 answers keep every bit.
-
-    resnext101_32x4d begins with groups of 4 and 8 channels, which ran at 82 and 185 Gop/s a core where groups of 16 make 485; merged they
-    take 4 and 2 times the multiplications and 2/3 and 6/7 of the time: 1.7 % of the whole network (2026-11-22, docs/performance.md).
-
-    Args:
-        ov: the openvino module.
-        model: an `openvino.Model` whose weights are int8 constants, converted and scaled.
-
-    Returns:
-        how many layers were changed.
-    """
-    changed = 0
-    for node in model.get_ordered_ops():
-        scaled = node.input(1).get_source_output().get_node() if node.get_type_name() == "GroupConvolution" else None
-        if scaled is None or scaled.get_type_name() != "Multiply":
-            continue
-        converted, scale = (scaled.input(place).get_source_output().get_node() for place in range(_SCALED))
-        if converted.get_type_name() != "Convert" or scale.get_type_name() != "Constant":
-            continue
-        constant = converted.input(0).get_source_output().get_node()
-        groups, outputs, inputs, *kernel = (int(side) for side in scaled.output(0).get_shape())
-        merged = _GROUP_CHANNELS // max(inputs, outputs)
-        scales = np.asarray(scale.data)
-        # A group of one channel is a depthwise convolution, which has kernels of its own.
-        if inputs == 1 or merged <= 1 or groups % merged or constant.get_type_name() != "Constant" or scales.size != groups * outputs:
-            continue
-        narrow = np.asarray(constant.data).reshape(groups // merged, merged, outputs, inputs, *kernel)
-        wide = np.zeros((groups // merged, merged, outputs, merged, inputs, *kernel), narrow.dtype)
-        for place in range(merged):
-            wide[:, place, :, place] = narrow[:, place]
-        shape = (groups // merged, merged * outputs, merged * inputs, *kernel)
-        weights = ov.opset13.convert(ov.opset13.constant(wide.reshape(shape)), "f32")
-        factors = ov.opset13.constant(scales.reshape(shape[0], shape[1], 1, *(1 for _ in kernel)))
-        node.input(1).replace_source_output(ov.opset13.multiply(weights, factors).output(0))
-        changed += 1
-    model.validate_nodes_and_infer_types()
-    return changed
 
 
 def save(model: Any, folder: Path, name: str) -> Path:

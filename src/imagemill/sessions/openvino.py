@@ -8,14 +8,16 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill import processor
 from imagemill.errors import ModelError
+from imagemill.models import groups
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
 from imagemill.sessions.base import Found, refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
@@ -52,6 +54,23 @@ def properties(precision: Precision, cores: int, streams: int | None = None, kin
     if kind == "cpu":
         hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
     return hints
+
+
+def group_channels(precision: Precision, kind: str, flags: Container[str]) -> int:
+    """Up to how many channels narrow groups are merged before compiling: by 14 % of resnext101_32x4d's images/s in bf16 with AMX.
+
+    Without AMX it gains nothing in bf16, and in fp32 nowhere; int8 models come merged as they are.
+    """
+    return 32 if kind == "cpu" and precision is Precision.BF16 and "amx_bf16" in flags else 0
+
+
+def _fold_constants(model: Any) -> None:
+    """Around the weights of grouped convolutions ONNX's front end leaves arithmetic."""
+    from openvino.passes import ConstantFolding, Manager
+
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(model)
 
 
 def _device_name(kind: str, number: int) -> str:
@@ -93,6 +112,9 @@ class OpenVinoSession:
                 if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
+            if channels := group_channels(job.precision, device.kind, processor.flags()):
+                _fold_constants(model)
+                groups.merge(ov, model, channels)
             name = _device_name(device.kind, device.id)
             hints = properties(job.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":

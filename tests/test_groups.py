@@ -1,0 +1,122 @@
+"""Narrow groups of grouped convolutions are merged, and answer as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from imagemill import processor
+from imagemill.models import groups, quantize, resnext
+from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
+from imagemill.sessions import open_session
+from imagemill.sessions import openvino as session
+from imagemill.stopwatch import Stopwatch
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
+NARROW = [(32, 4, 4), (32, 8, 8), (32, 16, 16), (32, 32, 32)]
+
+
+@pytest.fixture
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ResNeXt with one block a stage, whose groups have 4, 8, 16 and 32 channels."""
+    monkeypatch.setitem(resnext.BLOCKS, 14, (1, 1, 1, 1))
+    built = resnext.ResNeXt(14, 32, 4)
+    onnx.save(built.build(built.random(0)), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def shapes(model: Any) -> list[tuple[int, ...]]:
+    """Groups, output and input channels of each grouped convolution."""
+    return [tuple(node.input(1).get_shape()[:3]) for node in model.get_ordered_ops() if node.get_type_name() == "GroupConvolution"]
+
+
+def logits(model: Any) -> NDArray[np.float32]:
+    compiled = session.load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
+
+
+def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 4 and 8 channels become groups of 16 when a model is quantised."""
+    wide = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(groups, "merge", lambda *_: 0)
+        narrow = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3)
+    assert shapes(narrow) == NARROW
+    assert shapes(wide) == [(8, 16, 16), (16, 16, 16), (32, 16, 16), (32, 32, 32)]
+    np.testing.assert_array_equal(logits(narrow), logits(wide))
+
+
+def test_fp32_answers_stay_what_they_are(network: Path) -> None:
+    ov = session.load_openvino()
+    model = ov.Core().read_model(network)
+    before = logits(model)
+    assert groups.merge(ov, model, 32) == 0, "weights behind arithmetic are left alone"
+    session._fold_constants(model)
+    assert groups.merge(ov, model, 32) == 3
+    assert shapes(model) == [(4, 32, 32), (8, 32, 32), (16, 32, 32), (32, 32, 32)]
+    assert groups.merge(ov, model, 32) == 0
+    np.testing.assert_allclose(logits(model), before, rtol=1e-4, atol=1e-4 * float(np.abs(before).max()))
+
+
+def test_depthwise_and_odd_groups_are_left_alone() -> None:
+    """A group of one channel has kernels of its own; 3 groups cannot be halved."""
+    ov = session.load_openvino()
+    ops = ov.opset13
+    entry = ops.parameter([1, 12, 8, 8], np.float32)
+    one = ops.constant(np.ones((12, 1, 1, 3, 3), np.float32))
+    three = ops.constant(np.ones((3, 4, 4, 3, 3), np.float32))
+    at = entry
+    for weights in (one, three):
+        at = ops.group_convolution(at, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    model = ov.Model([at], [entry])
+    assert groups.merge(ov, model, 8) == 0
+    assert shapes(model) == [(12, 1, 1), (3, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "flags", "channels"),
+    [
+        (Precision.BF16, "cpu", {"amx_bf16", "avx512_bf16"}, 32),
+        (Precision.BF16, "cpu", {"avx512_bf16"}, 0),
+        (Precision.BF16, "gpu", {"amx_bf16"}, 0),
+        (Precision.FP32, "cpu", {"amx_bf16"}, 0),
+        (Precision.INT8, "cpu", {"amx_bf16"}, 0),
+    ],
+)
+def test_groups_are_merged_where_that_gains(precision: Precision, kind: str, flags: set[str], channels: int) -> None:
+    assert session.group_channels(precision, kind, flags) == channels
+
+
+@pytest.mark.parametrize("flags", [set(), {"amx_bf16"}], ids=["as it is", "merged"])
+def test_bf16_answers_are_alike_in_any_batch(network: Path, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged as for AMX, on whatever processor this is: bit for bit the same alone, beside others and in a part of a batch."""
+    monkeypatch.setattr(processor, "flags", lambda: flags)
+    merged: list[int] = []
+    monkeypatch.setattr(groups, "merge", noting(groups.merge, merged))
+    labels = tuple(map(str, range(1000)))
+    card = Card("narrow", "resnext", labels, Recipe(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
+
+    def answers(batch_size: int) -> NDArray[np.float32]:
+        job = Job("", (), str(network), card, Precision.BF16, "", batch_size, 0, 0, 1, (), Limits(), "", "")
+        opened = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
+        batches = [Batch(PIXELS[start : start + batch_size], batch_size, ()) for start in range(0, 12, batch_size)]
+        return np.concatenate([outputs.logits for _, outputs in opened.stream(batches)])
+
+    alone = answers(1)
+    np.testing.assert_array_equal(alone, answers(4))
+    np.testing.assert_array_equal(alone, answers(6))
+    assert merged == ([3, 3, 3] if flags else [])
+
+
+def noting(call: Callable[..., int], noted: list[int]) -> Callable[..., int]:
+    def noted_call(*arguments: Any) -> int:
+        noted.append(call(*arguments))
+        return noted[-1]
+
+    return noted_call
