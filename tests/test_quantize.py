@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from imagemill import codec, processor, quantizing, trial
-from imagemill.errors import ModelError, UsageError, WorkerError
+from imagemill import codec, groups, processor, quantizing, trial
+from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize, resnext
 from imagemill.plan import Entry
@@ -126,6 +126,7 @@ def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **cha
         "accepted": verdict.accepted,
         "versions": quantize.versions(),
         "instruction_set": trial.instruction_set(),
+        "group_channels": 0 if "file" in changes else groups.wanted(Precision.BF16, processor.flags()),
         "recipe": codec.to_plain(bundle.card.recipe),
         "speedup": 3.0,
     } | changes
@@ -395,6 +396,19 @@ def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everyth
     assert prepared.lines[0] == "no faster precision could be tried: the process that measures precisions died"
 
 
+def test_a_signal_during_the_trial_ends_the_job(
+    tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reason to go on in fp32."""
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted("terminated", 143)
+
+    monkeypatch.setattr(trial, "in_child", interrupted)
+    with pytest.raises(Interrupted):
+        auto(make_bundle(tmp_path), colours)
+
+
 def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None:
     """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms a picture."""
     for precision in (Precision.INT8, Precision.BF16):
@@ -459,6 +473,7 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     [
         {"versions": {"openvino": "2020.1"}},
         {"instruction_set": "other"},
+        {"group_channels": 7},
         {"recipe": {"size": 64}},
         {"verdict": None},
         {"accepted": False},

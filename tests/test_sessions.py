@@ -106,13 +106,13 @@ def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_
 
 
 def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp_path: Path) -> None:
-    """The eight used last stay, and whatever was used within a day."""
+    """The eight used last stay, and whatever was used within two days."""
     cache, day = tmp_path / "compiled", 86_400
     cache.mkdir()
     for number in range(12):
         blob = cache / f"{number}.blob"
         blob.write_bytes(b"")
-        used = time.time() - (day / 2 if number < 2 else number * 2 * day)
+        used = time.time() - (day if number < 2 else number * 2 * day)
         os.utime(blob, (used, used))
     read = time.time() - 3 * day
     os.utime(cache / "11.blob", (read, time.time() - 100 * day))  # written long ago, read since

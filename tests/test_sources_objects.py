@@ -200,9 +200,9 @@ def test_a_listing_that_breaks_off_is_no_short_listing(s3: Bucket, s3_faults: Fa
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("passed", [0, 1], ids=["looking", "listing"])
+@pytest.mark.parametrize(("urls", "passed"), [(1, 0), (3, 0), (1, 1)], ids=["looking", "looking for three", "listing"])
 def test_a_signal_is_heard_while_a_store_is_waited_for(
-    s3: Bucket, s3_faults: FaultProxy, start: Callable[..., Any], tmp_path: Path, passed: int, number: signal.Signals, code: int
+    s3: Bucket, s3_faults: FaultProxy, start: Callable[..., Any], tmp_path: Path, urls: int, passed: int, number: signal.Signals, code: int
 ) -> None:
     """An answer never comes, for which the library would wait 8 s when it only looks, and 35 s when it lists."""
     url = s3.fill({f"{name}.jpg": b"x" for name in range(5)}, "p/")
@@ -216,7 +216,7 @@ def test_a_signal_is_heard_while_a_store_is_waited_for(
         return lambda handler, request: setattr(handler, "path", handler.path + "&max-keys=3")
 
     s3_faults.rule = rule
-    process = start("run", url, "--output", tmp_path / "out", *TINY)
+    process = start("run", *[url] * urls, "--output", tmp_path / "out", *TINY)
     helpers.until(lambda: second_pages() > passed, process=process)
     process.send_signal(number)
     result = helpers.finish(process, timeout=6)

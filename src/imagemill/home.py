@@ -177,15 +177,22 @@ def _plan_keys(paths: JobPaths, nonce: str) -> dict[str, str]:
     return found
 
 
-def publish_logs(paths: JobPaths, pattern: str = "*.log") -> None:
-    """Put the logs beside the results. They are no result: where that fails, the log of this machine says so."""
+def publish_logs(paths: JobPaths, pattern: str = "*.log", *, hasty: bool = False) -> None:
+    """Put the logs beside the results. They are no result: where that fails, the log of this machine says so, and the others stay there.
+
+    Args:
+        paths: of the job.
+        pattern: of the logs' names.
+        hasty: whether the user waits for the end.
+    """
     if not paths.url or paths.log_dir:
         return
     for path in sorted(paths.logs.glob(pattern)):
         try:
-            _store(paths.url).put(paths.key(path), path.read_bytes())
+            _store(paths.url).put(paths.key(path), path.read_bytes(), patience=storage.PARTING if hasty else None)
         except OSError as error:
             _log.warning("%s could not be put into %s: %s", path, paths.url, reason(error))
+            return
 
 
 def reason(error: OSError) -> str:

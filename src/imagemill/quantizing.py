@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import codec, devices, processor, sources, trial
-from imagemill.errors import ImagemillError, ModelError, UsageError
+from imagemill import codec, devices, groups, processor, sources, trial
+from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.plan import Entry
@@ -212,6 +212,8 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):
         return None
+    if record.get("group_channels", 0) != groups.wanted(precision, processor.flags() if flags is None else flags):
+        return None
     if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
         return None
     return record
@@ -231,6 +233,8 @@ def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: in
         some, _ = thin(entries(), _wanted(base))
         try:
             trial.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
+        except Interrupted:
+            raise
         except ImagemillError as error:
             say(f"no faster precision could be tried: {error}")
         choice = choose(_reloaded(base.bundle), pictures)

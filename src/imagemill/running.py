@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagemill import closing, codec, devices, engines, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
-from imagemill.errors import OutputError, SourceError
+from imagemill.errors import Interrupted, OutputError, SourceError
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
@@ -88,6 +88,7 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             layout.make_folder(folder)
+        hasty = False
         try:
             with watching.logging_to(paths.launcher_log):
                 if frozen is None:
@@ -99,8 +100,11 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
                         assert frozen is not None
                 resumed = freezing.resume(settings, frozen, chosen, watcher)
                 return _carry_out(settings, resumed, paths, machines, chosen, watcher, is_resumed=True)
+        except (KeyboardInterrupt, Interrupted):
+            hasty = True
+            raise
         finally:
-            home.publish_logs(paths)
+            home.publish_logs(paths, hasty=hasty)
 
 
 def _carry_out(

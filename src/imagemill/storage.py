@@ -17,25 +17,22 @@ import io
 import os
 import re
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from imagemill import waiting
 from imagemill.errors import UsageError
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from obstore import GetOptions
     from obstore.store import ClientConfig, ObjectStore, S3CredentialProvider
-
-T = TypeVar("T")
 
 SCHEMES = ("s3", "gs", "az")
 """Object stores that can be named in a URL."""
@@ -65,6 +62,8 @@ PROBING = Patience(tries=4, seconds=8.0, connect_s=3.0, silence_s=5.0)
 """For the question whether something is there, asked before anything begins: whoever mistyped an address should not wait long."""
 WRITING = Patience(seconds=90.0, silence_s=None, request_s=120.0)
 """While an upload is under way the other side is silent by right."""
+PARTING = Patience(tries=1, seconds=2.0, connect_s=2.0, silence_s=None, request_s=4.0)
+"""For logs, when the user has asked for the end."""
 
 
 class Blob(Protocol):
@@ -134,8 +133,8 @@ class Store(Protocol):
         """An object for random access. Raises: FileNotFoundError, PermissionError, OSError."""
         ...
 
-    def put(self, key: str, data: bytes | memoryview, *, create: bool = False) -> None:
-        """Write one object; others see all of it or nothing. With `create` only where none is there.
+    def put(self, key: str, data: bytes | memoryview, *, create: bool = False, patience: Patience | None = None) -> None:
+        """Write one object; others see all of it or nothing. With `create` only where none is there; `patience` is else `WRITING`.
 
         Raises: FileExistsError: `create`, and it is there. OSError: it could not be written, after some tries.
         """
@@ -248,7 +247,7 @@ class _ObjectStore:
             try:
                 with _told(self.url):
                     chunks = chunks or iter(self._reader.list(folder, offset=last, chunk_size=1_000))
-                    chunk = _awaited(partial(next, chunks, None))
+                    chunk = waiting.heard(partial(next, chunks, None))
             except ConnectionResetError as error:
                 tries.again_after(error)
                 chunks = None
@@ -276,19 +275,19 @@ class _ObjectStore:
         """See `Store.open`."""
         return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._patience)
 
-    def put(self, key: str, data: bytes | memoryview, *, create: bool = False) -> None:
+    def put(self, key: str, data: bytes | memoryview, *, create: bool = False, patience: Patience | None = None) -> None:
         """See `Store.put`."""
         with _told(f"{self.url}/{key}"):
-            client = _client(self._bucket, WRITING, _environment())
+            client = _client(self._bucket, patience or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
-            _awaited(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False))
+            waiting.heard(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False), writes=True)
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
         with _told(f"{self.url}/{key}"):
             client = _client(self._bucket, WRITING, _environment())
             with contextlib.suppress(FileNotFoundError):
-                _awaited(lambda: client.delete(self._path(key)))
+                waiting.heard(lambda: client.delete(self._path(key)), writes=True)
 
 
 class _ObjectBlob:
@@ -300,7 +299,7 @@ class _ObjectBlob:
         self._url = url
         self._path = path
         with _told(url):
-            found = _awaited(lambda: client.head(path))
+            found = waiting.heard(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
 
@@ -337,28 +336,9 @@ def _uncut(read: Callable[[], bytes], url: str, patience: Patience) -> bytes:
     while True:
         try:
             with _told(url):
-                return _awaited(read)
+                return waiting.heard(read)
         except ConnectionResetError as error:
             tries.again_after(error)
-
-
-def _awaited(call: Callable[[], T]) -> T:
-    """Call the library, and hear signals meanwhile: it waits for minutes where no handler of Python's runs, so Ctrl-C would wait as long.
-
-    Handlers run in the main thread, so that a call from there is made in another one. A signal that ends the wait leaves that behind.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return call()
-    answer: Future[T] = Future()
-
-    def make() -> None:
-        try:
-            answer.set_result(call())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=make, name="object-store", daemon=True).start()
-    return answer.result()
 
 
 def _environment() -> tuple[tuple[str, str], ...]:

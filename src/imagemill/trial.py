@@ -36,7 +36,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import child, codec, errors, processor, sources
+from imagemill import child, codec, errors, groups, processor, sources
 from imagemill.errors import BadLogitsError, ImagemillError, ModelError, WorkerError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
@@ -277,6 +277,8 @@ class _Run:
         record = quantize.variants(self._now).get(precision.value)
         if record is None or any(record.get(name) != value for name, value in self._common.items()):
             return None
+        if record.get("group_channels", 0) != groups.wanted(precision, processor.flags()):
+            return None
         if precision is Precision.INT8:
             calibration = record.get("calibration")
             if not isinstance(calibration, Mapping) or calibration.get("id") != self._calibrated_on:
@@ -411,7 +413,8 @@ class _Run:
 
     def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         verdict, rate = judge(self._onnx)
-        return {**self._common, "verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
+        verdict_and_rate = {"verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
+        return {**self._common, "group_channels": groups.wanted(Precision.BF16, processor.flags()), **verdict_and_rate}
 
     def _int8(self, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         """Quantise until the gate accepts or the attempts are used up; keep the best."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-from s3 import Bucket, FaultProxy, Request, answers, delays, hangs, resets
+from s3 import Bucket, Fault, FaultProxy, Request, answers, delays, hangs, resets
 
 
 @pytest.fixture(autouse=True)
@@ -190,3 +191,27 @@ def test_a_second_launcher_of_this_machine_is_refused(
     assert (refused.code, f"{s3.url}/job is in use by another imagemill run" in refused.err) == (1, True), refused
     harness.kill(launcher.pid)
     launcher.communicate()
+
+
+@pytest.mark.parametrize("file", ["job.json", "part-000002.parquet"])
+def test_a_signal_ends_a_job_whose_store_is_silent(
+    file: str, s3: Bucket, s3_faults: FaultProxy, null_start: Callable[..., Any], small_jpegs: Path, null_run: Callable[..., helpers.Result]
+) -> None:
+    """Well before the 90 s that a write is given; the logs, which cannot be put there either, are not waited for."""
+    silent: list[Request] = []
+
+    def rule(request: Request) -> Fault | None:
+        if is_put_of(file)(request):
+            silent.append(request)
+        return hangs() if silent else None
+
+    s3_faults.rule = rule
+    process = null_start(small_jpegs, "--output", s3.url + "/job", "--grace", "1")
+    helpers.until(lambda: silent, process=process)
+    process.send_signal(signal.SIGINT)
+    result = helpers.finish(process, timeout=30)
+    assert result.code == 130
+    assert "Traceback" not in result.err
+    s3_faults.rule = lambda _: None
+    assert null_run(small_jpegs, "--output", s3.url + "/job").code == 0
+    assert len(parts(s3)) == 6

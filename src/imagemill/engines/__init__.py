@@ -63,6 +63,6 @@ def connect(engine: str, say: Callable[[str], None], *, allow_mixed: bool = Fals
     """
     if engine == Engine.LOCAL:
         return ThisMachine()
-    from imagemill.engines.ray import Cluster  # which alone needs Ray
+    from imagemill.engines.ray import Cluster  # which needs Ray
 
     return Cluster(say, allow_mixed=allow_mixed)

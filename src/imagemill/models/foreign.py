@@ -314,9 +314,6 @@ def _constants(graph: onnx.GraphProto) -> tuple[set[str], dict[str, tuple[int, .
     return constants, shapes
 
 
-# ── assembling ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     """Turn the foreign model into the wrapped one, in place."""
     from onnx import TensorProto, helper, numpy_helper

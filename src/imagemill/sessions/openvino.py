@@ -8,16 +8,15 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import processor
+from imagemill import groups, processor
 from imagemill.errors import ModelError
-from imagemill.models import groups
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
 from imagemill.sessions.base import Found, refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
@@ -35,8 +34,8 @@ def load_openvino() -> Any:
 
 _KEPT = 8
 """Compiled models of one bundle that are kept however old they are."""
-_IN_USE_S = 86_400.0
-"""What was read or written so lately is not removed. File systems note at most once a day that a file was read."""
+_IN_USE_S = 2 * 86_400.0
+"""What was read or written so lately is not removed: a day, and another one, since file systems note once a day that a file was read."""
 _HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
 _DRIVERS = {
     "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
@@ -54,14 +53,6 @@ def properties(precision: Precision, cores: int, streams: int | None = None, kin
     if kind == "cpu":
         hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
     return hints
-
-
-def group_channels(precision: Precision, kind: str, flags: Container[str]) -> int:
-    """Up to how many channels narrow groups are merged before compiling: by 14 % of resnext101_32x4d's images/s in bf16 with AMX.
-
-    Without AMX it gains nothing in bf16, and in fp32 nowhere; int8 models come merged as they are.
-    """
-    return 32 if kind == "cpu" and precision is Precision.BF16 and "amx_bf16" in flags else 0
 
 
 def _fold_constants(model: Any) -> None:
@@ -112,9 +103,9 @@ class OpenVinoSession:
                 if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
-            if channels := group_channels(job.precision, device.kind, processor.flags()):
+            if device.kind == "cpu" and (channels := groups.wanted(job.precision, processor.flags())):
                 _fold_constants(model)
-                groups.merge(ov, model, channels)
+                groups.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)
             hints = properties(job.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":

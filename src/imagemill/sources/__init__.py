@@ -17,12 +17,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-from imagemill import plan, storage
+from imagemill import plan, storage, waiting
 from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Job, Lease, Picture
@@ -120,12 +119,7 @@ def check(sources: Iterable[str]) -> None:
             urls.append(path)
         elif not os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"source {shown(os.fsencode(source))} cannot be read: No such file or directory. Give a folder or a picture.")
-    if len(urls) == 1:  # where it is, a signal is heard while it waits
-        _look(urls[0])
-    elif urls:
-        with ThreadPoolExecutor(min(16, len(urls))) as pool:  # thousands may have come of one pair of braces
-            for _ in pool.map(_look, urls):
-                pass
+    waiting.heard_all(_look, urls, 16)  # thousands may have come of one pair of braces
 
 
 def _look(url: str) -> None:

@@ -1,0 +1,90 @@
+"""Signals are heard while something is waited for that hears none, and what was left behind does no harm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+import pytest
+
+from imagemill import waiting
+
+
+class Rung(Exception):  # noqa: N818 - a signal, not an error
+    """The signal was heard."""
+
+
+@pytest.fixture
+def bell() -> Iterator[None]:
+    """SIGUSR1 raises `Rung`."""
+
+    def ring(*_: object) -> NoReturn:
+        raise Rung
+
+    before = signal.signal(signal.SIGUSR1, ring)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def ring_and_wait(stop: threading.Event) -> bool:
+    """What a library does: it waits, whatever comes."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return stop.wait(60)
+
+
+def test_what_the_call_gives_is_given() -> None:
+    def bad() -> NoReturn:
+        raise KeyError("x")
+
+    assert waiting.heard(lambda: 7) == 7
+    with pytest.raises(KeyError, match="x"):
+        waiting.heard(bad)
+    with pytest.raises(KeyError, match="x"):
+        waiting.heard_all(lambda number: bad() if number == 2 else None, range(4), 2)
+
+
+def test_from_another_thread_it_is_called_right_there() -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(waiting.heard(threading.current_thread) is thread))
+    thread.start()
+    thread.join()
+    assert found == [True]
+    assert waiting.heard(threading.current_thread) is not threading.current_thread()
+
+
+@pytest.mark.usefixtures("bell")
+def test_a_signal_ends_the_wait() -> None:
+    stop = threading.Event()
+    with pytest.raises(Rung):
+        waiting.heard(lambda: ring_and_wait(stop))
+    with pytest.raises(Rung):
+        waiting.heard_all(lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2)
+    stop.set()
+
+
+@pytest.mark.usefixtures("bell")
+def test_a_write_waits_for_one_that_was_left() -> None:
+    """Else an older one could undo a newer one; reading waits for nothing."""
+    stop, order = threading.Event(), list[str]()
+
+    def older() -> None:
+        ring_and_wait(stop)
+        order.append("older")
+
+    with pytest.raises(Rung):
+        waiting.heard(older, writes=True)
+    assert waiting.heard(lambda: "read") == "read"
+    threading.Timer(0.2, stop.set).start()
+    waiting.heard(lambda: order.append("newer"), writes=True)
+    assert order == ["older", "newer"]
+    assert not waiting._unfinished
+
+
+def test_all_are_called_each_once() -> None:
+    called: list[int] = []
+    waiting.heard_all(called.append, range(100), 8)
+    waiting.heard_all(called.append, [], 8)
+    assert sorted(called) == list(range(100))
