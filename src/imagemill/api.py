@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import devices, freezing, quantizing, running, watching
+from imagemill import devices, freezing, processor, quantizing, running, watching
 from imagemill.errors import UsageError
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
@@ -153,7 +153,7 @@ def load(
     labels: PathLike | None = None,
     top_k: int = 5,
     save: str | Sequence[str] = (),
-    batch_size: int = freezing.DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     limits: Limits | None = None,
     progress: bool = False,
@@ -169,7 +169,7 @@ def load(
         labels: a file with one label a line, instead of the model's own.
         top_k: classes kept per picture.
         save: `logits`, `embedding`: also keep these.
-        batch_size: pictures per batch; changes no answer.
+        batch_size: pictures per batch, which changes no answer; None: as the command line.
         num_workers: decoding threads; None: one a core.
         limits: budgets of one picture; its `max_seconds` is not kept here, where nothing can be ended.
         progress: show on stderr how far a download is, and what is said on the way.
@@ -209,7 +209,7 @@ def load(
         card=found.card,
         precision=prepared.precision,
         variant=prepared.variant,
-        batch_size=batch_size,
+        batch_size=batch_size or freezing.batch_size(prepared.precision, chosen, processor.flags()),
         batches_per_step=0,
         num_workers=num_workers or len(chosen[0].cores),
         top_k=top_k,

@@ -114,7 +114,7 @@ def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[Devic
         card=model.card,
         precision=precision,
         variant=file.stem,
-        batch_size=settings.batch_size or freezing.DEFAULT_BATCH_SIZE,
+        batch_size=settings.batch_size or freezing.batch_size(precision, chosen, processor.flags()),
         batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
         num_workers=settings.num_workers or 0,
         top_k=5,
