@@ -12,8 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
-from imagemill.images.decode import decode
+from imagemill.images.decode import decode, decode_into
 from imagemill.images.isolated import IsolatedDecoder
 from imagemill.noteboard import Noteboard
 from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Row, Status
@@ -63,41 +64,35 @@ class Feed:
 
         Reads ahead of what it yields by two batches and two pictures a thread, whatever the number of pictures.
         """
-        window: deque[tuple[Picture, Future[Decoded]]] = deque()
+        window: deque[tuple[Picture, Future[Decoded], NDArray[np.uint8] | None]] = deque()
+        places = _Places(self._batch_size, self._recipe.size)
         coming = iter(pictures)
-        pixels = self._empty()
         rows: list[Row] = []
-        filled = 0
         while True:
             for picture in itertools.islice(coming, self._ahead - len(window)):
-                window.append((picture, self._pool.submit(self._decode, picture)))
+                out = places.take(len(window))
+                window.append((picture, self._pool.submit(self._decode, picture, out), out))
             if not window:
                 break
-            picture, future = window.popleft()
+            picture, future, out = window.popleft()
             decoded = future.result()
-            slot = -1
-            if decoded.pixels is not None:
-                pixels[filled] = decoded.pixels
-                slot, filled = filled, filled + 1
+            slot = places.settle(decoded.pixels, out)
             path = picture.path.decode("utf-8", "backslashreplace")
             size = (decoded.width, decoded.height)
             rows.append(Row(picture.index, picture.shard, picture.source, path, decoded.status, decoded.error, *size, slot))
-            if filled == self._batch_size or len(rows) >= 16 * self._batch_size:
+            if places.filled == self._batch_size or len(rows) >= 16 * self._batch_size:
                 if self._board is not None:
                     self._board.beat()
-                yield Batch(pixels, filled, tuple(rows))
-                pixels, rows, filled = self._empty(), [], 0
+                yield Batch(*places.batch(), tuple(rows))
+                rows = []
         if rows:
-            yield Batch(pixels, filled, tuple(rows))
-
-    def _empty(self) -> np.ndarray:
-        return np.zeros((self._batch_size, self._recipe.size, self._recipe.size, 3), np.uint8)
+            yield Batch(*places.batch(), tuple(rows))
 
     def _take_slot(self) -> None:
         self._thread.slot = next(self._slots)
 
-    def _decode(self, picture: Picture) -> Decoded:
-        """One picture on a decoding thread: never raises for the picture's own faults."""
+    def _decode(self, picture: Picture, out: NDArray[np.uint8] | None) -> Decoded:
+        """One picture on a decoding thread, into `out` or an array of its own: never raises for the picture's own faults."""
         if picture.suspect == SUSPECTED_READ:
             return Decoded(None, Status.TIMEOUT, f"reading or decoding it took more than --max-seconds {self._limits.max_seconds:g}, twice")
         slot = self._thread.slot
@@ -114,7 +109,7 @@ class Feed:
                 if self._board is not None:
                     self._board.at(slot, picture.index, timed=False)  # the disposable process has a clock of its own
                 return self._decode_alone(data, picture.suspect)
-            return decode(data, self._recipe, self._limits)
+            return decode(data, self._recipe, self._limits) if out is None else decode_into(data, self._recipe, self._limits, out)
         except BadPicture as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:
@@ -127,3 +122,70 @@ class Feed:
             if self._isolated is None:
                 self._isolated = IsolatedDecoder()
             return self._isolated.decode(data, self._recipe, self._limits, why)
+
+
+class _Places:
+    """Where pictures go: straight into the batch that each will be in if none before it fails.
+
+    A picture that fails takes no place. Those behind it that are being decoded are then one place too far, and are copied to where they
+    belong, which is always a place that nobody writes to: it was theirs who came before, and these are settled. New ones get no place
+    until the last of them is settled.
+
+    Args:
+        batch_size: places in a batch.
+        side: of a picture.
+    """
+
+    def __init__(self, batch_size: int, side: int) -> None:
+        self._size = batch_size
+        self._shape = (batch_size, side, side, 3)
+        self._batches: deque[NDArray[np.uint8]] = deque()
+        self._taken = 0
+        self._astray = False
+        self.filled = 0
+        """Places of the first batch that are settled."""
+
+    def take(self, before: int) -> NDArray[np.uint8] | None:
+        """Give the next picture a place, uint8 (side, side, 3), or None: it needs its own array. `before` others are not settled yet."""
+        if self._astray:
+            return None
+        self._taken += 1
+        batch, place = divmod(self.filled + before, self._size)
+        out: NDArray[np.uint8] = self._batch(batch)[place]
+        return out
+
+    def settle(self, pixels: NDArray[np.uint8] | None, out: NDArray[np.uint8] | None) -> int:
+        """Settle the picture that was begun first.
+
+        Args:
+            pixels: its own; None: it failed.
+            out: what `take` gave it.
+
+        Returns:
+            its slot in the first batch; -1: it has none.
+        """
+        slot = -1
+        if pixels is not None:
+            slot, self.filled = self.filled, self.filled + 1
+            if self._astray or pixels is not out:
+                self._batch(0)[slot] = pixels
+        if out is not None:
+            self._taken -= 1
+        self._astray = (self._astray or pixels is None) and self._taken > 0
+        return slot
+
+    def batch(self) -> tuple[NDArray[np.uint8], int]:
+        """Take the first batch away: its pixels, and how many of its places are filled."""
+        pixels, filled = self._batch(0), self.filled
+        if filled == self._size:
+            self._batches.popleft()
+        else:  # pictures that are being decoded may have places in any of these: they go elsewhere
+            self._batches.clear()
+            self._astray = self._taken > 0
+        self.filled = 0
+        return pixels, filled
+
+    def _batch(self, number: int) -> NDArray[np.uint8]:
+        while len(self._batches) <= number:
+            self._batches.append(np.zeros(self._shape, np.uint8))
+        return self._batches[number]

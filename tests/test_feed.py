@@ -1,0 +1,156 @@
+"""The feed: each picture's pixels are in its own place, whatever fails around it, and are decoded straight into it where nothing does."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import pictures
+from imagemill.images import feed as module
+from imagemill.images.feed import Feed
+from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Recipe, Shard, Status
+from imagemill.stopwatch import Stopwatch
+
+SIDE = 4
+SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
+CARD = Card("x", "x", (), Recipe(SIDE, None), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
+
+
+def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+    """Fills the place with the picture's number; a lower-case `f` fails after it wrote something."""
+    number = int(data[1:])
+    time.sleep(random.Random(number).random() / 5_000)
+    out[:] = number % 251
+    if data[:1] == b"f":
+        return Decoded(None, Status.CORRUPT, "no picture", None, None)
+    return Decoded(out, Status.OK, None, SIDE, SIDE)
+
+
+def picture(number: int, kind: str) -> Picture:
+    def fetch() -> bytes:
+        if kind == "m":
+            raise BadPicture(Status.MISSING, "gone")
+        return f"{kind}{number}".encode()
+
+    return Picture(number, SHARD, "s", str(number).encode(), -1, fetch)
+
+
+def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
+    with Feed(CARD, Limits(), batch_size, workers, None, Stopwatch()) as feed:
+        for batch in feed.batches(picture(number, kind) for number, kind in enumerate(kinds)):
+            yield Batch(batch.pixels.copy(), batch.filled, batch.rows)  # as it is now, while others are being decoded
+
+
+@pytest.fixture(autouse=True)
+def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "decode_into", decoding)
+    monkeypatch.setattr(module, "decode", lambda data, recipe, limits: decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8)))
+
+
+def check(kinds: str, batch_size: int, workers: int) -> None:
+    rows = []
+    for batch in fed(kinds, batch_size, workers):
+        slots = [row.slot for row in batch.rows if row.slot >= 0]
+        assert slots == list(range(batch.filled))
+        for row in batch.rows:
+            assert (row.slot >= 0) == (row.status is Status.OK)
+            if row.slot >= 0:
+                assert (batch.pixels[row.slot] == row.index % 251).all(), f"picture {row.index} of {kinds} has another's pixels"
+        rows += batch.rows
+    assert [row.index for row in rows] == list(range(len(kinds)))
+    assert [row.status is Status.OK for row in rows] == [kind == "o" for kind in kinds]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@given(kinds=st.text("oofm", max_size=120))
+def test_every_picture_has_its_own_pixels(kinds: str, batch_size: int, workers: int) -> None:
+    check(kinds, batch_size, workers)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_also_where_almost_all_fail_or_almost_none(seed: int) -> None:
+    """More failures in a row than a batch waits for, at any place; single ones far apart."""
+    chance = random.Random(seed)
+    runs = [(chance.choice("ofm"), chance.choice([1, 1, 2, 5, 40, 150])) for _ in range(25)]
+    check("".join(kind * length for kind, length in runs), chance.choice([1, 2, 3, 4, 8]), chance.choice([1, 2, 4]))
+
+
+@given(kinds=st.text("oof", max_size=400), batch_size=st.integers(1, 4), ahead=st.integers(1, 14), most_rows=st.integers(4, 20))
+def test_nobody_writes_to_a_place_that_is_settled(kinds: str, batch_size: int, ahead: int, most_rows: int) -> None:
+    """Whoever is still being decoded may write at any time: to no settled place, whether of a batch that is filled or of one given away."""
+    settled: list[NDArray[np.uint8]] = []
+    window: deque[tuple[str, NDArray[np.uint8] | None]] = deque()
+    places, coming, rows = module._Places(batch_size, SIDE), iter(kinds), 0
+    while True:
+        for kind in itertools.islice(coming, ahead - len(window)):
+            window.append((kind, places.take(len(window))))
+        if not window:
+            return
+        kind, out = window.popleft()
+        own = np.empty((SIDE, SIDE, 3), np.uint8) if out is None else out
+        own[:] = number = len(settled) % 251
+        slot, rows = places.settle(own if kind == "o" else None, out), rows + 1
+        assert (slot >= 0) == (kind == "o")
+        if slot >= 0:
+            settled.append(places._batch(0)[slot])
+            assert (settled[-1] == number).all()
+        for _, theirs in window:
+            assert theirs is None or not any(np.may_share_memory(theirs, one) for one in settled[-40:])
+        if places.filled == batch_size or rows >= most_rows:
+            pixels, filled = places.batch()
+            assert all(np.may_share_memory(one, pixels) for one in settled[len(settled) - filled :])
+            rows = 0
+
+
+def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
+    """Of each picture that is ok, whether it was decoded straight into its place."""
+    outs: dict[int, Any] = {}
+
+    def noting(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+        outs[int(data[1:])] = out
+        return decoding(data, recipe, limits, out)
+
+    monkeypatch.setattr(module, "decode_into", noting)
+    straight = []
+    with Feed(CARD, Limits(), 4, 2, None, Stopwatch()) as feed:
+        for batch in feed.batches(picture(number, kind) for number, kind in enumerate(kinds)):
+            for row in batch.rows:
+                if row.slot >= 0:
+                    out = outs.get(row.index)
+                    straight.append(out is not None and out.ctypes.data == batch.pixels[row.slot].ctypes.data)
+    return straight
+
+
+def test_where_nothing_fails_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert places(monkeypatch, "o" * 50) == [True] * 50
+
+
+def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of four and two pictures a thread are under way: twelve, and as many that were begun while those were settled."""
+    found = places(monkeypatch, "o" * 20 + "m" + "o" * 60)
+    assert found[:20] == [True] * 20
+    assert found[20:].count(False) <= 24
+    assert found[-30:] == [True] * 30
+
+
+def test_real_pictures_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    data = pictures.jpeg()
+    alone = module.decode(data, Recipe(32), Limits())
+    card = Card("x", "x", (), Recipe(32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
+    with Feed(card, Limits(), 4, 2, None, Stopwatch()) as feed:
+        (batch,) = feed.batches([Picture(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)])
+    assert batch.filled == 3
+    for place in range(3):
+        np.testing.assert_array_equal(batch.pixels[place], alone.pixels)
