@@ -25,7 +25,8 @@ _SPOOL_SCHEMA = pa.schema(
     [("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary()), ("group", pa.int32())]
 )
 _SPOOL_ROWS = 4_096
-_SHARDS_PER_FILE = 1_000
+_SHARDS_PER_FILE = 200
+"""A writer keeps some 8 KiB about each until the file is closed, and a reader reads as much."""
 _SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
 
 
