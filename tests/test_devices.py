@@ -278,6 +278,21 @@ def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(offer["what"] and offer["missing"] is None for offer in offers.values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "backend", "automatic"),
+    [
+        ({"amx_int8", "amx_bf16", "avx512_vnni"}, "openvino: fp32, int8 by amx_int8, bf16 by amx_bf16", "int8, else bf16, where a model's"),
+        ({"avx512_vnni"}, "openvino: fp32, int8 by avx512_vnni", "int8, where a model's"),
+        ({"avx2"}, "openvino: fp32", "fp32: this processor has no units"),
+    ],
+)
+def test_the_cpu_says_what_it_would_use_and_why(flags: set[str], backend: str, automatic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "flags", lambda: flags)
+    notes = devices.offers()[0]["notes"]
+    assert f"backend {backend}" in notes
+    assert any(note.startswith(f"--precision auto means {automatic}") for note in notes)
+
+
 def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:
     """x86 says flags, arm64 says Features; where there is no such file nothing is made up."""
     x86, arm = tmp_path / "x86", tmp_path / "arm"

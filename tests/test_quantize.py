@@ -345,7 +345,7 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the model were slow and the processor had every unit."""
     monkeypatch.setattr(trial, "pays", lambda *_, **__: True)
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
-    monkeypatch.setattr(quantizing, "_UNITS", dict.fromkeys(quantizing._UNITS, processor.flags() or {"x"}))
+    monkeypatch.setattr(processor, "unit", lambda *_: "any")
     monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
 
 

@@ -226,14 +226,19 @@ def offers() -> list[dict[str, Any]]:
 def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
     flags = processor.flags()
-    fast = ["fp32"] + (["bf16"] if flags & {"avx512_bf16", "amx_bf16"} else []) + ["int8"]
+    faster = {one: unit for one in (Precision.INT8, Precision.BF16) if (unit := processor.unit(one, flags))}
+    if faster:
+        automatic = f"{', else '.join(faster)}, where a model's answers in it have passed the accuracy gate; else fp32"
+    else:
+        automatic = "fp32: this processor has no units that make int8 or bf16 faster"
     units = processor.vector_units(flags)
     quota = cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
-        f"backend openvino, precisions with hardware support: {', '.join(fast)}",
+        f"backend openvino: fp32{''.join(f', {one} by {unit}' for one, unit in faster.items())}",
         "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
-        "`auto` means this: one process, all cores",
+        f"--precision auto means {automatic}",
+        "--devices auto means this: one process, a stream and a decoding thread on each core",
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")

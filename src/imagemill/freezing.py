@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "resnext101_32x4d"
 _BATCH_SIZE = 4
 _BATCH_SIZE_AMX = 8
-_AMX = {Precision.INT8: "amx_int8", Precision.BF16: "amx_bf16"}
 _FORMAT = 1
 
 
@@ -125,8 +124,9 @@ def batch_size(precision: Precision, chosen: Sequence[DeviceSpec], flags: Contai
         chosen: its devices.
         flags: of the processor.
     """
-    on_amx = all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen) and _AMX.get(precision) in flags
-    return _BATCH_SIZE_AMX if on_amx else _BATCH_SIZE
+    by_openvino = all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
+    unit = processor.unit(precision, flags) or ""
+    return _BATCH_SIZE_AMX if by_openvino and unit.startswith("amx_") else _BATCH_SIZE
 
 
 def _flag(name: str) -> str:

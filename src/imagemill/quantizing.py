@@ -28,11 +28,6 @@ CALIBRATION: Final = 300
 HELD_OUT: Final = gate.ENOUGH
 _SPARE: Final = 1.25
 """Pictures picked for each that is needed, since some cannot be read."""
-_UNITS: Final[Mapping[Precision, frozenset[str]]] = {
-    Precision.INT8: frozenset(("amx_int8", "avx512_vnni", "avx_vnni")),
-    Precision.BF16: frozenset(("amx_bf16", "avx512_bf16")),
-}
-"""Processor flags that make a precision faster than fp32."""
 _WORTH_USING: Final = 1.05
 """Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
@@ -189,7 +184,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
             return replace(_chosen(bundle, precision, record), reasons=tuple(reasons), worth_trying=tuple(worth))
         if record and verdict.get("pictures", 0) >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
-        elif not flags & _UNITS[precision]:
+        elif processor.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
         elif not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
             reasons.append(
@@ -336,7 +331,7 @@ def quantize_bundle(
         entries=(),
         cores=devices.cores_here(chosen),
         limits=limits or Limits(),
-        precisions=(Precision.INT8, *([Precision.BF16] if processor.flags() & _UNITS[Precision.BF16] else [])),
+        precisions=(Precision.INT8, *([Precision.BF16] if processor.unit(Precision.BF16, processor.flags()) else [])),
         calibration=calibration,
         held_out=held_out,
         attempts=attempts,

@@ -179,7 +179,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _all(decoded))
-    hardware = ([Precision.BF16] if processor.flags() & {"avx512_bf16", "amx_bf16"} else []) + [Precision.INT8]
+    hardware = [one for one in (Precision.BF16, Precision.INT8) if processor.unit(one, processor.flags())]
     bound, advice = judge(
         compute_only.median,
         decode_only.median,
