@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ settings.register_profile(
     "imagemill", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("imagemill")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so shells start what runs in the background, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 
