@@ -393,7 +393,8 @@ def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everyth
     monkeypatch.setattr(trial, "in_child", fails)
     prepared = auto(make_bundle(tmp_path), colours)
     assert prepared.precision is Precision.FP32
-    assert prepared.lines[0] == "no faster precision could be tried: the process that measures precisions died"
+    assert prepared.lines[0] == "measuring whether int8 or bf16 would save time"
+    assert prepared.lines[1] == "no faster precision could be tried: the process that measures precisions died"
 
 
 def test_a_signal_during_the_trial_ends_the_job(

@@ -237,7 +237,7 @@ def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
     assert frozen is not None
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
     job, card = frozen.job, frozen.job.card
-    named = (job.plan_id, job.answer_id, card.sha256, card.licence, str(reported.source), "source: random", "null", "Pillow".lower())
+    named = (job.plan_id, job.answer_id, card.sha256, card.licence, str(reported.source), "source: file", "null", "Pillow".lower())
     for value in (*named, *json.loads((reported.output / "summary.json").read_bytes())["machine"].values()):
         assert value in text, value
 

@@ -20,7 +20,8 @@ import pictures
 from imagemill import closing, freezing, ledger, plan, running, watching
 from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.layout import JobPaths
-from imagemill.records import Clock, Precision, Settings, Summary
+from imagemill.models import bundle
+from imagemill.records import Bundle, Clock, Precision, Settings, Summary
 from tiny import CLASSES, LABELS, Finished
 
 Jobs = Callable[..., Settings]
@@ -596,6 +597,24 @@ def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bott
     assert advice
 
 
+def test_on_shared_cores_the_rates_add_up() -> None:
+    """EfficientNet-Lite0 in int8 on two cores with AMX waits for pictures because it takes the decoders' time. `bench` says 776 and 755."""
+    sums = clock(starved=6.92, read=2.29, decode=6.39, compute=0.69, write=0.2, pictures=3280)
+    found, rates, _ = closing.judge([sums], 3280, 8.52, 2, cores=2)
+    assert found == "compute"
+    assert 1 / rates["achieved"] == pytest.approx(1 / rates["decode_only"] + 1 / rates["compute_only"], rel=1e-3)
+    assert rates["compute_only"] == pytest.approx(785, abs=1)
+    _, with_failures, _ = closing.judge([sums], 3280, 8.52, 2, failed=1640, cores=2)
+    assert with_failures["compute_only"] == pytest.approx(rates["compute_only"] / 2, rel=1e-3), "a row that failed was not computed"
+
+
+def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
+    """One thread on eight cores decodes all the time; what the others could compute is not known."""
+    found, rates, _ = closing.judge([clock(starved=9, read=0.1, decode=9, compute=1, write=0)], 100, 10.0, 1, cores=8)
+    assert found == "decode"
+    assert "compute_only" not in rates
+
+
 def test_where_nothing_ran_nothing_is_judged() -> None:
     """A resumed job with nothing left has no rate and no bottleneck."""
     assert closing.judge([], 0, 0.0, 2) == (None, {}, None)
@@ -609,3 +628,25 @@ def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     assert frozen is not None
     assert frozen.job.precision is Precision.FP32
     assert frozen.job.card.labels == LABELS
+
+
+@pytest.mark.parametrize("source", ["random", "file"])
+def test_a_model_with_random_weights_says_so_at_the_end(source: str, tiny: Bundle, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+    """Its rows look like any others."""
+    shutil.copytree(tiny.dir, tmp_path / "model")
+    card = json.loads((tmp_path / "model" / bundle.CARD).read_text())
+    (tmp_path / "model" / bundle.CARD).write_text(json.dumps(card | {"origin": {"source": source, "seed": 0, "verified": False}}))
+    done = imagemill("run", jpegs(3), "--output", tmp_path / "out", "--model", tmp_path / "model", "--devices", "null")
+    assert done.code == 0
+    assert done.err.count("note: tiny has random weights: its predictions mean nothing") == (source == "random")
+
+
+def test_a_repeated_command_makes_the_report_that_an_interruption_left_out(jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+    command = ("run", jpegs(3), "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+    assert imagemill(*command).code == 0
+    report = tmp_path / "out" / "report.html"
+    report.unlink()
+    assert imagemill(*command, "--no-report").code == 0
+    assert not report.exists()
+    assert imagemill(*command).code == 0
+    assert report.exists()

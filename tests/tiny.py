@@ -88,7 +88,7 @@ TINY_CARD = Card(
     std=(58.0, 58.0, 58.0),
     sha256="",
     licence="Apache-2.0",
-    origin={"source": "random", "seed": 0, "verified": False},
+    origin={"source": "file", "file": "tiny", "sha256": "0" * 64, "verified": False},
     parameters=3_000,
     normalised="normalised",
 )

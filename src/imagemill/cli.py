@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imagemill: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("imagemill: interrupted", file=sys.stderr)
+        print("imagemill: interrupted. Repeat the command to go on.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # of stdout, printing the result: whoever read it has enough
         _drop_stdout()
@@ -412,7 +412,13 @@ def _verify(parsed: argparse.Namespace) -> int:
             print(f"… and {len(missing) - _NAMED_MISSING:,} more parts are missing: repeat the run")
         for path in moved:
             print(f"moved to {paths.shown(path)}")
-        print(f"{len(found)} problems" if found else f"complete and sound: {frozen.pictures:,} pictures, one row each")
+        if any(problem["problem"] != "is missing" for problem in found) and not parsed.quarantine:
+            _say(f"to mend it, imagemill verify --quarantine {parsed.dir} moves what is damaged aside; then repeat the run")
+        print(
+            f"{len(found)} problem{'s' if len(found) > 1 else ''}"
+            if found
+            else f"complete and sound: {frozen.pictures:,} pictures, one row each"
+        )
     return 1 if found else 0
 
 

@@ -61,7 +61,9 @@ def summarise(
     def rate(count: int) -> float | None:
         return round(count / seconds, 3) if count and seconds else None
 
-    bottleneck, rates, advice = judge(list(outcome.clocks.values()), rows, seconds, _threads(frozen.job, chosen))
+    failed = sum(receipt.failed for receipt in outcome.receipts)
+    threads, cores = _threads(frozen.job, chosen), _shared_cores(chosen)
+    bottleneck, rates, advice = judge(list(outcome.clocks.values()), rows, seconds, threads, failed=failed, cores=cores)
     return Summary(
         images=tally.images,
         ok=tally.images - tally.failed,
@@ -95,18 +97,42 @@ def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
     return sum(job.num_workers or len(device.cores) for device in chosen)
 
 
-def judge(clocks: Sequence[Clock], rows: int, seconds: float, threads: int) -> tuple[str | None, dict[str, float], str | None]:
-    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change."""
+def _shared_cores(chosen: Sequence[DeviceSpec]) -> int:
+    """How many cores decode and compute; 0 where devices are more than cores, or are on several machines: then that is not known."""
+    cores = [core for device in chosen for core in device.cores]
+    return len(cores) if len(set(cores)) == len(cores) and all(device.kind == "cpu" for device in chosen) else 0
+
+
+def judge(
+    clocks: Sequence[Clock], rows: int, seconds: float, threads: int, *, failed: int = 0, cores: int = 0
+) -> tuple[str | None, dict[str, float], str | None]:
+    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
+
+    Where decoding and computing share the cores, a session waits for pictures also because its own threads have taken the decoders' time.
+    If these got less than half of it, computing was the bound, and it had what reading and decoding left.
+
+    Args:
+        clocks: of the workers.
+        rows: made in `seconds`.
+        seconds: of the run.
+        threads: that decode.
+        failed: rows without an answer, which nobody computed.
+        cores: that decode and compute; 0: the devices compute by themselves, or it is not known.
+    """
     if not rows or not clocks or not seconds:
         return None, {}, None
     total = stopwatch.total(clocks)
     bottleneck = stopwatch.bound_by(total)
+    if cores and bottleneck == "decode" and total.decode < min(threads, cores) * seconds / 2:
+        bottleneck = "compute"
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
         rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)
-    computing = seconds * len(clocks) - total.starved - total.write
-    if computing > 0 and total.compute:
-        rates["compute_only"] = round(rows * len(clocks) / computing, 3)
+    computing, at_once = seconds * len(clocks) - total.starved - total.write, len(clocks)
+    if cores:  # where they idle, what they could compute is not known
+        computing, at_once = (seconds * cores - total.read - total.decode, cores) if bottleneck == "compute" or threads >= cores else (0, 0)
+    if computing > 0 and total.compute and bottleneck not in ("read", "write"):
+        rates["compute_only"] = round((rows - failed) * at_once / computing, 3)
     advice = {
         "compute": "a lower precision or one more device would help",
         "decode": "more cores, or smaller pictures, would help; more --num-workers if cores are idle",

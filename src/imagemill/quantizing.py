@@ -186,6 +186,8 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
         elif processor.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
+        elif record and not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
+            reasons.append(f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more pictures decides")
         elif not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
             reasons.append(
                 f"{precision} is not used: {pictures:,} pictures are too few for trying it to pay; "
@@ -226,6 +228,7 @@ def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: in
     choice = choose(base.bundle, pictures)
     if choice.worth_trying:
         some, _ = thin(entries(), _wanted(base))
+        say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
         try:
             trial.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
         except Interrupted:

@@ -134,6 +134,8 @@ def _carry_out(
         sources.check(frozen.job.sources)  # or every picture left would become a `missing` row
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
+        if settings.report and not home.exists(paths, paths.report):  # it was interrupted
+            report.attempt(paths, frozen, watcher.say)
         return _report_finished(frozen, paths, summary, watcher)
     home.remove(paths, paths.summary)
     resumed = sum(shard.count for shard in shards if shard.number in done)
@@ -176,6 +178,8 @@ def _carry_out(
     home.write(paths, paths.summary, codec.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
+    if frozen.job.card.origin.get("source") == "random":
+        watcher.say(f"note: {frozen.job.card.name} has random weights: its predictions mean nothing")
     return summary
 
 
