@@ -615,6 +615,14 @@ def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
     assert "compute_only" not in rates
 
 
+@pytest.mark.parametrize(("cores", "known"), [(0, True), (2, False)])
+def test_cores_that_wait_for_storage_do_not_tell_what_they_could_compute(cores: int, known: bool) -> None:
+    """A device of its own does: the time it waited for pictures is known."""
+    found, rates, _ = closing.judge([clock(starved=8, read=15, decode=1, compute=1, write=1)], 100, 10.0, 2, cores=cores)
+    assert found == "read"
+    assert rates.get("compute_only") == (100.0 if known else None)
+
+
 def test_where_nothing_ran_nothing_is_judged() -> None:
     """A resumed job with nothing left has no rate and no bottleneck."""
     assert closing.judge([], 0, 0.0, 2) == (None, {}, None)

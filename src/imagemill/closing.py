@@ -128,10 +128,12 @@ def judge(
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
         rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)
-    computing, at_once = seconds * len(clocks) - total.starved - total.write, len(clocks)
-    if cores:  # where they idle, what they could compute is not known
-        computing, at_once = (seconds * cores - total.read - total.decode, cores) if bottleneck == "compute" or threads >= cores else (0, 0)
-    if computing > 0 and total.compute and bottleneck not in ("read", "write"):
+    at_once, computing = len(clocks), seconds * len(clocks) - total.starved - total.write
+    is_known = True
+    if cores:
+        at_once, computing = cores, seconds * cores - total.read - total.decode
+        is_known = bottleneck == "compute" or (bottleneck == "decode" and threads >= cores)  # else cores idled
+    if is_known and computing > 0 and total.compute:
         rates["compute_only"] = round((rows - failed) * at_once / computing, 3)
     advice = {
         "compute": "a lower precision or one more device would help",

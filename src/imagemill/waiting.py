@@ -32,7 +32,8 @@ def heard(call: Callable[[], T], *, writes: bool = False) -> T:
         return call()
     if writes:
         for thread in list(_unfinished):
-            thread.join()
+            if thread.is_alive():
+                thread.join()
             _unfinished.discard(thread)
     answer: Future[T] = Future()
     thread = threading.Thread(target=_answer, args=(answer, call), name="waiting", daemon=True)
