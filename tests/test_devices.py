@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import fill
-from imagemill import devices, freezing, processor
+from imagemill import devices, processor
 from imagemill.errors import DeviceError, UsageError
-from imagemill.records import DeviceSpec, Precision
 from imagemill.sessions.base import Found
 
 
@@ -303,18 +302,3 @@ def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:
     assert processor.name(x86) == "A CPU"
     assert "asimd" in processor.flags(arm)
     assert processor.flags(tmp_path / "none") == set()
-
-
-@pytest.mark.parametrize(
-    ("precision", "flags", "backend", "size"),
-    [
-        (Precision.INT8, {"amx_int8"}, "openvino", 8),
-        (Precision.BF16, {"amx_int8", "amx_bf16"}, "openvino", 8),
-        (Precision.BF16, {"amx_int8", "avx512_bf16"}, "openvino", 4),
-        (Precision.INT8, {"avx512_vnni"}, "openvino", 4),
-        (Precision.FP32, {"amx_int8", "amx_bf16"}, "openvino", 4),
-        (Precision.FP32, {"amx_int8"}, "null", 4),
-    ],
-)
-def test_batches_are_larger_where_the_processor_has_matrix_units(precision: Precision, flags: set[str], backend: str, size: int) -> None:
-    assert freezing.batch_size(precision, [DeviceSpec("cpu#0", "cpu", backend, (0, 1))], flags) == size

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import devices, freezing, processor, quantizing, running, watching
+from imagemill import batching, devices, freezing, quantizing, running, watching
 from imagemill.errors import UsageError
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
@@ -209,7 +209,7 @@ def load(
         card=found.card,
         precision=prepared.precision,
         variant=prepared.variant,
-        batch_size=batch_size or freezing.batch_size(prepared.precision, chosen, processor.flags()),
+        batch_size=batch_size or 0,
         batches_per_step=0,
         num_workers=num_workers or len(chosen[0].cores),
         top_k=top_k,
@@ -219,6 +219,7 @@ def load(
         answer_id="",
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
+    job = batching.resolved(job, chosen)
     return Classifier(job, lambda: open_session(job, chosen[0], Stopwatch()))
 
 

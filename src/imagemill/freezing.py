@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import codec, home, layout, plan, processor, sources
+from imagemill import batching, codec, home, layout, plan, sources
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
 from imagemill.layout import JobPaths
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from imagemill.quantizing import Prepared
 
 DEFAULT_MODEL = "resnext101_32x4d"
-_BATCH_SIZE = 4
-_BATCH_SIZE_AMX = 8
 _FORMAT = 1
 
 
@@ -110,23 +108,6 @@ def check(settings: Settings) -> None:
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or a picture.")
     sources.resolve(settings.sources)
-
-
-def batch_size(precision: Precision, chosen: Sequence[DeviceSpec], flags: Container[str]) -> int:
-    """Pictures per batch where nobody has said it.
-
-    From 4 on the size makes no difference (docs/performance.md), but with AMX, whose work on 4 pictures is done too soon: there the session
-    makes 7 to 8 % more images/s with 8, and a job 2 to 3 %; 16 are worth another 2 %, for twice the memory and twice the wait for the first
-    answers.
-
-    Args:
-        precision: of the job.
-        chosen: its devices.
-        flags: of the processor.
-    """
-    by_openvino = all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
-    unit = processor.unit(precision, flags) or ""
-    return _BATCH_SIZE_AMX if by_openvino and unit.startswith("amx_") else _BATCH_SIZE
 
 
 def _flag(name: str) -> str:
@@ -211,7 +192,8 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     if settings.preprocess == "center-crop":
         model = replace(model, card=replace(model.card, recipe=replace(model.card.recipe, resize=None)))
     prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
-    job = _job(settings, paths, chosen, model, prepared, shard_size, filters)
+    probed = listed.pictures if settings.engine == Engine.LOCAL else 0
+    job = batching.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen, probed, watcher.say)
     frozen = Frozen(
         format=_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,7 +242,7 @@ def _job(
         card=card,
         precision=prepared.precision,
         variant=prepared.variant,
-        batch_size=settings.batch_size or batch_size(prepared.precision, chosen, processor.flags()),
+        batch_size=settings.batch_size or 0,
         batches_per_step=settings.batches_per_step or 0,
         num_workers=settings.num_workers or 0,
         top_k=top_k,

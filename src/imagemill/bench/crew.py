@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from imagemill.errors import ImagemillError, WorkerError
 from imagemill.records import DeviceSpec, Job
 
 _LOG_BYTES = 2_000
+_WARM_UP_BATCHES = 4
+_FEWEST_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +36,24 @@ class _Member:
 class Crew:
     """One process per device, each with its session compiled.
 
+    Args:
+        job: what is compiled.
+        devices: for which.
+        patience_s: how long a worker may say nothing; None: for ever.
+
     Raises:
-        ImagemillError: what a worker could not do. WorkerError: a worker died.
+        ImagemillError: what a worker could not do. WorkerError: a worker died, or said nothing for too long.
     """
 
-    def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
+    def __init__(self, job: Job, devices: Sequence[DeviceSpec], patience_s: float | None = None) -> None:
         self._members: list[_Member] = []
+        self._batch_size = job.batch_size
+        self._patience_s = patience_s
         try:
             for device in devices:
                 self._members.append(_start(device))
                 self._members[-1].connection.send(Begin(job, device))
-            ready = [_answer(member) for member in self._members]
+            ready = [_answer(member, patience_s) for member in self._members]
         except BaseException:
             self.close()
             raise
@@ -70,10 +80,21 @@ class Crew:
                 member.connection.send(orders[member.device.name])
         found = {}
         for member in asked:
-            answer = _answer(member)
+            answer = _answer(member, self._patience_s)
             assert isinstance(answer, Measured)
             found[member.device.name] = answer
         return found
+
+    def warm_up(self) -> None:
+        """Compute a few batches on every device."""
+        self.measure({member.device.name: Compute(_whole(_WARM_UP_BATCHES, member)) for member in self._members})
+
+    def orders(self, seconds: float) -> dict[str, Compute]:
+        """See how many batches take every device about so long."""
+        tried = self.measure({member.device.name: Compute(_whole(_FEWEST_BATCHES, member)) for member in self._members})
+        rates = {name: found.images_per_second / self._batch_size for name, found in tried.items()}
+        members = {member.device.name: member for member in self._members}
+        return {name: Compute(_whole(max(_FEWEST_BATCHES, seconds * rate), members[name])) for name, rate in rates.items()}
 
     def close(self) -> None:
         """End all workers."""
@@ -108,7 +129,15 @@ def _start(device: DeviceSpec) -> _Member:
     return _Member(device, process, ours, log)
 
 
-def _answer(member: _Member) -> object:
+def _whole(batches: float, member: _Member) -> int:
+    """So many batches or a few more: as many for each stream, one a core, lest some are idle while others compute the last ones."""
+    streams = len(member.device.cores)
+    return streams * math.ceil(batches / streams)
+
+
+def _answer(member: _Member, patience_s: float | None) -> object:
+    if not member.connection.poll(patience_s):
+        raise WorkerError(f"the bench worker of {member.device.name} said nothing for {patience_s:g} s.")
     try:
         answer = member.connection.recv()
     except (EOFError, OSError):

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from imagemill import devices, freezing
+from imagemill import batching, devices, freezing
 from imagemill.bench import measure
 from imagemill.bench.crew import Crew
 from imagemill.bench.records import BenchSettings, Compute, Decode, Measured, Offline
@@ -104,7 +104,7 @@ def _what(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, s
         return found.job, found
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
-    return measure.synthetic_job(settings, model, chosen), None
+    return batching.resolved(measure.synthetic_job(settings, model, chosen), chosen), None
 
 
 def _drive(
@@ -127,7 +127,7 @@ def _drive(
         order = Offline(str(folder), minimum_s, rate * _HEADROOM, library, pictures, accuracy)
         return crew.measure({device.name: order})[device.name]
 
-    (order,) = measure.compute_orders(settings, crew, [device], job).values()
+    (order,) = measure.compute_orders(settings, crew, [device]).values()
     rate = crew.measure({device.name: order})[device.name].images_per_second
     lasting = Compute(max(order.batches, round(minimum_s * rate / job.batch_size)))
     rounds: list[float] = []

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import devices, freezing, plan, processor, quantizing, watching
+from imagemill import batching, devices, freezing, plan, processor, quantizing, watching
 from imagemill import running as jobs
 from imagemill.bench.crew import Crew
 from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
@@ -29,8 +30,7 @@ COMPUTE_S = 2.0
 END_TO_END_S = 10.0
 """How long one iteration end to end should take where `--limit` does not say."""
 _MOST_IN_FLIGHT = 256
-_WARM_UP_BATCHES = 4
-_FEWEST_BATCHES, _FEWEST_PICTURES = 8, 64
+_FEWEST_PICTURES = 64
 _LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
@@ -78,10 +78,10 @@ def check(settings: BenchSettings) -> None:
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
-    job = synthetic_job(settings, model, chosen)
+    job = batching.resolved(synthetic_job(settings, model, chosen), chosen, None, say)
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
-        orders = compute_orders(settings, crew, chosen, job)
+        orders = compute_orders(settings, crew, chosen)
         rounds = []
         for number in range(1, settings.iterations + 1):
             rounds.append(crew.measure(orders))
@@ -105,7 +105,7 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
 
 
 def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
-    """What a session needs of a job: everything but pictures."""
+    """What a session needs of a job: everything but pictures, and a batch size where the settings leave it open."""
     precision, file = _precision(settings.precision, model, chosen)
     return Job(
         output="",
@@ -114,7 +114,7 @@ def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[Devic
         card=model.card,
         precision=precision,
         variant=file.stem,
-        batch_size=settings.batch_size or freezing.batch_size(precision, chosen, processor.flags()),
+        batch_size=settings.batch_size or 0,
         batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
         num_workers=settings.num_workers or 0,
         top_k=5,
@@ -145,17 +145,12 @@ def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -
     return precision, file
 
 
-def compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec], job: Job) -> dict[str, Compute]:
+def compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]) -> dict[str, Compute]:
     """Warm every device up; then as many batches as were asked for, or as take about `COMPUTE_S`."""
-    warm = Compute(_WARM_UP_BATCHES)
-    crew.measure({device.name: warm for device in chosen})
+    crew.warm_up()
     if settings.batches_per_step:
         return {device.name: Compute(settings.batches_per_step) for device in chosen}
-    tried = crew.measure({device.name: Compute(_FEWEST_BATCHES) for device in chosen})
-    return {
-        name: Compute(max(_FEWEST_BATCHES, math.ceil(COMPUTE_S * found.images_per_second / job.batch_size)))
-        for name, found in tried.items()
-    }
+    return crew.orders(COMPUTE_S)
 
 
 # With pictures.
@@ -165,13 +160,14 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
     say("a first short run, to warm up and to see how long an iteration takes")
     first = _first_run(settings, folder, min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES), say)
     limit = settings.limit or max(_FEWEST_PICTURES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
-    job = _frozen_job(folder / "first")
+    job = batching.resolved(replace(_frozen_job(folder / "first"), batch_size=settings.batch_size or 0), chosen, None, say)
+    measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
     with Crew(job, chosen) as crew:
-        orders = compute_orders(settings, crew, chosen, job)
+        orders = compute_orders(settings, crew, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
-            achieved.append(jobs.run(_run_settings(settings, output, limit)))
+            achieved.append(jobs.run(_run_settings(measured, output, limit)))
             decoded.append(crew.measure(_decode_orders(output, chosen)))
             computed.append(crew.measure(orders))
             rates = f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to end {_achieved(achieved[-1]):,.1f}"

@@ -1,0 +1,275 @@
+"""How many pictures a batch holds where nobody has said it. No answer depends on it, speed does, by up to a fifth (docs/performance.md).
+
+    --batch-size N ─► obeyed
+    auto           ─► what an earlier probe found here ─► else, where it pays, a probe ─► else a rule
+
+Which size is best no rule foretells: it hangs on the model, the precision and the caches of the processor. A probe measures the rule's size
+against half and twice of it, and goes on as long as that gains. What it finds is kept beside the compiled models of the bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from imagemill import codec, layout, processor
+from imagemill.errors import ImagemillError, Interrupted
+from imagemill.records import DeviceSpec, Job, Precision
+
+if TYPE_CHECKING:
+    from imagemill.bench.crew import Crew
+    from imagemill.bench.records import Compute
+
+FILE: Final = "batch-sizes.json"
+"""Below `Job.cache_dir`."""
+_FORMAT: Final = 1
+_RULE: Final = 4
+_RULE_AMX: Final = 8
+_MOST: Final[Mapping[str, int]] = {"cpu": 64}
+_MOST_ELSEWHERE: Final = 512
+_NOT_PROBED: Final = ("null", "ipu", "npu")
+"""Kinds of devices: one computes nothing, one compiles for minutes, one has been seen by nobody here."""
+_WORTH_LOOKING: Final = 30_000
+"""Pictures of a job from which a first look at the model's speed, some 2 s, is taken."""
+_COST_S: Final = 25.0
+"""Of a whole probe: two other sizes at least, each compiled once."""
+_GAIN: Final = 0.04
+"""What a probe is taken to bring: it was 0 to 12 % (docs/performance.md)."""
+_BETTER: Final[Mapping[float, float]] = {0.5: 1.03, 2.0: 1.01}
+"""Half, or twice, the size must make so many times the images/s. Neighbouring rounds differ by about a per cent, and smaller batches change
+hands more often, of which a probe, in which nothing is decoded, sees little: what gained 1 % in one was slower in a job."""
+_ROUNDS: Final = 5
+_ROUND_S: Final = 0.6
+_PATIENCE_S: Final = 600.0
+"""A process that probes and says nothing for so long hangs; a worker's patience (docs/faults.md)."""
+_LIBRARIES: Final = {"openvino": "openvino", "onnxruntime": "onnxruntime", "tensorrt": "onnxruntime"}
+
+Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is known of one model on one set of devices."""
+
+    batch_size: int | None
+    """The best one; None: only the rule's has been measured yet, for a job that was too short for more."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Size → images/s, compute only."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """For people: what was measured, on what, when."""
+
+
+def resolved(job: Job, chosen: Sequence[DeviceSpec], pictures: int | None = 0, say: Say = lambda _: None) -> Job:
+    """Give a job its batch size, if it has none.
+
+    Args:
+        job: `batch_size` 0 leaves it open.
+        chosen: its devices; where a probe may be made, of this machine.
+        pictures: of the job, which must gain more than a probe costs; None: make one whatever it costs; 0: make none.
+        say: takes lines for the user.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: while probing. What goes wrong in a probe costs nothing but the probe.
+    """
+    if job.batch_size:
+        return job
+    known = look_up(job, chosen)
+    if known and known.batch_size:
+        return replace(job, batch_size=known.batch_size)
+    fallback = replace(job, batch_size=rule(job.precision, chosen, processor.flags()))
+    if pictures == 0 or any(device.kind in _NOT_PROBED for device in chosen):
+        return fallback
+    if pictures is not None and not (_may_pay(known, pictures) if known else pictures >= _WORTH_LOOKING):
+        return fallback
+    try:
+        found = _probe(fallback, chosen, pictures, say)
+    except Interrupted:
+        raise
+    except ImagemillError as error:
+        say(f"batch sizes could not be compared: {error}")
+        return fallback
+    _keep(job, chosen, found)
+    return replace(job, batch_size=found.batch_size or fallback.batch_size)
+
+
+def rule(precision: Precision, chosen: Sequence[DeviceSpec], flags: Container[str]) -> int:
+    """Pictures per batch where nothing has been measured.
+
+    4 is within some per cent of the best for resnext101_32x4d, but with AMX, whose work on 4 pictures is done too soon: there the session
+    makes 7 to 8 % more images/s with 8, and a job 2 to 3 %.
+
+    Args:
+        precision: of the job.
+        chosen: its devices.
+        flags: of the processor.
+    """
+    by_openvino = all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
+    unit = processor.unit(precision, flags) or ""
+    return _RULE_AMX if by_openvino and unit.startswith("amx_") else _RULE
+
+
+# ── the probe ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _may_pay(known: Kept, pictures: int) -> bool:
+    rate = max(known.rates.values(), default=0.0)
+    return not rate or _pays(pictures, rate)
+
+
+def _pays(pictures: int, rate: float) -> bool:
+    return _GAIN * pictures / rate > _COST_S
+
+
+def _probe(job: Job, chosen: Sequence[DeviceSpec], pictures: int | None, say: Say) -> Kept:
+    """Measure the job's batch size, and where that may pay others. Raises: ImagemillError where not even that one can be measured."""
+    first = job.batch_size
+    with _Climb(job, chosen) as climb:
+        if pictures is not None and not _pays(pictures, rate := climb.rate()):
+            return Kept(None, {str(first): round(rate, 2)}, _about(job, chosen))
+        say(f"finding the fastest batch size, once for this model on this machine: about {_COST_S:.0f} s")
+        for factor, better in _BETTER.items():
+            size = int(first * factor)
+            while 1 <= size <= _most(chosen) and climb.gains(size, better):
+                size = int(size * factor)
+            if climb.size != first:
+                break
+        rates, size = climb.rates, climb.size
+    told = ", ".join(f"{rate:,.1f} with {size}" for size, rate in sorted(rates.items()))
+    say(f"batches of {size}: {told} (images/s, compute only)")
+    return Kept(size, {str(size): round(rate, 2) for size, rate in sorted(rates.items())}, _about(job, chosen))
+
+
+class _Climb:
+    """The best batch size so far, with the processes that compute in it."""
+
+    def __init__(self, job: Job, chosen: Sequence[DeviceSpec]) -> None:
+        self._job = replace(job, cache_dir=None)  # what turns out to be slower is not worth its room on the disk
+        self._chosen = chosen
+        self.size = job.batch_size
+        self.rates: dict[int, float] = {}
+        """Size → images/s, as last measured."""
+        self._crew = self._open(self.size)
+        try:
+            self._crew.warm_up()
+            self._orders = self._crew.orders(_ROUND_S)
+        except BaseException:
+            self._crew.close()
+            raise
+
+    def __enter__(self) -> _Climb:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._crew.close()
+
+    def rate(self) -> float:
+        """images/s of all devices, at a first glance."""
+        self.rates[self.size] = _rate(self._crew, self._orders)
+        return self.rates[self.size]
+
+    def gains(self, size: int, better: float) -> bool:
+        """Measure another size and the best one in turn; the other is the best from now on if it is so many times as fast."""
+        try:
+            other = self._open(size)
+        except Interrupted:
+            raise
+        except ImagemillError as error:  # the memory of a device may not do
+            _log.info("batches of %d cannot be tried: %s", size, error)
+            return False
+        try:
+            other.warm_up()
+            orders = other.orders(_ROUND_S)
+            pairs = [(_rate(self._crew, self._orders), _rate(other, orders)) for _ in range(_ROUNDS)]
+            self.rates |= {self.size: median(ours for ours, _ in pairs), size: median(theirs for _, theirs in pairs)}
+            if median(theirs / ours for ours, theirs in pairs) < better:
+                return False
+            self._crew, self._orders, self.size, other = other, orders, size, self._crew
+            return True
+        finally:
+            other.close()
+
+    def _open(self, size: int) -> Crew:
+        from imagemill.bench.crew import Crew
+
+        return Crew(replace(self._job, batch_size=size), self._chosen, patience_s=_PATIENCE_S)
+
+
+def _rate(crew: Crew, orders: Mapping[str, Compute]) -> float:
+    return sum(found.images_per_second for found in crew.measure(orders).values())
+
+
+def _most(chosen: Sequence[DeviceSpec]) -> int:
+    return min(_MOST.get(device.kind, _MOST_ELSEWHERE) for device in chosen)
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def look_up(job: Job, chosen: Sequence[DeviceSpec]) -> Kept | None:
+    """What is kept of a job's model on these devices of this machine; None: nothing, or nothing that can be read."""
+    if job.cache_dir is None:
+        return None
+    return _read(Path(job.cache_dir) / FILE).get(_key(job, chosen))
+
+
+def _read(file: Path) -> dict[str, Kept]:
+    try:
+        plain = json.loads(file.read_bytes())
+        if plain["format"] != _FORMAT:
+            return {}
+        found = {key: codec.from_plain(Kept, value) for key, value in plain["found"].items()}
+        return {key: kept for key, kept in found.items() if _makes_sense(kept)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _makes_sense(kept: Kept) -> bool:
+    size = kept.batch_size
+    return (size is None or (type(size) is int and 1 <= size <= _MOST_ELSEWHERE)) and all(rate > 0 for rate in kept.rates.values())
+
+
+def _keep(job: Job, chosen: Sequence[DeviceSpec], found: Kept) -> None:
+    """Note what was found; where the folder cannot be written to, it is found again next time."""
+    if job.cache_dir is None:
+        return
+    file = Path(job.cache_dir) / FILE
+    every = {key: codec.to_plain(value) for key, value in (_read(file) | {_key(job, chosen): found}).items()}
+    with contextlib.suppress(OSError, ImagemillError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        layout.write_whole(file, json.dumps({"format": _FORMAT, "found": every}, indent=1).encode())
+
+
+def _key(job: Job, chosen: Sequence[DeviceSpec]) -> str:
+    """Hash of what decides speed: the model, its precision, the devices, the processor and the libraries' versions."""
+    libraries = sorted({_LIBRARIES.get(device.backend, device.backend) for device in chosen})
+    devices = [[device.kind, device.backend, len(device.cores)] for device in chosen]
+    values = [job.card.sha256, job.variant, job.precision, devices, processor.identity(), *map(_version, libraries)]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def _about(job: Job, chosen: Sequence[DeviceSpec]) -> dict[str, str]:
+    return {
+        "model": f"{job.card.name}, {job.variant}",
+        "precision": job.precision.value,
+        "devices": ", ".join(f"{device.name}@{device.backend} with {len(device.cores)} cores" for device in chosen),
+        "processor": processor.name(),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
