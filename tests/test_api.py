@@ -187,6 +187,8 @@ def test_what_is_no_picture_is_a_clear_error(classifier: imagemill.Classifier, i
     """An argument that cannot be meant; nothing is computed."""
     with pytest.raises(imagemill.UsageError, match=message):
         classifier.predict([np.zeros((4, 4, 3), np.uint8), item])
+    with pytest.raises(imagemill.UsageError, match=message.replace("item 1", "item 0")):
+        classifier.predict(item)
 
 
 def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: Path) -> None:

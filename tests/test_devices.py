@@ -49,11 +49,25 @@ def test_each_item_becomes_its_processes(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
-def test_auto_is_one_process_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` and `cpu` mean the same on a machine without anything else."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1, 2])
-    assert [d.cores for d in devices.resolve("auto")] == [(0, 1, 2)]
+@pytest.mark.parametrize("cores", [1, 3, 16])
+def test_auto_is_one_process_on_all_cores_where_these_are_few(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` and `cpu` mean the same there."""
+    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
+    assert [d.cores for d in devices.resolve("auto")] == [tuple(range(cores))]
     assert devices.resolve("auto") == devices.resolve("cpu") == devices.resolve("cpu:1")
+    assert "--devices auto means this: one process, a stream and a decoding thread on each core" in devices.offers()[0]["notes"]
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(17, 2), (32, 2), (33, 3), (64, 4), (192, 12)])
+def test_auto_is_several_processes_where_cores_are_many(cores: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 16 cores each: one process alone could not feed more of them. `cpu` stays one."""
+    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
+    found = devices.resolve("auto")
+    assert found == devices.resolve(f"cpu:{processes}")
+    assert sorted(core for device in found for core in device.cores) == list(range(cores))
+    assert max(len(device.cores) for device in found) <= 16
+    assert len(devices.resolve("cpu")) == 1
+    assert devices.offers()[0]["notes"][-1].startswith(f"--devices auto means cpu:{processes}: a process for every 16 cores, ")
 
 
 @pytest.mark.parametrize(

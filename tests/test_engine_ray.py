@@ -92,6 +92,9 @@ def log(output: Path) -> str:
         ("ipu:8", {"ipu": 1}, [("ipu", 0, {"num_cpus": 0, "resources": {"ipu": 1}})]),
         ("npu", {"CPU": 1, "npu": 1}, [("npu", 0, {"num_cpus": 1, "resources": {"npu": 1}})]),
         ("gpu", {"CPU": 2, "gpu": 2}, [("gpu", n, {"num_cpus": 1, "resources": {"gpu": 1}}) for n in range(2)]),
+        ("auto", {"CPU": 16}, [("cpu", 0, {"num_cpus": 16})]),
+        ("auto", {"CPU": 40}, [("cpu", 0, {"num_cpus": 14}), ("cpu", 0, {"num_cpus": 13}), ("cpu", 0, {"num_cpus": 13})]),
+        ("auto", {"GPU": 1}, []),
         (
             "cpu+cuda",
             {"CPU": 4, "GPU": 1},

@@ -39,6 +39,7 @@ def at(
     failed: Mapping[str, int] | None = None,
     restarts: int = 0,
     sampling: bool = False,
+    decoders: int = 0,
 ) -> Progress:
     """A progress as the launcher tells it; one device where `rows` is a number."""
     devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
@@ -52,6 +53,7 @@ def at(
         since_first_lease_s=seconds,
         ready=ready,
         sampling=sampling,
+        decoders=decoders,
     )
 
 
@@ -217,6 +219,18 @@ def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
     for second in range(101, 131):
         estimate = pace.add(at(second, 100, clock=clock))
     assert estimate.bottleneck is None
+
+
+@pytest.mark.parametrize(("decoders", "decoding", "bottleneck"), [(0, 0.3, "decode"), (2, 0.9, "compute"), (2, 1.1, "decode")])
+def test_who_waits_for_pictures_on_cores_that_compute_too_may_be_bounded_by_computing(
+    decoders: int, decoding: float, bottleneck: str
+) -> None:
+    """As the summary says it in the end: decoding is the bound only if it had half of the cores' time."""
+    pace = Pace(10_000, 0)
+    for second in range(31):
+        clock = Clock(starved=float(second), decode=decoding * second, pictures=second)
+        estimate = pace.add(at(second, second, clock=clock, decoders=decoders))
+    assert estimate.bottleneck == bottleneck
 
 
 # ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

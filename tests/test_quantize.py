@@ -337,6 +337,26 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{int8['key']}.bin", f"int8-{int8['key']}.xml"]
 
 
+def test_few_pictures_take_nothing_from_a_verdict_on_enough(
+    tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever quantises again on some pictures keeps what was accepted on more of them, unless it no longer counts; figures are told."""
+    bundle = make_bundle(tmp_path)
+    accepted = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    said: list[str] = []
+    few = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    assert few.precisions["int8"]["verdict"]["reason"].startswith("too few pictures: ")
+    assert "int8: the card keeps its verdict on more pictures, and what was accepted by it" in said
+    assert "  not kept: what was accepted before, on more pictures, stays" in quantizing.report_lines(few)
+    assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
+    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{accepted['key']}.bin", f"int8-{accepted['key']}.xml"]
+
+    (tmp_path / accepted["file"]).with_suffix(".bin").write_bytes(b"changed")
+    again = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20)
+    assert quantize.variants(bundles.load(tmp_path))["int8"] == again.precisions["int8"]
+    assert (tmp_path / again.precisions["int8"]["file"]).is_file()
+
+
 # What a job gets.
 
 

@@ -380,7 +380,8 @@ def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
     message = str(caught.value)
     assert f"was started with {was}" in message
     assert f", now {now}" in message
-    assert message.endswith(f"that would change its {kind}. Leave it out to resume, or give another --output.")
+    assert f"that would change its {kind}, which stands for " in message
+    assert message.endswith(". Leave it out to resume, or give another --output.")
     assert caught.value.exit_code == 2
     assert helpers.parts(tmp_path / "out") == before
 

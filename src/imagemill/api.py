@@ -283,6 +283,7 @@ class Classifier:
         """
         single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
         single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
+        single = single or not isinstance(items, Iterable)  # it is none at all, which will be said
         every: list[Any] = [items] if single else list(items)  # type: ignore[arg-type]
         shard = Shard(0, 0, len(every), 0, "", 0)
         fetchers = [self._fetcher(number, item) for number, item in enumerate(every)]  # all are looked at before any is computed

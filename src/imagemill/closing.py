@@ -93,6 +93,11 @@ def summarise(
     )
 
 
+def shared_decoders(job: Job, chosen: Sequence[DeviceSpec]) -> int:
+    """How many cores decode at once, and compute as well; 0 where none does both, or where that is not known."""
+    return min(_threads(job, chosen), _shared_cores(chosen))
+
+
 def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
     return sum(job.num_workers or len(device.cores) for device in chosen)
 
@@ -108,8 +113,7 @@ def judge(
 ) -> tuple[str | None, dict[str, float], str | None]:
     """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
 
-    Where decoding and computing share the cores, a session waits for pictures also because its own threads have taken the decoders' time.
-    If these got less than half of it, computing was the bound, and it had what reading and decoding left.
+    Where decoding and computing share the cores, computing had what reading and decoding left.
 
     Args:
         clocks: of the workers.
@@ -122,9 +126,7 @@ def judge(
     if not rows or not clocks or not seconds:
         return None, {}, None
     total = stopwatch.total(clocks)
-    bottleneck = stopwatch.bound_by(total)
-    if cores and bottleneck == "decode" and total.decode < min(threads, cores) * seconds / 2:
-        bottleneck = "compute"
+    bottleneck = stopwatch.bound_by(total, seconds, min(threads, cores))
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
         rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)

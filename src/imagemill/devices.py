@@ -23,6 +23,9 @@ _COUNTED = ("cpu", "ipu", "null")
 """Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's business; of the others `kind:I,J` names
 them by id."""
 _MOST = 512
+_CORES_EACH = 16
+"""Of one of `auto`'s processes: what Python does for each picture is done under one lock a process, which ends at 4,000 to 6,000 images/s
+(docs/performance.md)."""
 _WHAT = {
     "cuda": "NVIDIA GPUs",
     "gpu": "Intel GPUs",
@@ -88,8 +91,12 @@ class Asked:
 
     kind: str
     ids: str
-    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant without."""
+    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant without; `auto`: what suits the cores."""
     backend: str
+
+    def processes(self, cores: int) -> int:
+        """How many processes an item means that asks for a number of them, on a machine of so many cores."""
+        return ceil(cores / _CORES_EACH) if self.ids == "auto" else int(self.ids or 1)
 
 
 def parse(spec: str) -> list[Asked]:
@@ -100,14 +107,15 @@ def parse(spec: str) -> list[Asked]:
 def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     """Turn a `--devices` argument into devices, and look whether they are there.
 
-    `auto`, `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of them and `cuda:I,J` by id, and so with `gpu`, `npu`, …; joined by `+`;
-    `@backend` after one picks its backend. Cores are split between the processes of the whole list, as evenly as they go; where there are
-    more processes than cores, they take turns.
+    `auto`, a CPU process for every 16 cores; `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of them and `cuda:I,J` by id, and so with
+    `gpu`, `npu`, …; joined by `+`; `@backend` after one picks its backend. Cores are split between the processes of the whole list, as
+    evenly as they go; where there are more processes than cores, they take turns.
 
     Raises:
         UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing, and the line to type.
     """
     asked = parse(spec)  # all of it before anything is looked for
+    cores = usable_cores()
     found: dict[tuple[str, str], Found] = {}
     places: list[tuple[str, str, int]] = []
     for item in asked:
@@ -119,7 +127,7 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
         here = found.get((kind, backend), Found()).devices
         if kind in _COUNTED:
             taken = sum(place[0] == kind for place in places)
-            chosen = list(range(taken, taken + int(ids or 1)))
+            chosen = list(range(taken, taken + item.processes(len(cores))))
         else:
             chosen = [int(number) for number in ids.split(",")] if ids else list(range(len(here)))
         for number in chosen:
@@ -129,10 +137,10 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
             if any(place[0] == kind and place[2] == number for place in places):
                 raise UsageError(f"--devices {spec}: {kind} {number} is named twice.")
             places.append((kind, backend, number))
-    shares = split_cores(usable_cores(), len(places))
+    shares = split_cores(cores, len(places))
     return tuple(
-        DeviceSpec(f"{kind}#{number}", kind, backend, cores, 0 if kind in ("cpu", "null") else number)
-        for (kind, backend, number), cores in zip(places, shares, strict=True)
+        DeviceSpec(f"{kind}#{number}", kind, backend, share, 0 if kind in ("cpu", "null") else number)
+        for (kind, backend, number), share in zip(places, shares, strict=True)
     )
 
 
@@ -142,6 +150,7 @@ def _parse(spec: str, item: str) -> tuple[str, str, str]:
     if not match:
         raise UsageError(f"--devices {spec}: {item!r} is not a device. Write auto, cpu, cpu:N, cuda:I,J or ipu:N, joined by +.")
     kind, ids, backend = match["kind"], match["ids"] or "", match["backend"]
+    ids = "auto" if item == "auto" else ids
     kinds = list(dict.fromkeys(known for row in sessions.BACKENDS.values() for known in row.kinds))
     if kind not in kinds:
         raise UsageError(f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(kinds)}.")
@@ -149,7 +158,7 @@ def _parse(spec: str, item: str) -> tuple[str, str, str]:
     if backend and backend not in backends:
         raise UsageError(f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(backends)}.")
     if kind in _COUNTED:
-        if ids and not (ids.isdecimal() and 1 <= int(ids) <= _MOST):
+        if ids not in ("", "auto") and not (ids.isdecimal() and 1 <= int(ids) <= _MOST):
             raise UsageError(f"--devices {spec}: {kind}:N takes one number from 1 to {_MOST}, not {ids}.")
     elif ids and not all(number.isdecimal() and int(number) < _MOST for number in ids.split(",")):
         raise UsageError(f"--devices {spec}: {kind}:I,J takes ids from 0 to {_MOST - 1}, joined by commas, not {ids}.")
@@ -223,6 +232,11 @@ def offers() -> list[dict[str, Any]]:
     return found
 
 
+def _automatic(cores: int) -> str:
+    processes = parse("auto")[0].processes(cores)
+    return "this: one process" if processes == 1 else f"cpu:{processes}: a process for every {_CORES_EACH} cores"
+
+
 def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
     flags = processor.flags()
@@ -238,7 +252,7 @@ def _cpu_offer() -> dict[str, Any]:
         f"backend openvino: fp32{''.join(f', {one} by {unit}' for one, unit in faster.items())}",
         "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
         f"--precision auto means {automatic}",
-        "--devices auto means this: one process, a stream and a decoding thread on each core",
+        f"--devices auto means {_automatic(len(cores))}, a stream and a decoding thread on each core",
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")

@@ -325,7 +325,8 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         pairs.append(("--labels", _told_labels(job.card.labels), _told_labels(bundle.read_labels(Path(settings.labels)))))
     for flag, was, asked in pairs:
         if asked is not None and asked != was:
-            what = "plan id" if flag in ("SOURCE", "--include", "--exclude", "--all-files", "--limit", "--shard-size") else "answer id"
+            listing = ("SOURCE", "--include", "--exclude", "--all-files", "--limit", "--shard-size")
+            what = "plan id, which stands for its listing" if flag in listing else "answer id, which stands for what decides its answers"
             raise JobMismatchError(
                 f"{settings.output} was started with {_spelt(flag, was)}, now {_spelt(flag, asked)} is asked for: "
                 f"that would change its {what}. "

@@ -367,6 +367,8 @@ def report_lines(report: Report) -> list[str]:
         for item in record.get("tried", ()):
             but = f", {len(item['ignored'])} layers in fp32" if item["ignored"] else ""
             lines.append(f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower bound {item['wilson_low']:.4f}")
-        if "file" in record:
+        if record.get("kept") is False:
+            lines.append("  not kept: what was accepted before, on more pictures, stays")
+        elif "file" in record:
             lines.append(f"  kept {record['file']} in {report.bundle}")
     return lines

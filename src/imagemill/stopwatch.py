@@ -19,14 +19,21 @@ def total(clocks: Iterable[Clock]) -> Clock:
     return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
 
 
-def bound_by(clock: Clock) -> str:
+def bound_by(clock: Clock, seconds: float = 0.0, decoders: int = 0) -> str:
     """What bounded the time of a clock: `compute`, `write`, `read` or `decode`.
 
     The loop of a worker either waits for pictures, waits for the session, or writes; the largest of the three sums names it, and where it
-    waited for pictures, the larger of reading and decoding does.
+    waited for pictures, the larger of reading and decoding does. But where decoding and computing share the cores, a session waits for
+    pictures also because its own threads have taken the decoders' time: if these got less than half of it, computing was the bound.
+
+    Args:
+        clock: sums over all workers.
+        seconds: in which they came about.
+        decoders: cores that may decode at once and compute too; 0: the devices compute by themselves, or it is not known.
     """
     waits = {"compute": clock.compute, "write": clock.write, ("read" if clock.read > clock.decode else "decode"): clock.starved}
-    return max(waits, key=lambda name: waits[name])
+    bound = max(waits, key=lambda name: waits[name])
+    return "compute" if bound == "decode" and clock.decode < decoders * seconds / 2 else bound
 
 
 class Stopwatch:

@@ -264,6 +264,12 @@ class _Run:
             faster = record["images_per_second"]
             record |= {"fp32_images_per_second": round(rate, 2), "speedup": round(faster / rate, 2) if faster and rate else None}
             records[precision.value] = record
+            if self._says_less(precision, record):
+                self._say(f"{precision}: the card keeps its verdict on more pictures, and what was accepted by it")
+                record["kept"] = False
+                if precision is Precision.INT8:
+                    self._remove_unnamed(self._trial.bundle.dir / record["file"])
+                continue
             self._now = quantize.note(self._now, {precision.value: record})
             if record["accepted"] and trial.pictures is not None:
                 break
@@ -271,6 +277,16 @@ class _Run:
 
     def calibration_pixels(self) -> list[NDArray[np.uint8]]:
         return list(self._pixels(self._first, self._trial.calibration))
+
+    def _says_less(self, precision: Precision, record: Record) -> bool:
+        """Whether a record that was made on too few pictures for a verdict would take the place of an accepted one that counts here."""
+        before = quantize.variants(self._now).get(precision.value, {})
+        counts = before.get("accepted") is True and all(
+            before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe")
+        )
+        if precision is Precision.INT8 and counts:
+            counts = quantize.variant_file(self._now, before) is not None
+        return counts and record["verdict"]["reason"].startswith(gate.TOO_FEW)
 
     def _noted(self, precision: Precision) -> Record | None:
         """The card's record if it is of the same pictures, versions and processor, and its file is whole."""
@@ -435,7 +451,7 @@ class _Run:
             if kept is None or _goodness(candidate) > _goodness(kept):
                 kept, candidate = candidate, kept or candidate
             if candidate is not kept:
-                self._discard(candidate)
+                self._remove_unnamed(candidate.file)
             if tried[-1].verdict.accepted or tried[-1].verdict.reason.startswith(gate.TOO_FEW):
                 break
         assert kept is not None
@@ -488,11 +504,11 @@ class _Run:
         verdict, rate = judge(file)
         return _Candidate(scheme, file, key, verdict, rate)
 
-    def _discard(self, candidate: _Candidate) -> None:
+    def _remove_unnamed(self, file: Path) -> None:
         """Remove an attempt's files, unless the card names them: jobs may be running from those."""
         named = {record.get("file") for record in quantize.variants(self._now).values()}
-        if candidate.file.name not in named:
-            quantize.remove(candidate.file)
+        if file.name not in named:
+            quantize.remove(file)
 
 
 def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:

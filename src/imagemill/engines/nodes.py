@@ -71,7 +71,7 @@ def places(node: Node, asked: Sequence[devices.Asked]) -> list[Place]:
     for item in asked:
         there = int(node.resources.get("GPU" if item.kind in _GPUS else item.kind, 0))
         if item.kind in _ON_CORES:
-            count = int(item.ids or 1) if cpus else 0
+            count = item.processes(cpus) if cpus else 0
         elif item.ids.isdecimal() and item.kind == "ipu":
             count = min(there, int(item.ids))
         elif item.kind == "ipu":
