@@ -21,8 +21,6 @@ from imagemill.errors import ImagemillError, WorkerError
 from imagemill.records import DeviceSpec, Job
 
 _LOG_BYTES = 2_000
-_WARM_UP_BATCHES = 4
-_FEWEST_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +83,16 @@ class Crew:
             found[member.device.name] = answer
         return found
 
-    def warm_up(self) -> None:
-        """Compute a few batches on every device."""
-        self.measure({member.device.name: Compute(_whole(_WARM_UP_BATCHES, member)) for member in self._members})
+    def warm_up(self, batches: int = 4) -> None:
+        """Compute so many batches on every device, or a few more."""
+        self.measure({member.device.name: Compute(_whole(batches, member)) for member in self._members})
 
-    def orders(self, seconds: float) -> dict[str, Compute]:
-        """See how many batches take every device about so long."""
-        tried = self.measure({member.device.name: Compute(_whole(_FEWEST_BATCHES, member)) for member in self._members})
+    def orders(self, seconds: float, fewest: int = 8) -> dict[str, Compute]:
+        """See how many batches take every device about so long, and at least `fewest`, by having it compute as many as these."""
+        tried = self.measure({member.device.name: Compute(_whole(fewest, member)) for member in self._members})
         rates = {name: found.images_per_second / self._batch_size for name, found in tried.items()}
         members = {member.device.name: member for member in self._members}
-        return {name: Compute(_whole(max(_FEWEST_BATCHES, seconds * rate), members[name])) for name, rate in rates.items()}
+        return {name: Compute(_whole(max(fewest, seconds * rate), members[name])) for name, rate in rates.items()}
 
     def close(self) -> None:
         """End all workers."""
