@@ -190,7 +190,8 @@ class _Climb:
             _log.info("batches of %d cannot be tried: %s", size, error)
             return False
         try:
-            orders, begun, pairs = _orders(other), time.monotonic(), []
+            orders, begun = _orders(other), time.monotonic()
+            pairs: list[tuple[float, float]] = []
             while len(pairs) < _ROUNDS and (len(pairs) < 3 or time.monotonic() - begun < _COMPARING_S):
                 pairs.append((_rate(self._crew, self._orders), _rate(other, orders)))
             self.rates |= {self.size: median(ours for ours, _ in pairs), size: median(theirs for _, theirs in pairs)}
