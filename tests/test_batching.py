@@ -12,10 +12,10 @@ import pytest
 
 from batches import make_job
 from imagemill import batching, bench, devices, freezing, processor, running
-from imagemill.bench import crew as crews
-from imagemill.bench.records import Compute, Measured
 from imagemill.errors import DeviceError, Interrupted, WorkerError
 from imagemill.layout import JobPaths
+from imagemill.measuring import crew as crews
+from imagemill.measuring.records import Compute, Measured
 from imagemill.records import Bundle, DeviceSpec, Job, Precision, Settings
 from imagemill.watching import Watcher
 
@@ -319,5 +319,5 @@ def test_a_long_job_is_frozen_with_what_its_probe_found(
 
 def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> None:
     """Its start alone takes longer than this patience."""
-    with pytest.raises(WorkerError, match=r"the bench worker of null#0 said nothing for 0\.001 s"):
+    with pytest.raises(WorkerError, match=r"the process that measures null#0 said nothing for 0\.001 s"):
         crews.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)

@@ -15,11 +15,11 @@ import pytest
 
 import helpers
 from imagemill import bench, devices
-from imagemill.bench.crew import Crew
 from imagemill.bench.measure import machine, synthetic_job
-from imagemill.bench.records import Compute
 from imagemill.bench.verdict import judge, together
 from imagemill.errors import ModelError, SourceError, UsageError, WorkerError
+from imagemill.measuring.crew import Crew
+from imagemill.measuring.records import Compute
 from imagemill.records import Bundle, Precision
 
 SYNTHETIC = ("bench", "--synthetic", "--model", "tiny", "--batch-size", "6", "--batches-per-step", "20", "--iterations", "3")
@@ -205,7 +205,7 @@ def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> 
     chosen = devices.resolve("null:2")
     with Crew(synthetic_job(settings(), tiny, chosen), chosen) as crew:
         crew._members[1].process.kill()
-        with pytest.raises(WorkerError, match=r"the bench worker of null#1 died \(exit code -9\)"):
+        with pytest.raises(WorkerError, match=r"the process that measures null#1 died \(exit code -9\)"):
             crew.measure({device.name: Compute(1) for device in chosen})
 
 

@@ -15,8 +15,9 @@ import helpers
 from batches import make_job
 from imagemill import bench
 from imagemill.bench import loadgen
-from imagemill.bench.records import Offline
 from imagemill.errors import ModelError, UsageError
+from imagemill.measuring import loadgen as driven
+from imagemill.measuring.records import Offline
 from imagemill.records import Batch, Bundle, DeviceSpec
 from imagemill.sessions import open_session
 from imagemill.stopwatch import Stopwatch
@@ -104,13 +105,13 @@ def test_a_session_that_fails_ends_the_test_with_its_own_error(tiny: Bundle, tmp
     session = open_session(job, DeviceSpec("null#0", "null", "null", (0,)), Stopwatch())
     order = Offline(str(tmp_path), 0.05, 100.0, 8, None, accuracy=False)
     with pytest.raises(ModelError, match="the device is lost"):
-        loadgen.offline(BrokenSession(session), job, order)
+        driven.offline(BrokenSession(session), job, order)
 
 
 def test_a_batch_is_its_samples_and_padding(tiny: Bundle) -> None:
     """LoadGen may ask for any samples in any order, and for too few to fill a batch."""
     library = [np.full((2, 2, 3), value, np.uint8) for value in range(5)]
-    batch = loadgen._batch(library, [4, 1], 3)
+    batch = driven._batch(library, [4, 1], 3)
     assert isinstance(batch, Batch)
     assert (batch.pixels[:, 0, 0, 0].tolist(), batch.filled) == ([4, 1, 0], 2)
 

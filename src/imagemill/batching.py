@@ -28,8 +28,8 @@ from imagemill.errors import ImagemillError, Interrupted
 from imagemill.records import DeviceSpec, Job, Precision
 
 if TYPE_CHECKING:
-    from imagemill.bench.crew import Crew
-    from imagemill.bench.records import Compute
+    from imagemill.measuring.crew import Crew
+    from imagemill.measuring.records import Compute
 
 FILE: Final = "batch-sizes.json"
 """Below `Job.cache_dir`."""
@@ -203,7 +203,7 @@ class _Climb:
             other.close()
 
     def _open(self, size: int) -> Crew:
-        from imagemill.bench.crew import Crew
+        from imagemill.measuring.crew import Crew
 
         return Crew(replace(self._job, batch_size=size), self._chosen, patience_s=_PATIENCE_S)
 

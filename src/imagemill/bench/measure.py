@@ -16,11 +16,12 @@ from statistics import median
 
 from imagemill import batching, devices, freezing, plan, processor, quantizing, watching
 from imagemill import running as jobs
-from imagemill.bench.crew import Crew
-from imagemill.bench.records import BenchReport, BenchSettings, Compute, Decode, Measured, Rates
+from imagemill.bench.records import BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
+from imagemill.measuring.crew import Crew
+from imagemill.measuring.records import Compute, Decode, Measured
 from imagemill.models import bundle, quantize, registry
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
 from imagemill.version import __version__

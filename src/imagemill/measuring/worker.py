@@ -1,6 +1,6 @@
-"""The child process that bench measures in: the session and the feed of `imagemill.worker`, on the same cores, each alone.
+"""The child process that measures: the session and the feed of `imagemill.worker`, on the same cores, each alone.
 
-Started as `python -m imagemill.bench.worker SOCKET BENCH_PID`; ends with bench, whatever ends it.
+Started as `python -m imagemill.measuring.worker SOCKET PARENT_PID`; ends with its parent, whatever ends that.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from imagemill import child, errors, wire
-from imagemill.bench.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.errors import ImagemillError
+from imagemill.measuring.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.records import DeviceSpec, Job
 
 if TYPE_CHECKING:
     from imagemill.records import Batch
     from imagemill.sessions.base import Session
 
-_log = logging.getLogger("imagemill.bench.worker")
+_log = logging.getLogger("imagemill.measuring.worker")
 _DISTINCT_BATCHES = 4
 
 
@@ -72,7 +72,7 @@ def _work(connection: Connection) -> None:
             case Decode():
                 connection.send(_decode(order, begin.device))
             case Offline():
-                from imagemill.bench import loadgen
+                from imagemill.measuring import loadgen
 
                 connection.send(loadgen.offline(session, begin.job, order))
             case _:

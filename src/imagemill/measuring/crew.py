@@ -1,4 +1,4 @@
-"""The bench workers of all devices, given their orders together."""
+"""The processes that measure, one a device, given their orders together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import IO
 
 from imagemill import child, errors, wire
-from imagemill.bench.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.errors import ImagemillError, WorkerError
+from imagemill.measuring.records import Begin, Compute, Decode, Measured, Offline, Ready
 from imagemill.records import DeviceSpec, Job
 
 _LOG_BYTES = 2_000
@@ -113,7 +113,7 @@ class Crew:
 def _start(device: DeviceSpec) -> _Member:
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the crew
-    command = [sys.executable, "-m", "imagemill.bench.worker", str(theirs.fileno()), str(os.getpid())]
+    command = [sys.executable, "-m", "imagemill.measuring.worker", str(theirs.fileno()), str(os.getpid())]
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -135,14 +135,14 @@ def _whole(batches: float, member: _Member) -> int:
 
 def _answer(member: _Member, patience_s: float | None) -> object:
     if not member.connection.poll(patience_s):
-        raise WorkerError(f"the bench worker of {member.device.name} said nothing for {patience_s:g} s.")
+        raise WorkerError(f"the process that measures {member.device.name} said nothing for {patience_s:g} s.")
     try:
         answer = member.connection.recv()
     except (EOFError, OSError):
         code = member.process.wait()
         member.log.seek(0)
         text = member.log.read()[-_LOG_BYTES:].decode("utf-8", "backslashreplace")
-        raise WorkerError(f"the bench worker of {member.device.name} died (exit code {code}). Its last words:\n{text}") from None
+        raise WorkerError(f"the process that measures {member.device.name} died (exit code {code}). Its last words:\n{text}") from None
     if isinstance(answer, wire.Failed):
         raise getattr(errors, answer.kind, ImagemillError)(answer.message)
     return answer

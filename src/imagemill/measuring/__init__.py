@@ -1,0 +1,6 @@
+"""Processes that measure: the session and the feed of a run's worker, on the same cores, each alone.
+
+Crew ─► one process per device, which compiles the job's model ─► orders: compute so many batches | decode these shards | LoadGen
+
+`imagemill bench` measures with them, and `batching`.
+"""

@@ -1,0 +1,81 @@
+"""What is said to the processes that measure, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from imagemill.records import DeviceSpec, Job, Lease
+
+# parent                        process that measures
+# Begin ───────────────────────►
+#       ◄─────────────────────── Ready, or wire.Failed
+# Compute, Decode, Offline ────►
+#       ◄─────────────────────── Measured, or wire.Failed
+# wire.Stop ───────────────────►
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The first message: what to compile, and for which device."""
+
+    job: Job
+    device: DeviceSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The session is compiled."""
+
+    backend: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Send this many synthetic batches through the session."""
+
+    batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Turn these shards into batches, and throw them away."""
+
+    job: Job
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offline:
+    """Have MLPerf's LoadGen drive the session, Offline scenario."""
+
+    log_dir: str
+    min_duration_s: float
+    expected_rate: float
+    """images/s; decides how many samples LoadGen asks for."""
+    samples: int
+    """Pictures of noise in its library."""
+    pictures: Decode | None
+    """Decoded ones instead."""
+    accuracy: bool
+    """Log each picture's answer once, instead of measuring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one order took."""
+
+    pictures: int
+    begun_s: float
+    """Monotonic clock, which all processes of a machine share."""
+    ended_s: float
+    read_s: float = 0.0
+    """Summed over decoding threads: fetching bytes."""
+    decode_s: float = 0.0
+    """Summed over decoding threads: CPU time of decoding."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Its own rate."""
+        return self.pictures / (self.ended_s - self.begun_s)
