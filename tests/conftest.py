@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 import helpers
 import pictures
@@ -96,9 +99,16 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 pictures that take some 20 ms each to decode, so that there is time to send a signal; links to a few files."""
+    """96 pictures that take some 20 ms each to decode, so that there is time to send a signal; links to a few files. Larger ones on a
+    faster machine."""
     folder = tmp_path_factory.mktemp("slow")
-    data = [pictures.encode(pictures.photograph(900, 800, seed), "PNG", compress_level=1) for seed in range(4)]
+    for width in (900, 1200, 1600):
+        data = [pictures.encode(pictures.photograph(width, 800, seed), "PNG", compress_level=1) for seed in range(4)]
+        begun = time.process_time()
+        for item in data:
+            Image.open(io.BytesIO(item)).load()
+        if time.process_time() - begun > len(data) * 0.018:
+            break
     originals = [folder / f".{number}" for number in range(len(data))]
     for path, content in zip(originals, data, strict=True):
         path.write_bytes(content)

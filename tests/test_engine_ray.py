@@ -392,14 +392,19 @@ def test_a_node_that_joins_and_is_not_fit_is_left_out(nodes: Nodes, ray_start: S
         after_import("imagemill.version", other)
     """
     out = tmp_path / "out"
-    process = two_at_work(ray_start, slow_folder, out, "--json")
+    longer = tmp_path / "longer"  # than it takes a node to join
+    longer.mkdir()
+    for path in slow_folder.glob("*.png"):
+        for number in range(5):
+            os.link(path, longer / f"{number}-{path.name}")
+    process = two_at_work(ray_start, longer, out, "--json")
     alien = nodes.add(node_name="alien", env=harness.hooks(tmp_path / "hooks", hook))
     result = helpers.finish(process)
     nodes.remove(alien)
     assert result.code == 0, result
     assert re.search(r"imagemill: left out: node alien \([0-9a-f]{8}\) has imagemill 0\.0\.9, this machine has \S+: .*\n", result.err)
     assert result.err.count("left out") == 1
-    assert harness.assert_complete(out).num_rows == 96
+    assert harness.assert_complete(out).num_rows == 5 * 96
 
 
 def test_devices_that_no_node_offers_are_refused(ray_run: Run, jpegs: Folders, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_where_all_can_be_read_it_says_how_many_may_not(job: Jobs, jpegs: Folder
     ]
 
 
-def test_the_display_knows_while_it_runs(job: Jobs, jpegs: Folders, heavy: str) -> None:
+def test_the_display_knows_while_it_runs(job: Jobs, slow_folder: Path, heavy: str) -> None:
     """Each progress says whether the sample is being taken beside it, so that no rate is taken from it: at first yes, afterwards no."""
     seen: list[bool] = []
 
@@ -165,7 +165,7 @@ def test_the_display_knows_while_it_runs(job: Jobs, jpegs: Folders, heavy: str) 
 
             return shown
 
-    running.run(job(jpegs(60), model=heavy), Watcher())
+    running.run(job(slow_folder, model=heavy), Watcher())
     assert seen[0] is True
     assert seen[-1] is False
     assert seen == sorted(seen, reverse=True)
