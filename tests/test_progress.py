@@ -20,7 +20,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
-from imagemill import progress
+from imagemill import progress, running, watching
+from imagemill.devices import usable_cores
 from imagemill.launcher import Progress
 from imagemill.progress import Estimate, Pace
 from imagemill.records import Clock
@@ -428,3 +429,18 @@ print(summary.ok)
     assert "96" in lines[0]
     assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
+
+
+@pytest.mark.parametrize(("devices", "threads", "decoders"), [("cpu", 1, 1), ("cpu", 64, len(usable_cores())), ("null", 2, 0)])
+def test_a_job_tells_its_display_how_many_cores_decode_and_compute(
+    job: Callable[..., Any], jpegs: Callable[..., Any], devices: str, threads: int, decoders: int
+) -> None:
+    """So that what bounds it is judged as at its end; a device that computes by itself shares none."""
+    seen: list[int] = []
+
+    class Watcher(watching.Watcher):
+        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
+            return lambda progress: seen.append(progress.decoders)
+
+    running.run(job(jpegs(8), devices=devices, num_workers=threads), Watcher())
+    assert set(seen) == {decoders}
