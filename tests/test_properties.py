@@ -66,6 +66,7 @@ def bits(table: pa.Table) -> list[bytes]:
     in_flight=st.one_of(st.none(), st.integers(1, 5)),
     threads=st.integers(1, 4),
 )
+@example(batch_size=64, shard_size=24, devices="cpu", in_flight=None, threads=2)  # as many as a probe may choose
 @example(batch_size=12, shard_size=24, devices="cpu", in_flight=4, threads=4)
 @example(batch_size=5, shard_size=1, devices="cpu:3", in_flight=None, threads=2)
 def test_the_same_rows_whatever_the_settings(

@@ -36,8 +36,8 @@ FILE: Final = "batch-sizes.json"
 _FORMAT: Final = 1
 _RULE: Final = 4
 _RULE_AMX: Final = 8
-_MOST: Final[Mapping[str, int]] = {"cpu": 64}
-_MOST_ELSEWHERE: Final = 512
+_MOST_ON_CPU: Final = 64
+_MOST: Final = 512
 _NOT_PROBED: Final = ("null", "ipu", "npu")
 """Kinds of devices: one computes nothing, one compiles for minutes, one has been seen by nobody here."""
 _WORTH_LOOKING: Final = 30_000
@@ -219,7 +219,7 @@ def _rate(crew: Crew, orders: Mapping[str, Compute]) -> float:
 
 
 def _most(chosen: Sequence[DeviceSpec]) -> int:
-    return min(_MOST.get(device.kind, _MOST_ELSEWHERE) for device in chosen)
+    return min(_MOST_ON_CPU if device.kind == "cpu" else _MOST for device in chosen)
 
 
 # ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,7 +245,7 @@ def _read(file: Path) -> dict[str, Kept]:
 
 def _makes_sense(kept: Kept) -> bool:
     size = kept.batch_size
-    return (size is None or (type(size) is int and 1 <= size <= _MOST_ELSEWHERE)) and all(rate > 0 for rate in kept.rates.values())
+    return (size is None or (type(size) is int and 1 <= size <= _MOST)) and all(rate > 0 for rate in kept.rates.values())
 
 
 def _keep(job: Job, chosen: Sequence[DeviceSpec], found: Kept) -> None:
