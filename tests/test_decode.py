@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 import pictures
 from imagemill.images import decode as module
-from imagemill.images import preprocess
+from imagemill.images import pillow, preprocess
 from imagemill.images.decode import decode, decode_into
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 
@@ -178,7 +178,7 @@ def test_broken_exif_costs_nothing(block: bytes) -> None:
     image = Image.open(io.BytesIO(data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = module._pillow_orientation(image)
+        expected = pillow._pillow_orientation(image)
     assert (decoded.width, decoded.height) == ((14, 20) if expected >= 5 else (20, 14))
 
 
@@ -316,7 +316,7 @@ def test_decoding_releases_the_gil() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.binary(max_size=300), magic=st.sampled_from([b"", *(magic for kinds in module._MAGIC.values() for magic in kinds)]))
+@given(data=st.binary(max_size=300), magic=st.sampled_from([b"", *(magic for kinds in pillow._MAGIC.values() for magic in kinds)]))
 def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
     """Any bytes at all, also behind any magic number, become an answer."""
     sound(decode(magic + data, SMALL, Limits(max_pixels=1_000_000)))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from imagemill import codec, groups, processor, quantizing, trial
+from imagemill import codec, groups, processor, quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize, resnext
@@ -106,7 +106,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials run in this process: quicker, and seen by monkeypatch."""
-    monkeypatch.setattr(trial, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say))
+    monkeypatch.setattr(trial_process, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say))
     return
 
 
@@ -395,12 +395,12 @@ def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
     prepared = auto(bundle, colours)
     assert prepared.precision is Precision.FP32
     assert [line.partition(":")[0] for line in prepared.lines[-3:]] == ["int8 is not used", "bf16 is not used", "precision fp32"]
-    monkeypatch.setattr(trial, "in_child", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured again"))
     assert auto(bundles.load(tmp_path), colours).lines == prepared.lines[-3:]
 
 
 def test_auto_measures_nothing_where_a_job_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "in_child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
     prepared = quantizing.prepare("auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU)
     assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
     assert prepared.lines[-1] == "precision fp32"
@@ -410,7 +410,7 @@ def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everyth
     def fails(*_: object) -> None:
         raise WorkerError("the process that measures precisions died")
 
-    monkeypatch.setattr(trial, "in_child", fails)
+    monkeypatch.setattr(trial_process, "in_child", fails)
     prepared = auto(make_bundle(tmp_path), colours)
     assert prepared.precision is Precision.FP32
     assert prepared.lines[0] == "measuring whether int8 or bf16 would save time"
@@ -425,7 +425,7 @@ def test_a_signal_during_the_trial_ends_the_job(
     def interrupted(*_: object) -> None:
         raise Interrupted("terminated", 143)
 
-    monkeypatch.setattr(trial, "in_child", interrupted)
+    monkeypatch.setattr(trial_process, "in_child", interrupted)
     with pytest.raises(Interrupted):
         auto(make_bundle(tmp_path), colours)
 
@@ -540,7 +540,7 @@ def test_a_picture_that_kills_its_decoder_does_not_kill_the_job(
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     said: list[str] = []
-    found = trial.in_child(small_trial(make_bundle(tmp_path / "bundle"), folder), said.append)
+    found = trial_process.in_child(small_trial(make_bundle(tmp_path / "bundle"), folder), said.append)
     assert found["bf16"]["verdict"]["pictures"] == 12
     assert said[0].startswith("the trial process was killed by SIG")
 
@@ -549,4 +549,4 @@ def test_a_users_error_crosses_from_the_child_as_itself(tmp_path: Path, jpegs: C
     bundle = make_bundle(tmp_path / "bundle")
     (bundle.dir / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"model\.onnx"):
-        trial.in_child(small_trial(bundle, jpegs(3)))
+        trial_process.in_child(small_trial(bundle, jpegs(3)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import codec, devices, groups, processor, sources, trial
+from imagemill import codec, devices, groups, processor, sources, trial, trial_process
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
@@ -230,7 +230,7 @@ def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: in
         some, _ = thin(entries(), _wanted(base))
         say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
         try:
-            trial.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
+            trial_process.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
         except Interrupted:
             raise
         except ImagemillError as error:
@@ -253,7 +253,7 @@ def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[
         held_out = min(HELD_OUT, max(_FEWEST, pictures // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)
         some, _ = thin(entries(), _wanted(quick))
-        record = trial.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
+        record = trial_process.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
     elif record is not None:
         say(f"{precision}: {told(record)}")
     if record is None:
@@ -342,7 +342,7 @@ def quantize_bundle(
     some, pictures = thin(_listing(resolved, filters or Filters()), _wanted(base))
     if not pictures:
         raise UsageError(f"{', '.join(given)} holds no pictures. Give a folder of pictures like those that will be classified.")
-    found = trial.in_child(replace(base, entries=tuple(some)), say)
+    found = trial_process.in_child(replace(base, entries=tuple(some)), say)
     return Report(str(bundle.dir), pictures, found)
 
 

@@ -1,14 +1,6 @@
 """One trial of faster precisions against fp32: decode, calibrate, judge, note the verdicts in the bundle's card.
 
-It runs in a process of its own, started by `in_child`: a picture that kills its decoder
-does not kill the job, the memory of quantising is given back, and heavy libraries stay out of the launcher. A child that dies or hangs
-is started once more, and then decodes every picture in a disposable process.
-
-parent                        child
-Trial ───────────────────────►
-      ◄─────────────────────── Said(line)
-      ◄─────────────────────── At(patience_s)     what begins now says something again within that time; None: it may take long
-      ◄─────────────────────── Found or Failed    the end
+`trial_process` runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,28 +8,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import child, codec, errors, groups, processor, sources
-from imagemill.errors import BadLogitsError, ImagemillError, ModelError, WorkerError
+from imagemill import codec, groups, processor, sources
+from imagemill.errors import BadLogitsError, ModelError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
@@ -96,36 +79,6 @@ class Trial:
     """Decode every picture in a disposable process."""
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """A line for the user."""
-
-    line: str
-
-
-@dataclass(frozen=True, slots=True)
-class At:
-    """How long the parent should wait for the next message."""
-
-    patience_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The end: what was found, by precision, also noted in the card."""
-
-    records: Mapping[str, Record] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The end: an error for the user."""
-
-    kind: str
-    """Class name in `imagemill.errors`."""
-    message: str
-
-
 def instruction_set(flags: set[str] | None = None) -> str:
     """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between processors that differ in it."""
     flags = processor.flags() if flags is None else flags
@@ -179,9 +132,6 @@ def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
     for entry in entries:
         state.update(b"%d\0%b\0%d\n" % (entry.source, entry.path, entry.size))
     return state.hexdigest()[:16]
-
-
-# ── the trial ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None) -> dict[str, Record]:
@@ -519,97 +469,3 @@ def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 def _goodness(candidate: _Candidate) -> tuple[float, float]:
     return candidate.verdict.wilson_low, -candidate.verdict.mean_probability_difference
-
-
-# ── the child and its parent ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
-    """`carry_out` in a process of its own; started once more, decoding in disposable processes, if it dies or hangs.
-
-    Raises:
-        ImagemillError: as `carry_out`. WorkerError: it died twice.
-    """
-    try:
-        return _attempt_in_child(trial, say)
-    except _DiedError as died:
-        say(f"the trial process {died}: starting it again, each picture decoded in a process of its own")
-    try:
-        return _attempt_in_child(replace(trial, isolate=True), say)
-    except _DiedError as died:
-        raise WorkerError(f"the process that measures precisions {died}, twice. Use --precision fp32.") from died
-
-
-class _DiedError(Exception):
-    """The child is gone without an answer; says how."""
-
-
-def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
-    ours, theirs = Pipe()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            # Imported under its own name, so that the records that are pickled there are known here.
-            [
-                sys.executable,
-                "-c",
-                "import sys; from imagemill import trial; sys.exit(trial.main())",
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            pass_fds=(theirs.fileno(),),
-            env=child.environment(),
-        )
-        theirs.close()
-        try:
-            ours.send(trial)
-            return _listen(ours, say)
-        except (EOFError, OSError):
-            code = process.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            log.seek(0)
-            last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise _DiedError(": ".join([how, *last])) from None
-        finally:
-            process.kill()
-            process.wait()
-            ours.close()
-
-
-def _listen(connection: Connection, say: Say) -> dict[str, Record]:
-    patience_s: float | None = None
-    while True:
-        if not connection.poll(patience_s):
-            raise _DiedError(f"said nothing for {patience_s:g} s while decoding")
-        match connection.recv():
-            case Said(line):
-                say(line)
-            case At(patience):
-                patience_s = patience
-            case Found(records):
-                return dict(records)
-            case Failed(kind, message):
-                known = getattr(errors, kind, ImagemillError)
-                raise known(message)
-
-
-def main() -> int:
-    """Be the child."""
-    socket, parent = (int(argument) for argument in sys.argv[1:3])
-    child.end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    warnings.simplefilter("ignore")
-    connection = Connection(socket)
-    trial = connection.recv()
-    assert isinstance(trial, Trial)
-    child.keep_to(trial.cores)
-    try:
-        found = carry_out(trial, lambda line: connection.send(Said(line)), lambda patience_s: connection.send(At(patience_s)))
-        connection.send(Found(found))
-    except ImagemillError as error:
-        kind = type(error).__name__
-        connection.send(Failed(kind if hasattr(errors, kind) else "ImagemillError", str(error)))
-    return 0

@@ -245,6 +245,11 @@ def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: N
     return True
 
 
+def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
+    """Width and height of a picture once it is turned; and of a turned one before."""
+    return (height, width) if orientation >= 5 else (width, height)
+
+
 def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn a stored picture, uint8 (H, W, 3), into the displayed one as `TURNS` does; a view."""
     if orientation >= 5:

@@ -1,0 +1,311 @@
+"""Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
+
+How pictures become RGB: as Pillow's `convert("RGB")` does it (alpha is dropped, not blended), but for two things that it clips.
+16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are taken as 8-bit, 16-bit or 0 to 1 where the
+picture's extremes fit that, and are stretched between its extremes where not. Of an animation it is the first frame.
+TIFF is turned by Pillow itself as its orientation says, whatever the recipe.
+
+Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for pictures within pictures,
+as in ICO), and its warnings are silenced, because `warnings.catch_warnings` is not safe among threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import struct
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from imagemill.images import preprocess
+from imagemill.images.jpeg import ORIENTATION, read_header
+from imagemill.images.refusals import Refusal, check_budget, check_png_sums, judge, one_line
+from imagemill.records import Limits, Recipe, Status
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such picture comes."""
+
+FORMATS = (
+    *COMMON_FORMATS,
+    *("WEBP", "TIFF", "AVIF", "JPEG2000", "PSD", "ICO", "ICNS", "CUR", "DDS", "QOI", "DIB", "BLP", "DCX", "FLI", "FTEX", "GBR"),
+    *("IM", "MSP", "PCD", "PCX", "PIXAR", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "SPIDER", "TGA"),
+)
+"""What is decoded: Pillow's raster formats, in the order in which they are tried (those without a magic number last).
+
+Left out on purpose: EPS, WMF, EMF and PDF (programs to be run, or the system's renderer), BUFR, GRIB, HDF5 and MPEG (Pillow only
+recognises them), FITS (its compressed form inflates without bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that
+other files pass for them).
+"""
+
+PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"), "JXL": ("pillow_jxl", None, "pillow-jxl-plugin")}
+"""Formats that need a package: its module, what registers it with Pillow (None: importing does), and its name for pip."""
+
+REFUSED = {
+    "PDF": (b"%PDF",),
+    "EPS": (b"%!PS", b"\xc5\xd0\xd3\xc6"),
+    "WMF": (b"\xd7\xcd\xc6\x9a\x00\x00", b"\x01\x00\x00\x00l\x00\x00\x00", b"\x01\x00\x00\x00\x58\x00\x00\x00"),
+    "SVG": (b"<svg",),
+    "FITS": (b"SIMPLE  =",),
+    "HDF5": (b"\x89HDF\r\n\x1a\n",),
+    "GRIB": (b"GRIB",),
+    "BUFR": (b"BUFR",),
+    "MPEG": (b"\x00\x00\x01\xb3",),
+}
+"""Formats that are recognised in order to say that they are not decoded."""
+
+_BMFF_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+
+_setup = threading.Lock()
+_registered: set[str] = set()
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was learnt of a picture before it failed."""
+
+    width: int | None = None
+    height: int | None = None
+
+
+def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:
+    """Decode and preprocess one picture into a place of a batch, and note its size as soon as it is known. May raise anything."""
+    image = _open(data, limits, seen)
+    try:
+        turns_itself = image.format == "TIFF"  # Pillow does it when it loads, and gives the turned size before
+        orientation = 1 if turns_itself or not recipe.exif else _pillow_orientation(image)
+        seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
+        check_budget(*image.size, limits)
+        if turns_itself:
+            _check_tiles(image, limits)
+        if image.format == "PNG":
+            check_png_sums(data)
+        image.load()
+        if not turns_itself and recipe.exif:
+            orientation = _pillow_orientation(image)  # of a PNG it may come after the pixels
+        seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
+        check_budget(width, height, limits)
+        crop = preprocess.locate(width, height, recipe)
+        box = preprocess.region(crop, recipe, width, height)
+        part = _to_rgb(image, preprocess.turned_region(box, orientation, width, height))
+        if orientation in preprocess.TURNS:
+            part = part.transpose(preprocess.TURNS[orientation])
+        preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1])
+    finally:
+        image.close()
+
+
+# Which format it is
+
+
+def _open(data: bytes, limits: Limits, seen: Seen) -> ImageFile.ImageFile:
+    """Find the plugin that reads these bytes, as `Image.open` does, which would hide the reason where there is none."""
+    prefix = data[:16]
+    expected = _recognise(data)
+    if expected == "WEBP":
+        _check_webp(data, limits, seen)
+    reason: Exception | None = None
+    for name in _candidates(expected):
+        if name not in Image.OPEN and name not in COMMON_FORMATS:
+            with _setup:
+                Image.init()
+        if name not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is not None and accept(prefix) is not True:  # a string says that the codec is missing
+                continue
+            image = factory(io.BytesIO(data), "")
+            if min(image.size) > 0:
+                return image
+        except (MemoryError, Image.DecompressionBombError):
+            raise
+        except Exception as error:  # plugins raise anything at all on damaged files
+            if name == expected:
+                reason = error
+    raise _why_not(data, expected, reason, limits)
+
+
+def _candidates(expected: str | None) -> tuple[str, ...]:
+    if expected in PLUGINS:
+        return (expected,) if _register(expected) else ()
+    if expected in REFUSED:
+        return ()
+    return FORMATS if expected is None else (expected, *(name for name in FORMATS if name != expected))
+
+
+def _register(name: str) -> bool:
+    """Load the plugin of a format, where it is installed."""
+    module, register, _ = PLUGINS[name]
+    with _setup:
+        if name not in _registered:
+            try:
+                plugin = importlib.import_module(module)
+            except ImportError:
+                return False
+            if register is not None:
+                getattr(plugin, register)()
+            _registered.add(name)
+    return True
+
+
+def _recognise(data: bytes) -> str | None:
+    """Name the format by its magic number, where that is long enough to be sure."""
+    for name, magics in _MAGIC.items():
+        if data.startswith(magics):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] == b"ftyp":
+        return "HEIF" if data[8:12] in _BMFF_HEIF and b"avif" not in data[8:64] else "AVIF" if data[8:12] in {b"avif", b"avis"} else None
+    if data[:5] == b"<?xml" and b"<svg" in data[:1024]:
+        return "SVG"
+    return None
+
+
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "PSD": (b"8BPS",),
+    "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
+    "ICNS": (b"icns",),
+    "QOI": (b"qoif",),
+    "DDS": (b"DDS ",),
+    "JXL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"),
+    **REFUSED,
+}
+
+
+def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits) -> Refusal:
+    if expected is None:
+        return Refusal(Status.NOT_AN_IMAGE, f"no picture format begins like this: {data[:16]!r}")
+    if expected in PLUGINS:
+        _, _, package = PLUGINS[expected]
+        if expected not in _registered:
+            return Refusal(Status.UNSUPPORTED, f"{expected} needs a package that is not installed: pip install {package}")
+    elif expected in REFUSED:
+        return Refusal(Status.UNSUPPORTED, f"{expected} is not among the formats that are decoded")
+    elif reason is None:
+        return Refusal(Status.UNSUPPORTED, f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow")
+    if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
+        check_budget(jpeg.width, jpeg.height, limits)
+        return Refusal(Status.UNSUPPORTED, f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type SOF{jpeg.frame - 0xC0}")
+    assert reason is not None or expected in PLUGINS
+    error = reason or SyntaxError("not identified by its plugin")
+    return Refusal(judge(error, data), f"broken {expected} header: {one_line(error)}")
+
+
+# How it becomes RGB
+
+
+def _pillow_orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF is no reason to refuse a picture
+        return 1
+    return found if isinstance(found, int) and found in preprocess.TURNS else 1
+
+
+def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Cut a box out of a loaded picture and make it RGB; what is stretched is stretched by the extremes of the whole."""
+    image.info.pop("transparency", None)  # dropped either way, and with a palette Pillow warns
+    whole = box == (0, 0, *image.size)
+    part: Image.Image = image if whole else image.crop(box)
+    if image.mode.startswith("I;16"):
+        bits = _tiff_bits(image)
+        return _grey((np.asarray(part) >> (bits - 8)).clip(0, 255))
+    if image.mode == "I":
+        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type]  # one band, so two numbers
+        values = np.asarray(part)
+        if low >= 0 and high <= 0xFFFF:
+            return _grey(values >> 8 if high > 0xFF or image.format == "PPM" else values)
+        return _grey(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))))
+    if image.mode == "F":
+        return _grey(_stretched(np.asarray(image), box))
+    if image.mode in {"La", "RGBa"}:
+        part = part.convert("LA" if image.mode == "La" else "RGBA")
+    return part.convert("RGB")
+
+
+def _stretched(values: NDArray[np.float32], box: tuple[int, int, int, int]) -> NDArray[np.float64]:
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    left, top, right, bottom = box
+    part = values[top:bottom, left:right].astype(np.float64)
+    if low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255:
+        low, high = 0.0, 255.0
+    elif low == high:
+        high = low + 1
+    scaled = (np.nan_to_num(part, nan=low, posinf=high, neginf=low) - low) * (255.0 / (high - low))
+    return np.rint(scaled)
+
+
+def _grey(values: NDArray[Any]) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def _tiff_bits(image: Image.Image) -> int:
+    """Tell how many bits a 16-bit grey value really has: TIFF has 12 as well."""
+    tags = getattr(image, "tag_v2", None)
+    bits = tags.get(258) if tags is not None else None
+    return bits[0] if isinstance(bits, tuple) and bits and bits[0] in {12, 16} else 16
+
+
+# Budgets
+
+
+def prepare(limits: Limits) -> None:
+    """Set what Pillow itself guards against, and keep it quiet; before each picture, since others may undo it."""
+    half = max(1, limits.max_pixels // 2)  # Pillow raises at twice its limit
+    if half != Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = half
+    # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time (0.2 µs)
+    if not any(entry is _silence for entry in warnings.filters[:3]):
+        with _setup:
+            filters: Any = warnings.filters  # a list, in spite of its stub
+            if _silence not in filters:
+                filters.insert(0, _silence)
+                warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+_silence: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+Image.preinit()
+
+
+def _check_tiles(image: Image.Image, limits: Limits) -> None:
+    """Refuse a TIFF whose tiles are larger than the budget, however small the picture: libtiff decodes whole tiles."""
+    tags: Any = getattr(image, "tag_v2", {})
+    width, height = tags.get(322), tags.get(323)
+    if isinstance(width, int) and isinstance(height, int):
+        check_budget(width, height, limits)
+
+
+def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:
+    """Check a WebP's size before Pillow opens it: up to 12.x it makes room for the whole canvas twice by then."""
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        return
+    if kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 6))
+    elif kind == b"VP8X":
+        width, height = (int.from_bytes(body[at : at + 3], "little") + 1 for at in (4, 7))
+    elif kind == b"VP8L" and body[0] == 0x2F:
+        packed = int.from_bytes(body[1:5], "little")
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    else:
+        return
+    seen.width, seen.height = width, height
+    check_budget(width, height, limits)

@@ -1,0 +1,95 @@
+"""Why a picture is not decoded: the budgets, and what the errors of decoders mean."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+
+from PIL import Image
+
+from imagemill.records import Limits, Status
+
+_TOO_LARGE = ("Decompressed data too large", "Too much memory used in text chunks", "decompression bomb")
+_CUT = ("truncated", "Truncated", "unexpected end", "not enough", "buffer is not large enough", "EOF", "broken PNG file (chunk b'')")
+_UNSUPPORTED = ("nsupported", "not supported", "nimplemented", "not implemented", "not available", "cannot handle", "Unknown compression")
+
+
+class Refusal(Exception):  # noqa: N818 - not an error of the program but a status
+    """A picture that is not decoded, and why."""
+
+    def __init__(self, status: Status, error: str) -> None:
+        super().__init__(status, error)
+        self.status = status
+        self.error = error
+
+
+def check_budget(width: int, height: int, limits: Limits) -> None:
+    """Raises: Refusal, where a picture has more pixels than `limits.max_pixels`."""
+    if width * height > limits.max_pixels:
+        raise Refusal(
+            Status.TOO_LARGE,
+            f"{width}×{height} are {width * height} pixels, more than the budget of {limits.max_pixels} pixels per picture",
+        )
+
+
+def check_png_sums(data: bytes) -> None:
+    """Check what Pillow does not: the sums of the pixels' chunks. A file that ends before them is left to Pillow."""
+    at = 8
+    view = memoryview(data)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 8 + length
+        if end + 4 > len(data) or kind == b"IEND":
+            return
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise Refusal(Status.CORRUPT, f"broken PNG file: wrong checksum of the IDAT chunk at byte {at}")
+        at = end + 4
+
+
+def judge(error: BaseException, data: bytes) -> Status:
+    """Tell what an error of a decoder means for the picture."""
+    text = str(error)
+    if isinstance(error, Image.DecompressionBombError) or any(sign in text for sign in _TOO_LARGE):
+        return Status.TOO_LARGE
+    if isinstance(error, NotImplementedError) or any(sign in text for sign in _UNSUPPORTED):
+        return Status.UNSUPPORTED
+    ends = (EOFError, IndexError, struct.error)
+    if isinstance(error, ends) or isinstance(error.__cause__, ends) or any(sign in text for sign in _CUT) or _is_cut(data):
+        return Status.TRUNCATED
+    return Status.CORRUPT
+
+
+def _is_cut(data: bytes) -> bool:
+    """Tell from a broken file's own account of its length whether its end is missing."""
+    if data[:3] == b"\xff\xd8\xff":
+        return b"\xff\xd9" not in data[-1024:] and b"\xff\xda" not in data
+    if data.startswith(b"\x89PNG"):
+        at = 8
+        while at + 8 <= len(data):
+            length, kind = struct.unpack_from(">I4s", data, at)
+            if kind == b"IEND":
+                return False
+            if not kind.isalpha():
+                return False
+            at += 12 + length
+        return True
+    if data[:4] == b"RIFF" and len(data) >= 8:
+        return int(struct.unpack_from("<I", data, 4)[0]) + 8 > len(data) + 1
+    if data[:2] == b"BM" and len(data) >= 6:
+        return int(struct.unpack_from("<I", data, 2)[0]) > len(data)
+    if data[4:8] == b"ftyp" or data[4:8] == b"jP  ":
+        at = 0
+        while at + 8 <= len(data):
+            length = int(struct.unpack_from(">I", data, at)[0])
+            if length < 8:
+                return False
+            at += length
+        return at != len(data)
+    return False
+
+
+def one_line(error: BaseException) -> str:
+    """Say an exception in one line that is the same each time: no addresses, no more than 300 characters."""
+    text = re.sub(r"<(\S+)[^<>]* at 0x[0-9a-fA-F]+>", r"<\1>", " ".join(str(error).split()))
+    return (text or type(error).__name__)[:300]

@@ -1,0 +1,311 @@
+"""The language that a PyTorch checkpoint's pickle is written in, read as data.
+
+A pickle is a program. It is not given to Python's unpickler here. `Machine` interprets the two dozen opcodes that describe plain
+data, and where the program names something to call, the name is looked up in a closed table: nothing is imported, nothing is called.
+Every other opcode and name is refused, and the message says which. What a program can make this module allocate is bounded by the size
+of its file: tensors may not be larger than their storage, storages not larger than the file, and it has a budget of opcodes.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import IO, Any, Final
+
+import numpy as np
+
+PICKLE_OPCODES: Final = 1_000_000
+"""Budget of the program; that of a ResNeXt-101 takes 25,000 opcodes."""
+
+_STORAGES: Final[dict[str, str]] = {
+    "torch DoubleStorage": "<f8",
+    "torch FloatStorage": "<f4",
+    "torch HalfStorage": "<f2",
+    "torch BFloat16Storage": "bf16",
+    "torch LongStorage": "<i8",
+    "torch IntStorage": "<i4",
+    "torch ShortStorage": "<i2",
+    "torch CharStorage": "|i1",
+    "torch ByteStorage": "|u1",
+    "torch BoolStorage": "bool",
+}
+_CALLABLES: Final = frozenset(
+    {
+        "collections OrderedDict",
+        "torch._utils _rebuild_tensor",
+        "torch._utils _rebuild_tensor_v2",
+        "torch._utils _rebuild_parameter",
+    }
+)
+
+
+class Refused(Exception):  # noqa: N818 - carries the reason to `checkpoint.read`, which makes it a CheckpointError
+    """What is wrong with the file, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A name that the pickle mentions and the table admits. It stands for the thing and is never resolved."""
+
+    full: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of numbers kept outside the pickle."""
+
+    key: str
+    dtype: str
+    count: int
+    """Elements of the whole storage."""
+    start: int
+    """First element of the view that the tensor was saved with; 0 except in very old files."""
+    length: int
+    """Elements of that view."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A view into a storage: offset, size and stride in elements, checked against the storage's bounds."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+_CONSTANTS: Final[dict[str, object]] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS: Final = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE".split()
+)
+_TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class Machine:
+    """Interprets the data part of pickle. Contract: no import, no call, no attribute; every opcode costs O(1) plus its argument's bytes."""
+
+    def __init__(self, file_size: int) -> None:
+        self.storages: dict[str, Storage] = {}
+        """Storages that the pickles referred to, by key, in order of appearance."""
+        self._file_size = file_size
+        self._left = PICKLE_OPCODES
+
+    def run(self, stream: IO[bytes]) -> Any:
+        """Run one pickle from the stream and return what it describes; the stream is left behind its last byte."""
+        stack: list[Any] = []
+        marks: list[list[Any]] = []
+        memo: dict[int, Any] = {}
+
+        def pop() -> Any:
+            if not stack:
+                raise Refused("its pickle takes a value from an empty stack")
+            return stack.pop()
+
+        def pop_to_mark() -> list[Any]:
+            nonlocal stack
+            if not marks:
+                raise Refused("its pickle has no mark where one is needed")
+            items, stack = stack, marks.pop()
+            return items
+
+        def top(kind: type) -> Any:
+            if not stack or type(stack[-1]) is not kind:
+                raise Refused(f"its pickle wants a {kind.__name__} where there is none")
+            return stack[-1]
+
+        def put(index: Any) -> None:
+            if not stack:
+                raise Refused("its pickle remembers a value from an empty stack")
+            memo[index] = stack[-1]
+
+        try:
+            for opcode, argument, at in pickletools.genops(stream):
+                self._left -= 1
+                if self._left < 0:
+                    raise Refused(f"its pickle has more than {PICKLE_OPCODES} opcodes")
+                code = opcode.name
+                if code in _LITERALS:
+                    stack.append(argument)
+                elif code in _CONSTANTS:
+                    stack.append(_CONSTANTS[code])
+                elif code in {"BINPUT", "LONG_BINPUT", "PUT"}:
+                    put(argument)
+                elif code == "MEMOIZE":
+                    put(len(memo))
+                elif code in {"BINGET", "LONG_BINGET", "GET"}:
+                    if argument not in memo:
+                        raise Refused(f"its pickle recalls value {argument}, which it never remembered")
+                    stack.append(memo[argument])
+                elif code == "MARK":
+                    marks.append(stack)
+                    stack = []
+                elif code in _TUPLES:
+                    stack.append(tuple(reversed([pop() for _ in range(_TUPLES[code])])))
+                elif code == "TUPLE":
+                    items = pop_to_mark()
+                    stack.append(tuple(items))
+                elif code == "EMPTY_LIST":
+                    stack.append([])
+                elif code == "LIST":
+                    items = pop_to_mark()
+                    stack.append(items)
+                elif code == "EMPTY_DICT":
+                    stack.append({})
+                elif code == "DICT":
+                    items = pop_to_mark()
+                    stack.append(_filled({}, items))
+                elif code == "APPEND":
+                    item = pop()
+                    top(list).append(item)
+                elif code == "APPENDS":
+                    items = pop_to_mark()
+                    top(list).extend(items)
+                elif code == "SETITEM":
+                    value, key = pop(), pop()
+                    _filled(top(dict), [key, value])
+                elif code == "SETITEMS":
+                    items = pop_to_mark()
+                    _filled(top(dict), items)
+                elif code == "GLOBAL":
+                    stack.append(_admitted(argument))
+                elif code == "STACK_GLOBAL":
+                    name, module = pop(), pop()
+                    if not isinstance(name, str) or not isinstance(module, str):
+                        raise Refused("its pickle names something with what is not text")
+                    stack.append(_admitted(f"{module} {name}"))
+                elif code == "REDUCE":
+                    arguments, function = pop(), pop()
+                    stack.append(_built(function, arguments))
+                elif code == "BUILD":
+                    pop()  # the module versions that PyTorch hangs onto a state dict; not needed
+                    top(dict)
+                elif code == "BINPERSID":
+                    stack.append(self._storage(pop()))
+                elif code == "STOP":
+                    result = pop()
+                    if stack or marks:
+                        raise Refused("its pickle ends with values left over")
+                    return result
+                elif code not in {"PROTO", "FRAME"}:
+                    raise Refused(f"its pickle uses the opcode {code} at byte {at}, which a checkpoint does not need")
+        except ValueError as error:
+            raise Refused(f"its pickle is damaged ({str(error)[:200]})") from None
+        raise Refused("its pickle has no end")
+
+    def _storage(self, identity: object) -> Storage:
+        """Read the persistent id of a storage: `("storage", type, key, device, elements[, view])`."""
+        match identity:
+            case ("storage", _Name(full=kind), str(key), str(), int(count)):
+                start, length = 0, count
+            case ("storage", _Name(full=kind), str(key), str(), int(count), None):
+                start, length = 0, count
+            case ("storage", _Name(full=kind), str(key), str(), int(count), (str(), int(start), int(length))):
+                pass
+            case _:
+                raise Refused("its pickle refers to something outside that is not a storage")
+        dtype = _STORAGES.get(kind)
+        if dtype is None:
+            raise Refused(f"storage {shown(key)} is of {kind.replace(' ', '.')}, which is not a storage type")
+        if not re.fullmatch(r"[0-9]{1,40}", key):
+            raise Refused(f"its pickle refers to a storage named {shown(key)}, which is not a number")
+        if not 0 <= count * itemsize(dtype) <= self._file_size:
+            raise Refused(f"storage {key} claims {shown(count)} elements, in a file of {self._file_size} bytes")
+        if start < 0 or length < 0 or start + length > count:
+            raise Refused(f"a view of storage {key} leaves it")
+        known = self.storages.setdefault(key, Storage(key, dtype, count, 0, count))
+        if (known.dtype, known.count) != (dtype, count):
+            raise Refused(f"storage {key} is described twice, in different ways")
+        return Storage(key, dtype, count, start, length)
+
+
+def _admitted(full: Any) -> _Name:
+    if full in _CALLABLES or full in _STORAGES:
+        return _Name(full)
+    shown = full.replace(" ", ".")
+    raise Refused(f"refused: its pickle asks for {shown(shown)}, which is none of the names that a checkpoint needs")
+
+
+def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+    """Add keys and values that alternate. Only plain keys: hashing nested tuples can take exponential time."""
+    if len(items) % 2:
+        raise Refused("its pickle has a key without a value")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int | float | None):
+            raise Refused(f"its pickle uses {kind(key)} as a key")
+        target[key] = value
+    return target
+
+
+def _built(function: object, arguments: object) -> object:
+    """Do what the five admitted callables would do."""
+    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+        raise Refused(f"its pickle calls {kind(function)}")
+    match function.full, arguments:
+        case "collections OrderedDict", ():
+            return {}
+        case "collections OrderedDict", (list(pairs),):  # how Python 2 wrote it
+            items: list[Any] = []
+            for pair in pairs:
+                if type(pair) not in (list, tuple) or len(pair) != 2:
+                    raise Refused("its pickle makes a mapping of what are not pairs")
+                items += pair
+            return _filled({}, items)
+        case "torch._utils _rebuild_tensor", (Storage() as storage, offset, size, stride):
+            return _tensor(storage, offset, size, stride)
+        case "torch._utils _rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *rest) if 2 <= len(rest) <= 3:
+            return _tensor(storage, offset, size, stride)
+        case "torch._utils _rebuild_parameter", (Tensor() as tensor, _, _):
+            return tensor
+    raise Refused(f"its pickle calls {function.full.replace(' ', '.')} with arguments that do not fit")
+
+
+def _tensor(storage: Storage, offset: object, size: object, stride: object) -> Tensor:
+    """Check a view against the bounds of its storage."""
+    sizes, strides = _naturals(size), _naturals(stride)
+    if type(offset) is not int or offset < 0 or sizes is None or strides is None or len(sizes) != len(strides) or len(sizes) > 16:
+        raise Refused(f"a tensor in storage {storage.key} has an impossible shape")
+    elements = prod(sizes)
+    last = offset + sum((extent - 1) * step for extent, step in zip(sizes, strides, strict=True))
+    if elements and (last >= storage.length or elements > storage.length):
+        reach = f"{shown(elements)} elements, the last at {shown(last)}"
+        raise Refused(f"a tensor of {reach}, does not fit into its storage {storage.key} of {storage.length} elements")
+    if not elements and max(sizes) > 2**31:
+        raise Refused(f"a tensor in storage {storage.key} has an impossible shape")
+    return Tensor(storage, offset, sizes, strides)
+
+
+def _naturals(values: object) -> tuple[int, ...] | None:
+    if type(values) not in (tuple, list):
+        return None
+    assert isinstance(values, tuple | list)
+    return tuple(values) if all(type(value) is int and value >= 0 for value in values) else None
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element."""
+    return raw_dtype(dtype).itemsize
+
+
+def raw_dtype(dtype: str) -> np.dtype[Any]:
+    """How the bytes of a storage are read; bfloat16, which NumPy lacks, as uint16."""
+    return np.dtype({"bf16": "<u2", "bool": "|u1"}.get(dtype, dtype))
+
+
+def kind(value: object) -> str:
+    """Name a value's type; the value itself is never printed, it may be endless."""
+    if isinstance(value, Tensor):
+        return "a tensor"
+    if isinstance(value, _Name):
+        return f"the name {value.full.replace(' ', '.')}"
+    return f"a value of type {type(value).__name__}"
+
+
+def shown(value: object) -> str:
+    """Show a value taken from the file, if it is short and plain."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:80] + "…")
+    if isinstance(value, int | float) and -(2**63) < value < 2**63:
+        return repr(value)
+    return kind(value)
