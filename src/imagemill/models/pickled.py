@@ -110,9 +110,9 @@ class Machine:
             items, stack = stack, marks.pop()
             return items
 
-        def top(kind: type) -> Any:
-            if not stack or type(stack[-1]) is not kind:
-                raise Refused(f"its pickle wants a {kind.__name__} where there is none")
+        def top(wanted: type) -> Any:
+            if not stack or type(stack[-1]) is not wanted:
+                raise Refused(f"its pickle wants a {wanted.__name__} where there is none")
             return stack[-1]
 
         def put(index: Any) -> None:
@@ -197,17 +197,17 @@ class Machine:
     def _storage(self, identity: object) -> Storage:
         """Read the persistent id of a storage: `("storage", type, key, device, elements[, view])`."""
         match identity:
-            case ("storage", _Name(full=kind), str(key), str(), int(count)):
+            case ("storage", _Name(full=storage_type), str(key), str(), int(count)):
                 start, length = 0, count
-            case ("storage", _Name(full=kind), str(key), str(), int(count), None):
+            case ("storage", _Name(full=storage_type), str(key), str(), int(count), None):
                 start, length = 0, count
-            case ("storage", _Name(full=kind), str(key), str(), int(count), (str(), int(start), int(length))):
+            case ("storage", _Name(full=storage_type), str(key), str(), int(count), (str(), int(start), int(length))):
                 pass
             case _:
                 raise Refused("its pickle refers to something outside that is not a storage")
-        dtype = _STORAGES.get(kind)
+        dtype = _STORAGES.get(storage_type)
         if dtype is None:
-            raise Refused(f"storage {shown(key)} is of {kind.replace(' ', '.')}, which is not a storage type")
+            raise Refused(f"storage {shown(key)} is of {storage_type.replace(' ', '.')}, which is not a storage type")
         if not re.fullmatch(r"[0-9]{1,40}", key):
             raise Refused(f"its pickle refers to a storage named {shown(key)}, which is not a number")
         if not 0 <= count * itemsize(dtype) <= self._file_size:
@@ -223,8 +223,8 @@ class Machine:
 def _admitted(full: Any) -> _Name:
     if full in _CALLABLES or full in _STORAGES:
         return _Name(full)
-    shown = full.replace(" ", ".")
-    raise Refused(f"refused: its pickle asks for {shown(shown)}, which is none of the names that a checkpoint needs")
+    dotted = full.replace(" ", ".")
+    raise Refused(f"refused: its pickle asks for {shown(dotted)}, which is none of the names that a checkpoint needs")
 
 
 def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
