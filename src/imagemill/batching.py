@@ -35,6 +35,7 @@ FILE: Final = "batch-sizes.json"
 """Below `Job.cache_dir`."""
 _FORMAT: Final = 1
 _RULE: Final = 4
+_RULE_FP32: Final = 2
 _RULE_AMX: Final = 8
 _MOST_ON_CPU: Final = 64
 _MOST: Final = 512
@@ -46,9 +47,11 @@ _COST_S: Final = 25.0
 """Of a whole probe: two other sizes at least, each compiled once."""
 _GAIN: Final = 0.04
 """What a probe is taken to bring: it was 0 to 12 % (docs/performance.md)."""
-_BETTER: Final[Mapping[float, float]] = {0.5: 1.015, 2.0: 1.01}
-"""Half, or twice, the size must make so many times the images/s. Neighbouring rounds differ by about a per cent, and smaller batches change
-hands more often, of which a probe, in which nothing is decoded, sees little."""
+_TWICE_MUST_GAIN: Final = 0.01
+"""Neighbouring rounds differ by about a per cent, and larger batches take memory."""
+_HANDING_OVER_S: Final = 1e-3
+"""What a batch more costs a job, in seconds of a core, and a probe, in which nothing is decoded, does not see. EfficientNet-Lite0 in bf16
+in batches of 2 and 1 instead of 4 lost 3 and 11 % end to end, where compute only gained 7 and lost 3 (2 cores of a Zen 4, 2026-11-26)."""
 _ROUNDS: Final = 5
 _ROUND_S: Final = 0.6
 _COMPARING_S: Final = 12.0
@@ -109,17 +112,20 @@ def resolved(job: Job, chosen: Sequence[DeviceSpec], pictures: int | None = 0, s
 def rule(precision: Precision, chosen: Sequence[DeviceSpec], flags: Container[str]) -> int:
     """Pictures per batch where nothing has been measured.
 
-    4 is within some per cent of the best for resnext101_32x4d, but with AMX, whose work on 4 pictures is done too soon: there the session
-    makes 7 to 8 % more images/s with 8, and a job 2 to 3 %.
+    4 is within some per cent of the best for resnext101_32x4d in int8 and bf16, but with AMX, whose work on 4 pictures is done too soon:
+    there the session makes 7 to 8 % more images/s with 8, and a job 2 to 3 %. In fp32, whose pictures fill the caches sooner, 2 is as good
+    or up to 3 % better, and for EfficientNet-Lite0 5 to 12 % (docs/performance.md).
 
     Args:
         precision: of the job.
         chosen: its devices.
         flags: of the processor.
     """
-    by_openvino = all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
-    unit = processor.unit(precision, flags) or ""
-    return _RULE_AMX if by_openvino and unit.startswith("amx_") else _RULE
+    if not all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen):
+        return _RULE
+    if precision is Precision.FP32:
+        return _RULE_FP32
+    return _RULE_AMX if (processor.unit(precision, flags) or "").startswith("amx_") else _RULE
 
 
 # ── the probe ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,12 +147,10 @@ def _probe(job: Job, chosen: Sequence[DeviceSpec], pictures: int | None, say: Sa
         if pictures is not None and not _pays(pictures, rate := climb.rate()):
             return Kept(None, {str(first): round(rate, 2)}, _about(job, chosen))
         say(f"finding the fastest batch size, once for this model on this machine: about {_COST_S:.0f} s")
-        for factor, better in _BETTER.items():
-            size = int(first * factor)
-            while 1 <= size <= _most(chosen) and climb.gains(size, better):
-                size = int(size * factor)
-            if climb.size != first:
-                break
+        while climb.size > 1 and climb.gains(climb.size // 2):
+            pass
+        while climb.size >= first and climb.size * 2 <= _most(chosen) and climb.gains(climb.size * 2):
+            pass
         rates, size = climb.rates, climb.size
     told = ", ".join(f"{rate:,.1f} with {size}" for size, rate in sorted(rates.items()))
     say(f"batches of {size}: {told} (images/s, compute only)")
@@ -180,8 +184,8 @@ class _Climb:
         self.rates[self.size] = _rate(self._crew, self._orders)
         return self.rates[self.size]
 
-    def gains(self, size: int, better: float) -> bool:
-        """Measure another size and the best one in turn; the other is the best from now on if it is so many times as fast."""
+    def gains(self, size: int) -> bool:
+        """Measure another size and the best one in turn; the other is the best from now on if a job gains from it."""
         try:
             other = self._open(size)
         except Interrupted:
@@ -195,12 +199,18 @@ class _Climb:
             while len(pairs) < _ROUNDS and (len(pairs) < 3 or time.monotonic() - begun < _COMPARING_S):
                 pairs.append((_rate(self._crew, self._orders), _rate(other, orders)))
             self.rates |= {self.size: median(ours for ours, _ in pairs), size: median(theirs for _, theirs in pairs)}
-            if median(theirs / ours for ours, theirs in pairs) < better:
+            if median(theirs / ours for ours, theirs in pairs) < 1 + self._must_gain(size):
                 return False
             self._crew, self._orders, self.size, other = other, orders, size, self._crew
             return True
         finally:
             other.close()
+
+    def _must_gain(self, size: int) -> float:
+        if size > self.size:
+            return _TWICE_MUST_GAIN
+        more_batches_a_second = self.rates[self.size] * (1 / size - 1 / self.size)
+        return _HANDING_OVER_S * more_batches_a_second / sum(max(1, len(device.cores)) for device in self._chosen)
 
     def _open(self, size: int) -> Crew:
         from imagemill.measuring.crew import Crew
