@@ -47,11 +47,12 @@ _COST_S: Final = 25.0
 """Of a whole probe: two other sizes at least, each compiled once."""
 _GAIN: Final = 0.04
 """What a probe is taken to bring: it was 0 to 12 % (docs/performance.md)."""
-_TWICE_MUST_GAIN: Final = 0.01
-"""Neighbouring rounds differ by about a per cent, and larger batches take memory."""
-_HANDING_OVER_S: Final = 1e-3
-"""What a batch more costs a job, in seconds of a core, and a probe, in which nothing is decoded, does not see. EfficientNet-Lite0 in bf16
-in batches of 2 and 1 instead of 4 lost 3 and 11 % end to end, where compute only gained 7 and lost 3 (2 cores of a Zen 4, 2026-11-26)."""
+_LARGER_MUST_GAIN: Final = 0.01
+"""Neighbouring rounds differ by about a per cent; smaller batches take less memory, and less of caches that neighbours share."""
+_HANDING_OVER_S: Final = 2e-3
+"""What a batch more costs a job, in seconds of a core, and a probe, in which nothing is decoded, does not see: EfficientNet-Lite0 in
+batches of 2 and 1 instead of 4 made 1.20 and 1.20 times the images/s compute only and 1.05 and 1.00 times end to end in fp32, 1.07 and
+0.99 and 0.97 and 0.89 in bf16, which are 1 to 6 ms (2 cores of a Zen 4, 2026-11-26)."""
 _ROUNDS: Final = 5
 _ROUND_S: Final = 0.6
 _COMPARING_S: Final = 12.0
@@ -208,9 +209,9 @@ class _Climb:
 
     def _must_gain(self, size: int) -> float:
         if size > self.size:
-            return _TWICE_MUST_GAIN
+            return _LARGER_MUST_GAIN
         more_batches_a_second = self.rates[self.size] * (1 / size - 1 / self.size)
-        return _HANDING_OVER_S * more_batches_a_second / sum(max(1, len(device.cores)) for device in self._chosen)
+        return _HANDING_OVER_S * more_batches_a_second / sum(max(1, len(device.cores)) for device in self._chosen) - _LARGER_MUST_GAIN
 
     def _open(self, size: int) -> Crew:
         from imagemill.measuring.crew import Crew
