@@ -195,6 +195,8 @@ def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: 
     """A path where nothing is becomes a prediction that says so; nothing in gives nothing out."""
     found = classifier.predict(tmp_path / "gone.jpg")
     assert [(item.status, item.error, item.top_k, item.logits) for item in found] == [("missing", "there is no such file", (), None)]
+    (odd,) = classifier.predict("a\0b.jpg")
+    assert (odd.status, odd.error) == ("missing", "there can be no such file: its name holds a null character")
     assert classifier.predict([]) == []
 
 
@@ -258,6 +260,7 @@ def test_a_closed_classifier_says_so(models_dir: Path) -> None:
         ({"precision": "fp8"}, r"--precision fp8: not known"),
         ({"save": "everything"}, r"--save everything: not known"),
         ({"top_k": 0}, r"--top-k 0: must be at least 1"),
+        ({"top_k": "5"}, r"--top-k '5': must be a whole number"),
         ({"model": "nothing_like_it"}, r"No model is called nothing_like_it"),
     ],
 )

@@ -112,6 +112,7 @@ def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, argu
         (("--batch_size", "6"), "--batch_size is spelt --batch-size here"),
         (("--batches_per_step=10",), "--batches_per_step is spelt --batches-per-step here"),
         (("--num_workers", "4"), "--num_workers is spelt --num-workers here"),
+        (("--data-dir", "x", "--bogus"), "--data-dir is spelt the SOURCE argument of `imagemill run`"),
         (("--num_ipus", "8"), "--num_ipus is spelt --devices ipu:N here"),
         (("--data_dir", "datasets/"), "--data_dir is spelt the SOURCE argument of `imagemill run`"),
         (("--log_path", "logs"), "--log_path is spelt --log-dir here"),
@@ -269,3 +270,24 @@ def test_a_result_that_cannot_be_printed_is_one_line(models_dir: Path, tmp_path:
     assert "Traceback" not in err
     assert "cannot be printed" in err
     assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_an_unknown_option_of_partition_is_the_one_that_is_named(imagemill: CLI) -> None:
+    """And not one that it knows, though other commands spell it otherwise."""
+    result = imagemill("partition", "--data-dir", "x", "--partitions", "3", "--output", "y", "--bogus")
+    assert result.code == 2
+    assert "unrecognized arguments: --bogus" in result.err
+    assert "spelt" not in result.err
+
+
+def test_made_up_answers_are_called_so(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """The null device has a class and a probability for every picture; nobody should take them for answers."""
+    done = imagemill("run", jpegs(2), "--output", tmp_path / "out", *TINY)
+    assert "note: the null device computes nothing: its predictions are made up" in done.out.splitlines()
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+    """As Windows' editors write it: it is no part of the first name."""
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(bytes(path) + b"\r\n" for path in sorted(jpegs(2).iterdir())))
+    done = imagemill("run", f"@{tmp_path / 'list.txt'}", "--output", tmp_path / "out", *TINY, "--json")
+    assert (done.json["images"], done.json["ok"]) == (2, 2)

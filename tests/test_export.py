@@ -53,7 +53,7 @@ def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def exported(output: Path, form: Form, **options: Any) -> str:
     frozen = freezing.read_frozen(JobPaths(output))
     assert frozen is not None
-    return b"".join(export.export(JobPaths(output), frozen.job, frozen.plan_nonce, form, **options)).decode()
+    return b"".join(export.export(JobPaths(output), frozen, form, **options)).decode()
 
 
 def test_json_lines_hold_every_row_as_it_is(finished: Path) -> None:
@@ -213,7 +213,7 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
     frozen = freezing.read_frozen(JobPaths(out))
     assert frozen is not None
     for form in Form:
-        pieces = [piece.count(b"\n") for piece in export.export(JobPaths(out), frozen.job, "", form, columns=["index", "logits"])]
+        pieces = [piece.count(b"\n") for piece in export.export(JobPaths(out), frozen, form, columns=["index", "logits"])]
         assert max(pieces) == 1_024
         assert sum(pieces) == 3_000 + 8 + (form is Form.CSV)
 
@@ -223,4 +223,23 @@ def test_a_job_of_other_columns_says_which(finished: Path) -> None:
     frozen = freezing.read_frozen(JobPaths(finished))
     assert frozen is not None
     with pytest.raises(UsageError, match="no column 'logits'"):
-        export.export(JobPaths(finished), replace(frozen.job, save=()), "", Form.CSV, columns=["logits"])
+        export.export(JobPaths(finished), replace(frozen, job=replace(frozen.job, save=())), Form.CSV, columns=["logits"])
+
+
+def test_a_part_under_another_ones_name_is_not_exported(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    """Else some rows would come twice, and others not at all."""
+    out = copy_of(finished)
+    (out / "predictions" / "part-000002.parquet").write_bytes((out / "predictions" / "part-000001.parquet").read_bytes())
+    with pytest.raises(PartError, match=r"part-000002\.parquet is shard 1 under another shard's name"):
+        exported(out, Form.CSV)
+
+
+def test_a_job_without_its_plan_is_not_exported_as_an_empty_one(imagemill: CLI, finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    """Nor does it get an empty report."""
+    out = copy_of(finished)
+    for path in (out / "plan").glob("*.parquet"):
+        path.unlink()
+    for command in (("export", out, "--to", "csv"), ("report", out), ("status", out)):
+        result = imagemill(*command)
+        assert (result.code, result.out) == (1, "")
+        assert "plan does not hold the 11 pictures of job.json. Start anew" in result.err

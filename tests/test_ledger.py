@@ -136,7 +136,7 @@ def test_an_unfinished_job_is_not_sound(out: Path) -> None:
     (out / "summary.json").unlink()
     (out / "manifest.json").unlink()
     assert [what for _, what in found(out)] == [
-        "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it",
+        "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it",
         "is missing: the job is not finished",
     ]
 
@@ -148,7 +148,7 @@ def test_a_damaged_manifest_is_found(out: Path, content: bytes) -> None:
     """Whatever is in it."""
     (out / "manifest.json").write_bytes(content)
     assert [what for _, what in found(out)][:1] == [
-        "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it"
+        "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it"
     ]
 
 
@@ -306,3 +306,26 @@ def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, 
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
     assert said == ["4 failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
     assert found(tmp_path / "out") == SOUND
+
+
+@pytest.mark.parametrize("name", ["part-000001 (1).parquet", "part-1.parquet", "extra.parquet", "more/part-000001.parquet"])
+def test_rows_that_a_reader_would_take_for_the_jobs_are_found(finished: Settings, out: Path, name: str) -> None:
+    """A copy beside a part is read with it by whoever reads the folder; `verify` names it, and quarantine moves it alone aside."""
+    copy = out / "predictions" / name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(part(out, 1).read_bytes())
+    assert found(out) == [(None, "is no part of this job, and its rows would be read with the others")]
+    frozen = freezing.read_frozen(JobPaths(out))
+    assert frozen is not None
+    _, moved = running.verify(JobPaths(out), frozen, quarantine=True)
+    assert len(moved) == 1
+    assert not copy.exists()
+    running.run(Settings(sources=finished.sources, output=str(out)))
+    assert found(out) == SOUND
+
+
+def test_a_finished_job_with_a_part_of_another_size_does_not_end_well(finished: Settings, out: Path) -> None:
+    """The command that finds nothing to do looks at the parts' sizes, which costs next to nothing."""
+    part(out, 2).write_bytes(part(out, 2).read_bytes()[:500])
+    with pytest.raises(PartError, match=r"part-000002\.parquet has 500 bytes, [0-9,]+ were committed\. Run `imagemill verify --quarantine"):
+        running.run(Settings(sources=finished.sources, output=str(out)))

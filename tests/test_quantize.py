@@ -337,6 +337,21 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{int8['key']}.bin", f"int8-{int8['key']}.xml"]
 
 
+def test_fewer_pictures_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
+    """Where none are enough for a verdict, what rests on more of them stays, and what rests on as many is replaced."""
+    bundle, some, few = make_bundle(tmp_path / "model"), tmp_path / "some", tmp_path / "few"
+    for folder, count in ((some, 30), (few, 2)):
+        folder.mkdir()
+        for file in sorted((colours / "0").iterdir())[:count]:
+            (folder / file.name).write_bytes(file.read_bytes())
+    kept = quantizing.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
+    assert not kept["int8"]["accepted"]
+    said: list[str] = []
+    quantizing.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append)
+    assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
+    assert quantize.variants(bundles.load(bundle.dir))["int8"] == kept["int8"]
+
+
 def test_few_pictures_take_nothing_from_a_verdict_on_enough(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,7 +361,7 @@ def test_few_pictures_take_nothing_from_a_verdict_on_enough(
     said: list[str] = []
     few = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     assert few.precisions["int8"]["verdict"]["reason"].startswith("too few pictures: ")
-    assert "int8: the card keeps its verdict on more pictures, and what was accepted by it" in said
+    assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
     assert "  not kept: what was accepted before, on more pictures, stays" in quantizing.report_lines(few)
     assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{accepted['key']}.bin", f"int8-{accepted['key']}.xml"]

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,18 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
     assert problems(tmp_path / "out") == []
 
 
+def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> None:
+    """It decides whether a picture is answered, and holds for those that are left and for that start alone."""
+    listener = Listener()
+    running.run(replace(started, max_pixels=1), listener)
+    assert "--max-pixels was 180,000,000, and is 1 this time: it holds for the pictures that are left" in listener.said
+    assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (["ok"] * 3 + ["too_large"] * 3) * 2
+    again = Listener()
+    running.run(replace(started, retry_failed=()), again)
+    assert not any("max-pixels" in line for line in again.said)
+    assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
+
+
 def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path) -> None:
     """Model, devices, batch size and the rest come from job.json; what may differ, may be changed."""
     assert running.run(unsaid(started, devices="null:2", batch_size=1, num_workers=2)).model == "tiny"
@@ -523,6 +536,9 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         ({"top_k": -1}, "--top-k -1: must be at least 1."),
         ({"shard_size": 0}, "--shard-size 0: must be at least 1."),
         ({"limit": 0}, "--limit 0: must be at least 1."),
+        ({"limit": 10**23}, "--limit 100000000000000000000000: must be at most 281474976710656."),
+        ({"max_pixels": 10**20}, "--max-pixels 100000000000000000000: must be at most 281474976710656."),
+        ({"shard_size": 2.5}, "--shard-size 2.5: must be a whole number."),
         ({"num_workers": 257}, "--num-workers 257: must be from 1 to 256."),
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction 1.5: must be from 0 to 1."),
         ({"max_bad_fraction": float("nan")}, "--max-bad-fraction nan: must be from 0 to 1."),

@@ -124,3 +124,11 @@ def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp
         (cache / f"new{number}.blob").write_bytes(b"")
     make(tiny, cache_dir=str(cache))
     assert len(list(cache.glob("new*.blob"))) == 20
+
+
+def test_a_batch_that_does_not_fit_is_called_too_large(tiny: Bundle) -> None:
+    """Memory is what usually lacks, and the library's own words do not say so."""
+    with pytest.raises(
+        errors.ModelError, match=r"cannot be compiled: .* It was for batches of 99999999: repeat the command with a smaller"
+    ):
+        make(tiny, batch_size=99_999_999)

@@ -307,3 +307,22 @@ def test_many_threads_read_one_archive_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         for entry, data in zip(work, pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), work), strict=True):
             assert data == files[entry.path.decode()]
+
+
+@pytest.mark.parametrize("cut", ["within the directory", "behind the archive within", "within a member in front of it"])
+def test_a_cut_archive_is_not_taken_for_one_within_it(cut: str, tmp_path: Path) -> None:
+    """Its own directory is gone, that of an archive stored in it is not: what that one holds is not what was asked for."""
+    inner, whole = tmp_path / "inner.zip", tmp_path / "whole.zip"
+    make(inner, {"inside.jpg": b"inside" * 50})
+    with zipfile.ZipFile(whole, "w") as archive:
+        archive.writestr("a.jpg", b"a" * 5_000)
+        archive.write(inner, "inner.zip")
+        archive.writestr("b.jpg", b"b" * 5_000)
+    data = whole.read_bytes()
+    end = data.index(inner.read_bytes()) + inner.stat().st_size
+    path = tmp_path / "cut.zip"
+    path.write_bytes(data[: {"within the directory": len(data) - 30, "behind the archive within": end}.get(cut, end + 2_000)])
+    with pytest.raises(
+        SourceError, match=r"cut\.zip is cut short: its directory is missing; the last one there is of an archive within it"
+    ):
+        listed(path)

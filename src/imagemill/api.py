@@ -350,6 +350,8 @@ def _read(path: bytes, max_bytes: int) -> bytes:
         if bad.status is Status.MISSING:
             raise BadPicture(Status.MISSING, "there is no such file") from bad
         raise
+    except ValueError as error:
+        raise BadPicture(Status.MISSING, "there can be no such file: its name holds a null character") from error
 
 
 def _ppm(pixels: NDArray[np.uint8]) -> bytes:

@@ -98,7 +98,7 @@ def _drop_stdout() -> None:
 
 def _terminated(number: int, _frame: object) -> NoReturn:
     """SIGTERM outside the launcher's loop, which has a handler of its own."""
-    raise Interrupted("terminated before anything was lost. Repeat the command to resume.", 128 + number)
+    raise Interrupted("terminated. Nothing is lost: repeat the command.", 128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,7 +107,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         for argument in sys.argv[1:]:
             flag = argument.partition("=")[0]
-            if flag in _OLD_SPELLINGS and flag not in self._option_string_actions:
+            at_fault = not message.startswith("unrecognized arguments") or argument in message.split()
+            if at_fault and flag in _OLD_SPELLINGS and flag not in self._option_string_actions:
                 message = f"{flag} is spelt {_OLD_SPELLINGS[flag]} here"
         self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
 
@@ -352,6 +353,8 @@ def _told(summary: Summary) -> str:
         rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.1f}" for name, rate in summary.rates.items())
         lines.append(f"bounded by {summary.bottleneck}: {summary.advice}")
         lines.append(f"images/s: {rates}")
+    if any(device.name.partition("#")[0] == "null" for device in summary.devices):
+        lines.append("note: the null device computes nothing: its predictions are made up")
     lines.append(f"results: {summary.output}/predictions")
     return "\n".join(lines)
 
@@ -412,7 +415,7 @@ def _verify(parsed: argparse.Namespace) -> int:
             print(f"… and {len(missing) - _NAMED_MISSING:,} more parts are missing: repeat the run")
         for path in moved:
             print(f"moved to {paths.shown(path)}")
-        if any(problem["problem"] != "is missing" for problem in found) and not parsed.quarantine:
+        if any(problem.damaged for problem in problems) and not parsed.quarantine:
             _say(f"to mend it, imagemill verify --quarantine {parsed.dir} moves what is damaged aside; then repeat the run")
         print(
             f"{len(found)} problem{'s' if len(found) > 1 else ''}"
@@ -428,7 +431,7 @@ def _export(parsed: argparse.Namespace) -> int:
     paths, frozen = _open_job(parsed.dir)
     columns = parsed.columns.split(",") if parsed.columns else None
     form = export.Form(parsed.to)
-    pieces = export.export(paths, frozen.job, frozen.plan_nonce, form, columns=columns, partial=parsed.partial, say=_say)
+    pieces = export.export(paths, frozen, form, columns=columns, partial=parsed.partial, say=_say)
     if parsed.output:
         export.write(pieces, Path(parsed.output))
     else:

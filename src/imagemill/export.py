@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
-from imagemill import home, layout, ledger, plan
+from imagemill import freezing, home, layout, ledger
 from imagemill.errors import OutputError, UsageError
+from imagemill.freezing import Frozen
 from imagemill.layout import JobPaths
-from imagemill.records import Job
 from imagemill.sink import COLUMNS
 
 _ROWS = 1_024
@@ -33,8 +33,7 @@ class Form(StrEnum):
 
 def export(
     paths: JobPaths,
-    job: Job,
-    plan_nonce: str,
+    frozen: Frozen,
     form: Form,
     *,
     columns: Sequence[str] | None = None,
@@ -45,8 +44,7 @@ def export(
 
     Args:
         paths: of the output.
-        job: the frozen job.
-        plan_nonce: see `freezing.Frozen`.
+        frozen: the job.
         form: CSV, with a header, text quoted, a null as an empty cell and lists as JSON in one; or one JSON object a line.
         columns: which ones, in this order; None: all.
         partial: take what is committed of a job that is not finished.
@@ -56,13 +54,13 @@ def export(
         the text in pieces, UTF-8. Numbers have as many digits as it takes to read the same float32 again.
 
     Raises:
-        UsageError: a column is not known. OutputError: the job is not finished. PartError, while iterating: a part is damaged.
+        UsageError: a column is not known. OutputError: the job is not finished, or its plan is damaged. PartError, while
+            iterating: a part is damaged.
     """
-    known = [*COLUMNS, *(saved.value for saved in job.save)]
+    known = [*COLUMNS, *(saved.value for saved in frozen.job.save)]
     if unknown := [name for name in columns or () if name not in known]:
         raise UsageError(f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has {', '.join(known)}.")
-    home.fetch_plan(paths, plan_nonce)
-    shards = plan.shards(paths.plan)
+    shards = freezing.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     if len(done) < len(shards) or not home.exists(paths, paths.summary):
         rows = sum(shard.count for shard in shards if shard.number in done)

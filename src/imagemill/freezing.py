@@ -26,6 +26,7 @@ from imagemill.records import (
     Precision,
     Saved,
     Settings,
+    Shard,
     Status,
 )
 from imagemill.sources import Filters, Skipped
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "resnext101_32x4d"
 _FORMAT = 1
+_MOST = 2**48
+"""Of whatever is counted: beyond all pictures there are, and what a byte or an address takes of it still fits into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,12 @@ def check(settings: Settings) -> None:
     """Settings that can be judged alone. Raises: UsageError."""
     for name in ("batch_size", "top_k", "shard_size", "limit", "max_pixels", "max_bytes"):
         value = getattr(settings, name)
+        if value is not None and not isinstance(value, int):
+            raise UsageError(f"{_flag(name)} {value!r}: must be a whole number.")
         if value is not None and value < 1:
             raise UsageError(f"{_flag(name)} {value}: must be at least 1.")
+        if value is not None and value > _MOST:
+            raise UsageError(f"{_flag(name)} {value}: must be at most {_MOST}.")
     for name in ("num_workers", "batches_per_step"):
         value = getattr(settings, name)
         if value is not None and not 1 <= value <= 256:
@@ -289,6 +296,17 @@ def _hash(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
+def planned(paths: JobPaths, frozen: Frozen) -> list[Shard]:
+    """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged or another one."""
+    home.fetch_plan(paths, frozen.plan_nonce)
+    shards = plan.shards(paths.plan)
+    if sum(shard.count for shard in shards) != frozen.pictures:
+        raise OutputError(
+            f"{paths.shown(paths.plan)} does not hold the {frozen.pictures} pictures of job.json. Start anew in another --output."
+        )
+    return shards
+
+
 def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
     """The backends of the devices, as the answer id names them. Raises: UsageError where several are mixed and that is not allowed."""
     backends = sorted({device.engine for device in chosen})
@@ -332,10 +350,15 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
                 f"that would change its {what}. "
                 "Leave it out to resume, or give another --output."
             )
+    limits = _limits(settings, job.limits)
+    for name in ("max_pixels", "max_bytes", "max_seconds"):
+        was, now = getattr(job.limits, name), getattr(limits, name)
+        if was != now:
+            watcher.say(f"{_flag(name)} was {was:,}, and is {now:,} this time: it holds for the pictures that are left")
     job = replace(
         job,
         output=JobPaths.of(settings.output).output,
-        limits=_limits(settings, job.limits),
+        limits=limits,
         batch_size=settings.batch_size or job.batch_size,
         batches_per_step=settings.batches_per_step or job.batches_per_step,
         num_workers=settings.num_workers or job.num_workers,

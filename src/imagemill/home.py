@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import secrets
 from collections.abc import Iterable
@@ -116,7 +117,36 @@ def parts(paths: JobPaths) -> dict[int, Path]:
     try:
         return paths.parts_among(key.removeprefix(folder) for key, _ in _store(paths.url).list(folder))
     except OSError as error:
-        raise OutputError(f"{paths.url}/{folder} cannot be listed: {reason(error)}. Repeat the command once the store answers.") from error
+        raise _unlisted(paths, error) from error
+
+
+def _unlisted(paths: JobPaths, error: OSError) -> OutputError:
+    folder = paths.shown(paths.predictions)
+    return OutputError(f"{folder}/ cannot be listed: {reason(error)}. Repeat the command once the store answers.")
+
+
+def sizes(paths: JobPaths) -> dict[str, int]:
+    """Bytes of every file in `predictions/`, by name; those in folders by their path. Raises: OutputError."""
+    if paths.url:
+        folder = f"{paths.predictions.name}/"
+        try:
+            return {key.removeprefix(folder): size for key, size in _store(paths.url).list(folder)}
+        except OSError as error:
+            raise _unlisted(paths, error) from error
+    found = {}
+    for folder, _, names in os.walk(paths.predictions):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                path = Path(folder, name)
+                found[str(path.relative_to(paths.predictions))] = path.lstat().st_size
+    return found
+
+
+def strangers(paths: JobPaths) -> list[Path]:
+    """Parquet files in `predictions/` that are no parts, and that whoever reads the folder would read. Raises: OutputError."""
+    known = {path.name for path in parts(paths).values()}
+    names = sorted(name for name in sizes(paths) if name.endswith(".parquet") and name not in known)
+    return [paths.predictions / name for name in names if not Path(name).name.startswith(".")]
 
 
 def publish_plan(paths: JobPaths) -> str:

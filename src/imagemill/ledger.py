@@ -154,6 +154,18 @@ def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
     return PartError(f"{paths.shown(path)} is damaged: {told}. Run `imagemill verify --quarantine`, then repeat the run.")
 
 
+def check_sizes(paths: JobPaths) -> None:
+    """Compare the sizes of a closed job's parts with the manifest's: quick, where `verify` reads everything. Raises: PartError."""
+    manifest = read_manifest(paths)
+    sizes = home.sizes(paths) if manifest else {}
+    for name, recorded in manifest.parts.items() if manifest else ():
+        if (found := sizes.get(name)) is not None and found != recorded.bytes:
+            raise PartError(
+                f"{paths.shown(paths.predictions / name)} has {found:,} bytes, {recorded.bytes:,} were committed. "
+                f"Run `imagemill verify --quarantine {paths.output}`, then repeat the run."
+            )
+
+
 def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
     for table in tables(paths, home.parts(paths), columns):
@@ -166,9 +178,12 @@ def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> It
         path = paths.part(shard)
         try:
             with _opened(paths, path) as file:
-                yield pq.read_table(file, columns=list(columns), use_threads=False).select(list(columns))
+                table = pq.read_table(file, columns=list(columns), use_threads=False).select(list(columns))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise _damaged(paths, path, error) from error
+        if what := _misnamed(table.schema.metadata, shard):
+            raise PartError(f"{paths.shown(path)} {what}. Run `imagemill verify --quarantine {paths.output}`, then repeat the run.")
+        yield table
 
 
 def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], sources: Sequence[str]) -> Iterator[bytes]:
@@ -210,7 +225,7 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
     """Read everything and yield what is wrong: nothing missing, nothing twice, nothing foreign, not one byte changed."""
     manifest = read_manifest(paths)
     if manifest is None:
-        yield Problem(None, paths.manifest, "is missing or cannot be read; the job is not finished, or repeat the run to rebuild it")
+        yield Problem(None, paths.manifest, "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it")
     elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
         yield Problem(None, paths.manifest, "belongs to another job")
         manifest = None
@@ -219,6 +234,8 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
     for number, path in present.items():
         if number not in expected:
             yield Problem(number, path, "is of no shard of the plan", damaged=True)
+    for path in home.strangers(paths):
+        yield Problem(None, path, "is no part of this job, and its rows would be read with the others", damaged=True)
     for shard in shards:
         path = paths.part(shard.number)
         if shard.number not in present:
@@ -274,7 +291,12 @@ def _foreign_metadata(metadata: Mapping[bytes, bytes] | None, shard: Shard, answ
     metadata = metadata or {}
     if metadata.get(_ANSWER_ID) != answer_id.encode():
         return f"has answer id {metadata.get(_ANSWER_ID, b'none').decode()}, the job has {answer_id}"
-    if metadata.get(_SHARD) != str(shard.number).encode():
+    return _misnamed(metadata, shard.number)
+
+
+def _misnamed(metadata: Mapping[bytes, bytes] | None, shard: int) -> str | None:
+    metadata = metadata or {}
+    if metadata.get(_SHARD) != str(shard).encode():
         return f"is shard {metadata.get(_SHARD, b'none').decode()} under another shard's name"
     return None
 

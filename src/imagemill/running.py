@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagemill import closing, codec, devices, engines, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
-from imagemill.errors import Interrupted, OutputError, SourceError
+from imagemill.errors import Interrupted, SourceError
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
@@ -118,12 +118,7 @@ def _carry_out(
     is_resumed: bool = False,
 ) -> Summary:
     """Launch what is left of a frozen job and close its ledger."""
-    home.fetch_plan(paths, frozen.plan_nonce)
-    shards = plan.shards(paths.plan)
-    if sum(shard.count for shard in shards) != frozen.pictures:
-        raise OutputError(
-            f"{paths.shown(paths.plan)} does not hold the {frozen.pictures} pictures of job.json. Start anew in another --output."
-        )
+    shards = freezing.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     if settings.retry_failed is not None:
         again = ledger.shards_with(paths, shards, settings.retry_failed)
@@ -134,6 +129,7 @@ def _carry_out(
         sources.check(frozen.job.sources)  # or every picture left would become a `missing` row
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
+        ledger.check_sizes(paths)
         if settings.report and not home.exists(paths, paths.report):  # it was interrupted
             report.attempt(paths, frozen, watcher.say)
         return _report_finished(frozen, paths, summary, watcher)
@@ -218,18 +214,16 @@ def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary,
         count, names = 0, []
     if count:
         more = f" and {count - len(names):,} more" if count > len(names) else ""
+        are = "pictures are" if count > 1 else "picture is"
         watcher.say(
-            f"{count:,} pictures are new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
+            f"{count:,} {are} new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
         )
     return replace(summary, output=paths.output, new_in_source=count, resumed_shards=summary.shards, seconds=0.0, images_per_second=None)
 
 
 def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
     """Count what is committed; reads only, so it is safe beside a running job."""
-    home.fetch_plan(paths, frozen.plan_nonce)
-    shards = plan.shards(paths.plan)
-    if sum(shard.count for shard in shards) != frozen.pictures:
-        raise OutputError(f"{paths.plan} does not hold the {frozen.pictures} pictures of job.json. Start anew in another output folder.")
+    shards = freezing.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     failed: Counter[str] = Counter()
     for shard in shards:

@@ -215,7 +215,7 @@ class _Run:
             record |= {"fp32_images_per_second": round(rate, 2), "speedup": round(faster / rate, 2) if faster and rate else None}
             records[precision.value] = record
             if self._says_less(precision, record):
-                self._say(f"{precision}: the card keeps its verdict on more pictures, and what was accepted by it")
+                self._say(f"{precision}: the card keeps its verdict on more pictures, and what it was made on")
                 record["kept"] = False
                 if precision is Precision.INT8:
                     self._remove_unnamed(self._trial.bundle.dir / record["file"])
@@ -229,11 +229,11 @@ class _Run:
         return list(self._pixels(self._first, self._trial.calibration))
 
     def _says_less(self, precision: Precision, record: Record) -> bool:
-        """Whether a record that was made on too few pictures for a verdict would take the place of an accepted one that counts here."""
+        """Whether a record on too few pictures would take the place of one that holds here and was accepted, or rests on more of them."""
         before = quantize.variants(self._now).get(precision.value, {})
-        counts = before.get("accepted") is True and all(
-            before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe")
-        )
+        held_out = before.get("verdict", {}).get("pictures", 0)
+        counts = before.get("accepted") is True or held_out > record["verdict"]["pictures"]
+        counts = counts and all(before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe"))
         if precision is Precision.INT8 and counts:
             counts = quantize.variant_file(self._now, before) is not None
         return counts and record["verdict"]["reason"].startswith(gate.TOO_FEW)

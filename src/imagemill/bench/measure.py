@@ -18,7 +18,7 @@ from imagemill import batching, devices, freezing, plan, processor, quantizing, 
 from imagemill import running as jobs
 from imagemill.bench.records import BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
-from imagemill.errors import SourceError, UsageError
+from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured
@@ -53,10 +53,13 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
     if settings.min_duration is not None or settings.log_dir is not None:
         raise UsageError("--min-duration and --log-dir are about LoadGen. Add --loadgen.")
     chosen = devices.resolve(settings.devices or "auto")
-    if settings.synthetic:
-        return _synthetic(settings, chosen, say)
-    with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
-        return _with_sources(settings, chosen, Path(folder), say)
+    try:
+        if settings.synthetic:
+            return _synthetic(settings, chosen, say)
+        with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
+            return _with_sources(settings, chosen, Path(folder), say)
+    except Interrupted as stopped:  # whose message speaks of the job that was being measured
+        raise Interrupted("measuring was stopped, and has no result.", stopped.exit_code) from stopped
 
 
 def check(settings: BenchSettings) -> None:

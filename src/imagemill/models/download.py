@@ -135,8 +135,8 @@ def fetch(
 
 def _remedy(url: str) -> str:
     return (
-        f"Fetch {url} some other way and give the file with --from FILE, name another place with --url URL, or set {MIRROR_VARIABLE} "
-        "to a mirror (laid out as HOST/PATH)."
+        f"Fetch {url} some other way and give the file with `imagemill get-model NAME --from FILE`, name another place with --url URL "
+        f"there, or set {MIRROR_VARIABLE} to a mirror (laid out as HOST/PATH)."
     )
 
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from imagemill import closing, home, ledger, plan
+from imagemill import closing, freezing, home, ledger
 from imagemill.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
     """
     from imagemill.report import figures, page, thumbnails  # Jinja and Pillow are of no use to other commands
 
-    home.fetch_plan(paths, frozen.plan_nonce)
-    shards = plan.shards(paths.plan)
+    shards = freezing.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     found = figures.gather(paths, [s for s in shards if s.number in done], frozen.job.card.labels, int(frozen.job.plan_id, 16))
     shown = [*found.most_certain, *found.least_certain, *found.sample]

@@ -37,6 +37,8 @@ _KEPT = 8
 _IN_USE_S = 2 * 86_400.0
 """What was read or written so lately is not removed: a day, and another one, since file systems note once a day that a file was read."""
 _HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
+_LARGE = 64
+"""Pictures of a batch, beyond which its size may be why a model does not compile."""
 _DRIVERS = {
     "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
     "npu": "Install Intel's NPU driver (linux-npu-driver) and join the group that owns /dev/accel/accel0.",
@@ -114,7 +116,8 @@ class OpenVinoSession:
             if job.cache_dir:
                 _prune(Path(job.cache_dir))
         except RuntimeError as error:
-            raise ModelError(f"{job.model_file} cannot be compiled: {str(error).strip().splitlines()[-1]}") from error
+            told = str(error).strip().splitlines()[-1]
+            raise ModelError(f"{job.model_file} cannot be compiled: {told}{_smaller(job.batch_size)}") from error
         self._logits = compiled.output("logits")
         self._embedding = compiled.output("embedding") if self._with_embedding else None
         in_flight = job.batches_per_step or 2 * max(1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
@@ -173,6 +176,10 @@ class OpenVinoSession:
     def close(self) -> None:
         """See `Session.close`."""
         self._free.clear()
+
+
+def _smaller(batch_size: int) -> str:
+    return f". It was for batches of {batch_size}: repeat the command with a smaller --batch-size" if batch_size > _LARGE else ""
 
 
 def _can_be_written(folder: Path) -> bool:

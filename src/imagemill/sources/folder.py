@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import IO
 
 from imagemill.errors import SourceError
@@ -54,6 +56,7 @@ class FolderSource:
     ) -> Iterator[tuple[bytes, int, bool]]:
         """Yield (path, size, whether it is the first picture of a folder right below the root), sorted by name in each folder."""
         levels = [(b"", (root.st_dev, root.st_ino), iter(self._names(b"")))]  # a stack of our own: folders may lie deeper than calls
+        outside = self._folders_above()
         fresh = False
         while levels:
             folder, _, names = levels[-1]
@@ -81,10 +84,19 @@ class FolderSource:
                 skipped.by_suffix[suffix] += 1
             if inside and found is not None:
                 identity = (found.st_dev, found.st_ino)
-                loops = any(identity == above for _, above, _ in levels)
+                loops = identity in outside or any(identity == above for _, above, _ in levels)
                 if not loops and identity != self._skip and wanted(path + b"/"):
                     fresh = fresh or len(levels) == 1
                     levels.append((path, identity, iter(self._names(path))))
+
+    def _folders_above(self) -> set[tuple[int, int]]:
+        """Identities of the folders that the source lies in: a link to one of them would lead to its neighbours, and back to it."""
+        found = set()
+        for folder in Path(os.fsdecode(os.path.realpath(self._root))).parents:
+            with contextlib.suppress(OSError):
+                about = folder.stat()
+                found.add((about.st_dev, about.st_ino))
+        return found
 
     def _names(self, folder: bytes) -> Iterable[bytes]:
         """The sorted names in a folder. Raises: SourceError."""
@@ -93,7 +105,7 @@ class FolderSource:
         except OSError as error:
             where = shown(self._prefix + folder)
             raise SourceError(
-                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude."
+                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude '{shown(folder)}/'."
             ) from error
 
 

@@ -5,6 +5,7 @@ The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the w
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class ListSource:
         try:
             with locations.open_text(self._file) as lines:
                 for number, line in enumerate(lines, 1):
-                    path = self._path(line.rstrip(b"\r\n"), number)
+                    path = self._path(line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n"), number)
                     if not path:
                         continue
                     if storage.names_password(path):

@@ -150,7 +150,13 @@ class ZipSource:
         for prefix in (directory_end - size - start, 0):
             at = prefix + start
             if prefix >= 0 and at <= directory_end and (members == 0 or blob.read_at(at, 4) == b"PK\1\2"):
+                if prefix and (not closed or blob.read_at(0, 4) == b"PK\3\4"):
+                    break  # a program lies in front of an archive, but another archive does not: it would be the one that was cut short
                 return _Directory(at, size, members, modulo, prefix)
+        if prefix:
+            raise SourceError(
+                f"source {self.name} is cut short: its directory is missing; the last one there is of an archive within it. {GET_IT_AGAIN}"
+            )
         raise self._damaged(f"nothing of it lies at byte {start:,}")
 
     def _end_64(self, blob: Blob, end: int) -> tuple[int, tuple[int, ...]] | None:
