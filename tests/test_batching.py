@@ -121,6 +121,8 @@ def test_a_probe_goes_where_it_gains(
     assert family.opened == tried
     assert family.open == 0
     assert said[-1].startswith(f"batches of {best}: ")
+    fastest = max((size for size in tried if size in rates), key=lambda size: rates[size])
+    assert ("; smaller ones gain less than" in said[-1], "; larger ones gain less than" in said[-1]) == (fastest < best, fastest > best)
     assert batching.resolved(open_job, CPU, 1).batch_size == best
     assert family.opened == tried
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import helpers
+from imagemill.cli import _told
+from imagemill.records import Summary
 
 CLI = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
@@ -291,3 +293,10 @@ def test_a_list_may_begin_with_a_byte_order_mark(imagemill: CLI, jpegs: Folders,
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(bytes(path) + b"\r\n" for path in sorted(jpegs(2).iterdir())))
     done = imagemill("run", f"@{tmp_path / 'list.txt'}", "--output", tmp_path / "out", *TINY, "--json")
     assert (done.json["images"], done.json["ok"]) == (2, 2)
+
+
+def test_no_part_of_the_work_is_said_to_be_slower_than_the_whole() -> None:
+    """What decoding or computing alone would make is estimated; of a job of a few pictures it may come out below what was achieved."""
+    rates = {"achieved": 125.0, "decode_only": 954.4, "compute_only": 95.9}
+    summary = Summary(2, 2, 0, {}, {}, 1, 0, 0.02, 125.0, "tiny", "fp32", "decode", (), "out", rates=rates, advice="do nothing")
+    assert "images/s: achieved 125.0, decode only 954.4" in _told(summary).splitlines()

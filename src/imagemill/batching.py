@@ -154,7 +154,10 @@ def _probe(job: Job, chosen: Sequence[DeviceSpec], pictures: int | None, say: Sa
             pass
         rates, size = climb.rates, climb.size
     told = ", ".join(f"{rate:,.1f} with {size}" for size, rate in sorted(rates.items()))
-    say(f"batches of {size}: {told} (images/s, compute only)")
+    best = max(rates, key=lambda tried: rates[tried])
+    why = "; smaller ones gain less than handing over more of them costs a job" if best < size else ""
+    why = "; larger ones gain less than a per cent" if best > size else why
+    say(f"batches of {size}: {told} (images/s, compute only{why})")
     return Kept(size, {str(size): round(rate, 2) for size, rate in sorted(rates.items())}, _about(job, chosen))
 
 
