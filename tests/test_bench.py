@@ -15,9 +15,10 @@ import pytest
 
 import helpers
 from imagemill import bench, devices
+from imagemill.bench import measure
 from imagemill.bench.measure import machine, synthetic_job
 from imagemill.bench.verdict import judge, together
-from imagemill.errors import ModelError, SourceError, UsageError, WorkerError
+from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute
 from imagemill.records import Bundle, Precision
@@ -231,3 +232,15 @@ def test_workers_end_with_the_bench(start: Callable[..., Any]) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     helpers.until(lambda: not any(map(helpers.running, children)))
+
+
+def test_a_bench_that_is_stopped_does_not_speak_of_a_job_to_resume(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measured with was a job, but not the user's."""
+
+    def stopped(*_: object) -> None:
+        raise Interrupted("stopped by SIGINT: 4 shards are left. Repeat the command to resume.", 130)
+
+    monkeypatch.setattr(measure, "_synthetic", stopped)
+    with pytest.raises(Interrupted, match=r"^measuring was stopped, and has no result\.$") as caught:
+        bench.run(settings(synthetic=True))
+    assert caught.value.exit_code == 130

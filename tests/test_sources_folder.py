@@ -298,3 +298,24 @@ def test_a_very_deep_folder_is_listed(tmp_path: Path) -> None:
         assert paths(tmp_path) == [b"d/" * 300 + b"deep.jpg"]
     finally:
         sys.setrecursionlimit(limit)
+
+
+def test_the_way_out_of_a_folder_that_cannot_be_listed_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pattern that the message names does leave it out; of the source itself there is none to name."""
+    root = fill(tmp_path / "root", {"1.jpg": b"x", "a/locked/2.jpg": b"x"})
+    closed = [os.fsencode(root / "a" / "locked")]
+    sorted_names = folder._sorted_names
+
+    def names(path: bytes) -> Any:
+        if path in closed:
+            raise PermissionError(13, "Permission denied")
+        return sorted_names(path)
+
+    monkeypatch.setattr(folder, "_sorted_names", names)
+    with pytest.raises(SourceError) as caught:
+        entries(root)
+    assert str(caught.value).endswith("Permission denied. Give it permission, or leave it out with --exclude 'a/locked/'.")
+    assert [entry.path for entry in entries(root, exclude=("a/locked/",))[0]] == [b"1.jpg"]
+    closed[:] = [os.fsencode(root)]
+    with pytest.raises(SourceError, match=r"Permission denied\. Give it permission\.$"):
+        entries(root)

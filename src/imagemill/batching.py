@@ -52,7 +52,7 @@ _LARGER_MUST_GAIN: Final = 0.01
 _HANDING_OVER_S: Final = 2e-3
 """What a batch more costs a job, in seconds of a core, and a probe, in which nothing is decoded, does not see: EfficientNet-Lite0 in
 batches of 2 and 1 instead of 4 made 1.20 and 1.20 times the images/s compute only and 1.05 and 1.00 times end to end in fp32, 1.07 and
-0.99 and 0.97 and 0.89 in bf16, which are 1 to 6 ms (2 cores of a Zen 4, 2026-11-26)."""
+0.98 and 0.97 and 0.89 in bf16, which are 1 to 6 ms (docs/performance.md, "Batch sizes")."""
 _ROUNDS: Final = 5
 _ROUND_S: Final = 0.6
 _COMPARING_S: Final = 12.0

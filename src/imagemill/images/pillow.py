@@ -66,6 +66,9 @@ _BMFF_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"h
 
 _setup = threading.Lock()
 _registered: set[str] = set()
+_silence: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+Image.preinit()
 
 
 @dataclass(slots=True)
@@ -278,11 +281,6 @@ def prepare(limits: Limits) -> None:
             if _silence not in filters:
                 filters.insert(0, _silence)
                 warnings._filters_mutated()  # type: ignore[attr-defined]
-
-
-_silence: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-
-Image.preinit()
 
 
 def _check_tiles(image: Image.Image, limits: Limits) -> None:

@@ -104,9 +104,8 @@ class FolderSource:
             return _sorted_names(self._prefix + folder if folder else self._root)
         except OSError as error:
             where = shown(self._prefix + folder)
-            raise SourceError(
-                f"folder {where} cannot be listed: {error.strerror}. Give it permission, or leave it out with --exclude '{shown(folder)}/'."
-            ) from error
+            otherwise = f", or leave it out with --exclude '{shown(folder)}/'" if folder else ""
+            raise SourceError(f"folder {where} cannot be listed: {error.strerror}. Give it permission{otherwise}.") from error
 
 
 def _sorted_names(folder: bytes) -> Iterable[bytes]:

@@ -150,14 +150,15 @@ class ZipSource:
         for prefix in (directory_end - size - start, 0):
             at = prefix + start
             if prefix >= 0 and at <= directory_end and (members == 0 or blob.read_at(at, 4) == b"PK\1\2"):
-                if prefix and (not closed or blob.read_at(0, 4) == b"PK\3\4"):
-                    break  # a program lies in front of an archive, but another archive does not: it would be the one that was cut short
-                return _Directory(at, size, members, modulo, prefix)
-        if prefix:
+                break
+        else:
+            raise self._damaged(f"nothing of it lies at byte {start:,}")
+        if prefix and (not closed or blob.read_at(0, 4) == b"PK\3\4"):
+            # A program may lie in front of an archive. Where it is a member of another archive, that is the one which was asked for.
             raise SourceError(
                 f"source {self.name} is cut short: its directory is missing; the last one there is of an archive within it. {GET_IT_AGAIN}"
             )
-        raise self._damaged(f"nothing of it lies at byte {start:,}")
+        return _Directory(at, size, members, modulo, prefix)
 
     def _end_64(self, blob: Blob, end: int) -> tuple[int, tuple[int, ...]] | None:
         """The zip64 end record that belongs to the end record at `end`: where it lies and its fields; None where there is none."""
