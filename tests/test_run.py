@@ -210,15 +210,6 @@ def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path
     }
 
 
-def test_no_picture_at_all_is_a_finished_job(job: Jobs, tmp_path: Path) -> None:
-    """An empty folder has no rows, which is complete and sound, and repeating finds it so."""
-    (tmp_path / "empty").mkdir()
-    summary = running.run(job(tmp_path / "empty"))
-    assert (summary.images, summary.shards, summary.bottleneck) == (0, 0, None)
-    assert problems(tmp_path / "out") == []
-    assert running.run(job(tmp_path / "empty")).images == 0
-
-
 def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) -> None:
     """Neither the first time, nor when the repeated command looks for new pictures."""
     folder = jpegs(3)
@@ -367,36 +358,74 @@ def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "was", "now"),
+    ("change", "was", "now", "remedy"),
     [
-        ({"limit": 5}, "plan id", "no --limit", "--limit 5"),
-        ({"shard_size": 4}, "plan id", "--shard-size 3", "--shard-size 4"),
-        ({"include": ("*.jpg",)}, "plan id", "no --include", "--include *.jpg"),
-        ({"exclude": ("*.png",)}, "plan id", "no --exclude", "--exclude *.png"),
-        ({"all_files": True}, "plan id", "no --all-files", "--all-files"),
-        ({"sources": ("/",)}, "plan id", "SOURCE /", "SOURCE /"),
-        ({"model": "tiny2"}, "answer id", "--model tiny (", "--model tiny2 ("),
-        ({"top_k": 3}, "answer id", "--top-k 5", "--top-k 3"),
-        ({"save": ("logits",)}, "answer id", "no --save", "--save logits"),
-        ({"precision": "bf16"}, "answer id", "--precision fp32", "--precision bf16"),
-        ({"preprocess": "center-crop"}, "answer id", "--preprocess card", "--preprocess center-crop"),
-        ({"devices": "cpu"}, "answer id", "backend null", "backend openvino"),
+        ({"limit": 5}, "no --limit", "--limit 5", "Leave out --limit to continue this job"),
+        ({"shard_size": 4}, "--shard-size 3", "--shard-size 4", "Leave it out to continue this job"),
+        ({"include": ("*.jpg",)}, "no --include", "--include '*.jpg'", "Leave out --include to continue this job"),
+        ({"exclude": ("*.png", "b")}, "no --exclude", "--exclude '*.png' --exclude b", "Leave out --exclude to continue this job"),
+        ({"all_files": True}, "no --all-files", "--all-files", "Leave out --all-files to continue this job"),
+        ({"sources": ("/",)}, "SOURCE /", "SOURCE /", "Give the same sources in the same order to continue this job"),
+        ({"model": "tiny2"}, "--model tiny (", "--model tiny2 (", "Leave it out to continue this job"),
+        ({"top_k": 3}, "--top-k 5", "--top-k 3", "Leave it out to continue this job"),
+        ({"save": ("logits",)}, "no --save", "--save logits", "Leave it out to continue this job"),
+        ({"precision": "bf16"}, "--precision fp32", "--precision bf16", "Leave it out to continue this job"),
+        ({"preprocess": "center-crop"}, "--preprocess card", "--preprocess center-crop", "Leave it out to continue this job"),
+        ({"devices": "cpu"}, "backend null", "backend openvino", "Leave it out to continue this job"),
     ],
 )
 def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
-    started: Settings, tmp_path: Path, change: dict[str, Any], kind: str, was: str, now: str
+    started: Settings, tmp_path: Path, change: dict[str, Any], was: str, now: str, remedy: str
 ) -> None:
-    """Nothing is touched; the message says which id would change and what to do. Wrong usage, so exit 2."""
+    """Nothing is touched; the message says what to do. Wrong usage, so exit 2."""
     before = helpers.parts(tmp_path / "out")
     with pytest.raises(JobMismatchError) as caught:
         running.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
     message = str(caught.value)
     assert f"was started with {was}" in message
     assert f", now {now}" in message
-    assert f"that would change its {kind}, which stands for " in message
-    assert message.endswith(". Leave it out to resume, or give another --output.")
+    assert message.endswith(f" is asked for. {remedy}, or give another --output.")
     assert caught.value.exit_code == 2
     assert helpers.parts(tmp_path / "out") == before
+
+
+SELECTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"limit": 4}, "--limit 4"),
+    ({"include": ("00[0-3].jpg",)}, "--include '00[0-3].jpg'"),
+    ({"exclude": ("00[4-9].jpg", "01*")}, "--exclude '00[4-9].jpg' --exclude '01*'"),
+    ({"all_files": True}, "--all-files"),
+]
+
+
+@pytest.mark.parametrize(("selection", "spelt"), SELECTIONS)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_selection_that_was_given_first_must_be_given_again(
+    job: Jobs, jpegs: Folders, tmp_path: Path, selection: dict[str, Any], spelt: str, is_finished: bool
+) -> None:
+    """Without it the command means other images: they must not be passed over with "finished already" and exit 0."""
+    folder = jpegs(6, **{"010.jpg": pictures.jpeg()})
+    settings = job(folder, shard_size=2, **selection)
+    count = running.run(settings).images
+    if not is_finished:
+        (tmp_path / "out" / "predictions" / "part-000000.parquet").unlink()
+    flag = spelt.split(maxsplit=1)[0]
+    with pytest.raises(JobMismatchError) as caught:
+        running.run(job(folder))
+    text = f"was started with {spelt}, now no {flag} is asked for. Add {spelt} to continue this job, or give another --output."
+    assert str(caught.value) == f"{tmp_path}/out {text}"
+    assert caught.value.exit_code == 2
+    assert running.run(settings).images == count
+
+
+def test_another_value_of_a_selection_is_refused_and_another_order_is_not(job: Jobs, jpegs: Folders) -> None:
+    """The message holds what to type to continue the job."""
+    folder = jpegs(4)
+    running.run(job(folder, limit=2, include=("a*", "0*")))
+    with pytest.raises(JobMismatchError, match=r"with --limit 2, now --limit 3 is asked for\. Write --limit 2 to continue this job"):
+        running.run(job(folder, limit=3, include=("a*", "0*")))
+    with pytest.raises(JobMismatchError, match=r"Write --include '0\*' --include 'a\*' to continue this job"):
+        running.run(job(folder, limit=2, include=("0*",)))
+    assert running.run(job(folder, limit=2, include=("0*", "a*"))).images == 2
 
 
 def test_saying_the_same_again_is_no_change(started: Settings) -> None:

@@ -111,6 +111,9 @@ def run(
     Keywords mean what the flags of `imagemill run` of the same name mean; None leaves them unsaid. It may be called from any thread; in
     the main thread Ctrl-C ends the job in good order while it runs, and signal handlers are put back as they were.
 
+    A call that resumes a job needs the same `include`, `exclude`, `all_files` and `limit` as the first call. Without them it would mean
+    other images, and is refused.
+
     Args:
         sources: folders, pictures, lists, archives, … as on the command line, one or several.
         output: the output folder.

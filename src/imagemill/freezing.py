@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -320,13 +321,22 @@ def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
 def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:
     """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of what may not."""
     job = frozen.job
-    asked_sources = sources.resolve(settings.sources)
-    pairs: list[tuple[str, object, object]] = [
-        ("SOURCE", list(job.sources), list(asked_sources)),
-        ("--include", list(frozen.filters.include), settings.include and list(settings.include)),
-        ("--exclude", list(frozen.filters.exclude), settings.exclude and list(settings.exclude)),
-        ("--all-files", frozen.filters.all_files, settings.all_files),
+    selection: list[tuple[str, object, object]] = [  # a flag that is absent selects too: without --limit all images are meant
+        ("SOURCE", list(job.sources), list(sources.resolve(settings.sources))),
+        ("--include", sorted(frozen.filters.include), sorted(settings.include or ())),
+        ("--exclude", sorted(frozen.filters.exclude), sorted(settings.exclude or ())),
+        ("--all-files", frozen.filters.all_files, bool(settings.all_files)),
         ("--limit", frozen.limit, settings.limit),
+    ]
+    for flag, was, asked in selection:
+        if asked != was:
+            how = f"Add {_spelt(flag, was)}" if was else f"Leave out {flag}"
+            if flag == "SOURCE":
+                how = "Give the same sources in the same order"
+            elif was and asked:
+                how = f"Write {_spelt(flag, was)}"
+            raise _mismatch(settings, _spelt(flag, was), _spelt(flag, asked), f"{how} to continue this job")
+    pairs: list[tuple[str, object, object]] = [
         ("--shard-size", frozen.shard_size, settings.shard_size),
         ("--top-k", job.top_k, settings.top_k),
         ("--save", sorted(job.save), settings.save and sorted(settings.save)),
@@ -343,13 +353,7 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         pairs.append(("--labels", _told_labels(job.card.labels), _told_labels(bundle.read_labels(Path(settings.labels)))))
     for flag, was, asked in pairs:
         if asked is not None and asked != was:
-            listing = ("SOURCE", "--include", "--exclude", "--all-files", "--limit", "--shard-size")
-            what = "plan id, which stands for its listing" if flag in listing else "answer id, which stands for what decides its answers"
-            raise JobMismatchError(
-                f"{settings.output} was started with {_spelt(flag, was)}, now {_spelt(flag, asked)} is asked for: "
-                f"that would change its {what}. "
-                "Leave it out to resume, or give another --output."
-            )
+            raise _mismatch(settings, _spelt(flag, was), _spelt(flag, asked), "Leave it out to continue this job")
     limits = _limits(settings, job.limits)
     for name in ("max_pixels", "max_bytes", "max_seconds"):
         was, now = getattr(job.limits, name), getattr(limits, name)
@@ -367,13 +371,20 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
     return replace(frozen, job=job)
 
 
+def _mismatch(settings: Settings, was: str, asked: str, remedy: str) -> JobMismatchError:
+    return JobMismatchError(f"{settings.output} was started with {was}, now {asked} is asked for. {remedy}, or give another --output.")
+
+
 def _spelt(flag: str, value: object) -> str:
-    """A flag as one would type it."""
-    if value is None or value is False or value in ([], ()):
+    """Return a flag as you would type it."""
+    if not value:
         return f"no {flag}"
     if value is True:
         return flag
-    return f"{flag} {' '.join(map(str, value))}" if isinstance(value, list | tuple) else f"{flag} {value}"
+    if isinstance(value, list):
+        words = [shlex.quote(str(item)) for item in value]
+        return " ".join([flag, *words] if flag == "SOURCE" else [f"{flag} {word}" for word in words])
+    return f"{flag} {value}"
 
 
 def _is_here(settings: Settings) -> bool:

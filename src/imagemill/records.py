@@ -136,7 +136,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen."""
+    """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen.
+
+    `include`, `exclude`, `all_files` and `limit` select images also by their absence, so for them None is a value: no such selection.
+    """
 
     sources: tuple[str, ...]
     output: str
