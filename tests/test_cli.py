@@ -100,7 +100,7 @@ def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> N
 )
 def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     """Nothing is done, nothing is on stdout, and there is no traceback."""
-    (tmp_path / "x").mkdir()
+    helpers.fill(tmp_path, {"x/a.jpg": b"x"})
     result = imagemill(*arguments, cwd=tmp_path)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith(message)

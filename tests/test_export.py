@@ -113,13 +113,15 @@ def test_no_row_of_one_nullable_column_is_lost(finished: Path) -> None:
     assert [row[0] for row in cells[1:]] == ["" if row["class_id"] is None else str(row["class_id"]) for row in helpers.rows(finished)]
 
 
-def test_a_job_without_pictures_is_a_header(models_dir: Path, tmp_path: Path) -> None:
-    """Of columns in CSV, and nothing at all in JSON lines."""
-    (tmp_path / "empty").mkdir()
-    running.run(Settings((str(tmp_path / "empty"),), str(tmp_path / "out"), "tiny", str(models_dir), "null", save=("logits",)))
-    assert exported(tmp_path / "out", Form.JSONL) == ""
-    assert exported(tmp_path / "out", Form.CSV).startswith('"index","source","path","status"')
-    assert exported(tmp_path / "out", Form.CSV).endswith('"height","logits"\n')
+def test_a_job_without_finished_rows_is_a_header(finished: Path, copy_of: Callable[[Path], Path]) -> None:
+    """With --partial, of columns in CSV, and nothing at all in JSON lines."""
+    out = copy_of(finished)
+    for path in (out / "predictions").iterdir():
+        path.unlink()
+    (out / "summary.json").unlink()
+    assert exported(out, Form.JSONL, partial=True) == ""
+    assert exported(out, Form.CSV, partial=True).startswith('"index","source","path","status"')
+    assert exported(out, Form.CSV, partial=True).count("\n") == 1
 
 
 def test_an_unfinished_job_is_refused_unless_partial(finished: Path, copy_of: Callable[[Path], Path]) -> None:

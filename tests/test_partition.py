@@ -301,3 +301,13 @@ def test_the_command_line_tells_what_was_made(tmp_path: Path, imagemill: Callabl
     assert refused.code == 1
     assert refused.err.startswith("imagemill: --output ")
     assert "Traceback" not in refused.err
+
+
+def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
+    """They may have led to a folder of images, which is in no part then."""
+    helpers.fill(tmp_path / "all", {"1.jpg": b"x", "2.jpg": b"x"})
+    (tmp_path / "all" / "disk").symlink_to("/mnt/not mounted")
+    said: list[str] = []
+    partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), say=said.append)
+    first = f"{tmp_path}/all/disk"
+    assert said == [f"note: 1 link leads nowhere, first: {first}. If its disk is not mounted, the images there are left out"]

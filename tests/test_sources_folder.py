@@ -6,6 +6,7 @@ import errno
 import inspect
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from helpers import fill
+from helpers import Result, fill, without_root_powers
 from imagemill.errors import SourceError, UsageError
 from imagemill.plan import Entry
 from imagemill.records import BadPicture, Status
@@ -178,7 +179,7 @@ def test_no_name_is_lost_where_a_run_ends(tmp_path: Path, monkeypatch: pytest.Mo
 def test_names_longer_than_a_block_survive_the_merge(tmp_path: Path) -> None:
     """The merge reads its runs in blocks; a name may span several of them, and a run ends where the next begins."""
     names = [b"a" * 50, b"b" * 3, b"c" * 120]
-    data = b"".join(name + b"\0" for name in names)
+    data = b"".join(name + b"/" for name in names)
     (tmp_path / "runs").write_bytes(data + data)
     with (tmp_path / "runs").open("rb") as file:
         assert list(folder._names_of(file, 0, len(data), block_bytes=16)) == names
@@ -319,3 +320,143 @@ def test_the_way_out_of_a_folder_that_cannot_be_listed_is_one(tmp_path: Path, mo
     closed[:] = [os.fsencode(root)]
     with pytest.raises(SourceError, match=r"Permission denied\. Give it permission\.$"):
         entries(root)
+
+
+UNREACHABLE = (
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+)  # fmt: skip
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """Have `os.stat` fail for one path."""
+    real = os.stat
+
+    def stat(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if isinstance(name, bytes) and name == os.fsencode(path):
+            raise OSError(code, os.strerror(code))
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("code", UNREACHABLE)
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_folder_that_cannot_be_entered_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int) -> None:
+    """As one that cannot be listed does: its images would be lost without a word. A link may lead to such a folder."""
+    root = fill(tmp_path / "root", {"1.jpg": b"x", "z/2.jpg": b"x"})
+    if kind == "folder":
+        (root / "a [1]'s").mkdir()
+    else:
+        (root / "a [1]'s").symlink_to(tmp_path / "far")
+    failing(monkeypatch, root / "a [1]'s", code)
+    with pytest.raises(SourceError) as caught:
+        entries(root)
+    message = str(caught.value)
+    assert message.startswith(f"{kind} {root}/a [1]'s")
+    assert f": {os.strerror(code)}. " in message
+    pattern = message.partition("--exclude '")[2].removesuffix("'.")
+    assert [entry.path for entry in entries(root, exclude=(pattern,))[0]] == [b"1.jpg", b"z/2.jpg"]
+
+
+@pytest.mark.parametrize("code", UNREACHABLE)
+def test_a_file_that_cannot_be_looked_at_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """A file, or a link with an image's name, costs its own row or count: nothing is hidden behind it."""
+    root = fill(tmp_path / "root", {"1.jpg": b"x", "2.txt": b"x", "3.jpg": b"x"})
+    (root / "4.jpg").symlink_to("1.jpg")
+    for name in ("1.jpg", "2.txt", "4.jpg"):
+        failing(monkeypatch, root / name, code)
+    found, skipped = entries(root)
+    assert {entry.path: entry.size for entry in found} == {b"1.jpg": -1, b"3.jpg": 1, b"4.jpg": -1}
+    assert (dict(skipped.by_suffix), skipped.broken_links) == ({".txt": 1}, 0)
+
+
+def test_a_folder_named_like_an_image_that_cannot_be_entered_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for the folder would not stand for the images in it."""
+    root = fill(tmp_path / "root", {"album.jpg/1.jpg": b"x"})
+    failing(monkeypatch, root / "album.jpg", errno.EACCES)
+    with pytest.raises(SourceError, match=r"folder .*/album\.jpg cannot be listed: Permission denied"):
+        entries(root)
+
+
+def test_a_folder_that_is_removed_meanwhile_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been moved to a place that was listed already: the images are not gone."""
+    root = fill(tmp_path / "root", {"a/1.jpg": b"x"})
+    failing(monkeypatch, root / "a", errno.ENOENT)
+    with pytest.raises(SourceError, match=r"/a cannot be listed: No such file or directory\. It was removed .* run the command again"):
+        entries(root)
+
+
+def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
+    """They may have led to a folder on a disk that is not mounted. One with an image's name has a row instead, as all do by --all-files."""
+    root = fill(tmp_path / "root", {"1.jpg": b"x", "notes": b"x"})
+    (root / "archive").symlink_to("/mnt/not mounted/archive")
+    (root / "loop").symlink_to("loop")
+    (root / "below a file").symlink_to("notes/deeper")
+    (root / "2.jpg").symlink_to("nowhere")
+    found, skipped = entries(root)
+    assert [entry.path for entry in found] == [b"1.jpg", b"2.jpg"]
+    assert (skipped.broken_links, skipped.first_broken_link) == (3, f"{root}/archive")
+    assert dict(skipped.by_suffix) == {"": 1}
+    assert entries(root, exclude=("archive", "below*"))[1].broken_links == 1
+    found, skipped = entries(root, all_files=True)
+    assert [entry.path for entry in found] == [b"1.jpg", b"2.jpg", b"archive", b"below a file", b"loop", b"notes"]
+    assert skipped.broken_links == 0
+
+
+@pytest.mark.parametrize("in_memory", [2, 10_000])
+def test_an_error_in_the_middle_of_a_folder_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
+    """The names that came before it are not taken for all."""
+    root = fill(tmp_path / "root", {f"a/{number}.jpg": b"x" for number in range(9)})
+    real = os.scandir
+
+    class Scan:
+        def __init__(self, path: Any) -> None:
+            self._real = real(path)
+
+        def __enter__(self) -> Scan:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._real.close()
+
+        def __iter__(self) -> Any:
+            for number, entry in enumerate(self._real):
+                if number == 5:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                yield entry
+
+    monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", in_memory)
+    monkeypatch.setattr(os, "scandir", Scan)
+    with pytest.raises(SourceError, match=r"folder .*/root/a cannot be listed: Input/output error\. Check the disk or the mount, or "):
+        entries(root)
+
+
+def test_a_folder_whose_path_is_too_long_ends_the_listing(tmp_path: Path) -> None:
+    """Folders may lie deeper than the longest path that the system takes. The error is one line of readable length."""
+    here = Path.cwd()
+    try:
+        os.chdir(fill(tmp_path / "root", {"1.jpg": b"x"}))
+        for _ in range(20):
+            os.mkdir("d" * 250)
+            os.chdir("d" * 250)
+        Path("lost.jpg").write_bytes(b"x")
+    finally:
+        os.chdir(here)
+    with pytest.raises(
+        SourceError, match=r"^folder .*… cannot be listed: File name too long\. .* give a folder below it as a source"
+    ) as caught:
+        entries(tmp_path / "root")
+    assert len(str(caught.value)) < 800
+    shutil.rmtree(tmp_path / "root")
+
+
+def test_a_folder_without_the_right_to_enter_it_ends_the_command(tmp_path: Path, imagemill: Callable[..., Result]) -> None:
+    """With real permissions: it can be listed, but what is in it cannot be reached. No job is frozen."""
+    root = fill(tmp_path / "root", {"1.jpg": b"x", "closed/sub/2.jpg": b"x", "closed/notes.txt": b"x"})
+    (root / "closed").chmod(0o444)
+    arguments = (root, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+    result = imagemill("run", *arguments, before=without_root_powers())
+    (root / "closed").chmod(0o755)
+    assert result.code == 1
+    assert f"folder {root}/closed/sub cannot be listed: Permission denied. Give it permission, or leave it out with --exclude" in result.err
+    assert not (tmp_path / "out" / "job.json").exists()

@@ -452,13 +452,6 @@ def test_an_archive_in_an_object_store_gives_the_same_rows(
         read(f"{place}/{next(iter(archives))}")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "webdataset"])
-def test_an_empty_archive_is_a_finished_job_of_no_rows(kind: str, job: Jobs, tmp_path: Path) -> None:
-    """Nothing in it is nothing to do."""
-    assert running.run(job(Path(pack(tmp_path, kind, {})))).images == 0
-    assert problems(tmp_path / "out") == []
-
-
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_new_pictures_of_an_archive_are_named(kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
     """What was appended since the plan was frozen is named when the finished job is repeated, and nothing else; also beside a folder that

@@ -20,6 +20,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.records import Settings, Summary
+    from imagemill.running import DryRun
 
 _OLD_SPELLINGS = {
     "--batch_size": "--batch-size",
@@ -325,10 +326,12 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
 
     if settings.dry_run:
         found = running.dry_run(settings)
+        for note in found.notes:
+            _say(note)
         if as_json:
             print(json.dumps(codec.to_plain(found)))
         else:
-            skipped = ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in found.skipped_by_suffix.items())
+            skipped = _format_skipped(found)
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
     summary = running.run(settings, watching.Terminal())
@@ -343,8 +346,8 @@ def _told(summary: Summary) -> str:
     lines = [f"{summary.images:,} pictures: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
         lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
-    if summary.skipped_by_suffix:
-        lines.append("skipped: " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in summary.skipped_by_suffix.items()))
+    if skipped := _format_skipped(summary):
+        lines.append(f"skipped: {skipped}")
     if summary.images_per_second:
         lines.append(f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s, {summary.model} in {summary.precision}")
         for device in summary.devices:
@@ -358,6 +361,12 @@ def _told(summary: Summary) -> str:
         lines.append("note: the null device computes nothing: its predictions are made up")
     lines.append(f"results: {summary.output}/predictions")
     return "\n".join(lines)
+
+
+def _format_skipped(found: Summary | DryRun) -> str:
+    from imagemill import listing
+
+    return listing.format_skipped(found.skipped_by_suffix, found.skipped_hidden, found.skipped_by_filter, found.skipped_broken_links)
 
 
 def _show_rows(output: Path) -> None:

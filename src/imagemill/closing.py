@@ -88,6 +88,7 @@ def summarise(
         advice=advice,
         skipped_hidden=frozen.skipped_hidden,
         skipped_by_filter=frozen.skipped_by_filter,
+        skipped_broken_links=frozen.skipped_broken_links,
         throughput=outcome.throughput,
         machine=devices.machine(),
     )

@@ -15,7 +15,7 @@ from imagemill import batching, codec, home, layout, plan, sources
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
 from imagemill.layout import JobPaths
-from imagemill.listing import listing
+from imagemill.listing import filters_of, listing, no_images
 from imagemill.models import bundle, registry
 from imagemill.records import (
     Bundle,
@@ -65,6 +65,7 @@ class Frozen:
     versions: Mapping[str, str] = field(default_factory=dict)
     plan_nonce: str = ""
     """Which plan in an object store is this job's; see `home`."""
+    skipped_broken_links: int = 0
 
 
 def read_frozen(paths: JobPaths) -> Frozen | None:
@@ -184,11 +185,13 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     """
     paths.plan_nonce.unlink(missing_ok=True)
     layout.clear_folder(paths.plan)
-    filters = Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
+    filters = filters_of(settings)
     skipped = Skipped()
-    listed = plan.spool(listing(settings, filters, skipped, paths.root, paths.plan), paths.spool)
+    listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
     if not listed.pictures:
-        watcher.say("no pictures found: no known image suffix is left after --include, --exclude and hidden files; see --all-files")
+        raise no_images(sources.resolve(settings.sources), skipped)
+    for note in skipped.notes():
+        watcher.say(note)
     by_group = listed.groups == len(chosen) > 1
     shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
@@ -215,6 +218,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
         skipped_hidden=skipped.hidden,
         skipped_by_filter=skipped.by_filter,
+        skipped_broken_links=skipped.broken_links,
         backend=backend_of(chosen, settings.allow_mixed),
         variant_sha256=prepared.sha256,
         versions={"imagemill": __version__},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import plan, sources
+from imagemill import plan, sources, storage
+from imagemill.errors import SourceError
 from imagemill.layout import JobPaths
 from imagemill.records import (
     Settings,
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from imagemill.freezing import Frozen
 
 _NAMED = 10
+_SHARD_SUFFIXES = {".tar": "*.tar", ".gz": "*.tar.gz", ".tgz": "*.tgz", ".zip": "*.zip", ".parquet": "*.parquet"}
+"""Suffixes of archives and tables that a source may hold unopened → the pattern that names them as sources."""
 
 
 def entries(
@@ -27,17 +31,75 @@ def entries(
     """All sources one after another; their sub-folders are counted on. `aside`: see `sources.open_all`."""
     offset = 0
     for source in sources.open_all(resolved, output, aside):
-        highest = offset
+        highest, is_empty = offset, True
         for entry in source.entries(filters, skipped):
-            highest = max(highest, offset + entry.group)
+            highest, is_empty = max(highest, offset + entry.group), False
             yield replace(entry, group=offset + entry.group)
         offset = highest + 1
+        if is_empty:
+            skipped.add_empty_source(source.name)
 
 
-def listing(settings: Settings, filters: Filters, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[plan.Entry]:
+def filters_of(settings: Settings) -> Filters:
+    """Return the filters that the settings mean."""
+    return Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
+
+
+def listing(settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[plan.Entry]:
     """The pictures of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
-    return islice(entries(resolved, filters, skipped, output, aside), settings.limit)
+    return islice(entries(resolved, filters_of(settings), skipped, output, aside), settings.limit)
+
+
+def refuse_empty(settings: Settings, output: Path | None) -> None:
+    """List as far as the first image, so that an empty job ends before anything is written or downloaded. Raises: SourceError.
+
+    A list that can be read only once, such as `@/dev/stdin`, is left to the listing proper.
+    """
+    resolved = sources.resolve(settings.sources)
+    skipped = Skipped()
+    if all(map(sources.can_be_read_again, resolved)) and next(listing(settings, skipped, output), None) is None:
+        raise no_images(resolved, skipped)
+
+
+def no_images(resolved: Sequence[str], skipped: Skipped) -> SourceError:
+    """Return the error for sources without an image: what was skipped, why, and what to do."""
+    where = sources.shown(os.fsencode(resolved[0])) if len(resolved) == 1 else f"the {len(resolved):,} sources"
+    left_out = format_skipped(skipped.by_suffix, skipped.hidden, skipped.by_filter, skipped.broken_links)
+    remedies = []
+    if skipped.by_filter:
+        remedies.append("Change --include or --exclude.")
+    if pattern := next((pattern for suffix, pattern in _SHARD_SUFFIXES.items() if skipped.by_suffix[suffix]), None):
+        remedies.append(_open_them(resolved, pattern))
+    elif skipped.by_suffix:
+        remedies.append("Add --all-files to take files of any suffix.")
+    if skipped.broken_links:
+        remedies.append(f"First broken link: {skipped.first_broken_link}. Mount the disk it leads to.")
+    if skipped.hidden and not remedies:
+        remedies.append("Names that begin with a dot are never taken: rename them.")
+    if not left_out:
+        remedies.append("Check the path, and that its disk is mounted.")
+    what = f"Skipped: {left_out}." if left_out else "It is empty." if len(resolved) == 1 else "They are empty."
+    return SourceError(f"no images found in {where}, so no job was started. {what} {' '.join(remedies)}")
+
+
+def _open_them(resolved: Sequence[str], pattern: str) -> str:
+    """How to give archives and tables that lie in a source as sources."""
+    folder = next((item for item in resolved if os.path.isdir(item)), None)  # noqa: PTH112
+    if folder is not None:
+        return f"Archives and tables in a folder are sources of their own. Give them by name, such as {folder}/{pattern}, not the folder."
+    prefix = next((item for item in resolved if storage.is_object(item) and not sources.is_opened(item)), None)
+    if prefix is not None:
+        example = f"'{prefix}/{pattern.replace('*', 'NAME-{000000..000099}')}'"
+        return f"Archives and tables below a prefix are sources of their own. Give them by name, such as {example}, not the prefix."
+    return "Archives and tables inside an archive are not opened. Unpack it."
+
+
+def format_skipped(by_suffix: Mapping[str, int], hidden: int, by_filter: int, broken_links: int) -> str:
+    """Return what a listing left out as one line, such as `2 .txt, 1 hidden`; empty if nothing."""
+    parts = [f"{count:,} {suffix or '(no suffix)'}" for suffix, count in sorted(by_suffix.items())]
+    others = {"hidden": hidden, "by --include or --exclude": by_filter, f"broken link{'s' * (broken_links != 1)}": broken_links}
+    return ", ".join(parts + [f"{count:,} {what}" for what, count in others.items() if count])
 
 
 def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:

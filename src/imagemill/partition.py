@@ -87,6 +87,8 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
     pictures, skipped, folders = _pictures(source, target)
     if not pictures:
         raise SourceError(f"--data-dir {data_dir} holds no pictures. Give a folder that does.")
+    for note in skipped.notes():
+        say(note)
     least, more = divmod(len(pictures), partitions)
     ends = [number * least + min(number, more) for number in range(partitions + 1)]
     shares = [pictures[start:end] for start, end in pairwise(ends)]

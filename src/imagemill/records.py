@@ -448,6 +448,8 @@ class Summary:
     advice: str | None = None
     skipped_hidden: int = 0
     skipped_by_filter: int = 0
+    skipped_broken_links: int = 0
+    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
     new_in_source: int = 0
     """Pictures in the source that are not in the frozen plan (known only when a finished job is repeated)."""
     complete: bool = True

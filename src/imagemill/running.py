@@ -23,7 +23,7 @@ from imagemill.records import (
     Settings,
     Summary,
 )
-from imagemill.sources import Filters, Skipped
+from imagemill.sources import Skipped
 
 _NAMED_NEW = 10
 
@@ -39,6 +39,9 @@ class DryRun:
     skipped_by_filter: int
     first: tuple[str, ...]
     """Paths of the first pictures."""
+    skipped_broken_links: int = 0
+    notes: tuple[str, ...] = ()
+    """What a run would say of broken links and empty sources."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
     if frozen is None:
         devices.check_precision(settings.precision, chosen)
         freezing.refuse_foreign(paths)
-        sources.check(sources.resolve(settings.sources))
+        _check_sources(settings, paths)
         with_model = freezing.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     with layout.locked(paths):
@@ -105,6 +108,13 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
             raise
         finally:
             home.publish_logs(paths, hasty=hasty)
+
+
+def _check_sources(settings: Settings, paths: JobPaths) -> None:
+    """See that the sources of a new job exist and hold an image. Raises: SourceError."""
+    resolved = sources.resolve(settings.sources)
+    sources.check(resolved)
+    listing.refuse_empty(settings, paths.root)
 
 
 def _carry_out(
@@ -188,7 +198,9 @@ def dry_run(settings: Settings) -> DryRun:
     paths = JobPaths.of(settings.output, settings.log_dir)
     if freezing.read_frozen(paths) is None:
         freezing.refuse_foreign(paths)
-    filters, skipped = Filters(settings.include or (), settings.exclude or (), settings.all_files or False), Skipped()
+    resolved = sources.resolve(settings.sources)
+    sources.check(resolved)
+    skipped = Skipped()
     first: list[str] = []
 
     def noting(entries: Iterator[plan.Entry]) -> Iterator[plan.Entry]:
@@ -198,10 +210,21 @@ def dry_run(settings: Settings) -> DryRun:
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        listed = plan.spool(noting(listing.listing(settings, filters, skipped, Path(settings.output))), Path(folder) / "listing")
+        listed = plan.spool(noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing")
+    if not listed.pictures:
+        raise listing.no_images(resolved, skipped)
     shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
     by_suffix = dict(sorted(skipped.by_suffix.items()))
-    return DryRun(listed.pictures, shard_size, by_suffix, skipped.hidden, skipped.by_filter, tuple(first))
+    return DryRun(
+        images=listed.pictures,
+        shard_size=shard_size,
+        skipped_by_suffix=by_suffix,
+        skipped_hidden=skipped.hidden,
+        skipped_by_filter=skipped.by_filter,
+        first=tuple(first),
+        skipped_broken_links=skipped.broken_links,
+        notes=tuple(skipped.notes()),
+    )
 
 
 def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary, watcher: watching.Watcher) -> Summary:

@@ -190,6 +190,7 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
         "of another type": sum(frozen.skipped_by_suffix.values()),
         "hidden": frozen.skipped_hidden,
         "by filters": frozen.skipped_by_filter,
+        "broken links": frozen.skipped_broken_links,
     }
     named = [os.fsencode(source).decode("utf-8", "backslashreplace") for source in job.sources[:_SOURCES]]
     if len(job.sources) > _SOURCES:

@@ -35,7 +35,20 @@ from imagemill.sources.tar import SUFFIXES as TAR_SUFFIXES
 from imagemill.sources.tar import TarSource
 from imagemill.sources.zip import ZipSource
 
-__all__ = ["Filters", "Skipped", "Source", "as_line", "check", "open_all", "read", "resolve", "shown"]
+__all__ = [
+    "Filters",
+    "Skipped",
+    "Source",
+    "as_line",
+    "can_be_read_again",
+    "check",
+    "check_kinds",
+    "is_opened",
+    "open_all",
+    "read",
+    "resolve",
+    "shown",
+]
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_EXPANDED = 100_000
@@ -117,9 +130,28 @@ def check(sources: Iterable[str]) -> None:
         path, _ = split_column(source.removeprefix("@"))
         if storage.is_url(path):
             urls.append(path)
-        elif not os.path.exists(path):  # noqa: PTH110
-            raise SourceError(f"source {shown(os.fsencode(source))} cannot be read: No such file or directory. Give a folder or a picture.")
+            continue
+        try:
+            os.stat(path)  # noqa: PTH116
+        except OSError as error:
+            raise _cannot_read(source, error) from error
     waiting.heard_all(_look, urls, 16)  # thousands may have come of one pair of braces
+
+
+def _cannot_read(source: str, error: OSError) -> SourceError:
+    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or a picture.")
+
+
+def is_opened(source: str) -> bool:
+    """Whether a source is an archive or a table by its name, so that its content is listed."""
+    location, _ = split_column(source)
+    return location.lower().endswith((".parquet", ".zip")) or TAR_SUFFIXES.search(source) is not None
+
+
+def can_be_read_again(source: str) -> bool:
+    """Whether a source can be listed twice: not a list that comes out of a pipe."""
+    location, _ = split_column(source.removeprefix("@"))
+    return not source.startswith("@") or storage.is_url(location) or os.path.isfile(location)  # noqa: PTH113
 
 
 def _look(url: str) -> None:

@@ -36,6 +36,33 @@ class Skipped:
     by_suffix: Counter[str] = field(default_factory=Counter)
     hidden: int = 0
     by_filter: int = 0
+    broken_links: int = 0
+    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
+    first_broken_link: str = ""
+    empty_sources: int = 0
+    """Sources that hold no image, beside others that do."""
+    first_empty_source: str = ""
+
+    def add_broken_link(self, path: str) -> None:
+        """Count a link that leads nowhere."""
+        self.broken_links += 1
+        self.first_broken_link = self.first_broken_link or path
+
+    def add_empty_source(self, name: str) -> None:
+        """Count a source without an image."""
+        self.empty_sources += 1
+        self.first_empty_source = self.first_empty_source or name
+
+    def notes(self) -> list[str]:
+        """Return a line for each thing that a listing did not find and that a user would miss."""
+        found = []
+        if self.broken_links:
+            links = "1 link leads nowhere" if self.broken_links == 1 else f"{self.broken_links:,} links lead nowhere"
+            found.append(f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the images there are left out")
+        if self.empty_sources:
+            sources = "1 source holds" if self.empty_sources == 1 else f"{self.empty_sources:,} sources hold"
+            found.append(f"note: {sources} no images, first: {self.first_empty_source}")
+        return found
 
 
 class Source(Protocol):
