@@ -77,10 +77,10 @@ def no_images(resolved: Sequence[str], skipped: Skipped) -> SourceError:
         remedies.append(f"First broken link: {skipped.first_broken_link}. Mount the disk it leads to.")
     if skipped.hidden and not remedies:
         remedies.append("Names that begin with a dot are never taken: rename them.")
-    if not left_out:
-        remedies.append("Check the path, and that its disk is mounted.")
     what = f"Skipped: {left_out}." if left_out else "It is empty." if len(resolved) == 1 else "They are empty."
-    return SourceError(f"no images found in {where}, so no job was started. {what} {' '.join(remedies)}")
+    if not left_out and any(map(os.path.isdir, resolved)):
+        remedies.append("Check the path, and that its disk is mounted.")
+    return SourceError(" ".join([f"no images found in {where}, so no job was started.", what, *remedies]))
 
 
 def _open_them(resolved: Sequence[str], pattern: str) -> str:

@@ -328,6 +328,7 @@ def quantize_bundle(
         if not 1 <= value <= 100_000:
             raise UsageError(f"{name} {value}: must be from 1 to 100,000.")
     resolved = sources.resolve(given)
+    sources.check_kinds(resolved, all_files=filters is not None and filters.all_files)
     base = Trial(
         bundle=bundle,
         sources=resolved,

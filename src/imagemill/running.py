@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagemill import closing, codec, devices, engines, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
-from imagemill.errors import Interrupted, SourceError
+from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
@@ -111,9 +111,10 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
 
 
 def _check_sources(settings: Settings, paths: JobPaths) -> None:
-    """See that the sources of a new job exist and hold an image. Raises: SourceError."""
+    """See that the sources of a new job exist, are of a kind that is read, and hold an image. Raises: SourceError, UsageError."""
     resolved = sources.resolve(settings.sources)
     sources.check(resolved)
+    sources.check_kinds(resolved, all_files=bool(settings.all_files))
     listing.refuse_empty(settings, paths.root)
 
 
@@ -200,6 +201,7 @@ def dry_run(settings: Settings) -> DryRun:
         freezing.refuse_foreign(paths)
     resolved = sources.resolve(settings.sources)
     sources.check(resolved)
+    sources.check_kinds(resolved, all_files=bool(settings.all_files))
     skipped = Skipped()
     first: list[str] = []
 
@@ -232,7 +234,7 @@ def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary,
     watcher.say(f"finished already: {summary.images:,} pictures in {paths.shown(paths.predictions)}")
     try:
         count, names = listing.new_in_source(frozen, paths)
-    except SourceError as error:
+    except (SourceError, UsageError) as error:
         watcher.say(f"what is new in the source is not known: {error}")
         count, names = 0, []
     if count:

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from imagemill import plan, storage, waiting
 from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Job, Lease, Picture
-from imagemill.sources import objects
-from imagemill.sources.base import Filters, Skipped, Source, shown
+from imagemill.sources import kinds, objects
+from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, Source, shown
 from imagemill.sources.folder import FolderSource
 from imagemill.sources.list import ListSource
 from imagemill.sources.parquet import ParquetSource
@@ -140,6 +141,65 @@ def check(sources: Iterable[str]) -> None:
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
     return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or a picture.")
+
+
+def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
+    """See that sources which are single files are images, and lists are text. Reads at most the first bytes of each.
+
+    Args:
+        sources: as `resolve` spells them.
+        all_files: whether a file of any kind counts as an image.
+
+    Raises:
+        UsageError: a file is of another kind. The message says how to give it. SourceError: it cannot be read.
+    """
+    waiting.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
+
+
+def _check_kind(source: str, all_files: bool) -> None:
+    location, _ = split_column(source.removeprefix("@"))
+    is_list = source.startswith("@")
+    if is_list and location.lower().endswith(".parquet"):
+        return  # its reader judges it
+    if not is_list and (all_files or is_opened(source) or PurePosixPath(location).suffix.lower() in IMAGE_SUFFIXES):
+        return
+    name = shown(os.fsencode(source))
+    if storage.is_object(location):
+        head = _head_of_object(location)
+        if head is None:
+            return
+    elif storage.is_url(location):
+        head = None  # a page is not fetched for this
+    else:
+        try:
+            found = os.stat(location)  # noqa: PTH116
+            if stat.S_ISDIR(found.st_mode):
+                if is_list:
+                    raise UsageError(f"source {name} is a folder, not a list. Leave out the @.")
+                return
+            if not stat.S_ISREG(found.st_mode):
+                if is_list:
+                    return  # a pipe can be read only once
+                raise UsageError(f"source {name} is not a regular file. Give a folder, an image file, or a list: @FILE.")
+            with open(location, "rb") as file:  # noqa: PTH123 - as it was given
+                head = file.read(kinds.HEAD_BYTES)
+        except OSError as error:
+            raise _cannot_read(source, error) from error
+    if not is_list:
+        kinds.refuse_file(name, head)
+    elif head is not None:
+        kinds.refuse_list(name, head)
+
+
+def _head_of_object(url: str) -> bytes | None:
+    """The first bytes of an object; None: it is a prefix, or may not be read, of which `check` and the rows speak."""
+    bucket, key = storage.split(url)
+    if not key:
+        return None
+    try:
+        return storage.open_store(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES) or None
+    except OSError:
+        return None
 
 
 def is_opened(source: str) -> bool:

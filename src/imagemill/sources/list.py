@@ -5,7 +5,6 @@ The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the w
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -34,9 +33,9 @@ class ListSource:
         """See `Source.entries`. The order is the list's; sizes are not known."""
         wanted = matcher(filters)
         try:
-            with locations.open_text(self._file) as lines:
+            with locations.open_text(self.name, self._file, "\n") as lines:
                 for number, line in enumerate(lines, 1):
-                    path = self._path(line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").rstrip(b"\r\n"), number)
+                    path = self._path(line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number)
                     if not path:
                         continue
                     if storage.names_password(path):
@@ -45,6 +44,8 @@ class ListSource:
                         yield Entry(self._position, path, -1)
                     else:
                         skipped.by_filter += 1
+        except UnicodeError as error:
+            raise SourceError(f"source {self.name} cannot be read: {error}. Save it as UTF-8.") from error
         except OSError as error:
             what = "Give a text file with one path or URL a line."
             raise SourceError(f"source {self.name} cannot be read: {error.strerror}. {what}") from error
@@ -54,6 +55,8 @@ class ListSource:
         return locations.fetch(storage.beside(self._file, path), max_bytes)
 
     def _path(self, line: bytes, number: int) -> bytes:
+        if b"\0" in line:
+            raise SourceError(f"source {self.name}, line {number}: has a NUL byte, which no path can hold. Write one path or URL a line.")
         if not line.startswith(b'"'):
             return line
         try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
-from typing import IO
+from typing import TextIO
 
 from imagemill import storage
 from imagemill.records import BadPicture, Status
+from imagemill.sources import kinds
 from imagemill.sources.files import read_file
 
 _LONGEST_LIST = 256 * 2**20
@@ -42,13 +43,34 @@ def fetch(location: bytes, max_bytes: int) -> bytes:
     raise BadPicture(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
 
 
-def open_text(location: bytes) -> IO[bytes]:
-    """Open a list for reading it line by line, wherever it lies. Raises: OSError."""
+def open_text(name: str, location: bytes, newline: str) -> TextIO:
+    """Open a list for reading it line by line, wherever it lies. Bytes that are not UTF-8 come as surrogate escapes.
+
+    Args:
+        name: of the source, for errors.
+        location: path or URL.
+        newline: what ends a line, see `io.TextIOWrapper`.
+
+    Raises:
+        OSError: it cannot be read. UsageError: it is not text.
+    """
+    raw = _open_bytes(location)
+    try:
+        head = raw.peek(kinds.HEAD_BYTES)[: kinds.HEAD_BYTES]
+        kinds.refuse_list(name, head)
+        encoding = kinds.encoding_of(head)
+        return io.TextIOWrapper(raw, encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict", newline=newline)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _open_bytes(location: bytes) -> io.BufferedReader:
     if storage.is_object(location):
         return io.BufferedReader(storage.BlobFile(storage.open_blob(location)), 2**20)
     if not storage.is_url(location):
         return open(location, "rb")  # noqa: PTH123 - the caller closes it
     try:
-        return io.BytesIO(fetch(location, _LONGEST_LIST))
+        return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST)))
     except BadPicture as bad:
         raise OSError(errno.EIO, bad.error) from bad

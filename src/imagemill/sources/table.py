@@ -7,7 +7,6 @@ header; bytes that are not UTF-8 stay as they are, for names that are not either
 from __future__ import annotations
 
 import csv
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -81,11 +80,9 @@ class TableSource:
     def _from_text(self, separator: str) -> Iterator[bytes]:
         """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed over."""
         try:
-            with locations.open_text(self._location) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as lines:
+            with locations.open_text(self.name, self._location, "") as lines:
                 reader = csv.reader(lines, delimiter=separator, strict=True)
                 header = next(reader, None)
-                if header and header[0].encode("utf-8", "surrogateescape")[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise SourceError(f"source {self.name} is UTF-16. Save it as UTF-8.")
                 if not header:
                     raise SourceError(f"source {self.name} is empty. Its first line must name its columns.")
                 place = header.index(self._chosen(header))
@@ -100,6 +97,8 @@ class TableSource:
                     yield cells[place].encode("utf-8", "surrogateescape")
         except csv.Error as error:
             raise SourceError(f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Mend the line.") from error
+        except UnicodeError as error:
+            raise SourceError(f"source {self.name} cannot be read: {error}. Save it as UTF-8.") from error
         except OSError as error:
             raise SourceError(
                 f"source {self.name} cannot be read: {error.strerror or error}. Give a table with a column of paths."
