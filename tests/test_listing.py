@@ -59,6 +59,12 @@ EMPTY: dict[str, tuple[str, Callable[[Path], object], dict[str, Any], tuple[str,
         {"include": ("*.png",)},
         ("Skipped: 1 hidden, 2 by --include or --exclude. Change --include or --exclude.",),
     ),
+    "excluded folder": (
+        "in",
+        lambda at: helpers.fill(at, {"a/1.jpg": b"x"}),
+        {"exclude": ("a/",)},
+        ("Nothing is left after --include and --exclude. Change --include or --exclude.",),
+    ),
     "broken link": (
         "in",
         lambda at: (at.mkdir(), (at / "disk").symlink_to("nowhere")),

@@ -189,7 +189,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     skipped = Skipped()
     listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
     if not listed.pictures:
-        raise no_images(sources.resolve(settings.sources), skipped)
+        raise no_images(settings, skipped)
     for note in skipped.notes():
         watcher.say(note)
     by_group = listed.groups == len(chosen) > 1

@@ -59,15 +59,17 @@ def refuse_empty(settings: Settings, output: Path | None) -> None:
     resolved = sources.resolve(settings.sources)
     skipped = Skipped()
     if all(map(sources.can_be_read_again, resolved)) and next(listing(settings, skipped, output), None) is None:
-        raise no_images(resolved, skipped)
+        raise no_images(settings, skipped)
 
 
-def no_images(resolved: Sequence[str], skipped: Skipped) -> SourceError:
+def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     """Return the error for sources without an image: what was skipped, why, and what to do."""
+    resolved = sources.resolve(settings.sources)
     where = sources.shown(os.fsencode(resolved[0])) if len(resolved) == 1 else f"the {len(resolved):,} sources"
     left_out = format_skipped(skipped.by_suffix, skipped.hidden, skipped.by_filter, skipped.broken_links)
     remedies = []
-    if skipped.by_filter:
+    is_filtered = bool(settings.include or settings.exclude)
+    if is_filtered:
         remedies.append("Change --include or --exclude.")
     if pattern := next((pattern for suffix, pattern in _SHARD_SUFFIXES.items() if skipped.by_suffix[suffix]), None):
         remedies.append(_open_them(resolved, pattern))
@@ -77,8 +79,11 @@ def no_images(resolved: Sequence[str], skipped: Skipped) -> SourceError:
         remedies.append(f"First broken link: {skipped.first_broken_link}. Mount the disk it leads to.")
     if skipped.hidden and not remedies:
         remedies.append("Names that begin with a dot are never taken: rename them.")
-    what = f"Skipped: {left_out}." if left_out else "It is empty." if len(resolved) == 1 else "They are empty."
-    if not left_out and any(map(os.path.isdir, resolved)):
+    nothing = "It is empty." if len(resolved) == 1 else "They are empty."
+    if is_filtered:  # a folder that --exclude names is not looked into, so nothing in it was counted
+        nothing = "Nothing is left after --include and --exclude."
+    what = f"Skipped: {left_out}." if left_out else nothing
+    if not left_out and not is_filtered and any(map(os.path.isdir, resolved)):
         remedies.append("Check the path, and that its disk is mounted.")
     return SourceError(" ".join([f"no images found in {where}, so no job was started.", what, *remedies]))
 

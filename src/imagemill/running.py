@@ -214,7 +214,7 @@ def dry_run(settings: Settings) -> DryRun:
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         listed = plan.spool(noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing")
     if not listed.pictures:
-        raise listing.no_images(resolved, skipped)
+        raise listing.no_images(settings, skipped)
     shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
     by_suffix = dict(sorted(skipped.by_suffix.items()))
     return DryRun(
