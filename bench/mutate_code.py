@@ -1,0 +1,300 @@
+"""Change the code at random, one change at a time, and see whether a test notices.
+
+    python bench/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results mutants.jsonl
+
+A guarantee holds as long as a test fails without it. This script changes one comparison, condition, constant, argument or statement of a
+module, runs the tests of that module, and prints each change that no test noticed. Some of these change nothing that anybody can observe;
+the others want a test.
+
+The working tree is never touched: sources and tests are copied to a temporary folder. Run the command again to continue: changes that were
+noticed are skipped, changes that survived are tried again, so that you see which new tests work.
+
+mutmut and cosmic-ray do the same for whole projects, but both rewrite or instrument the tree that they are started in, and neither limits a
+change to the fastest tests of its module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import difflib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW = "not allocates_without_end and not photographs and not without_pillow"
+"""Tests that take seconds and that faster ones back up."""
+MODULES: dict[str, tuple[str, str]] = {
+    "ledger": ("ledger.py", "test_ledger.py"),
+    "leases": ("leases.py", "test_leases.py test_crew.py"),
+    "launcher": ("launcher.py", "test_crew.py test_launcher.py"),
+    "sink": ("sink.py", "test_sink.py"),
+    "layout": ("layout.py", "test_layout.py test_sink.py test_ledger.py"),
+    "feed": ("images/feed.py", "test_feed.py"),
+    "plan": ("plan.py", "test_plan.py"),
+    "decode": ("images/decode.py", "test_decode.py"),
+    "zip": ("sources/zip.py", "test_sources_zip.py"),
+    "tar": ("sources/tar.py", "test_sources_tar.py"),
+    "gz": ("sources/gz.py", "test_sources_tar.py"),
+    "parquet": ("sources/parquet.py", "test_sources_parquet.py"),
+    "checkpoint": ("models/checkpoint.py", "test_checkpoint.py"),
+    "pickled": ("models/pickled.py", "test_checkpoint.py"),
+    "freezing": ("freezing.py", "test_freezing.py test_run.py"),
+}
+"""Module → its file, and the tests that keep its guarantees, the fastest first."""
+
+_ORDER: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
+    ast.Lt: [ast.LtE, ast.GtE],
+    ast.LtE: [ast.Lt, ast.Gt],
+    ast.Gt: [ast.GtE, ast.LtE],
+    ast.GtE: [ast.Gt, ast.Lt],
+    ast.Eq: [ast.NotEq],
+    ast.NotEq: [ast.Eq],
+    ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
+    ast.In: [ast.NotIn],
+    ast.NotIn: [ast.In],
+}
+_SUMS: dict[type[ast.operator], type[ast.operator]] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed module."""
+
+    module: str
+    line: int
+    what: str
+    text: str
+    """The whole module, changed."""
+
+    @property
+    def key(self) -> str:
+        """Names the change as long as the module stays as it is."""
+        return hashlib.sha256(f"{self.module}\n{self.text}".encode()).hexdigest()[:16]
+
+
+def expressions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yield what an expression or statement could be instead, with a word for the change."""
+
+    def changed(**values: object) -> ast.AST:
+        other = copy.copy(node)
+        for name, value in values.items():
+            setattr(other, name, value)
+        return other
+
+    match node:
+        case ast.Compare(ops=ops):
+            for place, op in enumerate(ops):
+                for kind in _ORDER[type(op)]:
+                    yield "comparison", changed(ops=[*ops[:place], kind(), *ops[place + 1 :]])
+        case ast.BoolOp(op=op, values=values):
+            yield "and/or", changed(op=ast.Or() if isinstance(op, ast.And) else ast.And())
+            yield "operand dropped", values[0] if len(values) == 2 else changed(values=values[:-1])
+            yield "operand dropped", values[1] if len(values) == 2 else changed(values=values[1:])
+        case ast.BinOp(op=op) if type(op) in _SUMS:
+            yield "arithmetic", changed(op=_SUMS[type(op)]())
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield "not dropped", operand
+        case ast.IfExp(body=body, orelse=orelse):
+            yield "condition negated", changed(body=orelse, orelse=body)
+        case ast.Constant(value=bool(value)):
+            yield "constant", ast.Constant(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            for other in sorted({value + 1, value - 1, 0} - {value}):
+                yield "constant", ast.Constant(other)
+        case ast.Call(args=args, keywords=keywords):
+            if len(args) >= 2 and not any(isinstance(one, ast.Starred) for one in args[:2]):
+                yield "arguments swapped", changed(args=[args[1], args[0], *args[2:]])
+            if isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
+                yield "min/max", changed(func=ast.Name("max" if node.func.id == "min" else "min"))
+            for place, keyword in enumerate(keywords):
+                if keyword.arg:
+                    yield f"argument {keyword.arg} dropped", changed(keywords=[*keywords[:place], *keywords[place + 1 :]])
+        case ast.Return(value=value) if value is not None and not (isinstance(value, ast.Constant) and value.value is None):
+            yield "return None", ast.Return(ast.Constant(None))
+        case ast.Break():
+            yield "break/continue", ast.Continue()
+        case ast.Continue():
+            yield "break/continue", ast.Break()
+            yield "statement dropped", ast.Pass()
+        case ast.Expr() | ast.Raise() | ast.AugAssign() | ast.Delete():
+            yield "statement dropped", ast.Pass()
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield "statement dropped", ast.Pass()
+
+
+def worth(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """Yield the nodes to change, with the source that surrounds a replacement. Texts, types and logging are left as they are."""
+    def is_left(node: ast.AST) -> bool:
+        match node:
+            case ast.JoinedStr() | ast.Import() | ast.ImportFrom():
+                return True
+            case ast.Expr(value=ast.Constant()):
+                return True
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="_log")))):
+                return True
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                return True
+        return False
+
+    def visit(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+        if is_left(node):
+            return
+        if isinstance(node, ast.expr | ast.stmt):
+            yield node, "({})" if isinstance(node, ast.expr) else "{}"
+        for name, child in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list", "type_params"):
+                continue
+            for one in child if isinstance(child, list) else [child]:
+                if isinstance(one, ast.AST):
+                    yield from visit(one)
+
+    yield from visit(tree)
+
+
+def mutants(module: str) -> list[Mutant]:
+    """Every change of one module."""
+    source = (ROOT / "src" / "imagemill" / MODULES[module][0]).read_text(encoding="utf-8")
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    data = source.encode()
+    found = {}
+
+    def add(node: ast.expr | ast.stmt, what: str, replacement: str) -> None:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        text = (data[:begin] + replacement.encode() + data[end:]).decode()
+        found[text] = Mutant(module, node.lineno, what, text)
+
+    for node, around in worth(ast.parse(source)):
+        assert isinstance(node, ast.expr | ast.stmt)
+        for what, other in expressions(node):
+            add(node, what, around.format(ast.unparse(ast.fix_missing_locations(other))))
+        tests = [node.test] if isinstance(node, ast.If | ast.While) else []
+        for test in tests + [condition for part in getattr(node, "generators", ()) for condition in part.ifs]:
+            add(test, "condition negated", f"(not ({ast.unparse(test)}))")
+        for handler in node.handlers if isinstance(node, ast.Try) else ():
+            if isinstance(handler.type, ast.Tuple):
+                for place in range(len(handler.type.elts)):
+                    kept = [one for at, one in enumerate(handler.type.elts) if at != place]
+                    add(handler.type, "exception not caught", f"({''.join(ast.unparse(one) + ', ' for one in kept)})")
+    return list(found.values())
+
+
+class Project:
+    """A copy of sources and tests, in which one module is changed at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        ignored = shutil.ignore_patterns("__pycache__")
+        for name in ("src", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        (folder / "home").mkdir()
+
+    def outcome(self, module: str, text: str | None, limit_s: float) -> str:
+        """Run a module's tests on its changed text. Returns: `passed`, `failed` or `timeout`."""
+        path = self.folder / "src" / "imagemill" / MODULES[module][0]
+        original = path.read_bytes()
+        files = [str(self.folder / "tests" / name) for name in MODULES[module][1].split() if (self.folder / "tests" / name).exists()]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", SLOW, *files]
+        changes = {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home")}
+        with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
+            try:
+                if text is not None:
+                    path.write_text(text, encoding="utf-8")
+                process = subprocess.Popen(
+                    [*command, f"--basetemp={scratch}/pytest"],
+                    cwd=self.folder,
+                    env={**os.environ, **changes, "TMPDIR": scratch},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+                try:
+                    return "passed" if process.wait(timeout=limit_s) == 0 else "failed"
+                except subprocess.TimeoutExpired:
+                    return "timeout"
+                finally:
+                    try:
+                        os.killpg(process.pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                    process.wait()
+            finally:
+                path.write_bytes(original)
+
+
+def shown(mutant: Mutant) -> str:
+    """Format a change as a diff without context."""
+    name = f"src/imagemill/{MODULES[mutant.module][0]}"
+    before = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    changed = [line for line in difflib.unified_diff(before, mutant.text.splitlines(), n=0, lineterm="") if line[:3] not in ("---", "+++")]
+    return "\n".join([f"{name}:{mutant.line}: {mutant.what}", *(f"    {line}" for line in changed if line[:1] != "@")])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--module", default=",".join(MODULES), help="comma-separated; default: all")
+    parser.add_argument("--count", type=int, default=200, help="changes in all, as many of each module")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"), help="outcomes so far, one a line; makes the command resumable")
+    options = parser.parse_args()
+    names = options.module.split(",")
+    for name in names:
+        if name not in MODULES:
+            parser.error(f"--module {name}: not known. Known: {', '.join(MODULES)}")
+
+    known = {}
+    if options.results.exists():
+        known = {line["key"]: line["outcome"] for line in map(json.loads, options.results.read_text().splitlines())}
+    chosen: list[Mutant] = []
+    for place, name in enumerate(names):
+        every = mutants(name)
+        share = (options.count + place) // len(names)  # the remainder of the division goes to the last modules
+        chosen += random.Random(f"{options.seed} {name}").sample(every, min(share, len(every)))
+    outcomes: dict[str, Counter[str]] = {name: Counter() for name in names}
+    limits: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
+        project = Project(Path(folder))
+        for mutant in chosen:
+            outcome = known.get(mutant.key, "passed")
+            if outcome == "passed":
+                if mutant.module not in limits:
+                    begun = time.monotonic()
+                    if project.outcome(mutant.module, None, 1200) != "passed":
+                        sys.exit(f"{mutant.module}: its tests do not pass on unchanged code")
+                    limits[mutant.module] = 30 + 3 * (time.monotonic() - begun)
+                outcome = project.outcome(mutant.module, mutant.text, limits[mutant.module])
+                with options.results.open("a") as file:
+                    line = {"key": mutant.key, "module": mutant.module, "line": mutant.line, "what": mutant.what, "outcome": outcome}
+                    file.write(json.dumps(line) + "\n")
+            outcomes[mutant.module][outcome] += 1
+            if outcome == "passed":
+                print(shown(mutant), flush=True)
+    total = sum(outcomes.values(), Counter())
+    for name, counts in [*outcomes.items(), ("all", total)]:
+        noticed = counts["failed"] + counts["timeout"]
+        print(f"{name}: {noticed} of {counts.total()} noticed ({counts['timeout']} by time-out)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
