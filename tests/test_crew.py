@@ -36,6 +36,8 @@ class Simulated:
         self.idle_from: dict[str, float] = {}
         self.committed: list[tuple[float, str, int]] = []
         self.events: list[tuple[float, int, Callable[[], list[Heard]]]] = []
+        self.failing_starts: list[bool] = []
+        """Whether each of the next restarts fails."""
         self._order = itertools.count()
         self._working: dict[str, int] = dict.fromkeys(seconds, 0)
         """Counts the lives of a worker, so that what it would have done in an earlier one does not happen."""
@@ -91,10 +93,10 @@ class Simulated:
         self.hands[name] = []
         return [Heard(name, Lost("pulled the plug", with_machine))]
 
-    def die(self, name: str) -> list[Heard]:
+    def die(self, name: str, *, ready: bool = True, timed_out: tuple[int, ...] = ()) -> list[Heard]:
         self._working[name] += 1
         self.hands[name] = []
-        return [Heard(name, Died(1, "signal SIGKILL", True, (), (), "The last lines of its log:"))]
+        return [Heard(name, Died(1, "signal SIGKILL", ready, timed_out, timed_out, "The last lines of its log:"))]
 
     def join(self, name: str, seconds: float) -> list[Heard]:
         self.seconds[name] = seconds
@@ -103,7 +105,8 @@ class Simulated:
         return [Heard(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
 
     def restart(self, name: str) -> None:
-        self.at(0.0, lambda: [Heard(name, wire.Ready(2))])
+        fails = self.failing_starts.pop(0) if self.failing_starts else False
+        self.at(0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, wire.Ready(2))])
 
     def told(self, name: str) -> Told:
         return Told()
@@ -179,3 +182,48 @@ def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> N
         run(crew, 5)
     assert crew.committed == []
     assert crew.killed
+
+
+def strikes(crew: Simulated, times: int, every: float, **how: object) -> None:
+    """Have worker 0 die so many times."""
+
+    def strike(left: int) -> list[Heard]:
+        if left > 1:
+            crew.at(every, lambda: strike(left - 1))
+        return crew.die("null#0", **how)  # type: ignore[arg-type]
+
+    crew.at(every, lambda: strike(times))
+
+
+def test_any_number_of_deaths_is_survived_if_shards_are_committed_between_them() -> None:
+    """A job of many hours may lose many workers: only deaths without a commit between them count against it."""
+    crew = Simulated({"null#0": 1.0})
+    strikes(crew, 4 * launcher.DEATHS_WITHOUT_COMMIT, 2.5)
+    outcome = run(crew, 100)
+    assert outcome.restarts == {"null#0": 4 * launcher.DEATHS_WITHOUT_COMMIT}
+    assert sorted(number for _, _, number in crew.committed) == list(range(100))
+
+
+def test_deaths_for_the_sake_of_a_picture_that_hangs_do_not_count() -> None:
+    """Each of them is progress: that picture is never tried in the same way again."""
+    crew = Simulated({"null#0": 100.0})
+    strikes(crew, 2 * launcher.DEATHS_WITHOUT_COMMIT, 1.0, timed_out=(3,))
+    outcome = run(crew, 2)
+    assert outcome.restarts == {"null#0": 2 * launcher.DEATHS_WITHOUT_COMMIT}
+    assert len(crew.committed) == 2
+
+
+@pytest.mark.parametrize("commits_between", [True, False])
+def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> None:
+    """Two fail, the third works, and so again and again: the job goes on. A third that fails ends it."""
+    crew = Simulated({"null#0": 1.0})
+    crew.failing_starts = [True, True, False] * 4
+    strikes(crew, 4, 2.5 if commits_between else 0.1)
+    assert run(crew, 20).restarts == {"null#0": 12}
+    crew = Simulated({"null#0": 1.0})
+    crew.failing_starts = [True, True, True]
+    strikes(crew, 1, 2.5)
+    with pytest.raises(WorkerError, match=r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of its log:$"):
+        run(crew, 20)
+    assert crew.killed
+    assert not hasattr(crew, "ended"), "workers were let end as if all was committed"

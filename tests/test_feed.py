@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import pictures
+from imagemill import noteboard
 from imagemill.images import feed as module
 from imagemill.images.feed import Feed
 from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Recipe, Shard, Status
@@ -154,3 +157,136 @@ def test_real_pictures_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatc
     assert batch.filled == 3
     for place in range(3):
         np.testing.assert_array_equal(batch.pixels[place], alone.pixels)
+
+
+def test_a_run_of_failures_is_handed_on_in_bounded_pieces() -> None:
+    """Rows of images that fail take no place in a batch, and still no more than sixteen batches of them are kept back."""
+    found = list(fed("m" * 1_000, 2, 3))
+    assert [len(batch.rows) for batch in found] == [32] * 31 + [8]
+    assert [row.index for batch in found for row in batch.rows] == list(range(1_000))
+
+
+def test_reading_ahead_is_bounded() -> None:
+    """Two batches and two images a thread beyond what was handed on, however many images there are."""
+    asked = itertools.count()
+    begun = 0
+
+    def endless() -> Iterator[Picture]:
+        nonlocal begun
+        for begun in asked:
+            yield picture(begun, "o")
+
+    with Feed(CARD, Limits(), 4, 3, None, Stopwatch()) as feed:
+        batches = feed.batches(endless())
+        for number in range(1, 6):
+            next(batches)
+            assert begun + 1 <= 4 * number + 2 * 4 + 2 * 3
+
+
+def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
+    """A slow session is not taken for one that hangs: whoever watches the worker sees a batch more each time, images or failures."""
+    with noteboard.shared_file() as file:
+        board = noteboard.Noteboard(file.fileno())
+        with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
+            kinds = "oooo" + "m" * 64
+            signs = [board.pulse for _ in feed.batches(picture(number, kind) for number, kind in enumerate(kinds))]
+    assert signs == [1, 2, 3, 4]
+
+
+def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so here its decoding is not timed."""
+    seen: dict[str, list[noteboard.Note]] = {}
+
+    class Alone:
+        def decode(self, data: bytes, recipe: Recipe, limits: Limits, why: str) -> Decoded:
+            seen[f"alone for a {why}"] = board.notes()
+            return decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8))
+
+        def close(self) -> None:
+            seen["closed"] = []
+
+    def fetch(number: int) -> bytes:
+        seen[f"read {number}"] = board.notes()
+        return b"o%d" % number
+
+    monkeypatch.setattr(module, "IsolatedDecoder", Alone)
+    with noteboard.shared_file() as file:
+        board = noteboard.Noteboard(file.fileno())
+        board.clear()
+        suspects = {7: None, 8: "crash", 9: "hung_read"}
+        images = [Picture(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why) for n, why in suspects.items()]  # type: ignore[misc]
+        with Feed(CARD, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
+            (batch,) = feed.batches(images)
+            assert "closed" not in seen
+        assert board.notes() == []
+    assert {name: [(note.index, note.since_ns > 0) for note in notes] for name, notes in seen.items()} == {
+        "read 7": [(7, True)],
+        "read 8": [(8, True)],
+        "alone for a crash": [(8, False)],
+        "closed": [],
+    }
+    assert [row.status for row in batch.rows] == [Status.OK, Status.OK, Status.TIMEOUT]
+    assert batch.rows[2].error == "reading or decoding it took more than --max-seconds 7, twice"
+
+
+def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that ends early reads no further image, and none of its threads is at work afterwards."""
+    fetched, entered, release = [], threading.Event(), threading.Event()
+
+    def image(number: int) -> Picture:
+        def fetch() -> bytes:
+            if number == 5:
+                entered.set()
+                release.wait(20)
+            fetched.append(number)
+            return b"o%d" % number
+
+        return Picture(number, SHARD, "s", b"a", -1, fetch)
+
+    with Feed(CARD, Limits(), 2, 1, None, Stopwatch()) as feed:
+        next(feed.batches(map(image, range(100))))
+        assert entered.wait(20)
+        shutdown = feed._pool.shutdown
+
+        def noting(**how: bool) -> None:
+            threading.Timer(0.2, release.set).start()  # after it has been told to end
+            shutdown(**how)
+
+        monkeypatch.setattr(feed._pool, "shutdown", noting)
+    assert fetched == list(range(6))
+
+
+def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading by the clock on the wall, decoding by the time of its thread: which of them bounds the job is judged by these sums."""
+    clock = SimpleNamespace(wall=0.0, thread=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread))
+
+    def reads(number: int) -> Picture:
+        def fetch() -> bytes:
+            clock.wall += 3.0
+            clock.thread += 0.25  # what reading itself computes is not decoding
+            return b"o%d" % number
+
+        return Picture(number, SHARD, "s", b"a", -1, fetch)
+
+    def decodes(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+        clock.wall += 100.0
+        clock.thread += 5.0
+        return Decoded(out, Status.OK, None, SIDE, SIDE)
+
+    monkeypatch.setattr(module, "decode_into", decodes)
+    stopwatch = Stopwatch()
+    with Feed(CARD, Limits(), 4, 1, None, stopwatch) as feed:
+        list(feed.batches(map(reads, range(2))))
+    assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().pictures) == (6.0, 10.0, 2)
+
+
+def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """With both sizes; one whose size was not known, or is the same, is not."""
+    images = [Picture(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1") for number, size in enumerate((2, -1, 3, 0))]
+    with Feed(CARD, Limits(), 4, 1, None, Stopwatch()) as feed:
+        list(feed.batches(images))
+    assert [record.getMessage() for record in caplog.records] == [
+        "b'a2' changed since it was listed: 3 bytes, now 2",
+        "b'a3' changed since it was listed: 0 bytes, now 2",
+    ]

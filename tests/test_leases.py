@@ -91,9 +91,35 @@ def test_a_commit_clears_a_shards_name() -> None:
     assert again is not None
     leases.committed(0)
     assert leases.remaining == 0
+    for _ in range(3):  # the second loss would be enough if the death still counted
+        leases.lost(again)
+        taken = leases.next(0)
+        assert taken is not None
+        assert not taken.isolate
     leases.lost(again)
-    leases.lost(again)
-    assert not any(lease.isolate for lease in leases._queues[0])
+    assert leases.next(0).isolate  # type: ignore[union-attr]
+
+
+def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
+    """A picture that was killed for its time and is seen again at a death of another kind: its status is `timeout`, not `crashed_decoder`."""
+    leases = Leases(shards(1))
+    lease = leases.next(0)
+    assert lease is not None
+    leases.give_back(lease, noted=(4, 5), timed_out=(4,))
+    again = leases.next(0)
+    assert again is not None
+    assert again.suspects == {4: "timeout", 5: "crash"}
+    leases.give_back(again, noted=(4, 5))
+    alone = leases.next(0)
+    assert alone == Lease(lease.shard, {4: "timeout", 5: "crash"}, isolate=True)
+
+
+def test_a_lost_worker_leaves_the_suspects_that_were_known() -> None:
+    """What earlier deaths told of a shard's pictures is not lost with a node."""
+    leases = Leases(shards(1))
+    leases.next(0)
+    leases.lost(Lease(shards(1)[0], {4: "timeout"}))
+    assert leases.next(0) == Lease(shards(1)[0], {4: "timeout"})
 
 
 @given(

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from imagemill import layout
+from imagemill import sink as sink_module
 from imagemill.errors import OutputError
 from imagemill.postprocess import top_k
 from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Saved, Shard, Status
@@ -209,3 +211,41 @@ def test_a_part_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "replace", lambda self, goal: (done.append("rename"), replace_path(self, goal))[1])
     commit(tmp_path)[0].commit()
     assert done == ["file", "rename", "folder"]
+
+
+def test_a_text_that_utf8_cannot_hold_costs_its_own_row_alone(tmp_path: Path) -> None:
+    """An error may quote the picture, lone surrogates included: it is written as an escape, and its neighbours as ever."""
+    (tmp_path / "predictions").mkdir()
+    job = make_job(tmp_path)
+    (shard,) = shards([3])
+    rows = [picture(number, shard, number != 1) for number in range(3)]
+    rows[1] = replace(rows[1], error="cannot identify 'a\udcff\ud800.jpg' — ü")
+    (part,) = feed(Sink(job, "null", {}), job, rows, 8)
+    part.commit()
+    found = pq.read_table(tmp_path / "predictions" / "part-000000.parquet").to_pylist()
+    assert [row["error"] for row in found] == [None, "cannot identify 'a\\udcff\\ud800.jpg' — ü", None]
+    assert [row["status"] for row in found] == ["ok", "empty", "ok"]
+
+
+@pytest.mark.parametrize(("pixels", "written"), [(2**31 - 1, 2**31 - 1), (2**31, None), (0, 0), (-1, None)])
+def test_sizes_that_the_column_cannot_hold_are_null(tmp_path: Path, pixels: int, written: int | None) -> None:
+    """A broken header may promise any width or height: it costs these, not the part."""
+    job = make_job(tmp_path)
+    (shard,) = shards([2])
+    rows = [replace(picture(0, shard, False), width=pixels, height=7), replace(picture(1, shard, False), width=7, height=pixels)]
+    (part,) = feed(Sink(job, "null", {}), job, rows, 8)
+    assert [(row["width"], row["height"]) for row in part.table.to_pylist()] == [(written, 7), (7, written)]
+
+
+def test_the_receipt_says_how_long_its_shard_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment when its first row came to the commit: the timeline spreads its rows over these seconds."""
+    (tmp_path / "predictions").mkdir()
+    job = make_job(tmp_path)
+    sink, (shard,) = Sink(job, "null", {}), shards([3])
+    before = time.monotonic()
+    assert feed(sink, job, [picture(0, shard, True)], 8) == []
+    after = time.monotonic()
+    (part,) = feed(sink, job, [picture(1, shard, True), picture(2, shard, True)], 8)
+    assert before <= part.since <= after
+    monkeypatch.setattr(sink_module.time, "monotonic", lambda: 105.5)
+    assert replace(part, since=100.0).commit().seconds == 5.5
