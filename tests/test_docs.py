@@ -17,9 +17,6 @@ README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
 DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
 FROM_GRAPHCORE = (helpers.PROJECT / "docs" / "from-graphcore.md").read_text(encoding="utf-8")
 
-NOT_YET: frozenset[str] = frozenset()
-"""Commands of the documents that are not built yet. One that is built must leave this list."""
-
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
@@ -52,24 +49,18 @@ def columns(text: str) -> list[tuple[list[str], str]]:
     ("name", "block"), [("README", block_after(README, "## Commands")), ("design", block_after(DESIGN, "## Commands"))]
 )
 def test_every_command_and_flag_of_the_documents_exists(name: str, block: str) -> None:
-    """In the lists of commands; or its command is on the list of what is not built yet."""
+    """In the lists of commands."""
     told = told_commands(block)
     assert len(told) >= 10
     for command, wanted in told:
-        if command not in NOT_YET:
-            assert command in parsers(), f"{name} tells of `imagemill {command}`"
-            assert wanted <= flags(command), f"{name} tells of {wanted - flags(command)} of `imagemill {command}`"
+        assert command in parsers(), f"{name} tells of `imagemill {command}`"
+        assert wanted <= flags(command), f"{name} tells of {wanted - flags(command)} of `imagemill {command}`"
 
 
 def test_every_command_that_exists_is_documented() -> None:
     """In the README and in the design."""
     for text in (README, DESIGN):
         assert set(parsers()) <= {name for name, _ in told_commands(block_after(text, "## Commands"))}
-
-
-def test_what_is_not_built_yet_is_not_built() -> None:
-    """A command that exists by now must leave the list above."""
-    assert not NOT_YET & set(parsers())
 
 
 def test_every_option_in_the_readmes_table_exists() -> None:
@@ -82,12 +73,12 @@ def test_every_option_in_the_readmes_table_exists() -> None:
 
 @pytest.mark.parametrize("text", [README, FROM_GRAPHCORE])
 def test_every_line_that_can_be_typed_parses(text: str) -> None:
-    """Every `imagemill …` in a fenced block is taken by the parser, as far as its command is built."""
+    """Every `imagemill …` in a fenced block is taken by the parser."""
     typed = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for line in re.findall(r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.MULTILINE):
             words = re.split(r" {2,}| +#", line)[0].split()
-            if words[0] not in NOT_YET and not {"[", "DIR", "NAME"} & {word[0] if word[0] == "[" else word for word in words}:
+            if not {"[", "DIR", "NAME"} & {word[0] if word[0] == "[" else word for word in words}:
                 typed.append(words)
     assert typed
     for words in typed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -101,11 +102,94 @@ def test_an_answer_under_another_name_is_found(out: Path) -> None:
     assert found(out) == [(0, "has other paths than the plan")]
 
 
-def test_a_row_that_contradicts_itself_is_found(out: Path) -> None:
-    """An ok row without an answer is none."""
-    empty = pa.nulls(3, pa.string())
-    rewrite(part(out, 0), lambda table: table.set_column(table.schema.get_field_index("label"), "label", empty))
-    assert found(out) == [(0, "has a row whose status, error and answer contradict each other")]
+OK, BAD = 0, 3
+"""Parts of `finished` without and with a failed row."""
+
+
+@pytest.mark.parametrize(
+    ("number", "column", "values"),
+    [
+        (OK, "label", [None, None, None]),
+        (OK, "label", ["tench", None, "hen"]),
+        (OK, "error", [None, "is broken", None]),
+        (OK, "status", ["ok", "corrupt", "ok"]),
+        (BAD, "error", [None]),
+        (BAD, "label", ["tench"]),
+        (BAD, "status", ["ok"]),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_found(out: Path, number: int, column: str, values: list[str | None]) -> None:
+    """An ok row has an answer and no error, a failed one has an error and no answer: one cell that says otherwise is enough."""
+
+    def change(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(column)
+        return table.set_column(place, table.schema.field(place), pa.array(values, pa.string()))
+
+    assert pq.read_table(part(out, BAD))["status"].to_pylist() == ["empty"]
+    rewrite(part(out, number), change)
+    assert found(out) == [(number, "has a row whose status, error and answer contradict each other")]
+
+
+@pytest.mark.parametrize("column", ["source", "label", "path"])
+def test_text_that_is_not_utf8_is_found(out: Path, column: str) -> None:
+    """Readers of the part would stumble over it: it is one clear problem of this part, never a traceback."""
+
+    def spoil(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(column)
+        return table.set_column(place, table.schema.field(place), pa.array([b"\xff"] * 3, pa.binary()).cast(pa.string(), safe=False))
+
+    rewrite(part(out, 0), spoil)
+    ((shard, what),) = found(out)
+    assert (shard, what.startswith("cannot be read: ")) == (0, True)
+    assert "UTF8" in what
+    assert "\n" not in what
+
+
+def test_a_flipped_bit_in_a_number_is_found_without_a_manifest(out: Path) -> None:
+    """The part reads as ever, with another probability in it: only the checksum of the page tells."""
+    path = part(out, 0)
+    table = pq.read_table(path)
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    column = pq.read_metadata(path).row_group(0).column(table.schema.names.index("probability"))
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    changed = pq.read_table(path)
+    assert changed.drop_columns("probability").equals(table.drop_columns("probability"))
+    assert changed["probability"] != table["probability"]
+    (out / "manifest.json").unlink()
+    (manifest, _), (shard, what) = found(out)
+    assert (manifest, shard) == (None, 0)
+    assert what.startswith("cannot be read: ")
+    assert "CRC checksum" in what
+
+
+@pytest.mark.parametrize("name", ["plan_id", "answer_id"])
+def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> None:
+    """It is named, and what it says of the parts counts for nothing: `--quarantine` moves none of the sound ones."""
+    manifest = out / "manifest.json"
+    plain = json.loads(manifest.read_bytes())
+    for record in plain["parts"].values():
+        record["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(plain | {name: "feedfeedfeedfeed"}))
+    frozen = freezing.read_frozen(JobPaths(out))
+    assert frozen is not None
+    before = helpers.parts(out)
+    problems, moved = running.verify(JobPaths(out), frozen, quarantine=True)
+    assert [(problem.shard, problem.what) for problem in problems] == [(None, "belongs to another job")]
+    assert moved == []
+    assert helpers.parts(out) == before
+
+
+def test_damage_to_one_part_is_told_beside_that_of_others(out: Path) -> None:
+    """A missing part does not end the search."""
+    part(out, 0).unlink()
+    part(out, 1).write_bytes(b"rubbish")
+    rewrite(part(out, 2), lambda table: table.slice(1))
+    assert [shard for shard, _ in found(out)] == [0, 1, 2]
+    frozen = freezing.read_frozen(JobPaths(out))
+    assert frozen is not None
+    assert [problem.damaged for problem in running.verify(JobPaths(out), frozen)[0]] == [False, True, True]
 
 
 def test_another_shards_part_is_found(out: Path) -> None:
@@ -324,8 +408,41 @@ def test_rows_that_a_reader_would_take_for_the_jobs_are_found(finished: Settings
     assert found(out) == SOUND
 
 
-def test_a_finished_job_with_a_part_of_another_size_does_not_end_well(finished: Settings, out: Path) -> None:
-    """The command that finds nothing to do looks at the parts' sizes, which costs next to nothing."""
-    part(out, 2).write_bytes(part(out, 2).read_bytes()[:500])
-    with pytest.raises(PartError, match=r"part-000002\.parquet has 500 bytes, [0-9,]+ were committed\. Run `imagemill verify --quarantine"):
+@pytest.mark.parametrize("change", [lambda data: data[:500], lambda data: data[:-1], lambda data: data + b"x"], ids=["cut", "-1", "+1"])
+def test_a_finished_job_with_a_part_of_another_size_does_not_end_well(
+    finished: Settings, out: Path, change: Callable[[bytes], bytes]
+) -> None:
+    """The command that finds nothing to do looks at the parts' sizes, smaller or larger, which costs next to nothing."""
+    before = part(out, 2).read_bytes()
+    part(out, 2).write_bytes(change(before))
+    size = len(change(before))
+    message = f"part-000002.parquet has {size:,} bytes, {len(before):,} were committed. Run `imagemill verify --quarantine {out}`"
+    with pytest.raises(PartError, match=re.escape(message)):
         running.run(Settings(sources=finished.sources, output=str(out)))
+
+
+def test_failed_files_are_listed_also_behind_failed_members_of_archives(models_dir: Path, tmp_path: Path) -> None:
+    """One shard holds both, in any order: failed.txt leaves out what no line can name, and nothing else. Odd names are quoted."""
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.writestr("bad.jpg", b"")
+    names = ("a.jpg", "carriage\rreturn.jpg", "line\nbreak.jpg", "z.jpg")
+    folder = helpers.fill(tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": pictures.jpeg()})
+    sources = tuple(map(str, (folder, tmp_path / "some.zip", folder)))
+    running.run(Settings(sources, str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=100, report=False))
+    listed = [f"{folder}/a.jpg", json.dumps(f"{folder}/carriage\rreturn.jpg"), json.dumps(f"{folder}/line\nbreak.jpg"), f"{folder}/z.jpg"]
+    assert (tmp_path / "out" / "failed.txt").read_bytes().decode() == "".join(f"{line}\n" for line in listed * 2)
+    tally = json.loads((tmp_path / "out" / "summary.json").read_bytes())
+    assert tally["failed_by_status"] == {"empty": 9}
+
+
+def test_rows_come_with_the_columns_that_were_asked_for(out: Path) -> None:
+    """In that order, from all parts in plan order; a part without such a column is one clear error, as is one that is another's."""
+    paths = JobPaths(out)
+    found_rows = list(ledger.rows(paths, ["status", "index"]))
+    assert [list(row) for row in found_rows] == [["status", "index"]] * 10
+    assert [row["index"] for row in found_rows] == list(range(10))
+    with pytest.raises(PartError, match=r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine`, then repeat the run"):
+        list(ledger.rows(paths, ["nothing"]))
+    shutil.copy(part(out, 0), part(out, 1))
+    with pytest.raises(PartError, match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify"):
+        list(ledger.rows(paths, ["index"]))

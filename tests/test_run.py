@@ -18,7 +18,7 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, ledger, plan, running, watching
+from imagemill import closing, freezing, ledger, plan, running, supervisor, watching, wire
 from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
@@ -350,10 +350,40 @@ def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> N
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
 
 
-def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path) -> None:
-    """Model, devices, batch size and the rest come from job.json; what may differ, may be changed."""
-    assert running.run(unsaid(started, devices="null:2", batch_size=1, num_workers=2)).model == "tiny"
+def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[wire.Begin]:
+    """Run a job; returns what its workers were told as they started."""
+    messages: list[wire.Begin] = []
+    send = supervisor.Supervisor.send
+
+    def noting(self: supervisor.Supervisor, message: Any) -> None:
+        messages.extend([message] if isinstance(message, wire.Begin) else [])
+        send(self, message)
+
+    monkeypatch.setattr(supervisor.Supervisor, "send", noting)
+    running.run(settings)
+    return messages
+
+
+def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, devices, batch size and the rest come from job.json."""
+    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    assert before is not None
+    (begin,) = begun(unsaid(started), monkeypatch)
+    assert begin.job == before.job
+    assert (begin.job.card.name, begin.job.batch_size, begin.device.kind) == ("tiny", 4, "null")
     assert [row["index"] for row in helpers.rows(tmp_path / "out")] == list(range(12))
+    assert problems(tmp_path / "out") == []
+
+
+def test_what_may_differ_may_be_changed(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices, batch size and decoding threads change no answer: what is said now holds for what is left, and all else stays as it was."""
+    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    assert before is not None
+    changes: dict[str, Any] = {"batch_size": 1, "num_workers": 2, "batches_per_step": 3}
+    first, second = begun(unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch)
+    assert first.job == second.job == replace(before.job, log_dir=str(tmp_path / "logs"), **changes)
+    assert [one.device.name for one in (first, second)] == ["null#0", "null#1"]
+    assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
     assert problems(tmp_path / "out") == []
 
 
@@ -507,9 +537,17 @@ def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, t
 def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: Path, content: bytes) -> None:
     """Whatever is in job.json: no traceback, nothing overwritten."""
     helpers.fill(tmp_path / "out", {"job.json": content})
-    with pytest.raises(OutputError, match=r"job\.json"):
+    with pytest.raises(OutputError, match=r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99), this version of)"):
         running.run(job(jpegs(1)))
-    assert (tmp_path / "out" / "job.json").read_bytes() == content
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"job.json": content}
+
+
+def test_a_job_that_cannot_be_read_is_not_taken_for_none(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """The system refuses to read job.json: one clear error, and nothing is started beside it."""
+    (tmp_path / "out" / "job.json").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"out/job\.json cannot be read: Is a directory\. Give another --output\."):
+        running.run(job(jpegs(1)))
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["job.json"]
 
 
 def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path) -> None:
