@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +34,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = "not allocates_without_end and not photographs and not without_pillow"
@@ -55,6 +59,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "freezing": ("freezing.py", "test_freezing.py test_run.py"),
 }
 """Module → its file, and the tests that keep its guarantees, the fastest first."""
+LIBRARIES = ("hypothesis", "numpy", "onnx", "pyarrow.parquet", "PIL.Image", "safetensors.numpy", "simplejpeg")
 
 _ORDER: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
     ast.Lt: [ast.LtE, ast.GtE],
@@ -203,43 +208,58 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        ignored = shutil.ignore_patterns("__pycache__")
         for name in ("src", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "home").mkdir()
+        with (folder / "tests" / "conftest.py").open("a") as file:  # a failure is enough: its smallest example is not looked for
+            file.write('from hypothesis import Phase\nsettings.register_profile("quick", settings(), phases=[Phase.explicit, Phase.generate])\n')
+            file.write('settings.load_profile("quick")\n')
+        for name in LIBRARIES:  # once: each run of the tests is a fork of this process
+            importlib.import_module(name)
 
     def outcome(self, module: str, text: str | None, limit_s: float) -> str:
         """Run a module's tests on its changed text. Returns: `passed`, `failed` or `timeout`."""
         path = self.folder / "src" / "imagemill" / MODULES[module][0]
         original = path.read_bytes()
-        files = [str(self.folder / "tests" / name) for name in MODULES[module][1].split() if (self.folder / "tests" / name).exists()]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", SLOW, *files]
-        changes = {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home")}
         with tempfile.TemporaryDirectory(dir=self.folder, ignore_cleanup_errors=True) as scratch:
+            if text is not None:
+                path.write_text(text, encoding="utf-8")
+            child = os.fork()
+            if child == 0:
+                self._test(module, Path(scratch))
             try:
-                if text is not None:
-                    path.write_text(text, encoding="utf-8")
-                process = subprocess.Popen(
-                    [*command, f"--basetemp={scratch}/pytest"],
-                    cwd=self.folder,
-                    env={**os.environ, **changes, "TMPDIR": scratch},
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-                try:
-                    return "passed" if process.wait(timeout=limit_s) == 0 else "failed"
-                except subprocess.TimeoutExpired:
-                    return "timeout"
-                finally:
-                    try:
-                        os.killpg(process.pid, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
-                    process.wait()
+                deadline = time.monotonic() + limit_s
+                while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+                    if time.monotonic() > deadline:
+                        return "timeout"
+                    time.sleep(0.02)
+                return "passed" if ended[1] == 0 else "failed"
             finally:
+                with contextlib.suppress(ProcessLookupError):  # nothing is left of it: no worker either
+                    os.killpg(child, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(child, 0)
                 path.write_bytes(original)
+
+    def _test(self, module: str, scratch: Path) -> NoReturn:
+        """Become the tests of a module, and end with their exit code."""
+        code = 1
+        try:
+            os.setsid()
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):
+                os.dup2(nowhere, stream)
+            os.chdir(self.folder)
+            sys.path[0] = str(self.folder / "src")
+            sys.dont_write_bytecode = True
+            names = {"PYTHONPATH": sys.path[0], "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home"), "TMPDIR": str(scratch)}
+            os.environ.update(names)
+            tempfile.tempdir = None
+            files = [str(self.folder / "tests" / name) for name in MODULES[module][1].split()]
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={scratch}/pytest", "-k", SLOW, *files])
+        finally:
+            os._exit(code)
 
 
 def shown(mutant: Mutant) -> str:

@@ -168,36 +168,39 @@ def test_a_pickle_that_would_run_something_is_refused_by_name(case: str, form: s
     assert os.listdir(tmp_path) == ["w.pth"]
 
 
-def bombs() -> dict[str, bytes]:
-    """Pickles of few bytes that would take memory or time without end."""
+def bombs() -> dict[str, tuple[bytes, str]]:
+    """Pickles of few bytes that would take memory or time without end → the bound that stops each of them."""
     huge = 2**62
     weight = ARRAYS["a.weight"]
 
     def one(tensor: bytes) -> bytes:
         return b"\x80\x02}" + pth_files.text("a") + tensor + b"s."
 
-    doubling = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(100))
+    doubling = b")q\x00" + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(100))  # each is a pair of the one before
+    many = b"".join(pth_files.text(f"a{i}") + pth_files.tensor("0", np.zeros(10_000, np.float32), legacy=True) for i in range(500))
     return {
-        "memo index": b"\x80\x02Nr\xff\xff\xff\xff.",
-        "BINBYTES8": b"\x80\x04\x8e" + struct.pack("<Q", huge) + b".",
-        "BINUNICODE": b"\x80\x02X\xff\xff\xff\x7fabc.",
-        "BYTEARRAY8": b"\x80\x05\x96" + struct.pack("<Q", huge) + b".",
-        "FRAME": b"\x80\x04\x95" + struct.pack("<Q", huge) + b"N.",
-        "LONG4": b"\x80\x02\x8b\xff\xff\xff\x7f.",
-        "huge storage": one(pth_files.tensor("0", weight, legacy=True, count=huge)),
-        "huge shape": one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))),
-        "stretched": one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))),
-        "empty but endless": one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))),
-        "key of doubling tuples": b"\x80\x02})q\x00" + doubling + b"Ns.",
-        "doubling tuples": b"\x80\x02)q\x00" + doubling + b".",
-        "many opcodes": b"\x80\x02" + b"N" * 2_000_000 + b".",
-        "nested": b"\x80\x02" + b"(" * 500_000 + b"l" * 500_000 + b".",
-        "endless": b"\x80\x02" + b"N0" * 9_000_000,
-        "same tensor many times": (
-            b"\x80\x02}("
-            + b"".join(pth_files.text(f"a{i}") + pth_files.tensor("0", np.zeros(10_000, np.float32), legacy=True) for i in range(500))
-            + b"u."
+        "memo index": (b"\x80\x02Nr\xff\xff\xff\xff.", "holds a value of type NoneType"),
+        "BINBYTES8": (b"\x80\x04\x8e" + struct.pack("<Q", huge) + b".", f"expected {huge} bytes in a bytes8"),
+        "BINUNICODE": (b"\x80\x02X\xff\xff\xff\x7fabc.", f"expected {2**31 - 1} bytes in a unicodestring4"),
+        "BYTEARRAY8": (b"\x80\x05\x96" + struct.pack("<Q", huge) + b".", f"expected {huge} bytes in a bytearray8"),
+        "FRAME": (b"\x80\x04\x95" + struct.pack("<Q", huge) + b"N.", "holds a value of type NoneType"),
+        "LONG4": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "not enough data in stream to read long4"),
+        "huge storage": (
+            one(pth_files.tensor("0", weight, legacy=True, count=huge)),
+            rf"storage 0 claims {huge} elements, in a file of \d+ bytes",
         ),
+        "huge shape": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))), "does not fit into its storage 0 of 12"),
+        "stretched": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))), f"of {2**40} elements, the last at 0,"),
+        "empty but endless": (one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))), "has an impossible shape"),
+        "key of doubling tuples": (b"\x80\x02}" + doubling + b"Ns.", "uses a value of type tuple as a key"),
+        "doubling tuples": (b"\x80\x02" + doubling + b".", "holds a value of type tuple"),
+        "many opcodes": (b"\x80\x02" + b"N" * 1_000_001 + b".", "more than 1000000 opcodes"),
+        "nested": (b"\x80\x02" + b"(" * 20_000 + b"l" * 20_000 + b".", "holds a value of type list"),
+        "long": (
+            b"\x80\x02X" + struct.pack("<I", 18_000_000) + b"x" * 18_000_000 + b".",
+            "has 18000008 bytes, more than the 16777216|expected 18000000 bytes in a unicodestring4, but only",
+        ),
+        "same tensor many times": (b"\x80\x02}(" + many + b"u.", r"its tensors claim more than \d+ bytes, in a file of"),
     }
 
 
@@ -206,11 +209,12 @@ def bombs() -> dict[str, bytes]:
 def test_a_pickle_that_allocates_without_end_is_refused(case: str, form: str, tmp_path: Path) -> None:
     """Within seconds and 300 MB: lengths are checked against the file, shapes against storages, the program against its budget."""
     arrays = {"a": np.zeros(10_000, np.float32)} if case.startswith("same") else ARRAYS
-    path = WRITERS[form](tmp_path / "w.pth", arrays, bombs()[case])
+    program, reason = bombs()[case]
+    path = WRITERS[form](tmp_path / "w.pth", arrays, program)
     start = time.process_time()
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=reason):
             checkpoint.read(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -293,6 +297,70 @@ def test_odd_zips_are_refused_with_the_reason(tmp_path: Path) -> None:
     data[at + 5] ^= 1
     (tmp_path / "w.pth").write_bytes(data)
     refused("archive/data/0 is damaged")
+
+
+def zip_directory(claimed: int, *, wide: int | None = None) -> bytes:
+    """The end of a zip file whose directory claims to have so many bytes; `wide` says it in the form for large files too."""
+    end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, claimed, 0, 0)
+    if wide is None:
+        return end
+    return b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, wide, 0) + b"PK\x06\x07" + struct.pack("<IQI", 0, 0, 1) + end
+
+
+@pytest.mark.parametrize(
+    ("end", "claimed"),
+    [
+        (zip_directory(2_000), None),
+        (zip_directory(2_001), 2_001),
+        (zip_directory(2**32 - 1), 2**32 - 1),
+        (zip_directory(2**32 - 1, wide=2_000), None),
+        (zip_directory(2**32 - 1, wide=2_001), 2_001),
+        (zip_directory(0, wide=2**40), 2**40),
+        (zip_directory(2_001, wide=0), 2_001),
+    ],
+)
+def test_the_directory_of_a_zip_has_a_budget(end: bytes, claimed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it claims to take is looked at before the directory is, since each of its entries becomes an object ten times as large."""
+    monkeypatch.setattr(checkpoint, "DIRECTORY_BYTES", 2_000)
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"PK\x03\x04" + bytes(70_000) + end)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.read(path)
+    refusal = f"its zip directory claims {claimed} bytes, more than the 2000 allowed"
+    assert (refusal in str(caught.value)) == (claimed is not None), str(caught.value)
+
+
+def test_the_directory_of_a_zip_is_no_longer_than_the_file(tmp_path: Path) -> None:
+    """In a small file the budget is its own size; a whole checkpoint's directory fits."""
+    path = pth_files.write_zip(tmp_path / "w.pth", ARRAYS)
+    checkpoint.read(path)
+    data = path.read_bytes()
+    at, size = data.rindex(b"PK\x05\x06") + 12, len(data)
+    path.write_bytes(data[:at] + struct.pack("<I", size + 1) + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=f"its zip directory claims {size + 1} bytes, more than the {size} allowed"):
+        checkpoint.read(path)
+
+
+def test_storages_that_lie_within_each_other_are_bounded_by_the_file(tmp_path: Path) -> None:
+    """Each of a zip's members fits into the file, but one holds the others: all of them together would take its square in memory."""
+    inner = np.arange(2_000, dtype=np.float32)
+    info = zipfile.ZipInfo("archive/data/0")
+    info.CRC, info.file_size, info.compress_size = zipfile.crc32(inner.tobytes()), inner.nbytes, inner.nbytes  # type: ignore[attr-defined]
+    header = info.FileHeader()
+    member = header + inner.tobytes()
+    outer = np.frombuffer(member + bytes(-len(member) % 4), np.float32)
+    path = tmp_path / "w.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pth_files.state_dict({"inner": inner, "outer": outer}, legacy=False))
+        archive.writestr("archive/data/1", outer.tobytes())
+        info.header_offset = archive.getinfo("archive/data/1").header_offset + len(archive.getinfo("archive/data/1").FileHeader())
+        archive.filelist.append(info)
+        archive.NameToInfo[info.filename] = info
+    size = path.stat().st_size
+    assert inner.nbytes < size
+    assert outer.nbytes < size < inner.nbytes + outer.nbytes
+    with pytest.raises(CheckpointError, match=f"its storages claim more than the file's {size} bytes"):
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize(

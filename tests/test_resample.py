@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import pictures
-from imagemill.images import preprocess
+from imagemill.images import pillow, preprocess
 from imagemill.images.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
 
@@ -93,3 +94,22 @@ def test_answers_are_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
         assert one is not None
         assert other is not None
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (90, 70), (1300, 1200)])
+def test_an_ordinary_jpeg_goes_the_fast_way_alone(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded once, by simplejpeg, and resampled once, by the vectorised resampler: Pillow does neither, nor does it do them again."""
+    calls: list[str] = []
+
+    def counted(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: (calls.append(name), function(*args, **options))[1])
+
+    counted(preprocess._resample, "resample")
+    counted(simplejpeg, "decode_jpeg")
+    counted(pillow, "decode")
+    counted(Image, "open")
+    counted(Image, "fromarray")
+    counted(Image.Image, "resize")
+    assert decode(pictures.jpeg(*size), RECIPES[0], Limits()).error is None
+    assert calls == ["decode_jpeg", "resample"]

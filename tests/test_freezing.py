@@ -1,0 +1,105 @@
+"""What is frozen: the ids that keep answers and listings from being mixed, and what a resumed job takes over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagemill import devices, freezing, running
+from imagemill.images import DECODER
+from imagemill.layout import JobPaths
+from imagemill.quantizing import Prepared
+from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
+from imagemill.sources import Filters
+from imagemill.watching import Watcher
+from tiny import LABELS, TINY_CARD
+
+PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
+
+
+def answer_id(card: Card = TINY_CARD, prepared: Prepared = PREPARED, backend: str = "null", top: int = 5, save: tuple[Saved, ...] = ()) -> str:
+    return freezing.answer_id(card, prepared, backend, top, save)
+
+
+def other_recipes() -> list[Recipe]:
+    recipe = TINY_CARD.recipe
+    changed: dict[str, Any] = {"size": recipe.size + 1, "resize": None, "interpolation": Interpolation.LANCZOS, "exif": not recipe.exif}
+    assert set(changed) == {field.name for field in dataclasses.fields(Recipe)}
+    return [replace(recipe, **{name: value}) for name, value in changed.items()]
+
+
+def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, precision, variant, each part of the recipe, kind of scores, labels, decoder, backend, columns: parts that differ in one of
+    them are never taken for the same job's."""
+    ids = [
+        answer_id(),
+        answer_id(replace(TINY_CARD, sha256="0" * 64)),
+        answer_id(prepared=replace(PREPARED, precision=Precision.BF16)),
+        answer_id(prepared=replace(PREPARED, variant="int8-x")),
+        answer_id(prepared=replace(PREPARED, sha256="0" * 64)),
+        *(answer_id(replace(TINY_CARD, recipe=recipe)) for recipe in other_recipes()),
+        answer_id(replace(TINY_CARD, scores=Scores.SIGMOID)),
+        answer_id(replace(TINY_CARD, labels=(*LABELS[:-1], "other"))),
+        answer_id(backend="openvino"),
+        answer_id(top=4),
+        answer_id(save=(Saved.LOGITS,)),
+        answer_id(save=(Saved.LOGITS, Saved.EMBEDDING)),
+    ]
+    monkeypatch.setattr(freezing, "DECODER", DECODER + "x")
+    ids.append(answer_id())
+    assert len(set(ids)) == len(ids)
+    assert all(len(one) == 16 for one in ids)
+
+
+def test_what_decides_no_answer_is_not_in_its_id() -> None:
+    """A model that was moved, renamed or annotated gives the same answers."""
+    card = replace(TINY_CARD, name="other", architecture="other", licence="other", top1=1.0, notes={"a": 1})
+    assert answer_id(card, replace(PREPARED, model_file=Path("/elsewhere/model.onnx"), lines=("said",))) == answer_id()
+
+
+def test_whatever_decides_the_listing_is_in_its_id() -> None:
+    """Sources and their order, each filter, the limit, the size of shards."""
+    filters = Filters()
+    ids = [
+        freezing.plan_id(("/a", "/b"), filters, None, 32),
+        freezing.plan_id(("/b", "/a"), filters, None, 32),
+        freezing.plan_id(("/a",), filters, None, 32),
+        freezing.plan_id(("/a", "/b"), Filters(("*.jpg",), (), False), None, 32),
+        freezing.plan_id(("/a", "/b"), Filters((), ("*.jpg",), False), None, 32),
+        freezing.plan_id(("/a", "/b"), Filters((), (), True), None, 32),
+        freezing.plan_id(("/a", "/b"), filters, 7, 32),
+        freezing.plan_id(("/a", "/b"), filters, None, 33),
+    ]
+    assert len(set(ids)) == len(ids)
+    assert freezing.plan_id(("/a", "/b"), Filters(), None, 32) == ids[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "frozen"),
+    [
+        ({}, {}),
+        ({"batch_size": 7}, {"batch_size": 7}),
+        ({"batches_per_step": 3}, {"batches_per_step": 3}),
+        ({"num_workers": 2}, {"num_workers": 2}),
+        ({"log_dir": "/logs"}, {"log_dir": "/logs"}),
+        ({"max_pixels": 5}, {"limits": Limits(max_pixels=5)}),
+        ({"max_bytes": 5}, {"limits": Limits(max_bytes=5)}),
+        ({"max_seconds": 5.0}, {"limits": Limits(max_seconds=5.0)}),
+    ],
+)
+def test_what_is_said_on_resuming_is_done_and_all_else_stays(
+    job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path, said: dict[str, Any], frozen: dict[str, Any]
+) -> None:
+    """Each of what may change changes itself alone; what is not said comes from job.json."""
+    settings = job(jpegs(1))
+    running.run(settings)
+    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    assert before is not None
+    chosen = devices.resolve("null")
+    resumed = freezing.resume(Settings(sources=settings.sources, output=settings.output, **said), before, chosen, Watcher())
+    assert resumed == replace(before, job=replace(before.job, **frozen))
