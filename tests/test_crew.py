@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
+import signal
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from imagemill import launcher, wire
 from imagemill.crew import Died, Heard, Joined, Lost, Told
-from imagemill.errors import WorkerError
+from imagemill.errors import Interrupted, WorkerError
 from imagemill.launcher import Launcher
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
 
@@ -36,6 +39,8 @@ class Simulated:
         self.idle_from: dict[str, float] = {}
         self.committed: list[tuple[float, str, int]] = []
         self.events: list[tuple[float, int, Callable[[], list[Heard]]]] = []
+        self.answered: dict[str, int] = {}
+        """Rows that have their answers, as a worker's noteboard says."""
         self.failing_starts: list[bool] = []
         """Whether each of the next restarts fails."""
         self._order = itertools.count()
@@ -109,7 +114,7 @@ class Simulated:
         self.at(0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, wire.Ready(2))])
 
     def told(self, name: str) -> Told:
-        return Told()
+        return Told(self.answered.get(name, 0))
 
     def end(self) -> None:
         self.ended = True
@@ -223,7 +228,86 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
     crew = Simulated({"null#0": 1.0})
     crew.failing_starts = [True, True, True]
     strikes(crew, 1, 2.5)
-    with pytest.raises(WorkerError, match=r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of its log:$"):
+    with pytest.raises(
+        WorkerError, match=r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of its log:$"
+    ):
         run(crew, 20)
     assert crew.killed
     assert not hasattr(crew, "ended"), "workers were let end as if all was committed"
+
+
+@pytest.fixture
+def simulated_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Simulated], None]:
+    """Has the launcher look at the clock of a crew, which shows 1,000 s."""
+
+    def start(crew: Simulated) -> None:
+        crew.now = 1_000.0
+        monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: crew.now))
+
+    return start
+
+
+def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_commit(
+    simulated_time: Callable[[Simulated], None],
+) -> None:
+    """Starting workers does not count, and workers are let end when all is committed."""
+    crew = Simulated({"null#0": 1.0})
+    simulated_time(crew)
+    outcome = run(crew, 40)
+    assert outcome.seconds == 40.0
+    assert crew.ended
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
+    simulated_time: Callable[[Simulated], None], number: signal.Signals, code: int
+) -> None:
+    """Nothing more is leased, the wait ends with the last commit and not with the grace, and the exit code is the signal's."""
+    crew = Simulated({"null#0": 2.0, "null#1": 2.0})
+    simulated_time(crew)
+    crew.at(5.0, lambda: os.kill(os.getpid(), number) or [])
+    lines: list[str] = []
+    runner = Launcher(crew, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
+    with pytest.raises(Interrupted, match=rf"stopped by {number.name}: 32 shards are left\. Repeat the command to resume\.") as caught:
+        runner.run()
+    assert caught.value.exit_code == code
+    assert lines == [f"{number.name}: finishing the shards in hand, 20 s at most; a second signal drops them"]
+    assert len(crew.committed) == 8
+    assert crew.now <= 1_008.5
+    assert crew.killed
+    assert not hasattr(crew, "ended")
+
+
+@pytest.mark.parametrize("how", ["grace", "second signal", "no chance"])
+def test_the_wait_after_a_signal_ends(simulated_time: Callable[[Simulated], None], how: str) -> None:
+    """With the grace, with a second signal, or at once where no shard in hand could be committed in time at the rate so far."""
+    crew = Simulated({"null#0": 10.0})
+    simulated_time(crew)
+    strike = lambda: os.kill(os.getpid(), signal.SIGTERM) or []  # noqa: E731
+    crew.at(1.0 if how != "no chance" else 10.5, strike)
+    if how == "second signal":
+        crew.at(2.0, strike)
+    for tenth in range(150):
+        crew.at(tenth / 10, list)
+    with pytest.raises(Interrupted):
+        Launcher(crew, [device(0)], shards(4), grace_s=4.0 if how != "no chance" else 1.0).run()
+    ends = {"grace": (5.0, 5.3), "second signal": (2.0, 2.3), "no chance": (10.5, 10.8)}
+    assert ends[how][0] <= crew.now - 1_000 <= ends[how][1]
+    assert len(crew.committed) == (how == "no chance")
+
+
+def test_progress_counts_answers_before_they_are_committed(simulated_time: Callable[[Simulated], None]) -> None:
+    """A device's rows are those committed and those of its noteboard beyond them; what it has in hand besides is leased."""
+    crew = Simulated({"null#0": 10.0})
+    simulated_time(crew)
+    seen: list[launcher.Progress] = []
+    crew.at(1.0, lambda: crew.answered.update({"null#0": 4}) or [])
+    crew.at(12.0, lambda: crew.answered.update({"null#0": 17}) or [])
+    for second in range(30):
+        crew.at(second + 0.5, list)
+    Launcher(crew, [device(0)], shards(2), on_tick=seen.append).run()
+    found = [(one.rows, one.devices["null#0"], one.leased["null#0"], one.ready) for one in seen if one.since_first_lease_s % 1 == 0.5]
+    assert found[1] == (0, 4, 16, 1)
+    assert found[11] == (10, 10, 10, 1)
+    assert found[13] == (10, 17, 3, 1)
+    assert (seen[-1].rows, seen[-1].devices["null#0"], seen[-1].leased["null#0"]) == (20, 20, 0)

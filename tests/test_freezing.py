@@ -22,7 +22,9 @@ from tiny import LABELS, TINY_CARD
 PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
 
 
-def answer_id(card: Card = TINY_CARD, prepared: Prepared = PREPARED, backend: str = "null", top: int = 5, save: tuple[Saved, ...] = ()) -> str:
+def answer_id(
+    card: Card = TINY_CARD, prepared: Prepared = PREPARED, backend: str = "null", top: int = 5, save: tuple[Saved, ...] = ()
+) -> str:
     return freezing.answer_id(card, prepared, backend, top, save)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running, supervisor
+from imagemill import freezing, launcher, running, supervisor
 from imagemill.errors import WorkerError
 from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.layout import JobPaths
@@ -63,19 +63,27 @@ def test_a_killed_worker_is_started_again(start: Start, slow_folder: Path, tmp_p
     complete(out, 96)
 
 
-def test_a_worker_may_die_again_and_again(start: Start, slow_folder: Path, tmp_path: Path) -> None:
-    """As long as shards get done in between, deaths are no reason to give up, and no picture is blamed for them."""
-    out = tmp_path / "out"
-    process = start(*arguments(slow_folder, out, "--devices", "null", "--json"))
-    for deaths in range(3):
-        done = len(helpers.parts(out))
-        helpers.until(
-            lambda deaths=deaths, done=done: len(helpers.worker_pids(out)) > deaths and len(helpers.parts(out)) > done, process=process
-        )
-        os.kill(helpers.worker_pids(out)[-1], signal.SIGKILL)
-    result = helpers.finish(process)
-    assert result.code == 0, result.err
-    assert [device["restarts"] for device in result.json["devices"]] == [3]
+def test_a_worker_may_die_again_and_again(job: Jobs, slow_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as shards are committed in between, deaths end no job: here two in a row would. No image is blamed for them."""
+    monkeypatch.setattr(launcher, "DEATHS_WITHOUT_COMMIT", 2)
+    out, over = tmp_path / "out", threading.Event()
+
+    def kill() -> None:
+        for deaths in range(3):
+            done = len(helpers.parts(out))
+            while not over.is_set() and not (len(helpers.worker_pids(out)) > deaths and len(helpers.parts(out)) > done):
+                time.sleep(0.01)
+            if not over.is_set():
+                os.kill(helpers.worker_pids(out)[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        summary = running.run(job(slow_folder, shard_size=4, num_workers=1))
+    finally:
+        over.set()
+        killer.join()
+    assert [device.restarts for device in summary.devices] == [3]
     complete(out, 96)
 
 

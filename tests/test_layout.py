@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -108,6 +109,7 @@ def test_a_second_launcher_is_refused_while_the_first_lives(tmp_path: Path) -> N
     paths = JobPaths(tmp_path / "out")
     assert not layout.is_locked(paths)
     with layout.locked(paths):
+        assert paths.lock.stat().st_mode & 0o600 == 0o600, "its owner could not take it a second time"
         assert layout.is_locked(paths)
         assert held(paths.lock, fcntl.LOCK_SH)
         with pytest.raises(OutputError, match=r"out is in use by another imagemill run\. Wait for it or stop it"), layout.locked(paths):
@@ -130,13 +132,13 @@ def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_
 
     def wait(seconds: float) -> None:
         waits.append(seconds)
-        if len(waits) == 2:
+        if len(waits) == 3:
             os.close(looking)
 
-    monkeypatch.setattr(layout.time, "sleep", wait)
+    monkeypatch.setattr(layout, "time", SimpleNamespace(sleep=wait))
     with layout.locked(paths):
         assert layout.is_locked(paths)
-    assert waits == list(layout._LOCK_DELAYS_S[:2])
+    assert waits == [0.01, 0.05, 0.2]
 
 
 def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_lost_nodes_weigh_half_of_deaths() -> None:
 
 
 def test_a_commit_clears_a_shards_name() -> None:
-    """What a shard is blamed for ends with its commit: `--retry-failed` begins anew."""
+    """Deaths before a commit do not count against the shard afterwards."""
     leases = Leases(shards(1))
     lease = leases.next(0)
     assert lease is not None
@@ -101,7 +101,7 @@ def test_a_commit_clears_a_shards_name() -> None:
 
 
 def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
-    """A picture that was killed for its time and is seen again at a death of another kind: its status is `timeout`, not `crashed_decoder`."""
+    """Its worker was killed for its sake, and the next one dies of something else: its status is `timeout`, not `crashed_decoder`."""
     leases = Leases(shards(1))
     lease = leases.next(0)
     assert lease is not None

@@ -443,6 +443,9 @@ def test_rows_come_with_the_columns_that_were_asked_for(out: Path) -> None:
     assert [row["index"] for row in found_rows] == list(range(10))
     with pytest.raises(PartError, match=r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine`, then repeat the run"):
         list(ledger.rows(paths, ["nothing"]))
+    part(out, 2).write_bytes(b"rubbish")
+    with pytest.raises(PartError, match=r"part-000002\.parquet is damaged: .*[^.]\. Run `imagemill verify --quarantine`"):
+        list(ledger.tables(paths, [2], ["index"]))
     shutil.copy(part(out, 0), part(out, 1))
     with pytest.raises(PartError, match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify"):
         list(ledger.rows(paths, ["index"]))

@@ -127,3 +127,13 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path: Path) -> None:
         plan.shards(folder)
     with pytest.raises(OutputError, match="is damaged"):
         plan.read(folder, shard)
+
+
+def test_a_listing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    """Neither the spool nor the plan is taken for whole where the system refuses a write."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*file/spool: "):
+        plan.spool(iter([Entry(0, b"a", 1)]), tmp_path / "file" / "spool")
+    assert plan.spool(iter([Entry(0, b"a", 1)]), tmp_path / "spool") == plan.Listing(1, 1)
+    with pytest.raises(OutputError, match=r"cannot write .*file: "):
+        plan.cut(tmp_path / "spool", tmp_path / "file", 7, by_group=False)

@@ -98,7 +98,7 @@ def test_answers_are_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("size", [(640, 480), (90, 70), (1300, 1200)])
 def test_an_ordinary_jpeg_goes_the_fast_way_alone(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is decoded once, by simplejpeg, and resampled once, by the vectorised resampler: Pillow does neither, nor does it do them again."""
+    """simplejpeg decodes it once, and the vectorised resampler resamples it once. Pillow does neither, and nothing is done twice."""
     calls: list[str] = []
 
     def counted(owner: object, name: str) -> None:

@@ -537,7 +537,9 @@ def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, t
 def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: Path, content: bytes) -> None:
     """Whatever is in job.json: no traceback, nothing overwritten."""
     helpers.fill(tmp_path / "out", {"job.json": content})
-    with pytest.raises(OutputError, match=r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99), this version of)"):
+    with pytest.raises(
+        OutputError, match=r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99), this version of)"
+    ):
         running.run(job(jpegs(1)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"job.json": content}
 

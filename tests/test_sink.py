@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -247,5 +248,5 @@ def test_the_receipt_says_how_long_its_shard_took(tmp_path: Path, monkeypatch: p
     after = time.monotonic()
     (part,) = feed(sink, job, [picture(1, shard, True), picture(2, shard, True)], 8)
     assert before <= part.since <= after
-    monkeypatch.setattr(sink_module.time, "monotonic", lambda: 105.5)
+    monkeypatch.setattr(sink_module, "time", SimpleNamespace(monotonic=lambda: 105.5))
     assert replace(part, since=100.0).commit().seconds == 5.5
