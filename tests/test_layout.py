@@ -152,9 +152,24 @@ def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(monkeypatch:
         pytest.fail("ran without a lock")
 
 
+@pytest.mark.parametrize("name", [".lock", ".fetching"])
+def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    """It is named, with the reason and what to do."""
+    (tmp_path / name).mkdir()
+    paths = JobPaths(tmp_path)
+    holding = layout.locked(paths) if name == ".lock" else layout.in_turn(paths.fetching)
+    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/{name}: Is a directory\. Repeat the command once"), holding:
+        pytest.fail("ran without a lock")
+
+
+def test_a_job_without_a_part_has_none(tmp_path: Path) -> None:
+    """Before the first commit there may not even be a folder."""
+    assert JobPaths(tmp_path).parts() == {}
+
+
 def test_those_who_fetch_a_plan_take_turns(tmp_path: Path) -> None:
     """The second waits until the first is done, and then goes on."""
-    path, order, waiting = tmp_path / "new" / ".fetching", [], threading.Event()
+    path, order, waiting = JobPaths(tmp_path / "new").fetching, [], threading.Event()
 
     def second() -> None:
         waiting.set()
