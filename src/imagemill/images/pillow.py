@@ -1,9 +1,8 @@
 """Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
 
 How pictures become RGB: as Pillow's `convert("RGB")` does it (alpha is dropped, not blended), but for two things that it clips.
-16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are taken as 8-bit, 16-bit or 0 to 1 where the
-picture's extremes fit that, and are stretched between its extremes where not. Of an animation it is the first frame.
-TIFF is turned by Pillow itself as its orientation says, whatever the recipe.
+16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes (`scaling`).
+Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which turns it as its orientation says, whatever the recipe.
 
 Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for pictures within pictures,
 as in ICO), and its warnings are silenced, because `warnings.catch_warnings` is not safe among threads.
@@ -21,11 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
-from imagemill.images import preprocess
+from imagemill.images import preprocess, tiff
 from imagemill.images.jpeg import ORIENTATION, read_header
 from imagemill.images.refusals import Refusal, check_budget, check_png_sums, judge, one_line
+from imagemill.images.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Recipe, Status
 
 if TYPE_CHECKING:
@@ -87,8 +87,6 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
         orientation = 1 if turns_itself or not recipe.exif else _pillow_orientation(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
         check_budget(*image.size, limits)
-        if turns_itself:
-            _check_tiles(image, limits)
         if image.format == "PNG":
             check_png_sums(data)
         image.load()
@@ -109,10 +107,12 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
 # Which format it is
 
 
-def _open(data: bytes, limits: Limits, seen: Seen) -> ImageFile.ImageFile:
+def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     """Find the plugin that reads these bytes, as `Image.open` does, which would hide the reason where there is none."""
     prefix = data[:16]
     expected = _recognise(data)
+    if expected == "TIFF":
+        return tiff.read(data, limits, seen)
     if expected == "WEBP":
         _check_webp(data, limits, seen)
     reason: Exception | None = None
@@ -178,7 +178,7 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "TIFF": tiff.MAGICS,
     "PSD": (b"8BPS",),
     "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
     "ICNS": (b"icns",),
@@ -225,45 +225,17 @@ def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     whole = box == (0, 0, *image.size)
     part: Image.Image = image if whole else image.crop(box)
     if image.mode.startswith("I;16"):
-        bits = _tiff_bits(image)
-        return _grey((np.asarray(part) >> (bits - 8)).clip(0, 255))
-    if image.mode == "I":
-        low, high = (int(value) for value in image.getextrema())  # type: ignore[arg-type]  # one band, so two numbers
-        values = np.asarray(part)
-        if low >= 0 and high <= 0xFFFF:
-            return _grey(values >> 8 if high > 0xFF or image.format == "PPM" else values)
-        return _grey(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))))
-    if image.mode == "F":
-        return _grey(_stretched(np.asarray(image), box))
+        return _grey(np.asarray(part) >> 8)
+    if image.mode in {"I", "F"}:
+        low, high = (0, 0xFFFF) if image.mode == "I" and image.format == "PPM" else extremes([np.asarray(image)])
+        return _grey(to_8_bits(np.asarray(part), low, high))
     if image.mode in {"La", "RGBa"}:
         part = part.convert("LA" if image.mode == "La" else "RGBA")
     return part.convert("RGB")
 
 
-def _stretched(values: NDArray[np.float32], box: tuple[int, int, int, int]) -> NDArray[np.float64]:
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    left, top, right, bottom = box
-    part = values[top:bottom, left:right].astype(np.float64)
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    elif low >= 0 and high <= 255:
-        low, high = 0.0, 255.0
-    elif low == high:
-        high = low + 1
-    scaled = (np.nan_to_num(part, nan=low, posinf=high, neginf=low) - low) * (255.0 / (high - low))
-    return np.rint(scaled)
-
-
 def _grey(values: NDArray[Any]) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def _tiff_bits(image: Image.Image) -> int:
-    """Tell how many bits a 16-bit grey value really has: TIFF has 12 as well."""
-    tags = getattr(image, "tag_v2", None)
-    bits = tags.get(258) if tags is not None else None
-    return bits[0] if isinstance(bits, tuple) and bits and bits[0] in {12, 16} else 16
 
 
 # Budgets
@@ -281,14 +253,6 @@ def prepare(limits: Limits) -> None:
             if _silence not in filters:
                 filters.insert(0, _silence)
                 warnings._filters_mutated()  # type: ignore[attr-defined]
-
-
-def _check_tiles(image: Image.Image, limits: Limits) -> None:
-    """Refuse a TIFF whose tiles are larger than the budget, however small the picture: libtiff decodes whole tiles."""
-    tags: Any = getattr(image, "tag_v2", {})
-    width, height = tags.get(322), tags.get(323)
-    if isinstance(width, int) and isinstance(height, int):
-        check_budget(width, height, limits)
 
 
 def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:

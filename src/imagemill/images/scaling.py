@@ -1,0 +1,46 @@
+"""Map samples of more than 8 bits, signed samples and floats to 8 bits.
+
+- Unsigned samples of 9 to 16 bits keep their high 8 bits.
+- Wider and signed integers and floats are mapped by the extremes of the image.
+  Floats within 0 to 1 are multiplied by 255, floats within 0 to 255 are rounded.
+  Integers within 0 to 255 stay, integers within 0 to 65535 keep their high byte.
+  Everything else is stretched between its extremes. NaN becomes the lowest value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+
+def extremes(blocks: Iterable[NDArray[Any]]) -> tuple[float, float]:
+    """Return the lowest and the highest finite value of an image that is given in blocks, as Python numbers; 0 and 0 if there is none."""
+    found: list[Any] = []
+    for block in blocks:
+        ends = [block.min().item(), block.max().item()]
+        if not np.isfinite(ends).all():
+            finite = block[np.isfinite(block)]
+            ends = [finite.min().item(), finite.max().item()] if finite.size else []
+        found += ends
+    return (min(found), max(found)) if found else (0, 0)
+
+
+def to_8_bits(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Map integers or floats of an image to 8 bits. The extremes are the image's; values beyond them are clipped."""
+    if values.dtype.kind != "f" and low >= 0 and high <= 0xFFFF:
+        return (values >> 8 if high > 0xFF else values).astype(np.uint8)
+    if low >= 0 and high <= 1:
+        low, high = 0, 1
+    elif low >= 0 and high <= 0xFF:
+        low, high = 0, 0xFF
+    elif low == high:
+        high = low + 1
+    # Halves, because the extremes of 64-bit floats may be further apart than a 64-bit float can say.
+    scaled = (values.astype(np.float64) / 2 - low / 2) / (high / 2 - low / 2) * 255
+    return np.nan_to_num(np.rint(scaled), copy=False, nan=0).clip(0, 255).astype(np.uint8)

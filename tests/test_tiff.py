@@ -1,0 +1,223 @@
+"""What reading TIFF promises: the right image or the true reason, never a wrong image."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pictures
+import tiff_files
+from imagemill.images import preprocess
+from imagemill.images.decode import decode
+from imagemill.records import Decoded, Limits, Recipe, Status
+
+RECIPE, LIMITS = Recipe(size=33, resize=None), Limits()
+CASES = Path(__file__).parent / "cases"
+
+
+def answer(data: bytes) -> Decoded:
+    return decode(data, RECIPE, LIMITS)
+
+
+def cropped(pixels: np.ndarray) -> np.ndarray:
+    return preprocess.by_the_book(
+        Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8))), RECIPE
+    )
+
+
+def check(data: bytes, expected: np.ndarray, tolerance: int = 0) -> None:
+    decoded = answer(data)
+    assert decoded.status is Status.OK, decoded.error
+    assert decoded.pixels is not None
+    assert np.abs(decoded.pixels.astype(int) - cropped(expected)).max() <= tolerance
+
+
+def refused(data: bytes) -> str:
+    decoded = answer(data)
+    assert decoded.status is Status.UNSUPPORTED, (decoded.status, decoded.error)
+    assert decoded.error is not None
+    return decoded.error
+
+
+def test_grid_is_right_or_unsupported() -> None:
+    """Every seventh file of the grid is read as tifffile reads it, or is unsupported; `bench/tiff_grid.py` tries them all."""
+    wrong, read = [], 0
+    for cell in itertools.islice(tiff_files.cells(), 0, None, 7):
+        verdict = tiff_files.compare(cell)
+        read += verdict == "ok"
+        if verdict not in {"ok", "unsupported", "not written"}:
+            wrong.append((cell.name, verdict))
+    assert not wrong
+    assert read > 300
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CASES.glob("tiff_*.tif")))
+def test_small_files_that_failed_are_read(name: str) -> None:
+    """Files that were once scrambled or called corrupt are read as tifffile reads them."""
+    data = (CASES / name).read_bytes()
+    check(data, tiff_files.shown(data))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("photometric", [0, 1, 2, 3])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 10, 12, 14, 16])
+def test_any_number_of_bits_is_read(bits: int, photometric: int, deflate: bool, order: str) -> None:
+    """Unsigned samples of 1 to 16 bits are scaled to 8 bits, in any photometric interpretation and byte order."""
+    rng = np.random.default_rng(bits)
+    values = rng.integers(0, 1 << bits, (35, 37, 3 if photometric == 2 else 1))
+    palette = rng.integers(0, 65536, 3 << bits)
+    tags = {320: tuple(map(int, palette))} if photometric == 3 else {}
+    data = tiff_files.by_hand(values, bits, photometric=photometric, order=order, deflate=deflate, tags=tags)
+    if photometric == 3:
+        expected = palette.reshape(3, -1).T[values[:, :, 0]] >> 8
+    else:
+        expected = values * 255 // ((1 << bits) - 1) if bits <= 8 else values >> (bits - 8)
+        expected = 255 - expected if photometric == 0 else expected
+    check(data, expected)
+
+
+def test_palette_of_8_bit_colours_is_read() -> None:
+    """A palette whose colours were written as 0…255, instead of 0…65535, is not black."""
+    values = np.random.default_rng(1).integers(0, 256, (35, 37, 1))
+    palette = np.random.default_rng(2).integers(0, 256, 768)
+    data = tiff_files.by_hand(values, 8, photometric=3, tags={320: tuple(map(int, palette))})
+    check(data, palette.reshape(3, -1).T[values[:, :, 0]])
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_fax_is_read(compression: str, photometric: int) -> None:
+    """Bilevel images compressed as fax are read, black on white and white on black."""
+    image = Image.fromarray(np.add.outer(np.arange(35), np.arange(37)) % 7 < 3)
+    data = pictures.encode(image, "TIFF", compression=compression, tiffinfo={262: photometric})
+    check(data, np.asarray(image)[:, :, None] * 255)
+
+
+@pytest.mark.parametrize("fill_order", [1, 2])
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_fill_order_is_obeyed(bits: int, deflate: bool, fill_order: int) -> None:
+    """Fill order 2 reverses the bits of each byte of the file's strips."""
+    values = np.random.default_rng(1).integers(0, 1 << bits, (35, 37, 1))
+    plain = tiff_files.by_hand(values, bits, deflate=deflate)
+    size = struct.unpack_from("<I", plain, 4)[0] - 8
+    strip = np.unpackbits(np.frombuffer(plain[8 : 8 + size], np.uint8)).reshape(-1, 8)[:, :: 3 - 2 * fill_order]
+    data = plain[:8] + np.packbits(strip).tobytes() + plain[8 + size :]
+    entries = struct.unpack_from("<I", plain, 4)[0] + 2
+    at = next(at for at in range(entries, len(data), 12) if struct.unpack_from("<H", data, at)[0] == 277)  # has the default value
+    data = data[:at] + struct.pack("<HHII", 266, 4, 1, fill_order) + data[at + 12 :]
+    check(data, values * 255 // ((1 << bits) - 1))
+
+
+def test_constant_image_of_wide_samples_is_read() -> None:
+    """An image of one value, which cannot be stretched, is read."""
+    for value in (-5, 1 << 20):
+        check(pictures.encode(Image.fromarray(np.full((35, 37), value, np.int32)), "TIFF"), np.zeros((35, 37, 1)))
+
+
+SAMPLE_TAGS = {
+    "complex": ({339: 6}, 64, "64-bit complex float samples"),
+    "undefined": ({339: 4}, 8, "8-bit undefined samples"),
+    "24-bit": ({}, 24, "24-bit unsigned samples"),
+    "mixed": ({258: (5, 6, 5), 277: 3, 262: 2}, 16, "5/6-bit unsigned samples"),
+    "LogLUV": ({262: 32845, 277: 3, 339: 2}, 16, "photometric interpretation LogLUV"),
+    "mask": ({262: 4}, 1, "photometric interpretation transparency mask"),
+    "ICCLAB": ({262: 9, 277: 3}, 8, "photometric interpretation ICCLAB"),
+    "16-bit CIELAB": ({262: 8, 277: 3}, 16, "16-bit unsigned CIELAB samples"),
+    "subsampled": ({262: 6, 277: 3, 530: (2, 2)}, 8, "YCbCr samples that are subsampled"),
+    "inks": ({262: 5, 277: 4, 332: 2}, 8, "ink set 2"),
+    "volume": ({32997: 3}, 8, "image depth of 3"),
+    "predictor": ({259: 8, 317: 34892}, 8, "predictor 34892"),
+    "LERC": ({259: 34887}, 32, "LERC compression"),
+    "JPEG 2000": ({259: 34712}, 8, "JPEG 2000 compression"),
+    "WebP": ({259: 50001, 262: 2, 277: 3}, 8, "WebP compression"),
+    "JPEG XL": ({259: 50002}, 8, "JPEG XL compression"),
+    "SGI Log": ({259: 34676, 262: 32844}, 16, "SGI Log compression"),
+    "JBIG": ({259: 34661}, 1, "JBIG compression"),
+    "JPEG of 12 bits": ({259: 7}, 12, "JPEG compression of 12-bit unsigned BlackIsZero samples"),
+    "unknown": ({259: 61234}, 8, "number 61234 compression"),
+    "sparse": ({273: 0, 279: 0}, 8, "sparse TIFF"),
+    "DNG": ({50706: 0x01040000}, 8, "camera raw file (DNG)"),
+    "sensor": ({262: 32803}, 16, "camera raw file (color filter array)"),
+    "linear raw": ({262: 34892, 277: 3}, 16, "camera raw file (color filter array)"),
+    "Nikon": ({259: 34713}, 12, "camera raw file (Nikon)"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE_TAGS)
+def test_other_layouts_are_unsupported_by_name(name: str) -> None:
+    """A valid TIFF that is not read is `unsupported`, and the error names the property that is to blame."""
+    tags, bits, reason = SAMPLE_TAGS[name]
+    samples = int(tags.get(277, 1))
+    data = tiff_files.by_hand(np.zeros((35, 37, samples)), bits, tags=tags)
+    assert reason in refused(data)
+
+
+@pytest.mark.parametrize("link", ["following", "sub-directory"])
+def test_thumbnail_of_a_raw_file_is_no_answer(link: str) -> None:
+    """A camera raw file is unsupported although its first image, a thumbnail, could be read."""
+    data = tiff_files.by_hand(np.zeros((35, 37, 3)), 8, photometric=2, tags={330: 0xAAAAAAAA} if link == "sub-directory" else {})
+    raw = tiff_files.by_hand(np.zeros((35, 37, 1)), 16, photometric=32803)
+    (inner,) = struct.unpack_from("<I", raw, 4)
+    pointer = struct.pack("<I", len(data))
+    assert answer(data).status is Status.OK or link == "sub-directory"
+    data = data.replace(struct.pack("<I", 0xAAAAAAAA), pointer) if link == "sub-directory" else data[:-4] + pointer
+    assert "camera raw file" in refused(data + raw[inner:])
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd", "jpeg"])
+@pytest.mark.parametrize(("dtype", "planar"), [("uint8", False), ("uint16", True), ("float32", False)])
+def test_cut_tiff_is_truncated(dtype: str, planar: bool, compression: str | None) -> None:
+    """A TIFF that ends early is `truncated`, wherever it is cut and whichever reader it gets."""
+    data = tiff_files.write(tiff_files.Cell(dtype, "rgb", compression=compression, planar=planar))
+    if data is None:
+        assert compression == "jpeg"
+        return
+    assert answer(data).status in {Status.OK, Status.UNSUPPORTED}
+    for end in {9, 100, len(data) // 2, len(data) - 40}:
+        decoded = answer(data[:end])
+        assert decoded.status is Status.TRUNCATED or (compression == "jpeg" and end > 200), (end, decoded.error)
+
+
+def test_samples_have_a_budget() -> None:
+    """Samples that would take more than 8 bytes for each of `max_pixels` are `too_large` before they are decompressed."""
+    data = tiff_files.by_hand(np.zeros((35, 37, 4)), 32, photometric=2, tags={338: 0})
+    assert decode(data, RECIPE, Limits(max_pixels=35 * 37 * 2)).status is Status.OK
+    decoded = decode(data, RECIPE, Limits(max_pixels=35 * 37 * 2 - 1))
+    assert decoded.status is Status.TOO_LARGE
+    assert decoded.error is not None
+    assert decoded.error.startswith("37×35 pixels of 4 32-bit samples are 20720 bytes, more than the budget of 8 bytes for each of")
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_mutated_tags_never_raise(which: int) -> None:
+    """Whatever the tags of a TIFF say, the answer is a status or an image, without a crash."""
+    cells = [
+        ("uint8", "rgb"),
+        ("uint16", "miniswhite"),
+        ("float32", "rgb"),
+        ("int16", "minisblack"),
+        ("uint8", "palette"),
+        ("uint32", "rgb"),
+    ]
+    data = tiff_files.Cell(*cells[which], compression="lzw", planar=bool(which % 2), tiled=which > 2).write()
+    rng = np.random.default_rng(which)
+    for _ in range(200):
+        broken = bytearray(data)
+        for _ in range(int(rng.integers(1, 4))):
+            broken[int(rng.integers(4, 200))] = int(rng.integers(0, 256))
+        decoded = decode(bytes(broken), RECIPE, Limits(max_pixels=1_000_000))
+        assert (decoded.pixels is None) == (decoded.status is not Status.OK)
+
+
+def test_wrong_version_mark_is_still_a_tiff() -> None:
+    """A TIFF whose version number is in the other byte order, which Pillow accepts, gets the same checks."""
+    values = np.random.default_rng(1).integers(0, 65536, (35, 37, 3))
+    data = tiff_files.by_hand(values, 16, photometric=2)
+    check(data[:2] + b"\0*" + data[4:], values >> 8)
