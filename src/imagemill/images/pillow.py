@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from imagemill.images import preprocess, tiff
+from imagemill.images.formats import REFUSED, full_palette, guess, recognise, variant
 from imagemill.images.jpeg import ORIENTATION, read_header
 from imagemill.images.refusals import Refusal, check_budget, check_png_sums, judge, one_line
 from imagemill.images.scaling import extremes, to_8_bits
@@ -48,21 +49,6 @@ other files pass for them).
 
 PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"), "JXL": ("pillow_jxl", None, "pillow-jxl-plugin")}
 """Formats that need a package: its module, what registers it with Pillow (None: importing does), and its name for pip."""
-
-REFUSED = {
-    "PDF": (b"%PDF",),
-    "EPS": (b"%!PS", b"\xc5\xd0\xd3\xc6"),
-    "WMF": (b"\xd7\xcd\xc6\x9a\x00\x00", b"\x01\x00\x00\x00l\x00\x00\x00", b"\x01\x00\x00\x00\x58\x00\x00\x00"),
-    "SVG": (b"<svg",),
-    "FITS": (b"SIMPLE  =",),
-    "HDF5": (b"\x89HDF\r\n\x1a\n",),
-    "GRIB": (b"GRIB",),
-    "BUFR": (b"BUFR",),
-    "MPEG": (b"\x00\x00\x01\xb3",),
-}
-"""Formats that are recognised in order to say that they are not decoded."""
-
-_BMFF_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _setup = threading.Lock()
 _registered: set[str] = set()
@@ -113,6 +99,10 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     expected = _recognise(data)
     if expected == "TIFF":
         return tiff.read(data, limits, seen)
+    if (name := variant(expected, data)) is not None:
+        raise _refused(name)
+    if expected == "BMP":
+        data = full_palette(data)
     if expected == "WEBP":
         _check_webp(data, limits, seen)
     reason: Exception | None = None
@@ -140,9 +130,9 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
 def _candidates(expected: str | None) -> tuple[str, ...]:
     if expected in PLUGINS:
         return (expected,) if _register(expected) else ()
-    if expected in REFUSED:
+    if expected is not None and expected not in FORMATS:
         return ()
-    return FORMATS if expected is None else (expected, *(name for name in FORMATS if name != expected))
+    return FORMATS if expected is None else (expected,)
 
 
 def _register(name: str) -> bool:
@@ -161,17 +151,8 @@ def _register(name: str) -> bool:
 
 
 def _recognise(data: bytes) -> str | None:
-    """Name the format by its magic number, where that is long enough to be sure."""
-    for name, magics in _MAGIC.items():
-        if data.startswith(magics):
-            return name
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[4:8] == b"ftyp":
-        return "HEIF" if data[8:12] in _BMFF_HEIF and b"avif" not in data[8:64] else "AVIF" if data[8:12] in {b"avif", b"avis"} else None
-    if data[:5] == b"<?xml" and b"<svg" in data[:1024]:
-        return "SVG"
-    return None
+    """Name the format by its first bytes or its structure, if they are specific enough to be sure."""
+    return next((name for name, magics in _MAGIC.items() if data.startswith(magics)), None) or recognise(data)
 
 
 _MAGIC: dict[str, tuple[bytes, ...]] = {
@@ -185,19 +166,25 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     "QOI": (b"qoif",),
     "DDS": (b"DDS ",),
     "JXL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"),
+    "SGI": (b"\x01\xda",),
+    "SUN": (b"\x59\xa6\x6a\x95",),
+    "PCX": tuple(bytes((10, version, 1, bits)) for version in (0, 2, 3, 4, 5) for bits in (1, 2, 4, 8)),
+    "XPM": (b"/* XPM */",),
     **REFUSED,
 }
 
 
 def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits) -> Refusal:
     if expected is None:
-        return Refusal(Status.NOT_AN_IMAGE, f"no picture format begins like this: {data[:16]!r}")
+        if (name := guess(data)) is not None:
+            return _refused(name)
+        return Refusal(Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})")
     if expected in PLUGINS:
         _, _, package = PLUGINS[expected]
         if expected not in _registered:
             return Refusal(Status.UNSUPPORTED, f"{expected} needs a package that is not installed: pip install {package}")
-    elif expected in REFUSED:
-        return Refusal(Status.UNSUPPORTED, f"{expected} is not among the formats that are decoded")
+    elif expected not in FORMATS:
+        return _refused(expected)
     elif reason is None:
         return Refusal(Status.UNSUPPORTED, f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow")
     if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
@@ -205,7 +192,14 @@ def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits
         return Refusal(Status.UNSUPPORTED, f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type SOF{jpeg.frame - 0xC0}")
     assert reason is not None or expected in PLUGINS
     error = reason or SyntaxError("not identified by its plugin")
-    return Refusal(judge(error, data), f"broken {expected} header: {one_line(error)}")
+    if expected == "XPM" and "cannot read" in str(error):
+        return _refused("XPM with colours by name, or without colours")
+    status = judge(error, data)
+    return Refusal(status, f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header: {one_line(error)}")
+
+
+def _refused(name: str) -> Refusal:
+    return Refusal(Status.UNSUPPORTED, f"{name} is not supported: convert it to PNG or JPEG")
 
 
 # How it becomes RGB

@@ -1,0 +1,201 @@
+"""What naming formats promises: a valid file is read to the right pixels or `unsupported` by name, never `corrupt` or `not_an_image`."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+
+import pictures
+from imagemill.images import preprocess
+from imagemill.images.decode import decode
+from imagemill.records import Limits, Recipe, Status
+
+RECIPE, LIMITS = Recipe(size=32, resize=None), Limits()
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
+PIXELS = np.asarray(pictures.photograph(40, 36))
+FTYP = b"\0\0\0\x18ftyp"
+
+
+def refused(data: bytes) -> str:
+    decoded = decode(data, RECIPE, LIMITS)
+    assert decoded.status is Status.UNSUPPORTED, (decoded.status, decoded.error)
+    assert decoded.error is not None
+    return decoded.error
+
+
+def check(data: bytes, expected: np.ndarray, tolerance: int = 0) -> None:
+    decoded = decode(data, RECIPE, LIMITS)
+    assert decoded.status is Status.OK, (decoded.status, decoded.error)
+    assert decoded.pixels is not None
+    reference = preprocess.by_the_book(Image.fromarray(np.ascontiguousarray(expected).astype(np.uint8)), RECIPE)
+    assert np.abs(decoded.pixels.astype(int) - reference).max() <= tolerance
+
+
+def bmp(bits: int, rows: bytes, *, palette: bytes = b"", colours: int = 0, compression: int = 0, masks: tuple[int, ...] = ()) -> bytes:
+    """A BMP of 32×32 by hand."""
+    extra = struct.pack(f"<{len(masks)}I", *masks) + palette
+    header = struct.pack("<IiiHHIIiiII", 40, 32, 32, 1, bits, compression, len(rows), 0, 0, colours, 0)
+    start = 14 + len(header) + len(extra)
+    return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + extra + rows
+
+
+def tga(kind: int, depth: int, body: bytes, *, flags: int = 0, colours: int = 0, palette: int = 0) -> bytes:
+    """A TGA of 40×36 by hand; the body holds its palette, too."""
+    return struct.pack("<BBBHHBHHHHBB", 0, colours > 0, kind, 0, colours, palette, 0, 0, 40, 36, depth, flags) + body
+
+
+def psd(bits: int, mode: int, channels: int, *, compression: int = 0) -> bytes:
+    """A PSD of 4×4 by hand."""
+    header = b"8BPS" + struct.pack(">H6xHIIHH", 1, channels, 4, 4, bits, mode)
+    return header + bytes(12) + struct.pack(">H", compression) + bytes(16 * channels * bits // 8)
+
+
+def jpeg2000(channels: list[tuple[int, int, int]]) -> bytes:
+    """The header of a JPEG 2000 code stream: (bits, across, down) for each channel."""
+    size = struct.pack(">HIIIIIIIIH", 0, 40, 36, 0, 0, 40, 36, 0, 0, len(channels)) + b"".join(
+        struct.pack("BBB", bits - 1, across, down) for bits, across, down in channels
+    )
+    return b"\xff\x4f\xff\x51" + struct.pack(">H", len(size) + 2) + size + bytes(64)
+
+
+def big_jpeg(marker: int = 0xC0, height: int = 48) -> bytes:
+    return pictures.jpeg_patched(marker=marker, height=height)
+
+
+def xpm(colour: str) -> bytes:
+    return f'/* XPM */\nstatic char *x[] = {{\n"2 2 2 1",\n"a c #102030",\n"b c {colour}",\n"ab",\n"ba"\n}};\n'.encode()
+
+
+NAMED = {
+    "JPEG-LS": lambda: imagecodecs.jpegls_encode(PIXELS),
+    "JPEG XR": lambda: imagecodecs.jpegxr_encode(PIXELS),
+    "JXL": lambda: imagecodecs.jpegxl_encode(PIXELS),
+    "Radiance HDR": lambda: b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 36 +X 40\n" + bytes(5760),
+    "OpenEXR": lambda: b"v/1\x01\x02\0\0\0channels\0chlist\0" + bytes(99),
+    "DPX": lambda: b"SDPX\0\0\x08\0V2.0" + bytes(2048),
+    "Cineon": lambda: b"\x80\x2a\x5f\xd7" + bytes(2048),
+    "PAM": lambda: b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n" + bytes(12),
+    "PFM in colour": lambda: b"PF\n2 2\n-1.0\n" + bytes(48),
+    "FITS": lambda: b"SIMPLE  =                    T".ljust(2880),
+    "DICOM": lambda: bytes(128) + b"DICM" + bytes(99),
+    "NIfTI": lambda: struct.pack("<i", 348).ljust(344, b"\0") + b"n+1\0" + bytes(99),
+    "HEIF": lambda: FTYP + b"mif1\0\0\0\0heicmiaf" + bytes(99),
+    "camera raw (Canon CR3)": lambda: FTYP + b"crx \0\0\0\x01crx isom" + bytes(99),
+    "camera raw (Olympus ORF)": lambda: b"IIRO\x08\0\0\0" + bytes(99),
+    "camera raw (Fujifilm RAF)": lambda: b"FUJIFILMCCD-RAW 0201" + bytes(99),
+    "camera raw (Panasonic RW2)": lambda: b"IIU\0\x18\0\0\0" + bytes(99),
+    "ANI": lambda: b"RIFF\x40\0\0\0ACONanih" + bytes(56),
+    "IFF": lambda: b"FORM\0\0\0\x40ILBMBMHD" + bytes(56),
+    "WMF": lambda: b"\x01\0\x09\0\0\x03" + bytes(99),
+    "EMF": lambda: struct.pack("<II", 1, 108) + bytes(32) + b" EMF" + bytes(99),
+    "MNG": lambda: b"\x8aMNG\r\n\x1a\n" + bytes(99),
+    "PNG for iOS (CgBI)": lambda: b"\x89PNG\r\n\x1a\n" + pictures.chunk(b"CgBI", b"P\0 \x02") + pictures.png(4, 4)[8:],
+    "PICT": lambda: bytes(512) + struct.pack(">HHHHH", 0, 0, 0, 9, 9) + b"\x00\x11\x02\xff\x0c\x00" + bytes(99),
+    "WBMP": lambda: b"\0\0\x09\x09" + b"\xaa" * 18,
+    "XWD": lambda: struct.pack(">IIIII", 101, 7, 2, 24, 9).ljust(101, b"\0") + bytes(99),
+    "XCF (GIMP)": lambda: b"gimp xcf v011\0" + bytes(99),
+    "PSB (large Photoshop document)": lambda: b"8BPS\0\x02" + bytes(99),
+    "SVG": lambda: b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- drawn by hand -->\n" + b"<!-- " + b"x" * 2000 + b" -->" + SVG,
+    "SVG compressed with gzip": lambda: gzip.compress(SVG),
+    "FITS compressed with gzip": lambda: gzip.compress(b"SIMPLE  =                    T".ljust(2880)),
+    "PSD with 16-bit RGB pixels": lambda: psd(16, 3, 3),
+    "PSD with 32-bit grey pixels": lambda: psd(32, 1, 1),
+    "PSD with 8-bit multichannel pixels": lambda: psd(8, 7, 3),
+    "PSD with ZIP compression": lambda: psd(8, 3, 3, compression=2),
+    "Unsupported BMP bitfields layout": lambda: bmp(16, bytes(2048), compression=3, masks=(0xF00, 0xF0, 0xF)),
+    "Unsupported BMP pixel depth (2)": lambda: bmp(2, bytes(256), palette=bytes(16)),
+    "Unsupported BMP compression (4)": lambda: bmp(24, b"\x20\1\2\3\0\0" * 32 + b"\0\1", compression=4),
+    "Unsupported BMP compression (6)": lambda: bmp(32, bytes(4096), compression=6, masks=(0xFF0000, 0xFF00, 0xFF, 0xFF000000)),
+    "OS/2 icon, pointer or bitmap array": lambda: b"BA" + struct.pack("<IIHH", 40, 0, 32, 32) + bmp(24, bytes(3072)),
+    "TGA of type 1 with 8 bits and a palette of 15 bits": lambda: tga(1, 8, bytes(8 + 1440), colours=4, palette=15),
+    "TGA of type 2 with 15 bits": lambda: tga(2, 15, bytes(2880)),
+    "TGA of type 32": lambda: tga(32, 8, bytes(99 + 768), colours=256, palette=24),
+    "PCX of version 5 with 4 bits in 1 planes": lambda: (
+        struct.pack("<BBBBHHHH", 10, 5, 1, 4, 0, 0, 9, 9).ljust(65, b"\0") + b"\1\x05" + bytes(99)
+    ),
+    "JPEG 2000 with 3 channels of 16 bits": lambda: jpeg2000([(16, 1, 1)] * 3),
+    "JPEG 2000 with 3 channels sampled at 2×2": lambda: jpeg2000([(8, 2, 2)] * 3),
+    "hierarchical JPEG": lambda: big_jpeg(marker=0xC5),
+    "JPEG whose height follows its first scan (DNL)": lambda: big_jpeg(height=0),
+    "XPM with colours by name": lambda: xpm("dark olive green"),
+    "XPM whose colours have other than 8 bits": lambda: xpm("#ffff80000000"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_valid_files_are_unsupported_by_name(name: str) -> None:
+    """A valid file of a format or variant that is not decoded is `unsupported`, and the error names it."""
+    assert name in refused(NAMED[name]())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"BMW is a maker of cars and motorcycles, based in Munich.",
+        b"<!DOCTYPE html><html><body>" + SVG + b"</body></html>",
+        b"<?xml version='1.0'?><note>no drawing in here</note>",
+        gzip.compress(b"just text"),
+        b"\x1f\x8b\x08 not really gzip",
+        b"\0\0\x09\x09" + b"\xaa" * 17,
+        FTYP + b"isom\0\0\0\0mp41avc1" + bytes(99),
+    ],
+)
+def test_other_files_are_not_images(data: bytes) -> None:
+    """What merely resembles an image format is still `not_an_image`."""
+    decoded = decode(data, RECIPE, LIMITS)
+    assert decoded.status is Status.NOT_AN_IMAGE, decoded.error
+    assert decoded.error is not None
+    assert decoded.error.startswith("not a known image format (first bytes: b")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("palette", ["black and white", "few greys", "colours"])
+def test_small_bmp_palettes_are_read(palette: str, bits: int) -> None:
+    """A BMP of 4 or 8 bits is read whatever its palette; Pillow takes one of two or sixteen greys for another depth."""
+    count = {"black and white": 2, "few greys": 16, "colours": 11}[palette]
+    rng = np.random.default_rng(bits)
+    colours = {
+        "black and white": np.array([[0] * 3, [255] * 3]),
+        "few greys": np.repeat(np.arange(16)[:, None], 3, axis=1),
+        "colours": rng.integers(0, 256, (11, 3)),
+    }[palette].astype(np.uint8)
+    values = rng.integers(0, count, (32, 32)).astype(np.uint8)
+    rows = values if bits == 8 else values[:, ::2] << 4 | values[:, 1::2]
+    table = np.pad(colours[:, ::-1], ((0, 0), (0, 1))).tobytes()
+    check(bmp(bits, rows[::-1].tobytes(), palette=table, colours=count), colours[values])
+
+
+@pytest.mark.parametrize("origin", ["lower left", "lower right", "upper left", "upper right"])
+def test_tga_origin_is_obeyed(origin: str) -> None:
+    """A TGA is read from the corner that its descriptor names."""
+    stored = PIXELS[::-1] if origin.startswith("lower") else PIXELS
+    stored = stored[:, ::-1] if origin.endswith("right") else stored
+    flags = 0x20 * origin.startswith("upper") + 0x10 * origin.endswith("right")
+    check(tga(2, 24, stored[:, :, ::-1].tobytes(), flags=flags), PIXELS)
+
+
+def test_tga_of_16_bit_palette_is_read() -> None:
+    """A TGA whose palette has 16-bit colours (5 bits per channel) is read."""
+    rng = np.random.default_rng(5)
+    table = rng.integers(0, 32, (16, 3))
+    values = rng.integers(0, 16, (36, 40)).astype(np.uint8)
+    packed = (table[:, 0] << 10 | table[:, 1] << 5 | table[:, 2]).astype("<u2").tobytes()
+    check(tga(1, 8, packed + values.tobytes(), flags=0x20, colours=16, palette=16), table[values] * 255 // 31, tolerance=1)
+
+
+def test_16_bit_grey_jpeg_2000_is_read() -> None:
+    """Grey JPEG 2000 of 16 bits keeps its high byte, white included."""
+    grey = np.linspace(0, 65535, 36 * 40).astype(np.uint16).reshape(36, 40)
+    data = pictures.encode(Image.fromarray(grey), "JPEG2000")
+    check(data, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
+
+
+def test_16_bit_colour_png_is_read() -> None:
+    """A PNG of 16-bit colour keeps its high bytes."""
+    wide = PIXELS.astype(np.uint16) * 257
+    check(imagecodecs.png_encode(wide), PIXELS)
