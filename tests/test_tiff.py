@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -101,18 +103,79 @@ def test_fax_is_read(compression: str, photometric: int) -> None:
 
 @pytest.mark.parametrize("fill_order", [1, 2])
 @pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("bits", [1, 4, 8])
-def test_fill_order_is_obeyed(bits: int, deflate: bool, fill_order: int) -> None:
+def test_fill_order_is_obeyed(bits: int, photometric: int, deflate: bool, fill_order: int) -> None:
     """Fill order 2 reverses the bits of each byte of the file's strips."""
     values = np.random.default_rng(1).integers(0, 1 << bits, (35, 37, 1))
-    plain = tiff_files.by_hand(values, bits, deflate=deflate)
+    plain = tiff_files.by_hand(values, bits, photometric=photometric, deflate=deflate)
     size = struct.unpack_from("<I", plain, 4)[0] - 8
     strip = np.unpackbits(np.frombuffer(plain[8 : 8 + size], np.uint8)).reshape(-1, 8)[:, :: 3 - 2 * fill_order]
     data = plain[:8] + np.packbits(strip).tobytes() + plain[8 + size :]
     entries = struct.unpack_from("<I", plain, 4)[0] + 2
     at = next(at for at in range(entries, len(data), 12) if struct.unpack_from("<H", data, at)[0] == 277)  # has the default value
     data = data[:at] + struct.pack("<HHII", 266, 4, 1, fill_order) + data[at + 12 :]
-    check(data, values * 255 // ((1 << bits) - 1))
+    expected = values * 255 // ((1 << bits) - 1)
+    check(data, expected if photometric else 255 - expected)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 12])
+def test_tiles_of_partial_bytes_are_read(bits: int) -> None:
+    """Tiles whose samples are not whole bytes are put side by side at the right pixel."""
+    values = np.random.default_rng(1).integers(0, 1 << bits, (48, 48))
+    tiles = [values[top : top + 16, left : left + 16] for top in (0, 16, 32) for left in (0, 16, 32)]
+    bodies = [np.packbits(((tile[..., None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)).tobytes() for tile in tiles]
+    starts = tuple(8 + len(bodies[0]) * index for index in range(9))
+    tags = {256: 37, 257: 35, 258: bits, 259: 1, 262: 1, 277: 1, 322: 16, 323: 16, 324: starts, 325: (len(bodies[0]),) * 9}
+    expected = values[:35, :37, None]
+    check(tiff_files.assemble(tags, b"".join(bodies)), expected * 255 // ((1 << bits) - 1) if bits < 8 else expected >> 4)
+
+
+@pytest.mark.parametrize("photometric", [1, 2, 6])
+def test_old_jpeg_is_right_or_unsupported(photometric: int) -> None:
+    """A TIFF with old-style JPEG compression is read if it is YCbCr, and unsupported otherwise."""
+    jpeg = pictures.jpeg(40, 36, subsampling=0)
+    tags = {
+        256: 40,
+        257: 36,
+        258: (8, 8, 8),
+        259: 6,
+        262: photometric,
+        273: 8,
+        277: 3,
+        278: 36,
+        279: len(jpeg),
+        512: 1,
+        513: 8,
+        514: len(jpeg),
+    }
+    data = tiff_files.assemble({**tags, 530: (1, 1)}, jpeg)
+    if photometric == 6:
+        check(data, np.asarray(Image.open(io.BytesIO(jpeg))), tolerance=1)
+    else:
+        assert "old-style JPEG compression" in refused(data)
+
+
+def test_large_tags_cost_nothing() -> None:
+    """Tags that are not needed are not read, however large: Photoshop and microscopes store megabytes in them."""
+    plain = tiff_files.by_hand(np.zeros((35, 37, 1)), 16)
+    large = tiff_files.by_hand(np.zeros((35, 37, 1)), 16, tags={37724: tuple(range(300_000))})
+    tracemalloc.start()
+    peaks = []
+    for data in (plain, large):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        assert answer(data).status is Status.OK
+        peaks.append(tracemalloc.get_traced_memory()[1] - before - 3 * len(data))
+    tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1_000_000
+
+
+def test_small_image_in_a_huge_tile_is_too_large() -> None:
+    """The budget counts the bytes of a tile, which libtiff decodes whole, not those of the image alone."""
+    tags = {256: 16, 257: 16, 258: (32,) * 4, 259: 8, 262: 2, 277: 4, 322: 3000, 323: 3000, 324: 8, 325: 64, 338: 0}
+    decoded = decode(tiff_files.assemble(tags, bytes(64)), RECIPE, Limits(max_pixels=10_000_000))
+    assert decoded.status is Status.TOO_LARGE, decoded.error
 
 
 def test_constant_image_of_wide_samples_is_read() -> None:

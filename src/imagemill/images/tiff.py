@@ -40,6 +40,8 @@ _BYTES_PER_PIXEL = 8
 _BLOCK_BYTES = 1 << 22
 """Samples are converted in blocks of rows, so that intermediate arrays stay small beside the image."""
 _MAX_DIRECTORIES = 32
+_MAX_VALUES = 1 << 22
+"""Strips or tiles of an image: a Python number takes 36 bytes."""
 
 _COMPRESSIONS = {
     **{1: "none", 2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 5: "LZW", 6: "old-style JPEG", 7: "JPEG", 8: "Deflate"},
@@ -66,6 +68,12 @@ _CAMERA_PHOTOMETRICS = {32803, 34892}
 
 _TYPES = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 """The types of tags that hold integers or pairs of them, as `struct` spells them."""
+
+_USED = {
+    *(256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 330, 332, 338, 339),
+    *(529, 530, 532, 32997, 50706),
+}
+"""The tags that are looked at; others may be large."""
 
 _KINDS = {1: "u", 2: "i", 3: "f"}
 _KIND_NAMES = {1: "unsigned", 2: "signed", 3: "float", 4: "undefined", 5: "complex integer", 6: "complex float"}
@@ -138,14 +146,14 @@ class _Tags:
             raise Refusal(Status.TRUNCATED, f"truncated TIFF file: its directory at byte {offset} lies beyond the end, {len(data)} bytes")
         values: dict[int, tuple[int, ...]] = {}
         for tag, kind, length, field in struct.iter_unpack(entry, memoryview(data)[start:end]):
-            if (letter := _TYPES.get(kind)) is None or tag in values or tag in _IGNORED:
+            if tag not in _USED or tag in values or (letter := _TYPES.get(kind)) is None:
                 continue
             size = length * struct.calcsize("=" + letter)
             at = struct.unpack(offset_format, field)[0]
             if size > len(field) and at + size > len(data):
-                if tag in _NEEDED:
-                    raise Refusal(Status.TRUNCATED, f"truncated TIFF file: tag {tag} at byte {at} lies beyond the end, {len(data)} bytes")
-                continue
+                raise Refusal(Status.TRUNCATED, f"truncated TIFF file: tag {tag} at byte {at} lies beyond the end, {len(data)} bytes")
+            if length > _MAX_VALUES:
+                raise Refusal(Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}")
             source, begin = (field, 0) if size <= len(field) else (data, at)
             values[tag] = struct.unpack_from(f"{order}{length * len(letter)}{letter[0]}", source, begin)
         following = struct.unpack_from(offset_format, data, end)[0] if end + struct.calcsize(offset_format) <= len(data) else 0
@@ -159,11 +167,6 @@ class _Tags:
         if default is None:
             raise Refusal(Status.CORRUPT, f"broken TIFF header: tag {tag} is missing")
         return default
-
-
-_IGNORED = {34675, 34377, 33723, 700, 37500}
-"""Large tags that hold no integers: profile, Photoshop, IPTC, XMP, maker's note."""
-_NEEDED = {256, 257, 258, 259, 262, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339}
 
 
 def _refuse_camera_raw(tags: _Tags) -> None:
@@ -294,7 +297,7 @@ def _pillow_is_right(layout: _Layout) -> bool:
     if set(layout.formats) != {1} or layout.tags.one(32997, 1) != 1 or layout.tags.data[:4] == b"MM\0+":
         return False
     if layout.compression == 6:
-        return bits == {8}
+        return bits == {8} and photometric == 6 and layout.samples == 3 and not layout.planar
     if photometric not in _CHANNELS or layout.samples != layout.channels + len(extra):
         return False
     if layout.compression == 7:
@@ -302,7 +305,7 @@ def _pillow_is_right(layout: _Layout) -> bool:
     if bits in ({1}, {4}):
         fits = layout.compression in _BYTE_CODECS | _FAX if bits == {1} else layout.compression == 32809
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
-    if bits != {8} or layout.planar or layout.compression not in _BYTE_CODECS or layout.predictor not in {1, 2}:
+    if bits != {8} or layout.planar or layout.fill_order != 1 or layout.compression not in _BYTE_CODECS or layout.predictor not in {1, 2}:
         return False
     plain_cmyk = photometric == 5 and layout.tags.one(332, 1) == 1
     return (photometric in {1, 2} and extra in {(), (0,), (1,), (2,)}) or ((photometric == 0 or plain_cmyk) and not extra)
@@ -357,7 +360,8 @@ def _refuse_unsupported(layout: _Layout) -> None:
 
 def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
     """Read integers and floats of any layout, by numpy."""
-    needed = layout.width * layout.height * max(1, layout.samples * layout.bits[0] // 8)
+    pixels_decoded = max(layout.width * layout.height, layout.segment_width * layout.segment_height)  # a tile may be larger than the image
+    needed = pixels_decoded * max(1, layout.samples * layout.bits[0] // 8)
     if needed > _BYTES_PER_PIXEL * limits.max_pixels:
         raise Refusal(
             Status.TOO_LARGE,
