@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import pictures
@@ -284,3 +285,19 @@ def test_wrong_version_mark_is_still_a_tiff() -> None:
     values = np.random.default_rng(1).integers(0, 65536, (35, 37, 3))
     data = tiff_files.by_hand(values, 16, photometric=2)
     check(data[:2] + b"\0*" + data[4:], values >> 8)
+
+
+def test_extreme_values_are_stretched() -> None:
+    """The widest floats and integers, and integers that differ by little beside their size, are stretched like any others."""
+    biggest = np.finfo(np.float64).max
+    ramp = np.linspace(0, 1, 35 * 37).reshape(35, 37)
+    offset = np.arange(35 * 37).reshape(35, 37) % 256
+    for values, expected in (
+        ((ramp * 2 - 1) * biggest, np.rint(ramp * 255)),
+        (offset.astype(np.uint64) + np.uint64(2**63), offset),
+        (offset.astype(np.int64) - 2**62, offset),
+        (np.where(ramp > 0.5, np.nan, ramp * 2), np.where(ramp > 0.5, 0, np.rint(ramp * 510))),
+    ):
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values)
+        check(buffer.getvalue(), expected[:, :, None], tolerance=1)

@@ -196,7 +196,7 @@ def mapped(values: np.ndarray, bits: int, low: float | None = None) -> np.ndarra
         return values.astype(int) >> (8 if high > 255 else 0)
     if values.dtype.kind == "f" and low >= 0 and high <= 255:
         return np.rint(values.astype(float) * (255 if high <= 1 else 1)).clip(0, 255)
-    return np.rint((values.astype(np.longdouble) - low) / (np.longdouble(high) - low) * 255).clip(0, 255)
+    return np.rint((values.astype(np.longdouble) - low) * 255 / (np.longdouble(high) - low)).clip(0, 255)
 
 
 def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

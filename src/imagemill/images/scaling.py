@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,14 @@ def to_8_bits(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8
         low, high = 0, 0xFF
     elif low == high:
         high = low + 1
-    # Halves, because the extremes of 64-bit floats may be further apart than a 64-bit float can say.
-    scaled = (values.astype(np.float64) / 2 - low / 2) / (high / 2 - low / 2) * 255
-    return np.nan_to_num(np.rint(scaled), copy=False, nan=0).clip(0, 255).astype(np.uint8)
+    if values.dtype.kind == "f":
+        offset = values.astype(np.float64)
+        if not math.isfinite(255 * (high - low)):  # as with extreme 64-bit floats
+            offset, low, high = offset / 512, low / 512, high / 512
+        offset -= low
+    else:  # modulo 2**64, which is exact for all integers
+        offset = (values.astype(np.uint64) - np.uint64(int(low) % 2**64)).astype(np.float64)
+    offset *= 255
+    offset /= high - low
+    np.nan_to_num(np.rint(offset, out=offset), copy=False, nan=0)
+    return offset.clip(0, 255, out=offset).astype(np.uint8)

@@ -305,10 +305,17 @@ def _pillow_is_right(layout: _Layout) -> bool:
     if bits in ({1}, {4}):
         fits = layout.compression in _BYTE_CODECS | _FAX if bits == {1} else layout.compression == 32809
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
-    if bits != {8} or layout.planar or layout.fill_order != 1 or layout.compression not in _BYTE_CODECS or layout.predictor not in {1, 2}:
+    if layout.planar or layout.fill_order != 1 or layout.compression not in _BYTE_CODECS or layout.predictor not in {1, 2}:
         return False
+    if bits == {16}:
+        return photometric == 2 and extra in {(), (0,), (1,), (2,)}
+    if bits != {8}:
+        return False
+    if photometric in {1, 2}:
+        return extra in {(), (0,), (1,), (2,)}
     plain_cmyk = photometric == 5 and layout.tags.one(332, 1) == 1
-    return (photometric in {1, 2} and extra in {(), (0,), (1,), (2,)}) or ((photometric == 0 or plain_cmyk) and not extra)
+    wide_palette = photometric == 3 and max(layout.tags.values.get(320, ()), default=0) > 0xFF
+    return not extra and (photometric == 0 or plain_cmyk or wide_palette)
 
 
 def _jpeg_ycbcr(layout: _Layout) -> bool:
