@@ -120,6 +120,15 @@ NAMED = {
     ),
     "JPEG 2000 with 3 channels of 16 bits": lambda: jpeg2000([(16, 1, 1)] * 3),
     "JPEG 2000 with 3 channels sampled at 2×2": lambda: jpeg2000([(8, 2, 2)] * 3),
+    "JPEG 2000 with colour space number 14": lambda: (
+        b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4sBBBI", 15, b"colr", 1, 0, 0, 14) + jpeg2000([(8, 1, 1)] * 3)
+    ),
+    "JPEG with fractional sampling": lambda: pictures.jpeg(subsampling=0).replace(
+        b"\x03\x01\x11\0\x02\x11\x01", b"\x03\x01\x33\0\x02\x22\x01"
+    ),
+    "ICNS without an icon in 24-bit colour": lambda: b"icns" + struct.pack(">I4sI", 16 + 256, b"ICN#", 8 + 256) + bytes(256),
+    "XPM2": lambda: b"! XPM2\n2 2 1 1\na c #ffffff\naa\naa\n",
+    "XBM of X10": lambda: b"#define x_width 16\n#define x_height 1\nstatic short x_bits[] = {\n 0x0f0f };\n",
     "hierarchical JPEG": lambda: big_jpeg(marker=0xC5),
     "JPEG whose height follows its first scan (DNL)": lambda: big_jpeg(height=0),
     "XPM with colours by name": lambda: xpm("dark olive green"),

@@ -197,6 +197,7 @@ SAMPLE_TAGS = {
     "subsampled": ({262: 6, 277: 3, 530: (2, 2)}, 8, "YCbCr samples that are subsampled"),
     "inks": ({262: 5, 277: 4, 332: 2}, 8, "ink set 2"),
     "volume": ({32997: 3}, 8, "image depth of 3"),
+    "PackBits": ({259: 32773, 317: 2}, 8, "predictor 2 and compression PackBits"),
     "predictor": ({259: 8, 317: 34892}, 8, "predictor 34892"),
     "LERC": ({259: 34887}, 32, "LERC compression"),
     "JPEG 2000": ({259: 34712}, 8, "JPEG 2000 compression"),

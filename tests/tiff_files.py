@@ -64,6 +64,8 @@ class Cell:
     @property
     def must_be_read(self) -> bool:
         """Whether `unsupported` would be a regression."""
+        if self.predictor and self.compression in {None, "packbits"}:
+            return False
         plain = self.photometric in {"miniswhite", "minisblack", "rgb", "separated"} or self.dtype in {"uint8", "uint16"}
         return self.compression in BYTE_CODECS and plain and self.photometric not in {"mask", "cielab", "ycbcr"}
 

@@ -33,6 +33,7 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
     "MIFF": (b"id=ImageMagick",),
     "PAM": (b"P7\n", b"P7\r\n"),
     "PFM in colour": (b"PF\n", b"PF\r", b"PF ", b"PF4"),
+    "XPM2": (b"! XPM2",),
     "PGX": (b"PG ML", b"PG LM"),
     "VIFF": (b"\xab\x01",),
     "VICAR": (b"LBLSIZE=",),
@@ -103,6 +104,8 @@ def recognise(data: bytes) -> str | None:
         return "DICOM"
     if data[344:348] in {b"n+1\0", b"ni1\0"}:
         return "NIfTI"
+    if data[:7] == b"#define" and re.search(rb"\bshort\s+\w+_bits\s*\[", data[:_INFLATED]):
+        return "XBM of X10 (16-bit words)"
     if data[:3] == b"\x1f\x8b\x08":
         return _in_gzip(data)
     return "SVG" if _is_svg(data[:_INFLATED]) else None
@@ -110,7 +113,7 @@ def recognise(data: bytes) -> str | None:
 
 def guess(data: bytes) -> str | None:
     """Name the format of a file that no decoder accepts, by headers that other files might have by chance."""
-    if data[522:528] in {b"\x00\x11\x02\xff\x0c\x00", b"\x11\x01\x01\x00\x0a\x00"} or data[522:524] == b"\x11\x01":
+    if data[522:528] == b"\x00\x11\x02\xff\x0c\x00" or (data[522:524] == b"\x11\x01" and not any(data[:512])):
         return "PICT"
     if len(data) >= 100 and _u32(data, 4, ">") == 7 and 100 <= _u32(data, 0, ">") <= 400 and _u32(data, 8, ">") <= 2:
         return "XWD"
@@ -180,7 +183,11 @@ def _jpeg(data: bytes) -> str | None:
         if marker in {0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE}:
             return "hierarchical JPEG"
         if 0xC0 <= marker <= 0xCB and marker not in {0xC4, 0xC8}:
-            return "JPEG whose height follows its first scan (DNL)" if data[at + 5 : at + 7] == b"\0\0" else None
+            if data[at + 5 : at + 7] == b"\0\0":
+                return "JPEG whose height follows its first scan (DNL)"
+            factors = [divmod(data[at + 11 + 3 * layer], 16) for layer in range(data[at + 9])]
+            fractional = any(0 in sides or any(max(sides) % side for side in sides) for sides in zip(*factors, strict=True))
+            return "JPEG with fractional sampling" if fractional else None
         at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
 
@@ -190,6 +197,9 @@ def _jpeg2000(data: bytes) -> str | None:
     at = data.find(b"\xff\x4f\xff\x51")
     if at < 0:
         return None
+    colours = data.find(b"colr\x01", 0, at)
+    if colours >= 0 and (space := _u32(data, colours + 7, ">")) not in {12, 16, 17, 18}:  # CMYK, sRGB, grey, YCC
+        return f"JPEG 2000 with colour space number {space}"
     count = struct.unpack_from(">H", data, at + 40)[0]
     channels = [struct.unpack_from("BBB", data, at + 42 + 3 * index) for index in range(min(count, 64))]
     bits = max(((bits & 0x7F) + 1 for bits, _, _ in channels), default=0)

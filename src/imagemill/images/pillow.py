@@ -194,6 +194,8 @@ def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits
     error = reason or SyntaxError("not identified by its plugin")
     if expected == "XPM" and "cannot read" in str(error):
         return _refused("XPM with colours by name, or without colours")
+    if expected == "ICNS" and "No 32bit icon resources" in str(error):
+        return _refused("ICNS without an icon in 24-bit colour")
     status = judge(error, data)
     return Refusal(status, f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header: {one_line(error)}")
 

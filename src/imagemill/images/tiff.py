@@ -57,7 +57,7 @@ _CAMERA_COMPRESSIONS = {
 _FAX = {2, 3, 4, 32771}
 _BYTE_CODECS = {1, 5, 8, 32773, 32946, 34925, 50000}
 _PREDICTING = {5, 8, 32946, 34925, 50000}
-"""Compressions that a predictor applies to, as in libtiff; others ignore the tag."""
+"""Compressions that a predictor applies to. With none and PackBits libtiff ignores it and tifffile does not."""
 
 _PHOTOMETRICS = {
     **{0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "transparency mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB"},
@@ -231,7 +231,7 @@ class _Layout:
             extra=tags.values.get(338, ()),
             photometric=photometric,
             compression=compression,
-            predictor=tags.one(317, 1) if compression in _PREDICTING else 1,
+            predictor=tags.one(317, 1) if compression in _BYTE_CODECS else 1,
             fill_order=tags.one(266, 1),
             planar=tags.one(284, 1) == 2 and samples > 1,
             tiled=tiled,
@@ -301,11 +301,14 @@ def _pillow_is_right(layout: _Layout) -> bool:
     if photometric not in _CHANNELS or layout.samples != layout.channels + len(extra):
         return False
     if layout.compression == 7:
-        return bits == {8} and (photometric in {1, 2} if layout.planar else photometric in {0, 1, 2, 5, 6}) and extra in {(), (0,), (2,)}
+        fits = photometric in ({1, 2} if layout.planar or extra else {0, 1, 2, 5, 6})
+        return bits == {8} and fits and extra in {(), (0,), (2,)}
     if bits in ({1}, {4}):
         fits = layout.compression in _BYTE_CODECS | _FAX if bits == {1} else layout.compression == 32809
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
-    if layout.planar or layout.fill_order != 1 or layout.compression not in _BYTE_CODECS or layout.predictor not in {1, 2}:
+    if layout.planar or layout.fill_order != 1 or layout.predictor not in {1, 2} or layout.compression not in _BYTE_CODECS:
+        return False
+    if layout.predictor == 2 and layout.compression not in _PREDICTING:
         return False
     if bits == {16}:
         return photometric == 2 and extra in {(), (0,), (1,), (2,)}
@@ -354,6 +357,8 @@ def _refuse_unsupported(layout: _Layout) -> None:
         reason = f"ink set {layout.tags.one(332)}"
     elif depth != 1:
         reason = f"an image depth of {depth}"
+    elif layout.predictor != 1 and layout.compression not in _PREDICTING:
+        reason = f"predictor {layout.predictor} and compression {name}"
     elif layout.predictor not in {1, 2, 3} or (layout.predictor == 3 and kind != "f") or (layout.predictor == 2 and bits % 8):
         reason = f"predictor {layout.predictor} and {sample} samples"
     if reason is not None:
