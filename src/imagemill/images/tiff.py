@@ -69,6 +69,8 @@ _CAMERA_PHOTOMETRICS = {32803, 34892}
 _TYPES = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 """The types of tags that hold integers or pairs of them, as `struct` spells them."""
 
+_ARRAYS = {258, 273, 279, 320, 324, 325, 338, 339}
+"""Of these tags, those values are read that a cut file still has."""
 _USED = {
     *(256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 330, 332, 338, 339),
     *(529, 530, 532, 32997, 50706),
@@ -151,7 +153,9 @@ class _Tags:
             size = length * struct.calcsize("=" + letter)
             at = struct.unpack(offset_format, field)[0]
             if size > len(field) and at + size > len(data):
-                raise Refusal(Status.TRUNCATED, f"truncated TIFF file: tag {tag} at byte {at} lies beyond the end, {len(data)} bytes")
+                length = max(0, len(data) - at) * length // size if tag in _ARRAYS else 0  # noqa: PLW2901 - libtiff ignores the others
+            if not length:
+                continue
             if length > _MAX_VALUES:
                 raise Refusal(Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}")
             source, begin = (field, 0) if size <= len(field) else (data, at)
@@ -165,7 +169,7 @@ class _Tags:
         if found:
             return found[0]
         if default is None:
-            raise Refusal(Status.CORRUPT, f"broken TIFF header: tag {tag} is missing")
+            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: tag {tag} is missing")
         return default
 
 
@@ -286,7 +290,7 @@ def _check_segments(layout: _Layout) -> None:
     name = "tiles" if layout.tiled else "strips"
     jpeg = layout.compression == 6  # may be a whole JPEG file that tag 513 points to
     if len(layout.offsets) < needed and not jpeg:
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: {len(layout.offsets)} {name} where the size needs {needed}")
+        raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {len(layout.offsets)} {name} where the size needs {needed}")
     if 0 in layout.offsets[:needed] or 0 in layout.counts[:needed]:
         raise Refusal(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
 
@@ -451,7 +455,7 @@ def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
         rows = [last if index >= layout.per_plane - layout.across else layout.segment_height for index in range(layout.per_plane)]
         counts = tuple(row * count for count in rows)
     elif len(counts) != len(offsets):
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: {len(counts)} sizes for {len(offsets)} offsets")
+        raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {len(counts)} sizes for {len(offsets)} strips or tiles")
     for offset, count in zip(offsets, counts, strict=True):
         if offset + count > len(data):
             raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {count} bytes at byte {offset} lie beyond the end, {len(data)} bytes")
