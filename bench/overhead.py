@@ -77,7 +77,7 @@ def sink_alone(output: Path, folder: Path) -> float:
     leases = map(Lease, plan.shards(JobPaths(output).plan))
     with Feed(job.card, job.limits, job.batch_size, len(devices.usable_cores()), None, clock) as feed:
         rows = [
-            (replace(batch, pixels=batch.pixels[:0]), postprocess.top_k(batch, outputs, job.card, job.top_k))
+            postprocess.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision)
             for batch, outputs in session.stream(feed.batches(sources.read(leases, job)))
         ]
     layout.make_folder(JobPaths(folder).predictions)

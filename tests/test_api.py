@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import helpers
 import imagemill
 import pictures
 from imagemill import api
-from imagemill.models import registry
+from imagemill.models import bundle, registry
 from imagemill.records import Recipe, Settings
 from pth_files import write_legacy
 from test_models_golden import GOLDEN, arrays_of, recipe
+from tiny import TINY_CARD, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +220,24 @@ def test_threads_may_share_a_classifier(classifier: imagemill.Classifier) -> Non
     assert [found[number] for number in range(3)] == expected
 
 
-def test_a_nan_ends_one_call_and_no_more(models_dir: Path) -> None:
-    """The call that met it raises; the next is answered."""
+def test_a_nan_costs_its_own_prediction(models_dir: Path) -> None:
+    """The image's prediction is `invalid_output`, without class and saved arrays; the others of the call are answered."""
     white, other = np.full((32, 32, 3), 255, np.uint8), np.asarray(pictures.photograph(32, 32))
-    with imagemill.load("spoilt", precision="fp32") as opened:
-        for _ in range(2):
-            with pytest.raises(imagemill.ModelError, match="NaN"):
-                opened.predict([other] * 30 + [white])
-            assert opened.predict(other)[0].status == "ok"
+    with imagemill.load("spoilt", precision="fp32", save=("logits", "embedding")) as opened:
+        *good, bad = opened.predict([other] * 9 + [white])
+        assert good == opened.predict([other]) * 9
+    assert good[0].status == "ok"
+    assert (bad.status, bad.class_id, bad.label, bad.probability, bad.top_k) == ("invalid_output", None, None, None, ())
+    assert bad.logits is bad.embedding is None
+    assert bad.error is not None
+    assert bad.error.startswith("the model returned NaN or infinity for this image in fp32")
+
+
+def test_a_model_that_answers_nan_for_everything_is_not_loaded(tmp_path: Path) -> None:
+    """`load` raises: no image would get an answer."""
+    bundle.write(tmp_path / "broken", replace(TINY_CARD, name="broken"), tiny_model(spoil="everything"))
+    with pytest.raises(imagemill.BadLogitsError, match="broken returns NaN or infinity in fp32 for every image"):
+        imagemill.load(tmp_path / "broken", precision="fp32")
 
 
 def test_a_failing_iteration_does_not_spoil_the_next_call(models_dir: Path) -> None:

@@ -113,11 +113,25 @@ def test_nan_in_the_candidate_refuses_it() -> None:
     assert verdict.reason == "NaN or infinity in the answers to 1 of 2,000 pictures"
 
 
-def test_nan_in_the_reference_is_an_error() -> None:
-    reference, candidate = answers(4, 4)
+def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
+    """As for any other disagreement the share decides."""
+    reference, candidate = answers(1000, 1000)
     reference[0, 0] = np.inf
-    with pytest.raises(ValueError, match="the reference holds NaN"):
-        gate.judge(reference, candidate)
+    verdict = gate.judge(reference, candidate)
+    assert (verdict.accepted, verdict.pictures, verdict.agreement, verdict.sure) == (True, 1000, 0.999, 999)
+    assert verdict.mean_probability_difference == pytest.approx(0.001)
+    reference[:100, 0] = np.nan
+    assert not gate.judge(reference, candidate).accepted
+
+
+def test_images_without_an_answer_in_either_are_left_out() -> None:
+    """They say nothing about the candidate, and do not count as held-out images."""
+    reference, candidate = answers(1000, 1000)
+    reference[:3, 0], candidate[:3, 1] = np.nan, np.inf
+    verdict = gate.judge(reference, candidate)
+    assert (verdict.pictures, verdict.agreement, verdict.accepted) == (997, 1.0, False)
+    assert verdict.reason.startswith(gate.TOO_FEW)
+    assert gate.judge(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).pictures == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (4,)])

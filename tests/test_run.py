@@ -19,11 +19,11 @@ from PIL import Image
 import helpers
 import pictures
 from imagemill import closing, freezing, ledger, plan, running, supervisor, watching, wire
-from imagemill.errors import BadLogitsError, JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
+from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
-from tiny import CLASSES, LABELS, Finished
+from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
@@ -285,17 +285,46 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
     assert card_rows[1]["logits"] != outer_row["logits"]
 
 
-def test_nan_ends_the_job_with_one_clear_error(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
-    """A model that returns NaN for one picture is named with it; no row is made up, and it is exit 1 without a traceback."""
+def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+    """An image for which the model returns NaN has an `invalid_output` row without answers, everything that counts statuses counts it, and
+    the other images' rows are those of a job without it."""
     white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     folder = jpegs(6, **{"white.png": white})
-    with pytest.raises(BadLogitsError, match=r"spoilt returned a NaN or an infinity for white\.png"):
-        running.run(job(folder, model="spoilt", devices="cpu"))
-    result = imagemill("run", folder, "--output", tmp_path / "out", "--devices", "cpu", "--json")
+    asked: dict[str, Any] = {"model": "spoilt", "devices": "cpu", "save": ("logits", "embedding"), "batch_size": 4}
+    summary = running.run(job(folder, **asked))
+    assert (summary.ok, summary.failed, dict(summary.failed_by_status)) == (6, 1, {"invalid_output": 1})
+    found = helpers.by_path(tmp_path / "out")
+    bad = found.pop("white.png")
+    assert (bad["status"], bad["width"], bad["height"]) == ("invalid_output", 40, 40)
+    assert bad["error"] == ("the model returned NaN or infinity for this image in fp32; this model cannot classify it; try another one")
+    assert [bad[name] for name in ("class_id", "label", "probability", "top_k", "logits", "embedding")] == [None] * 6
+    (folder / "white.png").unlink()
+    running.run(job(folder, output=str(tmp_path / "without"), **asked))
+    assert found == helpers.by_path(tmp_path / "without")
+    assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder / 'white.png'}\n"
+    assert imagemill("report", tmp_path / "out").code == 0
+    assert "invalid_output" in (tmp_path / "out" / "report.html").read_text()
+    assert problems(tmp_path / "out") == []
+    exported = imagemill("export", tmp_path / "out", "--to", "csv", "--columns", "path,status")
+    assert '"white.png","invalid_output"' in exported.out
+    (folder / "white.png").write_bytes(pictures.jpeg())
+    again = running.run(job(folder, **asked, retry_failed=("invalid_output",)))
+    assert (again.ok, again.failed) == (7, 0)
+
+
+@pytest.mark.parametrize("folder", [{}, {"broken.jpg": b"no image"}])
+def test_a_model_that_answers_nan_for_everything_ends_the_job_before_the_first_image(
+    job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path, models_dir: Path, folder: dict[str, bytes]
+) -> None:
+    """It is exit 1 with one clear error, whatever the images are, and no row."""
+    bundle.write(tmp_path / "broken", replace(TINY_CARD, name="broken"), tiny_model(spoil="everything"))
+    images = helpers.fill(tmp_path / "p", folder) if folder else jpegs(3)
+    result = imagemill("run", images, "--output", tmp_path / "out", "--devices", "cpu", "--json", "--model", tmp_path / "broken")
     assert (result.code, result.out) == (1, "")
-    assert "imagemill: spoilt returned a NaN or an infinity for white.png" in result.err
+    assert result.err.count("imagemill: broken returns NaN or infinity in fp32 for every image: tried on") == 1
+    assert "--precision fp32" not in result.err
     assert "Traceback" not in result.err
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert list((tmp_path / "out" / "predictions").iterdir()) == []
 
 
 def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def feed(sink: Sink, job: Job, rows: list[Row], batch_rows: int) -> list[Part]:
         logits = np.stack([logits_of(index) for index in answered]) if answered else np.empty((0, CLASSES), np.float32)
         outputs = Outputs(logits, logits[:, :4] * 2)
         batch = Batch(np.zeros((batch_rows, 1, 1, 3), np.uint8), len(answered), chosen)
-        parts += list(sink.write(batch, top_k(batch, outputs, TINY_CARD, job.top_k)))
+        parts += list(sink.write(*top_k(batch, outputs, TINY_CARD, job.top_k, job.precision)))
     return parts
 
 

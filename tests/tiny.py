@@ -23,7 +23,8 @@ LABELS = ("tench", "hen", "cock", "Über, das", 'a "quoted" name', "line\u2028se
 
 
 def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
-    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil` puts a NaN where white pictures meet it."""
+    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil` puts a NaN where white
+    images meet it, or, if it is "everything", where every image does."""
     rng = np.random.default_rng(seed)
 
     def constant(name: str, array: Any) -> onnx.TensorProto:
@@ -63,7 +64,7 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
             helper.make_node("Unsqueeze", ["nothing"], ["column"], axes=[1]),
             helper.make_node("Add", ["raw", "column"], ["logits"]),
         ]
-        constants += [constant("limit", np.float32([2.411])), constant("zero", np.float32([0.0]))]
+        constants += [constant("limit", np.float32([2.411 if spoil == "white" else -9])), constant("zero", np.float32([0.0]))]
     graph = helper.make_graph(
         nodes,
         "tiny",

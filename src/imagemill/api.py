@@ -20,7 +20,7 @@ from imagemill import batching, devices, freezing, quantizing, running, watching
 from imagemill.errors import UsageError
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
-from imagemill.postprocess import top_k as ranked
+from imagemill.postprocess import check_model, top_k
 from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Saved, Settings, Shard, Status, Summary
 from imagemill.sessions import open_session
 from imagemill.sources.files import read_file
@@ -178,7 +178,8 @@ def load(
         progress: show on stderr how far a download is, and what is said on the way.
 
     Raises:
-        UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the device cannot be had.
+        UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the device cannot be had. BadLogitsError: the
+        model returns NaN or infinity for every image.
     """
     settings = Settings(
         sources=(os.curdir,),  # none is read
@@ -237,6 +238,11 @@ class Classifier:
         self._opener = opener
         self._lock = threading.Lock()
         self._session: Session | None = opener()
+        try:
+            check_model(self._session.stream, job)
+        except BaseException:
+            self._session.close()
+            raise
         self._feed = Feed(job.card, job.limits, job.batch_size, job.num_workers, None, Stopwatch())
         self._is_open = True
 
@@ -282,7 +288,7 @@ class Classifier:
 
         Raises:
             UsageError: an array that cannot be pixels, something that is no picture at all, or the classifier is closed.
-            BadLogitsError: the model returned NaN.
+            BadLogitsError: the model returned an array of the wrong shape.
         """
         single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
         single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
@@ -310,7 +316,7 @@ class Classifier:
 
     def _predictions(self, batch: Batch, outputs: Outputs) -> Iterator[Prediction]:
         card, save = self._job.card, self._job.save
-        top = ranked(batch, outputs, card, self._job.top_k)
+        batch, top = top_k(batch, outputs, card, self._job.top_k, self._job.precision)
         for row in batch.rows:
             if row.slot < 0:
                 yield Prediction(row.status, row.error, None, None, None, (), row.width, row.height)

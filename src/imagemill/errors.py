@@ -7,7 +7,7 @@ ImagemillError                exit 1: one clear line, never a traceback
 ├── ModelError                a model cannot be had, read or built
 │   ├── CheckpointError       a weights file is damaged, hostile or does not fit its architecture
 │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
-│   └── BadLogitsError        a session returned NaN or the wrong shape
+│   └── BadLogitsError        a model returns NaN for every image, or a session the wrong shape
 ├── DeviceError               a device or backend that was asked for is not there
 │   └── DeviceLostError       it was there, and its program died; a job starts the worker again
 ├── SourceError               a source as a whole cannot be listed
@@ -55,7 +55,7 @@ class DownloadError(ModelError):
 
 
 class BadLogitsError(ModelError):
-    """A session returned NaN or an array of the wrong shape."""
+    """A model returns NaN or infinity for every image, or a session returned an array of the wrong shape."""
 
 
 class DeviceError(ImagemillError):

@@ -1,30 +1,37 @@
-"""From scores to the k most probable classes."""
+"""From scores to the k most probable classes, and what to do with scores that are NaN or infinity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import BadLogitsError, ClassCountError
-from imagemill.records import Batch, Card, Outputs, Scores, TopK
+from imagemill.records import Batch, Card, Job, Outputs, Precision, Scores, Status, TopK
+
+_TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
+"""Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on one kind may accept another."""
 
 
-def top_k(batch: Batch, outputs: Outputs, card: Card, k: int) -> TopK:
-    """Pick the k most probable classes of each picture of a batch.
+def top_k(batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precision) -> tuple[Batch, TopK]:
+    """Pick the k most probable classes of each image of a batch.
 
     Args:
-        batch: names the pictures, for the message.
+        batch: the images.
         outputs: logits float32 (filled, classes); filled may be 0.
         card: says what the scores are, and how many classes there are.
-        k: at most this many; fewer where there are fewer classes.
+        k: at most this many; fewer if there are fewer classes.
+        precision: of the session, for the message of an invalid output.
 
     Returns:
-        class ids and probabilities, most probable first; ties in the float32 probability go by class id.
+        the batch, and class ids and probabilities, most probable first; ties in the float32 probability go by class id. An image whose
+        scores or embedding contain NaN or infinity becomes an `invalid_output` row of the batch, without a slot.
 
     Raises:
-        BadLogitsError: a NaN or an infinity, or the wrong number of rows.
+        BadLogitsError: the wrong number of rows.
         ClassCountError: another number of classes than labels.
     """
     scores = outputs.logits
@@ -32,11 +39,10 @@ def top_k(batch: Batch, outputs: Outputs, card: Card, k: int) -> TopK:
         raise BadLogitsError(f"{card.name} returned an array of shape {scores.shape} for a batch of {batch.filled}; rebuild the bundle.")
     if scores.shape[1] != len(card.labels):
         raise ClassCountError(f"{card.name} returns {scores.shape[1]} classes, its card has {len(card.labels)} labels. Mend card.json.")
-    if not np.isfinite(scores).all():
-        bad = _rows_of(batch)[int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0])]
-        raise BadLogitsError(
-            f"{card.name} returned a NaN or an infinity for {bad}. The weights or the precision are unsound: try --precision fp32."
-        )
+    valid = _valid(outputs)
+    if not valid.all():
+        batch = _with_invalid_rows(batch, valid, precision)
+        scores = np.where(valid[:, None], scores, np.float32(0))  # these classes are not written; NaN would only cause warnings
     probabilities = to_probabilities(scores, card.scores)
     remaining = probabilities.copy()
     count = min(k, scores.shape[1])
@@ -45,7 +51,49 @@ def top_k(batch: Batch, outputs: Outputs, card: Card, k: int) -> TopK:
     for place in range(count):  # k passes of argmax: it returns the first of equals, which is the lowest class id
         class_ids[:, place] = best = remaining.argmax(axis=1) if len(scores) else 0
         remaining[rows, best] = -1.0
-    return TopK(class_ids, np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1), outputs)
+    return batch, TopK(class_ids, np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1), outputs)
+
+
+def check_model(stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], job: Job) -> None:
+    """Run a session on random images, normally on one batch of them.
+
+    Args:
+        stream: of a session that was opened for the job.
+        job: its card and precision are named in the error.
+
+    Raises:
+        BadLogitsError: the outputs are NaN or infinity for every one of these images.
+    """
+    shape = (job.batch_size, job.card.recipe.size, job.card.recipe.size, 3)
+    rng = np.random.default_rng(0)
+    for low, high in _TEST_RANGES:
+        batch = Batch(rng.integers(low, high, shape, np.uint8), job.batch_size, ())
+        if any(_valid(outputs).any() for _, outputs in stream([batch])):
+            return
+    if job.precision is Precision.FP32:
+        remedy = "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the model again, or use another one."
+    else:
+        remedy = "Use --precision fp32 and a new --output folder."
+    raise BadLogitsError(
+        f"{job.card.name} returns NaN or infinity in {job.precision} for every image: tried on "
+        f"{len(_TEST_RANGES) * job.batch_size} random images before the first of yours. {remedy}"
+    )
+
+
+def _valid(outputs: Outputs) -> NDArray[np.bool_]:
+    """Tell for each row whether all of its outputs are finite."""
+    valid = np.asarray(np.isfinite(outputs.logits).all(axis=1))
+    return valid if outputs.embedding is None else np.asarray(valid & np.isfinite(outputs.embedding).all(axis=1))
+
+
+def _with_invalid_rows(batch: Batch, valid: NDArray[np.bool_], precision: Precision) -> Batch:
+    """Return the batch with an `invalid_output` row for each image without a valid output."""
+    advice = "this model cannot classify it; try another one" if precision is Precision.FP32 else "try a new job with --precision fp32"
+    error = f"the model returned NaN or infinity for this image in {precision}; {advice}"
+    rows = (
+        row if row.slot < 0 or valid[row.slot] else replace(row, status=Status.INVALID_OUTPUT, error=error, slot=-1) for row in batch.rows
+    )
+    return replace(batch, rows=tuple(rows))
 
 
 def to_probabilities(scores: NDArray[np.float32], kind: Scores) -> NDArray[np.float32]:
@@ -60,9 +108,3 @@ def to_probabilities(scores: NDArray[np.float32], kind: Scores) -> NDArray[np.fl
     exponential = np.exp(wide)
     exponential /= exponential.sum(axis=1, keepdims=True)
     return exponential.astype(np.float32)
-
-
-def _rows_of(batch: Batch) -> list[str]:
-    """Path of each filled slot."""
-    named: Iterable[tuple[int, str]] = ((row.slot, row.path) for row in batch.rows if row.slot >= 0)
-    return [path for _, path in sorted(named)]

@@ -33,6 +33,7 @@ class Status(StrEnum):
     TIMEOUT = "timeout"
     CRASHED_DECODER = "crashed_decoder"
     READ_ERROR = "read_error"
+    INVALID_OUTPUT = "invalid_output"
 
 
 class Precision(StrEnum):

@@ -35,14 +35,14 @@ def run_shards(leases: Iterable[Lease], session: Session, feed: Feed, sink: Sink
         a receipt for each part, after it is durably on disk; in the order of the leases.
 
     Raises:
-        BadLogitsError: the model returned NaN or the wrong shape. OutputError: a part cannot be written. Pictures raise nothing:
+        BadLogitsError: the model returned the wrong shape. OutputError: a part cannot be written. Pictures raise nothing:
         what is wrong with one of them is its row.
     """
     batches = clock.timing("starved", feed.batches(sources.read(leases, job)))
     for batch, outputs in session.stream(batches):
         clock.through(len(batch.rows))
-        top = postprocess.top_k(batch, outputs, job.card, job.top_k)
+        answered, top = postprocess.top_k(batch, outputs, job.card, job.top_k, job.precision)
         begun = time.perf_counter()
-        for part in sink.write(batch, top):
+        for part in sink.write(answered, top):
             yield part.commit()
         clock.add("write", time.perf_counter() - begun)

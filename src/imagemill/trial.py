@@ -19,8 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import codec, groups, processor, sources
-from imagemill.errors import BadLogitsError, ModelError
+from imagemill import codec, groups, postprocess, processor, sources
+from imagemill.errors import ModelError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
@@ -148,7 +148,8 @@ def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | Non
         precision → record, of those that were tried or found measured already. Empty where trying does not pay.
 
     Raises:
-        ModelError: the model cannot be compiled or quantised, or the bundle cannot be written. BadLogitsError: fp32 itself returns NaN.
+        ModelError: the model cannot be compiled or quantised, or the bundle cannot be written. BadLogitsError: fp32 itself returns NaN
+        for every image.
     """
     at(None)
     with quantize.locked(trial.bundle.dir):
@@ -206,8 +207,6 @@ class _Run:
         held_out = list(self._pixels(self._rest, trial.held_out))
         self._at(None)
         reference, rate = self._answers(Precision.FP32, self._onnx, held_out)
-        if not np.isfinite(reference).all():
-            raise BadLogitsError(f"{self._onnx} returns NaN or infinity for some of the pictures in fp32. Use another model.")
         for precision in wanted:
             judge = partial(self._judge, precision, held_out, reference)
             record = self._int8(pixels, judge) if precision is Precision.INT8 else self._bf16(judge)
@@ -351,6 +350,8 @@ class _Run:
         )
         session = open_session(job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch())
         try:
+            if precision is Precision.FP32:
+                postprocess.check_model(session.stream, job)
             yield session
         finally:
             session.close()

@@ -62,6 +62,7 @@ def _work(connection: Connection, board: Noteboard) -> int:
         child.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     lean.without_pandas()
+    from imagemill import postprocess
     from imagemill.images.feed import Feed
     from imagemill.sessions import open_session
     from imagemill.shards import run_shards
@@ -72,6 +73,8 @@ def _work(connection: Connection, board: Noteboard) -> int:
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
     session = open_session(job, device, clock)
+    postprocess.check_model(session.stream, job)
+    clock.add("compute", -clock.read().compute)  # random images are no part of the job's rates
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()

@@ -75,33 +75,36 @@ def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Sco
 
     Args:
         reference: fp32's scores, (n, classes), row by row of the same pictures as the candidate's; n may be 0.
-        candidate: the faster precision's. A row that is not finite counts as another answer, and refuses the candidate.
+        candidate: the faster precision's. A row that is finite in only one of the two counts as another answer, and if fp32's is the finite
+            one, refuses the candidate. A row that is finite in neither is left out.
         scores: what the numbers are.
 
     Raises:
-        ValueError: the shapes differ or are not (n, classes), or the reference holds NaN or infinity.
+        ValueError: the shapes differ or are not (n, classes).
     """
     if reference.ndim != 2 or reference.shape != candidate.shape or reference.shape[1] < 1:
         raise ValueError(f"reference {reference.shape} and candidate {candidate.shape} must be one shape, (pictures, classes)")
-    if not np.isfinite(reference).all():
-        raise ValueError("the reference holds NaN or infinity")
+    known, finite = np.isfinite(reference).all(axis=1), np.isfinite(candidate).all(axis=1)
+    compared = known | finite
+    reference, candidate, known, finite = reference[compared], candidate[compared], known[compared], finite[compared]
     pictures, classes = reference.shape
     if pictures == 0:
         return Verdict(0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed")
-    finite = np.isfinite(candidate).all(axis=1)
+    both = known & finite
+    reference, candidate = np.where(known[:, None], reference, 0), np.where(finite[:, None], candidate, 0)
     rows = np.arange(pictures)
     top = reference.argmax(axis=1)  # ties by class id, as in the results
-    same = finite & (np.where(finite[:, None], candidate, 0).argmax(axis=1) == top)
+    same = both & (candidate.argmax(axis=1) == top)
     before = probabilities(reference, scores)
-    after = probabilities(np.where(finite[:, None], candidate, 0), scores)
+    after = probabilities(candidate, scores)
     sure = np.zeros(pictures, bool)
     if classes > 1:
         two = np.partition(before, classes - 2, axis=1)[:, -2:]
-        sure = two[:, 1] - two[:, 0] > SURE
-    difference = np.where(finite, np.abs(before[rows, top] - after[rows, top]), 1.0)
+        sure = known & (two[:, 1] - two[:, 0] > SURE)
+    difference = np.where(both, np.abs(before[rows, top] - after[rows, top]), 1.0)
     agreed = int(same.sum())
     low, high = wilson(agreed, pictures)
-    strange = pictures - int(finite.sum())
+    strange = int((~finite).sum())  # fp32's are finite in all of these
     if strange:
         accepted, reason = False, f"NaN or infinity in the answers to {strange:,} of {pictures:,} pictures"
     elif pictures < ENOUGH:
