@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from imagemill.errors import ModelError
+from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle, graph
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
@@ -247,3 +248,57 @@ def test_imagenet_has_a_thousand_labels() -> None:
     assert len(labels) == 1000
     assert (labels[0], labels[1], labels[999]) == ("tench", "goldfish", "toilet tissue")
     assert all(label == label.strip() and label for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("ä\nb\n", "utf-8"),
+        ("ä\nb", "utf-8"),
+        ("ä\nb\n\n \n\t\n\n", "utf-8"),
+        ("ä\r\nb\r\n\r\n", "utf-8-sig"),
+        ("ä\rb\r\r", "utf-8"),
+        ("ä\r\nb\r\n\r\n", "utf-16"),
+        ("\ufeffä\nb\n", "utf-16-be"),
+    ],
+)
+def test_label_files_are_read_as_editors_write_them(text: str, encoding: str, tmp_path: Path) -> None:
+    """Blank lines at the end, byte order marks, the line ends of every system, and UTF-16 as PowerShell writes it."""
+    file = tmp_path / "labels.txt"
+    file.write_bytes(text.encode(encoding))
+    assert bundle.read_labels(file) == ("ä", "b")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a\n\nb\n", r"line 2 of 3 is blank, .* Write the missing label there, or delete the line"),
+        (b"\n a\nb\n\n", r"line 1 of 3 is blank"),
+        (b"a\r\n \t\r\nb\r\n", r"line 2 of 3 is blank"),
+        ("a\nb\n".encode("utf-16-le"), r"is not a text file: it contains null characters\. Give a text file in UTF-8"),
+        ("a\nb\n".encode("utf-32"), r"is not a text file: it contains null characters"),
+        ("ä\n".encode("latin-1"), r"cannot be read: it is not UTF-8\. Give a text file in UTF-8"),
+        (b"\xff\xfea", r"cannot be read: it is not UTF-8"),
+    ],
+)
+def test_label_files_that_could_shift_classes_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    """A blank line before the last label is named by its number; what is no text is one line."""
+    (tmp_path / "labels.txt").write_bytes(data)
+    with pytest.raises(UsageError, match=message) as caught:
+        bundle.read_labels(tmp_path / "labels.txt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ("one",)}, r"has one label and the scores are logits: .* Change scores to \"sigmoid\"\."),
+        ({"recipe": Recipe(size=224, resize=223)}, r"resize 223 is smaller than the model's input of 224x224, .* black borders"),
+        ({"recipe": Recipe(size=224, resize=(300, 200))}, r"resize 300x200 is smaller than the model's input of 224x224"),
+    ],
+)
+def test_a_bundle_whose_card_spoils_every_answer_is_not_opened(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Such as a card that was edited by hand."""
+    bundle.write(tmp_path / "b", replace(CARD, **changes), tiny_model())
+    with pytest.raises(ModelError, match=message):
+        bundle.load(tmp_path / "b")

@@ -31,6 +31,7 @@ from imagemill.postprocess import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CASES = Path(__file__).parent / "cases"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 EXPORTED: dict[str, tuple[int, dict[str, Any]]] = {
     "torchscript": (40, IMAGENET),
@@ -386,6 +387,29 @@ def turned(kind: str, **attributes: Any) -> Any:
     return helper.make_node(kind, ["normalised"], ["y"], **attributes)
 
 
+def four_dimensions(classes: int, *last: Any) -> onnx.ModelProto:
+    """Scores of shape (n, classes, 1, 1)."""
+    axes = helper.make_node("Unsqueeze", ["normalised", "last"], ["normalised4"])
+    nodes = [axes, *last] if last else [axes, helper.make_node("Identity", ["normalised4"], ["y"])]
+    if last:
+        last[0].input[0] = "normalised4"
+    model = small(nodes=nodes, classes=classes, outputs={"y": ["n", classes, 1, 1]})
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3], np.int64), "last"))
+    return model
+
+
+def decomposed_softmax() -> onnx.ModelProto:
+    """A softmax spelled in arithmetic, as some exporters do."""
+    nodes = [
+        turned("Exp"),
+        helper.make_node("ReduceSum", ["y", "axes"], ["sum"], keepdims=1),
+        helper.make_node("Div", ["y", "sum"], ["z"]),
+    ]
+    model = small(nodes=nodes, outputs={"z": ["n", 3]})
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "axes"))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
@@ -410,7 +434,21 @@ def turned(kind: str, **attributes: Any) -> Any:
             {},
             r"uses the operator com\.acme::Fancy, which is not ONNX's own",
         ),
-        (head(turned("Log"), mean=-1.0), {}, r"returns NaN or infinity \(logits\) for a made-up picture"),
+        (head(turned("Log"), mean=-1.0), {}, r"returns NaN or infinity \(logits\) for random images"),
+        (head(turned("Softmax", axis=1)), {"scores": "sigmoid"}, r"ends in a Softmax, .* Add --scores softmax"),
+        (small(classes=1), {}, r"returns one score per image, and a softmax over one class is 1\.0 .* Add --scores sigmoid"),
+        (small(classes=1), {"scores": "softmax", "scale": 255}, r"returns one score per image, .* Add --scores sigmoid"),
+        (small(outputs={"embedding": ["n", "k"]}, classes=1), {}, r"returns one score per image, .* Add --scores sigmoid"),
+        (four_dimensions(1), {}, r"returns one score per image, .* Add --scores sigmoid"),
+        (head(turned("Sigmoid"), classes=1, outputs={"y": ["n", 1]}), {"scores": "softmax"}, r"one score per image, .* --scores sigmoid"),
+        (head(turned("Softmax", axis=1), classes=1, outputs={"y": ["n", 1]}), {}, r"a Softmax over one class, .* Export it without"),
+        (four_dimensions(3, turned("Softmax", axis=2)), {"scores": "softmax"}, r"its Softmax is not over the classes: .* sum to 3"),
+        (decomposed_softmax(), {}, r"lie between 0 and 1 and sum to 1, so they are probabilities already, not logits\. Add"),
+        (decomposed_softmax(), {"scores": "sigmoid"}, r"so they are probabilities already, not logits\. Add --scores softmax"),
+        (small(), {"resize": 7}, r"--resize 7 is smaller than the model's input of 8x8, .* black borders\. Give a --resize of at least 8"),
+        (small(), {"resize": "7x20"}, r"--resize 7x20 is smaller than the model's input of 8x8"),
+        (small(), {"resize": "20x7"}, r"--resize 20x7 is smaller than the model's input of 8x8"),
+        (small(shape=("n", 3, "h", "w")), {"size": 16, "resize": 15}, r"--resize 15 is smaller than the model's input of 16x16"),
         (head(turned("Softmax", axis=0)), {"scores": "softmax"}, r"answers differently to one picture beside different neighbours"),
         (
             head(turned("Identity"), helper.make_node("Relu", ["y"], ["z"]), outputs={"y": ["n", 3], "z": ["n", 3]}),
@@ -433,6 +471,47 @@ def test_what_cannot_be_wrapped_says_why(model: onnx.ModelProto, given: dict[str
         wrap.wrap(file, given)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Path) -> None:
+    """Every probability would be 1.0: nothing is written, and `sigmoid` is named; with it the job runs."""
+    file = Path(shutil.copy(CASES / "onnx_one_logit.onnx", tmp_path / "one.onnx"))
+    settings = Settings((str(jpegs(4)),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "models"), devices="cpu")
+    for scores in ("logits", "softmax"):
+        onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": scores}))
+        with pytest.raises(UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"):
+            running.run(settings)
+    assert not (tmp_path / "out").exists()
+    onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": "sigmoid"}))
+    assert running.run(settings).ok == 4
+    assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
+
+
+def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(jpegs: Any, tmp_path: Path) -> None:
+    """The one image is `invalid_output`."""
+    for name in ("onnx_nan_on_blank_picture.onnx", "onnx_nan_on_blank_picture.card.json"):
+        shutil.copy(CASES / name, tmp_path)
+    folder = jpegs(3, **{"blank.png": (CASES / "blank.png").read_bytes()})
+    file = tmp_path / "onnx_nan_on_blank_picture.onnx"
+    summary = running.run(Settings((str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), devices="cpu"))
+    assert (summary.ok, dict(summary.failed_by_status)) == (3, {"invalid_output": 1})
+    assert helpers.by_path(tmp_path / "out")["blank.png"]["status"] == "invalid_output"
+
+
+def test_a_model_that_answers_nan_for_some_images_is_wrapped(tmp_path: Path) -> None:
+    """Of the two random images the dark one is beyond it; that is said."""
+    model = head(helper.make_node("Sub", ["normalised", "limit"], ["positive"]), helper.make_node("Log", ["positive"], ["y"]), mean=1.0)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32([1.0]), "limit"))
+    file = saved(model, tmp_path)
+    _, checked = wrap.wrap(file, {})
+    assert "note: it returned NaN or infinity for one of two random images; a job reports such images as invalid_output" in checked.lines
+
+
+def test_probabilities_that_are_not_a_softmax_are_noted(tmp_path: Path) -> None:
+    """Such as a sigmoid that is not the last operator: they are written as they are."""
+    node = helper.make_node("HardSigmoid", ["normalised"], ["y"])
+    _, checked = wrap.wrap(saved(head(node), tmp_path), {"scores": "softmax"})
+    assert any(re.match(r"note: an image's scores sum to .*, not 1; they are written as they are", line) for line in checked.lines)
 
 
 def test_a_batch_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:

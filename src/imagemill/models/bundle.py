@@ -11,6 +11,7 @@ the file's bytes as they lie on disk, so that a foreign file is looked at before
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import mmap
@@ -56,13 +57,41 @@ def imagenet_labels() -> tuple[str, ...]:
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
-    """Read a list of labels: UTF-8, one a line, in the order of the logits. Raises: UsageError."""
+    """Read a list of labels, one a line, in the order of the model's scores; blank lines at the end are ignored.
+
+    The text is UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it.
+
+    Raises:
+        UsageError: the file cannot be read, is no such text, or has a blank line before its last label.
+    """
+    remedy = "Give a text file in UTF-8 with one label a line."
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        data = file.read_bytes()
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"--labels {file} cannot be read: {reason}. Give a text file with one label a line.") from error
-    return tuple(line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")) if text else ()
+        raise UsageError(f"--labels {file} cannot be read: {reason}. {remedy}") from error
+    if "\0" in text:
+        raise UsageError(f"--labels {file} is not a text file: it contains null characters. {remedy}")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UsageError(
+                f"--labels {file}: line {number} of {len(lines)} is blank, so the labels after it may be those of other classes. Write the "
+                "missing label there, or delete the line if no label is missing."
+            )
+    return tuple(lines)
+
+
+def cropped_beyond(recipe: Recipe) -> str | None:
+    """Return what is wrong with a recipe that crops more than its resized image has, and so would always add black borders; else None."""
+    resize = recipe.resize
+    if resize is None or min(resize if isinstance(resize, tuple) else (resize,)) >= recipe.size:
+        return None
+    shown = resize if isinstance(resize, int) else f"{resize[0]}x{resize[1]}"
+    return f"resize {shown} is smaller than the model's input of {recipe.size}x{recipe.size}, so every image would get black borders"
 
 
 def frozen_file(bundle: Bundle, batch_size: int) -> Path:
@@ -82,7 +111,8 @@ def load(folder: Path) -> Bundle:
     """Open a bundle; its weights are not read, see `verify_hash`.
 
     Raises:
-        ModelError: the card or the model is missing or damaged, or the model refers to files outside the folder.
+        ModelError: the card or the model is missing or damaged, the card's values make no sense together, or the model refers to files
+        outside the folder.
     """
     remedy = f"Remove {folder} and get the model again with imagemill get-model."
     try:
@@ -95,6 +125,13 @@ def load(folder: Path) -> Bundle:
         card = _card(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{folder / CARD} is damaged: {type(error).__name__}: {error}. {remedy}") from error
+    if problem := cropped_beyond(card.recipe):
+        raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
+    if len(card.labels) == 1 and card.scores is Scores.LOGITS:
+        raise ModelError(
+            f"{folder / CARD} has one label and the scores are logits: a softmax over one class is 1.0 for every image. Change scores to "
+            '"sigmoid".'
+        )
     if not (folder / MODEL).is_file():
         raise ModelError(f"{folder / MODEL} is missing, though {CARD} describes it. {remedy}")
     check_external_data(folder / MODEL)

@@ -120,8 +120,10 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
     logits, classes = _scores(name, model.graph, card.logits)
     producers = {output: node for node in model.graph.node for output in node.output if output}
     ends_in = _ending(producers, logits)
-    if card.scores is Scores.LOGITS and ends_in is not None:
-        said = "softmax" if ends_in == "Softmax" else "sigmoid"
+    if classes == 1 and ends_in == "Softmax":
+        raise UsageError(f"{name} ends in a Softmax over one class, which is 1.0 for every image. Export it without, for --scores sigmoid.")
+    if ends_in is not None and card.scores is not Scores.SOFTMAX and card.scores != ends_in.lower():
+        said = ends_in.lower()
         raise UsageError(f"{name} ends in a {ends_in}, so its scores are probabilities already, not logits. Add --scores {said}.")
     features = _features(name, model.graph, producers, logits, card.embedding)
     batch = dims[0] if isinstance(dims[0], int) else None
@@ -224,7 +226,10 @@ def _recipe(card: OnnxCard) -> Recipe:
         resize = card.resize
     else:
         resize = None if card.resize == "none" else squashed(card.resize)
-    return Recipe(size=size, resize=resize, interpolation=card.interpolation, exif=card.exif)
+    recipe = Recipe(size=size, resize=resize, interpolation=card.interpolation, exif=card.exif)
+    if problem := bundles.cropped_beyond(recipe):
+        raise UsageError(f"--{problem}. Give a --resize of at least {size}, or leave it out; --crop none takes the whole image.")
+    return recipe
 
 
 def _scores(name: str, graph: onnx.GraphProto, asked: str | None) -> tuple[str, int | None]:

@@ -40,6 +40,8 @@ _WRAPPER: Final = 1
 """Rises when the wrapping changes, so that bundles of an older one are built anew."""
 _TOLERANCE: Final = 1e-3
 """Between a picture's scores beside one neighbour and beside another, as a share of the largest score."""
+_NEAR_ONE: Final = 0.05
+"""How far the probabilities of a softmax may be from a sum of 1: those of a quantised one are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,28 +216,63 @@ def _judge(plan: Plan, answers: list[dict[str, NDArray[np.float32]]]) -> tuple[i
     name, scores = plan.file.name, answers[0]["logits"]
     if scores.shape[0] != 2 or (plan.classes is not None and scores.shape[1] != plan.classes):
         raise ModelError(f"{name}: {plan.logits} has the shape {scores.shape} for 2 pictures; scores are (n, {plan.classes or 'classes'}).")
-    for output, values in ((output, values) for answer in answers for output, values in answer.items()):
-        if not np.isfinite(values).all():
-            raise ModelError(f"{name} returns NaN or infinity ({output}) for a made-up picture. Check --mean, --std and --scale.")
-    again = answers[1]["logits"]
+    valid, valid_again = (_valid(answer) for answer in answers)
+    if not valid.any():
+        bad = next(output for output, values in answers[0].items() if not np.isfinite(values).all())
+        raise ModelError(f"{name} returns NaN or infinity ({bad}) for random images. Check --mean, --std and --scale.")
+    again = np.where(valid_again[:, None], answers[1]["logits"], 0)
+    scores = np.where(valid[:, None], scores, 0)
     slack = _TOLERANCE * max(1e-6, float(np.abs(scores).max()))
-    if max(float(np.abs(again[0] - scores[1]).max()), float(np.abs(again[1] - scores[1]).max())) > slack:
+    if (valid_again != valid[1]).any() or float(np.abs(again - scores[1]).max()) > slack:
         raise ModelError(
             f"{name} answers differently to one picture beside different neighbours, so its answers could not be relied on. Export it in "
             "evaluation mode, with an open batch."
         )
-    within = bool((scores >= 0).all() and (scores <= 1 + _TOLERANCE).all())
-    if plan.card.scores is Scores.SOFTMAX and not within:
-        raise UsageError(f"{name} returns scores from {scores.min():.4g} to {scores.max():.4g}, no probabilities. Leave --scores out.")
-    notes = []
-    if within and plan.ends_in is None and plan.card.scores is not Scores.SOFTMAX:
-        notes.append("note: scores lie between 0 and 1; if they are probabilities already, --scores softmax says so")
+    notes = _judge_scores(plan, scores[valid])
+    if not valid.all():
+        notes.append("note: it returned NaN or infinity for one of two random images; a job reports such images as invalid_output")
     has_embedding = plan.features is not None
     if plan.features is not None and not plan.features.asked:
         features = plan.features
         plain = features.classes in (None, scores.shape[1]) and features.features in (None, answers[0]["embedding"].shape[1])
         has_embedding = plain and answers[0]["embedding"].shape[0] == len(scores)
     return scores.shape[1], has_embedding, tuple(notes)
+
+
+def _valid(answer: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
+    """Tell for each of two images whether all of its outputs are finite."""
+    rows = [np.isfinite(values).all(axis=1) for values in answer.values() if len(values) == 2]
+    return np.asarray(np.logical_and.reduce(rows))
+
+
+def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
+    """Compare scores (n, classes) with what the card says they are. Returns notes. Raises: UsageError."""
+    name, kind, classes = plan.file.name, plan.card.scores, scores.shape[1]
+    if classes == 1 and kind is not Scores.SIGMOID:
+        raise UsageError(
+            f"{name} returns one score per image, and a softmax over one class is 1.0 for every image. Add --scores sigmoid, which makes "
+            "the score the probability of that class."
+        )
+    within = bool((scores >= 0).all() and (scores <= 1 + _TOLERANCE).all())
+    sums = scores.sum(axis=1, dtype=np.float64)
+    farthest = float(sums[np.abs(sums - 1).argmax()])
+    if kind is Scores.SOFTMAX:
+        if not within:
+            raise UsageError(f"{name} returns scores from {scores.min():.4g} to {scores.max():.4g}, no probabilities. Leave --scores out.")
+        if abs(farthest - 1) > _NEAR_ONE:
+            if plan.ends_in == "Softmax":
+                raise UsageError(f"{name}: its Softmax is not over the classes: an image's scores sum to {farthest:.4g}. Correct its axis.")
+            return [f"note: an image's scores sum to {farthest:.4g}, not 1; they are written as they are"]
+    elif within and plan.ends_in is None:
+        if classes > 1 and abs(farthest - 1) < _TOLERANCE:
+            raise UsageError(
+                f"{name}: the scores of each image lie between 0 and 1 and sum to 1, so they are probabilities already, not logits. "
+                "Add --scores softmax."
+            )
+        if classes > 1:
+            return ["note: scores lie between 0 and 1; if they are probabilities already, --scores softmax says so"]
+        return ["note: the score lies between 0 and 1; if it is a probability already, export the model without its last step"]
+    return []
 
 
 def _found(plan: Plan, classes: int, features: int) -> tuple[str, ...]:
