@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -241,13 +246,104 @@ def test_waits_double_and_the_server_may_ask_for_longer(server: Server, tmp_path
 
 
 def test_a_home_that_never_answers_is_one_clear_error(server: Server, tmp_path: Path) -> None:
-    """Attempts are counted and named; a dead address too."""
+    """Attempts are counted and named."""
     server.script = [serve(stall=0)]
     with pytest.raises(DownloadError, match=r"\(2 attempts\)"):
         download.fetch(server.url, tmp_path / "w", patience=download.Patience(timeout_s=0.2, attempts=2, backoff_s=0.01))
-    with pytest.raises(DownloadError, match=r"the connection failed .*refused.*\(2 attempts\)"):
-        download.fetch("http://127.0.0.1:9/w", tmp_path / "w", patience=download.Patience(timeout_s=0.2, attempts=2, backoff_s=0.01))
     assert "w" not in names(tmp_path)
+
+
+@pytest.fixture
+def offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy of the environment, little time for a connection, and no second attempt: waiting for one would fail the test."""
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"waits {seconds} s for another attempt")
+
+    monkeypatch.setattr(time, "sleep", wait)
+    monkeypatch.setattr(download, "CONNECT_S", 0.3)
+
+
+def unreachable(url: str, folder: Path) -> str:
+    """The error of a download from a server that cannot be reached."""
+    with pytest.raises(DownloadError, match="cannot be downloaded: ") as caught:
+        download.fetch(url, folder / "w", patience=download.Patience(timeout_s=60))
+    assert "imagemill get-model NAME --from FILE" in str(caught.value)
+    assert names(folder) == []
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_server_that_refuses_is_asked_once(scheme: str, tmp_path: Path) -> None:
+    """Nobody listens at the address."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(f"{scheme}://127.0.0.1:{port}/w", tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_name_that_cannot_be_resolved_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network; a resolver that does not answer is not waited for either."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    text = unreachable("https://weights.invalid/w", tmp_path)
+    assert "weights.invalid cannot be reached: Temporary failure in name resolution." in text
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(30) or [])
+    assert "weights.invalid cannot be reached: no connection within 0.3 s." in unreachable("https://weights.invalid/w", tmp_path)
+    released.set()
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a full queue refuses")
+def test_a_network_that_drops_packets_is_given_up(tmp_path: Path) -> None:
+    """A queue of connections that is full drops them, as a firewall does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(4):
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/w"
+        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(url, tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_server_that_does_not_speak_tls_is_given_up(tmp_path: Path) -> None:
+    """It takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/w"
+        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(url, tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_proxy_that_refuses_is_named(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it refuses the connection to the server or cannot be reached itself."""
+    monkeypatch.setenv("https_proxy", server.url.rsplit("/", 1)[0])
+    assert "127.0.0.1 cannot be reached: Tunnel connection failed: 501" in unreachable("https://weights.invalid/w", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable("https://weights.invalid/w", tmp_path)
+
+
+@pytest.mark.parametrize("before", [serve(cut=300_000), status(503)])
+def test_a_server_that_was_reached_is_asked_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Handler], None]
+) -> None:
+    """An outage after the first answer is waited for, though the server cannot be reached in it."""
+    connect, connections = socket.create_connection, iter([True, False, False])
+
+    def sometimes(*arguments: Any, **options: Any) -> socket.socket:
+        if next(connections, True):
+            return connect(*arguments, **options)
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+
+    monkeypatch.setattr(socket, "create_connection", sometimes)
+    server.script = [before, serve()]
+    assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
 
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/w", "file:///etc/passwd", "weights.pth", "http:///w"])

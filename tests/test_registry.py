@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -305,6 +306,18 @@ def test_what_run_cannot_use_as_a_model_is_named(models: Path, tmp_path: Path) -
         registry.resolve("some/model.onnx", models)
     with pytest.raises(UsageError, match=r"not a model bundle: it has no card\.json"):
         registry.resolve(str(tmp_path), models)
+
+
+def test_offline_the_installed_models_are_named(models: Path, lite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default model cannot be fetched: what is here already is named, random weights are not, and neither is what is not installed."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        monkeypatch.setenv("IMAGEMILL_MIRROR", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    with pytest.raises(DownloadError, match=r"Connection refused\..* efficientnet_lite0 is installed: use --model efficientnet_lite0\.$"):
+        registry.resolve("resnext101_32x4d", models)
+    registry.get(LITE, models, random_seed=3)
+    registry.get(f"{LITE}.mine", models, from_file=lite_file)
+    with pytest.raises(DownloadError, match=r" efficientnet_lite0\.mine is installed: use --model efficientnet_lite0\.mine\.$"):
+        registry.resolve("resnext101_32x4d", models)
 
 
 def test_a_package_that_is_not_installed_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import http.client
 import json
 import os
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -28,6 +30,8 @@ Progress = Callable[[int, int | None], None]
 """Called with bytes so far and in all (None where unknown)."""
 
 MIRROR_VARIABLE: Final = "IMAGEMILL_MIRROR"
+CONNECT_S: Final = 4.0
+"""Time for resolving a host's name, connecting to it and the TLS handshake. Who is offline hears of it within 5 s."""
 _CHUNK: Final = 2**18
 _RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -39,7 +43,7 @@ class Patience:
     timeout_s: float = 30.0
     """Without a byte for so long, the connection counts as stalled."""
     attempts: int = 6
-    """In a row without progress; 1 MiB of it starts the count again."""
+    """In a row without progress; 1 MiB of it starts the count again. A server that cannot be reached at first gets a single one."""
     backoff_s: float = 1.0
     """Wait before the second attempt; doubles with each."""
     longest_wait_s: float = 30.0
@@ -58,9 +62,62 @@ class _Part:
 class _Again(Exception):  # noqa: N818 - not an error yet
     """This attempt failed in a way that another may not."""
 
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, wait_s: float = 0.0, *, reached: bool = True) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
+        self.reached = reached
+        """Whether there was a connection."""
+
+
+class _UnreachableError(OSError):
+    """No connection to a server or proxy could be made."""
+
+
+class _Http(http.client.HTTPConnection):
+    """A connection that is made within `CONNECT_S`."""
+
+    def connect(self) -> None:
+        _connect(self, super().connect)
+
+
+class _Https(http.client.HTTPSConnection):
+    """The same with TLS."""
+
+    def connect(self) -> None:
+        _connect(self, super().connect)
+
+
+def _connect(connection: http.client.HTTPConnection, connect: Callable[[], None]) -> None:
+    """Call `connect` in a daemon thread: name resolution has no timeout, and each of a host's addresses gets a whole one."""
+    done: Future[None] = Future()
+
+    def call() -> None:
+        try:
+            connect()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, name="connect", daemon=True).start()
+    try:
+        done.result(CONNECT_S)
+    except ssl.SSLCertVerificationError:
+        raise
+    except TimeoutError as error:
+        raise _UnreachableError(f"{connection.host} cannot be reached: no connection within {CONNECT_S:g} s") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise _UnreachableError(f"{connection.host} cannot be reached: {reason}") from error
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Http, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Https, req, context=ssl.create_default_context())
 
 
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):
@@ -150,19 +207,24 @@ def _discard(partial: Path) -> None:
 
 
 def _complete(url: str, partial: Path, size: int | None, progress: Progress | None, patience: Patience, max_bytes: int) -> bool:
-    """Attempt until the partial file is complete; return whether it was glued from more than one answer."""
-    failures, resumed = 0, False
+    """Attempt until the partial file is complete; return whether it was glued from more than one answer.
+
+    A server that cannot be reached at the first attempt is not tried again: the machine is offline, or the address is wrong.
+    """
+    failures, resumed, reached = 0, False, False
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
             return _attempt(url, partial, size, progress, patience, max_bytes) or resumed
         except _Again as problem:
+            reached = reached or problem.reached
             now = partial.stat().st_size if partial.exists() else 0
             failures = 1 if now >= before + 2**20 else failures + 1
             resumed = resumed or now > 0
-            if failures >= patience.attempts:
+            if failures >= patience.attempts or not reached:
                 kept = f" {now} bytes are kept; the same command continues there." if now else ""
-                raise DownloadError(f"{url} cannot be downloaded: {problem} ({failures} attempts).{kept} {_remedy(url)}") from problem
+                count = f" ({failures} attempts)" if failures > 1 else ""
+                raise DownloadError(f"{url} cannot be downloaded: {problem}{count}.{kept} {_remedy(url)}") from problem
             time.sleep(min(patience.longest_wait_s, max(problem.wait_s, patience.backoff_s * 2 ** (failures - 1))))
 
 
@@ -195,6 +257,8 @@ def _attempt(url: str, partial: Path, size: int | None, progress: Progress | Non
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise DownloadError(f"{url} cannot be trusted: {reason.verify_message}. {_remedy(url)}") from error
+        if isinstance(reason, _UnreachableError):
+            raise _Again(str(reason), reached=False) from error
         if isinstance(reason, TimeoutError):
             raise _Again(f"no answer within {patience.timeout_s:g} s") from error
         raise _Again(f"the connection failed ({reason or type(error).__name__})") from error
@@ -212,8 +276,8 @@ def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
+        _HttpHandler(),
+        _HttpsHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from imagemill.errors import CheckpointError, ModelError, UsageError
+from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import checkpoint, download, efficientnet_lite, resnext, wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe
@@ -242,7 +242,25 @@ def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: downl
         return bundles.load(path)
     if path.is_dir() and published(model) is None:
         raise UsageError(f"--model {model} is a folder, but not a model bundle: it has no {bundles.CARD}.")
-    return get(model, models_dir, say=say, progress=progress)
+    try:
+        return get(model, models_dir, say=say, progress=progress)
+    except DownloadError as error:
+        names = _installed(models_dir)
+        if not names:
+            raise
+        verb = "is" if len(names) == 1 else "are"
+        raise DownloadError(f"{error} {', '.join(names)} {verb} installed: use --model {names[0]}.") from error
+
+
+def _installed(models_dir: Path) -> list[str]:
+    """Name the models that need no download: sound bundles with trained weights, and what installed packages carry."""
+    here = {row.name: row for row in listing(models_dir) if row.origin is not None}
+    names = [name for name, row in here.items() if row.origin != "damaged" and row.licence != "none"]  # as random weights have it
+    for entry in PUBLISHED.values():
+        package = entry.home.removeprefix("package:").partition("/")[0]
+        if entry.home.startswith("package:") and entry.name not in here and importlib.util.find_spec(package) is not None:
+            names.append(entry.name)
+    return names
 
 
 def listing(models_dir: Path) -> list[Row]:
