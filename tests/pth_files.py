@@ -6,6 +6,7 @@ write with `torch.load(weights_only=True)` (checked by hand: `tests/fixtures/mak
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -82,9 +83,25 @@ def state_dict(arrays: Mapping[str, np.ndarray], *, legacy: bool, python2: bool 
     return b"\x80\x02" + body + b"."
 
 
-def write_zip(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | None = None) -> Path:
+def training_state(value: object, arrays: dict[str, np.ndarray], *, legacy: bool) -> bytes:
+    """The pickle, without its frame, of mappings that hold arrays, which are added to `arrays`, and anything that Python can pickle."""
+    if isinstance(value, np.ndarray):
+        arrays[str(len(arrays))] = value
+        return tensor(str(len(arrays) - 1), value, legacy=legacy)
+    if isinstance(value, dict):
+        items = (pickled(key) + training_state(item, arrays, legacy=legacy) for key, item in value.items())
+        return b"}(" + b"".join(items) + b"u"
+    return pickled(value)
+
+
+def pickled(value: object) -> bytes:
+    """A value's pickle without its frame."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def write_zip(path: Path, arrays: Mapping[str, np.ndarray], program: bytes | None = None) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", state_dict(arrays, legacy=False) if pickle is None else pickle)
+        archive.writestr("archive/data.pkl", state_dict(arrays, legacy=False) if program is None else program)
         archive.writestr("archive/byteorder", "little")
         for index, array in enumerate(arrays.values()):
             archive.writestr(f"archive/data/{index}", np.ascontiguousarray(array).tobytes())
@@ -92,7 +109,7 @@ def write_zip(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | None
     return path
 
 
-def write_legacy(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | None = None, *, python2: bool = False) -> Path:
+def write_legacy(path: Path, arrays: Mapping[str, np.ndarray], program: bytes | None = None, *, python2: bool = False) -> Path:
     say = old_text if python2 else text
     sizes = b"".join(say(kind) + number(size) for kind, size in (("short", 2), ("int", 4), ("long", 4)))
     system = (
@@ -100,7 +117,7 @@ def write_legacy(path: Path, arrays: Mapping[str, np.ndarray], pickle: bytes | N
     )
     with path.open("wb") as file:
         file.write(LEGACY_MAGIC + LEGACY_PROTOCOL + system)
-        file.write(state_dict(arrays, legacy=True, python2=python2) if pickle is None else pickle)
+        file.write(state_dict(arrays, legacy=True, python2=python2) if program is None else program)
         file.write(b"\x80\x02](" + b"".join(say(str(index)) for index in range(len(arrays))) + b"e.")
         for array in arrays.values():
             file.write(struct.pack("<q", array.size))

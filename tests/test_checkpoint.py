@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import io
 import json
 import os
@@ -12,7 +15,8 @@ import struct
 import time
 import tracemalloc
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +110,190 @@ def safetensors_file(folder: Path, header: object, body: bytes) -> Path:
     path = folder / "w.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
     return path
+
+
+# ── what training programs write ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WEIGHTS = {
+    "conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "bn1.running_mean": np.float32([1, 2]),
+    "bn1.num_batches_tracked": np.array(7, np.int64),
+}
+AVERAGED = {name: np.asarray(array + array.dtype.type(1)) for name, array in WEIGHTS.items()}
+BN_ONLY = {name: AVERAGED[name] for name in AVERAGED if "bn1" in name}
+
+
+def prefixed(prefix: str, arrays: dict[str, np.ndarray] = WEIGHTS) -> dict[str, np.ndarray]:
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def adam() -> dict[str, Any]:
+    """The state of an optimizer, as `torch.save` gets it: tensors too, and settings that are no plain data."""
+    moments = {number: {"step": 3, "exp_avg": np.float32([1, 2]), "exp_avg_sq": np.float32([3, 4])} for number in range(2)}
+    return {"state": moments, "param_groups": [{"lr": np.float64(0.1), "betas": (0.9, 0.999), "params": [0, 1]}]}
+
+
+def clutter() -> dict[str, Any]:
+    """What stands beside the weights in a training program's checkpoint."""
+    return {
+        "epoch": 12,
+        "optimizer": adam(),
+        "Optimizer_by_name": prefixed("", AVERAGED),
+        "args": argparse.Namespace(lr=0.1, output=PurePosixPath("runs/1"), when=datetime.date(2026, 11, 27), classes={"a", "b"}),
+        "best_acc": np.float64(81.5),
+        "loss": np.array(0.25, np.float32),
+        "seen": frozenset({1}),
+        "by_pair": {(1, 2): "tuple"},
+        "history": collections.defaultdict(list, {"acc": [1.0, 2.0]}),
+        "milestones": collections.Counter([30, 60]),
+        "ordered": collections.OrderedDict(a=1),
+        "rng": b"bytes",
+    }
+
+
+def write_training_state(form: str, folder: Path, state: dict[str, Any]) -> Path:
+    arrays: dict[str, np.ndarray] = {}
+    program = pth_files.training_state(state, arrays, legacy=form == "legacy")
+    return WRITERS[form](folder / "w.pth", arrays, b"\x80\x02" + program + b".")
+
+
+def same(read: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return list(read) == list(expected) and all(np.array_equal(read[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize(
+    "keys", ["model", "net", "network", "module", "state_dict", "model_state_dict", "weights", "classifier", "model state_dict", "a b c"]
+)
+def test_a_state_dict_is_found_wherever_it_is_nested(keys: str, form: str, tmp_path: Path) -> None:
+    """Beside an optimizer's state, a namespace of arguments, numbers of NumPy, sets, dates and paths, none of which is needed or made."""
+    state: dict[str, Any] = WEIGHTS
+    for key in reversed(keys.split()):
+        state = clutter() | {key: state}
+    said: list[str] = []
+    assert same(checkpoint.read(write_training_state(form, tmp_path, state), said.append), WEIGHTS)
+    read = checkpoint.read(write_training_state(form, tmp_path, clutter() | WEIGHTS), said.append)
+    assert read.pop("loss") == 0.25
+    assert same(read, WEIGHTS), "not nested at all"
+    assert said == []
+
+
+PREFIXES = [
+    "module.",
+    "model.",
+    "_orig_mod.",
+    "net.",
+    "network.",
+    "model._orig_mod.",
+    "_orig_mod.module.",
+    "module.model.net.",
+    "model.module.",
+]
+
+
+@pytest.mark.parametrize("form", [*WRITERS, "safetensors"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_of_wrappers_are_dropped(prefix: str, form: str, tmp_path: Path) -> None:
+    """DataParallel's, torch.compile's and Lightning's, in any order, and for a part of the network; the loss's weights are left out."""
+    arrays = prefixed(prefix) | {"criterion.weight": np.float32([1]), "loss_fn.pos_weight": np.float32([1]), "n_averaged": np.array(3)}
+    arrays["layer1.module.0._orig_mod.weight"] = np.float32([5])
+    expected = WEIGHTS | {"layer1.0.weight": np.float32([5])}
+    path = tmp_path / "w.pth"
+    save_file(arrays, path) if form == "safetensors" else write_training_state(form, tmp_path, {"state_dict": arrays})
+    read = checkpoint.read(path)
+    assert same({name: read[name] for name in expected}, expected)
+    assert len(read) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        ({"model": WEIGHTS, "model_ema": prefixed("module.", AVERAGED) | {"n_averaged": np.array(9)}}, "'model_ema'), not the plain ones"),
+        ({"state_dict": WEIGHTS, "state_dict_ema": AVERAGED}, "'state_dict_ema'), not the plain ones ('state_dict'"),
+        ({"ema_state_dict": AVERAGED, "net": WEIGHTS}, "'ema_state_dict'), not the plain ones ('net'"),
+        ({"model": WEIGHTS, "ema": {"decay": 0.99, "module": AVERAGED}}, "'ema/module'), not the plain ones ('model'"),
+        ({"state_dict": prefixed("model.") | prefixed("ema_model.module.", AVERAGED)}, "'state_dict/ema_model.*'), not the plain ones"),
+        (prefixed("net.") | prefixed("model_ema.", AVERAGED), "'model_ema.*'), not the plain ones (the top level"),
+    ],
+)  # fmt: skip
+def test_averaged_weights_are_used_and_named(state: dict[str, Any], line: str, tmp_path: Path) -> None:
+    """Publishers evaluate with the EMA of the weights, and timm loads it; the line says which are used and which are not."""
+    said: list[str] = []
+    assert same(checkpoint.read(write_training_state("zip", tmp_path, {"optimizer": adam(), "epoch": 3} | state), said.append), AVERAGED)
+    assert len(said) == 1
+    assert said[0].startswith("w.pth: the EMA weights are used (")
+    assert line in said[0]
+
+
+def test_averaged_weights_alone_are_used(tmp_path: Path) -> None:
+    """There is nothing to choose."""
+    said: list[str] = []
+    assert same(checkpoint.read(write_training_state("zip", tmp_path, {"model_ema": AVERAGED}), said.append), AVERAGED)
+    assert said == []
+
+
+def test_averaged_weights_that_lack_parameters_are_not_used(tmp_path: Path) -> None:
+    """Some programs average trained parameters only, without running statistics, or spell their names in their own way."""
+    said: list[str] = []
+    path = write_training_state(
+        "zip",
+        tmp_path,
+        {"state_dict": prefixed("model.") | prefixed("model_ema.", BN_ONLY) | {"model_ema.xweight": WEIGHTS["conv1.weight"]}},
+    )
+    assert same(checkpoint.read(path, said.append), WEIGHTS)
+    assert said == ["w.pth: the EMA weights ('state_dict/model_ema.*') are not used: they have no 'conv1.weight'"]
+
+
+def test_several_models_are_not_mixed(tmp_path: Path) -> None:
+    """The usual key is preferred, and that is said; without one, and for two models under one key, the file is refused with both named."""
+    said: list[str] = []
+    path = write_training_state("zip", tmp_path, {"teacher": AVERAGED, "model": WEIGHTS})
+    assert same(checkpoint.read(path, said.append), WEIGHTS)
+    assert said == ["w.pth: the weights under 'model' are used, not those under 'teacher'"]
+    path = write_training_state("zip", tmp_path, {"student": WEIGHTS, "teacher": AVERAGED})
+    with pytest.raises(CheckpointError, match=r"several state dicts \('student', 'teacher'\): save the one that you want"):
+        checkpoint.read(path)
+    path = write_training_state("zip", tmp_path, {"state_dict": prefixed("model.") | prefixed("net.", AVERAGED)})
+    with pytest.raises(CheckpointError, match=r"two of its tensors are called 'conv1\.weight', one of them 'net\.conv1\.weight'"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_would_run_beside_the_weights_is_not_run(form: str, tmp_path: Path) -> None:
+    """It is data that nobody needs."""
+    state = {"state_dict": WEIGHTS, "args": Runs(os.system, f"touch {tmp_path / 'ran'}")}
+    assert same(checkpoint.read(write_training_state(form, tmp_path, state)), WEIGHTS)
+    assert os.listdir(tmp_path) == ["w.pth"]
+
+
+def test_only_the_tensors_that_are_used_are_read(tmp_path: Path) -> None:
+    """An optimizer's state is twice as large as the weights: it costs no memory, and damage in it does not matter."""
+    path = write_training_state("zip", tmp_path, {"state_dict": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": np.zeros(1_000_000)}}}})
+    tracemalloc.start()
+    try:
+        assert same(checkpoint.read(path), WEIGHTS)
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert same(checkpoint.read(repack(path, {"archive/data/3": bytes(7_999_000)})), WEIGHTS)
+
+
+@pytest.mark.parametrize("state", [argparse.Namespace(lr=1), {"model": argparse.Namespace(lr=1), "epoch": 3}])
+def test_a_pickled_object_instead_of_a_state_dict_is_named(state: Any, tmp_path: Path) -> None:
+    """As `torch.save(model)` writes it: its class cannot be made without running its code."""
+    with pytest.raises(CheckpointError, match=r"its pickle asks for 'argparse\.Namespace', which is none of the names"):
+        checkpoint.read(write_training_state("zip", tmp_path, state))
+
+
+def test_tensors_with_attributes_are_read(tmp_path: Path) -> None:
+    """PyTorch writes a Parameter that carries attributes in a way of its own."""
+    inner = pth_files.tensor("0", ARRAYS["a.weight"], legacy=False)
+    parameter = pth_files.name("torch._utils", "_rebuild_parameter_with_state") + b"(" + inner + b"\x88N}tR"
+    call, rest = pth_files.name("torch._utils", "_rebuild_tensor_v2"), inner[len(pth_files.name("torch._utils", "_rebuild_tensor_v2")) : -1]
+    subclass = pth_files.name("torch._tensor", "_rebuild_from_type_v2") + b"(" + call + pth_files.name("my.own", "Tensor") + rest + b"}tR"
+    program = b"\x80\x02}(" + pth_files.text("a.weight") + parameter + pth_files.text("b.weight") + subclass + b"u."
+    read = checkpoint.read(pth_files.write_zip(tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program))
+    assert same(read, {"a.weight": ARRAYS["a.weight"], "b.weight": ARRAYS["a.weight"]})
 
 
 # ── hostile pickles ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -167,11 +167,10 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
         model.build({"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
 
 
-def test_names_left_by_training_on_several_gpus_map_too() -> None:
-    """A `module.` before every name is dropped; num_batches_tracked may be there for some, all or none."""
+def test_counters_of_batches_are_ignored() -> None:
+    """num_batches_tracked may be there for some, all or none; so may numbers of the training beside the layers."""
     model = resnext.ARCHITECTURES["resnext50_32x4d"]
-    arrays = {f"module.{name}": array for name, array in model.random(0).items()}
-    arrays["module.bn1.num_batches_tracked"] = np.array(3)
+    arrays = {**model.random(0), "bn1.num_batches_tracked": np.array(3), "loss": np.float32(0.5).reshape(())}
     assert model.build(arrays).graph.node[-1].op_type == "Gemm"
 
 

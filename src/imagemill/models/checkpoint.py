@@ -15,7 +15,7 @@ import errno
 import io
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import IO, Any, Final
@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError
-from imagemill.models.pickled import Machine, Refused, Tensor, itemsize, kind, raw_dtype, shown
+from imagemill.models import state_dicts
+from imagemill.models.pickled import Foreign, Machine, Refused, Tensor, itemsize, kind, raw_dtype, shown
 
 Array = NDArray[Any]
 
@@ -35,26 +36,36 @@ DIRECTORY_BYTES: Final = 16 * 2**20
 
 _LEGACY_MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _LEGACY_PROTOCOL: Final = 1001
+_PLAIN: Final = ("numpy", "collections ", "datetime ", "pathlib ", "__builtin__ frozenset", "builtins frozenset", "_codecs encode")
+"""Names whose calls make plain values, which some programs save among the parameters."""
+_DEEPEST: Final = 3
+"""Mappings around a state dict, besides the outermost."""
 
-_WRAPPERS: Final = ("state_dict", "model_state_dict")
+
+def _silent(_: str) -> None:
+    """Say nothing."""
 
 
-def read(path: Path) -> dict[str, Array]:
+def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
     """Read a checkpoint's parameters by name, in the order of the file.
 
-    16-bit floats become float32, other types stay. A state dict wrapped as `{"state_dict": …}` is unwrapped. Arrays may be read-only
-    and may share memory where the file shares storages.
+    16-bit floats become float32, other types stay. Arrays may be read-only and may share memory where the file shares storages. The state
+    dict may be nested in other mappings, beside anything else; see `state_dicts` for which is taken and how its names are shortened.
+
+    Args:
+        path: the file.
+        say: takes one line if the file has several state dicts: which is used.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, is none of the three formats, or holds more than tensors; says what is
-            wrong and what to do. No other exception leaves this function for whatever bytes the file holds.
+        CheckpointError: the file cannot be read, is damaged, is none of the three formats, or has no state dict; says what is wrong and
+            what to do. No other exception leaves this function for whatever bytes the file holds.
     """
     try:
         with path.open("rb") as file:
             head = file.read(16)
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            return _read(path, file, head, size)
+            return _read(path, file, head, size, lambda line: say(f"{path.name}: {line}"))
     except Refused as reason:
         raise CheckpointError(f"{path}: {reason}. Nothing in it was run. Get the file again from its publisher.") from None
     except OSError as error:
@@ -68,13 +79,13 @@ def read(path: Path) -> dict[str, Array]:
         raise CheckpointError(f"{path}: damaged ({what}). Nothing in it was run. Get the file again from its publisher.") from error
 
 
-def _read(path: Path, file: IO[bytes], head: bytes, size: int) -> dict[str, Array]:
+def _read(path: Path, file: IO[bytes], head: bytes, size: int, say: Callable[[str], None]) -> dict[str, Array]:
     if head[:4] == b"PK\x03\x04":
-        return _read_zip(file, size)
+        return _read_zip(file, size, say)
     if head[:15] == _LEGACY_MAGIC:
-        return _read_legacy(file, size)
+        return _read_legacy(file, size, say)
     if len(head) > 8 and head[8:9] == b"{":
-        return _read_safetensors(path, size)
+        return state_dicts.choose({"": _read_safetensors(path, size)}, say)
     raise Refused(_strange(head, size))
 
 
@@ -116,7 +127,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
 # ── zip .pth ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_zip(file: IO[bytes], size: int) -> dict[str, Array]:
+def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
     _check_zip_directory(file, size)
     try:
         archive = zipfile.ZipFile(file)
@@ -135,11 +146,12 @@ def _read_zip(file: IO[bytes], size: int) -> dict[str, Array]:
             raise Refused(f"{program.filename} has {program.file_size} bytes, more than the {PICKLE_BYTES} that a checkpoint can need")
         machine = Machine(size)
         root = machine.run(io.BytesIO(archive.read(program)))
-        tensors = _state_dict(root, size)
+        tensors = _state_dict(root, size, say)
+        needed = {tensor.storage.key for tensor in tensors.values()}
 
         raw: dict[str, Array] = {}
         total = 0
-        for storage in machine.storages.values():
+        for storage in (machine.storages[key] for key in machine.storages if key in needed):
             name = f"{prefix}data/{storage.key}"
             member = members.get(name)
             expected = storage.count * itemsize(storage.dtype)
@@ -194,7 +206,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 # ── legacy .pth ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_legacy(file: IO[bytes], size: int) -> dict[str, Array]:
+def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
     stream = io.BytesIO(file.read(PICKLE_BYTES))
     machine = Machine(size)
     machine.run(stream)  # the magic number, seen already
@@ -208,14 +220,17 @@ def _read_legacy(file: IO[bytes], size: int) -> dict[str, Array]:
     keys = machine.run(stream)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise Refused("the list of its storages is damaged")
-    tensors = _state_dict(root, size)
+    tensors = _state_dict(root, size, say)
+    needed = {tensor.storage.key for tensor in tensors.values()}
 
     raw: dict[str, Array] = {}
     position = stream.tell()
+    passed = set()
     for key in keys:
         storage = machine.storages.get(key)
-        if storage is None or key in raw:
-            raise Refused(f"its list of storages names {shown(key)} {'twice' if key in raw else 'which no tensor uses'}")
+        if storage is None or key in passed:
+            raise Refused(f"its list of storages names {shown(key)} {'twice' if key in passed else 'which no tensor uses'}")
+        passed.add(key)
         file.seek(position)
         length = file.read(8)
         count = struct.unpack("<q", length)[0] if len(length) == 8 else 0
@@ -224,9 +239,10 @@ def _read_legacy(file: IO[bytes], size: int) -> dict[str, Array]:
         need = count * itemsize(storage.dtype)
         if len(length) < 8 or position + 8 + need > size:
             raise Refused(f"it ends at byte {size}, inside storage {key} of {storage.count} elements; the download was probably cut")
-        raw[key] = np.fromfile(file, raw_dtype(storage.dtype), count)
+        if key in needed:
+            raw[key] = np.fromfile(file, raw_dtype(storage.dtype), count)
         position += 8 + need
-    if missing := [key for key in machine.storages if key not in raw]:
+    if missing := [key for key in machine.storages if key in needed - passed]:
         raise Refused(f"storage {shown(missing[0])} is missing, which the pickle refers to")
     return {name: _array(tensor, raw) for name, tensor in tensors.items()}
 
@@ -262,22 +278,42 @@ def _from_bfloat16(bits: Array) -> NDArray[np.float32]:
     return upper.view(np.float32)
 
 
-def _state_dict(root: object, size: int) -> dict[str, Tensor]:
+def _state_dict(root: object, size: int, say: Callable[[str], None]) -> dict[str, Tensor]:
     """Pick the mapping of names to tensors out of what the pickle described."""
-    if isinstance(root, dict):
-        for wrapper in _WRAPPERS:
-            if isinstance(root.get(wrapper), dict):
-                root = root[wrapper]
-                break
-    if not isinstance(root, dict):
-        raise Refused(f"it holds {kind(root)}, not a mapping of parameter names to tensors")
     tensors: dict[str, Tensor] = {}
     total = 0
-    for name, value in root.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise Refused(f"its entry {shown(name)} is {kind(value)}, not a tensor")
+    for name, value in state_dicts.choose(_found(root), say).items():
         total += prod(value.size) * itemsize(value.storage.dtype)
         if total > 2 * size:  # twice: tied weights share their storage
             raise Refused(f"its tensors claim more than {2 * size} bytes, in a file of {size}")
         tensors[name] = value
     return tensors
+
+
+def _found(root: object) -> dict[str, dict[str, Tensor]]:
+    """Return every mapping in the checkpoint that holds parameters by name, with the path to it. Raises: Refused if there is none."""
+    if not isinstance(root, dict):
+        raise Refused(f"it holds {kind(root)}, not a mapping of parameter names to tensors")
+    found: dict[str, dict[str, Tensor]] = {}
+    mappings: list[tuple[str, dict[Any, Any]]] = [("", root)]
+    seen = {id(root)}
+    for path, mapping in mappings:  # grows meanwhile
+        if tensors := {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}:
+            found[path] = tensors
+        for name, value in mapping.items():
+            if isinstance(name, str) and isinstance(value, dict) and id(value) not in seen and path.count("/") < _DEEPEST:
+                seen.add(id(value))
+                if "optim" not in name.lower():
+                    mappings.append((f"{path}/{name}" if path else name, value))
+    # Metrics and schedulers keep tensors too, but call none of them a weight.
+    found = {path: tensors for path, tensors in found.items() if any(name.endswith("weight") for name in tensors)} or found
+    for path, mapping in mappings:
+        for value in mapping.values():
+            if isinstance(value, Foreign) and not found:
+                raise Refused(f"{value.refusal}; there is no state dict in it, as torch.save(model.state_dict(), FILE) would write")
+            if isinstance(value, Foreign) and path in found and value.called and not value.full.startswith(_PLAIN):
+                raise Refused(value.refusal)  # among the parameters themselves: the file is not what it is said to be
+    if not found:
+        entry = next(((name, value) for name, value in root.items()), None)
+        raise Refused(f"its entry {shown(entry[0])} is {kind(entry[1])}, not a tensor" if entry else "it holds an empty mapping")
+    return found

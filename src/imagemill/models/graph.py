@@ -67,7 +67,8 @@ def count(shapes: Shapes) -> int:
 def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> None:
     """Compare a checkpoint's arrays with the architecture's parameters.
 
-    `num_batches_tracked`, which files of 2017 lack and inference does not need, may be there or not.
+    `num_batches_tracked`, which files of 2017 lack and inference does not need, may be there or not. So may single numbers of the training,
+    such as its loss, whose names belong to no layer.
 
     Raises:
         CheckpointError: lists every missing, extra, misshapen and not numeric parameter at once.
@@ -86,7 +87,7 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
             problems.append(f"damaged: {name} holds a negative variance")
     for name in arrays:
         counter = name.endswith(".num_batches_tracked") and f"{name.removesuffix('num_batches_tracked')}running_var" in shapes
-        if name not in shapes and not counter:
+        if name not in shapes and not counter and (arrays[name].ndim or "." in name):
             problems.append(f"extra: {name} {arrays[name].shape}")
     if problems:
         lines = problems[:LISTED] + ([f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else [])

@@ -2,7 +2,8 @@
 
 A pickle is a program. It is not given to Python's unpickler here. `Machine` interprets the two dozen opcodes that describe plain
 data, and where the program names something to call, the name is looked up in a closed table: nothing is imported, nothing is called.
-Every other opcode and name is refused, and the message says which. What a program can make this module allocate is bounded by the size
+What is made with a name outside the table, such as a command's arguments, becomes a `Foreign` value, which only knows this name. Every
+other opcode is refused, and the message says which. What a program can make this module allocate is bounded by the size
 of its file: tensors may not be larger than their storage, storages not larger than the file, and it has a budget of opcodes.
 """
 
@@ -37,6 +38,8 @@ _CALLABLES: Final = frozenset(
         "torch._utils _rebuild_tensor",
         "torch._utils _rebuild_tensor_v2",
         "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_parameter_with_state",
+        "torch._tensor _rebuild_from_type_v2",
     }
 )
 
@@ -50,6 +53,21 @@ class _Name:
     """A name that the pickle mentions and the table admits. It stands for the thing and is never resolved."""
 
     full: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Foreign:
+    """A value that is not made, because the table does not admit the name of its class or function."""
+
+    full: str
+    called: bool = False
+    """Whether a function or class was called, and not an object of a class described."""
+
+    @property
+    def refusal(self) -> str:
+        """Why a file that needs this value is refused."""
+        dotted = shown(self.full.replace(" ", "."))
+        return f"refused: its pickle asks for {dotted}, which is none of the names that a checkpoint needs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +96,8 @@ class Tensor:
 
 _CONSTANTS: Final[dict[str, object]] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS: Final = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE".split()
+    "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE "
+    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
 )
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -111,6 +130,8 @@ class Machine:
             return items
 
         def top(wanted: type) -> Any:
+            if stack and isinstance(stack[-1], Foreign):
+                return wanted()  # what it would hold is dropped
             if not stack or type(stack[-1]) is not wanted:
                 raise Refused(f"its pickle wants a {wanted.__name__} where there is none")
             return stack[-1]
@@ -168,16 +189,31 @@ class Machine:
                 elif code == "SETITEMS":
                     items = pop_to_mark()
                     _filled(top(dict), items)
+                elif code == "EMPTY_SET":
+                    stack.append(Foreign("builtins set"))
+                elif code == "ADDITEMS":
+                    items = pop_to_mark()
+                    top(list)
+                elif code == "FROZENSET":
+                    items = pop_to_mark()
+                    stack.append(Foreign("builtins frozenset"))
                 elif code == "GLOBAL":
-                    stack.append(_admitted(argument))
+                    stack.append(_named(argument))
                 elif code == "STACK_GLOBAL":
                     name, module = pop(), pop()
                     if not isinstance(name, str) or not isinstance(module, str):
                         raise Refused("its pickle names something with what is not text")
-                    stack.append(_admitted(f"{module} {name}"))
+                    stack.append(_named(f"{module} {name}"))
                 elif code == "REDUCE":
                     arguments, function = pop(), pop()
                     stack.append(_built(function, arguments))
+                elif code in {"NEWOBJ", "NEWOBJ_EX"}:
+                    for _ in range(1 if code == "NEWOBJ" else 2):
+                        pop()  # arguments
+                    made = pop()
+                    if not isinstance(made, Foreign):
+                        raise Refused(f"its pickle uses the opcode {code} at byte {at} on {kind(made)}")
+                    stack.append(Foreign(made.full))
                 elif code == "BUILD":
                     pop()  # the module versions that PyTorch hangs onto a state dict; not needed
                     top(dict)
@@ -185,6 +221,8 @@ class Machine:
                     stack.append(self._storage(pop()))
                 elif code == "STOP":
                     result = pop()
+                    if isinstance(result, Foreign):
+                        raise Refused(result.refusal)
                     if stack or marks:
                         raise Refused("its pickle ends with values left over")
                     return result
@@ -194,9 +232,11 @@ class Machine:
             raise Refused(f"its pickle is damaged ({str(error)[:200]})") from None
         raise Refused("its pickle has no end")
 
-    def _storage(self, identity: object) -> Storage:
+    def _storage(self, identity: object) -> Storage | Foreign:
         """Read the persistent id of a storage: `("storage", type, key, device, elements[, view])`."""
         match identity:
+            case ("storage", Foreign() as foreign, *_):
+                return foreign
             case ("storage", _Name(full=storage_type), str(key), str(), int(count)):
                 start, length = 0, count
             case ("storage", _Name(full=storage_type), str(key), str(), int(count), None):
@@ -220,26 +260,24 @@ class Machine:
         return Storage(key, dtype, count, start, length)
 
 
-def _admitted(full: Any) -> _Name:
-    if full in _CALLABLES or full in _STORAGES:
-        return _Name(full)
-    dotted = full.replace(" ", ".")
-    raise Refused(f"refused: its pickle asks for {shown(dotted)}, which is none of the names that a checkpoint needs")
+def _named(full: Any) -> _Name | Foreign:
+    return _Name(full) if full in _CALLABLES or full in _STORAGES else Foreign(str(full))
 
 
 def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
-    """Add keys and values that alternate. Only plain keys: hashing nested tuples can take exponential time."""
+    """Add keys and values that alternate. Only plain keys are kept: hashing nested tuples can take exponential time."""
     if len(items) % 2:
         raise Refused("its pickle has a key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | None):
-            raise Refused(f"its pickle uses {kind(key)} as a key")
-        target[key] = value
+        if isinstance(key, str | bytes | int | float | None):
+            target[key] = value
     return target
 
 
 def _built(function: object, arguments: object) -> object:
-    """Do what the five admitted callables would do."""
+    """Do what the admitted callables would do."""
+    if isinstance(function, Foreign):
+        return Foreign(function.full, called=True)
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
         raise Refused(f"its pickle calls {kind(function)}")
     match function.full, arguments:
@@ -256,8 +294,12 @@ def _built(function: object, arguments: object) -> object:
             return _tensor(storage, offset, size, stride)
         case "torch._utils _rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *rest) if 2 <= len(rest) <= 3:
             return _tensor(storage, offset, size, stride)
-        case "torch._utils _rebuild_parameter", (Tensor() as tensor, _, _):
+        case "torch._utils _rebuild_parameter" | "torch._utils _rebuild_parameter_with_state", (Tensor() as tensor, _, _, *_):
             return tensor
+        case "torch._tensor _rebuild_from_type_v2", (_Name() as inner, _, tuple() as rest, _):  # a tensor with attributes
+            return _built(inner, rest)
+        case _, (Foreign() as foreign, *_):
+            return foreign
     raise Refused(f"its pickle calls {function.full.replace(' ', '.')} with arguments that do not fit")
 
 
@@ -299,6 +341,8 @@ def kind(value: object) -> str:
         return "a tensor"
     if isinstance(value, _Name):
         return f"the name {value.full.replace(' ', '.')}"
+    if isinstance(value, Foreign):
+        return f"an object of {shown(value.full.replace(' ', '.'))}"
     return f"a value of type {type(value).__name__}"
 
 

@@ -404,7 +404,7 @@ def _make(
     else:
         home = url or download.mirrored(entry.home if entry else "")
         say(f"{name}: downloading {home}")
-        weights = _from_url(name, architecture, models_dir, home, url is not None, progress, patience)
+        weights = _from_url(name, architecture, models_dir, home, url is not None, say, progress, patience)
     made = _bundle(name, architecture, weights, models_dir)
     if "NC" in made.card.licence.split("-"):
         say(f"{name}: licence {made.card.licence}: not for commercial use")
@@ -426,7 +426,7 @@ def _random(architecture: str, seed: int) -> _Weights:
 
 
 def _from_file(name: str, architecture: str, file: Path, say: Say) -> _Weights:
-    arrays = checkpoint.read(file)
+    arrays = checkpoint.read(file, say)
     digest = bundles.sha256(file)
     known = _recognised(architecture, digest)
     named = published(name)
@@ -466,14 +466,21 @@ def _from_package(entry: Published) -> _Weights:
 
 
 def _from_url(
-    name: str, architecture: str, models_dir: Path, url: str, by_hand: bool, progress: download.Progress | None, patience: download.Patience
+    name: str,
+    architecture: str,
+    models_dir: Path,
+    url: str,
+    by_hand: bool,
+    say: Say,
+    progress: download.Progress | None,
+    patience: download.Patience,
 ) -> _Weights:
     entry = published(name)
     target = models_dir / ".downloads" / name
     prefix = entry.sha256_prefix if entry else None
     digest = download.fetch(url, target, sha256_prefix=prefix, progress=progress, patience=patience)
     try:
-        arrays = checkpoint.read(target)
+        arrays = checkpoint.read(target, say)
     except CheckpointError as error:
         raise CheckpointError(f"{url} sent a file that is no checkpoint, which was removed. {error}") from error
     finally:

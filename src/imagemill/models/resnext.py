@@ -76,14 +76,11 @@ class ResNeXt:
         """Turn a checkpoint's arrays into ONNX.
 
         Args:
-            arrays: name → array under torchvision's or Cadene's names; a leading `module.` on all of them, which training on several
-                GPUs leaves behind, is dropped.
+            arrays: name → array under torchvision's or Cadene's names.
 
         Raises:
             CheckpointError: parameters are missing, extra or misshapen; lists them under the names that the file uses.
         """
-        if arrays and all(name.startswith("module.") for name in arrays):
-            arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
         shapes = self.shapes()
         if is_cadene(arrays):
             graph.check(arrays, {cadene_name(name): shape for name, shape in shapes.items()}, self.name)
