@@ -174,6 +174,19 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     assert any("the published sha256 begins with 57934424" in line for line in said)
 
 
+def test_a_checkpoint_of_a_training_program_makes_the_same_model(models: Path, lite_file: Path, tmp_path: Path) -> None:
+    """Nested and trained on several GPUs, with averaged weights beside: these are used, and the graph is that of the bare file."""
+    model = registry.ARCHITECTURES[LITE]
+    arrays: dict[str, np.ndarray] = {}
+    averaged, plain = ({f"module.{name}": array for name, array in model.random(seed).items()} for seed in (5, 6))
+    program = pth_files.training_state({"epoch": 3, "model": plain, "model_ema": averaged}, arrays, legacy=False)
+    file = pth_files.write_zip(tmp_path / "training.pth", arrays, b"\x80\x02" + program + b".")
+    said: list[str] = []
+    nested = registry.get(f"{LITE}.nested", models, from_file=file, say=said.append)
+    assert nested.card.sha256 == registry.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
+    assert "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')" in said
+
+
 def test_a_file_by_hand_with_the_published_hash_is_verified(models: Path) -> None:
     """Whatever the file is called."""
     made = registry.get(LITE, models)
