@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+import helpers
+import pictures
 from imagemill import codec, groups, processor, quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
@@ -335,6 +338,20 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path
     assert int8["accepted"] is True
     assert int8["ignored"] == ["first/WithoutBiases", "second/WithoutBiases"]
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{int8['key']}.bin", f"int8-{int8['key']}.xml"]
+
+
+def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models_dir: Path) -> None:
+    """Those that are NaN in both precisions are left out of the verdict, and the others are compared."""
+    made = bundles.load(shutil.copytree(models_dir / "spoilt", tmp_path / "spoilt"))
+    white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
+    images = {
+        f"{number}.png": white if number % 4 == 0 else pictures.encode(pictures.photograph(40, 40, number), "PNG") for number in range(12)
+    }
+    entries = tuple(entries_of(helpers.fill(tmp_path / "p", images)))
+    asked = trial.Trial(made, (str(tmp_path / "p"),), entries, (0,), Limits(), (Precision.BF16,), calibration=0, held_out=12)
+    verdict = trial.carry_out(asked)["bf16"]["verdict"]
+    assert verdict["pictures"] == 9
+    assert verdict["agreement"] > 0.5
 
 
 def test_fewer_pictures_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
