@@ -23,6 +23,7 @@ _TRAINING: Final = re.compile(r"(?:criterion|loss|loss_fn)\.|(?:n_averaged|initt
 """What training alone needs: weights of classes in the loss, and counters of averages."""
 _PREFERRED: Final = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 """Of several state dicts the first of these is used."""
+_LISTED: Final = 5
 _NO_PARAMETER: Final = ".num_batches_tracked"
 
 
@@ -64,9 +65,8 @@ def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> 
                 say(f"the EMA weights are used ({_place(path)}), not the plain ones ({_place(used)})")
             return tensors
         say(f"the EMA weights ({_place(path)}) are not used: they have no {shown(missing[0])}")
-    others = [_place(path) for path in plain if path != used]
-    if others:
-        say(f"the weights under {_place(used)} are used, not those under {', '.join(others)}")
+    if others := [path for path in plain if path != used]:
+        say(f"the weights under {_place(used)} are used, not those under {_places(others)}")
     return plain.get(used, {})
 
 
@@ -78,7 +78,12 @@ def _preferred(groups: Mapping[str, object]) -> str:
         for path in groups:
             if key in path.split("/"):
                 return path
-    raise Refused(f"it has several state dicts ({', '.join(map(_place, groups))}): save the one that you want in a file of its own")
+    raise Refused(f"it has several state dicts ({_places(list(groups))}): save the one that you want in a file of its own")
+
+
+def _places(paths: list[str]) -> str:
+    more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
+    return ", ".join(map(_place, paths[:_LISTED])) + more
 
 
 def _place(path: str) -> str:
