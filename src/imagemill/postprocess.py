@@ -68,7 +68,8 @@ def check_model(stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Output
     rng = np.random.default_rng(0)
     for low, high in _TEST_RANGES:
         batch = Batch(rng.integers(low, high, shape, np.uint8), job.batch_size, ())
-        if any(_valid(outputs).any() for _, outputs in stream([batch])):
+        answers = list(stream([batch]))  # to its end, so that nothing stays in flight
+        if any(_valid(outputs).any() for _, outputs in answers):
             return
     if job.precision is Precision.FP32:
         remedy = "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the model again, or use another one."
