@@ -30,8 +30,8 @@ Progress = Callable[[int, int | None], None]
 """Called with bytes so far and in all (None where unknown)."""
 
 MIRROR_VARIABLE: Final = "IMAGEMILL_MIRROR"
-CONNECT_S: Final = 4.0
-"""Time for resolving a host's name, connecting to it and the TLS handshake. Who is offline hears of it within 5 s."""
+CONNECT_S: Final = 3.0
+"""Time for resolving a host's name, connecting and the TLS handshake: offline, a command then fails within 5 s, its start included."""
 _CHUNK: Final = 2**18
 _RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
