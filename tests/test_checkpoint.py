@@ -382,7 +382,7 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "huge shape": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))), "does not fit into its storage 0 of 12"),
         "stretched": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))), f"of {2**40} elements, the last at 0,"),
         "empty but endless": (one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))), "has an impossible shape"),
-        "key of doubling tuples": (b"\x80\x02}" + doubling + b"Ns.", "uses a value of type tuple as a key"),
+        "key of doubling tuples": (b"\x80\x02}" + doubling + b"Ns.", "holds an empty mapping"),
         "doubling tuples": (b"\x80\x02" + doubling + b".", "holds a value of type tuple"),
         "many opcodes": (b"\x80\x02" + b"N" * 1_000_001 + b".", "more than 1000000 opcodes"),
         "nested": (b"\x80\x02" + b"(" * 20_000 + b"l" * 20_000 + b".", "holds a value of type list"),
