@@ -5,8 +5,14 @@ from __future__ import annotations
 import io
 import os
 import random
+import struct
+import subprocess
+import sys
 import threading
 import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,11 +21,13 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
+import encoded
+import mutations
 import pictures
 from imagemill.images import decode as module
-from imagemill.images import pillow, preprocess
+from imagemill.images import pillow, png, preprocess
 from imagemill.images.decode import decode, decode_into
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 
@@ -180,6 +188,263 @@ def test_broken_exif_costs_nothing(block: bytes) -> None:
         warnings.simplefilter("ignore")
         expected = pillow._pillow_orientation(image)
     assert (decoded.width, decoded.height) == ((14, 20) if expected >= 5 else (20, 14))
+
+
+CASES = Path(__file__).with_name("cases")
+
+
+def test_damaged_png_pixels_are_never_ok() -> None:
+    """A PNG whose compressed pixels are damaged under right checksums has Pillow's verdict: no image with black rows is ok."""
+    judged = Counter()
+    for at in range(2, 1500, 13):
+        data = pictures.png_with_wrong_deflate(at)
+        decoded, difference = mutations.compare(data)
+        assert difference is None, at
+        judged[decoded.status] += 1
+    assert judged[Status.CORRUPT] > 80, judged
+    decoded = decode((CASES / "png_broken_deflate_crc_ok.png").read_bytes(), RECIPE, LIMITS)
+    assert (decoded.status, decoded.error) == (Status.CORRUPT, "broken data stream when reading image file")
+
+
+def test_mutated_images_are_judged_as_pillow_judges_them() -> None:
+    """Of mutated files of all formats, none is ok that Pillow refuses, none is refused that it reads, and the pixels are the same."""
+    found = [(name, mutations.compare(data)[1]) for name, data in mutations.cases(600, 7)]
+    assert [case for case in found if case[1] is not None and case[1] not in mutations.EXCEPTIONS] == []
+
+
+def test_mutations_cover_every_format() -> None:
+    """A sample of each format that is decoded is there, whole, and read by that format's plugin."""
+    read = {mutations.reference(make()).format for make in encoded.SAMPLES.values()}
+    assert {str(name).upper() for name in read} - {"MPO"} == set(pillow.FORMATS)
+
+
+def test_the_size_is_checked_before_the_pixels_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No format is decoded before its size is checked, nor a second time, which would be silent after an error."""
+    events: list[str] = []
+    load, check = ImageFile.ImageFile.load, pillow.check_budget
+
+    def noted_load(image: ImageFile.ImageFile) -> object:
+        if image.tile:
+            events.append("load")
+        return load(image)
+
+    def noted_check(width: int, height: int, limits: Limits) -> None:
+        events.append("check")
+        check(width, height, limits)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", noted_load)
+    monkeypatch.setattr(pillow, "check_budget", noted_check)
+    for name, make in encoded.SAMPLES.items():
+        events.clear()
+        decode(make(), SMALL, LIMITS)
+        assert events.count("load") <= 1, name
+        # simplejpeg decodes JPEGs; Pillow decodes icons as it opens them, within its own limit
+        assert name.split()[0] in {"JPEG", "MPO", "ICO"} or events[0] == "check", name
+
+
+def test_settings_of_others_do_not_hide_truncation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that tells Pillow to load truncated images does not change what imagemill answers."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for name in ("PNG", "GIF", "BMP", "TGA"):
+        data = encoded.SAMPLES[name]()
+        assert decode(data[: len(data) * 2 // 3], SMALL, LIMITS).status is Status.TRUNCATED, name
+
+
+def test_the_reason_of_a_plugin_is_told() -> None:
+    """A file that its plugin recognises and refuses has the plugin's reason; no later plugin guesses at it."""
+    data = bytearray(encoded.SAMPLES["BMP"]())
+    data[14] = 7
+    decoded = decode(bytes(data), SMALL, LIMITS)
+    assert decoded.status is Status.UNSUPPORTED
+    assert str(decoded.error).endswith("Unsupported BMP header type (7)")
+    data = bytearray(encoded.SAMPLES["PCD"]())
+    data[:3] = b"\0\0\2"  # a cursor's
+    data[4] = 1
+    with pytest.raises(OSError, match="Unsupported BMP header type"):
+        Image.open(io.BytesIO(data))
+    assert decode(bytes(data), SMALL, LIMITS).status is Status.UNSUPPORTED
+
+
+def test_a_damaged_icon_is_recognised() -> None:
+    """An icon that is cut short is truncated, not a file of no known format."""
+    data = encoded.SAMPLES["ICO"]()
+    assert decode(data[: len(data) // 2], SMALL, LIMITS).status is Status.TRUNCATED
+
+
+def test_a_pcx_without_its_palette_is_truncated() -> None:
+    """A PCX that is cut within the palette at its end is not shown in grey; one that declares itself grey is."""
+    data = encoded.SAMPLES["PCX palette"]()
+    decoded = decode(data[:-100], SMALL, LIMITS)
+    assert (decoded.status, decoded.error) == (Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours")
+    grey = bytearray(data[:-769])
+    grey[68] = 2
+    ok(bytes(grey), SMALL)
+
+
+_DECODE_BOMBS = """
+import resource, sys
+from pathlib import Path
+import encoded
+from imagemill.images.decode import decode
+from imagemill.records import Limits, Recipe
+
+def peak_mebibytes():
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20
+    # ru_maxrss would begin with the memory of the process that started this one
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10
+
+for make in encoded.SAMPLES.values():  # all plugins are loaded, and every decoder has run
+    decode(make(), Recipe(), Limits())
+bombs = {name: make() for name, make in encoded.BOMBS.items()}
+bombs["a real PNG"] = Path(sys.argv[1]).read_bytes()
+before = peak_mebibytes()
+for name, data in bombs.items():
+    decoded = decode(data, Recipe(), Limits())
+    print(name, decoded.status, peak_mebibytes() - before, sep="\t")
+"""
+
+
+def test_bombs_are_refused_undecoded() -> None:
+    """Of every format, an image beyond the pixel budget is `too_large` at the cost of reading its header: memory stays as it was."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ran = subprocess.run(
+        [sys.executable, "-c", _DECODE_BOMBS, str(CASES / "png_625Mpx_bomb.png")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    told = [line.split("\t") for line in ran.stdout.splitlines()]
+    assert {name: status for name, status, _ in told if status != "too_large"} == {}
+    assert {name: mebibytes for name, _, mebibytes in told if int(mebibytes) > 32} == {}
+    assert len(told) == len(encoded.BOMBS) + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [((15_000, 15_000), Limits()), ((20_000, 20_000), Limits()), ((40_000, 3), Limits(max_pixels=9))]
+)
+def test_avif_beyond_its_decoder_is_not_corrupt(size: tuple[int, int], limit: Limits) -> None:
+    """An AVIF larger than its decoder allows is `too_large`, or `unsupported` if the budget allows it."""
+    old, new = (b"ispe" + struct.pack(">III", 0, *side) for side in ((encoded.W, encoded.H), size))
+    data = encoded.SAMPLES["AVIF"]().replace(old, new)
+    decoded = decode(data, SMALL, limit)
+    assert (decoded.status, decoded.width, decoded.height) == (Status.TOO_LARGE, *size)
+    if size != (15_000, 15_000):
+        decoded = decode(data, SMALL, Limits(max_pixels=10**9))
+        assert decoded.status is Status.UNSUPPORTED
+        assert decoded.error == f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels"
+
+
+# PNG metadata
+
+
+def with_chunks(*extra: bytes, after: bool = False) -> bytes:
+    """A PNG with further chunks, before or after the pixels."""
+    data = pictures.encode(pictures.photograph(50, 40), "PNG")
+    at = data.index(b"IEND") - 4 if after else 33
+    return data[:at] + b"".join(extra) + data[at:]
+
+
+_NOISE = random.Random(0).randbytes(1_300_000)
+_WORDS = b"many words " * 200_000
+METADATA: dict[str, tuple[bytes, Callable[[], bytes]]] = {
+    "a large colour profile": (b"iCCP", lambda: b"icc\0\0" + zlib.compress(_NOISE, 1)),
+    "a profile that inflates to 64 MiB": (b"iCCP", lambda: b"icc\0\0" + zlib.compress(bytes(64 << 20))),
+    "a profile of another compression": (b"iCCP", lambda: b"icc\0\7" + b"profile"),
+    "a large text": (b"zTXt", lambda: b"Comment\0\0" + zlib.compress(_WORDS)),
+    "a text that inflates to 64 MiB": (b"zTXt", lambda: b"Comment\0\0" + zlib.compress(bytes(64 << 20))),
+    "a large international text": (b"iTXt", lambda: b"Comment\0\1\0en\0\0" + zlib.compress(_WORDS)),
+    "plain text of 70 MB": (b"tEXt", lambda: b"Comment\0" + bytes(70_000_000)),
+    "large EXIF": (b"eXIf", lambda: _NOISE),
+    "a short gamma": (b"gAMA", lambda: b"\0"),
+    "an unknown kind": (b"prVt", lambda: _NOISE),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_png_metadata_costs_nothing(name: str) -> None:
+    """A PNG is ok whatever its metadata is, large or compressed to a bomb, before or after the pixels."""
+    kind, make = METADATA[name]
+    metadata, plain = pictures.chunk(kind, make()), ok(with_chunks())
+    assert np.array_equal(ok(with_chunks(metadata)), plain)
+    assert np.array_equal(ok(with_chunks(metadata, after=True)), plain)
+
+
+@pytest.mark.parametrize("kind", "iCCP tEXt zTXt iTXt eXIf gAMA cHRM sRGB pHYs tIME tRNS bKGD acTL fcTL prVt".split())
+def test_a_wrong_checksum_of_metadata_costs_nothing(kind: str) -> None:
+    """A PNG is ok if a chunk that it can do without has a wrong checksum."""
+    metadata = pictures.chunk(kind.encode(), b"data\0\0 of metadata", 12345)
+    for after in (False, True):
+        assert np.array_equal(ok(with_chunks(metadata, after=after)), ok(with_chunks()))
+
+
+def test_a_large_profile_of_a_real_png_is_read() -> None:
+    """A PNG with a colour profile of 1.2 MB, as scanners write it, is ok."""
+    ok((CASES / "png_icc_1200kB.png").read_bytes())
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT"])
+def test_a_wrong_checksum_of_what_makes_the_pixels_is_corrupt(kind: bytes) -> None:
+    """Header, palette and pixels with a wrong checksum are refused."""
+    data = bytearray(pictures.encode(pictures.photograph(50, 40).convert("P"), "PNG"))
+    at = data.index(kind)
+    data[at + 4 + struct.unpack_from(">I", data, at - 4)[0]] ^= 1
+    assert decode(bytes(data), RECIPE, LIMITS).status is Status.CORRUPT
+
+
+def test_a_png_without_metadata_is_not_copied() -> None:
+    """What Pillow reads is the very object that was given, if there is nothing to drop."""
+    for data in (with_chunks(), encoded.SAMPLES["PNG palette tRNS"]()):
+        assert png.strip(data, want_orientation=True)[0] is data
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_png_that_ends_within_its_metadata_is_truncated(after: bool) -> None:
+    """A file that ends within a chunk is cut short, even if its pixels are whole."""
+    data = with_chunks(pictures.chunk(b"tEXt", b"Comment\0 and words"), after=after)
+    decoded = decode(data[: data.index(b"words")], RECIPE, LIMITS)
+    assert (decoded.status, decoded.width, decoded.height) == (Status.TRUNCATED, 50 if after else None, 40 if after else None)
+
+
+_XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/>' + b" " * 1_200_000 + b"</x:xmpmeta>"
+_EXIF6 = pictures.exif(6).removeprefix(b"Exif\0\0")
+_RAW = b"\nexif\n%8d\n" % len(pictures.exif(6)) + pictures.exif(6).hex().encode() + b"\n"
+ORIENTATIONS = {
+    "EXIF": pictures.chunk(b"eXIf", _EXIF6),
+    "EXIF with a prefix": pictures.chunk(b"eXIf", pictures.exif(6)),
+    "XMP": pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP),
+    "compressed XMP": pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_XMP)),
+    "EXIF of ImageMagick": pictures.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_RAW)),
+    "plain EXIF of ImageMagick": pictures.chunk(b"tEXt", b"Raw profile type exif\0" + _RAW),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", ORIENTATIONS)
+def test_png_orientation_is_found(name: str, after: bool) -> None:
+    """The orientation of a PNG is read from EXIF, XMP or ImageMagick's text, of any size, before or after the pixels."""
+    data = with_chunks(ORIENTATIONS[name], after=after)
+    decoded = decode(data, RECIPE, LIMITS)
+    assert (decoded.status, decoded.width, decoded.height) == (Status.OK, 40, 50)
+    turned = pictures.encode(pictures.photograph(50, 40).transpose(Image.Transpose.ROTATE_270), "PNG")
+    assert np.array_equal(ok(data), ok(turned))
+    assert decode(data, Recipe(exif=False), LIMITS).width == 50
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pictures.chunk(b"eXIf", _EXIF6, 99),
+        pictures.chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+        pictures.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 2\nzz\n"),
+        pictures.chunk(b"zTXt", b"Raw profile type exif\0\0not deflate"),
+        pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1"),
+    ],
+)
+def test_a_broken_png_orientation_turns_nothing(broken: bytes) -> None:
+    """Metadata that is damaged says nothing about the orientation."""
+    assert decode(with_chunks(broken), RECIPE, LIMITS).width == 50
 
 
 def test_animation_gives_its_first_frame() -> None:

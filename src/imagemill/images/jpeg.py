@@ -66,10 +66,10 @@ def read_header(data: bytes) -> Header | None:
     if frame is None or not frame[1] or not frame[2]:
         return None
     bits, height, width, layers, marker = frame
-    return Header(width, height, layers, bits, marker, _orientation(exif, xmp))
+    return Header(width, height, layers, bits, marker, find_orientation(exif, xmp))
 
 
-def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
+def find_orientation(exif: bytes | None, xmp: bytes | None) -> int:
     """Read the orientation as Pillow's `getexif` does: from EXIF or else from XMP; 1 where both are silent or broken."""
     found = _exif_orientation(exif) if exif else None
     if found is None and xmp and (match := re.search(rb'tiff:Orientation(="|>)([0-9])', xmp)):

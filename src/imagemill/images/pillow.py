@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
-from imagemill.images import preprocess, tiff
+from imagemill.images import png, preprocess, tiff
 from imagemill.images.formats import REFUSED, full_palette, guess, recognise, variant
 from imagemill.images.jpeg import ORIENTATION, read_header
-from imagemill.images.refusals import Refusal, check_budget, check_png_sums, judge, one_line
+from imagemill.images.refusals import Refusal, check_budget, judge, one_line
 from imagemill.images.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Recipe, Status
 
@@ -67,17 +67,21 @@ class Seen:
 
 def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:
     """Decode and preprocess one picture into a place of a batch, and note its size as soon as it is known. May raise anything."""
-    image = _open(data, limits, seen)
+    file, orientation, cut = png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
+    image = _open(file, limits, seen)
     try:
         turns_itself = image.format == "TIFF"  # Pillow does it when it loads, and gives the turned size before
-        orientation = 1 if turns_itself or not recipe.exif else _pillow_orientation(image)
+        if recipe.exif and not turns_itself and image.format != "PNG":
+            orientation = _pillow_orientation(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
         check_budget(*image.size, limits)
         if image.format == "PNG":
-            check_png_sums(data)
-        image.load()
-        if not turns_itself and recipe.exif:
-            orientation = _pillow_orientation(image)  # of a PNG it may come after the pixels
+            png.check_sums(data)
+            if cut is not None:
+                raise cut
+        if image.format == "PCX" and image.mode == "L" and data[-769:-768] != b"\x0c" and data[68] != 2:
+            raise Refusal(Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours")  # Pillow takes it for grey
+        image.load()  # once: after an error the second call is silent and leaves black pixels
         seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
         check_budget(width, height, limits)
         crop = preprocess.locate(width, height, recipe)
@@ -121,10 +125,13 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
                 return image
         except (MemoryError, Image.DecompressionBombError):
             raise
-        except Exception as error:  # plugins raise anything at all on damaged files
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # another format, as far as the plugin can tell
             if name == expected:
                 reason = error
-    raise _why_not(data, expected, reason, limits)
+        except Exception as error:  # its format, but damaged or not supported; `Image.open` stops here too
+            expected, reason = name, error
+            break
+    raise _why_not(data, expected, reason, limits, seen)
 
 
 def _candidates(expected: str | None) -> tuple[str, ...]:
@@ -162,6 +169,7 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     "TIFF": tiff.MAGICS,
     "PSD": (b"8BPS",),
     "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
+    "ICO": (b"\0\0\1\0",),
     "ICNS": (b"icns",),
     "QOI": (b"qoif",),
     "DDS": (b"DDS ",),
@@ -174,7 +182,7 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
 }
 
 
-def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits) -> Refusal:
+def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits, seen: Seen) -> Refusal:
     if expected is None:
         if (name := guess(data)) is not None:
             return _refused(name)
@@ -190,6 +198,11 @@ def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits
     if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
         check_budget(jpeg.width, jpeg.height, limits)
         return Refusal(Status.UNSUPPORTED, f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type SOF{jpeg.frame - 0xC0}")
+    if expected == "AVIF" and (size := _avif_size(data)) is not None:
+        seen.width, seen.height = size
+        check_budget(*size, limits)
+        if max(size) > 2**15 or size[0] * size[1] > 2**28:
+            return Refusal(Status.UNSUPPORTED, f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels")
     assert reason is not None or expected in PLUGINS
     error = reason or SyntaxError("not identified by its plugin")
     if expected == "XPM" and "cannot read" in str(error):
@@ -209,7 +222,7 @@ def _refused(name: str) -> Refusal:
 
 def _pillow_orientation(image: Image.Image) -> int:
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # a plugin's own `getexif` may decode
     except Exception:  # broken EXIF is no reason to refuse a picture
         return 1
     return found if isinstance(found, int) and found in preprocess.TURNS else 1
@@ -239,7 +252,8 @@ def _grey(values: NDArray[Any]) -> Image.Image:
 
 def prepare(limits: Limits) -> None:
     """Set what Pillow itself guards against, and keep it quiet; before each picture, since others may undo it."""
-    half = max(1, limits.max_pixels // 2)  # Pillow raises at twice its limit
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    half = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
     if half != Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = half
     # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time (0.2 µs)
@@ -249,6 +263,12 @@ def prepare(limits: Limits) -> None:
             if _silence not in filters:
                 filters.insert(0, _silence)
                 warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _avif_size(data: bytes) -> tuple[int, int] | None:
+    """Return the largest width and height among the properties of an AVIF, whose decoder does not tell a size that it refuses."""
+    sizes = [struct.unpack_from(">4xII", data, found.end()) for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)]
+    return max(sizes, default=None, key=lambda size: size[0] * size[1])
 
 
 def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:
