@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -445,6 +446,163 @@ def test_png_orientation_is_found(name: str, after: bool) -> None:
 def test_a_broken_png_orientation_turns_nothing(broken: bytes) -> None:
     """Metadata that is damaged says nothing about the orientation."""
     assert decode(with_chunks(broken), RECIPE, LIMITS).width == 50
+
+
+# Transparency
+
+RED = "#ff0000"
+
+
+def on_red(data: bytes) -> np.ndarray:
+    """The image at its own size, blended onto red."""
+    size = max(Image.open(io.BytesIO(data)).size)
+    return ok(data, Recipe(size=size, resize=None, background=RED))
+
+
+def squared(pixels: np.ndarray) -> np.ndarray:
+    """Pad to a square with black, as a recipe without resizing does."""
+    side = max(pixels.shape[:2])
+    lacking = [side - length for length in pixels.shape[:2]]
+    return np.pad(pixels, [(gap // 2, (gap + 1) // 2) for gap in lacking] + [(0, 0)])
+
+
+def blended(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The textbook's formula, in floating point."""
+    share = alpha.astype(float)[:, :, None] / 255
+    return np.rint(rgb * share + np.array([255.0, 0, 0]) * (1 - share))
+
+
+def transparent() -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    """An RGBA image whose alpha takes all values, with its colours and its alpha."""
+    rgb = pictures.photograph(32, 32, 5)
+    alpha = np.arange(1024, dtype=np.uint32).reshape(32, 32).astype(np.uint8)
+    image = rgb.convert("RGBA")
+    image.putalpha(Image.fromarray(alpha))
+    return image, np.asarray(rgb), alpha
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True, "exact": True}),
+        ("TIFF", {}),
+        ("ICO", {"sizes": [(32, 32)]}),
+        ("TGA", {}),
+        ("DDS", {}),
+        ("QOI", {}),
+        ("JPEG2000", {}),
+        ("SGI", {}),
+    ],
+)
+def test_alpha_is_blended_onto_the_background(name: str, options: dict[str, object]) -> None:
+    """With a background colour, transparent pixels show it, in every format with an alpha channel; without, alpha is dropped."""
+    image, rgb, alpha = transparent()
+    data = pictures.encode(image, name, **options)
+    assert apart(on_red(data), blended(rgb, alpha)) <= 1
+    assert np.array_equal(ok(data, Recipe(size=32, resize=None)), rgb)
+
+
+@pytest.mark.parametrize(
+    "name", ["AVIF alpha", "WEBP alpha", "ICNS raw", "ICO bitmap", "GBR alpha", "PSD alpha", "DDS DXT5", "TGA packed", "GIF transparent"]
+)
+def test_every_kind_of_alpha_follows_pillows(name: str) -> None:
+    """With a background colour the answer is Pillow's RGBA, blended."""
+    data = encoded.SAMPLES[name]()
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image.load()
+    rgba = np.asarray(image.convert("RGBA"))
+    assert (rgba[:, :, 3] < 255).any() or name == "ICO bitmap"
+    assert apart(on_red(data), squared(blended(rgba[:, :, :3], rgba[:, :, 3]))) <= 1
+
+
+def test_grey_with_alpha_is_blended() -> None:
+    """Grey with alpha, 8-bit and 16-bit, straight and premultiplied."""
+    image, _, alpha = transparent()
+    grey = image.convert("LA")
+    expected = blended(np.repeat(np.asarray(grey)[:, :, :1], 3, axis=2), alpha)
+    assert apart(on_red(pictures.encode(grey, "PNG")), expected) <= 1
+    samples = np.asarray(grey).astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in samples)
+    assert apart(on_red(pictures.png(32, 32, depth=16, colour=4, rows=rows)), expected) <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_premultiplied_alpha_is_blended(mode: str) -> None:
+    """Colours that are multiplied by their alpha already are not multiplied twice."""
+    image, _, alpha = transparent()
+    straight = image.convert("LA" if mode == "La" else "RGBA")
+    premultiplied = straight.convert(mode)
+    rgb = np.asarray(straight.convert("RGBA"))[:, :, :3]
+    part = pillow._blend(premultiplied, (0, 0, 32, 32), RED, b"")
+    assert apart(np.asarray(part), blended(rgb, alpha)) <= 2
+
+
+def test_palette_with_alpha_is_blended() -> None:
+    """The mode PA, and a palette whose transparency is one index or a table."""
+    image, _, alpha = transparent()
+    palette = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
+    rgb, index = np.asarray(palette.convert("RGB")), np.asarray(palette)
+    table = bytes(range(0, 240, 4))
+    assert apart(on_red(pictures.encode(palette, "PNG", transparency=table)), blended(rgb, np.frombuffer(table, np.uint8)[index])) <= 1
+    keyed = blended(rgb, np.where(index == 7, 0, 255))
+    assert (index == 7).any()
+    assert apart(on_red(pictures.encode(palette, "PNG", transparency=7)), keyed) <= 1
+    assert np.array_equal(ok(pictures.encode(palette, "PNG", transparency=7), Recipe(size=32, resize=None)), rgb)
+    both = palette.convert("PA")
+    both.putalpha(Image.fromarray(alpha))
+    assert apart(np.asarray(pillow._blend(both, (0, 0, 32, 32), RED, b"")), blended(rgb, alpha)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "samples", "key", "expected"),
+    [
+        (1, 0, [0, 1], [1], [(0, 0, 0), None]),
+        (1, 0, [0, 1], [0], [None, (255, 255, 255)]),
+        (2, 0, [0, 1, 2, 3], [1], [(0, 0, 0), None, (170, 170, 170), (255, 255, 255)]),
+        (4, 0, [5, 10], [5], [None, (170, 170, 170)]),
+        (8, 0, [85, 5], [5], [(85, 85, 85), None]),
+        (16, 0, [0x0102, 0x0103], [0x0102], [None, (1, 1, 1)]),
+        (8, 2, [1, 2, 3, 1, 2, 4], [1, 2, 3], [None, (1, 2, 4)]),
+        (16, 2, [0x101, 2, 3, 0x102, 2, 3], [0x101, 2, 3], [None, (1, 0, 0)]),
+        (16, 2, [0x101, 2, 3, 0x102, 2, 3], [1, 2, 3], [(1, 0, 0), (1, 0, 0)]),
+    ],
+)
+def test_the_transparent_colour_of_a_png_is_exact(
+    depth: int, colour: int, samples: list[int], key: list[int], expected: list[tuple[int, int, int] | None]
+) -> None:
+    """Only pixels that equal the transparent colour at the bit depth of the file show the background."""
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    row = b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    trns = pictures.chunk(b"tRNS", b"".join(struct.pack(">H", value) for value in key))
+    data = pictures.png(len(expected), 1, depth=depth, colour=colour, rows=row, extra=trns)
+    shown = on_red(data)[(len(expected) - 1) // 2].tolist()
+    assert shown == [list(pixel or (255, 0, 0)) for pixel in expected]
+
+
+def test_the_background_is_applied_before_resizing_and_turning() -> None:
+    """The blended image is what is turned, cropped and resized."""
+    image = encoded.alpha()
+    data = pictures.encode(image, "PNG", exif=pictures.exif(6))
+    flat = Image.new("RGB", image.size, RED)
+    flat.paste(image, mask=image)
+    recipe = Recipe(size=20, resize=24, background=RED)
+    assert np.array_equal(ok(data, recipe), ok(pictures.encode(flat, "PNG", exif=pictures.exif(6)), replace(recipe, background=None)))
+
+
+def test_opaque_images_do_not_change_with_a_background() -> None:
+    """A background changes nothing about an image without transparency."""
+    for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PNG grey 16"):
+        data = encoded.SAMPLES[name]()
+        assert np.array_equal(ok(data, replace(SMALL, background=RED)), ok(data, SMALL)), name
+
+
+def test_a_black_icon_on_nothing_shows_on_white() -> None:
+    """A black drawing on a transparent ground is all black unless it is put on a background."""
+    data = (CASES / "icon_black_circle_on_transparent.png").read_bytes()
+    assert ok(data).max() == 0
+    white = ok(data, replace(RECIPE, background="#ffffff"))
+    assert (white.min(), white.max()) == (0, 255)
 
 
 def test_animation_gives_its_first_frame() -> None:

@@ -541,6 +541,17 @@ def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change:
     assert quantizing.choose(other, 10).precision is Precision.FP32
 
 
+def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
+    """A verdict of before there was a background, or with another one, still counts: the arithmetic is the same."""
+    bundle = make_bundle(tmp_path)
+    plain = codec.to_plain(bundle.card.recipe)
+    older = {name: value for name, value in plain.items() if name != "background"}
+    for recipe in (plain, older, plain | {"background": "#000000"}):
+        noted = quantize.note(bundle, {"bf16": record(bundle, recipe=recipe)})
+        on_white = replace(noted, card=replace(noted.card, recipe=replace(noted.card.recipe, background="#ffffff")))
+        assert quantizing.choose(on_white, 10).precision is Precision.BF16
+
+
 def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     choice = quantizing.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)

@@ -92,6 +92,7 @@ def run(
     all_files: bool | None = None,
     limit: int | None = None,
     preprocess: str | None = None,
+    background: str | None = None,
     labels: PathLike | None = None,
     max_pixels: int | None = None,
     max_bytes: int | None = None,
@@ -158,6 +159,7 @@ def load(
     save: str | Sequence[str] = (),
     batch_size: int | None = None,
     num_workers: int | None = None,
+    background: str | None = None,
     limits: Limits | None = None,
     progress: bool = False,
 ) -> Classifier:
@@ -174,6 +176,7 @@ def load(
         save: `logits`, `embedding`: also keep these.
         batch_size: pictures per batch, which changes no answer; None: as the command line.
         num_workers: decoding threads; None: one a core.
+        background: blend transparent images onto this colour (`white`, `#rrggbb`, …); None: drop alpha, as published pipelines do.
         limits: budgets of one picture; its `max_seconds` is not kept here, where nothing can be ended.
         progress: show on stderr how far a download is, and what is said on the way.
 
@@ -192,13 +195,14 @@ def load(
         top_k=top_k,
         save=_texts(save),
         labels=None if labels is None else os.fspath(labels),
+        background=background,
     )
     freezing.check(settings)
     chosen = devices.resolve(device)
     if len(chosen) != 1:
         raise UsageError(f"device {device} names {len(chosen)} devices; a classifier runs on one.")
     watcher = watching.Terminal() if progress else watching.Watcher()
-    found = freezing.resolve_model(settings, watcher)
+    found = freezing.with_recipe(freezing.resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
     if precision == Precision.INT8 and quantizing.usable(found, Precision.INT8) is None:
         raise UsageError(

@@ -266,6 +266,11 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     sub.add_argument("--all-files", action="store_true", default=None, help="plan every file, whatever its suffix")
     sub.add_argument("--limit", type=int, metavar="N", help="plan the first N pictures only")
     sub.add_argument("--preprocess", choices=["card", "center-crop"], help="the model's own recipe, or the centre cropped without resizing")
+    sub.add_argument(
+        "--background",
+        metavar="COLOR",
+        help="blend transparent images onto this colour: white, #rrggbb, … (default: drop alpha, as published pipelines do)",
+    )
     sub.add_argument("--max-pixels", type=int, metavar="N", help="larger pictures become a too_large row, undecoded")
     sub.add_argument("--max-bytes", type=int, metavar="N", help="larger files become a too_large row, unread")
     sub.add_argument("--max-seconds", type=float, metavar="S", help="pictures that take longer become a timeout row")
@@ -299,7 +304,7 @@ def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any
         "grace_s": parsed.grace,
     }
     same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess labels
-        max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight""".split()
+        background max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight""".split()
     values |= {name: getattr(parsed, name) for name in same}
     return Settings(**(values | changes))
 

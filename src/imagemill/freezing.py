@@ -114,6 +114,8 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
     if settings.engine not in list(Engine):
         raise UsageError(f"--engine {settings.engine}: not known. Known: {', '.join(Engine)}.")
+    if settings.background is not None:
+        parse_colour(settings.background)
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or a picture.")
     sources.resolve(settings.sources)
@@ -166,6 +168,29 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
     return replace(found, card=replace(card, labels=labels))
 
 
+def with_recipe(model: Bundle, settings: Settings) -> Bundle:
+    """Return the bundle with the preprocessing that the settings change."""
+    recipe = model.card.recipe
+    if settings.preprocess == "center-crop":
+        recipe = replace(recipe, resize=None)
+    if settings.background is not None:
+        recipe = replace(recipe, background=parse_colour(settings.background))
+    return replace(model, card=replace(model.card, recipe=recipe))
+
+
+def parse_colour(text: str) -> str:
+    """Return a colour as `#rrggbb`. Raises: UsageError if it is not an opaque colour."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(text)
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"--background {text}: not a colour. Give a name such as white, or #rrggbb.") from error
+    if alpha not in ([], [255]):
+        raise UsageError(f"--background {text}: must be opaque. Give a name such as white, or #rrggbb.")
+    return f"#{red:02x}{green:02x}{blue:02x}"
+
+
 def _identity(card: Card) -> str:
     """A model for people, and for telling it from others: of a wrapped one its own card counts too."""
     return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
@@ -200,8 +225,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         watcher.say(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
         )
-    if settings.preprocess == "center-crop":
-        model = replace(model, card=replace(model.card, recipe=replace(model.card.recipe, resize=None)))
+    model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
     probed = listed.pictures if settings.engine == Engine.LOCAL else 0
     job = batching.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen, probed, watcher.say)
@@ -347,6 +371,7 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         ("--precision", job.precision.value, None if settings.precision == "auto" else settings.precision),
         ("backend", frozen.backend, backend_of(chosen, settings.allow_mixed)),
         ("--preprocess", "center-crop" if job.card.recipe.resize is None else "card", settings.preprocess),
+        ("--background", job.card.recipe.background, settings.background and parse_colour(settings.background)),
     ]
     if settings.model is not None and not _is_here(settings) and settings.model != job.card.name:
         pairs.append(("--model", job.card.name, settings.model))  # before anything is downloaded

@@ -205,7 +205,9 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
         return None
     libraries = record.get("versions")
     now = quantize.versions().get("openvino")
-    if not isinstance(libraries, Mapping) or libraries.get("openvino") != now or record.get("recipe") != codec.to_plain(bundle.card.recipe):
+    if not isinstance(libraries, Mapping) or libraries.get("openvino") != now:
+        return None
+    if _without_background(record.get("recipe")) != _without_background(codec.to_plain(bundle.card.recipe)):
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):
         return None
@@ -214,6 +216,11 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
     if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
         return None
     return record
+
+
+def _without_background(recipe: object) -> object:
+    """A verdict holds for any background: it changes few images, and none of the arithmetic."""
+    return {name: value for name, value in recipe.items() if name != "background"} if isinstance(recipe, Mapping) else recipe
 
 
 def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> Choice:

@@ -90,6 +90,8 @@ class Recipe:
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
     """Whether pictures are turned as their EXIF orientation says."""
+    background: str | None = None
+    """Colour that transparent images are blended onto, as `#rrggbb`; None: alpha is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class Settings:
     all_files: bool | None = None
     limit: int | None = None
     preprocess: str | None = None
+    background: str | None = None
     labels: str | None = None
     max_pixels: int | None = None
     max_bytes: int | None = None

@@ -1,6 +1,7 @@
 """Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
 
-How pictures become RGB: as Pillow's `convert("RGB")` does it (alpha is dropped, not blended), but for two things that it clips.
+How pictures become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha is dropped, as published pipelines
+do, unless the recipe has a background colour: then the image is blended onto that colour at full size, before it is resized.
 16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes (`scaling`).
 Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which turns it as its orientation says, whatever the recipe.
 
@@ -86,7 +87,11 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
         check_budget(width, height, limits)
         crop = preprocess.locate(width, height, recipe)
         box = preprocess.region(crop, recipe, width, height)
-        part = _to_rgb(image, preprocess.turned_region(box, orientation, width, height))
+        box_stored = preprocess.turned_region(box, orientation, width, height)
+        if recipe.background is not None and image.has_transparency_data:
+            part = _blend(image, box_stored, recipe.background, file)
+        else:
+            part = _to_rgb(image, box_stored)
         if orientation in preprocess.TURNS:
             part = part.transpose(preprocess.TURNS[orientation])
         preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1])
@@ -241,6 +246,37 @@ def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     if image.mode in {"La", "RGBa"}:
         part = part.convert("LA" if image.mode == "La" else "RGBA")
     return part.convert("RGB")
+
+
+def _blend(image: Image.Image, box: tuple[int, int, int, int], background: str, file: bytes) -> Image.Image:
+    """Cut a box out of a loaded image and blend it onto a background colour."""
+    alpha: Image.Image | None = None
+    if image.format == "PNG" and image.mode in {"L", "I;16", "RGB"}:
+        alpha = Image.fromarray(_is_opaque(image, box, file))
+        part = _to_rgb(image, box)
+    else:
+        part = image.crop(box)
+        if image.mode in {"La", "RGBa"}:
+            part = part.convert("LA" if image.mode == "La" else "RGBA")
+        part = part.convert("RGBA")
+    blended = Image.new("RGB", part.size, background)
+    blended.paste(part, mask=alpha or part)
+    return blended
+
+
+def _is_opaque(image: Image.Image, box: tuple[int, int, int, int], file: bytes) -> NDArray[Any]:
+    """Compare the pixels of a PNG with its transparent colour, at the bit depth of the file: Pillow compares with 8-bit pixels."""
+    bits = png.bit_depth(file)
+    key = np.atleast_1d(image.info["transparency"]) & ((1 << bits) - 1)
+    pixels = np.asarray(image.crop(box))
+    if bits < 8:
+        key = key * (255 // ((1 << bits) - 1))
+    elif bits == 16 and image.mode == "RGB":  # decoded to the high bytes; read as little-endian, the low bytes are the high ones
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as other:
+            other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
+            pixels = pixels.astype(np.uint16) << 8 | np.asarray(other.crop(box))
+    opaque: NDArray[Any] = np.any(pixels.reshape(*pixels.shape[:2], -1) != key, axis=2)
+    return opaque
 
 
 def _grey(values: NDArray[Any]) -> Image.Image:

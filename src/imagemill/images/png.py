@@ -93,6 +93,11 @@ def check_sums(data: bytes) -> None:
             raise Refusal(Status.CORRUPT, f"broken PNG file: wrong checksum of the IDAT chunk at byte {chunk.start}")
 
 
+def bit_depth(data: bytes) -> int:
+    """Return the bits per sample of a PNG that Pillow has opened."""
+    return data[24]
+
+
 def _chunks(data: bytes) -> Iterator[_Chunk]:
     """Yield the chunks up to IEND. The last one may end beyond the file."""
     at = len(MAGIC)

@@ -230,6 +230,7 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
                 ("resize", resize.format(*recipe.resize) if isinstance(recipe.resize, tuple) else resize),
                 ("interpolation", recipe.interpolation.value),
                 ("turned as EXIF says", "yes" if recipe.exif else "no"),
+                ("background of transparent images", recipe.background or "none: alpha is dropped"),
                 ("scores", card.scores.value),
             ],
         ),
