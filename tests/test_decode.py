@@ -28,7 +28,7 @@ import encoded
 import mutations
 import pictures
 from imagemill.images import decode as module
-from imagemill.images import pillow, png, preprocess
+from imagemill.images import pillow, png, preprocess, tiff
 from imagemill.images.decode import decode, decode_into
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 
@@ -235,6 +235,7 @@ def test_the_size_is_checked_before_the_pixels_are_decoded_once(monkeypatch: pyt
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", noted_load)
     monkeypatch.setattr(pillow, "check_budget", noted_check)
+    monkeypatch.setattr(tiff, "check_budget", noted_check)
     for name, make in encoded.SAMPLES.items():
         events.clear()
         decode(make(), SMALL, LIMITS)
