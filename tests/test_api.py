@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
+import itertools
 import json
 import re
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import tracemalloc
+import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +24,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence
 
 import helpers
 import imagemill
 import pictures
 from imagemill import api
 from imagemill.models import bundle, registry
-from imagemill.records import Recipe, Settings
+from imagemill.records import Limits, Recipe, Settings
+from imagemill.sessions.null import NullSession
 from pth_files import write_legacy
 from test_models_golden import GOLDEN, arrays_of, recipe
 from tiny import TINY_CARD, tiny_model
@@ -34,6 +42,14 @@ from tiny import TINY_CARD, tiny_model
 def classifier(lite0: Any) -> Iterator[imagemill.Classifier]:
     """EfficientNet-Lite0, with logits and embedding."""
     with imagemill.load("efficientnet_lite0", models_dir=lite0.dir.parent, precision="fp32", save=["logits", "embedding"]) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def small(models_dir: Path) -> Iterator[imagemill.Classifier]:
+    """A quick classifier whose every logit depends on the pixels; 2 images a batch and 2 decoding threads on any machine."""
+    options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "limits": Limits(max_pixels=1_000_000, max_bytes=2_000_000)}
+    with imagemill.load("tiny", models_dir=models_dir, precision="fp32", save="logits", **options) as opened:
         yield opened
 
 
@@ -128,12 +144,16 @@ def test_progress_is_shown_when_it_is_asked_for(jpegs: Callable[..., Path], tmp_
 
 
 def test_predictions_are_the_rows_of_a_run(classifier: imagemill.Classifier, lite0: Any, tmp_path: Path) -> None:
-    """Good pictures and bad ones of many kinds: every column is the same, bit for bit, from paths and from bytes."""
+    """Good images and bad ones of many kinds: every column is the same, bit for bit, from paths, from bytes and from binary files."""
     good = {
         "wide.jpg": pictures.jpeg(1300, 600),
         "tall.png": pictures.encode(pictures.photograph(70, 300), "PNG"),
         "grey.jpg": pictures.encode(pictures.photograph(99, 80).convert("L"), "JPEG"),
         "turned.jpg": pictures.jpeg(200, 90, orientation=6),
+        "turned.png": pictures.encode(pictures.photograph(90, 60), "PNG", exif=pictures.exif(8)),
+        "turned.tif": pictures.encode(pictures.photograph(90, 60), "TIFF", exif=pictures.exif(5)),
+        "deep.png": pictures.encode(Image.fromarray(np.linspace(0, 65535, 4800).astype(np.uint16).reshape(60, 80)), "PNG"),
+        "palette.gif": pictures.animated_gif(),
     }
     bad = {"cut.jpg": pictures.jpeg(300, 200)[:900], "text.jpg": b"text", "empty.jpg": b""}
     folder = helpers.fill(tmp_path / "in", good | bad)
@@ -146,13 +166,21 @@ def test_predictions_are_the_rows_of_a_run(classifier: imagemill.Classifier, lit
         devices="cpu",
         save=["logits", "embedding"],
     )
-    assert (made.ok, made.failed) == (4, 3)
+    assert (made.ok, made.failed) == (8, 3)
     rows = helpers.rows(tmp_path / "out")
     expected = [{name: value for name, value in row.items() if name not in ("index", "source", "path")} for row in rows]
     found = classifier.predict([folder / row["path"] for row in rows])
     assert [columns(item) for item in found] == expected
     found = classifier.predict([(folder / row["path"]).read_bytes() for row in rows])
     assert [columns(item) for item in found] == expected
+
+    def files() -> Iterator[Any]:
+        for row in rows:
+            with (folder / row["path"]).open("rb") as file:
+                yield file
+
+    assert [columns(item) for item in classifier.predict(files())] == expected
+    assert [columns(item) for item in classifier.stream(io.BytesIO((folder / row["path"]).read_bytes()) for row in rows)] == expected
 
 
 def test_pixels_are_prepared_as_the_same_picture_in_a_file(classifier: imagemill.Classifier) -> None:
@@ -175,22 +203,289 @@ def test_pixels_are_prepared_as_the_same_picture_in_a_file(classifier: imagemill
     assert colour.top_k[0] == imagemill.Answer(colour.class_id, colour.label, colour.probability)  # type: ignore[arg-type]
 
 
+def displayed(image: Image.Image) -> bytes:
+    """What an image displays, as a PNG: made by Pillow, apart from modes that its `convert` clips or does not know."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA"}:
+        image = image.convert("RGBA" if image.mode in {"PA", "RGBa"} else "RGB")
+    return pictures.encode(image, "PNG")
+
+
+def in_mode(mode: str) -> Image.Image:
+    """An image of a mode, with an alpha channel that varies where the mode has one."""
+    image = pictures.photograph(50, 40)
+    values = np.asarray(image.convert("L"))
+    image.putalpha(Image.fromarray(values // 2 + 100))
+    if mode.startswith("I;16"):
+        order = {"I;16": "<", "I;16L": "<", "I;16B": ">", "I;16N": "="}[mode]
+        data = (values.astype(np.uint16) * 257 - 90).astype(order + "u2").tobytes()
+        return Image.frombytes(mode, image.size, data)
+    if mode == "P":
+        image = image.convert("RGB").quantize(16)
+        image.info["transparency"] = bytes(range(16))
+        return image
+    if mode in {"La", "PA"}:
+        return image.convert("LA").convert(mode)
+    return image.convert("RGB").convert("LAB") if mode == "LAB" else image.convert("RGBA" if mode == "RGBa" else "RGB").convert(mode)
+
+
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def test_a_pillow_image_is_what_it_displays(small: imagemill.Classifier) -> None:
+    """In every mode, turned by its EXIF or not: bit for bit the answer to a PNG of the displayed pixels; the image stays as it is."""
+    images = []
+    for mode, orientation in itertools.product(MODES, (None, 6, 7)):
+        image = in_mode(mode)
+        if orientation is not None:
+            image.getexif()[0x0112] = orientation
+        images.append(image)
+    before = [(image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())) for image in images]
+    found = [columns(item) for item in small.predict(images)]
+    assert found == [columns(item) for item in small.predict([displayed(image) for image in images])]
+    assert before == [(image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())) for image in images]
+    assert [(item["width"], item["height"]) for item in found[:3]] == [(50, 40), (40, 50), (40, 50)]
+    assert len({tuple(item["logits"]) for item in found[:3]}) == 3
+
+
+def lossless(file_format: str, image: Image.Image | None = None, **options: Any) -> bytes:
+    return pictures.encode(pictures.photograph(60, 44) if image is None else image, file_format, **options)
+
+
+def numbers(kind: str, low: float, high: float) -> bytes:
+    """A TIFF of 32-bit numbers."""
+    return lossless("TIFF", Image.fromarray(np.linspace(low, high, 2640).reshape(44, 60).astype(kind)))
+
+
+OPENED: dict[str, Callable[[], bytes]] = {
+    "png": lambda: lossless("PNG"),
+    "png, turned": lambda: lossless("PNG", exif=pictures.exif(6)),
+    "png, 16 bits": lambda: lossless("PNG", in_mode("I;16")),
+    "png, palette": lambda: lossless("PNG", in_mode("P")),
+    "tiff, turned": lambda: lossless("TIFF", exif=pictures.exif(8)),
+    "tiff, 16 bits, turned": lambda: lossless("TIFF", in_mode("I;16"), exif=pictures.exif(5)),
+    "webp, turned": lambda: lossless("WEBP", lossless=True, exif=pictures.exif(3)),
+    "gif": pictures.animated_gif,
+    "jpeg, turned": lambda: pictures.jpeg(60, 44, orientation=7),
+    "jpeg, CMYK": lambda: lossless("JPEG", in_mode("CMYK")),
+    "float, 0 to 1": lambda: numbers("f4", 0, 1),
+    "float, 0 to 255": lambda: numbers("f4", 0, 255),
+    "float, beyond": lambda: numbers("f4", -300, 1e6),
+    "int32, 8 bits": lambda: numbers("i4", 0, 255),
+    "int32, 16 bits": lambda: numbers("i4", 0, 65535),
+    "int32, beyond": lambda: numbers("i4", -70_000, 1_000_000),
+}
+
+
+def test_a_pillow_image_answers_as_the_file_it_was_opened_from(small: imagemill.Classifier) -> None:
+    """Loaded or not yet; numbers of 32 bits, which PNG has not, are stretched as those of a file are, and not clipped."""
+    data = {name: make() for name, make in OPENED.items()}
+    expected = {name: columns(item) for name, item in zip(data, small.predict(list(data.values())), strict=True)}
+    opened = [Image.open(io.BytesIO(item)) for item in data.values()]
+    for _ in range(2):
+        assert dict(zip(data, map(columns, small.predict(opened)), strict=True)) == expected
+    assert {item["status"] for item in expected.values()} == {"ok"}
+
+
+def broken_png() -> bytes:
+    """A PNG with a damaged zlib stream under the right checksum: Pillow's first `load` raises, and its second succeeds."""
+    data = pictures.encode(pictures.photograph(96, 96), "PNG")
+    at = data.index(b"IDAT")
+    (length,) = struct.unpack_from(">I", data, at - 4)
+    stream = bytearray(data[at + 4 : at + 4 + length])
+    stream[length // 2 : length // 2 + 16] = bytes(16)
+    return data[: at - 4] + pictures.chunk(b"IDAT", bytes(stream)) + data[at + 8 + length :]
+
+
+def opened_then_closed(close: str) -> Image.Image:
+    file = io.BytesIO(pictures.jpeg())
+    image = Image.open(file)
+    (file if close == "file" else image).close()
+    return image
+
+
+BAD: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "cut jpeg": (lambda: Image.open(io.BytesIO(pictures.half(pictures.jpeg(200, 100)))), "truncated", "truncated"),
+    "cut png": (lambda: Image.open(io.BytesIO(pictures.half(lossless("PNG")))), "truncated", "truncated"),
+    "cut gif": (lambda: Image.open(io.BytesIO(pictures.half(lossless("GIF")))), "truncated", "truncated"),
+    "broken png": (lambda: Image.open(io.BytesIO(broken_png())), "corrupt", "data stream"),
+    "closed image": (lambda: opened_then_closed("image"), "read_error", "closed image"),
+    "closed under it": (lambda: opened_then_closed("file"), "read_error", "closed file"),
+    "no width": (lambda: Image.new("RGB", (0, 5)), "empty", "it has no pixels: 0×5"),
+    "no height": (lambda: np.zeros((0, 4, 3), np.uint8), "empty", "it has no pixels: 4×0"),
+    "large": (lambda: Image.new("RGB", (1001, 1000)), "too_large", "budget of 1000000 pixels"),
+    "large array": (lambda: np.zeros((1000, 1001), np.uint8), "too_large", "budget of 1000000 pixels"),
+    "bomb": (lambda: opened_without_limit(pictures.png(50_000, 50_000)), "too_large", "budget of 1000000 pixels"),
+    "closed file": (lambda: closed(io.BytesIO(pictures.jpeg())), "read_error", "cannot be read: I/O operation on closed file"),
+    "failing file": (lambda: Reader(b"", OSError(5, "Input/output error")), "read_error", "cannot be read: Input/output error"),
+    "waiting file": (lambda: Reader(b"", None), "read_error", "non-blocking"),
+    "empty file": (lambda: io.BytesIO(), "empty", "0 bytes"),
+    "large bytes": (lambda: bytes(2_000_001), "too_large", "has 2000001 bytes, more than --max-bytes 2000000"),
+    "large view": (lambda: memoryview(bytes(2_000_001)), "too_large", "has 2000001 bytes, more than --max-bytes 2000000"),
+    "released view": (lambda: released(memoryview(b"abc")), "read_error", "released memoryview"),
+    "odd name": (lambda: "\ud800.jpg", "missing", "its name cannot be encoded"),
+}
+
+
+def opened_without_limit(data: bytes) -> Image.Image:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        return Image.open(io.BytesIO(data))
+
+
+def closed(file: Any) -> Any:
+    file.close()
+    return file
+
+
+def released(view: memoryview) -> memoryview:
+    view.release()
+    return view
+
+
+class Reader:
+    """A binary file of the least kind: it has `read`, gives little at a time, and ends in an error or in None if one is given."""
+
+    def __init__(self, data: bytes, end: BaseException | bytes | None = b"") -> None:
+        self.data = data
+        self.end = end
+        self.given = 0
+
+    def read(self, size: int) -> bytes | None:
+        piece = self.data[self.given : self.given + min(size, 1000)]
+        self.given += len(piece)
+        if not piece and isinstance(self.end, BaseException):
+            raise self.end
+        return piece or self.end  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_image_costs_its_own_prediction(small: imagemill.Classifier, name: str) -> None:
+    """Its neighbours are answered, and the same object is as bad the second time."""
+    make, status, error = BAD[name]
+    bad, good = make(), pictures.jpeg()
+    found = small.predict([good, bad, bad, good])
+    assert [item.status for item in found] == ["ok", status, status, "ok"]
+    assert error in str(found[1].error)
+    assert found[1].error == found[2].error
+    assert columns(found[0]) == columns(found[3])
+
+
+def test_the_size_of_a_bad_pillow_image_is_the_displayed_one(small: imagemill.Classifier) -> None:
+    """As it is for a file."""
+    data = (pictures.half(pictures.jpeg(200, 100, orientation=6)), lossless("TIFF", exif=pictures.exif(6)))
+    images = [Image.open(io.BytesIO(item)) for item in data]
+    images[1].fp.close()  # type: ignore[union-attr]
+    found = small.predict(images)
+    assert [(item.status, item.width, item.height) for item in found] == [("truncated", 100, 200), ("read_error", 44, 60)]
+
+
+def test_pixels_have_no_size_in_bytes(models_dir: Path) -> None:
+    """The limit of bytes is for encoded images: 10,000 pixels are no 100 bytes, and are answered."""
+    with imagemill.load("tiny", precision="fp32", limits=Limits(max_bytes=100)) as opened:
+        image = pictures.photograph(100, 100)
+        found = opened.predict([image, np.asarray(image), image.convert("F"), pictures.encode(image, "PNG")])
+    assert [item.status for item in found] == ["ok", "ok", "ok", "too_large"]
+
+
+def test_a_binary_file_of_any_make_is_one_image(small: imagemill.Classifier, tmp_path: Path) -> None:
+    """Buffered, raw, in memory, spooled, in a zip, or of another make; from its position on; also alone, and line breaks split nothing."""
+    data = pictures.encode(pictures.photograph(60, 50), "PNG") + b"\n\n"
+    (expected,) = small.predict(data)
+    helpers.fill(tmp_path, {"a.png": data, "b.bin": b"header" + data})
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", data)
+    with (
+        (tmp_path / "a.png").open("rb") as buffered,
+        (tmp_path / "a.png").open("rb", buffering=0) as raw,
+        (tmp_path / "b.bin").open("rb") as further,
+        tempfile.SpooledTemporaryFile() as spooled,
+        tempfile.NamedTemporaryFile() as named,
+        zipfile.ZipFile(tmp_path / "a.zip") as archive,
+        archive.open("a.png") as member,
+    ):
+        further.seek(6)
+        for file in (spooled, named):
+            file.write(data)
+            file.seek(0)
+        files = [buffered, raw, further, spooled, named, member, io.BytesIO(data), Reader(data), io.BufferedReader(io.BytesIO(data))]  # type: ignore[type-var]
+        assert [columns(item) for item in small.predict(files)] == [columns(expected)] * len(files)
+        for single in (buffered, raw, member, io.BytesIO(data), Reader(data)):
+            if hasattr(single, "seek"):
+                single.seek(0)
+            assert [columns(item) for item in small.predict(single)] == [columns(expected)]  # type: ignore[arg-type]
+
+
+def test_buffers_of_any_make_are_their_bytes(small: imagemill.Classifier) -> None:
+    """Also those that lie scattered in memory."""
+    data = pictures.jpeg()
+    scattered = bytearray(2 * len(data))
+    scattered[::2] = data
+    found = small.predict([data, bytearray(data), memoryview(data), memoryview(scattered)[::2]])
+    assert [columns(item) for item in found] == [columns(found[0])] * 4
+    assert found[0].status == "ok"
+
+
+def test_no_more_of_a_file_is_read_than_the_limit(small: imagemill.Classifier) -> None:
+    """A file that never ends is `too_large` after one byte too many."""
+
+    class Endless:
+        given = 0
+
+        def read(self, size: int) -> bytes:
+            self.given += size
+            return bytes(size)
+
+    file = Endless()
+    (found,) = small.predict(file)
+    assert (found.status, found.error) == ("too_large", "has more than --max-bytes 2000000 bytes")
+    assert file.given == 2_000_001
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (np.zeros((4, 4, 3)), r"item 1 is an array of float64 \(4, 4, 3\)\. Give uint8 \(H, W, 3\), RGB, or \(H, W\), grey\."),
-        (np.zeros((4, 4, 4), np.uint8), r"item 1 is an array of uint8 \(4, 4, 4\)\."),
-        (np.zeros((0, 4, 3), np.uint8), r"item 1 is an array of uint8 \(0, 4, 3\)\."),
-        (np.zeros(4, np.uint8), r"item 1 is an array of uint8 \(4,\)\."),
-        (7, r"item 1 is of type int\. Give a path, encoded bytes, or pixels\."),
+        (np.zeros((4, 4, 3)), r"is an array of float64 \(4, 4, 3\)\. Give uint8 \(H, W, 3\), RGB, or \(H, W\), grey, or a Pillow image\."),
+        (np.zeros((4, 4, 4), np.uint8), r"is an array of uint8 \(4, 4, 4\)\."),
+        (np.zeros((4, 4), np.uint16), r"is an array of uint16 \(4, 4\)\."),
+        (np.zeros((4, 4), bool), r"is an array of bool \(4, 4\)\."),
+        (np.zeros(4, np.uint8), r"is an array of uint8 \(4,\)\."),
+        (np.array(["a.jpg"]), r"is an array of <U5 \(1,\)\."),
+        (7, r"is of type int\. Give a path, encoded bytes, a binary file, or pixels\."),
+        (None, r"is of type NoneType\."),
+        (io.StringIO("text"), r'is a file opened in text mode\. Open it with mode "rb"\.'),
     ],
 )
-def test_what_is_no_picture_is_a_clear_error(classifier: imagemill.Classifier, item: Any, message: str) -> None:
-    """An argument that cannot be meant; nothing is computed."""
-    with pytest.raises(imagemill.UsageError, match=message):
-        classifier.predict([np.zeros((4, 4, 3), np.uint8), item])
-    with pytest.raises(imagemill.UsageError, match=message.replace("item 1", "item 0")):
-        classifier.predict(item)
+def test_what_is_no_image_is_a_clear_error(small: imagemill.Classifier, item: Any, message: str) -> None:
+    """A mistake of the caller's program ends the call; of a list nothing is read before."""
+    file = io.BytesIO(pictures.jpeg())
+    with pytest.raises(imagemill.UsageError, match="item 1 " + message):
+        small.predict([file, item])
+    assert file.tell() == 0
+    with pytest.raises(imagemill.UsageError, match="item 0 " + message):
+        small.predict(item)
+    answers = small.stream(iter([pictures.jpeg(), item]))
+    assert next(answers).status == "ok"
+    with pytest.raises(imagemill.UsageError, match="item 1 " + message):
+        next(answers)
+
+
+def test_other_files_than_binary_ones_are_refused(small: imagemill.Classifier, tmp_path: Path) -> None:
+    """A text file is seen at once; one of another make when it is read. A list within a list is not an image."""
+    (tmp_path / "a.txt").write_text("a.jpg\nb.jpg\n")
+    with (tmp_path / "a.txt").open() as file, pytest.raises(imagemill.UsageError, match="item 0 is a file opened in text mode"):
+        small.predict(file)
+    with tempfile.NamedTemporaryFile("w+") as named:
+        named.write("text")
+        named.seek(0)
+        with pytest.raises(imagemill.UsageError, match=r"item 0 is a file whose read\(\) returned str, not bytes"):
+            small.predict(named)  # type: ignore[arg-type]
+    with pytest.raises(imagemill.UsageError, match="item 0 is of type list"):
+        small.predict([["a.jpg"]])  # type: ignore[list-item]
 
 
 def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: Path) -> None:
@@ -240,17 +535,269 @@ def test_a_model_that_answers_nan_for_everything_is_not_loaded(tmp_path: Path) -
         imagemill.load(tmp_path / "broken", precision="fp32")
 
 
-def test_a_failing_iteration_does_not_spoil_the_next_call(models_dir: Path) -> None:
+@pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("mine"), KeyboardInterrupt("mine")])
+def test_a_failing_iteration_does_not_spoil_the_next_call(small: imagemill.Classifier, error: BaseException) -> None:
     """What the caller's own generator raises passes through."""
 
     def items() -> Iterator[bytes]:
         yield pictures.jpeg()
+        raise error
+
+    with pytest.raises(type(error), match="mine"):
+        small.predict(items())
+    assert small.predict(pictures.jpeg())[0].status == "ok"
+
+
+def test_a_stream_answers_in_order_while_items_still_come(small: imagemill.Classifier) -> None:
+    """Of an endless iterable too, at most a few batches behind it; bad images are predictions in their places."""
+    taken = 0
+
+    def items() -> Iterator[Any]:
+        nonlocal taken
+        for taken in itertools.count():
+            yield pictures.jpeg(30 + taken, 40) if taken % 3 else b"text"
+
+    ahead = 8 + 2 * (small._ahead + 2)  # the images decoded ahead, and two a batch
+    answers = small.stream(items())
+    for number in range(60):
+        found = next(answers)
+        assert (found.status, found.width) == (("ok", 30 + number) if number % 3 else ("not_an_image", None))
+        assert taken <= number + ahead * 3 / 2
+    answers.close()  # type: ignore[attr-defined]
+
+
+def test_a_stream_and_predict_keep_few_images_in_memory(small: imagemill.Classifier) -> None:
+    """Of arrays, images and bytes that are made one by one: as many as are decoded ahead, not all."""
+
+    def items(count: int) -> Iterator[Any]:
+        for number in range(count):
+            pixels = np.full((500, 600, 3), number, np.uint8)
+            yield (pixels, Image.fromarray(pixels), pictures.encode(Image.fromarray(pixels), "BMP"))[number % 3]
+
+    def peak(count: int, call: Callable[[Any], Any]) -> int:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        assert len(list(call(items(count)))) == count
+        return tracemalloc.get_traced_memory()[1] - before
+
+    tracemalloc.start()
+    try:
+        for call in (small.predict, small.stream):
+            assert peak(60, call) < 30 * 900_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_items_may_be_closed_or_used_again_once_the_next_is_asked_for(small: imagemill.Classifier, tmp_path: Path) -> None:
+    """An array that is filled again, a frame that moves on, a file that its generator closes: each is what it was when it was given."""
+    helpers.fill(tmp_path, {f"{number}.png": pictures.encode(pictures.photograph(40, 30, number), "PNG") for number in range(12)})
+    paths = sorted(tmp_path.glob("*.png"))
+    expected = [columns(item) for item in small.predict(paths)]
+
+    def arrays() -> Iterator[Any]:
+        pixels = np.empty((30, 40, 3), np.uint8)
+        for path in paths:
+            pixels[:] = np.asarray(Image.open(path))
+            yield pixels
+        pixels[:] = 0
+
+    def images() -> Iterator[Any]:
+        for path in paths:
+            with Image.open(path) as image:
+                yield image
+
+    def buffers() -> Iterator[Any]:
+        buffer = bytearray()
+        for path in paths:
+            buffer[:] = path.read_bytes()
+            yield memoryview(buffer).toreadonly() if path == paths[-1] else buffer
+
+    for items in (arrays, images, buffers):
+        assert [columns(item) for item in small.stream(items())] == expected, items.__name__
+    frames = Image.open(io.BytesIO(pictures.animated_gif()))
+    assert len({item.logits.tobytes() for item in small.predict(ImageSequence.Iterator(frames))}) == 3  # type: ignore[union-attr]
+
+
+def test_what_an_iterable_raises_comes_after_the_answers_before_it(small: imagemill.Classifier) -> None:
+    """Nothing that was given is lost."""
+
+    def items() -> Iterator[bytes]:
+        for number in range(5):
+            yield pictures.jpeg(30 + number, 40)
         raise KeyError("mine")
 
-    with imagemill.load("tiny", precision="fp32") as opened:
-        with pytest.raises(KeyError):
-            opened.predict(items())
-        assert opened.predict(pictures.jpeg())[0].status == "ok"
+    found = []
+    with pytest.raises(KeyError, match="mine"):
+        for prediction in small.stream(items()):
+            found.append(prediction.width)
+    assert found == [30, 31, 32, 33, 34]
+
+
+def test_a_stream_that_is_left_early_lets_go(small: imagemill.Classifier) -> None:
+    """Its iterable is closed and its images are freed; the classifier goes on."""
+    ended, references = [], []
+
+    def items() -> Iterator[Any]:
+        try:
+            while True:
+                pixels = np.zeros((40, 50, 3), np.uint8)
+                references.append(weakref.ref(pixels))
+                yield pixels
+        finally:
+            ended.append(True)
+
+    for prediction in small.stream(items()):
+        assert prediction.status == "ok"
+        break
+    assert ended == [True]
+    assert small.predict(pictures.jpeg())[0].status == "ok"
+    assert not [reference for reference in references if reference() is not None]
+
+
+def test_streams_and_calls_do_not_wait_for_each_other(small: imagemill.Classifier) -> None:
+    """Two streams in turn, a call from another thread while they are open, and a call within a stream's own iterable."""
+    data = [pictures.jpeg(60, 50, seed=seed) for seed in range(30)]
+    expected = [columns(item) for item in small.predict(data)]
+    first, second = small.stream(data), small.stream(reversed(data))
+    assert [columns(next(first)) for _ in range(5)] == expected[:5]
+    found = [(columns(next(second)), columns(next(first))) for _ in range(20)]
+    assert found == list(zip(expected[:9:-1], expected[5:25], strict=True))
+    other: list[Any] = []
+    thread = threading.Thread(target=lambda: other.extend(small.predict(data)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [columns(item) for item in other] == expected
+    inner = (item for item in data if small.predict(item)[0].status == "ok")
+    assert [columns(item) for item in small.stream(inner)] == expected
+    assert [columns(item) for item in first] == expected[25:]
+
+
+def test_a_stream_of_one_item_or_none(small: imagemill.Classifier) -> None:
+    """A single item is one, as for `predict`."""
+    assert [item.status for item in small.stream(pictures.jpeg())] == ["ok"]
+    assert [item.status for item in small.stream("gone.jpg")] == ["missing"]
+    assert list(small.stream(iter(()))) == []
+
+
+def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
+    """At its next answer, and also if its own iterable closes the classifier; a thread that waits for an answer is not left waiting."""
+    opened = imagemill.load("tiny", precision="fp32")
+    answers = opened.stream(itertools.repeat(pictures.jpeg()))
+    next(answers)
+    opened.close()
+    with pytest.raises(imagemill.UsageError, match="is closed"):
+        next(answers)
+    with pytest.raises(imagemill.UsageError, match="is closed"):
+        opened.stream([])
+
+    opened = imagemill.load("tiny", precision="fp32")
+
+    def items() -> Iterator[bytes]:
+        for number in itertools.count():
+            if number == 100:
+                opened.close()
+            yield pictures.jpeg()
+
+    with pytest.raises(imagemill.UsageError, match="is closed"):
+        opened.predict(items())
+
+    opened = imagemill.load("tiny", precision="fp32")
+    begun, ended = threading.Event(), []
+
+    def ask() -> None:
+        def endless() -> Iterator[bytes]:
+            while True:
+                yield pictures.jpeg()
+                begun.set()
+
+        with pytest.raises(imagemill.UsageError, match="is closed"):
+            opened.predict(endless())
+        ended.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert begun.wait(60)
+    opened.close()
+    thread.join(60)
+    assert ended == [True]
+
+
+def test_a_session_that_fails_is_opened_again(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
+    """The call that met the failure raises it, and the next is answered; if it cannot be opened, each call says so."""
+    state = "well"
+
+    class Failing(NullSession):
+        def stream(self, batches: Any) -> Any:
+            for answer in super().stream(batches):
+                if state == "lost":
+                    raise ModelError("lost")
+                yield answer
+
+    def opened_session(*arguments: Any) -> Any:
+        if state == "gone":
+            raise ModelError("not to be had")
+        return Failing(*arguments)
+
+    monkeypatch.setattr(api, "open_session", opened_session)
+    items = [pictures.jpeg()] * 100
+    with imagemill.load("tiny", device="null", batch_size=1) as opened:
+        state = "lost"
+        with pytest.raises(ModelError, match="lost"):
+            opened.predict(items)
+        state = "gone"
+        with pytest.raises(ModelError, match="not to be had"):
+            opened.predict(items)
+        state = "well"
+        assert [item.status for item in opened.predict(items)] == ["ok"] * 100
+
+
+def test_a_forked_child_is_told_to_load_its_own(models_dir: Path) -> None:
+    """At once, and not by hanging: each use says so, closing does nothing, the child ends by itself, and its own classifier works."""
+    program = """
+import itertools, os, signal, sys
+import imagemill, pictures
+
+with imagemill.load("tiny", precision="fp32") as opened:
+    answers = opened.stream(itertools.repeat(pictures.jpeg()))
+    expected = next(answers)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends it if it hangs
+        for use in (lambda: opened.predict(pictures.jpeg()), lambda: opened.stream([]), lambda: next(answers)):
+            try:
+                use()
+            except imagemill.UsageError as error:
+                assert f"opened in process {os.getppid()} and is used in process {os.getpid()}" in str(error), error
+                assert "load it in the child" in str(error), error
+            else:
+                raise AssertionError("a forked child was answered")
+        opened.close()
+        with imagemill.load("tiny", precision="fp32") as own:
+            assert own.predict(pictures.jpeg()) == [expected]
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert next(answers) == expected
+    assert opened.predict(pictures.jpeg()) == [expected]
+"""
+    environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    environment["PYTHONPATH"] += f":{helpers.PROJECT / 'tests'}"
+    subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", program], check=True, env=environment
+    )
+
+
+def test_a_classifier_that_nobody_closes_does_not_keep_its_process(models_dir: Path) -> None:
+    """With a stream open or not."""
+    program = """
+import itertools, imagemill, pictures
+opened = imagemill.load("tiny", precision="fp32")
+answers = opened.stream(itertools.repeat(pictures.jpeg()))
+assert next(answers).status == "ok"
+"""
+    environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    environment["PYTHONPATH"] += f":{helpers.PROJECT / 'tests'}"
+    made = subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=environment, capture_output=True, timeout=60)
+    assert made.stderr == b""
 
 
 def test_a_closed_classifier_says_so(models_dir: Path) -> None:
@@ -329,7 +876,7 @@ def test_the_documentation_s_examples_run(lite0: Any, tmp_path: Path, monkeypatc
     monkeypatch.setenv("IMAGEMILL_MODELS", str(lite0.dir.parent))
     text = (helpers.PROJECT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), {"__name__": "example"})
 

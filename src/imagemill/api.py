@@ -5,11 +5,16 @@ Both go the way of the command line: the same decoding, preprocessing, sessions 
 
 from __future__ import annotations
 
+import io
 import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -18,26 +23,43 @@ from PIL import Image
 
 from imagemill import batching, devices, freezing, quantizing, running, watching
 from imagemill.errors import UsageError
+from imagemill.images import pillow, preprocess
 from imagemill.images.feed import Feed
+from imagemill.images.jpeg import ORIENTATION
+from imagemill.images.refusals import Refusal, check_budget, judge, one_line
 from imagemill.models import bundle as bundles
 from imagemill.postprocess import check_model, top_k
-from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Saved, Settings, Shard, Status, Summary
+from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Recipe, Saved, Settings, Shard, Status, Summary
 from imagemill.sessions import open_session
 from imagemill.sources.files import read_file
 from imagemill.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from numpy.typing import NDArray
 
     from imagemill.sessions.base import Session
 
+    class BinaryFile(Protocol):
+        """Any object whose `read` returns bytes."""
+
+        def read(self, size: int, /) -> bytes | bytearray | memoryview | None:
+            """Return up to `size` bytes, none at the end."""
+            ...
+
+
 __all__ = ["Answer", "Classifier", "Prediction", "load", "run"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-Item: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8] | Image.Image"
-"""A picture: a path, encoded bytes, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey."""
+Item: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile | NDArray[np.uint8] | Image.Image"
+"""An image: a path, encoded bytes, a binary file, a Pillow image, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey."""
 
-_PIXELS: Final = "Give uint8 (H, W, 3), RGB, or (H, W), grey"
+_PIXELS: Final = "Give uint8 (H, W, 3), RGB, or (H, W), grey, or a Pillow image"
+_BAD: Final = "imagemill_bad"
+"""Attribute of a Pillow image that could not be decoded. Its next `load` may succeed silently, with made-up pixels."""
+_CHUNK: Final = 2**20
+"""Bytes per read of a binary file: some files make room for all that is asked for, however short they are."""
 _OWN: Final = ("sources", "output", "save", "include", "exclude", "retry_failed", "progress")
 """Arguments of `run` that are not passed on as they are."""
 
@@ -228,26 +250,34 @@ def load(
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
     job = batching.resolved(job, chosen)
-    return Classifier(job, lambda: open_session(job, chosen[0], Stopwatch()))
+    ahead = 4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8  # twice what sessions have in flight
+
+    def opener() -> Session:
+        session = open_session(job, chosen[0], Stopwatch())
+        try:
+            check_model(session.stream, job)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    return Classifier(job, opener, ahead)
 
 
 class Classifier:
-    """An open model; made by `load`. Several threads may call `predict`: they take turns, each call using all of the device.
+    """An open model; made by `load`.
 
-    A picture that crashes its decoder takes this process with it, which `run` would survive.
+    Several threads may use it, and several streams may be open, at once. They share the device and the decoding threads. A forked child
+    cannot use it and must load its own. An image that crashes its decoder ends this process, which `run` would survive.
     """
 
-    def __init__(self, job: Job, opener: Callable[[], Session]) -> None:
+    def __init__(self, job: Job, opener: Callable[[], Session], ahead: int) -> None:
         self._job = job
-        self._opener = opener
-        self._lock = threading.Lock()
-        self._session: Session | None = opener()
-        try:
-            check_model(self._session.stream, job)
-        except BaseException:
-            self._session.close()
-            raise
-        self._feed = Feed(job.card, job.limits, job.batch_size, job.num_workers, None, Stopwatch())
+        self._ahead = ahead
+        self._process = os.getpid()
+        self._device = _Device(opener)
+        limits = replace(job.limits, max_bytes=2**62)  # kept here, for what is encoded: pixels have no such size
+        self._feed = Feed(job.card, limits, job.batch_size, job.num_workers, None, Stopwatch())
         self._is_open = True
 
     @property
@@ -272,51 +302,97 @@ class Classifier:
         self.close()
 
     def close(self) -> None:
-        """Let go of the device and the decoding threads. A second time it does nothing."""
-        with self._lock:
-            if self._is_open:
-                self._is_open = False
-                self._feed.__exit__(None, None, None)
-                if self._session is not None:
-                    self._session.close()
-                self._session = None
+        """Release the device and the decoding threads. Does nothing the second time, and in a forked child.
+
+        A call of another thread that still runs, and a stream that is still open, end with `UsageError`.
+        """
+        if self._is_open and os.getpid() == self._process:
+            self._is_open = False
+            self._feed.__exit__(None, None, None)
+            self._device.close()
 
     def predict(self, items: Item | Iterable[Item]) -> list[Prediction]:
-        """Classify pictures.
+        """Classify images and return a list.
+
+        Memory holds the list and what `stream` holds; only a list or tuple of images is in memory anyway.
 
         Args:
-            items: one picture or many: paths, encoded bytes, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey.
+            items: one image or many: paths, encoded bytes, binary files, Pillow images, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey.
 
         Returns:
-            a prediction per picture, in order, whatever is wrong with it: that is its status, not an error.
+            a prediction per image, in order. Whatever is wrong with an image is the status of its prediction, not an error.
 
         Raises:
-            UsageError: an array that cannot be pixels, something that is no picture at all, or the classifier is closed.
+            UsageError: an item is no image at all, such as a number or a text file (in a list or tuple this is found before anything is
+                computed); or the classifier is closed, or was opened in another process.
             BadLogitsError: the model returned an array of the wrong shape.
         """
-        single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
-        single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
-        single = single or not isinstance(items, Iterable)  # it is none at all, which will be said
-        every: list[Any] = [items] if single else list(items)  # type: ignore[arg-type]
-        shard = Shard(0, 0, len(every), 0, "", 0)
-        fetchers = [self._fetcher(number, item) for number, item in enumerate(every)]  # all are looked at before any is computed
-        pictures = (Picture(number, shard, "", b"", -1, fetch) for number, fetch in enumerate(fetchers))
-        with self._lock:
-            if not self._is_open:
-                raise UsageError("the classifier is closed. Load it again.")
-            answers = self._answers(pictures)
-        predictions: list[Prediction] = []
-        for batch, outputs in answers:
-            predictions += self._predictions(batch, outputs)
-        return predictions
+        self._check_usable()
+        items = _several(items)
+        if isinstance(items, list | tuple):
+            for number, item in enumerate(items):
+                _check_type(number, item)
+        return list(self.stream(items))
 
-    def _answers(self, pictures: Iterator[Picture]) -> list[tuple[Batch, Outputs]]:
-        """Let all pictures through the session, to the last, so that nothing of this call stays in it."""
-        session = self._session or self._opener()
-        self._session = None  # one that is interrupted is not used again
-        answers = [(replace(batch, pixels=batch.pixels[:0]), outputs) for batch, outputs in session.stream(self._feed.batches(pictures))]
-        self._session = session
-        return answers
+    def stream(self, items: Item | Iterable[Item]) -> Iterator[Prediction]:
+        """Classify images one after the other, in bounded memory: yield a prediction per image, in order, while images still come.
+
+        The iterable is read in the thread that asks for the next prediction, and a bounded number of images ahead of it: 2 batches and 2
+        images per decoding thread are decoded ahead, and on a CPU 4 batches per core computed ahead. All but paths are read as they are
+        taken, so the iterable may close a file or reuse an array before it gives the next one.
+
+        Args:
+            items: as `predict` takes them.
+
+        Raises:
+            UsageError, BadLogitsError: as `predict` does. This, and whatever the iterable itself raises, comes after the predictions of the
+                images before it.
+        """
+        self._check_usable()
+        return self._stream(_several(items))
+
+    def _stream(self, items: Iterable[Any]) -> Iterator[Prediction]:
+        self._check_usable()
+        failed: list[Exception] = []
+        waiting: deque[tuple[Batch, Future[Outputs]]] = deque()
+        try:
+            for batch in self._feed.batches(self._pictures(items, failed)):
+                waiting.append((batch, self._device.submit(batch)))
+                while waiting and (len(waiting) > self._ahead or waiting[0][1].done()):
+                    yield from self._answers(*waiting.popleft())
+            while waiting:
+                yield from self._answers(*waiting.popleft())
+        except (CancelledError, RuntimeError):
+            self._check_usable()  # the threads refuse work because of close()
+            raise
+        finally:
+            for _, future in waiting:
+                future.cancel()
+        if failed:
+            raise failed[0]
+
+    def _answers(self, batch: Batch, future: Future[Outputs]) -> Iterator[Prediction]:
+        for prediction in self._predictions(batch, future.result()):
+            yield prediction
+            self._check_usable()
+
+    def _pictures(self, items: Iterable[Any], failed: list[Exception]) -> Iterator[Picture]:
+        """Take items until they end or raise; what they raise is kept in `failed`, so that the images before it get their answers."""
+        shard = Shard(0, 0, 0, 0, "", 0)
+        try:
+            for number, item in enumerate(items):
+                yield Picture(number, shard, "", b"item %d" % number, -1, self._fetcher(number, item))
+        except Exception as error:  # the caller's own; it is raised again
+            failed.append(error)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"the classifier was opened in process {self._process} and is used in process {os.getpid()}. Its threads do not survive a "
+                "fork: load it in the child."
+            )
+        if not self._is_open:
+            raise UsageError("the classifier is closed. Load it again.")
 
     def _predictions(self, batch: Batch, outputs: Outputs) -> Iterator[Prediction]:
         card, save = self._job.card, self._job.save
@@ -341,30 +417,228 @@ class Classifier:
             )
 
     def _fetcher(self, number: int, item: Any) -> Callable[[], bytes]:
-        """What gives a picture's encoded bytes. Pixels go as PPM, so that they are prepared as every picture is."""
+        """Return what gives a decoding thread the encoded bytes of an item. Raises: UsageError."""
         if isinstance(item, str | os.PathLike):
-            return partial(_read, os.fsencode(item), self._job.limits.max_bytes)
+            return partial(_read_path, os.fspath(item), self._job.limits.max_bytes)
+        _check_type(number, item)
+        try:
+            return [self._encoded(number, item)].pop  # which keeps no bytes once they are decoded
+        except BadPicture as bad:
+            return partial(_refuse, bad.status, bad.error, bad.width, bad.height)
+
+    def _encoded(self, number: int, item: Any) -> bytes:
+        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image is. Raises: BadPicture, UsageError."""
+        limits, recipe = self._job.limits, self._job.card.recipe
         if isinstance(item, bytes | bytearray | memoryview):
-            return partial(bytes, item)
+            return _read_buffer(item, limits.max_bytes)
         if isinstance(item, Image.Image):
-            item = np.asarray(item.convert("RGB"))
-        if not isinstance(item, np.ndarray):
-            raise UsageError(f"item {number} is of type {type(item).__name__}. Give a path, encoded bytes, or pixels.")
-        colour = item.ndim == 3 and item.shape[2] == 3
-        if item.dtype != np.uint8 or not (colour or item.ndim == 2) or 0 in item.shape:
-            raise UsageError(f"item {number} is an array of {item.dtype} {item.shape}. {_PIXELS}.")
-        return partial(_ppm, item)
+            return _read_image(item, recipe, limits)
+        if isinstance(item, np.ndarray):
+            height, width = item.shape[:2]
+            _check_size(width, height, limits)
+            return _ppm(item)
+        return _read_binary(number, item, limits.max_bytes)
 
 
-def _read(path: bytes, max_bytes: int) -> bytes:
+_Work: TypeAlias = "SimpleQueue[tuple[Batch, Future[Outputs]] | None]"
+
+
+class _Device:
+    """A thread that opens a session and computes the batches of all callers, in the order in which they come.
+
+    Callers never run in each other's way: none waits for another's iterable, and one that is interrupted leaves no half-read session. The
+    session is a local variable of that thread, because a forked child does not destroy those. OpenVINO's destructor would hang there.
+    """
+
+    def __init__(self, opener: Callable[[], Session]) -> None:
+        self._work: _Work = SimpleQueue()
+        self._lock = threading.Lock()
+        self._is_open = True
+        opened: Future[None] = Future()
+        thread = threading.Thread(target=_compute, args=(opener, self._work, opened), name="device", daemon=True)
+        thread.start()
+        self._stop = weakref.finalize(self, _stop, self._work, thread)
+        opened.result()
+
+    def submit(self, batch: Batch) -> Future[Outputs]:
+        """Have a batch computed. Raises: RuntimeError after `close`."""
+        future: Future[Outputs] = Future()
+        with self._lock:
+            if not self._is_open:
+                raise RuntimeError("the device is closed")
+            self._work.put((batch, future))
+        return future
+
+    def close(self) -> None:
+        """Compute what was submitted, then close the session."""
+        with self._lock:
+            self._is_open = False
+        self._stop()
+
+
+def _stop(work: _Work, thread: threading.Thread) -> None:
+    work.put(None)
+    if thread is not threading.current_thread():  # which may be the one that drops the last reference to a device
+        thread.join()
+
+
+def _compute(opener: Callable[[], Session], work: _Work, opened: Future[None]) -> None:
+    """Run a device's thread: every batch gets outputs or an error, until None comes."""
+    session: Session | None = None
     try:
-        return read_file(path, max_bytes)
+        session = opener()
+    except BaseException as error:  # the caller's, who waits for it
+        opened.set_exception(error)
+        return
+    opened.set_result(None)
+    while (first := work.get()) is not None:
+        taken: deque[Future[Outputs]] = deque()
+        try:
+            session = session or opener()
+            for _, outputs in session.stream(_submitted(first, work, taken)):
+                taken.popleft().set_result(outputs)
+        except BaseException as error:  # as above
+            session = None  # one that failed is not used again
+            for future in {first[1], *taken}:
+                if not future.done():
+                    future.set_exception(error)
+        del first
+    if session is not None:
+        session.close()
+
+
+def _submitted(first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[Future[Outputs]]) -> Iterator[Batch]:
+    """Yield batches as long as some wait, and note in `taken` whose they are. Then it ends, so that the session returns them all."""
+    coming: tuple[Batch, Future[Outputs]] | None = first
+    while coming is not None:
+        batch, future = coming
+        if future.set_running_or_notify_cancel():
+            taken.append(future)
+            yield batch
+        try:
+            coming = work.get_nowait()
+        except Empty:
+            return
+    work.put(None)  # for `_compute`; nothing comes behind it
+
+
+def _several(items: Any) -> Iterable[Any]:
+    """Put a single item into a list. Files, arrays and strings can be iterated over, which is not what is meant."""
+    single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(items, "read")
+    single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
+    return [items] if single or not isinstance(items, Iterable) else items
+
+
+def _check_type(number: int, item: Any) -> None:
+    """Raises: UsageError, if an item is no image whatever it holds."""
+    if isinstance(item, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        return
+    if isinstance(item, np.ndarray):
+        colour = item.ndim == 3 and item.shape[2] == 3
+        if item.dtype != np.uint8 or not (colour or item.ndim == 2):
+            raise UsageError(f"item {number} is an array of {item.dtype} {item.shape}. {_PIXELS}.")
+    elif isinstance(item, io.TextIOBase):
+        raise UsageError(f'item {number} is a file opened in text mode. Open it with mode "rb".')
+    elif not callable(getattr(item, "read", None)):
+        raise UsageError(f"item {number} is of type {type(item).__name__}. Give a path, encoded bytes, a binary file, or pixels.")
+
+
+def _refuse(status: Status, error: str, width: int | None, height: int | None) -> bytes:
+    raise BadPicture(status, error, width, height)
+
+
+def _read_path(path: str | bytes, max_bytes: int) -> bytes:
+    try:
+        return read_file(os.fsencode(path), max_bytes)
     except BadPicture as bad:
         if bad.status is Status.MISSING:
             raise BadPicture(Status.MISSING, "there is no such file") from bad
         raise
+    except UnicodeEncodeError as error:
+        raise BadPicture(Status.MISSING, "there can be no such file: its name cannot be encoded") from error
     except ValueError as error:
         raise BadPicture(Status.MISSING, "there can be no such file: its name holds a null character") from error
+
+
+def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
+    try:
+        size = memoryview(data).nbytes
+        if size > max_bytes:
+            raise BadPicture(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
+        return bytes(data)
+    except ValueError as error:
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {one_line(error)}") from error  # a memoryview that was released
+
+
+def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
+    """Read a file from where it stands to its end, and no more than a byte too many."""
+    chunks: list[bytes] = []
+    left = max_bytes + 1
+    while left > 0:
+        try:
+            chunk = file.read(min(left, _CHUNK))
+        except Exception as error:  # a file of any make may raise anything
+            raise BadPicture(Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+        if chunk is None:
+            raise BadPicture(Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet")
+        if not isinstance(chunk, bytes | bytearray | memoryview):
+            raise UsageError(f"item {number} is a file whose read() returned {type(chunk).__name__}, not bytes. Open it in binary mode.")
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(bytes(chunk))
+        left -= len(chunks[-1])
+    raise BadPicture(Status.TOO_LARGE, f"has more than --max-bytes {max_bytes} bytes")
+
+
+def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
+    """Encode what a Pillow image displays. Raises: BadPicture."""
+    _check_size(*image.size, limits)
+    bad: tuple[Status, str] | None = vars(image).get(_BAD)
+    if bad is None:
+        try:
+            pillow.prepare(limits)
+            image.load()
+            orientation = _orientation(image) if recipe.exif else 1
+            return _encode_image(image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image)
+        except MemoryError:
+            bad = (Status.TOO_LARGE, "not enough memory to decode it")
+        except Exception as error:  # plugins raise anything at all on damaged files
+            if "closed" in str(error) or getattr(error, "strerror", None):
+                bad = (Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}")
+            else:
+                bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
+    orientation = 1 if image.format == "TIFF" or not recipe.exif else _orientation(image)  # Pillow has turned a TIFF's size already
+    raise BadPicture(*bad, *preprocess.turned_size(*image.size, orientation))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ORIENTATION)
+    except Exception:  # broken EXIF is no reason to refuse an image
+        return 1
+    return found if isinstance(found, int) and found in preprocess.TURNS else 1
+
+
+def _encode_image(image: Image.Image) -> bytes:
+    """Encode a loaded image so that decoding it gives what a PNG of it gives. PNG has no 32-bit numbers, so these become a TIFF."""
+    if image.mode in {"I", "F"}:
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(image)).save(buffer, "TIFF")
+        return buffer.getvalue()
+    if image.mode.startswith("I;16"):
+        return _ppm((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"La", "RGBa"}:
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return _ppm(np.asarray(image.convert("L" if image.mode in {"1", "L"} else "RGB")))
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if not width or not height:
+        raise BadPicture(Status.EMPTY, f"it has no pixels: {width}×{height}", width, height)
+    try:
+        check_budget(width, height, limits)
+    except Refusal as refusal:
+        raise BadPicture(refusal.status, refusal.error, width, height) from refusal
 
 
 def _ppm(pixels: NDArray[np.uint8]) -> bytes:
