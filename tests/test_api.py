@@ -192,8 +192,9 @@ def test_pixels_are_prepared_as_the_same_picture_in_a_file(classifier: imagemill
     pixels = np.asarray(image)
     shifted = np.zeros((300, 400, 3), np.uint8)
     shifted[20:254, 30:351] = pixels
-    found = classifier.predict([pixels, shifted[20:254, 30:351], image, np.asarray(grey), grey])
-    assert [columns(item) for item in found] == [columns(item) for item in (colour, colour, colour, plain, plain)]
+    masked = np.ma.masked_array(pixels, pixels > 100)
+    found = classifier.predict([pixels, shifted[20:254, 30:351], masked, image, np.asarray(grey), grey])
+    assert [columns(item) for item in found] == [columns(item) for item in (colour, colour, colour, colour, plain, plain)]
     assert [columns(item) for item in classifier.predict(np.stack([pixels, pixels]))] == [columns(colour)] * 2
     assert [columns(item) for item in classifier.predict(pixels)] == [columns(colour)]
     assert (colour.width, colour.height) == (321, 234)
@@ -418,6 +419,16 @@ def test_a_binary_file_of_any_make_is_one_image(small: imagemill.Classifier, tmp
             if hasattr(single, "seek"):
                 single.seek(0)
             assert [columns(item) for item in small.predict(single)] == [columns(expected)]  # type: ignore[arg-type]
+
+
+def test_bad_files_answer_alike_however_they_are_given(small: imagemill.Classifier, tmp_path: Path) -> None:
+    """By path, as bytes and as a binary file: the same status, error and size."""
+    bad = {name: make()[0] for name, make in pictures.HOSTILE.items()}
+    helpers.fill(tmp_path, bad)
+    expected = [columns(item) for item in small.predict([tmp_path / name for name in bad])]
+    assert [columns(item) for item in small.predict(list(bad.values()))] == expected
+    assert [columns(item) for item in small.predict([io.BytesIO(data) for data in bad.values()])] == expected
+    assert not any(item["status"] == "ok" for item in expected)
 
 
 def test_buffers_of_any_make_are_their_bytes(small: imagemill.Classifier) -> None:

@@ -1,4 +1,4 @@
-"""The Python API: `run`, a whole job in one call, and `load`, a classifier at hand.
+"""The Python API: `run`, a whole job in one call, and `load`, a classifier for `predict` and `stream`.
 
 Both go the way of the command line: the same decoding, preprocessing, sessions and ranking, so answers are the same, bit for bit.
 """
@@ -314,7 +314,7 @@ class Classifier:
     def predict(self, items: Item | Iterable[Item]) -> list[Prediction]:
         """Classify images and return a list.
 
-        Memory holds the list and what `stream` holds; only a list or tuple of images is in memory anyway.
+        Apart from the list it needs the memory of `stream`, however many images a generator gives.
 
         Args:
             items: one image or many: paths, encoded bytes, binary files, Pillow images, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey.
@@ -345,8 +345,8 @@ class Classifier:
             items: as `predict` takes them.
 
         Raises:
-            UsageError, BadLogitsError: as `predict` does. This, and whatever the iterable itself raises, comes after the predictions of the
-                images before it.
+            UsageError, BadLogitsError: as `predict` does. An error for an item that is no image, and whatever the iterable itself raises,
+                comes after the predictions of the images before it.
         """
         self._check_usable()
         return self._stream(_several(items))
@@ -366,7 +366,7 @@ class Classifier:
             self._check_usable()  # the threads refuse work because of close()
             raise
         finally:
-            for _, future in waiting:
+            for _, future in waiting if os.getpid() == self._process else ():  # in a forked child its lock may be held for ever
                 future.cancel()
         if failed:
             raise failed[0]
@@ -436,7 +436,7 @@ class Classifier:
         if isinstance(item, np.ndarray):
             height, width = item.shape[:2]
             _check_size(width, height, limits)
-            return _ppm(item)
+            return _ppm(np.asarray(item))  # of a masked array, what lies under its mask
         return _read_binary(number, item, limits.max_bytes)
 
 
@@ -524,7 +524,8 @@ def _submitted(first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[F
 
 def _several(items: Any) -> Iterable[Any]:
     """Put a single item into a list. Files, arrays and strings can be iterated over, which is not what is meant."""
-    single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image) or hasattr(items, "read")
+    single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
+    single = single or callable(getattr(items, "read", None))
     single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
     return [items] if single or not isinstance(items, Iterable) else items
 
@@ -549,7 +550,7 @@ def _refuse(status: Status, error: str, width: int | None, height: int | None) -
 
 def _read_path(path: str | bytes, max_bytes: int) -> bytes:
     try:
-        return read_file(os.fsencode(path), max_bytes)
+        return _read_buffer(read_file(os.fsencode(path), max_bytes), max_bytes)
     except BadPicture as bad:
         if bad.status is Status.MISSING:
             raise BadPicture(Status.MISSING, "there is no such file") from bad
