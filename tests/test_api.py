@@ -733,6 +733,31 @@ def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
     assert ended == [True]
 
 
+def test_closing_while_a_batch_is_computed_ends(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
+    """The batch is answered, and then the device's thread ends."""
+    begun = threading.Event()
+
+    class Slow(NullSession):
+        def stream(self, batches: Any) -> Any:
+            for answer in super().stream(batches):
+                begun.set()
+                helpers.until(opened._device._work.qsize)  # that it is to end lies in the queue
+                yield answer
+
+    monkeypatch.setattr(api, "open_session", Slow)
+    opened = imagemill.load("tiny", device="null")
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(next(opened.stream(pictures.jpeg()))), daemon=True)
+    asking.start()
+    assert begun.wait(60)
+    closing = threading.Thread(target=opened.close, daemon=True)
+    closing.start()
+    for thread in (closing, asking):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert [item.status for item in found] == ["ok"]
+
+
 def test_a_session_that_fails_is_opened_again(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
     """The call that met the failure raises it, and the next is answered; if it cannot be opened, each call says so."""
     state = "well"

@@ -422,7 +422,7 @@ class Classifier:
             return partial(_read_path, os.fspath(item), self._job.limits.max_bytes)
         _check_type(number, item)
         try:
-            return [self._encoded(number, item)].pop  # which keeps no bytes once they are decoded
+            return partial(bytes, self._encoded(number, item))
         except BadPicture as bad:
             return partial(_refuse, bad.status, bad.error, bad.width, bad.height)
 
