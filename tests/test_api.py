@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import io
 import itertools
@@ -239,6 +240,7 @@ MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK",
 
 def test_a_pillow_image_is_what_it_displays(small: imagemill.Classifier) -> None:
     """In every mode, turned by its EXIF or not: bit for bit the answer to a PNG of the displayed pixels; the image stays as it is."""
+    assert small.predict(in_mode("P"))[0].status == "ok"  # Pillow warns of its transparency, and warnings are errors here
     images = []
     for mode, orientation in itertools.product(MODES, (None, 6, 7)):
         image = in_mode(mode)
@@ -760,12 +762,19 @@ def test_closing_while_a_batch_is_computed_ends(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_session_that_fails_is_opened_again(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
     """The call that met the failure raises it, and the next is answered; if it cannot be opened, each call says so."""
-    state = "well"
+    state, lost = "well", threading.Event()
 
     class Failing(NullSession):
         def stream(self, batches: Any) -> Any:
-            for answer in super().stream(batches):
+            for answer in (answers := super().stream(batches)):
+                if state == "gone":  # it was opened before, for a batch that nobody waited for any more
+                    raise ModelError("not to be had")
                 if state == "lost":
+                    if not lost.is_set():
+                        lost.set()
+                        helpers.until(opened._device._work.qsize)
+                        next(answers)  # a second batch is in flight
+                        yield answer
                     raise ModelError("lost")
                 yield answer
 
@@ -820,6 +829,21 @@ with imagemill.load("tiny", precision="fp32") as opened:
     subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", program], check=True, env=environment
     )
+
+
+def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) -> None:
+    """Without `close` too: the device's thread, and with it the session, goes with the last reference."""
+
+    def device_threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "device"}
+
+    before = device_threads()
+    opened = imagemill.load("tiny", precision="fp32")
+    opened.predict(pictures.jpeg())
+    assert device_threads() > before
+    del opened
+    gc.collect()
+    helpers.until(lambda: device_threads() <= before)
 
 
 def test_a_classifier_that_nobody_closes_does_not_keep_its_process(models_dir: Path) -> None:
