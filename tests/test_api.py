@@ -380,11 +380,10 @@ def test_a_bad_image_costs_its_own_prediction(small: imagemill.Classifier, name:
 
 def test_the_size_of_a_bad_pillow_image_is_the_displayed_one(small: imagemill.Classifier) -> None:
     """As it is for a file."""
-    data = (pictures.half(pictures.jpeg(200, 100, orientation=6)), lossless("TIFF", exif=pictures.exif(6)))
+    data = (pictures.half(pictures.jpeg(200, 100, orientation=6)), pictures.half(lossless("TIFF", exif=pictures.exif(6))))
     images = [Image.open(io.BytesIO(item)) for item in data]
-    images[1].fp.close()  # type: ignore[union-attr]
     found = small.predict(images)
-    assert [(item.status, item.width, item.height) for item in found] == [("truncated", 100, 200), ("read_error", 44, 60)]
+    assert [(item.status, item.width, item.height) for item in found] == [("truncated", 100, 200), ("truncated", 44, 60)]
 
 
 def test_pixels_have_no_size_in_bytes(models_dir: Path) -> None:
