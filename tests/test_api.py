@@ -31,6 +31,7 @@ import helpers
 import imagemill
 import pictures
 from imagemill import api
+from imagemill.errors import ModelError
 from imagemill.models import bundle, registry
 from imagemill.records import Limits, Recipe, Settings
 from imagemill.sessions.null import NullSession
@@ -746,6 +747,7 @@ def test_closing_while_a_batch_is_computed_ends(monkeypatch: pytest.MonkeyPatch,
                 yield answer
 
     monkeypatch.setattr(api, "open_session", Slow)
+    monkeypatch.setattr(api, "check_model", lambda *_: None)  # which would stream before there is a classifier
     opened = imagemill.load("tiny", device="null")
     found: list[Any] = []
     asking = threading.Thread(target=lambda: found.append(next(opened.stream(pictures.jpeg()))), daemon=True)
