@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from imagemill import devices, freezing, running
+from imagemill.errors import OutputError
 from imagemill.images import DECODER
 from imagemill.layout import JobPaths
 from imagemill.quantizing import Prepared
@@ -105,3 +106,23 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     chosen = devices.resolve("null")
     resumed = freezing.resume(Settings(sources=settings.sources, output=settings.output, **said), before, chosen, Watcher())
     assert resumed == replace(before, job=replace(before.job, **frozen))
+
+
+@pytest.mark.parametrize(
+    ("origin", "remedy"),
+    [
+        ({"source": "url"}, "`imagemill get-model tiny`"),
+        ({"source": "onnx", "file": "/nets/net.onnx"}, "repeat the command with --model /nets/net.onnx"),
+    ],
+)
+def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
+    job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path, origin: dict[str, str], remedy: str
+) -> None:
+    """Of a resumed job, before a worker is started."""
+    running.run(job(jpegs(1)))
+    frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    assert frozen is not None
+    freezing.verify_model(frozen)
+    gone = replace(frozen.job, model_file=str(tmp_path / "gone.onnx"), card=replace(frozen.job.card, origin=origin))
+    with pytest.raises(OutputError, match=rf"the job's model {tmp_path}/gone\.onnx is gone\. Bring it back: {remedy}\."):
+        freezing.verify_model(replace(frozen, job=gone))

@@ -137,3 +137,12 @@ def test_a_listing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
     assert plan.spool(iter([Entry(0, b"a", 1)]), tmp_path / "spool") == plan.Listing(1, 1)
     with pytest.raises(OutputError, match=r"cannot write .*file: "):
         plan.cut(tmp_path / "spool", tmp_path / "file", 7, by_group=False)
+
+
+def test_a_plan_is_compressed_and_its_groups_count_from_0(tmp_path: Path) -> None:
+    """Paths resemble each other: a plan of a billion images would take many times the room. A source without sub-folders is one group."""
+    folder = freeze(tmp_path / "plan", [Entry(0, b"folder/%d.jpg" % number, 1) for number in range(3)], 7, by_group=True)
+    assert [path.name for path in folder.glob("plan-*")] == ["plan-00000-00000.parquet"]
+    assert [shard.group for shard in plan.shards(folder)] == [0]
+    group = pq.read_metadata(folder / "plan-00000-00000.parquet").row_group(0)
+    assert {group.column(number).compression for number in range(group.num_columns)} == {"ZSTD"}

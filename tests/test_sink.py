@@ -250,3 +250,14 @@ def test_the_receipt_says_how_long_its_shard_took(tmp_path: Path, monkeypatch: p
     assert before <= part.since <= after
     monkeypatch.setattr(sink_module, "time", SimpleNamespace(monotonic=lambda: 105.5))
     assert replace(part, since=100.0).commit().seconds == 5.5
+
+
+def test_columns_whose_values_repeat_have_a_dictionary_and_no_others(tmp_path: Path) -> None:
+    """A dictionary of paths or probabilities would only take room."""
+    part, path = commit(tmp_path)
+    part.commit()
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    assert {column.compression for column in columns} == {"ZSTD"}
+    named = {column.path_in_schema for column in columns if column.has_dictionary_page}
+    assert named == {"source", "status", "error", "label", "top_k.list.element.label"}
