@@ -9,8 +9,8 @@ the others want a test.
 The working tree is never touched: sources and tests are copied to a temporary folder. Run the command again to continue: changes that were
 noticed are skipped, changes that survived are tried again, so that you see which new tests work.
 
-mutmut and cosmic-ray do the same for whole projects, but both rewrite or instrument the tree that they are started in, and neither limits a
-change to the fastest tests of its module.
+mutmut and cosmic-ray do this for whole projects, and were not tried. Here a sample is wanted rather than every change, each module has a
+few fast tests of its own, and the worker processes that tests start must import the changed module too.
 """
 
 from __future__ import annotations
