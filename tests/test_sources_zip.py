@@ -9,7 +9,9 @@ import random
 import struct
 import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -188,6 +190,101 @@ def test_more_members_than_16_bits_count_are_all_listed(tmp_path: Path) -> None:
     assert (len(entries), entries[-1].path) == (65_540, b"65539.jpg")
 
 
+def finder_zip(path: Path, members: Iterable[tuple[str, bytes | int]]) -> Path:
+    """Write a zip as the Finder of macOS does: no zip64, so larger offsets and sizes keep only their low 32 bits.
+
+    A member given as a number has so many bytes, which are a hole in the file.
+    """
+    directory, number, low = bytearray(), 0, 0xFFFFFFFF
+    with path.open("wb") as out:
+        for number, (name, content) in enumerate(members, 1):
+            start, data = out.tell(), content if isinstance(content, bytes) else b""
+            size = len(content) if isinstance(content, bytes) else content
+            out.write(struct.pack("<4s5H3L2H", b"PK\3\4", 20, 8, 0, 0, 0, 0, 0, 0, len(name), 0) + name.encode() + data)
+            out.seek(size - len(data), os.SEEK_CUR)
+            sizes = (zlib.crc32(data), size & low, size & low)
+            out.write(struct.pack("<4s3L", b"PK\7\x08", *sizes))
+            numbers = (0x0315, 20, 8, 0, 0, 0, *sizes, len(name), 0, 0, 0, 0, 0o100644 << 16, start & low)
+            directory += struct.pack("<4s6H3L5H2L", b"PK\1\2", *numbers) + name.encode()
+        start = out.tell()
+        counts = (number & 0xFFFF, number & 0xFFFF)
+        out.write(directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *counts, len(directory), start & low, 0))
+    return path
+
+
+def test_a_finder_zip_beyond_4_gib_is_read(tmp_path: Path) -> None:
+    """The Finder of macOS writes offsets, sizes and counts modulo their fields' width. Every image is found, from any process, in any order."""
+    images = {f"{number}.jpg": b"image %d" % number * 99 for number in range(5)}
+    (one, two, three, four, five), whole = images, 2**32
+    members: list[tuple[str, bytes | int]] = [(one, images[one]), ("4 GiB too long.mov", whole + 1_000), (two, images[two])]
+    members += [
+        ("long.mov", whole - 5_000),
+        (three, images[three]),
+        ("huge.mov", 3 * whole + 7),
+        (four, images[four]),
+        (five, images[five]),
+    ]
+    path = finder_zip(tmp_path / "finder.zip", members)
+    assert path.stat().st_size > 5 * whole > path.stat().st_blocks
+    assert read(path) == [(name.encode(), data) for name, data in images.items()]
+    source, entries, skipped = listed(path)
+    assert skipped.by_suffix == {".mov": 3}
+    backwards = [fetched(type(source)(0, os.fsencode(path)), entry) for entry in reversed(entries)]
+    assert backwards == [*reversed(images.values())]
+    with path.open("r+b") as file:  # whatever was put in its place is no image under this name
+        file.seek(entries[0].size // 2)
+        file.write(b"changed")
+    assert str(fetched(source, entries[0])).startswith("corrupt: ")
+
+
+def test_a_finder_zip_of_more_members_than_16_bits_is_read(tmp_path: Path) -> None:
+    """Counts and offsets have both wrapped around."""
+    names = [f"{number}.jpg" for number in range(65_540)]
+    path = finder_zip(tmp_path / "finder.zip", [("long.mov", 2**32), *((name, b"") for name in names)])
+    source, entries, _ = listed(path)
+    assert (len(entries), entries[-1].path) == (65_540, b"65539.jpg")
+    assert [fetched(source, entry) for entry in (entries[0], entries[-1])] == [b"", b""]
+
+
+SPELLINGS = {
+    "backslashes in the header": ("a/b/c.jpg", b"a\\b\\c.jpg"),
+    "backslashes in the directory": ("a\\b\\c.jpg", b"a/b/c.jpg"),
+    "one backslash": ("a/b/c.jpg", b"a/b\\c.jpg"),
+    "DOS code page in the header": ("Größe/ü.jpg", "Größe/ü.jpg".encode("cp437")),
+    "Cyrillic code page": ("фото.jpg", "фото.jpg".encode("cp866")),
+    "Shift JIS and backslashes": ("表/写真.jpg", "表\\写真.jpg".encode("cp932")),
+    "GBK": ("照片.jpg", "照片.jpg".encode("gbk")),
+    "decomposed": ("ü.jpg", "u\u0308.jpg".encode()),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+@pytest.mark.parametrize("flags", [0, 0x800])
+def test_two_spellings_of_one_name_are_read(case: str, flags: int, tmp_path: Path) -> None:
+    """Windows tools write `\\` in one place and `/` in the other, or UTF-8 in one and their code page in the other. All tools read these."""
+    central, local = SPELLINGS[case]
+    path = by_hand(tmp_path, Member(central.encode(), SOUND, method=8, flags=flags, local_name=local), Member(b"z.jpg", SOUND))
+    assert read(path) == [(central.encode(), SOUND), (b"z.jpg", SOUND)]
+
+
+def test_a_name_that_no_encoding_explains_is_damage(tmp_path: Path) -> None:
+    """A changed byte in either name, also one that makes it no ASCII, is a `corrupt` row: it could be another image's name."""
+    names = [(b"a0.jpg", b"a\xd7.jpg"), (b"a\xd7.jpg", b"a0.jpg"), ("ü.jpg".encode(), "ä.jpg".encode("cp437")), (b"a/b.jpg", b"a/b\\.jpg")]
+    found = read(by_hand(tmp_path, *(Member(central, SOUND, local_name=local) for central, local in names)))
+    assert [str(data).partition(":")[0] for _, data in found] == ["corrupt"] * 4
+
+
+def test_a_program_that_unpacks_itself_may_be_signed(tmp_path: Path) -> None:
+    """Bytes before the archive and behind it, as in a signed `.exe` renamed to `.zip`: `zipfile`, unzip and 7-Zip read it."""
+    files = some_files()
+    packed = make(tmp_path / "a.zip", files).read_bytes()
+    path = tmp_path / "signed.zip"
+    path.write_bytes(b"MZ the program" * 99 + packed + b"signature" * 99)
+    with zipfile.ZipFile(path) as archive:
+        expected = [(info.filename.encode(), archive.read(info)) for info in archive.infolist()]
+    assert read(path) == expected
+
+
 def damages() -> dict[str, tuple[bytes, str]]:
     sound = zip_by_hand([Member(b"a.jpg", SOUND), Member(b"b.jpg", SOUND)])
     where = len(sound) - 22
@@ -309,8 +406,9 @@ def test_many_threads_read_one_archive_at_once(tmp_path: Path) -> None:
             assert data == files[entry.path.decode()]
 
 
+@pytest.mark.parametrize("program", [b"", b"MZ the program" * 99])
 @pytest.mark.parametrize("cut", ["within the directory", "behind the archive within", "within a member in front of it"])
-def test_a_cut_archive_is_not_taken_for_one_within_it(cut: str, tmp_path: Path) -> None:
+def test_a_cut_archive_is_not_taken_for_one_within_it(cut: str, program: bytes, tmp_path: Path) -> None:
     """Its own directory is gone, that of an archive stored in it is not: what that one holds is not what was asked for."""
     inner, whole = tmp_path / "inner.zip", tmp_path / "whole.zip"
     make(inner, {"inside.jpg": b"inside" * 50})
@@ -318,7 +416,7 @@ def test_a_cut_archive_is_not_taken_for_one_within_it(cut: str, tmp_path: Path) 
         archive.writestr("a.jpg", b"a" * 5_000)
         archive.write(inner, "inner.zip")
         archive.writestr("b.jpg", b"b" * 5_000)
-    data = whole.read_bytes()
+    data = program + whole.read_bytes()
     end = data.index(inner.read_bytes()) + inner.stat().st_size
     path = tmp_path / "cut.zip"
     path.write_bytes(data[: {"within the directory": len(data) - 30, "behind the archive within": end}.get(cut, end + 2_000)])

@@ -7,14 +7,17 @@ pictures. The standard library's reader is not used, because it holds every memb
 from __future__ import annotations
 
 import bz2
+import contextlib
 import io
 import lzma
 import re
 import stat
 import struct
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
@@ -36,6 +39,8 @@ _DIRECTORY_BLOCK_BYTES = 2**18
 _LOCAL_EXTRA_BYTES = 64
 """Read along with a member's header: most writers put 0 to 36 bytes of extra fields there."""
 _LZMA_MEMORY_BYTES = 2**28
+_WRAP = 2**32
+"""Writers without zip64, such as the Finder of macOS, keep only the low 32 bits of larger offsets and sizes."""
 
 _ENCRYPTED_FLAGS = 0x0001 | 0x0040 | 0x2000
 _PATCH_FLAG = 0x0020
@@ -43,6 +48,9 @@ _END_MARKER_FLAG = 0x0002
 _DEFLATE, _BZIP2, _LZMA = 8, 12, 14
 _METHODS = {1: "Shrink", 6: "Implode", 9: "Deflate64", 20: "Zstandard", 93: "Zstandard", 95: "xz", 98: "PPMd", 99: "AES encryption"}
 _UNIX, _DOS_FOLDER = 3, 0x10
+_ENCODINGS = """utf-8 cp437 cp850 cp852 cp857 cp862 cp866 cp874 cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1258 cp932 cp949 gb18030
+    big5 mac_roman""".split()
+"""Encodings of names: UTF-8, and the code pages that tools on Windows, DOS and macOS use by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,8 @@ class ZipSource:
         self._position = position
         self._location = location
         self._blob = LazyBlob(lambda: open_blob(location))
+        self._wraps = 0
+        """How often the offset of the last member that was read had wrapped around 32 bits. Its neighbours are likely to be near it."""
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. In the order of the directory."""
@@ -98,7 +108,7 @@ class ZipSource:
             raise cannot_read(self.name, error, "a zip archive") from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. One read, or two where the member's header is longer than most."""
+        """See `Source.fetch`. One read, or two where the member's header is longer than most; more where its offset has wrapped."""
         offset, stored_bytes, size, crc, method, flags, is_link = _LOCATOR.unpack(locator)
         _refuse(method, flags, is_link)
         if max(size, stored_bytes - stored_bytes // 8) > max_bytes:  # what cannot be made smaller grows by far less than an eighth
@@ -110,17 +120,38 @@ class ZipSource:
         return data
 
     def _stored(self, path: bytes, offset: int, stored_bytes: int) -> bytes:
-        """The bytes of a member as they are stored. Raises: BadPicture."""
+        """Return the bytes of a member as they are stored, from the first place that its offset may mean. Raises: BadPicture."""
+        wraps = self._wraps
+        stored = self._stored_at(path, offset + wraps * _WRAP, stored_bytes)
+        if isinstance(stored, bytes):
+            return stored
+        first = BadPicture(Status.TRUNCATED, "the archive ends before it")
+        for turn in count():
+            stored = self._stored_at(path, offset + turn * _WRAP, stored_bytes)
+            if isinstance(stored, bytes):
+                self._wraps = turn
+                return stored
+            if stored.status == Status.TRUNCATED:
+                break
+            first = stored if turn == 0 else first
+        raise first
+
+    def _stored_at(self, path: bytes, offset: int, stored_bytes: int) -> bytes | BadPicture:
+        """Return the bytes of the member whose header is at `offset`, or why there is no such header. Raises: BadPicture."""
         guess = _LOCAL.size + len(path) + _LOCAL_EXTRA_BYTES + stored_bytes
         data = self._blob.read_at(offset, guess)
         if len(data) < _LOCAL.size:
-            raise BadPicture(Status.TRUNCATED, "the archive ends before it")
+            return BadPicture(Status.TRUNCATED, "the archive ends before it")
         signature, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(data)
-        if signature != b"PK\3\4" or not path.startswith(data[_LOCAL.size : _LOCAL.size + name_bytes]) or name_bytes != len(path):
-            raise BadPicture(Status.CORRUPT, "it is not where the archive's directory says, or the archive was changed since it was listed")
         start = _LOCAL.size + name_bytes + extra_bytes
+        if signature != b"PK\3\4":
+            return BadPicture(Status.CORRUPT, _NOT_HERE)
         if start + stored_bytes > guess:
             data += self._blob.read_at(offset + guess, start + stored_bytes - guess)
+        if len(data) < _LOCAL.size + name_bytes:
+            return BadPicture(Status.TRUNCATED, "the archive ends before it")
+        if not _is_same_name(data[_LOCAL.size : _LOCAL.size + name_bytes], path):
+            return BadPicture(Status.CORRUPT, _NOT_HERE)
         if len(data) < start + stored_bytes:
             raise BadPicture(Status.TRUNCATED, f"the archive ends {start + stored_bytes - len(data)} bytes before it does")
         return data[start : start + stored_bytes]
@@ -147,14 +178,16 @@ class ZipSource:
             )
         if size > directory_end:
             raise self._damaged(f"it should have {size:,} bytes, {directory_end:,} lie before its end")
+        if found is None and (directory_end - size - start) % _WRAP == 0:
+            start = directory_end - size  # the offset of a directory beyond 4 GiB may have wrapped
         for prefix in (directory_end - size - start, 0):
             at = prefix + start
             if prefix >= 0 and at <= directory_end and (members == 0 or blob.read_at(at, 4) == b"PK\1\2"):
                 break
         else:
             raise self._damaged(f"nothing of it lies at byte {start:,}")
-        if prefix and (not closed or blob.read_at(0, 4) == b"PK\3\4"):
-            # A program may lie in front of an archive. Where it is a member of another archive, that is the one which was asked for.
+        if prefix and (blob.read_at(0, 4) == b"PK\3\4" or _ends_with_header(blob, prefix)):
+            # A program may lie in front of an archive. If another archive does, that is the one which was asked for.
             raise SourceError(
                 f"source {self.name} is cut short: its directory is missing; the last one there is of an archive within it. {GET_IT_AGAIN}"
             )
@@ -216,6 +249,33 @@ def _widened(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, in
             break
         at += 4 + length
     return packed, size, min(offset, 2**63)  # beyond the end of every archive, also when a prefix is added
+
+
+_NOT_HERE = "it is not where the archive's directory says, or the archive was changed since it was listed"
+
+
+def _is_same_name(local: bytes, central: bytes) -> bool:
+    """Return whether the names in a member's header and in the directory are the same name.
+
+    Some writers use `\\` in one and `/` in the other, or two encodings, such as UTF-8 and the code page of the machine.
+    """
+    return local == central or not _spellings(local).isdisjoint(_spellings(central))
+
+
+def _spellings(name: bytes) -> set[str]:
+    """Return the texts that a name can mean, with `/` between folders."""
+    texts = set()
+    for encoding in ("ascii",) if name.isascii() else _ENCODINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            texts.add(unicodedata.normalize("NFC", name.decode(encoding).replace("\\", "/")))
+    return texts
+
+
+def _ends_with_header(blob: Blob, end: int) -> bool:
+    """Return whether a member's header ends at `end`, so that what follows is the data of that member."""
+    data = blob.read_at(max(0, end - _LONGEST_COMMENT), min(end, _LONGEST_COMMENT))
+    headers = (match.start() for match in re.finditer(b"PK\3\4", data) if match.start() + _LOCAL.size <= len(data))
+    return any(at + _LOCAL.size + sum(_LOCAL.unpack_from(data, at)[-2:]) == len(data) for at in headers)
 
 
 def _refuse(method: int, flags: int, is_link: bool) -> None:
