@@ -220,13 +220,46 @@ def damages() -> dict[str, tuple[str, bytes, str]]:
         "gzip cut early": ("a.tgz", packed[: len(packed) // 2], "is cut short: its gzip data have no end. Get it again"),
         "gzip sum": ("a.tgz", packed[:-6] + b"\0\0" + packed[-4:], "is damaged: its gzip data cannot be unpacked: CRC check failed"),
         "gzip flip": ("a.tgz", packed[:20] + b"\xff\xff" + packed[22:], "is damaged: its gzip data cannot be unpacked: "),
-        "gzip with rubbish": ("a.tgz", packed + b"rubbish", "is damaged: its gzip data cannot be unpacked: Not a gzipped file (b'ru')."),
+        "gzip with rubbish inside": (
+            "a.tgz",
+            gzip.compress(member) + b"rubbish" + gzip.compress(member + END),
+            "is damaged: its gzip data cannot be unpacked: Not a gzipped file (b'ru').",
+        ),
         "gzip of text": ("a.tgz", gzip.compress(b"text" * 999), "is no tar archive: it does not begin with a header."),
         "gzip of a cut tar": ("a.tgz", gzip.compress(member[:700]), "is cut short: it ends at byte 700, inside member a.jpg."),
         "bzip2": ("a.tar.bz2", b"BZh91AY", "is packed by bzip2, which has no random access. Unpack it to .tar, or pack it by gzip."),
         "xz": ("a.txz", b"\xfd7zXZ\x00\x00", "is packed by xz, which has no random access."),
         "zstd": ("a.tar.zst", b"\x28\xb5\x2f\xfd\x00", "is packed by zstd, which has no random access."),
     }
+
+
+GARBAGE = {"zeros": bytes(5_000), "text": b"garbage" * 999, "one byte": b"x", "zeros and text": bytes(999) + b"garbage"}
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_after_gzip_data_is_ignored_with_a_note(garbage: str, members: int, tmp_path: Path) -> None:
+    """The archive before it is read, with an index and without one, as gzip and tar do. Padding of zeros needs no note."""
+    files = some_files(40, 3_000)
+    data = tar(files)
+    half = len(data) // 2 if members == 2 else 0
+    packed = gzip.compress(data[:half]) + gzip.compress(data[half:]) if half else gzip.compress(data)
+    path = write(tmp_path, packed + GARBAGE[garbage], name="a.tar.gz")
+    for aside in (None, tmp_path):
+        source, entries, skipped = listed(path, aside=aside)
+        assert {entry.path.decode(): fetched(source, entry) for entry in entries} == files
+        note = f"note: source {path}: trailing garbage after its gzip data was ignored. The archive is whole."
+        assert skipped.notes() == ([] if garbage == "zeros" else [note])
+
+
+def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> None:
+    """The job that lists the archive says it. The same command again, on the finished job, does not."""
+    path = write(tmp_path, gzip.compress(tar({"a.jpg": pictures.jpeg()})) + b"garbage", name="a.tar.gz")
+    first, again = Listener(), Listener()
+    assert running.run(job(path), first).ok == 1
+    running.run(job(path), again)
+    assert ["trailing garbage" in line for line in first.said].count(True) == 1
+    assert not any("trailing garbage" in line for line in again.said)
 
 
 @pytest.mark.parametrize("case", damages())

@@ -36,6 +36,8 @@ class Skipped:
     by_suffix: Counter[str] = field(default_factory=Counter)
     hidden: int = 0
     by_filter: int = 0
+    archive_notes: list[str] = field(default_factory=list)
+    """What users should know of archives, a line each."""
     broken_links: int = 0
     """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
     first_broken_link: str = ""
@@ -55,7 +57,7 @@ class Skipped:
 
     def notes(self) -> list[str]:
         """Return a line for each thing that a listing did not find and that a user would miss."""
-        found = []
+        found = list(self.archive_notes)
         if self.broken_links:
             links = "1 link leads nowhere" if self.broken_links == 1 else f"{self.broken_links:,} links lead nowhere"
             found.append(f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the images there are left out")

@@ -98,6 +98,8 @@ class TarSource:
                 self._keep_index(blob, headers)
                 raise
             self._keep_index(blob, headers)
+            if headers.has_trailing_garbage:
+                skipped.archive_notes.append(f"note: source {self.name}: trailing garbage after its gzip data was ignored. The archive is whole.")
         except EOFError as error:
             raise SourceError(f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}") from error
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -180,12 +182,14 @@ class _Headers:
         file = io.BufferedReader(BlobFile(blob), _READ_BYTES)
         self._file = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if is_packed else file
         self.at = 0
+        self.has_trailing_garbage = False
+        """Whether something that is no gzip data follows the gzip data, known at the end."""
 
     def __iter__(self) -> Iterator[_Member]:
         common: dict[bytes, bytes] = {}
         own: dict[bytes, bytes] = {}
         ended = False
-        while block := self._file.read(_BLOCK):
+        while block := self._block(ended):
             self.at += len(block)
             if not block.strip(b"\0"):
                 ended = True
@@ -209,6 +213,19 @@ class _Headers:
             self._go_to(end, member)
         if self.at == 0:
             raise SourceError(f"source {self._name} is empty, and no tar archive. Get it again.")
+
+    def _block(self, ended: bool) -> bytes:
+        """Read the next block, `b""` at the end. Raises: OSError, EOFError, zlib.error.
+
+        Garbage after gzip data is ignored, as gzip and tar do, but only where the tar has `ended`: elsewhere members may be lost in it.
+        """
+        try:
+            return self._file.read(_BLOCK)
+        except gzip.BadGzipFile as error:
+            if not ended or not str(error).startswith("Not a gzipped file"):  # of what follows; a wrong checksum is of what was read
+                raise
+            self.has_trailing_garbage = True
+            return b""
 
     def checksum(self, member: _Member) -> tuple[int, int]:
         """CRC-32 of a member's header and, if the archive is packed, of its data: they have to be unpacked anyway."""
