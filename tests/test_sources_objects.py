@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import archive_files
 import helpers
 import pictures
 import s3 as faults
@@ -133,17 +134,18 @@ def test_a_picture_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy
     assert fetch(base + b"/a.jpg", 5) == b"12345"
     for location, max_bytes, status, error in (
         (b"/gone.jpg", 9, Status.MISSING, "the object is not there: 404 Not Found (NoSuchKey)"),
+        (b"/a//gone.jpg", 9, Status.MISSING, "the object is not there: 404 Not Found (NoSuchKey)"),
+        (b"/a//secret.jpg", 9, Status.READ_ERROR, "cannot be read: 403 Forbidden (AccessDenied)"),
         (b"/secret.jpg", 9, Status.READ_ERROR, "cannot be read: 403 Forbidden (AccessDenied)"),
         (b"/a.jpg", 4, Status.TOO_LARGE, "has 5 bytes, more than --max-bytes 4"),
     ):
         with pytest.raises(BadPicture) as caught:
             fetch(base + location, max_bytes)
         assert (caught.value.status, caught.value.error) == (status, error)
-    for location in (b"/a//b.jpg", b"/not-utf8-\xff.jpg"):
-        with pytest.raises(BadPicture, match="cannot be read: ") as caught:
-            fetch(base + location, 9)
-        assert caught.value.status == Status.READ_ERROR
-    assert len(s3_faults.requests) == 4
+    with pytest.raises(BadPicture, match="cannot be read: ") as caught:
+        fetch(base + b"/not-utf8-\xff.jpg", 9)
+    assert caught.value.status == Status.READ_ERROR
+    assert len(s3_faults.requests) == 6
 
 
 @pytest.mark.parametrize(
@@ -224,11 +226,58 @@ def test_a_signal_is_heard_while_a_store_is_waited_for(
     assert "Traceback" not in result.err
 
 
-def test_a_key_that_cannot_be_read_ends_the_listing_in_words(s3: Bucket) -> None:
-    """The library knows no keys with an empty part: such a bucket is refused, not listed in part."""
-    url = s3.fill({"a.jpg": b"x", "b//c.jpg": b"x"}, "p/")
-    with pytest.raises(SourceError, match=r'"p/b//c\.jpg" contained empty path segment'):
-        list(ObjectSource(0, url).entries(Filters(), Skipped()))
+ODD_KEYS = (
+    "a//b.jpg",
+    "x\x01y.jpg",
+    "x\x7fy.jpg",
+    "./b.jpg",
+    "../b.jpg",
+    "a/../b.jpg",
+    "a/./b.jpg",
+    "/b.jpg",
+    "//b.jpg",
+    "b\\.jpg",
+)
+
+
+@pytest.mark.parametrize("prefix", ["", "p/"])
+def test_any_key_is_listed_and_read(s3: Bucket, prefix: str) -> None:
+    """Keys with empty, `.` and `..` parts, control characters or a slash at the start are images like their neighbours, each with its own
+    bytes, also where another key differs only by that. Empty objects that show a folder are not listed."""
+    files = {key: key.encode() for key in ("a/b.jpg", "b.jpg", *ODD_KEYS, "xy.jpg", "z.jpg")}
+    s3.fill({**files, "a/": b"", "empty.jpg/": b""}, prefix)
+    source, skipped = ObjectSource(0, f"{s3.url}/{prefix}".rstrip("/")), Skipped()
+    entries = list(source.entries(Filters(), skipped))
+    assert [entry.path.decode() for entry in entries] == sorted(files)
+    assert {entry.path.decode(): source.fetch(entry.path, b"", 99) for entry in entries} == files
+    assert (skipped.by_suffix.total(), skipped.hidden) == (0, 0)
+    with pytest.raises(BadPicture) as caught:
+        source.fetch(b"a//b.jpg", b"", 7)
+    assert (caught.value.status, caught.value.error) == (Status.TOO_LARGE, "has 8 bytes, more than --max-bytes 7")
+
+
+def test_odd_keys_are_listed_page_by_page(s3: Bucket, s3_faults: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd key on the second page costs no key before or after it, also if the connection breaks at each page."""
+    monkeypatch.setattr(storage, "READING", storage.Patience(tries=3, seconds=5, pause_s=0.01))
+    keys = ["p/0.jpg", "p/1.jpg", "p/2.jpg", "p/3.jpg", "p/4//4.jpg", "p/5.jpg", "p/6.jpg", "p/7.jpg", "p/8.jpg"]
+    s3.fill(dict.fromkeys(keys, b""))
+
+    def three_a_page(handler: Any, request: faults.Request) -> None:
+        handler.path += "&max-keys=3"
+
+    s3_faults.rule = lambda request: faults.resets() if request.number == 0 else three_a_page
+    assert [f"p/{entry.path.decode()}" for entry in ObjectSource(0, f"{s3.url}/p").entries(Filters(), Skipped())] == keys
+
+
+def test_odd_keys_cost_a_job_nothing(s3: Bucket, some_jpegs: dict[str, bytes], job: Jobs, tmp_path: Path) -> None:
+    """A job over a prefix that holds some gives every image its answer, and `failed.txt` of those that are bad can be run."""
+    some = dict(list(some_jpegs.items())[:4])
+    files = {f"odd//{key}": data for key, data in some.items()} | {"odd//bad\x01.jpg": b"x", "plain.jpg": pictures.jpeg()}
+    url = s3.fill(files, "p/")
+    summary = running.run(job(url, num_workers=2))
+    assert (summary.ok, dict(summary.failed_by_status)) == (5, {"not_an_image": 1})
+    harness.assert_complete(tmp_path / "out")
+    assert archive_files.read(f"@{tmp_path / 'out' / 'failed.txt'}") == [(f"{url}/odd//bad\x01.jpg".encode(), b"x")]
 
 
 def test_a_killed_job_is_resumed_where_it_was(

@@ -4,7 +4,8 @@
 in an object store are read by the same lines. `open_store` is for whoever lists, reads whole or writes.
 
 Object stores are spoken to by obstore (Rust's object_store): a GET is one request, threads wait outside the interpreter's lock, keys are
-listed as they come. Its clients live in threads that a fork does not copy; imagemill's processes are spawned, each makes its own.
+listed as they come. Its clients live in threads that a fork does not copy; imagemill's processes are spawned, each makes its own. obstore
+refuses keys with an empty, `.` or `..` part or a control character, so boto3 lists and reads these.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import importlib.util
 import io
 import os
 import re
@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from imagemill import waiting
 from imagemill.errors import UsageError
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az")
 """Object stores that can be named in a URL."""
+T = TypeVar("T")
 _URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
+_ODD_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
+"""Keys that obstore does not read, or takes for another key: with an empty, `.` or `..` part, or a control character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,7 @@ def open_store(url: str, patience: Patience | None = None) -> Store:
     """Open a place in an object store; nothing is asked of it yet.
 
     Credentials, region and endpoint come from the standard variables of the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …);
-    profiles of `~/.aws` are read where boto3 is installed.
+    boto3 reads the profiles of `~/.aws`.
 
     Args:
         url: `s3://bucket/prefix`; `gs://` and `az://` come with the library and are not tested.
@@ -225,6 +229,9 @@ class _ObjectStore:
 
     def list(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See `Store.list`."""
+        if not self._prefix and self._is_s3:  # obstore would list a key `/a.jpg` as `a.jpg`
+            yield from self._exact_paths(below, "")
+            return
         before: tuple[str, int] | None = None
         for path, size in self._paths(self._prefix + below):
             # An empty object `a/`, which consoles make to show a folder, is listed as `a`, by which name it cannot be read.
@@ -234,9 +241,14 @@ class _ObjectStore:
         if before is not None:
             yield before[0][len(self._prefix) :], before[1]
 
+    @property
+    def _is_s3(self) -> bool:
+        return self._bucket.startswith("s3://")
+
     def _path(self, key: str) -> str:
-        if not key or "" in key.split("/"):  # the library would drop the slash, and take another object
-            raise OSError(errno.EINVAL, "the key has an empty part, with which no object is read", f"{self.url}/{key}")
+        if _ODD_KEY.search(key):
+            why = "the key has an empty, `.` or `..` part or a control character, which is not supported here"
+            raise OSError(errno.EINVAL, why, f"{self.url}/{key}")
         return self._prefix + key
 
     def _paths(self, start: str) -> Iterator[tuple[str, int]]:
@@ -252,6 +264,11 @@ class _ObjectStore:
                 tries.again_after(error)
                 chunks = None
                 continue
+            except _OddKeyError:
+                if not self._is_s3:
+                    raise
+                yield from self._exact_paths(start, last or "")
+                return
             if chunk is None:
                 return
             tries = _Tries(self._patience)
@@ -260,8 +277,35 @@ class _ObjectStore:
                     yield found["path"], found["size"]
                 last = found["path"]
 
+    def _exact_paths(self, start: str, after: str) -> Iterator[tuple[str, int]]:
+        """List the keys after `after` by boto3, which changes none, a page at a time. An empty object `a/` only shows a folder."""
+        client, bucket = _exact_client(self._patience, _environment()), self._bucket.partition("://")[2]
+        while True:
+            ask = partial(client.list_objects_v2, Bucket=bucket, Prefix=start, StartAfter=after)
+            page = _uncut(ask, self.url, self._patience)
+            for found in page.get("Contents", ()):
+                after = found["Key"]
+                if found["Size"] or not after.endswith("/"):
+                    yield after, found["Size"]
+            if not page["IsTruncated"]:
+                return
+            if not page.get("Contents"):
+                raise OSError(errno.EIO, f"the listing stops after {after!r}, and should go on", self.url)
+
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """See `Store.read`."""
+
+        def exact() -> bytes:
+            client, bucket = _exact_client(self._patience, _environment()), self._bucket.partition("://")[2]
+            answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
+            with contextlib.closing(answer["Body"]) as body:
+                if max_bytes is not None and answer["ContentLength"] > max_bytes:
+                    raise OSError(errno.EFBIG, f"has {answer['ContentLength']} bytes, more than {max_bytes}")
+                data: bytes = body.read()
+            return data
+
+        if self._is_s3 and _ODD_KEY.search(key):
+            return _uncut(exact, f"{self.url}/{key}", self._patience)
 
         def whole() -> bytes:
             answer = self._reader.get(self._path(key))
@@ -315,6 +359,14 @@ class _ObjectBlob:
         """See `Blob.close`."""
 
 
+class _OddKeyError(OSError):
+    """obstore met a key that it refuses."""
+
+
+class _PassingError(ConnectionResetError):
+    """boto3 failed in a way that may pass by itself."""
+
+
 class _Tries:
     """Counts the tries that are ours: the library repeats requests, but not all that were cut when part of the answer was there."""
 
@@ -327,11 +379,13 @@ class _Tries:
         """Wait a little, or raise the error where patience is at its end."""
         self._made += 1
         if self._made >= self._patience.tries or time.monotonic() - self._begun > self._patience.seconds:
+            if isinstance(error, _PassingError):
+                raise OSError(errno.EIO, f"{error.strerror}, after {self._made} tries", error.filename) from error
             raise error
         time.sleep(min(self._patience.pause_s * 2**self._made, self._patience.longest_pause_s))
 
 
-def _uncut(read: Callable[[], bytes], url: str, patience: Patience) -> bytes:
+def _uncut(read: Callable[[], T], url: str, patience: Patience) -> T:
     tries = _Tries(patience)
     while True:
         try:
@@ -354,7 +408,7 @@ def _client(bucket: str, patience: Patience, environment: tuple[tuple[str, str],
     except ImportError as error:
         raise UsageError(f"{bucket}: object stores need a package that is not installed. Type: pip install 'imagemill[s3]'") from error
     variables = dict(environment)
-    endpoints = (variables.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    endpoints = (variables.get(name, "") for name in _ENDPOINTS)
     options: ClientConfig = {
         "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),  # whoever wrote that meant it
         "connect_timeout": timedelta(seconds=patience.connect_s),
@@ -382,6 +436,35 @@ def _client(bucket: str, patience: Patience, environment: tuple[tuple[str, str],
         raise UsageError(f"{bucket}: cannot be opened: {_reason(error)}. Look at the variables {_VARIABLES}.") from error
 
 
+@functools.lru_cache(maxsize=16)
+def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) -> Any:
+    """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region and credentials. Raises: UsageError."""
+    try:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+    except ImportError as error:
+        raise UsageError("S3 needs a package that is not installed. Type: pip install 'imagemill[s3]'") from error
+
+    variables = dict(environment)
+    is_public = variables.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on")
+    session = boto3.session.Session()
+    return session.client(
+        "s3",
+        endpoint_url=next(filter(None, (variables.get(name) for name in _ENDPOINTS)), None),
+        region_name=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or session.region_name or "us-east-1",
+        config=Config(
+            user_agent=f"imagemill/{__version__}",
+            connect_timeout=patience.connect_s,
+            read_timeout=patience.silence_s or patience.request_s,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # `_Tries` counts them
+            s3={"addressing_style": "path"},
+            signature_version=UNSIGNED if is_public else None,
+        ),
+    )
+
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _OTHER_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
                       "AWS_CONTAINER_CREDENTIALS_FULL_URI")  # fmt: skip
@@ -392,16 +475,9 @@ def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
     named = "AWS_PROFILE" in variables
     if not named and (any(name in variables for name in _OTHER_CREDENTIALS) or not (Path.home() / ".aws").is_dir()):
         return None
-    if importlib.util.find_spec("boto3") is None:
-        if not named:
-            return None
-        raise UsageError(
-            f"AWS_PROFILE {variables['AWS_PROFILE']}: profiles are read by a package that is not installed. "
-            "Type: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-        )
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
     try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
         return Boto3CredentialProvider()
     except Exception as error:
         if not named:
@@ -422,6 +498,8 @@ def _told(url: str) -> Iterator[None]:
         raise FileExistsError(errno.EEXIST, "is there already", url) from error
     except exceptions.PreconditionError as error:
         raise OSError(errno.ESTALE, "changed while it was being read", url) from error
+    except exceptions.InvalidPathError as error:
+        raise _OddKeyError(errno.EINVAL, _reason(error), url) from error
     except (exceptions.BaseError, ValueError) as error:
         text = str(error)
         code = (_STATUS.search(text) or ("", ""))[1][:3]
@@ -429,6 +507,23 @@ def _told(url: str) -> Iterator[None]:
         if any(mark in text for mark in _CUT):
             kind = errno.ECONNRESET
         raise OSError(kind, _reason(error), url) from error  # which makes it a PermissionError, a FileNotFoundError
+    except Exception as error:
+        if not type(error).__module__.startswith("botocore"):
+            raise
+        raise _of_boto3(error, url) from error
+
+
+def _of_boto3(error: Exception, url: str) -> OSError:
+    """Turn an error of boto3 into the system's. What may pass by itself is a ConnectionResetError."""
+    answer = getattr(error, "response", None)
+    if not isinstance(answer, dict):  # there was no answer
+        is_passing = type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "SSLError")
+        return (_PassingError if is_passing else OSError)(errno.EIO, _reason(error), url)
+    status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), answer.get("Error", {}).get("Code", "")
+    text = f"{status} {next((known.phrase for known in HTTPStatus if known == status), '')} ({code})"
+    if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
+        return _PassingError(errno.EIO, text, url)
+    return OSError({401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}.get(status, errno.EIO), text, url)
 
 
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
@@ -445,6 +540,11 @@ _CAUSES = {
     "certificate": "its certificate is not trusted",
     "IncompleteMessage": "the connection was cut",
     "UnexpectedEof": "the connection was cut",
+    "Connection was closed": "the connection was cut",
+    "Connection broken": "the connection was cut",
+    "Read timeout": "no answer in time",
+    "Connect timeout": "no answer in time",
+    "Could not connect": "the connection was refused",
 }
 
 
@@ -452,7 +552,7 @@ def _reason(error: Exception) -> str:
     """One line of the many that the library writes."""
     text = str(error)
     first = " ".join(text.partition("\n\nDebug source:")[0].split())
-    if "169.254.169.254" in first:
+    if "169.254.169.254" in first or "Unable to locate credentials" in first:
         return "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
     status, code, tries = _STATUS.search(text), _CODE.search(first), _TRIES.search(first)
     if status:
