@@ -33,6 +33,7 @@ from imagemill.records import BadPicture, Settings, Status
 from imagemill.sources import Filters, Skipped, check, http, resolve
 from imagemill.sources.list import ListSource
 from imagemill.sources.locations import fetch
+from imagemill.version import __version__
 
 sys.path.insert(0, str(Path(__file__).with_name("faults")))
 import harness
@@ -402,7 +403,7 @@ def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
         ("https://h/table.parquet?x=1", "only single pictures are read over https."),
         ("http://h", "only single pictures are read over http."),
         ("ftp://h/a.jpg", "ftp is none of http, https, s3, gs, az."),
-        ("file:///a.jpg", "file is none of http, https, s3, gs, az."),
+        ("file://elsewhere/a.jpg", "file://elsewhere is another machine. Mount its disk and give the path."),
         ("https://", "names no host or bucket."),
     ],
 )
@@ -472,3 +473,33 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     assert helpers.by_path(tmp_path / "out") == {
         f"{server.url}/{path}": row | {"path": f"{server.url}/{path}"} for path, row in expected.items()
     }
+
+
+def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jobs, tmp_path: Path) -> None:
+    """Of sources, their check, lists on the web, and images of lists and tables, redirects included. It may change on resume."""
+    image = pictures.jpeg(40, 30)
+    names = ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
+    server.files = dict.fromkeys(names, image) | {"list.txt": b"b.jpg\n"}
+    server.rule = lambda handler, number: send(handler, 302, Location="/a.jpg") if handler.path == "/moved.jpg" else serve(handler, number)
+    (tmp_path / "list.txt").write_text(f"{server.url}/c.jpg\n")
+    (tmp_path / "table.csv").write_text(f"url\n{server.url}/d.jpg\n")
+    given = (f"{server.url}/moved.jpg", f"@{server.url}/list.txt", f"@{tmp_path / 'list.txt'}", f"@{tmp_path / 'table.csv'}")
+    assert running.run(job(*given, user_agent="Mozilla/5.0 (me@example.com)")).ok == 4
+    assert {f"/{name}" for name in (*names, "moved.jpg", "list.txt")} == set(server.paths)
+    assert {headers["User-Agent"] for headers in server.headers} == {"Mozilla/5.0 (me@example.com)"}
+    rows = helpers.rows(tmp_path / "out")
+    server.headers.clear()
+    for part in (tmp_path / "out" / "predictions").iterdir():
+        part.unlink()
+    running.run(job(*given))
+    assert {headers["User-Agent"] for headers in server.headers} == {f"imagemill/{__version__}"}
+    assert helpers.rows(tmp_path / "out") == rows
+
+
+@pytest.mark.parametrize("agent", ["", "  ", "a\r\nCookie: b", "a\nb", "tab\t", "ü"])
+def test_a_user_agent_that_no_header_can_hold_is_refused(agent: str, job: Jobs, tmp_path: Path) -> None:
+    """Line breaks and other control characters would forge headers: wrong usage, before anything is read or written."""
+    with pytest.raises(UsageError, match=r"--user-agent .* must be printable ASCII") as caught:
+        running.run(job(tmp_path, user_agent=agent))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

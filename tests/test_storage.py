@@ -12,13 +12,18 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+import archive_files
 import helpers
 import s3 as faults
 from imagemill import storage
-from imagemill.errors import UsageError
+from imagemill.errors import SourceError, UsageError
+from imagemill.sources import Filters, Skipped, open_all, resolve
 from s3 import Bucket, FaultProxy
 
 HASTY = storage.Patience(tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5)
@@ -262,8 +267,55 @@ def test_what_is_no_place_in_a_store_is_wrong_usage(url: str) -> None:
         (b"/data/list.txt", b"http:/h/a.jpg", b"/data/http:/h/a.jpg"),
         (b"s3://b/list.txt", b"x/\xff.jpg", b"s3://b/x/\xff.jpg"),
         (b"https://h/l/list.txt?a=/b", b"x.jpg", b"https://h/l/x.jpg"),
+        (b"s3://b/l/m/list.txt", b"../x.jpg", b"s3://b/l/x.jpg"),
+        (b"s3://b/l/m/list.txt", b"./n/.././x//y.jpg", b"s3://b/l/m/x//y.jpg"),
+        (b"s3://b/l/list.txt", b"../x.jpg", b"s3://b/x.jpg"),
+        (b"https://h/l/list.txt", b"../x.jpg", b"https://h/x.jpg"),
+        (b"/data/list.txt", b"s3://b/a/../x.jpg", b"s3://b/a/../x.jpg"),
+        (b"/data/list.txt", b"file:///a%20b/%FF.jpg", b"/a b/\xff.jpg"),
+        (b"s3://b/list.txt", b"file://localhost/a.jpg", b"/a.jpg"),
+        (b"/data/list.txt", b"FILE:/a.jpg", b"/a.jpg"),
     ],
 )
 def test_relative_paths_are_relative_to_the_file_they_are_written_in(file: bytes, path: bytes, location: bytes) -> None:
     """In a folder, in a store and on the web alike; what is absolute or a URL stays as it is."""
     assert storage.beside(file, path) == location
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "why"),
+    [
+        (b"s3://b/list.txt", b"../x.jpg", "it leads above s3://b"),
+        (b"s3://b/a/list.txt", b"c/../../../x.jpg", "it leads above s3://b"),
+        (b"/data/list.txt", b"file://nas/a.jpg", "file://nas is another machine. Mount its disk and give the path"),
+    ],
+)
+@pytest.mark.parametrize("kind", [".txt", ".csv"])
+def test_what_no_path_can_mean_is_refused_while_listing(s3: Bucket, tmp_path: Path, kind: str, file: bytes, path: bytes, why: str) -> None:
+    """A line that leads above its bucket, or to another machine's disk, ends the command with its number. No row of it would be right."""
+    data = (b"path\n" if kind == ".csv" else b"a.jpg\n") + b"b.jpg\n" + path + b"\n"
+    place = file.decode().replace("s3://b", s3.url).replace("list.txt", f"list{kind}")
+    if file.startswith(b"s3"):
+        s3.fill({place.removeprefix(f"{s3.url}/"): data})
+    else:
+        place = str(tmp_path / f"list{kind}")
+        Path(place).write_bytes(data)
+    (source,) = open_all([f"@{place}"])
+    number = "line 3" if kind == ".txt" else "row 2"
+    why = re.escape(f"{number}: {path.decode()} cannot be read: {why.replace('s3://b', s3.url)}.")
+    with pytest.raises(SourceError, match=why):
+        list(source.entries(Filters(), Skipped()))
+
+
+@pytest.mark.parametrize("kind", [".txt", ".csv", ".parquet"])
+def test_file_urls_in_lists_and_tables_are_files(tmp_path: Path, kind: str) -> None:
+    """As Java, Spark and file managers write them, percent-encoded. The row keeps the URL as its path."""
+    images = helpers.fill(tmp_path / "a folder", {"ü 100%.jpg": b"1", "b.jpg": b"2"})
+    cells = [(images / "ü 100%.jpg").as_uri(), f"file:{quote(str(images))}/b.jpg", f"file://localhost{quote(str(images))}/b.jpg"]
+    path = tmp_path / f"list{kind}"
+    if kind == ".parquet":
+        pq.write_table(pa.table({"path": cells}), path)
+    else:
+        path.write_text("\n".join(["path"] * (kind == ".csv") + cells))
+    assert archive_files.read(f"@{path}") == list(zip(map(str.encode, cells), (b"1", b"2", b"2"), strict=True))
+    assert resolve([f"@{path.as_uri()}", images.as_uri()]) == (f"@{path}", str(images))

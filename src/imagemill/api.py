@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,7 +60,7 @@ _BAD: Final = "imagemill_bad"
 """Attribute of a Pillow image that could not be decoded. Its next `load` may succeed silently, with made-up pixels."""
 _CHUNK: Final = 2**20
 """Bytes per read of a binary file: some files make room for all that is asked for, however short they are."""
-_OWN: Final = ("sources", "output", "save", "include", "exclude", "retry_failed", "progress")
+_OWN: Final = ("sources", "output", "save", "include", "exclude", "retry_failed", "moved", "progress")
 """Arguments of `run` that are not passed on as they are."""
 
 
@@ -127,6 +127,8 @@ def run(
     allow_mixed: bool = False,
     report: bool = True,
     preflight: bool = True,
+    moved: Mapping[str, PathLike] | None = None,
+    user_agent: str | None = None,
     progress: bool = False,
 ) -> Summary:
     """Classify every picture of the sources, one row each; the same call again resumes what an earlier one began.
@@ -142,6 +144,8 @@ def run(
         output: the output folder.
         retry_failed: True computes shards with failed pictures again; or the statuses that count as failed.
         progress: show on stderr what the command line shows.
+        moved: where sources were → where they are now, as `--moved OLD=NEW`.
+        user_agent: sent to web servers.
         engine: `local`, or `ray` for the nodes of a Ray cluster: the one that is connected to already, else as docs/scaling.md says.
 
     Returns:
@@ -159,6 +163,7 @@ def run(
         include=_texts(include),
         exclude=_texts(exclude),
         retry_failed=retried,
+        moved=tuple((old, os.fspath(new)) for old, new in (moved or {}).items()),
         **{name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()},
     )
     return running.run(settings, watching.Terminal() if progress else None)

@@ -250,6 +250,13 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
         return None if text == "auto" else int(text)
 
     number.__name__ = "number"
+
+    def moved(text: str) -> tuple[str, str]:
+        old, equals, new = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"{text}: write OLD=NEW")
+        return old, new
+
     sub.add_argument("--model", metavar="NAME", help=f"model name, bundle folder or wrapped file.onnx (default: {model})")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (processes), cuda:I,J (ids), ipu:N; joined by + (default: auto)")
@@ -279,6 +286,15 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
         "--retry-failed", nargs="?", const="", metavar="STATUS,…", help="compute shards with failed pictures again (default: any status)"
     )
     sub.add_argument("--max-bad-fraction", type=float, metavar="F", help="stop once more than this fraction of all pictures is bad")
+    sub.add_argument(
+        "--moved",
+        type=moved,
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated",
+    )
+    sub.add_argument("--user-agent", metavar="TEXT", help="sent to web servers (default: imagemill and its version)")
     sub.add_argument("--grace", type=float, default=20.0, metavar="S", help="seconds to finish shards in hand when stopped (default: 20)")
     sub.add_argument("--engine", default="local", choices=["local", "ray"], help="workers on this machine, or on a Ray cluster")
     sub.add_argument("--allow-mixed", action="store_true", help="allow backends whose answers differ in the last bits")
@@ -302,9 +318,11 @@ def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any
         "exclude": tuple(parsed.exclude) if parsed.exclude else None,
         "retry_failed": None if retry is None else tuple(filter(None, retry.split(","))),
         "grace_s": parsed.grace,
+        "moved": tuple(parsed.moved),
     }
     same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess labels
-        background max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight""".split()
+        background max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight
+        user_agent""".split()
     values |= {name: getattr(parsed, name) for name in same}
     return Settings(**(values | changes))
 

@@ -15,7 +15,7 @@ from imagemill import batching, codec, home, layout, plan, sources
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
 from imagemill.layout import JobPaths
-from imagemill.listing import filters_of, listing, no_images
+from imagemill.listing import access_of, check_moved, filters_of, listing, no_images
 from imagemill.models import bundle, registry
 from imagemill.records import (
     Bundle,
@@ -119,6 +119,7 @@ def check(settings: Settings) -> None:
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or a picture.")
     sources.resolve(settings.sources)
+    access_of(settings)
 
 
 def _flag(name: str) -> str:
@@ -221,6 +222,8 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
     paths.spool.unlink()
+    access = access_of(settings)
+    check_moved(sources.resolve(settings.sources), access, paths.plan)
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.say(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
@@ -255,7 +258,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
             home.forget_plan(paths, frozen.plan_nonce)
             raise
-    return frozen
+    return replace(frozen, job=replace(job, access=access))
 
 
 def _job(
@@ -302,7 +305,15 @@ def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], 
 
     resolved = sources.resolve(settings.sources)
     return quantizing.prepare(
-        settings.precision, model, resolved, entries, pictures, chosen=chosen, limits=_limits(settings, Limits()), say=watcher.say
+        settings.precision,
+        model,
+        resolved,
+        entries,
+        pictures,
+        chosen=chosen,
+        limits=_limits(settings, Limits()),
+        access=access_of(settings),
+        say=watcher.say,
     )
 
 
@@ -348,9 +359,12 @@ def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
 
 def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:
     """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of what may not."""
-    job = frozen.job
+    job, access = frozen.job, access_of(settings)
+    asked_sources = sources.resolve(settings.sources)
+    if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
+        asked_sources = job.sources  # they may be given where they were, or where they are now
     selection: list[tuple[str, object, object]] = [  # a flag that is absent selects too: without --limit all images are meant
-        ("SOURCE", list(job.sources), list(sources.resolve(settings.sources))),
+        ("SOURCE", list(job.sources), list(asked_sources)),
         ("--include", sorted(frozen.filters.include), sorted(settings.include or ())),
         ("--exclude", sorted(frozen.filters.exclude), sorted(settings.exclude or ())),
         ("--all-files", frozen.filters.all_files, bool(settings.all_files)),
@@ -360,7 +374,7 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         if asked != was:
             how = f"Add {_spelt(flag, was)}" if was else f"Leave out {flag}"
             if flag == "SOURCE":
-                how = "Give the same sources in the same order"
+                how = "If the sources have moved, add --moved OLD=NEW. Give the same sources in the same order"
             elif was and asked:
                 how = f"Write {_spelt(flag, was)}"
             raise _mismatch(settings, _spelt(flag, was), _spelt(flag, asked), f"{how} to continue this job")
@@ -392,6 +406,7 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         job,
         output=JobPaths.of(settings.output).output,
         limits=limits,
+        access=access,
         batch_size=settings.batch_size or job.batch_size,
         batches_per_step=settings.batches_per_step or job.batches_per_step,
         num_workers=settings.num_workers or job.num_workers,

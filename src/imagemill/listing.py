@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill import plan, sources, storage
-from imagemill.errors import SourceError
+from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
-from imagemill.records import (
-    Settings,
-)
+from imagemill.records import AS_GIVEN, Access, Settings, is_below
 from imagemill.sources import Filters, Skipped
 
 if TYPE_CHECKING:
@@ -26,11 +25,16 @@ _SHARD_SUFFIXES = {".tar": "*.tar", ".gz": "*.tar.gz", ".tgz": "*.tgz", ".zip": 
 
 
 def entries(
-    resolved: Sequence[str], filters: Filters, skipped: Skipped, output: Path | None, aside: Path | None = None
+    resolved: Sequence[str],
+    filters: Filters,
+    skipped: Skipped,
+    output: Path | None,
+    aside: Path | None = None,
+    access: Access = AS_GIVEN,
 ) -> Iterator[plan.Entry]:
-    """All sources one after another; their sub-folders are counted on. `aside`: see `sources.open_all`."""
+    """All sources one after another; their sub-folders are counted on. `aside`, `access`: see `sources.open_all`."""
     offset = 0
-    for source in sources.open_all(resolved, output, aside):
+    for source in sources.open_all(resolved, output, aside, access):
         highest, is_empty = offset, True
         for entry in source.entries(filters, skipped):
             highest, is_empty = max(highest, offset + entry.group), False
@@ -48,7 +52,7 @@ def filters_of(settings: Settings) -> Filters:
 def listing(settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[plan.Entry]:
     """The pictures of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
-    return islice(entries(resolved, filters_of(settings), skipped, output, aside), settings.limit)
+    return islice(entries(resolved, filters_of(settings), skipped, output, aside, access_of(settings)), settings.limit)
 
 
 def refuse_empty(settings: Settings, output: Path | None) -> None:
@@ -107,9 +111,44 @@ def format_skipped(by_suffix: Mapping[str, int], hidden: int, by_filter: int, br
     return ", ".join(parts + [f"{count:,} {what}" for what, count in others.items() if count])
 
 
+def access_of(settings: Settings) -> Access:
+    """Return how the sources of these settings are read. Raises: UsageError."""
+    agent = settings.user_agent
+    if agent is not None and not (agent.strip() and agent.isascii() and agent.isprintable()):
+        raise UsageError(f"--user-agent {agent!r}: must be printable ASCII characters on one line, not only spaces.")
+    return Access(sources.resolve_moved(settings.moved), agent)
+
+
+def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> None:
+    """See that each old place of `--moved` is the place of a source, or of an image that a list or table names.
+
+    Args:
+        resolved: the sources.
+        access: with the places.
+        plan_folder: of the listing, which is read until each place was found.
+
+    Raises: UsageError.
+    """
+    files = [os.fsencode(sources.without_column(source)) for source in resolved]
+    left = {old for old, _ in access.moved if not any(is_below(file, old) for file in files)}
+    named = {number for number, source in enumerate(resolved) if sources.names_others(source)}
+    if left and named:
+        for row in (row for shard in plan.shards(plan_folder) for row in plan.read(plan_folder, shard) if row.source in named):
+            with contextlib.suppress(ValueError):
+                location = storage.beside(files[row.source], sources.named_path(resolved[row.source], row.path))
+                left = {old for old in left if not is_below(location, old)}
+            if not left:
+                return
+    if left:
+        where = f"the {len(resolved):,} sources" if len(resolved) > 1 else sources.shown(os.fsencode(resolved[0]))
+        raise UsageError(f"--moved {min(left)}=…: nothing in this job is there. Give an old place as job.json names it: {where}.")
+
+
 def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
     """How many pictures the sources hold that the plan does not, and the first of their names; both are read in order, side by side."""
     ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
+    if ordered != [source.ordered for source in sources.open_all(frozen.job.sources, access=frozen.job.access)]:
+        raise SourceError("a folder moved to an object store, or back, which lists images in another order.")
 
     def keyed(rows: Iterable[plan.PlannedRow | plan.Entry]) -> Iterator[tuple[tuple[int, object], bytes]]:
         source, number = -1, 0
@@ -121,7 +160,7 @@ def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
     planned = keyed(row for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard))
     count, names = 0, list[str]()
     next_planned = next(planned, None)
-    for key, path in keyed(entries(frozen.job.sources, frozen.filters, Skipped(), paths.root)):
+    for key, path in keyed(entries(frozen.job.sources, frozen.filters, Skipped(), paths.root, access=frozen.job.access)):
         while next_planned is not None and next_planned[0] < key:
             next_planned = next(planned, None)
         if next_planned is None and frozen.limit is not None:

@@ -334,7 +334,7 @@ def look(sample: Sample) -> Iterator[Looked]:
     folder = JobPaths.of(job.output).plan
     shards = plan.shards(folder)
     firsts = [shard.first for shard in shards]
-    opened = sources.open_all(job.sources, aside=folder)
+    opened = sources.open_all(job.sources, aside=folder, access=job.access)
     remote = 0
     shard: Shard | None = None
     rows: list[plan.PlannedRow] = []

@@ -19,7 +19,7 @@ from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.plan import Entry
-from imagemill.records import Bundle, DeviceSpec, Limits, Precision
+from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Limits, Precision
 from imagemill.sources import Filters, Skipped
 from imagemill.trial import Record, Say, Trial
 
@@ -93,6 +93,7 @@ def prepare(
     *,
     chosen: Sequence[DeviceSpec],
     limits: Limits | None = None,
+    access: Access = AS_GIVEN,
     say: Say = _silent,
 ) -> Prepared:
     """Resolve a `--precision` setting, quantising and measuring where that is needed.
@@ -105,6 +106,7 @@ def prepare(
         pictures: how many these are.
         chosen: the job's devices.
         limits: budgets of one picture.
+        access: where the sources are now, and how they are asked for.
         say: takes a line for the user.
 
     Raises:
@@ -126,6 +128,7 @@ def prepare(
         precisions=(),
         calibration=CALIBRATION,
         held_out=HELD_OUT,
+        access=access,
     )
     devices.check_precision(setting, chosen)
     if setting in (Precision.FP32, Precision.FP16) or not are_judged(chosen):

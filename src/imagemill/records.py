@@ -8,6 +8,7 @@ only for typing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -138,6 +139,32 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """How the sources of a job are read now. It changes no answer and is not part of the frozen job."""
+
+    moved: tuple[tuple[str, str], ...] = ()
+    """Where sources were and where they are now: absolute paths or URLs, without a slash at the end."""
+    user_agent: str | None = None
+    """Of requests by HTTP; None: imagemill's own."""
+
+    def at(self, location: bytes) -> bytes:
+        """Return the path or URL where a location is read now. The longest match counts."""
+        for old, new in sorted(self.moved, key=lambda pair: -len(pair[0])):
+            if is_below(location, old):
+                return os.fsencode(new) + location[len(os.fsencode(old)) :]
+        return location
+
+
+AS_GIVEN = Access()
+"""Sources are where their names say."""
+
+
+def is_below(location: bytes, place: str) -> bool:
+    """Return whether a path or URL is `place`, or lies below it."""
+    return location.startswith(os.fsencode(place)) and location[len(os.fsencode(place)) :][:1] in (b"", b"/")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen.
 
@@ -177,6 +204,9 @@ class Settings:
     """Whether `report.html` is written at the end."""
     preflight: bool = True
     """Whether a sample of a new job's pictures is looked at as it starts."""
+    moved: tuple[tuple[str, str], ...] = ()
+    """Where sources were and where they are now."""
+    user_agent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +259,8 @@ class Job:
     cache_dir: str | None = None
     """Where sessions may keep compiled models."""
     log_dir: str | None = None
+    access: Access = AS_GIVEN
+    """How the sources are read this time; in `job.json` always the default."""
     synthetic: bool = False
     """Only the device's own speed is wanted: a session whose device can make up its input may have it do so."""
 

@@ -113,8 +113,9 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
 def _check_sources(settings: Settings, paths: JobPaths) -> None:
     """See that the sources of a new job exist, are of a kind that is read, and hold an image. Raises: SourceError, UsageError."""
     resolved = sources.resolve(settings.sources)
-    sources.check(resolved)
-    sources.check_kinds(resolved, all_files=bool(settings.all_files))
+    access = listing.access_of(settings)
+    sources.check(resolved, access)
+    sources.check_kinds([sources.relocated(source, access) for source in resolved], all_files=bool(settings.all_files))
     listing.refuse_empty(settings, paths.root)
 
 
@@ -136,8 +137,13 @@ def _carry_out(
         watcher.say(f"retrying {len(again)} of {len(done)} finished shards")
         done -= again
     left = [shard for shard in shards if shard.number not in done]
+    if is_resumed:
+        listing.check_moved(frozen.job.sources, frozen.job.access, paths.plan)
     if left and is_resumed:
-        sources.check(frozen.job.sources)  # or every picture left would become a `missing` row
+        try:
+            sources.check(frozen.job.sources, frozen.job.access)  # or every picture left would become a `missing` row
+        except SourceError as error:
+            raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
         ledger.check_sizes(paths)
@@ -200,8 +206,9 @@ def dry_run(settings: Settings) -> DryRun:
     if freezing.read_frozen(paths) is None:
         freezing.refuse_foreign(paths)
     resolved = sources.resolve(settings.sources)
-    sources.check(resolved)
-    sources.check_kinds(resolved, all_files=bool(settings.all_files))
+    access = listing.access_of(settings)
+    sources.check(resolved, access)
+    sources.check_kinds([sources.relocated(source, access) for source in resolved], all_files=bool(settings.all_files))
     skipped = Skipped()
     first: list[str] = []
 

@@ -26,6 +26,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from imagemill import waiting
 from imagemill.errors import UsageError
@@ -169,11 +170,49 @@ def names_password(location: str | bytes) -> bool:
 
 
 def beside(file: bytes, path: bytes) -> bytes:
-    """The location that a path or URL means where it is written in a file, itself at a path or URL: relative to the folder it lies in."""
+    """Return the location that a path or URL in a file means. It is relative to the folder of the file, which is at a path or URL.
+
+    Raises:
+        ValueError: it is a `file:` URL of another host, or leads above the bucket or host of the file.
+    """
+    if is_file_url(path):
+        return local_path(path)
     if is_url(path):
         return path
     folder = os.path.dirname(file.partition(b"?")[0] if is_url(file) else file)  # noqa: PTH120 - bytes, for names that are not UTF-8
-    return os.path.join(folder, path)  # noqa: PTH118
+    location = os.path.join(folder, path)  # noqa: PTH118
+    return _without_dots(location) if is_url(location) else location
+
+
+def _without_dots(url: bytes) -> bytes:
+    """Resolve `.` and `..` in a URL, which no server does. Raises: ValueError where it leads above the host or bucket."""
+    scheme, _, rest = url.partition(b"://")
+    host, *parts = rest.split(b"/")
+    kept: list[bytes] = []
+    for part in parts:
+        if part == b"..":
+            if not kept:
+                raise ValueError(f"it leads above {os.fsdecode(scheme)}://{os.fsdecode(host)}")
+            kept.pop()
+        elif part != b".":
+            kept.append(part)
+    return scheme + b"://" + b"/".join((host, *kept))
+
+
+def is_file_url(location: str | bytes) -> bool:
+    """Return whether a location is a `file:` URL: `file:///a.jpg`, `file://localhost/a.jpg`, or `file:/a.jpg` as Java writes it."""
+    return os.fsencode(location)[:6].lower() == b"file:/"
+
+
+def local_path(url: bytes) -> bytes:
+    """Return the path that a `file:` URL means. Raises: ValueError where it names another host."""
+    path = url[len("file:") :]
+    if path.startswith(b"//"):
+        host, slash, path = path[2:].partition(b"/")
+        if host.lower() not in (b"", b"localhost"):
+            raise ValueError(f"file://{os.fsdecode(host)} is another machine. Mount its disk and give the path")
+        path = slash + path
+    return unquote_to_bytes(path)
 
 
 def open_store(url: str, patience: Patience | None = None) -> Store:

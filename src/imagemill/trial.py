@@ -26,7 +26,7 @@ from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.plan import Entry
-from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Picture, Precision, Shard
+from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Job, Limits, Picture, Precision, Shard
 from imagemill.stopwatch import Stopwatch
 
 Say = Callable[[str], None]
@@ -77,6 +77,7 @@ class Trial:
     batch_size: int = 4
     isolate: bool = False
     """Decode every picture in a disposable process."""
+    access: Access = AS_GIVEN
 
 
 def instruction_set(flags: set[str] | None = None) -> str:
@@ -298,7 +299,7 @@ class _Run:
         """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
         trial = self._trial
         patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
-        opened = sources.open_all(trial.sources)
+        opened = sources.open_all(trial.sources, access=trial.access)
         nowhere = Shard(0, 0, len(entries), 0, "", 0)
 
         def pictures() -> Iterator[Picture]:

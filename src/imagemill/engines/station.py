@@ -109,7 +109,7 @@ class Report:
 def sample(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
     """A few pictures, spread over the shards, as this machine reads them; those that it cannot read are left out."""
     folder = JobPaths.of(job.output).plan
-    opened = sources.open_all(job.sources, aside=folder)
+    opened = sources.open_all(job.sources, aside=folder, access=job.access)
     found = []
     for shard in {shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])}.values():
         row = plan.read(folder, shard)[0]
@@ -207,10 +207,10 @@ class Station:
         job, node = self._order.job, self._order.node
         remedy = "Put it on storage that all nodes share, under the same path, or into an object store (s3://…)."
         try:
-            sources.check(job.sources)
+            sources.check(job.sources, job.access)
         except SourceError as error:
             raise SourceError(f"node {node}: {error} {remedy}") from error
-        opened = sources.open_all(job.sources, aside=self._paths.plan)
+        opened = sources.open_all(job.sources, aside=self._paths.plan, access=job.access)
         for picture in self._order.samples:
             differs = f"source {job.sources[picture.source]} on node {node} is not what it is on the launcher's"
             name = sources.shown(picture.path) or "it"

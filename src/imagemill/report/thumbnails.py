@@ -117,7 +117,7 @@ class _Fetching:
     """Fetches pictures a few at a time, in threads that end with the process if their source never answers."""
 
     def __init__(self, paths: JobPaths, job: Job, shards: Sequence[Shard], pictures: Iterable[Told], max_bytes: int) -> None:
-        self._opened = sources.open_all(job.sources, aside=paths.plan)
+        self._opened = sources.open_all(job.sources, aside=paths.plan, access=job.access)
         self._max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[Told, plan.PlannedRow]] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[_Fetched] = queue.SimpleQueue()

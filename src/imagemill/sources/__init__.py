@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from imagemill import plan, storage, waiting
 from imagemill.errors import SourceError, UsageError
 from imagemill.layout import JobPaths
-from imagemill.records import Job, Lease, Picture
+from imagemill.records import AS_GIVEN, Access, Job, Lease, Picture
 from imagemill.sources import kinds, objects
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, Source, shown
 from imagemill.sources.folder import FolderSource
@@ -45,10 +45,15 @@ __all__ = [
     "check",
     "check_kinds",
     "is_opened",
+    "named_path",
+    "names_others",
     "open_all",
     "read",
+    "relocated",
     "resolve",
+    "resolve_moved",
     "shown",
+    "without_column",
 ]
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -63,9 +68,46 @@ def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
 
 def _absolute(argument: str) -> str:
     at = "@" if argument.startswith("@") else ""
+    if storage.is_file_url(argument.removeprefix("@")):
+        return at + os.path.abspath(_local_path(argument.removeprefix("@")))  # noqa: PTH100
     if storage.is_url(argument.removeprefix("@")):
         return at + _url(argument.removeprefix("@"), is_list=bool(at))
     return at + os.path.abspath(argument.removeprefix("@"))  # noqa: PTH100 - links stay as they were given
+
+
+def _local_path(url: str) -> str:
+    try:
+        return os.fsdecode(storage.local_path(os.fsencode(url)))
+    except ValueError as error:
+        raise UsageError(f"source {url}: {error}.") from error
+
+
+def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return `--moved` as `Access` wants it: absolute paths and URLs. Raises: UsageError."""
+    pairs: list[tuple[str, str]] = []
+    for pair in moved:
+        if not all(pair):
+            raise UsageError(f"--moved {'='.join(pair)}: write --moved OLD=NEW, with a path or URL on both sides.")
+        old, new = (_place(side.removeprefix("@")) for side in pair)
+        if any(old == other for other, _ in pairs):
+            raise UsageError(f"--moved {'='.join(pair)}: {pair[0]} is given twice. Give one new place.")
+        pairs.append((old, new))
+    return tuple(pairs)
+
+
+def _place(location: str) -> str:
+    if storage.is_file_url(location):
+        location = _local_path(location)
+    return location.rstrip("/") if storage.is_url(location) else os.path.abspath(location).rstrip("/")  # noqa: PTH100
+
+
+def relocated(source: str, access: Access) -> str:
+    """Return a source argument, as `resolve` spells it, where it is now."""
+    if not access.moved:
+        return source
+    at = "@" if source.startswith("@") else ""
+    location, column = split_column(source.removeprefix("@"))
+    return at + os.fsdecode(access.at(os.fsencode(location))) + (f"#{column}" if column is not None else "")
 
 
 def _url(url: str, *, is_list: bool) -> str:
@@ -111,7 +153,12 @@ def _expanded(argument: str) -> list[str]:
     return ["".join(parts) for parts in product(*pieces, [argument[end:]])]
 
 
-def open_all(sources: Iterable[str], output: Path | None = None, aside: Path | None = None) -> list[Source]:
+def open_all(
+    sources: Iterable[str],
+    output: Path | None = None,
+    aside: Path | None = None,
+    access: Access = AS_GIVEN,
+) -> list[Source]:
     """Make the sources of a job.
 
     Args:
@@ -119,15 +166,16 @@ def open_all(sources: Iterable[str], output: Path | None = None, aside: Path | N
         output: a folder that is left out of what they list: the job's own.
         aside: a folder in which a source may keep what it learnt while listing, for the processes that fetch; the plan's. None: it must
             learn it again.
+        access: where the sources are now, and how they are asked for. They keep their names.
     """
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
-    return [_open(position, source, skip, aside) for position, source in enumerate(sources)]
+    return [_open(position, source, skip, aside, access) for position, source in enumerate(sources)]
 
 
-def check(sources: Iterable[str]) -> None:
+def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
     """See that the sources as such are there, before anything is begun. Raises: SourceError."""
     urls = []
-    for source in sources:
+    for source in (relocated(source, access) for source in sources):
         path, _ = split_column(source.removeprefix("@"))
         if storage.is_url(path):
             urls.append(path)
@@ -136,7 +184,7 @@ def check(sources: Iterable[str]) -> None:
             os.stat(path)  # noqa: PTH116
         except OSError as error:
             raise _cannot_read(source, error) from error
-    waiting.heard_all(_look, urls, 16)  # thousands may have come of one pair of braces
+    waiting.heard_all(partial(_look, user_agent=access.user_agent), urls, 16)  # thousands may have come of one pair of braces
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
@@ -214,23 +262,30 @@ def can_be_read_again(source: str) -> bool:
     return not source.startswith("@") or storage.is_url(location) or os.path.isfile(location)  # noqa: PTH113
 
 
-def _look(url: str) -> None:
+def _look(url: str, user_agent: str | None) -> None:
     if storage.is_object(url):
         objects.look(url)
     else:
         from imagemill.sources import http  # its library is heavy, and rarely needed
 
-        http.look(url)
+        http.look(url, user_agent)
 
 
-def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None) -> Source:
+def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
     location, column = split_column(source.removeprefix("@"))
     if source.startswith("@"):
         if is_table(location):
-            return TableSource(position, os.fsencode(location), column)
-        return ListSource(position, os.fsencode(source[1:]))
-    if location.lower().endswith(".parquet") and not os.path.isdir(location):  # noqa: PTH112 - a URL is none
-        return ParquetSource(position, os.fsencode(location), column)
+            return TableSource(position, os.fsencode(location), column, access)
+        return ListSource(position, os.fsencode(source[1:]), access)
+    if location.lower().endswith(".parquet") and not os.path.isdir(access.at(os.fsencode(location))):  # noqa: PTH112 - a URL is none
+        return ParquetSource(position, os.fsencode(location), column, access)
+    opened = _open_here(position, relocated(source, access), skip, aside, access)
+    opened.name = shown(os.fsencode(source))
+    return opened
+
+
+def _open_here(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
+    """Open a source where it is now."""
     if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
         return ZipSource(position, os.fsencode(source))
     if TAR_SUFFIXES.search(source) and not os.path.isdir(source):  # noqa: PTH112
@@ -240,24 +295,42 @@ def _open(position: int, source: str, skip: os.stat_result | None, aside: Path |
     if storage.is_url(source):
         from imagemill.sources import http
 
-        return http.HttpSource(position, source)
+        return http.HttpSource(position, source, access.user_agent)
     return FolderSource(position, os.fsencode(source), skip)
+
+
+def without_column(source: str) -> str:
+    """Return the path or URL of a source, without `@` and `#COLUMN`."""
+    return split_column(source.removeprefix("@"))[0]
+
+
+def names_others(source: str) -> bool:
+    """Return whether a source is a list or table whose lines name images elsewhere."""
+    return source.startswith("@") or without_column(source).lower().endswith(".parquet")
+
+
+def named_path(source: str, path: bytes) -> bytes:
+    """Return what a list or table wrote for an image, from its path in the plan."""
+    return path if source.startswith("@") else path.partition(b"/")[2]
 
 
 def as_line(source: str, path: bytes) -> bytes | None:
     """The line of a list that means this picture of a source; None: it lies inside an archive or table, and no line does."""
-    if isinstance(_open(0, source, None, None), ZipSource | TarSource | ParquetSource):
+    if isinstance(_open(0, source, None, None, AS_GIVEN), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):
         location, _ = split_column(source[1:])
-        return storage.beside(os.fsencode(location), path) if path else None
+        try:
+            return storage.beside(os.fsencode(location), path) if path else None
+        except ValueError:  # in a plan of an older version
+            return None
     return os.path.join(os.fsencode(source), path) if path else os.fsencode(source)  # noqa: PTH118
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:
     """The pictures of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
     folder = JobPaths.of(job.output).plan
-    opened = open_all(job.sources, aside=folder)
+    opened = open_all(job.sources, aside=folder, access=job.access)
     for lease in leases:
         for row in plan.read(folder, lease.shard):
             source = opened[row.source]

@@ -75,8 +75,10 @@ class HttpSource:
 
     ordered = False
 
-    def __init__(self, position: int, url: str) -> None:
+    def __init__(self, position: int, url: str, user_agent: str | None = None) -> None:
         self.name = url
+        self._url = url
+        self._user_agent = user_agent
         self._position = position
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:  # noqa: ARG002 - what is named is wanted
@@ -85,29 +87,30 @@ class HttpSource:
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - it is one picture
         """See `Source.fetch`."""
-        return fetch(self.name, max_bytes)
+        return fetch(self._url, max_bytes, user_agent=self._user_agent)
 
 
-def look(url: str) -> None:
+def look(url: str, user_agent: str | None) -> None:
     """See that a server answers to a URL. Raises: SourceError."""
     try:
-        _patiently(url, None, PROBING)
+        _patiently(url, None, PROBING, user_agent)
     except BadPicture as bad:
         raise SourceError(f"source {url} cannot be read: {bad.error.removeprefix('cannot be read: ')}. Look at the address.") from bad
 
 
-def fetch(url: str, max_bytes: int, patience: Patience | None = None) -> bytes:
+def fetch(url: str, max_bytes: int, patience: Patience | None = None, user_agent: str | None = None) -> bytes:
     """Read what is at a URL.
 
     Args:
         url: http or https.
         max_bytes: more than this is `too_large`; no more is read.
         patience: when to give up; None: as `PATIENCE` says.
+        user_agent: what the requests call themselves; None: imagemill and its version.
 
     Raises:
         BadPicture: `missing` (404, 410), `too_large`, `truncated` where each try ended early, or `read_error`.
     """
-    return _patiently(url, max_bytes, patience or PATIENCE)
+    return _patiently(url, max_bytes, patience or PATIENCE, user_agent)
 
 
 class _Again(Exception):  # noqa: N818 - not an error yet
@@ -119,12 +122,12 @@ class _Again(Exception):  # noqa: N818 - not an error yet
         self.wait_s = wait_s
 
 
-def _patiently(url: str, max_bytes: int | None, patience: Patience) -> bytes:
+def _patiently(url: str, max_bytes: int | None, patience: Patience, user_agent: str | None) -> bytes:
     begun = time.monotonic()
     failures = 0
     while True:
         try:
-            return _get(url, max_bytes, patience)
+            return _get(url, max_bytes, patience, user_agent)
         except _Again as problem:
             failures += 1
             pause_s = patience.pause_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - threads that failed together
@@ -135,10 +138,10 @@ def _patiently(url: str, max_bytes: int | None, patience: Patience) -> bytes:
             time.sleep(pause_s)
 
 
-def _get(url: str, max_bytes: int | None, patience: Patience) -> bytes:
+def _get(url: str, max_bytes: int | None, patience: Patience, user_agent: str | None) -> bytes:
     """One try, redirects followed. With no `max_bytes` nothing is read but the headers. Raises: BadPicture, _Again."""
     for _ in range(_REDIRECTS + 1):
-        with _answer(url, patience) as answer:
+        with _answer(url, patience, user_agent) as answer:
             goal = answer.headers.get("Location")
             if goal is not None and answer.status in (301, 302, 303, 307, 308):
                 url = _redirected(url, goal)
@@ -152,9 +155,9 @@ def _get(url: str, max_bytes: int | None, patience: Patience) -> bytes:
 
 
 @contextmanager
-def _answer(url: str, patience: Patience) -> Iterator[urllib3.BaseHTTPResponse]:
+def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[urllib3.BaseHTTPResponse]:
     """A server's answer, its body not yet read. Raises: BadPicture, _Again."""
-    headers = {"User-Agent": f"imagemill/{__version__}", "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": user_agent or f"imagemill/{__version__}", "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"}
     answer = None
     try:
         parts = urlsplit(url)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
+from imagemill.records import AS_GIVEN, Access
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
 
@@ -24,22 +25,27 @@ class ListSource:
 
     ordered = False
 
-    def __init__(self, position: int, file: bytes) -> None:
+    def __init__(self, position: int, file: bytes, access: Access = AS_GIVEN) -> None:
         self.name = "@" + shown(file)
         self._position = position
         self._file = file
+        self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. The order is the list's; sizes are not known."""
         wanted = matcher(filters)
         try:
-            with locations.open_text(self.name, self._file, "\n") as lines:
+            with locations.open_text(self.name, self._file, self._access, "\n") as lines:
                 for number, line in enumerate(lines, 1):
                     path = self._path(line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number)
                     if not path:
                         continue
                     if storage.names_password(path):
                         raise SourceError(f"source {self.name}, line {number}: {storage.NO_PASSWORDS}")
+                    try:
+                        storage.beside(self._file, path)
+                    except ValueError as error:
+                        raise SourceError(f"source {self.name}, line {number}: {shown(path)} cannot be read: {error}.") from error
                     if wanted(path):
                         yield Entry(self._position, path, -1)
                     else:
@@ -52,7 +58,7 @@ class ListSource:
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
-        return locations.fetch(storage.beside(self._file, path), max_bytes)
+        return locations.fetch_beside(self._file, path, max_bytes, self._access)
 
     def _path(self, line: bytes, number: int) -> bytes:
         if b"\0" in line:

@@ -7,23 +7,34 @@ import io
 from typing import TextIO
 
 from imagemill import storage
-from imagemill.records import BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import kinds
 from imagemill.sources.files import read_file
 
 _LONGEST_LIST = 256 * 2**20
 
 
-def fetch(location: bytes, max_bytes: int) -> bytes:
+def fetch_beside(file: bytes, path: bytes, max_bytes: int, access: Access) -> bytes:
+    """Read the image that a path or URL in a file means. Raises: BadPicture."""
+    try:
+        location = storage.beside(file, path)
+    except ValueError as error:
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error}") from error
+    return fetch(location, max_bytes, access)
+
+
+def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
     """Read a picture's encoded bytes, called from many threads at once.
 
     Args:
         location: an absolute path, or a URL: `http`, `https` or of an object store. `storage.beside` makes it of a relative one.
         max_bytes: a longer one is `too_large`; no more than this is read.
+        access: where it is now, and how it is asked for.
 
     Raises:
         BadPicture.
     """
+    location = access.at(location)
     if b"\0" in location:
         raise BadPicture(Status.MISSING, "nothing can lie there: its name has a NUL byte")
     if not storage.is_url(location):
@@ -35,7 +46,7 @@ def fetch(location: bytes, max_bytes: int) -> bytes:
     if scheme in ("http", "https"):
         from imagemill.sources import http
 
-        return http.fetch(url, max_bytes)
+        return http.fetch(url, max_bytes, user_agent=access.user_agent)
     if storage.is_object(url):
         from imagemill.sources import objects
 
@@ -43,18 +54,19 @@ def fetch(location: bytes, max_bytes: int) -> bytes:
     raise BadPicture(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
 
 
-def open_text(name: str, location: bytes, newline: str) -> TextIO:
+def open_text(name: str, location: bytes, access: Access, newline: str) -> TextIO:
     """Open a list for reading it line by line, wherever it lies. Bytes that are not UTF-8 come as surrogate escapes.
 
     Args:
         name: of the source, for errors.
         location: path or URL.
+        access: where it is now, and how it is asked for.
         newline: what ends a line, see `io.TextIOWrapper`.
 
     Raises:
         OSError: it cannot be read. UsageError: it is not text.
     """
-    raw = _open_bytes(location)
+    raw = _open_bytes(access.at(location), access.user_agent)
     try:
         head = raw.peek(kinds.HEAD_BYTES)[: kinds.HEAD_BYTES]
         kinds.refuse_list(name, head)
@@ -65,12 +77,12 @@ def open_text(name: str, location: bytes, newline: str) -> TextIO:
         raise
 
 
-def _open_bytes(location: bytes) -> io.BufferedReader:
+def _open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
     if storage.is_object(location):
         return io.BufferedReader(storage.BlobFile(storage.open_blob(location)), 2**20)
     if not storage.is_url(location):
         return open(location, "rb")  # noqa: PTH123 - the caller closes it
     try:
-        return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST)))
+        return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST, Access(user_agent=user_agent))))
     except BadPicture as bad:
         raise OSError(errno.EIO, bad.error) from bad

@@ -27,27 +27,28 @@ class ObjectSource:
 
     def __init__(self, position: int, url: str) -> None:
         self.name = url
+        self._url = url
         self._position = position
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. A source that is itself an object is planned whatever its suffix."""
         try:
-            size = _look(self.name, None)
+            size = _look(self._url, None)
             if size is not None:
                 yield Entry(self._position, b"", size)
             else:
                 yield from self._below(filters, skipped)
         except OSError as error:
-            raise cannot_read(self.name, error) from error
+            raise cannot_read(self._url, error) from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
-        return fetch(f"{self.name}/{os.fsdecode(path)}" if path else self.name, max_bytes)
+        return fetch(f"{self._url}/{os.fsdecode(path)}" if path else self._url, max_bytes)
 
     def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         wanted, open_folder = matcher(filters), _Folders(matcher(filters))
         top, group = b"", -1
-        for key, size in storage.open_store(self.name).list():
+        for key, size in storage.open_store(self._url).list():
             path = key.encode()
             if is_hidden(path):
                 skipped.hidden += 1

@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
 from imagemill.sources.files import retried
@@ -58,20 +58,22 @@ class ParquetSource:
         position: of the source in the command.
         location: path or URL of the table.
         column: which one holds the pictures; None: it is found by its name and type.
+        access: where the table is now, and how images beside it are asked for.
     """
 
     ordered = False
 
-    def __init__(self, position: int, location: bytes, column: str | None = None) -> None:
+    def __init__(self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN) -> None:
         self.name = shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
         self._column = column
+        self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. Reads the footer, and the names where the table has them; the sizes are not known."""
         wanted = matcher(filters)
-        with opening(self.name, self._location) as opened:
+        with opening(self.name, self._access.at(self._location)) as opened:
             column = picture_column(opened.file.schema_arrow, self.name, self._column)
             row = 0
             for group in range(opened.file.metadata.num_row_groups):
@@ -91,12 +93,12 @@ class ParquetSource:
 
     def _fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         group, row, checksum = _LOCATOR.unpack(locator)
-        picture = _TABLES.of(self._location, self._column, self.name).picture(group, row, checksum)
+        picture = _TABLES.of(self._access.at(self._location), self._column, self.name).picture(group, row, checksum)
         if picture is None:
             name = path.partition(b"/")[2]
             if not name:
                 raise BadPicture(Status.MISSING, "the table has neither bytes nor a path in this row")
-            return locations.fetch(storage.beside(self._location, name), max_bytes)
+            return locations.fetch_beside(self._location, name, max_bytes, self._access)
         if picture.size > max_bytes:
             raise BadPicture(Status.TOO_LARGE, f"has {picture.size} bytes, more than --max-bytes {max_bytes}")
         data: bytes = picture.to_pybytes()

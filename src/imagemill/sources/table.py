@@ -16,7 +16,7 @@ from typing import Any
 from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import locations
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, matcher, shown
 
@@ -46,15 +46,17 @@ class TableSource:
         position: of the source in the command.
         location: path or URL of the table.
         column: which one holds the paths; None: the only one, or one that goes by a known name.
+        access: where table and images are now, and how they are asked for.
     """
 
     ordered = False
 
-    def __init__(self, position: int, location: bytes, column: str | None = None) -> None:
+    def __init__(self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN) -> None:
         self.name = "@" + shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
         self._column = column
+        self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. The order is the table's; sizes are not known."""
@@ -66,6 +68,8 @@ class TableSource:
                 yield Entry(self._position, b"", -1, locator=b"%d" % row)
             elif storage.names_password(cell):
                 raise SourceError(f"source {self.name}, row {row}: {storage.NO_PASSWORDS}")
+            elif why := self._refusal(cell):
+                raise SourceError(f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}.")
             elif wanted(cell):
                 yield Entry(self._position, cell, -1)
             else:
@@ -75,12 +79,20 @@ class TableSource:
         """See `Source.fetch`. The locator is empty, or the number of a row whose cell is."""
         if not path:
             raise BadPicture(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
-        return locations.fetch(storage.beside(self._location, path), max_bytes)
+        return locations.fetch_beside(self._location, path, max_bytes, self._access)
+
+    def _refusal(self, cell: bytes) -> ValueError | None:
+        """Return why a cell cannot name an image; None if it can."""
+        try:
+            storage.beside(self._location, cell)
+        except ValueError as error:
+            return error
+        return None
 
     def _from_text(self, separator: str) -> Iterator[bytes]:
         """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed over."""
         try:
-            with locations.open_text(self.name, self._location, "") as lines:
+            with locations.open_text(self.name, self._location, self._access, "") as lines:
                 reader = csv.reader(lines, delimiter=separator, strict=True)
                 header = next(reader, None)
                 if not header:
@@ -108,7 +120,7 @@ class TableSource:
         """The column's cells of a Parquet file."""
         from imagemill.sources import parquet  # brings pyarrow
 
-        with parquet.opening(self.name, self._location) as opened:
+        with parquet.opening(self.name, self._access.at(self._location)) as opened:
             schema: Any = opened.file.schema_arrow
             column = self._chosen(schema.names)
             kind = parquet.plain_type(schema.field(column).type)

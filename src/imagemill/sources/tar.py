@@ -99,7 +99,9 @@ class TarSource:
                 raise
             self._keep_index(blob, headers)
             if headers.has_trailing_garbage:
-                skipped.archive_notes.append(f"note: source {self.name}: trailing garbage after its gzip data was ignored. The archive is whole.")
+                skipped.archive_notes.append(
+                    f"note: source {self.name}: trailing garbage after its gzip data was ignored. The archive is whole."
+                )
         except EOFError as error:
             raise SourceError(f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}") from error
         except (gzip.BadGzipFile, zlib.error) as error:
