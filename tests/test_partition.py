@@ -138,6 +138,15 @@ def test_another_number_of_partitions_is_refused(tmp_path: Path) -> None:
     assert names_in(output) == before
 
 
+def test_files_that_systems_make_by_themselves_are_no_strangers(tmp_path: Path) -> None:
+    """`.DS_Store` and the like make no output unacceptable, before or after partitioning."""
+    source, output = numbered(tmp_path / "all", 3), make(tmp_path / "out", ".DS_Store", "lost+found/x")
+    partition(str(source), 2, str(output))
+    make(output, "0/Thumbs.db", "desktop.ini")
+    assert partition(str(source), 2, str(output)).partitions == (2, 1)
+    assert (output / "0" / "Thumbs.db").exists()
+
+
 def test_a_foreign_output_is_refused(tmp_path: Path) -> None:
     """A folder that holds anything else is left alone."""
     source = numbered(tmp_path / "all", 3)

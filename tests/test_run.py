@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -548,6 +549,54 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
     with pytest.raises(OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."):
         running.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
+
+
+SYSTEM_FILES = (
+    *(".DS_Store", "._.DS_Store", ".Spotlight-V100/x", ".fseventsd/x", ".Trashes/x", "Thumbs.db", "thumbs.db", "desktop.ini"),
+    *("Desktop.ini", "$RECYCLE.BIN/x", "System Volume Information/x", "lost+found/x", ".snapshot/x", ".snapshots/x", ".Trash-1000/x"),
+    *(".nfs00000000031a2b3c0000001d", ".fuse_hidden0000a1b2", "@eaDir/x", "#recycle/x", ".directory"),
+)
+
+
+def test_files_that_systems_make_by_themselves_are_no_strangers(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """A folder that a file manager has shown, a mounted disk's root, a share: each is as good as empty, and they stay as they are."""
+    out = helpers.fill(tmp_path / "out", dict.fromkeys(SYSTEM_FILES, b"x"))
+    settings = job(jpegs(3))
+    assert running.run(settings).images == 3
+    helpers.fill(out, {f"{folder}/.DS_Store": b"x" for folder in ("plan", "predictions", "logs")})
+    assert (running.run(settings).images, problems(out)) == (3, [])
+    assert all((out / name).read_bytes() == b"x" for name in SYSTEM_FILES)
+    for number, name in enumerate((".DS_Store.jpg", "my lost+found", "snapshot", "_DS_Store", "nfs123")):
+        other = helpers.fill(tmp_path / str(number), {name: b"x"})
+        with pytest.raises(OutputError, match=re.escape(f"(it holds {name!r})")):
+            running.run(replace(settings, output=str(other)))
+
+
+def test_a_link_to_a_missing_folder_is_an_output(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """The folder that it leads to is made, also through a second link and for a folder below it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("second")
+    (tmp_path / "second").symlink_to(tmp_path / "disk" / "job")
+    (tmp_path / "above").symlink_to(tmp_path / "disk" / "jobs")
+    settings = job(jpegs(2))
+    for output, folder in (("out", "job"), ("above/a/b", "jobs/a/b")):
+        running.run(replace(settings, output=str(tmp_path / output)))
+        assert problems(tmp_path / "disk" / folder) == []
+    assert (tmp_path / "out").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["out", "out/below"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(name: str, job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """One line names the link and where it leads, before anything is done. Results would fill the wrong disk."""
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "folder")
+    where = re.escape(f"{tmp_path}/out is a link to {tmp_path}/disk/folder, and {tmp_path}/disk does not exist. Mount its disk, or give")
+    with pytest.raises(OutputError, match=where):
+        running.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
+    assert not (tmp_path / "disk").exists()
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OutputError, match="Too many levels of symbolic links"):
+        running.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
 
 
 def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import helpers
 import pictures
 import s3 as faults
 from imagemill import running, storage
-from imagemill.errors import SourceError
+from imagemill.errors import OutputError, SourceError
 from imagemill.records import BadPicture, Settings, Status
 from imagemill.sources import Filters, Skipped, check, resolve
 from imagemill.sources.folder import FolderSource
@@ -377,3 +378,13 @@ def test_many_sources_are_looked_for_together(s3: Bucket, s3_faults: FaultProxy)
     s3_faults.rule = lambda _: None
     with pytest.raises(SourceError, match=r"/12\.jpg cannot be read"):
         check([f"{s3.url}/{number}.jpg" for number in range(13)])
+
+
+def test_what_a_file_manager_uploaded_makes_no_output_unacceptable(s3: Bucket, job: Jobs) -> None:
+    """`.DS_Store` below an output's prefix is no stranger; anything else is."""
+    s3.fill({"in/a.jpg": pictures.jpeg(), "out/.DS_Store": b"x", "other/.DS_Store": b"x", "other/thesis.doc": b"x"})
+    settings = job(f"{s3.url}/in", output=f"{s3.url}/out", preflight=False)
+    assert running.run(settings).ok == 1
+    assert s3.get("out/.DS_Store") == b"x"
+    with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)"):
+        running.run(replace(settings, output=f"{s3.url}/other"))

@@ -134,8 +134,9 @@ def refuse_foreign(paths: JobPaths) -> None:
         return
     try:
         names = {entry.name for entry in paths.root.iterdir()}
-        foreign = sorted(names - paths.ours())
+        foreign = sorted(name for name in names - paths.ours() if not layout.is_system_file(name))
     except FileNotFoundError:
+        layout.missing_goal(paths.root)
         return
     except NotADirectoryError as error:
         raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error

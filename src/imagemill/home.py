@@ -41,7 +41,8 @@ def _store(url: str) -> Store:
 def foreign(paths: JobPaths) -> str | None:
     """The key of something in an object store's output that no start of ours has left; None: it is free. Raises: OutputError."""
     try:
-        return next((key for key, _ in _store(paths.url).list() if not key.startswith((f"{paths.plan.name}/", "logs/"))), None)
+        keys = (key for key, _ in _store(paths.url).list() if not any(map(layout.is_system_file, key.split("/"))))
+        return next((key for key in keys if not key.startswith((f"{paths.plan.name}/", "logs/"))), None)
     except OSError as error:
         raise OutputError(f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and credentials.") from error
 

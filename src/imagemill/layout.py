@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,13 @@ from imagemill.errors import OutputError
 _PART_PREFIX = "part-"
 _PART_SUFFIX = ".parquet"
 _TEMPORARY_SUFFIX = ".tmp"
+_SYSTEM_FILES = re.compile(
+    r"\.DS_Store|\._.*|\.localized|\.Spotlight-V100|\.Trashes|\.fseventsd|\.TemporaryItems|\.apdisk|\.AppleDouble|Icon\r|__MACOSX"  # macOS
+    r"|Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information"  # Windows
+    r"|lost\+found|\.directory|\.hidden|\.Trash-\d+|\.fuse_hidden.*|\.nfs.*|aquota\.(?:user|group)|\.lustre"  # Linux
+    r"|[.~#]snapshots?|\.zfs|\.snap|@eaDir|#recycle|@Recycle|\.stfolder|\.sync",  # file servers and synchronised folders
+    re.IGNORECASE,
+)
 _LOCK_DELAYS_S = (0.01, 0.05, 0.2)
 """Waits for a lock that `is_locked` may hold for a moment, from another process."""
 
@@ -170,6 +178,11 @@ class JobPaths:
                     path.unlink(missing_ok=True)
 
 
+def is_system_file(name: str) -> bool:
+    """Return whether a name is that of a file or folder that systems, file servers and file managers make by themselves."""
+    return _SYSTEM_FILES.fullmatch(name) is not None
+
+
 def cache_folder() -> Path:
     """The user's cache folder of ours: nothing in it is missed for long."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagemill"
@@ -244,11 +257,30 @@ def appending(path: Path) -> BinaryIO:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises: OutputError."""
+    """Make a folder and its parents. If one of these is a link to nowhere, make the folder that it leads to. Raises: OutputError."""
     try:
+        if (goal := missing_goal(path)) is not None:
+            goal.mkdir(exist_ok=True)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def missing_goal(path: Path) -> Path | None:
+    """Return the missing folder that `path`, or a folder above it, links to; None if there is no such link.
+
+    Raises:
+        OutputError: the folder above the missing one does not exist either, as on a disk that is not mounted.
+    """
+    link = next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+    if link is None:
+        return None
+    goal = Path(os.path.realpath(link))
+    if goal.is_symlink():
+        raise OutputError(f"{link} is a link that leads to itself. Remove it, or give another folder.")
+    if not goal.parent.is_dir():
+        raise OutputError(f"{link} is a link to {goal}, and {goal.parent} does not exist. Mount its disk, or give another folder.")
+    return goal
 
 
 def clear_folder(path: Path) -> None:

@@ -124,7 +124,9 @@ def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
     """Raises: OutputError unless the output is new, empty, or a partition of the same folder into as many."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"--output {target} is a file. Give a folder.")
-    names = sorted(os.listdir(target)) if target.is_dir() else []  # noqa: PTH208 - names are all that is wanted
+    layout.missing_goal(target)
+    found_names = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 - names are all that is wanted
+    names = sorted(name for name in found_names if not layout.is_system_file(name))
     if not names:
         return
     try:
@@ -167,7 +169,7 @@ def _files(folder: bytes) -> Iterator[bytes]:
             path = os.path.join(place, name)  # noqa: PTH118
             if name == _TEMPORARY:
                 os.unlink(path)  # noqa: PTH108
-            else:
+            elif not layout.is_system_file(os.fsdecode(name)):
                 yield os.path.relpath(path, folder)
         # links to folders are listed by os.walk among the folders: they cannot be ours
 
