@@ -154,7 +154,11 @@ def test_archives_that_were_appended_to_each_other_are_read_to_the_end(tmp_path:
     """`cat a.tar b.tar` holds the pictures of both; rubbish behind an end is none, nor is the filling of the last record."""
     one, two = tar({"a.jpg": SOUND}), tar({"b.jpg": SOUND[1:]})
     assert read(write(tmp_path, one, two)) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
-    assert read(write(tmp_path, one, b"rubbish" * 200)) == [(b"a.jpg", SOUND)]
+    path = write(tmp_path, one, b"rubbish" * 200)
+    assert read(path) == [(b"a.jpg", SOUND)]
+    assert listed(path)[2].notes() == [
+        f"note: source {path}: trailing garbage after the end of the archive, at byte {len(one):,}, was ignored."
+    ]
     assert read(write(tmp_path, gzip.compress(one) + gzip.compress(two), name="b.tar.gz")) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
 
 
@@ -205,6 +209,21 @@ def damages() -> dict[str, tuple[str, bytes, str]]:
         "empty": ("a.tar", b"", "is empty, and no tar archive. Get it again."),
         "text": ("a.tar", b"<html>not found</html>" * 99, "is no tar archive: it does not begin with a header. Give one"),
         "short text": ("a.tar", b"not found", "is no tar archive: it does not begin with a header. Give one"),
+        "empty header": (
+            "a.tar",
+            member + bytes(512) + SOUND.ljust(512) + member + END,
+            "is damaged: at byte 1,536 there should be a header",
+        ),
+        "empty sector": (
+            "a.tar",
+            member + bytes(4_096) + SOUND.ljust(1_024) + member + END,
+            "is damaged: at byte 5,120 there should be a header, and the next one is at byte 6,144.",
+        ),
+        "empty sector, packed": (
+            "a.tgz",
+            gzip.compress(member + bytes(4_096) + SOUND.ljust(1_024) + member + END),
+            "is damaged: at byte 5,120 there should be a header, and the next one is at byte 6,144.",
+        ),
         "second header": ("a.tar", member + b"\1" * 512 + member + END, "is damaged: at byte 1,024 there should be a header, and is none."),
         "size": ("a.tar", resum(member[:124] + b"-0000000001\0" + member[136:512]), "is damaged: at byte 0 a header has no sensible size."),
         "huge size": ("a.tar", resum(member[:124] + b"\x80" + b"\xff" * 11 + member[136:512]), "is damaged: at byte 0 a header has no"),
@@ -248,7 +267,7 @@ def test_garbage_after_gzip_data_is_ignored_with_a_note(garbage: str, members: i
     for aside in (None, tmp_path):
         source, entries, skipped = listed(path, aside=aside)
         assert {entry.path.decode(): fetched(source, entry) for entry in entries} == files
-        note = f"note: source {path}: trailing garbage after its gzip data was ignored. The archive is whole."
+        note = f"note: source {path}: trailing garbage after its gzip data was ignored."
         assert skipped.notes() == ([] if garbage == "zeros" else [note])
 
 

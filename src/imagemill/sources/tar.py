@@ -31,6 +31,8 @@ SUFFIXES = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))$", re.IG
 
 _OTHER_PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
+_END_BLOCKS = 2
+"""Empty blocks that end an archive. A single one may be a header that was lost."""
 _READ_BYTES = 2**20
 _LONGEST_HEADER = 2**24
 """Of a PAX header or a long name; names are a few KiB at most, the rest is extended attributes."""
@@ -98,10 +100,8 @@ class TarSource:
                 self._keep_index(blob, headers)
                 raise
             self._keep_index(blob, headers)
-            if headers.has_trailing_garbage:
-                skipped.archive_notes.append(
-                    f"note: source {self.name}: trailing garbage after its gzip data was ignored. The archive is whole."
-                )
+            if headers.garbage:
+                skipped.archive_notes.append(f"note: source {self.name}: trailing garbage after {headers.garbage} was ignored.")
         except EOFError as error:
             raise SourceError(f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}") from error
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -184,23 +184,24 @@ class _Headers:
         file = io.BufferedReader(BlobFile(blob), _READ_BYTES)
         self._file = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if is_packed else file
         self.at = 0
-        self.has_trailing_garbage = False
-        """Whether something that is no gzip data follows the gzip data, known at the end."""
+        self.garbage = ""
+        """What garbage follows, known at the end: the gzip data, or the end of the archive. Empty: there is none."""
 
     def __iter__(self) -> Iterator[_Member]:
         common: dict[bytes, bytes] = {}
         own: dict[bytes, bytes] = {}
-        ended = False
+        ended = 0  # how many empty blocks there were; two are the end
         while block := self._block(ended):
             self.at += len(block)
             if not block.strip(b"\0"):
-                ended = True
+                ended += 1
                 continue
             if not _is_header(block):
-                if ended:
-                    return  # rubbish behind the end is not ours; another archive appended there is
-                raise self._no_header(block)
-            ended = False
+                if ended < _END_BLOCKS:
+                    raise self._no_header(block)
+                self._pass_over_garbage()
+                return
+            ended = 0
             member = self._member(block, common | own)
             if member.kind in _ABOUT_THE_NEXT:
                 fields = self._fields(member)
@@ -216,17 +217,26 @@ class _Headers:
         if self.at == 0:
             raise SourceError(f"source {self._name} is empty, and no tar archive. Get it again.")
 
-    def _block(self, ended: bool) -> bytes:
+    def _pass_over_garbage(self) -> None:
+        """Read what follows the end and is no header. A header behind it shows that an archive is damaged there. Raises: SourceError."""
+        start = self.at - _BLOCK
+        while block := self._block(_END_BLOCKS):
+            self.at += len(block)
+            if block[257:262] == b"ustar" and _is_header(block):
+                raise self._damaged(f"at byte {start:,} there should be a header, and the next one is at byte {self.at - _BLOCK:,}")
+        self.garbage = self.garbage or f"the end of the archive, at byte {start:,},"
+
+    def _block(self, ended: int) -> bytes:
         """Read the next block, `b""` at the end. Raises: OSError, EOFError, zlib.error.
 
-        Garbage after gzip data is ignored, as gzip and tar do, but only where the tar has `ended`: elsewhere members may be lost in it.
+        Garbage after gzip data is ignored, as by gzip and tar, but only after the end of the tar. Elsewhere it may hide members.
         """
         try:
             return self._file.read(_BLOCK)
         except gzip.BadGzipFile as error:
-            if not ended or not str(error).startswith("Not a gzipped file"):  # of what follows; a wrong checksum is of what was read
+            if ended < _END_BLOCKS or not str(error).startswith("Not a gzipped file"):  # not a wrong checksum
                 raise
-            self.has_trailing_garbage = True
+            self.garbage = "its gzip data"
             return b""
 
     def checksum(self, member: _Member) -> tuple[int, int]:
