@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 import helpers
 import pictures
 from archive_files import pack, tar
-from imagemill import freezing, run, running, sources
+from imagemill import freezing, plan, run, running, sources
+from imagemill.engines import station
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.layout import JobPaths
 from imagemill.records import Access, Settings
@@ -166,3 +169,17 @@ def test_moved_needs_two_places(imagemill: Callable[..., helpers.Result], job: J
     ):
         with pytest.raises(UsageError, match=text):
             running.run(job(folder, moved=moved))
+
+
+def test_nodes_of_a_cluster_read_where_the_sources_are_now(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
+    """The job that travels to a node says it, and the node's check finds the images there."""
+    old = jpegs(4)
+    running.run(job(old, **OPTIONS))
+    new = old.rename(tmp_path / "new")
+    frozen = freezing.read_frozen(JobPaths.of(str(tmp_path / "out")))
+    assert frozen is not None
+    shards = plan.shards(tmp_path / "out" / "plan")
+    assert station.sample(frozen.job, shards) == ()
+    moved = pickle.loads(pickle.dumps(replace(frozen.job, access=Access(((str(old), str(new)),)))))
+    assert len(station.sample(moved, shards)) == 2
+    sources.check(moved.sources, moved.access)
