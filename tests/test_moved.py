@@ -134,7 +134,7 @@ def test_without_moved_the_command_says_that_it_exists(job: Jobs, jpegs: Callabl
     new = old.rename(tmp_path / "new")
     with pytest.raises(SourceError, match=r"No such file or directory.*If it has moved, add --moved OLD=NEW\."):
         running.run(job(old, **OPTIONS))
-    with pytest.raises(JobMismatchError, match=r"--moved OLD=NEW if they have moved"):
+    with pytest.raises(JobMismatchError, match=r"If the sources have moved, add --moved OLD=NEW\."):
         running.run(job(new, **OPTIONS))
 
 
