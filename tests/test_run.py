@@ -417,6 +417,9 @@ def test_what_may_differ_may_be_changed(started: Settings, tmp_path: Path, monke
     assert problems(tmp_path / "out") == []
 
 
+SAME_SOURCES = "Give the same sources in the same order to continue this job"
+
+
 @pytest.mark.parametrize(
     ("change", "was", "now", "remedy"),
     [
@@ -425,7 +428,12 @@ def test_what_may_differ_may_be_changed(started: Settings, tmp_path: Path, monke
         ({"include": ("*.jpg",)}, "no --include", "--include '*.jpg'", "Leave out --include to continue this job"),
         ({"exclude": ("*.png", "b")}, "no --exclude", "--exclude '*.png' --exclude b", "Leave out --exclude to continue this job"),
         ({"all_files": True}, "no --all-files", "--all-files", "Leave out --all-files to continue this job"),
-        ({"sources": ("/",)}, "SOURCE /", "SOURCE /", "Give the same sources in the same order to continue this job"),
+        (
+            {"sources": ("/",)},
+            "SOURCE /",
+            "SOURCE /",
+            "If the sources have moved, add --moved OLD=NEW. " + SAME_SOURCES,
+        ),
         ({"model": "tiny2"}, "--model tiny (", "--model tiny2 (", "Leave it out to continue this job"),
         ({"top_k": 3}, "--top-k 5", "--top-k 3", "Leave it out to continue this job"),
         ({"save": ("logits",)}, "no --save", "--save logits", "Leave it out to continue this job"),

@@ -163,7 +163,7 @@ def run(
         include=_texts(include),
         exclude=_texts(exclude),
         retry_failed=retried,
-        moved=tuple((old, os.fspath(new)) for old, new in (moved or {}).items()),
+        moved=None if moved is None else tuple((old, os.fspath(new)) for old, new in moved.items()),
         **{name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()},
     )
     return running.run(settings, watching.Terminal() if progress else None)

@@ -318,7 +318,7 @@ def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any
         "exclude": tuple(parsed.exclude) if parsed.exclude else None,
         "retry_failed": None if retry is None else tuple(filter(None, retry.split(","))),
         "grace_s": parsed.grace,
-        "moved": tuple(parsed.moved),
+        "moved": tuple(parsed.moved) or None,
     }
     same = """model models_dir devices precision batch_size batches_per_step num_workers top_k shard_size all_files limit preprocess labels
         background max_pixels max_bytes max_seconds dry_run max_bad_fraction engine allow_mixed log_dir report preflight

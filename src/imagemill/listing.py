@@ -116,7 +116,7 @@ def access_of(settings: Settings) -> Access:
     agent = settings.user_agent
     if agent is not None and not (agent.strip() and agent.isascii() and agent.isprintable()):
         raise UsageError(f"--user-agent {agent!r}: must be printable ASCII characters on one line, not only spaces.")
-    return Access(sources.resolve_moved(settings.moved), agent)
+    return Access(sources.resolve_moved(settings.moved or ()), agent)
 
 
 def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> None:

@@ -204,7 +204,7 @@ class Settings:
     """Whether `report.html` is written at the end."""
     preflight: bool = True
     """Whether a sample of a new job's pictures is looked at as it starts."""
-    moved: tuple[tuple[str, str], ...] = ()
+    moved: tuple[tuple[str, str], ...] | None = None
     """Where sources were and where they are now."""
     user_agent: str | None = None
 
