@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+def test_files_of_any_length_can_be_mutated(length: int) -> None:
+    """Two mutations in a row may meet a file of a byte or two, which the first of them has left."""
+    import hostile
+
+    for mutate in hostile.MUTATIONS:
+        changed = {bytes(mutate(bytes(length), random.Random(seed), b"other file")) for seed in range(200)}
+        assert len(changed) > 1, mutate
 
 
 def test_every_mutated_file_is_one_row_and_no_neighbour_changes(tmp_path: Path) -> None:
