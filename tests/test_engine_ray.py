@@ -158,6 +158,18 @@ def test_the_photographs_on_two_nodes(ray_run: Run, photographs: Path, photograp
 # ── whatever dies ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_modules_in_the_working_directory_are_never_executed(
+    nodes: Nodes, start: Start, models_dir: Path, slow_folder: Path, tmp_path: Path
+) -> None:
+    """Neither by the command nor on the nodes, though Ray gives its workers the directory that it was started in to search."""
+    trap = b"import os\nopen(os.environ['SPRUNG'], 'a').write(__file__)\nraise SystemExit(3)\n"
+    here = helpers.fill(tmp_path / "here", {f"{name}.py": trap for name in ("ctypes", "mmap", "numpy", "PIL", "resource", "tempfile")})
+    environment = nodes.environment(IMAGEMILL_MODELS=str(models_dir), SPRUNG=str(tmp_path / "sprung"))
+    command = ("run", slow_folder, *arguments(tmp_path / "out", "--devices", "null", "--limit", 4), "--engine", "ray")
+    result = helpers.finish(start(*command, env=environment, cwd=here))
+    assert (result.code, (tmp_path / "sprung").exists()) == (0, False), result.err
+
+
 def test_a_worker_and_then_its_actor_killed(ray_start: Start, slow_folder: Path, tmp_path: Path) -> None:
     """SIGKILL to a worker's process, then to the actor that watches the other: the job goes on to its end, both restarts are counted."""
     out = tmp_path / "out"

@@ -63,7 +63,7 @@ def preflights() -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             return b""
 
-    return [pid for pid in children(os.getpid()) if b"imagemill import preflight" in command(pid)]
+    return [pid for pid in children(os.getpid()) if b"imagemill.preflight" in command(pid)]
 
 
 def carried_out(settings: Settings) -> tuple[Summary, list[str]]:

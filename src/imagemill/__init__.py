@@ -9,10 +9,10 @@ Nothing heavy is imported before the first of these is touched.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from imagemill.version import __version__
 
+TYPE_CHECKING = False  # not imported: `python -m imagemill` would take it from a `typing.py` in the working directory
 if TYPE_CHECKING:
     from imagemill.api import Answer, Classifier, Prediction, load, run
     from imagemill.errors import (

@@ -1,4 +1,4 @@
-"""What every child process of ours does alike, whoever starts it: its environment, its cores, its end."""
+"""What all child processes share: the command that starts them, their environment, their cores, their end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,20 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+
+
+def command(module: str, *arguments: object) -> list[str]:
+    """Return the command that runs `main()` of a module in a new process, with `arguments` in its `sys.argv[1:]`.
+
+    `-P` keeps the working directory off `sys.path`: a file there named like a module, such as `json.py`, is never executed.
+    The module is imported under its own name, so both processes can pickle its records.
+    """
+    return [sys.executable, "-P", "-m", "imagemill.child", module, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:
@@ -35,3 +45,8 @@ def end_with(parent: int) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]  # the module comes first now
+    sys.exit(import_module(sys.argv[0]).main())

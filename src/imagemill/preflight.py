@@ -183,15 +183,7 @@ class Lookout:
         ours, theirs = Pipe()
         try:
             self._process = subprocess.Popen(
-                # Imported under its own name, so that the records that are pickled there are known here.
-                [
-                    sys.executable,
-                    "-P",
-                    "-c",
-                    "import sys; from imagemill import preflight; sys.exit(preflight.main())",
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
+                child.command("imagemill.preflight", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -59,15 +59,19 @@ class Supervisor:
         self._board = Noteboard(self._notes.fileno())
         self._board.clear()
         fds = (theirs.fileno(), self._notes.fileno())
-        # -P: no module is taken from the folder that the user happens to be in.
-        command = [sys.executable, "-P", "-m", "imagemill.worker", *map(str, fds), str(os.getpid())]
         with contextlib.ExitStack() as undone:
             undone.callback(self._notes.close)
             undone.callback(self.connection.close)
             try:
                 with layout.appending(self._log_file) as log:
                     self._process = subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds, process_group=0, env=child.environment()
+                        child.command("imagemill.worker", *fds, os.getpid()),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        pass_fds=fds,
+                        process_group=0,
+                        env=child.environment(),
                     )
             except OSError as error:
                 raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error

@@ -83,14 +83,7 @@ def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            # Imported under its own name, so that the records that are pickled there are known here.
-            [
-                sys.executable,
-                "-c",
-                "import sys; from imagemill import trial_process; sys.exit(trial_process.main())",
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ],
+            child.command("imagemill.trial_process", theirs.fileno(), os.getpid()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -1,6 +1,6 @@
 """The child process of one device: a session, and run_shards over its leases.
 
-Started by the launcher as `python -m imagemill.worker SOCKET NOTEBOARD LAUNCHER_PID`; ends with it, whatever ends it.
+Started by its supervisor with the arguments SOCKET NOTEBOARD LAUNCHER_PID; ends with it, whatever ends it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,3 @@ def _decoder_versions() -> dict[str, str]:
         "pillow": PIL.__version__,
         "simplejpeg": str(getattr(simplejpeg, "__version__", "")),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -74,7 +74,12 @@ class Cluster:
         if address not in ("", "local", "auto"):
             _refuse_deaf(address)
         _send_messages_to_the_log()
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "namespace": "imagemill"}
+        quiet: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": "CRITICAL",
+            "namespace": "imagemill",
+            "job_config": _without_working_directory(),
+        }
         if address != "local":
             try:
                 self.ray.init(address=address or "auto", **quiet)
@@ -134,6 +139,20 @@ class Cluster:
         """See `Machines.close`."""
         if self._is_ours:
             self.ray.shutdown()
+
+
+class _NoFolders(list[str]):
+    """A list that stays empty."""
+
+    def extend(self, _: object) -> None:
+        """Add nothing."""
+
+
+def _without_working_directory() -> Any:
+    """Return a configuration with which Ray does not put our working directory on the `sys.path` of its workers."""
+    config: Any = importlib.import_module("ray.job_config").JobConfig()
+    config._py_driver_sys_path = _NoFolders()
+    return config
 
 
 def _refuse_deaf(address: str) -> None:

@@ -1,6 +1,6 @@
 """Decode suspects in a process that may die of it.
 
-`IsolatedDecoder` keeps one child, `python -m imagemill.images.isolated`, which decodes one picture at a time with the very `decode` that
+`IsolatedDecoder` keeps one child process, which decodes one picture at a time with the very `decode` that
 workers use, so pixels are the same bit for bit. A picture that kills its child, or takes longer than `max_seconds`, is tried once more,
 alone in a brand-new child; if that fails too, the picture is a row that says so. The child's memory is bounded, it writes no core file,
 and it dies with its parent: at the end of its standard input, by Linux's parent-death signal, or by its own alarm.
@@ -15,7 +15,6 @@ On the pipe, both ways, a message is two lengths (32 and 64 bits, big-endian), a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -27,12 +26,11 @@ import sys
 import threading
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from imagemill import codec
+from imagemill import child, codec
 from imagemill.errors import WorkerError
 from imagemill.images.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
@@ -50,7 +48,6 @@ _PIECE = 1 << 20
 _BASE_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 24
 """What a decoder may use at most: for a 32-bit float picture there are the file, the floats, their mask, and the finite ones."""
-_PR_SET_PDEATHSIG = 1
 _ALARM_MARGIN = 10.0
 
 
@@ -115,16 +112,16 @@ class IsolatedDecoder:
         for start in range(_STARTS):
             if self._child is not None:
                 break
-            child = _Child(limits)
+            started = _Child(limits)
             try:
-                child.receive(time.monotonic() + _START_SECONDS)
-                self._child = child
+                started.receive(time.monotonic() + _START_SECONDS)
+                self._child = started
             except _Failed as failed:
-                child.kill()
+                started.kill()
                 if start == _STARTS - 1:
                     raise WorkerError(f"the disposable decoder cannot be started, {_STARTS} times running: {failed.error}") from None
             except BaseException:
-                child.kill()
+                started.kill()
                 raise
         assert self._child is not None
         try:
@@ -146,15 +143,13 @@ class _Child:
 
     def __init__(self, limits: Limits) -> None:
         self._bytes = _address_space(limits)
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH")) if part)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "imagemill.images.isolated", str(os.getpid()), str(self._bytes)],
+            child.command("imagemill.images.isolated", os.getpid(), self._bytes),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for the launcher
-            env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+            env=child.environment() | {"OPENBLAS_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -270,19 +265,14 @@ def _confine(parent: int, address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; a stricter one may be set already
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(0)
+    child.end_with(parent)
 
 
-def _main() -> None:
+def main() -> int:
+    """Be the child."""
     _confine(int(sys.argv[1]), int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not come between
     with contextlib.suppress(BrokenPipeError):
         _serve(sys.stdin.buffer, answers)
-
-
-if __name__ == "__main__":
-    _main()
+    return 0

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,9 +112,8 @@ class Crew:
 def _start(device: DeviceSpec) -> _Member:
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the crew
-    command = [sys.executable, "-m", "imagemill.measuring.worker", str(theirs.fileno()), str(os.getpid())]
     process = subprocess.Popen(
-        command,
+        child.command("imagemill.measuring.worker", theirs.fileno(), os.getpid()),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

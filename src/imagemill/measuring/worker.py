@@ -1,6 +1,6 @@
 """The child process that measures: the session and the feed of `imagemill.worker`, on the same cores, each alone.
 
-Started as `python -m imagemill.measuring.worker SOCKET PARENT_PID`; ends with its parent, whatever ends that.
+Started by `measuring.crew` with the arguments SOCKET PARENT_PID; ends with its parent, whatever ends that.
 """
 
 from __future__ import annotations
@@ -115,7 +115,3 @@ def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
         connection.send(wire.Failed(kind, str(error)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
