@@ -203,7 +203,7 @@ def test_the_time_is_foretold_when_the_rate_is_known(job: Jobs, jpegs: Folders, 
         heard(lookout)
         for second in range(1, 8):
             lookout(at(second, 4 * second, Clock(compute=float(second), decode=0.01 * second, pictures=4 * second)))
-            assert len(said) == (2 if second < 4 else 4)
+            assert len(said) == (2 if second < 5 else 4)
     assert said[2] == "preflight: about 25s in all, 4.0 images/s, bounded by compute"
     assert re.fullmatch(r"preflight: decoding alone [\d,]+ images/s, results of about [\d.,]+ KiB", said[3])
     assert max(map(len, said)) <= 80 - len("imagemill: ")

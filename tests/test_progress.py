@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 import helpers
 from imagemill import progress, running, watching
-from imagemill.devices import usable_cores
 from imagemill.launcher import Progress
 from imagemill.progress import Estimate, Pace
 from imagemill.records import Clock
@@ -40,7 +39,6 @@ def at(
     failed: Mapping[str, int] | None = None,
     restarts: int = 0,
     sampling: bool = False,
-    decoders: int = 0,
 ) -> Progress:
     """A progress as the launcher tells it; one device where `rows` is a number."""
     devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
@@ -54,7 +52,6 @@ def at(
         since_first_lease_s=seconds,
         ready=ready,
         sampling=sampling,
-        decoders=decoders,
     )
 
 
@@ -222,16 +219,21 @@ def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
     assert estimate.bottleneck is None
 
 
-@pytest.mark.parametrize(("decoders", "decoding", "bottleneck"), [(0, 0.3, "decode"), (2, 0.9, "compute"), (2, 1.1, "decode")])
-def test_who_waits_for_pictures_on_cores_that_compute_too_may_be_bounded_by_computing(
-    decoders: int, decoding: float, bottleneck: str
-) -> None:
-    """As the summary says it in the end: decoding is the bound only if it had half of the cores' time."""
+@pytest.mark.parametrize(("session_cpu", "bottleneck"), [(0.0, "decode"), (0.8, "decode"), (1.0, "compute")])
+def test_who_waits_for_pictures_on_cores_that_compute_too_may_be_bounded_by_computing(session_cpu: float, bottleneck: str) -> None:
+    """As the summary says it in the end: where the session used more CPU time than decoding, decoding is not the bottleneck."""
     pace = Pace(10_000, 0)
     for second in range(31):
-        clock = Clock(starved=float(second), decode=decoding * second, pictures=second)
-        estimate = pace.add(at(second, second, clock=clock, decoders=decoders))
+        sums = {"decode": 0.9 * second, "decode_wall": 1.8 * second, "session_cpu": session_cpu * second}
+        estimate = pace.add(at(second, second, clock=Clock(starved=float(second), pictures=second, **sums)))
     assert estimate.bottleneck == bottleneck
+
+
+def test_no_bottleneck_is_shown_before_it_can_be_told() -> None:
+    """Not in the first seconds; the summary of so short a job names none either."""
+    pace = Pace(10_000, 0)
+    found = [pace.add(at(second, second, clock=Clock(compute=float(second), pictures=second))).bottleneck for second in range(8)]
+    assert found == [None] * 5 + ["compute"] * 3
 
 
 # ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -382,7 +384,6 @@ def test_a_dumb_terminal_gets_plain_lines(tiny: Any, models_dir: Path, slow_fold
 
 def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """With one large shard the display moves all the same: workers tell what has its answer, and where their time goes."""
-    from imagemill import running, watching
     from imagemill.records import Settings
 
     seen: list[Progress] = []
@@ -429,18 +430,3 @@ print(summary.ok)
     assert "96" in lines[0]
     assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
-
-
-@pytest.mark.parametrize(("devices", "threads", "decoders"), [("cpu", 1, 1), ("cpu", 64, len(usable_cores())), ("null", 2, 0)])
-def test_a_job_tells_its_display_how_many_cores_decode_and_compute(
-    job: Callable[..., Any], jpegs: Callable[..., Any], devices: str, threads: int, decoders: int
-) -> None:
-    """So that what bounds it is judged as at its end; a device that computes by itself shares none."""
-    seen: list[int] = []
-
-    class Watcher(watching.Watcher):
-        def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
-            return lambda progress: seen.append(progress.decoders)
-
-    running.run(job(jpegs(8), devices=devices, num_workers=threads), Watcher())
-    assert set(seen) == {decoders}

@@ -378,7 +378,7 @@ def _told(summary: Summary) -> str:
             lines.append(f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f} images/s{restarts}")
         believable = {name: rate for name, rate in summary.rates.items() if rate >= summary.rates["achieved"]}  # else of a job too short
         rates = ", ".join(f"{name.replace('_', ' ')} {rate:,.1f}" for name, rate in believable.items())
-        lines.append(f"bounded by {summary.bottleneck}: {summary.advice}")
+        lines.append(f"bounded by {summary.bottleneck}: {summary.advice}" if summary.bottleneck else f"bottleneck: {summary.advice}")
         lines.append(f"images/s: {rates}")
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")

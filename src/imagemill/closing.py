@@ -94,11 +94,6 @@ def summarise(
     )
 
 
-def shared_decoders(job: Job, chosen: Sequence[DeviceSpec]) -> int:
-    """How many cores decode at once, and compute as well; 0 where none does both, or where that is not known."""
-    return min(_threads(job, chosen), _shared_cores(chosen))
-
-
 def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
     return sum(job.num_workers or len(device.cores) for device in chosen)
 
@@ -114,7 +109,7 @@ def judge(
 ) -> tuple[str | None, dict[str, float], str | None]:
     """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
 
-    Where decoding and computing share the cores, computing had what reading and decoding left.
+    If decoding and computing share the cores, the rate of computing alone follows from the CPU time that the session used.
 
     Args:
         clocks: of the workers.
@@ -127,17 +122,17 @@ def judge(
     if not rows or not clocks or not seconds:
         return None, {}, None
     total = stopwatch.total(clocks)
-    bottleneck = stopwatch.bound_by(total, seconds, min(threads, cores))
+    bottleneck = stopwatch.bound_by(total, seconds)
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
         rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)
     at_once, computing = len(clocks), seconds * len(clocks) - total.starved - total.write
-    is_known = True
     if cores:
-        at_once, computing = cores, seconds * cores - total.read - total.decode
-        is_known = bottleneck == "compute" or (bottleneck == "decode" and threads >= cores)  # else cores idled
-    if is_known and computing > 0 and total.compute:
+        at_once, computing = cores, total.session_cpu
+    if computing > 0 and total.compute:
         rates["compute_only"] = round((rows - failed) * at_once / computing, 3)
+    if bottleneck is None:
+        return None, rates, f"too short to tell what bounded it: {seconds:.1f} s, less than {stopwatch.SHORT_S:g} s"
     advice = {
         "compute": "a lower precision or one more device would help",
         "decode": "more cores, or smaller pictures, would help; more --num-workers if cores are idle",

@@ -60,8 +60,6 @@ class Progress:
     """Devices whose session is compiled."""
     sampling: bool = False
     """A preflight takes some of the cores' time; the launcher itself does not know of it."""
-    decoders: int = 0
-    """Cores that decode at once, and compute as well; 0: none, or not known."""
 
 
 @dataclass(slots=True)

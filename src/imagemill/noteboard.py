@@ -19,7 +19,7 @@ from typing import IO
 from imagemill.records import Clock
 
 SLOTS = 256
-_SUMS = ("read", "decode", "starved", "compute", "write")
+_SUMS = ("read", "decode", "starved", "compute", "write", "decode_wall", "session_cpu")
 _PULSE = 2 * SLOTS
 _ROWS = _PULSE + 1
 _CLOCK = _ROWS + 1

@@ -41,6 +41,7 @@ from imagemill.launcher import Progress
 from imagemill.layout import JobPaths
 from imagemill.progress import Pace, duration, statuses
 from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Receipt, Saved, Shard, Status
+from imagemill.stopwatch import SHORT_S
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Lookout:
         if self._first_answers is None and estimate.state == "running":
             self._first_answers = progress.since_first_lease_s
         settled = self._first_answers is not None and progress.since_first_lease_s >= self._first_answers + _SETTLED_S
-        if settled and estimate.rate and estimate.left_s is not None and self._process is None:
+        if settled and progress.since_first_lease_s >= SHORT_S and estimate.rate and estimate.left_s is not None and self._process is None:
             self._foretell(estimate.rate, estimate.bottleneck, progress)
 
     @property

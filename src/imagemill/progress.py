@@ -186,7 +186,7 @@ class Pace:
             left_s=left_s,
             still_s=max(0.0, now_s - max((count.moved_s for count in self._counts.values()), default=0.0)) if through else 0.0,
             devices=rates,
-            bottleneck=self._bottleneck(now_s, progress.clock, progress.decoders),
+            bottleneck=self._bottleneck(now_s, progress.clock),
         )
 
     def _left(self, progress: Progress, rates: Mapping[str, float | None], left: int) -> tuple[float | None, float | None]:
@@ -206,15 +206,13 @@ class Pace:
         slowest = max((progress.leased.get(name, 0) - under_way[name]) / speed[name] for name in at_work if speed[name] > 0)
         return sum(speed.values()), max(0.0, slowest, (left - sum(under_way.values())) / sum(speed.values()))
 
-    def _bottleneck(self, now_s: float, clock: Clock, decoders: int) -> str | None:
+    def _bottleneck(self, now_s: float, clock: Clock) -> str | None:
         if not self._looks or now_s - self._looks[-1][0] >= _INTERVAL_S:
             self._looks = [*self._looks[-1:], (now_s, clock)]
         before_s, before = self._looks[0]
         # A death takes back what the dead worker's clock had shown.
         lately = Clock(*(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__))
-        if not lately.pictures or lately.compute + lately.starved + lately.write <= 0:
-            return None
-        return bound_by(lately, now_s - before_s, decoders)
+        return bound_by(lately, now_s - before_s) if lately.pictures else None
 
 
 # ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────

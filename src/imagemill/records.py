@@ -409,6 +409,10 @@ class Clock:
     """The loop waited for the session."""
     write: float = 0.0
     """Building and committing parts."""
+    decode_wall: float = 0.0
+    """Summed over decoding threads: time from the last byte read to the pixels, waiting for a core included."""
+    session_cpu: float = 0.0
+    """CPU time of the session's own threads; 0 if the device is not the CPU."""
     pictures: int = 0
 
 

@@ -158,13 +158,12 @@ def _carry_out(
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.pictures, resumed)
-    decoders = closing.shared_decoders(frozen.job, chosen)
     try:
         with preflight.Lookout(frozen.job, sampled, chosen, watcher.say) as lookout:
 
             def tick(progress: Progress) -> None:
                 lookout(progress)
-                shown(replace(progress, sampling=lookout.sampling, decoders=decoders))
+                shown(replace(progress, sampling=lookout.sampling))
 
             def on_receipt(receipt: Receipt) -> None:
                 lookout.receipt(receipt)

@@ -12,6 +12,9 @@ from imagemill.records import Clock
 
 T = TypeVar("T")
 
+SHORT_S = 5.0
+"""In less time than this, start-up and the last batch weigh too much for a bottleneck to be named."""
+
 
 def total(clocks: Iterable[Clock]) -> Clock:
     """The sums of several clocks."""
@@ -19,21 +22,29 @@ def total(clocks: Iterable[Clock]) -> Clock:
     return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
 
 
-def bound_by(clock: Clock, seconds: float = 0.0, decoders: int = 0) -> str:
-    """What bounded the time of a clock: `compute`, `write`, `read` or `decode`.
+def bound_by(clock: Clock, seconds: float) -> str | None:
+    """Return what bounded the time of a clock: `compute`, `write`, `read` or `decode`; None if `seconds` are too short to tell.
 
-    The loop of a worker either waits for pictures, waits for the session, or writes; the largest of the three sums names it, and where it
-    waited for pictures, the larger of reading and decoding does. But where decoding and computing share the cores, a session waits for
-    pictures also because its own threads have taken the decoders' time: if these got less than half of it, computing was the bound.
+    It is decided by who waited for whom. The loop of a worker waits for images, waits for the session, or writes, and the longest of
+    the three names the bottleneck. If the loop waited for images, reading or decoding took the longer time. But if the CPU decodes and
+    computes, decoding may be slow only because the session takes the cores: then the stage that used more CPU time is the bottleneck.
+    Only times of our own threads are compared, never the machine's, so other processes do not change the answer.
 
     Args:
         clock: sums over all workers.
-        seconds: in which they came about.
-        decoders: cores that may decode at once and compute too; 0: the devices compute by themselves, or it is not known.
+        seconds: the time in which they were taken.
     """
-    waits = {"compute": clock.compute, "write": clock.write, ("read" if clock.read > clock.decode else "decode"): clock.starved}
-    bound = max(waits, key=lambda name: waits[name])
-    return "compute" if bound == "decode" and clock.decode < decoders * seconds / 2 else bound
+    longest = max(clock.compute, clock.write, clock.starved)
+    if seconds < SHORT_S or longest <= 0:
+        return None
+    if longest == clock.compute:
+        return "compute"
+    if longest == clock.write:
+        return "write"
+    waiting_for_cores = max(0.0, clock.decode_wall - clock.decode)  # decoding waits for nothing else, and reading waits as much for them
+    if clock.read - waiting_for_cores > clock.decode_wall:
+        return "read"
+    return "compute" if clock.session_cpu > clock.decode else "decode"
 
 
 class Stopwatch:
@@ -41,13 +52,17 @@ class Stopwatch:
 
     Args:
         board: where the launcher sees them; None: nowhere.
+        on_cpu: the session computes on the CPU, in threads of this process.
     """
 
-    def __init__(self, board: Noteboard | None = None) -> None:
+    def __init__(self, board: Noteboard | None = None, *, on_cpu: bool = False) -> None:
         self._lock = threading.Lock()
         self._board = board
+        self._on_cpu = on_cpu
+        self._process_begun: float | None = None
+        self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
         self._rows = 0
-        self._seconds = {"read": 0.0, "decode": 0.0, "starved": 0.0, "compute": 0.0, "write": 0.0}
+        self._seconds = dict.fromkeys(("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0)
         self._pictures = 0
         self._begun = time.perf_counter()
 
@@ -56,16 +71,19 @@ class Stopwatch:
         with self._lock:
             self._seconds[name] += seconds
 
-    def picture(self, read_s: float, decode_s: float) -> None:
-        """Count one picture and the time that reading and decoding it took."""
+    def picture(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
+        """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU seconds of both."""
         with self._lock:
             self._seconds["read"] += read_s
             self._seconds["decode"] += decode_s
+            self._seconds["decode_wall"] += decode_wall_s
+            self._decoders_cpu += cpu_s
             self._pictures += 1
 
     def through(self, rows: int) -> None:
-        """Count rows that have their answers."""
+        """Count rows that have their answers. Called by the thread that runs the loop."""
         self._rows += rows
+        self._loop_cpu = time.thread_time() - self._loop_begun
         if self._board is not None:
             self._board.tell(self._rows, self.read())
 
@@ -73,6 +91,8 @@ class Stopwatch:
         """Pass items on, adding to `name` the time that was spent waiting for each but the first: until then the way fills up."""
         iterator = iter(items)
         is_first = True
+        if self._process_begun is None:  # compiling the model, before, is no work on images
+            self._process_begun, self._loop_begun = time.process_time(), time.thread_time()
         while True:
             begun = time.perf_counter()
             try:
@@ -92,4 +112,7 @@ class Stopwatch:
     def read(self) -> Clock:
         """The sums so far."""
         with self._lock:
-            return Clock(**self._seconds, pictures=self._pictures)
+            session_cpu = 0.0
+            if self._on_cpu and self._process_begun is not None:  # what no other thread of this process has used
+                session_cpu = max(0.0, time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu)
+            return Clock(**self._seconds, session_cpu=session_cpu, pictures=self._pictures)

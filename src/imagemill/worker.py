@@ -69,7 +69,7 @@ def _work(connection: Connection, board: Noteboard) -> int:
     from imagemill.sink import Sink
     from imagemill.stopwatch import Stopwatch
 
-    job, device, clock = begin.job, begin.device, Stopwatch(board)
+    job, device, clock = begin.job, begin.device, Stopwatch(board, on_cpu=begin.device.kind == "cpu")
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
     session = open_session(job, device, clock)

@@ -98,11 +98,11 @@ class Feed:
         slot = self._thread.slot
         if self._board is not None:
             self._board.at(slot, picture.index)
-        begun = fetched = time.perf_counter()
-        decoding = time.thread_time()
+        begun, cpu_begun = time.perf_counter(), time.thread_time()
+        fetched = None
         try:
             data = picture.fetch()
-            fetched, decoding = time.perf_counter(), time.thread_time()
+            fetched = time.perf_counter(), time.thread_time()
             if 0 <= picture.size != len(data):
                 _log.warning("%r changed since it was listed: %d bytes, now %d", picture.path, picture.size, len(data))
             if picture.suspect is not None:
@@ -115,7 +115,9 @@ class Feed:
         finally:
             if self._board is not None:
                 self._board.done(slot)
-            self._clock.picture(fetched - begun, time.thread_time() - decoding)
+            ended, cpu_ended = time.perf_counter(), time.thread_time()
+            read, decoding = fetched or (ended, cpu_ended)  # what cannot be read takes its time too
+            self._clock.picture(read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun)
 
     def _decode_alone(self, data: bytes, why: str) -> Decoded:
         with self._isolated_lock:
