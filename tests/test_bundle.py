@@ -238,6 +238,7 @@ def test_models_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     monkeypatch.setattr("sys.platform", "linux")
     assert bundle.default_models_dir() == Path("/cache/imagemill/models")
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("sys.platform", "darwin")
     assert bundle.default_models_dir() == Path.home() / "Library/Caches/imagemill/models"
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from imagemill import storage
+from imagemill import storage, userdirs
 from imagemill.errors import OutputError
 
 _PART_PREFIX = "part-"
@@ -52,7 +52,7 @@ class JobPaths:
         if not storage.is_url(output):
             return cls(Path(output).absolute(), logs)
         url = output.rstrip("/")
-        return cls(cache_folder() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
+        return cls(userdirs.cache() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
 
     @property
     def output(self) -> str:
@@ -183,14 +183,9 @@ def is_system_file(name: str) -> bool:
     return _SYSTEM_FILES.fullmatch(name) is not None
 
 
-def cache_folder() -> Path:
-    """The user's cache folder of ours: nothing in it is missed for long."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagemill"
-
-
 def delivered(key: str) -> Path:
     """The folder in the user's cache that holds a model which came from another machine."""
-    return cache_folder() / "delivered" / key
+    return userdirs.cache() / "delivered" / key
 
 
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from imagemill import waiting
+from imagemill import userdirs, waiting
 from imagemill.errors import UsageError
 from imagemill.version import __version__
 
@@ -512,7 +511,9 @@ _OTHER_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTI
 def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
     """Credentials from `~/.aws`, by boto3, where a profile is named, or where the environment has none and there is such a file."""
     named = "AWS_PROFILE" in variables
-    if not named and (any(name in variables for name in _OTHER_CREDENTIALS) or not (Path.home() / ".aws").is_dir()):
+    if not named and (
+        any(name in variables for name in _OTHER_CREDENTIALS) or not ((home := userdirs.home()) and (home / ".aws").is_dir())
+    ):
         return None
     try:
         from obstore.auth.boto3 import Boto3CredentialProvider

@@ -16,7 +16,6 @@ import hashlib
 import json
 import mmap
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -24,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from imagemill import userdirs
 from imagemill.errors import ModelError, UsageError
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
@@ -42,12 +42,8 @@ EXTERNAL_FROM: Final = 2**31 - 2**24
 def default_models_dir() -> Path:
     """Return `$IMAGEMILL_MODELS`, else `imagemill/models` in the user's cache folder."""
     if chosen := os.environ.get("IMAGEMILL_MODELS"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "imagemill" / "models"
+        return userdirs.expand(chosen)
+    return userdirs.cache() / "models"
 
 
 def imagenet_labels() -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from imagemill import userdirs
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import checkpoint, download, efficientnet_lite, resnext, wrap
@@ -233,7 +234,7 @@ def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: downl
         UsageError: it is none of them.
         ModelError: as `get`.
     """
-    path = Path(model).expanduser()
+    path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
         return wrap.bundle_for(path, models_dir, say)
     if re.fullmatch(_NAME, model) and (found := _on_disk(model, models_dir, explicit=False)) is not None:

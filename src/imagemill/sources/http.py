@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import urllib3
@@ -33,6 +32,7 @@ from urllib3.exceptions import (
     TimeoutError,
 )
 
+from imagemill import userdirs
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import BadPicture, Status
@@ -263,7 +263,10 @@ def _proxy(scheme: str, host: str) -> str | None:
 @functools.cache
 def _netrc_file() -> dict[str, str]:
     """`user:password` by host, of `$NETRC`, else `~/.netrc`; not its default entry, which would tell a password to any server."""
-    file = os.environ.get("NETRC") or Path.home() / ".netrc"
+    home = userdirs.home()
+    file = os.environ.get("NETRC") or (home and home / ".netrc")
+    if file is None:
+        return {}
     try:
         hosts = netrc.netrc(os.fspath(file)).hosts
     except (OSError, netrc.NetrcParseError):
