@@ -54,7 +54,7 @@ def test_commands_work_without_a_home_directory(tmp_path: Path) -> None:
 
 
 def test_a_home_that_cannot_be_written_to_is_none(homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`HOME=/`, as Docker sets it for a user id without an entry, another user's home, one that does not exist; models there are still used."""
+    """Such as HOME=/, which Docker sets for a user without an entry, or another user's home; models that are there are used."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert userdirs.cache() == tmp_path / "home/.cache/imagemill"  # it can be made
     writable = os.access

@@ -55,6 +55,7 @@ _NAMED_MISSING = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. A mistake of the user's is one line on stderr, never a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # OpenBLAS sends SIGINT if it cannot start its threads; none is needed here
     with contextlib.suppress(AttributeError):  # replaced by something simpler; else names that it cannot spell are no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -74,12 +75,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 0
     except OSError as error:
+        if message := _shortage(error):
+            print(f"imagemill: {message}", file=sys.stderr)
+            return 1
         if not _is_stdout_at_fault():
             raise
         _drop_stdout()
         print(f"imagemill: the result cannot be printed: {error.strerror}. The job itself is not harmed.", file=sys.stderr)
         return 1
+    except Exception as error:
+        if (message := _shortage(error)) is None:
+            raise
+        print(f"imagemill: {message}", file=sys.stderr)
+        return 1
     return code
+
+
+def _shortage(error: Exception) -> str | None:
+    from imagemill import child
+
+    return child.shortage(error)
 
 
 def _is_stdout_at_fault() -> bool:

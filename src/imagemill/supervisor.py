@@ -31,6 +31,10 @@ _log = logging.getLogger(__name__)
 _SLACK_S = 1.0
 STALLED_S = 600.0
 """Longer than a batch takes on the slowest device, and than an object store is waited for."""
+WITHOUT_CPU_S = 120.0
+"""A worker that has work, does none and uses no CPU time for so long hangs; an object store is waited for less."""
+_UNWATCHED_S = 10.0
+"""This process was itself stopped (Ctrl-Z) if it has not looked for so long."""
 _LOG_LINES = 12
 
 
@@ -53,6 +57,9 @@ class Supervisor:
         self._in_hand: set[int] = set()
         self._timed_out: tuple[int, ...] = ()
         self._pulse = -1
+        self._ticks: int | None = None
+        self._ticked_at = self._watched_at = time.monotonic()
+        self._hangs: str | None = None
         self._alive_at = time.monotonic()
         self.connection, theirs = Pipe()
         self._notes = noteboard.shared_file()
@@ -108,6 +115,7 @@ class Supervisor:
             return
         self._kill_hanging()
         self._kill_stalled()
+        self._kill_asleep()
 
     def told(self) -> Told:
         """How far the process is."""
@@ -130,7 +138,7 @@ class Supervisor:
         code = self._reap()
         noted = tuple(sorted({note.index for note in self._board.notes()})) if self._ready else ()
         self._notes.close()
-        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        how = self._hangs or (f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}")
         last_words = f"The last lines of {self._log_file}:\n{_tail(self._log_file)}"
         return Died(self._process.pid, how, self._ready, noted, self._timed_out, last_words)
 
@@ -159,6 +167,22 @@ class Supervisor:
         elif now - self._alive_at > STALLED_S:
             _log.warning("%s has done nothing for %.0f s with %d shards in hand: killed", self.device.name, STALLED_S, len(self._in_hand))
             self._alive_at = now
+            self._process.kill()
+
+    def _kill_asleep(self) -> None:
+        """Kill a process that should start or work, but waits for something that never comes, such as a thread that could not start."""
+        now = time.monotonic()
+        is_due = (self._in_hand and not self._board.notes()) if self._ready else True
+        ticks = child.cpu_ticks(self._process.pid) if is_due else None
+        was_stopped = now - self._watched_at > _UNWATCHED_S
+        self._watched_at = now
+        if ticks is None or ticks != self._ticks or was_stopped:
+            self._ticks, self._ticked_at = ticks, now
+        elif now - self._ticked_at > WITHOUT_CPU_S:
+            doing = "working" if self._ready else "starting"
+            self._hangs = f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits: {child.limits()}"
+            _log.warning("%s: %s", self.device.name, self._hangs)
+            self._ticked_at = now
             self._process.kill()
 
 

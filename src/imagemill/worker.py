@@ -51,7 +51,7 @@ def main() -> int:
         return 1  # as if the kernel had killed it: the launcher restarts and divides
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(f"unexpected {type(error).__name__}: {error}"))
+        _fail(connection, ImagemillError(child.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
         return 1
 
 
@@ -128,7 +128,8 @@ class _Inbox:
 def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
-        connection.send(wire.Failed(kind, str(error)))
+        note = f" (The memory is limited: {child.limits()}.)" if kind == "ModelError" and child.is_memory_limited() else ""
+        connection.send(wire.Failed(kind, f"{error}{note}"))
 
 
 def _decoder_versions() -> dict[str, str]:

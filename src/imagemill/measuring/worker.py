@@ -48,7 +48,7 @@ def main() -> int:
         return 1
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(f"unexpected {type(error).__name__}: {error}"))
+        _fail(connection, ImagemillError(child.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
         return 1
     return 0
 
