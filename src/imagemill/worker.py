@@ -128,7 +128,8 @@ class _Inbox:
 def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
-        note = f" (The memory is limited: {child.limits()}.)" if kind == "ModelError" and child.is_memory_limited() else ""
+        is_limit = kind == "ModelError" and (child.is_memory_limited() or child.shortage(error))
+        note = f" (Limits: {child.limits()}.)" if is_limit else ""
         connection.send(wire.Failed(kind, f"{error}{note}"))
 
 
