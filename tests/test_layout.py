@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import helpers
-from imagemill import layout
+from imagemill import layout, userdirs
 from imagemill.errors import OutputError
 from imagemill.layout import JobPaths
 
@@ -25,7 +25,7 @@ def test_the_cache_folder_is_below_home_by_default(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if set_to is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", set_to)
-    assert layout.cache_folder() == tmp_path / ".cache" / "imagemill"
+    assert userdirs.cache() == tmp_path / ".cache" / "imagemill"
     assert layout.delivered("abc") == tmp_path / ".cache" / "imagemill" / "delivered" / "abc"
     paths = JobPaths.of("s3://bucket/job/")
     assert paths.root.parent == tmp_path / ".cache" / "imagemill" / "jobs"
@@ -35,7 +35,7 @@ def test_the_cache_folder_is_below_home_by_default(monkeypatch: pytest.MonkeyPat
 def test_the_cache_folder_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """XDG_CACHE_HOME wins over HOME; each output in a store has a folder of its own, and the same one every time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert layout.cache_folder() == tmp_path / "cache" / "imagemill"
+    assert userdirs.cache() == tmp_path / "cache" / "imagemill"
     roots = [JobPaths.of(url).root for url in ("s3://bucket/a", "s3://bucket/b", "s3://bucket/a/")]
     assert roots[0] == roots[2] != roots[1]
 
