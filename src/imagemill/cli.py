@@ -357,9 +357,6 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import lean
-
-    lean.without_pandas()
     from imagemill import codec, running, watching
 
     if settings.dry_run:

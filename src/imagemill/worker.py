@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from imagemill import child, errors, lean, wire
+from imagemill import child, errors, wire
 from imagemill.errors import DeviceLostError, ImagemillError
 from imagemill.noteboard import Noteboard
 from imagemill.records import Lease
@@ -61,7 +61,6 @@ def _work(connection: Connection, board: Noteboard) -> int:
     if not begin.device.floating:
         child.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
-    lean.without_pandas()
     from imagemill import postprocess
     from imagemill.images.feed import Feed
     from imagemill.sessions import open_session
