@@ -244,19 +244,25 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--output", metavar="DIR", help="make a bundle there instead, for `run --model DIR` on any machine")
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "search" else int(text)
+
+
+_batch_size.__name__ = "number"
+
+
 def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="NAME", help="model name, bundle folder or wrapped file.onnx (default: resnext101_32x4d)")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--devices", metavar="SPEC", help="as for `run` (default: auto)")
     sub.add_argument("--precision", metavar="P", help="as for `run` (default: auto)")
-    sub.add_argument("--batch-size", type=int, metavar="N", help="pictures per batch (default: as `run`)")
+    sub.add_argument(
+        "--batch-size", type=_batch_size, metavar="N", help="images per batch, or `search` for the fastest size (default: as `run`)"
+    )
     sub.add_argument("--batches-per-step", type=int, metavar="N", help="batches handed to a device at a time (default: about 2 s of them)")
     sub.add_argument("--num-workers", type=int, metavar="N", help="decoding threads per device (default: as `run`)")
     sub.add_argument("--iterations", type=int, default=3, metavar="N", help="the median over them is reported (default: %(default)s)")
     sub.add_argument("--limit", type=int, metavar="N", help="the first N pictures per iteration (default: about 10 s of them)")
-    sub.add_argument("--loadgen", action="store_true", help="have MLPerf's LoadGen drive one device: Offline scenario, both modes")
-    sub.add_argument("--min-duration", type=float, metavar="S", help="of a LoadGen performance run (default: 10; MLPerf's rules want 600)")
-    sub.add_argument("--log-dir", metavar="DIR", help="for LoadGen's own logs (default: imagemill-loadgen)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -595,15 +601,9 @@ def _partition(parsed: argparse.Namespace) -> int:
 
 def _bench(parsed: argparse.Namespace) -> int:
     from imagemill import bench, codec
-    from imagemill.bench import loadgen
 
-    same = """synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit min_duration
-        log_dir""".split()
+    same = "synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit".split()
     settings = bench.BenchSettings(sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same})
-    if parsed.loadgen:
-        found = loadgen.run(settings, _say)
-        print(json.dumps(codec.to_plain(found)) if parsed.json else loadgen.told(found))
-        return 0 if found.valid else 1
     report = bench.run(settings, _say)
     print(json.dumps(codec.to_plain(report)) if parsed.json else bench.told(report))
     return 0

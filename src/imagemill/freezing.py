@@ -231,8 +231,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
-    probed = listed.pictures if settings.engine == Engine.LOCAL else 0
-    job = batching.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen, probed, watcher.say)
+    job = batching.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
     frozen = Frozen(
         format=_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

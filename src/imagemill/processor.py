@@ -44,14 +44,3 @@ def name(cpuinfo: Path = _CPUINFO) -> str:
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def identity(cpuinfo: Path = _CPUINFO) -> str:
-    """Tells processors apart whose speed differs: virtual machines give those of several generations one name."""
-    about: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            about.setdefault(key.strip().lower(), value.strip())
-    numbers = [about[key] for key in ("cpu family", "model", "stepping", "cpu part", "cache size") if key in about]
-    return "/".join([name(cpuinfo), *numbers, *vector_units(flags(cpuinfo))])

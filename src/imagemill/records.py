@@ -246,7 +246,7 @@ class Job:
     variant: str
     """Which file of the bundle: `model`, or `int8-<key>`."""
     batch_size: int
-    """Pictures; 0 only until `batching` has resolved it."""
+    """Images; 0 only until `batching` has resolved it."""
     batches_per_step: int
     """Batches in flight at most, on an IPU those of one step; 0 leaves it to the session."""
     num_workers: int

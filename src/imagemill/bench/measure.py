@@ -16,7 +16,8 @@ from statistics import median
 
 from imagemill import batching, devices, freezing, plan, processor, quantizing, watching
 from imagemill import running as jobs
-from imagemill.bench.records import BenchReport, BenchSettings, Rates
+from imagemill.bench.batch_search import find_batch_size
+from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.layout import JobPaths
@@ -50,8 +51,6 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         measuring process died.
     """
     check(settings)
-    if settings.min_duration is not None or settings.log_dir is not None:
-        raise UsageError("--min-duration and --log-dir are about LoadGen. Add --loadgen.")
     chosen = devices.resolve(settings.devices or "auto")
     try:
         if settings.synthetic:
@@ -70,10 +69,26 @@ def check(settings: BenchSettings) -> None:
         raise UsageError("give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone.")
     for name in ("iterations", "batch_size", "batches_per_step", "num_workers", "limit"):
         value = getattr(settings, name)
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
+    if isinstance(settings.batch_size, str) and settings.batch_size != SEARCH:
+        raise UsageError(f"--batch-size {settings.batch_size}: must be a number of images, or `search`.")
     if settings.precision not in (None, "auto", *Precision):
         raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
+
+
+def _batch_size(settings: BenchSettings) -> int | None:
+    return settings.batch_size if isinstance(settings.batch_size, int) else None
+
+
+def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> tuple[Job, Mapping[str, float]]:
+    """Return the job in its batch size, the rule's if none is given; after a search in the fastest one, with the rates of all sizes."""
+    job = batching.resolved(job, chosen)
+    if settings.batch_size != SEARCH:
+        return job, {}
+    say("finding the fastest batch size")
+    size, rates = find_batch_size(job, chosen, say)
+    return replace(job, batch_size=size), {str(tried): round(rate, 2) for tried, rate in rates.items()}
 
 
 # Without pictures.
@@ -82,10 +97,10 @@ def check(settings: BenchSettings) -> None:
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
-    job = batching.resolved(synthetic_job(settings, model, chosen), chosen, None, say)
+    job, batch_sizes = _with_batch_size(synthetic_job(settings, model, chosen), settings, chosen, say)
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
-        orders = compute_orders(settings, crew, chosen)
+        orders = _compute_orders(settings, crew, chosen)
         rounds = []
         for number in range(1, settings.iterations + 1):
             rounds.append(crew.measure(orders))
@@ -105,11 +120,12 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
         machine=machine(),
         versions=_versions() | versions,
         settings=settings,
+        batch_sizes=batch_sizes,
     )
 
 
 def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
-    """What a session needs of a job: everything but pictures, and a batch size where the settings leave it open."""
+    """What a session needs of a job: everything but pictures, and the batch size that the settings name."""
     precision, file = _precision(settings.precision, model, chosen)
     return Job(
         output="",
@@ -118,7 +134,7 @@ def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[Devic
         card=model.card,
         precision=precision,
         variant=file.stem,
-        batch_size=settings.batch_size or 0,
+        batch_size=_batch_size(settings) or 0,
         batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
         num_workers=settings.num_workers or 0,
         top_k=5,
@@ -149,7 +165,7 @@ def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -
     return precision, file
 
 
-def compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]) -> dict[str, Compute]:
+def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]) -> dict[str, Compute]:
     """Warm every device up; then as many batches as were asked for, or as take about `COMPUTE_S`."""
     crew.warm_up()
     if settings.batches_per_step:
@@ -164,11 +180,11 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
     say("a first short run, to warm up and to see how long an iteration takes")
     first = _first_run(settings, folder, min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES), say)
     limit = settings.limit or max(_FEWEST_PICTURES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
-    job = batching.resolved(replace(_frozen_job(folder / "first"), batch_size=settings.batch_size or 0), chosen, None, say)
+    job, batch_sizes = _with_batch_size(_frozen_job(folder / "first"), settings, chosen, say)
     measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
     with Crew(job, chosen) as crew:
-        orders = compute_orders(settings, crew, chosen)
+        orders = _compute_orders(settings, crew, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
             achieved.append(jobs.run(_run_settings(measured, output, limit)))
@@ -208,14 +224,8 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         machine=machine(),
         versions=_versions() | versions,
         settings=settings,
+        batch_sizes=batch_sizes,
     )
-
-
-def pictures(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, limit: int, say: Say) -> Decode:
-    """The first pictures of the sources, as an order to the only device."""
-    say(f"a first short run over {limit} pictures")
-    _first_run(settings, folder, limit, say)
-    return next(iter(_decode_orders(folder / "first", chosen).values()))
 
 
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
@@ -226,10 +236,18 @@ def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> S
 
 
 def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
-    same = ("sources", "model", "models_dir", "devices", "precision", "batch_size", "num_workers")
+    same = ("sources", "model", "models_dir", "devices", "precision", "num_workers")
     in_flight = min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
     asked = {name: getattr(settings, name) for name in same}
-    return Settings(**asked, output=str(output), limit=limit, batches_per_step=in_flight, preflight=False, report=False)
+    return Settings(
+        **asked,
+        output=str(output),
+        batch_size=_batch_size(settings),
+        limit=limit,
+        batches_per_step=in_flight,
+        preflight=False,
+        report=False,
+    )
 
 
 def _frozen_job(output: Path) -> Job:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
+
+SEARCH: Final = "search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +21,14 @@ class BenchSettings:
     models_dir: str | None = None
     devices: str | None = None
     precision: str | None = None
-    batch_size: int | None = None
+    batch_size: int | str | None = None
+    """Images; `search`: the fastest one is looked for."""
     batches_per_step: int | None = None
     """Batches handed to a device at a time, and per iteration; None: as many as take about two seconds."""
     num_workers: int | None = None
     iterations: int = 3
     limit: int | None = None
     """Pictures of the sources per iteration, the first ones; None: as many as take about ten seconds."""
-    min_duration: float | None = None
-    """With LoadGen: seconds that a performance run takes at least."""
-    log_dir: str | None = None
-    """With LoadGen: where its logs go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +64,5 @@ class BenchReport:
     machine: Mapping[str, object]
     versions: Mapping[str, str]
     settings: BenchSettings
+    batch_sizes: Mapping[str, float] = field(default_factory=dict)
+    """After `--batch-size search`: batch size → images/s, compute only."""

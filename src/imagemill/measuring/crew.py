@@ -16,7 +16,7 @@ from typing import IO
 
 from imagemill import child, errors, wire
 from imagemill.errors import ImagemillError, WorkerError
-from imagemill.measuring.records import Begin, Compute, Decode, Measured, Offline, Ready
+from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 
 _LOG_BYTES = 2_000
@@ -65,7 +65,7 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def measure(self, orders: Mapping[str, Compute | Decode | Offline]) -> dict[str, Measured]:
+    def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
         """Give each device its order, all at once, and wait for all of them.
 
         Args:

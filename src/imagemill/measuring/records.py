@@ -10,7 +10,7 @@ from imagemill.records import DeviceSpec, Job, Lease
 # parent                        process that measures
 # Begin ───────────────────────►
 #       ◄─────────────────────── Ready, or wire.Failed
-# Compute, Decode, Offline ────►
+# Compute, Decode ─────────────►
 #       ◄─────────────────────── Measured, or wire.Failed
 # wire.Stop ───────────────────►
 
@@ -44,22 +44,6 @@ class Decode:
 
     job: Job
     leases: tuple[Lease, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Offline:
-    """Have MLPerf's LoadGen drive the session, Offline scenario."""
-
-    log_dir: str
-    min_duration_s: float
-    expected_rate: float
-    """images/s; decides how many samples LoadGen asks for."""
-    samples: int
-    """Pictures of noise in its library."""
-    pictures: Decode | None
-    """Decoded ones instead."""
-    accuracy: bool
-    """Log each picture's answer once, instead of measuring."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from imagemill import child, errors, wire
 from imagemill.errors import ImagemillError
-from imagemill.measuring.records import Begin, Compute, Decode, Measured, Offline, Ready
+from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 
 if TYPE_CHECKING:
@@ -71,10 +71,6 @@ def _work(connection: Connection) -> None:
                 connection.send(_compute(session, islice(batches, count)))
             case Decode():
                 connection.send(_decode(order, begin.device))
-            case Offline():
-                from imagemill.measuring import loadgen
-
-                connection.send(loadgen.offline(session, begin.job, order))
             case _:
                 raise AssertionError(order)
     session.close()
