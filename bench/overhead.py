@@ -21,14 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagemill import bench, devices, freezing, layout, ledger, plan, postprocess, sources
+from imagemill import bench, devices, freezing, ledger, plan, postprocess, sources
 from imagemill import running as jobs
 from imagemill.images.feed import Feed
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Lease, Settings
 from imagemill.sessions import open_session
 from imagemill.sink import Sink
 from imagemill.stopwatch import Stopwatch
+from imagemill.system import files
 
 
 class Spent:
@@ -80,7 +81,7 @@ def sink_alone(output: Path, folder: Path) -> float:
             postprocess.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision)
             for batch, outputs in session.stream(feed.batches(sources.read(leases, job)))
         ]
-    layout.make_folder(JobPaths(folder).predictions)
+    files.make_folder(JobPaths(folder).predictions)
     sink = Sink(replace(job, output=str(folder)), session.backend, session.versions)
     begun = time.process_time()
     for batch, top in rows:

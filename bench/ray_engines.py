@@ -90,13 +90,13 @@ class Shards:
     """One session; a task is one shard. Between two tasks the way of the data runs empty."""
 
     def __init__(self, job: object, device: object) -> None:
-        from imagemill import child
         from imagemill.images.feed import Feed
         from imagemill.sessions import open_session
         from imagemill.sink import Sink
         from imagemill.stopwatch import Stopwatch
+        from imagemill.system import processes
 
-        child.keep_to(device.cores)
+        processes.keep_to(device.cores)
         self._job, self._clock = job, Stopwatch()
         self._session = open_session(job, device, self._clock)
         self._sink = Sink(job, self._session.backend, self._session.versions)
@@ -104,7 +104,7 @@ class Shards:
 
     def __call__(self, batch: dict) -> dict:
         from imagemill import plan
-        from imagemill.layout import JobPaths
+        from imagemill.job.paths import JobPaths
         from imagemill.records import Lease
         from imagemill.shards import run_shards
 
@@ -119,14 +119,15 @@ def run_pool(source: str, output: str, model: str) -> None:
     """The child that is Ray Data's driver: freeze a job, have its shards mapped, print one line."""
     import ray
 
-    from imagemill import devices, freezing, layout, plan, watching
-    from imagemill.layout import JobPaths
+    from imagemill import devices, freezing, plan, watching
+    from imagemill.job.paths import JobPaths
     from imagemill.records import Settings
+    from imagemill.system import files
 
     settings = Settings(sources=(source,), output=output, model=model, precision="fp32", devices="cpu")
     chosen, paths = devices.resolve("cpu"), JobPaths.of(output)
     for folder in (paths.plan, paths.predictions):
-        layout.make_folder(folder)
+        files.make_folder(folder)
     watcher = watching.Watcher()
     frozen = freezing.freeze(settings, paths, chosen, freezing.resolve_model(settings, watcher), watcher)
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)

@@ -33,10 +33,11 @@ import harness  # noqa: E402
 
 import helpers  # noqa: E402
 import pictures  # noqa: E402
-from imagemill import codec, devices, freezing, ledger, plan, running  # noqa: E402
-from imagemill.layout import JobPaths  # noqa: E402
+from imagemill import devices, freezing, ledger, plan, running  # noqa: E402
+from imagemill.job.paths import JobPaths  # noqa: E402
 from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
 from imagemill.sink import Sink  # noqa: E402
+from imagemill.system import serialization
 
 _FILES = 50
 _SMALL_FILES = 5_000
@@ -77,7 +78,7 @@ def make_job(folder: Path, count: int) -> Path:
     assert frozen is not None
     shard_size = plan.auto_shard_size(count, 1)
     frozen = replace(frozen, job=replace(frozen.job, sources=(f"@{source}",)), pictures=count, shard_size=shard_size)
-    paths.job.write_bytes(codec.dumps(frozen))
+    paths.job.write_bytes(serialization.dumps(frozen))
     for path in (*paths.plan.iterdir(), *paths.predictions.iterdir()):
         path.unlink()
     entries = (plan.Entry(0, f"files/{number % _FILES:02d}.jpg".encode(), -1) for number in range(count))
@@ -92,7 +93,7 @@ def make_job(folder: Path, count: int) -> Path:
         tally.images, tally.images - tally.failed, tally.failed, tally.failed_by_status, {}, len(shards), 0, 0.0, None, "null", "fp32",
         None, (), str(output), machine=devices.machine(),
     )  # fmt: skip
-    paths.summary.write_bytes(codec.dumps(summary))
+    paths.summary.write_bytes(serialization.dumps(summary))
     return output
 
 

@@ -43,12 +43,12 @@ def _entries(pictures: int) -> Iterator[object]:
 
 
 def _paths(folder: Path) -> object:
-    from imagemill import layout
-    from imagemill.layout import JobPaths
+    from imagemill.job.paths import JobPaths
+    from imagemill.system import files
 
     paths = JobPaths(folder / "job")
     for one in (paths.plan, paths.predictions):
-        layout.make_folder(one)
+        files.make_folder(one)
     return paths
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from batches import make_job
-from imagemill import batching, processor
+from imagemill import batching
 from imagemill.records import Bundle, DeviceSpec, Precision
+from imagemill.system import cpu
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_by_rule_batches_are_larger_with_matrix_units_and_smaller_in_fp32(
 
 def test_a_size_that_was_asked_for_is_obeyed(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule only fills in what nobody said."""
-    monkeypatch.setattr(processor, "flags", lambda *_: {"avx2"})
+    monkeypatch.setattr(cpu, "flags", lambda *_: {"avx2"})
     device = DeviceSpec("cpu#0", "cpu", "openvino", (0, 1))
     job = make_job(tiny, batch_size=0, precision=Precision.INT8)
     assert batching.resolved(job, [device]).batch_size == 4

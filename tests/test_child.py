@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import child
+from imagemill.system import processes
 
 TRAP = """
 import os
@@ -62,9 +62,9 @@ def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", ["worker", "measuring.worker", "trial_process", "preflight", "images.isolated"])
 def test_no_child_executes_a_module_of_the_working_directory(module: str, trapped: Path, tmp_path: Path) -> None:
     """Each kind of child process imports everything it is made of without looking into the working directory."""
-    environment = child.environment() | {"SPRUNG": str(tmp_path / "sprung")}
+    environment = processes.environment() | {"SPRUNG": str(tmp_path / "sprung")}
     done = subprocess.run(
-        child.command(f"imagemill.{module}", "x", "x", "x"), cwd=trapped, env=environment, capture_output=True, check=False
+        processes.command(f"imagemill.{module}", "x", "x", "x"), cwd=trapped, env=environment, capture_output=True, check=False
     )
     assert b"invalid literal for int()" in done.stderr  # it came as far as reading its arguments
     assert not (tmp_path / "sprung").exists(), (tmp_path / "sprung").read_text()
@@ -72,7 +72,7 @@ def test_no_child_executes_a_module_of_the_working_directory(module: str, trappe
 
 def test_a_module_of_the_working_directory_would_be_noticed(trapped: Path, tmp_path: Path) -> None:
     """The tests above can fail: a process that is started without `-P` executes the first such file that it imports."""
-    environment = child.environment() | {"SPRUNG": str(tmp_path / "sprung")}
+    environment = processes.environment() | {"SPRUNG": str(tmp_path / "sprung")}
     subprocess.run([sys.executable, "-c", "import imagemill.worker"], cwd=trapped, env=environment, capture_output=True, check=False)
     assert str(trapped) in (tmp_path / "sprung").read_text()
 
@@ -81,7 +81,7 @@ def test_the_user_s_pythonpath_reaches_every_child(monkeypatch: pytest.MonkeyPat
     """Folders that PYTHONPATH names are searched; an empty entry, which would mean the working directory, is not."""
     helpers.fill(tmp_path, {"wanted/wanted.py": b"def main(): return 7\n", "here/json.py": b"raise SystemExit(8)\n"})
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'wanted'}:")
-    assert subprocess.run(child.command("wanted"), cwd=tmp_path / "here", env=child.environment(), check=False).returncode == 7
+    assert subprocess.run(processes.command("wanted"), cwd=tmp_path / "here", env=processes.environment(), check=False).returncode == 7
 
 
 def test_every_process_is_started_by_child_command() -> None:

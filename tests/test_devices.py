@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import fill
-from imagemill import devices, processor
+from imagemill import devices
 from imagemill.errors import DeviceError, UsageError
 from imagemill.sessions.base import Found
+from imagemill.system import cpu
 
 
 @given(count=st.integers(1, 100), processes=st.integers(1, 130))
@@ -301,7 +302,7 @@ def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_cpu_says_what_it_would_use_and_why(flags: set[str], backend: str, automatic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "flags", lambda: flags)
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
     notes = devices.offers()[0]["notes"]
     assert f"backend {backend}" in notes
     assert any(note.startswith(f"--precision auto means {automatic}") for note in notes)
@@ -312,7 +313,7 @@ def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:
     x86, arm = tmp_path / "x86", tmp_path / "arm"
     x86.write_text("processor : 0\nmodel name : A CPU\nflags : fpu avx2 amx_bf16\n")
     arm.write_text("processor : 0\nFeatures : fp asimd bf16\n")
-    assert processor.flags(x86) == {"fpu", "avx2", "amx_bf16"}
-    assert processor.name(x86) == "A CPU"
-    assert "asimd" in processor.flags(arm)
-    assert processor.flags(tmp_path / "none") == set()
+    assert cpu.flags(x86) == {"fpu", "avx2", "amx_bf16"}
+    assert cpu.name(x86) == "A CPU"
+    assert "asimd" in cpu.flags(arm)
+    assert cpu.flags(tmp_path / "none") == set()

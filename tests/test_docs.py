@@ -10,7 +10,7 @@ import pytest
 
 import helpers
 from imagemill import cli, freezing, records, sink
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from tiny import TINY_CARD
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")

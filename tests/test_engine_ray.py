@@ -19,7 +19,7 @@ import pictures
 from imagemill import devices, freezing, plan, running
 from imagemill.engines.nodes import Node, places
 from imagemill.images.decode import FAULTS_VARIABLE
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Bundle, Settings
 from ray_nodes import Nodes, cluster, kill, parent
 from s3 import Bucket
@@ -347,7 +347,7 @@ def test_a_path_that_is_only_local_is_named(nodes: Nodes, ray_run: Run, jpegs: F
     if any("default_worker" in word for word in sys.orig_argv):
         def elsewhere(module):
             module.JobPaths.launch = property(lambda self: self.root / "nowhere")
-        after_import("imagemill.layout", elsewhere)
+        after_import("imagemill.job.paths", elsewhere)
         def hurry(module):
             module._LOOK_S = 0.01
         after_import("imagemill.engines.station", hurry)

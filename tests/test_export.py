@@ -22,7 +22,7 @@ import pictures
 from imagemill import export, freezing, running
 from imagemill.errors import OutputError, PartError, UsageError
 from imagemill.export import Form
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 
 CLI = Callable[..., helpers.Result]

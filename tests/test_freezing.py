@@ -13,7 +13,7 @@ import pytest
 from imagemill import devices, freezing, running
 from imagemill.errors import OutputError
 from imagemill.images import DECODER
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.quantizing import Prepared
 from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
 from imagemill.sources import Filters

@@ -11,12 +11,13 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from imagemill import groups, processor
+from imagemill import groups
 from imagemill.models import quantize, resnext
 from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
 from imagemill.sessions import open_session
 from imagemill.sessions import openvino as session
 from imagemill.stopwatch import Stopwatch
+from imagemill.system import cpu
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
 NARROW = [(32, 4, 4), (32, 8, 8), (32, 16, 16), (32, 32, 32)]
@@ -107,7 +108,7 @@ def test_bf16_answers_are_alike_in_any_batch(network: Path, flags: set[str], mon
 
     (Where the processor knows no bfloat16, OpenVINO computes in fp32.)
     """
-    monkeypatch.setattr(processor, "flags", lambda: flags)
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
     merged: list[int] = []
     monkeypatch.setattr(groups, "merge", noting(groups.merge, merged))
     labels = tuple(map(str, range(1000)))

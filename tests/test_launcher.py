@@ -19,7 +19,7 @@ import pictures
 from imagemill import freezing, launcher, running, supervisor
 from imagemill.errors import WorkerError
 from imagemill.images.decode import FAULTS_VARIABLE
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 
 Start = Callable[..., Any]

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 import helpers
-from imagemill import layout, userdirs
 from imagemill.errors import OutputError
-from imagemill.layout import JobPaths
+from imagemill.job import lock
+from imagemill.job import paths as job_paths
+from imagemill.job.paths import JobPaths
+from imagemill.system import files, userdirs
 
 
 @pytest.mark.parametrize("set_to", [None, ""])
@@ -26,7 +28,7 @@ def test_the_cache_folder_is_below_home_by_default(monkeypatch: pytest.MonkeyPat
     if set_to is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", set_to)
     assert userdirs.cache() == tmp_path / ".cache" / "imagemill"
-    assert layout.delivered("abc") == tmp_path / ".cache" / "imagemill" / "delivered" / "abc"
+    assert files.delivered("abc") == tmp_path / ".cache" / "imagemill" / "delivered" / "abc"
     paths = JobPaths.of("s3://bucket/job/")
     assert paths.root.parent == tmp_path / ".cache" / "imagemill" / "jobs"
     assert (paths.output, paths.shown(paths.job)) == ("s3://bucket/job", "s3://bucket/job/job.json")
@@ -55,7 +57,7 @@ def test_every_byte_is_in_the_file_when_it_is_synced(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "fsync", watching)
     data = os.urandom(3_000)
-    layout.write_whole(tmp_path / "job.json", iter([data[:1_000], data[1_000:]]) if pieces else data)
+    files.write_whole(tmp_path / "job.json", iter([data[:1_000], data[1_000:]]) if pieces else data)
     assert synced == [data]
     assert (tmp_path / "job.json").read_bytes() == data
 
@@ -69,14 +71,14 @@ def test_pieces_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        layout.write_whole(tmp_path / "failed.txt", failing())
+        files.write_whole(tmp_path / "failed.txt", failing())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"failed.txt": b"old"}
 
 
-@pytest.mark.parametrize("sync", [layout.sync_file, layout.sync_folder])
+@pytest.mark.parametrize("sync", [files.sync_file, files.sync_folder])
 def test_syncing_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sync: object) -> None:
     """Also where the sync fails: a long job would run out of handles."""
-    path = tmp_path / "file" if sync is layout.sync_file else tmp_path
+    path = tmp_path / "file" if sync is files.sync_file else tmp_path
     (tmp_path / "file").touch()
     synced = []
 
@@ -107,17 +109,17 @@ def held(path: Path, kind: int) -> bool:
 def test_a_second_launcher_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     """The lock is exclusive, `status` sees it without taking it, and it is free again afterwards."""
     paths = JobPaths(tmp_path / "out")
-    assert not layout.is_locked(paths)
-    with layout.locked(paths):
+    assert not lock.is_locked(paths)
+    with lock.locked(paths):
         assert paths.lock.stat().st_mode & 0o600 == 0o600, "its owner could not take it a second time"
-        assert layout.is_locked(paths)
+        assert lock.is_locked(paths)
         assert held(paths.lock, fcntl.LOCK_SH)
-        with pytest.raises(OutputError, match=r"out is in use by another imagemill run\. Wait for it or stop it"), layout.locked(paths):
+        with pytest.raises(OutputError, match=r"out is in use by another imagemill run\. Wait for it or stop it"), lock.locked(paths):
             pytest.fail("two launchers hold one output")
-        assert layout.is_locked(paths), "the refused launcher has released the lock of the first"
-    assert not layout.is_locked(paths)
+        assert lock.is_locked(paths), "the refused launcher has released the lock of the first"
+    assert not lock.is_locked(paths)
     assert not held(paths.lock, fcntl.LOCK_EX)
-    with layout.locked(paths):
+    with lock.locked(paths):
         pass
 
 
@@ -127,7 +129,7 @@ def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_
     paths.lock.touch()
     looking = os.open(paths.lock, os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH)
-    assert not layout.is_locked(paths)
+    assert not lock.is_locked(paths)
     waits: list[float] = []
 
     def wait(seconds: float) -> None:
@@ -135,9 +137,9 @@ def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_
         if len(waits) == 3:
             os.close(looking)
 
-    monkeypatch.setattr(layout, "time", SimpleNamespace(sleep=wait))
-    with layout.locked(paths):
-        assert layout.is_locked(paths)
+    monkeypatch.setattr(job_paths, "time", SimpleNamespace(sleep=wait))
+    with lock.locked(paths):
+        assert lock.is_locked(paths)
     assert waits == [0.01, 0.05, 0.2]
 
 
@@ -148,7 +150,7 @@ def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(monkeypatch:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OutputError, match=r"cannot write .*\.lock: No locks available"), layout.locked(JobPaths(tmp_path)):
+    with pytest.raises(OutputError, match=r"cannot write .*\.lock: No locks available"), lock.locked(JobPaths(tmp_path)):
         pytest.fail("ran without a lock")
 
 
@@ -157,7 +159,7 @@ def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, na
     """It is named, with the reason and what to do."""
     (tmp_path / name).mkdir()
     paths = JobPaths(tmp_path)
-    holding = layout.locked(paths) if name == ".lock" else layout.in_turn(paths.fetching)
+    holding = lock.locked(paths) if name == ".lock" else files.in_turn(paths.fetching)
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/{name}: Is a directory\. Repeat the command once"), holding:
         pytest.fail("ran without a lock")
 
@@ -173,11 +175,11 @@ def test_those_who_fetch_a_plan_take_turns(tmp_path: Path) -> None:
 
     def second() -> None:
         waiting.set()
-        with layout.in_turn(path):
+        with files.in_turn(path):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with layout.in_turn(path):
+    with files.in_turn(path):
         assert held(path, fcntl.LOCK_SH)
         thread.start()
         waiting.wait(20)
@@ -208,14 +210,14 @@ def test_clearing_a_folder_leaves_an_empty_one(tmp_path: Path) -> None:
     """Whether it was full or not there; what stands in the way is one clear error."""
     helpers.fill(tmp_path, {"plan/sub/old": b"x", "file": b"x"})
     for name in ("plan", "none"):
-        layout.clear_folder(tmp_path / name)
+        files.clear_folder(tmp_path / name)
         assert list((tmp_path / name).iterdir()) == []
     with pytest.raises(OutputError, match=r"cannot write .*file: Not a directory"):
-        layout.clear_folder(tmp_path / "file")
+        files.clear_folder(tmp_path / "file")
     with pytest.raises(OutputError, match=r"cannot write .*file/below: Not a directory"):
-        layout.make_folder(tmp_path / "file" / "below")
+        files.make_folder(tmp_path / "file" / "below")
     with pytest.raises(OutputError, match=r"cannot write .*plan: Is a directory"):
-        layout.appending(tmp_path / "plan")
+        files.appending(tmp_path / "plan")
 
 
 def test_logs_are_in_the_output_unless_they_are_sent_elsewhere(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ import helpers
 import pictures
 from imagemill import freezing, ledger, running, watching
 from imagemill.errors import OutputError, PartError
-from imagemill.layout import JobPaths, locked
+from imagemill.job.lock import locked
+from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 
 SOUND: list[tuple[int | None, str]] = []

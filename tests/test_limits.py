@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import child, running, supervisor
+from imagemill import running, supervisor
 from imagemill.errors import WorkerError
 from imagemill.records import Settings
+from imagemill.system import processes
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
@@ -85,7 +86,7 @@ def test_a_small_limit_of_memory_is_one_clear_error(kibibytes: int, models_dir: 
 )
 def test_a_shortage_is_named_with_the_limits(error: Exception, what: str | None) -> None:
     """What is short, and the limits to raise; other errors stay what they are."""
-    found = child.shortage(error)
+    found = processes.shortage(error)
     assert (found is None) == (what is None)
     if found and what:
         assert found.startswith(f"{what}. Free some, or raise the limits of this shell (ulimit -v ")
@@ -100,8 +101,8 @@ def test_the_cpu_time_of_children_counts() -> None:
     busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     with subprocess.Popen([sys.executable, "-c", busy]) as process:
         try:
-            helpers.until(lambda: (child.cpu_ticks(process.pid) or 0) > 30 and helpers.running(process.pid))
+            helpers.until(lambda: (processes.cpu_ticks(process.pid) or 0) > 30 and helpers.running(process.pid))
         finally:
             for pid in (*harness.children(process.pid), process.pid):
                 harness.kill(pid)
-    assert child.cpu_ticks(process.pid) is None
+    assert processes.cpu_ticks(process.pid) is None

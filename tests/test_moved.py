@@ -20,7 +20,7 @@ from archive_files import pack, tar
 from imagemill import freezing, plan, run, running, sources
 from imagemill.engines import station
 from imagemill.errors import JobMismatchError, SourceError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Access, Settings
 from s3 import Bucket
 from test_run import Listener

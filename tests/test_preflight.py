@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from faults.harness import children
-from imagemill import codec, freezing, plan, preflight, running, watching
+from imagemill import freezing, plan, preflight, running, watching
 from imagemill.images.decode import FAULTS_VARIABLE
+from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
-from imagemill.layout import JobPaths
 from imagemill.models import bundle
 from imagemill.preflight import Looked, Lookout, Sample
 from imagemill.records import Clock, DeviceSpec, Settings, Status, Summary
+from imagemill.system import serialization
 from tiny import TINY_CARD, tiny_model
 
 Jobs = Callable[..., Settings]
@@ -139,7 +140,7 @@ def test_the_share_of_unreadable_pictures_is_that_of_the_plan(job: Jobs, jpegs: 
     ]
     assert summary.preflight.unreadable_low < 4 / 64 < summary.preflight.unreadable_high
     kept = json.loads((Path(summary.output) / "summary.json").read_bytes())["preflight"]
-    assert kept == codec.to_plain(summary.preflight)
+    assert kept == serialization.to_plain(summary.preflight)
 
 
 def test_where_all_can_be_read_it_says_how_many_may_not(job: Jobs, jpegs: Folders, heavy: str) -> None:

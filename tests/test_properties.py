@@ -18,7 +18,7 @@ import helpers
 import pictures
 from imagemill import freezing, plan, running
 from imagemill.images.feed import Feed
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
 from imagemill.sessions import open_session
 from imagemill.shards import run_shards

@@ -21,7 +21,7 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import codec, groups, processor, quantizing, trial, trial_process
+from imagemill import groups, quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize, resnext
@@ -29,6 +29,7 @@ from imagemill.plan import Entry
 from imagemill.records import Batch, Bundle, Card, DeviceSpec, Job, Limits, Precision, Recipe
 from imagemill.sessions import open_session
 from imagemill.stopwatch import Stopwatch
+from imagemill.system import cpu, serialization
 
 SIZE = 32
 COLOURS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1))
@@ -125,12 +126,12 @@ def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **cha
     candidate[agree:] = 9 - candidate[agree:]
     verdict = gate.judge(reference, candidate)
     return {
-        "verdict": codec.to_plain(verdict),
+        "verdict": serialization.to_plain(verdict),
         "accepted": verdict.accepted,
         "versions": quantize.versions(),
         "instruction_set": trial.instruction_set(),
-        "group_channels": 0 if "file" in changes else groups.wanted(Precision.BF16, processor.flags()),
-        "recipe": codec.to_plain(bundle.card.recipe),
+        "group_channels": 0 if "file" in changes else groups.wanted(Precision.BF16, cpu.flags()),
+        "recipe": serialization.to_plain(bundle.card.recipe),
         "speedup": 3.0,
     } | changes
 
@@ -397,7 +398,7 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the model were slow and the processor had every unit."""
     monkeypatch.setattr(trial, "pays", lambda *_, **__: True)
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
-    monkeypatch.setattr(processor, "unit", lambda *_: "any")
+    monkeypatch.setattr(cpu, "unit", lambda *_: "any")
     monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
 
 
@@ -420,7 +421,7 @@ def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
     tmp_path: Path, colours: Path, here: None, everything_pays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither int8 nor bf16 has the digits for this model. The verdicts are in the card, so the next job measures nothing."""
-    if "avx512_bf16" not in processor.flags():
+    if "avx512_bf16" not in cpu.flags():
         pytest.skip("this processor computes bf16 as fp32")
     monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())
     bundle = make_bundle(tmp_path, offset=1e5)
@@ -544,7 +545,7 @@ def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change:
 def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
     """A verdict of before there was a background, or with another one, still counts: the arithmetic is the same."""
     bundle = make_bundle(tmp_path)
-    plain = codec.to_plain(bundle.card.recipe)
+    plain = serialization.to_plain(bundle.card.recipe)
     older = {name: value for name, value in plain.items() if name != "background"}
     for recipe in (plain, older, plain | {"background": "#000000"}):
         noted = quantize.note(bundle, {"bf16": record(bundle, recipe=recipe)})

@@ -25,7 +25,7 @@ import helpers
 import pictures
 from imagemill import freezing, plan, running
 from imagemill.images.decode import FAULTS_VARIABLE, decode
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
 from imagemill.timeline import BUCKETS, Timeline

@@ -21,7 +21,7 @@ import helpers
 import pictures
 from imagemill import closing, freezing, ledger, plan, running, supervisor, watching, wire
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model

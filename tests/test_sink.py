@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from imagemill import layout
 from imagemill import sink as sink_module
 from imagemill.errors import OutputError
+from imagemill.job.paths import JobPaths
 from imagemill.postprocess import top_k
 from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Saved, Shard, Status
 from imagemill.sink import Part, Sink
@@ -167,7 +167,7 @@ def test_a_repeated_shard_replaces_itself(tmp_path: Path) -> None:
 
 def test_shard_numbers_have_at_least_six_digits(tmp_path: Path) -> None:
     """More than a million shards go on with seven, and are found again in order."""
-    paths = layout.JobPaths(tmp_path)
+    paths = JobPaths(tmp_path)
     (tmp_path / "predictions").mkdir()
     assert [paths.part(number).name for number in (0, 42, 1_234_567)] == [
         "part-000000.parquet",

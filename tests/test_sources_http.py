@@ -27,12 +27,13 @@ import trustme
 
 import helpers
 import pictures
-from imagemill import running, storage
+from imagemill import running
 from imagemill.errors import SourceError, UsageError
 from imagemill.records import BadPicture, Settings, Status
 from imagemill.sources import Filters, Skipped, check, http, resolve
 from imagemill.sources.list import ListSource
 from imagemill.sources.locations import fetch
+from imagemill.system import storage
 from imagemill.version import __version__
 
 sys.path.insert(0, str(Path(__file__).with_name("faults")))

@@ -16,13 +16,14 @@ import archive_files
 import helpers
 import pictures
 import s3 as faults
-from imagemill import running, storage
+from imagemill import running
 from imagemill.errors import OutputError, SourceError
 from imagemill.records import BadPicture, Settings, Status
 from imagemill.sources import Filters, Skipped, check, resolve
 from imagemill.sources.folder import FolderSource
 from imagemill.sources.locations import fetch
 from imagemill.sources.objects import ObjectSource
+from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 
 sys.path.insert(0, str(Path(__file__).with_name("faults")))
@@ -35,7 +36,7 @@ HASTY = """
     def hasty(module):
         module.READING = module.Patience(tries=3, seconds=1, pause_s=0.01, longest_pause_s=0.05, connect_s=1, silence_s=1)
         module.PROBING = module.READING
-    after_import("imagemill.storage", hasty)
+    after_import("imagemill.system.storage", hasty)
 """
 
 

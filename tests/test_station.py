@@ -12,13 +12,14 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, layout, plan, running, wire
+from imagemill import freezing, plan, running, wire
 from imagemill.crew import Died
 from imagemill.engines import station
 from imagemill.engines.station import ModelFile, Order, Restart, Station
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Lease, Settings, Shard
+from imagemill.system import files
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
@@ -50,7 +51,7 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
         part.rename(tmp_path / "done" / part.name)
     frozen = freezing.read_frozen(paths)
     assert frozen is not None
-    layout.write_whole(paths.launch, b"the launch")
+    files.write_whole(paths.launch, b"the launch")
 
     def make(**changes: Any) -> Order:
         values: dict[str, Any] = {

@@ -22,9 +22,9 @@ import pytest
 import archive_files
 import helpers
 import s3 as faults
-from imagemill import storage
 from imagemill.errors import SourceError, UsageError
 from imagemill.sources import Filters, Skipped, open_all, resolve
+from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 
 HASTY = storage.Patience(tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5)

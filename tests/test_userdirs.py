@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import helpers
-from imagemill import userdirs
 from imagemill.errors import UsageError
 from imagemill.models import bundle
 from imagemill.sources import http
+from imagemill.system import userdirs
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 

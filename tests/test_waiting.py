@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from imagemill import waiting
+from imagemill.system import interruptible
 
 
 class Rung(Exception):  # noqa: N818 - a signal, not an error
@@ -39,29 +39,29 @@ def test_what_the_call_gives_is_given() -> None:
     def bad() -> NoReturn:
         raise KeyError("x")
 
-    assert waiting.heard(lambda: 7) == 7
+    assert interruptible.heard(lambda: 7) == 7
     with pytest.raises(KeyError, match="x"):
-        waiting.heard(bad)
+        interruptible.heard(bad)
     with pytest.raises(KeyError, match="x"):
-        waiting.heard_all(lambda number: bad() if number == 2 else None, range(4), 2)
+        interruptible.heard_all(lambda number: bad() if number == 2 else None, range(4), 2)
 
 
 def test_from_another_thread_it_is_called_right_there() -> None:
     found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(waiting.heard(threading.current_thread) is thread))
+    thread = threading.Thread(target=lambda: found.append(interruptible.heard(threading.current_thread) is thread))
     thread.start()
     thread.join()
     assert found == [True]
-    assert waiting.heard(threading.current_thread) is not threading.current_thread()
+    assert interruptible.heard(threading.current_thread) is not threading.current_thread()
 
 
 @pytest.mark.usefixtures("bell")
 def test_a_signal_ends_the_wait() -> None:
     stop = threading.Event()
     with pytest.raises(Rung):
-        waiting.heard(lambda: ring_and_wait(stop))
+        interruptible.heard(lambda: ring_and_wait(stop))
     with pytest.raises(Rung):
-        waiting.heard_all(lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2)
+        interruptible.heard_all(lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2)
     stop.set()
 
 
@@ -75,16 +75,16 @@ def test_a_write_waits_for_one_that_was_left() -> None:
         order.append("older")
 
     with pytest.raises(Rung):
-        waiting.heard(older, writes=True)
-    assert waiting.heard(lambda: "read") == "read"
+        interruptible.heard(older, writes=True)
+    assert interruptible.heard(lambda: "read") == "read"
     threading.Timer(0.2, stop.set).start()
-    waiting.heard(lambda: order.append("newer"), writes=True)
+    interruptible.heard(lambda: order.append("newer"), writes=True)
     assert order == ["older", "newer"]
-    assert not waiting._unfinished
+    assert not interruptible._unfinished
 
 
 def test_all_are_called_each_once() -> None:
     called: list[int] = []
-    waiting.heard_all(called.append, range(100), 8)
-    waiting.heard_all(called.append, [], 8)
+    interruptible.heard_all(called.append, range(100), 8)
+    interruptible.heard_all(called.append, [], 8)
     assert sorted(called) == list(range(100))

@@ -25,7 +25,7 @@ import pictures
 from imagemill import api, cli, freezing, quantizing, running
 from imagemill.devices import resolve
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.models import bundle, foreign, onnx_card, quantize, registry, wrap
 from imagemill.postprocess import to_probabilities
 from imagemill.records import Precision, Scores, Settings

@@ -6,8 +6,8 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Final
 
-from imagemill import processor
 from imagemill.records import DeviceSpec, Job, Precision
+from imagemill.system import cpu
 
 _DEFAULT: Final = 4
 _FP32: Final = 2
@@ -16,7 +16,7 @@ _AMX: Final = 8
 
 def resolved(job: Job, devices: Sequence[DeviceSpec]) -> Job:
     """Return the job with a batch size: its own, or the one the rule gives if it has none (0)."""
-    return job if job.batch_size else replace(job, batch_size=rule(job.precision, devices, processor.flags()))
+    return job if job.batch_size else replace(job, batch_size=rule(job.precision, devices, cpu.flags()))
 
 
 def rule(precision: Precision, devices: Sequence[DeviceSpec], flags: Container[str]) -> int:
@@ -35,4 +35,4 @@ def rule(precision: Precision, devices: Sequence[DeviceSpec], flags: Container[s
         return _DEFAULT
     if precision is Precision.FP32:
         return _FP32
-    return _AMX if (processor.unit(precision, flags) or "").startswith("amx_") else _DEFAULT
+    return _AMX if (cpu.unit(precision, flags) or "").startswith("amx_") else _DEFAULT

@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shortage(error: Exception) -> str | None:
-    from imagemill import child
+    from imagemill.system import processes
 
-    return child.shortage(error)
+    return processes.shortage(error)
 
 
 def _is_stdout_at_fault() -> bool:
@@ -363,20 +363,21 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import codec, running, watching
+    from imagemill import running, watching
+    from imagemill.system import serialization
 
     if settings.dry_run:
         found = running.dry_run(settings)
         for note in found.notes:
             _say(note)
         if as_json:
-            print(json.dumps(codec.to_plain(found)))
+            print(json.dumps(serialization.to_plain(found)))
         else:
             skipped = _format_skipped(found)
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
     summary = running.run(settings, watching.Terminal())
-    print(json.dumps(codec.to_plain(summary)) if as_json else _told(summary))
+    print(json.dumps(serialization.to_plain(summary)) if as_json else _told(summary))
     return 0
 
 
@@ -413,7 +414,7 @@ def _format_skipped(found: Summary | DryRun) -> str:
 def _show_rows(output: Path) -> None:
     """Print the demo's rows, as anybody would read them."""
     from imagemill import ledger
-    from imagemill.layout import JobPaths
+    from imagemill.job.paths import JobPaths
 
     print()
     for row in ledger.rows(JobPaths(output.absolute()), ["path", "status", "label", "probability", "error"]):
@@ -424,7 +425,7 @@ def _show_rows(output: Path) -> None:
 def _open_job(folder: str) -> Any:
     from imagemill import freezing
     from imagemill.errors import OutputError
-    from imagemill.layout import JobPaths
+    from imagemill.job.paths import JobPaths
 
     paths = JobPaths.of(folder)
     frozen = freezing.read_frozen(paths)
@@ -434,12 +435,13 @@ def _open_job(folder: str) -> Any:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from imagemill import codec, running
+    from imagemill import running
     from imagemill.progress import statuses
+    from imagemill.system import serialization
 
     found = running.status(*_open_job(parsed.dir))
     if parsed.json:
-        print(json.dumps(codec.to_plain(found)))
+        print(json.dumps(serialization.to_plain(found)))
         return 0
     state = "finished" if found.complete else "running" if found.running else "not finished: repeat the run command to resume"
     print(f"{found.done:,} of {found.images:,} pictures ({found.shards_done:,} of {found.shards:,} shards), {state}")
@@ -520,13 +522,13 @@ def _models_dir(parsed: argparse.Namespace) -> Path:
 
 
 def _models(parsed: argparse.Namespace) -> int:
-    from imagemill import codec
     from imagemill.models import registry
+    from imagemill.system import serialization
 
     folder = _models_dir(parsed)
     rows = registry.listing(folder)
     if parsed.json:
-        print(json.dumps({"models_dir": str(folder), "models": codec.to_plain(rows)}))
+        print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
         return 0
     print(f"{'name':<42} {'top-1':>6} {'parameters':>11} {'licence':<14} here")
     for row in rows:
@@ -570,9 +572,10 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from imagemill import codec, devices, quantizing
+    from imagemill import devices, quantizing
     from imagemill.models import bundle, registry
     from imagemill.progress import DownloadProgress
+    from imagemill.system import serialization
 
     def say(message: str) -> None:
         print(f"imagemill: {message}", file=sys.stderr, flush=True)
@@ -582,7 +585,7 @@ def _quantize(parsed: argparse.Namespace) -> int:
     report = quantizing.quantize_bundle(
         found, parsed.images, chosen=devices.resolve("cpu"), calibration=parsed.calibration, held_out=parsed.held_out, say=say
     )
-    print(json.dumps(codec.to_plain(report)) if parsed.json else "\n".join(quantizing.report_lines(report)))
+    print(json.dumps(serialization.to_plain(report)) if parsed.json else "\n".join(quantizing.report_lines(report)))
     return 0
 
 
@@ -591,21 +594,23 @@ def _say(message: str) -> None:
 
 
 def _partition(parsed: argparse.Namespace) -> int:
-    from imagemill import codec, partition
+    from imagemill import partition
+    from imagemill.system import serialization
 
     link = partition.Link(parsed.link) if parsed.link else None
     made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, _say)
-    print(json.dumps(codec.to_plain(made)) if parsed.json else partition.told(made))
+    print(json.dumps(serialization.to_plain(made)) if parsed.json else partition.told(made))
     return 0
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from imagemill import bench, codec
+    from imagemill import bench
+    from imagemill.system import serialization
 
     same = "synthetic model models_dir devices precision batch_size batches_per_step num_workers iterations limit".split()
     settings = bench.BenchSettings(sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same})
     report = bench.run(settings, _say)
-    print(json.dumps(codec.to_plain(report)) if parsed.json else bench.told(report))
+    print(json.dumps(serialization.to_plain(report)) if parsed.json else bench.told(report))
     return 0
 
 

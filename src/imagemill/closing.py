@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from imagemill import codec, devices, home, ledger, stopwatch
+from imagemill import devices, home, ledger, stopwatch
 from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
+from imagemill.job.paths import JobPaths
 from imagemill.launcher import Outcome
-from imagemill.layout import JobPaths
 from imagemill.records import (
     Clock,
     DeviceSpec,
@@ -19,6 +19,7 @@ from imagemill.records import (
     Shard,
     Summary,
 )
+from imagemill.system import serialization
 
 
 def bad_fraction_guard(
@@ -145,6 +146,6 @@ def judge(
 def read_summary(paths: JobPaths) -> Summary | None:
     """The summary of a finished job, or None."""
     try:
-        return codec.from_plain(Summary, json.loads(home.read(paths, paths.summary)))
+        return serialization.from_plain(Summary, json.loads(home.read(paths, paths.summary)))
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -13,10 +13,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from imagemill import processor, sessions
+from imagemill import sessions
 from imagemill.errors import DeviceError, UsageError
 from imagemill.records import DeviceSpec, Precision
 from imagemill.sessions.base import Found
+from imagemill.system import cpu
 
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?::(?P<ids>[0-9,]+))?(?:@(?P<backend>[a-z]+))?")
 _COUNTED = ("cpu", "ipu", "null")
@@ -239,13 +240,13 @@ def _automatic(cores: int) -> str:
 
 def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
-    flags = processor.flags()
-    faster = {one: unit for one in (Precision.INT8, Precision.BF16) if (unit := processor.unit(one, flags))}
+    flags = cpu.flags()
+    faster = {one: unit for one in (Precision.INT8, Precision.BF16) if (unit := cpu.unit(one, flags))}
     if faster:
         automatic = f"{', else '.join(faster)}, where a model's answers in it have passed the accuracy gate; else fp32"
     else:
         automatic = "fp32: this processor has no units that make int8 or bf16 faster"
-    units = processor.vector_units(flags)
+    units = cpu.vector_units(flags)
     quota = cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
@@ -256,7 +257,7 @@ def _cpu_offer() -> dict[str, Any]:
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")
-    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {processor.name()}", "notes": notes, "missing": None}
+    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {cpu.name()}", "notes": notes, "missing": None}
 
 
 def machine() -> dict[str, str]:
@@ -264,7 +265,7 @@ def machine() -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": processor.name(),
+        "processor": cpu.name(),
         "cores": f"{len(usable_cores())} of {os.cpu_count()}",
         "memory": f"{memory / 2**30:.1f} GiB",
         "python": platform.python_version(),

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
-from imagemill import freezing, home, layout, ledger
+from imagemill import freezing, home, ledger
 from imagemill.errors import OutputError, UsageError
 from imagemill.freezing import Frozen
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.sink import COLUMNS
+from imagemill.system import files
 
 _ROWS = 1_024
 """Made into text at a time: with 21,000 logits a row some 300 MB, and never beyond the 2 GB of an Arrow string array."""
@@ -77,7 +78,7 @@ def write(pieces: Iterable[bytes], file: Path) -> None:
     """Write an export to a file, which appears whole or not at all. Raises: OutputError, and what making the pieces raises."""
     if file.exists() and not file.is_file():
         raise OutputError(f"--output {file} is not a regular file. Name a file, or leave it out for standard output.")
-    layout.write_whole(file, pieces)
+    files.write_whole(file, pieces)
 
 
 def _csv(tables: Iterable[Any], columns: Sequence[str]) -> Iterator[bytes]:

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import batching, codec, home, layout, plan, sources
+from imagemill import batching, home, plan, sources
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.listing import access_of, check_moved, filters_of, listing, no_images
 from imagemill.models import bundle, registry
 from imagemill.records import (
@@ -31,6 +31,7 @@ from imagemill.records import (
     Status,
 )
 from imagemill.sources import Filters, Skipped
+from imagemill.system import files, serialization
 from imagemill.version import __version__
 from imagemill.watching import Watcher
 
@@ -75,7 +76,7 @@ def read_frozen(paths: JobPaths) -> Frozen | None:
         written = plain.get("format") if isinstance(plain, dict) else None
         if written != _FORMAT:
             raise OutputError(f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads {_FORMAT}.")
-        return codec.from_plain(Frozen, plain)
+        return serialization.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -134,9 +135,9 @@ def refuse_foreign(paths: JobPaths) -> None:
         return
     try:
         names = {entry.name for entry in paths.root.iterdir()}
-        foreign = sorted(name for name in names - paths.ours() if not layout.is_system_file(name))
+        foreign = sorted(name for name in names - paths.ours() if not files.is_system_file(name))
     except FileNotFoundError:
-        layout.missing_goal(paths.root)
+        files.missing_goal(paths.root)
         return
     except NotADirectoryError as error:
         raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error
@@ -211,7 +212,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         FileExistsError: in an object store, where another launcher was quicker. Whatever listing, quantising and writing raise.
     """
     paths.plan_nonce.unlink(missing_ok=True)
-    layout.clear_folder(paths.plan)
+    files.clear_folder(paths.plan)
     filters = filters_of(settings)
     skipped = Skipped()
     listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
@@ -252,7 +253,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         plan_nonce=home.publish_plan(paths),
     )
     try:
-        home.write(paths, paths.job, codec.dumps(frozen), create=True)
+        home.write(paths, paths.job, serialization.dumps(frozen), create=True)
     except FileExistsError:
         there = read_frozen(paths)
         if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
@@ -325,7 +326,7 @@ def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_
 def answer_id(card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]) -> str:
     """Hash of what decides an answer."""
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
-    return _hash(weights, codec.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
+    return _hash(weights, serialization.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
 
 
 def _limits(settings: Settings, otherwise: Limits) -> Limits:

@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import layout, storage
 from imagemill.errors import OutputError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
+from imagemill.system import files, storage
 
 if TYPE_CHECKING:
-    from imagemill.storage import Store
+    from imagemill.system.storage import Store
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def _store(url: str) -> Store:
 def foreign(paths: JobPaths) -> str | None:
     """The key of something in an object store's output that no start of ours has left; None: it is free. Raises: OutputError."""
     try:
-        keys = (key for key, _ in _store(paths.url).list() if not any(map(layout.is_system_file, key.split("/"))))
+        keys = (key for key, _ in _store(paths.url).list() if not any(map(files.is_system_file, key.split("/"))))
         return next((key for key in keys if not key.startswith((f"{paths.plan.name}/", "logs/"))), None)
     except OSError as error:
         raise OutputError(f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and credentials.") from error
@@ -73,7 +73,7 @@ def write(paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes
         FileExistsError: `create`, and it is there. OutputError: it cannot be written.
     """
     if not paths.url:
-        layout.write_whole(path, data)
+        files.write_whole(path, data)
         return
     whole = bytes(data) if isinstance(data, bytes | memoryview) else b"".join(data)
     try:
@@ -104,7 +104,7 @@ def move(paths: JobPaths, path: Path, goal: Path) -> None:
             _store(paths.url).put(paths.key(goal), read(paths, path))
             _store(paths.url).remove(paths.key(path))
         else:
-            layout.make_folder(goal.parent)
+            files.make_folder(goal.parent)
             path.replace(goal)
     except OSError as error:
         raise OutputError(f"cannot move {paths.shown(path)} to {paths.shown(goal)}: {reason(error)}.") from error
@@ -158,7 +158,7 @@ def publish_plan(paths: JobPaths) -> str:
     for path in sorted(paths.plan.iterdir()):
         if not path.name.startswith("."):
             write(paths, path.with_name(f"{path.stem}-{nonce}{path.suffix}"), path.read_bytes())
-    layout.write_whole(paths.plan_nonce, nonce.encode())
+    files.write_whole(paths.plan_nonce, nonce.encode())
     return nonce
 
 
@@ -172,23 +172,23 @@ def forget_plan(paths: JobPaths, nonce: str) -> None:
 def fetch_plan(paths: JobPaths, nonce: str) -> None:
     """Have the frozen job's plan in the folder on this machine, whoever else wants it there at the same time. Raises: OutputError."""
     if paths.url and _here(paths) != nonce:
-        with layout.in_turn(paths.fetching):
+        with files.in_turn(paths.fetching):
             _fetch_plan(paths, nonce)
 
 
 def _fetch_plan(paths: JobPaths, nonce: str) -> None:
     if _here(paths) == nonce:
         return
-    layout.make_folder(paths.plan)
+    files.make_folder(paths.plan)
     paths.plan_nonce.unlink(missing_ok=True)
     for path in paths.plan.iterdir():
         path.unlink()
     try:
         for key, name in _plan_keys(paths, nonce).items():
-            layout.write_whole(paths.plan / name, _store(paths.url).read(key))
+            files.write_whole(paths.plan / name, _store(paths.url).read(key))
     except OSError as error:
         raise OutputError(f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the store answers.") from error
-    layout.write_whole(paths.plan_nonce, nonce.encode())
+    files.write_whole(paths.plan_nonce, nonce.encode())
 
 
 def _here(paths: JobPaths) -> str | None:

@@ -15,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill import codec, home, plan
+from imagemill import home, plan
 from imagemill.errors import PartError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import Receipt, Shard, Status
 from imagemill.sources import as_line
+from imagemill.system import serialization
 
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
@@ -131,7 +132,7 @@ def close(
             raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
         parts[path.name] = record
         failed.update(record.failed_by_status)
-    home.write(paths, paths.manifest, codec.dumps(Manifest(plan_id, answer_id, parts)))
+    home.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
     listed = 0
 
     def lines() -> Iterator[bytes]:
@@ -217,7 +218,7 @@ def _manifest(plain: dict[str, object]) -> Manifest:
     parts = plain["parts"]
     if not isinstance(parts, dict):
         raise TypeError("parts is not an object")
-    records = {name: codec.from_plain(PartRecord, record) for name, record in parts.items()}
+    records = {name: serialization.from_plain(PartRecord, record) for name, record in parts.items()}
     return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
 
 

@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import plan, sources, storage
+from imagemill import plan, sources
 from imagemill.errors import SourceError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import AS_GIVEN, Access, Settings, is_below
 from imagemill.sources import Filters, Skipped
+from imagemill.system import storage
 
 if TYPE_CHECKING:
     from imagemill.freezing import Frozen

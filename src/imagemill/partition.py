@@ -21,10 +21,10 @@ from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 
-from imagemill import layout
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.sources.base import Filters, Skipped, shown
 from imagemill.sources.folder import FolderSource
+from imagemill.system import files
 
 MARKER = ".imagemill-partition.json"
 MOST_PARTITIONS = 512
@@ -93,12 +93,12 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
     ends = [number * least + min(number, more) for number in range(partitions + 1)]
     shares = [pictures[start:end] for start, end in pairwise(ends)]
     _refuse_stale(target, shares)
-    layout.make_folder(target)
+    files.make_folder(target)
     marker = {"data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"), "partitions": partitions}
-    layout.write_whole(target / MARKER, json.dumps(marker).encode())
+    files.write_whole(target / MARKER, json.dumps(marker).encode())
     maker = _Maker(link, say)
     for number, share in enumerate(shares):
-        layout.make_folder(target / str(number))
+        files.make_folder(target / str(number))
         for path in share:
             maker.make(os.path.join(os.fsencode(source), path), os.path.join(os.fsencode(target / str(number)), path))  # noqa: PTH118
     by_suffix = dict(sorted(skipped.by_suffix.items()))
@@ -124,9 +124,9 @@ def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
     """Raises: OutputError unless the output is new, empty, or a partition of the same folder into as many."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"--output {target} is a file. Give a folder.")
-    layout.missing_goal(target)
+    files.missing_goal(target)
     found_names = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 - names are all that is wanted
-    names = sorted(name for name in found_names if not layout.is_system_file(name))
+    names = sorted(name for name in found_names if not files.is_system_file(name))
     if not names:
         return
     try:
@@ -169,7 +169,7 @@ def _files(folder: bytes) -> Iterator[bytes]:
             path = os.path.join(place, name)  # noqa: PTH118
             if name == _TEMPORARY:
                 os.unlink(path)  # noqa: PTH108
-            elif not layout.is_system_file(os.fsdecode(name)):
+            elif not files.is_system_file(os.fsdecode(name)):
                 yield os.path.relpath(path, folder)
         # links to folders are listed by os.walk among the folders: they cannot be ours
 
@@ -193,7 +193,7 @@ class _Maker:
             self._put(source, target, kind)
             self.made += 1
         except OSError as error:
-            raise layout.cannot_write(Path(os.fsdecode(target)), error) from error
+            raise files.cannot_write(Path(os.fsdecode(target)), error) from error
 
     def _put(self, source: bytes, target: bytes, kind: Link) -> None:
         temporary = os.path.join(os.path.dirname(target), _TEMPORARY)  # noqa: PTH118, PTH120

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill import layout
 from imagemill.errors import OutputError
 from imagemill.records import Shard
+from imagemill.system.files import cannot_write, sync_file, sync_folder
 
 SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary())])
 _SPOOL_SCHEMA = pa.schema(
@@ -97,7 +97,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
                     flush(writer)
             flush(writer)
     except OSError as error:
-        raise layout.cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     return Listing(pictures, len(groups))
 
 
@@ -156,10 +156,10 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
                 write_shard(pending)
             close()
         for path in folder.glob("plan-*.parquet"):
-            layout.sync_file(path)
-        layout.sync_folder(folder)
+            sync_file(path)
+        sync_folder(folder)
     except OSError as error:
-        raise layout.cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
 
 
 def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple[int, pa.Table]]:

@@ -35,13 +35,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from imagemill import child, plan, sources, storage
+from imagemill import plan, sources
 from imagemill.devices import cores_here
+from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
-from imagemill.layout import JobPaths
 from imagemill.progress import Pace, duration, statuses
 from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Receipt, Saved, Shard, Status
 from imagemill.stopwatch import SHORT_S
+from imagemill.system import processes, storage
 
 _log = logging.getLogger(__name__)
 
@@ -184,13 +185,13 @@ class Lookout:
         ours, theirs = Pipe()
         try:
             self._process = subprocess.Popen(
-                child.command("imagemill.preflight", theirs.fileno(), os.getpid()),
+                processes.command("imagemill.preflight", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
-                env=child.environment(),
+                env=processes.environment(),
             )
         except OSError:
             ours.close()
@@ -356,7 +357,7 @@ def look(sample: Sample) -> Iterator[Looked]:
 def main() -> int:
     """Be the child. What goes wrong with it is nobody's loss: it ends, and the parent goes by what it told."""
     socket, parent = (int(argument) for argument in sys.argv[1:3])
-    child.end_with(parent)
+    processes.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with contextlib.suppress(OSError):  # where memory is short, this process is the first to go
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -364,7 +365,7 @@ def main() -> int:
     connection = Connection(socket)
     sample = connection.recv()
     assert isinstance(sample, Sample)
-    child.keep_to(sample.cores)
+    processes.keep_to(sample.cores)
     for looked in look(sample):
         connection.send(looked)
     connection.send(Done(time.process_time()))

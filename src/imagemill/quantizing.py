@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import codec, devices, groups, processor, sources, trial, trial_process
+from imagemill import devices, groups, sources, trial, trial_process
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.plan import Entry
 from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Limits, Precision
 from imagemill.sources import Filters, Skipped
+from imagemill.system import cpu, serialization
 from imagemill.trial import Record, Say, Trial
 
 CALIBRATION: Final = 300
@@ -172,7 +173,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
         pictures: of the job; decides what is worth trying.
         flags: of the processor; None looks them up.
     """
-    flags = processor.flags() if flags is None else flags
+    flags = cpu.flags() if flags is None else flags
     reasons: list[str] = []
     worth: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
@@ -187,7 +188,7 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
             return replace(_chosen(bundle, precision, record), reasons=tuple(reasons), worth_trying=tuple(worth))
         if record and verdict.get("pictures", 0) >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
-        elif processor.unit(precision, flags) is None:
+        elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
         elif record and not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
             reasons.append(f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more pictures decides")
@@ -210,11 +211,11 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
     now = quantize.versions().get("openvino")
     if not isinstance(libraries, Mapping) or libraries.get("openvino") != now:
         return None
-    if _without_background(record.get("recipe")) != _without_background(codec.to_plain(bundle.card.recipe)):
+    if _without_background(record.get("recipe")) != _without_background(serialization.to_plain(bundle.card.recipe)):
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):
         return None
-    if record.get("group_channels", 0) != groups.wanted(precision, processor.flags() if flags is None else flags):
+    if record.get("group_channels", 0) != groups.wanted(precision, cpu.flags() if flags is None else flags):
         return None
     if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
         return None
@@ -345,7 +346,7 @@ def quantize_bundle(
         entries=(),
         cores=devices.cores_here(chosen),
         limits=limits or Limits(),
-        precisions=(Precision.INT8, *([Precision.BF16] if processor.unit(Precision.BF16, processor.flags()) else [])),
+        precisions=(Precision.INT8, *([Precision.BF16] if cpu.unit(Precision.BF16, cpu.flags()) else [])),
         calibration=calibration,
         held_out=held_out,
         attempts=attempts,

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, codec, devices, engines, freezing, home, layout, ledger, listing, plan, preflight, report, sources, watching
+from imagemill import closing, devices, engines, freezing, home, ledger, listing, plan, preflight, report, sources, watching
 from imagemill.errors import Interrupted, SourceError, UsageError
+from imagemill.job import lock
+from imagemill.job.paths import JobPaths
 from imagemill.launcher import Launcher, Outcome, Progress
-from imagemill.layout import JobPaths
 from imagemill.models import bundle
 from imagemill.records import (
     DeviceSpec,
@@ -24,6 +25,7 @@ from imagemill.records import (
     Summary,
 )
 from imagemill.sources import Skipped
+from imagemill.system import files, serialization
 
 _NAMED_NEW = 10
 
@@ -86,11 +88,11 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
         _check_sources(settings, paths)
         with_model = freezing.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
-    with layout.locked(paths):
+    with lock.locked(paths):
         frozen = freezing.read_frozen(paths)  # again: another launcher may have frozen it before we held the lock
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
-            layout.make_folder(folder)
+            files.make_folder(folder)
         hasty = False
         try:
             with watching.logging_to(paths.launcher_log):
@@ -188,7 +190,7 @@ def _carry_out(
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
     summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
-    home.write(paths, paths.summary, codec.dumps(summary))
+    home.write(paths, paths.summary, serialization.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
     if frozen.job.card.origin.get("source") == "random":
@@ -266,7 +268,7 @@ def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
         shards=len(shards),
         shards_done=len(done),
         failed_by_status=dict(sorted(failed.items())),
-        running=layout.is_locked(paths),
+        running=lock.is_locked(paths),
         complete=len(done) == len(shards) and home.exists(paths, paths.summary),
     )
 
@@ -287,5 +289,5 @@ def verify(paths: JobPaths, frozen: freezing.Frozen, *, quarantine: bool = False
         problems.append(ledger.Problem(None, paths.plan, f"does not hold the {frozen.pictures} pictures of job.json"))
     if not quarantine:
         return problems, []
-    with layout.locked(paths):
+    with lock.locked(paths):
         return problems, ledger.quarantine(paths, problems)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from imagemill import home, layout
+from imagemill import home
+from imagemill.job.paths import JobPaths
 from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
 
 _TOP_K = pa.struct([("class_id", pa.int32()), ("label", pa.string()), ("probability", pa.float32())])
@@ -53,7 +54,7 @@ class Part:
 
     shard: Shard
     table: pa.Table
-    paths: layout.JobPaths
+    paths: JobPaths
     since: float
 
     def commit(self) -> Receipt:
@@ -88,7 +89,7 @@ class Sink:
 
     def __init__(self, job: Job, backend: str, versions: dict[str, str]) -> None:
         self._job = job
-        self._paths = layout.JobPaths.of(job.output)
+        self._paths = JobPaths.of(job.output)
         self._labels = pa.array(job.card.labels, pa.string())
         self._open: dict[int, _Open] = {}
         self._metadata = {

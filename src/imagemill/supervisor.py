@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 
-from imagemill import child, layout, noteboard, wire
+from imagemill import noteboard, wire
 from imagemill.crew import Died, Told
 from imagemill.errors import WorkerError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.noteboard import Noteboard
 from imagemill.records import DeviceSpec, Job, Lease
+from imagemill.system import files, processes
 
 _log = logging.getLogger(__name__)
 
@@ -70,15 +71,15 @@ class Supervisor:
             undone.callback(self._notes.close)
             undone.callback(self.connection.close)
             try:
-                with layout.appending(self._log_file) as log:
+                with files.appending(self._log_file) as log:
                     self._process = subprocess.Popen(
-                        child.command("imagemill.worker", *fds, os.getpid()),
+                        processes.command("imagemill.worker", *fds, os.getpid()),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
                         pass_fds=fds,
                         process_group=0,
-                        env=child.environment(),
+                        env=processes.environment(),
                     )
             except OSError as error:
                 raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error
@@ -173,14 +174,14 @@ class Supervisor:
         """Kill a process that should start or work, but waits for something that never comes, such as a thread that could not start."""
         now = time.monotonic()
         is_due = (self._in_hand and not self._board.notes()) if self._ready else True
-        ticks = child.cpu_ticks(self._process.pid) if is_due else None
+        ticks = processes.cpu_ticks(self._process.pid) if is_due else None
         was_stopped = now - self._watched_at > _UNWATCHED_S
         self._watched_at = now
         if ticks is None or ticks != self._ticks or was_stopped:
             self._ticks, self._ticked_at = ticks, now
         elif now - self._ticked_at > WITHOUT_CPU_S:
             doing = "working" if self._ready else "starting"
-            self._hangs = f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits: {child.limits()}"
+            self._hangs = f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits: {processes.limits()}"
             _log.warning("%s: %s", self.device.name, self._hangs)
             self._ticked_at = now
             self._process.kill()

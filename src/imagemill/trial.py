@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import codec, groups, postprocess, processor, sources
+from imagemill import groups, postprocess, sources
 from imagemill.errors import ModelError
 from imagemill.images import DECODER
 from imagemill.images.feed import Feed
@@ -28,6 +28,7 @@ from imagemill.models import gate, quantize
 from imagemill.plan import Entry
 from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Job, Limits, Picture, Precision, Shard
 from imagemill.stopwatch import Stopwatch
+from imagemill.system import cpu, serialization
 
 Say = Callable[[str], None]
 Record = dict[str, Any]
@@ -82,8 +83,8 @@ class Trial:
 
 def instruction_set(flags: set[str] | None = None) -> str:
     """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between processors that differ in it."""
-    flags = processor.flags() if flags is None else flags
-    return next(iter(processor.vector_units(flags)), "plain")
+    flags = cpu.flags() if flags is None else flags
+    return next(iter(cpu.vector_units(flags)), "plain")
 
 
 def spent_pictures(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
@@ -129,7 +130,7 @@ def split(available: int, calibration: int, held_out: int) -> tuple[list[int], l
 
 def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
     """Hash of what decides a set of pixel arrays: paths, sizes, how many at most, recipe and decoder."""
-    state = hashlib.sha256(json.dumps([count, codec.to_plain(bundle.card.recipe), DECODER]).encode())
+    state = hashlib.sha256(json.dumps([count, serialization.to_plain(bundle.card.recipe), DECODER]).encode())
     for entry in entries:
         state.update(b"%d\0%b\0%d\n" % (entry.source, entry.path, entry.size))
     return state.hexdigest()[:16]
@@ -188,7 +189,7 @@ class _Run:
             "held_out": {"id": identity(self._rest, trial.held_out, trial.bundle)},
             "versions": quantize.versions(),
             "instruction_set": instruction_set(),
-            "recipe": codec.to_plain(trial.bundle.card.recipe),
+            "recipe": serialization.to_plain(trial.bundle.card.recipe),
         }
         self._calibrated_on = identity(self._first, calibration, trial.bundle)
 
@@ -243,7 +244,7 @@ class _Run:
         record = quantize.variants(self._now).get(precision.value)
         if record is None or any(record.get(name) != value for name, value in self._common.items()):
             return None
-        if record.get("group_channels", 0) != groups.wanted(precision, processor.flags()):
+        if record.get("group_channels", 0) != groups.wanted(precision, cpu.flags()):
             return None
         if precision is Precision.INT8:
             calibration = record.get("calibration")
@@ -382,7 +383,7 @@ class _Run:
     def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         verdict, rate = judge(self._onnx)
         verdict_and_rate = {"verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
-        return {**self._common, "group_channels": groups.wanted(Precision.BF16, processor.flags()), **verdict_and_rate}
+        return {**self._common, "group_channels": groups.wanted(Precision.BF16, cpu.flags()), **verdict_and_rate}
 
     def _int8(self, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         """Quantise until the gate accepts or the attempts are used up; keep the best."""

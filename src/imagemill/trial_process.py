@@ -24,8 +24,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from imagemill import child, errors
+from imagemill import errors
 from imagemill.errors import ImagemillError, WorkerError
+from imagemill.system import processes
 from imagemill.trial import Record, Say, Trial, carry_out
 
 
@@ -83,12 +84,12 @@ def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            child.command("imagemill.trial_process", theirs.fileno(), os.getpid()),
+            processes.command("imagemill.trial_process", theirs.fileno(), os.getpid()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
             pass_fds=(theirs.fileno(),),
-            env=child.environment(),
+            env=processes.environment(),
         )
         theirs.close()
         try:
@@ -126,14 +127,14 @@ def _listen(connection: Connection, say: Say) -> dict[str, Record]:
 def main() -> int:
     """Be the child."""
     socket, parent = (int(argument) for argument in sys.argv[1:3])
-    child.end_with(parent)
+    processes.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     warnings.simplefilter("ignore")
     connection = Connection(socket)
     trial = connection.recv()
     assert isinstance(trial, Trial)
-    child.keep_to(trial.cores)
+    processes.keep_to(trial.cores)
     try:
         found = carry_out(trial, lambda line: connection.send(Said(line)), lambda patience_s: connection.send(At(patience_s)))
         connection.send(Found(found))

@@ -17,10 +17,11 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from imagemill import child, errors, wire
+from imagemill import errors, wire
 from imagemill.errors import DeviceLostError, ImagemillError
 from imagemill.noteboard import Noteboard
 from imagemill.records import Lease
+from imagemill.system import processes
 
 _log = logging.getLogger("imagemill.worker")
 
@@ -28,7 +29,7 @@ _log = logging.getLogger("imagemill.worker")
 def main() -> int:
     """Run one worker until the launcher stops it, or is gone."""
     socket, notes, launcher = (int(argument) for argument in sys.argv[1:4])
-    child.end_with(launcher)
+    processes.end_with(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -51,7 +52,7 @@ def main() -> int:
         return 1  # as if the kernel had killed it: the launcher restarts and divides
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(child.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
+        _fail(connection, ImagemillError(processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
         return 1
 
 
@@ -59,7 +60,7 @@ def _work(connection: Connection, board: Noteboard) -> int:
     begin = connection.recv()
     assert isinstance(begin, wire.Begin)
     if not begin.device.floating:
-        child.keep_to(begin.device.cores)
+        processes.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     from imagemill import postprocess
     from imagemill.images.feed import Feed
@@ -127,8 +128,8 @@ class _Inbox:
 def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
-        is_limit = kind == "ModelError" and (child.is_memory_limited() or child.shortage(error))
-        note = f" (Limits: {child.limits()}.)" if is_limit else ""
+        is_limit = kind == "ModelError" and (processes.is_memory_limited() or processes.shortage(error))
+        note = f" (Limits: {processes.limits()}.)" if is_limit else ""
         connection.send(wire.Failed(kind, f"{error}{note}"))
 
 

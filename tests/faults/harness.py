@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 import helpers
 from imagemill import freezing, ledger, plan, running
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe
 

@@ -80,7 +80,7 @@ def test_damage_is_found_moved_aside_and_computed_again(
 def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path, tmp_path: Path) -> None:
     """Every byte of a part counts: two hundred flips over a part, first and last byte included, none escapes; undone, all is sound."""
     from imagemill import freezing, running
-    from imagemill.layout import JobPaths
+    from imagemill.job.paths import JobPaths
 
     output = tmp_path / "out"
     source = helpers.fill(tmp_path / "source", {f"{seed}.jpg": pictures.jpeg(seed=seed) for seed in range(8)})

@@ -115,7 +115,7 @@ def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path
                     looking.stdout.readline()
                 return locked(paths)
             module.locked = busily
-        after_import("imagemill.layout", busy)
+        after_import("imagemill.job.paths", busy)
     """
     (output / ".lock").touch()
     assert null_run(small_jpegs, "--output", output, env=harness.hooks(tmp_path / "hooks", hook)).code == 0

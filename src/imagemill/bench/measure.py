@@ -14,17 +14,18 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import batching, devices, freezing, plan, processor, quantizing, watching
+from imagemill import batching, devices, freezing, plan, quantizing, watching
 from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.errors import Interrupted, SourceError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured
 from imagemill.models import bundle, quantize, registry
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
+from imagemill.system import cpu
 from imagemill.version import __version__
 
 COMPUTE_S = 2.0
@@ -195,7 +196,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _all(decoded))
-    hardware = [one for one in (Precision.BF16, Precision.INT8) if processor.unit(one, processor.flags())]
+    hardware = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
     bound, advice = judge(
         compute_only.median,
         decode_only.median,
@@ -313,9 +314,9 @@ def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> 
 
 def machine() -> dict[str, object]:
     """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None: no limit), vector `flags`."""
-    flags = processor.flags()
+    flags = cpu.flags()
     return {
-        "cpu": processor.name(),
+        "cpu": cpu.name(),
         "cores": devices.usable_cores(),
         "quota": devices.cgroup_quota(),
         "flags": [flag for flag in _FLAGS if flag in flags],

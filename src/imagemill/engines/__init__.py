@@ -8,7 +8,7 @@ from typing import Protocol
 from imagemill import devices
 from imagemill.crew import Crew
 from imagemill.engines.local import LocalCrew
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Engine, Job, Shard
 
 

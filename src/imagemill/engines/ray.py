@@ -17,7 +17,7 @@ from imagemill.crew import Crew
 from imagemill.engines.nodes import Node, Place, offer, places
 from imagemill.engines.ray_crew import RayCrew, Seat
 from imagemill.errors import DeviceError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Job, Shard
 
 _log = logging.getLogger(__name__)

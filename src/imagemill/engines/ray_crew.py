@@ -32,7 +32,7 @@ from imagemill.crew import Heard, Joined, Lost, Told
 from imagemill.engines import station
 from imagemill.engines.nodes import Place, places
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Job, Lease, Shard
 
 if TYPE_CHECKING:

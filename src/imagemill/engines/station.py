@@ -14,14 +14,16 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill import devices, home, layout, plan, processor, sources, wire
+from imagemill import devices, home, plan, sources, wire
 from imagemill.crew import Died, Told
 from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
 from imagemill.images import DECODER
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import BadPicture, DeviceSpec, Job, Lease, Shard
 from imagemill.supervisor import Supervisor
+from imagemill.system import cpu
+from imagemill.system.files import delivered, in_turn, make_folder, write_whole
 from imagemill.version import __version__
 
 _LIBRARIES: Mapping[str, tuple[str, ...]] = {
@@ -46,7 +48,7 @@ def identity(backends: Sequence[str]) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {UNITS: " ".join(processor.vector_units(processor.flags())) or "none known"}
+    return found | {UNITS: " ".join(cpu.vector_units(cpu.flags())) or "none known"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ class Station:
         self._check_output()
         home.fetch_plan(self._paths, order.plan_nonce)
         self._check_sources()
-        layout.make_folder(self._paths.logs)
+        make_folder(self._paths.logs)
         self._device = self._fitted(order.device)
         self._job = self._with_model(contents)
         self.lacks_model = self._job is None
@@ -236,8 +238,8 @@ class Station:
         if _holds(Path(job.model_file).parent, files):
             return job
         key = hashlib.sha256("\n".join(f"{file.name} {file.sha256}" for file in files).encode()).hexdigest()
-        folder = layout.delivered(key)
-        with layout.in_turn(folder.with_name(f"{key}.lock")):
+        folder = delivered(key)
+        with in_turn(folder.with_name(f"{key}.lock")):
             if not _holds(folder, files):
                 if not contents:
                     return None
@@ -245,14 +247,14 @@ class Station:
         return replace(job, model_file=str(folder / files[0].name), cache_dir=str(folder / "compiled"))
 
     def _write(self, folder: Path, contents: Sequence[memoryview]) -> None:
-        layout.make_folder(folder)
+        make_folder(folder)
         for file, content in zip(self._order.model, contents, strict=True):
             found = hashlib.sha256(content).hexdigest()
             if found != file.sha256:
                 raise ModelError(
                     f"{file.name} came to node {self._order.node} with the sha256 {found}, the job's is {file.sha256}. Repeat the command."
                 )
-            layout.write_whole(folder / file.name, content)
+            write_whole(folder / file.name, content)
 
 
 def _holds(folder: Path, files: Sequence[ModelFile]) -> bool:

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from imagemill import child, codec
 from imagemill.errors import WorkerError
 from imagemill.images.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
+from imagemill.system import processes, serialization
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -144,12 +144,12 @@ class _Child:
     def __init__(self, limits: Limits) -> None:
         self._bytes = _address_space(limits)
         self._process = subprocess.Popen(
-            child.command("imagemill.images.isolated", os.getpid(), self._bytes),
+            processes.command("imagemill.images.isolated", os.getpid(), self._bytes),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,  # Ctrl-C is for the launcher
-            env=child.environment() | {"OPENBLAS_NUM_THREADS": "1"},
+            env=processes.environment() | {"OPENBLAS_NUM_THREADS": "1"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -246,7 +246,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     while lengths := requests.read(_LENGTHS.size):
         head_size, body_size = _LENGTHS.unpack(lengths)
         head, data = json.loads(requests.read(head_size)), requests.read(body_size)
-        limits, recipe = Limits(**head["limits"]), codec.from_plain(Recipe, head["recipe"])
+        limits, recipe = Limits(**head["limits"]), serialization.from_plain(Recipe, head["recipe"])
         signal.setitimer(signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN)  # for a parent that is gone, or is itself stopped
         decoded = decode(data, recipe, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -265,7 +265,7 @@ def _confine(parent: int, address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; a stricter one may be set already
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
-    child.end_with(parent)
+    processes.end_with(parent)
 
 
 def main() -> int:

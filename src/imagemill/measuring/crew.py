@@ -14,10 +14,11 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO
 
-from imagemill import child, errors, wire
+from imagemill import errors, wire
 from imagemill.errors import ImagemillError, WorkerError
 from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
+from imagemill.system import processes
 
 _LOG_BYTES = 2_000
 
@@ -113,13 +114,13 @@ def _start(device: DeviceSpec) -> _Member:
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the crew
     process = subprocess.Popen(
-        child.command("imagemill.measuring.worker", theirs.fileno(), os.getpid()),
+        processes.command("imagemill.measuring.worker", theirs.fileno(), os.getpid()),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         pass_fds=(theirs.fileno(),),
         process_group=0,
-        env=child.environment(),
+        env=processes.environment(),
     )
     theirs.close()
     return _Member(device, process, ours, log)

@@ -17,10 +17,11 @@ from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from imagemill import child, errors, wire
+from imagemill import errors, wire
 from imagemill.errors import ImagemillError
 from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
+from imagemill.system import processes
 
 if TYPE_CHECKING:
     from imagemill.records import Batch
@@ -33,7 +34,7 @@ _DISTINCT_BATCHES = 4
 def main() -> int:
     """Carry out orders until bench says stop, or is gone."""
     socket, bench = (int(argument) for argument in sys.argv[1:3])
-    child.end_with(bench)
+    processes.end_with(bench)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # bench decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -48,7 +49,7 @@ def main() -> int:
         return 1
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(child.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
+        _fail(connection, ImagemillError(processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
         return 1
     return 0
 
@@ -56,7 +57,7 @@ def main() -> int:
 def _work(connection: Connection) -> None:
     begin = connection.recv()
     assert isinstance(begin, Begin)
-    child.keep_to(begin.device.cores)
+    processes.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     from imagemill.sessions import open_session
     from imagemill.stopwatch import Stopwatch

@@ -23,9 +23,9 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from imagemill import userdirs
 from imagemill.errors import ModelError, UsageError
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
+from imagemill.system import userdirs
 
 if TYPE_CHECKING:
     import onnx

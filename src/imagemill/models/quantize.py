@@ -26,10 +26,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import groups, layout
+from imagemill import groups
 from imagemill.errors import ModelError, OutputError
 from imagemill.models import bundle as bundles
 from imagemill.records import Bundle
+from imagemill.system import files
 
 VARIANTS: Final = "variants"
 """Key in a card's notes: precision → what is known of it."""
@@ -156,7 +157,7 @@ def save(model: Any, folder: Path, name: str) -> Path:
             with written.open("rb") as file:
                 os.fsync(file.fileno())
             written.replace(target.with_suffix(suffix))
-        layout.sync_folder(folder)
+        files.sync_folder(folder)
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
         raise ModelError(f"{target} cannot be written: {reason}. Make room or rights there, or use --precision fp32.") from error
@@ -347,7 +348,7 @@ def note(bundle: Bundle, records: Mapping[str, Mapping[str, Any]]) -> Bundle:
     now = bundles.load(bundle.dir)
     card = replace(now.card, notes={**now.card.notes, VARIANTS: {**variants(now), **records}})
     try:
-        layout.write_whole(bundle.dir / bundles.CARD, bundles.card_json(card).encode())
+        files.write_whole(bundle.dir / bundles.CARD, bundles.card_json(card).encode())
     except OutputError as error:
         raise ModelError(f"{bundle.dir / bundles.CARD} cannot be written. Make room or rights there, or use --precision fp32.") from error
     return Bundle(bundle.dir, card)

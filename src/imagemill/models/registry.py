@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from imagemill import userdirs
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import checkpoint, download, efficientnet_lite, resnext, wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe
+from imagemill.system import userdirs
 
 Array = NDArray[Any]
 Say = Callable[[str], None]

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import layout
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import foreign, quantize
 from imagemill.models.foreign import Plan
 from imagemill.models.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
+from imagemill.system import files
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +81,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
         return output, _build_whole(file, card, output, labels)
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         checked = _build(file, card, Path(folder) / "bundle", labels)
-    layout.write_whole(beside, card_text(checked.card).encode())
+    files.write_whole(beside, card_text(checked.card).encode())
     return beside, checked
 
 
@@ -164,7 +164,7 @@ def _build(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, ke
     labels = _labels(plan, classes, labels_file)
     outputs = ("logits", "embedding") if has_embedding else ("logits",)
     final = replace(made.card, labels=labels, outputs=outputs)
-    layout.write_whole(folder / bundles.CARD, bundles.card_json(final).encode())
+    files.write_whole(folder / bundles.CARD, bundles.card_json(final).encode())
     told = replace(plan.card, logits=card.logits)  # what was found by itself stays open, for the next export of the file
     size = answers[0]["embedding"].shape[1] if has_embedding else 0
     return Checked(Bundle(folder, final), told, (*plan.lines, *_found(plan, classes, size), *notes))

@@ -17,7 +17,7 @@ from imagemill.errors import Interrupted
 
 if TYPE_CHECKING:
     from imagemill.freezing import Frozen
-    from imagemill.layout import JobPaths
+    from imagemill.job.paths import JobPaths
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from imagemill.errors import ImagemillError
 from imagemill.freezing import Frozen
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Summary
 from imagemill.report import charts, thumbnails

@@ -20,7 +20,7 @@ from PIL import Image
 from imagemill import plan, sources
 from imagemill.errors import ImagemillError
 from imagemill.images.isolated import IsolatedDecoder
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import BadPicture, Job, Shard, Status
 
 if TYPE_CHECKING:

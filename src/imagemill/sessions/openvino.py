@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import groups, processor
+from imagemill import groups
 from imagemill.errors import ModelError
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
 from imagemill.sessions.base import Found, refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
+from imagemill.system import cpu
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class OpenVinoSession:
                 if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
-            if device.kind == "cpu" and (channels := groups.wanted(job.precision, processor.flags())):
+            if device.kind == "cpu" and (channels := groups.wanted(job.precision, cpu.flags())):
                 _fold_constants(model)
                 groups.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)

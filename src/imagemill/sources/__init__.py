@@ -22,9 +22,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
-from imagemill import plan, storage, waiting
+from imagemill import plan
 from imagemill.errors import SourceError, UsageError
-from imagemill.layout import JobPaths
+from imagemill.job.paths import JobPaths
 from imagemill.records import AS_GIVEN, Access, Job, Lease, Picture
 from imagemill.sources import kinds, objects
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, Source, shown
@@ -35,6 +35,7 @@ from imagemill.sources.table import TableSource, is_table, split_column
 from imagemill.sources.tar import SUFFIXES as TAR_SUFFIXES
 from imagemill.sources.tar import TarSource
 from imagemill.sources.zip import ZipSource
+from imagemill.system import interruptible, storage
 
 __all__ = [
     "Filters",
@@ -184,7 +185,7 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
             os.stat(path)  # noqa: PTH116
         except OSError as error:
             raise _cannot_read(source, error) from error
-    waiting.heard_all(partial(_look, user_agent=access.user_agent), urls, 16)  # thousands may have come of one pair of braces
+    interruptible.heard_all(partial(_look, user_agent=access.user_agent), urls, 16)  # thousands may have come of one pair of braces
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
@@ -201,7 +202,7 @@ def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
     Raises:
         UsageError: a file is of another kind. The message says how to give it. SourceError: it cannot be read.
     """
-    waiting.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
+    interruptible.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
 
 
 def _check_kind(source: str, all_files: bool) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import ClassVar
 
-from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.sources import objects
 from imagemill.sources.base import Filters, Skipped, is_hidden, matcher, wanted_suffix
 from imagemill.sources.files import retried
+from imagemill.system import storage
 
 GET_IT_AGAIN = "Get it again, or unpack what is whole of it and give the folder."
 _FOLDERS_REMEMBERED = 1_000

@@ -17,8 +17,8 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
-from imagemill import layout
-from imagemill.storage import Blob, BlobFile
+from imagemill.system import files
+from imagemill.system.storage import Blob, BlobFile
 
 MAGIC = b"\x1f\x8b"
 _LEAST_SPACING_BYTES, _MOST_SPACING_BYTES, _POINTS = 2**20, 2**24, 256
@@ -122,7 +122,7 @@ def keep_index(blob: Blob, end: int, path: Path) -> None:
     unpacker.export_index(fileobj=index)
     unpacker.close()
     data = index.getvalue()
-    layout.write_whole(path, (_HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(data)), data))
+    files.write_whole(path, (_HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(data)), data))
 
 
 def _read_index(path: Path, blob: Blob) -> bytes | None:

@@ -32,11 +32,11 @@ from urllib3.exceptions import (
     TimeoutError,
 )
 
-from imagemill import userdirs
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import BadPicture, Status
 from imagemill.sources.base import Filters, Skipped
+from imagemill.system import userdirs
 from imagemill.version import __version__
 
 CONNECTIONS_PER_HOST = 8

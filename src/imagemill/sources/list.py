@@ -9,12 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 
-from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import AS_GIVEN, Access
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
+from imagemill.system import storage
 
 
 class ListSource:

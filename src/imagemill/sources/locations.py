@@ -6,10 +6,10 @@ import errno
 import io
 from typing import TextIO
 
-from imagemill import storage
 from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import kinds
 from imagemill.sources.files import read_file
+from imagemill.system import storage
 
 _LONGEST_LIST = 256 * 2**20
 

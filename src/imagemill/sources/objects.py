@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import BadPicture, Status
 from imagemill.sources.base import Filters, Skipped, is_hidden, matcher, wanted_suffix
+from imagemill.system import storage
 
 _REMEDIES = {
     errno.ENOENT: "Look at the names of bucket and key.",

@@ -32,13 +32,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
 from imagemill.sources.files import retried
+from imagemill.system import storage
 
 _KNOWN_NAMES = "image img images picture photo jpg jpeg png webp bytes image_bytes img_bytes image_data data content".split()
 """Names that a column of pictures goes by."""

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from imagemill import storage
 from imagemill.errors import SourceError
 from imagemill.plan import Entry
 from imagemill.records import AS_GIVEN, Access, BadPicture, Status
 from imagemill.sources import locations
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, matcher, shown
+from imagemill.system import storage
 
 SEPARATORS = {b".csv": ",", b".tsv": "\t"}
 _KNOWN_NAMES = "path file_path filepath file filename file_name image_path image_file img_path url image_url uri image".split()

@@ -24,7 +24,7 @@ from imagemill.records import BadPicture, Status
 from imagemill.sources import gz
 from imagemill.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.sources.base import Filters, Skipped, shown
-from imagemill.storage import Blob, BlobFile, open_blob
+from imagemill.system.storage import Blob, BlobFile, open_blob
 
 SUFFIXES = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 """Of the sources that are tar archives, or are told that they cannot be read as one."""

@@ -24,7 +24,7 @@ from imagemill.plan import Entry
 from imagemill.records import BadPicture, Status
 from imagemill.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.sources.base import Filters, Skipped, shown
-from imagemill.storage import Blob, BlobFile, open_blob
+from imagemill.system.storage import Blob, BlobFile, open_blob
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")

@@ -27,8 +27,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from imagemill import userdirs, waiting
 from imagemill.errors import UsageError
+from imagemill.system import interruptible, userdirs
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class _ObjectStore:
             try:
                 with _told(self.url):
                     chunks = chunks or iter(self._reader.list(folder, offset=last, chunk_size=1_000))
-                    chunk = waiting.heard(partial(next, chunks, None))
+                    chunk = interruptible.heard(partial(next, chunks, None))
             except ConnectionResetError as error:
                 tries.again_after(error)
                 chunks = None
@@ -362,14 +362,14 @@ class _ObjectStore:
         with _told(f"{self.url}/{key}"):
             client = _client(self._bucket, patience or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
-            waiting.heard(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False), writes=True)
+            interruptible.heard(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False), writes=True)
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
         with _told(f"{self.url}/{key}"):
             client = _client(self._bucket, WRITING, _environment())
             with contextlib.suppress(FileNotFoundError):
-                waiting.heard(lambda: client.delete(self._path(key)), writes=True)
+                interruptible.heard(lambda: client.delete(self._path(key)), writes=True)
 
 
 class _ObjectBlob:
@@ -381,7 +381,7 @@ class _ObjectBlob:
         self._url = url
         self._path = path
         with _told(url):
-            found = waiting.heard(lambda: client.head(path))
+            found = interruptible.heard(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
 
@@ -428,7 +428,7 @@ def _uncut(read: Callable[[], T], url: str, patience: Patience) -> T:
     while True:
         try:
             with _told(url):
-                return waiting.heard(read)
+                return interruptible.heard(read)
         except ConnectionResetError as error:
             tries.again_after(error)
 

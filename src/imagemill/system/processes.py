@@ -25,7 +25,7 @@ def command(module: str, *arguments: object) -> list[str]:
     `-P` keeps the working directory off `sys.path`: a file there named like a module, such as `json.py`, is never executed.
     The module is imported under its own name, so both processes can pickle its records.
     """
-    return [sys.executable, "-P", "-m", "imagemill.child", module, *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "imagemill.system.processes", module, *map(str, arguments)]
 
 
 def environment() -> dict[str, str]:

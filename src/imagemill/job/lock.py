@@ -1,0 +1,62 @@
+"""TODO job.lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+from imagemill.errors import OutputError
+from imagemill.job.paths import JobPaths
+from imagemill.system.files import cannot_write, make_folder
+
+_LOCK_DELAYS_S = (0.01, 0.05, 0.2)
+"""Waits for a lock that `is_locked` may hold for a moment, from another process."""
+
+
+@contextlib.contextmanager
+def locked(paths: JobPaths) -> Iterator[None]:
+    """Hold the output folder against a second launcher; the kernel lets go of it however this process ends.
+
+    Raises:
+        OutputError: another launcher holds it, or it cannot be written to.
+    """
+    make_folder(paths.root)
+    try:
+        handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise cannot_write(paths.lock, error) from error
+    try:
+        for delay_s in (*_LOCK_DELAYS_S, None):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise cannot_write(paths.lock, error) from error
+                if delay_s is None:
+                    raise OutputError(
+                        f"{paths.output} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.output}`."
+                    ) from error
+                time.sleep(delay_s)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(paths: JobPaths) -> bool:
+    """Whether a launcher is at work on this folder now."""
+    try:
+        handle = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

@@ -1,0 +1,156 @@
+"""TODO system.files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from imagemill.errors import OutputError
+from imagemill.system import userdirs
+
+_TEMPORARY_SUFFIX = ".tmp"
+
+_SYSTEM_FILES = re.compile(
+    r"\.DS_Store|\._.*|\.localized|\.Spotlight-V100|\.Trashes|\.fseventsd|\.TemporaryItems|\.apdisk|\.AppleDouble|Icon\r|__MACOSX"  # macOS
+    r"|Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information"  # Windows
+    r"|lost\+found|\.directory|\.hidden|\.Trash-\d+|\.fuse_hidden.*|\.nfs.*|aquota\.(?:user|group)|\.lustre"  # Linux
+    r"|[.~#]snapshots?|\.zfs|\.snap|@eaDir|#recycle|@Recycle|\.stfolder|\.sync",  # file servers and synchronised folders
+    re.IGNORECASE,
+)
+
+
+def is_system_file(name: str) -> bool:
+    """Return whether a name is that of a file or folder that systems, file servers and file managers make by themselves."""
+    return _SYSTEM_FILES.fullmatch(name) is not None
+
+
+def delivered(key: str) -> Path:
+    """The folder in the user's cache that holds a model which came from another machine."""
+    return userdirs.cache() / "delivered" / key
+
+
+def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
+    """Write `data`, at once or in pieces, to `path` so that a reader, or a crash, sees all of it or nothing.
+
+    The temporary file lies beside its goal (one file system), is synced before it gets its name, and the folder is synced after.
+
+    Raises:
+        OutputError: the disk is full, read-only, over its quota or failing; nothing is left behind under the final name.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes | memoryview) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+    except BaseException:  # of whoever makes the pieces
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The one clear message for a write that failed."""
+    remedy = {
+        errno.ENOSPC: "The disk is full. Free some space, then repeat the command: finished parts are kept.",
+        errno.EDQUOT: "The disk quota is used up. Free some space, then repeat the command: finished parts are kept.",
+        errno.EROFS: "The file system is read-only. Give another --output, or remount it and repeat the command.",
+        errno.EACCES: "The folder may not be written to. Give another --output, or change its permissions and repeat the command.",
+    }.get(error.errno or 0, "Repeat the command once the cause is mended: finished parts are kept.")
+    return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
+
+
+def appending(path: Path) -> BinaryIO:
+    """Open a file to append to. Raises: OutputError."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. If one of these is a link to nowhere, make the folder that it leads to. Raises: OutputError."""
+    try:
+        if (goal := missing_goal(path)) is not None:
+            goal.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def missing_goal(path: Path) -> Path | None:
+    """Return the missing folder that `path`, or a folder above it, links to; None if there is no such link.
+
+    Raises:
+        OutputError: the folder above the missing one does not exist either, as on a disk that is not mounted.
+    """
+    link = next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+    if link is None:
+        return None
+    goal = Path(os.path.realpath(link))
+    if goal.is_symlink():
+        raise OutputError(f"{link} is a link that leads to itself. Remove it, or give another folder.")
+    if not goal.parent.is_dir():
+        raise OutputError(f"{link} is a link to {goal}, and {goal.parent} does not exist. Mount its disk, or give another folder.")
+    return goal
+
+
+def clear_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, and make it again. Raises: OutputError."""
+    try:
+        shutil.rmtree(path, ignore_errors=False)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    make_folder(path)
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` against others of this machine, who wait; the kernel lets go of it however this process ends.
+
+    Raises:
+        OutputError: it cannot be written to.
+    """
+    make_folder(path.parent)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
