@@ -21,9 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagemill import bench, devices, freezing, ledger, plan, postprocess, sources
+from imagemill import bench, devices, freezing, postprocess, sources
 from imagemill import running as jobs
 from imagemill.images.feed import Feed
+from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import Lease, Settings
 from imagemill.sessions import open_session

@@ -103,7 +103,7 @@ class Shards:
         self._feed = Feed(job.card, job.limits, job.batch_size, len(device.cores), None, self._clock)
 
     def __call__(self, batch: dict) -> dict:
-        from imagemill import plan
+        from imagemill.job import plan
         from imagemill.job.paths import JobPaths
         from imagemill.records import Lease
         from imagemill.shards import run_shards
@@ -119,7 +119,8 @@ def run_pool(source: str, output: str, model: str) -> None:
     """The child that is Ray Data's driver: freeze a job, have its shards mapped, print one line."""
     import ray
 
-    from imagemill import devices, freezing, plan, watching
+    from imagemill import devices, freezing, watching
+    from imagemill.job import plan
     from imagemill.job.paths import JobPaths
     from imagemill.records import Settings
     from imagemill.system import files

@@ -33,7 +33,8 @@ import harness  # noqa: E402
 
 import helpers  # noqa: E402
 import pictures  # noqa: E402
-from imagemill import devices, freezing, ledger, plan, running  # noqa: E402
+from imagemill import devices, freezing, records, running
+from imagemill.job import ledger, plan  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
 from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
 from imagemill.sink import Sink  # noqa: E402
@@ -81,7 +82,7 @@ def make_job(folder: Path, count: int) -> Path:
     paths.job.write_bytes(serialization.dumps(frozen))
     for path in (*paths.plan.iterdir(), *paths.predictions.iterdir()):
         path.unlink()
-    entries = (plan.Entry(0, f"files/{number % _FILES:02d}.jpg".encode(), -1) for number in range(count))
+    entries = (records.Entry(0, f"files/{number % _FILES:02d}.jpg".encode(), -1) for number in range(count))
     plan.spool(entries, paths.spool)
     plan.cut(paths.spool, paths.plan, shard_size, by_group=False)
     paths.spool.unlink()

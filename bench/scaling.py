@@ -36,7 +36,7 @@ _MILLION = 1e6
 
 
 def _entries(pictures: int) -> Iterator[object]:
-    from imagemill.plan import Entry
+    from imagemill.records import Entry
 
     for number in range(pictures):
         yield Entry(0, b"folder-%06d/picture-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000)
@@ -54,14 +54,14 @@ def _paths(folder: Path) -> object:
 
 def spool(folder: Path, pictures: int) -> None:
     """The listing as it comes, into a file."""
-    from imagemill import plan
+    from imagemill.job import plan
 
     plan.spool(_entries(pictures), _paths(folder).spool)
 
 
 def cut(folder: Path, pictures: int) -> None:
     """The listing into shards."""
-    from imagemill import plan
+    from imagemill.job import plan
 
     paths = _paths(folder)
     plan.cut(paths.spool, paths.plan, plan.auto_shard_size(pictures, _DEVICES), by_group=False)
@@ -69,7 +69,7 @@ def cut(folder: Path, pictures: int) -> None:
 
 def shards(folder: Path, pictures: int) -> None:
     """What every start reads: the footers of the plan."""
-    from imagemill import plan
+    from imagemill.job import plan
 
     assert sum(shard.count for shard in plan.shards(_paths(folder).plan)) == pictures
 
@@ -79,7 +79,7 @@ def parts(folder: Path, _: int) -> None:
     import harness
     import numpy as np
 
-    from imagemill import plan
+    from imagemill.job import plan
     from imagemill.records import Batch, Outputs, Row, Status, TopK
     from imagemill.sink import Sink
 
@@ -104,7 +104,7 @@ def parts(folder: Path, _: int) -> None:
 
 def committed(folder: Path, _: int) -> None:
     """What a resumed start asks: which parts are there."""
-    from imagemill import ledger, plan
+    from imagemill.job import ledger, plan
 
     paths = _paths(folder)
     every = plan.shards(paths.plan)
@@ -113,7 +113,7 @@ def committed(folder: Path, _: int) -> None:
 
 def close(folder: Path, pictures: int) -> None:
     """Closing the ledger of a job that this launcher has run to its end, receipts in hand."""
-    from imagemill import ledger, plan
+    from imagemill.job import ledger, plan
     from imagemill.records import Receipt
 
     paths = _paths(folder)
@@ -124,7 +124,7 @@ def close(folder: Path, pictures: int) -> None:
 
 def reread(folder: Path, pictures: int) -> None:
     """Closing it where all parts are of earlier launches: each is read."""
-    from imagemill import ledger, plan
+    from imagemill.job import ledger, plan
 
     paths = _paths(folder)
     job = _job(folder)
@@ -133,7 +133,7 @@ def reread(folder: Path, pictures: int) -> None:
 
 def verify(folder: Path, _: int) -> None:
     """`imagemill verify`: every byte."""
-    from imagemill import ledger, plan
+    from imagemill.job import ledger, plan
 
     paths = _paths(folder)
     job = _job(folder)
@@ -154,7 +154,7 @@ STEPS: tuple[Callable[[Path, int], None], ...] = (spool, cut, shards, parts, com
 def run_step(name: str, folder: Path, pictures: int) -> None:
     """Do one step in this process and print what it cost."""
     step = next(step for step in STEPS if step.__name__ == name)
-    import imagemill.ledger  # noqa: F401 - the libraries are not the step's
+    import imagemill.job.ledger  # noqa: F401 - the libraries are not the step's
 
     begun, cpu = time.monotonic(), time.process_time()
     step(folder, pictures)
@@ -170,7 +170,7 @@ def _bytes(folder: Path) -> int:
 
 def measure(folder: Path, pictures: int) -> None:
     """All steps for one size, a line of the table each."""
-    from imagemill import plan
+    from imagemill.job import plan
 
     size = plan.auto_shard_size(pictures, _DEVICES)
     for step in STEPS:

@@ -16,9 +16,10 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import devices, freezing, plan, running
+from imagemill import devices, freezing, running
 from imagemill.engines.nodes import Node, places
 from imagemill.images.decode import FAULTS_VARIABLE
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import Bundle, Settings
 from ray_nodes import Nodes, cluster, kill, parent

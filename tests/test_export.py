@@ -19,9 +19,10 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import export, freezing, running
+from imagemill import freezing, running
 from imagemill.errors import OutputError, PartError, UsageError
-from imagemill.export import Form
+from imagemill.job import export
+from imagemill.job.export import Form
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 

@@ -21,8 +21,7 @@ import helpers
 import pictures
 from imagemill import running, sources
 from imagemill.errors import SourceError, UsageError
-from imagemill.plan import Entry
-from imagemill.records import Settings
+from imagemill.records import Entry, Settings
 from imagemill.sources import Filters, Skipped, check_kinds, open_all, resolve
 from s3 import Bucket
 

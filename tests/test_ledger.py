@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, ledger, running, watching
+from imagemill import freezing, running, watching
 from imagemill.errors import OutputError, PartError
+from imagemill.job import ledger
 from imagemill.job.lock import locked
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from imagemill import plan
 from imagemill.errors import OutputError
-from imagemill.plan import Entry
+from imagemill.job import plan
+from imagemill.records import Entry
 
 
 def freeze(folder: Path, entries: list[Entry], shard_size: int, *, by_group: bool = False) -> Path:

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from faults.harness import children
-from imagemill import freezing, plan, preflight, running, watching
+from imagemill import freezing, preflight, running, watching
 from imagemill.images.decode import FAULTS_VARIABLE
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
 from imagemill.models import bundle

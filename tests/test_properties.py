@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, plan, running
+from imagemill import freezing, records, running
 from imagemill.images.feed import Feed
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
 from imagemill.sessions import open_session
@@ -108,7 +109,7 @@ class Bench:
             folder.mkdir(parents=True)
         job: Job = replace(self.frozen.job, output=str(out), batch_size=5, cache_dir=None)
         listed = plan.read(JobPaths(Path(self.frozen.job.output)).plan, plan.shards(JobPaths(Path(self.frozen.job.output)).plan)[0])
-        plan.spool((plan.Entry(row.source, row.path, row.size) for row in listed), paths.spool)
+        plan.spool((records.Entry(row.source, row.path, row.size) for row in listed), paths.spool)
         plan.cut(paths.spool, paths.plan, shard_size, by_group=False)
         shards = plan.shards(paths.plan)
         chosen = [shards[number % len(shards)] for number in order]

@@ -25,8 +25,7 @@ from imagemill import groups, quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize, resnext
-from imagemill.plan import Entry
-from imagemill.records import Batch, Bundle, Card, DeviceSpec, Job, Limits, Precision, Recipe
+from imagemill.records import Batch, Bundle, Card, DeviceSpec, Entry, Job, Limits, Precision, Recipe
 from imagemill.sessions import open_session
 from imagemill.stopwatch import Stopwatch
 from imagemill.system import cpu, serialization

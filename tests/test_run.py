@@ -19,8 +19,9 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, ledger, plan, running, supervisor, watching, wire
+from imagemill import closing, freezing, running, supervisor, watching, wire
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
+from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from helpers import Result, fill, without_root_powers
 from imagemill.errors import SourceError, UsageError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadPicture, Entry, Status
 from imagemill.sources import Filters, Skipped, files, folder, open_all, resolve
 from imagemill.sources.folder import FolderSource
 

@@ -18,8 +18,7 @@ import helpers
 import pictures
 from imagemill import running
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Settings, Status
+from imagemill.records import BadPicture, Entry, Settings, Status
 from imagemill.sources import Filters, Skipped, open_all, parquet, resolve
 from s3 import Bucket, FaultProxy
 

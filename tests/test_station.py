@@ -12,11 +12,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, plan, running, wire
+from imagemill import freezing, running, wire
 from imagemill.crew import Died
 from imagemill.engines import station
 from imagemill.engines.station import ModelFile, Order, Restart, Station
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Lease, Settings, Shard
 from imagemill.system import files

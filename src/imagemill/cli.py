@@ -413,7 +413,7 @@ def _format_skipped(found: Summary | DryRun) -> str:
 
 def _show_rows(output: Path) -> None:
     """Print the demo's rows, as anybody would read them."""
-    from imagemill import ledger
+    from imagemill.job import ledger
     from imagemill.job.paths import JobPaths
 
     print()
@@ -479,7 +479,7 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from imagemill import export
+    from imagemill.job import export
 
     paths, frozen = _open_job(parsed.dir)
     columns = parsed.columns.split(",") if parsed.columns else None

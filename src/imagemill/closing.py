@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from imagemill import devices, home, ledger, stopwatch
+from imagemill import devices, stopwatch
 from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
+from imagemill.job import ledger, store
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Outcome
 from imagemill.records import (
@@ -146,6 +147,6 @@ def judge(
 def read_summary(paths: JobPaths) -> Summary | None:
     """The summary of a finished job, or None."""
     try:
-        return serialization.from_plain(Summary, json.loads(home.read(paths, paths.summary)))
+        return serialization.from_plain(Summary, json.loads(store.read(paths, paths.summary)))
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import batching, home, plan, sources
+from imagemill import batching, records, sources
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.images import DECODER
+from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.listing import access_of, check_moved, filters_of, listing, no_images
 from imagemill.models import bundle, registry
@@ -72,7 +73,7 @@ class Frozen:
 def read_frozen(paths: JobPaths) -> Frozen | None:
     """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
     try:
-        plain = json.loads(home.read(paths, paths.job))
+        plain = json.loads(store.read(paths, paths.job))
         written = plain.get("format") if isinstance(plain, dict) else None
         if written != _FORMAT:
             raise OutputError(f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads {_FORMAT}.")
@@ -81,7 +82,7 @@ def read_frozen(paths: JobPaths) -> Frozen | None:
         return None
     except OSError as error:
         remedy = "Repeat the command once the store answers, or give" if paths.url else "Give"
-        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {home.reason(error)}. {remedy} another --output.") from error
+        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {store.reason(error)}. {remedy} another --output.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise OutputError(f"{paths.shown(paths.job)} cannot be read: {error}. Give another --output.") from error
 
@@ -130,7 +131,7 @@ def _flag(name: str) -> str:
 def refuse_foreign(paths: JobPaths) -> None:
     """Raises: OutputError if the folder holds something that no start of ours has left."""
     if paths.url:
-        if key := home.foreign(paths):
+        if key := store.foreign(paths):
             raise OutputError(f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r}). Give a new prefix.")
         return
     try:
@@ -250,14 +251,14 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         backend=backend_of(chosen, settings.allow_mixed),
         variant_sha256=prepared.sha256,
         versions={"imagemill": __version__},
-        plan_nonce=home.publish_plan(paths),
+        plan_nonce=store.publish_plan(paths),
     )
     try:
-        home.write(paths, paths.job, serialization.dumps(frozen), create=True)
+        store.write(paths, paths.job, serialization.dumps(frozen), create=True)
     except FileExistsError:
         there = read_frozen(paths)
         if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
-            home.forget_plan(paths, frozen.plan_nonce)
+            store.forget_plan(paths, frozen.plan_nonce)
             raise
     return replace(frozen, job=replace(job, access=access))
 
@@ -299,10 +300,10 @@ def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], 
     """Resolve the precision, on the job's own pictures where something must be measured."""
     from imagemill import quantizing  # brings NumPy and the decoder, which a repeated command can do without
 
-    def entries() -> Iterator[plan.Entry]:
+    def entries() -> Iterator[records.Entry]:
         for shard in plan.shards(paths.plan):
             for row in plan.read(paths.plan, shard):
-                yield plan.Entry(row.source, row.path, row.size, locator=row.locator)
+                yield records.Entry(row.source, row.path, row.size, locator=row.locator)
 
     resolved = sources.resolve(settings.sources)
     return quantizing.prepare(
@@ -339,7 +340,7 @@ def _hash(*values: object) -> str:
 
 def planned(paths: JobPaths, frozen: Frozen) -> list[Shard]:
     """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged or another one."""
-    home.fetch_plan(paths, frozen.plan_nonce)
+    store.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     if sum(shard.count for shard in shards) != frozen.pictures:
         raise OutputError(

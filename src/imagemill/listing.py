@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import plan, sources
+from imagemill import records, sources
 from imagemill.errors import SourceError, UsageError
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import AS_GIVEN, Access, Settings, is_below
 from imagemill.sources import Filters, Skipped
@@ -32,7 +33,7 @@ def entries(
     output: Path | None,
     aside: Path | None = None,
     access: Access = AS_GIVEN,
-) -> Iterator[plan.Entry]:
+) -> Iterator[records.Entry]:
     """All sources one after another; their sub-folders are counted on. `aside`, `access`: see `sources.open_all`."""
     offset = 0
     for source in sources.open_all(resolved, output, aside, access):
@@ -50,7 +51,7 @@ def filters_of(settings: Settings) -> Filters:
     return Filters(settings.include or (), settings.exclude or (), settings.all_files or False)
 
 
-def listing(settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[plan.Entry]:
+def listing(settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[records.Entry]:
     """The pictures of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
     return islice(entries(resolved, filters_of(settings), skipped, output, aside, access_of(settings)), settings.limit)
@@ -151,7 +152,7 @@ def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
     if ordered != [source.ordered for source in sources.open_all(frozen.job.sources, access=frozen.job.access)]:
         raise SourceError("a folder moved to an object store, or back, which lists images in another order.")
 
-    def keyed(rows: Iterable[plan.PlannedRow | plan.Entry]) -> Iterator[tuple[tuple[int, object], bytes]]:
+    def keyed(rows: Iterable[plan.PlannedRow | records.Entry]) -> Iterator[tuple[tuple[int, object], bytes]]:
         source, number = -1, 0
         for row in rows:
             source, number = row.source, number + 1 if row.source == source else 0  # of its own source: another may have grown

@@ -35,8 +35,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from imagemill import plan, sources
+from imagemill import sources
 from imagemill.devices import cores_here
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
 from imagemill.progress import Pace, duration, statuses

@@ -18,8 +18,7 @@ from imagemill import devices, groups, sources, trial, trial_process
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
-from imagemill.plan import Entry
-from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Limits, Precision
+from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Entry, Limits, Precision
 from imagemill.sources import Filters, Skipped
 from imagemill.system import cpu, serialization
 from imagemill.trial import Record, Say, Trial

@@ -507,3 +507,18 @@ class Bundle:
 
     dir: Path
     card: Card
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a listing."""
+
+    source: int
+    """Position of its source in the command."""
+    path: bytes
+    size: int
+    """Bytes; -1 where unknown."""
+    group: int = 0
+    """Which sub-folder it lies in, counted from 0 in listing order."""
+    locator: bytes = b""
+    """Where in its source its bytes lie, in the source's own words, so that nothing has to be searched for it; empty: its path says it."""

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, devices, engines, freezing, home, ledger, listing, plan, preflight, report, sources, watching
+from imagemill import closing, devices, engines, freezing, listing, preflight, records, report, sources, watching
 from imagemill.errors import Interrupted, SourceError, UsageError
-from imagemill.job import lock
+from imagemill.job import ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.models import bundle
@@ -109,7 +109,7 @@ def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watch
             hasty = True
             raise
         finally:
-            home.publish_logs(paths, hasty=hasty)
+            store.publish_logs(paths, hasty=hasty)
 
 
 def _check_sources(settings: Settings, paths: JobPaths) -> None:
@@ -149,10 +149,10 @@ def _carry_out(
         freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := closing.read_summary(paths)):
         ledger.check_sizes(paths)
-        if settings.report and not home.exists(paths, paths.report):  # it was interrupted
+        if settings.report and not store.exists(paths, paths.report):  # it was interrupted
             report.attempt(paths, frozen, watcher.say)
         return _report_finished(frozen, paths, summary, watcher)
-    home.remove(paths, paths.summary)
+    store.remove(paths, paths.summary)
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
@@ -190,7 +190,7 @@ def _carry_out(
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
     summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
-    home.write(paths, paths.summary, serialization.dumps(summary))
+    store.write(paths, paths.summary, serialization.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
     if frozen.job.card.origin.get("source") == "random":
@@ -213,7 +213,7 @@ def dry_run(settings: Settings) -> DryRun:
     skipped = Skipped()
     first: list[str] = []
 
-    def noting(entries: Iterator[plan.Entry]) -> Iterator[plan.Entry]:
+    def noting(entries: Iterator[records.Entry]) -> Iterator[records.Entry]:
         for entry in entries:
             if len(first) < _NAMED_NEW:
                 first.append(sources.shown(entry.path))
@@ -269,7 +269,7 @@ def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
         shards_done=len(done),
         failed_by_status=dict(sorted(failed.items())),
         running=lock.is_locked(paths),
-        complete=len(done) == len(shards) and home.exists(paths, paths.summary),
+        complete=len(done) == len(shards) and store.exists(paths, paths.summary),
     )
 
 
@@ -282,7 +282,7 @@ def verify(paths: JobPaths, frozen: freezing.Frozen, *, quarantine: bool = False
     Raises:
         OutputError: quarantine is asked for while a run is at work on the folder.
     """
-    home.fetch_plan(paths, frozen.plan_nonce)
+    store.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     problems = list(ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id))
     if sum(shard.count for shard in shards) != frozen.pictures:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from imagemill import home
+from imagemill.job import store
 from imagemill.job.paths import JobPaths
 from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
 
@@ -71,7 +71,7 @@ class Part:
         )
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()
-        home.write(self.paths, self.paths.part(self.shard.number), memoryview(data))
+        store.write(self.paths, self.paths.part(self.shard.number), memoryview(data))
         statuses = Counter(self.table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
         rows = self.table.num_rows

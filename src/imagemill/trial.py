@@ -25,8 +25,7 @@ from imagemill.images import DECODER
 from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
-from imagemill.plan import Entry
-from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Job, Limits, Picture, Precision, Shard
+from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, Picture, Precision, Shard
 from imagemill.stopwatch import Stopwatch
 from imagemill.system import cpu, serialization
 

@@ -18,7 +18,8 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 import helpers
-from imagemill import freezing, ledger, plan, running
+from imagemill import freezing, running
+from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe

@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import batching, devices, freezing, plan, quantizing, watching
+from imagemill import batching, devices, freezing, quantizing, watching
 from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.errors import Interrupted, SourceError, UsageError
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imagemill import devices, errors, home, wire
+from imagemill import devices, errors, wire
 from imagemill.crew import Heard, Joined, Lost, Told
 from imagemill.engines import station
 from imagemill.engines.nodes import Place, places
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
+from imagemill.job import store
 from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Job, Lease, Shard
 
@@ -186,7 +187,7 @@ class RayCrew:
         self._identity = station.identity(self._backends)
         self._samples = station.sample(self._job, self._left) if self._left else ()
         self._model = station.model_files(self._job)
-        home.write(self._paths, self._paths.launch, self._launch.encode())
+        store.write(self._paths, self._paths.launch, self._launch.encode())
         for seat in self._first:
             self._numbers[seat.place.key] = seat.device.name
         begun = self._first[:most]
@@ -255,7 +256,7 @@ class RayCrew:
             self._ray.kill(seat.actor)
         self._seats.clear()
         with contextlib.suppress(ImagemillError):  # where the storage is gone, this is the least
-            home.remove(self._paths, self._paths.launch)
+            store.remove(self._paths, self._paths.launch)
 
     def _end(self, *, at_once: bool, seconds: float) -> None:
         if self._is_over:

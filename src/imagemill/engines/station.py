@@ -14,10 +14,11 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill import devices, home, plan, sources, wire
+from imagemill import devices, sources, wire
 from imagemill.crew import Died, Told
 from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
 from imagemill.images import DECODER
+from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import BadPicture, DeviceSpec, Job, Lease, Shard
@@ -149,7 +150,7 @@ class Station:
         self._paths = JobPaths.of(order.job.output, order.job.log_dir)
         self._worker: Supervisor | None = None
         self._check_output()
-        home.fetch_plan(self._paths, order.plan_nonce)
+        store.fetch_plan(self._paths, order.plan_nonce)
         self._check_sources()
         make_folder(self._paths.logs)
         self._device = self._fitted(order.device)
@@ -184,18 +185,18 @@ class Station:
         """End the worker, and put its log beside the results."""
         if self._worker is not None:
             self._worker.kill()
-        home.publish_logs(self._paths, self._paths.device_log(self._order.device.name).name)
+        store.publish_logs(self._paths, self._paths.device_log(self._order.device.name).name)
 
     # What is checked before the first lease.
 
     def _check_output(self) -> None:
         for look in range(_LOOKS):
             try:
-                if home.read(self._paths, self._paths.launch).decode() == self._order.launch:
+                if store.read(self._paths, self._paths.launch).decode() == self._order.launch:
                     return
                 why = "it holds another launch"
             except OSError as error:
-                why = home.reason(error)
+                why = store.reason(error)
             if look + 1 < _LOOKS:
                 time.sleep(_LOOK_S)
         remedy = (

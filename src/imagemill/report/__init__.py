@@ -12,8 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from imagemill import closing, freezing, home, ledger
+from imagemill import closing, freezing
 from imagemill.errors import Interrupted
+from imagemill.job import ledger, store
 
 if TYPE_CHECKING:
     from imagemill.freezing import Frozen
@@ -44,7 +45,7 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
     made = thumbnails.make(paths, frozen.job, shards, shown)
     summary = closing.read_summary(paths) if len(done) == len(shards) else None
     html = page.render(paths, frozen, summary, found, made)
-    home.write(paths, paths.report, html)
+    store.write(paths, paths.report, html)
     return len(html)
 
 

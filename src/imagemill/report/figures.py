@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from imagemill import ledger
+from imagemill.job import ledger
 from imagemill.job.paths import JobPaths
 from imagemill.records import Shard, Status
 

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from imagemill import plan, sources
+from imagemill import sources
 from imagemill.errors import ImagemillError
 from imagemill.images.isolated import IsolatedDecoder
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import BadPicture, Job, Shard, Status
 

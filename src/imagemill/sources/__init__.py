@@ -22,8 +22,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
-from imagemill import plan
 from imagemill.errors import SourceError, UsageError
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import AS_GIVEN, Access, Job, Lease, Picture
 from imagemill.sources import kinds, objects

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from imagemill.plan import Entry
+from imagemill.records import Entry
 
 IMAGE_SUFFIXES = frozenset(
     """.apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .emf .fit .fits .flc .fli .ftu .gbr .gif .heic .heif .hif .icns .ico .im .j2c .j2k

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
+from imagemill.records import Entry
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, matcher, shown
 from imagemill.sources.files import read_file
 

@@ -33,8 +33,7 @@ from urllib3.exceptions import (
 )
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadPicture, Entry, Status
 from imagemill.sources.base import Filters, Skipped
 from imagemill.system import userdirs
 from imagemill.version import __version__

@@ -10,8 +10,7 @@ import os
 from collections.abc import Iterator
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import AS_GIVEN, Access
+from imagemill.records import AS_GIVEN, Access, Entry
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
 from imagemill.system import storage

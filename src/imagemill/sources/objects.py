@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadPicture, Entry, Status
 from imagemill.sources.base import Filters, Skipped, is_hidden, matcher, wanted_suffix
 from imagemill.system import storage
 

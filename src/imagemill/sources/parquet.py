@@ -33,8 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import AS_GIVEN, Access, BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadPicture, Entry, Status
 from imagemill.sources import locations
 from imagemill.sources.base import Filters, Skipped, matcher, shown
 from imagemill.sources.files import retried

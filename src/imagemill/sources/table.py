@@ -14,8 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import AS_GIVEN, Access, BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadPicture, Entry, Status
 from imagemill.sources import locations
 from imagemill.sources.base import IMAGE_SUFFIXES, Filters, Skipped, matcher, shown
 from imagemill.system import storage

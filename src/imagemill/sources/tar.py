@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadPicture, Entry, Status
 from imagemill.sources import gz
 from imagemill.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.sources.base import Filters, Skipped, shown

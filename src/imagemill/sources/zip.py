@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from imagemill.errors import SourceError
-from imagemill.plan import Entry
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadPicture, Entry, Status
 from imagemill.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.sources.base import Filters, Skipped, shown
 from imagemill.system.storage import Blob, BlobFile, open_blob

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagemill.errors import OutputError
-from imagemill.records import Shard
+from imagemill.records import Entry, Shard
 from imagemill.system.files import cannot_write, sync_file, sync_folder
 
 SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary())])
@@ -28,21 +28,6 @@ _SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 200
 """A writer keeps some 8 KiB about each until the file is closed, and a reader reads as much."""
 _SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of a listing."""
-
-    source: int
-    """Position of its source in the command."""
-    path: bytes
-    size: int
-    """Bytes; -1 where unknown."""
-    group: int = 0
-    """Which sub-folder it lies in, counted from 0 in listing order."""
-    locator: bytes = b""
-    """Where in its source its bytes lie, in the source's own words, so that nothing has to be searched for it; empty: its path says it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
-from imagemill import freezing, home, ledger
+from imagemill import freezing
 from imagemill.errors import OutputError, UsageError
 from imagemill.freezing import Frozen
+from imagemill.job import ledger, store
 from imagemill.job.paths import JobPaths
 from imagemill.sink import COLUMNS
 from imagemill.system import files
@@ -63,7 +64,7 @@ def export(
         raise UsageError(f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has {', '.join(known)}.")
     shards = freezing.planned(paths, frozen)
     done = ledger.committed(paths, shards)
-    if len(done) < len(shards) or not home.exists(paths, paths.summary):
+    if len(done) < len(shards) or not store.exists(paths, paths.summary):
         rows = sum(shard.count for shard in shards if shard.number in done)
         lacking = f"{paths.output} is not finished: {rows:,} of {sum(shard.count for shard in shards):,} rows are there"
         if not partial:

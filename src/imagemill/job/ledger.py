@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill import home, plan
 from imagemill.errors import PartError
+from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.records import Receipt, Shard, Status
 from imagemill.sources import as_line
@@ -74,13 +74,13 @@ class Problem:
 
 def committed(paths: JobPaths, shards: Iterable[Shard]) -> set[int]:
     """Shards whose part is on disk. A part appears whole or not at all, so its name suffices."""
-    return home.parts(paths).keys() & {shard.number for shard in shards}
+    return store.parts(paths).keys() & {shard.number for shard in shards}
 
 
 def shards_with(paths: JobPaths, shards: Iterable[Shard], statuses: Iterable[str]) -> set[int]:
     """Committed shards that hold a row of one of these statuses; with none given, of any but ok."""
     wanted = set(statuses)
-    present = home.parts(paths)
+    present = store.parts(paths)
     found = set()
     for shard in shards:
         if shard.number in present:
@@ -99,7 +99,7 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
     if receipt is not None:
         return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
     try:
-        data = home.read(paths, paths.part(shard))
+        data = store.read(paths, paths.part(shard))
         statuses = Counter(pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)["status"].to_pylist())
     except (OSError, pa.ArrowException) as error:
         raise _damaged(paths, paths.part(shard), error) from error
@@ -132,7 +132,7 @@ def close(
             raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
         parts[path.name] = record
         failed.update(record.failed_by_status)
-    home.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
+    store.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
     listed = 0
 
     def lines() -> Iterator[bytes]:
@@ -141,13 +141,13 @@ def close(
             listed += 1
             yield line
 
-    home.write(paths, paths.failed_list, lines())
+    store.write(paths, paths.failed_list, lines())
     return Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed)
 
 
 def _opened(paths: JobPaths, path: Path) -> pa.NativeFile:
     """A part to read. Raises: OSError."""
-    return pa.BufferReader(home.read(paths, path)) if paths.url else pa.OSFile(os.fsencode(path))
+    return pa.BufferReader(store.read(paths, path)) if paths.url else pa.OSFile(os.fsencode(path))
 
 
 def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
@@ -158,7 +158,7 @@ def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
 def check_sizes(paths: JobPaths) -> None:
     """Compare the sizes of a closed job's parts with the manifest's: quick, where `verify` reads everything. Raises: PartError."""
     manifest = read_manifest(paths)
-    sizes = home.sizes(paths) if manifest else {}
+    sizes = store.sizes(paths) if manifest else {}
     for name, recorded in manifest.parts.items() if manifest else ():
         if (found := sizes.get(name)) is not None and found != recorded.bytes:
             raise PartError(
@@ -169,7 +169,7 @@ def check_sizes(paths: JobPaths) -> None:
 
 def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
-    for table in tables(paths, home.parts(paths), columns):
+    for table in tables(paths, store.parts(paths), columns):
         yield from table.to_pylist()
 
 
@@ -209,7 +209,7 @@ def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, P
 def read_manifest(paths: JobPaths) -> Manifest | None:
     """The manifest, or None where there is none or it cannot be read: it can be rebuilt."""
     try:
-        return _manifest(json.loads(home.read(paths, paths.manifest)))
+        return _manifest(json.loads(store.read(paths, paths.manifest)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -230,12 +230,12 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
     elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
         yield Problem(None, paths.manifest, "belongs to another job")
         manifest = None
-    present = home.parts(paths)
+    present = store.parts(paths)
     expected = {shard.number for shard in shards}
     for number, path in present.items():
         if number not in expected:
             yield Problem(number, path, "is of no shard of the plan", damaged=True)
-    for path in home.strangers(paths):
+    for path in store.strangers(paths):
         yield Problem(None, path, "is no part of this job, and its rows would be read with the others", damaged=True)
     for shard in shards:
         path = paths.part(shard.number)
@@ -245,14 +245,14 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
         recorded = manifest.parts.get(path.name) if manifest else None
         if what := _unsound(path, shard, answer_id, paths, recorded):
             yield Problem(shard.number, path, what, damaged=True)
-    if not home.exists(paths, paths.summary):
+    if not store.exists(paths, paths.summary):
         yield Problem(None, paths.summary, "is missing: the job is not finished")
 
 
 def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None) -> str | None:
     """What is wrong with one part, or None."""
     try:
-        data = home.read(paths, path)
+        data = store.read(paths, path)
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -308,9 +308,9 @@ def quarantine(paths: JobPaths, problems: Iterable[Problem]) -> list[Path]:
     for problem in problems:
         if problem.damaged:
             goal = paths.quarantine / f"{problem.path.stem}.{time.time_ns()}{problem.path.suffix}"
-            home.move(paths, problem.path, goal)
+            store.move(paths, problem.path, goal)
             moved.append(goal)
     if moved:
-        home.remove(paths, paths.summary)
-        home.remove(paths, paths.manifest)
+        store.remove(paths, paths.summary)
+        store.remove(paths, paths.manifest)
     return moved
