@@ -17,7 +17,7 @@ import atheris
 
 with atheris.instrument_imports(include=["imagemill", "pickletools", "zipfile"]):
     from imagemill.errors import CheckpointError
-    from imagemill.models import checkpoint
+    from imagemill.models.checkpoints import checkpoint
 
 FILE = Path(tempfile.mkdtemp()) / "w.pth"
 

@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from imagemill.errors import ModelError, UsageError
-from imagemill.models import bundle, graph
+from imagemill.models import bundle
+from imagemill.models.architectures import graph
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
 CARD = Card(

@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 import pth_files
 from imagemill.errors import CheckpointError
-from imagemill.models import checkpoint, pickled
+from imagemill.models.checkpoints import checkpoint, pickled
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ARRAYS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.array(7, np.int64)}

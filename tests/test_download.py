@@ -20,7 +20,7 @@ import pytest
 import trustme
 
 from imagemill.errors import DownloadError, UsageError
-from imagemill.models import download
+from imagemill.models.checkpoints import download
 
 BODY = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(BODY).hexdigest()

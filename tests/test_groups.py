@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from imagemill import groups
-from imagemill.models import quantize, resnext
+from imagemill.models import quantize
+from imagemill.models.architectures import resnext
 from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
 from imagemill.sessions import open_session
 from imagemill.sessions import openvino as session

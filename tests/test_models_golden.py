@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from imagemill.errors import CheckpointError
-from imagemill.models import checkpoint, efficientnet_lite, graph, resnext
+from imagemill.models.architectures import efficientnet_lite, graph, resnext
+from imagemill.models.checkpoints import checkpoint
 from pth_files import write_legacy, write_zip
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -25,7 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 import helpers
 import popart_standin
 from imagemill import devices, errors
-from imagemill.models import bundle, ipu, wrap
+from imagemill.models import bundle
+from imagemill.models.custom import wrap
+from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Precision, Saved
 from imagemill.sessions import open_session, popart, popart_program
 from imagemill.stopwatch import Stopwatch
@@ -87,7 +89,7 @@ class Steps:
 
     def __init__(self, popart: Any, tiny: Bundle) -> None:
         self.popart = popart
-        model = ipu.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"]).model
+        model = ipu_graph.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"]).model
         self.builder = popart.Builder(model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1})
         self.graph = popart.GraphTransformer(self.builder.getModelProto())
         self.graph.convertFloatsToHalfs()
@@ -286,7 +288,7 @@ def test_bench_lets_the_ipu_make_up_its_pictures(folder: Path, imagemill: Callab
 
 def test_the_table_is_the_graphs_own_normalisation(tiny: Bundle) -> None:
     """Each byte becomes the very number that the graph would make of it."""
-    cut = ipu.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"])
+    cut = ipu_graph.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"])
     mean, scale = np.float32([123.0, 117.0, 104.0]), np.float32(1 / 58.0)
     expected = (np.arange(256, dtype=np.float32) - mean[:, None]) * scale
     assert cut.table.tobytes() == expected.tobytes()
@@ -346,9 +348,9 @@ def test_what_popart_cannot_read_is_said_before_it_is_started(folder: Path, tmp_
     with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: its card names no tensor where normalisation ends"):
         opened(replace(tiny, card=replace(tiny.card, normalised=None)))
     with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: its embedding cannot be had from 'logits' alone"):
-        ipu.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="logits"), 3, ["embedding"])
+        ipu_graph.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="logits"), 3, ["embedding"])
     with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: 'c1', where its normalisation ends, is not made of each byte"):
-        ipu.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="c1"), 3, ["logits"])
+        ipu_graph.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="c1"), 3, ["logits"])
     assert not popart_standin.calls(folder)
 
 
@@ -356,7 +358,7 @@ def test_weights_in_a_file_of_their_own_are_too_large(tmp_path: Path) -> None:
     """PopART's graphs are one message of protobuf each, which ends at 2 GiB."""
     large = bundle.write(tmp_path / "large", TINY_CARD, tiny_model(), external_from=1)
     with pytest.raises(errors.ModelError, match="tiny cannot run on an IPU: PopART reads models of up to 2 GiB, and its weights are more"):
-        ipu.cut(large.dir / "model.onnx", large.card, 3, ["logits"])
+        ipu_graph.cut(large.dir / "model.onnx", large.card, 3, ["logits"])
 
 
 # Errors.

@@ -24,7 +24,8 @@ import pictures
 from imagemill import groups, quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
-from imagemill.models import gate, quantize, resnext
+from imagemill.models import gate, quantize
+from imagemill.models.architectures import resnext
 from imagemill.records import Batch, Bundle, Card, DeviceSpec, Entry, Job, Limits, Precision, Recipe
 from imagemill.sessions import open_session
 from imagemill.stopwatch import Stopwatch

@@ -21,7 +21,9 @@ import pytest
 
 import pth_files
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
-from imagemill.models import bundle, download, registry, resnext
+from imagemill.models import bundle, registry
+from imagemill.models.architectures import resnext
+from imagemill.models.checkpoints import download
 from imagemill.records import Bundle, Interpolation, Recipe
 
 LITE = "efficientnet_lite0"

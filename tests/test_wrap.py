@@ -26,7 +26,9 @@ from imagemill import api, cli, freezing, quantizing, running
 from imagemill.devices import resolve
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.paths import JobPaths
-from imagemill.models import bundle, foreign, onnx_card, quantize, registry, wrap
+from imagemill.models import bundle, quantize, registry
+from imagemill.models.custom import onnx_card, wrap
+from imagemill.models.custom.graph import assemble, examine
 from imagemill.postprocess import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 
@@ -261,8 +263,8 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(exported: 
     values = numpy_helper.to_array(model.graph.initializer[0])
     model.graph.initializer[0].CopyFrom(helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist()))
     assert not model.graph.initializer[0].raw_data
-    plan = foreign.examine(file, model, onnx_card.OnnxCard(scale=255))
-    foreign.assemble(model, plan)
+    plan = examine(file, model, onnx_card.OnnxCard(scale=255))
+    assemble(model, plan)
     made = bundle.write(tmp_path / "large", wrap._bundle_card(plan, "key"), model, external_from=1)
     assert (made.dir / bundle.DATA).is_file()
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)

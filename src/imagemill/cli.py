@@ -559,7 +559,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
 
 
 def _wrap(parsed: argparse.Namespace) -> int:
-    from imagemill.models import wrap
+    from imagemill.models.custom import wrap
 
     resize = int(parsed.resize) if parsed.resize and parsed.resize.isdecimal() else parsed.resize
     names = "mean std scale layout color size crop interpolation exif scores labels logits embedding licence name".split()

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import checkpoint, download, efficientnet_lite, resnext, wrap
+from imagemill.models.architectures import efficientnet_lite, resnext
+from imagemill.models.checkpoints import checkpoint, download
+from imagemill.models.custom import wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe
 from imagemill.system import userdirs
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, ModelError, UsageError
-from imagemill.models import ipu
+from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
 from imagemill.sessions.base import Found, refuse_other_shapes
 from imagemill.stopwatch import Stopwatch
@@ -85,7 +85,7 @@ class PopartSession:
         outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in job.save else [])]
         half = job.precision is Precision.FP16
         proportion = _memory_proportion()
-        cut = ipu.cut(Path(job.model_file), job.card, job.batch_size, outputs)
+        cut = ipu_graph.cut(Path(job.model_file), job.card, job.batch_size, outputs)
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
         shape = (self._steps, job.batch_size, *((size, size, 3) if cut.channels_last else (3, size, size)))

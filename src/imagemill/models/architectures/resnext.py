@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
-from imagemill.models import graph
+from imagemill.models.architectures import graph
 
 if TYPE_CHECKING:
     import onnx

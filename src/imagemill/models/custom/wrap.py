@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import foreign, quantize
-from imagemill.models.foreign import Plan
-from imagemill.models.onnx_card import OnnxCard, card_file, card_text, changed, read_card
+from imagemill.models import quantize
+from imagemill.models.custom.graph import Plan, all_nodes, assemble, examine
+from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
 from imagemill.system import files
 
@@ -131,7 +131,7 @@ def _build_whole(file: Path, card: OnnxCard, folder: Path, labels_file: str | No
 def _key(file: Path, card: OnnxCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
     graph = _parsed(file).graph
-    held = [attribute.t for node in foreign.all_nodes(graph) for attribute in node.attribute if attribute.HasField("t")]
+    held = [attribute.t for node in all_nodes(graph) for attribute in node.attribute if attribute.HasField("t")]
     names = {entry.value for tensor in (*graph.initializer, *held) for entry in tensor.external_data if entry.key == "location"}
     sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in sorted(names))]
     return hashlib.sha256(json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()).hexdigest()
@@ -155,8 +155,8 @@ def _build(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, ke
     import onnx
 
     onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
-    plan = foreign.examine(file, model, card)
-    foreign.assemble(model, plan)
+    plan = examine(file, model, card)
+    assemble(model, plan)
     made = bundles.write(folder, _bundle_card(plan, key), model)
     del model
     answers = _run(made, plan)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models.onnx_card import Color, Crop, Layout, OnnxCard, squashed
+from imagemill.models.custom.onnx_card import Color, Crop, Layout, OnnxCard, squashed
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:

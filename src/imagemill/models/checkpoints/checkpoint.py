@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError
-from imagemill.models import state_dicts
-from imagemill.models.pickled import Foreign, Machine, Refused, Tensor, itemsize, kind, raw_dtype, shown
+from imagemill.models.checkpoints import state_dicts
+from imagemill.models.checkpoints.pickled import Foreign, Machine, Refused, Tensor, itemsize, kind, raw_dtype, shown
 
 Array = NDArray[Any]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
 
-from imagemill.models.pickled import Refused, shown
+from imagemill.models.checkpoints.pickled import Refused, shown
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""Networks built from a checkpoint's arrays as ONNX graphs."""

@@ -1,0 +1,1 @@
+"""Weights: fetched, and read without running code."""

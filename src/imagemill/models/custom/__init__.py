@@ -1,0 +1,1 @@
+"""Classifiers of any make: an ONNX file and its card become a bundle."""

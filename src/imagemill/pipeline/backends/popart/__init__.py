@@ -1,0 +1,1 @@
+"""Graphcore IPUs, through PopART in a Python of its own."""
