@@ -40,7 +40,7 @@ if WORKER:
             time.sleep(float(os.environ["CHAOS_READ_SECONDS"]))
             return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = slowed
-    after_import("imagemill.sources.folder", slow)
+    after_import("imagemill.pipeline.sources.folder", slow)
 """
 _MOST_KILLS_RUNNING = 6
 """Kills of workers between two of the launcher's: three in a row before any is ready would end the job by rights, which is allowed here,

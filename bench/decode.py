@@ -20,8 +20,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from imagemill.images import preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
 
 if TYPE_CHECKING:

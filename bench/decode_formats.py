@@ -58,7 +58,7 @@ def serve() -> None:
     """Decode what arrives, and answer with the CPU seconds that it took."""
     import time
 
-    from imagemill.images.decode import decode
+    from imagemill.pipeline.decoding.decode import decode
     from imagemill.records import Limits, Recipe
 
     while True:

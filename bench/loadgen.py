@@ -20,14 +20,14 @@ from typing import Any
 import mlperf_loadgen as lg
 import numpy as np
 
-from imagemill import batching, devices
+from imagemill import batching
 from imagemill.bench.measure import synthetic_job
 from imagemill.bench.records import BenchSettings
 from imagemill.models import bundle, registry
+from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.backends.base import Session
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch
-from imagemill.sessions import open_session
-from imagemill.sessions.base import Session
-from imagemill.stopwatch import Stopwatch
 
 IMAGES = 64
 """In LoadGen's library of samples."""

@@ -21,15 +21,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagemill import bench, devices, freezing, postprocess, sources
+from imagemill import bench, freezing
 from imagemill import running as jobs
-from imagemill.images.feed import Feed
 from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline import read, top_k
+from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.feed import Feed
+from imagemill.pipeline.sink import Sink
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Lease, Settings
-from imagemill.sessions import open_session
-from imagemill.sink import Sink
-from imagemill.stopwatch import Stopwatch
 from imagemill.system import files
 
 
@@ -79,8 +80,8 @@ def sink_alone(output: Path, folder: Path) -> float:
     leases = map(Lease, plan.shards(JobPaths(output).plan))
     with Feed(job.card, job.limits, job.batch_size, len(devices.usable_cores()), None, clock) as feed:
         rows = [
-            postprocess.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision)
-            for batch, outputs in session.stream(feed.batches(sources.read(leases, job)))
+            top_k.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision)
+            for batch, outputs in session.stream(feed.batches(read.read(leases, job)))
         ]
     files.make_folder(JobPaths(folder).predictions)
     sink = Sink(replace(job, output=str(folder)), session.backend, session.versions)

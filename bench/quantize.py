@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from imagemill import devices, quantizing, sources, trial
+from imagemill import quantizing, trial
 from imagemill.models import bundle as bundles
 from imagemill.models import quantize
+from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Job, Limits, Precision
-from imagemill.sessions import open_session
-from imagemill.stopwatch import Stopwatch
 
 
 def main() -> None:

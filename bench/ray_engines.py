@@ -90,10 +90,10 @@ class Shards:
     """One session; a task is one shard. Between two tasks the way of the data runs empty."""
 
     def __init__(self, job: object, device: object) -> None:
-        from imagemill.images.feed import Feed
-        from imagemill.sessions import open_session
-        from imagemill.sink import Sink
-        from imagemill.stopwatch import Stopwatch
+        from imagemill.pipeline.backends import open_session
+        from imagemill.pipeline.feed import Feed
+        from imagemill.pipeline.sink import Sink
+        from imagemill.pipeline.stopwatch import Stopwatch
         from imagemill.system import processes
 
         processes.keep_to(device.cores)
@@ -105,8 +105,8 @@ class Shards:
     def __call__(self, batch: dict) -> dict:
         from imagemill.job import plan
         from imagemill.job.paths import JobPaths
+        from imagemill.pipeline.run_shards import run_shards
         from imagemill.records import Lease
-        from imagemill.shards import run_shards
 
         begun = time.monotonic()
         every = plan.shards(JobPaths.of(self._job.output).plan)
@@ -119,9 +119,10 @@ def run_pool(source: str, output: str, model: str) -> None:
     """The child that is Ray Data's driver: freeze a job, have its shards mapped, print one line."""
     import ray
 
-    from imagemill import devices, freezing, watching
+    from imagemill import freezing, watching
     from imagemill.job import plan
     from imagemill.job.paths import JobPaths
+    from imagemill.pipeline.backends import devices
     from imagemill.records import Settings
     from imagemill.system import files
 

@@ -33,11 +33,12 @@ import harness  # noqa: E402
 
 import helpers  # noqa: E402
 import pictures  # noqa: E402
-from imagemill import devices, freezing, records, running
+from imagemill import freezing, records, running
 from imagemill.job import ledger, plan  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.sink import Sink  # noqa: E402
 from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
-from imagemill.sink import Sink  # noqa: E402
 from imagemill.system import serialization
 
 _FILES = 50

@@ -80,8 +80,8 @@ def parts(folder: Path, _: int) -> None:
     import numpy as np
 
     from imagemill.job import plan
+    from imagemill.pipeline.sink import Sink
     from imagemill.records import Batch, Outputs, Row, Status, TopK
-    from imagemill.sink import Sink
 
     paths = _paths(folder)
     harness.null_bundle(folder / "models", classes=_CLASSES, size=8)

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from imagemill.sources.base import IMAGE_SUFFIXES
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src" / "imagemill" / "data" / "demo"

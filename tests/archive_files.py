@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from imagemill.pipeline.sources import Filters, Skipped, Source, open_all
 from imagemill.records import BadPicture, Entry
-from imagemill.sources import Filters, Skipped, Source, open_all
 
 KINDS = ("zip", "tar", "tar.gz", "webdataset")
 

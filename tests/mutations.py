@@ -20,8 +20,8 @@ import tifffile
 from PIL import Image, ImageOps
 
 import encoded
-from imagemill.images import pillow, preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import pillow, preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
 
 RECIPE = Recipe(size=64, resize=None)

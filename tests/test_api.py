@@ -33,8 +33,8 @@ import pictures
 from imagemill import api
 from imagemill.errors import ModelError
 from imagemill.models import bundle, registry
+from imagemill.pipeline.backends.null import NullSession
 from imagemill.records import Limits, Recipe, Settings
-from imagemill.sessions.null import NullSession
 from pth_files import write_legacy
 from test_models_golden import GOLDEN, arrays_of, recipe
 from tiny import TINY_CARD, tiny_model

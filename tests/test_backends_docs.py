@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import helpers
-from imagemill.sessions import BACKENDS
+from imagemill.pipeline.backends import BACKENDS
 
 TEXT = (helpers.PROJECT / "docs" / "backends.md").read_text(encoding="utf-8")
 LAST_LINE = '    "null": Backend('

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from batches import make_job
-from imagemill import bench, devices
+from imagemill import bench
 from imagemill.bench import batch_search
 from imagemill.errors import DeviceError, Interrupted, UsageError, WorkerError
 from imagemill.measuring import crew as crews
 from imagemill.measuring.records import Compute, Measured
+from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Precision
 
 CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import helpers
-from imagemill import bench, devices
+from imagemill import bench
 from imagemill.bench import measure
 from imagemill.bench.measure import machine, synthetic_job
 from imagemill.bench.verdict import judge, together
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute
+from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, Precision
 
 SYNTHETIC = ("bench", "--synthetic", "--model", "tiny", "--batch-size", "6", "--batches-per-step", "20", "--iterations", "3")

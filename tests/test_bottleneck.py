@@ -12,8 +12,9 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import running, stopwatch, watching
+from imagemill import running, watching
 from imagemill.launcher import Progress
+from imagemill.pipeline import stopwatch
 from imagemill.progress import Pace
 from imagemill.records import Settings
 
@@ -26,7 +27,7 @@ if WORKER:
     def slowed(module):
         fetch = module.FolderSource.fetch
         module.FolderSource.fetch = lambda *arguments: (time.sleep(0.05), fetch(*arguments))[1]
-    after_import("imagemill.sources.folder", slowed)
+    after_import("imagemill.pipeline.sources.folder", slowed)
 """
 SLOW_DISK = """
 if WORKER:

@@ -27,9 +27,8 @@ from PIL import Image, ImageFile, ImageOps
 import encoded
 import mutations
 import pictures
-from imagemill.images import decode as module
-from imagemill.images import pillow, png, preprocess, tiff
-from imagemill.images.decode import decode, decode_into
+from imagemill.pipeline.decoding import pillow, png, preprocess, tiff
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode, decode_into
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 
 RECIPE, LIMITS = Recipe(), Limits()
@@ -287,7 +286,7 @@ _DECODE_BOMBS = """
 import resource, sys
 from pathlib import Path
 import encoded
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe
 
 def peak_mebibytes():
@@ -680,7 +679,7 @@ def test_pixel_budget(name: str) -> None:
 
 def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture that there is no memory for is `too_large`."""
-    monkeypatch.setenv(module.FAULTS_VARIABLE, "1")
+    monkeypatch.setenv(FAULTS_VARIABLE, "1")
     decoded = decode(pictures.jpeg() + b"imagemill-test-oom", RECIPE, LIMITS)
     assert (decoded.status, decoded.error) == (Status.TOO_LARGE, "not enough memory to decode it")
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import helpers
 from helpers import fill
-from imagemill import devices
 from imagemill.errors import DeviceError, UsageError
-from imagemill.sessions.base import Found
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends.base import Found
 from imagemill.system import cpu
 
 
@@ -115,7 +115,7 @@ def ask(program: str, env: dict[str, str]) -> str:
     return subprocess.run([sys.executable, "-c", program], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-NVIDIA = "from imagemill.sessions.onnxruntime import nvidia; found = nvidia(); print(found.devices, found.missing)"
+NVIDIA = "from imagemill.pipeline.backends.onnxruntime import nvidia; found = nvidia(); print(found.devices, found.missing)"
 
 
 def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:

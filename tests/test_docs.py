@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import cli, freezing, records, sink
+from imagemill import cli, freezing, records
+from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
 from tiny import TINY_CARD
 
@@ -89,14 +90,14 @@ def test_every_line_that_can_be_typed_parses(text: str) -> None:
 def test_the_table_of_columns_is_the_schema(text: str) -> None:
     """Names in order, types, and which may be null."""
     told = [(name, kind) for names, kind in columns(text) for name in names]
-    schema = [(field.name, str(field.type)) for field in sink._COLUMNS]
+    schema = [(field.name, str(field.type)) for field in columns_module._COLUMNS]
     assert [name for name, _ in told] == [name for name, _ in schema] + ["logits", "embedding"]
     assert dict(told)["index"].startswith(dict(schema)["index"])
     kinds = {names[0]: kind for names, kind in columns(text)}
     assert kinds["class_id"].startswith("int32, string, float32")
     assert kinds["source"].startswith("string")
     assert kinds["top_k"].startswith("list of struct(class_id, label, probability)")
-    assert [field.name for field in sink._TOP_K] == ["class_id", "label", "probability"]
+    assert [field.name for field in columns_module._TOP_K] == ["class_id", "label", "probability"]
     assert kinds["width"].startswith("int32")
     assert kinds["logits"].startswith("fixed-size list of float32")
 

@@ -16,11 +16,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import devices, freezing, running
+from imagemill import freezing, running
 from imagemill.engines.nodes import Node, places
-from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Bundle, Settings
 from ray_nodes import Nodes, cluster, kill, parent
 from s3 import Bucket

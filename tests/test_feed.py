@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import pictures
-from imagemill import noteboard
-from imagemill.images import feed as module
-from imagemill.images.feed import Feed
+from imagemill.pipeline import feed as feed_module
+from imagemill.pipeline import heartbeat
+from imagemill.pipeline.feed import Feed
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Recipe, Shard, Status
-from imagemill.stopwatch import Stopwatch
 
 SIDE = 4
 SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
@@ -56,8 +56,10 @@ def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
 
 @pytest.fixture(autouse=True)
 def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "decode_into", decoding)
-    monkeypatch.setattr(module, "decode", lambda data, recipe, limits: decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8)))
+    monkeypatch.setattr(feed_module, "decode_into", decoding)
+    monkeypatch.setattr(
+        feed_module, "decode", lambda data, recipe, limits: decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8))
+    )
 
 
 def check(kinds: str, batch_size: int, workers: int) -> None:
@@ -94,7 +96,7 @@ def test_nobody_writes_to_a_place_that_is_settled(kinds: str, batch_size: int, a
     """Whoever is still being decoded may write at any time: to no settled place, whether of a batch that is filled or of one given away."""
     settled: list[NDArray[np.uint8]] = []
     window: deque[tuple[str, NDArray[np.uint8] | None]] = deque()
-    places, coming, rows = module._Places(batch_size, SIDE), iter(kinds), 0
+    places, coming, rows = feed_module._Places(batch_size, SIDE), iter(kinds), 0
     while True:
         for kind in itertools.islice(coming, ahead - len(window)):
             window.append((kind, places.take(len(window))))
@@ -124,7 +126,7 @@ def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
         outs[int(data[1:])] = out
         return decoding(data, recipe, limits, out)
 
-    monkeypatch.setattr(module, "decode_into", noting)
+    monkeypatch.setattr(feed_module, "decode_into", noting)
     straight = []
     with Feed(CARD, Limits(), 4, 2, None, Stopwatch()) as feed:
         for batch in feed.batches(picture(number, kind) for number, kind in enumerate(kinds)):
@@ -150,7 +152,7 @@ def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.Mon
 def test_real_pictures_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     data = pictures.jpeg()
-    alone = module.decode(data, Recipe(32), Limits())
+    alone = feed_module.decode(data, Recipe(32), Limits())
     card = Card("x", "x", (), Recipe(32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
     with Feed(card, Limits(), 4, 2, None, Stopwatch()) as feed:
         (batch,) = feed.batches([Picture(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)])
@@ -185,8 +187,8 @@ def test_reading_ahead_is_bounded() -> None:
 
 def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
     """A slow session is not taken for one that hangs: whoever watches the worker sees a batch more each time, images or failures."""
-    with noteboard.shared_file() as file:
-        board = noteboard.Noteboard(file.fileno())
+    with heartbeat.shared_file() as file:
+        board = heartbeat.Noteboard(file.fileno())
         with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
             kinds = "oooo" + "m" * 64
             signs = [board.pulse for _ in feed.batches(picture(number, kind) for number, kind in enumerate(kinds))]
@@ -195,7 +197,7 @@ def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
 
 def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so here its decoding is not timed."""
-    seen: dict[str, list[noteboard.Note]] = {}
+    seen: dict[str, list[heartbeat.Note]] = {}
 
     class Alone:
         def decode(self, data: bytes, recipe: Recipe, limits: Limits, why: str) -> Decoded:
@@ -209,9 +211,9 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch
         seen[f"read {number}"] = board.notes()
         return b"o%d" % number
 
-    monkeypatch.setattr(module, "IsolatedDecoder", Alone)
-    with noteboard.shared_file() as file:
-        board = noteboard.Noteboard(file.fileno())
+    monkeypatch.setattr(feed_module, "IsolatedDecoder", Alone)
+    with heartbeat.shared_file() as file:
+        board = heartbeat.Noteboard(file.fileno())
         board.clear()
         suspects = {7: None, 8: "crash", 9: "hung_read"}
         images = [Picture(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why) for n, why in suspects.items()]  # type: ignore[misc]
@@ -259,7 +261,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkey
 def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading by the clock on the wall, decoding by the time of its thread: which of them bounds the job is judged by these sums."""
     clock = SimpleNamespace(wall=0.0, thread=0.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread))
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread))
 
     def reads(number: int) -> Picture:
         def fetch() -> bytes:
@@ -274,7 +276,7 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
         clock.thread += 5.0
         return Decoded(out, Status.OK, None, SIDE, SIDE)
 
-    monkeypatch.setattr(module, "decode_into", decodes)
+    monkeypatch.setattr(feed_module, "decode_into", decodes)
     stopwatch = Stopwatch()
     with Feed(CARD, Limits(), 4, 1, None, stopwatch) as feed:
         list(feed.batches(map(reads, range(2))))

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import pictures
-from imagemill.images import preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
 
 RECIPE, LIMITS = Recipe(size=32, resize=None), Limits()

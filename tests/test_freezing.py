@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from imagemill import devices, freezing, running
+from imagemill import freezing, running
 from imagemill.errors import OutputError
-from imagemill.images import DECODER
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.sources import Filters
 from imagemill.quantizing import Prepared
 from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
-from imagemill.sources import Filters
 from imagemill.watching import Watcher
 from tiny import LABELS, TINY_CARD
 

@@ -11,13 +11,11 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from imagemill import groups
 from imagemill.models import quantize
 from imagemill.models.architectures import resnext
+from imagemill.pipeline.backends import open_session, openvino, openvino_rewrites
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
-from imagemill.sessions import open_session
-from imagemill.sessions import openvino as session
-from imagemill.stopwatch import Stopwatch
 from imagemill.system import cpu
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
@@ -39,7 +37,7 @@ def shapes(model: Any) -> list[tuple[int, ...]]:
 
 
 def logits(model: Any) -> NDArray[np.float32]:
-    compiled = session.load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
 
 
@@ -47,7 +45,7 @@ def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPa
     """Groups of 4 and 8 channels become groups of 16 when a model is quantised."""
     wide = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3)
     with monkeypatch.context() as patched:
-        patched.setattr(groups, "merge", lambda *_: 0)
+        patched.setattr(openvino_rewrites, "merge", lambda *_: 0)
         narrow = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3)
     assert shapes(narrow) == NARROW
     assert shapes(wide) == [(8, 16, 16), (16, 16, 16), (32, 16, 16), (32, 32, 32)]
@@ -55,20 +53,20 @@ def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_fp32_answers_stay_what_they_are(network: Path) -> None:
-    ov = session.load_openvino()
+    ov = openvino.load_openvino()
     model = ov.Core().read_model(network)
     before = logits(model)
-    assert groups.merge(ov, model, 32, "f32") == 0, "weights behind arithmetic are left alone"
-    session._fold_constants(model)
-    assert groups.merge(ov, model, 32, "f32") == 3
+    assert openvino_rewrites.merge(ov, model, 32, "f32") == 0, "weights behind arithmetic are left alone"
+    openvino._fold_constants(model)
+    assert openvino_rewrites.merge(ov, model, 32, "f32") == 3
     assert shapes(model) == [(4, 32, 32), (8, 32, 32), (16, 32, 32), (32, 32, 32)]
-    assert groups.merge(ov, model, 32, "f32") == 0
+    assert openvino_rewrites.merge(ov, model, 32, "f32") == 0
     np.testing.assert_allclose(logits(model), before, rtol=1e-4, atol=1e-4 * float(np.abs(before).max()))
 
 
 def test_depthwise_and_odd_groups_are_left_alone() -> None:
     """A group of one channel has kernels of its own; 3 groups cannot be halved."""
-    ov = session.load_openvino()
+    ov = openvino.load_openvino()
     ops = ov.opset13
     entry = ops.parameter([1, 12, 8, 8], np.float32)
     one = ops.constant(np.ones((12, 1, 1, 3, 3), np.float32))
@@ -77,13 +75,13 @@ def test_depthwise_and_odd_groups_are_left_alone() -> None:
     for weights in (one, three):
         at = ops.group_convolution(at, weights, [1, 1], [1, 1], [1, 1], [1, 1])
     model = ov.Model([at], [entry])
-    assert groups.merge(ov, model, 8, "f32") == 0
+    assert openvino_rewrites.merge(ov, model, 8, "f32") == 0
     assert shapes(model) == [(12, 1, 1), (3, 4, 4)]
 
 
 def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None:
     """They are few, narrow and sensitive; merged they would only take more multiplications."""
-    ov = session.load_openvino()
+    ov = openvino.load_openvino()
     model = ov.convert_model(str(network), input=[1, 224, 224, 3])
     first = next(node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == "GroupConvolution")
     mixed = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3, ignored=[first])
@@ -100,7 +98,7 @@ def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None
     ],
 )
 def test_groups_are_merged_where_that_gains(precision: Precision, flags: set[str], channels: int) -> None:
-    assert groups.wanted(precision, flags) == channels
+    assert openvino_rewrites.wanted(precision, flags) == channels
 
 
 @pytest.mark.parametrize("flags", [set(), {"amx_bf16"}], ids=["as it is", "merged"])
@@ -111,7 +109,7 @@ def test_bf16_answers_are_alike_in_any_batch(network: Path, flags: set[str], mon
     """
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     merged: list[int] = []
-    monkeypatch.setattr(groups, "merge", noting(groups.merge, merged))
+    monkeypatch.setattr(openvino_rewrites, "merge", noting(openvino_rewrites.merge, merged))
     labels = tuple(map(str, range(1000)))
     card = Card("narrow", "resnext", labels, Recipe(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
 

@@ -14,9 +14,9 @@ import pytest
 
 import pictures
 from imagemill.errors import WorkerError
-from imagemill.images import isolated
-from imagemill.images.decode import FAULTS_VARIABLE, decode
-from imagemill.images.isolated import IsolatedDecoder
+from imagemill.pipeline.decoding import isolated
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
+from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Interpolation, Limits, Recipe, Status
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def test_the_child_dies_with_its_parent(busy: bool) -> None:
 import sys, threading, time
 sys.path[:0] = {sys.path!r}
 import pictures
-from imagemill.images.isolated import IsolatedDecoder
+from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Limits, Recipe
 decoder = IsolatedDecoder()
 decoder.decode(pictures.jpeg(), Recipe(), Limits(), "crash")
@@ -154,7 +154,7 @@ def test_a_child_that_cannot_start_is_an_error(decoder: IsolatedDecoder, monkeyp
 
 def test_the_child_loads_no_heavy_library() -> None:
     """Its start is short: NumPy, Pillow, simplejpeg and ours, no more."""
-    program = f"import sys; sys.path[:0] = {sys.path!r}; import imagemill.images.isolated; print(*sorted(sys.modules))"
+    program = f"import sys; sys.path[:0] = {sys.path!r}; import imagemill.pipeline.decoding.isolated; print(*sorted(sys.modules))"
     loaded = set(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.split())
     assert {"numpy", "PIL", "simplejpeg"} <= loaded
     assert not loaded & {"openvino", "onnx", "onnxruntime", "pyarrow", "ray", "socket", "cv2", "rich"}

@@ -19,10 +19,11 @@ from PIL import Image
 import archive_files
 import helpers
 import pictures
-from imagemill import running, sources
+from imagemill import running
 from imagemill.errors import SourceError, UsageError
+from imagemill.pipeline import sources
+from imagemill.pipeline.sources import Filters, Skipped, check_kinds, open_all, resolve
 from imagemill.records import Entry, Settings
-from imagemill.sources import Filters, Skipped, check_kinds, open_all, resolve
 from s3 import Bucket
 
 Jobs = Callable[..., Settings]

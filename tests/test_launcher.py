@@ -18,8 +18,8 @@ import helpers
 import pictures
 from imagemill import freezing, launcher, running, supervisor
 from imagemill.errors import WorkerError
-from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Settings
 
 Start = Callable[..., Any]

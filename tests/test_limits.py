@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 STUCK_AT_START = """
 if WORKER:
-    after_import("imagemill.sessions", lambda module: time.sleep(3600))
+    after_import("imagemill.pipeline.backends", lambda module: time.sleep(3600))
 """
 STUCK_AT_WORK = """
 if WORKER:
@@ -34,7 +34,7 @@ if WORKER:
                 time.sleep(3600)
             return stream(self, batches)
         module.NullSession.stream = streamed
-    after_import("imagemill.sessions.null", stuck)
+    after_import("imagemill.pipeline.backends.null", stuck)
 """
 
 Jobs = Callable[..., Settings]

@@ -17,11 +17,12 @@ import pytest
 import helpers
 import pictures
 from archive_files import pack, tar
-from imagemill import freezing, run, running, sources
+from imagemill import freezing, run, running
 from imagemill.engines import station
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline import sources
 from imagemill.records import Access, Settings
 from s3 import Bucket
 from test_run import Listener

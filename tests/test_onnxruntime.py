@@ -18,11 +18,11 @@ import pytest
 
 import helpers
 from batches import batches, make_job
-from imagemill import devices, errors
+from imagemill import errors
+from imagemill.pipeline.backends import BACKENDS, devices, open_session
+from imagemill.pipeline.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
-from imagemill.sessions import BACKENDS, open_session
-from imagemill.sessions.onnxruntime import PROVIDERS, OnnxRuntimeSession
-from imagemill.stopwatch import Stopwatch
 from tiny import CLASSES, SIZE
 
 
@@ -42,7 +42,7 @@ def test_every_provider_is_one_that_onnx_runtime_knows() -> None:
 def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime itself only warns and goes on with the CPU; a wheel that has CUDA on a machine without its libraries does so."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr("imagemill.sessions.onnxruntime._unloadable", lambda *_: None)
+    monkeypatch.setattr("imagemill.pipeline.backends.onnxruntime._unloadable", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in a worker
         with pytest.raises(

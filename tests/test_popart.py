@@ -24,13 +24,15 @@ from onnx import TensorProto, helper, numpy_helper
 
 import helpers
 import popart_standin
-from imagemill import devices, errors
+from imagemill import errors
 from imagemill.models import bundle
 from imagemill.models.custom import wrap
+from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.backends.popart import ipu_graph
+from imagemill.pipeline.backends.popart import program as popart_program
+from imagemill.pipeline.backends.popart import session as popart_session
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Precision, Saved
-from imagemill.sessions import open_session, popart, popart_program
-from imagemill.stopwatch import Stopwatch
 from tiny import CLASSES, SIZE, TINY_CARD, tiny_model
 
 PROGRAM = Path(popart_program.__file__)
@@ -88,14 +90,14 @@ class Steps:
     """The recorded way, each step to be taken, left out or taken otherwise."""
 
     def __init__(self, popart: Any, tiny: Bundle) -> None:
-        self.popart = popart
+        self.popart = popart_session
         model = ipu_graph.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"]).model
-        self.builder = popart.Builder(model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1})
-        self.graph = popart.GraphTransformer(self.builder.getModelProto())
+        self.builder = popart_session.Builder(model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1})
+        self.graph = popart_session.GraphTransformer(self.builder.getModelProto())
         self.graph.convertFloatsToHalfs()
-        self.device = popart.DeviceManager().acquireAvailableDevice(1)
-        self.flow = popart.DataFlow(1, {"logits": popart.AnchorReturnType("All")})
-        self.options = popart.SessionOptions()
+        self.device = popart_session.DeviceManager().acquireAvailableDevice(1)
+        self.flow = popart_session.DataFlow(1, {"logits": popart_session.AnchorReturnType("All")})
+        self.options = popart_session.SessionOptions()
         self.x = np.zeros((3, 3, SIZE, SIZE), np.float16)
 
     def session(self) -> Any:
@@ -367,7 +369,7 @@ def test_weights_in_a_file_of_their_own_are_too_large(tmp_path: Path) -> None:
 def test_each_session_has_an_ipu_of_its_own(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process, one IPU; where none is free any more, that is said, and what to do."""
     monkeypatch.setenv("POPART_STANDIN_IPUS", "2")
-    monkeypatch.setattr(popart, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(popart_session, "PATIENCE_S", 0.0)
     sessions = [opened(tiny), opened(tiny)]
     assert [call["ipu"] for call in popart_standin.calls(folder) if "attached" in call] == [0, 1]
     with pytest.raises(errors.DeviceError, match=r"ipu#0: no IPU is free\. Ask for fewer with --devices ipu:N; gc-monitor shows which"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from imagemill.errors import BadLogitsError, ClassCountError
-from imagemill.postprocess import check_model, to_probabilities, top_k
+from imagemill.pipeline.top_k import check_model, to_probabilities, top_k
 from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Scores, Shard, Status, TopK
 from tiny import CLASSES, TINY_CARD
 

@@ -21,11 +21,11 @@ import helpers
 import pictures
 from faults.harness import children
 from imagemill import freezing, preflight, running, watching
-from imagemill.images.decode import FAULTS_VARIABLE
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
 from imagemill.models import bundle
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.preflight import Looked, Lookout, Sample
 from imagemill.records import Clock, DeviceSpec, Settings, Status, Summary
 from imagemill.system import serialization

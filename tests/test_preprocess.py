@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pictures
-from imagemill.images import preprocess
+from imagemill.pipeline.decoding import preprocess
 from imagemill.records import Interpolation, Recipe
 
 RECIPES = st.builds(

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from imagemill import freezing, records, running
-from imagemill.images.feed import Feed
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.feed import Feed
+from imagemill.pipeline.run_shards import run_shards
+from imagemill.pipeline.sink import Sink
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
-from imagemill.sessions import open_session
-from imagemill.shards import run_shards
-from imagemill.sink import Sink
-from imagemill.stopwatch import Stopwatch
 from tiny import Finished
 
 COUNT = 24

@@ -21,14 +21,14 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import groups, quantizing, trial, trial_process
+from imagemill import quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
 from imagemill.models.architectures import resnext
+from imagemill.pipeline.backends import open_session, openvino_rewrites
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, Card, DeviceSpec, Entry, Job, Limits, Precision, Recipe
-from imagemill.sessions import open_session
-from imagemill.stopwatch import Stopwatch
 from imagemill.system import cpu, serialization
 
 SIZE = 32
@@ -130,7 +130,7 @@ def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **cha
         "accepted": verdict.accepted,
         "versions": quantize.versions(),
         "instruction_set": trial.instruction_set(),
-        "group_channels": 0 if "file" in changes else groups.wanted(Precision.BF16, cpu.flags()),
+        "group_channels": 0 if "file" in changes else openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
         "recipe": serialization.to_plain(bundle.card.recipe),
         "speedup": 3.0,
     } | changes
@@ -579,7 +579,7 @@ def test_a_picture_that_kills_its_decoder_does_not_kill_the_job(
     tmp_path: Path, jpegs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trial is started again with every picture decoded in a disposable process, and judges by the others."""
-    from imagemill.images.decode import FAULTS_VARIABLE
+    from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})

@@ -24,9 +24,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import helpers
 import pictures
 from imagemill import freezing, running
-from imagemill.images.decode import FAULTS_VARIABLE, decode
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
 from imagemill.timeline import BUCKETS, Timeline

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pictures
-from imagemill.images import pillow, preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import pillow, preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
 
 RECIPES = [Recipe(224, 256, Interpolation.BILINEAR), Recipe(224, 256, Interpolation.BICUBIC), Recipe(32, 33, Interpolation.BICUBIC)]

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 import popart_standin
 from batches import batches, make_job, rows
 from faults.harness import children
-from imagemill import errors, postprocess
+from imagemill import errors
 from imagemill.models import bundle
+from imagemill.pipeline import top_k
+from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.backends.base import Session
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
-from imagemill.sessions import open_session
-from imagemill.sessions.base import Session
-from imagemill.stopwatch import Stopwatch
 from tiny import CLASSES, SIZE
 
 
@@ -220,7 +221,7 @@ def test_a_nan_is_handed_on(opener: Opener, models_dir: Path) -> None:
     good, bad = batches(2)
     bad.pixels[1] = 255
     (first, outputs), (second, nan) = opener(spoilt).stream([good, bad])
-    rows = [postprocess.top_k(*answer, spoilt.card, 5, Precision.FP32)[0].rows for answer in ((first, outputs), (second, nan))]
+    rows = [top_k.top_k(*answer, spoilt.card, 5, Precision.FP32)[0].rows for answer in ((first, outputs), (second, nan))]
     statuses = [[row.status.value for row in some if row.status != "empty"] for some in rows]
     assert set(statuses[0]) == {"ok"}
     assert [status == "invalid_output" for status in statuses[1]] == [number == 1 for number in range(len(statuses[1]))]

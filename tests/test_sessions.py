@@ -14,11 +14,11 @@ import pytest
 from batches import batches, make_job
 from helpers import environment
 from imagemill import errors
+from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.backends.base import Session
+from imagemill.pipeline.backends.openvino import _compiled, _device_name, properties
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Bundle, DeviceSpec, Precision
-from imagemill.sessions import open_session
-from imagemill.sessions.base import Session
-from imagemill.sessions.openvino import _compiled, _device_name, properties
-from imagemill.stopwatch import Stopwatch
 
 
 def make(tiny: Bundle, *, backend: str = "openvino", cores: int = 1, **changes: Any) -> Session:
@@ -68,7 +68,7 @@ def test_openvino_compiles_for_the_device_it_was_given(tiny: Bundle, kind: str, 
 
 def test_openvino_is_imported_without_its_telemetry() -> None:
     """`import openvino` sends an event of its own; the module that does so is kept out."""
-    program = "import sys; from imagemill.sessions.openvino import load_openvino; load_openvino(); print(sys.modules['openvino_telemetry'])"
+    program = "import sys; from imagemill.pipeline.backends.openvino import load_openvino; load_openvino(); print(sys.modules['openvino_telemetry'])"
     found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=environment())
     assert found.stdout == "None\n"
 

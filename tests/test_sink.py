@@ -21,12 +21,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from imagemill import sink as sink_module
 from imagemill.errors import OutputError
 from imagemill.job.paths import JobPaths
-from imagemill.postprocess import top_k
+from imagemill.pipeline import sink as sink_module
+from imagemill.pipeline.sink import Part, Sink
+from imagemill.pipeline.top_k import top_k
 from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Saved, Shard, Status
-from imagemill.sink import Part, Sink
 from tiny import CLASSES, TINY_CARD
 
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from helpers import Result, fill, without_root_powers
 from imagemill.errors import SourceError, UsageError
+from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
+from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import BadPicture, Entry, Status
-from imagemill.sources import Filters, Skipped, files, folder, open_all, resolve
-from imagemill.sources.folder import FolderSource
 
 
 def entries(root: Path | bytes, skip: Path | None = None, **filters: Any) -> tuple[list[Entry], Skipped]:

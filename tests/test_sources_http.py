@@ -29,10 +29,10 @@ import helpers
 import pictures
 from imagemill import running
 from imagemill.errors import SourceError, UsageError
+from imagemill.pipeline.sources import Filters, Skipped, check, http, resolve
+from imagemill.pipeline.sources.list import ListSource
+from imagemill.pipeline.sources.locations import fetch
 from imagemill.records import BadPicture, Settings, Status
-from imagemill.sources import Filters, Skipped, check, http, resolve
-from imagemill.sources.list import ListSource
-from imagemill.sources.locations import fetch
 from imagemill.system import storage
 from imagemill.version import __version__
 
@@ -440,7 +440,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     hook = """
     def hasty(module):
         module.PATIENCE = module.Patience(tries=2, seconds=1, pause_s=0.01)
-    after_import("imagemill.sources.http", hasty)
+    after_import("imagemill.pipeline.sources.http", hasty)
     """
     env: Mapping[str, str] = harness.hooks(tmp_path / "hooks", hook, IMAGEMILL_MODELS=str(models_dir))
     tiny = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits", "--no-report")

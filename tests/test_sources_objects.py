@@ -18,11 +18,11 @@ import pictures
 import s3 as faults
 from imagemill import running
 from imagemill.errors import OutputError, SourceError
+from imagemill.pipeline.sources import Filters, Skipped, check, resolve
+from imagemill.pipeline.sources.folder import FolderSource
+from imagemill.pipeline.sources.locations import fetch
+from imagemill.pipeline.sources.objects import ObjectSource
 from imagemill.records import BadPicture, Settings, Status
-from imagemill.sources import Filters, Skipped, check, resolve
-from imagemill.sources.folder import FolderSource
-from imagemill.sources.locations import fetch
-from imagemill.sources.objects import ObjectSource
 from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 

@@ -18,8 +18,8 @@ import helpers
 import pictures
 from imagemill import running
 from imagemill.errors import SourceError
+from imagemill.pipeline.sources import Filters, Skipped, open_all, parquet, resolve
 from imagemill.records import BadPicture, Entry, Settings, Status
-from imagemill.sources import Filters, Skipped, open_all, parquet, resolve
 from s3 import Bucket, FaultProxy
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

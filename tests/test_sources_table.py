@@ -17,8 +17,8 @@ import helpers
 import pictures
 from imagemill import running
 from imagemill.errors import SourceError
+from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
 from imagemill.records import BadPicture, Entry, Settings, Status
-from imagemill.sources import Filters, Skipped, open_all, resolve
 
 Jobs = Callable[..., Settings]
 CLI = Callable[..., helpers.Result]

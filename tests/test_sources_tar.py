@@ -23,9 +23,9 @@ import pictures
 from archive_files import END, KINDS, fetched, listed, pack, read, tar, tar_member
 from imagemill import running
 from imagemill.errors import SourceError
+from imagemill.pipeline.sources import Filters, Source, open_all
+from imagemill.pipeline.sources import tar as tar_module
 from imagemill.records import Settings
-from imagemill.sources import Filters, Source, open_all
-from imagemill.sources import tar as tar_module
 from s3 import Bucket
 from test_run import Listener, problems
 

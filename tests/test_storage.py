@@ -23,7 +23,7 @@ import archive_files
 import helpers
 import s3 as faults
 from imagemill.errors import SourceError, UsageError
-from imagemill.sources import Filters, Skipped, open_all, resolve
+from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
 from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 

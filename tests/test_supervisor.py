@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from batches import make_job
-from imagemill import noteboard, supervisor, wire
-from imagemill.noteboard import Noteboard
+from imagemill import supervisor, wire
+from imagemill.pipeline import heartbeat
+from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Bundle, Clock, DeviceSpec, Lease, Limits, Receipt, Shard
 from imagemill.supervisor import STALLED_S, Supervisor
 
@@ -48,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Simulated time; `clock.now` is in seconds."""
     found = SimpleNamespace(now=1_000.0)
     simulated = SimpleNamespace(monotonic=lambda: found.now, monotonic_ns=lambda: int(found.now * 1e9))
-    for module in (supervisor, noteboard):
+    for module in (supervisor, heartbeat):
         monkeypatch.setattr(module, "time", simulated)
     return found
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import pictures
 import tiff_files
-from imagemill.images import preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
 
 RECIPE, LIMITS = Recipe(size=33, resize=None), Limits()

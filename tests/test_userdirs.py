@@ -12,7 +12,7 @@ import pytest
 import helpers
 from imagemill.errors import UsageError
 from imagemill.models import bundle
-from imagemill.sources import http
+from imagemill.pipeline.sources import http
 from imagemill.system import userdirs
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))

@@ -23,13 +23,13 @@ from PIL import Image
 import helpers
 import pictures
 from imagemill import api, cli, freezing, quantizing, running
-from imagemill.devices import resolve
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle, quantize, registry
 from imagemill.models.custom import onnx_card, wrap
 from imagemill.models.custom.graph import assemble, examine
-from imagemill.postprocess import to_probabilities
+from imagemill.pipeline.backends.devices import resolve
+from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 
 FIXTURES = Path(__file__).parent / "fixtures"

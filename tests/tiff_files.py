@@ -18,8 +18,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from imagemill.images import preprocess
-from imagemill.images.decode import decode
+from imagemill.pipeline.decoding import preprocess
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
 
 if TYPE_CHECKING:

@@ -21,25 +21,25 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import batching, devices, freezing, quantizing, running, watching
+from imagemill import batching, freezing, quantizing, running, watching
 from imagemill.errors import UsageError
-from imagemill.images import pillow, preprocess
-from imagemill.images.feed import Feed
-from imagemill.images.jpeg import ORIENTATION
-from imagemill.images.refusals import Refusal, check_budget, judge, one_line
 from imagemill.models import bundle as bundles
-from imagemill.postprocess import check_model, top_k
+from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.decoding import pillow, preprocess
+from imagemill.pipeline.decoding.jpeg import ORIENTATION
+from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.feed import Feed
+from imagemill.pipeline.sources.files import read_file
+from imagemill.pipeline.stopwatch import Stopwatch
+from imagemill.pipeline.top_k import check_model, top_k
 from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Recipe, Saved, Settings, Shard, Status, Summary
-from imagemill.sessions import open_session
-from imagemill.sources.files import read_file
-from imagemill.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from typing import Protocol
 
     from numpy.typing import NDArray
 
-    from imagemill.sessions.base import Session
+    from imagemill.pipeline.backends.base import Session
 
     class BinaryFile(Protocol):
         """Any object whose `read` returns bytes."""

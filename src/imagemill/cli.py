@@ -502,7 +502,7 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _devices(parsed: argparse.Namespace) -> int:
-    from imagemill import devices
+    from imagemill.pipeline.backends import devices
 
     offers = devices.offers()
     if parsed.json:
@@ -572,8 +572,9 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from imagemill import devices, quantizing
+    from imagemill import quantizing
     from imagemill.models import bundle, registry
+    from imagemill.pipeline.backends import devices
     from imagemill.progress import DownloadProgress
     from imagemill.system import serialization
 

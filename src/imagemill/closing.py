@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from imagemill import devices, stopwatch
 from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
 from imagemill.job import ledger, store
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Outcome
+from imagemill.pipeline import stopwatch
+from imagemill.pipeline.backends import devices
 from imagemill.records import (
     Clock,
     DeviceSpec,

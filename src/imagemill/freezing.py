@@ -11,13 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import batching, records, sources
+from imagemill import batching, records
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
-from imagemill.images import DECODER
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.listing import access_of, check_moved, filters_of, listing, no_images
 from imagemill.models import bundle, registry
+from imagemill.pipeline import sources
+from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import (
     Bundle,
     Card,
@@ -31,7 +33,6 @@ from imagemill.records import (
     Shard,
     Status,
 )
-from imagemill.sources import Filters, Skipped
 from imagemill.system import files, serialization
 from imagemill.version import __version__
 from imagemill.watching import Watcher

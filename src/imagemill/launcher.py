@@ -29,8 +29,8 @@ from imagemill import errors, wire
 from imagemill.crew import Crew, Died, Heard, Joined, Lost
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
 from imagemill.leases import Leases
+from imagemill.pipeline.stopwatch import total
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard, Throughput
-from imagemill.stopwatch import total
 from imagemill.timeline import Timeline
 
 _log = logging.getLogger(__name__)

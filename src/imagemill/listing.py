@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import records, sources
+from imagemill import records
 from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline import sources
+from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import AS_GIVEN, Access, Settings, is_below
-from imagemill.sources import Filters, Skipped
 from imagemill.system import storage
 
 if TYPE_CHECKING:

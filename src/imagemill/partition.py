@@ -22,8 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from imagemill.errors import OutputError, SourceError, UsageError
-from imagemill.sources.base import Filters, Skipped, shown
-from imagemill.sources.folder import FolderSource
+from imagemill.pipeline.sources.base import Skipped, shown
+from imagemill.pipeline.sources.folder import FolderSource
+from imagemill.records import Filters
 from imagemill.system import files
 
 MARKER = ".imagemill-partition.json"

@@ -35,14 +35,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
-from imagemill import sources
-from imagemill.devices import cores_here
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Progress
+from imagemill.pipeline import sources
+from imagemill.pipeline.backends.devices import cores_here
+from imagemill.pipeline.stopwatch import SHORT_S
 from imagemill.progress import Pace, duration, statuses
 from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Receipt, Saved, Shard, Status
-from imagemill.stopwatch import SHORT_S
 from imagemill.system import processes, storage
 
 _log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ def spread(pictures: int, wanted: int) -> list[int]:
 
 def look(sample: Sample) -> Iterator[Looked]:
     """Read and decode the sample, until the budget is spent."""
-    from imagemill.images.decode import decode  # heavy, and not for the launcher
+    from imagemill.pipeline.decoding.decode import decode  # heavy, and not for the launcher
 
     job = sample.job
     folder = JobPaths.of(job.output).plan

@@ -18,8 +18,8 @@ from itertools import pairwise
 from typing import Any, Protocol, TextIO
 
 from imagemill.launcher import Progress
+from imagemill.pipeline.stopwatch import bound_by
 from imagemill.records import Clock
-from imagemill.stopwatch import bound_by
 
 _PLAIN_EVERY_S = 10.0
 _PLAIN_AT_MOST_EVERY_S = 600.0

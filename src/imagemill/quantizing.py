@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import devices, groups, sources, trial, trial_process
+from imagemill import trial, trial_process
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
+from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices, openvino_rewrites
+from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Entry, Limits, Precision
-from imagemill.sources import Filters, Skipped
 from imagemill.system import cpu, serialization
 from imagemill.trial import Record, Say, Trial
 
@@ -214,7 +216,7 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):
         return None
-    if record.get("group_channels", 0) != groups.wanted(precision, cpu.flags() if flags is None else flags):
+    if record.get("group_channels", 0) != openvino_rewrites.wanted(precision, cpu.flags() if flags is None else flags):
         return None
     if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
         return None

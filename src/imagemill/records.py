@@ -522,3 +522,12 @@ class Entry:
     """Which sub-folder it lies in, counted from 0 in listing order."""
     locator: bytes = b""
     """Where in its source its bytes lie, in the source's own words, so that nothing has to be searched for it; empty: its path says it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which entries of a source are planned."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    all_files: bool = False

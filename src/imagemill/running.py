@@ -12,19 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, devices, engines, freezing, listing, preflight, records, report, sources, watching
+from imagemill import closing, engines, freezing, listing, preflight, records, report, watching
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job import ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.models import bundle
+from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
     Receipt,
     Settings,
     Summary,
 )
-from imagemill.sources import Skipped
 from imagemill.system import files, serialization
 
 _NAMED_NEW = 10

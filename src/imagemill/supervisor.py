@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 
-from imagemill import noteboard, wire
+from imagemill import wire
 from imagemill.crew import Died, Told
 from imagemill.errors import WorkerError
 from imagemill.job.paths import JobPaths
-from imagemill.noteboard import Noteboard
+from imagemill.pipeline import heartbeat
+from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system import files, processes
 
@@ -63,7 +64,7 @@ class Supervisor:
         self._hangs: str | None = None
         self._alive_at = time.monotonic()
         self.connection, theirs = Pipe()
-        self._notes = noteboard.shared_file()
+        self._notes = heartbeat.shared_file()
         self._board = Noteboard(self._notes.fileno())
         self._board.clear()
         fds = (theirs.fileno(), self._notes.fileno())

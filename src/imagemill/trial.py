@@ -19,14 +19,15 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import groups, postprocess, sources
 from imagemill.errors import ModelError
-from imagemill.images import DECODER
-from imagemill.images.feed import Feed
 from imagemill.models import bundle as bundles
 from imagemill.models import gate, quantize
+from imagemill.pipeline import sources, top_k
+from imagemill.pipeline.backends import openvino_rewrites
+from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.feed import Feed
+from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, Picture, Precision, Shard
-from imagemill.stopwatch import Stopwatch
 from imagemill.system import cpu, serialization
 
 Say = Callable[[str], None]
@@ -243,7 +244,7 @@ class _Run:
         record = quantize.variants(self._now).get(precision.value)
         if record is None or any(record.get(name) != value for name, value in self._common.items()):
             return None
-        if record.get("group_channels", 0) != groups.wanted(precision, cpu.flags()):
+        if record.get("group_channels", 0) != openvino_rewrites.wanted(precision, cpu.flags()):
             return None
         if precision is Precision.INT8:
             calibration = record.get("calibration")
@@ -330,7 +331,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
-        from imagemill.sessions import open_session
+        from imagemill.pipeline.backends import open_session
 
         trial = self._trial
         job = Job(
@@ -352,7 +353,7 @@ class _Run:
         session = open_session(job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch())
         try:
             if precision is Precision.FP32:
-                postprocess.check_model(session.stream, job)
+                top_k.check_model(session.stream, job)
             yield session
         finally:
             session.close()
@@ -382,7 +383,7 @@ class _Run:
     def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         verdict, rate = judge(self._onnx)
         verdict_and_rate = {"verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
-        return {**self._common, "group_channels": groups.wanted(Precision.BF16, cpu.flags()), **verdict_and_rate}
+        return {**self._common, "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()), **verdict_and_rate}
 
     def _int8(self, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         """Quantise until the gate accepts or the attempts are used up; keep the best."""

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 from imagemill import errors, wire
 from imagemill.errors import DeviceLostError, ImagemillError
-from imagemill.noteboard import Noteboard
+from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Lease
 from imagemill.system import processes
 
@@ -62,18 +62,18 @@ def _work(connection: Connection, board: Noteboard) -> int:
     if not begin.device.floating:
         processes.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
-    from imagemill import postprocess
-    from imagemill.images.feed import Feed
-    from imagemill.sessions import open_session
-    from imagemill.shards import run_shards
-    from imagemill.sink import Sink
-    from imagemill.stopwatch import Stopwatch
+    from imagemill.pipeline import top_k
+    from imagemill.pipeline.backends import open_session
+    from imagemill.pipeline.feed import Feed
+    from imagemill.pipeline.run_shards import run_shards
+    from imagemill.pipeline.sink import Sink
+    from imagemill.pipeline.stopwatch import Stopwatch
 
     job, device, clock = begin.job, begin.device, Stopwatch(board, on_cpu=begin.device.kind == "cpu")
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
     session = open_session(job, device, clock)
-    postprocess.check_model(session.stream, job)
+    top_k.check_model(session.stream, job)
     clock.add("compute", -clock.read().compute)  # random images are no part of the job's rates
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 
-import imagemill.images.feed
-import imagemill.images.isolated
-import imagemill.sessions.null
-import imagemill.shards
-import imagemill.sink  # noqa: F401 - here, so that no worker has to import them
+import imagemill.pipeline.backends.null
+import imagemill.pipeline.decoding.isolated
+import imagemill.pipeline.feed
+import imagemill.pipeline.run_shards
+import imagemill.pipeline.sink  # noqa: F401 - here, so that no worker has to import them
 from imagemill import running, supervisor, worker
 from imagemill.records import Settings, Summary
 

@@ -20,7 +20,7 @@ if WORKER:
             time.sleep(0.02)
             return decode(*arguments)
         module.decode = slowed
-    after_import("imagemill.images.decode", slow)
+    after_import("imagemill.pipeline.decoding.decode", slow)
 """
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import helpers
 import pictures
-from imagemill.images.decode import FAULTS_VARIABLE
+from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
 HANGING_READ = """
 if WORKER:
@@ -20,7 +20,7 @@ if WORKER:
                 time.sleep(3600)
             return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = hanging
-    after_import("imagemill.sources.folder", patch)
+    after_import("imagemill.pipeline.sources.folder", patch)
 if LAUNCHER:
     def hurry(module):
         module._SLACK_S = 0.0
@@ -108,7 +108,7 @@ def test_a_short_failure_of_storage_is_waited_out(null_run, tmp_path: Path) -> N
         def tell(module):
             import atexit
             atexit.register(lambda: open(os.environ["MARKER"], "w").write(str(len(failures))))
-        after_import("imagemill.sources.folder", tell)
+        after_import("imagemill.pipeline.sources.folder", tell)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "failures"))
     assert null_run(source, "--output", tmp_path / "out", env=env).code == 0

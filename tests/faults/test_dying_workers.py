@@ -17,7 +17,7 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(null_run, s
         def die(module):
             print("the driver is not loaded", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        after_import("imagemill.sessions.null", die)
+        after_import("imagemill.pipeline.backends.null", die)
     """
     result = null_run(small_jpegs, "--output", tmp_path / "out", env=harness.hooks(tmp_path / "hooks", hook))
     assert result.code == 1
@@ -43,7 +43,7 @@ def test_ten_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tm
                     os.kill(os.getpid(), signal.SIGKILL)
                 return write(self, batch, top)
             module.Sink.write = deadly
-        after_import("imagemill.sink", die)
+        after_import("imagemill.pipeline.sink", die)
     """
     result = null_run(small_jpegs, "--output", tmp_path / "out", "--batch-size", "8", env=harness.hooks(tmp_path / "hooks", hook))
     assert result.code == 1
@@ -68,7 +68,7 @@ def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(null_run, sm
                     raise MemoryError
                 return write(self, batch, top)
             module.Sink.write = exhausted
-        after_import("imagemill.sink", exhaust)
+        after_import("imagemill.pipeline.sink", exhaust)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "death"), DEATHS=str(deaths))
     result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", "--batch-size", "8", env=env)
@@ -106,7 +106,7 @@ def test_a_session_that_hangs_is_killed_and_started_again(null_run, small_jpegs:
                         time.sleep(3600)
                     yield found
             module.NullSession.stream = hanging
-        after_import("imagemill.sessions.null", hang)
+        after_import("imagemill.pipeline.backends.null", hang)
     if LAUNCHER:
         def impatient(module):
             module.STALLED_S = 1.5

@@ -20,7 +20,7 @@ if WORKER:
             time.sleep(float(os.environ["READ_SECONDS"]))
             return fetch(self, path, locator, max_bytes)
         module.FolderSource.fetch = slowed
-    after_import("imagemill.sources.folder", slow)
+    after_import("imagemill.pipeline.sources.folder", slow)
 """
 
 
@@ -65,7 +65,7 @@ def test_the_grace_and_a_second_signal_end_the_wait(null_start, null_run, small_
                     time.sleep(600)
                 return fetch(self, path, locator, max_bytes)
             module.FolderSource.fetch = stalled
-        after_import("imagemill.sources.folder", stall)
+        after_import("imagemill.pipeline.sources.folder", stall)
     """
     process = null_start(small_jpegs, "--output", output, "--grace", grace, env=harness.hooks(tmp_path / "hooks", hook, MARKER=str(marker)))
     helpers.until(lambda: marker.exists() and has_parts(output), process=process)

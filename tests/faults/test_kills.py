@@ -68,7 +68,7 @@ def test_the_picture_in_hand_at_a_kill_is_no_worse_off(null_start, null_run, sma
                     time.sleep(600)
                 return fetch(self, path, locator, max_bytes)
             module.FolderSource.fetch = slowed
-        after_import("imagemill.sources.folder", slow)
+        after_import("imagemill.pipeline.sources.folder", slow)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
     process = null_start(small_jpegs, "--output", tmp_path / "out", env=env)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import batching, devices, freezing, quantizing, watching
+from imagemill import batching, freezing, quantizing, watching
 from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
@@ -25,6 +25,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured
 from imagemill.models import bundle, quantize, registry
+from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
 from imagemill.system import cpu
 from imagemill.version import __version__

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from imagemill import devices
 from imagemill.crew import Crew
 from imagemill.engines.local import LocalCrew
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Engine, Job, Shard
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imagemill import devices
+from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec
 
 _GPUS = ("cuda", "rocm")

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imagemill import devices, errors, wire
+from imagemill import errors, wire
 from imagemill.crew import Heard, Joined, Lost, Told
 from imagemill.engines import station
 from imagemill.engines.nodes import Place, places
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
 from imagemill.job import store
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Lease, Shard
 
 if TYPE_CHECKING:

@@ -14,13 +14,15 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill import devices, sources, wire
+from imagemill import wire
 from imagemill.crew import Died, Told
 from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
-from imagemill.images import DECODER
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
+from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices
+from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadPicture, DeviceSpec, Job, Lease, Shard
 from imagemill.supervisor import Supervisor
 from imagemill.system import cpu

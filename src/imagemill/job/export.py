@@ -16,8 +16,8 @@ from imagemill import freezing
 from imagemill.errors import OutputError, UsageError
 from imagemill.freezing import Frozen
 from imagemill.job import ledger, store
+from imagemill.job.columns import COLUMNS
 from imagemill.job.paths import JobPaths
-from imagemill.sink import COLUMNS
 from imagemill.system import files
 
 _ROWS = 1_024

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from imagemill.errors import PartError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.sources import as_line
 from imagemill.records import Receipt, Shard, Status
-from imagemill.sources import as_line
 from imagemill.system import serialization
 
 _ANSWER_ID = b"imagemill.answer_id"

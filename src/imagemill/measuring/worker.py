@@ -24,8 +24,8 @@ from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
 
 if TYPE_CHECKING:
+    from imagemill.pipeline.backends.base import Session
     from imagemill.records import Batch
-    from imagemill.sessions.base import Session
 
 _log = logging.getLogger("imagemill.measuring.worker")
 _DISTINCT_BATCHES = 4
@@ -59,8 +59,8 @@ def _work(connection: Connection) -> None:
     assert isinstance(begin, Begin)
     processes.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
-    from imagemill.sessions import open_session
-    from imagemill.stopwatch import Stopwatch
+    from imagemill.pipeline.backends import open_session
+    from imagemill.pipeline.stopwatch import Stopwatch
 
     session = open_session(begin.job, begin.device, Stopwatch())
     batches = _synthetic(begin.job)
@@ -95,14 +95,14 @@ def _compute(session: Session, batches: Iterator[Batch]) -> Measured:
 
 
 def _decode(order: Decode, device: DeviceSpec) -> Measured:
-    from imagemill import sources
-    from imagemill.images.feed import Feed
-    from imagemill.stopwatch import Stopwatch
+    from imagemill.pipeline import read
+    from imagemill.pipeline.feed import Feed
+    from imagemill.pipeline.stopwatch import Stopwatch
 
     job, clock = order.job, Stopwatch()
     with Feed(job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock) as feed:
         begun = time.monotonic()
-        pictures = sum(len(batch.rows) for batch in feed.batches(sources.read(order.leases, job)))
+        pictures = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
         ended = time.monotonic()
     spent = clock.read()
     return Measured(pictures, begun, ended, spent.read, spent.decode)

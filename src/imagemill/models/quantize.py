@@ -26,9 +26,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill import groups
 from imagemill.errors import ModelError, OutputError
 from imagemill.models import bundle as bundles
+from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.records import Bundle
 from imagemill.system import files
 
@@ -134,7 +134,7 @@ def quantize(
                 preset=nncf.QuantizationPreset(preset),
                 ignored_scope=nncf.IgnoredScope(names=list(ignored)) if ignored else None,
             )
-        groups.merge(ov, quantised, _GROUP_CHANNELS, "i8")
+        openvino_rewrites.merge(ov, quantised, _GROUP_CHANNELS, "i8")
         quantised.reshape({name: [-1, *items[0].shape[1:]]})
     except Exception as error:  # NNCF raises whatever it meets
         raise ModelError(f"{model_file} cannot be quantised: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}") from error

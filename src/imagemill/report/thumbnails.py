@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from imagemill import sources
 from imagemill.errors import ImagemillError
-from imagemill.images.isolated import IsolatedDecoder
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline import sources
+from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import BadPicture, Job, Shard, Status
 
 if TYPE_CHECKING:

@@ -1,0 +1,207 @@
+"""OpenVINO on the CPU, and on Intel's GPUs and NPUs: several requests in flight, answers in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill.errors import ModelError
+from imagemill.pipeline.backends import openvino_rewrites
+from imagemill.pipeline.backends.base import Found, refuse_other_shapes
+from imagemill.pipeline.stopwatch import Stopwatch
+from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.system import cpu
+
+_log = logging.getLogger(__name__)
+
+
+def load_openvino() -> Any:
+    """Import OpenVINO with its telemetry off: importing it otherwise sends an event."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+_KEPT = 8
+"""Compiled models of one bundle that are kept however old they are."""
+_IN_USE_S = 2 * 86_400.0
+"""What was read or written so lately is not removed: a day, and another one, since file systems note once a day that a file was read."""
+_HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
+_LARGE = 64
+"""Pictures of a batch, beyond which its size may be why a model does not compile."""
+_DRIVERS = {
+    "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
+    "npu": "Install Intel's NPU driver (linux-npu-driver) and join the group that owns /dev/accel/accel0.",
+}
+
+
+def properties(precision: Precision, cores: int, streams: int | None = None, kind: str = "cpu") -> dict[str, Any]:
+    """How OpenVINO compiles for `cores` CPU cores, or for another kind of device, whose own hint says how many streams it takes.
+
+    One stream a core: on 2 cores two streams of one thread gave as much as one of two or more (docs/performance.md). fp32 is asked for by
+    name, since the plug-in's own choice on a processor with bfloat16 is bf16.
+    """
+    hints: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32")}
+    if kind == "cpu":
+        hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
+    return hints
+
+
+def _fold_constants(model: Any) -> None:
+    """Around the weights of grouped convolutions ONNX's front end leaves arithmetic."""
+    from openvino.passes import ConstantFolding, Manager
+
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(model)
+
+
+def _device_name(kind: str, number: int) -> str:
+    """A device as OpenVINO spells it. Of NPUs it knows only one."""
+    return f"{kind.upper()}.{number}" if kind == "gpu" else kind.upper()
+
+
+def _compiled(core: Any, model: Any, name: str, hints: dict[str, Any]) -> Any:
+    """Compile a model; without the cache where that was in the way: another worker may have put the same blob there at the same moment."""
+    try:
+        return core.compile_model(model, name, hints)
+    except RuntimeError as error:
+        if "filesystem error" not in str(error):
+            raise
+        _log.warning("compiled without the cache: %s", str(error).strip().splitlines()[-1])
+        core.set_property({"CACHE_DIR": ""})
+        return core.compile_model(model, name, hints)
+
+
+class OpenVinoSession:
+    """See the module's docstring."""
+
+    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
+        ov = load_openvino()
+        self._ov = ov
+        self.backend = device.engine
+        self.versions = {"openvino": ov.get_version().split("-")[0]}
+        self._clock = clock
+        size = job.card.recipe.size
+        self._shape = (job.batch_size, size, size, 3)
+        self._with_embedding = Saved.EMBEDDING in job.save
+        core = ov.Core()
+        if job.cache_dir and _can_be_written(Path(job.cache_dir)):
+            core.set_property({"CACHE_DIR": job.cache_dir})
+        try:
+            model = core.read_model(job.model_file)
+            kept = list(job.card.outputs) if self._with_embedding else ["logits"]
+            for result in list(model.get_results()):
+                if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
+                    model.remove_result(result)
+            model.reshape({job.card.input: list(self._shape)})
+            if device.kind == "cpu" and (channels := openvino_rewrites.wanted(job.precision, cpu.flags())):
+                _fold_constants(model)
+                openvino_rewrites.merge(ov, model, channels, "f32")
+            name = _device_name(device.kind, device.id)
+            hints = properties(job.precision, len(device.cores), kind=device.kind)
+            if device.floating and device.kind == "cpu":
+                hints["ENABLE_CPU_PINNING"] = False  # else two such processes keep their threads on the same first cores
+            compiled = _compiled(core, model, name, hints)
+            if job.cache_dir:
+                _prune(Path(job.cache_dir))
+        except RuntimeError as error:
+            told = str(error).strip().splitlines()[-1]
+            raise ModelError(f"{job.model_file} cannot be compiled: {told}{_smaller(job.batch_size)}") from error
+        self._logits = compiled.output("logits")
+        self._embedding = compiled.output("embedding") if self._with_embedding else None
+        in_flight = job.batches_per_step or 2 * max(1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+        self._free = deque(compiled.create_infer_request() for _ in range(in_flight))
+        _log.info("compiled %s for %s: %d batches of %d in flight", job.model_file, device.name, in_flight, job.batch_size)
+
+    @staticmethod
+    def found(kind: str) -> Found:
+        """See `Found`."""
+        core = load_openvino().Core()
+        names = [name for name in core.available_devices if name.partition(".")[0] == kind.upper()]
+        if not names:
+            others = ", ".join(core.available_devices) or "none"
+            return Found((), f"OpenVINO finds no {kind.upper()} (it finds: {others}). {_DRIVERS[kind]}")
+        return Found(tuple(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names))
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
+        """See `Session.stream`."""
+        busy: deque[tuple[Batch, Any]] = deque()
+        try:
+            for batch in batches:
+                refuse_other_shapes(batch, self._shape)
+                while not self._free:
+                    yield self._finish(*busy.popleft())
+                request = None
+                if batch.filled:
+                    request = self._free.popleft()
+                    request.set_input_tensor(self._ov.Tensor(batch.pixels, shared_memory=True))
+                    request.start_async()
+                busy.append((batch, request))
+            while busy:
+                yield self._finish(*busy.popleft())
+        finally:
+            for _, request in busy:  # the stream was broken off: the requests come free, and let go of the pixels
+                if request is not None:
+                    request.wait()
+                    self._free.append(request)
+
+    def _finish(self, batch: Batch, request: Any) -> tuple[Batch, Outputs]:
+        if request is not None:
+            begun = time.perf_counter()
+            request.wait()
+            self._clock.add("compute", time.perf_counter() - begun)
+
+        def output(port: Any) -> NDArray[np.float32]:
+            if request is None:
+                return np.empty((0, port.shape[1]), np.float32)
+            values: NDArray[np.float32] = request.get_tensor(port).data[: batch.filled].copy()  # the request's memory is used again
+            return values
+
+        outputs = Outputs(output(self._logits), output(self._embedding) if self._embedding else None)
+        if request is not None:
+            self._free.append(request)
+        return batch, outputs
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._free.clear()
+
+
+def _smaller(batch_size: int) -> str:
+    return f". It was for batches of {batch_size}: repeat the command with a smaller --batch-size" if batch_size > _LARGE else ""
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Make a folder. A models folder may be another user's, or read-only: then models are compiled anew at each start."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _prune(folder: Path) -> None:
+    """Remove the compiled models that were used longest ago: each batch size, precision and version of OpenVINO leaves one of its own."""
+    found = []
+    for blob in folder.glob("*.blob"):
+        with contextlib.suppress(OSError):
+            about = blob.stat()
+            found.append((max(about.st_atime, about.st_mtime), blob))
+    before = time.time() - _IN_USE_S
+    for used, blob in sorted(found)[:-_KEPT]:
+        if used < before:
+            with contextlib.suppress(OSError):
+                blob.unlink()
+                _log.info("removed %s, a compiled model that was not used since %s", blob, time.ctime(used))

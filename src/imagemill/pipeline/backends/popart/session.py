@@ -1,0 +1,309 @@
+"""Graphcore IPUs by PopART, one a process.
+
+    this process                                        popart_program.py, on the Poplar SDK's own Python
+    batches ─ table ─► slot's input ── run(slot) ────►  session.run: batches_per_step batches at once
+    outputs ◄───────── slot's outputs ◄─ done(slot) ──  anchors copied
+
+Two slots lie in a file that both processes map: one is filled and emptied here while the IPU is at the other. What is said is told in
+popart_program.py. fp16 means that everything behind the card's normalisation boundary, its input and outputs included, is computed in it.
+
+Environment: `IMAGEMILL_POPART_PYTHON`, the interpreter of the SDK (else `python3`, as found on the PATH), and
+`IMAGEMILL_POPART_MEMORY_PROPORTION`, how much of a tile's memory each convolution may use while it computes (else PopART's own choice).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, ModelError, UsageError
+from imagemill.pipeline.backends.base import Found, refuse_other_shapes
+from imagemill.pipeline.backends.popart import ipu_graph
+from imagemill.pipeline.stopwatch import Stopwatch
+from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+
+_log = logging.getLogger(__name__)
+
+PYTHON_VARIABLE: Final = "IMAGEMILL_POPART_PYTHON"
+MEMORY_VARIABLE: Final = "IMAGEMILL_POPART_MEMORY_PROPORTION"
+BATCHES_PER_STEP: Final = 8
+"""Where the job leaves it to the session."""
+SLOTS: Final = 2
+PATIENCE_S = 10.0
+"""How long an IPU is waited for that is not free yet."""
+_PROGRAM: Final = Path(__file__).with_name("popart_program.py")
+_ALIGNMENT: Final = 64
+_LOOK_S: Final = 120.0
+_CLOSE_S: Final = 10.0
+_REMEDY: Final = (
+    "Install Graphcore's Poplar SDK, source the enable.sh of its poplar and of its popart folder in this shell, "
+    f"and name the Python that its popart wheel is installed for: export {PYTHON_VARIABLE}=/path/to/python3."
+)
+
+
+@dataclass(slots=True)
+class _Step:
+    """The batches of one run of the IPU. Every batch has its place, whether a picture of it is filled or not."""
+
+    slot: int
+    batches: list[Batch] = field(default_factory=list)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether there is anything to compute."""
+        return any(batch.filled for batch in self.batches)
+
+
+class PopartSession:
+    """See the module's docstring."""
+
+    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
+        self.backend = device.engine
+        self._name = device.name
+        self._model = job.model_file
+        self._clock = clock
+        size = job.card.recipe.size
+        self._shape = (job.batch_size, size, size, 3)
+        self._steps = job.batches_per_step or BATCHES_PER_STEP
+        outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in job.save else [])]
+        half = job.precision is Precision.FP16
+        proportion = _memory_proportion()
+        cut = ipu_graph.cut(Path(job.model_file), job.card, job.batch_size, outputs)
+        self._channels_last, self._order = cut.channels_last, cut.order
+        self._table = cut.table.astype(np.float16 if half else np.float32)
+        shape = (self._steps, job.batch_size, *((size, size, 3) if cut.channels_last else (3, size, size)))
+        self._process: subprocess.Popen[bytes] | None = None
+        with tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else os.fdopen(os.memfd_create("imagemill-ipu"), "w+b") as file:
+            file.write(cut.model)
+            file.flush()
+            parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+            self._process = _start(str(file.fileno()), str(parent), descriptors=(file.fileno(),))
+            try:
+                self.versions: dict[str, str] = self._answer("here")
+                order = {"model_bytes": len(cut.model), "opset": cut.opset, "convolutions": cut.convolutions}
+                order |= {"memory_proportion": proportion, "half": half, "cache": _cache(job)}
+                order |= {"slot_shape": shape, "slots": SLOTS, "synthetic": job.synthetic, "patience_s": PATIENCE_S}
+                self._say(order)
+                self._slots = _map(file, shape, self._table.dtype, self._answer("ready"))
+            except BaseException:
+                if self._process is not None:
+                    self._process.kill()  # it may be compiling, which takes minutes
+                self.close()
+                raise
+        _log.info("compiled %s for %s: %d batches of %d a step", job.model_file, device.name, self._steps, job.batch_size)
+
+    @staticmethod
+    def found(kind: str) -> Found:  # noqa: ARG004 - the question that all sessions are asked
+        """See `Found`. How many IPUs are free is known only to those who attach to them."""
+        try:
+            process = _start()
+        except DeviceError as error:
+            return Found((), str(error))
+        try:
+            said, _ = process.communicate(timeout=_LOOK_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return Found((), f"{_python()} did not import popart within {_LOOK_S:.0f} s. {_REMEDY}")
+        message = _parsed(said)
+        if "here" not in message:
+            return Found((), f"{message.get('text') or f'{_python()} ended with exit code {process.returncode}'}. {_REMEDY}")
+        return Found((f"PopART {message['here']['popart']} of {_python()}; each process attaches to an IPU that is free",))
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
+        """See `Session.stream`. A step is run when it has all its batches, or none comes any more."""
+        free, busy = deque(range(SLOTS)), deque[_Step]()
+        step: _Step | None = None
+        try:
+            for batch in batches:
+                refuse_other_shapes(batch, self._shape)
+                if step is None:
+                    if not free:
+                        free.append(busy[0].slot)
+                        yield from self._finish(busy)
+                    step = _Step(free.popleft())
+                if batch.filled:
+                    self._normalise(batch.pixels, self._slots[step.slot][0][len(step.batches)])
+                step.batches.append(batch)
+                if len(step.batches) == self._steps:
+                    self._run(step)
+                    busy.append(step)
+                    step = None
+            if step is not None:
+                self._run(step)
+                busy.append(step)
+            while busy:
+                yield from self._finish(busy)
+        finally:
+            with contextlib.suppress(ImagemillError):
+                for late in busy:  # the stream was broken off: what the program still says belongs to no other
+                    if late.is_run:
+                        self._answer("done")
+
+    def _normalise(self, pixels: NDArray[np.uint8], goal: NDArray[Any]) -> None:
+        for channel, colour in enumerate(self._order):
+            place = goal[..., channel] if self._channels_last else goal[:, channel]
+            np.take(self._table[channel], pixels[..., colour], out=place, mode="clip")  # `raise` would buffer it
+
+    def _run(self, step: _Step) -> None:
+        if step.is_run:
+            self._say({"run": step.slot})
+
+    def _finish(self, busy: deque[_Step]) -> Iterator[tuple[Batch, Outputs]]:
+        """The batches of the oldest step with their outputs."""
+        step = busy.popleft()
+        if step.is_run:
+            begun = time.perf_counter()
+            self._answer("done")
+            self._clock.add("compute", time.perf_counter() - begun)
+        count = self._shape[0]
+        found = []
+        for place, batch in enumerate(step.batches):
+            rows = slice(place * count, place * count + batch.filled)
+            found.append((batch, Outputs(*(values[rows].copy() for values in self._slots[step.slot][1]))))
+        yield from found  # only now, when the slot may be filled again
+
+    # The program.
+
+    def _say(self, message: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # dead: waiting for its answer tells more
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _answer(self, wanted: str) -> Any:
+        """Wait for the program's next message. Raises: ImagemillError, if it is another than the wanted one."""
+        if self._process is None:
+            raise DeviceError(f"{self._name}: the session is closed")
+        assert self._process.stdout is not None
+        message = _parsed(self._process.stdout.readline())
+        if wanted in message:
+            return message[wanted]
+        code = self._end()
+        kind, text = message.get("error"), str(message.get("text", ""))
+        if kind == "device":
+            remedy = _REMEDY if "popart" in text else "Ask for fewer with --devices ipu:N; gc-monitor shows which are taken, and by whom."
+            raise DeviceError(f"{self._name}: {text}. {remedy}")
+        if kind == "model":
+            raise ModelError(f"{self._model} cannot be compiled for {self._name}: {text}")
+        if kind == "memory":
+            given = os.environ.get(MEMORY_VARIABLE)
+            raise ModelError(
+                f"{self._model} in batches of {self._shape[0]} does not fit into the memory of {self._name}: {text}. "
+                f"Use a smaller --batch-size, or {'lower' if given else 'set'} {MEMORY_VARIABLE}{f', now {given}' if given else ' to 0.3'}."
+            )
+        how = text or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+        raise DeviceLostError(f"{self._name}: its program died ({how}). What it said last is in its log.")
+
+    def _end(self) -> int:
+        """Close the program's input, which ends it, and wait for that. Returns its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            code = process.wait(timeout=_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        process.stdout.close()
+        return code
+
+    def close(self) -> None:
+        """See `Session.close`. The program detaches from its IPU and ends."""
+        self._end()
+
+
+def _python() -> str:
+    """The interpreter of the SDK."""
+    return os.environ.get(PYTHON_VARIABLE) or shutil.which("python3") or "python3"
+
+
+def _start(*arguments: str, descriptors: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    """Start the program. Raises: DeviceError."""
+    ours = str(Path(__file__).resolve().parents[2])  # where our libraries may be, which are of another Python
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != ours]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS")}
+    if paths:
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [_python(), "-u", str(_PROGRAM), *arguments]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, env=environment)
+    except OSError as error:
+        raise DeviceError(f"{_python()} cannot be started: {error.strerror}. {_REMEDY}") from error
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """One message of the program's; empty where it died, or is no program of ours."""
+    try:
+        message = json.loads(line or b"{}")
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _map(
+    file: IO[bytes], shape: tuple[int, ...], kind: np.dtype[Any], widths: list[int]
+) -> list[tuple[NDArray[Any], list[NDArray[np.float32]]]]:
+    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as popart_program.py tells."""
+    pictures = shape[0] * shape[1]
+    memory = mmap.mmap(file.fileno(), 0)
+    slots, at = [], 0
+
+    def array(dtype: Any, *dimensions: int) -> NDArray[Any]:
+        nonlocal at
+        made: NDArray[Any] = np.frombuffer(memory, dtype, int(np.prod(dimensions)), at).reshape(dimensions)
+        at += -(-made.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return made
+
+    for _ in range(SLOTS):
+        x = array(kind, *shape)
+        slots.append((x, [array(np.float32, pictures, width) for width in widths]))
+    return slots
+
+
+def _memory_proportion() -> float | None:
+    """What `IMAGEMILL_POPART_MEMORY_PROPORTION` says. Raises: UsageError."""
+    text = os.environ.get(MEMORY_VARIABLE)
+    if not text:
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise UsageError(f"{MEMORY_VARIABLE}={text}: must be a number above 0, and 1 at most.")
+    return share
+
+
+def _cache(job: Job) -> str | None:
+    """Where PopART keeps what it compiled; None where nothing can be written."""
+    if not job.cache_dir:
+        return None
+    folder = Path(job.cache_dir) / "popart"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(folder) if os.access(folder, os.W_OK) else None

@@ -1,0 +1,126 @@
+"""Encoded pictures → pixels, or the reason why not.
+
+The contract:
+
+- `decode` never raises for what is in a picture: whatever its bytes, the answer is a `Decoded`, with pixels or with a status and one line.
+- The answer depends on bytes, recipe and limits alone, bit for bit: not on the thread, the process or what was decoded before.
+- Nothing is decoded whose header promises more than `max_pixels`, and no more than `max_bytes` are looked at.
+- No other program is run and no file is opened, whatever the picture asks for: formats that are scripts (EPS, WMF, PDF) are refused.
+- Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size its RGB is Pillow's, bit for bit),
+  scaled in the DCT only while its short side stays at least twice the target. What simplejpeg refuses, even if recoverable, Pillow
+  decides on, so that a picture that Pillow reads is ok, and one that it does not read has Pillow's reason.
+
+    bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample) ─► pixels
+                          └─► all else: pillow ──────────────┘
+
+Importing this sets up Pillow for the process, see `pillow`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simplejpeg
+
+from imagemill.pipeline.decoding import pillow, preprocess
+from imagemill.pipeline.decoding.jpeg import Header, read_header
+from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.records import Decoded, Limits, Recipe, Status
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["FAULTS_VARIABLE", "decode", "decode_into"]
+
+FAULTS_VARIABLE = "IMAGEMILL_TEST_DECODER_FAULTS"
+"""For tests only. Where this is set, a picture that contains `imagemill-test-crash` ends the process by SIGSEGV,
+`imagemill-test-hang` sleeps for ever, and `imagemill-test-oom` runs out of memory."""
+
+
+def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
+    """Decode and preprocess one picture. Safe among threads; the heavy parts release the GIL.
+
+    Returns: `pixels` is a new uint8 (size, size, 3) array, or None with status and error; `width` and `height` are known as soon as the
+    header can be read, even if the rest cannot.
+    """
+    return decode_into(data, recipe, limits, np.empty((recipe.size, recipe.size, 3), np.uint8))
+
+
+def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+    """Decode and preprocess one picture into a place of a batch.
+
+    Args:
+        data: the encoded picture.
+        recipe: how it becomes the model's input.
+        limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a process.
+        out: uint8 (size, size, 3), any strides. Whether or not the picture is ok, it may have been written to.
+
+    Returns: as `decode`, with `pixels` being `out`.
+    """
+    if not data:
+        return Decoded(None, Status.EMPTY, "the file is empty: 0 bytes")
+    if len(data) > limits.max_bytes:
+        return Decoded(None, Status.TOO_LARGE, f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per picture")
+    seen = pillow.Seen()
+    try:
+        if FAULTS_VARIABLE in os.environ:
+            _fault(data)
+        pillow.prepare(limits)
+        jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None
+        if jpeg is not None:
+            seen.width, seen.height = preprocess.turned_size(jpeg.width, jpeg.height, jpeg.orientation if recipe.exif else 1)
+            check_budget(jpeg.width, jpeg.height, limits)
+        if jpeg is None or not jpeg.ordinary or not _decode_jpeg(data, jpeg, recipe, out):
+            pillow.decode(data, recipe, limits, out, seen)
+    except Refusal as refusal:
+        return Decoded(None, refusal.status, refusal.error, seen.width, seen.height)
+    except MemoryError:
+        return Decoded(None, Status.TOO_LARGE, "not enough memory to decode it", seen.width, seen.height)
+    except Exception as error:  # plugins raise anything at all on damaged files
+        return Decoded(None, judge(error, data), one_line(error), seen.width, seen.height)
+    return Decoded(out, Status.OK, None, seen.width, seen.height)
+
+
+def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint8]) -> bool:
+    """Decode with simplejpeg; False where it refuses, which leaves it to Pillow."""
+    factor = preprocess.shrink(jpeg.width, jpeg.height, recipe)
+    stored = (-(-jpeg.width // factor), -(-jpeg.height // factor))
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=stored[1], min_width=stored[0], min_factor=factor)
+    except MemoryError:
+        raise
+    except Exception:  # it raises ValueError and others; all of them mean: ask Pillow
+        return False
+    if pixels.shape != (stored[1], stored[0], 3):
+        return False
+    orientation = jpeg.orientation if recipe.exif else 1
+    crop = preprocess.locate(*preprocess.turned_size(jpeg.width, jpeg.height, orientation), recipe)
+    width, height = preprocess.turned_size(*stored, orientation)
+    box = preprocess.region(_shrunk(crop, factor), recipe, width, height)
+    left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)
+    part = preprocess.turn(pixels[top:bottom, left:right], orientation)
+    preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1], scale=factor)
+    return True
+
+
+def _shrunk(crop: preprocess.Crop, factor: int) -> preprocess.Crop:
+    if factor == 1:
+        return crop
+    x, y = (preprocess.Span(span.start / factor, span.stop / factor, span.first, span.count) for span in (crop.x, crop.y))
+    return preprocess.Crop(x, y)
+
+
+def _fault(data: bytes) -> None:
+    """Fail as tests ask for; see FAULTS_VARIABLE."""
+    if b"imagemill-test-crash" in data:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(60)  # the signal may take another thread first
+    if b"imagemill-test-hang" in data:
+        while True:
+            time.sleep(3600)
+    if b"imagemill-test-oom" in data:
+        [np.empty(1 << doubling, np.uint8) for doubling in range(20, 63)]  # never written to, so it costs address space only

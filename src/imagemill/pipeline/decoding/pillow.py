@@ -1,0 +1,325 @@
+"""Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
+
+How pictures become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha is dropped, as published pipelines
+do, unless the recipe has a background colour: then the image is blended onto that colour at full size, before it is resized.
+16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes (`scaling`).
+Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which turns it as its orientation says, whatever the recipe.
+
+Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for pictures within pictures,
+as in ICO), and its warnings are silenced, because `warnings.catch_warnings` is not safe among threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import struct
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from imagemill.pipeline.decoding import png, preprocess, tiff
+from imagemill.pipeline.decoding.formats import REFUSED, full_palette, guess, recognise, variant
+from imagemill.pipeline.decoding.jpeg import ORIENTATION, read_header
+from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
+from imagemill.records import Limits, Recipe, Status
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such picture comes."""
+
+FORMATS = (
+    *COMMON_FORMATS,
+    *("WEBP", "TIFF", "AVIF", "JPEG2000", "PSD", "ICO", "ICNS", "CUR", "DDS", "QOI", "DIB", "BLP", "DCX", "FLI", "FTEX", "GBR"),
+    *("IM", "MSP", "PCD", "PCX", "PIXAR", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "SPIDER", "TGA"),
+)
+"""What is decoded: Pillow's raster formats, in the order in which they are tried (those without a magic number last).
+
+Left out on purpose: EPS, WMF, EMF and PDF (programs to be run, or the system's renderer), BUFR, GRIB, HDF5 and MPEG (Pillow only
+recognises them), FITS (its compressed form inflates without bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that
+other files pass for them).
+"""
+
+PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"), "JXL": ("pillow_jxl", None, "pillow-jxl-plugin")}
+"""Formats that need a package: its module, what registers it with Pillow (None: importing does), and its name for pip."""
+
+_setup = threading.Lock()
+_registered: set[str] = set()
+_silence: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+Image.preinit()
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was learnt of a picture before it failed."""
+
+    width: int | None = None
+    height: int | None = None
+
+
+def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:
+    """Decode and preprocess one picture into a place of a batch, and note its size as soon as it is known. May raise anything."""
+    file, orientation, cut = png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
+    image = _open(file, limits, seen)
+    try:
+        turns_itself = image.format == "TIFF"  # Pillow does it when it loads, and gives the turned size before
+        if recipe.exif and not turns_itself and image.format != "PNG":
+            orientation = _pillow_orientation(image)
+        seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
+        check_budget(*image.size, limits)
+        if image.format == "PNG":
+            png.check_sums(data)
+            if cut is not None:
+                raise cut
+        if image.format == "PCX" and image.mode == "L" and data[-769:-768] != b"\x0c" and data[68] != 2:
+            raise Refusal(Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours")  # Pillow takes it for grey
+        image.load()  # once: after an error the second call is silent and leaves black pixels
+        seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
+        check_budget(width, height, limits)
+        crop = preprocess.locate(width, height, recipe)
+        box = preprocess.region(crop, recipe, width, height)
+        box_stored = preprocess.turned_region(box, orientation, width, height)
+        if recipe.background is not None and image.has_transparency_data:
+            part = _blend(image, box_stored, recipe.background, file)
+        else:
+            part = _to_rgb(image, box_stored)
+        if orientation in preprocess.TURNS:
+            part = part.transpose(preprocess.TURNS[orientation])
+        preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1])
+    finally:
+        image.close()
+
+
+# Which format it is
+
+
+def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
+    """Find the plugin that reads these bytes, as `Image.open` does, which would hide the reason where there is none."""
+    prefix = data[:16]
+    expected = _recognise(data)
+    if expected == "TIFF":
+        return tiff.read(data, limits, seen)
+    if (name := variant(expected, data)) is not None:
+        raise _refused(name)
+    if expected == "BMP":
+        data = full_palette(data)
+    if expected == "WEBP":
+        _check_webp(data, limits, seen)
+    reason: Exception | None = None
+    for name in _candidates(expected):
+        if name not in Image.OPEN and name not in COMMON_FORMATS:
+            with _setup:
+                Image.init()
+        if name not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is not None and accept(prefix) is not True:  # a string says that the codec is missing
+                continue
+            image = factory(io.BytesIO(data), "")
+            if min(image.size) > 0:
+                return image
+        except (MemoryError, Image.DecompressionBombError):
+            raise
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # another format, as far as the plugin can tell
+            if name == expected:
+                reason = error
+        except Exception as error:  # its format, but damaged or not supported; `Image.open` stops here too
+            expected, reason = name, error
+            break
+    raise _why_not(data, expected, reason, limits, seen)
+
+
+def _candidates(expected: str | None) -> tuple[str, ...]:
+    if expected in PLUGINS:
+        return (expected,) if _register(expected) else ()
+    if expected is not None and expected not in FORMATS:
+        return ()
+    return FORMATS if expected is None else (expected,)
+
+
+def _register(name: str) -> bool:
+    """Load the plugin of a format, where it is installed."""
+    module, register, _ = PLUGINS[name]
+    with _setup:
+        if name not in _registered:
+            try:
+                plugin = importlib.import_module(module)
+            except ImportError:
+                return False
+            if register is not None:
+                getattr(plugin, register)()
+            _registered.add(name)
+    return True
+
+
+def _recognise(data: bytes) -> str | None:
+    """Name the format by its first bytes or its structure, if they are specific enough to be sure."""
+    return next((name for name, magics in _MAGIC.items() if data.startswith(magics)), None) or recognise(data)
+
+
+_MAGIC: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": tiff.MAGICS,
+    "PSD": (b"8BPS",),
+    "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
+    "ICO": (b"\0\0\1\0",),
+    "ICNS": (b"icns",),
+    "QOI": (b"qoif",),
+    "DDS": (b"DDS ",),
+    "JXL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"),
+    "SGI": (b"\x01\xda",),
+    "SUN": (b"\x59\xa6\x6a\x95",),
+    "PCX": tuple(bytes((10, version, 1, bits)) for version in (0, 2, 3, 4, 5) for bits in (1, 2, 4, 8)),
+    "XPM": (b"/* XPM */",),
+    **REFUSED,
+}
+
+
+def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits, seen: Seen) -> Refusal:
+    if expected is None:
+        if (name := guess(data)) is not None:
+            return _refused(name)
+        return Refusal(Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})")
+    if expected in PLUGINS:
+        _, _, package = PLUGINS[expected]
+        if expected not in _registered:
+            return Refusal(Status.UNSUPPORTED, f"{expected} needs a package that is not installed: pip install {package}")
+    elif expected not in FORMATS:
+        return _refused(expected)
+    elif reason is None:
+        return Refusal(Status.UNSUPPORTED, f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow")
+    if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
+        check_budget(jpeg.width, jpeg.height, limits)
+        return Refusal(Status.UNSUPPORTED, f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type SOF{jpeg.frame - 0xC0}")
+    if expected == "AVIF" and (size := _avif_size(data)) is not None:
+        seen.width, seen.height = size
+        check_budget(*size, limits)
+        if max(size) > 2**15 or size[0] * size[1] > 2**28:
+            return Refusal(Status.UNSUPPORTED, f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels")
+    assert reason is not None or expected in PLUGINS
+    error = reason or SyntaxError("not identified by its plugin")
+    if expected == "XPM" and "cannot read" in str(error):
+        return _refused("XPM with colours by name, or without colours")
+    if expected == "ICNS" and "No 32bit icon resources" in str(error):
+        return _refused("ICNS without an icon in 24-bit colour")
+    status = judge(error, data)
+    return Refusal(status, f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header: {one_line(error)}")
+
+
+def _refused(name: str) -> Refusal:
+    return Refusal(Status.UNSUPPORTED, f"{name} is not supported: convert it to PNG or JPEG")
+
+
+# How it becomes RGB
+
+
+def _pillow_orientation(image: Image.Image) -> int:
+    try:
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # a plugin's own `getexif` may decode
+    except Exception:  # broken EXIF is no reason to refuse a picture
+        return 1
+    return found if isinstance(found, int) and found in preprocess.TURNS else 1
+
+
+def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """Cut a box out of a loaded picture and make it RGB; what is stretched is stretched by the extremes of the whole."""
+    image.info.pop("transparency", None)  # dropped either way, and with a palette Pillow warns
+    whole = box == (0, 0, *image.size)
+    part: Image.Image = image if whole else image.crop(box)
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(part) >> 8)
+    if image.mode in {"I", "F"}:
+        low, high = (0, 0xFFFF) if image.mode == "I" and image.format == "PPM" else extremes([np.asarray(image)])
+        return _grey(to_8_bits(np.asarray(part), low, high))
+    if image.mode in {"La", "RGBa"}:
+        part = part.convert("LA" if image.mode == "La" else "RGBA")
+    return part.convert("RGB")
+
+
+def _blend(image: Image.Image, box: tuple[int, int, int, int], background: str, file: bytes) -> Image.Image:
+    """Cut a box out of a loaded image and blend it onto a background colour."""
+    alpha: Image.Image | None = None
+    if image.format == "PNG" and image.mode in {"L", "I;16", "RGB"}:
+        alpha = Image.fromarray(_is_opaque(image, box, file))
+        part = _to_rgb(image, box)
+    else:
+        part = image.crop(box)
+        if image.mode in {"La", "RGBa"}:
+            part = part.convert("LA" if image.mode == "La" else "RGBA")
+        part = part.convert("RGBA")
+    blended = Image.new("RGB", part.size, background)
+    blended.paste(part, mask=alpha or part)
+    return blended
+
+
+def _is_opaque(image: Image.Image, box: tuple[int, int, int, int], file: bytes) -> NDArray[Any]:
+    """Compare the pixels of a PNG with its transparent colour, at the bit depth of the file: Pillow compares with 8-bit pixels."""
+    bits = png.bit_depth(file)
+    key = np.atleast_1d(image.info["transparency"]) & ((1 << bits) - 1)
+    pixels = np.asarray(image.crop(box))
+    if bits < 8:
+        key = key * (255 // ((1 << bits) - 1))
+    elif bits == 16 and image.mode == "RGB":  # decoded to the high bytes; read as little-endian, the low bytes are the high ones
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as other:
+            other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
+            pixels = pixels.astype(np.uint16) << 8 | np.asarray(other.crop(box))
+    opaque: NDArray[Any] = np.any(pixels.reshape(*pixels.shape[:2], -1) != key, axis=2)
+    return opaque
+
+
+def _grey(values: NDArray[Any]) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+# Budgets
+
+
+def prepare(limits: Limits) -> None:
+    """Set what Pillow itself guards against, and keep it quiet; before each picture, since others may undo it."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    half = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
+    if half != Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = half
+    # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time (0.2 µs)
+    if not any(entry is _silence for entry in warnings.filters[:3]):
+        with _setup:
+            filters: Any = warnings.filters  # a list, in spite of its stub
+            if _silence not in filters:
+                filters.insert(0, _silence)
+                warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _avif_size(data: bytes) -> tuple[int, int] | None:
+    """Return the largest width and height among the properties of an AVIF, whose decoder does not tell a size that it refuses."""
+    sizes = [struct.unpack_from(">4xII", data, found.end()) for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)]
+    return max(sizes, default=None, key=lambda size: size[0] * size[1])
+
+
+def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:
+    """Check a WebP's size before Pillow opens it: up to 12.x it makes room for the whole canvas twice by then."""
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:
+        return
+    if kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", body, 6))
+    elif kind == b"VP8X":
+        width, height = (int.from_bytes(body[at : at + 3], "little") + 1 for at in (4, 7))
+    elif kind == b"VP8L" and body[0] == 0x2F:
+        packed = int.from_bytes(body[1:5], "little")
+        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    else:
+        return
+    seen.width, seen.height = width, height
+    check_budget(width, height, limits)

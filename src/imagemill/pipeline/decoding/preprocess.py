@@ -1,0 +1,278 @@
+"""The card's recipe: where the crop lies in a picture, and how its pixels become the model's.
+
+The published recipes resize the whole picture so that its short side is `resize`, or squash it, and then cut the centre out. Here the
+crop is found first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never
+computed: a picture of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare
+with. (`box` has hard edges: where one falls exactly between two pixels, either may count, here as in Pillow.)
+
+The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit,
+in about a sixth of the time (bench/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by
+one level in 18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear),
+where this flips none. Fast decoding may not change answers, so it is not used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from imagemill.records import Interpolation
+
+try:
+    from imagemill.pipeline.decoding import _resample
+except ImportError:  # no compiler where it was installed: the same answers, later
+    _resample = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from imagemill.records import Recipe
+
+FILTERS = {item: Image.Resampling[item.name] for item in Interpolation}
+
+_SUPPORT = {
+    Interpolation.NEAREST: 0.0,
+    Interpolation.BOX: 0.5,
+    Interpolation.BILINEAR: 1.0,
+    Interpolation.HAMMING: 1.0,
+    Interpolation.BICUBIC: 2.0,
+    Interpolation.LANCZOS: 3.0,
+}
+"""Half the width of the filter, in pixels of the coarser of source and result."""
+_ADDED_UP = 2**20
+"""Longest axis over which `nearest` adds up positions one by one."""
+_VECTORISED = (Interpolation.BILINEAR, Interpolation.BICUBIC)
+"""What `_resample.c` knows; the other filters are Pillow's."""
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the stored picture into the displayed one; 1 and everything else: nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One axis of the crop."""
+
+    start: float
+    stop: float
+    """Where the crop lies in the source, pixels of the source; within 0 and its length."""
+    first: int
+    """Of the result, the first pixel that shows the source; those before are black padding."""
+    count: int
+    """How many pixels of the result show the source."""
+    resized: int = 0
+    """Length of the whole axis after resizing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """Which part of a displayed picture becomes the model's input, and where in it."""
+
+    x: Span
+    y: Span
+
+
+def locate(width: int, height: int, recipe: Recipe) -> Crop:
+    """Find the crop of a picture of this displayed size.
+
+    The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`, `CenterCrop` starts at
+    `int(round((side - size) / 2.0))` and pads a side that is too short with black, the odd pixel at the end.
+    """
+    to_width, to_height = resized(width, height, recipe)
+    return Crop(_span(width, to_width, recipe.size), _span(height, to_height, recipe.size))
+
+
+def resized(width: int, height: int, recipe: Recipe) -> tuple[int, int]:
+    """Width and height of the whole picture after resizing."""
+    match recipe.resize:
+        case None:
+            return width, height
+        case int(side):
+            longer = int(side * max(width, height) / min(width, height))
+            return (side, longer) if width <= height else (longer, side)
+        case squashed:
+            return squashed
+
+
+def _span(length: int, resized: int, size: int) -> Span:
+    if resized < size:
+        return Span(0.0, float(length), (size - resized) // 2, resized, resized)
+    first = int(round((resized - size) / 2.0))  # noqa: RUF046 - as torchvision spells it
+    return Span(first * length / resized, min(float(length), (first + size) * length / resized), 0, size, resized)
+
+
+def shrink(width: int, height: int, recipe: Recipe) -> int:
+    """Say by which power of two (1, 2, 4, 8) a JPEG may be scaled while it is decoded.
+
+    The short side (of a squashed picture both sides) stays at least twice the length it is resized to, so that the filter still has the
+    say: scaling to just above the target costs a point of top-1 (docs/performance.md). Without resizing there is nothing to scale, and
+    `nearest` picks pixels that scaling would blend.
+    """
+    match recipe.resize:
+        case _ if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
+            return 1
+        case int(side):
+            times = min(width, height) // side
+        case to_width, to_height:
+            times = min(width // to_width, height // to_height)
+    return next((factor for factor in (8, 4, 2) if times >= factor * 2), 1)
+
+
+def region(crop: Crop, recipe: Recipe, width: int, height: int) -> tuple[int, int, int, int]:
+    """Tell which pixels of the displayed picture the crop needs: left, top, right, bottom, with the margin that the filter reaches into."""
+    left, right = _reach(crop.x, width, recipe)
+    top, bottom = _reach(crop.y, height, recipe)
+    return left, top, right, bottom
+
+
+def _reach(span: Span, length: int, recipe: Recipe) -> tuple[int, int]:
+    scale = max(1.0, (span.stop - span.start) / span.count)
+    margin = _SUPPORT[recipe.interpolation] * scale + 2 if recipe.resize is not None else 0
+    return max(0, math.floor(span.start - margin)), min(length, math.ceil(span.stop + margin))
+
+
+def turned_region(box: tuple[int, int, int, int], orientation: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """Translate a box of the displayed picture, of this displayed size, into the stored one."""
+    left, top, right, bottom = box
+    match orientation:
+        case 2:
+            return width - right, top, width - left, bottom
+        case 3:
+            return width - right, height - bottom, width - left, height - top
+        case 4:
+            return left, height - bottom, right, height - top
+        case 5:
+            return top, left, bottom, right
+        case 6:
+            return top, width - right, bottom, width - left
+        case 7:
+            return height - bottom, width - right, height - top, width - left
+        case 8:
+            return height - bottom, left, height - top, right
+    return box
+
+
+NATIVE = _resample is not None
+"""Whether the vectorised resampler was built."""
+
+
+def resample(
+    image: Image.Image | NDArray[np.uint8],
+    crop: Crop,
+    recipe: Recipe,
+    out: NDArray[np.uint8],
+    *,
+    left: int = 0,
+    top: int = 0,
+    scale: int = 1,
+) -> None:
+    """Resample the crop of a displayed picture into `out`.
+
+    Args:
+        image: RGB, as Pillow's or uint8 (H, W, 3); the displayed picture, or a part of it.
+        crop: as `locate` found it for the whole picture at full size.
+        out: uint8 (size, size, 3); written in full, padding included.
+        left, top: where in the whole picture the image begins, pixels of the image.
+        scale: by how much the image was scaled down when it was decoded.
+    """
+    if crop.x.count == 0 or crop.y.count == 0:  # a resize to nothing; torchvision refuses such a recipe
+        out[:] = 0
+        return
+    shape = (crop.x.count, crop.y.count)
+    if isinstance(image, np.ndarray):
+        if _resample_fast(image, crop, recipe, out, left, top, scale):
+            return
+        image = Image.fromarray(image)
+    if recipe.resize is None:
+        x, y = round(crop.x.start) - left, round(crop.y.start) - top
+        piece = image if (x, y) == (0, 0) and image.size == shape else image.crop((x, y, x + shape[0], y + shape[1]))
+    elif recipe.interpolation is Interpolation.NEAREST:
+        piece = Image.fromarray(np.asarray(image)[np.ix_(_nearest(crop.y) - top, _nearest(crop.x) - left)])
+    else:
+        piece = image.resize(shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale))
+    if shape == (recipe.size, recipe.size):
+        out[:] = np.asarray(piece)
+        return
+    out[:] = 0
+    out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = np.asarray(piece)
+
+
+def _nearest(span: Span) -> NDArray[np.intp]:
+    """Which pixels of the source `nearest` picks, added up as Pillow does it: where two are equally near, its rounding decides."""
+    length = round((span.stop - span.start) * span.resized / span.count)
+    first = round(span.start * span.resized / length)
+    step = length / span.resized
+    if span.resized > _ADDED_UP:
+        return ((np.arange(first, first + span.count) + 0.5) * step).astype(np.intp)
+    steps = np.full(first + span.count, step)
+    steps[0] = step / 2
+    return np.add.accumulate(steps)[first:].astype(np.intp)
+
+
+def _box(crop: Crop, width: int, height: int, left: int, top: int, scale: int) -> tuple[float, float, float, float]:
+    """Where the crop lies in an image of this size that begins at (left, top)."""
+    return (
+        max(0.0, crop.x.start / scale - left),
+        max(0.0, crop.y.start / scale - top),
+        min(float(width), crop.x.stop / scale - left),
+        min(float(height), crop.y.stop / scale - top),
+    )
+
+
+def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: NDArray[np.uint8], left: int, top: int, scale: int) -> bool:
+    """Resample with `_resample.c`; False where it is not built or not made for this, which leaves it to Pillow."""
+    height, width = pixels.shape[:2]
+    to_width, to_height = crop.x.count, crop.y.count
+    # Pillow 13 goes down first where more than twice as many rows as columns are lost; which rule it is changed between its versions.
+    rows_first = height - to_height > max(0, 2 * (width - to_width))
+    fitting = recipe.resize is not None and recipe.interpolation in _VECTORISED
+    if not NATIVE or not fitting or rows_first or (to_height, to_width, 3) != out.shape or not out.flags.c_contiguous:
+        return False
+    if pixels.strides[1:] != (3, 1):  # turned
+        pixels = np.ascontiguousarray(pixels)
+    _resample.resample(pixels, _box(crop, width, height, left, top, scale), recipe.interpolation is Interpolation.BICUBIC, out)
+    return True
+
+
+def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
+    """Width and height of a picture once it is turned; and of a turned one before."""
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Turn a stored picture, uint8 (H, W, 3), into the displayed one as `TURNS` does; a view."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in {2, 3, 6, 7}:
+        pixels = pixels[:, ::-1]
+    if orientation in {3, 4, 7, 8}:
+        pixels = pixels[::-1]
+    return pixels
+
+
+def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
+    """Preprocess the published way: resize the whole RGB picture, cut its centre out. For comparison only.
+
+    Returns: uint8 (size, size, 3).
+    """
+    image = image.convert("RGB")
+    if recipe.resize is not None:
+        image = image.resize(resized(*image.size, recipe), FILTERS[recipe.interpolation])
+    pixels = np.asarray(image)
+    for axis in (0, 1):
+        lacking = max(0, recipe.size - pixels.shape[axis])
+        pixels = np.pad(pixels, [(lacking // 2, (lacking + 1) // 2) if a == axis else (0, 0) for a in range(3)])
+        first = int(round((pixels.shape[axis] - recipe.size) / 2.0))  # noqa: RUF046 - as torchvision spells it
+        pixels = pixels.take(range(first, first + recipe.size), axis=axis)
+    return pixels

@@ -1,0 +1,23 @@
+"""TODO pipeline.read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from imagemill.job import plan
+from imagemill.job.paths import JobPaths
+from imagemill.pipeline.sources import open_all
+from imagemill.records import Job, Lease, Picture
+
+
+def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:
+    """The pictures of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
+    folder = JobPaths.of(job.output).plan
+    opened = open_all(job.sources, aside=folder, access=job.access)
+    for lease in leases:
+        for row in plan.read(folder, lease.shard):
+            source = opened[row.source]
+            suspect = lease.suspects.get(row.index) or ("crash" if lease.isolate else None)
+            fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
+            yield Picture(row.index, lease.shard, source.name, row.path, row.size, fetch, suspect)

@@ -1,0 +1,154 @@
+"""The sink: rows of a shard gather here and leave as one Parquet part, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from imagemill.job import store
+from imagemill.job.columns import _COLUMNS, _TOP_K
+from imagemill.job.paths import JobPaths
+from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
+
+
+@dataclass(slots=True)
+class _Open:
+    """A shard some of whose rows are here."""
+
+    shard: Shard
+    rows: list[Row] = field(default_factory=list)
+    class_ids: list[NDArray[np.int32]] = field(default_factory=list)
+    probabilities: list[NDArray[np.float32]] = field(default_factory=list)
+    saved: dict[Saved, list[NDArray[np.float32]]] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A shard with all of its rows, not yet on disk."""
+
+    shard: Shard
+    table: pa.Table
+    paths: JobPaths
+    since: float
+
+    def commit(self) -> Receipt:
+        """Put the part on disk, whole. Raises: OutputError where that fails; nothing stays behind then."""
+        buffer = pa.BufferOutputStream()
+        # One row group; dictionaries only where values repeat; checksums on every page.
+        pq.write_table(
+            self.table,
+            buffer,
+            compression="zstd",
+            row_group_size=max(self.table.num_rows, 1),
+            use_dictionary=["source", "status", "error", "label", "top_k.list.element.label"],
+            write_page_checksum=True,
+        )
+        data = buffer.getvalue()
+        digest = hashlib.sha256(data).hexdigest()
+        store.write(self.paths, self.paths.part(self.shard.number), memoryview(data))
+        statuses = Counter(self.table["status"].to_pylist())
+        ok = statuses.pop(Status.OK.value, 0)
+        rows = self.table.num_rows
+        return Receipt(self.shard.number, rows, rows - ok, data.size, time.monotonic() - self.since, digest, dict(statuses))
+
+
+class Sink:
+    """Gathers the rows of one job on one device.
+
+    Args:
+        job: the frozen job.
+        backend: what computed the answers, as the part's metadata says it.
+        versions: of the libraries that decided the answers.
+    """
+
+    def __init__(self, job: Job, backend: str, versions: dict[str, str]) -> None:
+        self._job = job
+        self._paths = JobPaths.of(job.output)
+        self._labels = pa.array(job.card.labels, pa.string())
+        self._open: dict[int, _Open] = {}
+        self._metadata = {
+            "imagemill.answer_id": job.answer_id,
+            "imagemill.plan_id": job.plan_id,
+            "imagemill.backend": backend,
+            "imagemill.precision": job.precision.value,
+            "imagemill.versions": json.dumps(versions, sort_keys=True),
+        }
+
+    def write(self, batch: Batch, top: TopK) -> Iterator[Part]:
+        """Take a batch's rows and yield the parts whose last row was among them. Batches may span shards."""
+        start = 0
+        while start < len(batch.rows):
+            shard = batch.rows[start].shard
+            end = start
+            while end < len(batch.rows) and batch.rows[end].shard.number == shard.number:
+                end += 1
+            opened = self._open.setdefault(shard.number, _Open(shard))
+            rows = batch.rows[start:end]
+            slots = [row.slot for row in rows if row.slot >= 0]
+            opened.rows.extend(rows)
+            opened.class_ids.append(top.class_ids[slots])
+            opened.probabilities.append(top.probabilities[slots])
+            for saved in self._job.save:
+                values = top.outputs.logits if saved is Saved.LOGITS else top.outputs.embedding
+                assert values is not None
+                opened.saved.setdefault(saved, []).append(values[slots])
+            if len(opened.rows) == shard.count:
+                del self._open[shard.number]
+                yield Part(shard, self._table(opened), self._paths, opened.since)
+            start = end
+
+    def _table(self, opened: _Open) -> pa.Table:
+        rows = opened.rows
+        class_ids = np.concatenate(opened.class_ids)
+        probabilities = np.concatenate(opened.probabilities)
+        answered = np.fromiter((row.slot >= 0 for row in rows), bool, len(rows))
+        place = np.cumsum(answered) - 1  # of each row among the answered ones
+        taken = pa.array(np.where(answered, place, 0), pa.int64(), mask=~answered)
+        k = class_ids.shape[1]
+        ids = pa.array(class_ids.reshape(-1), pa.int32())
+        structs = pa.StructArray.from_arrays(
+            [ids, self._labels.take(ids), pa.array(probabilities.reshape(-1), pa.float32())], fields=list(_TOP_K)
+        )
+        offsets = np.concatenate([[0], np.cumsum(answered)]).astype(np.int32) * k
+        first = pa.array(class_ids[:, 0], pa.int32()).take(taken)
+        columns = [
+            pa.array([row.index for row in rows], pa.int64()),
+            pa.array([row.source for row in rows], pa.string()),
+            pa.array([row.path for row in rows], pa.string()),
+            pa.array([row.status.value for row in rows], pa.string()),
+            pa.array([_told(row.error) for row in rows], pa.string()),
+            first,
+            self._labels.take(first),
+            pa.array(probabilities[:, 0], pa.float32()).take(taken),
+            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, mask=pa.array(~answered)),
+            pa.array([_side(row.width) for row in rows], pa.int32()),
+            pa.array([_side(row.height) for row in rows], pa.int32()),
+        ]
+        fields = list(_COLUMNS)
+        for saved, arrays in opened.saved.items():
+            values = np.concatenate(arrays).astype(np.float32, copy=False)
+            kind = pa.list_(pa.float32(), values.shape[1])
+            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind).take(taken))
+            fields.append(pa.field(saved.value, kind))
+        metadata = self._metadata | {"imagemill.shard": str(opened.shard.number)}
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
+
+
+def _side(pixels: int | None) -> int | None:
+    """Width or height as the column can hold it: a broken header may promise anything."""
+    return pixels if pixels is not None and 0 <= pixels < 2**31 else None
+
+
+def _told(error: str | None) -> str | None:
+    """An error as UTF-8 can hold it: it may quote the picture."""
+    return error if error is None else error.encode("utf-8", "backslashreplace").decode()

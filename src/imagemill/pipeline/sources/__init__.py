@@ -1,0 +1,329 @@
+"""Sources: where pictures come from. `open_all` makes them, `read` turns leases into pictures that fetch themselves.
+
+    folder/, picture.jpg      folder.py
+    @paths.txt                list.py       a path or URL a line
+    @paths.csv#column         table.py      a path or URL a row, .tsv and .parquet too
+    pictures.parquet#column   parquet.py    bytes in a column, here or in an object store
+    pictures.zip              zip.py        here or in an object store
+    pictures.tar, .tar.gz     tar.py        the same
+    s3://bucket/prefix        objects.py    all below it, or one object
+    https://host/picture.jpg  http.py
+
+A further kind is one file with a class behind the `Source` Protocol, and one line in `_open`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path, PurePosixPath
+
+from imagemill.errors import SourceError, UsageError
+from imagemill.job import plan
+from imagemill.job.paths import JobPaths
+from imagemill.pipeline.read import read
+from imagemill.pipeline.sources import kinds, objects
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, Source, shown
+from imagemill.pipeline.sources.folder import FolderSource
+from imagemill.pipeline.sources.list import ListSource
+from imagemill.pipeline.sources.parquet import ParquetSource
+from imagemill.pipeline.sources.table import TableSource, is_table, split_column
+from imagemill.pipeline.sources.tar import SUFFIXES as TAR_SUFFIXES
+from imagemill.pipeline.sources.tar import TarSource
+from imagemill.pipeline.sources.zip import ZipSource
+from imagemill.records import AS_GIVEN, Access, Filters, Job, Lease, Picture
+from imagemill.system import interruptible, storage
+
+__all__ = [
+    "Filters",
+    "Skipped",
+    "Source",
+    "as_line",
+    "can_be_read_again",
+    "check",
+    "check_kinds",
+    "is_opened",
+    "named_path",
+    "names_others",
+    "open_all",
+    "read",
+    "relocated",
+    "resolve",
+    "resolve_moved",
+    "shown",
+    "without_column",
+]
+
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_MOST_EXPANDED = 100_000
+_READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv")
+
+
+def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
+    """The source arguments as they are frozen: absolute paths, URLs, `@` and that of a list; braces expanded. Raises: UsageError."""
+    return tuple(_absolute(item) for argument in arguments for item in _expanded(argument))
+
+
+def _absolute(argument: str) -> str:
+    at = "@" if argument.startswith("@") else ""
+    if storage.is_file_url(argument.removeprefix("@")):
+        return at + os.path.abspath(_local_path(argument.removeprefix("@")))  # noqa: PTH100
+    if storage.is_url(argument.removeprefix("@")):
+        return at + _url(argument.removeprefix("@"), is_list=bool(at))
+    return at + os.path.abspath(argument.removeprefix("@"))  # noqa: PTH100 - links stay as they were given
+
+
+def _local_path(url: str) -> str:
+    try:
+        return os.fsdecode(storage.local_path(os.fsencode(url)))
+    except ValueError as error:
+        raise UsageError(f"source {url}: {error}.") from error
+
+
+def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return `--moved` as `Access` wants it: absolute paths and URLs. Raises: UsageError."""
+    pairs: list[tuple[str, str]] = []
+    for pair in moved:
+        if not all(pair):
+            raise UsageError(f"--moved {'='.join(pair)}: write --moved OLD=NEW, with a path or URL on both sides.")
+        old, new = (_place(side.removeprefix("@")) for side in pair)
+        if any(old == other for other, _ in pairs):
+            raise UsageError(f"--moved {'='.join(pair)}: {pair[0]} is given twice. Give one new place.")
+        pairs.append((old, new))
+    return tuple(pairs)
+
+
+def _place(location: str) -> str:
+    if storage.is_file_url(location):
+        location = _local_path(location)
+    return location.rstrip("/") if storage.is_url(location) else os.path.abspath(location).rstrip("/")  # noqa: PTH100
+
+
+def relocated(source: str, access: Access) -> str:
+    """Return a source argument, as `resolve` spells it, where it is now."""
+    if not access.moved:
+        return source
+    at = "@" if source.startswith("@") else ""
+    location, column = split_column(source.removeprefix("@"))
+    return at + os.fsdecode(access.at(os.fsencode(location))) + (f"#{column}" if column is not None else "")
+
+
+def _url(url: str, *, is_list: bool) -> str:
+    """A URL as it is frozen: as it was given, without a slash at the end of a place in an object store."""
+    scheme, _, rest = url.partition("://")
+    if storage.names_password(url):
+        raise UsageError(f"source {scheme}://…@{rest.partition('@')[2]}: {storage.NO_PASSWORDS}")
+    if not rest.strip("/"):
+        raise UsageError(f"source {url}: names no host or bucket.")
+    if storage.is_object(url):
+        return url.rstrip("/")
+    if scheme not in ("http", "https"):
+        raise UsageError(f"source {url}: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}.")
+    path = rest.partition("?")[0].partition("#")[0].lower()
+    if not is_list and (path.endswith(("/", *_READ_IN_PIECES)) or "/" not in path):
+        raise UsageError(
+            f"source {url}: only single pictures are read over {scheme}. Download it, or list its pictures' URLs in a file: @FILE."
+        )
+    return url
+
+
+def _expanded(argument: str) -> list[str]:
+    """`{000..099}` and `{a,b}` as WebDataset and shells write them; a name that is there as it stands is taken as it stands."""
+    if not storage.is_url(argument.removeprefix("@")) and os.path.lexists(argument.removeprefix("@")):
+        return [argument]
+    pieces: list[list[str]] = []
+    count, end = 1, 0
+    for match in _BRACES.finditer(argument):
+        first, last, words = match.groups()
+        if first is None:
+            choices = words.split(",")
+        else:
+            step = 1 if int(last) >= int(first) else -1
+            if abs(int(last) - int(first)) >= _MOST_EXPANDED:
+                raise UsageError(f"source {argument}: {match[0]} means more than {_MOST_EXPANDED:,} sources. Give a list: @FILE.")
+            width = len(first) if first.startswith("0") or last.startswith("0") else 0
+            choices = [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+        count *= len(choices)
+        pieces += [[argument[end : match.start()]], choices]
+        end = match.end()
+    if count > _MOST_EXPANDED:
+        raise UsageError(f"source {argument}: means {count:,} sources, more than {_MOST_EXPANDED:,}. Give a list: @FILE.")
+    return ["".join(parts) for parts in product(*pieces, [argument[end:]])]
+
+
+def open_all(
+    sources: Iterable[str],
+    output: Path | None = None,
+    aside: Path | None = None,
+    access: Access = AS_GIVEN,
+) -> list[Source]:
+    """Make the sources of a job.
+
+    Args:
+        sources: as `resolve` spells them.
+        output: a folder that is left out of what they list: the job's own.
+        aside: a folder in which a source may keep what it learnt while listing, for the processes that fetch; the plan's. None: it must
+            learn it again.
+        access: where the sources are now, and how they are asked for. They keep their names.
+    """
+    skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
+    return [_open(position, source, skip, aside, access) for position, source in enumerate(sources)]
+
+
+def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
+    """See that the sources as such are there, before anything is begun. Raises: SourceError."""
+    urls = []
+    for source in (relocated(source, access) for source in sources):
+        path, _ = split_column(source.removeprefix("@"))
+        if storage.is_url(path):
+            urls.append(path)
+            continue
+        try:
+            os.stat(path)  # noqa: PTH116
+        except OSError as error:
+            raise _cannot_read(source, error) from error
+    interruptible.heard_all(partial(_look, user_agent=access.user_agent), urls, 16)  # thousands may have come of one pair of braces
+
+
+def _cannot_read(source: str, error: OSError) -> SourceError:
+    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or a picture.")
+
+
+def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
+    """See that sources which are single files are images, and lists are text. Reads at most the first bytes of each.
+
+    Args:
+        sources: as `resolve` spells them.
+        all_files: whether a file of any kind counts as an image.
+
+    Raises:
+        UsageError: a file is of another kind. The message says how to give it. SourceError: it cannot be read.
+    """
+    interruptible.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
+
+
+def _check_kind(source: str, all_files: bool) -> None:
+    location, _ = split_column(source.removeprefix("@"))
+    is_list = source.startswith("@")
+    if is_list and location.lower().endswith(".parquet"):
+        return  # its reader judges it
+    if not is_list and (all_files or is_opened(source) or PurePosixPath(location).suffix.lower() in IMAGE_SUFFIXES):
+        return
+    name = shown(os.fsencode(source))
+    if storage.is_object(location):
+        head = _head_of_object(location)
+        if head is None:
+            return
+    elif storage.is_url(location):
+        head = None  # a page is not fetched for this
+    else:
+        try:
+            found = os.stat(location)  # noqa: PTH116
+            if stat.S_ISDIR(found.st_mode):
+                if is_list:
+                    raise UsageError(f"source {name} is a folder, not a list. Leave out the @.")
+                return
+            if not stat.S_ISREG(found.st_mode):
+                if is_list:
+                    return  # a pipe can be read only once
+                raise UsageError(f"source {name} is not a regular file. Give a folder, an image file, or a list: @FILE.")
+            with open(location, "rb") as file:  # noqa: PTH123 - as it was given
+                head = file.read(kinds.HEAD_BYTES)
+        except OSError as error:
+            raise _cannot_read(source, error) from error
+    if not is_list:
+        kinds.refuse_file(name, head)
+    elif head is not None:
+        kinds.refuse_list(name, head)
+
+
+def _head_of_object(url: str) -> bytes | None:
+    """The first bytes of an object; None: it is a prefix, or may not be read, of which `check` and the rows speak."""
+    bucket, key = storage.split(url)
+    if not key:
+        return None
+    try:
+        return storage.open_store(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES) or None
+    except OSError:
+        return None
+
+
+def is_opened(source: str) -> bool:
+    """Whether a source is an archive or a table by its name, so that its content is listed."""
+    location, _ = split_column(source)
+    return location.lower().endswith((".parquet", ".zip")) or TAR_SUFFIXES.search(source) is not None
+
+
+def can_be_read_again(source: str) -> bool:
+    """Whether a source can be listed twice: not a list that comes out of a pipe."""
+    location, _ = split_column(source.removeprefix("@"))
+    return not source.startswith("@") or storage.is_url(location) or os.path.isfile(location)  # noqa: PTH113
+
+
+def _look(url: str, user_agent: str | None) -> None:
+    if storage.is_object(url):
+        objects.look(url)
+    else:
+        from imagemill.pipeline.sources import http  # its library is heavy, and rarely needed
+
+        http.look(url, user_agent)
+
+
+def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
+    location, column = split_column(source.removeprefix("@"))
+    if source.startswith("@"):
+        if is_table(location):
+            return TableSource(position, os.fsencode(location), column, access)
+        return ListSource(position, os.fsencode(source[1:]), access)
+    if location.lower().endswith(".parquet") and not os.path.isdir(access.at(os.fsencode(location))):  # noqa: PTH112 - a URL is none
+        return ParquetSource(position, os.fsencode(location), column, access)
+    opened = _open_here(position, relocated(source, access), skip, aside, access)
+    opened.name = shown(os.fsencode(source))
+    return opened
+
+
+def _open_here(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
+    """Open a source where it is now."""
+    if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
+        return ZipSource(position, os.fsencode(source))
+    if TAR_SUFFIXES.search(source) and not os.path.isdir(source):  # noqa: PTH112
+        return TarSource(position, os.fsencode(source), aside)
+    if storage.is_object(source):
+        return objects.ObjectSource(position, source)
+    if storage.is_url(source):
+        from imagemill.pipeline.sources import http
+
+        return http.HttpSource(position, source, access.user_agent)
+    return FolderSource(position, os.fsencode(source), skip)
+
+
+def without_column(source: str) -> str:
+    """Return the path or URL of a source, without `@` and `#COLUMN`."""
+    return split_column(source.removeprefix("@"))[0]
+
+
+def names_others(source: str) -> bool:
+    """Return whether a source is a list or table whose lines name images elsewhere."""
+    return source.startswith("@") or without_column(source).lower().endswith(".parquet")
+
+
+def named_path(source: str, path: bytes) -> bytes:
+    """Return what a list or table wrote for an image, from its path in the plan."""
+    return path if source.startswith("@") else path.partition(b"/")[2]
+
+
+def as_line(source: str, path: bytes) -> bytes | None:
+    """The line of a list that means this picture of a source; None: it lies inside an archive or table, and no line does."""
+    if isinstance(_open(0, source, None, None, AS_GIVEN), ZipSource | TarSource | ParquetSource):
+        return None
+    if source.startswith("@"):
+        location, _ = split_column(source[1:])
+        try:
+            return storage.beside(os.fsencode(location), path) if path else None
+        except ValueError:  # in a plan of an older version
+            return None
+    return os.path.join(os.fsencode(source), path) if path else os.fsencode(source)  # noqa: PTH118

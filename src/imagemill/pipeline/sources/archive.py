@@ -1,0 +1,90 @@
+"""What archives have in common: which members are planned, and bytes that are opened when they are first read."""
+
+from __future__ import annotations
+
+import re
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache
+from typing import ClassVar
+
+from imagemill.errors import SourceError
+from imagemill.pipeline.sources import objects
+from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
+from imagemill.pipeline.sources.files import retried
+from imagemill.records import Filters
+from imagemill.system import storage
+
+GET_IT_AGAIN = "Get it again, or unpack what is whole of it and give the folder."
+_FOLDERS_REMEMBERED = 1_000
+_KEPT_OPEN = 4
+
+
+def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
+    """Whether a member is planned, by its path; what is left out is counted. A folder that `--exclude` names is closed, as on a disk."""
+    wanted = matcher(filters)
+
+    @lru_cache(_FOLDERS_REMEMBERED)
+    def is_closed(folder: bytes) -> bool:
+        return any(not wanted(folder[: slash.end()]) for slash in re.finditer(rb"(?<=[^/])/", folder))
+
+    def chosen(path: bytes) -> bool:
+        if is_hidden(path):
+            skipped.hidden += 1
+        elif (suffix := wanted_suffix(path, filters)) is not None:
+            skipped.by_suffix[suffix] += 1
+        elif not wanted(path) or (filters.exclude and is_closed(path[: path.rfind(b"/") + 1])):
+            skipped.by_filter += 1
+        else:
+            return True
+        return False
+
+    return chosen
+
+
+class LazyBlob:
+    """A blob that the first read opens, in whatever process that is, and that is opened anew after an error. For many threads.
+
+    A job may have thousands of archives; a process keeps the last few open, which is enough for pictures that come in plan order.
+    """
+
+    _kept: ClassVar[deque[weakref.ref[LazyBlob]]] = deque()
+    _keeping = threading.Lock()
+
+    def __init__(self, opener: Callable[[], storage.Blob]) -> None:
+        self._opener = opener
+        self._opening = threading.Lock()
+        self._blob: storage.Blob | None = None
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: BadPicture."""
+        return retried(lambda: self._read_at(offset, length), "the archive was listed but is gone, or its link leads nowhere")
+
+    def _read_at(self, offset: int, length: int) -> bytes:
+        blob = self._blob or self._open()
+        try:
+            return blob.read_at(offset, min(length, blob.size - offset)) if offset < blob.size else b""
+        except OSError:
+            self._blob = None
+            raise
+
+    def _open(self) -> storage.Blob:
+        with self._opening:
+            if (blob := self._blob) is not None:
+                return blob
+            self._blob = blob = self._opener()
+        with self._keeping:
+            self._kept.append(weakref.ref(self))
+            while len(self._kept) > _KEPT_OPEN:
+                if (oldest := self._kept.popleft()()) is not None and oldest is not self:
+                    oldest._blob = None  # not closed: other threads may be reading from it, the last of them closes it
+        return blob
+
+
+def cannot_read(name: str, error: OSError, what: str) -> SourceError:
+    """The one clear message for an archive that cannot be listed."""
+    if storage.is_url(name):
+        return objects.cannot_read(name, error)
+    return SourceError(f"source {name} cannot be read: {error.strerror or error}. Give {what}.")

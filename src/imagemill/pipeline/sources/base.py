@@ -1,0 +1,129 @@
+"""What a source is: it lists its pictures once, and fetches any one of them at any time."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from imagemill.records import Entry, Filters
+
+IMAGE_SUFFIXES = frozenset(
+    """.apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .emf .fit .fits .flc .fli .ftu .gbr .gif .heic .heif .hif .icns .ico .im .j2c .j2k
+    .jfif .jif .jng .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .jxl .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb
+    .rgba .sgi .svg .tga .tif .tiff .vda .vst .webp .wmf .xbm .xpm""".split()
+)
+"""Suffixes that make an entry a picture, lower case; whether it can be read is another matter and becomes its row."""
+
+
+@dataclass(slots=True)
+class Skipped:
+    """What a listing left out: counts that the summary reports."""
+
+    by_suffix: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
+    by_filter: int = 0
+    archive_notes: list[str] = field(default_factory=list)
+    """What users should know of archives, a line each."""
+    broken_links: int = 0
+    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
+    first_broken_link: str = ""
+    empty_sources: int = 0
+    """Sources that hold no image, beside others that do."""
+    first_empty_source: str = ""
+
+    def add_broken_link(self, path: str) -> None:
+        """Count a link that leads nowhere."""
+        self.broken_links += 1
+        self.first_broken_link = self.first_broken_link or path
+
+    def add_empty_source(self, name: str) -> None:
+        """Count a source without an image."""
+        self.empty_sources += 1
+        self.first_empty_source = self.first_empty_source or name
+
+    def notes(self) -> list[str]:
+        """Return a line for each thing that a listing did not find and that a user would miss."""
+        found = list(self.archive_notes)
+        if self.broken_links:
+            links = "1 link leads nowhere" if self.broken_links == 1 else f"{self.broken_links:,} links lead nowhere"
+            found.append(f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the images there are left out")
+        if self.empty_sources:
+            sources = "1 source holds" if self.empty_sources == 1 else f"{self.empty_sources:,} sources hold"
+            found.append(f"note: {sources} no images, first: {self.first_empty_source}")
+        return found
+
+
+class Source(Protocol):
+    """One source of pictures."""
+
+    name: str
+    """As rows name it: an absolute path or URL, bytes that are not UTF-8 shown as `\\xNN`."""
+
+    @property
+    def ordered(self) -> bool | Literal["whole"]:
+        """Whether entries come ordered by the components of their paths as bytes; `whole`: by their whole paths as bytes; False: in an
+        order of the source's own."""
+        ...
+
+    def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+        """List the pictures in bounded memory and in the same order each time, counting what is left out.
+
+        Raises: SourceError.
+        """
+        ...
+
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
+        """Read one picture's encoded bytes. Called from many threads at once, in any order.
+
+        Args:
+            path, locator: as `entries` gave them, perhaps to another process.
+            max_bytes: a picture that is longer is `too_large`; no more than this is read.
+
+        Raises: BadPicture.
+        """
+        ...
+
+
+def wanted_suffix(name: bytes, filters: Filters) -> str | None:
+    """The suffix of a member that is no picture, for `Skipped.by_suffix`; None: it is one, or all files are wanted."""
+    suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
+    return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
+
+
+def is_hidden(path: bytes) -> bool:
+    """Whether a member of an archive or store, or a folder it lies in, is hidden: its name begins with a dot."""
+    return any(part.startswith(b".") and part not in (b".", b"..") for part in path.split(b"/"))
+
+
+def shown(name: bytes) -> str:
+    """A name for people: UTF-8, other bytes as `\\xNN`."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def matcher(filters: Filters) -> Callable[[bytes], bool]:
+    """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
+
+    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
+    """
+
+    def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
+        return [("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/")))) for pattern in patterns]
+
+    include, exclude = compiled(filters.include), compiled(filters.exclude)
+
+    def matches(rules: list[tuple[bool, re.Pattern[str]]], path: str) -> bool:
+        name = path.rpartition("/")[2]
+        return any(rule.match(path if whole else name) for whole, rule in rules)
+
+    def wanted(path: bytes) -> bool:
+        text = os.fsdecode(path.rstrip(b"/"))
+        if exclude and matches(exclude, text):
+            return False
+        return path.endswith(b"/") or not include or matches(include, text)
+
+    return wanted

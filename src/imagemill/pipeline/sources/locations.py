@@ -1,0 +1,88 @@
+"""Whatever a line of a list or a cell of a table may name: a path, a URL of the web, an object in a store."""
+
+from __future__ import annotations
+
+import errno
+import io
+from typing import TextIO
+
+from imagemill.pipeline.sources import kinds
+from imagemill.pipeline.sources.files import read_file
+from imagemill.records import AS_GIVEN, Access, BadPicture, Status
+from imagemill.system import storage
+
+_LONGEST_LIST = 256 * 2**20
+
+
+def fetch_beside(file: bytes, path: bytes, max_bytes: int, access: Access) -> bytes:
+    """Read the image that a path or URL in a file means. Raises: BadPicture."""
+    try:
+        location = storage.beside(file, path)
+    except ValueError as error:
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error}") from error
+    return fetch(location, max_bytes, access)
+
+
+def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
+    """Read a picture's encoded bytes, called from many threads at once.
+
+    Args:
+        location: an absolute path, or a URL: `http`, `https` or of an object store. `storage.beside` makes it of a relative one.
+        max_bytes: a longer one is `too_large`; no more than this is read.
+        access: where it is now, and how it is asked for.
+
+    Raises:
+        BadPicture.
+    """
+    location = access.at(location)
+    if b"\0" in location:
+        raise BadPicture(Status.MISSING, "nothing can lie there: its name has a NUL byte")
+    if not storage.is_url(location):
+        return read_file(location, max_bytes)
+    if storage.names_password(location):
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {storage.NO_PASSWORDS}")
+    url = location.decode("utf-8", "surrogateescape")
+    scheme = url.partition("://")[0].lower()
+    if scheme in ("http", "https"):
+        from imagemill.pipeline.sources import http
+
+        return http.fetch(url, max_bytes, user_agent=access.user_agent)
+    if storage.is_object(url):
+        from imagemill.pipeline.sources import objects
+
+        return objects.fetch(url, max_bytes)
+    raise BadPicture(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
+
+
+def open_text(name: str, location: bytes, access: Access, newline: str) -> TextIO:
+    """Open a list for reading it line by line, wherever it lies. Bytes that are not UTF-8 come as surrogate escapes.
+
+    Args:
+        name: of the source, for errors.
+        location: path or URL.
+        access: where it is now, and how it is asked for.
+        newline: what ends a line, see `io.TextIOWrapper`.
+
+    Raises:
+        OSError: it cannot be read. UsageError: it is not text.
+    """
+    raw = _open_bytes(access.at(location), access.user_agent)
+    try:
+        head = raw.peek(kinds.HEAD_BYTES)[: kinds.HEAD_BYTES]
+        kinds.refuse_list(name, head)
+        encoding = kinds.encoding_of(head)
+        return io.TextIOWrapper(raw, encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict", newline=newline)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
+    if storage.is_object(location):
+        return io.BufferedReader(storage.BlobFile(storage.open_blob(location)), 2**20)
+    if not storage.is_url(location):
+        return open(location, "rb")  # noqa: PTH123 - the caller closes it
+    try:
+        return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST, Access(user_agent=user_agent))))
+    except BadPicture as bad:
+        raise OSError(errno.EIO, bad.error) from bad

@@ -1,0 +1,122 @@
+"""Pictures in an object store: `s3://bucket/prefix`, listed as it comes in the order of the keys' bytes, or one object."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from imagemill.errors import SourceError
+from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
+from imagemill.records import BadPicture, Entry, Filters, Status
+from imagemill.system import storage
+
+_REMEDIES = {
+    errno.ENOENT: "Look at the names of bucket and key.",
+    errno.EACCES: "Give credentials that may list and read it.",
+}
+_REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the command."
+
+
+class ObjectSource:
+    """See the module's docstring. `url` ends without a slash; it is a picture where there is such an object, else what lies below it."""
+
+    ordered: Literal["whole"] = "whole"
+
+    def __init__(self, position: int, url: str) -> None:
+        self.name = url
+        self._url = url
+        self._position = position
+
+    def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+        """See `Source.entries`. A source that is itself an object is planned whatever its suffix."""
+        try:
+            size = _look(self._url, None)
+            if size is not None:
+                yield Entry(self._position, b"", size)
+            else:
+                yield from self._below(filters, skipped)
+        except OSError as error:
+            raise cannot_read(self._url, error) from error
+
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
+        """See `Source.fetch`."""
+        return fetch(f"{self._url}/{os.fsdecode(path)}" if path else self._url, max_bytes)
+
+    def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+        wanted, open_folder = matcher(filters), _Folders(matcher(filters))
+        top, group = b"", -1
+        for key, size in storage.open_store(self._url).list():
+            path = key.encode()
+            if is_hidden(path):
+                skipped.hidden += 1
+            elif not open_folder(path):
+                continue
+            elif (suffix := wanted_suffix(path.rpartition(b"/")[2], filters)) is not None:
+                skipped.by_suffix[suffix] += 1
+            elif not wanted(path):
+                skipped.by_filter += 1
+            else:
+                folder = path.partition(b"/")[0] if b"/" in path else top
+                group, top = group + (folder != top), folder
+                yield Entry(self._position, path, size, max(group, 0))
+
+
+class _Folders:
+    """Whether the folders in which a key lies are open to the filters; keys of one folder come one after another."""
+
+    def __init__(self, wanted: Callable[[bytes], bool]) -> None:
+        self._wanted = wanted
+        self._last: tuple[bytes, bool] = (b"", True)
+
+    def __call__(self, path: bytes) -> bool:
+        folder = path.rpartition(b"/")[0]
+        if folder != self._last[0]:
+            parts = folder.split(b"/")
+            is_open = all(self._wanted(b"/".join(parts[:depth]) + b"/") for depth in range(1, len(parts) + 1))
+            self._last = (folder, is_open)
+        return self._last[1]
+
+
+def fetch(url: str, max_bytes: int) -> bytes:
+    """Read one object, by one request. Raises: BadPicture; what an outage leaves is a `read_error`."""
+    bucket, key = storage.split(url)
+    try:
+        return storage.open_store(bucket).read(key, max_bytes)
+    except FileNotFoundError as error:
+        raise BadPicture(Status.MISSING, f"the object is not there: {error.strerror}") from error
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            size = str(error.strerror).partition(",")[0]
+            raise BadPicture(Status.TOO_LARGE, f"{size}, more than --max-bytes {max_bytes}") from error
+        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror}") from error
+
+
+def look(url: str) -> None:
+    """See that there is an object, or something below. Raises: SourceError."""
+    try:
+        _look(url, storage.PROBING)
+    except OSError as error:
+        raise cannot_read(url, error) from error
+
+
+def cannot_read(url: str, error: OSError) -> SourceError:
+    """What to say of a source that cannot be read."""
+    return SourceError(f"source {url} cannot be read: {error.strerror}. {_REMEDIES.get(error.errno or 0, _REMEDY)}")
+
+
+def _look(url: str, patience: storage.Patience | None) -> int | None:
+    """Bytes of an object, or None: other objects are below it. Raises: SourceError, OSError."""
+    size = None
+    bucket, key = storage.split(url)
+    if key:
+        try:
+            size = storage.open_store(bucket, patience).open(key).size
+        except (FileNotFoundError, PermissionError):
+            size = None  # whoever may not see an object may yet list what is below
+    if not size and next(storage.open_store(url, patience).list(), None) is not None:
+        return None
+    if size is None:
+        raise SourceError(f"source {url} cannot be read: there is no such object, and none below it. {_REMEDIES[errno.ENOENT]}")
+    return size

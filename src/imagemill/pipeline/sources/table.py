@@ -1,0 +1,151 @@
+"""A list of pictures in a table, `@FILE.csv`, `@FILE.tsv` or `@FILE.parquet`: a path or URL in each row of one column.
+
+`@FILE.csv#COLUMN` names the column. Relative paths are relative to the table's own folder, as in a list of lines. CSV is UTF-8 with a
+header; bytes that are not UTF-8 stay as they are, for names that are not either. An empty cell is a `missing` row: none is lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from imagemill.errors import SourceError
+from imagemill.pipeline.sources import locations
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
+from imagemill.records import AS_GIVEN, Access, BadPicture, Entry, Filters, Status
+from imagemill.system import storage
+
+SEPARATORS = {b".csv": ",", b".tsv": "\t"}
+_KNOWN_NAMES = "path file_path filepath file filename file_name image_path image_file img_path url image_url uri image".split()
+"""Names that a column of paths goes by; the first that is there is taken."""
+_COLUMN = re.compile(r"(.+?\.(?:parquet|csv|tsv))#(.+)", re.IGNORECASE | re.DOTALL)
+
+
+def split_column(location: str) -> tuple[str, str | None]:
+    """`FILE.parquet#COLUMN` as file and column; what has no such ending, or is there with it, is a file alone."""
+    match = _COLUMN.fullmatch(location)
+    if match is None or (not storage.is_url(location) and os.path.lexists(location)):
+        return location, None
+    return match[1], match[2]
+
+
+def is_table(location: str) -> bool:
+    """Whether a list of pictures is a table, by its suffix."""
+    return location.lower().endswith((".csv", ".tsv", ".parquet"))
+
+
+class TableSource:
+    """See the module's docstring. Each row is planned, whatever its suffix: the table has chosen.
+
+    Args:
+        position: of the source in the command.
+        location: path or URL of the table.
+        column: which one holds the paths; None: the only one, or one that goes by a known name.
+        access: where table and images are now, and how they are asked for.
+    """
+
+    ordered = False
+
+    def __init__(self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN) -> None:
+        self.name = "@" + shown(location) + (f"#{column}" if column is not None else "")
+        self._position = position
+        self._location = location
+        self._column = column
+        self._access = access
+
+    def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+        """See `Source.entries`. The order is the table's; sizes are not known."""
+        wanted = matcher(filters)
+        suffix = self._location[-4:].lower()
+        cells = self._from_text(SEPARATORS[suffix]) if suffix in SEPARATORS else self._from_parquet()
+        for row, cell in enumerate(cells, 1):
+            if not cell:
+                yield Entry(self._position, b"", -1, locator=b"%d" % row)
+            elif storage.names_password(cell):
+                raise SourceError(f"source {self.name}, row {row}: {storage.NO_PASSWORDS}")
+            elif why := self._refusal(cell):
+                raise SourceError(f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}.")
+            elif wanted(cell):
+                yield Entry(self._position, cell, -1)
+            else:
+                skipped.by_filter += 1
+
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
+        """See `Source.fetch`. The locator is empty, or the number of a row whose cell is."""
+        if not path:
+            raise BadPicture(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
+        return locations.fetch_beside(self._location, path, max_bytes, self._access)
+
+    def _refusal(self, cell: bytes) -> ValueError | None:
+        """Return why a cell cannot name an image; None if it can."""
+        try:
+            storage.beside(self._location, cell)
+        except ValueError as error:
+            return error
+        return None
+
+    def _from_text(self, separator: str) -> Iterator[bytes]:
+        """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed over."""
+        try:
+            with locations.open_text(self.name, self._location, self._access, "") as lines:
+                reader = csv.reader(lines, delimiter=separator, strict=True)
+                header = next(reader, None)
+                if not header:
+                    raise SourceError(f"source {self.name} is empty. Its first line must name its columns.")
+                place = header.index(self._chosen(header))
+                for cells in reader:
+                    if not cells:
+                        continue
+                    if len(cells) != len(header):
+                        raise SourceError(
+                            f"source {self.name}, line {reader.line_num}: has {len(cells)} cells, the header names {len(header)} columns. "
+                            "Mend the line; cells that hold a separator are quoted."
+                        )
+                    yield cells[place].encode("utf-8", "surrogateescape")
+        except csv.Error as error:
+            raise SourceError(f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Mend the line.") from error
+        except UnicodeError as error:
+            raise SourceError(f"source {self.name} cannot be read: {error}. Save it as UTF-8.") from error
+        except OSError as error:
+            raise SourceError(
+                f"source {self.name} cannot be read: {error.strerror or error}. Give a table with a column of paths."
+            ) from error
+
+    def _from_parquet(self) -> Iterator[bytes | None]:
+        """The column's cells of a Parquet file."""
+        from imagemill.pipeline.sources import parquet  # brings pyarrow
+
+        with parquet.opening(self.name, self._access.at(self._location)) as opened:
+            schema: Any = opened.file.schema_arrow
+            column = self._chosen(schema.names)
+            kind = parquet.plain_type(schema.field(column).type)
+            if not parquet.is_text(kind) and not parquet.is_bytes(kind):
+                hint = f" If these are pictures: {self.name.removeprefix('@')}." if parquet.has_bytes(kind) else ""
+                raise SourceError(f"source {self.name}: column {column!r} holds {parquet.told(kind)}, not paths.{hint}")
+            for group in range(opened.file.metadata.num_row_groups):
+                yield from opened.values(group, column)
+
+    def _chosen(self, columns: list[str]) -> str:
+        """The column of paths. Raises: SourceError."""
+        held = ", ".join(map(repr, columns))
+        if self._column is not None:
+            found = self._column
+        elif len(columns) == 1:
+            found = columns[0]
+            if PurePosixPath(found).suffix.lower() in IMAGE_SUFFIXES or "/" in found or ";" in found or "\t" in found:
+                raise SourceError(
+                    f"source {self.name}: its first line, {held}, looks like no column's name. The first line must name the columns, "
+                    "set apart by commas in .csv and by tabs in .tsv; a plain list of paths is named .txt."
+                )
+        else:
+            found = next((name for name in _KNOWN_NAMES if name in columns), "")
+        if not found:
+            raise SourceError(f"source {self.name} has several columns: {held}. Name the one of the paths: {self.name}#{columns[0]}.")
+        if columns.count(found) != 1:
+            how_often = "has no column" if found not in columns else "has several columns"
+            raise SourceError(f"source {self.name}: the table {how_often} {found!r}. Its columns: {held}.")
+        return found

@@ -1,0 +1,118 @@
+"""Where a worker's time goes: a few sums, added to from any thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from imagemill.pipeline.heartbeat import Noteboard
+from imagemill.records import Clock
+
+T = TypeVar("T")
+
+SHORT_S = 5.0
+"""In less time than this, start-up and the last batch weigh too much for a bottleneck to be named."""
+
+
+def total(clocks: Iterable[Clock]) -> Clock:
+    """The sums of several clocks."""
+    every = list(clocks)
+    return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
+
+
+def bound_by(clock: Clock, seconds: float) -> str | None:
+    """Return what bounded the time of a clock: `compute`, `write`, `read` or `decode`; None if `seconds` are too short to tell.
+
+    It is decided by who waited for whom. The loop of a worker waits for images, waits for the session, or writes, and the longest of
+    the three names the bottleneck. If the loop waited for images, reading or decoding took the longer time. But if the CPU decodes and
+    computes, decoding may be slow only because the session takes the cores: then the stage that used more CPU time is the bottleneck.
+    Only times of our own threads are compared, never the machine's, so other processes do not change the answer.
+
+    Args:
+        clock: sums over all workers.
+        seconds: the time in which they were taken.
+    """
+    longest = max(clock.compute, clock.write, clock.starved)
+    if seconds < SHORT_S or longest <= 0:
+        return None
+    if longest == clock.compute:
+        return "compute"
+    if longest == clock.write:
+        return "write"
+    waiting_for_cores = max(0.0, clock.decode_wall - clock.decode)  # decoding waits for nothing else, and reading waits as much for them
+    if clock.read - waiting_for_cores > clock.decode_wall:
+        return "read"
+    return "compute" if clock.session_cpu > clock.decode else "decode"
+
+
+class Stopwatch:
+    """Sums of seconds by name, and counts of pictures and rows.
+
+    Args:
+        board: where the launcher sees them; None: nowhere.
+        on_cpu: the session computes on the CPU, in threads of this process.
+    """
+
+    def __init__(self, board: Noteboard | None = None, *, on_cpu: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._board = board
+        self._on_cpu = on_cpu
+        self._process_begun: float | None = None
+        self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
+        self._rows = 0
+        self._seconds = dict.fromkeys(("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0)
+        self._pictures = 0
+        self._begun = time.perf_counter()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds to one of the sums of `Clock`."""
+        with self._lock:
+            self._seconds[name] += seconds
+
+    def picture(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
+        """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU seconds of both."""
+        with self._lock:
+            self._seconds["read"] += read_s
+            self._seconds["decode"] += decode_s
+            self._seconds["decode_wall"] += decode_wall_s
+            self._decoders_cpu += cpu_s
+            self._pictures += 1
+
+    def through(self, rows: int) -> None:
+        """Count rows that have their answers. Called by the thread that runs the loop."""
+        self._rows += rows
+        self._loop_cpu = time.thread_time() - self._loop_begun
+        if self._board is not None:
+            self._board.tell(self._rows, self.read())
+
+    def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """Pass items on, adding to `name` the time that was spent waiting for each but the first: until then the way fills up."""
+        iterator = iter(items)
+        is_first = True
+        if self._process_begun is None:  # compiling the model, before, is no work on images
+            self._process_begun, self._loop_begun = time.process_time(), time.thread_time()
+        while True:
+            begun = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                if not is_first:
+                    self.add(name, time.perf_counter() - begun)
+                is_first = False
+            yield item
+
+    def elapsed(self) -> float:
+        """Seconds since this watch was made."""
+        return time.perf_counter() - self._begun
+
+    def read(self) -> Clock:
+        """The sums so far."""
+        with self._lock:
+            session_cpu = 0.0
+            if self._on_cpu and self._process_begun is not None:  # what no other thread of this process has used
+                session_cpu = max(0.0, time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu)
+            return Clock(**self._seconds, session_cpu=session_cpu, pictures=self._pictures)
