@@ -34,10 +34,9 @@ from pathlib import Path
 
 from imagemill import running
 from imagemill.errors import Interrupted
-from imagemill.launcher import Progress
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
 from imagemill.progress import Pace
-from imagemill.records import Settings
+from imagemill.records import Progress, Settings
 from imagemill.watching import Watcher
 
 TENTHS = [number / 10 for number in range(1, 10)]

@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src"), str(ROOT / "bench")]
 from ray_engines import links  # noqa: E402
 
 from imagemill import running  # noqa: E402
-from imagemill.crew import Heard, Lost  # noqa: E402
-from imagemill.engines.ray_crew import RayCrew  # noqa: E402
-from imagemill.leases import Leases  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
-from imagemill.wire import Done  # noqa: E402
+from imagemill.workers.leases import Leases  # noqa: E402
+from imagemill.workers.pool import Heard, Lost  # noqa: E402
+from imagemill.workers.protocol import Done  # noqa: E402
+from imagemill.workers.ray.pool import RayCrew  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
 
 _COLUMNS = 60

@@ -13,10 +13,9 @@ import pytest
 import helpers
 import pictures
 from imagemill import running, watching
-from imagemill.launcher import Progress
 from imagemill.pipeline import stopwatch
 from imagemill.progress import Pace
-from imagemill.records import Settings
+from imagemill.records import Progress, Settings
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 

@@ -73,7 +73,9 @@ def test_no_child_executes_a_module_of_the_working_directory(module: str, trappe
 def test_a_module_of_the_working_directory_would_be_noticed(trapped: Path, tmp_path: Path) -> None:
     """The tests above can fail: a process that is started without `-P` executes the first such file that it imports."""
     environment = processes.environment() | {"SPRUNG": str(tmp_path / "sprung")}
-    subprocess.run([sys.executable, "-c", "import imagemill.worker"], cwd=trapped, env=environment, capture_output=True, check=False)
+    subprocess.run(
+        [sys.executable, "-c", "import imagemill.workers.worker"], cwd=trapped, env=environment, capture_output=True, check=False
+    )
     assert str(trapped) in (tmp_path / "sprung").read_text()
 
 

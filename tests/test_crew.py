@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from imagemill import launcher, wire
-from imagemill.crew import Died, Heard, Joined, Lost, Told
+from imagemill import records
 from imagemill.errors import Interrupted, WorkerError
-from imagemill.launcher import Launcher
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
+from imagemill.workers import launcher, protocol
+from imagemill.workers.launcher import Launcher
+from imagemill.workers.pool import Died, Heard, Joined, Lost, Told
 
 PICTURES = 10
 
@@ -53,7 +54,7 @@ class Simulated:
     def begin(self, most: int) -> Sequence[DeviceSpec]:
         begun = [device(number) for number in range(len(self.seconds))][:most]
         for one in begun:
-            self.at(0.0, lambda name=one.name: [Heard(name, wire.Ready(1))])
+            self.at(0.0, lambda name=one.name: [Heard(name, protocol.Ready(1))])
         return begun
 
     def wait(self, seconds: float) -> Sequence[Heard]:
@@ -63,9 +64,9 @@ class Simulated:
         self.now, _, act = heapq.heappop(self.events)
         return act()
 
-    def answer(self, name: str, message: Lease | wire.Pause) -> None:
+    def answer(self, name: str, message: Lease | protocol.Pause) -> None:
         hand = self.hands[name]
-        if isinstance(message, wire.Pause):
+        if isinstance(message, protocol.Pause):
             return
         hand.append(message)
         self.most_in_hand[name] = max(self.most_in_hand[name], len(hand))
@@ -81,16 +82,16 @@ class Simulated:
                 return []
             lease = self.hands[name].pop(0)
             self.committed.append((self.now, name, lease.shard.number))
-            heard = [Heard(name, wire.Done(Receipt(lease.shard.number, PICTURES, 0, 1, 0.0, ""), Clock()))]
+            heard = [Heard(name, protocol.Done(Receipt(lease.shard.number, PICTURES, 0, 1, 0.0, ""), Clock()))]
             if self.hands[name]:
                 self._work(name)
             else:
                 self.idle_from[name] = self.now
-                heard.append(Heard(name, wire.Idle()))
+                heard.append(Heard(name, protocol.Idle()))
             return heard
 
         if len(self.hands[name]) == 1:
-            self.at(0.0, lambda: [Heard(name, wire.Want())] if life == self._working[name] else [])
+            self.at(0.0, lambda: [Heard(name, protocol.Want())] if life == self._working[name] else [])
         self.at(self.seconds[name], done)
 
     def lose(self, name: str, *, with_machine: bool = True) -> list[Heard]:
@@ -106,12 +107,12 @@ class Simulated:
     def join(self, name: str, seconds: float) -> list[Heard]:
         self.seconds[name] = seconds
         self.hands[name], self.most_in_hand[name], self._working[name] = [], 0, self._working.get(name, 0) + 1
-        self.at(0.0, lambda: [Heard(name, wire.Ready(1))])
+        self.at(0.0, lambda: [Heard(name, protocol.Ready(1))])
         return [Heard(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
 
     def restart(self, name: str) -> None:
         fails = self.failing_starts.pop(0) if self.failing_starts else False
-        self.at(0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, wire.Ready(2))])
+        self.at(0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, protocol.Ready(2))])
 
     def told(self, name: str) -> Told:
         return Told(self.answered.get(name, 0))
@@ -300,7 +301,7 @@ def test_progress_counts_answers_before_they_are_committed(simulated_time: Calla
     """A device's rows are those committed and those of its noteboard beyond them; what it has in hand besides is leased."""
     crew = Simulated({"null#0": 10.0})
     simulated_time(crew)
-    seen: list[launcher.Progress] = []
+    seen: list[records.Progress] = []
     crew.at(1.0, lambda: crew.answered.update({"null#0": 4}) or [])
     crew.at(12.0, lambda: crew.answered.update({"null#0": 17}) or [])
     for second in range(30):

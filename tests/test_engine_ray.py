@@ -17,12 +17,12 @@ import pytest
 import helpers
 import pictures
 from imagemill import freezing, running
-from imagemill.engines.nodes import Node, places
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Bundle, Settings
+from imagemill.workers.ray.nodes import Node, places
 from ray_nodes import Nodes, cluster, kill, parent
 from s3 import Bucket
 
@@ -214,7 +214,7 @@ def test_the_last_node_killed(start: Start, models_dir: Path, slow_folder: Path,
     if LAUNCHER:
         def impatient(module):
             module.WITHOUT_WORKERS_S = 3.0
-        after_import("imagemill.engines.ray_crew", impatient)
+        after_import("imagemill.workers.ray.pool", impatient)
     """
     with cluster(num_cpus=0) as nodes:
         only = nodes.add()
@@ -352,7 +352,7 @@ def test_a_path_that_is_only_local_is_named(nodes: Nodes, ray_run: Run, jpegs: F
         after_import("imagemill.job.paths", elsewhere)
         def hurry(module):
             module._LOOK_S = 0.01
-        after_import("imagemill.engines.station", hurry)
+        after_import("imagemill.workers.ray.node_agent", hurry)
     """
     alien = nodes.add(node_name="alien", env=harness.hooks(tmp_path / "hooks", hook))
     result = ray_run(jpegs(8), *arguments(tmp_path / "out", "--devices", "null", "--shard-size", 1))
@@ -484,9 +484,7 @@ def test_the_worked_cluster_of_the_documentation_is_one() -> None:
 @pytest.mark.parametrize(("chosen", "sent"), [(None, "False"), ("1", "True")])
 def test_usage_statistics_are_off_unless_the_user_turns_them_on(chosen: str | None, sent: str) -> None:
     """In the launcher, and so in a cluster that it starts, whose processes inherit its environment."""
-    program = (
-        "from imagemill.engines import ray; ray.load_ray(); from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
-    )
+    program = "from imagemill.workers.machines import ray; ray.load_ray(); from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
     env = {name: value for name, value in helpers.environment().items() if name != "RAY_USAGE_STATS_ENABLED"}
     env |= {"RAY_USAGE_STATS_ENABLED": chosen} if chosen else {}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)

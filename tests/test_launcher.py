@@ -16,11 +16,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, launcher, running, supervisor
+from imagemill import freezing, running
 from imagemill.errors import WorkerError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Settings
+from imagemill.workers import launcher, supervisor
 
 Start = Callable[..., Any]
 Jobs = Callable[..., Settings]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.leases import Leases
 from imagemill.records import Lease, Shard
+from imagemill.workers.leases import Leases
 
 
 def shards(count: int, groups: int = 1) -> list[Shard]:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import running, supervisor
+from imagemill import running
 from imagemill.errors import WorkerError
 from imagemill.records import Settings
 from imagemill.system import processes
+from imagemill.workers import supervisor
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 

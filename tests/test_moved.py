@@ -18,12 +18,12 @@ import helpers
 import pictures
 from archive_files import pack, tar
 from imagemill import freezing, run, running
-from imagemill.engines import station
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.records import Access, Settings
+from imagemill.workers.ray import node_agent
 from s3 import Bucket
 from test_run import Listener
 
@@ -181,7 +181,7 @@ def test_nodes_of_a_cluster_read_where_the_sources_are_now(job: Jobs, jpegs: Cal
     frozen = freezing.read_frozen(JobPaths.of(str(tmp_path / "out")))
     assert frozen is not None
     shards = plan.shards(tmp_path / "out" / "plan")
-    assert station.sample(frozen.job, shards) == ()
+    assert node_agent.sample(frozen.job, shards) == ()
     moved = pickle.loads(pickle.dumps(replace(frozen.job, access=Access(((str(old), str(new)),)))))
-    assert len(station.sample(moved, shards)) == 2
+    assert len(node_agent.sample(moved, shards)) == 2
     sources.check(moved.sources, moved.access)

@@ -72,9 +72,9 @@ def test_no_socket_leaves_the_machine(watched: dict[str, str], jpegs: Callable[.
         assert result.code == 0, result.err
     found = noted(tmp_path)
     assert [note for note in found if note["event"] != "start"] == []
-    known = ("imagemill.worker", "imagemill.pipeline.decoding.isolated", "imagemill")
+    known = ("imagemill.workers.worker", "imagemill.pipeline.decoding.isolated", "imagemill")
     programs = Counter(next((name for name in known if name in note["program"]), Path(note["program"][-1]).name) for note in found)
-    started = {"imagemill": len(commands), "imagemill.worker": 3, "imagemill.pipeline.decoding.isolated": 2, "popart_program.py": 1}
+    started = {"imagemill": len(commands), "imagemill.workers.worker": 3, "imagemill.pipeline.decoding.isolated": 2, "popart_program.py": 1}
     assert programs == started
 
 

@@ -23,11 +23,10 @@ from faults.harness import children
 from imagemill import freezing, preflight, running, watching
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
-from imagemill.launcher import Progress
 from imagemill.models import bundle
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.preflight import Looked, Lookout, Sample
-from imagemill.records import Clock, DeviceSpec, Settings, Status, Summary
+from imagemill.records import Clock, DeviceSpec, Progress, Settings, Status, Summary
 from imagemill.system import serialization
 from tiny import TINY_CARD, tiny_model
 

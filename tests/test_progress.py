@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 
 import helpers
 from imagemill import progress, running, watching
-from imagemill.launcher import Progress
 from imagemill.progress import Estimate, Pace
-from imagemill.records import Clock
+from imagemill.records import Clock, Progress
 
 Folders = Callable[..., Path]
 

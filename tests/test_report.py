@@ -29,7 +29,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
-from imagemill.timeline import BUCKETS, Timeline
+from imagemill.workers.timeline import BUCKETS, Timeline
 from s3 import Bucket
 from tiny import CLASSES, TINY_CARD
 

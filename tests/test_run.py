@@ -19,12 +19,13 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, running, supervisor, watching, wire
+from imagemill import closing, freezing, running, watching
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
+from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
 
 Jobs = Callable[..., Settings]
@@ -381,13 +382,13 @@ def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> N
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
 
 
-def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[wire.Begin]:
+def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.Begin]:
     """Run a job; returns what its workers were told as they started."""
-    messages: list[wire.Begin] = []
+    messages: list[protocol.Begin] = []
     send = supervisor.Supervisor.send
 
     def noting(self: supervisor.Supervisor, message: Any) -> None:
-        messages.extend([message] if isinstance(message, wire.Begin) else [])
+        messages.extend([message] if isinstance(message, protocol.Begin) else [])
         send(self, message)
 
     monkeypatch.setattr(supervisor.Supervisor, "send", noting)

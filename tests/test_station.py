@@ -12,15 +12,16 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running, wire
-from imagemill.crew import Died
-from imagemill.engines import station
-from imagemill.engines.station import ModelFile, Order, Restart, Station
+from imagemill import freezing, running
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Lease, Settings, Shard
 from imagemill.system import files
+from imagemill.workers import protocol
+from imagemill.workers.pool import Died
+from imagemill.workers.ray import node_agent
+from imagemill.workers.ray.node_agent import ModelFile, Order, Restart, Station
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
@@ -32,7 +33,7 @@ DEVICE = DeviceSpec("null#0", "null", "null", (0,))
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(station, "_LOOK_S", 0.0)
+    monkeypatch.setattr(node_agent, "_LOOK_S", 0.0)
 
 
 @pytest.fixture
@@ -64,8 +65,8 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
             "cpus": 512,
             "launch": "the launch",
             "plan_nonce": "",
-            "model": station.model_files(frozen.job),
-            "samples": station.sample(frozen.job, plan.shards(paths.plan)),
+            "model": node_agent.model_files(frozen.job),
+            "samples": node_agent.sample(frozen.job, plan.shards(paths.plan)),
         }
         return Order(**(values | changes))
 
@@ -105,20 +106,20 @@ def heard(one: Station, wanted: type, *first: Any) -> list[Any]:
 def test_a_station_commits_the_parts_of_a_local_run(order: Orders, opened: Callable[..., Station], left: Any, tmp_path: Path) -> None:
     """Lease by lease, by the same worker process; a killed one is told of, and started again when that is asked for."""
     one = opened(order())
-    (ready,) = heard(one, wire.Ready)
-    assert isinstance(ready, wire.Ready)
-    assert [type(message) for message in heard(one, wire.Want, Lease(left()[0]))] == [wire.Want]
-    ended = heard(one, wire.Idle, wire.Pause())
-    assert [message.receipt.shard for message in ended if isinstance(message, wire.Done)] == [0]
+    (ready,) = heard(one, protocol.Ready)
+    assert isinstance(ready, protocol.Ready)
+    assert [type(message) for message in heard(one, protocol.Want, Lease(left()[0]))] == [protocol.Want]
+    ended = heard(one, protocol.Idle, protocol.Pause())
+    assert [message.receipt.shard for message in ended if isinstance(message, protocol.Done)] == [0]
     assert one.turn((), 0.0).told.rows == 4
     one._worker._process.kill()  # type: ignore[union-attr]
     (died,) = heard(one, Died)
     assert (died.how, died.ready, died.timed_out) == ("signal SIGKILL", True, ())
     assert "null#0.log" in died.last_words
-    heard(one, wire.Ready, Restart())
+    heard(one, protocol.Ready, Restart())
     for shard in left()[1:]:
-        heard(one, wire.Want, Lease(shard))
-        heard(one, wire.Idle, wire.Pause())
+        heard(one, protocol.Want, Lease(shard))
+        heard(one, protocol.Idle, protocol.Pause())
     one.end()
     parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "predictions").iterdir()}
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
@@ -159,7 +160,7 @@ def test_pictures_that_the_launcher_cannot_read_are_no_sample(order: Orders, lef
     made = order()
     assert len(made.samples) == 3
     (tmp_path / "pictures" / "000.jpg").unlink()
-    assert [sample.path for sample in station.sample(made.job, left())] == [b"004.jpg", b"008.jpg"]
+    assert [sample.path for sample in node_agent.sample(made.job, left())] == [b"004.jpg", b"008.jpg"]
 
 
 def test_a_model_that_a_node_lacks_comes_once_and_is_checked(order: Orders, opened: Callable[..., Station], tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(order: Orders, open
     again = opened(there)
     assert not again.lacks_model
     assert (again._job.model_file, again._job.cache_dir) == (str(found), str(found.parent / "compiled"))  # type: ignore[union-attr]
-    heard(again, wire.Ready)
+    heard(again, protocol.Ready)
     found.write_bytes(b"damaged since")
     assert opened(there).lacks_model
 
@@ -192,11 +193,11 @@ def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> Non
         (tmp_path / name).write_bytes(name.encode())
 
     def files(name: str) -> list[str]:
-        return [file.name for file in station.model_files(replace(job, model_file=str(tmp_path / name)))]
+        return [file.name for file in node_agent.model_files(replace(job, model_file=str(tmp_path / name)))]
 
     assert files("int8-abc.xml") == ["int8-abc.xml", "int8-abc.bin"]
     assert files("big.onnx") == ["big.onnx", "model.onnx.data"]
-    assert station.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[1] == ModelFile(
+    assert node_agent.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[1] == ModelFile(
         "int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest()
     )
 
@@ -223,7 +224,7 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     floating: bool,
 ) -> None:
     """A node that gives Ray all four cores has them split as a local run splits them; of one that gives some, so many are used, any."""
-    monkeypatch.setattr(station.devices, "usable_cores", lambda: [10, 11, 12, 13])
+    monkeypatch.setattr(node_agent.devices, "usable_cores", lambda: [10, 11, 12, 13])
     device = replace(DEVICE, cores=tuple(range(cores)))
     one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
     assert (one._device.cores, one._device.floating) == (expected, floating)
@@ -234,7 +235,7 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
     ours = {"imagemill": "1.0", "pillow": "12.0"}
 
     def refuse(found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False) -> None:
-        station.refuse_other("b (2)", found, expected, "this machine", allow_mixed=allow_mixed)
+        node_agent.refuse_other("b (2)", found, expected, "this machine", allow_mixed=allow_mixed)
 
     refuse(ours | {"more": "1"})
     with pytest.raises(
@@ -251,11 +252,11 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
     ):
         refuse(ours | {"imagemill": "0.9"}, allow_mixed=True)
     with pytest.raises(DeviceError, match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\."):
-        refuse({station.UNITS: "avx2"}, {station.UNITS: "avx512f avx2"})
+        refuse({node_agent.UNITS: "avx2"}, {node_agent.UNITS: "avx512f avx2"})
 
 
 def test_what_decides_answers_is_told_of_every_backend() -> None:
     """imagemill, the way of decoding, the libraries behind it and the backend's own, and the processor's units."""
-    found = station.identity(("openvino", "null"))
-    assert {"imagemill", "decoder", "pillow", "simplejpeg", "numpy", "openvino", station.UNITS} == set(found)
+    found = node_agent.identity(("openvino", "null"))
+    assert {"imagemill", "decoder", "pillow", "simplejpeg", "numpy", "openvino", node_agent.UNITS} == set(found)
     assert all(found.values())

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from batches import make_job
-from imagemill import supervisor, wire
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Bundle, Clock, DeviceSpec, Lease, Limits, Receipt, Shard
-from imagemill.supervisor import STALLED_S, Supervisor
+from imagemill.workers import protocol, supervisor
+from imagemill.workers.supervisor import STALLED_S, Supervisor
 
 SHARD = Shard(0, 0, 100, 0, "plan.parquet", 0)
 LIMIT_S = 60.0
@@ -63,8 +63,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, tiny: Bundle, tmp_path: Path, clock
         make_job(tiny, output=str(tmp_path), limits=Limits(max_seconds=LIMIT_S)), DeviceSpec("null#0", "null", "null", (0,))
     )
     worker: Any = watching._process
-    worker.connection.send(wire.Ready(worker.pid))
-    assert [type(message) for message in watching.hear()] == [wire.Ready]
+    worker.connection.send(protocol.Ready(worker.pid))
+    assert [type(message) for message in watching.hear()] == [protocol.Ready]
     watching.send(Lease(SHARD))
     watching.watch()
     yield watching, worker
@@ -98,7 +98,7 @@ def test_a_slow_session_is_left_alone(watched: tuple[Supervisor, Worker], clock:
             worker.board.beat()
         elif sign == "commit":
             watching.send(Lease(SHARD))
-            worker.connection.send(wire.Done(Receipt(number, 1, 0, 1, 0.0, ""), Clock()))
+            worker.connection.send(protocol.Done(Receipt(number, 1, 0, 1, 0.0, ""), Clock()))
             assert len(list(watching.hear())) == 1
         else:
             worker.board.at(0, number, timed=False)
@@ -112,7 +112,7 @@ def test_a_slow_session_is_left_alone(watched: tuple[Supervisor, Worker], clock:
 def test_a_worker_with_nothing_to_do_is_left_alone(watched: tuple[Supervisor, Worker], clock: SimpleNamespace) -> None:
     """Once its shards are committed it may wait for hours; what it did meanwhile is no excuse later."""
     watching, worker = watched
-    worker.connection.send(wire.Done(Receipt(SHARD.number, 1, 0, 1, 0.0, ""), Clock()))
+    worker.connection.send(protocol.Done(Receipt(SHARD.number, 1, 0, 1, 0.0, ""), Clock()))
     assert len(list(watching.hear())) == 1
     wait(watching, clock, 5 * STALLED_S)
     assert not worker.killed

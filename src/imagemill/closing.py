@@ -9,7 +9,6 @@ from imagemill.errors import TooManyBadError
 from imagemill.freezing import Frozen
 from imagemill.job import ledger, store
 from imagemill.job.paths import JobPaths
-from imagemill.launcher import Outcome
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
@@ -22,6 +21,7 @@ from imagemill.records import (
     Summary,
 )
 from imagemill.system import serialization
+from imagemill.workers.launcher import Outcome
 
 
 def bad_fraction_guard(

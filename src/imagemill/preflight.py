@@ -37,12 +37,11 @@ from typing import Final
 
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
-from imagemill.launcher import Progress
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import cores_here
 from imagemill.pipeline.stopwatch import SHORT_S
 from imagemill.progress import Pace, duration, statuses
-from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Receipt, Saved, Shard, Status
+from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Progress, Receipt, Saved, Shard, Status
 from imagemill.system import processes, storage
 
 _log = logging.getLogger(__name__)

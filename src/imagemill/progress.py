@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TextIO
 
-from imagemill.launcher import Progress
 from imagemill.pipeline.stopwatch import bound_by
-from imagemill.records import Clock
+from imagemill.records import Clock, Progress
 
 _PLAIN_EVERY_S = 10.0
 _PLAIN_AT_MOST_EVERY_S = 600.0

@@ -9,6 +9,7 @@ only for typing.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -531,3 +532,25 @@ class Filters:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     all_files: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the job is, handed to the display at every tick."""
+
+    rows: int
+    """Committed by this invocation."""
+    failed_by_status: Counter[str]
+    """Among the committed."""
+    devices: dict[str, int]
+    """Rows per device that have their answers, committed or not. Becomes less where a worker dies: what it had in hand is done again."""
+    leased: dict[str, int]
+    """Rows per device that are leased to it and have no answer yet."""
+    clock: Clock
+    """Where the time of all devices went."""
+    restarts: dict[str, int]
+    since_first_lease_s: float
+    ready: int
+    """Devices whose session is compiled."""
+    sampling: bool = False
+    """A preflight takes some of the cores' time; the launcher itself does not know of it."""

@@ -12,22 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, engines, freezing, listing, preflight, records, report, watching
+from imagemill import closing, freezing, listing, preflight, records, report, watching
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job import ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
-from imagemill.launcher import Launcher, Outcome, Progress
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
+    Progress,
     Receipt,
     Settings,
     Summary,
 )
 from imagemill.system import files, serialization
+from imagemill.workers.launcher import Launcher, Outcome
+from imagemill.workers.machines import Machines, connect
 
 _NAMED_NEW = 10
 
@@ -73,11 +75,11 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
     """
     watcher = watcher or watching.Watcher()
     freezing.check(settings)
-    with contextlib.closing(engines.connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
+    with contextlib.closing(connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
         return _run(settings, machines, watcher)
 
 
-def _run(settings: Settings, machines: engines.Machines, watcher: watching.Watcher) -> Summary:
+def _run(settings: Settings, machines: Machines, watcher: watching.Watcher) -> Summary:
     paths = JobPaths.of(settings.output, settings.log_dir)
     frozen = freezing.read_frozen(paths)
     if frozen and frozen.job.log_dir and not settings.log_dir:
@@ -127,7 +129,7 @@ def _carry_out(
     settings: Settings,
     frozen: freezing.Frozen,
     paths: JobPaths,
-    machines: engines.Machines,
+    machines: Machines,
     chosen: Sequence[DeviceSpec],
     watcher: watching.Watcher,
     *,
@@ -203,7 +205,7 @@ def _carry_out(
 def dry_run(settings: Settings) -> DryRun:
     """List the sources and say what a job would be; nothing is written to the output."""
     freezing.check(settings)
-    with contextlib.closing(engines.connect(settings.engine, lambda _: None)) as machines:
+    with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
         chosen = machines.devices(settings.devices or "auto")
     paths = JobPaths.of(settings.output, settings.log_dir)
     if freezing.read_frozen(paths) is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from imagemill import progress
-from imagemill.launcher import Progress
+from imagemill.records import Progress
 
 
 class Watcher:

@@ -37,8 +37,9 @@ import imagemill.pipeline.decoding.isolated
 import imagemill.pipeline.feed
 import imagemill.pipeline.run_shards
 import imagemill.pipeline.sink  # noqa: F401 - here, so that no worker has to import them
-from imagemill import running, supervisor, worker
+from imagemill import running
 from imagemill.records import Settings, Summary
+from imagemill.workers import supervisor, worker
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
     "worker": {"shards.py": None, "sink.py": None, "layout.py": {"write_whole", "sync_folder"}},
@@ -72,7 +73,7 @@ class Forked:
                             os.close(descriptor)
                 logging.getLogger("imagemill").handlers.clear()
                 logging.getLogger("imagemill").propagate = True
-                sys.argv = list(command[command.index("imagemill.worker") :])
+                sys.argv = list(command[command.index("imagemill.workers.worker") :])
                 trace(FUNCTIONS["worker"], Forked.visit)
                 code = worker.main()
             finally:

@@ -59,7 +59,7 @@ def hooks(folder: Path, *sources: str, **variables: str) -> dict[str, str]:
 
 _PROLOGUE = """\
 import importlib.abc, importlib.util, os, signal, sys, time
-WORKER = "imagemill.worker" in sys.orig_argv
+WORKER = "imagemill.workers.worker" in sys.orig_argv
 LAUNCHER = "imagemill" in sys.orig_argv
 
 

@@ -24,7 +24,7 @@ if WORKER:
 if LAUNCHER:
     def hurry(module):
         module._SLACK_S = 0.0
-    after_import("imagemill.supervisor", hurry)
+    after_import("imagemill.workers.supervisor", hurry)
 """
 
 

@@ -110,7 +110,7 @@ def test_a_session_that_hangs_is_killed_and_started_again(null_run, small_jpegs:
     if LAUNCHER:
         def impatient(module):
             module.STALLED_S = 1.5
-        after_import("imagemill.supervisor", impatient)
+        after_import("imagemill.workers.supervisor", impatient)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
     result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", env=env)

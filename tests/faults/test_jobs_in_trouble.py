@@ -155,7 +155,7 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
                     os.rename(os.environ["SOURCE"] + "/b", os.environ["SOURCE"] + "-b")
                 return start(self, *arguments)
             module.LocalCrew._start = started
-        after_import("imagemill.engines.local", outage)
+        after_import("imagemill.workers.local", outage)
     """
     result = null_run(source, "--output", output, "--json", env=harness.hooks(tmp_path / "hooks", hook, SOURCE=str(source)))
     assert result.code == 0, result

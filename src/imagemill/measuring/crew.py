@@ -14,11 +14,12 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO
 
-from imagemill import errors, wire
+from imagemill import errors
 from imagemill.errors import ImagemillError, WorkerError
 from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
+from imagemill.workers import protocol
 
 _LOG_BYTES = 2_000
 
@@ -98,7 +99,7 @@ class Crew:
         """End all workers."""
         for member in self._members:
             with contextlib.suppress(OSError):
-                member.connection.send(wire.Stop())
+                member.connection.send(protocol.Stop())
         for member in self._members:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 member.process.wait(timeout=2)
@@ -142,6 +143,6 @@ def _answer(member: _Member, patience_s: float | None) -> object:
         member.log.seek(0)
         text = member.log.read()[-_LOG_BYTES:].decode("utf-8", "backslashreplace")
         raise WorkerError(f"the process that measures {member.device.name} died (exit code {code}). Its last words:\n{text}") from None
-    if isinstance(answer, wire.Failed):
+    if isinstance(answer, protocol.Failed):
         raise getattr(errors, answer.kind, ImagemillError)(answer.message)
     return answer

@@ -1,4 +1,4 @@
-"""The child process that measures: the session and the feed of `imagemill.worker`, on the same cores, each alone.
+"""The child process that measures: the session and the feed of `imagemill.workers.worker`, on the same cores, each alone.
 
 Started by `measuring.crew` with the arguments SOCKET PARENT_PID; ends with its parent, whatever ends that.
 """
@@ -17,11 +17,12 @@ from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from imagemill import errors, wire
+from imagemill import errors
 from imagemill.errors import ImagemillError
 from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
+from imagemill.workers import protocol
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
@@ -66,7 +67,7 @@ def _work(connection: Connection) -> None:
     batches = _synthetic(begin.job)
     gc.freeze()
     connection.send(Ready(session.backend, session.versions))
-    while not isinstance(order := connection.recv(), wire.Stop):
+    while not isinstance(order := connection.recv(), protocol.Stop):
         match order:
             case Compute(count):
                 connection.send(_compute(session, islice(batches, count)))
@@ -111,4 +112,4 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
 def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
-        connection.send(wire.Failed(kind, str(error)))
+        connection.send(protocol.Failed(kind, str(error)))

@@ -17,13 +17,14 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from imagemill import errors, wire
+from imagemill import errors
 from imagemill.errors import DeviceLostError, ImagemillError
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Lease
 from imagemill.system import processes
+from imagemill.workers import protocol
 
-_log = logging.getLogger("imagemill.worker")
+_log = logging.getLogger("imagemill.workers.worker")
 
 
 def main() -> int:
@@ -58,7 +59,7 @@ def main() -> int:
 
 def _work(connection: Connection, board: Noteboard) -> int:
     begin = connection.recv()
-    assert isinstance(begin, wire.Begin)
+    assert isinstance(begin, protocol.Begin)
     if not begin.device.floating:
         processes.keep_to(begin.device.cores)
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
@@ -78,15 +79,15 @@ def _work(connection: Connection, board: Noteboard) -> int:
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()
-    connection.send(wire.Ready(os.getpid()))
+    connection.send(protocol.Ready(os.getpid()))
     with Feed(job.card, job.limits, job.batch_size, workers, board, clock) as feed:
         images, begun = 0, clock.elapsed()
         inbox = _Inbox(connection)
         while inbox.wait():
             for receipt in run_shards(inbox.leases(), session, feed, sink, job, clock):
-                connection.send(wire.Done(receipt, clock.read()))
+                connection.send(protocol.Done(receipt, clock.read()))
                 images += receipt.rows
-            connection.send(wire.Idle())
+            connection.send(protocol.Idle())
         seconds = clock.elapsed() - begun
         _log.info("done: %d images in %.1f s, %.1f images/s", images, seconds, images / seconds if seconds else 0.0)
     session.close()
@@ -103,9 +104,9 @@ class _Inbox:
     def wait(self) -> bool:
         """Wait for the first lease of a run; False: stop."""
         message = self._connection.recv()
-        while isinstance(message, wire.Pause):
+        while isinstance(message, protocol.Pause):
             message = self._connection.recv()
-        if isinstance(message, wire.Stop):
+        if isinstance(message, protocol.Stop):
             return False
         assert isinstance(message, Lease)
         self._first = message
@@ -116,11 +117,11 @@ class _Inbox:
         assert self._first is not None
         yield self._first
         while True:
-            self._connection.send(wire.Want())
+            self._connection.send(protocol.Want())
             message = self._connection.recv()
-            if isinstance(message, wire.Stop):
+            if isinstance(message, protocol.Stop):
                 raise EOFError
-            if isinstance(message, wire.Pause):
+            if isinstance(message, protocol.Pause):
                 return
             yield message
 
@@ -130,7 +131,7 @@ def _fail(connection: Connection, error: ImagemillError) -> None:
     with contextlib.suppress(OSError):
         is_limit = kind == "ModelError" and (processes.is_memory_limited() or processes.shortage(error))
         note = f" (Limits: {processes.limits()}.)" if is_limit else ""
-        connection.send(wire.Failed(kind, f"{error}{note}"))
+        connection.send(protocol.Failed(kind, f"{error}{note}"))
 
 
 def _decoder_versions() -> dict[str, str]:

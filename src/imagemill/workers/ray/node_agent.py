@@ -14,8 +14,6 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill import wire
-from imagemill.crew import Died, Told
 from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
@@ -24,10 +22,12 @@ from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadPicture, DeviceSpec, Job, Lease, Shard
-from imagemill.supervisor import Supervisor
 from imagemill.system import cpu
 from imagemill.system.files import delivered, in_turn, make_folder, write_whole
 from imagemill.version import __version__
+from imagemill.workers import protocol
+from imagemill.workers.pool import Died, Told
+from imagemill.workers.supervisor import Supervisor
 
 _LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino",),
@@ -107,7 +107,7 @@ class Restart:
 class Report:
     """What came of one turn."""
 
-    heard: tuple[wire.Ready | wire.Want | wire.Idle | wire.Done | wire.Failed | Died, ...]
+    heard: tuple[protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died, ...]
     told: Told
 
 
@@ -162,7 +162,7 @@ class Station:
         if self._job is not None:
             self._worker = Supervisor(self._job, self._device)
 
-    def turn(self, messages: Sequence[Lease | wire.Pause | wire.Stop | Restart], seconds: float) -> Report:
+    def turn(self, messages: Sequence[Lease | protocol.Pause | protocol.Stop | Restart], seconds: float) -> Report:
         """Pass messages on to the worker; return as soon as it said something, or after so long."""
         assert self._worker is not None
         assert self._job is not None
@@ -179,7 +179,7 @@ class Station:
     def end(self) -> None:
         """All is done: let the worker end by itself."""
         if self._worker is not None:
-            self._worker.send(wire.Stop())
+            self._worker.send(protocol.Stop())
             self._worker.wait(_END_S)
         self.close()
 
@@ -293,6 +293,6 @@ def refuse_other(name: str, found: Mapping[str, str], expected: Mapping[str, str
         raise DeviceError(f"node {name} has {key} {other}, {than} has {value}: their answers may differ. {remedy}")
 
 
-def failed(error: ImagemillError) -> wire.Failed:
+def failed(error: ImagemillError) -> protocol.Failed:
     """An error as it travels."""
-    return wire.Failed(type(error).__name__, str(error))
+    return protocol.Failed(type(error).__name__, str(error))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from imagemill.crew import Crew
-from imagemill.engines.local import LocalCrew
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Engine, Job, Shard
+from imagemill.workers.local import LocalCrew
+from imagemill.workers.pool import Crew
 
 
 class Machines(Protocol):
@@ -63,6 +63,6 @@ def connect(engine: str, say: Callable[[str], None], *, allow_mixed: bool = Fals
     """
     if engine == Engine.LOCAL:
         return ThisMachine()
-    from imagemill.engines.ray import Cluster  # which needs Ray
+    from imagemill.workers.ray.cluster import Cluster  # which needs Ray
 
     return Cluster(say, allow_mixed=allow_mixed)

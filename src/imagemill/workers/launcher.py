@@ -25,41 +25,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from imagemill import errors, wire
-from imagemill.crew import Crew, Died, Heard, Joined, Lost
+from imagemill import errors
 from imagemill.errors import ImagemillError, Interrupted, WorkerError
-from imagemill.leases import Leases
 from imagemill.pipeline.stopwatch import total
-from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard, Throughput
-from imagemill.timeline import Timeline
+from imagemill.records import Clock, DeviceSpec, Lease, Progress, Receipt, Shard, Throughput
+from imagemill.workers import protocol
+from imagemill.workers.leases import Leases
+from imagemill.workers.pool import Crew, Died, Heard, Joined, Lost
+from imagemill.workers.timeline import Timeline
 
 _log = logging.getLogger(__name__)
 
 START_TRIES = 3
 DEATHS_WITHOUT_COMMIT = 10
 _TICK_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far the job is, handed to the display at every tick."""
-
-    rows: int
-    """Committed by this invocation."""
-    failed_by_status: Counter[str]
-    """Among the committed."""
-    devices: dict[str, int]
-    """Rows per device that have their answers, committed or not. Becomes less where a worker dies: what it had in hand is done again."""
-    leased: dict[str, int]
-    """Rows per device that are leased to it and have no answer yet."""
-    clock: Clock
-    """Where the time of all devices went."""
-    restarts: dict[str, int]
-    since_first_lease_s: float
-    ready: int
-    """Devices whose session is compiled."""
-    sampling: bool = False
-    """A preflight takes some of the cores' time; the launcher itself does not know of it."""
 
 
 @dataclass(slots=True)
@@ -189,18 +168,18 @@ class Launcher:
             return
         worker = self._workers[heard.device]
         match heard.message:
-            case wire.Ready(pid):
+            case protocol.Ready(pid):
                 worker.ready, worker.idle = True, True
                 self._failed_starts = 0
                 _log.info("%s is ready (pid %d)", worker.device.name, pid)
-            case wire.Want():
+            case protocol.Want():
                 lease = None if self._signals else self._next_lease(worker)
-                self._crew.answer(worker.device.name, lease or wire.Pause())
-            case wire.Idle():
+                self._crew.answer(worker.device.name, lease or protocol.Pause())
+            case protocol.Idle():
                 worker.idle = True
-            case wire.Done(receipt, clock):
+            case protocol.Done(receipt, clock):
                 self._committed(worker, receipt, clock)
-            case wire.Failed(kind, text):
+            case protocol.Failed(kind, text):
                 _log.error("%s: %s", worker.device.name, text)
                 raise getattr(errors, kind, ImagemillError)(text)
             case Died() as died:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from imagemill import wire
 from imagemill.records import Clock, DeviceSpec, Lease
+from imagemill.workers import protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Heard:
     """Something that was heard of one device's worker."""
 
     device: str
-    message: wire.Ready | wire.Want | wire.Idle | wire.Done | wire.Failed | Died | Lost | Joined
+    message: protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died | Lost | Joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Crew(Protocol):
         """What was heard, in order, as soon as there is something; nothing where nothing was for so long."""
         ...
 
-    def answer(self, device: str, message: Lease | wire.Pause) -> None:
+    def answer(self, device: str, message: Lease | protocol.Pause) -> None:
         """Send a lease to a worker that is idle, or either to one that wants one."""
         ...
 

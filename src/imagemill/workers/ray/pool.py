@@ -27,18 +27,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imagemill import errors, wire
-from imagemill.crew import Heard, Joined, Lost, Told
-from imagemill.engines import station
-from imagemill.engines.nodes import Place, places
+from imagemill import errors
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
 from imagemill.job import store
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Lease, Shard
+from imagemill.workers import protocol
+from imagemill.workers.pool import Heard, Joined, Lost, Told
+from imagemill.workers.ray import node_agent
+from imagemill.workers.ray.nodes import Place, places
 
 if TYPE_CHECKING:
-    from imagemill.engines.ray import Cluster
+    from imagemill.workers.ray.cluster import Cluster
 
 _log = logging.getLogger(__name__)
 
@@ -73,32 +74,32 @@ def _actor_class() -> type:
 
             os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, and not the user's: a worker's own are set by who starts it
             try:
-                from imagemill.engines import station
+                from imagemill.workers.ray import node_agent
             except ImportError as error:
                 return {"missing": str(error), "python": sys.executable}
             self.station: Any = None
-            return station.identity(backends)
+            return node_agent.identity(backends)
 
         def prepare(self, order: Any, *contents: Any) -> Any:
             """Check the node and start the worker. Returns: whether the model's contents are wanted first; or what failed."""
-            from imagemill.engines import station
             from imagemill.errors import ImagemillError
+            from imagemill.workers.ray import node_agent
 
             try:
-                self.station = station.Station(order, [memoryview(content) for content in contents])
+                self.station = node_agent.Station(order, [memoryview(content) for content in contents])
             except ImagemillError as error:
-                return station.failed(error)
+                return node_agent.failed(error)
             return self.station.lacks_model
 
         def turn(self, messages: Any, seconds: float) -> Any:
             """See `Station.turn`."""
-            from imagemill.engines import station
             from imagemill.errors import ImagemillError
+            from imagemill.workers.ray import node_agent
 
             try:
                 return self.station.turn(messages, seconds)
             except ImagemillError as error:
-                return station.failed(error)
+                return node_agent.failed(error)
 
         def end(self, *, at_once: bool) -> None:
             """See `Station.end` and `Station.close`."""
@@ -185,9 +186,9 @@ class RayCrew:
     def begin(self, most: int) -> Sequence[DeviceSpec]:
         """See `Crew.begin`."""
         self._most = most
-        self._identity = station.identity(self._backends)
-        self._samples = station.sample(self._job, self._left) if self._left else ()
-        self._model = station.model_files(self._job)
+        self._identity = node_agent.identity(self._backends)
+        self._samples = node_agent.sample(self._job, self._left) if self._left else ()
+        self._model = node_agent.model_files(self._job)
         store.write(self._paths, self._paths.launch, self._launch.encode())
         for seat in self._first:
             self._numbers[seat.place.key] = seat.device.name
@@ -232,7 +233,7 @@ class RayCrew:
         heard, self._held = self._held, []
         return heard
 
-    def answer(self, device: str, message: Lease | wire.Pause) -> None:
+    def answer(self, device: str, message: Lease | protocol.Pause) -> None:
         """See `Crew.answer`."""
         if device in self._seats:  # else it is lost, and the launcher hears so
             self._seats[device].outbox.append(message)
@@ -240,7 +241,7 @@ class RayCrew:
     def restart(self, device: str) -> None:
         """See `Crew.restart`."""
         self._seats[device].told = Told()
-        self._seats[device].outbox = [station.Restart()]
+        self._seats[device].outbox = [node_agent.Restart()]
 
     def told(self, device: str) -> Told:
         """See `Crew.told`."""
@@ -345,11 +346,11 @@ class RayCrew:
             told = " ".join(str(error).split())
             gone = isinstance(error, self._ray.exceptions.ActorUnavailableError) or any(words in told for words in _OF_NODES)
             return [self._lost(seat, told, with_node=gone or all(node.id != seat.place.node.id for node in self._cluster.nodes()))]
-        if isinstance(answer, wire.Failed):
+        if isinstance(answer, protocol.Failed):
             return self._failed(seat, answer)
         if seat.step is _Step.TURN:
             seat.told = answer.told
-            if any(isinstance(message, wire.Ready) for message in answer.heard):
+            if any(isinstance(message, protocol.Ready) for message in answer.heard):
                 seat.ready = True
                 self._failed_starts.pop(seat.place.key, None)
             return [Heard(name, message) for message in answer.heard]
@@ -357,7 +358,7 @@ class RayCrew:
             try:
                 self._compare(seat, answer)
             except ImagemillError as error:
-                return self._failed(seat, station.failed(error))
+                return self._failed(seat, node_agent.failed(error))
             self._ask(seat, "prepare", self._order(seat))
         elif answer:
             self._ask(seat, "prepare", self._order(seat), *self._delivery())
@@ -371,16 +372,16 @@ class RayCrew:
                 f"node {name} cannot import imagemill ({found['missing']}). Type there: "
                 f"{found['python']} -m pip install 'imagemill[ray]=={self._identity['imagemill']}'"
             )
-        versions = {key: value for key, value in self._identity.items() if key != station.UNITS}
-        station.refuse_other(name, found, versions, "this machine", allow_mixed=self._allow_mixed)
+        versions = {key: value for key, value in self._identity.items() if key != node_agent.UNITS}
+        node_agent.refuse_other(name, found, versions, "this machine", allow_mixed=self._allow_mixed)
         if not self._units_of:
-            self._identity[station.UNITS], self._units_of = found[station.UNITS], name
-        units = {station.UNITS: self._identity[station.UNITS]}
-        station.refuse_other(name, found, units, f"node {self._units_of}", allow_mixed=self._allow_mixed)
+            self._identity[node_agent.UNITS], self._units_of = found[node_agent.UNITS], name
+        units = {node_agent.UNITS: self._identity[node_agent.UNITS]}
+        node_agent.refuse_other(name, found, units, f"node {self._units_of}", allow_mixed=self._allow_mixed)
 
-    def _order(self, seat: Seat) -> station.Order:
+    def _order(self, seat: Seat) -> node_agent.Order:
         place = seat.place
-        return station.Order(
+        return node_agent.Order(
             node=place.node.name,
             job=self._job,
             device=seat.device,
@@ -400,7 +401,7 @@ class RayCrew:
             self._contents = [self._ray.put(np.fromfile(os.path.join(folder, file.name), np.uint8)) for file in self._model]  # noqa: PTH118
         return self._contents
 
-    def _failed(self, seat: Seat, what: wire.Failed) -> list[Heard]:
+    def _failed(self, seat: Seat, what: protocol.Failed) -> list[Heard]:
         """A node is not fit, or a worker came to an end that restarting would not mend."""
         node = seat.place.node
         text = what.message if node.name in what.message else f"node {node.name}: {what.message}"

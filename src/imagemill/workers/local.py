@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from imagemill import wire
-from imagemill.crew import Heard, Told
 from imagemill.records import DeviceSpec, Job, Lease
-from imagemill.supervisor import Supervisor
+from imagemill.workers import protocol
+from imagemill.workers.pool import Heard, Told
+from imagemill.workers.supervisor import Supervisor
 
 _END_S = 2.0
 
@@ -47,7 +47,7 @@ class LocalCrew:
             worker.watch()
         return heard
 
-    def answer(self, device: str, message: Lease | wire.Pause) -> None:
+    def answer(self, device: str, message: Lease | protocol.Pause) -> None:
         """See `Crew.answer`."""
         self._workers[device].send(message)
 
@@ -62,7 +62,7 @@ class LocalCrew:
     def end(self) -> None:
         """See `Crew.end`."""
         for worker in self._workers.values():
-            worker.send(wire.Stop())
+            worker.send(protocol.Stop())
         deadline = time.monotonic() + _END_S
         for worker in self._workers.values():
             worker.wait(max(0.0, deadline - time.monotonic()))

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagemill.crew import Crew
-from imagemill.engines.nodes import Node, Place, offer, places
-from imagemill.engines.ray_crew import RayCrew, Seat
 from imagemill.errors import DeviceError, UsageError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Shard
+from imagemill.workers.pool import Crew
+from imagemill.workers.ray.nodes import Node, Place, offer, places
+from imagemill.workers.ray.pool import RayCrew, Seat
 
 _log = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 
-from imagemill import wire
-from imagemill.crew import Died, Told
 from imagemill.errors import WorkerError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system import files, processes
+from imagemill.workers import protocol
+from imagemill.workers.pool import Died, Told
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Supervisor:
             try:
                 with files.appending(self._log_file) as log:
                     self._process = subprocess.Popen(
-                        processes.command("imagemill.worker", *fds, os.getpid()),
+                        processes.command("imagemill.workers.worker", *fds, os.getpid()),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -87,24 +87,24 @@ class Supervisor:
             finally:
                 theirs.close()
             undone.pop_all()
-        self.send(wire.Begin(job, device))
+        self.send(protocol.Begin(job, device))
 
-    def send(self, message: wire.Begin | Lease | wire.Pause | wire.Stop) -> None:
+    def send(self, message: protocol.Begin | Lease | protocol.Pause | protocol.Stop) -> None:
         """Tell the process something. Where it is dead already, `hear` will say so."""
         if isinstance(message, Lease):
             self._in_hand.add(message.shard.number)
         with contextlib.suppress(OSError):
             self.connection.send(message)
 
-    def hear(self) -> Iterator[wire.Ready | wire.Want | wire.Idle | wire.Done | wire.Failed | Died]:
+    def hear(self) -> Iterator[protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died]:
         """What the process has said and was not heard yet, last of all that it died."""
         try:
             while self.connection.poll():
                 message = self.connection.recv()
                 match message:
-                    case wire.Ready():
+                    case protocol.Ready():
                         self._ready = True
-                    case wire.Done(receipt):
+                    case protocol.Done(receipt):
                         self._in_hand.discard(receipt.shard)
                         self._alive_at = time.monotonic()
                 yield message
