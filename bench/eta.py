@@ -33,11 +33,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from imagemill import running
+from imagemill.display.observer import Watcher
+from imagemill.display.pace import Pace
 from imagemill.errors import Interrupted
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
-from imagemill.progress import Pace
 from imagemill.records import Progress, Settings
-from imagemill.watching import Watcher
 
 TENTHS = [number / 10 for number in range(1, 10)]
 

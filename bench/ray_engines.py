@@ -119,7 +119,8 @@ def run_pool(source: str, output: str, model: str) -> None:
     """The child that is Ray Data's driver: freeze a job, have its shards mapped, print one line."""
     import ray
 
-    from imagemill import freezing, watching
+    from imagemill import freezing
+    from imagemill.display import observer
     from imagemill.job import plan
     from imagemill.job.paths import JobPaths
     from imagemill.pipeline.backends import devices
@@ -130,7 +131,7 @@ def run_pool(source: str, output: str, model: str) -> None:
     chosen, paths = devices.resolve("cpu"), JobPaths.of(output)
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
-    watcher = watching.Watcher()
+    watcher = observer.Watcher()
     frozen = freezing.freeze(settings, paths, chosen, freezing.resolve_model(settings, watcher), watcher)
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -12,9 +12,10 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import running, watching
+from imagemill import running
+from imagemill.display import observer
+from imagemill.display.pace import Pace
 from imagemill.pipeline import stopwatch
-from imagemill.progress import Pace
 from imagemill.records import Progress, Settings
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
@@ -62,7 +63,7 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
     monkeypatch.setattr(stopwatch, "SHORT_S", 0.2)
     pace, shown = Pace(48, 0), []
 
-    class Watcher(watching.Watcher):
+    class Watcher(observer.Watcher):
         def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
             return lambda progress: shown.append(pace.add(progress).bottleneck)
 

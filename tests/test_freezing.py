@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from imagemill import freezing, running
+from imagemill.display.observer import Watcher
 from imagemill.errors import OutputError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
@@ -18,7 +19,6 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
 from imagemill.quantizing import Prepared
 from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
-from imagemill.watching import Watcher
 from tiny import LABELS, TINY_CARD
 
 PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))

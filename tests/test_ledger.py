@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, running, watching
+from imagemill import freezing, running
+from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
 from imagemill.job import ledger
 from imagemill.job.lock import locked
@@ -384,7 +385,7 @@ def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, 
     settings = Settings(tuple(map(str, sources)), str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=4, report=False)
     said: list[str] = []
 
-    class Listener(watching.Watcher):
+    class Listener(observer.Watcher):
         def say(self, message: str) -> None:
             said.append(message)
 

@@ -16,7 +16,8 @@ import pytest
 import archive_files
 import helpers
 import pictures
-from imagemill import running, watching
+from imagemill import running
+from imagemill.display import observer
 from imagemill.errors import SourceError
 from imagemill.records import Settings
 from s3 import Bucket
@@ -26,7 +27,7 @@ CLI = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
 
 
-class Listener(watching.Watcher):
+class Listener(observer.Watcher):
     """Remembers what a run says."""
 
     def __init__(self) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from faults.harness import children
-from imagemill import freezing, preflight, running, watching
+from imagemill import freezing, preflight, running
+from imagemill.display import observer
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
@@ -42,7 +43,7 @@ def heavy(models_dir: Path) -> str:
     return "heavy"
 
 
-class Patient(watching.Watcher):
+class Patient(observer.Watcher):
     """Keeps what was said, and holds the launcher up until the preflight has ended, so that no job is over before it."""
 
     def __init__(self) -> None:

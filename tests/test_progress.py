@@ -20,8 +20,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
-from imagemill import progress, running, watching
-from imagemill.progress import Estimate, Pace
+from imagemill import running
+from imagemill.display import observer, terminal
+from imagemill.display import pace as pace_module
+from imagemill.display.pace import Estimate, Pace
+from imagemill.display.text import clauses, failures
 from imagemill.records import Clock, Progress
 
 Folders = Callable[..., Path]
@@ -94,7 +97,7 @@ def test_any_course_gives_numbers_or_nothing(course: list[tuple[float, int]], to
         assert estimate.rate is None or 0 < estimate.rate < float("inf")
         assert estimate.left_s is None or 0 <= estimate.left_s < float("inf")
         assert estimate.done == resumed + rows
-        assert progress.text(at(now_s, rows), estimate, 80, 16)
+        assert terminal.text(at(now_s, rows), estimate, 80, 16)
 
 
 def test_resumed_pictures_count_as_done_but_into_no_rate() -> None:
@@ -144,8 +147,8 @@ def test_a_stall_makes_the_time_longer_and_is_said() -> None:
     assert before.left_s is not None
     assert lefts[-1] is not None
     assert lefts[-1] > 3 * before.left_s
-    assert "no answer for 2m10s" in progress.clauses(pace.add(at(190, 600)))
-    assert not any("no answer" in clause for clause in progress.clauses(pace.add(at(191, 610))))
+    assert "no answer for 2m10s" in clauses(pace.add(at(190, 600)))
+    assert not any("no answer" in clause for clause in clauses(pace.add(at(191, 610))))
 
 
 def test_what_came_beside_a_preflight_is_not_taken_for_the_pace() -> None:
@@ -199,7 +202,7 @@ def test_its_memory_does_not_grow_with_the_job() -> None:
     """A device that has moved twenty thousand times is remembered by a few hundred of them, and the rate is as exact."""
     pace = Pace(10**7, 0)
     estimate = fed(pace, ((0.2 * number, 4 * number) for number in range(1, 20_001)))
-    assert len(pace._counts["cpu#0"]._times) <= progress._POINTS
+    assert len(pace._counts["cpu#0"]._times) <= pace_module._POINTS
     assert estimate.rate == pytest.approx(20)
 
 
@@ -256,7 +259,7 @@ def large(devices: int, restarts: int = 0) -> tuple[Progress, Estimate]:
 def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devices: int) -> None:
     """At any width every kind of failure, rate, time and bottleneck is there whole; lines of devices are bounded, the rest is summed up."""
     now, estimate = large(devices)
-    lines = progress.text(now, estimate, width, 16)
+    lines = terminal.text(now, estimate, width, 16)
     assert max(map(len, lines)) <= width
     said = re.sub(r",\n", ", ", "\n".join(lines))
     for kind, count in MANY_KINDS.items():
@@ -277,7 +280,7 @@ def test_restarts_are_shown() -> None:
     """Of the device they happened to; at 80 columns too."""
     for count, text in ((0, ""), (1, ", 1 restart"), (12, ", 12 restarts")):
         now, estimate = large(2, count)
-        line = next(line for line in progress.text(now, estimate, 80, 16) if "cuda#1" in line)
+        line = next(line for line in terminal.text(now, estimate, 80, 16) if "cuda#1" in line)
         assert line.endswith(f"images/s{text}")
         assert len(line) <= 80
 
@@ -299,9 +302,9 @@ def test_restarts_are_shown() -> None:
 def test_a_line_says_how_far_how_fast_and_how_long(course: list[tuple[float, int]], failed: dict[str, int], expected: str) -> None:
     """For log files: everything in one line."""
     estimate = fed(Pace(1_100, 100), course)
-    assert ", ".join([*progress.clauses(estimate), *progress.failures(failed)]) == expected
+    assert ", ".join([*clauses(estimate), *failures(failed)]) == expected
     if failed:
-        assert progress.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2] == "3 failed: 2 corrupt, 1 empty", "not a line of its own"
+        assert terminal.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2] == "3 failed: 2 corrupt, 1 empty", "not a line of its own"
 
 
 # ── displays ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -310,9 +313,9 @@ def test_a_line_says_how_far_how_fast_and_how_long(course: list[tuple[float, int
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before there is something to tell; every ten seconds at first, ever more rarely in a job of a night; no control characters."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     stream = StringIO()
-    display = progress.PlainProgress(10**6, 0, stream)
+    display = terminal.PlainProgress(10**6, 0, stream)
     display(at(0.0, 0, ready=0))
     assert stream.getvalue() == ""
     for second in range(1, 31):
@@ -387,7 +390,7 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
 
     seen: list[Progress] = []
 
-    class Watcher(watching.Watcher):
+    class Watcher(observer.Watcher):
         def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
             return seen.append
 

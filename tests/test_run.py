@@ -19,7 +19,8 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, running, watching
+from imagemill import closing, freezing, running
+from imagemill.display import observer
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.job import ledger, plan
 from imagemill.job.paths import JobPaths
@@ -33,7 +34,7 @@ Folders = Callable[..., Path]
 CLI = Callable[..., helpers.Result]
 
 
-class Listener(watching.Watcher):
+class Listener(observer.Watcher):
     """Remembers what a run says."""
 
     def __init__(self) -> None:

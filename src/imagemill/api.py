@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import batching, freezing, quantizing, running, watching
+from imagemill import batching, freezing, quantizing, running
+from imagemill.display import observer
 from imagemill.errors import UsageError
 from imagemill.models import bundle as bundles
 from imagemill.pipeline.backends import devices, open_session
@@ -166,7 +167,7 @@ def run(
         moved=None if moved is None else tuple((old, os.fspath(new)) for old, new in moved.items()),
         **{name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()},
     )
-    return running.run(settings, watching.Terminal() if progress else None)
+    return running.run(settings, observer.Terminal() if progress else None)
 
 
 def _texts(value: PathLike | Sequence[PathLike] | None) -> tuple[str, ...] | None:
@@ -228,7 +229,7 @@ def load(
     chosen = devices.resolve(device)
     if len(chosen) != 1:
         raise UsageError(f"device {device} names {len(chosen)} devices; a classifier runs on one.")
-    watcher = watching.Terminal() if progress else watching.Watcher()
+    watcher = observer.Terminal() if progress else observer.Watcher()
     found = freezing.with_recipe(freezing.resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
     if precision == Precision.INT8 and quantizing.usable(found, Precision.INT8) is None:

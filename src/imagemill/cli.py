@@ -363,7 +363,8 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import running, watching
+    from imagemill import running
+    from imagemill.display import observer
     from imagemill.system import serialization
 
     if settings.dry_run:
@@ -376,14 +377,14 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
             skipped = _format_skipped(found)
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
-    summary = running.run(settings, watching.Terminal())
+    summary = running.run(settings, observer.Terminal())
     print(json.dumps(serialization.to_plain(summary)) if as_json else _told(summary))
     return 0
 
 
 def _told(summary: Summary) -> str:
     """The aggregate for people."""
-    from imagemill.progress import statuses
+    from imagemill.display.text import statuses
 
     lines = [f"{summary.images:,} pictures: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
@@ -436,7 +437,7 @@ def _open_job(folder: str) -> Any:
 
 def _status(parsed: argparse.Namespace) -> int:
     from imagemill import running
-    from imagemill.progress import statuses
+    from imagemill.display.text import statuses
     from imagemill.system import serialization
 
     found = running.status(*_open_job(parsed.dir))
@@ -541,8 +542,9 @@ def _models(parsed: argparse.Namespace) -> int:
 
 
 def _get_model(parsed: argparse.Namespace) -> int:
+    from imagemill.display.terminal import DownloadProgress
+    from imagemill.display.text import tell
     from imagemill.models import registry
-    from imagemill.progress import DownloadProgress, tell
 
     made = registry.get(
         parsed.name,
@@ -573,9 +575,9 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 def _quantize(parsed: argparse.Namespace) -> int:
     from imagemill import quantizing
+    from imagemill.display.terminal import DownloadProgress
     from imagemill.models import bundle, registry
     from imagemill.pipeline.backends import devices
-    from imagemill.progress import DownloadProgress
     from imagemill.system import serialization
 
     def say(message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill import batching, records
+from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
@@ -35,7 +36,6 @@ from imagemill.records import (
 )
 from imagemill.system import files, serialization
 from imagemill.version import __version__
-from imagemill.watching import Watcher
 
 if TYPE_CHECKING:
     from imagemill.quantizing import Prepared

@@ -35,12 +35,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
+from imagemill.display.pace import Pace
+from imagemill.display.text import duration, statuses
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import cores_here
 from imagemill.pipeline.stopwatch import SHORT_S
-from imagemill.progress import Pace, duration, statuses
 from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Progress, Receipt, Saved, Shard, Status
 from imagemill.system import processes, storage
 

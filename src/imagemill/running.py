@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, freezing, listing, preflight, records, report, watching
+from imagemill import closing, freezing, listing, preflight, records, report
+from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job import ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
@@ -63,7 +64,7 @@ class JobStatus:
     complete: bool
 
 
-def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
+def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
     """Classify every picture of the sources, one row each, resuming what an earlier call began.
 
     Returns:
@@ -73,13 +74,13 @@ def run(settings: Settings, watcher: watching.Watcher | None = None) -> Summary:
         UsageError: settings that make no sense, or that contradict the frozen job. DeviceError, ModelError, SourceError: before
         anything was written. OutputError, WorkerError, TooManyBadError, Interrupted: the job can be resumed.
     """
-    watcher = watcher or watching.Watcher()
+    watcher = watcher or observer.Watcher()
     freezing.check(settings)
     with contextlib.closing(connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
         return _run(settings, machines, watcher)
 
 
-def _run(settings: Settings, machines: Machines, watcher: watching.Watcher) -> Summary:
+def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> Summary:
     paths = JobPaths.of(settings.output, settings.log_dir)
     frozen = freezing.read_frozen(paths)
     if frozen and frozen.job.log_dir and not settings.log_dir:
@@ -99,7 +100,7 @@ def _run(settings: Settings, machines: Machines, watcher: watching.Watcher) -> S
             files.make_folder(folder)
         hasty = False
         try:
-            with watching.logging_to(paths.launcher_log):
+            with observer.logging_to(paths.launcher_log):
                 if frozen is None:
                     try:
                         frozen = freezing.freeze(settings, paths, chosen, with_model, watcher)
@@ -131,7 +132,7 @@ def _carry_out(
     paths: JobPaths,
     machines: Machines,
     chosen: Sequence[DeviceSpec],
-    watcher: watching.Watcher,
+    watcher: observer.Watcher,
     *,
     is_resumed: bool = False,
 ) -> Summary:
@@ -241,7 +242,7 @@ def dry_run(settings: Settings) -> DryRun:
     )
 
 
-def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary, watcher: watching.Watcher) -> Summary:
+def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
     watcher.say(f"finished already: {summary.images:,} pictures in {paths.shown(paths.predictions)}")
     try:

@@ -14,11 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import batching, freezing, quantizing, watching
+from imagemill import batching, freezing, quantizing
 from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
+from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
@@ -267,7 +268,7 @@ def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Deco
     return {name: Decode(job, leases) for name, leases in dealt.items() if leases}
 
 
-class _Relay(watching.Watcher):
+class _Relay(observer.Watcher):
     """Passes on what a run has to say."""
 
     def __init__(self, say: Say) -> None:

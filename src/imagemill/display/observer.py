@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from imagemill import progress
+from imagemill.display import terminal, text
 from imagemill.records import Progress
 
 
@@ -32,15 +32,15 @@ class Terminal(Watcher):
     """Says everything on stderr."""
 
     def __init__(self) -> None:
-        self._downloading = progress.DownloadProgress()
+        self._downloading = terminal.DownloadProgress()
 
     def say(self, message: str) -> None:
         """See `Watcher.say`."""
-        progress.tell(f"imagemill: {message}")
+        text.tell(f"imagemill: {message}")
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
         """See `Watcher.begin`."""
-        self._display = progress.display(total, resumed)
+        self._display = terminal.display(total, resumed)
         return self._display
 
     def download(self, done: int, total: int | None) -> None:
