@@ -20,7 +20,6 @@ from typing import Any
 import mlperf_loadgen as lg
 import numpy as np
 
-from imagemill import batching
 from imagemill.bench.measure import synthetic_job
 from imagemill.bench.records import BenchSettings
 from imagemill.models import bundle, registry
@@ -28,6 +27,7 @@ from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.backends.base import Session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch
+from imagemill.tuning.batch_size import resolved
 
 IMAGES = 64
 """In LoadGen's library of samples."""
@@ -110,7 +110,7 @@ def main() -> int:
     asked = parser.parse_args()
     (device,) = devices.resolve(asked.device)
     settings = BenchSettings(synthetic=True, model=asked.model, precision=asked.precision)
-    job = batching.resolved(synthetic_job(settings, registry.resolve(asked.model, asked.models_dir), [device]), [device])
+    job = resolved(synthetic_job(settings, registry.resolve(asked.model, asked.models_dir), [device]), [device])
     driven = Driven(open_session(job, device, Stopwatch()), job.batch_size, job.card.recipe.size)
     in_order = driven.class_ids(range(IMAGES))  # warms up, too
     begun = time.monotonic()

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from imagemill import quantizing, trial
 from imagemill.models import bundle as bundles
-from imagemill.models import quantize
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Job, Limits, Precision
+from imagemill.tuning import precisions, quantize, trial
 
 
 def main() -> None:
@@ -100,7 +99,7 @@ def calibration_pixels(given: argparse.Namespace, bundle, cores: tuple[int, ...]
         rng = np.random.default_rng(0)
         return [rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for _ in range(given.calibration)]
     source = sources.resolve(given.pictures)
-    entries, _ = quantizing.thin(sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()), 2 * given.calibration)
+    entries, _ = precisions.thin(sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()), 2 * given.calibration)
     wanted = trial.Trial(bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0)
     return trial.calibration_pixels(wanted)
 

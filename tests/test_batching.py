@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from batches import make_job
-from imagemill import batching
 from imagemill.records import Bundle, DeviceSpec, Precision
 from imagemill.system import cpu
+from imagemill.tuning import batch_size
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from imagemill.system import cpu
 def test_by_rule_batches_are_larger_with_matrix_units_and_smaller_in_fp32(
     precision: Precision, flags: set[str], backend: str, size: int
 ) -> None:
-    assert batching.rule(precision, [DeviceSpec("cpu#0", "cpu", backend, (0, 1))], flags) == size
+    assert batch_size.rule(precision, [DeviceSpec("cpu#0", "cpu", backend, (0, 1))], flags) == size
 
 
 def test_a_size_that_was_asked_for_is_obeyed(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,5 +35,5 @@ def test_a_size_that_was_asked_for_is_obeyed(tiny: Bundle, monkeypatch: pytest.M
     monkeypatch.setattr(cpu, "flags", lambda *_: {"avx2"})
     device = DeviceSpec("cpu#0", "cpu", "openvino", (0, 1))
     job = make_job(tiny, batch_size=0, precision=Precision.INT8)
-    assert batching.resolved(job, [device]).batch_size == 4
-    assert batching.resolved(replace(job, batch_size=7), [device]).batch_size == 7
+    assert batch_size.resolved(job, [device]).batch_size == 4
+    assert batch_size.resolved(replace(job, batch_size=7), [device]).batch_size == 7

@@ -17,8 +17,8 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
-from imagemill.quantizing import Prepared
 from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
+from imagemill.tuning.precisions import Prepared
 from tiny import LABELS, TINY_CARD
 
 PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))

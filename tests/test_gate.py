@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.models import gate
 from imagemill.records import Scores
+from imagemill.tuning import gate
 
 # Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of SciPy 1.17 gives it.
 SCIPY = [

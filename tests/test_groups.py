@@ -11,12 +11,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from imagemill.models import quantize
 from imagemill.models.architectures import resnext
 from imagemill.pipeline.backends import open_session, openvino, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
 from imagemill.system import cpu
+from imagemill.tuning import quantize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
 NARROW = [(32, 4, 4), (32, 8, 8), (32, 16, 16), (32, 32, 32)]

@@ -21,15 +21,14 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import quantizing, trial, trial_process
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
-from imagemill.models import gate, quantize
 from imagemill.models.architectures import resnext
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, Card, DeviceSpec, Entry, Job, Limits, Precision, Recipe
 from imagemill.system import cpu, serialization
+from imagemill.tuning import gate, precisions, quantize, trial, trial_process
 
 SIZE = 32
 COLOURS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1))
@@ -115,7 +114,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def entries_of(folder: Path) -> list[Entry]:
-    return list(quantizing._listing([str(folder)], quantizing.Filters()))
+    return list(precisions._listing([str(folder)], precisions.Filters()))
 
 
 def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **changes: Any) -> dict[str, Any]:
@@ -262,7 +261,7 @@ def test_calibration_and_gate_never_share_a_picture(available: int, calibration:
 
 @given(st.integers(0, 4000), st.integers(1, 300))
 def test_thinning_keeps_enough_evenly_and_never_much_more(listed: int, wanted: int) -> None:
-    kept, count = quantizing.thin((Entry(0, b"%d" % number, 1) for number in range(listed)), wanted)
+    kept, count = precisions.thin((Entry(0, b"%d" % number, 1) for number in range(listed)), wanted)
     assert count == listed
     assert min(wanted, listed) <= len(kept) < 2 * wanted
     numbers = [int(entry.path) for entry in kept]
@@ -290,7 +289,7 @@ def test_few_pictures_are_reported_and_not_accepted(tmp_path: Path, colours: Pat
     """In the child process, as the command does it; the second call measures nothing anew."""
     bundle = make_bundle(tmp_path)
     said: list[str] = []
-    first = quantizing.quantize_bundle(bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    first = precisions.quantize_bundle(bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     int8 = first.precisions["int8"]
     assert int8["accepted"] is False
     assert int8["verdict"]["reason"].startswith("too few pictures: ")
@@ -299,10 +298,10 @@ def test_few_pictures_are_reported_and_not_accepted(tmp_path: Path, colours: Pat
     assert len(int8["tried"]) == 1
     assert json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"] == int8["file"]
     assert (tmp_path / int8["file"]).is_file()
-    assert quantizing.report_lines(first)[0].startswith("int8: not accepted (too few pictures")
+    assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few pictures")
     before = (tmp_path / int8["file"]).stat().st_mtime_ns
     said.clear()
-    again = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    again = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     assert again == first
     assert said[0] == "int8 was measured on these very pictures already"
     assert (tmp_path / int8["file"]).stat().st_mtime_ns == before
@@ -312,28 +311,28 @@ def test_enough_agreeing_pictures_are_accepted_and_auto_then_uses_them(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(tmp_path)
-    report = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
+    report = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
     int8 = report.precisions["int8"]
     assert int8["accepted"] is True
     assert int8["verdict"]["pictures"] == 1000
-    monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
-    prepared = quantizing.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
+    monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
+    prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file == tmp_path / int8["file"]
     assert prepared.variant == f"int8-{int8['key']}"
     assert prepared.lines == (f"int8 is used: {int8['verdict']['reason']}",)
-    quantizing.verify_variant(prepared.model_file, prepared.sha256)
+    precisions.verify_variant(prepared.model_file, prepared.sha256)
     prepared.model_file.with_suffix(".bin").write_bytes(b"changed")
     with pytest.raises(ModelError, match="is not the file that the job was started with"):
-        quantizing.verify_variant(prepared.model_file, prepared.sha256)
-    assert quantizing.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU).precision is not Precision.INT8
+        precisions.verify_variant(prepared.model_file, prepared.sha256)
+    assert precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU).precision is not Precision.INT8
 
 
 def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path: Path, colours: Path, here: None) -> None:
     """Both presets fail where one loud channel sets the step for all; the layer that reads it, and then the one that
     makes it, are found and left in fp32."""
     bundle = make_bundle(tmp_path, loud=3e4)
-    int8 = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    int8 = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
     assert [item["preset"] for item in int8["tried"]][:2] == ["performance", "mixed"]
     assert max(item["agreement"] for item in int8["tried"][:2]) < 0.9
     assert int8["accepted"] is True
@@ -362,10 +361,10 @@ def test_fewer_pictures_take_nothing_from_more(tmp_path: Path, colours: Path, he
         folder.mkdir()
         for file in sorted((colours / "0").iterdir())[:count]:
             (folder / file.name).write_bytes(file.read_bytes())
-    kept = quantizing.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
+    kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
     assert not kept["int8"]["accepted"]
     said: list[str] = []
-    quantizing.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append)
+    precisions.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append)
     assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
     assert quantize.variants(bundles.load(bundle.dir))["int8"] == kept["int8"]
 
@@ -375,17 +374,17 @@ def test_few_pictures_take_nothing_from_a_verdict_on_enough(
 ) -> None:
     """Whoever quantises again on some pictures keeps what was accepted on more of them, unless it no longer counts; figures are told."""
     bundle = make_bundle(tmp_path)
-    accepted = quantizing.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    accepted = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
     said: list[str] = []
-    few = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    few = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     assert few.precisions["int8"]["verdict"]["reason"].startswith("too few pictures: ")
     assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
-    assert "  not kept: what was accepted before, on more pictures, stays" in quantizing.report_lines(few)
+    assert "  not kept: what was accepted before, on more pictures, stays" in precisions.report_lines(few)
     assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{accepted['key']}.bin", f"int8-{accepted['key']}.xml"]
 
     (tmp_path / accepted["file"]).with_suffix(".bin").write_bytes(b"changed")
-    again = quantizing.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20)
+    again = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20)
     assert quantize.variants(bundles.load(tmp_path))["int8"] == again.precisions["int8"]
     assert (tmp_path / again.precisions["int8"]["file"]).is_file()
 
@@ -399,11 +398,11 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "pays", lambda *_, **__: True)
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
     monkeypatch.setattr(cpu, "unit", lambda *_: "any")
-    monkeypatch.setattr(quantizing, "_WORTH_USING", 0.0)
+    monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
 
 
-def auto(bundle: Bundle, folder: Path, pictures: int = 1400) -> quantizing.Prepared:
-    return quantizing.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), pictures, chosen=CPU)
+def auto(bundle: Bundle, folder: Path, pictures: int = 1400) -> precisions.Prepared:
+    return precisions.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), pictures, chosen=CPU)
 
 
 def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
@@ -434,7 +433,7 @@ def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
 
 def test_auto_measures_nothing_where_a_job_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
-    prepared = quantizing.prepare("auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU)
+    prepared = precisions.prepare("auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU)
     assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
     assert prepared.lines[-1] == "precision fp32"
 
@@ -493,33 +492,33 @@ def test_bf16_that_is_slower_than_fp32_is_not_tried(tmp_path: Path, colours: Pat
 
 def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, here: None) -> None:
     bundle = make_bundle(tmp_path)
-    prepared = quantizing.prepare("int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU)
+    prepared = precisions.prepare("int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file.is_file()
     assert prepared.lines[-1].startswith("int8 is used because it was asked for; `auto` would not use it: too few pictures")
-    again = quantizing.prepare("int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU)
+    again = precisions.prepare("int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU)
     assert again.model_file == prepared.model_file
     assert again.lines[0].startswith("int8: not accepted (too few pictures")
 
 
 def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
-    fp32 = quantizing.prepare("fp32", bundle, [], lambda: pytest.fail("listed"), 10**6, chosen=CPU)
-    assert fp32 == quantizing.Prepared(Precision.FP32, "model", tmp_path / "model.onnx")
-    bf16 = quantizing.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
+    fp32 = precisions.prepare("fp32", bundle, [], lambda: pytest.fail("listed"), 10**6, chosen=CPU)
+    assert fp32 == precisions.Prepared(Precision.FP32, "model", tmp_path / "model.onnx")
+    bf16 = precisions.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
     assert bf16.precision is Precision.BF16
     assert bf16.lines == ("bf16: not compared with fp32 yet; `imagemill quantize colours --images SOURCE` does that",)
 
 
 def test_explicit_int8_of_an_empty_source_is_no_error(tmp_path: Path) -> None:
-    assert quantizing.prepare("int8", make_bundle(tmp_path), [], lambda: [], 0, chosen=CPU).precision is Precision.INT8
+    assert precisions.prepare("int8", make_bundle(tmp_path), [], lambda: [], 0, chosen=CPU).precision is Precision.INT8
 
 
 def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     null = (DeviceSpec("null#0", "null", "null", (0,)),)
-    assert quantizing.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision is Precision.FP32
+    assert precisions.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision is Precision.FP32
     with pytest.raises(UsageError, match=r"--precision int8: null@null does not compute in it\. Use --precision fp32 or bf16\."):
-        quantizing.prepare("int8", make_bundle(tmp_path), [], lambda: [], 9, chosen=null)
+        precisions.prepare("int8", make_bundle(tmp_path), [], lambda: [], 9, chosen=null)
 
 
 @pytest.mark.parametrize(
@@ -537,9 +536,9 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
 def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change: dict[str, Any]) -> None:
     bundle = make_bundle(tmp_path)
     accepted = quantize.note(bundle, {"bf16": record(bundle)})
-    assert quantizing.choose(accepted, 10).precision is Precision.BF16
+    assert precisions.choose(accepted, 10).precision is Precision.BF16
     other = quantize.note(bundle, {"bf16": record(bundle, **change)})
-    assert quantizing.choose(other, 10).precision is Precision.FP32
+    assert precisions.choose(other, 10).precision is Precision.FP32
 
 
 def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
@@ -550,12 +549,12 @@ def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
     for recipe in (plain, older, plain | {"background": "#000000"}):
         noted = quantize.note(bundle, {"bf16": record(bundle, recipe=recipe)})
         on_white = replace(noted, card=replace(noted.card, recipe=replace(noted.card.recipe, background="#ffffff")))
-        assert quantizing.choose(on_white, 10).precision is Precision.BF16
+        assert precisions.choose(on_white, 10).precision is Precision.BF16
 
 
 def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
-    choice = quantizing.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)
+    choice = precisions.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)
     assert choice.precision is Precision.FP32
     assert "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s" in choice.reasons
 
@@ -563,9 +562,9 @@ def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> 
 def test_a_refused_verdict_of_enough_pictures_is_final_and_one_of_too_few_is_not(tmp_path: Path, everything_pays: None) -> None:
     bundle = make_bundle(tmp_path)
     few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, pictures=100)})
-    assert Precision.BF16 in quantizing.choose(few, 10**6).worth_trying
+    assert Precision.BF16 in precisions.choose(few, 10**6).worth_trying
     enough = quantize.note(bundle, {"bf16": record(bundle, accepted=False)})
-    assert Precision.BF16 not in quantizing.choose(enough, 10**6).worth_trying
+    assert Precision.BF16 not in precisions.choose(enough, 10**6).worth_trying
 
 
 # The child.

@@ -22,15 +22,16 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import api, cli, freezing, quantizing, running
+from imagemill import api, cli, freezing, running
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.paths import JobPaths
-from imagemill.models import bundle, quantize, registry
+from imagemill.models import bundle, registry
 from imagemill.models.custom import onnx_card, wrap
 from imagemill.models.custom.graph import assemble, examine
 from imagemill.pipeline.backends.devices import resolve
 from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
+from imagemill.tuning import precisions, quantize
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = Path(__file__).parent / "cases"
@@ -318,7 +319,7 @@ def test_a_wrapped_model_can_be_quantised(exported: Callable[[str], Path], jpegs
     wrap.wrap(file, IMAGENET)
     made = registry.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
-    report = quantizing.quantize_bundle(made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1)
+    report = precisions.quantize_bundle(made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1)
     assert (made.dir / report.precisions["int8"]["file"]).is_file()
     assert report.precisions["int8"]["verdict"]["pictures"] == 20
     settings = Settings(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import batching, freezing, quantizing, running
+from imagemill import freezing, running
 from imagemill.display import observer
 from imagemill.errors import UsageError
 from imagemill.models import bundle as bundles
@@ -34,6 +34,8 @@ from imagemill.pipeline.sources.files import read_file
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.pipeline.top_k import check_model, top_k
 from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Recipe, Saved, Settings, Shard, Status, Summary
+from imagemill.tuning import precisions
+from imagemill.tuning.batch_size import resolved
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -232,12 +234,12 @@ def load(
     watcher = observer.Terminal() if progress else observer.Watcher()
     found = freezing.with_recipe(freezing.resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
-    if precision == Precision.INT8 and quantizing.usable(found, Precision.INT8) is None:
+    if precision == Precision.INT8 and precisions.usable(found, Precision.INT8) is None:
         raise UsageError(
             f"precision int8: {found.card.name} has no int8 variant for this machine. Make it: "
             f"`imagemill quantize {settings.model or freezing.DEFAULT_MODEL} --images SOURCE`."
         )
-    prepared = quantizing.prepare(precision, found, (), tuple, 0, chosen=chosen, say=watcher.say)
+    prepared = precisions.prepare(precision, found, (), tuple, 0, chosen=chosen, say=watcher.say)
     job = Job(
         output="",
         sources=(),
@@ -255,7 +257,7 @@ def load(
         answer_id="",
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
-    job = batching.resolved(job, chosen)
+    job = resolved(job, chosen)
     ahead = 4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8  # twice what sessions have in flight
 
     def opener() -> Session:

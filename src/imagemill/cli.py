@@ -574,21 +574,21 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from imagemill import quantizing
     from imagemill.display.terminal import DownloadProgress
     from imagemill.models import bundle, registry
     from imagemill.pipeline.backends import devices
     from imagemill.system import serialization
+    from imagemill.tuning import precisions
 
     def say(message: str) -> None:
         print(f"imagemill: {message}", file=sys.stderr, flush=True)
 
     found = registry.resolve(parsed.model, _models_dir(parsed), say=say, progress=DownloadProgress())
     bundle.verify_hash(found)
-    report = quantizing.quantize_bundle(
+    report = precisions.quantize_bundle(
         found, parsed.images, chosen=devices.resolve("cpu"), calibration=parsed.calibration, held_out=parsed.held_out, say=say
     )
-    print(json.dumps(serialization.to_plain(report)) if parsed.json else "\n".join(quantizing.report_lines(report)))
+    print(json.dumps(serialization.to_plain(report)) if parsed.json else "\n".join(precisions.report_lines(report)))
     return 0
 
 

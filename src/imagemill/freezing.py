@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imagemill import batching, records
+from imagemill import records
 from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, JobMismatchError, OutputError, UsageError
 from imagemill.job import plan, store
@@ -35,10 +35,11 @@ from imagemill.records import (
     Status,
 )
 from imagemill.system import files, serialization
+from imagemill.tuning import batch_size
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
-    from imagemill.quantizing import Prepared
+    from imagemill.tuning.precisions import Prepared
 
 DEFAULT_MODEL = "resnext101_32x4d"
 _FORMAT = 1
@@ -234,7 +235,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
-    job = batching.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
+    job = batch_size.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
     frozen = Frozen(
         format=_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -299,7 +300,7 @@ def _job(
 
 def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, pictures: int, watcher: Watcher) -> Prepared:
     """Resolve the precision, on the job's own pictures where something must be measured."""
-    from imagemill import quantizing  # brings NumPy and the decoder, which a repeated command can do without
+    from imagemill.tuning import precisions  # brings NumPy and the decoder, which a repeated command can do without
 
     def entries() -> Iterator[records.Entry]:
         for shard in plan.shards(paths.plan):
@@ -307,7 +308,7 @@ def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], 
                 yield records.Entry(row.source, row.path, row.size, locator=row.locator)
 
     resolved = sources.resolve(settings.sources)
-    return quantizing.prepare(
+    return precisions.prepare(
         settings.precision,
         model,
         resolved,
@@ -452,6 +453,6 @@ def verify_model(frozen: Frozen) -> None:
         raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
     if frozen.variant_sha256 is not None:
-        from imagemill import quantizing
+        from imagemill.tuning import precisions
 
-        quantizing.verify_variant(Path(job.model_file), frozen.variant_sha256)
+        precisions.verify_variant(Path(job.model_file), frozen.variant_sha256)

@@ -244,7 +244,7 @@ class Lookout:
         looked = self._looked
         if len(looked) < _FEWEST:
             return
-        from imagemill.models import gate  # brings NumPy, which a repeated command can do without
+        from imagemill.tuning import gate  # brings NumPy, which a repeated command can do without
 
         bad = Counter(item.status.value for item in looked if item.status is not Status.OK)
         decode_s = sum(item.decode_s for item in looked) / len(looked)

@@ -205,7 +205,13 @@ def apart(act: Callable[[], object]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     mode, process, folder, *places = arguments
-    for late in ("pandas", "imagemill.trial_process", "imagemill.quantizing", "imagemill.models.quantize", "imagemill.models.gate"):
+    for late in (
+        "pandas",
+        "imagemill.tuning.trial_process",
+        "imagemill.tuning.precisions",
+        "imagemill.tuning.quantize",
+        "imagemill.tuning.gate",
+    ):
         with contextlib.suppress(ImportError):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
     supervisor.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import batching, freezing, quantizing
+from imagemill import freezing
 from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
@@ -25,10 +25,11 @@ from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured
-from imagemill.models import bundle, quantize, registry
+from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
 from imagemill.system import cpu
+from imagemill.tuning import batch_size, precisions, quantize
 from imagemill.version import __version__
 
 COMPUTE_S = 2.0
@@ -87,7 +88,7 @@ def _batch_size(settings: BenchSettings) -> int | None:
 
 def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> tuple[Job, Mapping[str, float]]:
     """Return the job in its batch size, the rule's if none is given; after a search in the fastest one, with the rates of all sizes."""
-    job = batching.resolved(job, chosen)
+    job = batch_size.resolved(job, chosen)
     if settings.batch_size != SEARCH:
         return job, {}
     say("finding the fastest batch size")
@@ -155,9 +156,9 @@ def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -
     """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is too short for a new verdict."""
     devices.check_precision(asked, chosen)
     if asked in (None, "auto"):
-        if not quantizing.are_judged(chosen):
+        if not precisions.are_judged(chosen):
             return Precision.FP32, model.dir / bundle.MODEL
-        choice = quantizing.choose(model, 0)
+        choice = precisions.choose(model, 0)
         return choice.precision, choice.model_file
     precision = Precision(asked)
     if precision is not Precision.INT8:

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import quantize
 from imagemill.models.custom.graph import Plan, all_nodes, assemble, examine
 from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
 from imagemill.system import files
+from imagemill.tuning import quantize
 
 if TYPE_CHECKING:
     import onnx

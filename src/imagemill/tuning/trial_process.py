@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 from imagemill import errors
 from imagemill.errors import ImagemillError, WorkerError
 from imagemill.system import processes
-from imagemill.trial import Record, Say, Trial, carry_out
+from imagemill.tuning.trial import Record, Say, Trial, carry_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
     ours, theirs = Pipe()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            processes.command("imagemill.trial_process", theirs.fileno(), os.getpid()),
+            processes.command("imagemill.tuning.trial_process", theirs.fileno(), os.getpid()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
-from imagemill.models import gate, quantize
 from imagemill.pipeline import sources, top_k
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.decoding import DECODER
@@ -29,6 +28,7 @@ from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, Picture, Precision, Shard
 from imagemill.system import cpu, serialization
+from imagemill.tuning import gate, quantize
 
 Say = Callable[[str], None]
 Record = dict[str, Any]

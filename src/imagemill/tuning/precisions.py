@@ -14,16 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill import trial, trial_process
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import gate, quantize
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, openvino_rewrites
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Entry, Limits, Precision
 from imagemill.system import cpu, serialization
-from imagemill.trial import Record, Say, Trial
+from imagemill.tuning import gate, quantize, trial, trial_process
+from imagemill.tuning.trial import Record, Say, Trial
 
 CALIBRATION: Final = 300
 """Pictures that int8 is calibrated on."""
