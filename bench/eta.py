@@ -32,12 +32,12 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from imagemill import running
 from imagemill.display.observer import Watcher
 from imagemill.display.pace import Pace
 from imagemill.errors import Interrupted
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
 from imagemill.records import Progress, Settings
+from imagemill.runner import run
 
 TENTHS = [number / 10 for number in range(1, 10)]
 
@@ -193,9 +193,9 @@ def main() -> None:
                 )
                 if kind == "resumed":
                     with contextlib.suppress(Interrupted):
-                        running.run(settings, Recorder(stop_at=asked.stop_at))
+                        run.run(settings, Recorder(stop_at=asked.stop_at))
                 recorder, before_s = Recorder(), our_cpu_s()
-                summary = running.run(settings, recorder)
+                summary = run.run(settings, recorder)
                 report.append({"run": kind} | judged(recorder))
                 if (said := summary.preflight) is not None:
                     report[-1]["preflight"] = round(said.cpu_s / (our_cpu_s() - before_s), 4)

@@ -21,9 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from imagemill import bench, freezing
-from imagemill import running as jobs
-from imagemill.job import ledger, plan
+from imagemill import bench
+from imagemill.job import documents, ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import read, top_k
 from imagemill.pipeline.backends import devices, open_session
@@ -31,6 +30,7 @@ from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.sink import Sink
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Lease, Settings
+from imagemill.runner import run as runner
 from imagemill.system import files
 
 
@@ -55,25 +55,25 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
     """Run a job; returns its pictures, and CPU seconds of the launcher and the ledger."""
     spent = Spent()
 
-    class Timed(jobs.Launcher):
-        run = spent.around("launcher", jobs.Launcher.run)
+    class Timed(runner.Launcher):
+        run = spent.around("launcher", runner.Launcher.run)
 
-    kept = jobs.Launcher, ledger.committed, ledger.close
-    jobs.Launcher, ledger.committed, ledger.close = (  # type: ignore[misc]
+    kept = runner.Launcher, ledger.committed, ledger.close
+    runner.Launcher, ledger.committed, ledger.close = (  # type: ignore[misc]
         Timed,
         spent.around("ledger", ledger.committed),
         spent.around("ledger", ledger.close),
     )
     try:
-        summary = jobs.run(settings)
+        summary = runner.run(settings)
     finally:
-        jobs.Launcher, ledger.committed, ledger.close = kept  # type: ignore[misc]
+        runner.Launcher, ledger.committed, ledger.close = kept  # type: ignore[misc]
     return summary.images, spent.seconds
 
 
 def sink_alone(output: Path, folder: Path) -> float:
     """CPU seconds of writing the rows of a finished job once more, elsewhere."""
-    frozen = freezing.read_frozen(JobPaths(output))
+    frozen = documents.read_frozen(JobPaths(output))
     assert frozen is not None
     job, clock = frozen.job, Stopwatch()
     session = open_session(job, devices.resolve("null")[0], clock)

@@ -119,12 +119,13 @@ def run_pool(source: str, output: str, model: str) -> None:
     """The child that is Ray Data's driver: freeze a job, have its shards mapped, print one line."""
     import ray
 
-    from imagemill import freezing
     from imagemill.display import observer
     from imagemill.job import plan
     from imagemill.job.paths import JobPaths
     from imagemill.pipeline.backends import devices
     from imagemill.records import Settings
+    from imagemill.runner import freeze
+    from imagemill.runner.model import resolve_model
     from imagemill.system import files
 
     settings = Settings(sources=(source,), output=output, model=model, precision="fp32", devices="cpu")
@@ -132,7 +133,7 @@ def run_pool(source: str, output: str, model: str) -> None:
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
     watcher = observer.Watcher()
-    frozen = freezing.freeze(settings, paths, chosen, freezing.resolve_model(settings, watcher), watcher)
+    frozen = freeze.freeze(settings, paths, chosen, resolve_model(settings, watcher), watcher)
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     count = len(plan.shards(paths.plan))

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src"), str(ROOT / "bench")]
 
 from ray_engines import links  # noqa: E402
 
-from imagemill import running  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
+from imagemill.runner import run  # noqa: E402
 from imagemill.workers.leases import Leases  # noqa: E402
 from imagemill.workers.pool import Heard, Lost  # noqa: E402
 from imagemill.workers.protocol import Done  # noqa: E402
@@ -102,7 +102,7 @@ def main() -> int:
                 loads = [subprocess.Popen(["nice", "-n", _NICE, sys.executable, "-c", "while True: pass"]) for _ in range(asked.load)]
                 os.sched_setaffinity(0, cores)
                 os.environ |= {"RAY_ADDRESS": nodes.address, "IMAGEMILL_MODELS": str(asked.models_dir)}
-                summary = running.run(
+                summary = run.run(
                     Settings(
                         sources=(str(source),),
                         output=str(Path(name) / "out"),

@@ -33,12 +33,13 @@ import harness  # noqa: E402
 
 import helpers  # noqa: E402
 import pictures  # noqa: E402
-from imagemill import freezing, records, running
-from imagemill.job import ledger, plan  # noqa: E402
+from imagemill import records
+from imagemill.job import documents, ledger, plan  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.sink import Sink  # noqa: E402
 from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
+from imagemill.runner import run
 from imagemill.system import serialization
 
 _FILES = 50
@@ -74,9 +75,9 @@ def make_job(folder: Path, count: int) -> Path:
     os.environ["IMAGEMILL_MODELS"] = str(folder / "models")
     small = folder / "small.txt"
     small.write_text(f"files/{0:02d}.jpg\n")
-    running.run(Settings((f"@{small}",), str(output), model="null", devices="null", report=False))  # job.json, to be stretched
+    run.run(Settings((f"@{small}",), str(output), model="null", devices="null", report=False))  # job.json, to be stretched
     paths = JobPaths(output)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
     shard_size = plan.auto_shard_size(count, 1)
     frozen = replace(frozen, job=replace(frozen.job, sources=(f"@{source}",)), pictures=count, shard_size=shard_size)

@@ -13,7 +13,7 @@ import imagemill as package
 import pictures
 from imagemill import api
 from imagemill.errors import UsageError
-from imagemill.freezing import parse_colour
+from imagemill.runner.settings import parse_colour
 
 CLI = Callable[..., helpers.Result]
 ICON = Path(__file__).with_name("cases") / "icon_black_circle_on_transparent.png"

@@ -12,11 +12,11 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import running
 from imagemill.display import observer
 from imagemill.display.pace import Pace
 from imagemill.pipeline import stopwatch
 from imagemill.records import Progress, Settings
+from imagemill.runner import run
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
@@ -73,5 +73,5 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
             stack.callback(process.kill)
         folder = helpers.fill(tmp_path / "images", dict.fromkeys((f"{number}.jpg" for number in range(48)), pictures.jpeg(*size)))
         shard_size = 8 if hook == SLOW_DISK else 64
-        summary = running.run(job(folder, devices=devices, shard_size=shard_size, batch_size=2, preflight=False), Watcher())
+        summary = run.run(job(folder, devices=devices, shard_size=shard_size, batch_size=2, preflight=False), Watcher())
     assert (summary.bottleneck, shown[-1]) == (bottleneck, bottleneck), summary.devices

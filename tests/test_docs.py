@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import cli, freezing, records
+from imagemill import cli, records
 from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
+from imagemill.runner import model
 from tiny import TINY_CARD
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
@@ -136,9 +137,9 @@ def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:
 
 def test_the_default_model_is_the_one_documented() -> None:
     """In the design, the README and the code."""
-    assert f"`--model` defaults to `{freezing.DEFAULT_MODEL}`" in DESIGN
-    assert f"default `{freezing.DEFAULT_MODEL}`" in README
-    assert TINY_CARD.name != freezing.DEFAULT_MODEL
+    assert f"`--model` defaults to `{model.DEFAULT_MODEL}`" in DESIGN
+    assert f"default `{model.DEFAULT_MODEL}`" in README
+    assert TINY_CARD.name != model.DEFAULT_MODEL
 
 
 def test_exit_codes_are_documented() -> None:

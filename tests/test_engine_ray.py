@@ -16,12 +16,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Bundle, Settings
+from imagemill.runner import run
 from imagemill.workers.ray.nodes import Node, places
 from ray_nodes import Nodes, cluster, kill, parent
 from s3 import Bucket
@@ -130,7 +130,7 @@ def test_two_nodes_give_the_local_engines_rows_bit_for_bit(
     assert [result.json[name] for name in counts] == [local.json[name] for name in counts]
     assert [device["name"] for device in result.json["devices"]] == ["cpu#0", "cpu#1"]
     assert sum(device["images"] for device in result.json["devices"]) == 43
-    ours, theirs = (freezing.read_frozen(JobPaths(tmp_path / name)) for name in ("ray", "local"))
+    ours, theirs = (documents.read_frozen(JobPaths(tmp_path / name)) for name in ("ray", "local"))
     assert ours is not None
     assert theirs is not None
     assert (ours.devices, ours.backend, ours.job.answer_id, ours.job.plan_id) == (
@@ -147,7 +147,7 @@ def test_two_nodes_give_the_local_engines_rows_bit_for_bit(
 
 def test_the_photographs_on_two_nodes(ray_run: Run, photographs: Path, photographs_run: Any, lite0: Bundle, tmp_path: Path) -> None:
     """All of them, by a trained model: the rows of a local run, bit for bit."""
-    planned = freezing.read_frozen(JobPaths(photographs_run.output))
+    planned = documents.read_frozen(JobPaths(photographs_run.output))
     assert planned is not None
     more = ("--model", "efficientnet_lite0", "--devices", "cpu", "--shard-size", planned.shard_size, "--json")
     result = ray_run(photographs, "--output", tmp_path / "ray", *more, IMAGEMILL_MODELS=str(lite0.dir.parent))
@@ -465,7 +465,7 @@ def test_without_ray_the_line_to_type_is_told(job: Callable[..., Settings], jpeg
     """Never a local run under another name."""
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Exception, match=r"--engine ray needs a package that is not installed\. Type: pip install 'imagemill\[ray\]'"):
-        running.run(job(jpegs(1), engine="ray"))
+        run.run(job(jpegs(1), engine="ray"))
     assert not os.path.exists(job().output)
 
 

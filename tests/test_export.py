@@ -19,12 +19,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running
 from imagemill.errors import OutputError, PartError, UsageError
-from imagemill.job import export
+from imagemill.job import documents, export
 from imagemill.job.export import Form
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
+from imagemill.runner import run
 
 CLI = Callable[..., helpers.Result]
 HOSTILE = (
@@ -47,12 +47,12 @@ def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     files = {name: pictures.jpeg(40, 40, seed=number) for number, name in enumerate(HOSTILE)} | {"empty.jpg": b"", "text.png": b"text" * 50}
     source = helpers.fill(folder / "pictures", files)
     settings = Settings((str(source),), str(folder / "out"), "tiny", str(models_dir), "null", shard_size=3, save=("logits", "embedding"))
-    running.run(settings)
+    run.run(settings)
     return folder / "out"
 
 
 def exported(output: Path, form: Form, **options: Any) -> str:
-    frozen = freezing.read_frozen(JobPaths(output))
+    frozen = documents.read_frozen(JobPaths(output))
     assert frozen is not None
     return b"".join(export.export(JobPaths(output), frozen, form, **options)).decode()
 
@@ -194,7 +194,7 @@ def test_mistakes_are_one_line(finished: Path, imagemill: CLI, tmp_path: Path) -
 def test_a_reader_that_has_enough_ends_it_cleanly(finished: Path, models_dir: Path, copy_of: Callable[[Path], Path]) -> None:
     """`imagemill export … | head -1`: no traceback, no complaint, while far more is still to come than a pipe holds."""
     out = copy_of(finished)
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     many = pa.concat_tables([pq.read_table(JobPaths(out).part(0))] * 2_000)
     pq.write_table(many, JobPaths(out).part(0))
@@ -213,7 +213,7 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
     out = copy_of(finished)
     path = JobPaths(out).part(0)
     pq.write_table(pa.concat_tables([pq.read_table(path)] * 1_000), path)
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     for form in Form:
         pieces = [piece.count(b"\n") for piece in export.export(JobPaths(out), frozen, form, columns=["index", "logits"])]
@@ -223,7 +223,7 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
 
 def test_a_job_of_other_columns_says_which(finished: Path) -> None:
     """What the job saves decides what can be asked for."""
-    frozen = freezing.read_frozen(JobPaths(finished))
+    frozen = documents.read_frozen(JobPaths(finished))
     assert frozen is not None
     with pytest.raises(UsageError, match="no column 'logits'"):
         export.export(JobPaths(finished), replace(frozen, job=replace(frozen.job, save=())), Form.CSV, columns=["logits"])

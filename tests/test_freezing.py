@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from imagemill import freezing, running
 from imagemill.display.observer import Watcher
 from imagemill.errors import OutputError
+from imagemill.job import documents
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
 from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
+from imagemill.runner import freeze, model, resume, run
 from imagemill.tuning.precisions import Prepared
 from tiny import LABELS, TINY_CARD
 
@@ -27,7 +28,7 @@ PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
 def answer_id(
     card: Card = TINY_CARD, prepared: Prepared = PREPARED, backend: str = "null", top: int = 5, save: tuple[Saved, ...] = ()
 ) -> str:
-    return freezing.answer_id(card, prepared, backend, top, save)
+    return freeze.answer_id(card, prepared, backend, top, save)
 
 
 def other_recipes() -> list[Recipe]:
@@ -54,7 +55,7 @@ def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch
         answer_id(save=(Saved.LOGITS,)),
         answer_id(save=(Saved.LOGITS, Saved.EMBEDDING)),
     ]
-    monkeypatch.setattr(freezing, "DECODER", DECODER + "x")
+    monkeypatch.setattr(freeze, "DECODER", DECODER + "x")
     ids.append(answer_id())
     assert len(set(ids)) == len(ids)
     assert all(len(one) == 16 for one in ids)
@@ -70,17 +71,17 @@ def test_whatever_decides_the_listing_is_in_its_id() -> None:
     """Sources and their order, each filter, the limit, the size of shards."""
     filters = Filters()
     ids = [
-        freezing.plan_id(("/a", "/b"), filters, None, 32),
-        freezing.plan_id(("/b", "/a"), filters, None, 32),
-        freezing.plan_id(("/a",), filters, None, 32),
-        freezing.plan_id(("/a", "/b"), Filters(("*.jpg",), (), False), None, 32),
-        freezing.plan_id(("/a", "/b"), Filters((), ("*.jpg",), False), None, 32),
-        freezing.plan_id(("/a", "/b"), Filters((), (), True), None, 32),
-        freezing.plan_id(("/a", "/b"), filters, 7, 32),
-        freezing.plan_id(("/a", "/b"), filters, None, 33),
+        freeze.plan_id(("/a", "/b"), filters, None, 32),
+        freeze.plan_id(("/b", "/a"), filters, None, 32),
+        freeze.plan_id(("/a",), filters, None, 32),
+        freeze.plan_id(("/a", "/b"), Filters(("*.jpg",), (), False), None, 32),
+        freeze.plan_id(("/a", "/b"), Filters((), ("*.jpg",), False), None, 32),
+        freeze.plan_id(("/a", "/b"), Filters((), (), True), None, 32),
+        freeze.plan_id(("/a", "/b"), filters, 7, 32),
+        freeze.plan_id(("/a", "/b"), filters, None, 33),
     ]
     assert len(set(ids)) == len(ids)
-    assert freezing.plan_id(("/a", "/b"), Filters(), None, 32) == ids[0]
+    assert freeze.plan_id(("/a", "/b"), Filters(), None, 32) == ids[0]
 
 
 @pytest.mark.parametrize(
@@ -101,11 +102,11 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
 ) -> None:
     """Each of what may change changes itself alone; what is not said comes from job.json."""
     settings = job(jpegs(1))
-    running.run(settings)
-    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    run.run(settings)
+    before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
     chosen = devices.resolve("null")
-    resumed = freezing.resume(Settings(sources=settings.sources, output=settings.output, **said), before, chosen, Watcher())
+    resumed = resume.resume(Settings(sources=settings.sources, output=settings.output, **said), before, chosen, Watcher())
     assert resumed == replace(before, job=replace(before.job, **frozen))
 
 
@@ -120,10 +121,10 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path, origin: dict[str, str], remedy: str
 ) -> None:
     """Of a resumed job, before a worker is started."""
-    running.run(job(jpegs(1)))
-    frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    run.run(job(jpegs(1)))
+    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
-    freezing.verify_model(frozen)
+    model.verify_model(frozen)
     gone = replace(frozen.job, model_file=str(tmp_path / "gone.onnx"), card=replace(frozen.job.card, origin=origin))
     with pytest.raises(OutputError, match=rf"the job's model {tmp_path}/gone\.onnx is gone\. Bring it back: {remedy}\."):
-        freezing.verify_model(replace(frozen, job=gone))
+        model.verify_model(replace(frozen, job=gone))

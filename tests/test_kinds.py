@@ -19,11 +19,11 @@ from PIL import Image
 import archive_files
 import helpers
 import pictures
-from imagemill import running
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Skipped, check_kinds, open_all, resolve
 from imagemill.records import Entry, Settings
+from imagemill.runner import run
 from s3 import Bucket
 
 Jobs = Callable[..., Settings]
@@ -180,7 +180,7 @@ def test_a_source_of_another_kind_is_exit_2_and_costs_nothing(imagemill: CLI, jo
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert f"source {tmp_path}/list.csv is a table, not an image. If it lists images, give @{tmp_path}/list.csv." in result.err
     with pytest.raises(UsageError, match=r"list\.csv is a table, not an image"):
-        running.dry_run(job(jpegs(2), tmp_path / "list.csv"))
+        run.dry_run(job(jpegs(2), tmp_path / "list.csv"))
     assert not (tmp_path / "out").exists()
 
 
@@ -222,7 +222,7 @@ def test_a_list_that_powershell_wrote_is_a_job(job: Jobs, tmp_path: Path) -> Non
     """Two lines are two images, found beside the list."""
     (tmp_path / "list.txt").write_bytes((CASES / "list_utf16.txt").read_bytes())
     helpers.fill(tmp_path, {"x.jpg": pictures.jpeg(), "sp ace.jpg": pictures.jpeg()})
-    summary = running.run(job(Path(f"@{tmp_path}/list.txt")))
+    summary = run.run(job(Path(f"@{tmp_path}/list.txt")))
     assert (summary.images, summary.ok) == (2, 2)
 
 

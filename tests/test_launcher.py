@@ -16,11 +16,12 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running
 from imagemill.errors import WorkerError
+from imagemill.job import documents, inspect
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Settings
+from imagemill.runner import run
 from imagemill.workers import launcher, supervisor
 
 Start = Callable[..., Any]
@@ -39,9 +40,9 @@ def complete(output: Path, count: int) -> None:
     rows = helpers.rows(output)
     assert [row["index"] for row in rows] == list(range(count))
     assert {row["status"] for row in rows} == {"ok"}
-    frozen = freezing.read_frozen(JobPaths(output))
+    frozen = documents.read_frozen(JobPaths(output))
     assert frozen is not None
-    assert running.verify(JobPaths(output), frozen)[0] == []
+    assert inspect.verify(JobPaths(output), frozen)[0] == []
 
 
 def begin(start: Start, folder: Path, output: Path, *more: object, parts: int = 3) -> Any:
@@ -80,7 +81,7 @@ def test_a_worker_may_die_again_and_again(job: Jobs, slow_folder: Path, tmp_path
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        summary = running.run(job(slow_folder, shard_size=4, num_workers=1))
+        summary = run.run(job(slow_folder, shard_size=4, num_workers=1))
     finally:
         over.set()
         killer.join()
@@ -187,7 +188,7 @@ def test_a_picture_that_kills_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tm
     """It takes its worker with it once; then it is decoded alone, and named. Its neighbours, also in the same shard, are ok."""
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(10, **{"005b.jpg": pictures.jpeg() + b"imagemill-test-crash"})
-    summary = running.run(job(folder, shard_size=4))
+    summary = run.run(job(folder, shard_size=4))
     assert dict(summary.failed_by_status) == {"crashed_decoder": 1}
     assert sum(device.restarts for device in summary.devices) == 1
     row = helpers.by_path(tmp_path / "out")["005b.jpg"]
@@ -199,7 +200,7 @@ def test_a_picture_that_hangs_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tm
     """The launcher kills the worker after --max-seconds; alone it hangs again and is a `timeout` row."""
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(6, **{"003b.jpg": pictures.jpeg() + b"imagemill-test-hang"})
-    summary = running.run(job(folder, shard_size=4, max_seconds=0.5))
+    summary = run.run(job(folder, shard_size=4, max_seconds=0.5))
     assert dict(summary.failed_by_status) == {"timeout": 1}
     assert helpers.by_path(tmp_path / "out")["003b.jpg"]["status"] == "timeout"
 
@@ -210,10 +211,10 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(job: Jobs, 
     with pytest.raises(
         WorkerError, match=r"null#0 could not start 3 times running \(last: exit code 1\)\. The last lines of .*null#0\.log"
     ):
-        running.run(job(jpegs(2)))
+        run.run(job(jpegs(2)))
     monkeypatch.undo()
     monkeypatch.setenv("IMAGEMILL_MODELS", "/nowhere")
-    assert running.run(Settings(sources=job(jpegs(2)).sources, output=job().output)).images == 2
+    assert run.run(Settings(sources=job(jpegs(2)).sources, output=job().output)).images == 2
 
 
 def test_workers_that_die_for_ever_end_the_job(job: Jobs, slow_folder: Path, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_workers_that_die_for_ever_end_the_job(job: Jobs, slow_folder: Path, tmp
     killer.start()
     try:
         with pytest.raises(WorkerError, match=r"workers died 10 times without finishing one shard \(last: signal SIGKILL\)"):
-            running.run(job(slow_folder, devices="null:2", shard_size=96, num_workers=1))
+            run.run(job(slow_folder, devices="null:2", shard_size=96, num_workers=1))
     finally:
         over.set()
         killer.join()
@@ -243,7 +244,7 @@ def test_workers_that_die_for_ever_end_the_job(job: Jobs, slow_folder: Path, tmp
 def test_a_part_that_cannot_be_written_ends_the_job_and_it_resumes(job: Jobs, jpegs: Folders, start: Start, tmp_path: Path) -> None:
     """The system lets no file grow that far: an error that says which and what to do; finished parts stay, and the same command goes on."""
     settings = job(jpegs(80), shard_size=20, save=("logits", "embedding"))
-    running.run(settings)
+    run.run(settings)
     out, room = tmp_path / "out", 4_500
     assert all(path.stat().st_size > room for path in (out / "predictions").iterdir())
     (out / "summary.json").unlink()
@@ -258,7 +259,7 @@ def test_a_part_that_cannot_be_written_ends_the_job_and_it_resumes(job: Jobs, jp
     )
     assert "Traceback" not in result.err
     assert helpers.parts(out) == before
-    assert running.run(settings).images == 80
+    assert run.run(settings).images == 80
     complete(out, 80)
 
 
@@ -267,14 +268,14 @@ def test_idle_devices_help_the_others(job: Jobs, tmp_path: Path) -> None:
     data = [pictures.encode(pictures.photograph(700, 600, seed), "PNG", compress_level=1) for seed in range(2)]
     files = {"a/0.png": data[0]} | {f"b/{number:02d}.png": data[number % 2] for number in range(60)}
     folder = helpers.fill(tmp_path / "datasets", files)
-    summary = running.run(job(folder, devices="null:2", shard_size=2, num_workers=1))
+    summary = run.run(job(folder, devices="null:2", shard_size=2, num_workers=1))
     assert all(device.images > 5 for device in summary.devices)
     complete(tmp_path / "out", 61)
 
 
 def test_each_process_has_its_log(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """launcher.log and one file per device, with the device's cores and rate."""
-    running.run(job(jpegs(80), devices="null:2"))
+    run.run(job(jpegs(80), devices="null:2"))
     logs = tmp_path / "out" / "logs"
     assert {path.name for path in logs.iterdir()} == {"launcher.log", "null#0.log", "null#1.log"}
     assert re.search(r"device null#0, cores \[\d", (logs / "null#0.log").read_text())

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, running
 from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
-from imagemill.job import ledger
+from imagemill.job import documents, inspect, ledger
 from imagemill.job.lock import locked
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
+from imagemill.runner import run
 
 SOUND: list[tuple[int | None, str]] = []
 Copy = Callable[[Path], Path]
@@ -41,7 +41,7 @@ def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Sett
     settings = Settings(
         sources=(str(source),), output=str(folder / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=3
     )
-    running.run(settings)
+    run.run(settings)
     return settings
 
 
@@ -52,9 +52,9 @@ def out(finished: Settings, copy_of: Copy) -> Path:
 
 
 def found(out: Path) -> list[tuple[int | None, str]]:
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    return [(problem.shard, problem.what) for problem in running.verify(JobPaths(out), frozen)[0]]
+    return [(problem.shard, problem.what) for problem in inspect.verify(JobPaths(out), frozen)[0]]
 
 
 def part(out: Path, number: int) -> Path:
@@ -175,10 +175,10 @@ def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> N
     for record in plain["parts"].values():
         record["sha256"] = "0" * 64
     manifest.write_text(json.dumps(plain | {name: "feedfeedfeedfeed"}))
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     before = helpers.parts(out)
-    problems, moved = running.verify(JobPaths(out), frozen, quarantine=True)
+    problems, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
     assert [(problem.shard, problem.what) for problem in problems] == [(None, "belongs to another job")]
     assert moved == []
     assert helpers.parts(out) == before
@@ -190,9 +190,9 @@ def test_damage_to_one_part_is_told_beside_that_of_others(out: Path) -> None:
     part(out, 1).write_bytes(b"rubbish")
     rewrite(part(out, 2), lambda table: table.slice(1))
     assert [shard for shard, _ in found(out)] == [0, 1, 2]
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    assert [problem.damaged for problem in running.verify(JobPaths(out), frozen)[0]] == [False, True, True]
+    assert [problem.damaged for problem in inspect.verify(JobPaths(out), frozen)[0]] == [False, True, True]
 
 
 def test_another_shards_part_is_found(out: Path) -> None:
@@ -204,7 +204,7 @@ def test_another_shards_part_is_found(out: Path) -> None:
 
 def test_a_part_of_another_job_is_found(out: Path) -> None:
     """Its answer id gives it away, and both are named."""
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     rewrite(
         part(out, 1), lambda table: table.replace_schema_metadata({**table.schema.metadata, b"imagemill.answer_id": b"feedfeedfeedfeed"})
@@ -275,14 +275,14 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
     shutil.copy(part(out, 2), part(out, 9))
     part(out, 3).unlink()
     before = helpers.parts(out)
-    paths, frozen = JobPaths(out), freezing.read_frozen(JobPaths(out))
+    paths, frozen = JobPaths(out), documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    problems, moved = running.verify(paths, frozen, quarantine=True)
+    problems, moved = inspect.verify(paths, frozen, quarantine=True)
     assert [problem.shard for problem in problems] == [9, 0, 3]
     assert sorted(path.name.split(".")[0] for path in moved) == ["part-000000", "part-000009"]
     assert all(path.parent == out / "quarantine" and path.is_file() for path in moved)
     assert found(out) != SOUND
-    summary = running.run(Settings(sources=finished.sources, output=str(out)))
+    summary = run.run(Settings(sources=finished.sources, output=str(out)))
     assert (summary.images, summary.resumed_shards) == (10, 2)
     assert found(out) == SOUND
     after = helpers.parts(out)
@@ -295,10 +295,10 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
 def test_quarantine_waits_for_no_running_job(out: Path) -> None:
     """Parts are not moved under the feet of a run."""
     part(out, 0).write_bytes(b"rubbish")
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     with locked(JobPaths(out)), pytest.raises(OutputError, match="is in use by another imagemill run"):
-        running.verify(JobPaths(out), frozen, quarantine=True)
+        inspect.verify(JobPaths(out), frozen, quarantine=True)
     assert part(out, 0).is_file()
 
 
@@ -307,7 +307,7 @@ def test_the_manifest_can_be_rebuilt_from_the_parts(finished: Settings, out: Pat
     before, manifest = helpers.parts(out), (out / "manifest.json").read_bytes()
     (out / "manifest.json").unlink()
     (out / "summary.json").unlink()
-    summary = running.run(Settings(sources=finished.sources, output=str(out)))
+    summary = run.run(Settings(sources=finished.sources, output=str(out)))
     assert (summary.images, summary.failed_by_status, summary.images_per_second) == (10, {"empty": 1}, None)
     assert (out / "manifest.json").read_bytes() == manifest
     assert helpers.parts(out) == before
@@ -326,7 +326,7 @@ def test_the_ledger_does_not_close_over_a_damaged_part(finished: Settings, out: 
     else:
         rewrite(part(out, 1), lambda table: table.slice(1))
     with pytest.raises(PartError, match=r"part-000001\.parquet .*imagemill verify --quarantine"):
-        running.run(Settings(sources=finished.sources, output=str(out)))
+        run.run(Settings(sources=finished.sources, output=str(out)))
     assert not (out / "summary.json").exists()
 
 
@@ -336,7 +336,7 @@ def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path)
     part(out, 0).rename(predictions / ".part-000000.parquet.123.tmp")
     (predictions / "notes.txt").touch()
     assert found(out) == [(0, "is missing")]
-    running.run(Settings(sources=finished.sources, output=str(out)))
+    run.run(Settings(sources=finished.sources, output=str(out)))
     assert found(out) == SOUND
     assert sorted(path.name for path in predictions.iterdir())[0] == "notes.txt"
     assert not list(predictions.glob(".*"))
@@ -345,14 +345,14 @@ def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path)
 def test_status_counts_what_is_there(out: Path) -> None:
     """Reads only; a job with a missing part is not complete, and the failures so far are counted."""
     part(out, 0).unlink()
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     before = sorted(path for path in out.rglob("*"))
-    status = running.status(JobPaths(out), frozen)
+    status = inspect.status(JobPaths(out), frozen)
     assert (status.images, status.done, status.shards, status.shards_done) == (10, 7, 4, 3)
     assert (status.failed_by_status, status.running, status.complete) == ({"empty": 1}, False, False)
     with locked(JobPaths(out)):
-        assert running.status(JobPaths(out), frozen).running
+        assert inspect.status(JobPaths(out), frozen).running
     assert sorted(path for path in out.rglob("*")) == before
 
 
@@ -389,7 +389,7 @@ def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, 
         def say(self, message: str) -> None:
             said.append(message)
 
-    assert running.run(settings, Listener()).failed == 7
+    assert run.run(settings, Listener()).failed == 7
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
     assert said == ["4 failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
     assert found(tmp_path / "out") == SOUND
@@ -402,12 +402,12 @@ def test_rows_that_a_reader_would_take_for_the_jobs_are_found(finished: Settings
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(part(out, 1).read_bytes())
     assert found(out) == [(None, "is no part of this job, and its rows would be read with the others")]
-    frozen = freezing.read_frozen(JobPaths(out))
+    frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    _, moved = running.verify(JobPaths(out), frozen, quarantine=True)
+    _, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
     assert len(moved) == 1
     assert not copy.exists()
-    running.run(Settings(sources=finished.sources, output=str(out)))
+    run.run(Settings(sources=finished.sources, output=str(out)))
     assert found(out) == SOUND
 
 
@@ -421,7 +421,7 @@ def test_a_finished_job_with_a_part_of_another_size_does_not_end_well(
     size = len(change(before))
     message = f"part-000002.parquet has {size:,} bytes, {len(before):,} were committed. Run `imagemill verify --quarantine {out}`"
     with pytest.raises(PartError, match=re.escape(message)):
-        running.run(Settings(sources=finished.sources, output=str(out)))
+        run.run(Settings(sources=finished.sources, output=str(out)))
 
 
 def test_failed_files_are_listed_also_behind_failed_members_of_archives(models_dir: Path, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_failed_files_are_listed_also_behind_failed_members_of_archives(models_d
     names = ("a.jpg", "carriage\rreturn.jpg", "line\nbreak.jpg", "z.jpg")
     folder = helpers.fill(tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": pictures.jpeg()})
     sources = tuple(map(str, (folder, tmp_path / "some.zip", folder)))
-    running.run(Settings(sources, str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=100, report=False))
+    run.run(Settings(sources, str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=100, report=False))
     listed = [f"{folder}/a.jpg", json.dumps(f"{folder}/carriage\rreturn.jpg"), json.dumps(f"{folder}/line\nbreak.jpg"), f"{folder}/z.jpg"]
     assert (tmp_path / "out" / "failed.txt").read_bytes().decode() == "".join(f"{line}\n" for line in listed * 2)
     tally = json.loads((tmp_path / "out" / "summary.json").read_bytes())

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import running
 from imagemill.errors import WorkerError
 from imagemill.records import Settings
+from imagemill.runner import run
 from imagemill.system import processes
 from imagemill.workers import supervisor
 
@@ -52,13 +52,13 @@ def test_a_worker_that_never_starts_ends_the_job(job: Jobs, jpegs: Folders, tmp_
     """Such as one whose thread could not start: it is killed once it uses no CPU time, and the third time the job ends with the reason."""
     hooked(monkeypatch, tmp_path, STUCK_AT_START)
     with pytest.raises(WorkerError, match=r"3 times running \(last: no CPU time used for 2 s while starting: killed; limits"):
-        running.run(job(jpegs(2), preflight=False))
+        run.run(job(jpegs(2), preflight=False))
 
 
 def test_a_worker_that_waits_for_ever_is_started_again(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has images to classify, decodes none and uses no CPU time: long before ten minutes are over it is killed, and the job finishes."""
     hooked(monkeypatch, tmp_path, STUCK_AT_WORK)
-    summary = running.run(job(jpegs(4), preflight=False))
+    summary = run.run(job(jpegs(4), preflight=False))
     assert (summary.ok, summary.devices[0].restarts) == (4, 1)
 
 

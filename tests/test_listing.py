@@ -16,10 +16,10 @@ import pytest
 import archive_files
 import helpers
 import pictures
-from imagemill import running
 from imagemill.display import observer
 from imagemill.errors import SourceError
 from imagemill.records import Settings
+from imagemill.runner import run
 from s3 import Bucket
 
 Jobs = Callable[..., Settings]
@@ -108,7 +108,7 @@ def test_sources_without_an_image_start_no_job(job: Jobs, tmp_path: Path, kind: 
         Path("@" + str(at)) if source.startswith("@") else at, output=str(tmp_path / "new" / "out"), model="none.such", **changes
     )
     texts = set()
-    for call in (running.run, running.dry_run):
+    for call in (run.run, run.dry_run):
         with pytest.raises(SourceError) as caught:
             call(settings)
         texts.add(str(caught.value))
@@ -126,10 +126,10 @@ def test_images_that_arrive_later_are_processed_by_the_same_command(job: Jobs, t
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="no images found"):
-        running.run(job(tmp_path / "in"))
+        run.run(job(tmp_path / "in"))
     assert list((tmp_path / "out").iterdir()) == []
     helpers.fill(tmp_path / "in", {"a.jpg": pictures.jpeg()})
-    assert running.run(job(tmp_path / "in")).images == 1
+    assert run.run(job(tmp_path / "in")).images == 1
 
 
 def test_an_empty_source_is_exit_1_and_one_line(imagemill: CLI, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_empty_prefix_starts_no_job_in_an_object_store(s3: Bucket) -> None:
     """Nothing is written into the store either; shards below a prefix are named with braces, since no shell expands URLs."""
     source = s3.fill({"shards/a-000.tar": b"x"}, "in/")
     with pytest.raises(SourceError) as caught:
-        running.run(Settings((source,), f"{s3.url}/out", model="tiny", devices="null"))
+        run.run(Settings((source,), f"{s3.url}/out", model="tiny", devices="null"))
     assert f"such as '{source}/NAME-{{000000..000099}}.tar', not the prefix" in str(caught.value)
     assert s3.keys() == ["in/shards/a-000.tar"]
 
@@ -156,9 +156,9 @@ def test_one_empty_source_among_others_is_a_note(job: Jobs, jpegs: Folders, tmp_
     for folder in empty:
         folder.mkdir()
     listener = Listener()
-    assert running.run(job(empty[0], jpegs(2)), listener).images == 2
+    assert run.run(job(empty[0], jpegs(2)), listener).images == 2
     assert f"note: 1 source holds no images, first: {empty[0]}" in listener.said
-    found = running.dry_run(job(jpegs(2), *empty, output=str(tmp_path / "out2")))
+    found = run.dry_run(job(jpegs(2), *empty, output=str(tmp_path / "out2")))
     assert found.notes == (f"note: 2 sources hold no images, first: {empty[0]}",)
 
 
@@ -186,9 +186,9 @@ def test_a_list_that_can_be_read_only_once_is_read_once(job: Jobs, jpegs: Folder
     writer.start()
     settings = job(Path(f"@{tmp_path}/pipe"))
     if count:
-        assert running.run(settings).ok == 2
+        assert run.run(settings).ok == 2
     else:
         with pytest.raises(SourceError, match="no images found"):
-            running.run(settings)
+            run.run(settings)
         assert not (tmp_path / "out" / "job.json").exists()
     writer.join()

@@ -17,12 +17,13 @@ import pytest
 import helpers
 import pictures
 from archive_files import pack, tar
-from imagemill import freezing, run, running
+from imagemill import run
 from imagemill.errors import JobMismatchError, SourceError, UsageError
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.records import Access, Settings
+from imagemill.runner import run as runner
 from imagemill.workers.ray import node_agent
 from s3 import Bucket
 from test_run import Listener
@@ -68,7 +69,7 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     old, new, output = tmp_path / "old", tmp_path / "new", tmp_path / "out"
     old.mkdir()
     given = fill(old)
-    first = running.run(job(*given, **OPTIONS))
+    first = runner.run(job(*given, **OPTIONS))
     assert (first.images, first.failed) == (29, 0)
     rows, plan_id = helpers.rows(output), json.loads((output / "job.json").read_bytes())["job"]["plan_id"]
     unfinish(output)
@@ -76,14 +77,14 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     if names == "new":
         given = [source.replace(str(old), str(new), 1) for source in given]
     listener = Listener()
-    summary = running.run(job(*given, moved=((str(old), f"{new}/"),), **OPTIONS), listener)
+    summary = runner.run(job(*given, moved=((str(old), f"{new}/"),), **OPTIONS), listener)
     assert 0 < summary.resumed_shards < summary.shards
     assert helpers.rows(output) == rows
-    frozen = freezing.read_frozen(JobPaths.of(str(output)))
+    frozen = documents.read_frozen(JobPaths.of(str(output)))
     assert frozen is not None
     assert (frozen.job.plan_id, frozen.job.access) == (plan_id, Access())
     (new / "folder" / "9.jpg").write_bytes(pictures.jpeg())
-    finished = running.run(job(*given, moved=((str(old), str(new)),), **OPTIONS), listener)
+    finished = runner.run(job(*given, moved=((str(old), str(new)),), **OPTIONS), listener)
     assert finished.new_in_source == 1
 
 
@@ -109,21 +110,21 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
     s3.fill(images, "old/")
     (tmp_path / "urls.txt").write_text("".join(f"{s3.url}/old/{name}\n" for name in images))
     given = (f"{s3.url}/old", f"@{tmp_path / 'urls.txt'}")
-    running.run(job(*given, **OPTIONS))
+    runner.run(job(*given, **OPTIONS))
     rows = helpers.rows(tmp_path / "out")
     unfinish(tmp_path / "out")
     for name, data in images.items():
         s3.remove(f"old/{name}")
         s3.fill({name: data}, "new/")
     with pytest.raises(SourceError, match=r"none below it\. .*If it has moved, add --moved OLD=NEW\."):
-        running.run(job(*given, **OPTIONS))
-    running.run(job(*given, moved=((f"{s3.url}/old/", f"{s3.url}/new/"),), **OPTIONS))
+        runner.run(job(*given, **OPTIONS))
+    runner.run(job(*given, moved=((f"{s3.url}/old/", f"{s3.url}/new/"),), **OPTIONS))
     assert helpers.rows(tmp_path / "out") == rows
     unfinish(tmp_path / "out")
     folder = helpers.fill(tmp_path / "folder", images)
     listener = Listener()
     for _ in range(2):
-        running.run(job(*given, moved=((f"{s3.url}/old", str(folder)),), **OPTIONS), listener)
+        runner.run(job(*given, moved=((f"{s3.url}/old", str(folder)),), **OPTIONS), listener)
         assert helpers.rows(tmp_path / "out") == rows
     assert not any("are new in the source" in line for line in listener.said)
 
@@ -131,13 +132,13 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
 def test_without_moved_the_command_says_that_it_exists(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
     """Both ways of going on after a move, under the old name and under the new one, lead to it."""
     old = jpegs(4)
-    running.run(job(old, **OPTIONS))
+    runner.run(job(old, **OPTIONS))
     unfinish(tmp_path / "out")
     new = old.rename(tmp_path / "new")
     with pytest.raises(SourceError, match=r"No such file or directory.*If it has moved, add --moved OLD=NEW\."):
-        running.run(job(old, **OPTIONS))
+        runner.run(job(old, **OPTIONS))
     with pytest.raises(JobMismatchError, match=r"If the sources have moved, add --moved OLD=NEW\."):
-        running.run(job(new, **OPTIONS))
+        runner.run(job(new, **OPTIONS))
 
 
 @pytest.mark.parametrize("kind", ["folder", "list"])
@@ -149,12 +150,12 @@ def test_an_old_place_where_nothing_was_is_an_error(kind: str, job: Jobs, jpegs:
     wrong = job(source, moved=((f"{folder}x", "/elsewhere"),), **OPTIONS)
     for _ in range(2):
         with pytest.raises(UsageError, match=rf"--moved {folder}x=…: nothing in this job is there"):
-            running.run(wrong)
+            runner.run(wrong)
         assert not (tmp_path / "out" / "job.json").exists()
-    running.run(job(source, **OPTIONS))
+    runner.run(job(source, **OPTIONS))
     rows = helpers.rows(tmp_path / "out")
     with pytest.raises(UsageError, match="nothing in this job is there"):
-        running.run(wrong)
+        runner.run(wrong)
     assert helpers.rows(tmp_path / "out") == rows
 
 
@@ -170,15 +171,15 @@ def test_moved_needs_two_places(imagemill: Callable[..., helpers.Result], job: J
         ((("file://nas/a", "/b"),), "is another machine"),
     ):
         with pytest.raises(UsageError, match=text):
-            running.run(job(folder, moved=moved))
+            runner.run(job(folder, moved=moved))
 
 
 def test_nodes_of_a_cluster_read_where_the_sources_are_now(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
     """The job that travels to a node says it, and the node's check finds the images there."""
     old = jpegs(4)
-    running.run(job(old, **OPTIONS))
+    runner.run(job(old, **OPTIONS))
     new = old.rename(tmp_path / "new")
-    frozen = freezing.read_frozen(JobPaths.of(str(tmp_path / "out")))
+    frozen = documents.read_frozen(JobPaths.of(str(tmp_path / "out")))
     assert frozen is not None
     shards = plan.shards(tmp_path / "out" / "plan")
     assert node_agent.sample(frozen.job, shards) == ()

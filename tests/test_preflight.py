@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 import helpers
 import pictures
 from faults.harness import children
-from imagemill import freezing, preflight, running
 from imagemill.display import observer
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
-from imagemill.preflight import Looked, Lookout, Sample
 from imagemill.records import Clock, DeviceSpec, Progress, Settings, Status, Summary
+from imagemill.runner import preflight, run
+from imagemill.runner.preflight import Looked, Lookout, Sample
 from imagemill.system import serialization
 from tiny import TINY_CARD, tiny_model
 
@@ -65,12 +65,12 @@ def preflights() -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             return b""
 
-    return [pid for pid in children(os.getpid()) if b"imagemill.preflight" in command(pid)]
+    return [pid for pid in children(os.getpid()) if b"imagemill.runner.preflight" in command(pid)]
 
 
 def carried_out(settings: Settings) -> tuple[Summary, list[str]]:
     patient = Patient()
-    summary = running.run(settings, patient)
+    summary = run.run(settings, patient)
     return summary, [line for line in patient.said if line.startswith("preflight")]
 
 
@@ -119,8 +119,8 @@ def test_any_sample_is_spread_evenly_at_any_time(count: int, data: st.DataObject
 def test_the_budget_ends_it(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """A sample whose CPU time is spent is as long as it is."""
     settings = job(jpegs(40), model=heavy, preflight=False)
-    running.run(settings)
-    frozen = freezing.read_frozen(JobPaths.of(settings.output))
+    run.run(settings)
+    frozen = documents.read_frozen(JobPaths.of(settings.output))
     assert frozen is not None
     assert len(list(preflight.look(Sample(frozen.job, 40, 40, (0,), budget_s=1e9)))) == 40
     assert list(preflight.look(Sample(frozen.job, 40, 40, (0,), budget_s=0.0))) == []
@@ -167,7 +167,7 @@ def test_the_display_knows_while_it_runs(job: Jobs, slow_folder: Path, heavy: st
 
             return shown
 
-    running.run(job(slow_folder, model=heavy), Watcher())
+    run.run(job(slow_folder, model=heavy), Watcher())
     assert seen[0] is True
     assert seen[-1] is False
     assert seen == sorted(seen, reverse=True)
@@ -175,16 +175,16 @@ def test_the_display_knows_while_it_runs(job: Jobs, slow_folder: Path, heavy: st
 
 def test_it_ends_with_the_job(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """A job that is over first leaves no process behind."""
-    running.run(job(jpegs(4), model=heavy))
+    run.run(job(jpegs(4), model=heavy))
     assert not preflights()
 
 
 def lookout_of(job: Jobs, folder: Path, heavy: str, said: list[str], **changes: Any) -> Lookout:
     """A lookout over a finished job, as if it were new."""
     settings = job(folder, model=heavy, preflight=False, **changes)
-    running.run(settings)
+    run.run(settings)
     paths = JobPaths.of(settings.output)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
     return Lookout(frozen.job, plan.shards(paths.plan), CPU, said.append)
 
@@ -328,8 +328,8 @@ def test_servers_are_asked_for_few(job: Jobs, heavy: str, tmp_path: Path) -> Non
         names = tmp_path / "urls.txt"
         names.write_text("".join(f"http://127.0.0.1:{server.server_port}/{number}.jpg\n" for number in range(100)))
         settings = job(model=heavy, preflight=False)
-        running.run(replace(settings, sources=(f"@{names}",)))
-        frozen = freezing.read_frozen(JobPaths.of(settings.output))
+        run.run(replace(settings, sources=(f"@{names}",)))
+        frozen = documents.read_frozen(JobPaths.of(settings.output))
         assert frozen is not None
         asked.clear()
         looked = list(preflight.look(Sample(frozen.job, 100, 100, (0,), 1e9)))

@@ -20,12 +20,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
-from imagemill import running
 from imagemill.display import observer, terminal
 from imagemill.display import pace as pace_module
 from imagemill.display.pace import Estimate, Pace
 from imagemill.display.text import clauses, failures
 from imagemill.records import Clock, Progress
+from imagemill.runner import run
 
 Folders = Callable[..., Path]
 
@@ -397,7 +397,7 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
     settings = Settings(
         sources=(str(slow_folder),), output=str(tmp_path / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=96
     )
-    running.run(settings, Watcher())
+    run.run(settings, Watcher())
     counts = sorted({one.devices["null#0"] for one in seen if not one.rows})
     assert len(counts) > 3
     assert all(one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"])

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import freezing, records, running
-from imagemill.job import plan
+from imagemill import records
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.feed import Feed
@@ -25,6 +25,7 @@ from imagemill.pipeline.run_shards import run_shards
 from imagemill.pipeline.sink import Sink
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
+from imagemill.runner import run
 from tiny import Finished
 
 COUNT = 24
@@ -43,7 +44,7 @@ def reference(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fin
     }
     source = helpers.fill(folder / "pictures", files)
     settings = settings_for(source, folder / "out", models_dir, devices="cpu", batch_size=1, batches_per_step=1, num_workers=1)
-    running.run(settings)
+    run.run(settings)
     return Finished(helpers.Result(0, str(source), ""), folder / "out")
 
 
@@ -89,7 +90,7 @@ def test_the_same_rows_whatever_the_settings(
         "batches_per_step": in_flight,
         "num_workers": threads,
     }
-    running.run(settings_for(Path(reference.result.out), out, models_dir, **changes))
+    run.run(settings_for(Path(reference.result.out), out, models_dir, **changes))
     assert bits(helpers.table(out)) == bits(helpers.table(reference.output))
 
 
@@ -97,7 +98,7 @@ class Bench:
     """The stages of a worker, in this process: one compiled model for many orders of leases."""
 
     def __init__(self, reference: Finished) -> None:
-        frozen = freezing.read_frozen(JobPaths(reference.output))
+        frozen = documents.read_frozen(JobPaths(reference.output))
         assert frozen is not None
         self.frozen = frozen
         self.session = open_session(replace(frozen.job, batch_size=5), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())

@@ -12,8 +12,8 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import running
 from imagemill.records import Settings
+from imagemill.runner import run
 from tiny import Finished
 
 
@@ -25,7 +25,7 @@ def output(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files |= {"98a.jpg": b"", "98b.jpg": b"", "98c.jpg": b"", "ü\n'\".jpg": pictures.jpeg()}
     source = helpers.fill(folder / "pictures", files)
     changes = {"output": str(folder / "out"), "model": "tiny", "models_dir": str(models_dir), "devices": "cpu"}
-    running.run(Settings(sources=(str(source),), shard_size=3, save=("logits", "embedding"), **changes))  # type: ignore[arg-type]
+    run.run(Settings(sources=(str(source),), shard_size=3, save=("logits", "embedding"), **changes))  # type: ignore[arg-type]
     return folder / "out"
 
 

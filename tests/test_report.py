@@ -23,12 +23,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import helpers
 import pictures
-from imagemill import freezing, running
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
+from imagemill.runner import freeze, run
 from imagemill.workers.timeline import BUCKETS, Timeline
 from s3 import Bucket
 from tiny import CLASSES, TINY_CARD
@@ -234,7 +234,7 @@ def test_the_random_sample_is_uniform() -> None:
 
 def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
     """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on the page."""
-    frozen = freezing.read_frozen(JobPaths(reported.output))
+    frozen = documents.read_frozen(JobPaths(reported.output))
     assert frozen is not None
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
     job, card = frozen.job, frozen.job.card
@@ -283,27 +283,27 @@ def test_speed_is_shown_per_device(reported: Reported, opened: Pages) -> None:
 def test_a_job_that_is_not_finished_says_so(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, opened: Pages) -> None:
     """The page is about the rows there are, and names the ones that lack; a page of a job of several goes says what it cannot know."""
     settings = job(jpegs(12), shard_size=4, report=True)
-    running.run(settings)
+    run.run(settings)
     part = tmp_path / "out" / "predictions" / "part-000001.parquet"
     part.unlink()
     assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
     shown = opened(tmp_path / "out" / "report.html")
     assert "8 of 12 pictures have their row" in shown.locator(".note").inner_text()
-    running.run(settings)
+    run.run(settings)
     shown = opened(tmp_path / "out" / "report.html")
     assert not shown.locator(".note").count()
     assert "added 4 of 12 pictures" in shown.locator("section:has(> #speed)").inner_text()
     (tmp_path / "out" / "summary.json").unlink()
-    running.run(settings)
+    run.run(settings)
     assert "Nothing was left to compute" in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
 
 
 def test_a_job_without_answers_and_one_of_one_image_have_a_page(job: Jobs, tmp_path: Path, opened: Pages) -> None:
     """Nothing divides by zero."""
-    running.run(job(helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}), report=True, output=str(tmp_path / "b")))
+    run.run(job(helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}), report=True, output=str(tmp_path / "b")))
     shown = opened(tmp_path / "b" / "report.html")
     assert shown.get_by_text("No picture was classified.").count() == 3
-    running.run(job(helpers.fill(tmp_path / "one", {"x.jpg": pictures.jpeg()}), report=True, output=str(tmp_path / "c")))
+    run.run(job(helpers.fill(tmp_path / "one", {"x.jpg": pictures.jpeg()}), report=True, output=str(tmp_path / "c")))
     assert len(cards(opened(tmp_path / "c" / "report.html"), "sample")) == 1
 
 
@@ -356,7 +356,7 @@ def test_any_text_is_shown_as_visible_text() -> None:
 def test_each_hostile_name_is_in_the_gallery_as_it_is(models_dir: Path, job: Jobs, tmp_path: Path, opened: Pages) -> None:
     """In names, alternative texts and tooltips; searching for one finds it."""
     folder = helpers.fill(tmp_path / "in <i>", {name: pictures.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)})
-    running.run(job(folder, report=True))
+    run.run(job(folder, report=True))
     shown = opened(tmp_path / "out" / "report.html")
     names = [card["name"] for part in ("most", "least", "sample") for card in cards(shown, part)]
     assert sorted(names) == sorted(page.visible(name) for name in HOSTILE_NAMES)
@@ -498,7 +498,7 @@ def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tm
     source = helpers.fill(tmp_path / "source", {f"{n}.jpg": pictures.jpeg(60, 50, seed=n) for n in range(6)})
     for name, data in {"crash": b"imagemill-test-crash", "hang": b"imagemill-test-hang"}.items():
         (source / f"{name}.jpg").write_bytes(pictures.jpeg(60, 50, seed=9) + data)
-    running.run(job(source, max_seconds=1.0))
+    run.run(job(source, max_seconds=1.0))
     assert not (tmp_path / "out" / "report.html").exists()
     (source / "0.jpg").unlink()
     (source / "1.jpg").write_bytes(pictures.jpeg(90, 50, seed=50))
@@ -519,15 +519,15 @@ def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tm
 def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(job: Jobs, tmp_path: Path) -> None:
     """Pictures that come late are placeholders that say so."""
     source = helpers.fill(tmp_path / "source", {"a.jpg": pictures.jpeg(), "b.jpg": pictures.jpeg(seed=1)})
-    running.run(job(source))
+    run.run(job(source))
     paths = JobPaths(tmp_path / "out")
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
     shards = plan.shards(paths.plan)
     found = figures.gather(paths, shards, frozen.job.card.labels, 0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
-        hanging = freezing.replace(frozen.job, sources=(url,))
+        hanging = freeze.replace(frozen.job, sources=(url,))
         made = thumbnails.make(paths, hanging, shards, found.sample, seconds=0.3)
     assert {made[told.index].reason for told in found.sample} == {"it could not be had within 0.3 s for all"}
 
@@ -563,7 +563,7 @@ def test_a_job_in_an_object_store_has_its_report_there(
 ) -> None:
     """With thumbnails of pictures that lie in a store too."""
     url = s3.fill({path.name: path.read_bytes() for path in jpegs(6).iterdir()}, "pictures/")
-    running.run(job(url, report=True, output=f"{s3.url}/job"))
+    run.run(job(url, report=True, output=f"{s3.url}/job"))
     (tmp_path / "report.html").write_bytes(s3.get("job/report.html"))
     shown = opened(tmp_path / "report.html")
     assert shown.locator(".pictures img").count() == 6

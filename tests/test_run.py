@@ -19,13 +19,13 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import closing, freezing, running
 from imagemill.display import observer
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
-from imagemill.job import ledger, plan
+from imagemill.job import documents, inspect, ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
+from imagemill.runner import run, summarise
 from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
 
@@ -46,9 +46,9 @@ class Listener(observer.Watcher):
 
 def problems(output: Path) -> list[ledger.Problem]:
     paths = JobPaths(output)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
-    return running.verify(paths, frozen)[0]
+    return inspect.verify(paths, frozen)[0]
 
 
 # ── the photographs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,7 +160,7 @@ def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Pat
     """All the odd pictures that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
     made = {f"{name}.jpg": make() for name, make in pictures.HOSTILE.items()}
     folder = helpers.fill(tmp_path / "hostile", {name: data for name, (data, _) in made.items()})
-    summary = running.run(job(folder, shard_size=2, save=("logits",)))
+    summary = run.run(job(folder, shard_size=2, save=("logits",)))
     rows = helpers.by_path(tmp_path / "out")
     assert {path: row["status"] for path, row in rows.items()} == {name: status for name, (_, status) in made.items()}
     assert all(row["error"] and row["logits"] is None and row["top_k"] is None for row in rows.values())
@@ -174,7 +174,7 @@ def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Pat
 def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Folders and single pictures, in the order they were given; rows name their source, paths are relative to it."""
     first, second = jpegs(3, "first"), jpegs(2, "second")
-    running.run(job(second, first, first / "001.jpg"))
+    run.run(job(second, first, first / "001.jpg"))
     found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
     assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [(str(first), f"00{n}.jpg") for n in range(3)] + [
         (str(first / "001.jpg"), "")
@@ -184,29 +184,29 @@ def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) 
 def test_a_list_of_failed_pictures_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """`failed.txt` names every picture without an answer, whatever its name, and `@failed.txt` runs them again."""
     folder = jpegs(2, **{"bad.jpg": b"", "new\nline.jpg": b"", '"quoted".jpg': b""})
-    running.run(job(folder, output=str(tmp_path / "one")))
+    run.run(job(folder, output=str(tmp_path / "one")))
     listed = f"@{tmp_path / 'one' / 'failed.txt'}"
-    summary = running.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
+    summary = run.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
     assert (summary.images, summary.failed_by_status) == (3, {"empty": 3})
     assert {Path(row["path"]).name for row in helpers.rows(tmp_path / "two")} == {"bad.jpg", "new\nline.jpg", '"quoted".jpg'}
 
 
 def test_limit_takes_the_first(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--limit N plans the first N in listing order."""
-    assert running.run(job(jpegs(9), limit=4)).images == 4
+    assert run.run(job(jpegs(9), limit=4)).images == 4
     assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
 
 
 def test_filters_and_hidden_entries_are_in_the_summary(job: Jobs, jpegs: Folders) -> None:
     """What was left out, and why, can be read afterwards."""
-    summary = running.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
+    summary = run.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
     found = (summary.images, summary.skipped_by_filter, summary.skipped_hidden, dict(summary.skipped_by_suffix))
     assert found == (4, 2, 1, {"": 1, ".txt": 1})
 
 
 def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--all-files: a text file is a row that says it is no picture."""
-    running.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
+    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
     assert {row["path"]: row["status"] for row in helpers.rows(tmp_path / "out")} == {
         "000.jpg": "ok",
         "notes.txt": "not_an_image",
@@ -218,13 +218,13 @@ def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) 
     """Neither the first time, nor when the repeated command looks for new pictures."""
     folder = jpegs(3)
     settings = job(folder, output=str(folder / "out"), all_files=True)
-    assert running.run(settings).images == 3
-    assert running.run(settings).new_in_source == 0
+    assert run.run(settings).images == 3
+    assert run.run(settings).new_in_source == 0
 
 
 def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """It lists and counts; the output folder does not even appear, and no model is needed."""
-    found = running.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
+    found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
     assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (70, 32, {".txt": 1}, ("000.jpg", "001.jpg"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
 
@@ -233,13 +233,13 @@ def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[st
     """One sub-folder per device: shards end with the sub-folder, so that each device can take its own; another number is told."""
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
-    running.run(job(folder, devices="null:3", shard_size=10), listener)
-    frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    run.run(job(folder, devices="null:3", shard_size=10), listener)
+    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.groups == 3
     assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
     assert listener.said == []
-    running.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
+    run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
     assert listener.said == ["note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to folders"]
 
 
@@ -248,7 +248,7 @@ def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[st
 
 def test_top_k_never_exceeds_the_classes(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--top-k 99 of ten classes keeps ten, most probable first, summing to one; labels survive whatever they hold."""
-    running.run(job(jpegs(3), top_k=99, devices="cpu"))
+    run.run(job(jpegs(3), top_k=99, devices="cpu"))
     for row in helpers.rows(tmp_path / "out"):
         assert sorted(item["class_id"] for item in row["top_k"]) == list(range(CLASSES))
         assert [item["label"] for item in row["top_k"]] == [LABELS[item["class_id"]] for item in row["top_k"]]
@@ -260,7 +260,7 @@ def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_
     """--save adds fixed-size columns; the softmax of the logits is the probability."""
     import numpy as np
 
-    running.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
+    run.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
     table = helpers.table(tmp_path / "out")
     assert [str(table.schema.field(name).type) for name in ("logits", "embedding")] == [
         "fixed_size_list<element: float>[10]",
@@ -279,12 +279,12 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
     outer = Image.new("RGB", (132, 92), "white")
     outer.paste(inner, (50, 30))
     folder = helpers.fill(tmp_path / "p", {"inner.png": pictures.encode(inner, "PNG"), "outer.png": pictures.encode(outer, "PNG")})
-    running.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
+    run.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
     inner_row, outer_row = helpers.rows(tmp_path / "out")
     assert inner_row["logits"] == outer_row["logits"]
     with pytest.raises(JobMismatchError, match="was started with --preprocess center-crop, now --preprocess card is asked for"):
-        running.run(job(folder, preprocess="card", devices="cpu"))
-    running.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
+        run.run(job(folder, preprocess="card", devices="cpu"))
+    run.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
     card_rows = helpers.rows(tmp_path / "card")
     assert card_rows[1]["logits"] != outer_row["logits"]
 
@@ -295,7 +295,7 @@ def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path)
     white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     folder = jpegs(6, **{"white.png": white})
     asked: dict[str, Any] = {"model": "spoilt", "devices": "cpu", "save": ("logits", "embedding"), "batch_size": 4}
-    summary = running.run(job(folder, **asked))
+    summary = run.run(job(folder, **asked))
     assert (summary.ok, summary.failed, dict(summary.failed_by_status)) == (6, 1, {"invalid_output": 1})
     found = helpers.by_path(tmp_path / "out")
     bad = found.pop("white.png")
@@ -303,7 +303,7 @@ def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path)
     assert bad["error"] == ("the model returned NaN or infinity for this image in fp32; this model cannot classify it; try another one")
     assert [bad[name] for name in ("class_id", "label", "probability", "top_k", "logits", "embedding")] == [None] * 6
     (folder / "white.png").unlink()
-    running.run(job(folder, output=str(tmp_path / "without"), **asked))
+    run.run(job(folder, output=str(tmp_path / "without"), **asked))
     assert found == helpers.by_path(tmp_path / "without")
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder / 'white.png'}\n"
     assert imagemill("report", tmp_path / "out").code == 0
@@ -312,7 +312,7 @@ def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path)
     exported = imagemill("export", tmp_path / "out", "--to", "csv", "--columns", "path,status")
     assert '"white.png","invalid_output"' in exported.out
     (folder / "white.png").write_bytes(pictures.jpeg())
-    again = running.run(job(folder, **asked, retry_failed=("invalid_output",)))
+    again = run.run(job(folder, **asked, retry_failed=("invalid_output",)))
     assert (again.ok, again.failed) == (7, 0)
 
 
@@ -333,7 +333,7 @@ def test_a_model_that_answers_nan_for_everything_ends_the_job_before_the_first_i
 
 def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--max-pixels and --max-bytes: what is larger is a `too_large` row, undecoded and unread."""
-    running.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
+    run.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
                 max_pixels=10_000, max_bytes=800_000))  # fmt: skip
     found = {row["path"]: (row["status"], row["width"]) for row in helpers.rows(tmp_path / "out")}
     assert found == {"000.jpg": ("ok", 48), "wide.png": ("too_large", 300), "zeros.jpg": ("too_large", None)}
@@ -346,7 +346,7 @@ def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
 def started(job: Jobs, jpegs: Folders, tmp_path: Path) -> Settings:
     """A job of 12 pictures in 4 parts, of which two are missing, as after a crash."""
     settings = job(jpegs(12), shard_size=3)
-    running.run(settings)
+    run.run(settings)
     for name in ("part-000001.parquet", "part-000003.parquet"):
         (tmp_path / "out" / "predictions" / name).unlink()
     (tmp_path / "out" / "summary.json").unlink()
@@ -361,7 +361,7 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
     """Finished parts are the very same files afterwards; the rows are those of an undisturbed run."""
     before = helpers.parts(tmp_path / "out")
     listener = Listener()
-    summary = running.run(started, listener)
+    summary = run.run(started, listener)
     after = helpers.parts(tmp_path / "out")
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
@@ -374,11 +374,11 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
 def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> None:
     """It decides whether a picture is answered, and holds for those that are left and for that start alone."""
     listener = Listener()
-    running.run(replace(started, max_pixels=1), listener)
+    run.run(replace(started, max_pixels=1), listener)
     assert "--max-pixels was 180,000,000, and is 1 this time: it holds for the pictures that are left" in listener.said
     assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (["ok"] * 3 + ["too_large"] * 3) * 2
     again = Listener()
-    running.run(replace(started, retry_failed=()), again)
+    run.run(replace(started, retry_failed=()), again)
     assert not any("max-pixels" in line for line in again.said)
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
 
@@ -393,13 +393,13 @@ def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.
         send(self, message)
 
     monkeypatch.setattr(supervisor.Supervisor, "send", noting)
-    running.run(settings)
+    run.run(settings)
     return messages
 
 
 def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model, devices, batch size and the rest come from job.json."""
-    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
     (begin,) = begun(unsaid(started), monkeypatch)
     assert begin.job == before.job
@@ -410,7 +410,7 @@ def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Pat
 
 def test_what_may_differ_may_be_changed(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices, batch size and decoding threads change no answer: what is said now holds for what is left, and all else stays as it was."""
-    before = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
     changes: dict[str, Any] = {"batch_size": 1, "num_workers": 2, "batches_per_step": 3}
     first, second = begun(unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch)
@@ -451,7 +451,7 @@ def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
     """Nothing is touched; the message says what to do. Wrong usage, so exit 2."""
     before = helpers.parts(tmp_path / "out")
     with pytest.raises(JobMismatchError) as caught:
-        running.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
+        run.run(Settings(**({"sources": started.sources, "output": started.output} | change)))
     message = str(caught.value)
     assert f"was started with {was}" in message
     assert f", now {now}" in message
@@ -476,44 +476,44 @@ def test_a_selection_that_was_given_first_must_be_given_again(
     """Without it the command means other images: they must not be passed over with "finished already" and exit 0."""
     folder = jpegs(6, **{"010.jpg": pictures.jpeg()})
     settings = job(folder, shard_size=2, **selection)
-    count = running.run(settings).images
+    count = run.run(settings).images
     if not is_finished:
         (tmp_path / "out" / "predictions" / "part-000000.parquet").unlink()
     flag = spelt.split(maxsplit=1)[0]
     with pytest.raises(JobMismatchError) as caught:
-        running.run(job(folder))
+        run.run(job(folder))
     text = f"was started with {spelt}, now no {flag} is asked for. Add {spelt} to continue this job, or give another --output."
     assert str(caught.value) == f"{tmp_path}/out {text}"
     assert caught.value.exit_code == 2
-    assert running.run(settings).images == count
+    assert run.run(settings).images == count
 
 
 def test_another_value_of_a_selection_is_refused_and_another_order_is_not(job: Jobs, jpegs: Folders) -> None:
     """The message holds what to type to continue the job."""
     folder = jpegs(4)
-    running.run(job(folder, limit=2, include=("a*", "0*")))
+    run.run(job(folder, limit=2, include=("a*", "0*")))
     with pytest.raises(JobMismatchError, match=r"with --limit 2, now --limit 3 is asked for\. Write --limit 2 to continue this job"):
-        running.run(job(folder, limit=3, include=("a*", "0*")))
+        run.run(job(folder, limit=3, include=("a*", "0*")))
     with pytest.raises(JobMismatchError, match=r"Write --include '0\*' --include 'a\*' to continue this job"):
-        running.run(job(folder, limit=2, include=("0*",)))
-    assert running.run(job(folder, limit=2, include=("0*", "a*"))).images == 2
+        run.run(job(folder, limit=2, include=("0*",)))
+    assert run.run(job(folder, limit=2, include=("0*", "a*"))).images == 2
 
 
 def test_saying_the_same_again_is_no_change(started: Settings) -> None:
     """Explicit flags that agree with the frozen job resume it, in any spelling of the same."""
     same = {"model": "tiny", "limit": None, "shard_size": 3, "top_k": 5, "precision": "auto", "preprocess": "card"}
-    assert running.run(unsaid(started, **same)).images == 12
+    assert run.run(unsaid(started, **same)).images == 12
 
 
 def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Nothing is computed; what is new since the plan was frozen is named, and left to another output."""
     settings = job(jpegs(5))
-    running.run(settings)
+    run.run(settings)
     before = helpers.parts(tmp_path / "out")
     jpegs(7, **{"0/first.jpg": b"x", "notes.txt": b"x"})
     (tmp_path / "pictures" / "002.jpg").unlink()
     listener = Listener()
-    summary = running.run(settings, listener)
+    summary = run.run(settings, listener)
     assert listener.said == [
         f"finished already: 5 pictures in {tmp_path}/out/predictions",
         "3 pictures are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
@@ -525,18 +525,18 @@ def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders
 def test_a_picture_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_path: Path) -> None:
     """The plan is frozen: what is gone is `missing`, never left out."""
     (tmp_path / "pictures" / "004.jpg").unlink()
-    assert running.run(started).failed_by_status == {"missing": 1}
+    assert run.run(started).failed_by_status == {"missing": 1}
 
 
 def test_retry_failed_computes_bad_pictures_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Only shards that hold such a row; mended pictures become ok. A status that is not among them leaves all as it was."""
     folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not a picture at all" * 9})
-    running.run(job(folder, shard_size=3))
+    run.run(job(folder, shard_size=3))
     before = helpers.parts(tmp_path / "out")
     (folder / "a.jpg").write_bytes(pictures.jpeg())
-    assert running.run(job(folder, retry_failed=("timeout",))).failed == 2
+    assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
     assert helpers.parts(tmp_path / "out") == before
-    summary = running.run(job(folder, retry_failed=("empty",)))
+    summary = run.run(job(folder, retry_failed=("empty",)))
     assert summary.failed_by_status == {"not_an_image": 1}
     after = helpers.parts(tmp_path / "out")
     assert [name for name in before if after[name] != before[name]] == ["part-000002.parquet"]
@@ -547,8 +547,8 @@ def test_too_many_bad_pictures_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: F
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
     with pytest.raises(TooManyBadError, match=r"of 12 pictures are bad, more than --max-bad-fraction 0\.25 allows"):
-        running.run(job(folder, shard_size=2, max_bad_fraction=0.25))
-    assert running.run(job(folder)).failed_by_status == {"empty": 6}
+        run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
+    assert run.run(job(folder)).failed_by_status == {"empty": 6}
 
 
 def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -556,10 +556,10 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").touch()
     with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)\. Give a new folder\."):
-        running.run(job(jpegs(1)))
+        run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
     with pytest.raises(OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."):
-        running.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
+        run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
 
 
 SYSTEM_FILES = (
@@ -573,14 +573,14 @@ def test_files_that_systems_make_by_themselves_are_no_strangers(job: Jobs, jpegs
     """A folder that a file manager has shown, a mounted disk's root, a share: each is as good as empty, and they stay as they are."""
     out = helpers.fill(tmp_path / "out", dict.fromkeys(SYSTEM_FILES, b"x"))
     settings = job(jpegs(3))
-    assert running.run(settings).images == 3
+    assert run.run(settings).images == 3
     helpers.fill(out, {f"{folder}/.DS_Store": b"x" for folder in ("plan", "predictions", "logs")})
-    assert (running.run(settings).images, problems(out)) == (3, [])
+    assert (run.run(settings).images, problems(out)) == (3, [])
     assert all((out / name).read_bytes() == b"x" for name in SYSTEM_FILES)
     for number, name in enumerate((".DS_Store.jpg", "my lost+found", "snapshot", "_DS_Store", "nfs123")):
         other = helpers.fill(tmp_path / str(number), {name: b"x"})
         with pytest.raises(OutputError, match=re.escape(f"(it holds {name!r})")):
-            running.run(replace(settings, output=str(other)))
+            run.run(replace(settings, output=str(other)))
 
 
 def test_a_link_to_a_missing_folder_is_an_output(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -591,7 +591,7 @@ def test_a_link_to_a_missing_folder_is_an_output(job: Jobs, jpegs: Folders, tmp_
     (tmp_path / "above").symlink_to(tmp_path / "disk" / "jobs")
     settings = job(jpegs(2))
     for output, folder in (("out", "job"), ("above/a/b", "jobs/a/b")):
-        running.run(replace(settings, output=str(tmp_path / output)))
+        run.run(replace(settings, output=str(tmp_path / output)))
         assert problems(tmp_path / "disk" / folder) == []
     assert (tmp_path / "out").is_symlink()
 
@@ -602,12 +602,12 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(name: str, job: Jobs,
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "folder")
     where = re.escape(f"{tmp_path}/out is a link to {tmp_path}/disk/folder, and {tmp_path}/disk does not exist. Mount its disk, or give")
     with pytest.raises(OutputError, match=where):
-        running.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
+        run.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
     assert not (tmp_path / "disk").exists()
     (tmp_path / "out").unlink()
     (tmp_path / "out").symlink_to("out")
     with pytest.raises(OutputError, match="Too many levels of symbolic links"):
-        running.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
+        run.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
 
 
 def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, t
         out, {"plan/plan-00000-00000.parquet": b"half", "plan/.listing.arrow.tmp": b"x", ".job.json.77.tmp": b"{", "logs/l.log": b""}
     )
     (out / "predictions").mkdir()
-    assert running.run(job(jpegs(3))).images == 3
+    assert run.run(job(jpegs(3))).images == 3
     assert not list(out.rglob("*.tmp"))
     assert problems(out) == []
 
@@ -629,7 +629,7 @@ def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: P
     with pytest.raises(
         OutputError, match=r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99), this version of)"
     ):
-        running.run(job(jpegs(1)))
+        run.run(job(jpegs(1)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"job.json": content}
 
 
@@ -637,20 +637,20 @@ def test_a_job_that_cannot_be_read_is_not_taken_for_none(job: Jobs, jpegs: Folde
     """The system refuses to read job.json: one clear error, and nothing is started beside it."""
     (tmp_path / "out" / "job.json").mkdir(parents=True)
     with pytest.raises(OutputError, match=r"out/job\.json cannot be read: Is a directory\. Give another --output\."):
-        running.run(job(jpegs(1)))
+        run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["job.json"]
 
 
 def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path) -> None:
     """--log-dir holds one file per process; a resumed job finds it again, even if it was removed meanwhile."""
     settings = job(jpegs(6, "more"), output=str(tmp_path / "two"), log_dir=str(tmp_path / "elsewhere"), shard_size=3)
-    running.run(settings)
+    run.run(settings)
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
     for path in (tmp_path / "elsewhere").iterdir():
         path.unlink()
     (tmp_path / "elsewhere").rmdir()
     (tmp_path / "two" / "predictions" / "part-000001.parquet").unlink()
-    running.run(unsaid(settings))
+    run.run(unsaid(settings))
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
 
 
@@ -661,13 +661,13 @@ def test_a_source_that_is_gone_ends_a_resume_before_it_begins(started: Settings,
     source = tmp_path / "moving"
     shutil.copytree(started.sources[0], source)
     settings = dataclasses.replace(started, sources=(str(source),), output=str(tmp_path / "two"))
-    running.run(settings)
+    run.run(settings)
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     source.rename(tmp_path / "away")
     with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
-        running.run(settings)
+        run.run(settings)
     (tmp_path / "away").rename(source)
-    assert running.run(settings).failed == 0
+    assert run.run(settings).failed == 0
 
 
 def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
@@ -675,16 +675,16 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
     folder = tmp_path / "models" / "tiny"
     shutil.copytree(tiny.dir, folder)
     settings = Settings(sources=started.sources, output=str(tmp_path / "two"), model="tiny", models_dir=str(folder.parent), devices="null")
-    running.run(settings)
+    run.run(settings)
     with (folder / "model.onnx").open("r+b") as file:
         file.seek(200)
         file.write(b"\0\1\2")
     from imagemill.errors import ModelError
 
-    assert running.run(unsaid(settings)).complete
+    assert run.run(unsaid(settings)).complete
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     with pytest.raises(ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"):
-        running.run(unsaid(settings))
+        run.run(unsaid(settings))
 
 
 @pytest.mark.parametrize(
@@ -721,7 +721,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
 ) -> None:
     """The message names flag and value; the output folder does not hold a job afterwards."""
     with pytest.raises(UsageError) as caught:
-        running.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
+        run.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
     assert message in str(caught.value)
     assert not (tmp_path / "out" / "job.json").exists()
 
@@ -729,9 +729,9 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
 def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path) -> None:
     """And with the source put right the same command works: nothing half-begun is in its way."""
     with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory"):
-        running.run(job(tmp_path / "none"))
+        run.run(job(tmp_path / "none"))
     helpers.fill(tmp_path / "none", {"a.jpg": pictures.jpeg()})
-    assert running.run(job(tmp_path / "none")).images == 1
+    assert run.run(job(tmp_path / "none")).images == 1
 
 
 # ── what it says afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -739,9 +739,9 @@ def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path
 
 def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """summary.json holds the fields that the design names, and rates that add up."""
-    summary = running.run(job(jpegs(20), devices="null:2", shard_size=3))
+    summary = run.run(job(jpegs(20), devices="null:2", shard_size=3))
     on_disk = json.loads((tmp_path / "out" / "summary.json").read_bytes())
-    assert closing.read_summary(JobPaths(tmp_path / "out")) == summary
+    assert documents.read_summary(JobPaths(tmp_path / "out")) == summary
     named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
         bottleneck devices""".split()
     assert set(named) <= set(on_disk)
@@ -769,7 +769,7 @@ def clock(**sums: float) -> Clock:
 )
 def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bottleneck: str) -> None:
     """The longest of three waits; starving is put down to reading or decoding. Advice comes with it."""
-    found, rates, advice = closing.judge([clock(**sums)], 100, 10.0, 2)
+    found, rates, advice = summarise.judge([clock(**sums)], 100, 10.0, 2)
     assert found == bottleneck
     assert rates["achieved"] == 10.0
     assert rates["decode_only"] == pytest.approx(100 * 2 / (sums["read"] + sums["decode"]), abs=0.001)
@@ -779,11 +779,11 @@ def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bott
 def test_on_shared_cores_the_rates_add_up() -> None:
     """EfficientNet-Lite0 in int8 on two cores with AMX waits for pictures because it takes the decoders' time. `bench` says 776 and 755."""
     sums = clock(starved=6.92, read=2.29, decode=6.39, decode_wall=7.1, compute=0.69, write=0.2, session_cpu=8.36, pictures=3280)
-    found, rates, _ = closing.judge([sums], 3280, 8.52, 2, cores=2)
+    found, rates, _ = summarise.judge([sums], 3280, 8.52, 2, cores=2)
     assert found == "compute"
     assert 1 / rates["achieved"] == pytest.approx(1 / rates["decode_only"] + 1 / rates["compute_only"], rel=1e-3)
     assert rates["compute_only"] == pytest.approx(785, abs=1)
-    _, with_failures, _ = closing.judge([sums], 3280, 8.52, 2, failed=1640, cores=2)
+    _, with_failures, _ = summarise.judge([sums], 3280, 8.52, 2, failed=1640, cores=2)
     assert with_failures["compute_only"] == pytest.approx(rates["compute_only"] / 2, rel=1e-3), "a row that failed was not computed"
 
 
@@ -793,13 +793,13 @@ def test_other_processes_do_not_change_the_bottleneck(share: float) -> None:
     tiny = clock(starved=9 / share, read=0.2 / share, decode=9, decode_wall=9 / share, compute=0.07, write=1, session_cpu=0.1)
     heavy = clock(starved=0.5, read=0.1, decode=1, decode_wall=1 / share, compute=9 / share, write=0.1, session_cpu=18)
     light = clock(starved=9 / share, read=0.2 / share, decode=6, decode_wall=6 / share, compute=1, write=0.2, session_cpu=8)
-    assert [closing.judge([one], 100, 10.0 / share, 2, cores=2)[0] for one in (tiny, heavy, light)] == ["decode", "compute", "compute"]
+    assert [summarise.judge([one], 100, 10.0 / share, 2, cores=2)[0] for one in (tiny, heavy, light)] == ["decode", "compute", "compute"]
 
 
 def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
     """One thread on eight cores decodes all the time; what the session could compute on them follows from its CPU time."""
     sums = clock(starved=9, read=0.1, decode=9, decode_wall=9, compute=1, write=0, session_cpu=2)
-    found, rates, _ = closing.judge([sums], 100, 10.0, 1, cores=8)
+    found, rates, _ = summarise.judge([sums], 100, 10.0, 1, cores=8)
     assert found == "decode"
     assert rates["compute_only"] == 400
 
@@ -808,7 +808,7 @@ def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
 def test_storage_that_cores_wait_for_does_not_change_what_they_could_compute(cores: int, rate: float) -> None:
     """For a device of its own the time counts in which it had images; for cores the session's CPU time."""
     sums = clock(starved=8, read=15, decode=1, decode_wall=1, compute=1, write=1, session_cpu=0.5)
-    found, rates, _ = closing.judge([sums], 100, 10.0, 2, cores=cores)
+    found, rates, _ = summarise.judge([sums], 100, 10.0, 2, cores=cores)
     assert found == "read"
     assert rates["compute_only"] == rate
 
@@ -816,22 +816,22 @@ def test_storage_that_cores_wait_for_does_not_change_what_they_could_compute(cor
 def test_a_job_of_a_few_seconds_is_too_short_to_tell() -> None:
     """No bottleneck is named below five seconds; the line that names it says so instead."""
     sums = clock(starved=1, read=0, decode=3, decode_wall=3, compute=3, write=0)
-    assert closing.judge([sums], 100, 5.0, 2)[0] == "compute"
-    found, rates, advice = closing.judge([sums], 100, 4.9, 2)
+    assert summarise.judge([sums], 100, 5.0, 2)[0] == "compute"
+    found, rates, advice = summarise.judge([sums], 100, 4.9, 2)
     assert (found, advice) == (None, "too short to tell what bounded it: 4.9 s, less than 5 s")
     assert rates["achieved"] == pytest.approx(100 / 4.9, abs=0.001)
 
 
 def test_where_nothing_ran_nothing_is_judged() -> None:
     """A resumed job with nothing left has no rate and no bottleneck."""
-    assert closing.judge([], 0, 0.0, 2) == (None, {}, None)
+    assert summarise.judge([], 0, 0.0, 2) == (None, {}, None)
 
 
 def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     """The Python API gives records, not dicts; enumerations come back as themselves from disk."""
-    summary = running.run(job(jpegs(1)))
+    summary = run.run(job(jpegs(1)))
     assert isinstance(summary, Summary)
-    frozen = freezing.read_frozen(JobPaths(Path(summary.output)))
+    frozen = documents.read_frozen(JobPaths(Path(summary.output)))
     assert frozen is not None
     assert frozen.job.precision is Precision.FP32
     assert frozen.job.card.labels == LABELS

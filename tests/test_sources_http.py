@@ -27,12 +27,12 @@ import trustme
 
 import helpers
 import pictures
-from imagemill import running
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, check, http, resolve
 from imagemill.pipeline.sources.list import ListSource
 from imagemill.pipeline.sources.locations import fetch
 from imagemill.records import BadPicture, Settings, Status
+from imagemill.runner import run
 from imagemill.system import storage
 from imagemill.version import __version__
 
@@ -152,7 +152,7 @@ def test_the_same_pictures_have_the_same_answers_from_a_folder_and_from_the_web(
     sources = {"folder": [folder], "urls": [f"@{tmp_path / 'urls.txt'}"], "list": [f"@{server.url}/list.txt"]}
     sources["single"] = [f"{server.url}/{name}" for name in files][:3]
     for name, given in sources.items():
-        running.run(job(*given, output=str(tmp_path / name), shard_size=8, num_workers=4, save=("logits",)))
+        run.run(job(*given, output=str(tmp_path / name), shard_size=8, num_workers=4, save=("logits",)))
         harness.assert_complete(tmp_path / name)
     expected = helpers.by_path(tmp_path / "folder")
     urls = helpers.by_path(tmp_path / "urls")
@@ -469,7 +469,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     assert len(server.paths) == 40 - 8 * len(before)
     harness.assert_complete(tmp_path / "out")
     folder = helpers.fill(tmp_path / "pictures", some_jpegs)
-    running.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
+    run.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
     expected = helpers.by_path(tmp_path / "folder")
     assert helpers.by_path(tmp_path / "out") == {
         f"{server.url}/{path}": row | {"path": f"{server.url}/{path}"} for path, row in expected.items()
@@ -485,14 +485,14 @@ def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jo
     (tmp_path / "list.txt").write_text(f"{server.url}/c.jpg\n")
     (tmp_path / "table.csv").write_text(f"url\n{server.url}/d.jpg\n")
     given = (f"{server.url}/moved.jpg", f"@{server.url}/list.txt", f"@{tmp_path / 'list.txt'}", f"@{tmp_path / 'table.csv'}")
-    assert running.run(job(*given, user_agent="Mozilla/5.0 (me@example.com)")).ok == 4
+    assert run.run(job(*given, user_agent="Mozilla/5.0 (me@example.com)")).ok == 4
     assert {f"/{name}" for name in (*names, "moved.jpg", "list.txt")} == set(server.paths)
     assert {headers["User-Agent"] for headers in server.headers} == {"Mozilla/5.0 (me@example.com)"}
     rows = helpers.rows(tmp_path / "out")
     server.headers.clear()
     for part in (tmp_path / "out" / "predictions").iterdir():
         part.unlink()
-    running.run(job(*given))
+    run.run(job(*given))
     assert {headers["User-Agent"] for headers in server.headers} == {f"imagemill/{__version__}"}
     assert helpers.rows(tmp_path / "out") == rows
 
@@ -501,6 +501,6 @@ def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jo
 def test_a_user_agent_that_no_header_can_hold_is_refused(agent: str, job: Jobs, tmp_path: Path) -> None:
     """Line breaks and other control characters would forge headers: wrong usage, before anything is read or written."""
     with pytest.raises(UsageError, match=r"--user-agent .* must be printable ASCII") as caught:
-        running.run(job(tmp_path, user_agent=agent))
+        run.run(job(tmp_path, user_agent=agent))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -16,13 +16,13 @@ import archive_files
 import helpers
 import pictures
 import s3 as faults
-from imagemill import running
 from imagemill.errors import OutputError, SourceError
 from imagemill.pipeline.sources import Filters, Skipped, check, resolve
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.pipeline.sources.locations import fetch
 from imagemill.pipeline.sources.objects import ObjectSource
 from imagemill.records import BadPicture, Settings, Status
+from imagemill.runner import run
 from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 
@@ -61,7 +61,7 @@ def test_the_same_pictures_have_the_same_answers_wherever_they_lie(
     (tmp_path / "urls.txt").write_text("".join(f"{url}/{key}\n" for key in files), encoding="utf-8")
     summaries = {}
     for name, source in {"folder": folder, "prefix": f"{url}/", "urls": f"@{tmp_path / 'urls.txt'}", "list": f"@{url}/list.txt"}.items():
-        summaries[name] = running.run(job(source, output=str(tmp_path / name), shard_size=8, num_workers=2, save=("logits",)))
+        summaries[name] = run.run(job(source, output=str(tmp_path / name), shard_size=8, num_workers=2, save=("logits",)))
         harness.assert_complete(tmp_path / name)
     expected = answers(tmp_path / "folder")
     assert len(expected) == 43
@@ -276,7 +276,7 @@ def test_odd_keys_cost_a_job_nothing(s3: Bucket, some_jpegs: dict[str, bytes], j
     some = dict(list(some_jpegs.items())[:4])
     files = {f"odd//{key}": data for key, data in some.items()} | {"odd//bad\x01.jpg": b"x", "plain.jpg": pictures.jpeg()}
     url = s3.fill(files, "p/")
-    summary = running.run(job(url, num_workers=2))
+    summary = run.run(job(url, num_workers=2))
     assert (summary.ok, dict(summary.failed_by_status)) == (5, {"not_an_image": 1})
     harness.assert_complete(tmp_path / "out")
     assert archive_files.read(f"@{tmp_path / 'out' / 'failed.txt'}") == [(f"{url}/odd//bad\x01.jpg".encode(), b"x")]
@@ -303,7 +303,7 @@ def test_a_killed_job_is_resumed_where_it_was(
     assert s3_faults.count("GET", ".jpg") == 40 - 8 * len(before)
     assert helpers.parts(tmp_path / "out").items() >= before.items()
     harness.assert_complete(tmp_path / "out")
-    running.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
+    run.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
     assert answers(tmp_path / "out") == answers(tmp_path / "folder")
 
 
@@ -345,7 +345,7 @@ def test_retry_failed_heals_what_an_outage_left(
     healed = imagemill(*arguments, "--retry-failed")
     assert (healed.code, healed.json["ok"]) == (0, 40)
     harness.assert_complete(tmp_path / "out")
-    running.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
+    run.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
     assert answers(tmp_path / "out") == answers(tmp_path / "folder")
 
 
@@ -385,7 +385,7 @@ def test_what_a_file_manager_uploaded_makes_no_output_unacceptable(s3: Bucket, j
     """`.DS_Store` below an output's prefix is no stranger; anything else is."""
     s3.fill({"in/a.jpg": pictures.jpeg(), "out/.DS_Store": b"x", "other/.DS_Store": b"x", "other/thesis.doc": b"x"})
     settings = job(f"{s3.url}/in", output=f"{s3.url}/out", preflight=False)
-    assert running.run(settings).ok == 1
+    assert run.run(settings).ok == 1
     assert s3.get("out/.DS_Store") == b"x"
     with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)"):
-        running.run(replace(settings, output=f"{s3.url}/other"))
+        run.run(replace(settings, output=f"{s3.url}/other"))

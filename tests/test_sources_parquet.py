@@ -16,10 +16,10 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import running
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, parquet, resolve
 from imagemill.records import BadPicture, Entry, Settings, Status
+from imagemill.runner import run
 from s3 import Bucket, FaultProxy
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -398,7 +398,7 @@ def test_a_table_gives_the_answers_of_its_folder(job: Jobs, some_jpegs: dict[str
     written(tmp_path / "train-1.parquet", hf_table(rows[25:]), row_group_size=100)
     written(tmp_path / "plain.parquet", pa.table({"bytes": list(files.values())}))
     for name, source in (("a", folder), ("b", tmp_path / "train-{0..1}.parquet"), ("c", tmp_path / "plain.parquet")):
-        summary = running.run(job(source, output=str(tmp_path / name), shard_size=6, save=("logits",), devices="cpu:1", num_workers=3))
+        summary = run.run(job(source, output=str(tmp_path / name), shard_size=6, save=("logits",), devices="cpu:1", num_workers=3))
         assert (summary.images, dict(summary.failed_by_status)) == (41, {"not_an_image": 1})
         assert imagemill("verify", tmp_path / name).code == 0
     assert answers(tmp_path / "b") == answers(tmp_path / "c") == answers(tmp_path / "a")
@@ -438,7 +438,7 @@ def test_a_killed_run_over_a_table_resumes(slow_folder: Path, tmp_path: Path, st
     result = imagemill("run", file, "--output", tmp_path / "out", *arguments, "--json")
     assert (result.code, result.json["images"], result.json["ok"]) == (0, 48, 48)
     assert kept.items() <= helpers.parts(tmp_path / "out").items()
-    running.run(job(slow_folder, output=str(tmp_path / "calm"), limit=48))
+    run.run(job(slow_folder, output=str(tmp_path / "calm"), limit=48))
     assert answers(tmp_path / "out") == answers(tmp_path / "calm")
     assert imagemill("verify", tmp_path / "out").code == 0
 

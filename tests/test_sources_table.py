@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import helpers
 import pictures
-from imagemill import running
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
 from imagemill.records import BadPicture, Entry, Settings, Status
+from imagemill.runner import run
 
 Jobs = Callable[..., Settings]
 CLI = Callable[..., helpers.Result]
@@ -171,7 +171,7 @@ def test_tables_give_the_answers_of_the_folder(job: Jobs, some_jpegs: dict[str, 
     """Relative and absolute paths, from CSV, TSV and Parquet, with empty cells and a hostile name: the folder's rows, and sound."""
     files = dict(sorted(some_jpegs.items())) | {'z/odd, "x"\n.jpg': pictures.jpeg()}
     folder = helpers.fill(tmp_path / "folder", files)
-    running.run(job(folder, output=str(tmp_path / "calm"), save=("logits",), devices="cpu:1"))
+    run.run(job(folder, output=str(tmp_path / "calm"), save=("logits",), devices="cpu:1"))
     calm = helpers.by_path(tmp_path / "calm")
     relative = [f"folder/{name}" for name in files]
     with (tmp_path / "t.csv").open("w", newline="") as opened:
@@ -184,7 +184,7 @@ def test_tables_give_the_answers_of_the_folder(job: Jobs, some_jpegs: dict[str, 
         (("t.csv", 1, "folder/"), ("t.tsv#which one", 0, f"{folder}/"), ("t.parquet", 1, "folder/"))
     ):
         output = tmp_path / f"out{number}"
-        summary = running.run(job(f"@{tmp_path / source}", output=str(output), save=("logits",), devices="cpu:1", shard_size=5))
+        summary = run.run(job(f"@{tmp_path / source}", output=str(output), save=("logits",), devices="cpu:1", shard_size=5))
         assert (summary.images, dict(summary.failed_by_status)) == (41 + empty, {"missing": 1} if empty else {})
         found = helpers.by_path(output)
         assert (found.pop("")["error"] if empty else None) == ("the table's cell is empty: row 42" if empty else None)
@@ -197,17 +197,17 @@ def test_failed_paths_of_a_table_are_a_list_again(job: Jobs, tmp_path: Path) -> 
     """Absolute, as @failed.txt reads them; an empty cell has no path and is left out."""
     (tmp_path / "bad.jpg").write_bytes(b"")
     source = table(tmp_path, 'path\nbad.jpg\n"gone\n.jpg"\n""\n')
-    running.run(job(source))
+    run.run(job(source))
     lines = (tmp_path / "out" / "failed.txt").read_text().splitlines()
     assert lines == [f"{tmp_path}/bad.jpg", f'"{tmp_path}/gone\\n.jpg"']
-    again = running.run(job(f"@{tmp_path / 'out' / 'failed.txt'}", output=str(tmp_path / "again")))
+    again = run.run(job(f"@{tmp_path / 'out' / 'failed.txt'}", output=str(tmp_path / "again")))
     assert dict(again.failed_by_status) == {"empty": 1, "missing": 1}
 
 
 def test_a_path_that_no_file_can_have_is_a_row(job: Jobs, tmp_path: Path) -> None:
     """A NUL byte in a cell ends no worker."""
     pq.write_table(pa.table({"path": ["nul\0.jpg", "x" * 5_000, "."]}), tmp_path / "t.parquet")
-    summary = running.run(job(f"@{tmp_path / 't.parquet'}"))
+    summary = run.run(job(f"@{tmp_path / 't.parquet'}"))
     assert summary.failed == 3
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} <= {"missing", "read_error"}
 

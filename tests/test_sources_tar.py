@@ -21,11 +21,11 @@ import pytest
 import helpers
 import pictures
 from archive_files import END, KINDS, fetched, listed, pack, read, tar, tar_member
-from imagemill import running
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Source, open_all
 from imagemill.pipeline.sources import tar as tar_module
 from imagemill.records import Settings
+from imagemill.runner import run
 from s3 import Bucket
 from test_run import Listener, problems
 
@@ -275,8 +275,8 @@ def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> Non
     """The job that lists the archive says it. The same command again, on the finished job, does not."""
     path = write(tmp_path, gzip.compress(tar({"a.jpg": pictures.jpeg()})) + b"garbage", name="a.tar.gz")
     first, again = Listener(), Listener()
-    assert running.run(job(path), first).ok == 1
-    running.run(job(path), again)
+    assert run.run(job(path), first).ok == 1
+    run.run(job(path), again)
     assert ["trailing garbage" in line for line in first.said].count(True) == 1
     assert not any("trailing garbage" in line for line in again.said)
 
@@ -459,7 +459,7 @@ def folders_answers(some_pictures: dict[str, bytes], models_dir: Path, tmp_path_
     folder = tmp_path_factory.mktemp("folder")
     helpers.fill(folder / "pictures", some_pictures)
     choices: dict[str, Any] = {"model": "tiny", "models_dir": str(models_dir), "devices": "cpu", "batch_size": 4, "save": ("logits",)}
-    running.run(Settings((str(folder / "pictures"),), str(folder / "out"), **choices))
+    run.run(Settings((str(folder / "pictures"),), str(folder / "out"), **choices))
     return answers(folder / "out")
 
 
@@ -470,11 +470,11 @@ def test_answers_are_those_of_the_folder(
     """The same pictures, some of them bad, give the same rows, logits and all, bit for bit; `verify` finds nothing. A repeated job has
     nothing to do and finds nothing new."""
     settings = job(Path(pack(tmp_path, kind, some_pictures)), devices="cpu", save=("logits",), shard_size=9)
-    summary = running.run(settings)
+    summary = run.run(settings)
     assert (summary.images, summary.ok) == (42, 40)
     assert answers(tmp_path / "out") == folders_answers
     assert problems(tmp_path / "out") == []
-    repeated = running.run(settings)
+    repeated = run.run(settings)
     assert (repeated.new_in_source, repeated.resumed_shards) == (0, summary.shards)
 
 
@@ -488,13 +488,13 @@ def test_an_archive_in_an_object_store_gives_the_same_rows(
     archives = {path.name: path.read_bytes() for path in tmp_path.glob("pictures*.*")}
     s3.fill(archives)
     settings = replace(job(shard_size=5), sources=(f"{place}/{Path(local).name}",))
-    assert running.run(settings).images == 14
-    running.run(job(Path(local), output=str(tmp_path / "local"), shard_size=5))
+    assert run.run(settings).images == 14
+    run.run(job(Path(local), output=str(tmp_path / "local"), shard_size=5))
     assert answers(tmp_path / "out") == answers(tmp_path / "local")
     other = pack(tmp_path, "zip" if kind == "zip" else "tar", {"other.jpg": SOUND}, "other")
     s3.fill(dict.fromkeys(archives, Path(other).read_bytes()))
     (tmp_path / "out" / "predictions" / "part-000002.parquet").unlink()
-    running.run(settings)
+    run.run(settings)
     statuses = [row["status"] for row in helpers.rows(tmp_path / "out")]
     assert len(statuses) == 14
     assert set(statuses[10:]) <= {"corrupt", "truncated"}
@@ -509,14 +509,14 @@ def test_new_pictures_of_an_archive_are_named(kind: str, job: Jobs, jpegs: Calla
     """What was appended since the plan was frozen is named when the finished job is repeated, and nothing else; also beside a folder that
     has grown. Members of an archive are in no order, and neither need what is appended be."""
     folder, path = jpegs(3), Path(pack(tmp_path, kind, {f"{seed}.jpg": pictures.jpeg(seed=seed) for seed in (2, 9, 0, 5)}))
-    running.run(job(folder, path))
+    run.run(job(folder, path))
     opener = zipfile.ZipFile if kind == "zip" else tarfile.open
     (folder / "001b.jpg").write_bytes(pictures.jpeg())
     (folder / "late.jpg").write_bytes(pictures.jpeg())
     with opener(path, "a") as archive:  # type: ignore[operator]
         archive.write(folder / "late.jpg", "1.jpg") if kind == "zip" else archive.add(folder / "late.jpg", "1.jpg")
     listener = Listener()
-    assert running.run(job(folder, path), listener).new_in_source == 3
+    assert run.run(job(folder, path), listener).new_in_source == 3
     assert "3 pictures are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg." in listener.said[-1]
 
 
@@ -524,21 +524,21 @@ def test_an_archive_in_an_archive_is_skipped_or_a_row(job: Jobs, tmp_path: Path)
     """It is counted by its suffix; with --all-files it is a row that is not an image."""
     inner = Path(pack(tmp_path, "zip", {"a.jpg": pictures.jpeg()}, "inner")).read_bytes()
     path = Path(pack(tmp_path, "tar", {"inner.zip": inner, "b.jpg": pictures.jpeg()}))
-    summary = running.run(job(path))
+    summary = run.run(job(path))
     assert (summary.images, summary.skipped_by_suffix) == (1, {".zip": 1})
-    running.run(job(path, output=str(tmp_path / "all"), all_files=True))
+    run.run(job(path, output=str(tmp_path / "all"), all_files=True))
     assert [(row["path"], row["status"]) for row in helpers.rows(tmp_path / "all")] == [("inner.zip", "not_an_image"), ("b.jpg", "ok")]
 
 
 def test_a_job_over_a_packed_tar_resumes_without_its_index(job: Jobs, packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """The index lies in the plan's folder; with half the parts and the index gone, the repeated command makes the same parts again."""
     settings = job(packed[0], shard_size=10)
-    running.run(settings)
+    run.run(settings)
     rows = helpers.rows(tmp_path / "out")
     for part in sorted((tmp_path / "out" / "predictions").glob("part-*"))[3:]:
         part.unlink()
     (tmp_path / "out" / "plan" / "source-00000.gzidx").unlink()
-    assert running.run(settings).resumed_shards == 3
+    assert run.run(settings).resumed_shards == 3
     assert helpers.rows(tmp_path / "out") == rows
 
 

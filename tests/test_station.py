@@ -12,11 +12,11 @@ import pytest
 
 import helpers
 import pictures
-from imagemill import freezing, running
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Lease, Settings, Shard
+from imagemill.runner import run
 from imagemill.system import files
 from imagemill.workers import protocol
 from imagemill.workers.pool import Died
@@ -46,12 +46,12 @@ def left(tmp_path: Path) -> Callable[[], list[Shard]]:
 def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
     """Freezes a job of twelve pictures, takes its parts away again, and makes the order for one device of it."""
     settings = job(jpegs(12), shard_size=4)
-    running.run(settings)
+    run.run(settings)
     paths = JobPaths(tmp_path / "out")
     (tmp_path / "done").mkdir()
     for part in paths.predictions.iterdir():
         part.rename(tmp_path / "done" / part.name)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
     files.write_whole(paths.launch, b"the launch")
 

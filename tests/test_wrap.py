@@ -22,8 +22,9 @@ from PIL import Image
 
 import helpers
 import pictures
-from imagemill import api, cli, freezing, running
+from imagemill import api, cli
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
+from imagemill.job import documents
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle, registry
 from imagemill.models.custom import onnx_card, wrap
@@ -31,6 +32,7 @@ from imagemill.models.custom.graph import assemble, examine
 from imagemill.pipeline.backends.devices import resolve
 from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
+from imagemill.runner import run
 from imagemill.tuning import precisions, quantize
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -325,7 +327,7 @@ def test_a_wrapped_model_can_be_quantised(exported: Callable[[str], Path], jpegs
     settings = Settings(
         (str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "models"), precision="int8", devices="cpu"
     )
-    assert running.run(settings).precision == Precision.INT8
+    assert run.run(settings).precision == Precision.INT8
     rows = helpers.rows(tmp_path / "out")
     with api.load(file, models_dir=tmp_path / "models", precision="int8") as opened:
         assert opened.precision == "int8"
@@ -483,10 +485,10 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
     for scores in ("logits", "softmax"):
         onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": scores}))
         with pytest.raises(UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"):
-            running.run(settings)
+            run.run(settings)
     assert not (tmp_path / "out").exists()
     onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": "sigmoid"}))
-    assert running.run(settings).ok == 4
+    assert run.run(settings).ok == 4
     assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
 
 
@@ -496,7 +498,7 @@ def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(jpegs
         shutil.copy(CASES / name, tmp_path)
     folder = jpegs(3, **{"blank.png": (CASES / "blank.png").read_bytes()})
     file = tmp_path / "onnx_nan_on_blank_picture.onnx"
-    summary = running.run(Settings((str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), devices="cpu"))
+    summary = run.run(Settings((str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), devices="cpu"))
     assert (summary.ok, dict(summary.failed_by_status)) == (3, {"invalid_output": 1})
     assert helpers.by_path(tmp_path / "out")["blank.png"]["status"] == "invalid_output"
 
@@ -548,8 +550,8 @@ def test_a_squashing_recipe_survives_cards_and_jobs(exported: Callable[[str], Pa
     assert made.card.recipe.resize == (60, 50)
     assert bundle.load(made.dir).card == made.card
     settings = Settings((str(jpegs(2)),), str(tmp_path / "out"), model=str(made.dir), precision="fp32", devices="cpu", save=("logits",))
-    running.run(settings)
-    frozen = freezing.read_frozen(JobPaths(tmp_path / "out"))
+    run.run(settings)
+    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.job.card.recipe == made.card.recipe
     rows = helpers.rows(tmp_path / "out")
@@ -578,10 +580,10 @@ def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_p
     wrap.wrap(file, {})
     settings = Settings((str(jpegs(2)),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), save=("embedding",))
     with pytest.raises(UsageError, match=r"--save embedding: small has no such output\. .* --embedding TENSOR"):
-        running.run(settings)
+        run.run(settings)
     assert not (tmp_path / "out").exists()
     wrap.wrap(file, {"embedding": "pixels"})
-    assert running.run(settings).ok == 2
+    assert run.run(settings).ok == 2
     assert len(helpers.rows(tmp_path / "out")[0]["embedding"]) == 3
 
 
@@ -632,7 +634,7 @@ def test_labels_that_do_not_fit_name_both_counts(exported: Callable[[str], Path]
     with pytest.raises(
         ClassCountError, match=r"^model\.onnx returns 10 classes, .*two\.txt has 2 lines\. Give the 10-line file with --labels\.$"
     ):
-        running.run(job(jpegs(1), labels=str(tmp_path / "two.txt")))
+        run.run(job(jpegs(1), labels=str(tmp_path / "two.txt")))
     assert not (tmp_path / "out").exists()
 
 
@@ -641,18 +643,18 @@ def test_labels_given_are_those_of_the_rows_and_of_the_answer(job: Any, jpegs: A
     names = [f"näme {number}" for number in range(10)]
     helpers.fill(tmp_path, {"ten.txt": "\r\n".join(names).encode(), "other.txt": "\n".join(names[::-1]).encode() + b"\n"})
     folder = jpegs(3)
-    running.run(job(folder, labels=str(tmp_path / "ten.txt")))
+    run.run(job(folder, labels=str(tmp_path / "ten.txt")))
     for row in helpers.rows(tmp_path / "out"):
         assert row["label"] == names[row["class_id"]]
-    running.run(job(folder, output=str(tmp_path / "plain")))
+    run.run(job(folder, output=str(tmp_path / "plain")))
     ids = [json.loads((tmp_path / name / "job.json").read_bytes())["job"]["answer_id"] for name in ("out", "plain")]
     assert ids[0] != ids[1]
-    assert running.run(job(folder)).images == 3
-    assert running.run(job(folder, labels=str(tmp_path / "ten.txt"))).images == 3
+    assert run.run(job(folder)).images == 3
+    assert run.run(job(folder, labels=str(tmp_path / "ten.txt"))).images == 3
     with pytest.raises(
         JobMismatchError, match=r"--labels of 10 labels from 'näme 0' to 'näme 9' \(sha256 \w+\), now --labels of 10 .*'näme 9' to"
     ):
-        running.run(job(folder, labels=str(tmp_path / "other.txt")))
+        run.run(job(folder, labels=str(tmp_path / "other.txt")))
 
 
 def test_a_job_is_not_resumed_with_a_changed_card(exported: Callable[[str], Path], job: Any, jpegs: Any, tmp_path: Path) -> None:
@@ -660,11 +662,11 @@ def test_a_job_is_not_resumed_with_a_changed_card(exported: Callable[[str], Path
     file = exported("torchscript")
     wrap.wrap(file, {})
     settings = job(jpegs(2), model=str(file), models_dir=str(tmp_path / "models"))
-    running.run(settings)
-    assert running.run(settings).images == 2
+    run.run(settings)
+    assert run.run(settings).images == 2
     wrap.wrap(file, {"exif": False})
     with pytest.raises(JobMismatchError, match=r"--model torchscript \(\w{12}\), now --model torchscript \(\w{12}\)"):
-        running.run(settings)
+        run.run(settings)
 
 
 # ── the documentation ────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from imagemill import freezing, running
 from imagemill.display import observer
 from imagemill.errors import UsageError
 from imagemill.models import bundle as bundles
@@ -34,6 +33,9 @@ from imagemill.pipeline.sources.files import read_file
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.pipeline.top_k import check_model, top_k
 from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Recipe, Saved, Settings, Shard, Status, Summary
+from imagemill.runner import run as runner
+from imagemill.runner.model import DEFAULT_MODEL, resolve_model, with_recipe
+from imagemill.runner.settings import check_settings
 from imagemill.tuning import precisions
 from imagemill.tuning.batch_size import resolved
 
@@ -169,7 +171,7 @@ def run(
         moved=None if moved is None else tuple((old, os.fspath(new)) for old, new in moved.items()),
         **{name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()},
     )
-    return running.run(settings, observer.Terminal() if progress else None)
+    return runner.run(settings, observer.Terminal() if progress else None)
 
 
 def _texts(value: PathLike | Sequence[PathLike] | None) -> tuple[str, ...] | None:
@@ -227,17 +229,17 @@ def load(
         labels=None if labels is None else os.fspath(labels),
         background=background,
     )
-    freezing.check(settings)
+    check_settings(settings)
     chosen = devices.resolve(device)
     if len(chosen) != 1:
         raise UsageError(f"device {device} names {len(chosen)} devices; a classifier runs on one.")
     watcher = observer.Terminal() if progress else observer.Watcher()
-    found = freezing.with_recipe(freezing.resolve_model(settings, watcher), settings)
+    found = with_recipe(resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
     if precision == Precision.INT8 and precisions.usable(found, Precision.INT8) is None:
         raise UsageError(
             f"precision int8: {found.card.name} has no int8 variant for this machine. Make it: "
-            f"`imagemill quantize {settings.model or freezing.DEFAULT_MODEL} --images SOURCE`."
+            f"`imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
         )
     prepared = precisions.prepare(precision, found, (), tuple, 0, chosen=chosen, say=watcher.say)
     job = Job(

@@ -20,7 +20,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.records import Settings, Summary
-    from imagemill.running import DryRun
+    from imagemill.runner.run import DryRun
 
 _OLD_SPELLINGS = {
     "--batch_size": "--batch-size",
@@ -363,12 +363,12 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill import running
     from imagemill.display import observer
+    from imagemill.runner import run
     from imagemill.system import serialization
 
     if settings.dry_run:
-        found = running.dry_run(settings)
+        found = run.dry_run(settings)
         for note in found.notes:
             _say(note)
         if as_json:
@@ -377,7 +377,7 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
             skipped = _format_skipped(found)
             print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
-    summary = running.run(settings, observer.Terminal())
+    summary = run.run(settings, observer.Terminal())
     print(json.dumps(serialization.to_plain(summary)) if as_json else _told(summary))
     return 0
 
@@ -407,7 +407,7 @@ def _told(summary: Summary) -> str:
 
 
 def _format_skipped(found: Summary | DryRun) -> str:
-    from imagemill import listing
+    from imagemill.runner import listing
 
     return listing.format_skipped(found.skipped_by_suffix, found.skipped_hidden, found.skipped_by_filter, found.skipped_broken_links)
 
@@ -424,23 +424,23 @@ def _show_rows(output: Path) -> None:
 
 
 def _open_job(folder: str) -> Any:
-    from imagemill import freezing
     from imagemill.errors import OutputError
+    from imagemill.job import documents
     from imagemill.job.paths import JobPaths
 
     paths = JobPaths.of(folder)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     if frozen is None:
         raise OutputError(f"{folder} is not an imagemill job: it has no job.json.")
     return paths, frozen
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from imagemill import running
     from imagemill.display.text import statuses
+    from imagemill.job import inspect
     from imagemill.system import serialization
 
-    found = running.status(*_open_job(parsed.dir))
+    found = inspect.status(*_open_job(parsed.dir))
     if parsed.json:
         print(json.dumps(serialization.to_plain(found)))
         return 0
@@ -452,10 +452,10 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from imagemill import running
+    from imagemill.job import inspect
 
     paths, frozen = _open_job(parsed.dir)
-    problems, moved = running.verify(paths, frozen, quarantine=parsed.quarantine)
+    problems, moved = inspect.verify(paths, frozen, quarantine=parsed.quarantine)
     found = [{"shard": p.shard, "path": paths.shown(p.path), "problem": p.what} for p in problems]
     if parsed.json:
         aside = [paths.shown(path) for path in moved]

@@ -37,8 +37,8 @@ import imagemill.pipeline.decoding.isolated
 import imagemill.pipeline.feed
 import imagemill.pipeline.run_shards
 import imagemill.pipeline.sink  # noqa: F401 - here, so that no worker has to import them
-from imagemill import running
 from imagemill.records import Settings, Summary
+from imagemill.runner import run
 from imagemill.workers import supervisor, worker
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
@@ -132,7 +132,7 @@ def job(folder: Path, output: Path) -> Summary:
         num_workers=1,
         batch_size=4,
     )
-    return running.run(settings)
+    return run.run(settings)
 
 
 def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], None]) -> int:

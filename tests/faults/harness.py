@@ -18,8 +18,7 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 import helpers
-from imagemill import freezing, running
-from imagemill.job import ledger, plan
+from imagemill.job import documents, inspect, ledger, plan
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe
@@ -123,9 +122,9 @@ def part_sums(output: Path) -> dict[str, str]:
 def assert_complete(output: Path) -> pa.Table:
     """Every planned picture has exactly one row, `verify` finds nothing, and nothing half-written lies about. Returns the rows."""
     paths = JobPaths(output)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     assert frozen is not None
-    problems, _ = running.verify(paths, frozen)
+    problems, _ = inspect.verify(paths, frozen)
     assert not problems, problems
     rows = helpers.table(output)
     planned = [row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)]
@@ -150,7 +149,7 @@ def assert_same(output: Path, undisturbed: Path) -> None:
 def assert_sound_so_far(output: Path) -> int:
     """Whatever parts there are, each is whole and its shard's. Returns how many there are; for looking at a job between two deaths."""
     paths = JobPaths(output)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     if frozen is None:
         return 0
     shards = plan.shards(paths.plan)

@@ -79,7 +79,7 @@ def test_damage_is_found_moved_aside_and_computed_again(
 
 def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path, tmp_path: Path) -> None:
     """Every byte of a part counts: two hundred flips over a part, first and last byte included, none escapes; undone, all is sound."""
-    from imagemill import freezing, running
+    from imagemill.job import documents, inspect
     from imagemill.job.paths import JobPaths
 
     output = tmp_path / "out"
@@ -87,12 +87,12 @@ def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path,
     assert null_run(source, "--output", output).code == 0
     part = output / "predictions" / "part-000000.parquet"
     size, rng = part.stat().st_size, random.Random(1)
-    frozen = freezing.read_frozen(JobPaths(output))
+    frozen = documents.read_frozen(JobPaths(output))
     assert frozen is not None
     for at in (0, 1, size - 1, size - 5, *rng.sample(range(size), 196)):
         bit = rng.randrange(8)
         flip(part, at, bit)
-        problems, _ = running.verify(JobPaths(output), frozen)
+        problems, _ = inspect.verify(JobPaths(output), frozen)
         assert [problem.path for problem in problems] == [part], (at, bit)
         flip(part, at, bit)
     assert imagemill("verify", output).code == 0

@@ -14,20 +14,20 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 
-from imagemill import freezing
-from imagemill import running as jobs
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
-from imagemill.job import plan
+from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.measuring.crew import Crew
 from imagemill.measuring.records import Compute, Decode, Measured
 from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
+from imagemill.runner import run as runner
+from imagemill.runner.model import DEFAULT_MODEL
 from imagemill.system import cpu
 from imagemill.tuning import batch_size, precisions, quantize
 from imagemill.version import __version__
@@ -101,7 +101,7 @@ def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceS
 
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    model = registry.resolve(settings.model or freezing.DEFAULT_MODEL, models_dir, say=say)
+    model = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
     job, batch_sizes = _with_batch_size(synthetic_job(settings, model, chosen), settings, chosen, say)
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
@@ -192,7 +192,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         orders = _compute_orders(settings, crew, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
-            achieved.append(jobs.run(_run_settings(measured, output, limit)))
+            achieved.append(runner.run(_run_settings(measured, output, limit)))
             decoded.append(crew.measure(_decode_orders(output, chosen)))
             computed.append(crew.measure(orders))
             rates = f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to end {_achieved(achieved[-1]):,.1f}"
@@ -234,7 +234,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
 
 
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
-    first = jobs.run(_run_settings(settings, folder / "first", limit), _Relay(say))
+    first = runner.run(_run_settings(settings, folder / "first", limit), _Relay(say))
     if not first.ok:
         raise SourceError(f"none of the first {first.images} pictures of {', '.join(settings.sources)} can be read. Give other pictures.")
     return first
@@ -256,7 +256,7 @@ def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings
 
 
 def _frozen_job(output: Path) -> Job:
-    frozen = freezing.read_frozen(JobPaths(output))
+    frozen = documents.read_frozen(JobPaths(output))
     assert frozen is not None
     return frozen.job
 

@@ -12,11 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
-from imagemill import freezing
 from imagemill.errors import OutputError, UsageError
-from imagemill.freezing import Frozen
-from imagemill.job import ledger, store
+from imagemill.job import documents, ledger, store
 from imagemill.job.columns import COLUMNS
+from imagemill.job.documents import Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.system import files
 
@@ -62,7 +61,7 @@ def export(
     known = [*COLUMNS, *(saved.value for saved in frozen.job.save)]
     if unknown := [name for name in columns or () if name not in known]:
         raise UsageError(f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has {', '.join(known)}.")
-    shards = freezing.planned(paths, frozen)
+    shards = documents.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     if len(done) < len(shards) or not store.exists(paths, paths.summary):
         rows = sum(shard.count for shard in shards if shard.number in done)

@@ -12,12 +12,11 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from imagemill import closing, freezing
 from imagemill.errors import Interrupted
-from imagemill.job import ledger, store
+from imagemill.job import documents, ledger, store
 
 if TYPE_CHECKING:
-    from imagemill.freezing import Frozen
+    from imagemill.job.documents import Frozen
     from imagemill.job.paths import JobPaths
 
 _log = logging.getLogger(__name__)
@@ -38,12 +37,12 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
     """
     from imagemill.report import figures, page, thumbnails  # Jinja and Pillow are of no use to other commands
 
-    shards = freezing.planned(paths, frozen)
+    shards = documents.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     found = figures.gather(paths, [s for s in shards if s.number in done], frozen.job.card.labels, int(frozen.job.plan_id, 16))
     shown = [*found.most_certain, *found.least_certain, *found.sample]
     made = thumbnails.make(paths, frozen.job, shards, shown)
-    summary = closing.read_summary(paths) if len(done) == len(shards) else None
+    summary = documents.read_summary(paths) if len(done) == len(shards) else None
     html = page.render(paths, frozen, summary, found, made)
     store.write(paths, paths.report, html)
     return len(html)

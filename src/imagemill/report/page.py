@@ -20,7 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from imagemill.errors import ImagemillError
-from imagemill.freezing import Frozen
+from imagemill.job.documents import Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Summary

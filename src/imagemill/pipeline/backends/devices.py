@@ -270,3 +270,13 @@ def machine() -> dict[str, str]:
         "memory": f"{memory / 2**30:.1f} GiB",
         "python": platform.python_version(),
     }
+
+
+def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
+    """The backends of the devices, as the answer id names them. Raises: UsageError where several are mixed and that is not allowed."""
+    backends = sorted({device.engine for device in chosen})
+    if len(backends) > 1 and not allow_mixed:
+        raise UsageError(
+            f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the last bits. Add --allow-mixed."
+        )
+    return "+".join(backends)

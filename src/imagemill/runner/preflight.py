@@ -186,7 +186,7 @@ class Lookout:
         ours, theirs = Pipe()
         try:
             self._process = subprocess.Popen(
-                processes.command("imagemill.preflight", theirs.fileno(), os.getpid()),
+                processes.command("imagemill.runner.preflight", theirs.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from imagemill.records import AS_GIVEN, Access, Settings, is_below
 from imagemill.system import storage
 
 if TYPE_CHECKING:
-    from imagemill.freezing import Frozen
+    from imagemill.job.documents import Frozen
 
 _NAMED = 10
 _SHARD_SUFFIXES = {".tar": "*.tar", ".gz": "*.tar.gz", ".tgz": "*.tgz", ".zip": "*.zip", ".parquet": "*.parquet"}

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill import closing, freezing, listing, preflight, records, report
+from imagemill import records, report
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
-from imagemill.job import ledger, lock, plan, store
+from imagemill.job import documents, ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import refuse_foreign
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends.devices import backend_of
 from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
@@ -28,6 +29,8 @@ from imagemill.records import (
     Settings,
     Summary,
 )
+from imagemill.runner import freeze, listing, model, preflight, resume, summarise
+from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
 from imagemill.workers.launcher import Launcher, Outcome
 from imagemill.workers.machines import Machines, connect
@@ -51,19 +54,6 @@ class DryRun:
     """What a run would say of broken links and empty sources."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobStatus:
-    """How far a job is."""
-
-    images: int
-    done: int
-    shards: int
-    shards_done: int
-    failed_by_status: Mapping[str, int]
-    running: bool
-    complete: bool
-
-
 def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
     """Classify every picture of the sources, one row each, resuming what an earlier call began.
 
@@ -75,26 +65,26 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
         anything was written. OutputError, WorkerError, TooManyBadError, Interrupted: the job can be resumed.
     """
     watcher = watcher or observer.Watcher()
-    freezing.check(settings)
+    check_settings(settings)
     with contextlib.closing(connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
         return _run(settings, machines, watcher)
 
 
 def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> Summary:
     paths = JobPaths.of(settings.output, settings.log_dir)
-    frozen = freezing.read_frozen(paths)
+    frozen = documents.read_frozen(paths)
     if frozen and frozen.job.log_dir and not settings.log_dir:
         paths = replace(paths, log_dir=Path(frozen.job.log_dir))
     chosen = machines.devices(settings.devices or (frozen.devices if frozen else "auto"))
-    freezing.backend_of(chosen, settings.allow_mixed)
+    backend_of(chosen, settings.allow_mixed)
     if frozen is None:
         devices.check_precision(settings.precision, chosen)
-        freezing.refuse_foreign(paths)
+        refuse_foreign(paths)
         _check_sources(settings, paths)
-        with_model = freezing.resolve_model(settings, watcher)
+        with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     with lock.locked(paths):
-        frozen = freezing.read_frozen(paths)  # again: another launcher may have frozen it before we held the lock
+        frozen = documents.read_frozen(paths)  # again: another launcher may have frozen it before we held the lock
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             files.make_folder(folder)
@@ -103,12 +93,12 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
             with observer.logging_to(paths.launcher_log):
                 if frozen is None:
                     try:
-                        frozen = freezing.freeze(settings, paths, chosen, with_model, watcher)
+                        frozen = freeze.freeze(settings, paths, chosen, with_model, watcher)
                         return _carry_out(settings, frozen, paths, machines, chosen, watcher)
                     except FileExistsError:  # in an object store: another machine's launcher has frozen the job meanwhile
-                        frozen = freezing.read_frozen(paths)
+                        frozen = documents.read_frozen(paths)
                         assert frozen is not None
-                resumed = freezing.resume(settings, frozen, chosen, watcher)
+                resumed = resume.resume(settings, frozen, chosen, watcher)
                 return _carry_out(settings, resumed, paths, machines, chosen, watcher, is_resumed=True)
         except (KeyboardInterrupt, Interrupted):
             hasty = True
@@ -128,7 +118,7 @@ def _check_sources(settings: Settings, paths: JobPaths) -> None:
 
 def _carry_out(
     settings: Settings,
-    frozen: freezing.Frozen,
+    frozen: documents.Frozen,
     paths: JobPaths,
     machines: Machines,
     chosen: Sequence[DeviceSpec],
@@ -137,7 +127,7 @@ def _carry_out(
     is_resumed: bool = False,
 ) -> Summary:
     """Launch what is left of a frozen job and close its ledger."""
-    shards = freezing.planned(paths, frozen)
+    shards = documents.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     if settings.retry_failed is not None:
         again = ledger.shards_with(paths, shards, settings.retry_failed)
@@ -151,8 +141,8 @@ def _carry_out(
             sources.check(frozen.job.sources, frozen.job.access)  # or every picture left would become a `missing` row
         except SourceError as error:
             raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
-        freezing.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
-    if not left and (summary := closing.read_summary(paths)):
+        model.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
+    if not left and (summary := documents.read_summary(paths)):
         ledger.check_sizes(paths)
         if settings.report and not store.exists(paths, paths.report):  # it was interrupted
             report.attempt(paths, frozen, watcher.say)
@@ -161,7 +151,7 @@ def _carry_out(
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
-    guard = closing.bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done)
+    guard = summarise.bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done)
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.pictures, resumed)
@@ -194,7 +184,7 @@ def _carry_out(
     tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
-    summary = replace(closing.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
+    summary = replace(summarise.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
     store.write(paths, paths.summary, serialization.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
@@ -205,12 +195,12 @@ def _carry_out(
 
 def dry_run(settings: Settings) -> DryRun:
     """List the sources and say what a job would be; nothing is written to the output."""
-    freezing.check(settings)
+    check_settings(settings)
     with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
         chosen = machines.devices(settings.devices or "auto")
     paths = JobPaths.of(settings.output, settings.log_dir)
-    if freezing.read_frozen(paths) is None:
-        freezing.refuse_foreign(paths)
+    if documents.read_frozen(paths) is None:
+        refuse_foreign(paths)
     resolved = sources.resolve(settings.sources)
     access = listing.access_of(settings)
     sources.check(resolved, access)
@@ -242,7 +232,7 @@ def dry_run(settings: Settings) -> DryRun:
     )
 
 
-def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher) -> Summary:
+def _report_finished(frozen: documents.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
     watcher.say(f"finished already: {summary.images:,} pictures in {paths.shown(paths.predictions)}")
     try:
@@ -257,42 +247,3 @@ def _report_finished(frozen: freezing.Frozen, paths: JobPaths, summary: Summary,
             f"{count:,} {are} new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
         )
     return replace(summary, output=paths.output, new_in_source=count, resumed_shards=summary.shards, seconds=0.0, images_per_second=None)
-
-
-def status(paths: JobPaths, frozen: freezing.Frozen) -> JobStatus:
-    """Count what is committed; reads only, so it is safe beside a running job."""
-    shards = freezing.planned(paths, frozen)
-    done = ledger.committed(paths, shards)
-    failed: Counter[str] = Counter()
-    for shard in shards:
-        if shard.number in done:
-            failed.update(ledger.examine(paths, shard.number).failed_by_status)
-    return JobStatus(
-        images=frozen.pictures,
-        done=sum(shard.count for shard in shards if shard.number in done),
-        shards=len(shards),
-        shards_done=len(done),
-        failed_by_status=dict(sorted(failed.items())),
-        running=lock.is_locked(paths),
-        complete=len(done) == len(shards) and store.exists(paths, paths.summary),
-    )
-
-
-def verify(paths: JobPaths, frozen: freezing.Frozen, *, quarantine: bool = False) -> tuple[list[ledger.Problem], list[Path]]:
-    """Check a whole job against its plan; with `quarantine` move damaged parts aside.
-
-    Returns:
-        the problems, none if the job is complete and sound; and where damaged parts went.
-
-    Raises:
-        OutputError: quarantine is asked for while a run is at work on the folder.
-    """
-    store.fetch_plan(paths, frozen.plan_nonce)
-    shards = plan.shards(paths.plan)
-    problems = list(ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id))
-    if sum(shard.count for shard in shards) != frozen.pictures:
-        problems.append(ledger.Problem(None, paths.plan, f"does not hold the {frozen.pictures} pictures of job.json"))
-    if not quarantine:
-        return problems, []
-    with lock.locked(paths):
-        return problems, ledger.quarantine(paths, problems)

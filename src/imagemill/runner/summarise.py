@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 from imagemill.errors import TooManyBadError
-from imagemill.freezing import Frozen
-from imagemill.job import ledger, store
+from imagemill.job import ledger
+from imagemill.job.documents import Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
@@ -20,7 +19,6 @@ from imagemill.records import (
     Shard,
     Summary,
 )
-from imagemill.system import serialization
 from imagemill.workers.launcher import Outcome
 
 
@@ -143,11 +141,3 @@ def judge(
         "write": "a faster disk, larger shards, or fewer --save columns would help",
     }[bottleneck]
     return bottleneck, rates, advice
-
-
-def read_summary(paths: JobPaths) -> Summary | None:
-    """The summary of a finished job, or None."""
-    try:
-        return serialization.from_plain(Summary, json.loads(store.read(paths, paths.summary)))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

@@ -1,0 +1,169 @@
+"""From settings to a frozen job (`job.json`), new or resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from imagemill import records
+from imagemill.display.observer import Watcher
+from imagemill.job import plan, store
+from imagemill.job.paths import JobPaths
+from imagemill.pipeline import sources
+from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.sources import Filters, Skipped
+from imagemill.records import (
+    Bundle,
+    Card,
+    DeviceSpec,
+    Job,
+    Limits,
+    Saved,
+    Settings,
+)
+from imagemill.runner.listing import access_of, check_moved, filters_of, listing, no_images
+from imagemill.system import files, serialization
+from imagemill.tuning import batch_size
+from imagemill.version import __version__
+
+if TYPE_CHECKING:
+    from imagemill.tuning.precisions import Prepared
+from imagemill.job.documents import _FORMAT, Frozen, read_frozen
+from imagemill.pipeline.backends.devices import backend_of
+from imagemill.runner.model import with_recipe
+
+
+def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, watcher: Watcher) -> Frozen:
+    """List the sources, cut the plan, resolve what was left to us, and write it all down.
+
+    Raises:
+        FileExistsError: in an object store, where another launcher was quicker. Whatever listing, quantising and writing raise.
+    """
+    paths.plan_nonce.unlink(missing_ok=True)
+    files.clear_folder(paths.plan)
+    filters = filters_of(settings)
+    skipped = Skipped()
+    listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
+    if not listed.pictures:
+        raise no_images(settings, skipped)
+    for note in skipped.notes():
+        watcher.say(note)
+    by_group = listed.groups == len(chosen) > 1
+    shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
+    plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
+    paths.spool.unlink()
+    access = access_of(settings)
+    check_moved(sources.resolve(settings.sources), access, paths.plan)
+    if listed.groups > 1 and len(chosen) > 1 and not by_group:
+        watcher.say(
+            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
+        )
+    model = with_recipe(model, settings)
+    prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
+    job = batch_size.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
+    frozen = Frozen(
+        format=_FORMAT,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        job=job,
+        devices=settings.devices or "auto",
+        filters=filters,
+        limit=settings.limit,
+        shard_size=shard_size,
+        pictures=listed.pictures,
+        groups=listed.groups if by_group else 1,
+        skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
+        skipped_hidden=skipped.hidden,
+        skipped_by_filter=skipped.by_filter,
+        skipped_broken_links=skipped.broken_links,
+        backend=backend_of(chosen, settings.allow_mixed),
+        variant_sha256=prepared.sha256,
+        versions={"imagemill": __version__},
+        plan_nonce=store.publish_plan(paths),
+    )
+    try:
+        store.write(paths, paths.job, serialization.dumps(frozen), create=True)
+    except FileExistsError:
+        there = read_frozen(paths)
+        if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
+            store.forget_plan(paths, frozen.plan_nonce)
+            raise
+    return replace(frozen, job=replace(job, access=access))
+
+
+def _job(
+    settings: Settings,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    model: Bundle,
+    prepared: Prepared,
+    shard_size: int,
+    filters: Filters,
+) -> Job:
+    card = model.card
+    resolved = sources.resolve(settings.sources)
+    save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
+    top_k = settings.top_k or 5
+    return Job(
+        output=paths.output,
+        sources=resolved,
+        model_file=str(prepared.model_file.absolute()),
+        card=card,
+        precision=prepared.precision,
+        variant=prepared.variant,
+        batch_size=settings.batch_size or 0,
+        batches_per_step=settings.batches_per_step or 0,
+        num_workers=settings.num_workers or 0,
+        top_k=top_k,
+        save=save,
+        limits=_limits(settings, Limits()),
+        plan_id=plan_id(resolved, filters, settings.limit, shard_size),
+        answer_id=answer_id(card, prepared, backend_of(chosen, settings.allow_mixed), top_k, save),
+        cache_dir=str(model.dir.absolute() / "compiled"),
+        log_dir=str(paths.logs) if settings.log_dir else None,
+    )
+
+
+def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, pictures: int, watcher: Watcher) -> Prepared:
+    """Resolve the precision, on the job's own pictures where something must be measured."""
+    from imagemill.tuning import precisions  # brings NumPy and the decoder, which a repeated command can do without
+
+    def entries() -> Iterator[records.Entry]:
+        for shard in plan.shards(paths.plan):
+            for row in plan.read(paths.plan, shard):
+                yield records.Entry(row.source, row.path, row.size, locator=row.locator)
+
+    resolved = sources.resolve(settings.sources)
+    return precisions.prepare(
+        settings.precision,
+        model,
+        resolved,
+        entries,
+        pictures,
+        chosen=chosen,
+        limits=_limits(settings, Limits()),
+        access=access_of(settings),
+        say=watcher.say,
+    )
+
+
+def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_size: int) -> str:
+    """Hash of what decides the listing."""
+    return _hash(list(resolved), asdict(filters), limit, shard_size)
+
+
+def answer_id(card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]) -> str:
+    """Hash of what decides an answer."""
+    weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
+    return _hash(weights, serialization.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
+
+
+def _limits(settings: Settings, otherwise: Limits) -> Limits:
+    return Limits(*(getattr(settings, name) or getattr(otherwise, name) for name in ("max_pixels", "max_bytes", "max_seconds")))
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""TODO runner.model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imagemill.display.observer import Watcher
+from imagemill.errors import ClassCountError, OutputError, UsageError
+from imagemill.job.documents import Frozen
+from imagemill.models import bundle, registry
+from imagemill.records import (
+    Bundle,
+    Card,
+    Settings,
+)
+from imagemill.runner.settings import parse_colour
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFAULT_MODEL = "resnext101_32x4d"
+
+
+def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
+    """The bundle that the settings mean, fetched where it lacks, with the labels that they give.
+
+    Raises:
+        UsageError: there is no such model, or it cannot give what is to be saved. ClassCountError: the labels do not fit. ModelError.
+    """
+    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
+    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
+    card = found.card
+    for saved in settings.save or ():
+        if saved not in card.outputs:
+            raise UsageError(f"--save {saved}: {card.name} has no such output. Leave it out, or wrap the file again with --{saved} TENSOR.")
+    if settings.labels is None:
+        return found
+    labels = bundle.read_labels(Path(settings.labels))
+    if len(labels) != len(card.labels):
+        classes = len(card.labels)
+        raise ClassCountError(
+            f"{bundle.MODEL} returns {classes} classes, {settings.labels} has {len(labels)} lines. "
+            f"Give the {classes}-line file with --labels."
+        )
+    return replace(found, card=replace(card, labels=labels))
+
+
+def with_recipe(model: Bundle, settings: Settings) -> Bundle:
+    """Return the bundle with the preprocessing that the settings change."""
+    recipe = model.card.recipe
+    if settings.preprocess == "center-crop":
+        recipe = replace(recipe, resize=None)
+    if settings.background is not None:
+        recipe = replace(recipe, background=parse_colour(settings.background))
+    return replace(model, card=replace(model.card, recipe=recipe))
+
+
+def identify(card: Card) -> str:
+    """A model for people, and for telling it from others: of a wrapped one its own card counts too."""
+    return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
+
+
+def describe_labels(labels: Sequence[str]) -> str:
+    """A list of labels for people, and for telling it from others."""
+    digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
+    return f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})" if labels else "without a label"
+
+
+def is_local(settings: Settings) -> bool:
+    """Whether the model that the settings name is on disk."""
+    if str(settings.model).endswith(".onnx"):
+        return True  # to be wrapped, if it is not; nothing is downloaded for it
+    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
+    return any(bundle.is_bundle(folder) for folder in (models_dir / str(settings.model), Path(str(settings.model))))
+
+
+def verify_model(frozen: Frozen) -> None:
+    """Compare the model's files with what the job was frozen with. Raises: OutputError, ModelError."""
+    job = frozen.job
+    if not Path(job.model_file).is_file():
+        remedy = f"`imagemill get-model {job.card.name}`"
+        if job.card.origin.get("source") == "onnx":
+            remedy = f"repeat the command with --model {job.card.origin.get('file')}"
+        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: {remedy}.")
+    bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
+    if frozen.variant_sha256 is not None:
+        from imagemill.tuning import precisions
+
+        precisions.verify_variant(Path(job.model_file), frozen.variant_sha256)
