@@ -10,10 +10,9 @@ import pytest
 
 from batches import make_job
 from imagemill import bench
-from imagemill.bench import batch_search
+from imagemill.bench import batch_search, pool
+from imagemill.bench.messages import Compute, Measured
 from imagemill.errors import DeviceError, Interrupted, UsageError, WorkerError
-from imagemill.measuring import crew as crews
-from imagemill.measuring.records import Compute, Measured
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Precision
 
@@ -147,4 +146,4 @@ def test_another_word_is_refused() -> None:
 def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> None:
     """Its start alone takes longer than this patience."""
     with pytest.raises(WorkerError, match=r"the process that measures null#0 said nothing for 0\.001 s"):
-        crews.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)
+        pool.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)

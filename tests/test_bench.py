@@ -17,10 +17,10 @@ import helpers
 from imagemill import bench
 from imagemill.bench import measure
 from imagemill.bench.measure import machine, synthetic_job
+from imagemill.bench.messages import Compute
+from imagemill.bench.pool import Crew
 from imagemill.bench.verdict import judge, together
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
-from imagemill.measuring.crew import Crew
-from imagemill.measuring.records import Compute
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, Precision
 

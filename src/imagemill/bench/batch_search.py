@@ -13,9 +13,9 @@ from statistics import median
 from types import TracebackType
 from typing import Final
 
+from imagemill.bench.messages import Compute
+from imagemill.bench.pool import Crew
 from imagemill.errors import ImagemillError, Interrupted
-from imagemill.measuring.crew import Crew
-from imagemill.measuring.records import Compute
 from imagemill.records import DeviceSpec, Job
 
 MAX_ON_CPU: Final = 64

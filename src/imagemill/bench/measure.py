@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import median
 
 from imagemill.bench.batch_search import find_batch_size
+from imagemill.bench.messages import Compute, Decode, Measured
+from imagemill.bench.pool import Crew
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
-from imagemill.measuring.crew import Crew
-from imagemill.measuring.records import Compute, Decode, Measured
 from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary

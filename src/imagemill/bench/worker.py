@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from imagemill import errors
+from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import ImagemillError
-from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
 from imagemill.workers import protocol
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
     from imagemill.records import Batch
 
-_log = logging.getLogger("imagemill.measuring.worker")
+_log = logging.getLogger("imagemill.bench.worker")
 _DISTINCT_BATCHES = 4
 
 

@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import IO
 
 from imagemill import errors
+from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import ImagemillError, WorkerError
-from imagemill.measuring.records import Begin, Compute, Decode, Measured, Ready
 from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
 from imagemill.workers import protocol
@@ -115,7 +115,7 @@ def _start(device: DeviceSpec) -> _Member:
     ours, theirs = Pipe()
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the crew
     process = subprocess.Popen(
-        processes.command("imagemill.measuring.worker", theirs.fileno(), os.getpid()),
+        processes.command("imagemill.bench.worker", theirs.fileno(), os.getpid()),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
