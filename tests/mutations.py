@@ -1,7 +1,7 @@
 """Mutate encoded images of all formats, and compare the decoder's verdict with plain Pillow's.
 
 Plain Pillow is a fresh `Image.open` and one `load` in the same process, turned by `ImageOps.exif_transpose`. `compare` tells how the two
-differ; a difference is explained by one of EXCEPTIONS or is a fault. bench/mutate_images.py runs thousands of mutations.
+differ; a difference is explained by one of EXCEPTIONS or is a fault. benchmarks/mutate_images.py runs thousands of mutations.
 """
 
 from __future__ import annotations

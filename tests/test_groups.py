@@ -12,10 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from imagemill.models.architectures import resnext
-from imagemill.pipeline.backends import open_session, openvino, openvino_rewrites
+from imagemill.pipeline.backends import open_session, openvino_rewrites
+from imagemill.pipeline.backends.openvino import fold_constants
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
 from imagemill.system import cpu
+from imagemill.system.openvino_library import load_openvino
 from imagemill.tuning import quantize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
@@ -37,7 +39,7 @@ def shapes(model: Any) -> list[tuple[int, ...]]:
 
 
 def logits(model: Any) -> NDArray[np.float32]:
-    compiled = openvino.load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
 
 
@@ -53,11 +55,11 @@ def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_fp32_answers_stay_what_they_are(network: Path) -> None:
-    ov = openvino.load_openvino()
+    ov = load_openvino()
     model = ov.Core().read_model(network)
     before = logits(model)
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 0, "weights behind arithmetic are left alone"
-    openvino._fold_constants(model)
+    fold_constants(model)
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 3
     assert shapes(model) == [(4, 32, 32), (8, 32, 32), (16, 32, 32), (32, 32, 32)]
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 0
@@ -66,7 +68,7 @@ def test_fp32_answers_stay_what_they_are(network: Path) -> None:
 
 def test_depthwise_and_odd_groups_are_left_alone() -> None:
     """A group of one channel has kernels of its own; 3 groups cannot be halved."""
-    ov = openvino.load_openvino()
+    ov = load_openvino()
     ops = ov.opset13
     entry = ops.parameter([1, 12, 8, 8], np.float32)
     one = ops.constant(np.ones((12, 1, 1, 3, 3), np.float32))
@@ -81,7 +83,7 @@ def test_depthwise_and_odd_groups_are_left_alone() -> None:
 
 def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None:
     """They are few, narrow and sensitive; merged they would only take more multiplications."""
-    ov = openvino.load_openvino()
+    ov = load_openvino()
     model = ov.convert_model(str(network), input=[1, 224, 224, 3])
     first = next(node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == "GroupConvolution")
     mixed = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3, ignored=[first])

@@ -68,7 +68,9 @@ def test_openvino_compiles_for_the_device_it_was_given(tiny: Bundle, kind: str, 
 
 def test_openvino_is_imported_without_its_telemetry() -> None:
     """`import openvino` sends an event of its own; the module that does so is kept out."""
-    program = "import sys; from imagemill.pipeline.backends.openvino import load_openvino; load_openvino(); print(sys.modules['openvino_telemetry'])"
+    program = (
+        "import sys; from imagemill.system.openvino_library import load_openvino; load_openvino(); print(sys.modules['openvino_telemetry'])"
+    )
     found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=environment())
     assert found.stdout == "None\n"
 

@@ -48,7 +48,7 @@ def refused(data: bytes) -> str:
 
 
 def test_grid_is_right_or_unsupported() -> None:
-    """Every seventh file of the grid is read as tifffile reads it, or is unsupported; `bench/tiff_grid.py` tries them all."""
+    """Every seventh file of the grid is read as tifffile reads it, or is unsupported; `benchmarks/tiff_grid.py` tries them all."""
     wrong, read = [], 0
     for cell in itertools.islice(tiff_files.cells(), 0, None, 7):
         verdict = tiff_files.compare(cell)

@@ -26,14 +26,14 @@ from imagemill import api, cli
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job import documents
 from imagemill.job.paths import JobPaths
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, evaluate, registry
 from imagemill.models.custom import onnx_card, wrap
 from imagemill.models.custom.graph import assemble, examine
 from imagemill.pipeline.backends.devices import resolve
 from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 from imagemill.runner import run
-from imagemill.tuning import precisions, quantize
+from imagemill.tuning import precisions
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = Path(__file__).parent / "cases"
@@ -113,7 +113,7 @@ def answers_of(file: Path, models_dir: Path, given: dict[str, Any], size: int) -
     wrap.wrap(file, given)
     made = wrap.bundle_for(file, models_dir, silent)
     bundle.verify_hash(made)
-    (found,) = quantize.answers(made.dir / bundle.MODEL, [fixture_pixels(size)])
+    (found,) = evaluate.answers(made.dir / bundle.MODEL, [fixture_pixels(size)])
     return found["logits"], found.get("embedding")
 
 
@@ -195,7 +195,7 @@ def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) 
     """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for the foreign graph itself."""
     made = wrap.bundle_for(nsfw, tmp_path, silent)
     pixels = np.stack([np.asarray(pictures.photograph(224, 224, seed)) for seed in range(2)])
-    (found,) = quantize.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     model = onnx.load(str(nsfw))
     (tensor,) = {node.input[0] for node in model.graph.node if node.op_type == "MatMul"}
     model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
@@ -222,7 +222,7 @@ def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) ->
     assert [value.name for value in model.graph.output] == ["logits", "embedding"]
     assert made.card.normalised == "normalised"
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = quantize.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     np.testing.assert_allclose(found["embedding"], pixels.mean(axis=(1, 2)), rtol=1e-5)
 
 
@@ -234,7 +234,7 @@ def test_models_that_take_bytes_or_halves_are_fed_so(kind: int, shape: tuple[Any
     wrap.wrap(file, {"color": "BGR"} if kind == TensorProto.UINT8 else {"color": "BGR", "scale": 255, "mean": (10, 20, 30)})
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = quantize.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     expected = pixels.mean(axis=(1, 2)) - ([0, 0, 0] if kind == TensorProto.UINT8 else [10, 20, 30])
     np.testing.assert_allclose(found["embedding"], expected[:, ::-1], rtol=1e-3, atol=1e-2)
 
@@ -271,7 +271,7 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(exported: 
     made = bundle.write(tmp_path / "large", wrap._bundle_card(plan, "key"), model, external_from=1)
     assert (made.dir / bundle.DATA).is_file()
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = quantize.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     np.testing.assert_allclose(found["logits"], pixels.mean(axis=(1, 2)) @ values, rtol=1e-4)
 
 
@@ -558,7 +558,7 @@ def test_a_squashing_recipe_survives_cards_and_jobs(exported: Callable[[str], Pa
     with api.load(str(made.dir), precision="fp32", save="logits") as opened:
         squashed = [Image.open(tmp_path / "pictures" / row["path"]).resize((60, 50), Image.Resampling.BILINEAR) for row in rows]
         cut = [np.asarray(image)[5:45, 10:50] for image in squashed]
-        (found,) = quantize.answers(made.dir / bundle.MODEL, [np.stack(cut)])
+        (found,) = evaluate.answers(made.dir / bundle.MODEL, [np.stack(cut)])
         assert [item.logits.tolist() for item in opened.predict(tmp_path / "pictures" / row["path"] for row in rows)] == [
             row["logits"] for row in rows
         ]

@@ -1,4 +1,4 @@
-"""Fixtures of the tests by fault. The long forms of two of them are scripts in `bench/`, which are tested from here."""
+"""Fixtures of the tests by fault. The long forms of two of them are scripts in `benchmarks/`, which are tested from here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import helpers
 import pictures
 
-sys.path.insert(0, str(helpers.PROJECT / "bench"))
+sys.path.insert(0, str(helpers.PROJECT / "benchmarks"))
 
 
 @pytest.fixture(scope="session")

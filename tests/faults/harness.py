@@ -1,6 +1,6 @@
 """What the tests by fault share: hooks put into real processes from outside, process trees, and the comparison of two outputs.
 
-Nothing here needs pytest, so that the long runs in `bench/` use it too.
+Nothing here needs pytest, so that the long runs in `benchmarks/` use it too.
 """
 
 from __future__ import annotations

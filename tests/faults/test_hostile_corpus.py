@@ -19,7 +19,7 @@ def test_files_of_any_length_can_be_mutated(length: int) -> None:
 
 
 def test_every_mutated_file_is_one_row_and_no_neighbour_changes(tmp_path: Path) -> None:
-    """Four hundred of them here; the long form is `python bench/hostile.py --files 5000`, docs/faults.md has its result."""
+    """Four hundred of them here; the long form is `python benchmarks/hostile.py --files 5000`, docs/faults.md has its result."""
     import hostile
 
     report = hostile.hostile(tmp_path, 400, seed=2)

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("crash_lines.py")
 def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """Workers and launchers that are killed at random moments leave a job that one quiet run finishes: same rows, same bytes.
 
-    The long form is `python bench/chaos.py --pictures 3000 --kills 100`; docs/faults.md has its result."""
+    The long form is `python benchmarks/chaos.py --pictures 3000 --kills 100`; docs/faults.md has its result."""
     import chaos
 
     report = chaos.chaos(tmp_path, 300, 8, seed=4)

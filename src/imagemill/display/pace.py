@@ -1,4 +1,4 @@
-"""TODO display.pace."""
+"""Rates and the time left, from rows as they are answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO display.text."""
+"""Numbers, durations and failures as text for people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO job.columns."""
+"""The columns of `predictions/`."""
 
 from __future__ import annotations
 

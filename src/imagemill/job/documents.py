@@ -1,26 +1,21 @@
-"""TODO job.documents."""
+"""The documents of a job folder: `job.json` and `summary.json`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from imagemill.errors import OutputError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
-from imagemill.pipeline.sources import Filters
 from imagemill.records import (
+    Filters,
     Job,
     Shard,
     Summary,
 )
 from imagemill.system import serialization
-
-if TYPE_CHECKING:
-    pass
-
 
 _FORMAT = 1
 

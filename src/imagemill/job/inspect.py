@@ -1,4 +1,4 @@
-"""TODO job.inspect."""
+"""Look at a job without running it: `imagemill status` and `imagemill verify`."""
 
 from __future__ import annotations
 

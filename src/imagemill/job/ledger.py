@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ import pyarrow.parquet as pq
 from imagemill.errors import PartError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
-from imagemill.pipeline.sources import as_line
 from imagemill.records import Receipt, Shard, Status
 from imagemill.system import serialization
 
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
+
+
+AsLine = Callable[[int, bytes], bytes | None]
+"""From a source's position and a path in it to the line of a list that means this image; None if no line can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +111,15 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
     return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
 
 
-def close(
-    paths: JobPaths, shards: Sequence[Shard], sources: Sequence[str], plan_id: str, answer_id: str, receipts: Iterable[Receipt]
-) -> Tally:
+def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: str, answer_id: str, receipts: Iterable[Receipt]) -> Tally:
     """Prove that every shard has its part with one row per picture, write the manifest and the list of failed pictures.
 
     Args:
+        paths: of the job.
+        shards: of the plan.
+        as_line: spells failed images for `failed.txt`.
+        plan_id: of the job, for the manifest.
+        answer_id: of the job: parts of another one are refused.
         receipts: of the parts committed by this invocation, which need not be read again.
 
     Raises:
@@ -137,7 +143,7 @@ def close(
 
     def lines() -> Iterator[bytes]:
         nonlocal listed
-        for line in failed_paths(paths, shards, parts, sources):
+        for line in failed_paths(paths, shards, parts, as_line):
             listed += 1
             yield line
 
@@ -187,7 +193,7 @@ def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> It
         yield table
 
 
-def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], sources: Sequence[str]) -> Iterator[bytes]:
+def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine) -> Iterator[bytes]:
     """Full path or URL of each picture without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string.
 
     Pictures inside archives and tables are left out: no line can name them.
@@ -199,7 +205,7 @@ def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, P
                 statuses = pq.read_table(file, columns=["status"], use_threads=False)["status"].to_pylist()
             for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
-                    full = as_line(sources[row.source], row.path)
+                    full = as_line(row.source, row.path)
                     if full is None:
                         continue
                     quoted = b"\n" in full or b"\r" in full

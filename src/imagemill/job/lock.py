@@ -1,4 +1,4 @@
-"""TODO job.lock."""
+"""The lock of an output folder: one launcher at a time."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill.errors import OutputError
-from imagemill.job import store
 from imagemill.job.paths import JobPaths
 from imagemill.system import files, storage
 
@@ -235,12 +234,12 @@ def reason(error: OSError) -> str:
 def refuse_foreign(paths: JobPaths) -> None:
     """Raises: OutputError if the folder holds something that no start of ours has left."""
     if paths.url:
-        if key := store.foreign(paths):
+        if key := foreign(paths):
             raise OutputError(f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r}). Give a new prefix.")
         return
     try:
         names = {entry.name for entry in paths.root.iterdir()}
-        foreign = sorted(name for name in names - paths.ours() if not files.is_system_file(name))
+        others = sorted(name for name in names - paths.ours() if not files.is_system_file(name))
     except FileNotFoundError:
         files.missing_goal(paths.root)
         return
@@ -248,5 +247,5 @@ def refuse_foreign(paths: JobPaths) -> None:
         raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error
     except OSError as error:
         raise OutputError(f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output.") from error
-    if foreign:
-        raise OutputError(f"--output {paths.root} is not empty and not an imagemill job (it holds {foreign[0]!r}). Give a new folder.")
+    if others:
+        raise OutputError(f"--output {paths.root} is not empty and not an imagemill job (it holds {others[0]!r}). Give a new folder.")

@@ -1,4 +1,4 @@
-"""TODO pipeline.read."""
+"""The first stage: leased shards become images that fetch themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO runner.model."""
+"""Which model a job runs: found or fetched, with the labels and the preprocessing that the settings give."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError
@@ -18,10 +17,6 @@ from imagemill.records import (
     Settings,
 )
 from imagemill.runner.settings import parse_colour
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_MODEL = "resnext101_32x4d"
 

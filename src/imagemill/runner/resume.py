@@ -1,4 +1,4 @@
-"""TODO runner.resume."""
+"""Continue a frozen job: what may differ from its first start, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError
@@ -23,9 +22,6 @@ from imagemill.runner.freeze import _limits
 from imagemill.runner.listing import access_of
 from imagemill.runner.model import describe_labels, identify, is_local, resolve_model
 from imagemill.runner.settings import flag_of, parse_colour
-
-if TYPE_CHECKING:
-    pass
 
 
 def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:

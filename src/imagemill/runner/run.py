@@ -9,6 +9,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from imagemill import records, report
@@ -181,7 +182,8 @@ def _carry_out(
     finally:
         watcher.end()
     paths.sweep()  # once more: workers that died have left their temporary files
-    tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, outcome.receipts)
+    job = frozen.job
+    tally = ledger.close(paths, shards, partial(sources.as_line, job.sources), job.plan_id, job.answer_id, outcome.receipts)
     if tally.unlisted:
         watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
     summary = replace(summarise.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)

@@ -1,8 +1,6 @@
-"""TODO runner.settings."""
+"""Check what the user asked for, before anything is listed, downloaded or written."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from imagemill.errors import UsageError
 from imagemill.pipeline import sources
@@ -14,10 +12,6 @@ from imagemill.records import (
     Status,
 )
 from imagemill.runner.listing import access_of
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_COUNT = 2**48
 """Of whatever is counted: beyond all pictures there are, and what a byte or an address takes of it still fits into 64 bits."""
@@ -61,6 +55,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def flag_of(name: str) -> str:
+    """Return the flag of the command line that sets a field of `Settings`."""
     return "--" + name.replace("_", "-")
 
 

@@ -1,4 +1,4 @@
-"""TODO system.files."""
+"""Files on this machine: written whole or not at all, folders, and locks that others wait for."""
 
 from __future__ import annotations
 

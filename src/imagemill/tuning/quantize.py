@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +30,7 @@ from imagemill.models import bundle as bundles
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.records import Bundle
 from imagemill.system import files
+from imagemill.system.openvino_library import load_openvino
 
 VARIANTS: Final = "variants"
 """Key in a card's notes: precision → what is known of it."""
@@ -66,19 +66,11 @@ class Kernel:
 
 def _libraries() -> tuple[Any, Any]:
     """Import OpenVINO and NNCF with telemetry off: both would otherwise send events when imported, and NNCF for each call."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    openvino = load_openvino()
     import nncf
-    import openvino
 
     nncf.set_log_level(logging.ERROR)
     return openvino, nncf
-
-
-def _openvino() -> Any:
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 def versions() -> dict[str, str]:
@@ -147,7 +139,7 @@ def save(model: Any, folder: Path, name: str) -> Path:
     Raises:
         ModelError: the folder cannot be written.
     """
-    ov = _openvino()
+    ov = load_openvino()
     target = folder / f"{name}.xml"
     temporary = folder / f".{name}.{os.getpid()}.tmp.xml"
     try:
@@ -187,7 +179,7 @@ def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
         model: a file or an `openvino.Model` (which is left with a fixed batch).
         batch_size: pictures in the run.
     """
-    ov = _openvino()
+    ov = load_openvino()
     core = ov.Core()
     found = core.read_model(str(model)) if isinstance(model, Path) else model
     entry = found.input(0)
@@ -198,24 +190,6 @@ def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
     return tuple(
         Kernel(item.node_name, item.node_type, item.exec_type) for item in request.profiling_info if item.node_type.endswith("Convolution")
     )
-
-
-def answers(model_file: Path, batches: Sequence[NDArray[np.uint8]]) -> list[dict[str, NDArray[np.float32]]]:
-    """Run a model in fp32 on a few batches of one shape and return its logits and embedding by name.
-
-    Raises:
-        RuntimeError: OpenVINO's, where it cannot read, compile or run the model.
-    """
-    ov = _openvino()
-    core = ov.Core()
-    model = core.read_model(str(model_file))
-    model.reshape({"pixels": list(batches[0].shape)})
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = []
-    for batch in batches:
-        result = compiled({"pixels": batch})
-        found.append({name: np.array(values) for port, values in result.items() for name in port.get_names() & {"logits", "embedding"}})
-    return found
 
 
 def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
@@ -232,7 +206,7 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
     Returns:
         name and mean noise-to-signal ratio, of the layers whose input is quantised.
     """
-    ov = _openvino()
+    ov = load_openvino()
     core = ov.Core()
     model = ov.convert_model(str(model_file), input=list(pixels[0].shape))
     here = {node.get_friendly_name(): node for node in model.get_ops()}
@@ -264,7 +238,7 @@ def feeders(model_file: Path, names: Iterable[str]) -> tuple[str, ...]:
 
     Keeping a layer in fp32 may not be enough: the one that computes its loud channel may lose the quiet ones by itself.
     """
-    model = _openvino().Core().read_model(str(model_file))
+    model = load_openvino().Core().read_model(str(model_file))
     wanted = set(names)
     coming = [node.input(0).get_source_output().get_node() for node in model.get_ops() if node.get_friendly_name() in wanted]
     found, seen = [], set()

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle as bundles
+from imagemill.models import evaluate
 from imagemill.models.custom.graph import Plan, all_nodes, assemble, examine
 from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
 from imagemill.system import files
-from imagemill.tuning import quantize
 
 if TYPE_CHECKING:
     import onnx
@@ -200,7 +200,7 @@ def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
     pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     pixels[1] //= 2
     try:
-        return quantize.answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])
+        return evaluate.answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])
     except Exception as error:  # OpenVINO's front end has kinds of its own
         reason = str(error).strip().splitlines()[-1].rstrip(".")
         if plan.batch is None:

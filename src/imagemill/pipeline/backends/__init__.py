@@ -31,7 +31,7 @@ BACKENDS: dict[str, Backend] = {
     "openvino": Backend("openvino:OpenVinoSession", {"cpu": (_FP32, _BF16, _INT8), "gpu": (_FP32, _FP16), "npu": (_FP16,)}, ("cpu",)),
     "onnxruntime": Backend("onnxruntime:OnnxRuntimeSession", dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,))),
     "tensorrt": Backend("onnxruntime:TensorRtSession", {"cuda": (_FP32, _FP16)}),
-    "popart": Backend("popart:PopartSession", {"ipu": (_FP32, _FP16)}),
+    "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),
 }
 """Backend → what it is; a further one is one file and one line here. Where none is named, a kind's first is meant."""

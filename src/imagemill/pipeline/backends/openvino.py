@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -21,16 +20,9 @@ from imagemill.pipeline.backends.base import Found, refuse_other_shapes
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
 from imagemill.system import cpu
+from imagemill.system.openvino_library import load_openvino
 
 _log = logging.getLogger(__name__)
-
-
-def load_openvino() -> Any:
-    """Import OpenVINO with its telemetry off: importing it otherwise sends an event."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    return openvino
 
 
 _KEPT = 8
@@ -58,7 +50,7 @@ def properties(precision: Precision, cores: int, streams: int | None = None, kin
     return hints
 
 
-def _fold_constants(model: Any) -> None:
+def fold_constants(model: Any) -> None:
     """Around the weights of grouped convolutions ONNX's front end leaves arithmetic."""
     from openvino.passes import ConstantFolding, Manager
 
@@ -107,7 +99,7 @@ class OpenVinoSession:
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
             if device.kind == "cpu" and (channels := openvino_rewrites.wanted(job.precision, cpu.flags())):
-                _fold_constants(model)
+                fold_constants(model)
                 openvino_rewrites.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)
             hints = properties(job.precision, len(device.cores), kind=device.kind)

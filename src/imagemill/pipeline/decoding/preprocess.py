@@ -6,7 +6,7 @@ computed: a picture of 1×4000 does not become one of 256×1024000. `by_the_book
 with. (`box` has hard edges: where one falls exactly between two pixels, either may count, here as in Pillow.)
 
 The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit,
-in about a sixth of the time (bench/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by
+in about a sixth of the time (benchmarks/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by
 one level in 18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear),
 where this flips none. Fast decoding may not change answers, so it is not used.
 """

@@ -1,4 +1,4 @@
-"""Sources: where pictures come from. `open_all` makes them, `read` turns leases into pictures that fetch themselves.
+"""Sources: where pictures come from. `open_all` makes them.
 
     folder/, picture.jpg      folder.py
     @paths.txt                list.py       a path or URL a line
@@ -17,15 +17,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path, PurePosixPath
 
 from imagemill.errors import SourceError, UsageError
-from imagemill.job import plan
-from imagemill.job.paths import JobPaths
-from imagemill.pipeline.read import read
 from imagemill.pipeline.sources import kinds, objects
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, Source, shown
 from imagemill.pipeline.sources.folder import FolderSource
@@ -35,7 +32,7 @@ from imagemill.pipeline.sources.table import TableSource, is_table, split_column
 from imagemill.pipeline.sources.tar import SUFFIXES as TAR_SUFFIXES
 from imagemill.pipeline.sources.tar import TarSource
 from imagemill.pipeline.sources.zip import ZipSource
-from imagemill.records import AS_GIVEN, Access, Filters, Job, Lease, Picture
+from imagemill.records import AS_GIVEN, Access, Filters
 from imagemill.system import interruptible, storage
 
 __all__ = [
@@ -50,7 +47,6 @@ __all__ = [
     "named_path",
     "names_others",
     "open_all",
-    "read",
     "relocated",
     "resolve",
     "resolve_moved",
@@ -316,8 +312,9 @@ def named_path(source: str, path: bytes) -> bytes:
     return path if source.startswith("@") else path.partition(b"/")[2]
 
 
-def as_line(source: str, path: bytes) -> bytes | None:
-    """The line of a list that means this picture of a source; None: it lies inside an archive or table, and no line does."""
+def as_line(resolved: Sequence[str], position: int, path: bytes) -> bytes | None:
+    """Return the line of a list that means this image of a source; None if it is inside an archive or table, which no line can name."""
+    source = resolved[position]
     if isinstance(_open(0, source, None, None, AS_GIVEN), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):

@@ -2,8 +2,8 @@
 
 That is Python 3.6 to 3.8, so nothing newer is used here than 3.6 can read, and nothing but the standard library, NumPy and popart.
 
-    python popart_program.py            looks whether popart can be had, says so and ends
-    python popart_program.py FD PARENT  FD: a file that both sides map; PARENT: the process to die with, 0: none
+    python program.py                   looks whether popart can be had, says so and ends
+    python program.py        FD PARENT  FD: a file that both sides map; PARENT: the process to die with, 0: none
 
 Each message is one line of JSON, on standard input and what was standard output; all that popart prints goes to standard error.
 

@@ -1,11 +1,11 @@
 """Graphcore IPUs by PopART, one a process.
 
-    this process                                        popart_program.py, on the Poplar SDK's own Python
+    this process                                        program.py, on the Poplar SDK's own Python
     batches ─ table ─► slot's input ── run(slot) ────►  session.run: batches_per_step batches at once
     outputs ◄───────── slot's outputs ◄─ done(slot) ──  anchors copied
 
 Two slots lie in a file that both processes map: one is filled and emptied here while the IPU is at the other. What is said is told in
-popart_program.py. fp16 means that everything behind the card's normalisation boundary, its input and outputs included, is computed in it.
+program.py. fp16 means that everything behind the card's normalisation boundary, its input and outputs included, is computed in it.
 
 Environment: `IMAGEMILL_POPART_PYTHON`, the interpreter of the SDK (else `python3`, as found on the PATH), and
 `IMAGEMILL_POPART_MEMORY_PROPORTION`, how much of a tile's memory each convolution may use while it computes (else PopART's own choice).
@@ -48,7 +48,7 @@ BATCHES_PER_STEP: Final = 8
 SLOTS: Final = 2
 PATIENCE_S = 10.0
 """How long an IPU is waited for that is not free yet."""
-_PROGRAM: Final = Path(__file__).with_name("popart_program.py")
+_PROGRAM: Final = Path(__file__).with_name("program.py")
 _ALIGNMENT: Final = 64
 _LOOK_S: Final = 120.0
 _CLOSE_S: Final = 10.0
@@ -266,7 +266,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 def _map(
     file: IO[bytes], shape: tuple[int, ...], kind: np.dtype[Any], widths: list[int]
 ) -> list[tuple[NDArray[Any], list[NDArray[np.float32]]]]:
-    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as popart_program.py tells."""
+    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as program.py tells."""
     pictures = shape[0] * shape[1]
     memory = mmap.mmap(file.fileno(), 0)
     slots, at = [], 0

@@ -1,6 +1,6 @@
 """How fast fp32, bf16 and int8 are in the same session, and which kernels int8 runs as.
 
-    python bench/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [PICTURES]
+    python benchmarks/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [PICTURES]
 
 The bundle is copied to a temporary folder and quantised there, on PICTURES (a folder) or on noise; then the three precisions take turns,
 `--seconds` each, `--rounds` times, all cores, no decoding. It prints medians in images/s, their ratios to fp32, and every convolution of

@@ -1,6 +1,6 @@
 """Change the code at random, one change at a time, and see whether a test notices.
 
-    python bench/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results mutants.jsonl
+    python benchmarks/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results mutants.jsonl
 
 A guarantee holds as long as a test fails without it. This script changes one comparison, condition, constant, argument or statement of a
 module, runs the tests of that module, and prints each change that no test noticed. Some of these change nothing that anybody can observe;

@@ -1,6 +1,6 @@
 """A job in a memory control group that is too small for some of its pictures: the kernel kills workers, and no row is lost.
 
-    python bench/oom.py --limit-mib 2200           as root: it makes a control group, and removes it again
+    python benchmarks/oom.py --limit-mib 2200           as root: it makes a control group, and removes it again
 
 Small pictures, and among them PNG files of 13,000×13,000 pixels that decode to half a gigabyte each, on the null device with two decoding
 threads. One such picture fits into the limit, two at once do not. Prints how often the kernel killed, and what the rows say; fails where a

@@ -1,6 +1,6 @@
 """Rate, memory and cost per picture of jobs of very different length, in one table.
 
-    python bench/million.py --sizes 10000 100000 1000000
+    python benchmarks/million.py --sizes 10000 100000 1000000
 
 Tiny pictures (8×8 JPEG and PNG; hard links to a few files, in folders of 1,000) on the null device, so that what is measured is everything
 but the model: listing, leasing, reading, decoding, committing, closing the ledger. Memory is the peak of the resident set (VmHWM) of the

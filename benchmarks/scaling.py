@@ -1,6 +1,6 @@
 """What a job costs besides its pictures, by the number of these: listing, plan, ledger, and what is read of them at each start.
 
-    python bench/scaling.py --sizes 100000 1000000 10000000 [--folder DIR]
+    python benchmarks/scaling.py --sizes 100000 1000000 10000000 [--folder DIR]
 
 Every step is imagemill's own function over made-up pictures, in a process of its own, so that its peak memory (VmHWM) is its own. A picture
 is a name of some 30 bytes in folders of a thousand. Parts are written by the real sink, with made-up answers (top-5 of 1,000 classes), as
@@ -119,7 +119,7 @@ def close(folder: Path, pictures: int) -> None:
     paths = _paths(folder)
     every = plan.shards(paths.plan)
     receipts = [Receipt(shard.number, shard.count, 0, 50_000, 1.0, "0" * 64) for shard in every]
-    assert ledger.close(paths, every, ("/photos",), "plan", "answer", receipts).images == pictures
+    assert ledger.close(paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts).images == pictures
 
 
 def reread(folder: Path, pictures: int) -> None:
@@ -128,7 +128,9 @@ def reread(folder: Path, pictures: int) -> None:
 
     paths = _paths(folder)
     job = _job(folder)
-    assert ledger.close(paths, plan.shards(paths.plan), ("/photos",), job.plan_id, job.answer_id, ()).images == pictures
+    assert (
+        ledger.close(paths, plan.shards(paths.plan), lambda _, path: b"/photos/" + path, job.plan_id, job.answer_id, ()).images == pictures
+    )
 
 
 def verify(folder: Path, _: int) -> None:

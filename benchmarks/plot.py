@@ -1,6 +1,6 @@
-"""Draw docs/performance.svg from what bench/peers/run.py measured.
+"""Draw docs/performance.svg from what benchmarks/peers/run.py measured.
 
-python bench/plot.py peers.json [more.json …] --output docs/performance.svg      (needs matplotlib)
+python benchmarks/plot.py peers.json [more.json …] --output docs/performance.svg      (needs matplotlib)
 """
 
 from __future__ import annotations

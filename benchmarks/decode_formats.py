@@ -1,6 +1,6 @@
 """Compare the decoding speed of two versions of imagemill, format by format.
 
-    python bench/decode_formats.py OTHER/src [--images DIR] [--rounds 20]
+    python benchmarks/decode_formats.py OTHER/src [--images DIR] [--rounds 20]
 
 OTHER/src is the other version's `src`. One process per version decodes the same images in turn, so that other work on the machine hits both
 alike. Prints CPU milliseconds per image, the median over the rounds, and the ratio of this version to the other: above 1 is slower.

@@ -1,6 +1,6 @@
 """Two nodes of unequal speed: what each holds and does over time. The fast one must never be idle while shards remain.
 
-    python bench/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1000] [--load 3]
+    python benchmarks/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1000] [--load 3]
 
 Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but count on its core, so that it gets a part of
 it. Every lease, and every moment in which a worker had nothing in hand, is noted by the launcher; the timeline shows both.

@@ -1,6 +1,6 @@
 """Decode mutated images of every format, and compare each verdict with plain Pillow's.
 
-    python bench/mutate_images.py --count 10000 --seed 1
+    python benchmarks/mutate_images.py --count 10000 --seed 1
 
 Damages small files of all formats that are decoded; in about half of the cases the checksums fit the damage, so that it reaches the
 decoder. Prints a table of format and verdict, how often each named exception applied, and every other difference. Exit code 1 if there is

@@ -1,6 +1,6 @@
 """What imagemill adds around decoding and computing.
 
-    python bench/overhead.py --images DIR [--model efficientnet_lite0] [--repeat 4] [--rounds 5] [--json]
+    python benchmarks/overhead.py --images DIR [--model efficientnet_lite0] [--repeat 4] [--rounds 5] [--json]
 
 1. The null session computes nothing, so `run` with it should reach the decode-only rate: `imagemill bench --devices null`, interleaved.
 2. CPU time per picture of the launcher's process while workers run, of the ledger, and of the sink, each on its own. The launcher and the

@@ -1,6 +1,6 @@
 """How well the display knows how long a job will take.
 
-    python bench/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--pictures 3000] [--devices cpu]
+    python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--pictures 3000] [--devices cpu]
                         [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2] [--num-workers N] [--json]
 
 Runs a job over links to the pictures of DIR, and takes down at every tick what the display would show: `progress.Pace`, fed as the display

@@ -1,6 +1,6 @@
 """Classify a corpus of mutated pictures and look at the end: one row each, neighbours unharmed.
 
-    python bench/hostile.py --files 5000 --seed 1
+    python benchmarks/hostile.py --files 5000 --seed 1
 
 Every format that the decoder knows, mutated: bits flipped, files cut, headers of one format before the body of another, sizes in headers
 changed, and bombs in PNG, GIF, TIFF, WebP, JPEG and ICO. A good picture follows every third bad one; the good ones alone are classified in

@@ -1,6 +1,6 @@
 """imagemill and its peers side by side: same pictures, same cores, one after the other, interleaved over rounds; medians and ratios.
 
-    python bench/peers/run.py --images DIR --model-dir MODELS/resnext101_32x4d [--rounds 3] [--only imagemill,timm] [--json FILE]
+    python benchmarks/peers/run.py --images DIR --model-dir MODELS/resnext101_32x4d [--rounds 3] [--only imagemill,timm] [--json FILE]
 
 Two environments are usual: `--python`, an interpreter with what requirements.txt says, and `--imagemill-python`, one with imagemill; each
 defaults to the one this runs in. --work-dir keeps the pictures and the peers' int8 models for the next time. The bundle's own int8 variant

@@ -1,6 +1,6 @@
 """A job from S3 to S3 on Ray nodes that share no disk with the launcher or with each other. Needs root and `unshare`.
 
-    python bench/ray_apart.py --models-dir DIR [--images DIR] [--model efficientnet_lite0] [--limit 328]
+    python benchmarks/ray_apart.py --models-dir DIR [--images DIR] [--model efficientnet_lite0] [--limit 328]
 
 Each node is a raylet in a mount namespace of its own; empty file systems lie over the models, the pictures and the cache there. The store
 is a server on 127.0.0.1. Rows must be those of a local run over the same objects, bit for bit; the model must have come to each node.

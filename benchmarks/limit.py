@@ -1,6 +1,6 @@
 """What the vector and matrix units of this machine can do at most: compiles limit.c and runs it on all usable cores.
 
-    python bench/limit.py [--rounds 5] [--seconds 0.5] [--gop-per-image 16.0] [--json]
+    python benchmarks/limit.py [--rounds 5] [--seconds 0.5] [--gop-per-image 16.0] [--json]
 
 Prints Gop/s in fp32, bf16 and int8, and where the processor has AMX in bf16 and int8 with it (median over rounds, all interleaved),
 and what that is in images/s for a model of so many operations an image: 16.0 for resnext101_32x4d (8.0 GMAC). Needs gcc.

@@ -1,11 +1,11 @@
 """`--engine ray` on one node against the local engine on the same cores, and against the same job by Ray Data, in two ways.
 
-    python bench/ray_engines.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1500] [--rounds 3]
+    python benchmarks/ray_engines.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1500] [--rounds 3]
 
     local           imagemill run --devices cpu
     ray             imagemill run --devices cpu --engine ray, on a cluster of one node with the same cores
     pool            our own run_shards as a class in Ray Data's actor pool: map_batches over the shards, one shard a task
-    documented      Ray Data + ONNX Runtime as Ray's guide to batch inference does it (bench/peers/ray_data.py)
+    documented      Ray Data + ONNX Runtime as Ray's guide to batch inference does it (benchmarks/peers/ray_data.py)
 
 All in fp32, over the same --count pictures (the folder's, over and over), in turn, for some rounds; medians. *steady* is images/s without
 the start: for the first three from the first lease to the last commit, for the last as the peer counts it. *whole* is over the time of the

@@ -1,7 +1,7 @@
 """What an archive of very many small pictures costs: listing, memory, and resuming a job that is nine tenths done.
 
-    python bench/archives.py                             a zip of 200,000 members
-    python bench/archives.py --kinds zip tar tar.gz
+    python benchmarks/archives.py                             a zip of 200,000 members
+    python benchmarks/archives.py --kinds zip tar tar.gz
 
 Tiny pictures (8×8 JPEG and PNG) on the null device, so that what is measured is everything but the model. For each kind: a job over
 2,000 members and one over all; then the last tenth of its parts is removed and the command repeated, and beside it stands a fresh job over

@@ -1,6 +1,6 @@
 """Makes the pictures of docs/images: the terminal while a job runs, and its report.
 
-    python bench/screenshots.py [--goal docs/images] [--images DIR] [--count 6000] [--all]
+    python benchmarks/screenshots.py [--goal docs/images] [--images DIR] [--count 6000] [--all]
 
 Needs imagemill with its dev dependencies, tmux and Chromium. The job is a real one, of links to the demo's own pictures (CC0 or public
 domain) and some broken files. --all makes every picture that is looked at before a release: the terminal at 80 and 160 columns, without

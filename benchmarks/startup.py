@@ -1,6 +1,6 @@
 """How long `imagemill run` takes to start, and to find that there is nothing left to do.
 
-    python bench/startup.py --model resnext101_32x4d [--precision int8] [--rounds 5] [--json]
+    python benchmarks/startup.py --model resnext101_32x4d [--precision int8] [--rounds 5] [--json]
 
 One picture, made here. After a first run, which compiles the model and leaves it in the cache, each round measures, from the start of the
 command: when a worker is ready, as launcher.log tells; when the first part is there, which holds the answer of the first logits and so

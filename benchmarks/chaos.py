@@ -1,6 +1,6 @@
 """Kill the workers and launchers of one job at random moments, let it finish, and compare it with a job that nobody disturbed.
 
-    python bench/chaos.py --pictures 3000 --kills 100 --seed 1
+    python benchmarks/chaos.py --pictures 3000 --kills 100 --seed 1
 
 Every kill is a SIGKILL to a real process: the launcher, one of its workers, or a worker's disposable decoder. A launcher that is dead is
 started again, as an operator would. After the last kill one quiet run finishes the job. Then there must be exactly one row per picture,

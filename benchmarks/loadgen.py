@@ -1,7 +1,7 @@
 """MLPerf's LoadGen, Offline scenario, on one imagemill session: its own clock, its own logs, its own verdict.
 
     pip install 'mlcommons-loadgen>=5'
-    python bench/loadgen.py --model efficientnet_lite0 --min-duration 60 --log-dir logs
+    python benchmarks/loadgen.py --model efficientnet_lite0 --min-duration 60 --log-dir logs
 
 First a performance run, then an accuracy run in which each answer, in LoadGen's shuffled order, is compared with the one that the
 session gives for the same images in order. The images are noise: decoding is not part of it. MLPerf's rules for submissions want 600 s.

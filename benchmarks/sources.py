@@ -1,6 +1,6 @@
 """The same pictures as folder, list, zip, tar, tar.gz, WebDataset, Parquet, HTTP and S3: same answers, also when killed and resumed.
 
-    python bench/sources.py --images PHOTOGRAPHS --model efficientnet_lite0
+    python benchmarks/sources.py --images PHOTOGRAPHS --model efficientnet_lite0
 
 Needs what the tests need (moto's S3 server; its own and a small web server run on 127.0.0.1 while this runs). Of each form one job is run
 undisturbed into a folder; in a second one the launcher is killed by SIGKILL when a third of the parts is there, and the command repeated.

@@ -1,7 +1,7 @@
 """Time, memory and size of `imagemill report` for jobs of very different length, in one table.
 
-    python bench/report.py --sizes 1000 100000 1000000
-    python bench/report.py --sizes 1000000 --run
+    python benchmarks/report.py --sizes 1000 100000 1000000
+    python benchmarks/report.py --sizes 1000000 --run
 
 With --run each job is one that `imagemill run` really did, with the null session: a list that names 5,000 small files over and over, one in
 a hundred of them broken; a million pictures take some 8 minutes on 2 cores. Without it the jobs are written through the plan and the sink
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,15 @@ import harness  # noqa: E402
 
 import helpers  # noqa: E402
 import pictures  # noqa: E402
-from imagemill import records
+from imagemill import records  # noqa: E402
 from imagemill.job import documents, ledger, plan  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline import sources  # noqa: E402
+from imagemill.pipeline.backends import devices  # noqa: E402
 from imagemill.pipeline.sink import Sink  # noqa: E402
 from imagemill.records import Batch, Outputs, Row, Settings, Shard, Status, Summary, TopK  # noqa: E402
-from imagemill.runner import run
-from imagemill.system import serialization
+from imagemill.runner import run  # noqa: E402
+from imagemill.system import serialization  # noqa: E402
 
 _FILES = 50
 _SMALL_FILES = 5_000
@@ -91,7 +93,7 @@ def make_job(folder: Path, count: int) -> Path:
     sink = Sink(frozen.job, "null", {"numpy": np.__version__})
     shards = plan.shards(paths.plan)
     receipts = [part.commit() for shard in shards for part in sink.write(*answers(shard, f"@{source}"))]
-    tally = ledger.close(paths, shards, frozen.job.sources, frozen.job.plan_id, frozen.job.answer_id, receipts)
+    tally = ledger.close(paths, shards, partial(sources.as_line, frozen.job.sources), frozen.job.plan_id, frozen.job.answer_id, receipts)
     summary = Summary(
         tally.images, tally.images - tally.failed, tally.failed, tally.failed_by_status, {}, len(shards), 0, 0.0, None, "null", "fp32",
         None, (), str(output), machine=devices.machine(),

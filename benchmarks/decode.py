@@ -1,6 +1,6 @@
 """Decode and preprocess alone, on one core: imagemill and other ways, against Pillow's decode–resize–crop.
 
-    python bench/decode.py FOLDER [--limit 100] [--rounds 5] [--bicubic]
+    python benchmarks/decode.py FOLDER [--limit 100] [--rounds 5] [--bicubic]
 
 prints, for the JPEGs of FOLDER and for 4000×3000 pictures made from eight of them, milliseconds a picture (the median of interleaved
 rounds), the ratio to Pillow, and how far the pixels are from Pillow's. A way whose library is not installed is left out.

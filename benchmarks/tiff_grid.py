@@ -1,7 +1,7 @@
 """Compare TIFF files of every layout with tifffile: each must be read to the same pixels or be `unsupported`.
 
-    python bench/tiff_grid.py            pairs of properties, 4,600 files, half a minute
-    python bench/tiff_grid.py --product  the whole product, 90,000 files, four minutes
+    python benchmarks/tiff_grid.py            pairs of properties, 4,600 files, half a minute
+    python benchmarks/tiff_grid.py --product  the whole product, 90,000 files, four minutes
 
 Prints how many files had each verdict, then those that are wrong. Exits 1 if there are any.
 """
