@@ -15,7 +15,7 @@ export PATH
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(BASE)  ## install imagemill and classify the pictures that ship with it
+demo: $(BASE)  ## install imagemill and classify the images that ship with it
 	$(BIN)/imagemill demo
 
 test: $(DEV)  ## install what the tests need and run them
@@ -35,7 +35,7 @@ format: $(DEV)  ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BASE)  ## measure this machine on synthetic pictures
+bench: $(BASE)  ## measure this machine on synthetic images
 	$(BIN)/imagemill bench --synthetic --model efficientnet_lite0
 
 clean:  ## remove caches, builds and the demo's output; .venv stays

@@ -1,9 +1,9 @@
-"""What an archive of very many small pictures costs: listing, memory, and resuming a job that is nine tenths done.
+"""What an archive of very many small images costs: listing, memory, and resuming a job that is nine tenths done.
 
     python benchmarks/archives.py                             a zip of 200,000 members
     python benchmarks/archives.py --kinds zip tar tar.gz
 
-Tiny pictures (8×8 JPEG and PNG) on the null device, so that what is measured is everything but the model. For each kind: a job over
+Tiny images (8×8 JPEG and PNG) on the null device, so that what is measured is everything but the model. For each kind: a job over
 2,000 members and one over all; then the last tenth of its parts is removed and the command repeated, and beside it stands a fresh job over
 an archive of as many members as were left to do. Listing is from the command to the frozen job, the start of the interpreter included;
 memory is the peak of the resident set (VmHWM) of the launcher and of the worker.
@@ -30,7 +30,7 @@ import harness  # noqa: E402
 from million import Watched  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 
 _FEW = 2_000
 _FOLDER = 1_000
@@ -40,7 +40,7 @@ _FOLDER = 1_000
 class Measured:
     """One command."""
 
-    pictures: int
+    images: int
     seconds: float
     listing_s: float
     launcher: Watched
@@ -48,17 +48,17 @@ class Measured:
 
     def row(self, what: str) -> str:
         memory = [watched.peak_kib / 1024 for watched in (self.launcher, self.worker)]
-        return f"| {what:22} | {self.pictures:8,} | {self.listing_s:7.1f} | {self.seconds:7.1f} | {memory[0]:12.1f} | {memory[1]:10.1f} |"
+        return f"| {what:22} | {self.images:8,} | {self.listing_s:7.1f} | {self.seconds:7.1f} | {memory[0]:12.1f} | {memory[1]:10.1f} |"
 
 
 HEADER = """\
-| job                    | pictures | listing | seconds | launcher MiB | worker MiB |
+| job                    | images | listing | seconds | launcher MiB | worker MiB |
 |------------------------|---------:|--------:|--------:|-------------:|-----------:|"""
 
 
 def members(count: int) -> Iterable[tuple[str, bytes]]:
-    """Names and bytes of many small pictures, of sixteen kinds."""
-    kinds = [(pictures.encode(pictures.photograph(8, 8, seed), "JPEG" if seed % 2 else "PNG"), seed % 2) for seed in range(16)]
+    """Names and bytes of many small images, of sixteen kinds."""
+    kinds = [(sample_images.encode(sample_images.photograph(8, 8, seed), "JPEG" if seed % 2 else "PNG"), seed % 2) for seed in range(16)]
     for number in range(count):
         data, is_jpeg = kinds[number % len(kinds)]
         yield f"{number // _FOLDER:06d}/{number:09d}{'.jpg' if is_jpeg else '.png'}", data

@@ -1,9 +1,9 @@
 """Kill the workers and launchers of one job at random moments, let it finish, and compare it with a job that nobody disturbed.
 
-    python benchmarks/chaos.py --pictures 3000 --kills 100 --seed 1
+    python benchmarks/chaos.py --images 3000 --kills 100 --seed 1
 
 Every kill is a SIGKILL to a real process: the launcher, one of its workers, or a worker's disposable decoder. A launcher that is dead is
-started again, as an operator would. After the last kill one quiet run finishes the job. Then there must be exactly one row per picture,
+started again, as an operator would. After the last kill one quiet run finishes the job. Then there must be exactly one row per image,
 and every part must equal the undisturbed job's byte for byte. Reading is slowed down (from outside) so that there is something to kill.
 The last line is the result; the seed and every kill are printed before, so that a failure can be told about.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import harness  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 
 SLOW_READS = """
 if WORKER:
@@ -52,7 +52,7 @@ class Report:
     """What a chaos run was."""
 
     seed: int
-    pictures: int
+    images: int
     kills: Counter[str] = field(default_factory=Counter)
     launches: int = 0
     shards: int = 0
@@ -63,19 +63,19 @@ class Report:
         killed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
         return (
             f"chaos: {self.kills.total()} kills ({killed}), seed {self.seed}, {self.launches} launches, {self.seconds:.0f} s: "
-            f"{self.pictures} pictures, one row each, {self.shards} parts ({self.committed_under_fire} committed under fire) "
+            f"{self.images} images, one row each, {self.shards} parts ({self.committed_under_fire} committed under fire) "
             "equal byte for byte to an undisturbed run's"
         )
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Small pictures, all different, some of them bad, in two folders."""
+def make_images(folder: Path, count: int) -> None:
+    """Small images, all different, some of them bad, in two folders."""
     for number in range(count):
-        data = pictures.jpeg(40 + number % 7, 36, seed=number, quality=80)
+        data = sample_images.jpeg(40 + number % 7, 36, seed=number, quality=80)
         if number % 50 == 7:
-            data = pictures.half(data)
+            data = sample_images.half(data)
         elif number % 50 == 23:
-            data = b"not a picture"
+            data = b"not an image"
         path = folder / f"{number % 2}" / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -83,8 +83,8 @@ def make_pictures(folder: Path, count: int) -> None:
 
 def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], None] = print) -> Report:
     """Run one job under fire below `folder`. Raises: AssertionError where a promise is broken."""
-    source, calm, output = folder / "pictures", folder / "calm", folder / "out"
-    make_pictures(source, count)
+    source, calm, output = folder / "images", folder / "calm", folder / "out"
+    make_images(source, count)
     models = harness.null_bundle(folder / "models")
     arguments = ["run", source, "--model", "null", "--devices", "null:2", "--num-workers", "2", "--shard-size", "8", "--json"]
     quiet = helpers.environment(IMAGEMILL_MODELS=str(models))
@@ -104,9 +104,7 @@ def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], 
         try:
             while report.kills.total() < kills:
                 if launcher is None or launcher.poll() is not None:
-                    assert launcher is None or launcher.returncode != 0, (
-                        f"the job ended after {report.kills.total()} kills: too few pictures"
-                    )
+                    assert launcher is None or launcher.returncode != 0, f"the job ended after {report.kills.total()} kills: too few images"
                     harness.assert_sound_so_far(output)
                     launcher = _launch([*arguments, "--output", output], slow, errors)
                     report.launches += 1
@@ -152,7 +150,7 @@ def _launch(arguments: list[object], env: dict[str, str], errors: object) -> sub
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=None, help="default: from the system, and printed")
     parser.add_argument("--folder", type=Path, help="where to work, and leave everything (default: a temporary folder)")
@@ -161,7 +159,7 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     with contextlib.ExitStack() as stack:
         folder = parsed.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-chaos-")))
-        print(chaos(folder, parsed.pictures, parsed.kills, seed))
+        print(chaos(folder, parsed.images, parsed.kills, seed))
     return 0
 
 

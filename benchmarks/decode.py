@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py FOLDER [--limit 100] [--rounds 5] [--bicubic]
 
-prints, for the JPEGs of FOLDER and for 4000×3000 pictures made from eight of them, milliseconds a picture (the median of interleaved
+prints, for the JPEGs of FOLDER and for 4000×3000 images made from eight of them, milliseconds an image (the median of interleaved
 rounds), the ratio to Pillow, and how far the pixels are from Pillow's. A way whose library is not installed is left out.
 """
 
@@ -113,47 +113,47 @@ def decoding_alone(data: bytes, recipe: Recipe) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, "RGB")
 
 
-def large(pictures: list[bytes], count: int = 8) -> list[bytes]:
-    """4000×3000 JPEGs made from some of the pictures."""
+def large(images: list[bytes], count: int = 8) -> list[bytes]:
+    """4000×3000 JPEGs made from some of the images."""
     made = []
-    for data in pictures[:: max(1, len(pictures) // count)][:count]:
+    for data in images[:: max(1, len(images) // count)][:count]:
         buffer = io.BytesIO()
         Image.open(io.BytesIO(data)).convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=88)
         made.append(buffer.getvalue())
     return made
 
 
-def measure(pictures: list[bytes], recipe: Recipe, ways: list[Way], rounds: int) -> dict[Way, float]:
-    """Milliseconds a picture: of each way the median of `rounds`, in which all ways take turns."""
+def measure(images: list[bytes], recipe: Recipe, ways: list[Way], rounds: int) -> dict[Way, float]:
+    """Milliseconds an image: of each way the median of `rounds`, in which all ways take turns."""
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
     for way in ways:
-        way(pictures[0], recipe)
+        way(images[0], recipe)
     for _, way in itertools.product(range(rounds), ways):
         began = time.perf_counter()
-        for data in pictures:
+        for data in images:
             way(data, recipe)
         seconds[way].append(time.perf_counter() - began)
-    return {way: 1000 * statistics.median(took) / len(pictures) for way, took in seconds.items()}
+    return {way: 1000 * statistics.median(took) / len(images) for way, took in seconds.items()}
 
 
-def distance(pictures: list[bytes], recipe: Recipe, way: Way) -> str:
-    differences = [np.abs(way(data, recipe).astype(int) - pillow(data, recipe)) for data in pictures]
+def distance(images: list[bytes], recipe: Recipe, way: Way) -> str:
+    differences = [np.abs(way(data, recipe).astype(int) - pillow(data, recipe)) for data in images]
     means = [difference.mean() for difference in differences]
     most = max(difference.max() for difference in differences)
-    return f"mean {np.mean(means):.3f}, worst picture's mean {max(means):.3f}, max {most}"
+    return f"mean {np.mean(means):.3f}, worst image's mean {max(means):.3f}, max {most}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--limit", type=int, default=100, help="pictures at most, taken evenly from the folder")
+    parser.add_argument("--limit", type=int, default=100, help="images at most, taken evenly from the folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bicubic", action="store_true")
     arguments = parser.parse_args()
     recipe = Recipe(interpolation=Interpolation.BICUBIC if arguments.bicubic else Interpolation.BILINEAR)
     files = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
-    pictures = [path.read_bytes() for path in files[:: max(1, len(files) // arguments.limit)][: arguments.limit]]
-    if not pictures:
+    images = [path.read_bytes() for path in files[:: max(1, len(files) // arguments.limit)][: arguments.limit]]
+    if not images:
         parser.error(f"no JPEG files in {arguments.folder}")
     ways: list[Way] = [pillow, imagemill, pillow_box, pillow_draft_twice, pillow_draft_once, simplejpeg_pillow, decoding_alone]
     if cykooz_resizer is not None:
@@ -162,7 +162,7 @@ def main() -> None:
         cv2.setNumThreads(1)
         ways.insert(-1, opencv_area)
     print(f"{recipe.interpolation}, Pillow {Image.__version__}, simplejpeg {simplejpeg.__version__}")
-    for title, those in ((f"{len(pictures)} pictures of {arguments.folder.name}", pictures), ("4000×3000", large(pictures))):
+    for title, those in ((f"{len(images)} images of {arguments.folder.name}", images), ("4000×3000", large(images))):
         print(f"\n{title}\n{'':20}{'ms':>8}{'× Pillow':>10}   levels from Pillow")
         took = measure(those, recipe, ways, arguments.rounds)
         for way in ways:

@@ -1,14 +1,14 @@
 """How well the display knows how long a job will take.
 
-    python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--pictures 3000] [--devices cpu]
+    python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--images 3000] [--devices cpu]
                         [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2] [--num-workers N] [--json]
 
-Runs a job over links to the pictures of DIR, and takes down at every tick what the display would show: `progress.Pace`, fed as the display
+Runs a job over links to the images of DIR, and takes down at every tick what the display would show: `progress.Pace`, fed as the display
 feeds it. At each moment the prediction of the whole time is the time so far plus what is said to be left; its error is told as a share of
 the time that it really took, from the launch of the workers to their end. Each round is a whole run and one that is stopped at --stop-at
 and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU time that other processes took meanwhile
 (Linux): beside other work the errors tell of that work too. `preflight` is what the preflight cost, as a share of the job's CPU time, and
-`foretold` the time that it said the job would take, over the time from the first lease to the last commit. With --latency the pictures come
+`foretold` the time that it said the job would take, over the time from the first lease to the last commit. With --latency the images come
 from a server of this process's that takes its time for each, log-normal around so many seconds: such a job is bounded by reading, and
 hardly minds what else the machine does.
 """
@@ -113,7 +113,7 @@ def judged(recorder: Recorder) -> dict[str, object]:
 
 
 def links(folder: Path, images: Path, count: int) -> None:
-    """`count` links to the pictures below a folder, in an order that mixes them."""
+    """`count` links to the images below a folder, in an order that mixes them."""
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     for number in range(count):
         original = found[number % len(found)]
@@ -150,7 +150,7 @@ class Server(ThreadingHTTPServer):
 
 
 def served(folder: Path, latency_s: float, goal: Path) -> str:
-    """Start serving a folder of pictures; returns the list of their URLs as a source."""
+    """Start serving a folder of images; returns the list of their URLs as a source."""
     server = Server(("127.0.0.1", 0), partial(Slow, folder, latency_s))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     names = sorted(path.name for path in folder.iterdir())
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--models-dir")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--devices", default="cpu")
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=("whole", "resumed"), default=("whole", "resumed"))
     parser.add_argument("--stop-at", type=float, default=0.4)
@@ -175,9 +175,9 @@ def main() -> None:
     asked = parser.parse_args()
     report: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="imagemill-eta-") as temporary:
-        folder = Path(temporary) / "pictures"
+        folder = Path(temporary) / "images"
         folder.mkdir()
-        links(folder, asked.images, asked.pictures)
+        links(folder, asked.images, asked.images)
         source = served(folder, asked.latency, Path(temporary) / "urls.txt") if asked.latency else str(folder)
         for number in range(asked.rounds):
             for kind in asked.kinds:

@@ -1,9 +1,9 @@
-"""Classify a corpus of mutated pictures and look at the end: one row each, neighbours unharmed.
+"""Classify a corpus of mutated images and look at the end: one row each, neighbours unharmed.
 
     python benchmarks/hostile.py --files 5000 --seed 1
 
 Every format that the decoder knows, mutated: bits flipped, files cut, headers of one format before the body of another, sizes in headers
-changed, and bombs in PNG, GIF, TIFF, WebP, JPEG and ICO. A good picture follows every third bad one; the good ones alone are classified in
+changed, and bombs in PNG, GIF, TIFF, WebP, JPEG and ICO. A good image follows every third bad one; the good ones alone are classified in
 a run of their own, and must have the very same answers beside the bad ones. The last line is the result; the seed is printed before.
 """
 
@@ -31,20 +31,20 @@ import harness  # noqa: E402
 from PIL import Image, features  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 
 MAX_PIXELS = 1_000_000
-_BOMBS = [name for name in pictures.HOSTILE if name.endswith("bomb")]
-_OTHERS = [name for name in pictures.HOSTILE if not name.endswith("bomb")]
+_BOMBS = [name for name in sample_images.HOSTILE if name.endswith("bomb")]
+_OTHERS = [name for name in sample_images.HOSTILE if not name.endswith("bomb")]
 
 
 def originals() -> dict[str, list[bytes]]:
-    """Sound pictures by suffix: all formats that can be both written here and read, some of them in several forms."""
-    colour, small = pictures.photograph(70, 50, 1), pictures.photograph(32, 32, 2)
+    """Sound images by suffix: all formats that can be both written here and read, some of them in several forms."""
+    colour, small = sample_images.photograph(70, 50, 1), sample_images.photograph(32, 32, 2)
     grey, palette, alpha = colour.convert("L"), colour.convert("P"), colour.convert("RGBA")
     made: dict[str, list[tuple[Image.Image, str, dict[str, object]]]] = {
         "jpg": [(colour, "JPEG", {"quality": q, "progressive": p}) for q in (60, 92) for p in (False, True)]
-        + [(grey, "JPEG", {}), (colour.convert("CMYK"), "JPEG", {}), (colour, "JPEG", {"exif": pictures.exif(6)})],
+        + [(grey, "JPEG", {}), (colour.convert("CMYK"), "JPEG", {}), (colour, "JPEG", {"exif": sample_images.exif(6)})],
         "png": [(image, "PNG", {}) for image in (colour, grey, palette, alpha, colour.convert("1"))],
         "gif": [(palette, "GIF", {}), (palette, "GIF", {"interlace": 0})],
         "bmp": [(colour, "BMP", {}), (palette, "BMP", {})],
@@ -67,9 +67,9 @@ def originals() -> dict[str, list[bytes]]:
         made["avif"] = [(colour, "AVIF", {"quality": 60, "speed": 10})]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow will stop writing some of them one day
-        found = {suffix: [pictures.encode(image, kind, **options) for image, kind, options in forms] for suffix, forms in made.items()}
-    found["gif"].append(pictures.animated_gif())
-    found["tif"].append(pictures.tiff(8, 8))
+        found = {suffix: [sample_images.encode(image, kind, **options) for image, kind, options in forms] for suffix, forms in made.items()}
+    found["gif"].append(sample_images.animated_gif())
+    found["tif"].append(sample_images.tiff(8, 8))
     return found
 
 
@@ -115,7 +115,7 @@ def mutated(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     rng = random.Random(seed)
     sound = originals()
     suffixes = sorted(sound)
-    special = {name: pictures.HOSTILE[name]()[0] for name in (*_BOMBS, *_OTHERS)}
+    special = {name: sample_images.HOSTILE[name]()[0] for name in (*_BOMBS, *_OTHERS)}
     for number in range(count):
         if number % 20 == 0:
             name = _BOMBS[number // 20 % len(_BOMBS)]
@@ -162,7 +162,7 @@ def hostile(folder: Path, count: int, seed: int) -> Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         if int(name[:6]) % 3 == 0:
-            neighbour = pictures.jpeg(40, 36, seed=int(name[:6]) % 500, quality=80)
+            neighbour = sample_images.jpeg(40, 36, seed=int(name[:6]) % 500, quality=80)
             for root in (bad, good):
                 path = root / f"{int(name[:6]) // 1000:03d}" / f"{name[:6]}-good.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)

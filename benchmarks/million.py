@@ -1,11 +1,11 @@
-"""Rate, memory and cost per picture of jobs of very different length, in one table.
+"""Rate, memory and cost per image of jobs of very different length, in one table.
 
     python benchmarks/million.py --sizes 10000 100000 1000000
 
-Tiny pictures (8×8 JPEG and PNG; hard links to a few files, in folders of 1,000) on the null device, so that what is measured is everything
+Tiny images (8×8 JPEG and PNG; hard links to a few files, in folders of 1,000) on the null device, so that what is measured is everything
 but the model: listing, leasing, reading, decoding, committing, closing the ledger. Memory is the peak of the resident set (VmHWM) of the
 launcher and of the largest worker. CPU is user and system time, read from /proc while they run: of the whole job in seconds, and for each
-further picture, which is the job's less that of a job of 1,000 pictures, where all is paid that is paid once (imports, the first picture of
+further image, which is the job's less that of a job of 1,000 images, where all is paid that is paid once (imports, the first image of
 each format, the first shard).
 """
 
@@ -28,11 +28,11 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import harness  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 
 _FOLDER = 1000
 _START = 1000
-"""Pictures of the job that the others are compared with."""
+"""Images of the job that the others are compared with."""
 _MOST_LINKS = 60_000
 """ext4 allows 65,000 links to one file."""
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -57,7 +57,7 @@ class Watched:
 class Measured:
     """One line of the table."""
 
-    pictures: int
+    images: int
     seconds: float
     listing_s: float
     rate: float
@@ -71,9 +71,9 @@ class Measured:
 
     def row(self, start: Measured) -> str:
         memory = [peak / 1024 for peak in (self.launcher.peak_kib, max(worker.peak_kib for worker in self.workers.values()))]
-        further = self.pictures - start.pictures
+        further = self.images - start.images
         cpu = [1e6 * (seconds - least) / further for seconds, least in zip(self.cpu_s, start.cpu_s, strict=True)]
-        cells = [f"{self.pictures:9,}", f"{self.seconds:7.1f}", f"{self.listing_s:7.1f}", f"{self.rate:8,.0f}"]
+        cells = [f"{self.images:9,}", f"{self.seconds:7.1f}", f"{self.listing_s:7.1f}", f"{self.rate:8,.0f}"]
         cells += [
             f"{memory[0]:12.1f}",
             f"{memory[1]:10.1f}",
@@ -86,22 +86,22 @@ class Measured:
 
 
 HEADER = """\
-|  pictures | seconds | listing | images/s | launcher MiB | worker MiB | launcher s | workers s | launcher each | workers each |
+|  images | seconds | listing | images/s | launcher MiB | worker MiB | launcher s | workers s | launcher each | workers each |
 |----------:|--------:|--------:|---------:|-------------:|-----------:|-----------:|----------:|--------------:|-------------:|"""
-"""CPU in seconds, and in microseconds for each further picture."""
+"""CPU in seconds, and in microseconds for each further image."""
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """Links to a few files, named so that no two are alike."""
     folder.mkdir(parents=True)
     originals = folder.parent / "originals"
     originals.mkdir(exist_ok=True)
     kinds = []
     for seed in range(max(16, count // _MOST_LINKS + 1)):
-        image = pictures.photograph(8, 8, seed)
+        image = sample_images.photograph(8, 8, seed)
         suffix, kind = (".jpg", "JPEG") if seed % 2 else (".png", "PNG")
         original = originals / f"{folder.name}-{seed}{suffix}"
-        original.write_bytes(pictures.encode(image, kind))
+        original.write_bytes(sample_images.encode(image, kind))
         kinds.append((str(original), suffix))
     for start in range(0, count, _FOLDER):
         inside = f"{folder}/{start // _FOLDER:06d}"
@@ -112,9 +112,9 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def measure(folder: Path, count: int, devices: str) -> Measured:
-    """Make `count` pictures below `folder` and run one job over them."""
-    source, output = folder / f"pictures-{count}", folder / f"out-{count}"
-    make_pictures(source, count)
+    """Make `count` images below `folder` and run one job over them."""
+    source, output = folder / f"images-{count}", folder / f"out-{count}"
+    make_images(source, count)
     env = helpers.environment(IMAGEMILL_MODELS=str(folder / "models"))
     command = [
         sys.executable,
@@ -163,7 +163,7 @@ def main() -> int:
         harness.null_bundle(folder / "models", classes=1000, size=8)
         start = measure(folder, _START, parsed.devices)
         cpu = " and ".join(f"{seconds:.2f} s" for seconds in start.cpu_s)
-        print(f"a job of {_START:,} pictures: {start.seconds:.1f} s; CPU of launcher and worker {cpu}\n")
+        print(f"a job of {_START:,} images: {start.seconds:.1f} s; CPU of launcher and worker {cpu}\n")
         print(HEADER, flush=True)
         for size in parsed.sizes:
             print(measure(folder, size, parsed.devices).row(start), flush=True)

@@ -39,7 +39,7 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = "not many and not without_end and not photographs and not mutated_pictures and not any_unscaled_jpeg and not any_damage"
+SLOW = "not many and not without_end and not photographs and not mutated_images and not any_unscaled_jpeg and not any_damage"
 """As `pytest -k`: leaves out tests that take seconds and that faster ones back up."""
 MODULES: dict[str, tuple[str, str]] = {
     "ledger": ("ledger.py", "test_ledger.py"),

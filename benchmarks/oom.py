@@ -1,10 +1,10 @@
-"""A job in a memory control group that is too small for some of its pictures: the kernel kills workers, and no row is lost.
+"""A job in a memory control group that is too small for some of its images: the kernel kills workers, and no row is lost.
 
     python benchmarks/oom.py --limit-mib 2200           as root: it makes a control group, and removes it again
 
-Small pictures, and among them PNG files of 13,000×13,000 pixels that decode to half a gigabyte each, on the null device with two decoding
-threads. One such picture fits into the limit, two at once do not. Prints how often the kernel killed, and what the rows say; fails where a
-row is missing or a small picture's answer is not that of a run without a limit.
+Small images, and among them PNG files of 13,000×13,000 pixels that decode to half a gigabyte each, on the null device with two decoding
+threads. One such image fits into the limit, two at once do not. Prints how often the kernel killed, and what the rows say; fails where a
+row is missing or a small image's answer is not that of a run without a limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 import harness  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 
 _SIDE = 13_000
 
@@ -59,14 +59,14 @@ def rows(output: Path) -> dict[str, tuple[str, object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit-mib", type=int, default=2200)
-    parser.add_argument("--large", type=int, default=6, help="how many large pictures")
+    parser.add_argument("--large", type=int, default=6, help="how many large images")
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imagemill-oom-") as name:
         folder = Path(name)
-        source = folder / "pictures"
+        source = folder / "images"
         source.mkdir()
         for number in range(200):
-            (source / f"{number:03d}.jpg").write_bytes(pictures.jpeg(40, 36, seed=number))
+            (source / f"{number:03d}.jpg").write_bytes(sample_images.jpeg(40, 36, seed=number))
         Image.new("RGB", (_SIDE, _SIDE), (9, 99, 199)).save(source / "100-large.png")
         for number in range(1, parsed.large):
             os.link(source / "100-large.png", source / f"100-large-{number}.png")
@@ -86,7 +86,7 @@ def main() -> int:
         assert all(tight[path] == answer for path, answer in free.items() if "large" not in path)
         print(
             f"oom: limit {parsed.limit_mib} MiB, {killed} kills by the kernel, {summary['devices'][0]['restarts']} restarts: "
-            f"{len(tight)} pictures, one row each; the large ones: {dict(Counter(s for p, (s, _) in tight.items() if 'large' in p))}"
+            f"{len(tight)} images, one row each; the large ones: {dict(Counter(s for p, (s, _) in tight.items() if 'large' in p))}"
         )
     return 0
 

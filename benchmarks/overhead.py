@@ -3,11 +3,11 @@
     python benchmarks/overhead.py --images DIR [--model efficientnet_lite0] [--repeat 4] [--rounds 5] [--json]
 
 1. The null session computes nothing, so `run` with it should reach the decode-only rate: `imagemill bench --devices null`, interleaved.
-2. CPU time per picture of the launcher's process while workers run, of the ledger, and of the sink, each on its own. The launcher and the
+2. CPU time per image of the launcher's process while workers run, of the ledger, and of the sink, each on its own. The launcher and the
    ledger are timed inside a real run, around their calls; the sink writes the rows of that run once more, in this process, with nothing
    beside it, so that the threads of its libraries are counted too.
 
---repeat gives the folder several times as a source: the more pictures, the less the start counts.
+--repeat gives the folder several times as a source: the more images, the less the start counts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Spent:
 
 
 def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
-    """Run a job; returns its pictures, and CPU seconds of the launcher and the ledger."""
+    """Run a job; returns its images, and CPU seconds of the launcher and the ledger."""
     spent = Spent()
 
     class Timed(runner.Launcher):
@@ -108,17 +108,17 @@ def main() -> None:
     assert measured.end_to_end is not None
     with tempfile.TemporaryDirectory(prefix="imagemill-overhead-") as folder:
         output = Path(folder) / "out"
-        pictures, spent = launcher_and_ledger(
+        images, spent = launcher_and_ledger(
             Settings(sources=folders, output=str(output), model=asked.model, devices="null", preflight=False, report=False)
         )
         spent["sink"] = sink_alone(output, Path(folder) / "again")
-    each = {name: round(1e6 * seconds / pictures, 2) for name, seconds in spent.items()}
+    each = {name: round(1e6 * seconds / images, 2) for name, seconds in spent.items()}
     report = {
-        "pictures": pictures,
+        "images": images,
         "decode_only": measured.decode_only.median,
         "end_to_end": measured.end_to_end.median,
         "ratio": round(measured.end_to_end.median / measured.decode_only.median, 4),
-        "cpu_us_per_picture": each | {"together": round(sum(each.values()), 2)},
+        "cpu_us_per_image": each | {"together": round(sum(each.values()), 2)},
     }
     if asked.json:
         print(json.dumps(report))
@@ -126,7 +126,7 @@ def main() -> None:
     print(
         f"run with the null session {report['end_to_end']:,.1f}, decode only {report['decode_only']:,.1f} images/s: {report['ratio']:.3f}"
     )
-    print("CPU per picture: " + ", ".join(f"{name} {value:.1f} us" for name, value in report["cpu_us_per_picture"].items()))
+    print("CPU per image: " + ", ".join(f"{name} {value:.1f} us" for name, value in report["cpu_us_per_image"].items()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How fast fp32, bf16 and int8 are in the same session, and which kernels int8 runs as.
 
-    python benchmarks/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [PICTURES]
+    python benchmarks/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [IMAGES]
 
-The bundle is copied to a temporary folder and quantised there, on PICTURES (a folder) or on noise; then the three precisions take turns,
+The bundle is copied to a temporary folder and quantised there, on IMAGES (a folder) or on noise; then the three precisions take turns,
 `--seconds` each, `--rounds` times, all cores, no decoding. It prints medians in images/s, their ratios to fp32, and every convolution of
 int8 that does not run as int8. For the accuracy of trained weights, and the gate, use `imagemill quantize MODEL --images SOURCE`.
 """
@@ -29,7 +29,7 @@ from imagemill.tuning import precisions, quantize, trial
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="?", help="folder to calibrate on (default: noise)")
+    parser.add_argument("images", nargs="?", help="folder to calibrate on (default: noise)")
     parser.add_argument("--model", default="resnext101_32x4d")
     parser.add_argument("--models-dir", type=Path, default=bundles.default_models_dir())
     parser.add_argument("--calibration", type=int, default=32)
@@ -49,7 +49,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     pixels = calibration_pixels(given, bundle, cores)
     begun = time.perf_counter()
     model = quantize.quantize(folder / "model.onnx", pixels, len(pixels))
-    print(f"calibrated on {len(pixels)} pictures in {time.perf_counter() - begun:.1f} s")
+    print(f"calibrated on {len(pixels)} images in {time.perf_counter() - begun:.1f} s")
     int8 = quantize.save(model, folder, "int8-bench")
     del model
     found = quantize.kernels(int8)
@@ -95,10 +95,10 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
 
 def calibration_pixels(given: argparse.Namespace, bundle, cores: tuple[int, ...]) -> list[np.ndarray]:
     size = bundle.card.recipe.size
-    if given.pictures is None:
+    if given.images is None:
         rng = np.random.default_rng(0)
         return [rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for _ in range(given.calibration)]
-    source = sources.resolve(given.pictures)
+    source = sources.resolve(given.images)
     entries, _ = precisions.thin(sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()), 2 * given.calibration)
     wanted = trial.Trial(bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0)
     return trial.calibration_pixels(wanted)

@@ -2,7 +2,7 @@
 
     python benchmarks/ray_apart.py --models-dir DIR [--images DIR] [--model efficientnet_lite0] [--limit 328]
 
-Each node is a raylet in a mount namespace of its own; empty file systems lie over the models, the pictures and the cache there. The store
+Each node is a raylet in a mount namespace of its own; empty file systems lie over the models, the images and the cache there. The store
 is a server on 127.0.0.1. Rows must be those of a local run over the same objects, bit for bit; the model must have come to each node.
 """
 
@@ -123,7 +123,7 @@ def main() -> int:
             assert (len(here), len(model)) == (0, 1)
             assert device["images"], "it did nothing"
         assert not list(cache.glob("imagemill/delivered/*")), "this machine has the model"
-        print(f"{ray.json['images']} pictures from S3 to S3 on 2 nodes without a common disk: {len(rows(bucket, 'job'))} parts, "
+        print(f"{ray.json['images']} images from S3 to S3 on 2 nodes without a common disk: {len(rows(bucket, 'job'))} parts, "
               "byte for byte those of a local run")  # fmt: skip
     return 0
 

@@ -7,7 +7,7 @@
     pool            our own run_shards as a class in Ray Data's actor pool: map_batches over the shards, one shard a task
     documented      Ray Data + ONNX Runtime as Ray's guide to batch inference does it (benchmarks/peers/ray_data.py)
 
-All in fp32, over the same --count pictures (the folder's, over and over), in turn, for some rounds; medians. *steady* is images/s without
+All in fp32, over the same --count images (the folder's, over and over), in turn, for some rounds; medians. *steady* is images/s without
 the start: for the first three from the first lease to the last commit, for the last as the peer counts it. *whole* is over the time of the
 whole process. A cluster runs for `ray` and `pool` before their clock starts, as it would.
 """
@@ -145,9 +145,9 @@ def run_pool(source: str, output: str, model: str) -> None:
         num_cpus=len(chosen[0].cores),
     )
     rows = found.take_all()
-    assert sum(row["rows"] for row in rows) == frozen.pictures
+    assert sum(row["rows"] for row in rows) == frozen.images
     seconds = max(row["ended"] for row in rows) - min(row["begun"] for row in rows)
-    print(json.dumps({"steady": frozen.pictures / seconds}))
+    print(json.dumps({"steady": frozen.images / seconds}))
 
 
 def main() -> int:
@@ -168,13 +168,13 @@ def main() -> int:
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in asked.only.split(",")}
     with tempfile.TemporaryDirectory(prefix="imagemill-ray-") as name:
         folder = Path(name)
-        source = links(asked.images, folder / "pictures", asked.count)
+        source = links(asked.images, folder / "images", asked.count)
         for number in range(asked.rounds):
             for kind, rates in found.items():
                 rates.append(once(kind, source, folder / f"{kind}-{number}", asked))
                 print(f"round {number + 1}: {kind:10} steady {rates[-1][0]:8.1f}, whole {rates[-1][1]:8.1f} images/s", flush=True)
     base = {kind: (median(rate for rate, _ in rates), median(rate for _, rate in rates)) for kind, rates in found.items()}
-    print(f"\n{asked.model} fp32, {asked.count} pictures, {cores} cores, median of {asked.rounds}\n")
+    print(f"\n{asked.model} fp32, {asked.count} images, {cores} cores, median of {asked.rounds}\n")
     print("|            | steady images/s | whole images/s | steady against local |")
     print("|------------|----------------:|---------------:|---------------------:|")
     for kind, (steady, whole) in base.items():

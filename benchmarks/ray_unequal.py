@@ -93,7 +93,7 @@ def main() -> int:
     notes.watch()
     loads: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="imagemill-unequal-") as name:
-        source = links(asked.images, Path(name) / "pictures", asked.count)
+        source = links(asked.images, Path(name) / "images", asked.count)
         os.sched_setaffinity(0, cores[:1])
         try:
             with cluster(num_cpus=1, node_name="fast") as nodes:
@@ -125,7 +125,7 @@ def main() -> int:
     last = max(hand[-1][0] for hand in notes.hands.values())
     none_left = next(when for when, count in notes.waiting if count == 0)
     width = (last - first) / _COLUMNS
-    print(f"{summary.images} pictures in shards of {asked.shard_size}, {last - first:.1f} s, {width:.2f} s a column")
+    print(f"{summary.images} images in shards of {asked.shard_size}, {last - first:.1f} s, {width:.2f} s a column")
     print("a figure: so many shards in hand; a dot: none")
     for device, hand in sorted(notes.hands.items()):
         shown = ""

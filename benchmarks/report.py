@@ -4,9 +4,9 @@
     python benchmarks/report.py --sizes 1000000 --run
 
 With --run each job is one that `imagemill run` really did, with the null session: a list that names 5,000 small files over and over, one in
-a hundred of them broken; a million pictures take some 8 minutes on 2 cores. Without it the jobs are written through the plan and the sink
-that every job goes through, with made-up answers: classes as unequal as in photographs, probabilities between 0 and 1, one picture in a
-hundred failed. The pictures that the gallery shows are real files both ways.
+a hundred of them broken; a million images take some 8 minutes on 2 cores. Without it the jobs are written through the plan and the sink
+that every job goes through, with made-up answers: classes as unequal as in photographs, probabilities between 0 and 1, one image in a
+hundred failed. The images that the gallery shows are real files both ways.
 Memory is the peak of the resident set of the process that makes the page (VmHWM), without its disposable decoder.
 """
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 import harness  # noqa: E402
 
 import helpers  # noqa: E402
-import pictures  # noqa: E402
+import sample_images  # noqa: E402
 from imagemill import records  # noqa: E402
 from imagemill.job import documents, ledger, plan  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
@@ -52,8 +52,8 @@ _K = 5
 
 
 def run_job(folder: Path, count: int) -> Path:
-    """Run a job of `count` pictures with the null session; returns the output folder."""
-    output, source = folder / f"out-{count}", folder / f"pictures-{count}.txt"
+    """Run a job of `count` images with the null session; returns the output folder."""
+    output, source = folder / f"out-{count}", folder / f"images-{count}.txt"
     with source.open("w") as lines:
         lines.writelines(f"small/{number % _SMALL_FILES:04d}.jpg\n" for number in range(count))
     begun = time.monotonic()
@@ -70,8 +70,8 @@ def run_job(folder: Path, count: int) -> Path:
 
 
 def make_job(folder: Path, count: int) -> Path:
-    """A job of `count` pictures with all of its parts, made up; returns the output folder."""
-    output, source = folder / f"out-{count}", folder / f"pictures-{count}.txt"
+    """A job of `count` images with all of its parts, made up; returns the output folder."""
+    output, source = folder / f"out-{count}", folder / f"images-{count}.txt"
     with source.open("w") as lines:
         lines.writelines(f"files/{number % _FILES:02d}.jpg\n" for number in range(count))
     os.environ["IMAGEMILL_MODELS"] = str(folder / "models")
@@ -82,7 +82,7 @@ def make_job(folder: Path, count: int) -> Path:
     frozen = documents.read_frozen(paths)
     assert frozen is not None
     shard_size = plan.auto_shard_size(count, 1)
-    frozen = replace(frozen, job=replace(frozen.job, sources=(f"@{source}",)), pictures=count, shard_size=shard_size)
+    frozen = replace(frozen, job=replace(frozen.job, sources=(f"@{source}",)), images=count, shard_size=shard_size)
     paths.job.write_bytes(serialization.dumps(frozen))
     for path in (*paths.plan.iterdir(), *paths.predictions.iterdir()):
         path.unlink()
@@ -103,7 +103,7 @@ def make_job(folder: Path, count: int) -> Path:
 
 
 def answers(shard: Shard, source: str) -> tuple[Batch, TopK]:
-    """Made-up answers to the pictures of a shard."""
+    """Made-up answers to the images of a shard."""
     rng = np.random.default_rng(shard.number)
     failed = rng.random(shard.count) < 0.01
     filled = int((~failed).sum())
@@ -146,12 +146,12 @@ def main() -> int:
         harness.null_bundle(folder / "models", classes=_CLASSES, size=224)
         (folder / "files").mkdir()
         for number in range(_FILES):
-            (folder / "files" / f"{number:02d}.jpg").write_bytes(pictures.jpeg(640, 480, seed=number))
+            (folder / "files" / f"{number:02d}.jpg").write_bytes(sample_images.jpeg(640, 480, seed=number))
         if parsed.run:
             (folder / "small").mkdir()
             for number in range(_SMALL_FILES):
-                data = pictures.jpeg(8, 8, seed=number)
-                (folder / "small" / f"{number:04d}.jpg").write_bytes(data if (number + 1) % _FAILED_EVERY else pictures.half(data))
+                data = sample_images.jpeg(8, 8, seed=number)
+                (folder / "small" / f"{number:04d}.jpg").write_bytes(data if (number + 1) % _FAILED_EVERY else sample_images.half(data))
         print("|      rows | seconds | peak MiB | page MB |\n|----------:|--------:|---------:|--------:|", flush=True)
         for size in parsed.sizes:
             seconds, mebibytes, megabytes = measure(run_job(folder, size) if parsed.run else make_job(folder, size))

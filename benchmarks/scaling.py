@@ -1,8 +1,8 @@
-"""What a job costs besides its pictures, by the number of these: listing, plan, ledger, and what is read of them at each start.
+"""What a job costs besides its images, by the number of these: listing, plan, ledger, and what is read of them at each start.
 
     python benchmarks/scaling.py --sizes 100000 1000000 10000000 [--folder DIR]
 
-Every step is imagemill's own function over made-up pictures, in a process of its own, so that its peak memory (VmHWM) is its own. A picture
+Every step is imagemill's own function over made-up images, in a process of its own, so that its peak memory (VmHWM) is its own. An image
 is a name of some 30 bytes in folders of a thousand. Parts are written by the real sink, with made-up answers (top-5 of 1,000 classes), as
 one worker would; shards are of the size that `auto` gives. Bytes are those on disk. --requests instead counts, over the proxy of the tests,
 the requests that a job with source and output in an object store makes, by kind.
@@ -35,11 +35,11 @@ _MILLION = 1e6
 # ── the steps, each in a process of its own ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _entries(pictures: int) -> Iterator[object]:
+def _entries(images: int) -> Iterator[object]:
     from imagemill.records import Entry
 
-    for number in range(pictures):
-        yield Entry(0, b"folder-%06d/picture-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000)
+    for number in range(images):
+        yield Entry(0, b"folder-%06d/image-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000)
 
 
 def _paths(folder: Path) -> object:
@@ -52,26 +52,26 @@ def _paths(folder: Path) -> object:
     return paths
 
 
-def spool(folder: Path, pictures: int) -> None:
+def spool(folder: Path, images: int) -> None:
     """The listing as it comes, into a file."""
     from imagemill.job import plan
 
-    plan.spool(_entries(pictures), _paths(folder).spool)
+    plan.spool(_entries(images), _paths(folder).spool)
 
 
-def cut(folder: Path, pictures: int) -> None:
+def cut(folder: Path, images: int) -> None:
     """The listing into shards."""
     from imagemill.job import plan
 
     paths = _paths(folder)
-    plan.cut(paths.spool, paths.plan, plan.auto_shard_size(pictures, _DEVICES), by_group=False)
+    plan.cut(paths.spool, paths.plan, plan.auto_shard_size(images, _DEVICES), by_group=False)
 
 
-def shards(folder: Path, pictures: int) -> None:
+def shards(folder: Path, images: int) -> None:
     """What every start reads: the footers of the plan."""
     from imagemill.job import plan
 
-    assert sum(shard.count for shard in plan.shards(_paths(folder).plan)) == pictures
+    assert sum(shard.count for shard in plan.shards(_paths(folder).plan)) == images
 
 
 def parts(folder: Path, _: int) -> None:
@@ -111,7 +111,7 @@ def committed(folder: Path, _: int) -> None:
     assert len(ledger.committed(paths, every)) == len(every)
 
 
-def close(folder: Path, pictures: int) -> None:
+def close(folder: Path, images: int) -> None:
     """Closing the ledger of a job that this launcher has run to its end, receipts in hand."""
     from imagemill.job import ledger, plan
     from imagemill.records import Receipt
@@ -119,18 +119,16 @@ def close(folder: Path, pictures: int) -> None:
     paths = _paths(folder)
     every = plan.shards(paths.plan)
     receipts = [Receipt(shard.number, shard.count, 0, 50_000, 1.0, "0" * 64) for shard in every]
-    assert ledger.close(paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts).images == pictures
+    assert ledger.close(paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts).images == images
 
 
-def reread(folder: Path, pictures: int) -> None:
+def reread(folder: Path, images: int) -> None:
     """Closing it where all parts are of earlier launches: each is read."""
     from imagemill.job import ledger, plan
 
     paths = _paths(folder)
     job = _job(folder)
-    assert (
-        ledger.close(paths, plan.shards(paths.plan), lambda _, path: b"/photos/" + path, job.plan_id, job.answer_id, ()).images == pictures
-    )
+    assert ledger.close(paths, plan.shards(paths.plan), lambda _, path: b"/photos/" + path, job.plan_id, job.answer_id, ()).images == images
 
 
 def verify(folder: Path, _: int) -> None:
@@ -153,13 +151,13 @@ def _job(folder: Path) -> object:
 STEPS: tuple[Callable[[Path, int], None], ...] = (spool, cut, shards, parts, committed, close, reread, verify)
 
 
-def run_step(name: str, folder: Path, pictures: int) -> None:
+def run_step(name: str, folder: Path, images: int) -> None:
     """Do one step in this process and print what it cost."""
     step = next(step for step in STEPS if step.__name__ == name)
     import imagemill.job.ledger  # noqa: F401 - the libraries are not the step's
 
     begun, cpu = time.monotonic(), time.process_time()
-    step(folder, pictures)
+    step(folder, images)
     seconds, cpu_s = time.monotonic() - begun, time.process_time() - cpu
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     assert peak
@@ -170,25 +168,25 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(folder: Path, pictures: int) -> None:
+def measure(folder: Path, images: int) -> None:
     """All steps for one size, a line of the table each."""
     from imagemill.job import plan
 
-    size = plan.auto_shard_size(pictures, _DEVICES)
+    size = plan.auto_shard_size(images, _DEVICES)
     for step in STEPS:
-        command = [sys.executable, __file__, "--step", step.__name__, "--folder", str(folder), "--sizes", str(pictures)]
+        command = [sys.executable, __file__, "--step", step.__name__, "--folder", str(folder), "--sizes", str(images)]
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
         found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
-        per = 1e6 * found["cpu_s"] / pictures
-        cells = (f"{pictures:>11,}", f"{step.__name__:9}", f"{found['seconds']:8.2f}", f"{per:11.2f}", f"{found['peak_mib']:8.1f}")
+        per = 1e6 * found["cpu_s"] / images
+        cells = (f"{images:>11,}", f"{step.__name__:9}", f"{found['seconds']:8.2f}", f"{per:11.2f}", f"{found['peak_mib']:8.1f}")
         print(f"| {' | '.join(cells)} |", flush=True)
     job = folder / "job"
     kinds = {"listing": job / "plan" / ".listing.arrow.tmp"}
-    listing = kinds["listing"].stat().st_size / pictures
-    planned = (_bytes(job / "plan") - kinds["listing"].stat().st_size) / pictures
+    listing = kinds["listing"].stat().st_size / images
+    planned = (_bytes(job / "plan") - kinds["listing"].stat().st_size) / images
     print(
-        f"  {-(-pictures // size):,} shards of {size:,}; bytes a picture: spooled {listing:.1f}, plan {planned:.1f}, "
-        f"parts {_bytes(job / 'predictions') / pictures:.1f}; manifest {(job / 'manifest.json').stat().st_size / 2**20:.1f} MiB\n",
+        f"  {-(-images // size):,} shards of {size:,}; bytes an image: spooled {listing:.1f}, plan {planned:.1f}, "
+        f"parts {_bytes(job / 'predictions') / images:.1f}; manifest {(job / 'manifest.json').stat().st_size / 2**20:.1f} MiB\n",
         flush=True,
     )
 
@@ -196,15 +194,15 @@ def measure(folder: Path, pictures: int) -> None:
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def requests(pictures: int, shard_size: int) -> None:
+def requests(images: int, shard_size: int) -> None:
     """Run one job with source and output in a store, and its finished repeat, and count what the store was asked."""
     import contextlib
 
     import harness
 
     import helpers
-    import pictures as made
     import s3
+    import sample_images as made
 
     seen: Counter[str] = Counter()
 
@@ -223,7 +221,7 @@ def requests(pictures: int, shard_size: int) -> None:
         endpoint = stack.enter_context(s3.serving())
         os.environ.update(s3.environment(endpoint))
         bucket = s3.new_bucket(endpoint)
-        bucket.fill({f"photos/{n:04d}.jpg": made.jpeg(24, 24, seed=n % 16) for n in range(pictures)})
+        bucket.fill({f"photos/{n:04d}.jpg": made.jpeg(24, 24, seed=n % 16) for n in range(images)})
         Counting.upstream = int(endpoint.rpartition(":")[2])
         server = s3.ThreadingHTTPServer(("127.0.0.1", 0), Counting)
         server.daemon_threads = True
@@ -240,7 +238,7 @@ def requests(pictures: int, shard_size: int) -> None:
             seen.clear()
             result = helpers.imagemill_cli(*command, env=env)
             assert result.code == 0, result
-            print(f"{what}: {pictures:,} pictures, shards of {shard_size}: {sum(seen.values()):,} requests")
+            print(f"{what}: {images:,} images, shards of {shard_size}: {sum(seen.values()):,} requests")
             for kind, count in sorted(seen.items()):
                 print(f"  {count:6,}  {kind}")
         server.shutdown()
@@ -250,7 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--requests", type=int, nargs=2, metavar=("PICTURES", "SHARD_SIZE"), help="count requests to an object store")
+    parser.add_argument("--requests", type=int, nargs=2, metavar=("IMAGES", "SHARD_SIZE"), help="count requests to an object store")
     parser.add_argument("--step", choices=[step.__name__ for step in STEPS], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))
@@ -260,7 +258,7 @@ def main() -> int:
     if asked.requests:
         requests(*asked.requests)
         return 0
-    print("|    pictures | step      |  seconds | CPU µs/pict | peak MiB |")
+    print("|    images | step      |  seconds | CPU µs/pict | peak MiB |")
     print("|------------:|-----------|---------:|------------:|---------:|")
     for size in asked.sizes:
         with tempfile.TemporaryDirectory(prefix="imagemill-scaling-", dir=asked.folder) as name:

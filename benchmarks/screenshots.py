@@ -1,11 +1,11 @@
-"""Makes the pictures of docs/images: the terminal while a job runs, and its report.
+"""Makes the images of docs/images: the terminal while a job runs, and its report.
 
     python benchmarks/screenshots.py [--goal docs/images] [--images DIR] [--count 6000] [--all]
 
-Needs imagemill with its dev dependencies, tmux and Chromium. The job is a real one, of links to the demo's own pictures (CC0 or public
-domain) and some broken files. --all makes every picture that is looked at before a release: the terminal at 80 and 160 columns, without
+Needs imagemill with its dev dependencies, tmux and Chromium. The job is a real one, of links to the demo's own images (CC0 or public
+domain) and some broken files. --all makes every image that is looked at before a release: the terminal at 80 and 160 columns, without
 colours and as a log file, the report at the widths of a desktop and a phone, light, dark and printed; give it another --goal. With
---images the pictures are yours, and so are the screenshots: they do not belong into docs/images.
+--images the images are yours, and so are the screenshots: they do not belong into docs/images.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _THEME = TerminalTheme((24, 26, 27), (228, 230, 232), [*_NORMAL, (200, 204, 210)
 
 
 def links(folder: Path, images: Path, count: int) -> None:
-    """`count` links to pictures, mixed, and one broken file for each 500 of them, of three kinds."""
+    """`count` links to images, mixed, and one broken file for each 500 of them, of three kinds."""
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("broken"))
-    broken = itertools.cycle((b"", b"no picture at all", found[0].read_bytes()[:3000]))
+    broken = itertools.cycle((b"", b"no image at all", found[0].read_bytes()[:3000]))
     for number in range(count):
         original = found[number % len(found)]
         (folder / f"{number:06d}-{original.name}").symlink_to(original.resolve())
@@ -58,7 +58,7 @@ def tmux(session: str, *arguments: str) -> str:
 
 
 def terminal(browser: Browser, output: str, columns: int, goal: Path, end: Path | None = None, **environment: str) -> None:
-    """Run a job in a terminal of so many columns; take a picture of it while it runs, and one of its end where that is wanted."""
+    """Run a job in a terminal of so many columns; take an image of it while it runs, and one of its end where that is wanted."""
     session = f"imagemill-{os.getpid()}"
     lines = [f"imagemill run photos --output {output} --model efficientnet_lite0 \\", "    --devices cpu:2 --precision fp32"]
     command = shlex.split(" ".join(lines).replace("\\", ""))
@@ -105,7 +105,7 @@ def shrink(path: Path) -> None:
     Image.open(path).convert("RGB").quantize(_COLOURS, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
-def page_pictures(browser: Browser, report: Path, goal: Path) -> None:
+def page_images(browser: Browser, report: Path, goal: Path) -> None:
     """All of a report at two widths, light and dark, and on paper."""
     for width, scheme in itertools.product((1280, 360), ("light", "dark")):
         shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def page_pictures(browser: Browser, report: Path, goal: Path) -> None:
     shown.pdf(path=goal / "report.pdf", prefer_css_page_size=True, format="A4")
 
 
-def gallery_picture(browser: Browser, goal: Path) -> None:
+def gallery_image(browser: Browser, goal: Path) -> None:
     """The head and the gallery of the demo's report."""
     subprocess.run([sys.executable, "-m", "imagemill", "demo", "--output", "demo"], check=True, capture_output=True)
     shown = browser.new_page(viewport={"width": 1120, "height": 560})
@@ -141,9 +141,9 @@ def main() -> int:
         folder.mkdir()
         links(folder, asked.images.absolute(), asked.count)
         terminal(browser, "out", 80, asked.goal / "terminal.png", asked.goal / "terminal-end.png" if asked.all else None)
-        gallery_picture(browser, asked.goal / "report.png")
+        gallery_image(browser, asked.goal / "report.png")
         if asked.all:
-            page_pictures(browser, Path("out/report.html").absolute(), asked.goal)
+            page_images(browser, Path("out/report.html").absolute(), asked.goal)
             terminal(browser, "wide", 160, asked.goal / "terminal-160.png")
             terminal(browser, "plain", 80, asked.goal / "no-color.png", NO_COLOR="1")
             with (asked.goal / "log.txt").open("wb") as log:

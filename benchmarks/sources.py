@@ -1,4 +1,4 @@
-"""The same pictures as folder, list, zip, tar, tar.gz, WebDataset, Parquet, HTTP and S3: same answers, also when killed and resumed.
+"""The same images as folder, list, zip, tar, tar.gz, WebDataset, Parquet, HTTP and S3: same answers, also when killed and resumed.
 
     python benchmarks/sources.py --images PHOTOGRAPHS --model efficientnet_lite0
 
@@ -48,7 +48,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def make(folder: Path, images: Path) -> dict[str, list[str]]:
-    """The forms below `folder`: name → source arguments. All list the pictures in the same order."""
+    """The forms below `folder`: name → source arguments. All list the images in the same order."""
     files = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     files.sort(key=lambda path: path.relative_to(images).as_posix().encode().split(b"/"))
     names = [path.relative_to(images).as_posix() for path in files]
@@ -109,7 +109,7 @@ def killed_and_resumed(command: list[str], output: Path) -> tuple[int, int]:
     while process.poll() is None:
         if want is None and (output / "job.json").exists():
             frozen = json.loads((output / "job.json").read_text())
-            want = max(1, -(-frozen["pictures"] // frozen["shard_size"]) // 3)
+            want = max(1, -(-frozen["images"] // frozen["shard_size"]) // 3)
         if want and len(helpers.parts(output)) >= want:
             process.send_signal(signal.SIGKILL)
         time.sleep(0.01)

@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py --model resnext101_32x4d [--precision int8] [--rounds 5] [--json]
 
-One picture, made here. After a first run, which compiles the model and leaves it in the cache, each round measures, from the start of the
+One image, made here. After a first run, which compiles the model and leaves it in the cache, each round measures, from the start of the
 command: when a worker is ready, as launcher.log tells; when the first part is there, which holds the answer of the first logits and so
 comes after them; when the command ends; and how long the same command takes when it is repeated.
 """
@@ -21,7 +21,7 @@ from statistics import median
 POLL_S = 0.002
 
 
-def picture(path: Path) -> None:
+def image(path: Path) -> None:
     import numpy as np
     from PIL import Image
 
@@ -56,11 +56,11 @@ def main() -> None:
     rounds: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="imagemill-startup-") as temporary:
         folder = Path(temporary)
-        (folder / "pictures").mkdir()
-        picture(folder / "pictures" / "one.jpg")
+        (folder / "images").mkdir()
+        image(folder / "images" / "one.jpg")
         for number in range(asked.rounds + 1):
             output = folder / str(number)
-            command = [sys.executable, "-m", "imagemill", "run", str(folder / "pictures"), "--output", str(output)]
+            command = [sys.executable, "-m", "imagemill", "run", str(folder / "images"), "--output", str(output)]
             command += ["--model", asked.model, "--precision", asked.precision]
             found = first_run(command, output)
             begun = time.monotonic()

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imagemill.pipeline.sources import Filters, Skipped, Source, open_all
-from imagemill.records import BadPicture, Entry
+from imagemill.records import BadImage, Entry
 
 KINDS = ("zip", "tar", "tar.gz", "webdataset")
 
 
-def pack(folder: Path, kind: str, files: Mapping[str, bytes], name: str = "pictures") -> str:
+def pack(folder: Path, kind: str, files: Mapping[str, bytes], name: str = "images") -> str:
     """Pack files, in order, into `folder/NAME.KIND`; a WebDataset is three tars named by braces. Returns the source to give."""
     if kind == "webdataset":
         items = list(files.items())
@@ -118,7 +118,7 @@ def fetched(source: Source, entry: Entry, max_bytes: int = 2**20) -> bytes | str
     """The bytes of a member, or `STATUS: error`."""
     try:
         return source.fetch(entry.path, entry.locator, max_bytes)
-    except BadPicture as bad:
+    except BadImage as bad:
         return f"{bad.status}: {bad.error}"
 
 

@@ -1,4 +1,4 @@
-"""Batches of random pixels and jobs without pictures, for tests of sessions."""
+"""Batches of random pixels and jobs without images, for tests of sessions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHARD = Shard(0, 0, 1000, 0, "plan.parquet", 0)
 
 
 def rows(filled: int) -> tuple[Row, ...]:
-    """The rows of a batch whose pictures are all sound."""
+    """The rows of a batch whose images are all sound."""
     return tuple(Row(place, _SHARD, "/somewhere", f"{place}.jpg", Status.OK, None, SIZE, SIZE, place) for place in range(filled))
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that test modules share: models, folders of pictures, and one run over the photographs."""
+"""Fixtures that test modules share: models, folders of images, and one run over the photographs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import helpers
-import pictures
+import sample_images
 from imagemill.models import bundle, registry
 from imagemill.records import Bundle, Settings
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
@@ -82,28 +82,28 @@ def photographs_run(photographs: Path, lite0: Bundle, tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def some_jpegs() -> dict[str, bytes]:
     """Forty small JPEGs of different content, some in sub-folders, by name."""
-    return {f"{'abc'[seed % 3]}/{seed:02d}.jpg": pictures.jpeg(40 + seed, 50, seed=seed, quality=80) for seed in range(40)}
+    return {f"{'abc'[seed % 3]}/{seed:02d}.jpg": sample_images.jpeg(40 + seed, 50, seed=seed, quality=80) for seed in range(40)}
 
 
 @pytest.fixture
 def jpegs(tmp_path: Path) -> Callable[..., Path]:
     """Makes a folder of `count` small JPEGs of different content."""
 
-    def make(count: int = 12, name: str = "pictures", **files: bytes) -> Path:
+    def make(count: int = 12, name: str = "images", **files: bytes) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return helpers.fill(folder, {f"{seed:03d}.jpg": pictures.jpeg(48, 40, seed=seed, quality=80) for seed in range(count)} | files)
+        return helpers.fill(folder, {f"{seed:03d}.jpg": sample_images.jpeg(48, 40, seed=seed, quality=80) for seed in range(count)} | files)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 pictures that take some 20 ms each to decode, so that there is time to send a signal; links to a few files. Larger ones on a
+    """96 images that take some 20 ms each to decode, so that there is time to send a signal; links to a few files. Larger ones on a
     faster machine."""
     folder = tmp_path_factory.mktemp("slow")
     for width in (900, 1200, 1600):
-        data = [pictures.encode(pictures.photograph(width, 800, seed), "PNG", compress_level=1) for seed in range(4)]
+        data = [sample_images.encode(sample_images.photograph(width, 800, seed), "PNG", compress_level=1) for seed in range(4)]
         begun = time.process_time()
         for item in data:
             Image.open(io.BytesIO(item)).load()

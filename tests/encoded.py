@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import pictures
-from pictures import chunk, encode, exif, photograph, png
+import sample_images
+from sample_images import chunk, encode, exif, photograph, png
 
 W, H = 44, 36
 """Size of most samples: small, so that thousands of mutations are decoded in a minute, and not square."""
@@ -380,15 +380,15 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "PPM": lambda: _replaced("PPM", b"44 36", b"20000 20000"),
     "PPM plain": lambda: _replaced("PPM plain", b"44 36", b"20000 20000"),
     "PFM": lambda: _replaced("PPM float", b"44 36", b"20000 20000"),
-    "WEBP": pictures.webp_bomb,
+    "WEBP": sample_images.webp_bomb,
     "AVIF": lambda: _replaced("AVIF", b"ispe" + struct.pack(">III", 0, W, H), b"ispe" + struct.pack(">III", 0, _SIDE, _SIDE)),
-    "JPEG": lambda: pictures.jpeg_patched(width=_SIDE, height=_SIDE),
+    "JPEG": lambda: sample_images.jpeg_patched(width=_SIDE, height=_SIDE),
     "JPEG CMYK": lambda: _replaced("JPEG CMYK", b"\x08" + struct.pack(">HH", H, W), b"\x08" + struct.pack(">HH", _SIDE, _SIDE)),
     "JPEG2000": lambda: _replaced("JPEG2000", b"ihdr" + struct.pack(">II", H, W), b"ihdr" + struct.pack(">II", _SIDE, _SIDE)),
     "JPEG2000 stream": jpeg2000_bomb,
-    "TIFF": lambda: pictures.tiff(_SIDE, _SIDE),
+    "TIFF": lambda: sample_images.tiff(_SIDE, _SIDE),
     "PSD": lambda: _patched("PSD", height=(">I", 14), width=(">I", 18)),
-    "ICO": pictures.ico_bomb,
+    "ICO": sample_images.ico_bomb,
     "ICO bitmap": lambda: _patched("ICO bitmap", width=("<i", 26), height=("<i", 30)),
     "ICNS": inner_png_icns,
     "ICNS JPEG2000": inner_jpeg2000_icns,

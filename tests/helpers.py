@@ -1,4 +1,4 @@
-"""What tests share that is not a fixture: the command line as a child process, folders of pictures, and the rows of an output."""
+"""What tests share that is not a fixture: the command line as a child process, folders of images, and the rows of an output."""
 
 from __future__ import annotations
 

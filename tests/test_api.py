@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 import helpers
 import imagemill
-import pictures
+import sample_images
 from imagemill import api
 from imagemill.errors import ModelError
 from imagemill.models import bundle, registry
@@ -148,16 +148,16 @@ def test_progress_is_shown_when_it_is_asked_for(jpegs: Callable[..., Path], tmp_
 def test_predictions_are_the_rows_of_a_run(classifier: imagemill.Classifier, lite0: Any, tmp_path: Path) -> None:
     """Good images and bad ones of many kinds: every column is the same, bit for bit, from paths, from bytes and from binary files."""
     good = {
-        "wide.jpg": pictures.jpeg(1300, 600),
-        "tall.png": pictures.encode(pictures.photograph(70, 300), "PNG"),
-        "grey.jpg": pictures.encode(pictures.photograph(99, 80).convert("L"), "JPEG"),
-        "turned.jpg": pictures.jpeg(200, 90, orientation=6),
-        "turned.png": pictures.encode(pictures.photograph(90, 60), "PNG", exif=pictures.exif(8)),
-        "turned.tif": pictures.encode(pictures.photograph(90, 60), "TIFF", exif=pictures.exif(5)),
-        "deep.png": pictures.encode(Image.fromarray(np.linspace(0, 65535, 4800).astype(np.uint16).reshape(60, 80)), "PNG"),
-        "palette.gif": pictures.animated_gif(),
+        "wide.jpg": sample_images.jpeg(1300, 600),
+        "tall.png": sample_images.encode(sample_images.photograph(70, 300), "PNG"),
+        "grey.jpg": sample_images.encode(sample_images.photograph(99, 80).convert("L"), "JPEG"),
+        "turned.jpg": sample_images.jpeg(200, 90, orientation=6),
+        "turned.png": sample_images.encode(sample_images.photograph(90, 60), "PNG", exif=sample_images.exif(8)),
+        "turned.tif": sample_images.encode(sample_images.photograph(90, 60), "TIFF", exif=sample_images.exif(5)),
+        "deep.png": sample_images.encode(Image.fromarray(np.linspace(0, 65535, 4800).astype(np.uint16).reshape(60, 80)), "PNG"),
+        "palette.gif": sample_images.animated_gif(),
     }
-    bad = {"cut.jpg": pictures.jpeg(300, 200)[:900], "text.jpg": b"text", "empty.jpg": b""}
+    bad = {"cut.jpg": sample_images.jpeg(300, 200)[:900], "text.jpg": b"text", "empty.jpg": b""}
     folder = helpers.fill(tmp_path / "in", good | bad)
     made = imagemill.run(
         folder,
@@ -185,12 +185,12 @@ def test_predictions_are_the_rows_of_a_run(classifier: imagemill.Classifier, lit
     assert [columns(item) for item in classifier.stream(io.BytesIO((folder / row["path"]).read_bytes()) for row in rows)] == expected
 
 
-def test_pixels_are_prepared_as_the_same_picture_in_a_file(classifier: imagemill.Classifier) -> None:
-    """RGB arrays, grey arrays, views, batches of them and Pillow's pictures answer as a PNG of the same pixels does."""
-    image = pictures.photograph(321, 234)
+def test_pixels_are_prepared_as_the_same_image_in_a_file(classifier: imagemill.Classifier) -> None:
+    """RGB arrays, grey arrays, views, batches of them and Pillow's images answer as a PNG of the same pixels does."""
+    image = sample_images.photograph(321, 234)
     grey = image.convert("L")
-    (colour,) = classifier.predict(pictures.encode(image, "PNG"))
-    (plain,) = classifier.predict(pictures.encode(grey, "PNG"))
+    (colour,) = classifier.predict(sample_images.encode(image, "PNG"))
+    (plain,) = classifier.predict(sample_images.encode(grey, "PNG"))
     pixels = np.asarray(image)
     shifted = np.zeros((300, 400, 3), np.uint8)
     shifted[20:254, 30:351] = pixels
@@ -215,12 +215,12 @@ def displayed(image: Image.Image) -> bytes:
         image = image.convert("LA")
     elif image.mode not in {"1", "L", "LA", "P", "RGB", "RGBA"}:
         image = image.convert("RGBA" if image.mode in {"PA", "RGBa"} else "RGB")
-    return pictures.encode(image, "PNG")
+    return sample_images.encode(image, "PNG")
 
 
 def in_mode(mode: str) -> Image.Image:
     """An image of a mode, with an alpha channel that varies where the mode has one."""
-    image = pictures.photograph(50, 40)
+    image = sample_images.photograph(50, 40)
     values = np.asarray(image.convert("L"))
     image.putalpha(Image.fromarray(values // 2 + 100))
     if mode.startswith("I;16"):
@@ -257,7 +257,7 @@ def test_a_pillow_image_is_what_it_displays(small: imagemill.Classifier) -> None
 
 
 def lossless(file_format: str, image: Image.Image | None = None, **options: Any) -> bytes:
-    return pictures.encode(pictures.photograph(60, 44) if image is None else image, file_format, **options)
+    return sample_images.encode(sample_images.photograph(60, 44) if image is None else image, file_format, **options)
 
 
 def numbers(kind: str, low: float, high: float) -> bytes:
@@ -267,14 +267,14 @@ def numbers(kind: str, low: float, high: float) -> bytes:
 
 OPENED: dict[str, Callable[[], bytes]] = {
     "png": lambda: lossless("PNG"),
-    "png, turned": lambda: lossless("PNG", exif=pictures.exif(6)),
+    "png, turned": lambda: lossless("PNG", exif=sample_images.exif(6)),
     "png, 16 bits": lambda: lossless("PNG", in_mode("I;16")),
     "png, palette": lambda: lossless("PNG", in_mode("P")),
-    "tiff, turned": lambda: lossless("TIFF", exif=pictures.exif(8)),
-    "tiff, 16 bits, turned": lambda: lossless("TIFF", in_mode("I;16"), exif=pictures.exif(5)),
-    "webp, turned": lambda: lossless("WEBP", lossless=True, exif=pictures.exif(3)),
-    "gif": pictures.animated_gif,
-    "jpeg, turned": lambda: pictures.jpeg(60, 44, orientation=7),
+    "tiff, turned": lambda: lossless("TIFF", exif=sample_images.exif(8)),
+    "tiff, 16 bits, turned": lambda: lossless("TIFF", in_mode("I;16"), exif=sample_images.exif(5)),
+    "webp, turned": lambda: lossless("WEBP", lossless=True, exif=sample_images.exif(3)),
+    "gif": sample_images.animated_gif,
+    "jpeg, turned": lambda: sample_images.jpeg(60, 44, orientation=7),
     "jpeg, CMYK": lambda: lossless("JPEG", in_mode("CMYK")),
     "float, 0 to 1": lambda: numbers("f4", 0, 1),
     "float, 0 to 255": lambda: numbers("f4", 0, 255),
@@ -297,25 +297,25 @@ def test_a_pillow_image_answers_as_the_file_it_was_opened_from(small: imagemill.
 
 def broken_png() -> bytes:
     """A PNG with a damaged zlib stream under the right checksum: Pillow's first `load` raises, and its second succeeds."""
-    data = pictures.encode(pictures.photograph(96, 96), "PNG")
+    data = sample_images.encode(sample_images.photograph(96, 96), "PNG")
     at = data.index(b"IDAT")
     (length,) = struct.unpack_from(">I", data, at - 4)
     stream = bytearray(data[at + 4 : at + 4 + length])
     stream[length // 2 : length // 2 + 16] = bytes(16)
-    return data[: at - 4] + pictures.chunk(b"IDAT", bytes(stream)) + data[at + 8 + length :]
+    return data[: at - 4] + sample_images.chunk(b"IDAT", bytes(stream)) + data[at + 8 + length :]
 
 
 def opened_then_closed(close: str) -> Image.Image:
-    file = io.BytesIO(pictures.jpeg())
+    file = io.BytesIO(sample_images.jpeg())
     image = Image.open(file)
     (file if close == "file" else image).close()
     return image
 
 
 BAD: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "cut jpeg": (lambda: Image.open(io.BytesIO(pictures.half(pictures.jpeg(200, 100)))), "truncated", "truncated"),
-    "cut png": (lambda: Image.open(io.BytesIO(pictures.half(lossless("PNG")))), "truncated", "truncated"),
-    "cut gif": (lambda: Image.open(io.BytesIO(pictures.half(lossless("GIF")))), "truncated", "truncated"),
+    "cut jpeg": (lambda: Image.open(io.BytesIO(sample_images.half(sample_images.jpeg(200, 100)))), "truncated", "truncated"),
+    "cut png": (lambda: Image.open(io.BytesIO(sample_images.half(lossless("PNG")))), "truncated", "truncated"),
+    "cut gif": (lambda: Image.open(io.BytesIO(sample_images.half(lossless("GIF")))), "truncated", "truncated"),
     "broken png": (lambda: Image.open(io.BytesIO(broken_png())), "corrupt", "data stream"),
     "closed image": (lambda: opened_then_closed("image"), "read_error", "closed image"),
     "closed under it": (lambda: opened_then_closed("file"), "read_error", "closed file"),
@@ -323,8 +323,8 @@ BAD: dict[str, tuple[Callable[[], Any], str, str]] = {
     "no height": (lambda: np.zeros((0, 4, 3), np.uint8), "empty", "it has no pixels: 4×0"),
     "large": (lambda: Image.new("RGB", (1001, 1000)), "too_large", "budget of 1000000 pixels"),
     "large array": (lambda: np.zeros((1000, 1001), np.uint8), "too_large", "budget of 1000000 pixels"),
-    "bomb": (lambda: opened_without_limit(pictures.png(50_000, 50_000)), "too_large", "budget of 1000000 pixels"),
-    "closed file": (lambda: closed(io.BytesIO(pictures.jpeg())), "read_error", "cannot be read: I/O operation on closed file"),
+    "bomb": (lambda: opened_without_limit(sample_images.png(50_000, 50_000)), "too_large", "budget of 1000000 pixels"),
+    "closed file": (lambda: closed(io.BytesIO(sample_images.jpeg())), "read_error", "cannot be read: I/O operation on closed file"),
     "failing file": (lambda: Reader(b"", OSError(5, "Input/output error")), "read_error", "cannot be read: Input/output error"),
     "waiting file": (lambda: Reader(b"", None), "read_error", "non-blocking"),
     "empty file": (lambda: io.BytesIO(), "empty", "0 bytes"),
@@ -371,7 +371,7 @@ class Reader:
 def test_a_bad_image_costs_its_own_prediction(small: imagemill.Classifier, name: str) -> None:
     """Its neighbours are answered, and the same object is as bad the second time."""
     make, status, error = BAD[name]
-    bad, good = make(), pictures.jpeg()
+    bad, good = make(), sample_images.jpeg()
     found = small.predict([good, bad, bad, good])
     assert [item.status for item in found] == ["ok", status, status, "ok"]
     assert error in str(found[1].error)
@@ -381,7 +381,10 @@ def test_a_bad_image_costs_its_own_prediction(small: imagemill.Classifier, name:
 
 def test_the_size_of_a_bad_pillow_image_is_the_displayed_one(small: imagemill.Classifier) -> None:
     """As it is for a file."""
-    data = (pictures.half(pictures.jpeg(200, 100, orientation=6)), pictures.half(lossless("TIFF", exif=pictures.exif(6))))
+    data = (
+        sample_images.half(sample_images.jpeg(200, 100, orientation=6)),
+        sample_images.half(lossless("TIFF", exif=sample_images.exif(6))),
+    )
     images = [Image.open(io.BytesIO(item)) for item in data]
     found = small.predict(images)
     assert [(item.status, item.width, item.height) for item in found] == [("truncated", 100, 200), ("truncated", 44, 60)]
@@ -390,14 +393,14 @@ def test_the_size_of_a_bad_pillow_image_is_the_displayed_one(small: imagemill.Cl
 def test_pixels_have_no_size_in_bytes(models_dir: Path) -> None:
     """The limit of bytes is for encoded images: 10,000 pixels are no 100 bytes, and are answered."""
     with imagemill.load("tiny", precision="fp32", limits=Limits(max_bytes=100)) as opened:
-        image = pictures.photograph(100, 100)
-        found = opened.predict([image, np.asarray(image), image.convert("F"), pictures.encode(image, "PNG")])
+        image = sample_images.photograph(100, 100)
+        found = opened.predict([image, np.asarray(image), image.convert("F"), sample_images.encode(image, "PNG")])
     assert [item.status for item in found] == ["ok", "ok", "ok", "too_large"]
 
 
 def test_a_binary_file_of_any_make_is_one_image(small: imagemill.Classifier, tmp_path: Path) -> None:
     """Buffered, raw, in memory, spooled, in a zip, or of another make; from its position on; also alone, and line breaks split nothing."""
-    data = pictures.encode(pictures.photograph(60, 50), "PNG") + b"\n\n"
+    data = sample_images.encode(sample_images.photograph(60, 50), "PNG") + b"\n\n"
     (expected,) = small.predict(data)
     helpers.fill(tmp_path, {"a.png": data, "b.bin": b"header" + data})
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -425,7 +428,7 @@ def test_a_binary_file_of_any_make_is_one_image(small: imagemill.Classifier, tmp
 
 def test_bad_files_answer_alike_however_they_are_given(small: imagemill.Classifier, tmp_path: Path) -> None:
     """By path, as bytes and as a binary file: the same status, error and size."""
-    bad = {name: make()[0] for name, make in pictures.HOSTILE.items() if "bomb" not in name}  # these are slow
+    bad = {name: make()[0] for name, make in sample_images.HOSTILE.items() if "bomb" not in name}  # these are slow
     helpers.fill(tmp_path, bad)
     expected = [columns(item) for item in small.predict([tmp_path / name for name in bad])]
     assert [columns(item) for item in small.predict(list(bad.values()))] == expected
@@ -435,7 +438,7 @@ def test_bad_files_answer_alike_however_they_are_given(small: imagemill.Classifi
 
 def test_buffers_of_any_make_are_their_bytes(small: imagemill.Classifier) -> None:
     """Also those that lie scattered in memory."""
-    data = pictures.jpeg()
+    data = sample_images.jpeg()
     scattered = bytearray(2 * len(data))
     scattered[::2] = data
     found = small.predict([data, bytearray(data), memoryview(data), memoryview(scattered)[::2]])
@@ -475,13 +478,13 @@ def test_no_more_of_a_file_is_read_than_the_limit(small: imagemill.Classifier) -
 )
 def test_what_is_no_image_is_a_clear_error(small: imagemill.Classifier, item: Any, message: str) -> None:
     """A mistake of the caller's program ends the call; of a list nothing is read before."""
-    file = io.BytesIO(pictures.jpeg())
+    file = io.BytesIO(sample_images.jpeg())
     with pytest.raises(imagemill.UsageError, match="item 1 " + message):
         small.predict([file, item])
     assert file.tell() == 0
     with pytest.raises(imagemill.UsageError, match="item 0 " + message):
         small.predict(item)
-    answers = small.stream(iter([pictures.jpeg(), item]))
+    answers = small.stream(iter([sample_images.jpeg(), item]))
     assert next(answers).status == "ok"
     with pytest.raises(imagemill.UsageError, match="item 1 " + message):
         next(answers)
@@ -511,8 +514,8 @@ def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: 
 
 
 def test_threads_may_share_a_classifier(classifier: imagemill.Classifier) -> None:
-    """Each gets the answers to its own pictures, in order."""
-    data = [[pictures.jpeg(60 + item, 50, seed=10 * thread + item) for item in range(6)] for thread in range(3)]
+    """Each gets the answers to its own images, in order."""
+    data = [[sample_images.jpeg(60 + item, 50, seed=10 * thread + item) for item in range(6)] for thread in range(3)]
     expected = [[item.logits.tolist() for item in classifier.predict(items)] for items in data]
     found: dict[int, list[Any]] = {}
 
@@ -530,7 +533,7 @@ def test_threads_may_share_a_classifier(classifier: imagemill.Classifier) -> Non
 
 def test_a_nan_costs_its_own_prediction(models_dir: Path) -> None:
     """The image's prediction is `invalid_output`, without class and saved arrays; the others of the call are answered."""
-    white, other = np.full((32, 32, 3), 255, np.uint8), np.asarray(pictures.photograph(32, 32))
+    white, other = np.full((32, 32, 3), 255, np.uint8), np.asarray(sample_images.photograph(32, 32))
     with imagemill.load("spoilt", precision="fp32", save=("logits", "embedding")) as opened:
         *good, bad = opened.predict([other] * 9 + [white])
         assert good == opened.predict([other]) * 9
@@ -553,12 +556,12 @@ def test_a_failing_iteration_does_not_spoil_the_next_call(small: imagemill.Class
     """What the caller's own generator raises passes through."""
 
     def items() -> Iterator[bytes]:
-        yield pictures.jpeg()
+        yield sample_images.jpeg()
         raise error
 
     with pytest.raises(type(error), match="mine"):
         small.predict(items())
-    assert small.predict(pictures.jpeg())[0].status == "ok"
+    assert small.predict(sample_images.jpeg())[0].status == "ok"
 
 
 def test_a_stream_answers_in_order_while_items_still_come(small: imagemill.Classifier) -> None:
@@ -568,7 +571,7 @@ def test_a_stream_answers_in_order_while_items_still_come(small: imagemill.Class
     def items() -> Iterator[Any]:
         nonlocal taken
         for taken in itertools.count():
-            yield pictures.jpeg(30 + taken, 40) if taken % 3 else b"text"
+            yield sample_images.jpeg(30 + taken, 40) if taken % 3 else b"text"
 
     ahead = 8 + 2 * (small._ahead + 2)  # the images decoded ahead, and two a batch
     answers = small.stream(items())
@@ -585,7 +588,7 @@ def test_a_stream_and_predict_keep_few_images_in_memory(small: imagemill.Classif
     def items(count: int) -> Iterator[Any]:
         for number in range(count):
             pixels = np.full((500, 600, 3), number, np.uint8)
-            yield (pixels, Image.fromarray(pixels), pictures.encode(Image.fromarray(pixels), "BMP"))[number % 3]
+            yield (pixels, Image.fromarray(pixels), sample_images.encode(Image.fromarray(pixels), "BMP"))[number % 3]
 
     def peak(count: int, call: Callable[[Any], Any]) -> int:
         tracemalloc.reset_peak()
@@ -603,7 +606,7 @@ def test_a_stream_and_predict_keep_few_images_in_memory(small: imagemill.Classif
 
 def test_items_may_be_closed_or_used_again_once_the_next_is_asked_for(small: imagemill.Classifier, tmp_path: Path) -> None:
     """An array that is filled again, a frame that moves on, a file that its generator closes: each is what it was when it was given."""
-    helpers.fill(tmp_path, {f"{number}.png": pictures.encode(pictures.photograph(40, 30, number), "PNG") for number in range(12)})
+    helpers.fill(tmp_path, {f"{number}.png": sample_images.encode(sample_images.photograph(40, 30, number), "PNG") for number in range(12)})
     paths = sorted(tmp_path.glob("*.png"))
     expected = [columns(item) for item in small.predict(paths)]
 
@@ -627,7 +630,7 @@ def test_items_may_be_closed_or_used_again_once_the_next_is_asked_for(small: ima
 
     for items in (arrays, images, buffers):
         assert [columns(item) for item in small.stream(items())] == expected, items.__name__
-    frames = Image.open(io.BytesIO(pictures.animated_gif()))
+    frames = Image.open(io.BytesIO(sample_images.animated_gif()))
     assert len({item.logits.tobytes() for item in small.predict(ImageSequence.Iterator(frames))}) == 3  # type: ignore[union-attr]
 
 
@@ -636,7 +639,7 @@ def test_what_an_iterable_raises_comes_after_the_answers_before_it(small: imagem
 
     def items() -> Iterator[bytes]:
         for number in range(5):
-            yield pictures.jpeg(30 + number, 40)
+            yield sample_images.jpeg(30 + number, 40)
         raise KeyError("mine")
 
     found = []
@@ -663,13 +666,13 @@ def test_a_stream_that_is_left_early_lets_go(small: imagemill.Classifier) -> Non
         assert prediction.status == "ok"
         break
     assert ended == [True]
-    assert small.predict(pictures.jpeg())[0].status == "ok"
+    assert small.predict(sample_images.jpeg())[0].status == "ok"
     assert not [reference for reference in references if reference() is not None]
 
 
 def test_streams_and_calls_do_not_wait_for_each_other(small: imagemill.Classifier) -> None:
     """Two streams in turn, a call from another thread while they are open, and a call within a stream's own iterable."""
-    data = [pictures.jpeg(60, 50, seed=seed) for seed in range(30)]
+    data = [sample_images.jpeg(60, 50, seed=seed) for seed in range(30)]
     expected = [columns(item) for item in small.predict(data)]
     first, second = small.stream(data), small.stream(reversed(data))
     assert [columns(next(first)) for _ in range(5)] == expected[:5]
@@ -687,7 +690,7 @@ def test_streams_and_calls_do_not_wait_for_each_other(small: imagemill.Classifie
 
 def test_a_stream_of_one_item_or_none(small: imagemill.Classifier) -> None:
     """A single item is one, as for `predict`."""
-    assert [item.status for item in small.stream(pictures.jpeg())] == ["ok"]
+    assert [item.status for item in small.stream(sample_images.jpeg())] == ["ok"]
     assert [item.status for item in small.stream("gone.jpg")] == ["missing"]
     assert list(small.stream(iter(()))) == []
 
@@ -695,7 +698,7 @@ def test_a_stream_of_one_item_or_none(small: imagemill.Classifier) -> None:
 def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
     """At its next answer, and also if its own iterable closes the classifier; a thread that waits for an answer is not left waiting."""
     opened = imagemill.load("tiny", precision="fp32")
-    answers = opened.stream(itertools.repeat(pictures.jpeg()))
+    answers = opened.stream(itertools.repeat(sample_images.jpeg()))
     next(answers)
     opened.close()
     with pytest.raises(imagemill.UsageError, match="is closed"):
@@ -709,7 +712,7 @@ def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
         for number in itertools.count():
             if number == 100:
                 opened.close()
-            yield pictures.jpeg()
+            yield sample_images.jpeg()
 
     with pytest.raises(imagemill.UsageError, match="is closed"):
         opened.predict(items())
@@ -720,7 +723,7 @@ def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
     def ask() -> None:
         def endless() -> Iterator[bytes]:
             while True:
-                yield pictures.jpeg()
+                yield sample_images.jpeg()
                 begun.set()
 
         with pytest.raises(imagemill.UsageError, match="is closed"):
@@ -750,7 +753,7 @@ def test_closing_while_a_batch_is_computed_ends(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(api, "check_model", lambda *_: None)  # which would stream before there is a classifier
     opened = imagemill.load("tiny", device="null")
     found: list[Any] = []
-    asking = threading.Thread(target=lambda: found.append(next(opened.stream(pictures.jpeg()))), daemon=True)
+    asking = threading.Thread(target=lambda: found.append(next(opened.stream(sample_images.jpeg()))), daemon=True)
     asking.start()
     assert begun.wait(60)
     closing = threading.Thread(target=opened.close, daemon=True)
@@ -785,7 +788,7 @@ def test_a_session_that_fails_is_opened_again(monkeypatch: pytest.MonkeyPatch, m
         return Failing(*arguments)
 
     monkeypatch.setattr(api, "open_session", opened_session)
-    items = [pictures.jpeg()] * 100
+    items = [sample_images.jpeg()] * 100
     with imagemill.load("tiny", device="null", batch_size=1) as opened:
         state = "lost"
         with pytest.raises(ModelError, match="lost"):
@@ -801,15 +804,15 @@ def test_a_forked_child_is_told_to_load_its_own(models_dir: Path) -> None:
     """At once, and not by hanging: each use says so, closing does nothing, the child ends by itself, and its own classifier works."""
     program = """
 import itertools, os, signal, sys
-import imagemill, pictures
+import imagemill, images
 
 with imagemill.load("tiny", precision="fp32") as opened:
-    answers = opened.stream(itertools.repeat(pictures.jpeg()))
+    answers = opened.stream(itertools.repeat(sample_images.jpeg()))
     expected = next(answers)
     child = os.fork()
     if not child:
         signal.alarm(60)  # ends it if it hangs
-        for use in (lambda: opened.predict(pictures.jpeg()), lambda: opened.stream([]), lambda: next(answers)):
+        for use in (lambda: opened.predict(sample_images.jpeg()), lambda: opened.stream([]), lambda: next(answers)):
             try:
                 use()
             except imagemill.UsageError as error:
@@ -819,11 +822,11 @@ with imagemill.load("tiny", precision="fp32") as opened:
                 raise AssertionError("a forked child was answered")
         opened.close()
         with imagemill.load("tiny", precision="fp32") as own:
-            assert own.predict(pictures.jpeg()) == [expected]
+            assert own.predict(sample_images.jpeg()) == [expected]
         sys.exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert next(answers) == expected
-    assert opened.predict(pictures.jpeg()) == [expected]
+    assert opened.predict(sample_images.jpeg()) == [expected]
 """
     environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
     environment["PYTHONPATH"] += f":{helpers.PROJECT / 'tests'}"
@@ -840,7 +843,7 @@ def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) ->
 
     before = device_threads()
     opened = imagemill.load("tiny", precision="fp32")
-    opened.predict(pictures.jpeg())
+    opened.predict(sample_images.jpeg())
     assert device_threads() > before
     del opened
     gc.collect()
@@ -850,9 +853,9 @@ def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) ->
 def test_a_classifier_that_nobody_closes_does_not_keep_its_process(models_dir: Path) -> None:
     """With a stream open or not."""
     program = """
-import itertools, imagemill, pictures
+import itertools, imagemill, images
 opened = imagemill.load("tiny", precision="fp32")
-answers = opened.stream(itertools.repeat(pictures.jpeg()))
+answers = opened.stream(itertools.repeat(sample_images.jpeg()))
 assert next(answers).status == "ok"
 """
     environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
@@ -864,12 +867,12 @@ assert next(answers).status == "ok"
 def test_a_closed_classifier_says_so(models_dir: Path) -> None:
     """Closing twice does nothing; labels and name stay known."""
     opened = imagemill.load("tiny", precision="auto", top_k=2)
-    assert len(opened.predict(pictures.jpeg())[0].top_k) == 2
+    assert len(opened.predict(sample_images.jpeg())[0].top_k) == 2
     opened.close()
     opened.close()
     assert (opened.name, opened.precision, len(opened.labels)) == ("tiny", "fp32", 10)
     with pytest.raises(imagemill.UsageError, match="is closed"):
-        opened.predict(pictures.jpeg())
+        opened.predict(sample_images.jpeg())
 
 
 @pytest.mark.parametrize(
@@ -894,7 +897,7 @@ def test_own_labels(models_dir: Path, tmp_path: Path) -> None:
     """`labels` names a file, as `--labels` does; another count is refused with both named."""
     helpers.fill(tmp_path, {"ten.txt": b"\n".join(b"%d!" % number for number in range(10)), "two.txt": b"a\nb\n"})
     with imagemill.load("tiny", precision="fp32", labels=tmp_path / "ten.txt") as opened:
-        (found,) = opened.predict(pictures.jpeg())
+        (found,) = opened.predict(sample_images.jpeg())
     assert found.label == f"{found.class_id}!"
     with pytest.raises(imagemill.ClassCountError, match=r"returns 10 classes, .*two\.txt has 2 lines"):
         imagemill.load("tiny", labels=tmp_path / "two.txt")
@@ -907,7 +910,7 @@ def test_saved_embeddings_are_the_published_implementations(tmp_path: Path) -> N
     made = registry.get("resnext50_32x4d.golden", tmp_path / "models", from_file=checkpoint)
     assert made.card.recipe == Recipe()
     folder = helpers.fill(
-        tmp_path / "in", {f"{n}.png": pictures.encode(Image.fromarray(item), "PNG") for n, item in enumerate(recipe.pixels())}
+        tmp_path / "in", {f"{n}.png": sample_images.encode(Image.fromarray(item), "PNG") for n, item in enumerate(recipe.pixels())}
     )
     imagemill.run(
         folder,
@@ -932,7 +935,7 @@ def test_the_layer_of_the_api_is_as_documented() -> None:
 
 def test_the_documentation_s_examples_run(lite0: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of docs/python.md, in order, in a folder with `photos/a.jpg` and `photos/b.jpg`."""
-    helpers.fill(tmp_path / "photos", {"a.jpg": pictures.jpeg(seed=1), "b.jpg": pictures.jpeg(seed=2)})
+    helpers.fill(tmp_path / "photos", {"a.jpg": sample_images.jpeg(seed=1), "b.jpg": sample_images.jpeg(seed=2)})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IMAGEMILL_MODELS", str(lite0.dir.parent))
     text = (helpers.PROJECT / "docs" / "python.md").read_text(encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 
 import helpers
 import imagemill as package
-import pictures
+import sample_images
 from imagemill import api
 from imagemill.errors import UsageError
 from imagemill.runner.settings import parse_colour
@@ -23,8 +23,8 @@ ICON = Path(__file__).with_name("cases") / "icon_black_circle_on_transparent.png
 def icons(tmp_path: Path) -> Path:
     files = {
         "icon.png": ICON.read_bytes(),
-        "photograph.jpg": pictures.jpeg(),
-        "plain.png": pictures.encode(pictures.photograph(40, 30), "PNG"),
+        "photograph.jpg": sample_images.jpeg(),
+        "plain.png": sample_images.encode(sample_images.photograph(40, 30), "PNG"),
     }
     return helpers.fill(tmp_path / "icons", files)
 

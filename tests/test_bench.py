@@ -47,10 +47,10 @@ def verdict(compute: float, decode: float, achieved: float, **changes: Any) -> t
 # What is measured.
 
 
-def test_synthetic_needs_no_picture_and_keeps_the_meaning_of_its_flags(imagemill: Callable[..., helpers.Result]) -> None:
+def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(imagemill: Callable[..., helpers.Result]) -> None:
     """An iteration hands `--batches-per-step` batches of `--batch-size` to each device; stdout holds one JSON object."""
     report = imagemill(*SYNTHETIC, "--devices", "null:2", "--json").json
-    assert report["pictures_per_iteration"] == {"compute_only": 2 * 20 * 6}
+    assert report["images_per_iteration"] == {"compute_only": 2 * 20 * 6}
     rates = report["compute_only"]
     assert len(rates["iterations"]) == 3
     assert rates["median"] == median(rates["iterations"])
@@ -81,12 +81,12 @@ def test_people_get_a_line_per_rate_and_device(imagemill: Callable[..., helpers.
     assert told.err.count("iteration ") == 3
 
 
-def test_with_pictures_three_rates_and_a_verdict(jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]) -> None:
+def test_with_images_three_rates_and_a_verdict(jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]) -> None:
     """Decode only, compute only and end to end, which one bounds the job, and what to change."""
     folder = jpegs(40)
     arguments = ("--model", "tiny", "--devices", "null:2", "--iterations", 2, "--batches-per-step", 8, "--limit", 36, "--json")
     report = imagemill("bench", folder, *arguments).json
-    assert report["pictures_per_iteration"]["decode_only"] == report["pictures_per_iteration"]["end_to_end"] == 36
+    assert report["images_per_iteration"]["decode_only"] == report["images_per_iteration"]["end_to_end"] == 36
     for name in ("compute_only", "decode_only", "end_to_end"):
         assert report[name]["median"] > 0
         assert set(report[name]["devices"]) <= {"null#0", "null#1"}
@@ -133,7 +133,7 @@ def test_on_shared_cores_the_times_add_up() -> None:
 
 
 def test_the_slower_stage_bounds_the_job() -> None:
-    """compute, decode or read, whichever takes most of a picture's time."""
+    """compute, decode or read, whichever takes most of an image's time."""
     assert verdict(10, 200, 9.5)[0] == "compute"
     assert verdict(500, 200, 140)[0] == "decode"
     assert verdict(500, 200, 140, read_share=0.9)[0] == "read"
@@ -152,18 +152,18 @@ def test_what_neither_explains_is_writing_and_starting() -> None:
         ((10, 200, 9.5), {}, ("a lower precision: --precision int8 or bf16", "a second device, or more cores")),
         ((10, 200, 9.5), {"precision": Precision.BF16}, ("a lower precision: --precision int8", "a second device, or more cores")),
         ((10, 200, 9.5), {"precision": Precision.INT8}, ("a second device, or more cores",)),
-        ((500, 200, 140), {}, ("more cores", "smaller pictures")),
+        ((500, 200, 140), {}, ("more cores", "smaller images")),
         (
             (500, 200, 140),
             {"threads": 1},
-            ("more decoding workers: there are 1 for 2 cores, see --num-workers", "more cores", "smaller pictures"),
+            ("more decoding workers: there are 1 for 2 cores, see --num-workers", "more cores", "smaller images"),
         ),
         (
             (500, 200, 140),
             {"read_share": 0.8},
             ("more decoding workers, so that more reads are under way: there are 2, see --num-workers", "storage that answers faster"),
         ),
-        ((100, 110, 52), {"precision": Precision.INT8}, ("a second device, or more cores", "more cores", "smaller pictures")),
+        ((100, 110, 52), {"precision": Precision.INT8}, ("a second device, or more cores", "more cores", "smaller images")),
     ],
 )
 def test_the_advice_fits_the_bound(rates: tuple[float, float, float], changes: dict[str, Any], advice: tuple[str, ...]) -> None:
@@ -178,7 +178,7 @@ def test_the_advice_fits_the_bound(rates: tuple[float, float, float], changes: d
     ("change", "message"),
     [
         ({}, "give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone."),
-        ({"synthetic": True, "sources": ("x",)}, "--synthetic needs no pictures, but x was given. Leave one of them out."),
+        ({"synthetic": True, "sources": ("x",)}, "--synthetic needs no images, but x was given. Leave one of them out."),
         ({"synthetic": True, "iterations": 0}, "--iterations 0: must be at least 1."),
         ({"synthetic": True, "batches_per_step": 0}, "--batches-per-step 0: must be at least 1."),
         ({"synthetic": True, "precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8."),
@@ -195,10 +195,10 @@ def test_mistakes_are_told_before_anything_is_measured(change: dict[str, Any], m
     assert str(caught.value) == message
 
 
-def test_pictures_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
-    """A decode rate of broken pictures would be a lie."""
-    folder = helpers.fill(tmp_path / "broken", {f"{number}.jpg": b"not a picture" for number in range(5)})
-    with pytest.raises(SourceError, match=r"none of the first 5 pictures of .* can be read"):
+def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
+    """A decode rate of broken images would be a lie."""
+    folder = helpers.fill(tmp_path / "broken", {f"{number}.jpg": b"not an image" for number in range(5)})
+    with pytest.raises(SourceError, match=r"none of the first 5 images of .* can be read"):
         bench.run(settings(sources=(str(folder),)))
 
 

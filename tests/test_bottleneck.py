@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.display import observer
 from imagemill.display.pace import Pace
 from imagemill.pipeline import stopwatch
@@ -71,7 +71,7 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
         for _ in range(busy):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
             stack.callback(process.kill)
-        folder = helpers.fill(tmp_path / "images", dict.fromkeys((f"{number}.jpg" for number in range(48)), pictures.jpeg(*size)))
+        folder = helpers.fill(tmp_path / "images", dict.fromkeys((f"{number}.jpg" for number in range(48)), sample_images.jpeg(*size)))
         shard_size = 8 if hook == SLOW_DISK else 64
         summary = run.run(job(folder, devices=devices, shard_size=shard_size, batch_size=2, preflight=False), Watcher())
     assert (summary.bottleneck, shown[-1]) == (bottleneck, bottleneck), summary.devices

@@ -57,7 +57,7 @@ def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path
     assert (new.code, new.json) == (0, json.loads((tmp_path / "out" / "summary.json").read_bytes()))
     again = imagemill(*command)
     assert (again.code, again.json["resumed_shards"], again.json["images"]) == (0, 1, 5)
-    assert "finished already: 5 pictures" in again.err
+    assert "finished already: 5 images" in again.err
     for result in (dry, new, again):
         assert result.out.count("\n") == 1
 
@@ -67,7 +67,7 @@ def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(imagemill: CLI, jpe
     result = imagemill("run", jpegs(5, **{"bad.jpg": b"", "x.txt": b""}), "--output", tmp_path / "out", *TINY)
     assert result.code == 0
     first, *lines = result.out.splitlines()
-    assert first == "6 pictures: 5 ok, 1 failed (1 empty)"
+    assert first == "6 images: 5 ok, 1 failed (1 empty)"
     assert lines[0] == "skipped: 1 .txt"
     assert lines[-1] == f"results: {tmp_path}/out/predictions"
     assert any(line.startswith("bottleneck: too short to tell") for line in lines)
@@ -78,7 +78,7 @@ def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(imagemill: CLI, jpe
 def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
     """One line; nothing is written."""
     result = imagemill("run", jpegs(5, **{"x.txt": b"", "y": b""}), "--output", tmp_path / "out", "--dry-run")
-    assert (result.code, result.out) == (0, "5 pictures, shards of 32; skipped: 1 (no suffix), 1 .txt\n")
+    assert (result.code, result.out) == (0, "5 images, shards of 32; skipped: 1 (no suffix), 1 .txt\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -123,7 +123,7 @@ def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, argu
 )
 def test_the_spellings_of_graphcores_example_are_known(imagemill: CLI, arguments: tuple[str, ...], message: str) -> None:
     """Who comes from there is told what it is called here."""
-    for given in (("run", "pictures", "--output", "out", *arguments), ("run", *arguments)):
+    for given in (("run", "images", "--output", "out", *arguments), ("run", *arguments)):
         result = imagemill(*given)
         assert result.code == 2
         assert message in result.err
@@ -165,7 +165,7 @@ def test_verify_and_status_speak_json_and_exit_codes(imagemill: CLI, jpegs: Fold
     assert "not finished: repeat the run command to resume" in imagemill("status", out).out
     assert imagemill(*command).json["resumed_shards"] == 2
     assert imagemill("verify", out).code == 0
-    assert "6 of 6 pictures (3 of 3 shards), finished\n" in imagemill("status", out).out
+    assert "6 of 6 images (3 of 3 shards), finished\n" in imagemill("status", out).out
 
 
 def test_a_changed_flag_is_exit_2(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_names_that_no_terminal_can_show_do_no_harm(imagemill: CLI, jpegs: Folde
     folder = jpegs(3, **{"ü.txt": b"", "x.ü": b""})
     result = imagemill("run", folder, "--output", out, *TINY, env=env)
     assert result.code == 0, result.err
-    assert "3 pictures: 3 ok" in result.out
+    assert "3 images: 3 ok" in result.out
     assert len(helpers.rows(Path(os.fsdecode(out)))) == 3
     assert imagemill("verify", out, env=env).code == 0
     again = imagemill("run", folder, "--output", out, *TINY, "--json", env=env)
@@ -210,10 +210,10 @@ def test_models_and_devices_speak_json(imagemill: CLI) -> None:
 
 
 def test_the_demo_shows_real_answers(imagemill: CLI, tmp_path: Path) -> None:
-    """Pictures and trained model that install with the package; the one that is broken on purpose is a row."""
+    """Images and trained model that install with the package; the one that is broken on purpose is a row."""
     result = imagemill("demo", "--output", tmp_path / "demo", "--models-dir", tmp_path / "models")
     assert result.code == 0, result.err
-    assert "13 pictures: 12 ok, 1 failed (1 truncated)" in result.out
+    assert "13 images: 12 ok, 1 failed (1 truncated)" in result.out
     rows = helpers.by_path(tmp_path / "demo")
     assert rows["coffee.webp"]["label"] == "espresso"
     assert rows["chelsea.jpg"]["label"] == rows["chelsea_turned.jpg"]["label"] == "Egyptian cat"
@@ -243,18 +243,18 @@ def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:
     assert process.returncode == 0
     assert b"\x1b[" in shown
     assert b"null#0" in shown
-    assert out.startswith(b"30 pictures: 30 ok")
+    assert out.startswith(b"30 images: 30 ok")
 
 
-def run_tiny(models_dir: Path, pictures: Path, output: Path, **streams: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "imagemill", "run", str(pictures), "--output", str(output), *TINY]
+def run_tiny(models_dir: Path, images: Path, output: Path, **streams: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "imagemill", "run", str(images), "--output", str(output), *TINY]
     env = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
     return subprocess.Popen(command, env=env, text=True, stdin=subprocess.DEVNULL, **streams)  # type: ignore[call-overload]
 
 
 @pytest.mark.usefixtures("tiny")
 def test_a_job_goes_on_when_nobody_reads_stderr_any_more(models_dir: Path, tmp_path: Path, jpegs: Folders) -> None:
-    """Exit 0 means that every picture has its row: a reader of the progress that goes away changes nothing."""
+    """Exit 0 means that every image has its row: a reader of the progress that goes away changes nothing."""
     process = run_tiny(models_dir, jpegs(), tmp_path / "out", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     process.stderr.close()
@@ -283,7 +283,7 @@ def test_an_unknown_option_of_partition_is_the_one_that_is_named(imagemill: CLI)
 
 
 def test_made_up_answers_are_called_so(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
-    """The null device has a class and a probability for every picture; nobody should take them for answers."""
+    """The null device has a class and a probability for every image; nobody should take them for answers."""
     done = imagemill("run", jpegs(2), "--output", tmp_path / "out", *TINY)
     assert "note: the null device computes nothing: its predictions are made up" in done.out.splitlines()
 
@@ -296,7 +296,7 @@ def test_a_list_may_begin_with_a_byte_order_mark(imagemill: CLI, jpegs: Folders,
 
 
 def test_no_part_of_the_work_is_said_to_be_slower_than_the_whole() -> None:
-    """What decoding or computing alone would make is estimated; of a job of a few pictures it may come out below what was achieved."""
+    """What decoding or computing alone would make is estimated; of a job of a few images it may come out below what was achieved."""
     rates = {"achieved": 125.0, "decode_only": 954.4, "compute_only": 95.9}
     summary = Summary(2, 2, 0, {}, {}, 1, 0, 0.02, 125.0, "tiny", "fp32", "decode", (), "out", rates=rates, advice="do nothing")
     assert "images/s: achieved 125.0, decode only 954.4" in _told(summary).splitlines()

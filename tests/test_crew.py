@@ -18,11 +18,11 @@ from imagemill.workers import launcher, protocol
 from imagemill.workers.launcher import Launcher
 from imagemill.workers.pool import Died, Heard, Joined, Lost, Told
 
-PICTURES = 10
+IMAGES = 10
 
 
 def shards(count: int) -> list[Shard]:
-    return [Shard(number, PICTURES * number, PICTURES, 0, "plan-00000-00000.parquet", number) for number in range(count)]
+    return [Shard(number, IMAGES * number, IMAGES, 0, "plan-00000-00000.parquet", number) for number in range(count)]
 
 
 def device(number: int) -> DeviceSpec:
@@ -82,7 +82,7 @@ class Simulated:
                 return []
             lease = self.hands[name].pop(0)
             self.committed.append((self.now, name, lease.shard.number))
-            heard = [Heard(name, protocol.Done(Receipt(lease.shard.number, PICTURES, 0, 1, 0.0, ""), Clock()))]
+            heard = [Heard(name, protocol.Done(Receipt(lease.shard.number, IMAGES, 0, 1, 0.0, ""), Clock()))]
             if self.hands[name]:
                 self._work(name)
             else:
@@ -139,7 +139,7 @@ def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
     assert sum(when > last_of_fast for when in others) <= 2
     assert last_of_fast >= 100 - 2 - len(others)
     assert sorted(number for _, _, number in crew.committed) == list(range(100))
-    assert outcome.devices == {"null#0": PICTURES * len(others), "null#1": PICTURES * (100 - len(others))}
+    assert outcome.devices == {"null#0": IMAGES * len(others), "null#1": IMAGES * (100 - len(others))}
 
 
 def test_a_device_that_joins_takes_part_and_is_counted() -> None:
@@ -149,7 +149,7 @@ def test_a_device_that_joins_takes_part_and_is_counted() -> None:
     outcome = run(crew, 40)
     assert [one.name for one in outcome.joined] == ["null#7"]
     assert set(outcome.devices) == {"null#0", "null#7"}
-    assert sum(outcome.devices.values()) == 40 * PICTURES
+    assert sum(outcome.devices.values()) == 40 * IMAGES
     assert 150 <= outcome.devices["null#7"] <= 200
     assert outcome.throughput is not None
     assert outcome.throughput.devices == ("null#0", "null#7")
@@ -210,8 +210,8 @@ def test_any_number_of_deaths_is_survived_if_shards_are_committed_between_them()
     assert sorted(number for _, _, number in crew.committed) == list(range(100))
 
 
-def test_deaths_for_the_sake_of_a_picture_that_hangs_do_not_count() -> None:
-    """Each of them is progress: that picture is never tried in the same way again."""
+def test_deaths_for_the_sake_of_an_image_that_hangs_do_not_count() -> None:
+    """Each of them is progress: that image is never tried in the same way again."""
     crew = Simulated({"null#0": 100.0})
     strikes(crew, 2 * launcher.DEATHS_WITHOUT_COMMIT, 1.0, timed_out=(3,))
     outcome = run(crew, 2)

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile, ImageOps
 
 import encoded
 import mutations
-import pictures
+import sample_images
 from imagemill.pipeline.decoding import pillow, png, preprocess, tiff
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode, decode_into
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
@@ -55,10 +55,10 @@ def apart(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other).max())
 
 
-@pytest.mark.parametrize("name", pictures.HOSTILE)
-def test_bad_picture_has_its_status(name: str) -> None:
-    """A bad picture is told by its kind, in one line, without raising or warning."""
-    data, status = pictures.HOSTILE[name]()
+@pytest.mark.parametrize("name", sample_images.HOSTILE)
+def test_bad_image_has_its_status(name: str) -> None:
+    """A bad image is told by its kind, in one line, without raising or warning."""
+    data, status = sample_images.HOSTILE[name]()
     decoded = decode(data, RECIPE, LIMITS)
     sound(decoded)
     assert decoded.status == status, decoded.error
@@ -68,7 +68,7 @@ def test_bad_picture_has_its_status(name: str) -> None:
 @pytest.mark.parametrize("name", ["jpeg-cut", "png-cut", "webp-cut", "tiff-cut", "jpeg-bomb", "png-bomb", "webp-bomb"])
 def test_size_is_known_from_the_header(name: str) -> None:
     """Width and height are told as soon as the header can be read, even if the rest cannot."""
-    decoded = decode(pictures.HOSTILE[name]()[0], RECIPE, LIMITS)
+    decoded = decode(sample_images.HOSTILE[name]()[0], RECIPE, LIMITS)
     assert decoded.pixels is None
     assert decoded.width
     assert decoded.height
@@ -95,15 +95,15 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_is_decoded(name: str) -> None:
-    """Every raster format that Pillow writes is read, and its pixels are the picture's."""
+    """Every raster format that Pillow writes is read, and its pixels are the image's."""
     if name not in Image.SAVE:
         Image.init()
     if name not in Image.SAVE:
         pytest.skip(f"this Pillow does not write {name}")
-    image = pictures.photograph(100, 80)
+    image = sample_images.photograph(100, 80)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow means to drop IM
-        data = pictures.encode(image, name, **FORMATS[name])
+        data = sample_images.encode(image, name, **FORMATS[name])
         reference = preprocess.by_the_book(Image.open(io.BytesIO(data)), RECIPE)
     assert apart(ok(data), reference) <= 2
     decoded = decode(data, RECIPE, LIMITS)
@@ -113,16 +113,16 @@ def test_format_is_decoded(name: str) -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
     """Grey, palette, alpha, CMYK and 1-bit become RGB as `convert("RGB")` makes them; alpha is dropped."""
-    image = pictures.photograph(300, 270).convert(mode)
-    data = pictures.encode(image, "JPEG" if mode == "CMYK" else "PNG")
+    image = sample_images.photograph(300, 270).convert(mode)
+    data = sample_images.encode(image, "JPEG" if mode == "CMYK" else "PNG")
     assert apart(ok(data), preprocess.by_the_book(Image.open(io.BytesIO(data)), RECIPE)) <= 1
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
 def test_transparent_palette_is_quiet(transparency: int | bytes) -> None:
     """A palette with transparency is decoded as without, and Pillow's warning about it does not get out."""
-    image = pictures.photograph(60, 60).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert np.array_equal(ok(pictures.encode(image, "PNG", transparency=transparency)), ok(pictures.encode(image, "PNG")))
+    image = sample_images.photograph(60, 60).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(ok(sample_images.encode(image, "PNG", transparency=transparency)), ok(sample_images.encode(image, "PNG")))
 
 
 def test_grey_16_bit_is_scaled_not_clipped() -> None:
@@ -130,7 +130,7 @@ def test_grey_16_bit_is_scaled_not_clipped() -> None:
     grey = np.linspace(0, 65535, 300 * 300).astype(np.uint16).reshape(300, 300)
     expected = np.repeat((grey >> 8).astype(np.uint8)[38:262, 38:262, None], 3, axis=2)
     for name in ("PNG", "TIFF", "PPM"):
-        assert np.array_equal(ok(pictures.encode(Image.fromarray(grey), name), Recipe(resize=None)), expected), name
+        assert np.array_equal(ok(sample_images.encode(Image.fromarray(grey), name), Recipe(resize=None)), expected), name
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_grey_16_bit_is_scaled_not_clipped() -> None:
 )
 def test_32_bit_values_are_scaled(values: np.ndarray, expected: list[list[int]]) -> None:
     """Floats and 32-bit integers are taken as 0 to 1, 8-bit or 16-bit where they fit, and stretched where not."""
-    pixels = ok(pictures.encode(Image.fromarray(values), "TIFF"), Recipe(size=2, resize=None))
+    pixels = ok(sample_images.encode(Image.fromarray(values), "TIFF"), Recipe(size=2, resize=None))
     assert pixels[:, :, 0].tolist() == expected
 
 
@@ -155,9 +155,9 @@ def test_32_bit_values_are_scaled(values: np.ndarray, expected: list[list[int]])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(name: str, orientation: int, size: tuple[int, int]) -> None:
-    """A picture that is to be turned gives what the turned picture gives, and the size as displayed."""
+    """An image that is to be turned gives what the turned image gives, and the size as displayed."""
     options = {"quality": 95} if name in {"JPEG", "WEBP"} else {}
-    data = pictures.encode(pictures.photograph(*size), name, exif=pictures.exif(orientation), **options)
+    data = sample_images.encode(sample_images.photograph(*size), name, exif=sample_images.exif(orientation), **options)
     turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode(data, RECIPE, LIMITS)
     assert decoded.pixels is not None
@@ -168,7 +168,7 @@ def test_exif_orientation_is_applied(name: str, orientation: int, size: tuple[in
 
 def test_exif_orientation_can_be_left_alone() -> None:
     """Where the recipe does not turn, the orientation changes nothing."""
-    turned, plain = pictures.jpeg(90, 60, orientation=6), pictures.jpeg(90, 60)
+    turned, plain = sample_images.jpeg(90, 60, orientation=6), sample_images.jpeg(90, 60)
     recipe = Recipe(exif=False)
     assert np.array_equal(ok(turned, recipe), ok(plain, recipe))
     assert decode(turned, recipe, LIMITS).width == 90
@@ -177,8 +177,8 @@ def test_exif_orientation_can_be_left_alone() -> None:
 @given(block=st.binary(max_size=120) | st.binary(max_size=90).map(lambda tail: b"Exif\0\0II*\0\x08\0\0\0" + tail))
 @settings(max_examples=200, deadline=None)
 def test_broken_exif_costs_nothing(block: bytes) -> None:
-    """Whatever is in the EXIF block, the picture is decoded, turned as Pillow would turn it."""
-    data = pictures.jpeg(20, 14)
+    """Whatever is in the EXIF block, the image is decoded, turned as Pillow would turn it."""
+    data = sample_images.jpeg(20, 14)
     segment = b"Exif\0\0" + block.removeprefix(b"Exif\0\0")
     data = data[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
     decoded = decode(data, SMALL, LIMITS)
@@ -197,7 +197,7 @@ def test_damaged_png_pixels_are_never_ok() -> None:
     """A PNG whose compressed pixels are damaged under right checksums has Pillow's verdict: no image with black rows is ok."""
     judged = Counter()
     for at in range(2, 1500, 13):
-        data = pictures.png_with_wrong_deflate(at)
+        data = sample_images.png_with_wrong_deflate(at)
         decoded, difference = mutations.compare(data)
         assert difference is None, at
         judged[decoded.status] += 1
@@ -342,7 +342,7 @@ def test_avif_beyond_its_decoder_is_not_corrupt(size: tuple[int, int], limit: Li
 
 def with_chunks(*extra: bytes, after: bool = False) -> bytes:
     """A PNG with further chunks, before or after the pixels."""
-    data = pictures.encode(pictures.photograph(50, 40), "PNG")
+    data = sample_images.encode(sample_images.photograph(50, 40), "PNG")
     at = data.index(b"IEND") - 4 if after else 33
     return data[:at] + b"".join(extra) + data[at:]
 
@@ -367,7 +367,7 @@ METADATA: dict[str, tuple[bytes, Callable[[], bytes]]] = {
 def test_png_metadata_costs_nothing(name: str) -> None:
     """A PNG is ok whatever its metadata is, large or compressed to a bomb, before or after the pixels."""
     kind, make = METADATA[name]
-    metadata, plain = pictures.chunk(kind, make()), ok(with_chunks())
+    metadata, plain = sample_images.chunk(kind, make()), ok(with_chunks())
     assert np.array_equal(ok(with_chunks(metadata)), plain)
     assert np.array_equal(ok(with_chunks(metadata, after=True)), plain)
 
@@ -375,7 +375,7 @@ def test_png_metadata_costs_nothing(name: str) -> None:
 @pytest.mark.parametrize("kind", "iCCP tEXt zTXt iTXt eXIf gAMA cHRM sRGB pHYs tIME tRNS bKGD acTL fcTL prVt".split())
 def test_a_wrong_checksum_of_metadata_costs_nothing(kind: str) -> None:
     """A PNG is ok if a chunk that it can do without has a wrong checksum."""
-    metadata = pictures.chunk(kind.encode(), b"data\0\0 of metadata", 12345)
+    metadata = sample_images.chunk(kind.encode(), b"data\0\0 of metadata", 12345)
     for after in (False, True):
         assert np.array_equal(ok(with_chunks(metadata, after=after)), ok(with_chunks()))
 
@@ -388,7 +388,7 @@ def test_a_large_profile_of_a_real_png_is_read() -> None:
 @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"IDAT"])
 def test_a_wrong_checksum_of_what_makes_the_pixels_is_corrupt(kind: bytes) -> None:
     """Header, palette and pixels with a wrong checksum are refused."""
-    data = bytearray(pictures.encode(pictures.photograph(50, 40).convert("P"), "PNG"))
+    data = bytearray(sample_images.encode(sample_images.photograph(50, 40).convert("P"), "PNG"))
     at = data.index(kind)
     data[at + 4 + struct.unpack_from(">I", data, at - 4)[0]] ^= 1
     assert decode(bytes(data), RECIPE, LIMITS).status is Status.CORRUPT
@@ -403,21 +403,21 @@ def test_a_png_without_metadata_is_not_copied() -> None:
 @pytest.mark.parametrize("after", [False, True])
 def test_a_png_that_ends_within_its_metadata_is_truncated(after: bool) -> None:
     """A file that ends within a chunk is cut short, even if its pixels are whole."""
-    data = with_chunks(pictures.chunk(b"tEXt", b"Comment\0 and words"), after=after)
+    data = with_chunks(sample_images.chunk(b"tEXt", b"Comment\0 and words"), after=after)
     decoded = decode(data[: data.index(b"words")], RECIPE, LIMITS)
     assert (decoded.status, decoded.width, decoded.height) == (Status.TRUNCATED, 50 if after else None, 40 if after else None)
 
 
 _XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/>' + b" " * 1_200_000 + b"</x:xmpmeta>"
-_EXIF6 = pictures.exif(6).removeprefix(b"Exif\0\0")
-_RAW = b"\nexif\n%8d\n" % len(pictures.exif(6)) + pictures.exif(6).hex().encode() + b"\n"
+_EXIF6 = sample_images.exif(6).removeprefix(b"Exif\0\0")
+_RAW = b"\nexif\n%8d\n" % len(sample_images.exif(6)) + sample_images.exif(6).hex().encode() + b"\n"
 ORIENTATIONS = {
-    "EXIF": pictures.chunk(b"eXIf", _EXIF6),
-    "EXIF with a prefix": pictures.chunk(b"eXIf", pictures.exif(6)),
-    "XMP": pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP),
-    "compressed XMP": pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_XMP)),
-    "EXIF of ImageMagick": pictures.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_RAW)),
-    "plain EXIF of ImageMagick": pictures.chunk(b"tEXt", b"Raw profile type exif\0" + _RAW),
+    "EXIF": sample_images.chunk(b"eXIf", _EXIF6),
+    "EXIF with a prefix": sample_images.chunk(b"eXIf", sample_images.exif(6)),
+    "XMP": sample_images.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP),
+    "compressed XMP": sample_images.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_XMP)),
+    "EXIF of ImageMagick": sample_images.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_RAW)),
+    "plain EXIF of ImageMagick": sample_images.chunk(b"tEXt", b"Raw profile type exif\0" + _RAW),
 }
 
 
@@ -428,7 +428,7 @@ def test_png_orientation_is_found(name: str, after: bool) -> None:
     data = with_chunks(ORIENTATIONS[name], after=after)
     decoded = decode(data, RECIPE, LIMITS)
     assert (decoded.status, decoded.width, decoded.height) == (Status.OK, 40, 50)
-    turned = pictures.encode(pictures.photograph(50, 40).transpose(Image.Transpose.ROTATE_270), "PNG")
+    turned = sample_images.encode(sample_images.photograph(50, 40).transpose(Image.Transpose.ROTATE_270), "PNG")
     assert np.array_equal(ok(data), ok(turned))
     assert decode(data, Recipe(exif=False), LIMITS).width == 50
 
@@ -436,11 +436,11 @@ def test_png_orientation_is_found(name: str, after: bool) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        pictures.chunk(b"eXIf", _EXIF6, 99),
-        pictures.chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
-        pictures.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 2\nzz\n"),
-        pictures.chunk(b"zTXt", b"Raw profile type exif\0\0not deflate"),
-        pictures.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1"),
+        sample_images.chunk(b"eXIf", _EXIF6, 99),
+        sample_images.chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"),
+        sample_images.chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 2\nzz\n"),
+        sample_images.chunk(b"zTXt", b"Raw profile type exif\0\0not deflate"),
+        sample_images.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1"),
     ],
 )
 def test_a_broken_png_orientation_turns_nothing(broken: bytes) -> None:
@@ -474,7 +474,7 @@ def blended(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 def transparent() -> tuple[Image.Image, np.ndarray, np.ndarray]:
     """An RGBA image whose alpha takes all values, with its colours and its alpha."""
-    rgb = pictures.photograph(32, 32, 5)
+    rgb = sample_images.photograph(32, 32, 5)
     alpha = np.arange(1024, dtype=np.uint32).reshape(32, 32).astype(np.uint8)
     image = rgb.convert("RGBA")
     image.putalpha(Image.fromarray(alpha))
@@ -498,7 +498,7 @@ def transparent() -> tuple[Image.Image, np.ndarray, np.ndarray]:
 def test_alpha_is_blended_onto_the_background(name: str, options: dict[str, object]) -> None:
     """With a background colour, transparent pixels show it, in every format with an alpha channel; without, alpha is dropped."""
     image, rgb, alpha = transparent()
-    data = pictures.encode(image, name, **options)
+    data = sample_images.encode(image, name, **options)
     assert apart(on_red(data), blended(rgb, alpha)) <= 1
     assert np.array_equal(ok(data, Recipe(size=32, resize=None)), rgb)
 
@@ -521,10 +521,10 @@ def test_grey_with_alpha_is_blended() -> None:
     image, _, alpha = transparent()
     grey = image.convert("LA")
     expected = blended(np.repeat(np.asarray(grey)[:, :, :1], 3, axis=2), alpha)
-    assert apart(on_red(pictures.encode(grey, "PNG")), expected) <= 1
+    assert apart(on_red(sample_images.encode(grey, "PNG")), expected) <= 1
     samples = np.asarray(grey).astype(">u2") * 257
     rows = b"".join(b"\0" + row.tobytes() for row in samples)
-    assert apart(on_red(pictures.png(32, 32, depth=16, colour=4, rows=rows)), expected) <= 1
+    assert apart(on_red(sample_images.png(32, 32, depth=16, colour=4, rows=rows)), expected) <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
@@ -544,11 +544,11 @@ def test_palette_with_alpha_is_blended() -> None:
     palette = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
     rgb, index = np.asarray(palette.convert("RGB")), np.asarray(palette)
     table = bytes(range(0, 240, 4))
-    assert apart(on_red(pictures.encode(palette, "PNG", transparency=table)), blended(rgb, np.frombuffer(table, np.uint8)[index])) <= 1
+    assert apart(on_red(sample_images.encode(palette, "PNG", transparency=table)), blended(rgb, np.frombuffer(table, np.uint8)[index])) <= 1
     keyed = blended(rgb, np.where(index == 7, 0, 255))
     assert (index == 7).any()
-    assert apart(on_red(pictures.encode(palette, "PNG", transparency=7)), keyed) <= 1
-    assert np.array_equal(ok(pictures.encode(palette, "PNG", transparency=7), Recipe(size=32, resize=None)), rgb)
+    assert apart(on_red(sample_images.encode(palette, "PNG", transparency=7)), keyed) <= 1
+    assert np.array_equal(ok(sample_images.encode(palette, "PNG", transparency=7), Recipe(size=32, resize=None)), rgb)
     both = palette.convert("PA")
     both.putalpha(Image.fromarray(alpha))
     assert apart(np.asarray(pillow._blend(both, (0, 0, 32, 32), RED, b"")), blended(rgb, alpha)) <= 1
@@ -574,8 +574,8 @@ def test_the_transparent_colour_of_a_png_is_exact(
     """Only pixels that equal the transparent colour at the bit depth of the file show the background."""
     bits = "".join(f"{sample:0{depth}b}" for sample in samples)
     row = b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
-    trns = pictures.chunk(b"tRNS", b"".join(struct.pack(">H", value) for value in key))
-    data = pictures.png(len(expected), 1, depth=depth, colour=colour, rows=row, extra=trns)
+    trns = sample_images.chunk(b"tRNS", b"".join(struct.pack(">H", value) for value in key))
+    data = sample_images.png(len(expected), 1, depth=depth, colour=colour, rows=row, extra=trns)
     shown = on_red(data)[(len(expected) - 1) // 2].tolist()
     assert shown == [list(pixel or (255, 0, 0)) for pixel in expected]
 
@@ -583,11 +583,13 @@ def test_the_transparent_colour_of_a_png_is_exact(
 def test_the_background_is_applied_before_resizing_and_turning() -> None:
     """The blended image is what is turned, cropped and resized."""
     image = encoded.alpha()
-    data = pictures.encode(image, "PNG", exif=pictures.exif(6))
+    data = sample_images.encode(image, "PNG", exif=sample_images.exif(6))
     flat = Image.new("RGB", image.size, RED)
     flat.paste(image, mask=image)
     recipe = Recipe(size=20, resize=24, background=RED)
-    assert np.array_equal(ok(data, recipe), ok(pictures.encode(flat, "PNG", exif=pictures.exif(6)), replace(recipe, background=None)))
+    assert np.array_equal(
+        ok(data, recipe), ok(sample_images.encode(flat, "PNG", exif=sample_images.exif(6)), replace(recipe, background=None))
+    )
 
 
 def test_opaque_images_do_not_change_with_a_background() -> None:
@@ -606,16 +608,16 @@ def test_a_black_icon_on_nothing_shows_on_white() -> None:
 
 
 def test_animation_gives_its_first_frame() -> None:
-    """Of an animated picture the first frame counts."""
-    first = pictures.encode(pictures.photograph(50, 40), "GIF")
-    assert apart(ok(pictures.animated_gif()), ok(first)) <= 2
+    """Of an animated image the first frame counts."""
+    first = sample_images.encode(sample_images.photograph(50, 40), "GIF")
+    assert apart(ok(sample_images.animated_gif()), ok(first)) <= 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (2, 60_000)])
 @pytest.mark.parametrize("name", ["PNG", "JPEG"])
 def test_extreme_shapes_are_decoded(name: str, size: tuple[int, int]) -> None:
-    """The resized picture is never made: one of 1×4000 would be 256×1024000."""
-    ok(pictures.encode(Image.new("RGB", size, (10, 200, 30)), name))
+    """The resized image is never made: one of 1×4000 would be 256×1024000."""
+    ok(sample_images.encode(Image.new("RGB", size, (10, 200, 30)), name))
 
 
 @settings(max_examples=60, deadline=None)
@@ -629,8 +631,8 @@ def test_extreme_shapes_are_decoded(name: str, size: tuple[int, int]) -> None:
 )
 def test_any_unscaled_jpeg_is_pillows(width: int, height: int, recipe: Recipe, subsampling: int, progressive: bool, grey: bool) -> None:
     """A JPEG of any size below the scaling limit is within 3 levels of Pillow's decode, resize and crop."""
-    image = pictures.photograph(width, height).convert("L" if grey else "RGB")
-    data = pictures.encode(image, "JPEG", quality=90, progressive=progressive, **({} if grey else {"subsampling": subsampling}))
+    image = sample_images.photograph(width, height).convert("L" if grey else "RGB")
+    data = sample_images.encode(image, "JPEG", quality=90, progressive=progressive, **({} if grey else {"subsampling": subsampling}))
     pixels = ok(data, recipe)
     if recipe.resize is None or max(width, height) < 40 * min(width, height):  # the whole, resized, would be too large
         assert apart(pixels, preprocess.by_the_book(Image.open(io.BytesIO(data)), recipe)) <= 3
@@ -639,20 +641,20 @@ def test_any_unscaled_jpeg_is_pillows(width: int, height: int, recipe: Recipe, s
 @pytest.mark.parametrize("size", [(1024, 1024), (1500, 1100), (2200, 3001), (4100, 4099)])
 def test_scaled_jpeg_is_close_to_pillows(size: tuple[int, int]) -> None:
     """A JPEG scaled in the DCT stays within a level of Pillow's in the mean."""
-    data = pictures.encode(pictures.photograph(*size), "JPEG", quality=90)
+    data = sample_images.encode(sample_images.photograph(*size), "JPEG", quality=90)
     reference = preprocess.by_the_book(Image.open(io.BytesIO(data)), RECIPE)
     assert np.abs(ok(data).astype(int) - reference).mean() < 1
 
 
 def test_full_size_jpeg_is_bit_identical_to_pillows() -> None:
     """Without resampling, simplejpeg's pixels are Pillow's."""
-    data = pictures.jpeg(300, 301, subsampling=2)
+    data = sample_images.jpeg(300, 301, subsampling=2)
     assert np.array_equal(ok(data, Recipe(resize=None)), preprocess.by_the_book(Image.open(io.BytesIO(data)), Recipe(resize=None)))
 
 
 def test_recoverable_jpeg_stays_ok() -> None:
     """What simplejpeg refuses and Pillow reads, such as a JPEG without its end marker, is ok."""
-    data = pictures.jpeg(300, 301)[:-2]
+    data = sample_images.jpeg(300, 301)[:-2]
     with pytest.raises(ValueError, match="Premature end"):
         simplejpeg.decode_jpeg(data)
     assert apart(ok(data), preprocess.by_the_book(Image.open(io.BytesIO(data)), RECIPE)) <= 1
@@ -660,39 +662,39 @@ def test_recoverable_jpeg_stays_ok() -> None:
 
 def test_byte_budget() -> None:
     """More bytes than `max_bytes` are not looked at."""
-    data = pictures.jpeg()
+    data = sample_images.jpeg()
     decoded = decode(data, RECIPE, Limits(max_bytes=len(data) - 1))
     assert decoded.status is Status.TOO_LARGE
-    assert decoded.error == f"{len(data)} bytes are more than the budget of {len(data) - 1} bytes per picture"
+    assert decoded.error == f"{len(data)} bytes are more than the budget of {len(data) - 1} bytes per image"
     assert decode(data, RECIPE, Limits(max_bytes=len(data))).status is Status.OK
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_pixel_budget(name: str) -> None:
     """One pixel more than `max_pixels` is `too_large`, exactly `max_pixels` is not."""
-    data = pictures.encode(pictures.photograph(64, 48), name)
+    data = sample_images.encode(sample_images.photograph(64, 48), name)
     decoded = decode(data, RECIPE, Limits(max_pixels=64 * 48 - 1))
     assert (decoded.status, decoded.width, decoded.height) == (Status.TOO_LARGE, 64, 48)
-    assert decoded.error == "64×48 are 3072 pixels, more than the budget of 3071 pixels per picture"
+    assert decoded.error == "64×48 are 3072 pixels, more than the budget of 3071 pixels per image"
     assert decode(data, RECIPE, Limits(max_pixels=64 * 48)).status is Status.OK
 
 
 def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture that there is no memory for is `too_large`."""
+    """An image that there is no memory for is `too_large`."""
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
-    decoded = decode(pictures.jpeg() + b"imagemill-test-oom", RECIPE, LIMITS)
+    decoded = decode(sample_images.jpeg() + b"imagemill-test-oom", RECIPE, LIMITS)
     assert (decoded.status, decoded.error) == (Status.TOO_LARGE, "not enough memory to decode it")
 
 
 def test_faults_need_their_variable() -> None:
-    """Without the tests' variable, their words in a picture mean nothing."""
-    assert np.array_equal(ok(pictures.jpeg() + b"imagemill-test-crash imagemill-test-hang"), ok(pictures.jpeg()))
+    """Without the tests' variable, their words in an image mean nothing."""
+    assert np.array_equal(ok(sample_images.jpeg() + b"imagemill-test-crash imagemill-test-hang"), ok(sample_images.jpeg()))
 
 
 def test_pixels_can_go_into_a_batch() -> None:
     """`decode_into` writes to its place of a batch, all of it, and to no other."""
     batch = np.full((3, 224, 224, 3), 77, np.uint8)
-    for data in (pictures.jpeg(), pictures.encode(pictures.photograph(40, 30), "PNG")):
+    for data in (sample_images.jpeg(), sample_images.encode(sample_images.photograph(40, 30), "PNG")):
         decoded = decode_into(data, RECIPE, LIMITS, batch[1])
         assert decoded.pixels is not None
         assert np.shares_memory(decoded.pixels, batch)
@@ -701,14 +703,23 @@ def test_pixels_can_go_into_a_batch() -> None:
 
 
 def corpus() -> list[bytes]:
-    whole = [pictures.encode(pictures.photograph(70, 50), name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")]
-    whole += [pictures.encode(pictures.photograph(70, 50), "TIFF", compression=kind) for kind in ("jpeg", "tiff_lzw", "tiff_deflate")]
-    return [*whole, pictures.jpeg(1100, 1040, orientation=8), pictures.animated_gif(), pictures.jpeg(40, 50, progressive=True)]
+    whole = [
+        sample_images.encode(sample_images.photograph(70, 50), name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")
+    ]
+    whole += [
+        sample_images.encode(sample_images.photograph(70, 50), "TIFF", compression=kind) for kind in ("jpeg", "tiff_lzw", "tiff_deflate")
+    ]
+    return [
+        *whole,
+        sample_images.jpeg(1100, 1040, orientation=8),
+        sample_images.animated_gif(),
+        sample_images.jpeg(40, 50, progressive=True),
+    ]
 
 
 def test_threads_give_the_same_bits() -> None:
-    """Eight threads at once, in any order, answer what one does, bad pictures included."""
-    jobs = (corpus() + [make()[0] for make in pictures.HOSTILE.values()]) * 4
+    """Eight threads at once, in any order, answer what one does, bad images included."""
+    jobs = (corpus() + [make()[0] for make in sample_images.HOSTILE.values()]) * 4
     alone = [decode(data, RECIPE, LIMITS) for data in jobs]
     order = random.Random(0).sample(range(len(jobs)), len(jobs))
     with ThreadPoolExecutor(8) as pool:
@@ -720,8 +731,8 @@ def test_threads_give_the_same_bits() -> None:
 
 
 def test_decoding_releases_the_gil() -> None:
-    """While a large picture is decoded, other threads run."""
-    data = pictures.encode(pictures.photograph(3000, 2400), "JPEG")
+    """While a large image is decoded, other threads run."""
+    data = sample_images.encode(sample_images.photograph(3000, 2400), "JPEG")
     ticks, stop = 0, threading.Event()
 
     def tick() -> None:
@@ -746,7 +757,7 @@ def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
 
 
 @pytest.mark.parametrize("which", range(14))
-def test_mutated_pictures_never_raise(which: int) -> None:
+def test_mutated_images_never_raise(which: int) -> None:
     """Flipped bits, cuts and splices of any format become an answer, the same one each time, and no warning gets out."""
     originals = corpus()
     rng = random.Random(which)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
@@ -118,9 +118,9 @@ def test_devices_mean_the_same_on_every_node(spec: str, resources: dict[str, flo
 def test_two_nodes_give_the_local_engines_rows_bit_for_bit(
     ray_run: Run, imagemill: Run, some_jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Good pictures and bad ones, logits included; also the parts' bytes, the ids and the counts; stdout is one JSON object."""
-    bad = {"d/half.jpg": pictures.half(pictures.jpeg()), "d/empty.jpg": b"", "d/text.png": b"no picture"}
-    folder = helpers.fill(tmp_path / "pictures", some_jpegs | bad)
+    """Good images and bad ones, logits included; also the parts' bytes, the ids and the counts; stdout is one JSON object."""
+    bad = {"d/half.jpg": sample_images.half(sample_images.jpeg()), "d/empty.jpg": b"", "d/text.png": b"no image"}
+    folder = helpers.fill(tmp_path / "images", some_jpegs | bad)
     local = imagemill("run", folder, *arguments(tmp_path / "local", "--devices", "cpu", "--save", "logits", "--json"))
     result = ray_run(folder, *arguments(tmp_path / "ray", "--devices", "cpu", "--save", "logits", "--json"))
     assert (local.code, result.code) == (0, 0), result
@@ -191,7 +191,7 @@ def test_a_worker_and_then_its_actor_killed(ray_start: Start, slow_folder: Path,
 
 
 def test_a_node_killed_and_another_one_joining(nodes: Nodes, ray_start: Start, slow_folder: Path, tmp_path: Path) -> None:
-    """A power cut of one node in mid-run: the other does its shards; a node that joins takes part; one row per picture in the end."""
+    """A power cut of one node in mid-run: the other does its shards; a node that joins takes part; one row per image in the end."""
     out = tmp_path / "out"
     doomed = nodes.add(node_name="doomed")
     process = two_at_work(ray_start, slow_folder, out, "--json")
@@ -258,12 +258,12 @@ def test_the_driver_killed(ray_start: Start, ray_run: Run, slow_folder: Path, tm
     assert harness.assert_complete(out).num_rows == 96
 
 
-def test_a_picture_that_kills_its_decoder_is_a_row_on_a_cluster_too(tmp_path: Path, models_dir: Path, start: Start) -> None:
+def test_an_image_that_kills_its_decoder_is_a_row_on_a_cluster_too(tmp_path: Path, models_dir: Path, start: Start) -> None:
     """Found by the noteboard on its node, decoded alone by the next worker, named; its neighbours are ok."""
-    files = {f"{seed:03d}.jpg": pictures.jpeg(48, 40, seed=seed) for seed in range(10)} | {
-        "005b.jpg": pictures.jpeg() + b"imagemill-test-crash"
+    files = {f"{seed:03d}.jpg": sample_images.jpeg(48, 40, seed=seed) for seed in range(10)} | {
+        "005b.jpg": sample_images.jpeg() + b"imagemill-test-crash"
     }
-    folder, out = helpers.fill(tmp_path / "pictures", files), tmp_path / "out"
+    folder, out = helpers.fill(tmp_path / "images", files), tmp_path / "out"
     with cluster(env={FAULTS_VARIABLE: "1"}) as nodes:
         env = nodes.environment(IMAGEMILL_MODELS=str(models_dir))
         result = helpers.finish(start("run", folder, *arguments(out, "--devices", "null", "--json", "--engine", "ray"), env=env))

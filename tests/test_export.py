@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import OutputError, PartError, UsageError
 from imagemill.job import documents, export
 from imagemill.job.export import Form
@@ -42,10 +42,13 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job with hostile names, two pictures without an answer, and logits and embeddings; five parts."""
+    """A finished job with hostile names, two images without an answer, and logits and embeddings; five parts."""
     folder = tmp_path_factory.mktemp("export")
-    files = {name: pictures.jpeg(40, 40, seed=number) for number, name in enumerate(HOSTILE)} | {"empty.jpg": b"", "text.png": b"text" * 50}
-    source = helpers.fill(folder / "pictures", files)
+    files = {name: sample_images.jpeg(40, 40, seed=number) for number, name in enumerate(HOSTILE)} | {
+        "empty.jpg": b"",
+        "text.png": b"text" * 50,
+    }
+    source = helpers.fill(folder / "images", files)
     settings = Settings((str(source),), str(folder / "out"), "tiny", str(models_dir), "null", shard_size=3, save=("logits", "embedding"))
     run.run(settings)
     return folder / "out"
@@ -245,4 +248,4 @@ def test_a_job_without_its_plan_is_not_exported_as_an_empty_one(imagemill: CLI, 
     for command in (("export", out, "--to", "csv"), ("report", out), ("status", out)):
         result = imagemill(*command)
         assert (result.code, result.out) == (1, "")
-        assert "plan does not hold the 11 pictures of job.json. Start anew" in result.err
+        assert "plan does not hold the 11 images of job.json. Start anew" in result.err

@@ -1,4 +1,4 @@
-"""The feed: each picture's pixels are in its own place, whatever fails around it, and are decoded straight into it where nothing does."""
+"""The feed: each image's pixels are in its own place, whatever fails around it, and are decoded straight into it where nothing does."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import pictures
+import sample_images
 from imagemill.pipeline import feed as feed_module
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Recipe, Shard, Status
+from imagemill.records import BadImage, Batch, Card, Decoded, Limits, PlannedImage, Recipe, Shard, Status
 
 SIDE = 4
 SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
@@ -30,27 +30,27 @@ CARD = Card("x", "x", (), Recipe(SIDE, None), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 
 
 
 def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
-    """Fills the place with the picture's number; a lower-case `f` fails after it wrote something."""
+    """Fills the place with the image's number; a lower-case `f` fails after it wrote something."""
     number = int(data[1:])
     time.sleep(random.Random(number).random() / 5_000)
     out[:] = number % 251
     if data[:1] == b"f":
-        return Decoded(None, Status.CORRUPT, "no picture", None, None)
+        return Decoded(None, Status.CORRUPT, "no image", None, None)
     return Decoded(out, Status.OK, None, SIDE, SIDE)
 
 
-def picture(number: int, kind: str) -> Picture:
+def image(number: int, kind: str) -> PlannedImage:
     def fetch() -> bytes:
         if kind == "m":
-            raise BadPicture(Status.MISSING, "gone")
+            raise BadImage(Status.MISSING, "gone")
         return f"{kind}{number}".encode()
 
-    return Picture(number, SHARD, "s", str(number).encode(), -1, fetch)
+    return PlannedImage(number, SHARD, "s", str(number).encode(), -1, fetch)
 
 
 def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
     with Feed(CARD, Limits(), batch_size, workers, None, Stopwatch()) as feed:
-        for batch in feed.batches(picture(number, kind) for number, kind in enumerate(kinds)):
+        for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
             yield Batch(batch.pixels.copy(), batch.filled, batch.rows)  # as it is now, while others are being decoded
 
 
@@ -70,7 +70,7 @@ def check(kinds: str, batch_size: int, workers: int) -> None:
         for row in batch.rows:
             assert (row.slot >= 0) == (row.status is Status.OK)
             if row.slot >= 0:
-                assert (batch.pixels[row.slot] == row.index % 251).all(), f"picture {row.index} of {kinds} has another's pixels"
+                assert (batch.pixels[row.slot] == row.index % 251).all(), f"image {row.index} of {kinds} has another's pixels"
         rows += batch.rows
     assert [row.index for row in rows] == list(range(len(kinds)))
     assert [row.status is Status.OK for row in rows] == [kind == "o" for kind in kinds]
@@ -79,7 +79,7 @@ def check(kinds: str, batch_size: int, workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 @given(kinds=st.text("oofm", max_size=120))
-def test_every_picture_has_its_own_pixels(kinds: str, batch_size: int, workers: int) -> None:
+def test_every_image_has_its_own_pixels(kinds: str, batch_size: int, workers: int) -> None:
     check(kinds, batch_size, workers)
 
 
@@ -119,7 +119,7 @@ def test_nobody_writes_to_a_place_that_is_settled(kinds: str, batch_size: int, a
 
 
 def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
-    """Of each picture that is ok, whether it was decoded straight into its place."""
+    """Of each image that is ok, whether it was decoded straight into its place."""
     outs: dict[int, Any] = {}
 
     def noting(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
@@ -129,7 +129,7 @@ def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
     monkeypatch.setattr(feed_module, "decode_into", noting)
     straight = []
     with Feed(CARD, Limits(), 4, 2, None, Stopwatch()) as feed:
-        for batch in feed.batches(picture(number, kind) for number, kind in enumerate(kinds)):
+        for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
             for row in batch.rows:
                 if row.slot >= 0:
                     out = outs.get(row.index)
@@ -142,20 +142,20 @@ def test_where_nothing_fails_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of four and two pictures a thread are under way: twelve, and as many that were begun while those were settled."""
+    """Two batches of four and two images a thread are under way: twelve, and as many that were begun while those were settled."""
     found = places(monkeypatch, "o" * 20 + "m" + "o" * 60)
     assert found[:20] == [True] * 20
     assert found[20:].count(False) <= 24
     assert found[-30:] == [True] * 30
 
 
-def test_real_pictures_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_images_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    data = pictures.jpeg()
+    data = sample_images.jpeg()
     alone = feed_module.decode(data, Recipe(32), Limits())
     card = Card("x", "x", (), Recipe(32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
     with Feed(card, Limits(), 4, 2, None, Stopwatch()) as feed:
-        (batch,) = feed.batches([Picture(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)])
+        (batch,) = feed.batches([PlannedImage(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)])
     assert batch.filled == 3
     for place in range(3):
         np.testing.assert_array_equal(batch.pixels[place], alone.pixels)
@@ -173,10 +173,10 @@ def test_reading_ahead_is_bounded() -> None:
     asked = itertools.count()
     begun = 0
 
-    def endless() -> Iterator[Picture]:
+    def endless() -> Iterator[PlannedImage]:
         nonlocal begun
         for begun in asked:
-            yield picture(begun, "o")
+            yield image(begun, "o")
 
     with Feed(CARD, Limits(), 4, 3, None, Stopwatch()) as feed:
         batches = feed.batches(endless())
@@ -191,7 +191,7 @@ def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
         board = heartbeat.Noteboard(file.fileno())
         with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
             kinds = "oooo" + "m" * 64
-            signs = [board.pulse for _ in feed.batches(picture(number, kind) for number, kind in enumerate(kinds))]
+            signs = [board.pulse for _ in feed.batches(image(number, kind) for number, kind in enumerate(kinds))]
     assert signs == [1, 2, 3, 4]
 
 
@@ -216,7 +216,7 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch
         board = heartbeat.Noteboard(file.fileno())
         board.clear()
         suspects = {7: None, 8: "crash", 9: "hung_read"}
-        images = [Picture(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why) for n, why in suspects.items()]  # type: ignore[misc]
+        images = [PlannedImage(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why) for n, why in suspects.items()]  # type: ignore[misc]
         with Feed(CARD, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
             (batch,) = feed.batches(images)
             assert "closed" not in seen
@@ -235,7 +235,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkey
     """A job that ends early reads no further image, and none of its threads is at work afterwards."""
     fetched, entered, release = [], threading.Event(), threading.Event()
 
-    def image(number: int) -> Picture:
+    def image(number: int) -> PlannedImage:
         def fetch() -> bytes:
             if number == 5:
                 entered.set()
@@ -243,7 +243,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkey
             fetched.append(number)
             return b"o%d" % number
 
-        return Picture(number, SHARD, "s", b"a", -1, fetch)
+        return PlannedImage(number, SHARD, "s", b"a", -1, fetch)
 
     with Feed(CARD, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
@@ -263,13 +263,13 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
     clock = SimpleNamespace(wall=0.0, thread=0.0)
     monkeypatch.setattr(feed_module, "time", SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread))
 
-    def reads(number: int) -> Picture:
+    def reads(number: int) -> PlannedImage:
         def fetch() -> bytes:
             clock.wall += 3.0
             clock.thread += 0.25  # what reading itself computes is not decoding
             return b"o%d" % number
 
-        return Picture(number, SHARD, "s", b"a", -1, fetch)
+        return PlannedImage(number, SHARD, "s", b"a", -1, fetch)
 
     def decodes(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
         clock.wall += 100.0
@@ -280,12 +280,12 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
     stopwatch = Stopwatch()
     with Feed(CARD, Limits(), 4, 1, None, stopwatch) as feed:
         list(feed.batches(map(reads, range(2))))
-    assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().pictures) == (6.0, 10.0, 2)
+    assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().images) == (6.0, 10.0, 2)
 
 
 def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """With both sizes; one whose size was not known, or is the same, is not."""
-    images = [Picture(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1") for number, size in enumerate((2, -1, 3, 0))]
+    images = [PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1") for number, size in enumerate((2, -1, 3, 0))]
     with Feed(CARD, Limits(), 4, 1, None, Stopwatch()) as feed:
         list(feed.batches(images))
     assert [record.getMessage() for record in caplog.records] == [

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pictures
+import sample_images
 from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
 
 RECIPE, LIMITS = Recipe(size=32, resize=None), Limits()
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
-PIXELS = np.asarray(pictures.photograph(40, 36))
+PIXELS = np.asarray(sample_images.photograph(40, 36))
 FTYP = b"\0\0\0\x18ftyp"
 
 
@@ -64,7 +64,7 @@ def jpeg2000(channels: list[tuple[int, int, int]]) -> bytes:
 
 
 def big_jpeg(marker: int = 0xC0, height: int = 48) -> bytes:
-    return pictures.jpeg_patched(marker=marker, height=height)
+    return sample_images.jpeg_patched(marker=marker, height=height)
 
 
 def xpm(colour: str) -> bytes:
@@ -94,7 +94,7 @@ NAMED = {
     "WMF": lambda: b"\x01\0\x09\0\0\x03" + bytes(99),
     "EMF": lambda: struct.pack("<II", 1, 108) + bytes(32) + b" EMF" + bytes(99),
     "MNG": lambda: b"\x8aMNG\r\n\x1a\n" + bytes(99),
-    "PNG for iOS (CgBI)": lambda: b"\x89PNG\r\n\x1a\n" + pictures.chunk(b"CgBI", b"P\0 \x02") + pictures.png(4, 4)[8:],
+    "PNG for iOS (CgBI)": lambda: b"\x89PNG\r\n\x1a\n" + sample_images.chunk(b"CgBI", b"P\0 \x02") + sample_images.png(4, 4)[8:],
     "PICT": lambda: bytes(512) + struct.pack(">HHHHH", 0, 0, 0, 9, 9) + b"\x00\x11\x02\xff\x0c\x00" + bytes(99),
     "WBMP": lambda: b"\0\0\x09\x09" + b"\xaa" * 18,
     "XWD": lambda: struct.pack(">IIIII", 101, 7, 2, 24, 9).ljust(101, b"\0") + bytes(99),
@@ -123,7 +123,7 @@ NAMED = {
     "JPEG 2000 with colour space number 14": lambda: (
         b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4sBBBI", 15, b"colr", 1, 0, 0, 14) + jpeg2000([(8, 1, 1)] * 3)
     ),
-    "JPEG with fractional sampling": lambda: pictures.jpeg(subsampling=0).replace(
+    "JPEG with fractional sampling": lambda: sample_images.jpeg(subsampling=0).replace(
         b"\x03\x01\x11\0\x02\x11\x01", b"\x03\x01\x33\0\x02\x22\x01"
     ),
     "ICNS without an icon in 24-bit colour": lambda: b"icns" + struct.pack(">I4sI", 16 + 256, b"ICN#", 8 + 256) + bytes(256),
@@ -200,7 +200,7 @@ def test_tga_of_16_bit_palette_is_read() -> None:
 def test_16_bit_grey_jpeg_2000_is_read() -> None:
     """Grey JPEG 2000 of 16 bits keeps its high byte, white included."""
     grey = np.linspace(0, 65535, 36 * 40).astype(np.uint16).reshape(36, 40)
-    data = pictures.encode(Image.fromarray(grey), "JPEG2000")
+    data = sample_images.encode(Image.fromarray(grey), "JPEG2000")
     check(data, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
 
 

@@ -17,11 +17,11 @@ import onnx
 import pytest
 
 import helpers
-import pictures
 import pth_files
+import sample_images
 from golden import recipe
 
-PICTURES = 30
+IMAGES = 30
 """Not a multiple of eight: the example would drop six."""
 DEVICES = 8
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,17 +68,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         thread.join()
 
 
-def coco(folder: Path, count: int = PICTURES) -> Path:
-    """Pictures named and sized like COCO's val2014."""
+def coco(folder: Path, count: int = IMAGES) -> Path:
+    """Images named and sized like COCO's val2014."""
     files = {
-        f"COCO_val2014_{42 + 31 * seed:012d}.jpg": pictures.jpeg(*((640, 480) if seed % 3 else (480, 640)), seed=seed)
+        f"COCO_val2014_{42 + 31 * seed:012d}.jpg": sample_images.jpeg(*((640, 480) if seed % 3 else (480, 640)), seed=seed)
         for seed in range(count)
     }
     return helpers.fill(folder, files)
 
 
 def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None:
-    """partition → get-model → run on eight devices: every picture has a row, eight logs, one aggregate; the download happens once."""
+    """partition → get-model → run on eight devices: every image has a row, eight logs, one aggregate; the download happens once."""
     environment = helpers.environment(IMAGEMILL_MODELS=str(tmp_path / "models"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
 
     def imagemill(*arguments: object) -> helpers.Result:
@@ -86,7 +86,7 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
         assert result.code == 0, result.err
         return result
 
-    # 2. Get the pictures
+    # 2. Get the images
     source = coco(tmp_path / "val2014")
 
     # 3. Partition them
@@ -114,13 +114,13 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
     assert "sub-folders" not in ran.err
     told = [re.search(r"done: (\d+) images in [\d.]+ s, [\d.]+ images/s", (tmp_path / "out" / "logs" / log).read_text()) for log in logs]
     assert all(told)
-    assert sum(int(match[1]) for match in told if match) == PICTURES
+    assert sum(int(match[1]) for match in told if match) == IMAGES
     assert len(re.findall(r"[\d.]+ images/s over", ran.out)) == 1
-    assert imagemill("verify", "out").out == f"complete and sound: {PICTURES} pictures, one row each\n"
+    assert imagemill("verify", "out").out == f"complete and sound: {IMAGES} images, one row each\n"
 
 
 def test_another_number_of_sub_folders_is_a_warning(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
-    """Four partitions on three devices: said, and every picture still has its row."""
+    """Four partitions on three devices: said, and every image still has its row."""
     coco(tmp_path / "val2014", 9)
     imagemill("partition", "--data-dir", tmp_path / "val2014", "--partitions", 4, "--output", tmp_path / "datasets")
     ran = imagemill("run", tmp_path / "datasets", "--output", tmp_path / "out", "--model", "tiny", "--devices", "null:3")

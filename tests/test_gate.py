@@ -21,9 +21,9 @@ SCIPY = [
 ]
 
 
-def answers(agree: int, pictures: int, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a reference that is sure of class 0, and of a candidate with the same top-1 for the first `agree` pictures."""
-    reference = np.zeros((pictures, classes), np.float32)
+def answers(agree: int, images: int, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a reference that is sure of class 0, and of a candidate with the same top-1 for the first `agree` images."""
+    reference = np.zeros((images, classes), np.float32)
     reference[:, 0] = 3
     candidate = reference.copy()
     candidate[agree:, 1] = 4
@@ -62,24 +62,24 @@ def test_the_bar_lies_between_963_and_964_of_1000(agree: int, accepted: bool) ->
     assert ("reaches" if accepted else "is below") in verdict.reason
 
 
-@pytest.mark.parametrize("pictures", [0, 1, 999])
-def test_too_few_pictures_are_never_accepted_however_alike(pictures: int) -> None:
-    verdict = gate.judge(*answers(pictures, pictures))
+@pytest.mark.parametrize("images", [0, 1, 999])
+def test_too_few_images_are_never_accepted_however_alike(images: int) -> None:
+    verdict = gate.judge(*answers(images, images))
     assert not verdict.accepted
     assert verdict.reason.startswith(gate.TOO_FEW)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(Scores))
-def test_fp32_agrees_with_itself(pictures: int, classes: int, seed: int, scores: Scores) -> None:
-    reference = np.random.default_rng(seed).normal(0, 4, (pictures, classes)).astype(np.float32)
+def test_fp32_agrees_with_itself(images: int, classes: int, seed: int, scores: Scores) -> None:
+    reference = np.random.default_rng(seed).normal(0, 4, (images, classes)).astype(np.float32)
     verdict = gate.judge(reference, reference.copy(), scores)
     assert (verdict.agreement, verdict.flips_where_sure, verdict.mean_probability_difference) == (1, 0, 0)
 
 
 @given(st.integers(1, 40), st.integers(2, 12), st.integers(0, 2**32 - 1))
-def test_figures_are_those_counted_one_by_one(pictures: int, classes: int, seed: int) -> None:
+def test_figures_are_those_counted_one_by_one(images: int, classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    reference = rng.normal(0, 2, (pictures, classes)).astype(np.float32)
+    reference = rng.normal(0, 2, (images, classes)).astype(np.float32)
     candidate = (reference + rng.normal(0, 1, reference.shape)).astype(np.float32)
     same = sure = flips = 0
     difference = 0.0
@@ -94,8 +94,8 @@ def test_figures_are_those_counted_one_by_one(pictures: int, classes: int, seed:
         flips += first - second > gate.SURE and not agrees
         difference += abs(p[top] - q[top])
     verdict = gate.judge(reference, candidate)
-    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (same / pictures, sure, flips)
-    assert verdict.mean_probability_difference == pytest.approx(difference / pictures)
+    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (same / images, sure, flips)
+    assert verdict.mean_probability_difference == pytest.approx(difference / images)
 
 
 def test_a_flip_where_fp32_was_not_sure_is_told_apart() -> None:
@@ -110,7 +110,7 @@ def test_nan_in_the_candidate_refuses_it() -> None:
     candidate[7, 3] = np.nan
     verdict = gate.judge(reference, candidate)
     assert not verdict.accepted
-    assert verdict.reason == "NaN or infinity in the answers to 1 of 2,000 pictures"
+    assert verdict.reason == "NaN or infinity in the answers to 1 of 2,000 images"
 
 
 def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
@@ -118,7 +118,7 @@ def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
     reference, candidate = answers(1000, 1000)
     reference[0, 0] = np.inf
     verdict = gate.judge(reference, candidate)
-    assert (verdict.accepted, verdict.pictures, verdict.agreement, verdict.sure) == (True, 1000, 0.999, 999)
+    assert (verdict.accepted, verdict.images, verdict.agreement, verdict.sure) == (True, 1000, 0.999, 999)
     assert verdict.mean_probability_difference == pytest.approx(0.001)
     reference[:100, 0] = np.nan
     assert not gate.judge(reference, candidate).accepted
@@ -129,9 +129,9 @@ def test_images_without_an_answer_in_either_are_left_out() -> None:
     reference, candidate = answers(1000, 1000)
     reference[:3, 0], candidate[:3, 1] = np.nan, np.inf
     verdict = gate.judge(reference, candidate)
-    assert (verdict.pictures, verdict.agreement, verdict.accepted) == (997, 1.0, False)
+    assert (verdict.images, verdict.agreement, verdict.accepted) == (997, 1.0, False)
     assert verdict.reason.startswith(gate.TOO_FEW)
-    assert gate.judge(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).pictures == 0
+    assert gate.judge(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).images == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (4,)])
@@ -142,5 +142,5 @@ def test_answers_of_different_shapes_are_an_error(shape: tuple[int, ...]) -> Non
 
 def test_the_telling_names_every_figure() -> None:
     text = gate.told(gate.judge(*answers(980, 1000)))
-    assert "0.9800 of 1,000 held-out pictures (95 % interval 0.9693 to 0.9870)" in text
+    assert "0.9800 of 1,000 held-out images (95 % interval 0.9693 to 0.9870)" in text
     assert "20 flips among the 1,000 where fp32 was sure" in text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-import pictures
+import sample_images
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding import isolated
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
@@ -58,60 +58,60 @@ def gone_within(pid: int, seconds: float) -> bool:
 @pytest.mark.parametrize("name", ["jpeg", "png", "cut"])
 def test_same_answer_as_in_process(decoder: IsolatedDecoder, recipe: Recipe, name: str) -> None:
     """Whatever the child answers is what `decode` answers here, bit for bit."""
-    whole = pictures.jpeg(1200, 1100, orientation=6)
-    data = {"jpeg": whole, "png": pictures.encode(pictures.photograph(70, 50), "PNG"), "cut": pictures.half(whole)}[name]
+    whole = sample_images.jpeg(1200, 1100, orientation=6)
+    data = {"jpeg": whole, "png": sample_images.encode(sample_images.photograph(70, 50), "PNG"), "cut": sample_images.half(whole)}[name]
     here, there = decode(data, recipe, LIMITS), decoder.decode(data, recipe, LIMITS, "crash")
     assert (there.status, there.error, there.width, there.height) == (here.status, here.error, here.width, here.height)
     assert np.array_equal(there.pixels, here.pixels) if here.pixels is not None else there.pixels is None
 
 
-def test_the_child_is_kept_between_pictures(decoder: IsolatedDecoder) -> None:
+def test_the_child_is_kept_between_images(decoder: IsolatedDecoder) -> None:
     """A suspect that proves innocent costs no new process."""
-    decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
     first = child_pid(decoder)
     decoder.decode(b"text", Recipe(), LIMITS, "crash")
     assert child_pid(decoder) == first
 
 
-def test_a_crashing_picture_becomes_a_row(decoder: IsolatedDecoder) -> None:
+def test_a_crashing_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that kills its decoder twice is `crashed_decoder`, named with its signal; the next is decoded."""
-    decoded = decoder.decode(pictures.jpeg() + CRASH, Recipe(), LIMITS, "crash")
+    decoded = decoder.decode(sample_images.jpeg() + CRASH, Recipe(), LIMITS, "crash")
     assert decoded.pixels is None
     assert decoded.status is Status.CRASHED_DECODER
     assert decoded.error == "the decoder was killed by SIGSEGV, twice in a process of its own (suspected of: crash)"
-    assert decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
+    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
 
 
-def test_a_hanging_picture_becomes_a_row(decoder: IsolatedDecoder) -> None:
+def test_a_hanging_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that is not done within `max_seconds`, twice, is `timeout`, and its child is gone."""
-    decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "timeout")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout")
     pid = child_pid(decoder)
     began = time.monotonic()
-    decoded = decoder.decode(pictures.jpeg() + HANG, Recipe(), Limits(20_000_000, 2**24, 0.5), "timeout")
+    decoded = decoder.decode(sample_images.jpeg() + HANG, Recipe(), Limits(20_000_000, 2**24, 0.5), "timeout")
     assert time.monotonic() - began < 20
     assert decoded.status is Status.TIMEOUT
     assert decoded.error == "decoding took more than 0.5 s, twice in a process of its own (suspected of: timeout)"
     assert not alive(pid)
-    assert decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "timeout").status is Status.OK
+    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout").status is Status.OK
 
 
-def test_a_greedy_picture_becomes_a_row(decoder: IsolatedDecoder) -> None:
+def test_a_greedy_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that wants more memory than a child may have is `too_large`; the child's address space is bounded."""
-    decoded = decoder.decode(pictures.jpeg() + OOM, Recipe(), LIMITS, "crash")
+    decoded = decoder.decode(sample_images.jpeg() + OOM, Recipe(), LIMITS, "crash")
     assert decoded.status is Status.TOO_LARGE
     assert decoded.error == "not enough memory to decode it"
 
 
 def test_a_child_killed_from_outside_is_replaced(decoder: IsolatedDecoder) -> None:
-    """The kernel may kill the child for its memory, or a person may: the picture at hand is tried again and is ok."""
-    decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash")
+    """The kernel may kill the child for its memory, or a person may: the image at hand is tried again and is ok."""
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
     os.kill(child_pid(decoder), signal.SIGKILL)
-    assert decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
+    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
 
 
 def test_close_ends_the_child(decoder: IsolatedDecoder) -> None:
     """After `close` nothing of it runs; closing twice does no harm."""
-    decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
     pid = child_pid(decoder)
     decoder.close()
     decoder.close()
@@ -120,17 +120,17 @@ def test_close_ends_the_child(decoder: IsolatedDecoder) -> None:
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_the_child_dies_with_its_parent(busy: bool) -> None:
-    """SIGKILL to the parent leaves no child behind, whether it waits or is stuck in a picture."""
+    """SIGKILL to the parent leaves no child behind, whether it waits or is stuck in an image."""
     if busy and sys.platform != "linux":
         pytest.skip("only Linux ends a stuck child at once; elsewhere its alarm does, later")
     program = f"""
 import sys, threading, time
 sys.path[:0] = {sys.path!r}
-import pictures
+import sample_images
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Limits, Recipe
 decoder = IsolatedDecoder()
-decoder.decode(pictures.jpeg(), Recipe(), Limits(), "crash")
+decoder.decode(sample_images.jpeg(), Recipe(), Limits(), "crash")
 print(decoder._child._process.pid, flush=True)
 if {busy}:
     decoder.decode(b"{HANG.decode()}", Recipe(), Limits(), "crash")
@@ -146,10 +146,10 @@ time.sleep(600)
 
 
 def test_a_child_that_cannot_start_is_an_error(decoder: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No picture is blamed where no child can be started at all."""
+    """No image is blamed where no child can be started at all."""
     monkeypatch.setattr(isolated.sys, "executable", "/bin/false")
     with pytest.raises(WorkerError, match="cannot be started, 3 times running: the decoder ended with exit code 1"):
-        decoder.decode(pictures.jpeg(), Recipe(), LIMITS, "crash")
+        decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
 
 
 def test_the_child_loads_no_heavy_library() -> None:

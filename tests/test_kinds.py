@@ -18,7 +18,7 @@ from PIL import Image
 
 import archive_files
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Skipped, check_kinds, open_all, resolve
@@ -186,7 +186,7 @@ def test_a_source_of_another_kind_is_exit_2_and_costs_nothing(imagemill: CLI, jo
 
 def test_objects_and_pages_of_another_kind_are_refused(s3: Bucket) -> None:
     """An object by its first bytes or its suffix, a page by its suffix alone; a prefix is a folder whatever its name ends in."""
-    s3.fill({"list.csv": b"path\na.jpg\n", "a": pictures.jpeg(), "b": zipped(), "prefix.csv/a.jpg": b"x", "c.jpg": b"x", "d.7z": b"?"})
+    s3.fill({"list.csv": b"path\na.jpg\n", "a": sample_images.jpeg(), "b": zipped(), "prefix.csv/a.jpg": b"x", "c.jpg": b"x", "d.7z": b"?"})
     assert f"is a table, not an image. If it lists images, give @{s3.url}/list.csv." in refusal(f"{s3.url}/list.csv")
     assert "is a zip archive" in refusal(f"{s3.url}/b")
     assert "is a 7z archive" in refusal(f"{s3.url}/d.7z")
@@ -195,7 +195,7 @@ def test_objects_and_pages_of_another_kind_are_refused(s3: Bucket) -> None:
     s3.fill({"packed.txt": gzip.compress(LIST)})
     assert "is compressed by gzip, not a text file" in refusal(f"@{s3.url}/packed.txt")
     assert "is a list, not an image. If it lists images, give @https://h/x/urls.txt?v=1." in refusal("https://h/x/urls.txt?v=1")
-    check("https://h/picture.php?id=7", "https://h/a.jpg?name=x.txt")
+    check("https://h/image.php?id=7", "https://h/a.jpg?name=x.txt")
 
 
 # ── lists ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -221,7 +221,7 @@ def test_a_list_of_either_byte_order_is_read(tmp_path: Path) -> None:
 def test_a_list_that_powershell_wrote_is_a_job(job: Jobs, tmp_path: Path) -> None:
     """Two lines are two images, found beside the list."""
     (tmp_path / "list.txt").write_bytes((CASES / "list_utf16.txt").read_bytes())
-    helpers.fill(tmp_path, {"x.jpg": pictures.jpeg(), "sp ace.jpg": pictures.jpeg()})
+    helpers.fill(tmp_path, {"x.jpg": sample_images.jpeg(), "sp ace.jpg": sample_images.jpeg()})
     summary = run.run(job(Path(f"@{tmp_path}/list.txt")))
     assert (summary.images, summary.ok) == (2, 2)
 
@@ -245,8 +245,12 @@ LISTS: list[tuple[str, Callable[[], bytes], str]] = [
         lambda: archive_files.tar({"a.jpg": b"x"}, "w"),
         "is a tar archive, not a text file with one path or URL a line. Leave out the @.",
     ),
-    ("a.jpg", pictures.jpeg, "is an image, not a text file with one path or URL a line. Leave out the @."),
-    ("image", lambda: pictures.encode(pictures.photograph(9, 9), "PNG"), "is an image, not a text file with one path or URL a line. Leave"),
+    ("a.jpg", sample_images.jpeg, "is an image, not a text file with one path or URL a line. Leave out the @."),
+    (
+        "image",
+        lambda: sample_images.encode(sample_images.photograph(9, 9), "PNG"),
+        "is an image, not a text file with one path or URL a line. Leave",
+    ),
     ("t.pq", parquet, "is a Parquet table, not a text file with one path or URL a line. Rename it to end in .parquet."),
     ("t.arrow", arrow, "is an Arrow file, not a text file"),
     ("t.xlsx", zipped, "is a spreadsheet, not a text file with one path or URL a line. Save the sheet as CSV"),

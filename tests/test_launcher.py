@@ -1,4 +1,4 @@
-"""Real signals to real processes: whatever dies, there is one row per picture in the end."""
+"""Real signals to real processes: whatever dies, there is one row per image in the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import WorkerError
 from imagemill.job import documents, inspect
 from imagemill.job.paths import JobPaths
@@ -36,7 +36,7 @@ def arguments(folder: Path, output: Path, *more: object) -> tuple[object, ...]:
 
 
 def complete(output: Path, count: int) -> None:
-    """One ok row per picture, in order, and `verify` agrees."""
+    """One ok row per image, in order, and `verify` agrees."""
     rows = helpers.rows(output)
     assert [row["index"] for row in rows] == list(range(count))
     assert {row["status"] for row in rows} == {"ok"}
@@ -53,7 +53,7 @@ def begin(start: Start, folder: Path, output: Path, *more: object, parts: int = 
 
 
 def test_a_killed_worker_is_started_again(start: Start, slow_folder: Path, tmp_path: Path) -> None:
-    """SIGKILL to a worker in mid-run: the job ends with one row per picture, exit 0, and the restart is in the summary and the log."""
+    """SIGKILL to a worker in mid-run: the job ends with one row per image, exit 0, and the restart is in the summary and the log."""
     out = tmp_path / "out"
     process = begin(start, slow_folder, out, "--json")
     victim = helpers.worker_pids(out)[0]
@@ -106,7 +106,7 @@ def test_workers_do_not_outlive_their_launcher_and_the_job_resumes(start: Start,
     result = helpers.finish(start(*arguments(slow_folder, out, "--json")))
     assert result.code == 0, result.err
     assert result.json["resumed_shards"] == len(before)
-    assert re.search(r"resuming: \d+ of 96 pictures are done", result.err)
+    assert re.search(r"resuming: \d+ of 96 images are done", result.err)
     after = helpers.parts(out)
     assert {name: after[name] for name in before} == before
     assert not list(out.rglob("*.tmp"))
@@ -184,10 +184,10 @@ def test_a_second_launcher_is_refused_and_status_is_not(start: Start, slow_folde
     complete(out, 96)
 
 
-def test_a_picture_that_kills_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_kills_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes its worker with it once; then it is decoded alone, and named. Its neighbours, also in the same shard, are ok."""
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
-    folder = jpegs(10, **{"005b.jpg": pictures.jpeg() + b"imagemill-test-crash"})
+    folder = jpegs(10, **{"005b.jpg": sample_images.jpeg() + b"imagemill-test-crash"})
     summary = run.run(job(folder, shard_size=4))
     assert dict(summary.failed_by_status) == {"crashed_decoder": 1}
     assert sum(device.restarts for device in summary.devices) == 1
@@ -196,10 +196,10 @@ def test_a_picture_that_kills_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tm
     assert "SIGSEGV" in row["error"]
 
 
-def test_a_picture_that_hangs_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_hangs_its_decoder_is_a_row(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher kills the worker after --max-seconds; alone it hangs again and is a `timeout` row."""
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
-    folder = jpegs(6, **{"003b.jpg": pictures.jpeg() + b"imagemill-test-hang"})
+    folder = jpegs(6, **{"003b.jpg": sample_images.jpeg() + b"imagemill-test-hang"})
     summary = run.run(job(folder, shard_size=4, max_seconds=0.5))
     assert dict(summary.failed_by_status) == {"timeout": 1}
     assert helpers.by_path(tmp_path / "out")["003b.jpg"]["status"] == "timeout"
@@ -265,7 +265,7 @@ def test_a_part_that_cannot_be_written_ends_the_job_and_it_resumes(job: Jobs, jp
 
 def test_idle_devices_help_the_others(job: Jobs, tmp_path: Path) -> None:
     """With one sub-folder per device each takes its own first, but a device whose folder is small does not sit idle."""
-    data = [pictures.encode(pictures.photograph(700, 600, seed), "PNG", compress_level=1) for seed in range(2)]
+    data = [sample_images.encode(sample_images.photograph(700, 600, seed), "PNG", compress_level=1) for seed in range(2)]
     files = {"a/0.png": data[0]} | {f"b/{number:02d}.png": data[number % 2] for number in range(60)}
     folder = helpers.fill(tmp_path / "datasets", files)
     summary = run.run(job(folder, devices="null:2", shard_size=2, num_workers=1))

@@ -31,7 +31,7 @@ def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
 
 
 def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
-    """The pictures that its threads were at, in this shard and no other."""
+    """The images that its threads were at, in this shard and no other."""
     leases = Leases(shards(3))
     lease = leases.next(0)
     assert lease is not None
@@ -40,7 +40,7 @@ def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
     assert again == Lease(lease.shard, {3: "crash"})
 
 
-def test_a_picture_that_hangs_alone_too_is_given_up() -> None:
+def test_an_image_that_hangs_alone_too_is_given_up() -> None:
     """First it is suspected of hanging its decoder, then its very reading hangs."""
     leases = Leases(shards(1))
     for expected in ({4: "timeout"}, {4: "hung_read"}):
@@ -115,7 +115,7 @@ def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
 
 
 def test_a_lost_worker_leaves_the_suspects_that_were_known() -> None:
-    """What earlier deaths told of a shard's pictures is not lost with a node."""
+    """What earlier deaths told of a shard's images is not lost with a node."""
     leases = Leases(shards(1))
     leases.next(0)
     leases.lost(Lease(shards(1)[0], {4: "timeout"}))

@@ -19,7 +19,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import helpers
-import pictures
+import sample_images
 from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
 from imagemill.job import documents, inspect, ledger
@@ -34,10 +34,10 @@ Copy = Callable[[Path], Path]
 
 @pytest.fixture(scope="module")
 def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A finished job of 10 pictures, one of them bad, in 4 parts; never to be changed: copy it."""
+    """A finished job of 10 images, one of them bad, in 4 parts; never to be changed: copy it."""
     folder = tmp_path_factory.mktemp("ledger")
-    files = {f"{number}.jpg": pictures.jpeg(40, 40, seed=number) for number in range(9)} | {"bad.jpg": b""}
-    source = helpers.fill(folder / "pictures", files)
+    files = {f"{number}.jpg": sample_images.jpeg(40, 40, seed=number) for number in range(9)} | {"bad.jpg": b""}
+    source = helpers.fill(folder / "images", files)
     settings = Settings(
         sources=(str(source),), output=str(folder / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=3
     )
@@ -84,19 +84,19 @@ def test_a_missing_part_is_found(out: Path) -> None:
 def test_one_row_too_few_is_found(out: Path) -> None:
     """With both numbers."""
     rewrite(part(out, 1), lambda table: table.slice(0, 2))
-    assert found(out) == [(1, "has 2 rows, its shard has 3 pictures")]
+    assert found(out) == [(1, "has 2 rows, its shard has 3 images")]
 
 
 def test_a_duplicated_row_is_found(out: Path) -> None:
-    """With the right number of rows, but one picture twice and another not at all."""
+    """With the right number of rows, but one image twice and another not at all."""
     rewrite(part(out, 1), lambda table: table.take([0, 1, 1]))
-    assert found(out) == [(1, "has picture 4 twice")]
+    assert found(out) == [(1, "has image 4 twice")]
 
 
 def test_rows_in_another_order_are_found(out: Path) -> None:
     """A part is in plan order."""
     rewrite(part(out, 0), lambda table: table.take([2, 1, 0]))
-    assert found(out) == [(0, "has other pictures than its shard, or another order")]
+    assert found(out) == [(0, "has other images than its shard, or another order")]
 
 
 def test_an_answer_under_another_name_is_found(out: Path) -> None:
@@ -356,11 +356,11 @@ def test_status_counts_what_is_there(out: Path) -> None:
     assert sorted(path for path in out.rglob("*")) == before
 
 
-def test_a_plan_that_lost_pictures_is_found(out: Path) -> None:
+def test_a_plan_that_lost_images_is_found(out: Path) -> None:
     """The job's own count is held against the plan: a plan file that is gone does not make a smaller job complete."""
     for path in (out / "plan").glob("*.parquet"):
         path.unlink()
-    assert (None, "does not hold the 10 pictures of job.json") in found(out)
+    assert (None, "does not hold the 10 images of job.json") in found(out)
 
 
 def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
@@ -372,10 +372,10 @@ def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     }
 
 
-def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, tmp_path: Path) -> None:
+def test_failed_images_are_named_where_a_line_can_name_them(models_dir: Path, tmp_path: Path) -> None:
     """Folders, lists and single files are spelt as before; members of a zip or tar and rows of a table are counted instead."""
-    folder = helpers.fill(tmp_path / "pictures", {"a/bad.jpg": b"", "good.jpg": pictures.jpeg()})
-    (tmp_path / "list.txt").write_text("pictures/a/bad.jpg\npictures/good.jpg\n")
+    folder = helpers.fill(tmp_path / "images", {"a/bad.jpg": b"", "good.jpg": sample_images.jpeg()})
+    (tmp_path / "list.txt").write_text("images/a/bad.jpg\nimages/good.jpg\n")
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.write(folder / "a" / "bad.jpg", "a/bad.jpg")
     with tarfile.open(tmp_path / "some.tar", "w") as tar:
@@ -391,7 +391,7 @@ def test_failed_pictures_are_named_where_a_line_can_name_them(models_dir: Path, 
 
     assert run.run(settings, Listener()).failed == 7
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
-    assert said == ["4 failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
+    assert said == ["4 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
     assert found(tmp_path / "out") == SOUND
 
 
@@ -429,7 +429,7 @@ def test_failed_files_are_listed_also_behind_failed_members_of_archives(models_d
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.writestr("bad.jpg", b"")
     names = ("a.jpg", "carriage\rreturn.jpg", "line\nbreak.jpg", "z.jpg")
-    folder = helpers.fill(tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": pictures.jpeg()})
+    folder = helpers.fill(tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": sample_images.jpeg()})
     sources = tuple(map(str, (folder, tmp_path / "some.zip", folder)))
     run.run(Settings(sources, str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=100, report=False))
     listed = [f"{folder}/a.jpg", json.dumps(f"{folder}/carriage\rreturn.jpg"), json.dumps(f"{folder}/line\nbreak.jpg"), f"{folder}/z.jpg"]

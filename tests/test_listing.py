@@ -15,7 +15,7 @@ import pytest
 
 import archive_files
 import helpers
-import pictures
+import sample_images
 from imagemill.display import observer
 from imagemill.errors import SourceError
 from imagemill.records import Settings
@@ -128,7 +128,7 @@ def test_images_that_arrive_later_are_processed_by_the_same_command(job: Jobs, t
     with pytest.raises(SourceError, match="no images found"):
         run.run(job(tmp_path / "in"))
     assert list((tmp_path / "out").iterdir()) == []
-    helpers.fill(tmp_path / "in", {"a.jpg": pictures.jpeg()})
+    helpers.fill(tmp_path / "in", {"a.jpg": sample_images.jpeg()})
     assert run.run(job(tmp_path / "in")).images == 1
 
 

@@ -38,7 +38,7 @@ def test_backends_are_mixed_only_where_that_is_allowed(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mixed_job_gives_one_row_a_picture_and_each_part_its_backend(
+def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
     imagemill: Callable[..., helpers.Result], slow_folder: Path, tmp_path: Path
 ) -> None:
     """Shards go to whoever is idle, so both work; the summary has both devices, and `verify` is content."""
@@ -72,7 +72,7 @@ def test_a_mixed_job_gives_one_row_a_picture_and_each_part_its_backend(
     }
     job = json.loads((output / "job.json").read_text())
     assert job["backend"] == "onnxruntime+openvino"
-    # The pictures are 24 times the same four: the backends agree but for the last bits.
+    # The images are 24 times the same four: the backends agree but for the last bits.
     by_content: dict[int, list[float]] = {}
     for number, row in enumerate(rows.to_pylist()):
         by_content.setdefault(number % 4, []).append(row["probability"])

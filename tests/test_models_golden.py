@@ -97,21 +97,21 @@ def test_every_format_gives_the_same_arrays(golden: tuple[str, dict[str, np.ndar
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_golden_logits_are_met(built: tuple[str, bytes], runtime: str) -> None:
-    """In fp32 logits and embedding are those of the published implementation, and so are the logits' differences between pictures."""
+    """In fp32 logits and embedding are those of the published implementation, and so are the logits' differences between images."""
     name, model = built
     expected = np.load(GOLDEN / f"{name}.logits.npy")
     logits, embedding = RUNTIMES[runtime](model, recipe.pixels())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=MODELS[name])
     np.testing.assert_allclose(logits - logits[:1], expected - expected[:1], rtol=0, atol=MODELS[name])
     spread = expected.std(axis=0).mean()
-    assert MODELS[name] < spread / 10, "the tolerance must be far below what tells pictures apart"
+    assert MODELS[name] < spread / 10, "the tolerance must be far below what tells images apart"
     classifier = arrays_of(name)
     last = "last_linear" if name.startswith("cadene") else "fc"
     weight, bias = classifier[f"{last}.weight"], classifier[f"{last}.bias"]
     np.testing.assert_allclose(embedding @ weight.T + bias, logits, rtol=0, atol=MODELS[name])
     features = np.load(GOLDEN / f"{name}.embedding.npy")
     np.testing.assert_allclose(embedding, features, rtol=0, atol=MODELS[name])
-    assert MODELS[name] < features.std(axis=0).mean() / 10, "the tolerance must be far below what tells pictures apart"
+    assert MODELS[name] < features.std(axis=0).mean() / 10, "the tolerance must be far below what tells images apart"
 
 
 def test_graph_is_old_enough_for_old_runtimes(built: tuple[str, bytes]) -> None:
@@ -176,7 +176,7 @@ def test_counters_of_batches_are_ignored() -> None:
 
 
 def test_random_weights_are_finite_varied_and_repeatable() -> None:
-    """The same seed gives the same weights; logits are finite, and differ between pictures and classes."""
+    """The same seed gives the same weights; logits are finite, and differ between images and classes."""
     model = resnext.ARCHITECTURES["resnext50_32x4d"]
     first, again, other = model.random(0), model.random(0), model.random(1)
     assert all(np.array_equal(first[name], again[name]) for name in first)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from archive_files import pack, tar
 from imagemill import run
 from imagemill.errors import JobMismatchError, SourceError, UsageError
@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {"shard_size": 2, "preflight": False}
 
 def fill(place: Path) -> list[str]:
     """Fill a folder with sources of every kind that lies on a disk; returns them."""
-    images = {f"{number}.jpg": pictures.jpeg(40, 30, seed=number) for number in range(4)}
+    images = {f"{number}.jpg": sample_images.jpeg(40, 30, seed=number) for number in range(4)}
     helpers.fill(place, {f"folder/{name}": data for name, data in images.items()})
     pack(place, "zip", images)
     pack(place, "tar", images)
@@ -45,8 +45,8 @@ def fill(place: Path) -> list[str]:
     pq.write_table(pa.table({"image": cells}), place / "table.parquet")
     names = [
         "folder",
-        "pictures.zip",
-        "pictures.tar",
+        "images.zip",
+        "images.tar",
         "packed.tar.gz",
         "@list.txt",
         "@table.csv#url",
@@ -83,7 +83,7 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     frozen = documents.read_frozen(JobPaths.of(str(output)))
     assert frozen is not None
     assert (frozen.job.plan_id, frozen.job.access) == (plan_id, Access())
-    (new / "folder" / "9.jpg").write_bytes(pictures.jpeg())
+    (new / "folder" / "9.jpg").write_bytes(sample_images.jpeg())
     finished = runner.run(job(*given, moved=((str(old), str(new)),), **OPTIONS), listener)
     assert finished.new_in_source == 1
 
@@ -106,7 +106,7 @@ def test_single_files_and_the_longest_old_place_count(tmp_path: Path) -> None:
 
 def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> None:
     """A prefix to another bucket's, with a list whose URLs are in it, or to a folder."""
-    images = {f"{number}.jpg": pictures.jpeg(40, 30, seed=number) for number in range(4)}
+    images = {f"{number}.jpg": sample_images.jpeg(40, 30, seed=number) for number in range(4)}
     s3.fill(images, "old/")
     (tmp_path / "urls.txt").write_text("".join(f"{s3.url}/old/{name}\n" for name in images))
     given = (f"{s3.url}/old", f"@{tmp_path / 'urls.txt'}")

@@ -90,7 +90,7 @@ def test_a_socket_would_be_noticed(watched: dict[str, str], tmp_path: Path) -> N
 
 
 def test_the_demo_works_with_no_network_at_all(lite0: Bundle, tmp_path: Path) -> None:
-    """Trained model and pictures install with the package: where no name can be resolved and nothing connected, the demo still runs."""
+    """Trained model and images install with the package: where no name can be resolved and nothing connected, the demo still runs."""
     hook = b"import socket\ndef refuse(*_, **__): raise OSError('no network')\nsocket.socket.connect = socket.getaddrinfo = refuse\n"
     helpers.fill(tmp_path / "hook", {"sitecustomize.py": hook})
     environment = helpers.environment()

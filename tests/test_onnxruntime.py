@@ -134,8 +134,8 @@ def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(tiny: Bun
 def test_a_job_on_onnx_runtime_is_like_any_other(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two processes, every picture a row, the backend in each part, and the labels that OpenVINO gives."""
-    folder = jpegs(17, **{"broken.jpg": b"\xff\xd8\xff no picture"})
+    """Two processes, every image a row, the backend in each part, and the labels that OpenVINO gives."""
+    folder = jpegs(17, **{"broken.jpg": b"\xff\xd8\xff no image"})
     arguments = ("run", folder, "--model", "tiny", "--shard-size", 4, "--batch-size", 3, "--save", "embedding", "--json")
     ours = imagemill(*arguments, "--output", tmp_path / "ours", "--devices", "cpu:2@onnxruntime")
     assert ours.code == 0, ours.err

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-import pictures
+import sample_images
 from imagemill import partition as module
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.partition import Link, partition
@@ -27,7 +27,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def dealt(output: Path) -> list[list[str]]:
-    """The pictures of each partition, in listing order."""
+    """The images of each partition, in listing order."""
     return [names_in(output / str(number)) for number in range(len([path for path in output.iterdir() if path.is_dir()]))]
 
 
@@ -41,7 +41,7 @@ def numbered(folder: Path, count: int) -> Path:
 
 @given(count=st.integers(1, 40), partitions=st.integers(1, 12))
 def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(count: int, partitions: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any number of pictures in any number of partitions: every picture is in exactly one, in listing order."""
+    """Any number of images in any number of partitions: every image is in exactly one, in listing order."""
     folder = tmp_path_factory.mktemp("any")
     made = partition(str(numbered(folder / "all", count)), partitions, str(folder / "out"))
     shares = dealt(folder / "out")
@@ -49,11 +49,11 @@ def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(count: int, partitio
     assert len(shares) == partitions
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert made.partitions == tuple(map(len, shares))
-    assert (made.pictures, made.made) == (count, count)
+    assert (made.images, made.made) == (count, count)
 
 
-def test_a_picture_is_what_the_folder_source_says(tmp_path: Path) -> None:
-    """The same suffixes in any case, below any folder, are pictures; the rest is skipped and counted, hidden entries too."""
+def test_an_image_is_what_the_folder_source_says(tmp_path: Path) -> None:
+    """The same suffixes in any case, below any folder, are images; the rest is skipped and counted, hidden entries too."""
     source = make(tmp_path / "all", "a.jpg", "b.JPEG", "c.png", "d.webp", "deep/er/e.TIF", "notes.txt", "README", ".hidden.jpg", ".d/f.jpg")
     made = partition(str(source), 2, str(tmp_path / "out"))
     assert sorted(name for share in dealt(tmp_path / "out") for name in share) == ["a.jpg", "b.JPEG", "c.png", "d.webp", "deep/er/e.TIF"]
@@ -62,7 +62,7 @@ def test_a_picture_is_what_the_folder_source_says(tmp_path: Path) -> None:
 
 
 def test_same_names_in_different_folders_stay_apart(tmp_path: Path) -> None:
-    """A picture keeps its relative path inside its partition, so equal names cannot meet."""
+    """An image keeps its relative path inside its partition, so equal names cannot meet."""
     source = make(tmp_path / "all", "cats/1.jpg", "dogs/1.jpg", "1.jpg")
     partition(str(source), 1, str(tmp_path / "out"))
     assert names_in(tmp_path / "out" / "0") == ["1.jpg", "cats/1.jpg", "dogs/1.jpg"]
@@ -168,13 +168,13 @@ def test_what_somebody_put_beside_the_partitions_is_named(tmp_path: Path) -> Non
         partition(str(source), 2, str(tmp_path / "out"))
 
 
-def test_pictures_that_changed_since_are_refused_not_doubled(tmp_path: Path) -> None:
-    """A new picture moves others to the next partition; a repeat would leave them in both."""
+def test_images_that_changed_since_are_refused_not_doubled(tmp_path: Path) -> None:
+    """A new image moves others to the next partition; a repeat would leave them in both."""
     source = numbered(tmp_path / "all", 6)
     partition(str(source), 2, str(tmp_path / "out"))
     make(source, "000-new.jpg", "000-newer.jpg")
     before = names_in(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"holds 002\.jpg in partition 0, where it does not belong now: the pictures changed"):
+    with pytest.raises(OutputError, match=r"holds 002\.jpg in partition 0, where it does not belong now: the images changed"):
         partition(str(source), 2, str(tmp_path / "out"))
     assert names_in(tmp_path / "out") == before
 
@@ -200,7 +200,7 @@ def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(tmp_
     )
 
 
-def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy that fails half-way is not there, and a repeat finishes the rest."""
     source = numbered(tmp_path / "all", 4)
     real = shutil.copy2
@@ -233,8 +233,8 @@ def test_what_is_no_regular_file_still_gets_its_row(tmp_path: Path) -> None:
     assert made.folders == 1
 
 
-def test_links_are_followed_to_the_picture(tmp_path: Path) -> None:
-    """A linked picture, or one in a linked folder, is the picture itself: the partition does not lead through the source."""
+def test_links_are_followed_to_the_image(tmp_path: Path) -> None:
+    """A linked image, or one in a linked folder, is the image itself: the partition does not lead through the source."""
     elsewhere = make(tmp_path / "elsewhere", "1.jpg", "more/2.jpg")
     source = numbered(tmp_path / "all", 1)
     (source / "one.jpg").symlink_to(elsewhere / "1.jpg")
@@ -250,10 +250,10 @@ def test_an_output_inside_the_data_folder_is_not_its_own_input(tmp_path: Path) -
     """--output below --data-dir is never listed, however often the command is repeated."""
     source = numbered(tmp_path / "all", 5)
     for _ in range(2):
-        assert partition(str(source), 2, str(source / "parts")).pictures == 5
+        assert partition(str(source), 2, str(source / "parts")).images == 5
 
 
-def test_more_partitions_than_pictures_leaves_some_empty(tmp_path: Path) -> None:
+def test_more_partitions_than_images_leaves_some_empty(tmp_path: Path) -> None:
     """Every partition's folder is there, also an empty one."""
     partition(str(numbered(tmp_path / "all", 2)), 4, str(tmp_path / "out"))
     assert dealt(tmp_path / "out") == [["000.jpg"], ["001.jpg"], [], []]
@@ -268,9 +268,9 @@ def test_more_partitions_than_pictures_leaves_some_empty(tmp_path: Path) -> None
         (
             {"data_dir": "{all}/none"},
             SourceError,
-            "source {all}/none cannot be read: No such file or directory. Give a folder or a picture.",
+            "source {all}/none cannot be read: No such file or directory. Give a folder or an image.",
         ),
-        ({"data_dir": "{all}/empty"}, SourceError, "--data-dir {all}/empty holds no pictures. Give a folder that does."),
+        ({"data_dir": "{all}/empty"}, SourceError, "--data-dir {all}/empty holds no images. Give a folder that does."),
         ({"output": "{all}"}, UsageError, "--output {all} is the data folder itself. Give another folder."),
         ({"output": "{all}/000.jpg"}, OutputError, "--output {all}/000.jpg is a file. Give a folder."),
     ],
@@ -288,8 +288,8 @@ def test_mistakes_are_told(tmp_path: Path, change: dict[str, Any], kind: type[Ex
 
 
 def test_run_takes_the_partitions_as_the_shares_of_its_devices(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
-    """`partition` then `run` with as many devices: every picture is one row, and no warning about the number of sub-folders."""
-    source = helpers.fill(tmp_path / "all", {f"{seed % 2}/{seed:02d}.jpg": pictures.jpeg(seed=seed) for seed in range(11)})
+    """`partition` then `run` with as many devices: every image is one row, and no warning about the number of sub-folders."""
+    source = helpers.fill(tmp_path / "all", {f"{seed % 2}/{seed:02d}.jpg": sample_images.jpeg(seed=seed) for seed in range(11)})
     made = imagemill("partition", "--data-dir", source, "--partitions", 3, "--output", tmp_path / "datasets", "--json")
     assert made.code == 0
     assert made.json["partitions"] == [4, 4, 3]
@@ -304,8 +304,8 @@ def test_the_command_line_tells_what_was_made(tmp_path: Path, imagemill: Callabl
     """One line for people; a mistake is one line and exit code 1, without a traceback."""
     source = numbered(tmp_path / "all", 5)
     arguments = ("partition", "--data-dir", source, "--partitions", 2, "--output", tmp_path / "out")
-    assert imagemill(*arguments).out == f"5 pictures in 2 partitions of 2 or 3: {tmp_path}/out (5 hard links made)\n"
-    assert imagemill(*arguments).out == f"5 pictures in 2 partitions of 2 or 3: {tmp_path}/out (0 hard links made)\n"
+    assert imagemill(*arguments).out == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (5 hard links made)\n"
+    assert imagemill(*arguments).out == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (0 hard links made)\n"
     refused = imagemill("partition", "--data-dir", source, "--partitions", 5, "--output", tmp_path / "out")
     assert refused.code == 1
     assert refused.err.startswith("imagemill: --output ")

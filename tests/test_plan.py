@@ -25,7 +25,7 @@ def freeze(folder: Path, entries: list[Entry], shard_size: int, *, by_group: boo
 
 
 def listing(groups: list[int]) -> list[Entry]:
-    """`groups[i]` pictures in group i; sizes and names differ."""
+    """`groups[i]` images in group i; sizes and names differ."""
     names = ((group, number) for group, count in enumerate(groups) for number in range(count))
     return [Entry(group % 2, b"%d/\xff%d.jpg" % (group, number), number - 1, group) for group, number in names]
 
@@ -52,7 +52,7 @@ def test_shards_cover_the_listing_exactly_once_and_in_order(
 @examples(max_examples=30)
 @given(groups=st.lists(st.integers(1, 30), min_size=2, max_size=5), shard_size=st.integers(1, 40))
 def test_shards_end_where_a_group_ends(tmp_path_factory: pytest.TempPathFactory, groups: list[int], shard_size: int) -> None:
-    """Cut by group, a shard holds pictures of one group alone and says which."""
+    """Cut by group, a shard holds images of one group alone and says which."""
     entries = listing(groups)
     folder = freeze(tmp_path_factory.mktemp("plan") / "plan", entries, shard_size, by_group=True)
     for shard in plan.shards(folder):
@@ -77,7 +77,7 @@ def test_more_rows_than_a_record_batch_are_cut_across_its_border(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "devices", "size"),
+    ("images", "devices", "size"),
     [
         (0, 1, 32),
         (328, 2, 32),
@@ -90,19 +90,19 @@ def test_more_rows_than_a_record_batch_are_cut_across_its_border(tmp_path: Path)
         (100_000_001, 1, 10_001),
     ],
 )
-def test_auto_shard_size_is_an_eighth_of_a_devices_share(pictures: int, devices: int, size: int) -> None:
-    """pictures / (8 × devices), between 32 and 1,024, larger above ten million so that there are never more than 10,000 parts."""
-    assert plan.auto_shard_size(pictures, devices) == size
+def test_auto_shard_size_is_an_eighth_of_a_devices_share(images: int, devices: int, size: int) -> None:
+    """images / (8 × devices), between 32 and 1,024, larger above ten million so that there are never more than 10,000 parts."""
+    assert plan.auto_shard_size(images, devices) == size
 
 
 def test_memory_does_not_grow_with_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times the pictures take no more of Python's memory to spool."""
+    """Ten times the images take no more of Python's memory to spool."""
     monkeypatch.setattr(plan, "_SPOOL_ROWS", 2_000)
 
-    def peak(pictures: int) -> int:
+    def peak(images: int) -> int:
         tracemalloc.start()
         try:
-            plan.spool((Entry(0, b"folder/%012d.jpg" % number, number) for number in range(pictures)), tmp_path / str(pictures))
+            plan.spool((Entry(0, b"folder/%012d.jpg" % number, number) for number in range(images)), tmp_path / str(images))
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -112,7 +112,7 @@ def test_memory_does_not_grow_with_the_listing(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_empty_listing_has_no_shards(tmp_path: Path) -> None:
-    """No picture: no shard, and no error."""
+    """No image: no shard, and no error."""
     assert plan.spool(iter(()), tmp_path / "listing") == plan.Listing(0, 0)
     assert plan.shards(freeze(tmp_path / "plan", [], 7)) == []
 

@@ -276,7 +276,7 @@ def test_a_share_that_is_none_is_wrong_usage(folder: Path, tiny: Bundle, monkeyp
     assert not popart_standin.calls(folder)
 
 
-def test_bench_lets_the_ipu_make_up_its_pictures(folder: Path, imagemill: Callable[..., helpers.Result], models_dir: Path) -> None:
+def test_bench_lets_the_ipu_make_up_its_images(folder: Path, imagemill: Callable[..., helpers.Result], models_dir: Path) -> None:
     """`bench --synthetic` measures the device: nothing crosses to it. A run is never synthetic."""
     arguments = ("--model", "tiny", "--devices", "ipu", "--precision", "fp16", "--batches-per-step", "4", "--iterations", "1", "--json")
     report = imagemill("bench", "--synthetic", *arguments, env=environment(folder, models_dir))
@@ -450,11 +450,11 @@ def top_1(output: Path) -> dict[str, int]:
 def test_a_run_on_two_ipus_answers_as_the_cpu_does(
     tmp_path: Path, jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result], models_dir: Path
 ) -> None:
-    """`run --devices ipu:2` gives each picture the class that OpenVINO's fp32 gives it, and each one row."""
+    """`run --devices ipu:2` gives each image the class that OpenVINO's fp32 gives it, and each one row."""
     folder = tmp_path / "ipus"
     arguments = (
         "run",
-        jpegs(40, **{"bad.jpg": b"no picture"}),
+        jpegs(40, **{"bad.jpg": b"no image"}),
         "--model",
         "tiny",
         "--shard-size",

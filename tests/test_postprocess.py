@@ -164,7 +164,7 @@ def test_another_number_of_classes_than_labels_names_both() -> None:
         ask(np.zeros((2, 7)))
 
 
-def test_another_number_of_rows_than_pictures_is_refused() -> None:
+def test_another_number_of_rows_than_images_is_refused() -> None:
     """Answers are never paired with names by luck."""
     batch = Batch(np.zeros((4, 1, 1, 3), np.uint8), 3, ())
     with pytest.raises(BadLogitsError, match=r"an array of shape \(2, 10\) for a batch of 3"):

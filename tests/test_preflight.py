@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-import pictures
+import sample_images
 from faults.harness import children
 from imagemill.display import observer
 from imagemill.job import documents, plan
@@ -38,7 +38,7 @@ CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 
 @pytest.fixture(scope="module")
 def heavy(models_dir: Path) -> str:
-    """The tiny model with a card that says it is huge, so that a job of few pictures is one of many minutes to the preflight."""
+    """The tiny model with a card that says it is huge, so that a job of few images is one of many minutes to the preflight."""
     bundle.write(models_dir / "heavy", replace(TINY_CARD, name="heavy", parameters=2 * 10**10), tiny_model())
     return "heavy"
 
@@ -82,7 +82,7 @@ def carried_out(settings: Settings) -> tuple[Summary, list[str]]:
     [(30, 44_177_704, False), (500, 44_177_704, False), (1_000, 44_177_704, True), (1_000, 4_652_008, False), (6_000, 4_652_008, True)],
 )
 def test_small_jobs_get_none(count: int, parameters: int, has_one: bool) -> None:
-    """Where starting a process costs more than 2 % of the job; how many pictures that are depends on the model."""
+    """Where starting a process costs more than 2 % of the job; how many images that are depends on the model."""
     assert (preflight.budget_s(count, parameters, CPU) > 0) is has_one
     assert preflight.budget_s(count, parameters, CPU) <= 0.02 * count * (0.002 + 0.6e-9 * parameters)
 
@@ -104,7 +104,7 @@ def test_many_cores_do_not_wait_for_it() -> None:
 
 @given(count=st.integers(1, 10**7), data=st.data())
 def test_any_sample_is_spread_evenly_at_any_time(count: int, data: st.DataObject) -> None:
-    """Each picture once, all of a small plan; the first eighth of a large sample already reaches from one end to the other."""
+    """Each image once, all of a small plan; the first eighth of a large sample already reaches from one end to the other."""
     wanted = min(count, 300)
     chosen = preflight.spread(count, wanted)
     assert len(set(chosen)) == wanted == len(chosen)
@@ -129,14 +129,14 @@ def test_the_budget_ends_it(job: Jobs, jpegs: Folders, heavy: str) -> None:
 # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_share_of_unreadable_pictures_is_that_of_the_plan(job: Jobs, jpegs: Folders, heavy: str) -> None:
+def test_the_share_of_unreadable_images_is_that_of_the_plan(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """All of a small plan is tried: counts by kind are those of the rows, and the summary keeps what was said."""
-    bad = {"zz.jpg": b"", "zy.jpg": b"no picture at all", "zx.jpg": pictures.jpeg(400, 300)[:3000], "zw.jpg": b""}
+    bad = {"zz.jpg": b"", "zy.jpg": b"no image at all", "zx.jpg": sample_images.jpeg(400, 300)[:3000], "zw.jpg": b""}
     summary, said = carried_out(job(jpegs(60, **bad), model=heavy))
     assert summary.preflight is not None
     assert summary.preflight.unreadable == summary.failed_by_status == {"empty": 2, "not_an_image": 1, "truncated": 1}
     assert said == [
-        "preflight: 64 of 64 pictures tried: 6.2 % unreadable (2 empty, 1 not_an_image, 1 truncated)",
+        "preflight: 64 of 64 images tried: 6.2 % unreadable (2 empty, 1 not_an_image, 1 truncated)",
         "preflight: so 2.5 to 15.0 % of all are likely to be unreadable",
     ]
     assert summary.preflight.unreadable_low < 4 / 64 < summary.preflight.unreadable_high
@@ -148,7 +148,7 @@ def test_where_all_can_be_read_it_says_how_many_may_not(job: Jobs, jpegs: Folder
     """A clean sample does not promise a clean job."""
     _, said = carried_out(job(jpegs(60), model=heavy))
     assert said == [
-        "preflight: 60 of 60 pictures tried: none unreadable",
+        "preflight: 60 of 60 images tried: none unreadable",
         "preflight: so at most 6.0 % of all are likely to be unreadable",
     ]
 
@@ -204,7 +204,7 @@ def test_the_time_is_foretold_when_the_rate_is_known(job: Jobs, jpegs: Folders, 
     with lookout_of(job, jpegs(100), heavy, said) as lookout:
         heard(lookout)
         for second in range(1, 8):
-            lookout(at(second, 4 * second, Clock(compute=float(second), decode=0.01 * second, pictures=4 * second)))
+            lookout(at(second, 4 * second, Clock(compute=float(second), decode=0.01 * second, images=4 * second)))
             assert len(said) == (2 if second < 5 else 4)
     assert said[2] == "preflight: about 25s in all, 4.0 images/s, bounded by compute"
     assert re.fullmatch(r"preflight: decoding alone [\d,]+ images/s, results of about [\d.,]+ KiB", said[3])
@@ -214,7 +214,7 @@ def test_the_time_is_foretold_when_the_rate_is_known(job: Jobs, jpegs: Folders, 
     assert 0 < lookout.found.cpu_s < 30
 
 
-def test_pictures_ahead_that_are_larger_make_it_longer(job: Jobs, jpegs: Folders, heavy: str) -> None:
+def test_images_ahead_that_are_larger_make_it_longer(job: Jobs, jpegs: Folders, heavy: str) -> None:
     """Where decoding bounds the job, its rate so far is corrected by what decoding takes over the whole plan."""
     said: list[str] = []
     with lookout_of(job, jpegs(100), heavy, said) as lookout:
@@ -222,7 +222,7 @@ def test_pictures_ahead_that_are_larger_make_it_longer(job: Jobs, jpegs: Folders
         cheap = sum(item.decode_s for item in lookout._looked) / len(lookout._looked) / 2
         for second in range(1, 6):
             rows = 4 * second
-            lookout(at(second, rows, Clock(starved=float(second), decode=cheap * rows, pictures=rows)))
+            lookout(at(second, rows, Clock(starved=float(second), decode=cheap * rows, images=rows)))
     assert lookout.found is not None
     assert lookout.found.bottleneck == "decode"
     assert lookout.found.images_per_second == pytest.approx(2.0, rel=0.01)
@@ -245,10 +245,10 @@ def test_the_size_of_the_results_is_about_what_they_take(job: Jobs, jpegs: Folde
 
 
 @pytest.mark.parametrize("fault", ["crash", "hang"])
-def test_a_picture_that_ends_the_child_ends_nothing_else(
+def test_an_image_that_ends_the_child_ends_nothing_else(
     job: Jobs, jpegs: Folders, heavy: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """A crash is one unreadable picture more; a hang is over when the time is. What was told before counts, and no process is left."""
+    """A crash is one unreadable image more; a hang is over when the time is. What was told before counts, and no process is left."""
     said: list[str] = []
     folder = jpegs(100, **{"099.jpg": b"imagemill-test-" + fault.encode()})  # the last of the last pass
     monkeypatch.setattr(preflight, "_DEADLINE_S", 6.0)
@@ -308,13 +308,13 @@ def test_it_can_be_left_out_and_is_not_repeated(job: Jobs, jpegs: Folders, heavy
 
 
 def test_servers_are_asked_for_few(job: Jobs, heavy: str, tmp_path: Path) -> None:
-    """Of pictures over the network some two dozen are tried, however many the job has, spread over all of it."""
+    """Of images over the network some two dozen are tried, however many the job has, spread over all of it."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            data = pictures.jpeg(40, 40)
+            data = sample_images.jpeg(40, 40)
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

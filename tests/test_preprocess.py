@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import pictures
+import sample_images
 from imagemill.pipeline.decoding import preprocess
 from imagemill.records import Interpolation, Recipe
 
@@ -34,16 +34,16 @@ def difference(image: Image.Image, recipe: Recipe) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(width=st.integers(2, 700), height=st.integers(2, 700), recipe=RECIPES)
-def test_any_picture_is_cropped_as_published(width: int, height: int, recipe: Recipe) -> None:
+def test_any_image_is_cropped_as_published(width: int, height: int, recipe: Recipe) -> None:
     """For any size and recipe, resampling the crop alone is within a few levels of resizing everything and cropping."""
-    assert difference(pictures.photograph(width, height), recipe) <= LEVELS[recipe.interpolation]
+    assert difference(sample_images.photograph(width, height), recipe) <= LEVELS[recipe.interpolation]
 
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(2, 300), height=st.integers(2, 300), interpolation=st.sampled_from(list(Interpolation)))
-def test_a_squashed_picture_is_pillows_own_resize(width: int, height: int, interpolation: Interpolation) -> None:
+def test_a_squashed_image_is_pillows_own_resize(width: int, height: int, interpolation: Interpolation) -> None:
     """Squashed to just the model's size, by any of the six filters: Pillow's `resize`, bit for bit."""
-    image = pictures.photograph(width, height)
+    image = sample_images.photograph(width, height)
     recipe = Recipe(size=96, resize=(96, 96), interpolation=interpolation)
     expected = np.asarray(image.resize((96, 96), Image.Resampling[interpolation.name]))
     for given_as in (image, np.asarray(image)):
@@ -57,11 +57,11 @@ def test_a_squashed_picture_is_pillows_own_resize(width: int, height: int, inter
 def test_filters_with_hard_edges_are_cropped_as_published(width: int, height: int, interpolation: Interpolation) -> None:
     """`nearest` and `box` too pick the pixels that Pillow picks; odd sizes, where no edge of the filter falls on that of a pixel."""
     recipe = Recipe(size=96, resize=(127, 131), interpolation=interpolation)
-    assert difference(pictures.photograph(2 * width + 1, 2 * height + 1), recipe) <= 1
+    assert difference(sample_images.photograph(2 * width + 1, 2 * height + 1), recipe) <= 1
 
 
-def test_the_picture_is_squashed_and_its_centre_cut_out() -> None:
-    """Width comes first: the left half of a picture twice as wide as the crop is as far as the crop's left edge."""
+def test_the_image_is_squashed_and_its_centre_cut_out() -> None:
+    """Width comes first: the left half of an image twice as wide as the crop is as far as the crop's left edge."""
     wide = Image.new("RGB", (40, 10), "white")
     wide.paste("black", (0, 0, 20, 10))
     recipe = Recipe(size=8, resize=(16, 8), interpolation=Interpolation.NEAREST)
@@ -74,11 +74,11 @@ def test_the_picture_is_squashed_and_its_centre_cut_out() -> None:
 def test_no_resize_copies_pixels() -> None:
     """Without a resize the centre is copied, not computed, and what lacks is black."""
     for size in [(300, 250), (224, 224), (100, 300), (5, 5)]:
-        assert difference(pictures.photograph(*size), Recipe(resize=None)) == 0
+        assert difference(sample_images.photograph(*size), Recipe(resize=None)) == 0
 
 
 def test_padding_is_black_and_central() -> None:
-    """A picture smaller than the crop lies in the middle of black, the odd pixel at the end, as torchvision pads."""
+    """An image smaller than the crop lies in the middle of black, the odd pixel at the end, as torchvision pads."""
     out = np.full((8, 8, 3), 77, np.uint8)
     recipe = Recipe(size=8, resize=None)
     preprocess.resample(Image.new("RGB", (3, 2), "white"), preprocess.locate(3, 2, recipe), recipe, out)
@@ -101,15 +101,15 @@ def test_scaling_leaves_twice_the_target(width: int, height: int, factor: int) -
 @pytest.mark.parametrize(
     ("width", "height", "factor"), [(1023, 4000, 1), (4000, 511, 1), (1024, 512, 2), (4096, 1024, 4), (4000, 9000, 4), (4096, 2048, 8)]
 )
-def test_scaling_leaves_twice_both_sides_of_a_squashed_picture(width: int, height: int, factor: int) -> None:
+def test_scaling_leaves_twice_both_sides_of_a_squashed_image(width: int, height: int, factor: int) -> None:
     """It is squashed to 256×128: neither side is scaled to less than twice that."""
     assert preprocess.shrink(width, height, Recipe(size=100, resize=(256, 128))) == factor
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turning_agrees_with_pillow(orientation: int) -> None:
-    """Arrays, and boxes of them, are turned as Pillow turns pictures."""
-    image = pictures.photograph(37, 23)
+    """Arrays, and boxes of them, are turned as Pillow turns images."""
+    image = sample_images.photograph(37, 23)
     method = preprocess.TURNS.get(orientation)
     turned = image if method is None else image.transpose(method)
     assert np.array_equal(preprocess.turn(np.asarray(image), orientation), np.asarray(turned))
@@ -121,6 +121,6 @@ def test_turning_agrees_with_pillow(orientation: int) -> None:
 
 def test_reference_is_pillows_own_resize() -> None:
     """`by_the_book` is what the published recipe's own lines give."""
-    image = Image.open(io.BytesIO(pictures.jpeg(500, 375)))
+    image = Image.open(io.BytesIO(sample_images.jpeg(500, 375)))
     resized = image.resize((341, 256), Image.Resampling.BILINEAR)
     assert np.array_equal(preprocess.by_the_book(image, Recipe()), np.asarray(resized)[16:240, 58:282])

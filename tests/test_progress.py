@@ -100,7 +100,7 @@ def test_any_course_gives_numbers_or_nothing(course: list[tuple[float, int]], to
         assert terminal.text(at(now_s, rows), estimate, 80, 16)
 
 
-def test_resumed_pictures_count_as_done_but_into_no_rate() -> None:
+def test_resumed_images_count_as_done_but_into_no_rate() -> None:
     """A job that is resumed at nine tenths tells the rate of today."""
     estimate = fed(Pace(1_000, 900), [(2.0, 4), (3.0, 14), (4.0, 24)])
     assert (estimate.done, estimate.rate, estimate.left_s) == (924, 10.0, 7.6)
@@ -111,7 +111,7 @@ def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
     pace = Pace(100, 0)
     for seconds, rows, ready, state in [
         (0.0, 0, 0, "starting"),
-        (5.0, 0, 1, "first pictures under way"),
+        (5.0, 0, 1, "first images under way"),
         (6.0, 4, 1, "running"),
         (7.9, 40, 1, "running"),
     ]:
@@ -207,13 +207,13 @@ def test_its_memory_does_not_grow_with_the_job() -> None:
 
 
 def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
-    """The clocks of the last interval decide, not those of the whole job; without a picture in between nothing is said."""
+    """The clocks of the last interval decide, not those of the whole job; without an image in between nothing is said."""
     pace = Pace(10_000, 0)
     for second in range(61):
-        estimate = pace.add(at(second, second, clock=Clock(compute=float(second), decode=0.1 * second, pictures=second)))
+        estimate = pace.add(at(second, second, clock=Clock(compute=float(second), decode=0.1 * second, images=second)))
     assert estimate.bottleneck == "compute"
     for second in range(61, 101):
-        clock = Clock(compute=60.0, decode=6.0 + second - 60, starved=float(second - 60), pictures=second)
+        clock = Clock(compute=60.0, decode=6.0 + second - 60, starved=float(second - 60), images=second)
         estimate = pace.add(at(second, second, clock=clock))
     assert estimate.bottleneck == "decode"
     for second in range(101, 131):
@@ -222,19 +222,19 @@ def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
 
 
 @pytest.mark.parametrize(("session_cpu", "bottleneck"), [(0.0, "decode"), (0.8, "decode"), (1.0, "compute")])
-def test_who_waits_for_pictures_on_cores_that_compute_too_may_be_bounded_by_computing(session_cpu: float, bottleneck: str) -> None:
+def test_who_waits_for_images_on_cores_that_compute_too_may_be_bounded_by_computing(session_cpu: float, bottleneck: str) -> None:
     """As the summary says it in the end: where the session used more CPU time than decoding, decoding is not the bottleneck."""
     pace = Pace(10_000, 0)
     for second in range(31):
         sums = {"decode": 0.9 * second, "decode_wall": 1.8 * second, "session_cpu": session_cpu * second}
-        estimate = pace.add(at(second, second, clock=Clock(starved=float(second), pictures=second, **sums)))
+        estimate = pace.add(at(second, second, clock=Clock(starved=float(second), images=second, **sums)))
     assert estimate.bottleneck == bottleneck
 
 
 def test_no_bottleneck_is_shown_before_it_can_be_told() -> None:
     """Not in the first seconds; the summary of so short a job names none either."""
     pace = Pace(10_000, 0)
-    found = [pace.add(at(second, second, clock=Clock(compute=float(second), pictures=second))).bottleneck for second in range(8)]
+    found = [pace.add(at(second, second, clock=Clock(compute=float(second), images=second))).bottleneck for second in range(8)]
     assert found == [None] * 5 + ["compute"] * 3
 
 
@@ -248,7 +248,7 @@ def large(devices: int, restarts: int = 0) -> tuple[Progress, Estimate]:
     pace = Pace(40_000_000, 1_000_000)
     for second in range(1, 101):
         rows = {f"cuda#{number}": 1_000 * second for number in range(devices)}
-        clock = Clock(starved=float(second), decode=9.0 * second, pictures=second)
+        clock = Clock(starved=float(second), decode=9.0 * second, images=second)
         now = at(second, rows, saved=90_000, failed=MANY_KINDS, clock=clock, restarts=restarts)
         estimate = pace.add(now)
     return now, estimate
@@ -286,9 +286,9 @@ def test_restarts_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("course", "failed", "expected"),  # of 1,000 pictures after 100 that were resumed
+    ("course", "failed", "expected"),  # of 1,000 images after 100 that were resumed
     [
-        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first pictures under way"),
+        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first images under way"),
         ([(1.0, 0), (11.0, 500)], {}, "600 of 1,100 (54 %)"),
         ([(1.0, 50), (10.0, 500)], {}, "600 of 1,100 (54 %), 50.0 images/s, 10s left"),
         (
@@ -401,11 +401,11 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
     counts = sorted({one.devices["null#0"] for one in seen if not one.rows})
     assert len(counts) > 3
     assert all(one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"])
-    assert [one.clock.pictures for one in seen] == sorted(one.clock.pictures for one in seen)
+    assert [one.clock.images for one in seen] == sorted(one.clock.images for one in seen)
     assert max(one.clock.decode for one in seen) > 0
 
 
-def test_a_picture_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+def test_an_image_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """In a kernel the display is an output of the cell that is renewed in place, and nothing goes to stderr but what is said."""
     from jupyter_client.manager import start_new_kernel
 

@@ -1,4 +1,4 @@
-"""A picture's answer depends on nothing but the picture: bit for bit, on the CPU."""
+"""An image's answer depends on nothing but the image: bit for bit, on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import helpers
-import pictures
+import sample_images
 from imagemill import records
 from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
@@ -35,14 +35,14 @@ COUNT = 24
 def reference(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """One run of the tiny model over 24 entries, some of them bad, in the plainest way: one device, one batch at a time."""
     folder = tmp_path_factory.mktemp("reference")
-    files = {f"{'xyz'[n % 3]}/{n:02d}.jpg": pictures.jpeg(40 + n, 70 - n, seed=n) for n in range(COUNT - 4)}
+    files = {f"{'xyz'[n % 3]}/{n:02d}.jpg": sample_images.jpeg(40 + n, 70 - n, seed=n) for n in range(COUNT - 4)}
     files |= {
         "x/bad.jpg": b"",
-        "y/cut.jpg": pictures.half(pictures.jpeg(200, 200)),
+        "y/cut.jpg": sample_images.half(sample_images.jpeg(200, 200)),
         "z/a.png": b"text" * 99,
-        "z/b.gif": pictures.animated_gif(),
+        "z/b.gif": sample_images.animated_gif(),
     }
-    source = helpers.fill(folder / "pictures", files)
+    source = helpers.fill(folder / "images", files)
     settings = settings_for(source, folder / "out", models_dir, devices="cpu", batch_size=1, batches_per_step=1, num_workers=1)
     run.run(settings)
     return Finished(helpers.Result(0, str(source), ""), folder / "out")
@@ -144,8 +144,8 @@ def test_the_same_rows_in_whatever_order_shards_are_done(
     assert bits(helpers.table(out)) == bits(helpers.table(reference.output))
 
 
-def test_rows_differ_where_pictures_do(reference: Finished) -> None:
-    """The tests above can fail: the tiny model tells pictures apart, in every column."""
+def test_rows_differ_where_images_do(reference: Finished) -> None:
+    """The tests above can fail: the tiny model tells images apart, in every column."""
     good = [row for row in helpers.rows(reference.output) if row["status"] == "ok"]
     assert len(good) == COUNT - 3
     assert len({tuple(row["logits"]) for row in good}) == len(good)

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import resnext
@@ -94,7 +94,7 @@ def make_bundle(folder: Path, **options: float) -> Bundle:
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,400 small pictures of six colours in 6 folders."""
+    """1,400 small images of six colours in 6 folders."""
     folder = tmp_path_factory.mktemp("colours")
     rng = np.random.default_rng(0)
     for number in range(1400):
@@ -117,10 +117,10 @@ def entries_of(folder: Path) -> list[Entry]:
     return list(precisions._listing([str(folder)], precisions.Filters()))
 
 
-def record(bundle: Bundle, *, accepted: bool = True, pictures: int = 1000, **changes: Any) -> dict[str, Any]:
+def record(bundle: Bundle, *, accepted: bool = True, images: int = 1000, **changes: Any) -> dict[str, Any]:
     """What the card would keep of bf16 or, with a file, of int8."""
-    agree = pictures if accepted else pictures // 2
-    reference = np.eye(6, dtype=np.float32)[np.zeros(pictures, int)] * 9
+    agree = images if accepted else images // 2
+    reference = np.eye(6, dtype=np.float32)[np.zeros(images, int)] * 9
     candidate = reference.copy()
     candidate[agree:] = 9 - candidate[agree:]
     verdict = gate.judge(reference, candidate)
@@ -171,9 +171,9 @@ def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) 
     np.testing.assert_array_equal(logits(1), logits(6))
 
 
-def test_quantising_without_pictures_says_what_to_do(tmp_path: Path) -> None:
+def test_quantising_without_images_says_what_to_do(tmp_path: Path) -> None:
     make_bundle(tmp_path)
-    with pytest.raises(ModelError, match="without pictures to calibrate on"):
+    with pytest.raises(ModelError, match="without images to calibrate on"):
         quantize.quantize(tmp_path / "model.onnx", [], 300)
 
 
@@ -244,11 +244,11 @@ def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
     assert quantize.variant_file(bundle, known) is None
 
 
-# Picking pictures.
+# Picking images.
 
 
 @given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 1500))
-def test_calibration_and_gate_never_share_a_picture(available: int, calibration: int, held_out: int) -> None:
+def test_calibration_and_gate_never_share_an_image(available: int, calibration: int, held_out: int) -> None:
     first, rest = trial.split(available, calibration, held_out)
     assert sorted(first + rest) == list(range(available))
     if available >= calibration + held_out:
@@ -268,7 +268,7 @@ def test_thinning_keeps_enough_evenly_and_never_much_more(listed: int, wanted: i
     assert numbers == list(range(0, listed, numbers[1] if len(numbers) > 1 else max(listed, 1)))
 
 
-def test_another_picture_set_has_another_identity(tmp_path: Path) -> None:
+def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     entries = [Entry(0, b"a", 1), Entry(0, b"b", 2)]
     other = replace(bundle, card=replace(bundle.card, recipe=Recipe(size=64)))
@@ -285,36 +285,36 @@ def test_another_picture_set_has_another_identity(tmp_path: Path) -> None:
 # imagemill quantize.
 
 
-def test_few_pictures_are_reported_and_not_accepted(tmp_path: Path, colours: Path) -> None:
+def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path) -> None:
     """In the child process, as the command does it; the second call measures nothing anew."""
     bundle = make_bundle(tmp_path)
     said: list[str] = []
     first = precisions.quantize_bundle(bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     int8 = first.precisions["int8"]
     assert int8["accepted"] is False
-    assert int8["verdict"]["reason"].startswith("too few pictures: ")
-    assert int8["calibration"]["pictures"] == 20
-    assert int8["verdict"]["pictures"] == first.pictures - 20
+    assert int8["verdict"]["reason"].startswith("too few images: ")
+    assert int8["calibration"]["images"] == 20
+    assert int8["verdict"]["images"] == first.images - 20
     assert len(int8["tried"]) == 1
     assert json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"] == int8["file"]
     assert (tmp_path / int8["file"]).is_file()
-    assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few pictures")
+    assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few images")
     before = (tmp_path / int8["file"]).stat().st_mtime_ns
     said.clear()
     again = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
     assert again == first
-    assert said[0] == "int8 was measured on these very pictures already"
+    assert said[0] == "int8 was measured on these very images already"
     assert (tmp_path / int8["file"]).stat().st_mtime_ns == before
 
 
-def test_enough_agreeing_pictures_are_accepted_and_auto_then_uses_them(
+def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(tmp_path)
     report = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
     int8 = report.precisions["int8"]
     assert int8["accepted"] is True
-    assert int8["verdict"]["pictures"] == 1000
+    assert int8["verdict"]["images"] == 1000
     monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
@@ -343,18 +343,19 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path
 def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models_dir: Path) -> None:
     """Those that are NaN in both precisions are left out of the verdict, and the others are compared."""
     made = bundles.load(shutil.copytree(models_dir / "spoilt", tmp_path / "spoilt"))
-    white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
+    white = sample_images.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     images = {
-        f"{number}.png": white if number % 4 == 0 else pictures.encode(pictures.photograph(40, 40, number), "PNG") for number in range(12)
+        f"{number}.png": white if number % 4 == 0 else sample_images.encode(sample_images.photograph(40, 40, number), "PNG")
+        for number in range(12)
     }
     entries = tuple(entries_of(helpers.fill(tmp_path / "p", images)))
     asked = trial.Trial(made, (str(tmp_path / "p"),), entries, (0,), Limits(), (Precision.BF16,), calibration=0, held_out=12)
     verdict = trial.carry_out(asked)["bf16"]["verdict"]
-    assert verdict["pictures"] == 9
+    assert verdict["images"] == 9
     assert verdict["agreement"] > 0.5
 
 
-def test_fewer_pictures_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
+def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
     """Where none are enough for a verdict, what rests on more of them stays, and what rests on as many is replaced."""
     bundle, some, few = make_bundle(tmp_path / "model"), tmp_path / "some", tmp_path / "few"
     for folder, count in ((some, 30), (few, 2)):
@@ -365,21 +366,21 @@ def test_fewer_pictures_take_nothing_from_more(tmp_path: Path, colours: Path, he
     assert not kept["int8"]["accepted"]
     said: list[str] = []
     precisions.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append)
-    assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
+    assert "int8: the card keeps its verdict on more images, and what it was made on" in said
     assert quantize.variants(bundles.load(bundle.dir))["int8"] == kept["int8"]
 
 
-def test_few_pictures_take_nothing_from_a_verdict_on_enough(
+def test_few_images_take_nothing_from_a_verdict_on_enough(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever quantises again on some pictures keeps what was accepted on more of them, unless it no longer counts; figures are told."""
+    """Whoever quantises again on some images keeps what was accepted on more of them, unless it no longer counts; figures are told."""
     bundle = make_bundle(tmp_path)
     accepted = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
     said: list[str] = []
     few = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
-    assert few.precisions["int8"]["verdict"]["reason"].startswith("too few pictures: ")
-    assert "int8: the card keeps its verdict on more pictures, and what it was made on" in said
-    assert "  not kept: what was accepted before, on more pictures, stays" in precisions.report_lines(few)
+    assert few.precisions["int8"]["verdict"]["reason"].startswith("too few images: ")
+    assert "int8: the card keeps its verdict on more images, and what it was made on" in said
+    assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(few)
     assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{accepted['key']}.bin", f"int8-{accepted['key']}.xml"]
 
@@ -401,8 +402,8 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
 
 
-def auto(bundle: Bundle, folder: Path, pictures: int = 1400) -> precisions.Prepared:
-    return precisions.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), pictures, chosen=CPU)
+def auto(bundle: Bundle, folder: Path, images: int = 1400) -> precisions.Prepared:
+    return precisions.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), images, chosen=CPU)
 
 
 def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
@@ -463,7 +464,7 @@ def test_a_signal_during_the_trial_ends_the_job(
 
 
 def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None:
-    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms a picture."""
+    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms an image."""
     for precision in (Precision.INT8, Precision.BF16):
         assert not trial.pays(precision, 1_400, 300, 1000)
         assert trial.pays(precision, 10_000, 300, 1000, rate=12.5)
@@ -475,7 +476,7 @@ def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(tmp_path: Path, co
     monkeypatch.setattr(trial, "_STARTING_S", 1e9)
     said: list[str] = []
     wanted = trial.Trial(
-        make_bundle(tmp_path), (str(colours),), tuple(entries_of(colours)), (0,), Limits(), (Precision.INT8,), 20, 1000, pictures=10_000
+        make_bundle(tmp_path), (str(colours),), tuple(entries_of(colours)), (0,), Limits(), (Precision.INT8,), 20, 1000, images=10_000
     )
     assert trial.carry_out(wanted, said.append) == {}
     assert said == ["int8 is not tried: finding out whether it answers as fp32 does would take longer than it saves"]
@@ -485,7 +486,7 @@ def test_bf16_that_is_slower_than_fp32_is_not_tried(tmp_path: Path, colours: Pat
     """A processor may have bf16 instructions that gain nothing: its rate is measured before anything is judged."""
     monkeypatch.setattr(trial._Run, "_rate", lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision])
     said: list[str] = []
-    wanted = replace(small_trial(make_bundle(tmp_path), colours), pictures=10**9)
+    wanted = replace(small_trial(make_bundle(tmp_path), colours), images=10**9)
     assert trial.carry_out(wanted, said.append) == {}
     assert said == ["bf16 is not tried: it makes 0.55 times the images/s of fp32 on this processor"]
 
@@ -495,10 +496,10 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     prepared = precisions.prepare("int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file.is_file()
-    assert prepared.lines[-1].startswith("int8 is used because it was asked for; `auto` would not use it: too few pictures")
+    assert prepared.lines[-1].startswith("int8 is used because it was asked for; `auto` would not use it: too few images")
     again = precisions.prepare("int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU)
     assert again.model_file == prepared.model_file
-    assert again.lines[0].startswith("int8: not accepted (too few pictures")
+    assert again.lines[0].startswith("int8: not accepted (too few images")
 
 
 def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
@@ -559,9 +560,9 @@ def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> 
     assert "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s" in choice.reasons
 
 
-def test_a_refused_verdict_of_enough_pictures_is_final_and_one_of_too_few_is_not(tmp_path: Path, everything_pays: None) -> None:
+def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(tmp_path: Path, everything_pays: None) -> None:
     bundle = make_bundle(tmp_path)
-    few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, pictures=100)})
+    few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, images=100)})
     assert Precision.BF16 in precisions.choose(few, 10**6).worth_trying
     enough = quantize.note(bundle, {"bf16": record(bundle, accepted=False)})
     assert Precision.BF16 not in precisions.choose(enough, 10**6).worth_trying
@@ -574,17 +575,17 @@ def small_trial(bundle: Bundle, folder: Path) -> trial.Trial:
     return trial.Trial(bundle, (str(folder),), tuple(entries_of(folder)), (0,), Limits(), (Precision.BF16,), 0, 20)
 
 
-def test_a_picture_that_kills_its_decoder_does_not_kill_the_job(
+def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     tmp_path: Path, jpegs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial is started again with every picture decoded in a disposable process, and judges by the others."""
+    """The trial is started again with every image decoded in a disposable process, and judges by the others."""
     from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     said: list[str] = []
     found = trial_process.in_child(small_trial(make_bundle(tmp_path / "bundle"), folder), said.append)
-    assert found["bf16"]["verdict"]["pictures"] == 12
+    assert found["bf16"]["verdict"]["images"] == 12
     assert said[0].startswith("the trial process was killed by SIG")
 
 

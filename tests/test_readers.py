@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.records import Settings
 from imagemill.runner import run
 from tiny import Finished
@@ -19,11 +19,11 @@ from tiny import Finished
 
 @pytest.fixture(scope="module")
 def output(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven parts, one of them without one good picture, with odd names and both extra columns."""
+    """Seven parts, one of them without one good image, with odd names and both extra columns."""
     folder = tmp_path_factory.mktemp("readers")
-    files = {f"{number:02d}.jpg": pictures.jpeg(40, 40, seed=number) for number in range(18)}
-    files |= {"98a.jpg": b"", "98b.jpg": b"", "98c.jpg": b"", "ü\n'\".jpg": pictures.jpeg()}
-    source = helpers.fill(folder / "pictures", files)
+    files = {f"{number:02d}.jpg": sample_images.jpeg(40, 40, seed=number) for number in range(18)}
+    files |= {"98a.jpg": b"", "98b.jpg": b"", "98c.jpg": b"", "ü\n'\".jpg": sample_images.jpeg()}
+    source = helpers.fill(folder / "images", files)
     changes = {"output": str(folder / "out"), "model": "tiny", "models_dir": str(models_dir), "devices": "cpu"}
     run.run(Settings(sources=(str(source),), shard_size=3, save=("logits", "embedding"), **changes))  # type: ignore[arg-type]
     return folder / "out"
@@ -95,7 +95,7 @@ def test_pandas_reads_it(output: Path) -> None:
 
 
 def test_hugging_face_datasets_reads_it(output: Path, tmp_path: Path) -> None:
-    """Offline; all parts have one schema, the one without a good picture too."""
+    """Offline; all parts have one schema, the one without a good image too."""
     check_datasets(output, tmp_path)
 
 

@@ -306,10 +306,10 @@ def test_an_unknown_name_lists_what_there_is(name: str, message: str, models: Pa
 
 
 def test_origins_exclude_each_other(models: Path, lite_file: Path) -> None:
-    """Weights have one origin; a batch has at least one picture."""
+    """Weights have one origin; a batch has at least one image."""
     with pytest.raises(UsageError, match="exclude each other"):
         registry.get(LITE, models, from_file=lite_file, random_seed=1)
-    with pytest.raises(UsageError, match="a batch holds at least 1 picture"):
+    with pytest.raises(UsageError, match="a batch holds at least 1 image"):
         registry.get(LITE, models, batch_sizes=(0,))
     with pytest.raises(CheckpointError, match="cannot be read: Not a directory"):
         registry.get(LITE, models, from_file=lite_file / "no")

@@ -1,4 +1,4 @@
-"""report.html: its figures are the rows', its pictures the pictures, and nothing that it shows can harm whoever opens it."""
+"""report.html: its figures are the rows', its images the images, and nothing that it shows can harm whoever opens it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import helpers
-import pictures
+import sample_images
 from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
@@ -114,12 +114,12 @@ class Reported:
 
 @pytest.fixture(scope="session")
 def reported(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
-    """A job over 150 pictures, some of them broken, some of hostile name, with hostile labels; written by `run` itself."""
+    """A job over 150 images, some of them broken, some of hostile name, with hostile labels; written by `run` itself."""
     folder = tmp_path_factory.mktemp("reported")
-    files = {f"{seed % 5}/{seed:03d}.jpg": pictures.jpeg(60 + seed % 40, 50 + seed % 30, seed=seed) for seed in range(140)}
-    files |= {name: pictures.jpeg(80, 60, seed=200 + number) for number, name in enumerate(HOSTILE_NAMES)}
+    files = {f"{seed % 5}/{seed:03d}.jpg": sample_images.jpeg(60 + seed % 40, 50 + seed % 30, seed=seed) for seed in range(140)}
+    files |= {name: sample_images.jpeg(80, 60, seed=200 + number) for number, name in enumerate(HOSTILE_NAMES)}
     files |= {f"broken/{number:02d} <svg onload=alert(4)>.jpg": b"<i onclick=alert(5)>" for number in range(12)}
-    files |= {"broken/half.jpg": pictures.half(pictures.jpeg(300, 200)), "broken/empty.jpg": b""}
+    files |= {"broken/half.jpg": sample_images.half(sample_images.jpeg(300, 200)), "broken/empty.jpg": b""}
     helpers.fill(folder / "source", files)
     labels = folder / "labels.txt"
     labels.write_text("\n".join(HOSTILE_LABELS[:-1]) + "\nlast\n", encoding="utf-8")
@@ -131,9 +131,9 @@ def reported(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Repo
 
 
 def cards(shown: Page, part: str) -> list[dict[str, Any]]:
-    """Name, label, probability and picture of each picture in a part of the gallery."""
+    """Name, label, probability and image of each image in a part of the gallery."""
     found: list[dict[str, Any]] = shown.eval_on_selector_all(
-        f"#{part} .pictures > li",
+        f"#{part} .images > li",
         """items => items.map(item => ({
             name: item.querySelector(".name bdi").textContent,
             label: item.querySelector(".answer bdi").textContent,
@@ -146,7 +146,7 @@ def cards(shown: Page, part: str) -> list[dict[str, Any]]:
 
 
 def visible_names(shown: Page) -> list[str]:
-    return shown.locator(".pictures > li:visible .name bdi").all_text_contents()
+    return shown.locator(".images > li:visible .name bdi").all_text_contents()
 
 
 # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,7 +158,7 @@ def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) ->
     ok = [row for row in rows if row["status"] == "ok"]
     shown = opened(reported.report)
     told = dict(zip(shown.locator(".figures dt").all_text_contents(), shown.locator(".figures dd").all_text_contents(), strict=True))
-    assert told["Classified"].startswith(f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} pictures")
+    assert told["Classified"].startswith(f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} images")
     assert told["Failed"].startswith(str(len(rows) - len(ok)))
     counts = Counter(row["class_id"] for row in ok)
     assert told["Classes seen"].startswith(f"{len(counts)}of {CLASSES}")
@@ -177,7 +177,7 @@ def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) ->
 
 
 def test_the_gallery_shows_both_ends_and_a_sample(reported: Reported, opened: Pages) -> None:
-    """The surest and least sure pictures are those that sorting all rows finds; the sample is of the others, and all are labelled."""
+    """The surest and least sure images are those that sorting all rows finds; the sample is of the others, and all are labelled."""
     ok = [row for row in reported.rows if row["status"] == "ok"]
     shown = opened(reported.report)
     by_name = {page.visible(row["path"]): row for row in ok}
@@ -192,8 +192,8 @@ def test_the_gallery_shows_both_ends_and_a_sample(reported: Reported, opened: Pa
         assert float(card["probability"].strip("<> %")) == pytest.approx(100 * by_name[card["name"]]["probability"], abs=0.1)
 
 
-def test_thumbnails_are_their_pictures(reported: Reported, opened: Pages) -> None:
-    """Each thumbnail is what the model saw of the picture it stands for, and of no other."""
+def test_thumbnails_are_their_images(reported: Reported, opened: Pages) -> None:
+    """Each thumbnail is what the model saw of the image it stands for, and of no other."""
     recipe = TINY_CARD.recipe
     seen = {}
     for row in reported.rows:
@@ -202,9 +202,9 @@ def test_thumbnails_are_their_pictures(reported: Reported, opened: Pages) -> Non
             assert pixels is not None
             seen[page.visible(row["path"])] = pixels.astype(int)
     shown = opened(reported.report)
-    pictured = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
-    assert len(pictured) == 96
-    for card in pictured:
+    shown = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
+    assert len(shown) == 96
+    for card in shown:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(card["image"].partition(",")[2]))), int)
         distances = {name: np.abs(pixels - others).mean() for name, others in seen.items()}
         assert min(distances, key=lambda name: distances[name]) == card["name"]
@@ -225,7 +225,7 @@ def test_any_cut_into_shards_gives_the_same_figures(reported: Reported, size: in
 
 
 def test_the_random_sample_is_uniform() -> None:
-    """Whatever the seed, every picture has the same chance: chi-squared over a thousand samples of ten out of a hundred."""
+    """Whatever the seed, every image has the same chance: chi-squared over a thousand samples of ten out of a hundred."""
     counts = np.zeros(100)
     for seed in range(1000):
         counts[np.argsort(figures.shuffled(np.arange(100), seed * 0x1234567890AB))[:10]] += 1
@@ -250,7 +250,7 @@ def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
     output = copy_of(reported.output)
     job = json.loads((output / "job.json").read_bytes())
     verdict = {
-        "pictures": 1000,
+        "images": 1000,
         "agreement": 0.978,
         "wilson_low": 0.967,
         "wilson_high": 0.9855,
@@ -288,11 +288,11 @@ def test_a_job_that_is_not_finished_says_so(job: Jobs, jpegs: Callable[..., Path
     part.unlink()
     assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
     shown = opened(tmp_path / "out" / "report.html")
-    assert "8 of 12 pictures have their row" in shown.locator(".note").inner_text()
+    assert "8 of 12 images have their row" in shown.locator(".note").inner_text()
     run.run(settings)
     shown = opened(tmp_path / "out" / "report.html")
     assert not shown.locator(".note").count()
-    assert "added 4 of 12 pictures" in shown.locator("section:has(> #speed)").inner_text()
+    assert "added 4 of 12 images" in shown.locator("section:has(> #speed)").inner_text()
     (tmp_path / "out" / "summary.json").unlink()
     run.run(settings)
     assert "Nothing was left to compute" in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
@@ -302,8 +302,8 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(job: Jobs, tmp_p
     """Nothing divides by zero."""
     run.run(job(helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}), report=True, output=str(tmp_path / "b")))
     shown = opened(tmp_path / "b" / "report.html")
-    assert shown.get_by_text("No picture was classified.").count() == 3
-    run.run(job(helpers.fill(tmp_path / "one", {"x.jpg": pictures.jpeg()}), report=True, output=str(tmp_path / "c")))
+    assert shown.get_by_text("No image was classified.").count() == 3
+    run.run(job(helpers.fill(tmp_path / "one", {"x.jpg": sample_images.jpeg()}), report=True, output=str(tmp_path / "c")))
     assert len(cards(opened(tmp_path / "c" / "report.html"), "sample")) == 1
 
 
@@ -313,8 +313,8 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(job: Jobs, tmp_p
 def test_the_page_opens_from_disk_and_asks_for_nothing(reported: Reported, opened: Pages) -> None:
     """One file, no request, nothing on the console; and at most a few MB."""
     shown = opened(reported.report)
-    assert shown.title() == "164 pictures, tiny – imagemill report"
-    assert shown.locator("#shown").inner_text() == "96 of 96 pictures shown"
+    assert shown.title() == "164 images, tiny – imagemill report"
+    assert shown.locator("#shown").inner_text() == "96 of 96 images shown"
     assert reported.report.stat().st_size < 3_000_000
     assert "http" not in reported.report.read_text(encoding="utf-8").replace("http-equiv", "")
 
@@ -355,7 +355,7 @@ def test_any_text_is_shown_as_visible_text() -> None:
 
 def test_each_hostile_name_is_in_the_gallery_as_it_is(models_dir: Path, job: Jobs, tmp_path: Path, opened: Pages) -> None:
     """In names, alternative texts and tooltips; searching for one finds it."""
-    folder = helpers.fill(tmp_path / "in <i>", {name: pictures.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)})
+    folder = helpers.fill(tmp_path / "in <i>", {name: sample_images.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)})
     run.run(job(folder, report=True))
     shown = opened(tmp_path / "out" / "report.html")
     names = [card["name"] for part in ("most", "least", "sample") for card in cards(shown, part)]
@@ -392,14 +392,14 @@ def test_the_gallery_can_be_searched_and_filtered(reported: Reported, opened: Pa
     shown.select_option("#class", class_id)
     rows = {page.visible(row["path"]): row for row in reported.rows}
     assert visible_names(shown) == [name for name in everything if rows[name]["class_id"] == int(class_id)]
-    assert shown.locator("#shown").inner_text() == f"{count} of 96 pictures shown"
+    assert shown.locator("#shown").inner_text() == f"{count} of 96 images shown"
     shown.select_option("#part", "sample")
     chosen = visible_names(shown)
     assert chosen == [card["name"] for card in cards(shown, "sample") if rows[card["name"]]["class_id"] == int(class_id)]
     assert not shown.locator("#most").is_visible()
-    shown.fill("#text", "no such picture")
+    shown.fill("#text", "no such image")
     assert visible_names(shown) == []
-    assert shown.locator("#shown").inner_text() == "0 of 96 pictures shown"
+    assert shown.locator("#shown").inner_text() == "0 of 96 images shown"
     shown.click("#clear")
     assert visible_names(shown) == everything
 
@@ -425,7 +425,7 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
     shown.focus("#text")
     shown.keyboard.type("half")
     shown.keyboard.press("Enter")
-    assert shown.locator("#shown").inner_text() == "0 of 96 pictures shown"
+    assert shown.locator("#shown").inner_text() == "0 of 96 images shown"
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
@@ -464,7 +464,7 @@ def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, ope
     assert shown.evaluate(paper) == light
     for hidden in ("nav", "#filter", "#theme"):
         assert not shown.locator(hidden).is_visible()
-    assert shown.locator(".pictures img").first.is_visible()
+    assert shown.locator(".images img").first.is_visible()
     assert opened(reported.report, color_scheme="light").evaluate(paper) == light
 
 
@@ -483,9 +483,9 @@ def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> Non
 
 
 def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
-    """Controls that would do nothing are hidden; all pictures and tables are shown."""
+    """Controls that would do nothing are hidden; all images and tables are shown."""
     shown = opened(reported.report, java_script_enabled=False)
-    assert shown.locator(".pictures > li").count() == 96
+    assert shown.locator(".images > li").count() == 96
     assert not shown.locator("#filter").is_visible()
     assert not shown.locator("#appearance").is_visible()
 
@@ -493,15 +493,15 @@ def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) 
 # ── that making it harms nothing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tmp_path: Path, opened: Pages) -> None:
+def test_images_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tmp_path: Path, opened: Pages) -> None:
     """Each says why it has no thumbnail, and the others have theirs, though one crashes its decoder and one hangs it."""
-    source = helpers.fill(tmp_path / "source", {f"{n}.jpg": pictures.jpeg(60, 50, seed=n) for n in range(6)})
+    source = helpers.fill(tmp_path / "source", {f"{n}.jpg": sample_images.jpeg(60, 50, seed=n) for n in range(6)})
     for name, data in {"crash": b"imagemill-test-crash", "hang": b"imagemill-test-hang"}.items():
-        (source / f"{name}.jpg").write_bytes(pictures.jpeg(60, 50, seed=9) + data)
+        (source / f"{name}.jpg").write_bytes(sample_images.jpeg(60, 50, seed=9) + data)
     run.run(job(source, max_seconds=1.0))
     assert not (tmp_path / "out" / "report.html").exists()
     (source / "0.jpg").unlink()
-    (source / "1.jpg").write_bytes(pictures.jpeg(90, 50, seed=50))
+    (source / "1.jpg").write_bytes(sample_images.jpeg(90, 50, seed=50))
     (source / "2.jpg").write_bytes(b"text")
     result = helpers.imagemill_cli("report", tmp_path / "out", env=helpers.environment(**{FAULTS_VARIABLE: "1"}))
     assert (result.code, result.out) == (0, f"{tmp_path / 'out' / 'report.html'}\n"), result
@@ -509,7 +509,7 @@ def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tm
     found = {card["name"]: card["gone"] for part in ("most", "least", "sample") for card in cards(shown, part)}
     reasons = {name: reason for name, reason in found.items() if reason}
     assert reasons.keys() == {"0.jpg", "1.jpg", "2.jpg", "crash.jpg", "hang.jpg"}
-    wanted = {"0.jpg": "is gone", "1.jpg": "has changed", "2.jpg": "no picture format", "crash.jpg": "SIGSEGV", "hang.jpg": "than 1 s"}
+    wanted = {"0.jpg": "is gone", "1.jpg": "has changed", "2.jpg": "no image format", "crash.jpg": "SIGSEGV", "hang.jpg": "than 1 s"}
     for name, reason in wanted.items():
         assert reason in reasons[name]
     shutil.rmtree(source)
@@ -517,8 +517,8 @@ def test_pictures_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tm
 
 
 def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(job: Jobs, tmp_path: Path) -> None:
-    """Pictures that come late are placeholders that say so."""
-    source = helpers.fill(tmp_path / "source", {"a.jpg": pictures.jpeg(), "b.jpg": pictures.jpeg(seed=1)})
+    """Images that come late are placeholders that say so."""
+    source = helpers.fill(tmp_path / "source", {"a.jpg": sample_images.jpeg(), "b.jpg": sample_images.jpeg(seed=1)})
     run.run(job(source))
     paths = JobPaths(tmp_path / "out")
     frozen = documents.read_frozen(paths)
@@ -561,12 +561,12 @@ def test_report_names_what_it_cannot_read(imagemill: CLI, reported: Reported, co
 def test_a_job_in_an_object_store_has_its_report_there(
     s3: Bucket, jpegs: Callable[..., Path], job: Jobs, tmp_path: Path, opened: Pages
 ) -> None:
-    """With thumbnails of pictures that lie in a store too."""
-    url = s3.fill({path.name: path.read_bytes() for path in jpegs(6).iterdir()}, "pictures/")
+    """With thumbnails of images that lie in a store too."""
+    url = s3.fill({path.name: path.read_bytes() for path in jpegs(6).iterdir()}, "images/")
     run.run(job(url, report=True, output=f"{s3.url}/job"))
     (tmp_path / "report.html").write_bytes(s3.get("job/report.html"))
     shown = opened(tmp_path / "report.html")
-    assert shown.locator(".pictures img").count() == 6
+    assert shown.locator(".images img").count() == 6
 
 
 # ── bounded, however large the job ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -615,7 +615,7 @@ def test_shares_of_time_add_up() -> None:
     assert charts.rates(Throughput(1.0, (), ()), 1.0) is None
 
 
-def test_thumbnails_of_the_worst_pictures_are_small() -> None:
+def test_thumbnails_of_the_worst_images_are_small() -> None:
     """Noise does not compress; even so ninety-six of them are no more than 2 MB."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     made = thumbnails.encode(noise)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import pictures
+import sample_images
 from imagemill.pipeline.decoding import pillow, preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
@@ -23,8 +23,8 @@ def test_it_is_built_here() -> None:
 
 
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(RECIPES), st.integers(0, 2**32 - 1), st.booleans())
-def test_any_picture_is_resampled_as_pillow_does_it(width: int, height: int, recipe: Recipe, seed: int, harsh: bool) -> None:
-    """Any size, any content: the same bits, whether the picture grows or shrinks."""
+def test_any_image_is_resampled_as_pillow_does_it(width: int, height: int, recipe: Recipe, seed: int, harsh: bool) -> None:
+    """Any size, any content: the same bits, whether the image grows or shrinks."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
     if harsh:
@@ -57,7 +57,7 @@ def test_any_box_is_resampled_as_pillow_does_it(
 
 
 def test_a_view_with_gaps_is_read_where_it_lies() -> None:
-    """A part of a larger picture needs no copy, and nothing beside it is read."""
+    """A part of a larger image needs no copy, and nothing beside it is read."""
     whole = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     part = whole[20:280, 30:390]
     out = np.empty((224, 224, 3), np.uint8)
@@ -79,14 +79,14 @@ def test_a_view_with_gaps_is_read_where_it_lies() -> None:
     ],
 )
 def test_what_it_is_not_made_for_is_refused(shape: tuple[int, ...], box: tuple[float, ...], out_shape: tuple[int, ...]) -> None:
-    """Wrong shapes and boxes are errors, never reads beyond the picture."""
+    """Wrong shapes and boxes are errors, never reads beyond the image."""
     with pytest.raises(ValueError, match="must"):
         preprocess._resample.resample(np.zeros(shape, np.uint8), box, False, np.zeros(out_shape, np.uint8))
 
 
 def test_answers_are_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a compiler decodes to the same bits."""
-    data = [pictures.jpeg(width, height) for width, height in ((640, 480), (480, 640), (1300, 1200), (90, 70))]
+    data = [sample_images.jpeg(width, height) for width, height in ((640, 480), (480, 640), (1300, 1200), (90, 70))]
     fast = [decode(item, RECIPES[0], Limits()).pixels for item in data]
     monkeypatch.setattr(preprocess, "NATIVE", False)
     slow = [decode(item, RECIPES[0], Limits()).pixels for item in data]
@@ -99,7 +99,7 @@ def test_answers_are_the_same_without_it(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", [(640, 480), (90, 70), (1300, 1200)])
 def test_an_ordinary_jpeg_goes_the_fast_way_alone(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """simplejpeg decodes it once, and the vectorised resampler resamples it once. Pillow does neither, and nothing is done twice."""
-    data, calls = pictures.jpeg(*size), list[str]()
+    data, calls = sample_images.jpeg(*size), list[str]()
 
     def counted(owner: object, name: str) -> None:
         function = getattr(owner, name)

@@ -1,4 +1,4 @@
-"""The main job, end to end: pictures in, one row per picture out, whatever they are."""
+"""The main job, end to end: images in, one row per image out, whatever they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import helpers
-import pictures
+import sample_images
 from imagemill.display import observer
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
 from imagemill.job import documents, inspect, ledger, plan
@@ -77,7 +77,7 @@ def test_photographs_become_one_row_each(photographs: Path, photographs_run: Fin
             turned = image.getexif().get(0x0112, 1) >= 5
             assert (row["width"], row["height"]) == (image.size[::-1] if turned else image.size)
     verified = imagemill("verify", photographs_run.output)
-    assert (verified.code, verified.out) == (0, "complete and sound: 328 pictures, one row each\n")
+    assert (verified.code, verified.out) == (0, "complete and sound: 328 images, one row each\n")
 
 
 def test_efficientnet_lite0_answers_as_the_reference_does(photographs: Path, photographs_run: Finished) -> None:
@@ -99,21 +99,21 @@ def test_efficientnet_lite0_answers_as_the_reference_does(photographs: Path, pho
 
 def hostile(folder: Path) -> dict[str, str]:
     """Write the whole list of hostile entries into a folder; returns path → expected status."""
-    good = pictures.photograph(90, 70, seed=5)
+    good = sample_images.photograph(90, 70, seed=5)
     files: dict[bytes, tuple[bytes, str]] = {
         b"empty.jpg": (b"", "empty"),
-        b"text.png": (b"This is not a picture.\n" * 20, "not_an_image"),
-        b"half.jpg": (pictures.half(pictures.jpeg(320, 240)), "truncated"),
-        b"wrong-sum.png": (pictures.png_with_wrong_sum(), "corrupt"),
-        b"cmyk.jpg": (pictures.encode(good.convert("CMYK"), "JPEG"), "ok"),
-        b"grey16.png": (pictures.encode(Image.frombytes("I;16", (60, 50), bytes(range(250)) * 24), "PNG"), "ok"),
-        b"turned.jpg": (pictures.jpeg(64, 48, orientation=6), "ok"),
-        b"animated.gif": (pictures.animated_gif(), "ok"),
-        b"1x1.png": (pictures.encode(pictures.photograph(1, 1), "PNG"), "ok"),
-        b"1x4000.png": (pictures.encode(Image.new("RGB", (1, 4000), "red"), "PNG"), "ok"),
-        b"not-utf8-\xff\xfe.jpg": (pictures.jpeg(50, 40, seed=7), "ok"),
-        b"new\nline and 'quote\".jpg": (pictures.jpeg(50, 40, seed=8), "ok"),
-        b"unreadable.jpg": (pictures.jpeg(50, 40, seed=9), "read_error"),
+        b"text.png": (b"This is not an image.\n" * 20, "not_an_image"),
+        b"half.jpg": (sample_images.half(sample_images.jpeg(320, 240)), "truncated"),
+        b"wrong-sum.png": (sample_images.png_with_wrong_sum(), "corrupt"),
+        b"cmyk.jpg": (sample_images.encode(good.convert("CMYK"), "JPEG"), "ok"),
+        b"grey16.png": (sample_images.encode(Image.frombytes("I;16", (60, 50), bytes(range(250)) * 24), "PNG"), "ok"),
+        b"turned.jpg": (sample_images.jpeg(64, 48, orientation=6), "ok"),
+        b"animated.gif": (sample_images.animated_gif(), "ok"),
+        b"1x1.png": (sample_images.encode(sample_images.photograph(1, 1), "PNG"), "ok"),
+        b"1x4000.png": (sample_images.encode(Image.new("RGB", (1, 4000), "red"), "PNG"), "ok"),
+        b"not-utf8-\xff\xfe.jpg": (sample_images.jpeg(50, 40, seed=7), "ok"),
+        b"new\nline and 'quote\".jpg": (sample_images.jpeg(50, 40, seed=8), "ok"),
+        b"unreadable.jpg": (sample_images.jpeg(50, 40, seed=9), "read_error"),
     }
     for name, (data, _) in files.items():
         Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(data)
@@ -156,9 +156,9 @@ def test_permissions_bind_the_wrapped_command(tmp_path: Path) -> None:
     assert b"PermissionError" in subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr
 
 
-def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Path) -> None:
-    """All the odd pictures that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
-    made = {f"{name}.jpg": make() for name, make in pictures.HOSTILE.items()}
+def test_every_hostile_image_has_the_status_it_should(job: Jobs, tmp_path: Path) -> None:
+    """All the odd images that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
+    made = {f"{name}.jpg": make() for name, make in sample_images.HOSTILE.items()}
     folder = helpers.fill(tmp_path / "hostile", {name: data for name, (data, _) in made.items()})
     summary = run.run(job(folder, shard_size=2, save=("logits",)))
     rows = helpers.by_path(tmp_path / "out")
@@ -168,11 +168,11 @@ def test_every_hostile_picture_has_the_status_it_should(job: Jobs, tmp_path: Pat
     assert problems(tmp_path / "out") == []
 
 
-# ── which pictures ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── which images ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Folders and single pictures, in the order they were given; rows name their source, paths are relative to it."""
+    """Folders and single images, in the order they were given; rows name their source, paths are relative to it."""
     first, second = jpegs(3, "first"), jpegs(2, "second")
     run.run(job(second, first, first / "001.jpg"))
     found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
@@ -181,8 +181,8 @@ def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) 
     ]
 
 
-def test_a_list_of_failed_pictures_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """`failed.txt` names every picture without an answer, whatever its name, and `@failed.txt` runs them again."""
+def test_a_list_of_failed_images_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """`failed.txt` names every image without an answer, whatever its name, and `@failed.txt` runs them again."""
     folder = jpegs(2, **{"bad.jpg": b"", "new\nline.jpg": b"", '"quoted".jpg': b""})
     run.run(job(folder, output=str(tmp_path / "one")))
     listed = f"@{tmp_path / 'one' / 'failed.txt'}"
@@ -205,8 +205,8 @@ def test_filters_and_hidden_entries_are_in_the_summary(job: Jobs, jpegs: Folders
 
 
 def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """--all-files: a text file is a row that says it is no picture."""
-    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": pictures.jpeg()}), all_files=True))
+    """--all-files: a text file is a row that says it is no image."""
+    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": sample_images.jpeg()}), all_files=True))
     assert {row["path"]: row["status"] for row in helpers.rows(tmp_path / "out")} == {
         "000.jpg": "ok",
         "notes.txt": "not_an_image",
@@ -215,7 +215,7 @@ def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path
 
 
 def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) -> None:
-    """Neither the first time, nor when the repeated command looks for new pictures."""
+    """Neither the first time, nor when the repeated command looks for new images."""
     folder = jpegs(3)
     settings = job(folder, output=str(folder / "out"), all_files=True)
     assert run.run(settings).images == 3
@@ -226,7 +226,7 @@ def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> No
     """It lists and counts; the output folder does not even appear, and no model is needed."""
     found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
     assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (70, 32, {".txt": 1}, ("000.jpg", "001.jpg"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
 def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path) -> None:
@@ -274,11 +274,13 @@ def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_
 
 
 def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
-    """--preprocess center-crop takes the middle of the picture as it is; it is another answer id."""
-    inner = pictures.photograph(32, 32, seed=3)
+    """--preprocess center-crop takes the middle of the image as it is; it is another answer id."""
+    inner = sample_images.photograph(32, 32, seed=3)
     outer = Image.new("RGB", (132, 92), "white")
     outer.paste(inner, (50, 30))
-    folder = helpers.fill(tmp_path / "p", {"inner.png": pictures.encode(inner, "PNG"), "outer.png": pictures.encode(outer, "PNG")})
+    folder = helpers.fill(
+        tmp_path / "p", {"inner.png": sample_images.encode(inner, "PNG"), "outer.png": sample_images.encode(outer, "PNG")}
+    )
     run.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
     inner_row, outer_row = helpers.rows(tmp_path / "out")
     assert inner_row["logits"] == outer_row["logits"]
@@ -292,7 +294,7 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
 def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
     """An image for which the model returns NaN has an `invalid_output` row without answers, everything that counts statuses counts it, and
     the other images' rows are those of a job without it."""
-    white = pictures.encode(Image.new("RGB", (40, 40), "white"), "PNG")
+    white = sample_images.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     folder = jpegs(6, **{"white.png": white})
     asked: dict[str, Any] = {"model": "spoilt", "devices": "cpu", "save": ("logits", "embedding"), "batch_size": 4}
     summary = run.run(job(folder, **asked))
@@ -311,7 +313,7 @@ def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path)
     assert problems(tmp_path / "out") == []
     exported = imagemill("export", tmp_path / "out", "--to", "csv", "--columns", "path,status")
     assert '"white.png","invalid_output"' in exported.out
-    (folder / "white.png").write_bytes(pictures.jpeg())
+    (folder / "white.png").write_bytes(sample_images.jpeg())
     again = run.run(job(folder, **asked, retry_failed=("invalid_output",)))
     assert (again.ok, again.failed) == (7, 0)
 
@@ -333,7 +335,7 @@ def test_a_model_that_answers_nan_for_everything_ends_the_job_before_the_first_i
 
 def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--max-pixels and --max-bytes: what is larger is a `too_large` row, undecoded and unread."""
-    run.run(job(jpegs(1, **{"wide.png": pictures.encode(pictures.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
+    run.run(job(jpegs(1, **{"wide.png": sample_images.encode(sample_images.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
                 max_pixels=10_000, max_bytes=800_000))  # fmt: skip
     found = {row["path"]: (row["status"], row["width"]) for row in helpers.rows(tmp_path / "out")}
     assert found == {"000.jpg": ("ok", 48), "wide.png": ("too_large", 300), "zeros.jpg": ("too_large", None)}
@@ -344,7 +346,7 @@ def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
 
 @pytest.fixture
 def started(job: Jobs, jpegs: Folders, tmp_path: Path) -> Settings:
-    """A job of 12 pictures in 4 parts, of which two are missing, as after a crash."""
+    """A job of 12 images in 4 parts, of which two are missing, as after a crash."""
     settings = job(jpegs(12), shard_size=3)
     run.run(settings)
     for name in ("part-000001.parquet", "part-000003.parquet"):
@@ -365,17 +367,17 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
     after = helpers.parts(tmp_path / "out")
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
-    assert listener.said == ["resuming: 6 of 12 pictures are done"]
+    assert listener.said == ["resuming: 6 of 12 images are done"]
     assert (summary.images, summary.shards, summary.resumed_shards) == (12, 4, 2)
     assert sum(device.images for device in summary.devices) == 6
     assert problems(tmp_path / "out") == []
 
 
 def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> None:
-    """It decides whether a picture is answered, and holds for those that are left and for that start alone."""
+    """It decides whether an image is answered, and holds for those that are left and for that start alone."""
     listener = Listener()
     run.run(replace(started, max_pixels=1), listener)
-    assert "--max-pixels was 180,000,000, and is 1 this time: it holds for the pictures that are left" in listener.said
+    assert "--max-pixels was 180,000,000, and is 1 this time: it holds for the images that are left" in listener.said
     assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (["ok"] * 3 + ["too_large"] * 3) * 2
     again = Listener()
     run.run(replace(started, retry_failed=()), again)
@@ -474,7 +476,7 @@ def test_a_selection_that_was_given_first_must_be_given_again(
     job: Jobs, jpegs: Folders, tmp_path: Path, selection: dict[str, Any], spelt: str, is_finished: bool
 ) -> None:
     """Without it the command means other images: they must not be passed over with "finished already" and exit 0."""
-    folder = jpegs(6, **{"010.jpg": pictures.jpeg()})
+    folder = jpegs(6, **{"010.jpg": sample_images.jpeg()})
     settings = job(folder, shard_size=2, **selection)
     count = run.run(settings).images
     if not is_finished:
@@ -505,35 +507,35 @@ def test_saying_the_same_again_is_no_change(started: Settings) -> None:
     assert run.run(unsaid(started, **same)).images == 12
 
 
-def test_a_finished_job_says_so_and_names_new_pictures(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+def test_a_finished_job_says_so_and_names_new_images(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Nothing is computed; what is new since the plan was frozen is named, and left to another output."""
     settings = job(jpegs(5))
     run.run(settings)
     before = helpers.parts(tmp_path / "out")
     jpegs(7, **{"0/first.jpg": b"x", "notes.txt": b"x"})
-    (tmp_path / "pictures" / "002.jpg").unlink()
+    (tmp_path / "images" / "002.jpg").unlink()
     listener = Listener()
     summary = run.run(settings, listener)
     assert listener.said == [
-        f"finished already: 5 pictures in {tmp_path}/out/predictions",
-        "3 pictures are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
+        f"finished already: 5 images in {tmp_path}/out/predictions",
+        "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
     ]
     assert (summary.new_in_source, summary.resumed_shards, summary.images_per_second) == (3, 1, None)
     assert helpers.parts(tmp_path / "out") == before
 
 
-def test_a_picture_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_path: Path) -> None:
+def test_an_image_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_path: Path) -> None:
     """The plan is frozen: what is gone is `missing`, never left out."""
-    (tmp_path / "pictures" / "004.jpg").unlink()
+    (tmp_path / "images" / "004.jpg").unlink()
     assert run.run(started).failed_by_status == {"missing": 1}
 
 
-def test_retry_failed_computes_bad_pictures_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Only shards that hold such a row; mended pictures become ok. A status that is not among them leaves all as it was."""
-    folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not a picture at all" * 9})
+def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Only shards that hold such a row; mended images become ok. A status that is not among them leaves all as it was."""
+    folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not an image at all" * 9})
     run.run(job(folder, shard_size=3))
     before = helpers.parts(tmp_path / "out")
-    (folder / "a.jpg").write_bytes(pictures.jpeg())
+    (folder / "a.jpg").write_bytes(sample_images.jpeg())
     assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
     assert helpers.parts(tmp_path / "out") == before
     summary = run.run(job(folder, retry_failed=("empty",)))
@@ -543,10 +545,10 @@ def test_retry_failed_computes_bad_pictures_again(job: Jobs, jpegs: Folders, tmp
     assert problems(tmp_path / "out") == []
 
 
-def test_too_many_bad_pictures_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Folders) -> None:
+def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Folders) -> None:
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
-    with pytest.raises(TooManyBadError, match=r"of 12 pictures are bad, more than --max-bad-fraction 0\.25 allows"):
+    with pytest.raises(TooManyBadError, match=r"of 12 images are bad, more than --max-bad-fraction 0\.25 allows"):
         run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
     assert run.run(job(folder)).failed_by_status == {"empty": 6}
 
@@ -730,7 +732,7 @@ def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path
     """And with the source put right the same command works: nothing half-begun is in its way."""
     with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory"):
         run.run(job(tmp_path / "none"))
-    helpers.fill(tmp_path / "none", {"a.jpg": pictures.jpeg()})
+    helpers.fill(tmp_path / "none", {"a.jpg": sample_images.jpeg()})
     assert run.run(job(tmp_path / "none")).images == 1
 
 
@@ -751,7 +753,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
 
 
 def clock(**sums: float) -> Clock:
-    return Clock(**{"pictures": 100, **sums})  # type: ignore[arg-type]
+    return Clock(**{"images": 100, **sums})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -777,8 +779,8 @@ def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bott
 
 
 def test_on_shared_cores_the_rates_add_up() -> None:
-    """EfficientNet-Lite0 in int8 on two cores with AMX waits for pictures because it takes the decoders' time. `bench` says 776 and 755."""
-    sums = clock(starved=6.92, read=2.29, decode=6.39, decode_wall=7.1, compute=0.69, write=0.2, session_cpu=8.36, pictures=3280)
+    """EfficientNet-Lite0 in int8 on two cores with AMX waits for images because it takes the decoders' time. `bench` says 776 and 755."""
+    sums = clock(starved=6.92, read=2.29, decode=6.39, decode_wall=7.1, compute=0.69, write=0.2, session_cpu=8.36, images=3280)
     found, rates, _ = summarise.judge([sums], 3280, 8.52, 2, cores=2)
     assert found == "compute"
     assert 1 / rates["achieved"] == pytest.approx(1 / rates["decode_only"] + 1 / rates["compute_only"], rel=1e-3)

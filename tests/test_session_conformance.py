@@ -128,7 +128,7 @@ def test_padding_is_dropped_and_changes_nothing(opener: Opener) -> None:
 
 
 def test_an_empty_batch_is_passed_on_uncomputed(opener: Opener) -> None:
-    """Where no picture of a batch could be decoded there are zero rows, as wide as the others, and the order is kept."""
+    """Where no image of a batch could be decoded there are zero rows, as wide as the others, and the order is kept."""
     session = opener(save=(Saved.EMBEDDING,))
     given = batches(3)
     given[1] = replace(given[1], filled=0, rows=())

@@ -41,7 +41,7 @@ def shards(sizes: Sequence[int]) -> list[Shard]:
     return [Shard(number, firsts[number], size, 0, "plan", number) for number, size in enumerate(sizes)]
 
 
-def picture(index: int, shard: Shard, good: bool) -> Row:
+def image(index: int, shard: Shard, good: bool) -> Row:
     if good:
         return Row(index, shard, "/s", f"{index}.jpg", Status.OK, None, 10 + index, 20, 0)
     return Row(index, shard, "/s", f"{index}.jpg", Status.EMPTY, "has no bytes", None, None, -1)
@@ -72,7 +72,7 @@ def test_parts_are_the_same_whatever_the_batches(
 ) -> None:
     """Every shard becomes one part as soon as its last row is here; batches may span shards; bad rows are null where they should be."""
     job = make_job(tmp_path_factory.mktemp("out"), save=(Saved.LOGITS, Saved.EMBEDDING))
-    rows = [picture(shard.first + at, shard, shard.first + at not in bad) for shard in shards(sizes) for at in range(shard.count)]
+    rows = [image(shard.first + at, shard, shard.first + at not in bad) for shard in shards(sizes) for at in range(shard.count)]
     parts = feed(Sink(job, "null", {}), job, rows, batch_rows)
     assert [part.shard.number for part in parts] == list(range(len(sizes)))
     found = [row for part in parts for row in part.table.to_pylist()]
@@ -97,7 +97,7 @@ def commit(tmp_path: Path, *, bad: bool = False, save: tuple[Saved, ...] = ()) -
     (tmp_path / "predictions").mkdir(exist_ok=True)
     job = make_job(tmp_path, save=save)
     (shard,) = shards([3])
-    (part,) = feed(Sink(job, "null", {"thing": "1.0"}), job, [picture(n, shard, not bad and n != 1) for n in range(3)], 8)
+    (part,) = feed(Sink(job, "null", {"thing": "1.0"}), job, [image(n, shard, not bad and n != 1) for n in range(3)], 8)
     return part, tmp_path / "predictions" / "part-000000.parquet"
 
 
@@ -135,7 +135,7 @@ def test_the_schema_is_what_the_design_says(tmp_path: Path) -> None:
     assert (told["shard"], told["backend"], told["precision"], told["versions"]) == ("0", "null", "fp32", '{"thing": "1.0"}')
 
 
-def test_a_shard_without_one_good_picture_is_a_part(tmp_path: Path) -> None:
+def test_a_shard_without_one_good_image_is_a_part(tmp_path: Path) -> None:
     """Saved columns and answers are null in every row, and their types are those of any other part."""
     part, path = commit(tmp_path, bad=True, save=(Saved.LOGITS, Saved.EMBEDDING))
     assert part.commit().failed == 3
@@ -215,11 +215,11 @@ def test_a_part_is_synced_before_it_has_its_name(tmp_path: Path, monkeypatch: py
 
 
 def test_a_text_that_utf8_cannot_hold_costs_its_own_row_alone(tmp_path: Path) -> None:
-    """An error may quote the picture, lone surrogates included: it is written as an escape, and its neighbours as ever."""
+    """An error may quote the image, lone surrogates included: it is written as an escape, and its neighbours as ever."""
     (tmp_path / "predictions").mkdir()
     job = make_job(tmp_path)
     (shard,) = shards([3])
-    rows = [picture(number, shard, number != 1) for number in range(3)]
+    rows = [image(number, shard, number != 1) for number in range(3)]
     rows[1] = replace(rows[1], error="cannot identify 'a\udcff\ud800.jpg' — ü")
     (part,) = feed(Sink(job, "null", {}), job, rows, 8)
     part.commit()
@@ -233,7 +233,7 @@ def test_sizes_that_the_column_cannot_hold_are_null(tmp_path: Path, pixels: int,
     """A broken header may promise any width or height: it costs these, not the part."""
     job = make_job(tmp_path)
     (shard,) = shards([2])
-    rows = [replace(picture(0, shard, False), width=pixels, height=7), replace(picture(1, shard, False), width=7, height=pixels)]
+    rows = [replace(image(0, shard, False), width=pixels, height=7), replace(image(1, shard, False), width=7, height=pixels)]
     (part,) = feed(Sink(job, "null", {}), job, rows, 8)
     assert [(row["width"], row["height"]) for row in part.table.to_pylist()] == [(written, 7), (7, written)]
 
@@ -244,9 +244,9 @@ def test_the_receipt_says_how_long_its_shard_took(tmp_path: Path, monkeypatch: p
     job = make_job(tmp_path)
     sink, (shard,) = Sink(job, "null", {}), shards([3])
     before = time.monotonic()
-    assert feed(sink, job, [picture(0, shard, True)], 8) == []
+    assert feed(sink, job, [image(0, shard, True)], 8) == []
     after = time.monotonic()
-    (part,) = feed(sink, job, [picture(1, shard, True), picture(2, shard, True)], 8)
+    (part,) = feed(sink, job, [image(1, shard, True), image(2, shard, True)], 8)
     assert before <= part.since <= after
     monkeypatch.setattr(sink_module, "time", SimpleNamespace(monotonic=lambda: 105.5))
     assert replace(part, since=100.0).commit().seconds == 5.5

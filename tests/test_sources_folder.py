@@ -22,7 +22,7 @@ from helpers import Result, fill, without_root_powers
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
 from imagemill.pipeline.sources.folder import FolderSource
-from imagemill.records import BadPicture, Entry, Status
+from imagemill.records import BadImage, Entry, Status
 
 
 def entries(root: Path | bytes, skip: Path | None = None, **filters: Any) -> tuple[list[Entry], Skipped]:
@@ -40,7 +40,7 @@ def source(root: Path) -> FolderSource:
 
 
 def problem(call: Callable[[], object]) -> tuple[Status, str]:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         call()
     return caught.value.status, caught.value.error
 
@@ -65,7 +65,7 @@ def test_order_is_stable_whatever_the_names_and_the_order_of_creation(
     ]
 
 
-def test_suffix_decides_what_is_a_picture(tmp_path: Path) -> None:
+def test_suffix_decides_what_is_an_image(tmp_path: Path) -> None:
     """Known suffixes in any case are planned, whatever type or content; the rest is counted by suffix."""
     files = dict.fromkeys(("a.JPG", "b.Jpeg", "c.tiff", "d.txt", "e.TXT", "f", "g.csv", "h.jpg.part", "i.webp"), b"x")
     found, skipped = entries(fill(tmp_path, files))
@@ -74,7 +74,7 @@ def test_suffix_decides_what_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_all_files_plans_every_file(tmp_path: Path) -> None:
-    """With --all-files no suffix is skipped; folders are still no pictures."""
+    """With --all-files no suffix is skipped; folders are still no images."""
     fill(tmp_path, dict.fromkeys(("a", "b.txt", "c/d.jpg", "c/e.json"), b"x"))
     found, skipped = entries(tmp_path, all_files=True)
     assert [entry.path for entry in found] == [b"a", b"b.txt", b"c/d.jpg", b"c/e.json"]
@@ -108,7 +108,7 @@ def test_filters_choose_by_name_or_by_path(tmp_path: Path, filters: dict[str, An
     assert paths(tmp_path, **filters) == [os.fsencode(path) for path in expected]
 
 
-def test_filtered_pictures_are_counted(tmp_path: Path) -> None:
+def test_filtered_images_are_counted(tmp_path: Path) -> None:
     """What --include and --exclude leave out is in the summary, apart from the skipped suffixes."""
     fill(tmp_path, dict.fromkeys(("1.png", "2.jpg", "3.jpg", "4.txt"), b"x"))
     skipped = entries(tmp_path, exclude=("*.jpg",))[1]
@@ -135,8 +135,8 @@ def test_two_links_to_one_folder_are_two_folders(tmp_path: Path) -> None:
     assert paths(root) == [b"a/1.jpg", b"b/1.jpg"]
 
 
-def test_a_folder_with_a_picture_suffix_is_planned_and_entered(tmp_path: Path) -> None:
-    """It has an image suffix, so it has a row; the pictures in it have theirs."""
+def test_a_folder_with_an_image_suffix_is_planned_and_entered(tmp_path: Path) -> None:
+    """It has an image suffix, so it has a row; the images in it have theirs."""
     fill(tmp_path, {"x.jpg/1.png": b"x", "x.jpg-2.png": b"x"})
     assert paths(tmp_path) == [b"x.jpg", b"x.jpg/1.png", b"x.jpg-2.png"]
     assert problem(lambda: source(tmp_path).fetch(b"x.jpg", b"", 99)) == (Status.READ_ERROR, "is a folder, not a regular file")
@@ -152,8 +152,8 @@ def test_names_are_bytes(tmp_path: Path) -> None:
     assert [source(tmp_path).fetch(path, b"", 99) for path in found] == found
 
 
-def test_pictures_of_one_sub_folder_are_one_group(tmp_path: Path) -> None:
-    """Groups count the folders right below the root, in order, however deep the pictures lie; empty ones do not count."""
+def test_images_of_one_sub_folder_are_one_group(tmp_path: Path) -> None:
+    """Groups count the folders right below the root, in order, however deep the images lie; empty ones do not count."""
     fill(tmp_path, dict.fromkeys(("a/1.jpg", "a/deep/er/2.jpg", "b/none.txt", "c/3.jpg", "c/4.jpg", "d/x/5.jpg"), b"x"))
     assert [entry.group for entry in entries(tmp_path)[0]] == [0, 0, 1, 1, 2]
 
@@ -193,7 +193,7 @@ def test_the_output_folder_is_not_listed(tmp_path: Path) -> None:
 
 
 def test_a_single_file_is_a_source(tmp_path: Path) -> None:
-    """A picture file named as the source is planned whatever its suffix."""
+    """An image file named as the source is planned whatever its suffix."""
     fill(tmp_path, {"thing.data": b"abc"})
     (entry,) = entries(tmp_path / "thing.data")[0]
     assert (entry.path, entry.size) == (b"", 3)
@@ -202,7 +202,7 @@ def test_a_single_file_is_a_source(tmp_path: Path) -> None:
 
 def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     """It names the source and the reason."""
-    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory\. Give a folder or a picture\."):
+    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory\. Give a folder or an image\."):
         entries(tmp_path / "none")
 
 
@@ -260,7 +260,7 @@ def test_a_file_beyond_max_bytes_is_not_read(tmp_path: Path) -> None:
 
 
 def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO twice and then the bytes: the picture is read. EIO for ever: a row that says so. ENOENT is not retried."""
+    """EIO twice and then the bytes: the image is read. EIO for ever: a row that says so. ENOENT is not retried."""
     fill(tmp_path, {"a.jpg": b"abc"})
     monkeypatch.setattr(files, "_RETRY_DELAYS_S", (0.0, 0.0, 0.0))
     calls: list[int] = []

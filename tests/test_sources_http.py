@@ -1,4 +1,4 @@
-"""Pictures from the web: whatever a server does, each is an answer or a row that says why, in bounded time and memory."""
+"""Images from the web: whatever a server does, each is an answer or a row that says why, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ import pytest
 import trustme
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, check, http, resolve
 from imagemill.pipeline.sources.list import ListSource
 from imagemill.pipeline.sources.locations import fetch
-from imagemill.records import BadPicture, Settings, Status
+from imagemill.records import BadImage, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
 from imagemill.version import __version__
@@ -134,20 +134,24 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     gc.collect()
 
 
-def bad(url: str, max_bytes: int = 100_000, patience: http.Patience = HASTY) -> BadPicture:
-    with pytest.raises(BadPicture) as caught:
+def bad(url: str, max_bytes: int = 100_000, patience: http.Patience = HASTY) -> BadImage:
+    with pytest.raises(BadImage) as caught:
         http.fetch(url, max_bytes, patience)
     assert "\n" not in caught.value.error
     return caught.value
 
 
-def test_the_same_pictures_have_the_same_answers_from_a_folder_and_from_the_web(
+def test_the_same_images_have_the_same_answers_from_a_folder_and_from_the_web(
     server: Server, some_jpegs: dict[str, bytes], job: Jobs, tmp_path: Path
 ) -> None:
-    """A list of URLs, one with relative lines at a URL itself, and single URLs give a folder's rows bit for bit, bad pictures included."""
-    files = some_jpegs | {"a/half.jpg": pictures.half(pictures.jpeg(300, 200)), "b/empty.jpg": b"", "c/not.jpg": b"<html>no</html>"}
+    """A list of URLs, one with relative lines at a URL itself, and single URLs give a folder's rows bit for bit, bad images included."""
+    files = some_jpegs | {
+        "a/half.jpg": sample_images.half(sample_images.jpeg(300, 200)),
+        "b/empty.jpg": b"",
+        "c/not.jpg": b"<html>no</html>",
+    }
     server.files |= files | {"list.txt": "\n".join(files).encode()}
-    folder = helpers.fill(tmp_path / "pictures", files)
+    folder = helpers.fill(tmp_path / "images", files)
     (tmp_path / "urls.txt").write_text("".join(f"{server.url}/{name}?size=full\n" for name in files))
     sources = {"folder": [folder], "urls": [f"@{tmp_path / 'urls.txt'}"], "list": [f"@{server.url}/list.txt"]}
     sources["single"] = [f"{server.url}/{name}" for name in files][:3]
@@ -179,7 +183,7 @@ def test_the_same_pictures_have_the_same_answers_from_a_folder_and_from_the_web(
     ids=["503", "500", "429", "cut", "reset", "silent"],
 )
 def test_what_passes_is_tried_again(server: Server, first: Callable[[Handler], object]) -> None:
-    """Two bad answers of any kind, then the picture: it is had."""
+    """Two bad answers of any kind, then the image: it is had."""
     server.rule = lambda handler, number: first(handler) if number < 2 else serve(handler, number)
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY) == BODY
     assert len(server.paths) == 3
@@ -271,7 +275,7 @@ def test_redirects_are_followed_a_few(server: Server) -> None:
     assert len(server.connections) == 1
 
 
-def test_no_more_is_read_than_a_picture_may_have(server: Server) -> None:
+def test_no_more_is_read_than_an_image_may_have(server: Server) -> None:
     """An announced length is refused unread; ten gigabytes that come unannounced are cut off, in memory that stays bounded."""
     found = bad(f"{server.url}/a.jpg", 10_239)
     assert (found.status, found.error) == (Status.TOO_LARGE, "has 10240 bytes, more than --max-bytes 10239")
@@ -300,7 +304,7 @@ def test_no_more_is_read_than_a_picture_may_have(server: Server) -> None:
 
 
 def test_connections_are_kept_and_bounded(server: Server) -> None:
-    """One thread uses one connection for all its pictures; thirty-two threads have no more than eight to one host at a time."""
+    """One thread uses one connection for all its images; thirty-two threads have no more than eight to one host at a time."""
     for _ in range(5):
         http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY)
     assert len(server.connections) == 1
@@ -326,7 +330,7 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
 
 @pytest.mark.parametrize("worst", [lambda handler: send(handler, 404, b"no"), lambda handler: send(handler, 503, b"no"), reset])
 def test_failures_use_up_no_connections(server: Server, worst: Callable[[Handler], object]) -> None:
-    """After more failures than there may be connections, of pictures too large as well, the next picture is had, without waiting."""
+    """After more failures than there may be connections, of images too large as well, the next image is had, without waiting."""
     patience = http.Patience(tries=1, seconds=5)
     for _ in range(2 * http.CONNECTIONS_PER_HOST):
         server.rule = lambda handler, number: worst(handler)
@@ -391,7 +395,7 @@ def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
         with pytest.raises(SourceError, match=r"list.txt, line 2: the URL holds a user name or password") as in_list:
             list(ListSource(0, os.fsencode(tmp_path / "list.txt")).entries(Filters(), Skipped()))
         assert "hush" not in str(in_list.value)
-        with pytest.raises(BadPicture, match="holds a user name or password"):
+        with pytest.raises(BadImage, match="holds a user name or password"):
             fetch(url.encode(), 9)
     assert not storage.names_password("http://h/a@b.jpg")
 
@@ -399,10 +403,10 @@ def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("http://h/pictures/", "only single pictures are read over http. Download it, or list its pictures' URLs in a file: @FILE."),
-        ("https://h/all.TAR.gz", "only single pictures are read over https."),
-        ("https://h/table.parquet?x=1", "only single pictures are read over https."),
-        ("http://h", "only single pictures are read over http."),
+        ("http://h/images/", "only single images are read over http. Download it, or list its images' URLs in a file: @FILE."),
+        ("https://h/all.TAR.gz", "only single images are read over https."),
+        ("https://h/table.parquet?x=1", "only single images are read over https."),
+        ("http://h", "only single images are read over http."),
         ("ftp://h/a.jpg", "ftp is none of http, https, s3, gs, az."),
         ("file://elsewhere/a.jpg", "file://elsewhere is another machine. Mount its disk and give the path."),
         ("https://", "names no host or bucket."),
@@ -468,7 +472,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     assert (healed.code, healed.json["ok"]) == (0, 40), healed.err
     assert len(server.paths) == 40 - 8 * len(before)
     harness.assert_complete(tmp_path / "out")
-    folder = helpers.fill(tmp_path / "pictures", some_jpegs)
+    folder = helpers.fill(tmp_path / "images", some_jpegs)
     run.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
     expected = helpers.by_path(tmp_path / "folder")
     assert helpers.by_path(tmp_path / "out") == {
@@ -478,7 +482,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
 
 def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jobs, tmp_path: Path) -> None:
     """Of sources, their check, lists on the web, and images of lists and tables, redirects included. It may change on resume."""
-    image = pictures.jpeg(40, 30)
+    image = sample_images.jpeg(40, 30)
     names = ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
     server.files = dict.fromkeys(names, image) | {"list.txt": b"b.jpg\n"}
     server.rule = lambda handler, number: send(handler, 302, Location="/a.jpg") if handler.path == "/moved.jpg" else serve(handler, number)

@@ -1,4 +1,4 @@
-"""Pictures in an object store give the rows that the same pictures in a folder give, whatever the store does meanwhile."""
+"""Images in an object store give the rows that the same images in a folder give, whatever the store does meanwhile."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 
 import archive_files
 import helpers
-import pictures
 import s3 as faults
+import sample_images
 from imagemill.errors import OutputError, SourceError
 from imagemill.pipeline.sources import Filters, Skipped, check, resolve
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.pipeline.sources.locations import fetch
 from imagemill.pipeline.sources.objects import ObjectSource
-from imagemill.records import BadPicture, Settings, Status
+from imagemill.records import BadImage, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
 from s3 import Bucket, FaultProxy
@@ -50,12 +50,12 @@ def answers(output: Path, remove: str = "") -> dict[str, dict[str, Any]]:
     return {path.removeprefix(remove): row | {"path": path.removeprefix(remove)} for path, row in helpers.by_path(output).items()}
 
 
-def test_the_same_pictures_have_the_same_answers_wherever_they_lie(
+def test_the_same_images_have_the_same_answers_wherever_they_lie(
     s3: Bucket, some_jpegs: dict[str, bytes], job: Jobs, tmp_path: Path
 ) -> None:
-    """Folder, prefix, list of URLs, list in the store with relative keys: the same rows bit for bit, bad pictures included."""
-    files = some_jpegs | {"a/half.jpg": pictures.half(pictures.jpeg(300, 200)), "b/empty.jpg": b"", "ü 100%?.png": b"no picture"}
-    folder = helpers.fill(tmp_path / "pictures", files)
+    """Folder, prefix, list of URLs, list in the store with relative keys: the same rows bit for bit, bad images included."""
+    files = some_jpegs | {"a/half.jpg": sample_images.half(sample_images.jpeg(300, 200)), "b/empty.jpg": b"", "ü 100%?.png": b"no image"}
+    folder = helpers.fill(tmp_path / "images", files)
     url = s3.fill(files, "some/where/")
     s3.fill({"some/where/list.txt": "\n".join([*files, "a/not there.jpg"]).encode()})
     (tmp_path / "urls.txt").write_text("".join(f"{url}/{key}\n" for key in files), encoding="utf-8")
@@ -75,9 +75,9 @@ def test_the_same_pictures_have_the_same_answers_wherever_they_lie(
     assert {row["source"] for row in helpers.rows(tmp_path / "prefix")} == {url}
 
 
-def test_failed_pictures_of_a_store_are_a_list_that_can_be_run(s3: Bucket, imagemill: CLI, tmp_path: Path) -> None:
+def test_failed_images_of_a_store_are_a_list_that_can_be_run(s3: Bucket, imagemill: CLI, tmp_path: Path) -> None:
     """`failed.txt` names them by URL, of a prefix, of a single object and of a list alike."""
-    s3.fill({"p/bad.jpg": b"x", "p/good.jpg": pictures.jpeg(40, 40), "q.jpg": b"x", "l/list.txt": b"bad.jpg\n", "l/bad.jpg": b"x"})
+    s3.fill({"p/bad.jpg": b"x", "p/good.jpg": sample_images.jpeg(40, 40), "q.jpg": b"x", "l/list.txt": b"bad.jpg\n", "l/bad.jpg": b"x"})
     sources = (f"{s3.url}/p", f"{s3.url}/q.jpg", f"@{s3.url}/l/list.txt")
     assert imagemill("run", *sources, "--output", tmp_path / "out", *TINY).code == 0
     urls = [f"{s3.url}/{key}" for key in ("p/bad.jpg", "q.jpg", "l/bad.jpg")]
@@ -103,7 +103,7 @@ TREE = {
     ],
 )
 def test_a_prefix_is_listed_as_a_folder_is(s3: Bucket, tmp_path: Path, filters: Filters) -> None:
-    """The same pictures with the same sizes, the same ones left out for the same reasons, and the same sub-folders kept together."""
+    """The same images with the same sizes, the same ones left out for the same reasons, and the same sub-folders kept together."""
     folder, url = helpers.fill(tmp_path, TREE), s3.fill(TREE, "p/")
     skipped, expected_skipped = Skipped(), Skipped()
     found = list(ObjectSource(3, url).entries(filters, skipped))
@@ -128,7 +128,7 @@ def test_an_object_is_a_source_by_itself(s3: Bucket) -> None:
     assert ObjectSource(0, f"{s3.url}/a.bin").fetch(b"", b"", 10) == b"123"
 
 
-def test_a_picture_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy) -> None:
+def test_an_image_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy) -> None:
     """Gone, forbidden, too large, a key that no object can have: each its status, in one line, after one request."""
     s3.fill({"a.jpg": b"12345", "secret.jpg": b"1"})
     s3_faults.rule = lambda request: faults.answers(403, "AccessDenied") if "secret" in request.path else None
@@ -141,10 +141,10 @@ def test_a_picture_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy
         (b"/secret.jpg", 9, Status.READ_ERROR, "cannot be read: 403 Forbidden (AccessDenied)"),
         (b"/a.jpg", 4, Status.TOO_LARGE, "has 5 bytes, more than --max-bytes 4"),
     ):
-        with pytest.raises(BadPicture) as caught:
+        with pytest.raises(BadImage) as caught:
             fetch(base + location, max_bytes)
         assert (caught.value.status, caught.value.error) == (status, error)
-    with pytest.raises(BadPicture, match="cannot be read: ") as caught:
+    with pytest.raises(BadImage, match="cannot be read: ") as caught:
         fetch(base + b"/not-utf8-\xff.jpg", 9)
     assert caught.value.status == Status.READ_ERROR
     assert len(s3_faults.requests) == 6
@@ -253,7 +253,7 @@ def test_any_key_is_listed_and_read(s3: Bucket, prefix: str) -> None:
     assert [entry.path.decode() for entry in entries] == sorted(files)
     assert {entry.path.decode(): source.fetch(entry.path, b"", 99) for entry in entries} == files
     assert (skipped.by_suffix.total(), skipped.hidden) == (0, 0)
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         source.fetch(b"a//b.jpg", b"", 7)
     assert (caught.value.status, caught.value.error) == (Status.TOO_LARGE, "has 8 bytes, more than --max-bytes 7")
 
@@ -274,7 +274,7 @@ def test_odd_keys_are_listed_page_by_page(s3: Bucket, s3_faults: FaultProxy, mon
 def test_odd_keys_cost_a_job_nothing(s3: Bucket, some_jpegs: dict[str, bytes], job: Jobs, tmp_path: Path) -> None:
     """A job over a prefix that holds some gives every image its answer, and `failed.txt` of those that are bad can be run."""
     some = dict(list(some_jpegs.items())[:4])
-    files = {f"odd//{key}": data for key, data in some.items()} | {"odd//bad\x01.jpg": b"x", "plain.jpg": pictures.jpeg()}
+    files = {f"odd//{key}": data for key, data in some.items()} | {"odd//bad\x01.jpg": b"x", "plain.jpg": sample_images.jpeg()}
     url = s3.fill(files, "p/")
     summary = run.run(job(url, num_workers=2))
     assert (summary.ok, dict(summary.failed_by_status)) == (5, {"not_an_image": 1})
@@ -285,8 +285,8 @@ def test_odd_keys_cost_a_job_nothing(s3: Bucket, some_jpegs: dict[str, bytes], j
 def test_a_killed_job_is_resumed_where_it_was(
     s3: Bucket, s3_faults: FaultProxy, some_jpegs: dict[str, bytes], imagemill: CLI, start: Callable[..., Any], job: Jobs, tmp_path: Path
 ) -> None:
-    """The launcher dies by SIGKILL in the middle: the same command fetches only pictures of shards that were not committed."""
-    url, folder = s3.fill(some_jpegs, "p/"), helpers.fill(tmp_path / "pictures", some_jpegs)
+    """The launcher dies by SIGKILL in the middle: the same command fetches only images of shards that were not committed."""
+    url, folder = s3.fill(some_jpegs, "p/"), helpers.fill(tmp_path / "images", some_jpegs)
     s3_faults.rule = lambda request: faults.delays(0.05) if request.path.endswith(".jpg") else None
     process = start("run", url, "--output", tmp_path / "out", *TINY)
     helpers.until(lambda: len(helpers.parts(tmp_path / "out")) >= 2, process=process)
@@ -310,7 +310,7 @@ def test_a_killed_job_is_resumed_where_it_was(
 def test_throttling_and_broken_connections_cost_no_row(
     s3: Bucket, s3_faults: FaultProxy, some_jpegs: dict[str, bytes], imagemill: CLI, tmp_path: Path
 ) -> None:
-    """A store that answers each first request badly, in every way there is, is waited for: every picture has its answer."""
+    """A store that answers each first request badly, in every way there is, is waited for: every image has its answer."""
     url = s3.fill(some_jpegs, "p/")
     ways = (faults.answers(503, "SlowDown"), faults.resets(), faults.cuts(100), faults.answers(500, "InternalError"), faults.delays(0.1))
     s3_faults.rule = lambda request: ways[len(s3_faults.requests) % len(ways)] if request.number == 0 and request.method == "GET" else None
@@ -328,7 +328,7 @@ def test_retry_failed_heals_what_an_outage_left(
     tmp_path: Path,
 ) -> None:
     """The store goes away in the middle and for good: rows say so, the job ends well; once it is back, --retry-failed mends them all."""
-    url, folder = s3.fill(some_jpegs, "p/"), helpers.fill(tmp_path / "pictures", some_jpegs)
+    url, folder = s3.fill(some_jpegs, "p/"), helpers.fill(tmp_path / "images", some_jpegs)
     s3_faults.rule = lambda request: faults.resets() if s3_faults.count("GET", ".jpg") > 15 else None
     arguments = ("run", url, "--output", tmp_path / "out", *TINY, "--json")
     result = imagemill(*arguments, env=hasty)
@@ -351,13 +351,13 @@ def test_retry_failed_heals_what_an_outage_left(
 
 def test_a_finished_job_names_what_is_new_in_the_bucket(s3: Bucket, imagemill: CLI, tmp_path: Path) -> None:
     """Repeated, it finds the objects that came since, between the old ones, by their names."""
-    data = pictures.jpeg(40, 40)
+    data = sample_images.jpeg(40, 40)
     url = s3.fill({"b/x.jpg": data, "b-/x.jpg": data, "c.jpg": data}, "p/")
     assert imagemill("run", url, "--output", tmp_path / "out", *TINY).code == 0
     s3.fill({"a.jpg": data, "b/a.jpg": data, "b.jpg": data}, "p/")
     result = imagemill("run", url, "--output", tmp_path / "out", *TINY, "--json")
     assert (result.code, result.json["new_in_source"]) == (0, 3)
-    assert "3 pictures are new in the source since the plan was frozen: a.jpg, b.jpg, b/a.jpg." in result.err
+    assert "3 images are new in the source since the plan was frozen: a.jpg, b.jpg, b/a.jpg." in result.err
 
 
 def test_urls_are_frozen_as_they_were_given() -> None:
@@ -383,7 +383,7 @@ def test_many_sources_are_looked_for_together(s3: Bucket, s3_faults: FaultProxy)
 
 def test_what_a_file_manager_uploaded_makes_no_output_unacceptable(s3: Bucket, job: Jobs) -> None:
     """`.DS_Store` below an output's prefix is no stranger; anything else is."""
-    s3.fill({"in/a.jpg": pictures.jpeg(), "out/.DS_Store": b"x", "other/.DS_Store": b"x", "other/thesis.doc": b"x"})
+    s3.fill({"in/a.jpg": sample_images.jpeg(), "out/.DS_Store": b"x", "other/.DS_Store": b"x", "other/thesis.doc": b"x"})
     settings = job(f"{s3.url}/in", output=f"{s3.url}/out", preflight=False)
     assert run.run(settings).ok == 1
     assert s3.get("out/.DS_Store") == b"x"

@@ -1,4 +1,4 @@
-"""Parquet files with pictures in them: found by what the table says, read forward, and never a wrong picture under a right name."""
+"""Parquet files with images in them: found by what the table says, read forward, and never a wrong image under a right name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, parquet, resolve
-from imagemill.records import BadPicture, Entry, Settings, Status
+from imagemill.records import BadImage, Entry, Settings, Status
 from imagemill.runner import run
 from s3 import Bucket, FaultProxy
 
@@ -54,7 +54,7 @@ def fetched(source: object, entry: Entry, max_bytes: int = 2**28) -> bytes:
 
 
 def refusal(source: object, entry: Entry, max_bytes: int = 2**28) -> tuple[Status, str]:
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         fetched(source, entry, max_bytes)
     return caught.value.status, caught.value.error
 
@@ -63,7 +63,7 @@ def refusal(source: object, entry: Entry, max_bytes: int = 2**28) -> tuple[Statu
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4), pa.dictionary(pa.int32(), pa.binary())])
-def test_bytes_of_any_width_are_pictures(tmp_path: Path, kind: pa.DataType) -> None:
+def test_bytes_of_any_width_are_images(tmp_path: Path, kind: pa.DataType) -> None:
     """Plain, large, view, of a fixed size, or behind a dictionary."""
     file = written(tmp_path / "t.parquet", pa.table({"label": [1, 2], "anything": pa.array([b"abcd", b"efgh"], pa.binary()).cast(kind)}))
     assert [fetched(file, entry) for entry in listed(file)] == [b"abcd", b"efgh"]
@@ -85,11 +85,11 @@ def test_rows_are_named_by_number_and_by_what_the_table_says(tmp_path: Path) -> 
     assert [entry.path for entry in listed(file, Filters(exclude=("*.jpg",)))] == [b"00000001", b"00000002/a/b c.png"]
 
 
-def test_datasets_say_which_column_holds_pictures(tmp_path: Path) -> None:
+def test_datasets_say_which_column_holds_images(tmp_path: Path) -> None:
     """A table written by 🤗 datasets: the column is the one it calls Image, whatever its name and beside other bytes."""
     import datasets
 
-    data = [pictures.jpeg(20, 20, seed=seed) for seed in range(3)]
+    data = [sample_images.jpeg(20, 20, seed=seed) for seed in range(3)]
     features = datasets.Features({"mask": datasets.Value("binary"), "scan": datasets.Image(), "label": datasets.Value("int64")})
     made = datasets.Dataset.from_dict(
         {"mask": [b"no"] * 3, "scan": [{"bytes": item, "path": f"{n}.jpg"} for n, item in enumerate(data)], "label": [0, 1, 2]}, features
@@ -118,14 +118,14 @@ def test_a_column_of_a_known_name_is_taken(tmp_path: Path, columns: dict[str, ob
 @pytest.mark.parametrize(
     ("columns", "suffix", "message"),
     [
-        ({"front": b"", "back": b""}, "", "has several columns that may be pictures: front, back. Name one: {file}#front."),
-        ({"img": b"", "jpg": b""}, "", "has several columns that may be pictures: img, jpg. Name one: {file}#img."),
-        ({"n": 1, "s": "x"}, "", "has no column of picture bytes. Its columns: n (int64), s (string). A column of paths is read with"),
-        ({"image": "x.jpg"}, "", "column 'image' holds text, not the bytes of pictures. If these are paths: @{file}#image."),
-        ({"image": "x.jpg", "n": 1}, "#image", "column 'image' holds text, not the bytes of pictures. If these are paths: @{file}#image."),
-        ({"image": b"", "n": 1}, "#n", "column 'n' holds int64, not the bytes of pictures. Its columns: image (binary), n (int64)."),
+        ({"front": b"", "back": b""}, "", "has several columns that may be images: front, back. Name one: {file}#front."),
+        ({"img": b"", "jpg": b""}, "", "has several columns that may be images: img, jpg. Name one: {file}#img."),
+        ({"n": 1, "s": "x"}, "", "has no column of image bytes. Its columns: n (int64), s (string). A column of paths is read with"),
+        ({"image": "x.jpg"}, "", "column 'image' holds text, not the bytes of images. If these are paths: @{file}#image."),
+        ({"image": "x.jpg", "n": 1}, "#image", "column 'image' holds text, not the bytes of images. If these are paths: @{file}#image."),
+        ({"image": b"", "n": 1}, "#n", "column 'n' holds int64, not the bytes of images. Its columns: image (binary), n (int64)."),
         ({"image": b"", "n": 1}, "#m", "the table has no column 'm'. Its columns: image (binary), n (int64)."),
-        ({"image": {"data": b""}}, "", "column 'image' holds struct of data, not the bytes of pictures."),
+        ({"image": {"data": b""}}, "", "column 'image' holds struct of data, not the bytes of images."),
         ({"image": [b""]}, "", "column 'image' holds list<"),
     ],
 )
@@ -158,7 +158,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_nulls_are_rows_that_say_so(tmp_path: Path) -> None:
-    """No bytes and no path: missing. A path alone is fetched from beside the table; empty bytes are an empty picture."""
+    """No bytes and no path: missing. A path alone is fetched from beside the table; empty bytes are an empty image."""
     (tmp_path / "there.jpg").write_bytes(b"beside")
     rows = [(b"x", None), (None, None), (None, "there.jpg"), (None, "gone.jpg"), (b"", "empty.jpg")]
     table = hf_table(rows).append_column("n", pa.array(range(5)))
@@ -175,7 +175,7 @@ def test_nulls_are_rows_that_say_so(tmp_path: Path) -> None:
     assert refusal(file, entries[5]) == null
 
 
-def test_too_large_a_picture_is_a_row(tmp_path: Path) -> None:
+def test_too_large_an_image_is_a_row(tmp_path: Path) -> None:
     """By the length of its bytes."""
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"12345", b"1"]}))
     first, second = listed(file)
@@ -287,7 +287,7 @@ def test_damage_inside_costs_what_lies_behind_it_in_its_row_group(tmp_path: Path
     for number, entry in enumerate(entries):
         try:
             found.append("ok" if fetched(tmp_path / "t.parquet", entry) == data[number] else "wrong")
-        except BadPicture as bad:
+        except BadImage as bad:
             assert bad.error.startswith("the table is damaged from row ")
             found.append(bad.status.value)
     first = found.index("corrupt")
@@ -312,7 +312,7 @@ def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
             for entry in listed(file):
                 try:
                     outcomes.add(type(fetched(file, entry)).__name__)
-                except BadPicture as bad:
+                except BadImage as bad:
                     outcomes.add(bad.status.value)
         except SourceError:
             outcomes.add("SourceError")
@@ -321,7 +321,7 @@ def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
 
 
 def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(tmp_path: Path) -> None:
-    """While a table cannot be opened each of many threads fails once; as soon as it can, pictures come."""
+    """While a table cannot be opened each of many threads fails once; as soon as it can, images come."""
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 8}))
     entries = listed(file)
     file.rename(tmp_path / "aside")
@@ -335,8 +335,8 @@ def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(
     assert [fetched(file, entry) for entry in entries] == [b"right"] * 8
 
 
-def test_a_table_that_is_gone_or_replaced_gives_no_picture(tmp_path: Path) -> None:
-    """Another table under the same name would put its pictures under the listed names; its footer gives it away."""
+def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None:
+    """Another table under the same name would put its images under the listed names; its footer gives it away."""
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 3}))
     entries = listed(file)
     file.rename(tmp_path / "aside.parquet")
@@ -356,7 +356,7 @@ def test_a_table_that_is_gone_or_replaced_gives_no_picture(tmp_path: Path) -> No
 def test_a_table_in_a_store_is_read_forward_and_in_pieces(
     deep: tuple[Path, list[bytes]], s3_faults: FaultProxy, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same pictures as from the disk; listing reads the footer alone, and no byte is asked for twice while reading forward."""
+    """The same images as from the disk; listing reads the footer alone, and no byte is asked for twice while reading forward."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_faults.url)
     file, data = deep
     s3.fill({"deep.parquet": file.read_bytes()})
@@ -371,7 +371,7 @@ def test_a_table_in_a_store_is_read_forward_and_in_pieces(
 
 
 def test_a_table_that_a_store_does_not_give_is_rows_that_say_so(tmp_path: Path, s3: Bucket) -> None:
-    """Gone since it was listed: missing; and once it is back its pictures are."""
+    """Gone since it was listed: missing; and once it is back its images are."""
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 3}))
     url = s3.fill({"t.parquet": file.read_bytes()}, "below/") + "/t.parquet"
     entries = listed(url)
@@ -390,8 +390,8 @@ def answers(output: Path) -> list[dict[str, Any]]:
 
 
 def test_a_table_gives_the_answers_of_its_folder(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path, imagemill: CLI) -> None:
-    """The same pictures as folder, as 🤗 data set in two files, and as plain bytes: identical answers, each complete and sound."""
-    files = dict(sorted(some_jpegs.items())) | {"z/bad.jpg": b"not a picture" * 9}
+    """The same images as folder, as 🤗 data set in two files, and as plain bytes: identical answers, each complete and sound."""
+    files = dict(sorted(some_jpegs.items())) | {"z/bad.jpg": b"not an image" * 9}
     folder = helpers.fill(tmp_path / "folder", files)
     rows: list[tuple[bytes | None, str | None]] = [(data, name) for name, data in files.items()]
     written(tmp_path / "train-0.parquet", hf_table(rows[:25]), row_group_size=7)
@@ -410,14 +410,14 @@ def test_a_table_gives_the_answers_of_its_folder(job: Jobs, some_jpegs: dict[str
 def test_failed_rows_of_a_table_are_told_and_retried(jpegs: Callable[..., Path], tmp_path: Path, imagemill: CLI) -> None:
     """No line of failed.txt can name them; the run says how many there are, and --retry-failed heals what was mended."""
     folder = jpegs(2, **{"bad.jpg": b"x" * 99})
-    rows: list[tuple[bytes | None, str | None]] = [(pictures.jpeg(), "in.jpg"), (None, "late.jpg"), (b"", "empty.jpg")]
+    rows: list[tuple[bytes | None, str | None]] = [(sample_images.jpeg(), "in.jpg"), (None, "late.jpg"), (b"", "empty.jpg")]
     file = written(tmp_path / "t.parquet", hf_table(rows))
     arguments = ("run", folder, file, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null", "--json")
     result = imagemill(*arguments)
     assert result.json["failed_by_status"] == {"empty": 1, "missing": 1, "not_an_image": 1}
-    assert "imagemill: 2 failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again" in result.err
+    assert "imagemill: 2 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again" in result.err
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/bad.jpg\n"
-    (tmp_path / "late.jpg").write_bytes(pictures.jpeg())
+    (tmp_path / "late.jpg").write_bytes(sample_images.jpeg())
     assert imagemill(*arguments, "--retry-failed=missing").json["failed_by_status"] == {"empty": 1, "not_an_image": 1}
     assert imagemill("verify", tmp_path / "out").code == 0
 

@@ -1,4 +1,4 @@
-"""Lists of pictures in tables: a path or URL in each row of a column, exact to the byte, and no row lost."""
+"""Lists of images in tables: a path or URL in each row of a column, exact to the byte, and no row lost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
-from imagemill.records import BadPicture, Entry, Settings, Status
+from imagemill.records import BadImage, Entry, Settings, Status
 from imagemill.runner import run
 
 Jobs = Callable[..., Settings]
@@ -145,12 +145,12 @@ def test_names_with_dots_are_columns_like_any_other(tmp_path: Path) -> None:
 
 
 def test_a_column_that_holds_no_paths_is_one_clear_message(tmp_path: Path) -> None:
-    """Numbers, or the pictures themselves."""
+    """Numbers, or the images themselves."""
     image = pa.array([{"bytes": b"x", "path": "y"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({"n": [1], "image": image}), tmp_path / "t.parquet")
     with pytest.raises(SourceError, match=r"column 'n' holds int64, not paths\.$"):
         listed(f"@{tmp_path / 't.parquet'}#n")
-    with pytest.raises(SourceError, match=r"column 'image' holds struct of bytes, path, not paths. If these are pictures: .*t\.parquet\.$"):
+    with pytest.raises(SourceError, match=r"column 'image' holds struct of bytes, path, not paths. If these are images: .*t\.parquet\.$"):
         listed(f"@{tmp_path / 't.parquet'}")
 
 
@@ -162,14 +162,14 @@ def test_an_empty_cell_is_a_missing_row(tmp_path: Path) -> None:
     source = table(tmp_path, 'path\na.jpg\n""\n')
     (opened,) = open_all(resolve([source]))
     entry = listed(source)[1]
-    with pytest.raises(BadPicture) as caught:
+    with pytest.raises(BadImage) as caught:
         opened.fetch(entry.path, entry.locator, 99)
     assert (caught.value.status, caught.value.error) == (Status.MISSING, "the table's cell is empty: row 2")
 
 
 def test_tables_give_the_answers_of_the_folder(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path, imagemill: CLI) -> None:
     """Relative and absolute paths, from CSV, TSV and Parquet, with empty cells and a hostile name: the folder's rows, and sound."""
-    files = dict(sorted(some_jpegs.items())) | {'z/odd, "x"\n.jpg': pictures.jpeg()}
+    files = dict(sorted(some_jpegs.items())) | {'z/odd, "x"\n.jpg': sample_images.jpeg()}
     folder = helpers.fill(tmp_path / "folder", files)
     run.run(job(folder, output=str(tmp_path / "calm"), save=("logits",), devices="cpu:1"))
     calm = helpers.by_path(tmp_path / "calm")

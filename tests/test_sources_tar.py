@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from archive_files import END, KINDS, fetched, listed, pack, read, tar, tar_member
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Source, open_all
@@ -32,7 +32,7 @@ from test_run import Listener, problems
 Jobs = Callable[..., Settings]
 
 FORMS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-SOUND = b"the bytes of a picture" * 9
+SOUND = b"the bytes of an image" * 9
 
 
 def some_files(count: int = 12, size: int = 400) -> dict[str, bytes]:
@@ -90,7 +90,7 @@ def resum(header: bytes, signed: bool = False) -> bytes:
 
 def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
     """Names that leave the folder, begin at the root, or hold line breaks or no UTF-8 are kept byte by byte; `./` before a name is not part
-    of it; a name that is there twice is two pictures."""
+    of it; a name that is there twice is two images."""
     names = ["../../up.jpg", "/etc/root.jpg", "line\nbreak.jpg", "not-\udcff-utf8.jpg", "twice.jpg", "twice.jpg", "./here/x.jpg"]
     path = write(tmp_path, *(tar_member(name, bytes([number])) for number, name in enumerate(names)), END)
     expected = [*map(os.fsencode, names[:-1]), b"here/x.jpg"]
@@ -98,7 +98,7 @@ def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_only_pictures_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_path: Path) -> None:
+def test_only_images_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_path: Path) -> None:
     """As in a folder and in a zip; the texts of a WebDataset are counted by suffix. Folders and volume labels are nothing."""
     names = ["a/0.jpg", "a/0.txt", "a/0.json", "a/.x.jpg", "._y.jpg", "inner.tar", "thumbs/z.png"]
     label = tar_member("label", kind=b"V")
@@ -112,7 +112,7 @@ def test_only_pictures_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_p
 
 
 def test_links_and_devices_are_rows_that_say_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard link to a member before it, or to another such link, is that picture; one that leads nowhere or far back, a symbolic link, a
+    """A hard link to a member before it, or to another such link, is that image; one that leads nowhere or far back, a symbolic link, a
     device, a FIFO and a sparse file each say what to do."""
     sparse = bytearray(tar_member("sparse.jpg", SOUND, b"S"))
     sparse[482] = 1  # its map goes on in two more blocks
@@ -151,7 +151,7 @@ def test_links_and_devices_are_rows_that_say_what_they_are(tmp_path: Path, monke
 
 
 def test_archives_that_were_appended_to_each_other_are_read_to_the_end(tmp_path: Path) -> None:
-    """`cat a.tar b.tar` holds the pictures of both; rubbish behind an end is none, nor is the filling of the last record."""
+    """`cat a.tar b.tar` holds the images of both; rubbish behind an end is none, nor is the filling of the last record."""
     one, two = tar({"a.jpg": SOUND}), tar({"b.jpg": SOUND[1:]})
     assert read(write(tmp_path, one, two)) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
     path = write(tmp_path, one, b"rubbish" * 200)
@@ -162,7 +162,7 @@ def test_archives_that_were_appended_to_each_other_are_read_to_the_end(tmp_path:
     assert read(write(tmp_path, gzip.compress(one) + gzip.compress(two), name="b.tar.gz")) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
 
 
-def test_a_picture_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+def test_an_image_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     """Packed or not."""
     for kind in ("tar", "tar.gz"):
         path = pack(tmp_path, kind, {"a.jpg": bytes(5_000), "b.jpg": SOUND})
@@ -273,7 +273,7 @@ def test_garbage_after_gzip_data_is_ignored_with_a_note(garbage: str, members: i
 
 def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> None:
     """The job that lists the archive says it. The same command again, on the finished job, does not."""
-    path = write(tmp_path, gzip.compress(tar({"a.jpg": pictures.jpeg()})) + b"garbage", name="a.tar.gz")
+    path = write(tmp_path, gzip.compress(tar({"a.jpg": sample_images.jpeg()})) + b"garbage", name="a.tar.gz")
     first, again = Listener(), Listener()
     assert run.run(job(path), first).ok == 1
     run.run(job(path), again)
@@ -315,8 +315,8 @@ def test_any_damage_to_headers_ends_in_rows_or_one_clear_error(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
-def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_picture(kind: str, tmp_path: Path) -> None:
-    """Gone, cut short or overwritten by another: each is a row; once back, pictures are read again."""
+def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(kind: str, tmp_path: Path) -> None:
+    """Gone, cut short or overwritten by another: each is a row; once back, images are read again."""
     files = some_files(size=20_000)
     path = Path(pack(tmp_path, kind, files))
     sound = path.read_bytes()
@@ -364,7 +364,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, by
 
 
 def test_the_index_is_kept_and_saves_unpacking_from_the_beginning(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    """The last picture is read by a process that did not list it from the last sixth of the file; without the index from all of it."""
+    """The last image is read by a process that did not list it from the last sixth of the file; without the index from all of it."""
     path, files = packed
     _, entries, _ = listed(path, aside=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["source-00000.gzidx"]
@@ -409,9 +409,7 @@ def test_a_limit_keeps_the_index_as_far_as_it_goes(packed: tuple[Path, dict[str,
     assert all(source.fetch(entry.path, entry.locator, 2**20) == packed[1][entry.path.decode()] for entry in some)
 
 
-def test_damage_in_the_middle_of_a_packed_archive_costs_the_pictures_around_it(
-    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """What is written over under the job is a few corrupt rows; from the next place of the index on all is well again."""
     path = tmp_path / "a.tar.gz"
     data = bytearray(packed[0].read_bytes())
@@ -429,7 +427,7 @@ def test_damage_in_the_middle_of_a_packed_archive_costs_the_pictures_around_it(
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_many_threads_read_one_archive_at_once(packed: tuple[Path, dict[str, bytes]], tmp_path: Path, with_index: bool) -> None:
-    """Each gets its own picture, in any order, from one source that nobody has opened before."""
+    """Each gets its own image, in any order, from one source that nobody has opened before."""
     path, files = packed
     _, entries, _ = listed(path, aside=tmp_path)
     source = unopened(path, tmp_path if with_index else None)
@@ -443,33 +441,33 @@ def test_many_threads_read_one_archive_at_once(packed: tuple[Path, dict[str, byt
 
 
 def answers(output: Path) -> list[dict[str, object]]:
-    """What does not say where a picture came from, in plan order."""
+    """What does not say where an image came from, in plan order."""
     return [{name: value for name, value in row.items() if name not in ("index", "source")} for row in helpers.rows(output)]
 
 
 @pytest.fixture(scope="module")
-def some_pictures(some_jpegs: dict[str, bytes]) -> dict[str, bytes]:
-    """Forty pictures and two bad ones, in the order in which a folder is listed."""
-    return dict(sorted((some_jpegs | {"b/bad.jpg": b"bad", "a/half.png": pictures.half(pictures.jpeg())}).items()))
+def some_images(some_jpegs: dict[str, bytes]) -> dict[str, bytes]:
+    """Forty images and two bad ones, in the order in which a folder is listed."""
+    return dict(sorted((some_jpegs | {"b/bad.jpg": b"bad", "a/half.png": sample_images.half(sample_images.jpeg())}).items()))
 
 
 @pytest.fixture(scope="module")
-def folders_answers(some_pictures: dict[str, bytes], models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """Of the same pictures in a folder."""
+def folders_answers(some_images: dict[str, bytes], models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Of the same images in a folder."""
     folder = tmp_path_factory.mktemp("folder")
-    helpers.fill(folder / "pictures", some_pictures)
+    helpers.fill(folder / "images", some_images)
     choices: dict[str, Any] = {"model": "tiny", "models_dir": str(models_dir), "devices": "cpu", "batch_size": 4, "save": ("logits",)}
-    run.run(Settings((str(folder / "pictures"),), str(folder / "out"), **choices))
+    run.run(Settings((str(folder / "images"),), str(folder / "out"), **choices))
     return answers(folder / "out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_the_folder(
-    kind: str, job: Jobs, some_pictures: dict[str, bytes], folders_answers: list[dict[str, object]], tmp_path: Path
+    kind: str, job: Jobs, some_images: dict[str, bytes], folders_answers: list[dict[str, object]], tmp_path: Path
 ) -> None:
-    """The same pictures, some of them bad, give the same rows, logits and all, bit for bit; `verify` finds nothing. A repeated job has
+    """The same images, some of them bad, give the same rows, logits and all, bit for bit; `verify` finds nothing. A repeated job has
     nothing to do and finds nothing new."""
-    settings = job(Path(pack(tmp_path, kind, some_pictures)), devices="cpu", save=("logits",), shard_size=9)
+    settings = job(Path(pack(tmp_path, kind, some_images)), devices="cpu", save=("logits",), shard_size=9)
     summary = run.run(settings)
     assert (summary.images, summary.ok) == (42, 40)
     assert answers(tmp_path / "out") == folders_answers
@@ -480,12 +478,12 @@ def test_answers_are_those_of_the_folder(
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz", "webdataset"])
 def test_an_archive_in_an_object_store_gives_the_same_rows(
-    kind: str, job: Jobs, s3: Bucket, some_pictures: dict[str, bytes], tmp_path: Path
+    kind: str, job: Jobs, s3: Bucket, some_images: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """It is read in place by the same code; braces name several there too. Replaced by another object, it gives rows and no wrong picture;
+    """It is read in place by the same code; braces name several there too. Replaced by another object, it gives rows and no wrong image;
     removed, it is one clear error."""
-    local, place = pack(tmp_path, kind, dict(list(some_pictures.items())[::3])), s3.url
-    archives = {path.name: path.read_bytes() for path in tmp_path.glob("pictures*.*")}
+    local, place = pack(tmp_path, kind, dict(list(some_images.items())[::3])), s3.url
+    archives = {path.name: path.read_bytes() for path in tmp_path.glob("images*.*")}
     s3.fill(archives)
     settings = replace(job(shard_size=5), sources=(f"{place}/{Path(local).name}",))
     assert run.run(settings).images == 14
@@ -500,30 +498,30 @@ def test_an_archive_in_an_object_store_gives_the_same_rows(
     assert set(statuses[10:]) <= {"corrupt", "truncated"}
     for name in archives:
         s3.remove(name)
-    with pytest.raises(SourceError, match=re.escape(place) + r"/pictures.* cannot be read: .*Look at the names of bucket and key"):
+    with pytest.raises(SourceError, match=re.escape(place) + r"/images.* cannot be read: .*Look at the names of bucket and key"):
         read(f"{place}/{next(iter(archives))}")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_new_pictures_of_an_archive_are_named(kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
+def test_new_images_of_an_archive_are_named(kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
     """What was appended since the plan was frozen is named when the finished job is repeated, and nothing else; also beside a folder that
     has grown. Members of an archive are in no order, and neither need what is appended be."""
-    folder, path = jpegs(3), Path(pack(tmp_path, kind, {f"{seed}.jpg": pictures.jpeg(seed=seed) for seed in (2, 9, 0, 5)}))
+    folder, path = jpegs(3), Path(pack(tmp_path, kind, {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in (2, 9, 0, 5)}))
     run.run(job(folder, path))
     opener = zipfile.ZipFile if kind == "zip" else tarfile.open
-    (folder / "001b.jpg").write_bytes(pictures.jpeg())
-    (folder / "late.jpg").write_bytes(pictures.jpeg())
+    (folder / "001b.jpg").write_bytes(sample_images.jpeg())
+    (folder / "late.jpg").write_bytes(sample_images.jpeg())
     with opener(path, "a") as archive:  # type: ignore[operator]
         archive.write(folder / "late.jpg", "1.jpg") if kind == "zip" else archive.add(folder / "late.jpg", "1.jpg")
     listener = Listener()
     assert run.run(job(folder, path), listener).new_in_source == 3
-    assert "3 pictures are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg." in listener.said[-1]
+    assert "3 images are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg." in listener.said[-1]
 
 
 def test_an_archive_in_an_archive_is_skipped_or_a_row(job: Jobs, tmp_path: Path) -> None:
     """It is counted by its suffix; with --all-files it is a row that is not an image."""
-    inner = Path(pack(tmp_path, "zip", {"a.jpg": pictures.jpeg()}, "inner")).read_bytes()
-    path = Path(pack(tmp_path, "tar", {"inner.zip": inner, "b.jpg": pictures.jpeg()}))
+    inner = Path(pack(tmp_path, "zip", {"a.jpg": sample_images.jpeg()}, "inner")).read_bytes()
+    path = Path(pack(tmp_path, "tar", {"inner.zip": inner, "b.jpg": sample_images.jpeg()}))
     summary = run.run(job(path))
     assert (summary.images, summary.skipped_by_suffix) == (1, {".zip": 1})
     run.run(job(path, output=str(tmp_path / "all"), all_files=True))

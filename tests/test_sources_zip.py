@@ -74,7 +74,7 @@ def test_members_are_those_that_the_standard_library_finds(shape: str, tmp_path:
     assert read(path) == expected
 
 
-def test_only_pictures_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_path: Path) -> None:
+def test_only_images_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_path: Path) -> None:
     """Folders are nothing, other suffixes and archives in the archive are counted by suffix, hidden members and what macOS adds by number,
     and what the filters say by number; an excluded folder is closed. With --all-files everything is planned."""
     names = ["a/", "a/x.jpg", "a/.x.jpg", "__MACOSX/a/._x.jpg", ".git/y.png", "inner.zip", "a/b/thumbs/z.PNG", "notes.txt", "b/w.webp"]
@@ -94,14 +94,14 @@ def test_only_pictures_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_p
 
 def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
     """Names that leave the folder, begin at the root, hold backslashes, line breaks or no UTF-8 are kept byte by byte; a name that is there
-    twice is two pictures."""
+    twice is two images."""
     names = [b"../../up.jpg", b"/etc/root.jpg", b"C:\\a\\b.jpg", b"not-\xff-utf8.jpg", b"line\nbreak.jpg", b"twice.jpg", b"twice.jpg"]
     path = by_hand(tmp_path, *(Member(name, bytes([number])) for number, name in enumerate(names)))
     assert read(path) == [(name, bytes([number])) for number, name in enumerate(names)]
     assert [path.name for path in tmp_path.iterdir()] == ["by-hand.zip"]
 
 
-SOUND = b"the bytes of a picture" * 9
+SOUND = b"the bytes of an image" * 9
 BAD: dict[str, tuple[Member, str]] = {
     "encrypted": (Member(b"a.jpg", SOUND, flags=1), "unsupported: is encrypted. Unpack the archive with its password and give the folder"),
     "zstd": (Member(b"a.jpg", SOUND, method=93), "unsupported: is packed by method 93 (Zstandard); stored, Deflate, bzip2 and LZMA can be"),
@@ -332,7 +332,7 @@ def test_what_is_no_regular_file_or_is_gone_is_one_clear_error(tmp_path: Path) -
 
 
 def test_any_damage_to_the_directory_ends_in_rows_or_one_clear_error(tmp_path: Path) -> None:
-    """Four hundred archives with random bytes changed in directory and end record: no traceback, and no wrong picture under any name."""
+    """Four hundred archives with random bytes changed in directory and end record: no traceback, and no wrong image under any name."""
     files = some_files(6)
     sound = make(tmp_path / "a.zip", files).read_bytes()
     start, path, rng = sound.index(b"PK\1\2"), tmp_path / "b.zip", random.Random(6)
@@ -344,15 +344,15 @@ def test_any_damage_to_the_directory_ends_in_rows_or_one_clear_error(tmp_path: P
         path.write_bytes(data)
         try:
             for name, found in read(path, Filters(all_files=True)):
-                ends["row" if isinstance(found, str) else "picture"] += 1
+                ends["row" if isinstance(found, str) else "image"] += 1
                 assert isinstance(found, str) or found == files[name.decode()]
         except SourceError:
             ends["error"] += 1
-    assert min(ends["row"], ends["picture"], ends["error"]) > 20, ends
+    assert min(ends["row"], ends["image"], ends["error"]) > 20, ends
 
 
-def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_picture(tmp_path: Path) -> None:
-    """Gone, cut short, overwritten by another, or unreadable: each is a row; once back, pictures are read again."""
+def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(tmp_path: Path) -> None:
+    """Gone, cut short, overwritten by another, or unreadable: each is a row; once back, images are read again."""
     files = some_files()
     path = make(tmp_path / "a.zip", files)
     sound = path.read_bytes()
@@ -382,7 +382,7 @@ def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_picture(t
 
 
 def test_an_archive_that_was_put_into_its_store_again_is_opened_again(s3: Bucket, tmp_path: Path) -> None:
-    """A process that has it open notices, and goes on: where the pictures lie as they did they are read, where not they are damaged."""
+    """A process that has it open notices, and goes on: where the images lie as they did they are read, where not they are damaged."""
     files = some_files()
     data = make(tmp_path / "a.zip", files).read_bytes()
     source, entries, _ = listed(s3.fill({"a.zip": data}) + "/a.zip")
@@ -396,7 +396,7 @@ def test_an_archive_that_was_put_into_its_store_again_is_opened_again(s3: Bucket
 
 
 def test_many_threads_read_one_archive_at_once(tmp_path: Path) -> None:
-    """Each gets its own picture, in any order, from one source that nobody has opened before."""
+    """Each gets its own image, in any order, from one source that nobody has opened before."""
     files = some_files(60)
     _, entries, _ = listed(make(tmp_path / "a.zip", files))
     source, _, _ = listed(make(tmp_path / "b.zip", {}))

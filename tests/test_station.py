@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
 from imagemill.job import documents, plan
 from imagemill.job.paths import JobPaths
@@ -44,7 +44,7 @@ def left(tmp_path: Path) -> Callable[[], list[Shard]]:
 
 @pytest.fixture
 def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
-    """Freezes a job of twelve pictures, takes its parts away again, and makes the order for one device of it."""
+    """Freezes a job of twelve images, takes its parts away again, and makes the order for one device of it."""
     settings = job(jpegs(12), shard_size=4)
     run.run(settings)
     paths = JobPaths(tmp_path / "out")
@@ -138,13 +138,13 @@ def test_an_output_that_is_another_folder_is_refused(order: Orders, tmp_path: Pa
 
 
 def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path: Path) -> None:
-    """A folder that is not there, a picture that is missing in it, and one that is another picture."""
-    made, folder = order(), tmp_path / "pictures"
+    """A folder that is not there, an image that is missing in it, and one that is another image."""
+    made, folder = order(), tmp_path / "images"
     remedy = r"Put it on storage that all nodes share, under the same path, or into an object store \(s3://…\)\."
     differs = rf"source {folder} on node alien \(01234567\) is not what it is on the launcher's"
     kept = (folder / "000.jpg").read_bytes()
-    (folder / "000.jpg").write_bytes(pictures.jpeg(seed=99))
-    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg is another picture\. {remedy}"):
+    (folder / "000.jpg").write_bytes(sample_images.jpeg(seed=99))
+    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg is another image\. {remedy}"):
         Station(made)
     (folder / "000.jpg").unlink()
     with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg: .*\. {remedy}"):
@@ -155,11 +155,11 @@ def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path:
         Station(made)
 
 
-def test_pictures_that_the_launcher_cannot_read_are_no_sample(order: Orders, left: Any, tmp_path: Path) -> None:
+def test_images_that_the_launcher_cannot_read_are_no_sample(order: Orders, left: Any, tmp_path: Path) -> None:
     """They are rows like any others, and say nothing about a node."""
     made = order()
     assert len(made.samples) == 3
-    (tmp_path / "pictures" / "000.jpg").unlink()
+    (tmp_path / "images" / "000.jpg").unlink()
     assert [sample.path for sample in node_agent.sample(made.job, left())] == [b"004.jpg", b"008.jpg"]
 
 

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-import pictures
+import sample_images
 import tiff_files
 from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
@@ -98,7 +98,7 @@ def test_palette_of_8_bit_colours_is_read() -> None:
 def test_fax_is_read(compression: str, photometric: int) -> None:
     """Bilevel images compressed as fax are read, black on white and white on black."""
     image = Image.fromarray(np.add.outer(np.arange(35), np.arange(37)) % 7 < 3)
-    data = pictures.encode(image, "TIFF", compression=compression, tiffinfo={262: photometric})
+    data = sample_images.encode(image, "TIFF", compression=compression, tiffinfo={262: photometric})
     check(data, np.asarray(image)[:, :, None] * 255)
 
 
@@ -135,7 +135,7 @@ def test_tiles_of_partial_bytes_are_read(bits: int) -> None:
 @pytest.mark.parametrize("photometric", [1, 2, 6])
 def test_old_jpeg_is_right_or_unsupported(photometric: int) -> None:
     """A TIFF with old-style JPEG compression is read if it is YCbCr, and unsupported otherwise."""
-    jpeg = pictures.jpeg(40, 36, subsampling=0)
+    jpeg = sample_images.jpeg(40, 36, subsampling=0)
     tags = {
         256: 40,
         257: 36,
@@ -182,7 +182,7 @@ def test_small_image_in_a_huge_tile_is_too_large() -> None:
 def test_constant_image_of_wide_samples_is_read() -> None:
     """An image of one value, which cannot be stretched, is read."""
     for value in (-5, 1 << 20):
-        check(pictures.encode(Image.fromarray(np.full((35, 37), value, np.int32)), "TIFF"), np.zeros((35, 37, 1)))
+        check(sample_images.encode(Image.fromarray(np.full((35, 37), value, np.int32)), "TIFF"), np.zeros((35, 37, 1)))
 
 
 SAMPLE_TAGS = {

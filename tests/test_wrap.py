@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import helpers
-import pictures
+import sample_images
 from imagemill import api, cli
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job import documents
@@ -57,7 +57,7 @@ def fixture_pixels(size: int) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    return pictures.encode(Image.fromarray(pixels), "PNG")
+    return sample_images.encode(Image.fromarray(pixels), "PNG")
 
 
 def silent(_: str) -> None:
@@ -129,7 +129,7 @@ def test_exported_networks_answer_as_in_pytorch(name: str, exported: Callable[[s
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5)
     assert embedding is not None
     np.testing.assert_allclose(embedding, expected["embedding"], rtol=0, atol=2e-5)
-    assert expected["logits"].std(axis=0).mean() > 0.05, "the pictures must differ by far more than the tolerance"
+    assert expected["logits"].std(axis=0).mean() > 0.05, "the images must differ by far more than the tolerance"
 
 
 @pytest.mark.parametrize("name", ["dynamo", "nhwc_bgr_softmax"])
@@ -167,7 +167,7 @@ def nsfw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_open_nsfw_answers_as_its_own_package_does(nsfw: Path, imagemill: Any, tmp_path: Path) -> None:
-    """Its package scores a picture after saving it as a 256×256 JPEG and reading it again. Given that very JPEG, our score is its score
+    """Its package scores an image after saving it as a 256×256 JPEG and reading it again. Given that very JPEG, our score is its score
     of the original, within what two runtimes in fp32 differ by; given the original, within the few hundredths that the JPEG costs, of
     which its documentation speaks (here 0.056 at most)."""
     folder = helpers.PROJECT / "src" / "imagemill" / "data" / "demo"
@@ -194,7 +194,7 @@ def test_open_nsfw_answers_as_its_own_package_does(nsfw: Path, imagemill: Any, t
 def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) -> None:
     """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for the foreign graph itself."""
     made = wrap.bundle_for(nsfw, tmp_path, silent)
-    pixels = np.stack([np.asarray(pictures.photograph(224, 224, seed)) for seed in range(2)])
+    pixels = np.stack([np.asarray(sample_images.photograph(224, 224, seed)) for seed in range(2)])
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     model = onnx.load(str(nsfw))
     (tensor,) = {node.input[0] for node in model.graph.node if node.op_type == "MatMul"}
@@ -312,7 +312,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(exported: Callable[[str], P
     refused = imagemill("wrap", exported("dynamo"), "--output", tmp_path / "full")
     assert refused.code == 2
     assert "is there already" in refused.err
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "pictures") == ["dynamo.onnx", "full", "mine", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "images") == ["dynamo.onnx", "full", "mine", "out"]
 
 
 def test_a_wrapped_model_can_be_quantised(exported: Callable[[str], Path], jpegs: Any, tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_wrapped_model_can_be_quantised(exported: Callable[[str], Path], jpegs
     folder = jpegs(30)
     report = precisions.quantize_bundle(made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1)
     assert (made.dir / report.precisions["int8"]["file"]).is_file()
-    assert report.precisions["int8"]["verdict"]["pictures"] == 20
+    assert report.precisions["int8"]["verdict"]["images"] == 20
     settings = Settings(
         (str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "models"), precision="int8", devices="cpu"
     )
@@ -419,10 +419,10 @@ def decomposed_softmax() -> onnx.ModelProto:
     ("model", "given", "message"),
     [
         (small(shape=("n", 1, 8, 8)), {}, r"takes \(n, 1, 8, 8\): neither the second nor the last dimension is 3"),
-        (small(shape=("n", 3, 8, 6)), {}, r"takes pictures of 6×8; only square ones can be fed"),
-        (small(shape=("n", 3, "h", "w")), {}, r"pictures of any size\. Add --size N"),
+        (small(shape=("n", 3, 8, 6)), {}, r"takes images of 6×8; only square ones can be fed"),
+        (small(shape=("n", 3, "h", "w")), {}, r"images of any size\. Add --size N"),
         (small(shape=("n", "c", 8, 8)), {}, r"does not show where the channels are\. Add --layout"),
-        (small(), {"size": 9}, r"takes pictures of 8×8, --size 9 is asked for"),
+        (small(), {"size": 9}, r"takes images of 8×8, --size 9 is asked for"),
         (small(), {"layout": "NHWC"}, r"which is not NHWC with 3 channels"),
         (small(), {"mean": (123, 117, 104)}, r"--mean 123 117 104 is on the scale 0 to 255, --scale is 1: .* Add --scale 255"),
         (small(), {"crop": "none", "resize": 12}, r"--crop none with --resize 12: .* come out as 8x8"),
@@ -430,8 +430,8 @@ def decomposed_softmax() -> onnx.ModelProto:
         (small(), {"interpolation": "cubic"}, r"--interpolation is 'cubic'; known: nearest, box, bilinear"),
         (small(kind=TensorProto.UINT8), {"mean": (1, 1, 1)}, r"takes uint8, so it normalises by itself"),
         (small(kind=TensorProto.INT32), {}, r"takes int32; float32, float16 and uint8 can be fed"),
-        (small(inputs=("x", "z")), {}, r"has 2 inputs \(x, z\); a picture fills one"),
-        (small(shape=("n", 192)), {}, r"takes an input of shape \(n, 192\); a batch of pictures has four dimensions"),
+        (small(inputs=("x", "z")), {}, r"has 2 inputs \(x, z\); an image fills one"),
+        (small(shape=("n", 192)), {}, r"takes an input of shape \(n, 192\); a batch of images has four dimensions"),
         (small(opset=[helper.make_opsetid("", 6)]), {}, r"has opset 6, 7 is the oldest"),
         (head(turned("Softmax", axis=1)), {}, r"ends in a Softmax, so its scores are probabilities already.* Add --scores softmax"),
         (
@@ -454,7 +454,7 @@ def decomposed_softmax() -> onnx.ModelProto:
         (small(), {"resize": "7x20"}, r"--resize 7x20 is smaller than the model's input of 8x8"),
         (small(), {"resize": "20x7"}, r"--resize 20x7 is smaller than the model's input of 8x8"),
         (small(shape=("n", 3, "h", "w")), {"size": 16, "resize": 15}, r"--resize 15 is smaller than the model's input of 16x16"),
-        (head(turned("Softmax", axis=0)), {"scores": "softmax"}, r"answers differently to one picture beside different neighbours"),
+        (head(turned("Softmax", axis=0)), {"scores": "softmax"}, r"answers differently to one image beside different neighbours"),
         (
             head(turned("Identity"), helper.make_node("Relu", ["y"], ["z"]), outputs={"y": ["n", 3], "z": ["n", 3]}),
             {},
@@ -494,10 +494,10 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
 
 def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(jpegs: Any, tmp_path: Path) -> None:
     """The one image is `invalid_output`."""
-    for name in ("onnx_nan_on_blank_picture.onnx", "onnx_nan_on_blank_picture.card.json"):
+    for name in ("onnx_nan_on_blank_image.onnx", "onnx_nan_on_blank_image.card.json"):
         shutil.copy(CASES / name, tmp_path)
     folder = jpegs(3, **{"blank.png": (CASES / "blank.png").read_bytes()})
-    file = tmp_path / "onnx_nan_on_blank_picture.onnx"
+    file = tmp_path / "onnx_nan_on_blank_image.onnx"
     summary = run.run(Settings((str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), devices="cpu"))
     assert (summary.ok, dict(summary.failed_by_status)) == (3, {"invalid_output": 1})
     assert helpers.by_path(tmp_path / "out")["blank.png"]["status"] == "invalid_output"
@@ -529,7 +529,7 @@ def test_a_batch_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 
 def test_constants_are_not_taken_for_a_batch(tmp_path: Path) -> None:
-    """A fixed batch of 1 is opened in reshapes of the picture's way alone: a bias reshaped to (1, classes) stays so."""
+    """A fixed batch of 1 is opened in reshapes of the image's way alone: a bias reshaped to (1, classes) stays so."""
     nodes = [
         helper.make_node("Reshape", ["bias", "row"], ["biases"]),
         helper.make_node("Reshape", ["normalised", "row"], ["flat"]),
@@ -556,10 +556,10 @@ def test_a_squashing_recipe_survives_cards_and_jobs(exported: Callable[[str], Pa
     assert frozen.job.card.recipe == made.card.recipe
     rows = helpers.rows(tmp_path / "out")
     with api.load(str(made.dir), precision="fp32", save="logits") as opened:
-        squashed = [Image.open(tmp_path / "pictures" / row["path"]).resize((60, 50), Image.Resampling.BILINEAR) for row in rows]
+        squashed = [Image.open(tmp_path / "images" / row["path"]).resize((60, 50), Image.Resampling.BILINEAR) for row in rows]
         cut = [np.asarray(image)[5:45, 10:50] for image in squashed]
         (found,) = evaluate.answers(made.dir / bundle.MODEL, [np.stack(cut)])
-        assert [item.logits.tolist() for item in opened.predict(tmp_path / "pictures" / row["path"] for row in rows)] == [
+        assert [item.logits.tolist() for item in opened.predict(tmp_path / "images" / row["path"] for row in rows)] == [
             row["logits"] for row in rows
         ]
     np.testing.assert_allclose([row["logits"] for row in rows], found["logits"], rtol=0, atol=1e-6)

@@ -55,7 +55,7 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
         *(constant(*item) for item in (("low", np.float32(-1)), ("high", np.float32(1)))),
         *(constant(*item) for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))),
     ]
-    if spoil:  # log of a negative number where the whole picture is white, 2.42 on average
+    if spoil:  # log of a negative number where the whole image is white, 2.42 on average
         nodes += [
             helper.make_node("ReduceMean", ["normalised"], ["level"], axes=[1, 2, 3], keepdims=0),
             helper.make_node("Sub", ["limit", "level"], ["below"]),

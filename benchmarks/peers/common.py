@@ -1,4 +1,4 @@
-"""What all peers share: their arguments, their pictures, plain preprocessing with Pillow, and the one line that each prints.
+"""What all peers share: their arguments, their images, plain preprocessing with Pillow, and the one line that each prints.
 
 Every peer is one process that prints one JSON object as the last line of stdout:
 
@@ -63,13 +63,13 @@ def arguments(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", metavar="DIR", help="flat folder of JPEG files")
     parser.add_argument("--model-dir", metavar="DIR", required=True, help="bundle with model.onnx, as `imagemill get-model` makes it")
-    parser.add_argument("--limit", type=int, help="the first N pictures only")
+    parser.add_argument("--limit", type=int, help="the first N images only")
     parser.add_argument("--seconds", type=float, default=20.0, help="for what decodes nothing: how long to compute")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: the usable cores")
     return parser
 
 
-def pictures(folder: str, limit: int | None = None) -> list[str]:
+def images(folder: str, limit: int | None = None) -> list[str]:
     found = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
         raise SystemExit(f"{folder} holds no JPEG files")
@@ -77,7 +77,7 @@ def pictures(folder: str, limit: int | None = None) -> list[str]:
 
 
 def prepare(image: Any) -> np.ndarray:
-    """A Pillow picture the usual way: short side to 256, bilinear, centre crop; uint8 (224, 224, 3)."""
+    """A Pillow image the usual way: short side to 256, bilinear, centre crop; uint8 (224, 224, 3)."""
     from PIL import Image
 
     image = image.convert("RGB")

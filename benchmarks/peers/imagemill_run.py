@@ -1,4 +1,4 @@
-"""imagemill itself, as a user runs it: `imagemill run` into a temporary folder; or `imagemill bench --synthetic`, without pictures."""
+"""imagemill itself, as a user runs it: `imagemill run` into a temporary folder; or `imagemill bench --synthetic`, without images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> None:
         seconds = time.monotonic() - start
     report = json.loads(done.stdout)
     if asked.images is None:
-        found, images = report["compute_only"], report["pictures_per_iteration"]["compute_only"] * report["settings"]["iterations"]
+        found, images = report["compute_only"], report["images_per_iteration"]["compute_only"] * report["settings"]["iterations"]
         print_line(f"imagemill session {asked.precision}", images, seconds, found["median"])
         return
     assert report["failed"] == 0, report["failed_by_status"]

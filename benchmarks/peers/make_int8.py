@@ -1,4 +1,4 @@
-"""Makes the peers' int8 models from a bundle's model.onnx, calibrated on the first pictures of a folder.
+"""Makes the peers' int8 models from a bundle's model.onnx, calibrated on the first images of a folder.
 
 python make_int8.py nncf --model-dir M --images DIR --output plain.xml    NNCF's documented one-liner: nncf.quantize(core.read_model(…), …)
 python make_int8.py ort --model-dir M --images DIR --output qdq.onnx      onnxruntime.quantization, static, QDQ, per channel
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common import arguments, load, pictures
+from common import arguments, images, load
 
 
 def plain(model: str, output: str, paths: list[str]) -> None:
@@ -59,10 +59,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("tool", choices=["nncf", "ort"])
     parser.add_argument("--output", required=True)
-    parser.add_argument("--calibration", type=int, help="pictures (default: 300 for nncf, its own default; 64 for ort)")
+    parser.add_argument("--calibration", type=int, help="images (default: 300 for nncf, its own default; 64 for ort)")
     asked = parser.parse_args()
     make, count = {"nncf": (plain, 300), "ort": (qdq, 64)}[asked.tool]
-    make(str(Path(asked.model_dir) / "model.onnx"), asked.output, pictures(asked.images, asked.calibration or count))
+    make(str(Path(asked.model_dir) / "model.onnx"), asked.output, images(asked.images, asked.calibration or count))
 
 
 if __name__ == "__main__":

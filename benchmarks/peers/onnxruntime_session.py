@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from common import Meter, arguments, in_batches, load, pictures, synthetic
+from common import Meter, arguments, images, in_batches, load, synthetic
 
 
 def session(file: str, threads: int):  # type: ignore[no-untyped-def]
@@ -45,7 +45,7 @@ def main() -> None:
             classify(batch)
     else:
         with ThreadPoolExecutor(asked.threads) as pool:  # the next batch is loaded while this one is computed
-            batches = [pool.map(load, names) for names in in_batches(pictures(asked.images, asked.limit), asked.batch_size)]
+            batches = [pool.map(load, names) for names in in_batches(images(asked.images, asked.limit), asked.batch_size)]
             for loaded in batches:
                 classify(np.stack(list(loaded)))
     meter.report(asked.name)

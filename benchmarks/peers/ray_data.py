@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np
-from common import arguments, begun, pictures, prepare, print_line
+from common import arguments, begun, images, prepare, print_line
 
 HERE = str(Path(__file__).resolve().parent)
 
@@ -54,7 +54,7 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     file = str((Path(asked.model_dir) / "model.onnx").resolve())
     with tempfile.TemporaryDirectory() as output:
-        found = ray.data.read_images(pictures(asked.images, asked.limit), mode="RGB", include_paths=True)
+        found = ray.data.read_images(images(asked.images, asked.limit), mode="RGB", include_paths=True)
         found = found.map(prepared).map_batches(
             Classifier,
             fn_constructor_kwargs={"file": file, "threads": asked.threads},

@@ -1,9 +1,9 @@
-"""imagemill and its peers side by side: same pictures, same cores, one after the other, interleaved over rounds; medians and ratios.
+"""imagemill and its peers side by side: same images, same cores, one after the other, interleaved over rounds; medians and ratios.
 
     python benchmarks/peers/run.py --images DIR --model-dir MODELS/resnext101_32x4d [--rounds 3] [--only imagemill,timm] [--json FILE]
 
 Two environments are usual: `--python`, an interpreter with what requirements.txt says, and `--imagemill-python`, one with imagemill; each
-defaults to the one this runs in. --work-dir keeps the pictures and the peers' int8 models for the next time. The bundle's own int8 variant
+defaults to the one this runs in. --work-dir keeps the images and the peers' int8 models for the next time. The bundle's own int8 variant
 must be there (`imagemill quantize`), else what needs it is left out, and said.
 """
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from limit import Limit  # noqa: E402
-from make_pictures import make  # noqa: E402
+from make_images import make  # noqa: E402
 
 BASE = "imagemill int8"
 
@@ -38,7 +38,7 @@ class Peer:
     script: str
     options: list[str] = field(default_factory=list)
     decodes: bool = True
-    """Whether it reads pictures; else it computes for --seconds."""
+    """Whether it reads images; else it computes for --seconds."""
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -79,13 +79,13 @@ def peers(asked: argparse.Namespace, work: Path, int8: Path | None) -> list[Peer
     return found
 
 
-def measure(peer: Peer, asked: argparse.Namespace, pictures: Path, limit: Limit) -> dict[str, Any] | None:
+def measure(peer: Peer, asked: argparse.Namespace, images: Path, limit: Limit) -> dict[str, Any] | None:
     if not peer.script:
         gop = limit.measure(peer.name.split()[1], 1.0)
         rate = None if gop is None else gop / asked.gop_per_image
         return None if rate is None else {"images_per_second": None, "steady_images_per_second": rate, "gop_per_second": gop}
     command = [asked.python, str(HERE / peer.script), "--model-dir", str(asked.model_dir), *peer.options]
-    command += ["--images", str(pictures), "--limit", str(asked.count)] if peer.decodes else ["--seconds", str(asked.seconds)]
+    command += ["--images", str(images), "--limit", str(asked.count)] if peer.decodes else ["--seconds", str(asked.seconds)]
     begun = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -125,7 +125,7 @@ def int8_file(model_dir: Path) -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of JPEG files, from which --count pictures are made")
+    parser.add_argument("--images", type=Path, required=True, help="folder of JPEG files, from which --count images are made")
     parser.add_argument("--model-dir", type=Path, required=True, help="bundle")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--imagemill-python", default=sys.executable)
     parser.add_argument("--timm-batch-size", type=int, default=256)
-    parser.add_argument("--gop-per-image", type=float, default=16.0, help="operations of one picture, for the limit")
+    parser.add_argument("--gop-per-image", type=float, default=16.0, help="operations of one image, for the limit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every single measurement; rounds are added to those that it holds")
     asked = parser.parse_args()
     asked.model_dir = asked.model_dir.resolve()
@@ -144,20 +144,20 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory(prefix="imagemill-peers-") as temporary, Limit() as limit:
         work = (asked.work_dir or Path(temporary)).resolve()
-        pictures = work / f"pictures-{asked.count}"
-        make(asked.images, pictures, asked.count)
+        images = work / f"images-{asked.count}"
+        make(asked.images, images, asked.count)
         found = peers(asked, work, int8_file(asked.model_dir))
         for tool, file in (("nncf", "nncf-plain.xml"), ("ort", "onnxruntime-qdq.onnx")):
             if any(str(work / file) in peer.options for peer in found) and not (work / file).exists():
                 print(f"making {file}", file=sys.stderr)
-                command = [asked.python, str(HERE / "make_int8.py"), tool, "--model-dir", str(asked.model_dir), "--images", str(pictures)]
+                command = [asked.python, str(HERE / "make_int8.py"), tool, "--model-dir", str(asked.model_dir), "--images", str(images)]
                 subprocess.run([*command, "--output", str(work / file)], check=True, stdout=subprocess.DEVNULL)
         kept: dict[str, list[dict[str, Any]]] = json.loads(asked.json.read_text()) if asked.json and asked.json.exists() else {}
         for peer in found:
             peer.lines = kept.setdefault(peer.name, peer.lines)
         for number in range(1, asked.rounds + 1):
             for peer in found:
-                line = measure(peer, asked, pictures, limit)
+                line = measure(peer, asked, images, limit)
                 if line is not None:
                     peer.lines.append(line)
                     if asked.json:

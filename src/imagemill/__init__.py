@@ -1,4 +1,4 @@
-"""imagemill classifies pictures in bulk: folders in, one Parquet row per picture out.
+"""imagemill classifies images in bulk: folders in, one Parquet row per image out.
 
     imagemill.run(sources, output, …) -> Summary          a whole job, as `imagemill run`
     imagemill.load(model, …).predict(…) -> list[Prediction]

@@ -32,7 +32,21 @@ from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.sources.files import read_file
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.pipeline.top_k import check_model, top_k
-from imagemill.records import BadPicture, Batch, Job, Limits, Outputs, Picture, Precision, Recipe, Saved, Settings, Shard, Status, Summary
+from imagemill.records import (
+    BadImage,
+    Batch,
+    Job,
+    Limits,
+    Outputs,
+    PlannedImage,
+    Precision,
+    Recipe,
+    Saved,
+    Settings,
+    Shard,
+    Status,
+    Summary,
+)
 from imagemill.runner import run as runner
 from imagemill.runner.model import DEFAULT_MODEL, resolve_model, with_recipe
 from imagemill.runner.settings import check_settings
@@ -71,7 +85,7 @@ _OWN: Final = ("sources", "output", "save", "include", "exclude", "retry_failed"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One class of a picture's most probable ones."""
+    """One class of an image's most probable ones."""
 
     class_id: int
     label: str
@@ -80,7 +94,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What became of one picture: the columns of a job's row."""
+    """What became of one image: the columns of a job's row."""
 
     status: Status
     error: str | None
@@ -92,7 +106,7 @@ class Prediction:
     top_k: tuple[Answer, ...]
     """Most probable first, ties by class id; empty where status is not ok."""
     width: int | None
-    """Of the picture as displayed; None where not known."""
+    """Of the image as displayed; None where not known."""
     height: int | None
     logits: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     """float32 (classes,), where `load(save=["logits"])` asks for it and status is ok."""
@@ -136,7 +150,7 @@ def run(
     user_agent: str | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Classify every picture of the sources, one row each; the same call again resumes what an earlier one began.
+    """Classify every image of the sources, one row each; the same call again resumes what an earlier one began.
 
     Keywords mean what the flags of `imagemill run` of the same name mean; None leaves them unsaid. It may be called from any thread; in
     the main thread Ctrl-C ends the job in good order while it runs, and signal handlers are put back as they were.
@@ -145,9 +159,9 @@ def run(
     other images, and is refused.
 
     Args:
-        sources: folders, pictures, lists, archives, … as on the command line, one or several.
+        sources: folders, images, lists, archives, … as on the command line, one or several.
         output: the output folder.
-        retry_failed: True computes shards with failed pictures again; or the statuses that count as failed.
+        retry_failed: True computes shards with failed images again; or the statuses that count as failed.
         progress: show on stderr what the command line shows.
         moved: where sources were → where they are now, as `--moved OLD=NEW`.
         user_agent: sent to web servers.
@@ -204,12 +218,12 @@ def load(
             on it. Nothing is measured or quantised here; `imagemill quantize` does that.
         models_dir: None: `$IMAGEMILL_MODELS`, else the user's cache folder.
         labels: a file with one label a line, instead of the model's own.
-        top_k: classes kept per picture.
+        top_k: classes kept per image.
         save: `logits`, `embedding`: also keep these.
-        batch_size: pictures per batch, which changes no answer; None: as the command line.
+        batch_size: images per batch, which changes no answer; None: as the command line.
         num_workers: decoding threads; None: one a core.
         background: blend transparent images onto this colour (`white`, `#rrggbb`, …); None: drop alpha, as published pipelines do.
-        limits: budgets of one picture; its `max_seconds` is not kept here, where nothing can be ended.
+        limits: budgets of one image; its `max_seconds` is not kept here, where nothing can be ended.
         progress: show on stderr how far a download is, and what is said on the way.
 
     Raises:
@@ -366,7 +380,7 @@ class Classifier:
         failed: list[Exception] = []
         waiting: deque[tuple[Batch, Future[Outputs]]] = deque()
         try:
-            for batch in self._feed.batches(self._pictures(items, failed)):
+            for batch in self._feed.batches(self._images(items, failed)):
                 waiting.append((batch, self._device.submit(batch)))
                 while waiting and (len(waiting) > self._ahead or waiting[0][1].done()):
                     yield from self._answers(*waiting.popleft())
@@ -386,12 +400,12 @@ class Classifier:
             yield prediction
             self._check_usable()
 
-    def _pictures(self, items: Iterable[Any], failed: list[Exception]) -> Iterator[Picture]:
+    def _images(self, items: Iterable[Any], failed: list[Exception]) -> Iterator[PlannedImage]:
         """Take items until they end or raise; what they raise is kept in `failed`, so that the images before it get their answers."""
         shard = Shard(0, 0, 0, 0, "", 0)
         try:
             for number, item in enumerate(items):
-                yield Picture(number, shard, "", b"item %d" % number, -1, self._fetcher(number, item))
+                yield PlannedImage(number, shard, "", b"item %d" % number, -1, self._fetcher(number, item))
         except Exception as error:  # the caller's own; it is raised again
             failed.append(error)
 
@@ -433,11 +447,11 @@ class Classifier:
         _check_type(number, item)
         try:
             return partial(bytes, self._encoded(number, item))
-        except BadPicture as bad:
+        except BadImage as bad:
             return partial(_refuse, bad.status, bad.error, bad.width, bad.height)
 
     def _encoded(self, number: int, item: Any) -> bytes:
-        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image is. Raises: BadPicture, UsageError."""
+        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image is. Raises: BadImage, UsageError."""
         limits, recipe = self._job.limits, self._job.card.recipe
         if isinstance(item, bytes | bytearray | memoryview):
             return _read_buffer(item, limits.max_bytes)
@@ -555,30 +569,30 @@ def _check_type(number: int, item: Any) -> None:
 
 
 def _refuse(status: Status, error: str, width: int | None, height: int | None) -> bytes:
-    raise BadPicture(status, error, width, height)
+    raise BadImage(status, error, width, height)
 
 
 def _read_path(path: str | bytes, max_bytes: int) -> bytes:
     try:
         return _read_buffer(read_file(os.fsencode(path), max_bytes), max_bytes)
-    except BadPicture as bad:
+    except BadImage as bad:
         if bad.status is Status.MISSING:
-            raise BadPicture(Status.MISSING, "there is no such file") from bad
+            raise BadImage(Status.MISSING, "there is no such file") from bad
         raise
     except UnicodeEncodeError as error:
-        raise BadPicture(Status.MISSING, "there can be no such file: its name cannot be encoded") from error
+        raise BadImage(Status.MISSING, "there can be no such file: its name cannot be encoded") from error
     except ValueError as error:
-        raise BadPicture(Status.MISSING, "there can be no such file: its name holds a null character") from error
+        raise BadImage(Status.MISSING, "there can be no such file: its name holds a null character") from error
 
 
 def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
     try:
         size = memoryview(data).nbytes
         if size > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
         return bytes(data)
     except ValueError as error:
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {one_line(error)}") from error  # a memoryview that was released
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {one_line(error)}") from error  # a memoryview that was released
 
 
 def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
@@ -589,20 +603,20 @@ def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
         try:
             chunk = file.read(min(left, _CHUNK))
         except Exception as error:  # a file of any make may raise anything
-            raise BadPicture(Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+            raise BadImage(Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
         if chunk is None:
-            raise BadPicture(Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet")
+            raise BadImage(Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet")
         if not isinstance(chunk, bytes | bytearray | memoryview):
             raise UsageError(f"item {number} is a file whose read() returned {type(chunk).__name__}, not bytes. Open it in binary mode.")
         if not chunk:
             return b"".join(chunks)
         chunks.append(bytes(chunk))
         left -= len(chunks[-1])
-    raise BadPicture(Status.TOO_LARGE, f"has more than --max-bytes {max_bytes} bytes")
+    raise BadImage(Status.TOO_LARGE, f"has more than --max-bytes {max_bytes} bytes")
 
 
 def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
-    """Encode what a Pillow image displays. Raises: BadPicture."""
+    """Encode what a Pillow image displays. Raises: BadImage."""
     _check_size(*image.size, limits)
     bad: tuple[Status, str] | None = vars(image).get(_BAD)
     if bad is None:
@@ -619,7 +633,7 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
             else:
                 bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
     orientation = 1 if image.format == "TIFF" or not recipe.exif else _orientation(image)  # Pillow has turned a TIFF's size already
-    raise BadPicture(*bad, *preprocess.turned_size(*image.size, orientation))
+    raise BadImage(*bad, *preprocess.turned_size(*image.size, orientation))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -645,11 +659,11 @@ def _encode_image(image: Image.Image) -> bytes:
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
     if not width or not height:
-        raise BadPicture(Status.EMPTY, f"it has no pixels: {width}×{height}", width, height)
+        raise BadImage(Status.EMPTY, f"it has no pixels: {width}×{height}", width, height)
     try:
         check_budget(width, height, limits)
     except Refusal as refusal:
-        raise BadPicture(refusal.status, refusal.error, width, height) from refusal
+        raise BadImage(refusal.status, refusal.error, width, height) from refusal
 
 
 def _ppm(pixels: NDArray[np.uint8]) -> bytes:

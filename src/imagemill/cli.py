@@ -131,7 +131,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="imagemill", description="Classify pictures in bulk: folders in, one Parquet row per picture out.", allow_abbrev=False
+        prog="imagemill", description="Classify images in bulk: folders in, one Parquet row per image out.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"imagemill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -141,17 +141,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=call)
         return sub
 
-    sub = command("run", _run, "classify every picture of the sources; repeat the command to resume")
+    sub = command("run", _run, "classify every image of the sources; repeat the command to resume")
     sub.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="folder (with all below it), picture, archive, table, URL, or @LIST: one path or URL a line; see docs/sources.md",
+        help="folder (with all below it), image, archive, table, URL, or @LIST: one path or URL a line; see docs/sources.md",
     )
     sub.add_argument("--output", required=True, metavar="DIR", help="output folder or s3:// URL; new, or of the same job")
     _job_options(sub)
 
-    sub = command("demo", _demo, "the whole thing on pictures and a trained model that install with the package")
+    sub = command("demo", _demo, "the whole thing on images and a trained model that install with the package")
     sub.add_argument("--output", default="imagemill-demo", metavar="DIR", help="output folder (default: %(default)s)")
     _job_options(sub, "efficientnet_lite0")
 
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--columns", metavar="A,B,…", help="these columns, in this order (default: all)")
     sub.add_argument("--partial", action="store_true", help="of a job that is not finished: the rows that are there")
 
-    sub = command("report", _report, "write DIR/report.html again: figures, speed, failures and pictures of a job on one page")
+    sub = command("report", _report, "write DIR/report.html again: figures, speed, failures and images of a job on one page")
     sub.add_argument("dir", metavar="DIR")
 
     sub = command("devices", _devices, "what this machine offers and what each would be used for")
@@ -189,29 +189,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, action="append", default=[], metavar="N", help="also write model_N.onnx; may be repeated")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
 
-    sub = command("wrap", _wrap, "make any ONNX classifier usable: write the card that says how pictures are prepared, and try it")
+    sub = command("wrap", _wrap, "make any ONNX classifier usable: write the card that says how images are prepared, and try it")
     _wrap_options(sub)
 
     sub = command("quantize", _quantize, "make the int8 variant of a model and measure its agreement with fp32")
     sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
     sub.add_argument(
-        "--images", action="append", required=True, metavar="SOURCE", help="pictures like those to be classified; may be repeated"
+        "--images", action="append", required=True, metavar="SOURCE", help="images like those to be classified; may be repeated"
     )
-    sub.add_argument("--calibration", type=int, default=300, metavar="N", help="pictures to calibrate on (default: %(default)s)")
-    sub.add_argument("--held-out", type=int, default=1000, metavar="N", help="further pictures to compare on (default: %(default)s)")
+    sub.add_argument("--calibration", type=int, default=300, metavar="N", help="images to calibrate on (default: %(default)s)")
+    sub.add_argument("--held-out", type=int, default=1000, metavar="N", help="further images to compare on (default: %(default)s)")
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("partition", _partition, "cut a folder of pictures into one sub-folder per device; nothing is dropped")
-    sub.add_argument("--data-dir", required=True, metavar="DIR", help="folder of pictures, taken with all below it")
+    sub = command("partition", _partition, "cut a folder of images into one sub-folder per device; nothing is dropped")
+    sub.add_argument("--data-dir", required=True, metavar="DIR", help="folder of images, taken with all below it")
     sub.add_argument("--partitions", type=int, required=True, metavar="N", help="how many sub-folders; their sizes differ by at most one")
     sub.add_argument("--output", required=True, metavar="DIR", help="where they are made; repeat the command to make what lacks")
     sub.add_argument("--link", choices=["hard", "symbolic", "copy"], help="default: hard, else symbolic where that is impossible")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("bench", _bench, "measure decoding, computing and both; says what bounds a job and what to change")
-    sub.add_argument("sources", nargs="*", metavar="SOURCE", help="pictures to measure with, as for `run`; leave it out with --synthetic")
-    sub.add_argument("--synthetic", action="store_true", help="compute alone, on pictures made in memory")
+    sub.add_argument("sources", nargs="*", metavar="SOURCE", help="images to measure with, as for `run`; leave it out with --synthetic")
+    sub.add_argument("--synthetic", action="store_true", help="compute alone, on images made in memory")
     _bench_options(sub)
     return parser
 
@@ -230,9 +230,9 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--resize", metavar="N|WxH|none", help="short side to N, squash to WxH, or none (default: size / 0.875; with --crop none: squash)"
     )
-    sub.add_argument("--crop", metavar="center|none", help="cut the centre out of the resized picture, or take all of it (default: center)")
+    sub.add_argument("--crop", metavar="center|none", help="cut the centre out of the resized image, or take all of it (default: center)")
     sub.add_argument("--interpolation", metavar="FILTER", help="nearest, box, bilinear, hamming, bicubic, lanczos (default: bilinear)")
-    sub.add_argument("--exif", action=argparse.BooleanOptionalAction, help="turn pictures as their EXIF says (default: yes)")
+    sub.add_argument("--exif", action=argparse.BooleanOptionalAction, help="turn images as their EXIF says (default: yes)")
     sub.add_argument(
         "--scores", metavar="KIND", help="logits (default), softmax: probabilities already, or sigmoid: each class has one of its own"
     )
@@ -262,7 +262,7 @@ def _bench_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batches-per-step", type=int, metavar="N", help="batches handed to a device at a time (default: about 2 s of them)")
     sub.add_argument("--num-workers", type=int, metavar="N", help="decoding threads per device (default: as `run`)")
     sub.add_argument("--iterations", type=int, default=3, metavar="N", help="the median over them is reported (default: %(default)s)")
-    sub.add_argument("--limit", type=int, metavar="N", help="the first N pictures per iteration (default: about 10 s of them)")
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N images per iteration (default: about 10 s of them)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -282,31 +282,31 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     sub.add_argument("--models-dir", metavar="DIR", help="default: $IMAGEMILL_MODELS, else the user's cache folder")
     sub.add_argument("--devices", metavar="SPEC", help="auto, cpu, cpu:N (processes), cuda:I,J (ids), ipu:N; joined by + (default: auto)")
     sub.add_argument("--precision", metavar="P", help="auto, fp32, fp16, bf16 or int8 (default: auto)")
-    sub.add_argument("--batch-size", type=number, metavar="N", help="pictures per batch (default: auto)")
+    sub.add_argument("--batch-size", type=number, metavar="N", help="images per batch (default: auto)")
     sub.add_argument("--batches-per-step", type=number, metavar="N", help="batches in flight per device (default: auto)")
     sub.add_argument("--num-workers", type=number, metavar="N", help="decoding threads per device (default: auto, its cores)")
-    sub.add_argument("--top-k", type=int, metavar="K", help="classes kept per picture (default: 5)")
+    sub.add_argument("--top-k", type=int, metavar="K", help="classes kept per image (default: 5)")
     sub.add_argument("--labels", metavar="FILE", help="one label a line, in the order of the classes, instead of the model's own")
     sub.add_argument("--save", action="append", metavar="WHAT", help="also keep `logits` or `embedding`; may be repeated")
-    sub.add_argument("--shard-size", type=number, metavar="N", help="pictures per part file (default: auto)")
+    sub.add_argument("--shard-size", type=number, metavar="N", help="images per part file (default: auto)")
     sub.add_argument("--include", action="append", metavar="GLOB", help="plan only these; may be repeated")
     sub.add_argument("--exclude", action="append", metavar="GLOB", help="leave these out; may be repeated")
     sub.add_argument("--all-files", action="store_true", default=None, help="plan every file, whatever its suffix")
-    sub.add_argument("--limit", type=int, metavar="N", help="plan the first N pictures only")
+    sub.add_argument("--limit", type=int, metavar="N", help="plan the first N images only")
     sub.add_argument("--preprocess", choices=["card", "center-crop"], help="the model's own recipe, or the centre cropped without resizing")
     sub.add_argument(
         "--background",
         metavar="COLOR",
         help="blend transparent images onto this colour: white, #rrggbb, … (default: drop alpha, as published pipelines do)",
     )
-    sub.add_argument("--max-pixels", type=int, metavar="N", help="larger pictures become a too_large row, undecoded")
+    sub.add_argument("--max-pixels", type=int, metavar="N", help="larger images become a too_large row, undecoded")
     sub.add_argument("--max-bytes", type=int, metavar="N", help="larger files become a too_large row, unread")
-    sub.add_argument("--max-seconds", type=float, metavar="S", help="pictures that take longer become a timeout row")
+    sub.add_argument("--max-seconds", type=float, metavar="S", help="images that take longer become a timeout row")
     sub.add_argument("--dry-run", action="store_true", help="list and count, write nothing")
     sub.add_argument(
-        "--retry-failed", nargs="?", const="", metavar="STATUS,…", help="compute shards with failed pictures again (default: any status)"
+        "--retry-failed", nargs="?", const="", metavar="STATUS,…", help="compute shards with failed images again (default: any status)"
     )
-    sub.add_argument("--max-bad-fraction", type=float, metavar="F", help="stop once more than this fraction of all pictures is bad")
+    sub.add_argument("--max-bad-fraction", type=float, metavar="F", help="stop once more than this fraction of all images is bad")
     sub.add_argument(
         "--moved",
         type=moved,
@@ -321,7 +321,7 @@ def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") 
     sub.add_argument("--allow-mixed", action="store_true", help="allow backends whose answers differ in the last bits")
     sub.add_argument("--log-dir", metavar="DIR", help="default: logs/ in the output folder")
     sub.add_argument(
-        "--no-preflight", dest="preflight", action="store_false", help="do not look at a sample of a new job's pictures as it starts"
+        "--no-preflight", dest="preflight", action="store_false", help="do not look at a sample of a new job's images as it starts"
     )
     sub.add_argument("--no-report", dest="report", action="store_false", help="write no report.html at the end")
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -355,8 +355,8 @@ def _run(parsed: argparse.Namespace) -> int:
 def _demo(parsed: argparse.Namespace) -> int:
     from importlib.resources import as_file, files
 
-    with as_file(files("imagemill") / "data" / "demo") as pictures:
-        code = _carry_out(_settings(parsed, [str(pictures)], model=parsed.model or "efficientnet_lite0"), as_json=parsed.json)
+    with as_file(files("imagemill") / "data" / "demo") as images:
+        code = _carry_out(_settings(parsed, [str(images)], model=parsed.model or "efficientnet_lite0"), as_json=parsed.json)
         if not parsed.json and not parsed.dry_run:
             _show_rows(Path(parsed.output))
     return code
@@ -375,7 +375,7 @@ def _carry_out(settings: Settings, *, as_json: bool) -> int:
             print(json.dumps(serialization.to_plain(found)))
         else:
             skipped = _format_skipped(found)
-            print(f"{found.images:,} pictures, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
+            print(f"{found.images:,} images, shards of {found.shard_size:,}" + (f"; skipped: {skipped}" if skipped else ""))
         return 0
     summary = run.run(settings, observer.Terminal())
     print(json.dumps(serialization.to_plain(summary)) if as_json else _told(summary))
@@ -386,7 +386,7 @@ def _told(summary: Summary) -> str:
     """The aggregate for people."""
     from imagemill.display.text import statuses
 
-    lines = [f"{summary.images:,} pictures: {summary.ok:,} ok, {summary.failed:,} failed"]
+    lines = [f"{summary.images:,} images: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
         lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
     if skipped := _format_skipped(summary):
@@ -445,7 +445,7 @@ def _status(parsed: argparse.Namespace) -> int:
         print(json.dumps(serialization.to_plain(found)))
         return 0
     state = "finished" if found.complete else "running" if found.running else "not finished: repeat the run command to resume"
-    print(f"{found.done:,} of {found.images:,} pictures ({found.shards_done:,} of {found.shards:,} shards), {state}")
+    print(f"{found.done:,} of {found.images:,} images ({found.shards_done:,} of {found.shards:,} shards), {state}")
     if found.failed_by_status:
         print(f"failed: {statuses(dict(found.failed_by_status))}")
     return 0
@@ -459,7 +459,7 @@ def _verify(parsed: argparse.Namespace) -> int:
     found = [{"shard": p.shard, "path": paths.shown(p.path), "problem": p.what} for p in problems]
     if parsed.json:
         aside = [paths.shown(path) for path in moved]
-        print(json.dumps({"sound": not found, "images": frozen.pictures, "problems": found, "moved": aside}))
+        print(json.dumps({"sound": not found, "images": frozen.images, "problems": found, "moved": aside}))
     else:
         missing = [problem for problem in found if problem["problem"] == "is missing" and problem["shard"] is not None]
         for problem in found:
@@ -474,7 +474,7 @@ def _verify(parsed: argparse.Namespace) -> int:
         print(
             f"{len(found)} problem{'s' if len(found) > 1 else ''}"
             if found
-            else f"complete and sound: {frozen.pictures:,} pictures, one row each"
+            else f"complete and sound: {frozen.images:,} images, one row each"
         )
     return 1 if found else 0
 

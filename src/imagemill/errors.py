@@ -83,7 +83,7 @@ class WorkerError(ImagemillError):
 
 
 class TooManyBadError(ImagemillError):
-    """More pictures are unreadable than `--max-bad-fraction` allows."""
+    """More images are unreadable than `--max-bad-fraction` allows."""
 
 
 class Interrupted(ImagemillError):  # noqa: N818 - what happened, not a fault

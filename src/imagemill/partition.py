@@ -1,10 +1,10 @@
-"""Cut a folder of pictures into one sub-folder per device: `imagemill partition`.
+"""Cut a folder of images into one sub-folder per device: `imagemill partition`.
 
-    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one; a picture keeps its relative path
+    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one; an image keeps its relative path
     OUTPUT/.imagemill-partition.json      what it is a partition of; written first, so that an interrupted one is known as ours
 
-What a picture is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies what `imagemill run DATA_DIR` would. The
-listing is held in memory, some 200 bytes a picture.
+What an image is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies what `imagemill run DATA_DIR` would. The
+listing is held in memory, some 200 bytes an image.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 
 class Link(StrEnum):
-    """How a picture gets into its partition."""
+    """How an image gets into its partition."""
 
     HARD = "hard"
     SYMBOLIC = "symbolic"
@@ -48,9 +48,9 @@ class Partitioned:
     """What was made of a folder."""
 
     output: str
-    pictures: int
+    images: int
     partitions: tuple[int, ...]
-    """Pictures of each sub-folder."""
+    """Images of each sub-folder."""
     made: int
     """Links or copies that this call made; the others were there already."""
     link: Link
@@ -58,11 +58,11 @@ class Partitioned:
     skipped_by_suffix: Mapping[str, int]
     skipped_hidden: int
     folders: int
-    """Folders that are named like pictures: they are entered, but not pictures themselves."""
+    """Folders that are named like images: they are entered, but not images themselves."""
 
 
 def partition(data_dir: str, partitions: int, output: str, link: Link | None = None, say: Say = lambda _: None) -> Partitioned:
-    """Deal the pictures of a folder, and of all below it, to sub-folders; repeat it at will.
+    """Deal the images of a folder, and of all below it, to sub-folders; repeat it at will.
 
     A repeated call makes what lacks and mends what is not as it should be, and changes nothing else. Each file appears whole or not at
     all. What is no regular file (a link that leads nowhere, a FIFO) becomes a symbolic link, so that its row can say what is wrong.
@@ -70,12 +70,12 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
     Args:
         data_dir: the folder.
         partitions: how many sub-folders, 1 to 512.
-        output: where they are made; new, empty, or a partition of the same pictures into as many.
+        output: where they are made; new, empty, or a partition of the same images into as many.
         link: None makes hard links, or symbolic ones (and says so) where the file system has no hard links to there.
         say: takes one line at a time.
 
     Raises:
-        UsageError: arguments that make no sense. SourceError: no pictures. OutputError: the output is foreign or cannot be written.
+        UsageError: arguments that make no sense. SourceError: no images. OutputError: the output is foreign or cannot be written.
     """
     if not 1 <= partitions <= MOST_PARTITIONS:
         raise UsageError(f"--partitions {partitions}: must be from 1 to {MOST_PARTITIONS}.")
@@ -85,14 +85,14 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
     if source.exists() and target.exists() and source.samefile(target):
         raise UsageError(f"--output {output} is the data folder itself. Give another folder.")
     _refuse_foreign(target, source, partitions)
-    pictures, skipped, folders = _pictures(source, target)
-    if not pictures:
-        raise SourceError(f"--data-dir {data_dir} holds no pictures. Give a folder that does.")
+    images, skipped, folders = _images(source, target)
+    if not images:
+        raise SourceError(f"--data-dir {data_dir} holds no images. Give a folder that does.")
     for note in skipped.notes():
         say(note)
-    least, more = divmod(len(pictures), partitions)
+    least, more = divmod(len(images), partitions)
     ends = [number * least + min(number, more) for number in range(partitions + 1)]
-    shares = [pictures[start:end] for start, end in pairwise(ends)]
+    shares = [images[start:end] for start, end in pairwise(ends)]
     _refuse_stale(target, shares)
     files.make_folder(target)
     marker = {"data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"), "partitions": partitions}
@@ -104,21 +104,21 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
             maker.make(os.path.join(os.fsencode(source), path), os.path.join(os.fsencode(target / str(number)), path))  # noqa: PTH118
     by_suffix = dict(sorted(skipped.by_suffix.items()))
     counts = tuple(map(len, shares))
-    return Partitioned(str(target), len(pictures), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders)
+    return Partitioned(str(target), len(images), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders)
 
 
-def _pictures(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
-    """The relative paths of the pictures in listing order, what was skipped, and how many folders are named like pictures."""
+def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
+    """The relative paths of the images in listing order, what was skipped, and how many folders are named like images."""
     skipped = Skipped()
     skip = target.stat() if target.is_dir() else None
     root = os.fsencode(source)
-    pictures, folders = [], 0
+    images, folders = [], 0
     for entry in FolderSource(0, root, skip).entries(Filters(), skipped):
         if entry.size < 0 and os.path.isdir(os.path.join(root, entry.path)):  # noqa: PTH112, PTH118 - bytes
             folders += 1
         else:
-            pictures.append(entry.path)
-    return pictures, skipped, folders
+            images.append(entry.path)
+    return images, skipped, folders
 
 
 def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
@@ -151,14 +151,14 @@ def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
 
 
 def _refuse_stale(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
-    """Raises: OutputError if a partition holds a file that is not its own: the pictures changed since it was made."""
+    """Raises: OutputError if a partition holds a file that is not its own: the images changed since it was made."""
     for number, share in enumerate(shares):
         folder = os.fsencode(target / str(number))
         expected = set(share)
         for path in _files(folder):
             if path not in expected:
                 raise OutputError(
-                    f"{target} holds {shown(path)} in partition {number}, where it does not belong now: the pictures changed since it was "
+                    f"{target} holds {shown(path)} in partition {number}, where it does not belong now: the images changed since it was "
                     "made. Remove it, or give another folder."
                 )
 
@@ -185,7 +185,7 @@ class _Maker:
         self._say = say
 
     def make(self, source: bytes, target: bytes) -> None:
-        """Make one picture appear at `target`, unless it is there as it should be. Raises: OutputError."""
+        """Make one image appear at `target`, unless it is there as it should be. Raises: OutputError."""
         try:
             kind = self.link if _is_regular(source) else Link.SYMBOLIC
             if self._is_there(source, target, kind):
@@ -248,7 +248,7 @@ def told(made: Partitioned) -> str:
     least, most = min(made.partitions), max(made.partitions)
     size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
     what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[made.link]
-    lines = [f"{made.pictures:,} pictures in {len(made.partitions)} partitions of {size}: {made.output} ({made.made:,} {what} made)"]
+    lines = [f"{made.images:,} images in {len(made.partitions)} partitions of {size}: {made.output} ({made.made:,} {what} made)"]
     if made.skipped_by_suffix:
         lines.append("skipped: " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in made.skipped_by_suffix.items()))
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The frozen records that cross borders between stages, in the order the data travels.
 
-    Settings ─► Job ─► Lease(Shard) ─► Picture ─► Decoded ─► Batch ─► Outputs ─► TopK ─► Receipt ─► Summary
+    Settings ─► Job ─► Lease(Shard) ─► Image ─► Decoded ─► Batch ─► Outputs ─► TopK ─► Receipt ─► Summary
 
 A stage knows only the record that it receives and the one that it hands on. Nothing heavier than NumPy is imported here, and NumPy
 only for typing.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Status(StrEnum):
-    """What became of one picture; every value but OK comes with a one-line error."""
+    """What became of one image; every value but OK comes with a one-line error."""
 
     OK = "ok"
     MISSING = "missing"
@@ -82,16 +82,16 @@ class Saved(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a picture becomes the model's input; normalisation is not here, it is the graph's first layer."""
+    """How an image becomes the model's input; normalisation is not here, it is the graph's first layer."""
 
     size: int = 224
     """Height and width of the model's input, pixels."""
     resize: int | tuple[int, int] | None = 256
-    """Length of the short side after resizing, pixels; or width and height that the picture is squashed to, whatever its shape; None: it is
+    """Length of the short side after resizing, pixels; or width and height that the image is squashed to, whatever its shape; None: it is
     not resized. The centre of the result is cut out."""
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
-    """Whether pictures are turned as their EXIF orientation says."""
+    """Whether images are turned as their EXIF orientation says."""
     background: str | None = None
     """Colour that transparent images are blended onto, as `#rrggbb`; None: alpha is dropped."""
 
@@ -129,12 +129,12 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Budgets of one picture; beyond them it is a `too_large` or `timeout` row."""
+    """Budgets of one image; beyond them it is a `too_large` or `timeout` row."""
 
     max_pixels: int = 180_000_000
     """Width times height as the header says, before decoding."""
     max_bytes: int = 256 * 2**20
-    """Size of the encoded picture."""
+    """Size of the encoded image."""
     max_seconds: float = 60.0
     """Reading and decoding, wall clock."""
 
@@ -204,7 +204,7 @@ class Settings:
     report: bool = True
     """Whether `report.html` is written at the end."""
     preflight: bool = True
-    """Whether a sample of a new job's pictures is looked at as it starts."""
+    """Whether a sample of a new job's images is looked at as it starts."""
     moved: tuple[tuple[str, str], ...] | None = None
     """Where sources were and where they are now."""
     user_agent: str | None = None
@@ -268,11 +268,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A run of pictures that is committed as a whole."""
+    """A run of images that is committed as a whole."""
 
     number: int
     first: int
-    """Index of its first picture in the plan."""
+    """Index of its first image in the plan."""
     count: int
     group: int
     """The sub-folder it belongs to where sub-folders are dealt to devices, else 0."""
@@ -283,18 +283,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A shard on its way to a worker, with what is known about the pictures in it."""
+    """A shard on its way to a worker, with what is known about the images in it."""
 
     shard: Shard
     suspects: Mapping[int, str] = field(default_factory=dict)
-    """Index → why (`crash` or `timeout`) of pictures that a decoder was at when a worker died: decoded in a disposable process."""
+    """Index → why (`crash` or `timeout`) of images that a decoder was at when a worker died: decoded in a disposable process."""
     isolate: bool = False
-    """Decode every picture of the shard in a disposable process: it brought down more than one worker."""
+    """Decode every image of the shard in a disposable process: it brought down more than one worker."""
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One planned picture, not yet read."""
+class PlannedImage:
+    """One planned image, not yet read."""
 
     index: int
     shard: Shard
@@ -304,13 +304,13 @@ class Picture:
     size: int
     """Bytes when it was listed; -1 where unknown."""
     fetch: Callable[[], bytes]
-    """Reads the encoded bytes. Raises `BadPicture`."""
+    """Reads the encoded bytes. Raises `BadImage`."""
     suspect: str | None = None
     """Why it must be decoded in a disposable process: `crash` or `timeout`; None: it need not."""
 
 
-class BadPicture(Exception):  # noqa: N818 - not an error of the program but a row of the result
-    """A picture that cannot be had: becomes a row with this status and error."""
+class BadImage(Exception):  # noqa: N818 - not an error of the program but a row of the result
+    """An image that cannot be had: becomes a row with this status and error."""
 
     def __init__(self, status: Status, error: str, width: int | None = None, height: int | None = None) -> None:
         super().__init__(status, error, width, height)
@@ -322,20 +322,20 @@ class BadPicture(Exception):  # noqa: N818 - not an error of the program but a r
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One picture after decoding and preprocessing."""
+    """One image after decoding and preprocessing."""
 
     pixels: NDArray[np.uint8] | None
     """uint8 (size, size, 3), RGB; None where error is set."""
     status: Status = Status.OK
     error: str | None = None
     width: int | None = None
-    """Of the picture as displayed; None where not known."""
+    """Of the image as displayed; None where not known."""
     height: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a batch knows of one picture: everything but its pixels."""
+    """What a batch knows of one image: everything but its pixels."""
 
     index: int
     shard: Shard
@@ -352,7 +352,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A fixed-size batch. Pictures that could not be decoded take no place in it, only a row."""
+    """A fixed-size batch. Images that could not be decoded take no place in it, only a row."""
 
     pixels: NDArray[np.uint8]
     """uint8 (batch size, size, size, 3), RGB, C-contiguous; places from `filled` on are padding."""
@@ -373,7 +373,7 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The k most probable classes of each picture of a batch, most probable first, ties by class id."""
+    """The k most probable classes of each image of a batch, most probable first, ties by class id."""
 
     class_ids: NDArray[np.int32]
     """int32 (filled, k)."""
@@ -405,7 +405,7 @@ class Clock:
     decode: float = 0.0
     """Summed over decoding threads: CPU time of decoding and resampling."""
     starved: float = 0.0
-    """The session waited for pictures."""
+    """The session waited for images."""
     compute: float = 0.0
     """The loop waited for the session."""
     write: float = 0.0
@@ -414,7 +414,7 @@ class Clock:
     """Summed over decoding threads: time from the last byte read to the pixels, waiting for a core included."""
     session_cpu: float = 0.0
     """CPU time of the session's own threads; 0 if the device is not the CPU."""
-    pictures: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,11 +433,11 @@ class Preflight:
     """What was foretold of a new job as it started."""
 
     looked_at: int
-    """Pictures, spread evenly over the plan."""
+    """Images, spread evenly over the plan."""
     unreadable: Mapping[str, int]
     """Of these, by status."""
     unreadable_low: float
-    """Share of the whole job's pictures, lower and upper bound of the 95 % Wilson interval."""
+    """Share of the whole job's images, lower and upper bound of the 95 % Wilson interval."""
     unreadable_high: float
     decode_only: float | None
     """images/s of all decoding threads."""
@@ -492,7 +492,7 @@ class Summary:
     skipped_broken_links: int = 0
     """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
     new_in_source: int = 0
-    """Pictures in the source that are not in the frozen plan (known only when a finished job is repeated)."""
+    """Images in the source that are not in the frozen plan (known only when a finished job is repeated)."""
     complete: bool = True
     throughput: Throughput | None = None
     """Of this invocation alone; None in summaries of versions that did not keep it."""

@@ -11,7 +11,7 @@ import harness
 import pytest
 
 import helpers
-import pictures
+import sample_images
 
 sys.path.insert(0, str(helpers.PROJECT / "benchmarks"))
 
@@ -23,9 +23,9 @@ def null_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 small pictures, all different."""
+    """48 small images, all different."""
     folder = tmp_path_factory.mktemp("small")
-    return helpers.fill(folder, {f"{seed:03d}.jpg": pictures.jpeg(40, 36, seed=seed, quality=80) for seed in range(48)})
+    return helpers.fill(folder, {f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80) for seed in range(48)})
 
 
 @pytest.fixture

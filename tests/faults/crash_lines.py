@@ -6,7 +6,7 @@
 
 A place is `sink.py:69`, a line about to be executed, or `layout.py:124 return`, a function about to return. The workers are processes that
 really die of SIGKILL; only, they are forked from this one instead of started anew, because importing their libraries some 300 times would
-take longer than everything else. FOLDER holds `models` and `pictures`.
+take longer than everything else. FOLDER holds `models` and `images`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> N
 
 def job(folder: Path, output: Path) -> Summary:
     settings = Settings(
-        sources=(str(folder / "pictures"),),
+        sources=(str(folder / "images"),),
         output=str(output),
         model="null",
         models_dir=str(folder / "models"),

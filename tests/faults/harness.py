@@ -120,7 +120,7 @@ def part_sums(output: Path) -> dict[str, str]:
 
 
 def assert_complete(output: Path) -> pa.Table:
-    """Every planned picture has exactly one row, `verify` finds nothing, and nothing half-written lies about. Returns the rows."""
+    """Every planned image has exactly one row, `verify` finds nothing, and nothing half-written lies about. Returns the rows."""
     paths = JobPaths(output)
     frozen = documents.read_frozen(paths)
     assert frozen is not None
@@ -130,7 +130,7 @@ def assert_complete(output: Path) -> pa.Table:
     planned = [row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)]
     counts = Counter(rows["index"].to_pylist())
     assert counts == Counter(planned), (counts - Counter(planned), Counter(planned) - counts)
-    assert len(planned) == frozen.pictures
+    assert len(planned) == frozen.images
     left = [str(path) for path in output.rglob("*.tmp")]
     assert not left, left
     return rows

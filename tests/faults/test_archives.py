@@ -51,7 +51,7 @@ def test_a_launcher_killed_in_the_middle_of_an_archive_is_resumed(
 def test_an_archive_that_vanishes_while_a_job_runs_ends_in_rows_that_a_retry_heals(
     null_run, null_start, small_jpegs: Path, tmp_path: Path
 ) -> None:
-    """Cut short in the middle of the run, every picture still has its row; when the archive is back, --retry-failed makes the job whole."""
+    """Cut short in the middle of the run, every image still has its row; when the archive is back, --retry-failed makes the job whole."""
     files = {path.name: path.read_bytes() for path in sorted(small_jpegs.iterdir())}
     source = Path(pack(tmp_path, "zip", files))
     shutil.copy(source, tmp_path / "copy.zip")

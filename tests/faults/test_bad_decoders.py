@@ -1,4 +1,4 @@
-"""Pictures that crash, hang or exhaust their decoder, or hang their very reading, take only themselves with them."""
+"""Images that crash, hang or exhaust their decoder, or hang their very reading, take only themselves with them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import harness
 import pytest
 
 import helpers
-import pictures
+import sample_images
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
 HANGING_READ = """
@@ -29,7 +29,7 @@ if LAUNCHER:
 
 
 def good(count: int = 40) -> dict[str, bytes]:
-    return {f"{seed:03d}.jpg": pictures.jpeg(40, 36, seed=seed, quality=80) for seed in range(count)}
+    return {f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80) for seed in range(count)}
 
 
 def neighbours(output: Path) -> dict[str, object]:
@@ -44,10 +44,10 @@ def neighbours(output: Path) -> dict[str, object]:
         ("oom", "too_large", "not enough memory to decode it"),
     ],
 )
-def test_a_deadly_picture_is_a_row_and_its_neighbours_keep_their_answers(null_run, tmp_path: Path, fault, status, error) -> None:
-    """A picture that crashes, hangs or exhausts its decoder has the row that says so; all others have what they have without it."""
+def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(null_run, tmp_path: Path, fault, status, error) -> None:
+    """An image that crashes, hangs or exhausts its decoder has the row that says so; all others have what they have without it."""
     deadly = ("017x.jpg",) if fault == "hang" else ("017x.jpg", "017y.jpg", "030x.jpg")
-    data = pictures.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
+    data = sample_images.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
     with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
     without = helpers.fill(tmp_path / "without", good())
     env = helpers.environment(**{FAULTS_VARIABLE: "1"})
@@ -64,9 +64,9 @@ def test_a_deadly_picture_is_a_row_and_its_neighbours_keep_their_answers(null_ru
     assert (result.json["devices"][0]["restarts"] > 0) == (fault != "oom")
 
 
-def test_every_picture_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
+def test_every_image_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
     """A folder where nothing but decoder killers is left still comes to its end: a row each."""
-    deadly = {f"{seed:03d}.jpg": pictures.jpeg(seed=seed) + b"imagemill-test-crash" for seed in range(6)}
+    deadly = {f"{seed:03d}.jpg": sample_images.jpeg(seed=seed) + b"imagemill-test-crash" for seed in range(6)}
     source = helpers.fill(tmp_path / "source", deadly)
     env = helpers.environment(**{FAULTS_VARIABLE: "1"})
     result = null_run(source, "--output", tmp_path / "out", "--json", "--shard-size", "3", "--num-workers", "2", env=env)
@@ -75,7 +75,7 @@ def test_every_picture_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> Non
 
 
 def test_a_read_that_hangs_is_a_timeout_row_after_two_tries(null_run, tmp_path: Path) -> None:
-    """Storage that never answers for some pictures costs each of them two tries of --max-seconds and a `timeout` row, however many lie in
+    """Storage that never answers for some images costs each of them two tries of --max-seconds and a `timeout` row, however many lie in
     one shard: they do not add up to the ten deaths that end a job."""
     hanging = {f"hangs-{number}.jpg": b"?" for number in range(5)}
     source = helpers.fill(tmp_path / "source", good() | hanging)
@@ -117,10 +117,10 @@ def test_a_short_failure_of_storage_is_waited_out(null_run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("device", ["null:1", "cpu:1"])
-def test_batches_without_one_good_picture_are_rows_like_any_other(null_run, models_dir: Path, tmp_path: Path, device: str) -> None:
-    """A run of bad pictures longer than any batch, and a job of nothing else, come to their end."""
+def test_batches_without_one_good_image_are_rows_like_any_other(null_run, models_dir: Path, tmp_path: Path, device: str) -> None:
+    """A run of bad images longer than any batch, and a job of nothing else, come to their end."""
     source = helpers.fill(tmp_path / "source", {f"{number:03d}.jpg": b"bad" for number in range(100)})
-    helpers.fill(source, {"050.jpg": pictures.jpeg(40, 36)})
+    helpers.fill(source, {"050.jpg": sample_images.jpeg(40, 36)})
     for sources, ok in (((source,), 1), ((source / "000.jpg",), 0)):
         output = tmp_path / f"out-{ok}"
         arguments = ("--output", output, "--devices", device, "--model", models_dir / "tiny", "--batch-size", "2", "--shard-size", "90")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-import pictures
+import sample_images
 
 
 def change(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
@@ -34,8 +34,8 @@ def flip(part: Path, at: int, bit: int) -> None:
 
 DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [
     (Path.unlink, "is missing", False),
-    (change(lambda table: table.slice(1)), "has 7 rows, its shard has 8 pictures", True),
-    (change(lambda table: pa.concat_tables([table.slice(0, 7), table.slice(0, 1)])), "has picture 16 twice", True),
+    (change(lambda table: table.slice(1)), "has 7 rows, its shard has 8 images", True),
+    (change(lambda table: pa.concat_tables([table.slice(0, 7), table.slice(0, 1)])), "has image 16 twice", True),
     (change(renamed), "has answer id 0123456789abcdef, the job has", True),
     (lambda part: part.write_bytes(b""), "cannot be read", True),
 ]
@@ -83,7 +83,7 @@ def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path,
     from imagemill.job.paths import JobPaths
 
     output = tmp_path / "out"
-    source = helpers.fill(tmp_path / "source", {f"{seed}.jpg": pictures.jpeg(seed=seed) for seed in range(8)})
+    source = helpers.fill(tmp_path / "source", {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in range(8)})
     assert null_run(source, "--output", output).code == 0
     part = output / "predictions" / "part-000000.parquet"
     size, rng = part.stat().st_size, random.Random(1)

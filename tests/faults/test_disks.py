@@ -12,7 +12,7 @@ import harness
 import pytest
 
 import helpers
-import pictures
+import sample_images
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system and become another user")
 
@@ -129,7 +129,7 @@ def test_a_folder_of_another_user_is_one_clear_error(null_run, small_jpegs: Path
     """An output that belongs to somebody else, before the job is begun and after: exit 1, and the remedy."""
     base = Path("/tmp") / f"imagemill-test-{os.getpid()}"
     try:
-        source = helpers.fill(base / "pictures", {f"{n}.jpg": pictures.jpeg(seed=n) for n in range(12)})
+        source = helpers.fill(base / "images", {f"{n}.jpg": sample_images.jpeg(seed=n) for n in range(12)})
         arguments = (source, "--output", base / "out", "--models-dir", harness.null_bundle(base / "models"))
         (base / "out").mkdir()
         for path in (base, *base.rglob("*")):

@@ -10,7 +10,7 @@ import harness
 import pytest
 
 import helpers
-import pictures
+import sample_images
 
 SLOW_READS = """
 if WORKER:
@@ -123,14 +123,14 @@ def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_pictures_that_change_or_vanish_under_the_job(null_start, small_jpegs: Path, tmp_path: Path) -> None:
-    """A picture that is gone when its turn comes is `missing`; one of another size is taken as it is now, and the log says so."""
+def test_images_that_change_or_vanish_under_the_job(null_start, small_jpegs: Path, tmp_path: Path) -> None:
+    """An image that is gone when its turn comes is `missing`; one of another size is taken as it is now, and the log says so."""
     source = helpers.fill(tmp_path / "source", {path.name: path.read_bytes() for path in small_jpegs.iterdir()})
     output = tmp_path / "out"
     process = null_start(source, "--output", output, env=slow(tmp_path, 0.05))
     helpers.until(lambda: has_parts(output), process=process)
     (source / "045.jpg").unlink()
-    (source / "046.jpg").write_bytes(pictures.jpeg(60, 50, seed=1))
+    (source / "046.jpg").write_bytes(sample_images.jpeg(60, 50, seed=1))
     assert helpers.finish(process).code == 0
     harness.assert_complete(output)
     rows = helpers.by_path(output)
@@ -184,13 +184,15 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
     harness.assert_same(output, tmp_path / "calm")
 
 
-def test_too_many_bad_pictures_stop_the_job_early_and_resumably(null_run, tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_job_early_and_resumably(null_run, tmp_path: Path) -> None:
     """`--max-bad-fraction` ends a job with exit 1 long before its end; with a larger one, or none, it goes on from there."""
-    source = helpers.fill(tmp_path / "source", {f"{n:03d}.jpg": pictures.jpeg(40, 36, seed=n) if n % 4 else b"bad" for n in range(240)})
+    source = helpers.fill(
+        tmp_path / "source", {f"{n:03d}.jpg": sample_images.jpeg(40, 36, seed=n) if n % 4 else b"bad" for n in range(240)}
+    )
     output = tmp_path / "out"
     result = null_run(source, "--output", output, "--max-bad-fraction", "0.05")
     assert result.code == 1
-    assert "14 of 240 pictures are bad, more than --max-bad-fraction 0.05 allows." in result.err
+    assert "14 of 240 images are bad, more than --max-bad-fraction 0.05 allows." in result.err
     assert "repeat the command with a larger fraction, or without it, to resume." in result.err
     kept = helpers.parts(output)
     assert 7 <= len(kept) < 30

@@ -57,8 +57,8 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
     for machine in ("cache", "another machine's cache"):
         env = helpers.environment(XDG_CACHE_HOME=str(cache.parent / machine))
         sound = helpers.imagemill_cli("verify", s3.url + "/job", env=env)
-        assert (sound.code, sound.out) == (0, "complete and sound: 48 pictures, one row each\n"), sound
-        assert "48 of 48 pictures (6 of 6 shards), finished" in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
+        assert (sound.code, sound.out) == (0, "complete and sound: 48 images, one row each\n"), sound
+        assert "48 of 48 images (6 of 6 shards), finished" in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
         repeated = null_run(small_jpegs, "--output", s3.url + "/job", env=env)
         assert (repeated.code, "finished already" in repeated.err) == (0, True), repeated
 
@@ -85,7 +85,7 @@ def test_a_launcher_killed_in_mid_write_leaves_no_half_object(
     s3_faults.requests.clear()
     resumed = null_run(small_jpegs, "--output", s3.url + "/job", env=helpers.environment(XDG_CACHE_HOME=str(cache / "other")))
     assert resumed.code == 0, resumed
-    assert "resuming: 16 of 48 pictures are done" in resumed.err
+    assert "resuming: 16 of 48 images are done" in resumed.err
     assert s3_faults.count("PUT", "part-000000") == s3_faults.count("PUT", "part-000001") == 0
     assert parts(s3) == calm
 

@@ -1,4 +1,4 @@
-"""Compute the golden embeddings: what published implementations hand to their classifier, for the weights and pictures of recipe.py.
+"""Compute the golden embeddings: what published implementations hand to their classifier, for the weights and images of recipe.py.
 
     pip install torch timm torchvision pretrainedmodels
     python tests/golden/make_embeddings.py

@@ -6,7 +6,7 @@ does, it uses the anchors' memory again at every step and drops leading axes of 
 
 POPART_STANDIN_FOLDER    keeps one file per IPU, locked while a process is attached to it, and `calls.jsonl`: what each process asked for
 POPART_STANDIN_IPUS      how many IPUs there are; 1 if unset
-POPART_STANDIN_MEMORY    bytes of pictures in a batch from which prepareDevice finds that memory is out
+POPART_STANDIN_MEMORY    bytes of images in a batch from which prepareDevice finds that memory is out
 POPART_STANDIN_DIES      a file: the first process that runs a step while it is there removes it and kills itself with SIGKILL
 """
 

@@ -37,7 +37,7 @@ COMPUTE_S = 2.0
 END_TO_END_S = 10.0
 """How long one iteration end to end should take where `--limit` does not say."""
 _MOST_IN_FLIGHT = 256
-_FEWEST_PICTURES = 64
+_FEWEST_IMAGES = 64
 _LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
@@ -69,7 +69,7 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
 def check(settings: BenchSettings) -> None:
     """Settings that can be judged alone. Raises: UsageError."""
     if settings.synthetic and settings.sources:
-        raise UsageError(f"--synthetic needs no pictures, but {settings.sources[0]} was given. Leave one of them out.")
+        raise UsageError(f"--synthetic needs no images, but {settings.sources[0]} was given. Leave one of them out.")
     if not settings.synthetic and not settings.sources:
         raise UsageError("give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone.")
     for name in ("iterations", "batch_size", "batches_per_step", "num_workers", "limit"):
@@ -96,7 +96,7 @@ def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceS
     return replace(job, batch_size=size), {str(tried): round(rate, 2) for tried, rate in rates.items()}
 
 
-# Without pictures.
+# Without images.
 
 
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
@@ -111,12 +111,12 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
             rounds.append(crew.measure(orders))
             say(f"iteration {number} of {settings.iterations}: {_in_all(rounds[-1]):,.1f} images/s")
         versions = crew.versions
-    pictures = {"compute_only": sum(found.pictures for found in rounds[-1].values())}
+    images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
         model=model.card.name,
         precision=job.precision.value,
         batch_size=job.batch_size,
-        pictures_per_iteration=pictures,
+        images_per_iteration=images,
         compute_only=_rates(rounds),
         decode_only=None,
         end_to_end=None,
@@ -130,7 +130,7 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
 
 
 def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
-    """What a session needs of a job: everything but pictures, and the batch size that the settings name."""
+    """What a session needs of a job: everything but images, and the batch size that the settings name."""
     precision, file = _precision(settings.precision, model, chosen)
     return Job(
         output="",
@@ -178,13 +178,13 @@ def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[Device
     return crew.orders(COMPUTE_S)
 
 
-# With pictures.
+# With images.
 
 
 def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say) -> BenchReport:
     say("a first short run, to warm up and to see how long an iteration takes")
-    first = _first_run(settings, folder, min(settings.limit or _FEWEST_PICTURES, _FEWEST_PICTURES), say)
-    limit = settings.limit or max(_FEWEST_PICTURES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
+    first = _first_run(settings, folder, min(settings.limit or _FEWEST_IMAGES, _FEWEST_IMAGES), say)
+    limit = settings.limit or max(_FEWEST_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
     job, batch_sizes = _with_batch_size(_frozen_job(folder / "first"), settings, chosen, say)
     measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
@@ -216,9 +216,9 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
         model=job.card.name,
         precision=job.precision.value,
         batch_size=job.batch_size,
-        pictures_per_iteration={
-            "compute_only": sum(found.pictures for found in computed[-1].values()),
-            "decode_only": sum(found.pictures for found in decoded[-1].values()),
+        images_per_iteration={
+            "compute_only": sum(found.images for found in computed[-1].values()),
+            "decode_only": sum(found.images for found in decoded[-1].values()),
             "end_to_end": achieved[-1].images,
         },
         compute_only=compute_only,
@@ -236,7 +236,7 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
     first = runner.run(_run_settings(settings, folder / "first", limit), _Relay(say))
     if not first.ok:
-        raise SourceError(f"none of the first {first.images} pictures of {', '.join(settings.sources)} can be read. Give other pictures.")
+        raise SourceError(f"none of the first {first.images} images of {', '.join(settings.sources)} can be read. Give other images.")
     return first
 
 
@@ -285,8 +285,8 @@ class _Relay(observer.Watcher):
 
 def _in_all(found: Mapping[str, Measured]) -> float:
     """Images/s of all devices together, from the first one's start to the last one's end."""
-    pictures = sum(one.pictures for one in found.values())
-    return pictures / (max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values()))
+    images = sum(one.images for one in found.values())
+    return images / (max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values()))
 
 
 def _all(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:

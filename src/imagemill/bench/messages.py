@@ -50,7 +50,7 @@ class Decode:
 class Measured:
     """What one order took."""
 
-    pictures: int
+    images: int
     begun_s: float
     """Monotonic clock, which all processes of a machine share."""
     ended_s: float
@@ -62,4 +62,4 @@ class Measured:
     @property
     def images_per_second(self) -> float:
         """Its own rate."""
-        return self.pictures / (self.ended_s - self.begun_s)
+        return self.images / (self.ended_s - self.begun_s)

@@ -16,7 +16,7 @@ class BenchSettings:
     sources: tuple[str, ...] = ()
     """None with `synthetic`, else at least one."""
     synthetic: bool = False
-    """Compute alone, on pictures made in memory."""
+    """Compute alone, on images made in memory."""
     model: str | None = None
     models_dir: str | None = None
     devices: str | None = None
@@ -28,7 +28,7 @@ class BenchSettings:
     num_workers: int | None = None
     iterations: int = 3
     limit: int | None = None
-    """Pictures of the sources per iteration, the first ones; None: as many as take about ten seconds."""
+    """Images of the sources per iteration, the first ones; None: as many as take about ten seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class BenchReport:
     model: str
     precision: str
     batch_size: int
-    pictures_per_iteration: Mapping[str, int]
-    """`compute_only`, `decode_only`, `end_to_end` → pictures, all devices together."""
+    images_per_iteration: Mapping[str, int]
+    """`compute_only`, `decode_only`, `end_to_end` → images, all devices together."""
     compute_only: Rates
     decode_only: Rates | None
     """None without a source, as the next ones."""

@@ -55,7 +55,7 @@ def judge(
         share = f"end to end reaches {achieved / allowed:.0%} of the {allowed:,.1f} images/s that computing and decoding allow together"
         return "write", (
             f"{share}: larger shards, a faster disk, or fewer --save columns",
-            "more pictures: short jobs mostly start and end",
+            "more images: short jobs mostly start and end",
         )
     bound = "compute" if compute <= decode else decoding
     advice = {"compute": _faster_compute(precision, hardware), "decode": _faster_decode(threads, cores), "read": _faster_read(threads)}
@@ -72,7 +72,7 @@ def _faster_compute(precision: Precision, hardware: Sequence[Precision]) -> list
 
 def _faster_decode(threads: int, cores: int) -> list[str]:
     more = [f"more decoding workers: there are {threads} for {cores} cores, see --num-workers"] if threads < cores else []
-    return [*more, "more cores", "smaller pictures"]
+    return [*more, "more cores", "smaller images"]
 
 
 def _faster_read(threads: int) -> list[str]:
@@ -92,7 +92,7 @@ def told(report: BenchReport) -> str:
         rates: Rates | None = getattr(report, name)
         if rates is None:
             continue
-        spread = f"({rates.min:,.1f} to {rates.max:,.1f}; {report.pictures_per_iteration[name]:,} images each)"
+        spread = f"({rates.min:,.1f} to {rates.max:,.1f}; {report.images_per_iteration[name]:,} images each)"
         lines.append(f"{name.replace('_', ' '):<13} {rates.median:>9,.1f} images/s {spread}")
         if len(rates.devices) > 1:
             lines += [f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()]

@@ -91,8 +91,8 @@ def _synthetic(job: Job) -> Iterator[Batch]:
 
 def _compute(session: Session, batches: Iterator[Batch]) -> Measured:
     begun = time.monotonic()
-    pictures = sum(batch.filled for batch, _ in session.stream(batches))
-    return Measured(pictures, begun, time.monotonic())
+    images = sum(batch.filled for batch, _ in session.stream(batches))
+    return Measured(images, begun, time.monotonic())
 
 
 def _decode(order: Decode, device: DeviceSpec) -> Measured:
@@ -103,10 +103,10 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
     job, clock = order.job, Stopwatch()
     with Feed(job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock) as feed:
         begun = time.monotonic()
-        pictures = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
+        images = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
         ended = time.monotonic()
     spent = clock.read()
-    return Measured(pictures, begun, ended, spent.read, spent.decode)
+    return Measured(images, begun, ended, spent.read, spent.decode)
 
 
 def _fail(connection: Connection, error: ImagemillError) -> None:

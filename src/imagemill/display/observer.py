@@ -21,7 +21,7 @@ class Watcher:
         """A model is being downloaded: bytes so far, and in all where known."""
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for those who override it
-        """The job starts: `resumed` of `total` pictures are done. Returns what is told of the progress."""
+        """The job starts: `resumed` of `total` images are done. Returns what is told of the progress."""
         return lambda _: None
 
     def end(self) -> None:

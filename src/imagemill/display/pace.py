@@ -35,17 +35,17 @@ class Estimate:
     """How far a job is, how fast it goes, and how long it will take."""
 
     total: int
-    """Pictures of the job."""
+    """Images of the job."""
     done: int
     """That have their answers, by this invocation or earlier ones."""
     saved: int
     """Of these: in committed parts, safe whatever happens."""
     state: str
-    """`starting`, `first pictures under way` or `running`."""
+    """`starting`, `first images under way` or `running`."""
     rate: float | None
     """images/s of this invocation, lately; None where nothing can be said yet."""
     left_s: float | None
-    """Seconds until the last picture has its answer; None where nothing can be said."""
+    """Seconds until the last image has its answer; None where nothing can be said."""
     still_s: float
     """Since the last answer of any device."""
     devices: Mapping[str, float | None]
@@ -114,7 +114,7 @@ class Pace:
     """Turns the progress of one invocation into estimates: nothing but what it is given decides them.
 
     Args:
-        total: pictures of the job.
+        total: images of the job.
         resumed: of these, done before; they count as done, but not into any rate.
     """
 
@@ -140,7 +140,7 @@ class Pace:
             total=self._total,
             done=self._resumed + through,
             saved=self._resumed + progress.rows,
-            state="running" if through else "first pictures under way" if progress.ready else "starting",
+            state="running" if through else "first images under way" if progress.ready else "starting",
             rate=rate,
             left_s=left_s,
             still_s=max(0.0, now_s - max((count.moved_s for count in self._counts.values()), default=0.0)) if through else 0.0,
@@ -171,4 +171,4 @@ class Pace:
         before_s, before = self._looks[0]
         # A death takes back what the dead worker's clock had shown.
         lately = Clock(*(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__))
-        return bound_by(lately, now_s - before_s) if lately.pictures else None
+        return bound_by(lately, now_s - before_s) if lately.images else None

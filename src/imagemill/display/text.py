@@ -48,7 +48,7 @@ def clauses(estimate: Estimate) -> list[str]:
 
 
 def failures(failed: Mapping[str, int]) -> list[str]:
-    """What is to be said of the pictures without an answer; nothing where there are none."""
+    """What is to be said of the images without an answer; nothing where there are none."""
     if not failed:
         return []
     first, *rest = statuses(failed).split(", ")

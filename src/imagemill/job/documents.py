@@ -31,7 +31,7 @@ class Frozen:
     filters: Filters
     limit: int | None
     shard_size: int
-    pictures: int
+    images: int
     groups: int
     skipped_by_suffix: Mapping[str, int]
     skipped_hidden: int
@@ -66,9 +66,9 @@ def planned(paths: JobPaths, frozen: Frozen) -> list[Shard]:
     """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged or another one."""
     store.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
-    if sum(shard.count for shard in shards) != frozen.pictures:
+    if sum(shard.count for shard in shards) != frozen.images:
         raise OutputError(
-            f"{paths.shown(paths.plan)} does not hold the {frozen.pictures} pictures of job.json. Start anew in another --output."
+            f"{paths.shown(paths.plan)} does not hold the {frozen.images} images of job.json. Start anew in another --output."
         )
     return shards
 

@@ -33,7 +33,7 @@ def status(paths: JobPaths, frozen: documents.Frozen) -> JobStatus:
         if shard.number in done:
             failed.update(ledger.examine(paths, shard.number).failed_by_status)
     return JobStatus(
-        images=frozen.pictures,
+        images=frozen.images,
         done=sum(shard.count for shard in shards if shard.number in done),
         shards=len(shards),
         shards_done=len(done),
@@ -55,8 +55,8 @@ def verify(paths: JobPaths, frozen: documents.Frozen, *, quarantine: bool = Fals
     store.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     problems = list(ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id))
-    if sum(shard.count for shard in shards) != frozen.pictures:
-        problems.append(ledger.Problem(None, paths.plan, f"does not hold the {frozen.pictures} pictures of job.json"))
+    if sum(shard.count for shard in shards) != frozen.images:
+        problems.append(ledger.Problem(None, paths.plan, f"does not hold the {frozen.images} images of job.json"))
     if not quarantine:
         return problems, []
     with lock.locked(paths):

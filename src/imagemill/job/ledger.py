@@ -1,4 +1,4 @@
-"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that every picture has exactly one row."""
+"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that every image has exactly one row."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
 
 
 def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: str, answer_id: str, receipts: Iterable[Receipt]) -> Tally:
-    """Prove that every shard has its part with one row per picture, write the manifest and the list of failed pictures.
+    """Prove that every shard has its part with one row per image, write the manifest and the list of failed images.
 
     Args:
         paths: of the job.
@@ -135,7 +135,7 @@ def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: st
             raise PartError(f"{shown} {problem}. Run `imagemill verify --quarantine {paths.output}`, then repeat the run.")
         record = examine(paths, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
-            raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} pictures. Run `imagemill verify --quarantine`.")
+            raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} images. Run `imagemill verify --quarantine`.")
         parts[path.name] = record
         failed.update(record.failed_by_status)
     store.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
@@ -194,9 +194,9 @@ def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> It
 
 
 def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine) -> Iterator[bytes]:
-    """Full path or URL of each picture without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string.
+    """Full path or URL of each image without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string.
 
-    Pictures inside archives and tables are left out: no line can name them.
+    Images inside archives and tables are left out: no line can name them.
     """
     for shard in shards:
         path = paths.part(shard.number)
@@ -269,11 +269,11 @@ def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read: {str(error).splitlines()[0]}"
     if table.num_rows != shard.count:
-        return f"has {table.num_rows} rows, its shard has {shard.count} pictures"
+        return f"has {table.num_rows} rows, its shard has {shard.count} images"
     indices = table["index"].to_pylist()
     if indices != list(range(shard.first, shard.first + shard.count)):
         twice = [index for index, count in Counter(indices).items() if count > 1]
-        return f"has picture {twice[0]} twice" if twice else "has other pictures than its shard, or another order"
+        return f"has image {twice[0]} twice" if twice else "has other images than its shard, or another order"
     planned = [row.path.decode("utf-8", "backslashreplace") for row in plan.read(paths.plan, shard)]
     if table["path"].to_pylist() != planned:
         return "has other paths than the plan"

@@ -103,7 +103,7 @@ class JobPaths:
 
     @property
     def failed_list(self) -> Path:
-        """Paths of the pictures that have no answer, one a line, fit to be a source again."""
+        """Paths of the images that have no answer, one a line, fit to be a source again."""
         return self.root / "failed.txt"
 
     @property

@@ -1,4 +1,4 @@
-"""The plan: the frozen listing of a job's pictures, cut into shards, in listing order.
+"""The plan: the frozen listing of a job's images, cut into shards, in listing order.
 
 A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`, in which every row group is one shard;
 so the shards are known from the files' footers, and a worker reads the rows of its shard alone. Neither writing nor reading holds the
@@ -45,14 +45,14 @@ class PlannedRow:
 class Listing:
     """What spooling a listing returns."""
 
-    pictures: int
+    images: int
     groups: int
 
 
-def auto_shard_size(pictures: int, devices: int) -> int:
-    """Pictures in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten million pictures."""
-    size = min(max(pictures // (8 * devices), _SMALLEST_SHARD), _LARGEST_SHARD)
-    return max(size, -(-pictures // _MOST_SHARDS))
+def auto_shard_size(images: int, devices: int) -> int:
+    """Images in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten million images."""
+    size = min(max(images // (8 * devices), _SMALLEST_SHARD), _LARGEST_SHARD)
+    return max(size, -(-images // _MOST_SHARDS))
 
 
 def spool(entries: Iterable[Entry], path: Path) -> Listing:
@@ -61,7 +61,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
     Raises:
         OutputError: it cannot be written.
     """
-    pictures, groups = 0, set[int]()
+    images, groups = 0, set[int]()
     columns: tuple[list[Any], ...] = ([], [], [], [], [])
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
@@ -76,14 +76,14 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
             for entry in entries:
                 for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.locator, entry.group), strict=True):
                     column.append(value)
-                pictures += 1
+                images += 1
                 groups.add(entry.group)
                 if len(columns[0]) == _SPOOL_ROWS:
                     flush(writer)
             flush(writer)
     except OSError as error:
         raise cannot_write(path, error) from error
-    return Listing(pictures, len(groups))
+    return Listing(images, len(groups))
 
 
 def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None:

@@ -215,7 +215,7 @@ def get(
         raise UsageError("--from, --url and --random-weights exclude each other: weights have one origin. Give one of them.")
     for size in batch_sizes:
         if size < 1:
-            raise UsageError(f"--batch-size {size}: a batch holds at least 1 picture.")
+            raise UsageError(f"--batch-size {size}: a batch holds at least 1 image.")
     architecture = _architecture(name, own=from_file is not None or url is not None or random_seed is not None)
     found = _on_disk(name, models_dir, explicit=from_file is not None or url is not None or random_seed is not None)
     if found is not None:

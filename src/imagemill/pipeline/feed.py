@@ -1,4 +1,4 @@
-"""The feed: pictures in plan order become batches, decoded by threads, ahead of the session but never far."""
+"""The feed: images in plan order become batches, decoded by threads, ahead of the session but never far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imagemill.pipeline.decoding.decode import decode, decode_into
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import BadPicture, Batch, Card, Decoded, Limits, Picture, Row, Status
+from imagemill.records import BadImage, Batch, Card, Decoded, Limits, PlannedImage, Row, Status
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +27,11 @@ SUSPECTED_READ = "hung_read"
 
 
 class Feed:
-    """Decodes pictures on `workers` threads and packs them into batches of fixed size.
+    """Decodes images on `workers` threads and packs them into batches of fixed size.
 
     Args:
         card: its recipe says what a pixel array is.
-        limits: budgets of one picture.
+        limits: budgets of one image.
         batch_size: places in a batch.
         workers: decoding threads, at most the slots of a noteboard.
         board: where the threads note what they are at; None: nowhere.
@@ -59,27 +59,27 @@ class Feed:
         if self._isolated is not None:
             self._isolated.close()
 
-    def batches(self, pictures: Iterable[Picture]) -> Iterator[Batch]:
-        """Yield batches in plan order; each picture is one row of one batch. The last batch may be part filled.
+    def batches(self, images: Iterable[PlannedImage]) -> Iterator[Batch]:
+        """Yield batches in plan order; each image is one row of one batch. The last batch may be part filled.
 
-        Reads ahead of what it yields by two batches and two pictures a thread, whatever the number of pictures.
+        Reads ahead of what it yields by two batches and two images a thread, whatever the number of images.
         """
-        window: deque[tuple[Picture, Future[Decoded], NDArray[np.uint8] | None]] = deque()
+        window: deque[tuple[PlannedImage, Future[Decoded], NDArray[np.uint8] | None]] = deque()
         places = _Places(self._batch_size, self._recipe.size)
-        coming = iter(pictures)
+        coming = iter(images)
         rows: list[Row] = []
         while True:
-            for picture in itertools.islice(coming, self._ahead - len(window)):
+            for image in itertools.islice(coming, self._ahead - len(window)):
                 out = places.take(len(window))
-                window.append((picture, self._pool.submit(self._decode, picture, out), out))
+                window.append((image, self._pool.submit(self._decode, image, out), out))
             if not window:
                 break
-            picture, future, out = window.popleft()
+            image, future, out = window.popleft()
             decoded = future.result()
             slot = places.settle(decoded.pixels, out)
-            path = picture.path.decode("utf-8", "backslashreplace")
+            path = image.path.decode("utf-8", "backslashreplace")
             size = (decoded.width, decoded.height)
-            rows.append(Row(picture.index, picture.shard, picture.source, path, decoded.status, decoded.error, *size, slot))
+            rows.append(Row(image.index, image.shard, image.source, path, decoded.status, decoded.error, *size, slot))
             if places.filled == self._batch_size or len(rows) >= 16 * self._batch_size:
                 if self._board is not None:
                     self._board.beat()
@@ -91,33 +91,33 @@ class Feed:
     def _take_slot(self) -> None:
         self._thread.slot = next(self._slots)
 
-    def _decode(self, picture: Picture, out: NDArray[np.uint8] | None) -> Decoded:
-        """One picture on a decoding thread, into `out` or an array of its own: never raises for the picture's own faults."""
-        if picture.suspect == SUSPECTED_READ:
+    def _decode(self, image: PlannedImage, out: NDArray[np.uint8] | None) -> Decoded:
+        """One image on a decoding thread, into `out` or an array of its own: never raises for the image's own faults."""
+        if image.suspect == SUSPECTED_READ:
             return Decoded(None, Status.TIMEOUT, f"reading or decoding it took more than --max-seconds {self._limits.max_seconds:g}, twice")
         slot = self._thread.slot
         if self._board is not None:
-            self._board.at(slot, picture.index)
+            self._board.at(slot, image.index)
         begun, cpu_begun = time.perf_counter(), time.thread_time()
         fetched = None
         try:
-            data = picture.fetch()
+            data = image.fetch()
             fetched = time.perf_counter(), time.thread_time()
-            if 0 <= picture.size != len(data):
-                _log.warning("%r changed since it was listed: %d bytes, now %d", picture.path, picture.size, len(data))
-            if picture.suspect is not None:
+            if 0 <= image.size != len(data):
+                _log.warning("%r changed since it was listed: %d bytes, now %d", image.path, image.size, len(data))
+            if image.suspect is not None:
                 if self._board is not None:
-                    self._board.at(slot, picture.index, timed=False)  # the disposable process has a clock of its own
-                return self._decode_alone(data, picture.suspect)
+                    self._board.at(slot, image.index, timed=False)  # the disposable process has a clock of its own
+                return self._decode_alone(data, image.suspect)
             return decode(data, self._recipe, self._limits) if out is None else decode_into(data, self._recipe, self._limits, out)
-        except BadPicture as bad:
+        except BadImage as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:
             if self._board is not None:
                 self._board.done(slot)
             ended, cpu_ended = time.perf_counter(), time.thread_time()
             read, decoding = fetched or (ended, cpu_ended)  # what cannot be read takes its time too
-            self._clock.picture(read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun)
+            self._clock.image(read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun)
 
     def _decode_alone(self, data: bytes, why: str) -> Decoded:
         with self._isolated_lock:
@@ -127,15 +127,15 @@ class Feed:
 
 
 class _Places:
-    """Where pictures go: straight into the batch that each will be in if none before it fails.
+    """Where images go: straight into the batch that each will be in if none before it fails.
 
-    A picture that fails takes no place. Those behind it that are being decoded are then one place too far, and are copied to where they
+    An image that fails takes no place. Those behind it that are being decoded are then one place too far, and are copied to where they
     belong, which is always a place that nobody writes to: it was theirs who came before, and these are settled. New ones get no place
     until the last of them is settled.
 
     Args:
         batch_size: places in a batch.
-        side: of a picture.
+        side: of an image.
     """
 
     def __init__(self, batch_size: int, side: int) -> None:
@@ -148,7 +148,7 @@ class _Places:
         """Places of the first batch that are settled."""
 
     def take(self, before: int) -> NDArray[np.uint8] | None:
-        """Give the next picture a place, uint8 (side, side, 3), or None: it needs its own array. `before` others are not settled yet."""
+        """Give the next image a place, uint8 (side, side, 3), or None: it needs its own array. `before` others are not settled yet."""
         if self._astray:
             return None
         self._taken += 1
@@ -157,7 +157,7 @@ class _Places:
         return out
 
     def settle(self, pixels: NDArray[np.uint8] | None, out: NDArray[np.uint8] | None) -> int:
-        """Settle the picture that was begun first.
+        """Settle the image that was begun first.
 
         Args:
             pixels: its own; None: it failed.
@@ -181,7 +181,7 @@ class _Places:
         pixels, filled = self._batch(0), self.filled
         if filled == self._size:
             self._batches.popleft()
-        else:  # pictures that are being decoded may have places in any of these: they go elsewhere
+        else:  # images that are being decoded may have places in any of these: they go elsewhere
             self._batches.clear()
             self._astray = self._taken > 0
         self.filled = 0

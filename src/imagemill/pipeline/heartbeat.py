@@ -1,10 +1,10 @@
-"""Where each decoding thread notes the picture it is at, in memory that the launcher reads even after the worker has died.
+"""Where each decoding thread notes the image it is at, in memory that the launcher reads even after the worker has died.
 
 A word of its own counts the batches that the feed has handed on: where it stands still while no thread decodes, the session hangs.
 Others hold how far the worker is: rows that have their answers, and the sums of its stopwatch. Each is stored on its own, so a reader may
 see words of two batches; nothing but the display depends on them.
-One slot per thread: index of the picture (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
-stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no picture with another one's clock.
+One slot per thread: index of the image (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
+stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no image with another one's clock.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Noteboard:
             self.done(slot)
 
     def at(self, slot: int, index: int, *, timed: bool = True) -> None:
-        """Note that thread `slot` begins the picture `index`."""
+        """Note that thread `slot` begins the image `index`."""
         self._words[2 * slot + 1] = 0
         self._words[2 * slot] = index
         if timed:
             self._words[2 * slot + 1] = time.monotonic_ns()
 
     def done(self, slot: int) -> None:
-        """Note that thread `slot` is at no picture."""
+        """Note that thread `slot` is at no image."""
         self._words[2 * slot + 1] = 0
         self._words[2 * slot] = -1
 
@@ -81,7 +81,7 @@ class Noteboard:
         """Let the launcher see how many rows have their answers, and where the time went."""
         for place, name in enumerate(_SUMS, _CLOCK):
             self._words[place] = int(1e9 * getattr(clock, name))
-        self._words[_CLOCK + len(_SUMS)] = clock.pictures
+        self._words[_CLOCK + len(_SUMS)] = clock.images
         self._words[_ROWS] = rows
 
     @property
@@ -93,7 +93,7 @@ class Noteboard:
     def clock(self) -> Clock:
         """Where the time went so far."""
         sums = {name: self._words[place] / 1e9 for place, name in enumerate(_SUMS, _CLOCK)}
-        return Clock(**sums, pictures=self._words[_CLOCK + len(_SUMS)])
+        return Clock(**sums, images=self._words[_CLOCK + len(_SUMS)])
 
     def notes(self) -> list[Note]:
         """What the threads are at, or were when they died."""

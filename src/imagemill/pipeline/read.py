@@ -8,11 +8,11 @@ from functools import partial
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.sources import open_all
-from imagemill.records import Job, Lease, Picture
+from imagemill.records import Job, Lease, PlannedImage
 
 
-def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:
-    """The pictures of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
+def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
+    """The images of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
     folder = JobPaths.of(job.output).plan
     opened = open_all(job.sources, aside=folder, access=job.access)
     for lease in leases:
@@ -20,4 +20,4 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[Picture]:
             source = opened[row.source]
             suspect = lease.suspects.get(row.index) or ("crash" if lease.isolate else None)
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
-            yield Picture(row.index, lease.shard, source.name, row.path, row.size, fetch, suspect)
+            yield PlannedImage(row.index, lease.shard, source.name, row.path, row.size, fetch, suspect)

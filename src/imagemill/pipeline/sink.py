@@ -150,5 +150,5 @@ def _side(pixels: int | None) -> int | None:
 
 
 def _told(error: str | None) -> str | None:
-    """An error as UTF-8 can hold it: it may quote the picture."""
+    """An error as UTF-8 can hold it: it may quote the image."""
     return error if error is None else error.encode("utf-8", "backslashreplace").decode()

@@ -48,7 +48,7 @@ def bound_by(clock: Clock, seconds: float) -> str | None:
 
 
 class Stopwatch:
-    """Sums of seconds by name, and counts of pictures and rows.
+    """Sums of seconds by name, and counts of images and rows.
 
     Args:
         board: where the launcher sees them; None: nowhere.
@@ -63,7 +63,7 @@ class Stopwatch:
         self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
         self._rows = 0
         self._seconds = dict.fromkeys(("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0)
-        self._pictures = 0
+        self._images = 0
         self._begun = time.perf_counter()
 
     def add(self, name: str, seconds: float) -> None:
@@ -71,14 +71,14 @@ class Stopwatch:
         with self._lock:
             self._seconds[name] += seconds
 
-    def picture(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
+    def image(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
         """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU seconds of both."""
         with self._lock:
             self._seconds["read"] += read_s
             self._seconds["decode"] += decode_s
             self._seconds["decode_wall"] += decode_wall_s
             self._decoders_cpu += cpu_s
-            self._pictures += 1
+            self._images += 1
 
     def through(self, rows: int) -> None:
         """Count rows that have their answers. Called by the thread that runs the loop."""
@@ -115,4 +115,4 @@ class Stopwatch:
             session_cpu = 0.0
             if self._on_cpu and self._process_begun is not None:  # what no other thread of this process has used
                 session_cpu = max(0.0, time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu)
-            return Clock(**self._seconds, session_cpu=session_cpu, pictures=self._pictures)
+            return Clock(**self._seconds, session_cpu=session_cpu, images=self._images)

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page about a job, for people. See `docs/report.md`.
 
 figures.py      the parts → figures, in one pass
-thumbnails.py   pictures → small JPEGs, fetched and decoded again
+thumbnails.py   images → small JPEGs, fetched and decoded again
 charts.py       numbers → what the template draws
 page.py         all of it → HTML, by page.html.j2, page.css and page.js
 """

@@ -97,7 +97,7 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
 
 
 PIECES: Mapping[str, tuple[str, str]] = {
-    "starved": ("waiting for pictures", "c1"),
+    "starved": ("waiting for images", "c1"),
     "compute": ("waiting for the session", "c0"),
     "write": ("writing results", "c2"),
     "other": ("starting and the rest", "rest"),

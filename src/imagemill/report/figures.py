@@ -1,4 +1,4 @@
-"""The figures of a report: one pass over the parts, in memory that no number of pictures changes."""
+"""The figures of a report: one pass over the parts, in memory that no number of images changes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BINS = 20
 """Of the histogram of probabilities."""
 CLASSES = 20
 """Most frequent classes that are named."""
-SURE_PICTURES, SAMPLED = 24, 48
-"""Pictures in each of the two ends of the gallery, and in the sample."""
+SURE_IMAGES, SAMPLED = 24, 48
+"""Images in each of the two ends of the gallery, and in the sample."""
 EXAMPLES = 8
-"""Failed pictures that are named, of each status."""
+"""Failed images that are named, of each status."""
 _COUNTED = ("status", "class_id", "probability")
 _TOLD = ("index", "source", "path", "status", "error", "class_id", "label", "probability", "top_k", "width", "height")
 
@@ -41,7 +41,7 @@ class ClassCount:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One picture that the report names: its row."""
+    """One image that the report names: its row."""
 
     index: int
     shard: int
@@ -70,25 +70,25 @@ class Figures:
     """The most frequent ones, at most `CLASSES`."""
     classes_seen: int
     other_images: int
-    """Pictures of the classes that are not named."""
+    """Images of the classes that are not named."""
     other_probability: float
     """Their mean probability; 0 where there are none."""
     probabilities: tuple[int, ...]
-    """Pictures per bin of their top-1 probability; `BINS` bins of equal width from 0 to 1."""
+    """Images per bin of their top-1 probability; `BINS` bins of equal width from 0 to 1."""
     mean_probability: float | None
     examples: Mapping[str, tuple[Told, ...]]
-    """Failed pictures by status, in plan order."""
+    """Failed images by status, in plan order."""
     most_certain: tuple[Told, ...]
     least_certain: tuple[Told, ...]
     sample: tuple[Told, ...]
-    """At random, in plan order, of the pictures that are in neither of the two."""
+    """At random, in plan order, of the images that are in neither of the two."""
     backend: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the libraries that decided the answers."""
 
 
 class _Least:
-    """The `count` pictures with the smallest keys seen so far; of equal keys, the ones that come first in the plan."""
+    """The `count` images with the smallest keys seen so far; of equal keys, the ones that come first in the plan."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -134,7 +134,7 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     statuses: Counter[str] = Counter()
     counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))
     bins = np.zeros(BINS, np.int64)
-    most, least, sample = _Least(SURE_PICTURES), _Least(SURE_PICTURES), _Least(2 * SURE_PICTURES + SAMPLED)
+    most, least, sample = _Least(SURE_IMAGES), _Least(SURE_IMAGES), _Least(2 * SURE_IMAGES + SAMPLED)
     failed: dict[str, _Least] = {}
     metadata: Mapping[bytes, bytes] = {}
     for shard, table in zip(shards, ledger.tables(paths, [shard.number for shard in shards], _COUNTED), strict=True):
@@ -156,7 +156,7 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
             lost = shard.first + np.flatnonzero(pc.equal(table["status"], status).to_numpy())
             failed.setdefault(status, _Least(EXAMPLES)).offer(shuffled(lost, seed), lost)
     ok = statuses.pop(Status.OK.value, 0)
-    ends = min(SURE_PICTURES, ok // 3)
+    ends = min(SURE_IMAGES, ok // 3)
     chosen_most = most.indices[:ends].tolist()
     chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
     apart = {*chosen_most, *chosen_least}
@@ -185,7 +185,7 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
 
 
 def _told(paths: JobPaths, shards: Sequence[Shard], indices: Iterable[int]) -> dict[int, Told]:
-    """The rows of some pictures, by index."""
+    """The rows of some images, by index."""
     firsts = [shard.first for shard in shards]
     by_shard: dict[int, list[int]] = {}
     for index in sorted(indices):

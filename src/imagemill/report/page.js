@@ -17,16 +17,16 @@ if (filter) {
   const text = byId("text"), chosenClass = byId("class"), chosenPart = byId("part");
   const parts = [...document.querySelectorAll(".part")].map((part) => ({
     part,
-    pictures: [...part.querySelectorAll(".pictures > li")].map((item) => ({ item, words: item.textContent.toLowerCase() })),
+    images: [...part.querySelectorAll(".images > li")].map((item) => ({ item, words: item.textContent.toLowerCase() })),
   }));
-  const total = parts.reduce((sum, { pictures }) => sum + pictures.length, 0);
+  const total = parts.reduce((sum, { images }) => sum + images.length, 0);
   const apply = () => {
     const wanted = text.value.trim().toLowerCase();
     let shown = 0;
-    for (const { part, pictures } of parts) {
+    for (const { part, images } of parts) {
       const isChosen = !chosenPart.value || part.id === chosenPart.value;
       let here = 0;
-      for (const { item, words } of pictures) {
+      for (const { item, words } of images) {
         const fits = isChosen && (!chosenClass.value || item.dataset.class === chosenClass.value) && words.includes(wanted);
         item.hidden = !fits;
         here += fits;
@@ -34,7 +34,7 @@ if (filter) {
       part.hidden = !here;
       shown += here;
     }
-    byId("shown").textContent = `${shown} of ${total} pictures shown`;
+    byId("shown").textContent = `${shown} of ${total} images shown`;
   };
   text.addEventListener("input", apply);
   chosenClass.addEventListener("change", apply);

@@ -46,7 +46,7 @@ def render(
         frozen: the job.
         summary: None where the job is not finished.
         figures: what the parts say.
-        thumbnails_made: by index, of every picture that the gallery shows.
+        thumbnails_made: by index, of every image that the gallery shows.
     """
     style, script = (Markup((_HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))  # noqa: S704 - our own files
     devices = [(device, charts.shares(device, summary.seconds)) for device in summary.devices if device.clock] if summary else []
@@ -135,7 +135,7 @@ def _seconds(value: float) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """What the browser lets the page do: show its own pictures, style and script, load nothing, send nothing."""
+    """What the browser lets the page do: show its own images, style and script, load nothing, send nothing."""
     return Markup("default-src 'none'; img-src data:; style-src '{}'; script-src '{}'; base-uri 'none'; form-action 'none'").format(
         _hash(style), _hash(script)
     )
@@ -151,7 +151,7 @@ def _data_uri(jpeg: bytes) -> str:
 
 
 def _classes(figures: Figures) -> list[tuple[int, str, int]]:
-    """Classes of the gallery's pictures by label: id, label, pictures there."""
+    """Classes of the gallery's images by label: id, label, images there."""
     found: dict[int, tuple[str, int]] = {}
     for told in (*figures.most_certain, *figures.least_certain, *figures.sample):
         assert told.class_id is not None
@@ -172,7 +172,7 @@ def _gate(frozen: Frozen) -> list[dict[str, Any]]:
     found = []
     for precision, record in _mapping(records).items():
         verdict = _mapping(_mapping(record).get("verdict"))
-        if {"pictures", "agreement", "wilson_low", "wilson_high", "reason", "accepted"} <= verdict.keys():
+        if {"images", "agreement", "wilson_low", "wilson_high", "reason", "accepted"} <= verdict.keys():
             speedup = _mapping(record).get("speedup")
             found.append({**verdict, "precision": precision, "speedup": speedup, "used": precision == job.precision})
     return found
@@ -248,7 +248,7 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
                 ("top-k", str(job.top_k)),
                 ("also saved", ", ".join(job.save) or "nothing"),
                 (
-                    "limits of a picture",
+                    "limits of an image",
                     [f"{job.limits.max_pixels:,} pixels", f"{job.limits.max_bytes:,} bytes", f"{job.limits.max_seconds:g} s"],
                 ),
             ],

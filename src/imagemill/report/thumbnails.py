@@ -1,6 +1,6 @@
-"""Thumbnails of pictures, fetched and decoded again from where they lay: what the model saw of them, as small JPEGs.
+"""Thumbnails of images, fetched and decoded again from where they lay: what the model saw of them, as small JPEGs.
 
-Nothing that a picture or its source does harms the report: bytes are fetched by threads that may hang, and decoded in a process that may
+Nothing that an image or its source does harms the report: bytes are fetched by threads that may hang, and decoded in a process that may
 die. All have one deadline; what is late, gone or broken has a reason instead.
 """
 
@@ -22,7 +22,7 @@ from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.records import BadPicture, Job, Shard, Status
+from imagemill.records import BadImage, Job, Shard, Status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ _QUALITIES = (78, 60, 40, 20)
 _MOST_BYTES = 16_384
 """Of one thumbnail: ninety-six of them are 2 MB in base 64."""
 _FETCHED_BYTES = 64 * 2**20
-"""Of a picture that is fetched for the sake of a thumbnail."""
+"""Of an image that is fetched for the sake of a thumbnail."""
 _FETCHERS = 4
 _DECODING_S = 5.0
 SECONDS = 60.0
@@ -59,28 +59,28 @@ class _Fetched:
     data: bytes = b""
     reason: str = ""
     resized: bool = False
-    """Whether the picture has another size than when it was listed."""
+    """Whether the image has another size than when it was listed."""
 
 
-def make(paths: JobPaths, job: Job, shards: Sequence[Shard], pictures: Sequence[Told], seconds: float = SECONDS) -> dict[int, Thumbnail]:
-    """Make a thumbnail of each of these pictures.
+def make(paths: JobPaths, job: Job, shards: Sequence[Shard], images: Sequence[Told], seconds: float = SECONDS) -> dict[int, Thumbnail]:
+    """Make a thumbnail of each of these images.
 
     Args:
         paths: of the output.
-        job: the frozen job, whose recipe the pictures are prepared by.
+        job: the frozen job, whose recipe the images are prepared by.
         shards: all of the plan.
-        pictures: rows whose status is ok.
+        images: rows whose status is ok.
         seconds: for all of them.
 
     Returns:
-        by index, one for every picture.
+        by index, one for every image.
     """
     made: dict[int, Thumbnail] = {}
     deadline = time.monotonic() + seconds
     limits = replace(job.limits, max_bytes=min(job.limits.max_bytes, _FETCHED_BYTES), max_seconds=min(job.limits.max_seconds, _DECODING_S))
-    fetching = _Fetching(paths, job, shards, pictures, limits.max_bytes)
+    fetching = _Fetching(paths, job, shards, images, limits.max_bytes)
     with IsolatedDecoder() as decoder, contextlib.closing(fetching):
-        while len(made) < len(pictures) and (fetched := fetching.next(deadline)):
+        while len(made) < len(images) and (fetched := fetching.next(deadline)):
             told = fetched.told
             if fetched.reason:
                 made[told.index] = Thumbnail(reason=fetched.reason)
@@ -93,11 +93,11 @@ def make(paths: JobPaths, job: Job, shards: Sequence[Shard], pictures: Sequence[
             if decoded.pixels is None:
                 made[told.index] = Thumbnail(reason=decoded.error or decoded.status)
             elif fetched.resized or (decoded.width, decoded.height) != (told.width, told.height):
-                made[told.index] = Thumbnail(reason="the picture has changed since it was classified")
+                made[told.index] = Thumbnail(reason="the image has changed since it was classified")
             else:
                 made[told.index] = encode(decoded.pixels)
     late = Thumbnail(reason=f"it could not be had within {seconds:g} s for all")
-    return {told.index: made.get(told.index, late) for told in pictures}
+    return {told.index: made.get(told.index, late) for told in images}
 
 
 def encode(pixels: NDArray[np.uint8]) -> Thumbnail:
@@ -115,23 +115,23 @@ def encode(pixels: NDArray[np.uint8]) -> Thumbnail:
 
 
 class _Fetching:
-    """Fetches pictures a few at a time, in threads that end with the process if their source never answers."""
+    """Fetches images a few at a time, in threads that end with the process if their source never answers."""
 
-    def __init__(self, paths: JobPaths, job: Job, shards: Sequence[Shard], pictures: Iterable[Told], max_bytes: int) -> None:
+    def __init__(self, paths: JobPaths, job: Job, shards: Sequence[Shard], images: Iterable[Told], max_bytes: int) -> None:
         self._opened = sources.open_all(job.sources, aside=paths.plan, access=job.access)
         self._max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[Told, plan.PlannedRow]] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[_Fetched] = queue.SimpleQueue()
         self._room = threading.Semaphore(_FETCHERS)
         self._closed = False
-        rows = _planned(paths, shards, pictures)
+        rows = _planned(paths, shards, images)
         for told, row in rows:
             self._wanted.put((told, row))
         for _ in range(min(_FETCHERS, len(rows))):
             threading.Thread(target=self._work, daemon=True, name="thumbnail").start()
 
     def next(self, deadline: float) -> _Fetched | None:
-        """Another picture; None: the deadline is over."""
+        """Another image; None: the deadline is over."""
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return None
@@ -161,18 +161,18 @@ class _Fetching:
     def _fetch(self, told: Told, row: plan.PlannedRow) -> _Fetched:
         try:
             data = self._opened[row.source].fetch(row.path, row.locator, self._max_bytes)
-        except BadPicture as bad:
+        except BadImage as bad:
             return _Fetched(told, reason=f"{bad.status}: {bad.error}" if bad.status is not Status.MISSING else bad.error)
-        except Exception as error:  # whatever it is, the report goes on without this picture
+        except Exception as error:  # whatever it is, the report goes on without this image
             return _Fetched(told, reason=f"{type(error).__name__}: {error}")
         return _Fetched(told, data, resized=row.size >= 0 and len(data) != row.size)
 
 
-def _planned(paths: JobPaths, shards: Sequence[Shard], pictures: Iterable[Told]) -> list[tuple[Told, plan.PlannedRow]]:
-    """Pictures with their rows of the plan, which know them byte for byte."""
+def _planned(paths: JobPaths, shards: Sequence[Shard], images: Iterable[Told]) -> list[tuple[Told, plan.PlannedRow]]:
+    """Images with their rows of the plan, which know them byte for byte."""
     by_number: Mapping[int, Shard] = {shard.number: shard for shard in shards}
     by_shard: dict[int, list[Told]] = {}
-    for told in pictures:
+    for told in images:
         by_shard.setdefault(told.shard, []).append(told)
     found = []
     for number, here in by_shard.items():

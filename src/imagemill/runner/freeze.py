@@ -48,12 +48,12 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     filters = filters_of(settings)
     skipped = Skipped()
     listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
-    if not listed.pictures:
+    if not listed.images:
         raise no_images(settings, skipped)
     for note in skipped.notes():
         watcher.say(note)
     by_group = listed.groups == len(chosen) > 1
-    shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
+    shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
     paths.spool.unlink()
     access = access_of(settings)
@@ -63,7 +63,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
         )
     model = with_recipe(model, settings)
-    prepared = _prepare(settings, paths, chosen, model, listed.pictures, watcher)
+    prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
     job = batch_size.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
     frozen = Frozen(
         format=_FORMAT,
@@ -73,7 +73,7 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         filters=filters,
         limit=settings.limit,
         shard_size=shard_size,
-        pictures=listed.pictures,
+        images=listed.images,
         groups=listed.groups if by_group else 1,
         skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
         skipped_hidden=skipped.hidden,
@@ -127,8 +127,8 @@ def _job(
     )
 
 
-def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, pictures: int, watcher: Watcher) -> Prepared:
-    """Resolve the precision, on the job's own pictures where something must be measured."""
+def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, images: int, watcher: Watcher) -> Prepared:
+    """Resolve the precision, on the job's own images where something must be measured."""
     from imagemill.tuning import precisions  # brings NumPy and the decoder, which a repeated command can do without
 
     def entries() -> Iterator[records.Entry]:
@@ -142,7 +142,7 @@ def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], 
         model,
         resolved,
         entries,
-        pictures,
+        images,
         chosen=chosen,
         limits=_limits(settings, Limits()),
         access=access_of(settings),

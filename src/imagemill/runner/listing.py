@@ -53,7 +53,7 @@ def filters_of(settings: Settings) -> Filters:
 
 
 def listing(settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None) -> Iterator[records.Entry]:
-    """The pictures of new settings, in plan order. Raises: SourceError."""
+    """The images of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
     return islice(entries(resolved, filters_of(settings), skipped, output, aside, access_of(settings)), settings.limit)
 
@@ -148,7 +148,7 @@ def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> N
 
 
 def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
-    """How many pictures the sources hold that the plan does not, and the first of their names; both are read in order, side by side."""
+    """How many images the sources hold that the plan does not, and the first of their names; both are read in order, side by side."""
     ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
     if ordered != [source.ordered for source in sources.open_all(frozen.job.sources, access=frozen.job.access)]:
         raise SourceError("a folder moved to an object store, or back, which lists images in another order.")

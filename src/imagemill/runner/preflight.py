@@ -1,18 +1,18 @@
-"""What a new job is going to be: a sample of its pictures, looked at by a child process while the workers start.
+"""What a new job is going to be: a sample of its images, looked at by a child process while the workers start.
 
-The child reads and decodes pictures spread evenly over the plan, and tells of each; it may be killed by any of them, or hang, and is ended
-when its time is up: what it told until then counts. It hurries while the workers start, and gives way once they have pictures. What it
+The child reads and decodes images spread evenly over the plan, and tells of each; it may be killed by any of them, or hang, and is ended
+when its time is up: what it told until then counts. It hurries while the workers start, and gives way once they have images. What it
 takes then makes the job look slower than it is, so the display is told of it and takes no rate from that time. How fast the job computes
 is not probed, which would cost a second compilation: the job itself shows that within seconds, and only then is its time foretold. So two
 lines come at once, two a little later, and neither the workers nor the answers wait for them.
 
-What it may cost is 2 % of the CPU time that the job takes at the very least: for its pictures to be decoded, and for a model of its size to
+What it may cost is 2 % of the CPU time that the job takes at the very least: for its images to be decoded, and for a model of its size to
 be computed by fast int8 units; nor may it last longer than a twentieth of that job on all of its cores. Where the child's start alone costs
 more, the job is small, and there is none.
 
 parent                        child
 Sample ──────────────────────►
-      ◄─────────────────────── Looked     of each picture
+      ◄─────────────────────── Looked     of each image
       ◄─────────────────────── Done
 """
 
@@ -42,7 +42,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import cores_here
 from imagemill.pipeline.stopwatch import SHORT_S
-from imagemill.records import BadPicture, Clock, DeviceSpec, Job, Preflight, Progress, Receipt, Saved, Shard, Status
+from imagemill.records import BadImage, Clock, DeviceSpec, Job, Preflight, Progress, Receipt, Saved, Shard, Status
 from imagemill.system import processes, storage
 
 _log = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ _LASTING: Final = 0.05
 _START_S: Final = 0.5
 """CPU time of starting the child: 0.33 to 0.4 s (Xeon, 2 cores, 2026-11)."""
 _DECODING_S: Final = 0.002
-"""CPU time of decoding a picture at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores, 2026-11)."""
+"""CPU time of decoding an image at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores, 2026-11)."""
 _COMPUTING_S: Final = 0.6e-9
-"""CPU time of computing a picture at the least, for each parameter: resnext101_32x4d in int8 on one core, 27 ms for 44 M parameters."""
+"""CPU time of computing an image at the least, for each parameter: resnext101_32x4d in int8 on one core, 27 ms for 44 M parameters."""
 _MOST: Final = 300
-"""Pictures to look at."""
+"""Images to look at."""
 _MOST_REMOTE: Final = 24
 """Of these, that are asked of a server: each is a request that the job will make again."""
 _FEWEST: Final = 10
@@ -69,7 +69,7 @@ _DEADLINE_S: Final = 20.0
 _NICE: Final = 10
 """Priority of the child once workers are ready."""
 _LATELY: Final = 8
-"""Pictures, by which it is judged whether the child mostly decodes."""
+"""Images, by which it is judged whether the child mostly decodes."""
 _SETTLED_S: Final = 3.0
 """After the first answers, before the rate is believed."""
 _LEAST_SCALE, _MOST_SCALE = 0.25, 4.0
@@ -80,7 +80,7 @@ class Sample:
     """What to look at."""
 
     job: Job
-    pictures: int
+    images: int
     wanted: int
     cores: tuple[int, ...]
     budget_s: float
@@ -89,7 +89,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """One picture."""
+    """One image."""
 
     status: Status
     read_s: float
@@ -104,16 +104,16 @@ class Done:
     cpu_s: float
 
 
-def budget_s(pictures: int, parameters: int, devices: Sequence[DeviceSpec]) -> float:
+def budget_s(images: int, parameters: int, devices: Sequence[DeviceSpec]) -> float:
     """CPU time that a preflight may cost, seconds; 0: there is to be none.
 
     Args:
-        pictures: of the job.
+        images: of the job.
         parameters: of its model.
         devices: of the job; those that are no processor cores compute without them.
     """
     on_cores = all(device.kind in ("cpu", "null") for device in devices)
-    least_s = pictures * (_DECODING_S + (_COMPUTING_S * parameters if on_cores else 0.0))
+    least_s = images * (_DECODING_S + (_COMPUTING_S * parameters if on_cores else 0.0))
     allowed = least_s * min(SHARE, _LASTING / max(1, len({core for device in devices for core in device.cores})))
     return allowed if allowed > _START_S else 0.0
 
@@ -130,9 +130,9 @@ class Lookout:
 
     def __init__(self, job: Job, shards: Sequence[Shard], devices: Sequence[DeviceSpec], say: Callable[[str], None]) -> None:
         self._job, self._shards, self._say = job, shards, say
-        self._pictures = sum(shard.count for shard in shards)
+        self._images = sum(shard.count for shard in shards)
         self._threads = sum(job.num_workers or len(device.cores) for device in devices)
-        self._pace = Pace(self._pictures, 0)
+        self._pace = Pace(self._images, 0)
         self._first_answers: float | None = None
         self._looked: list[Looked] = []
         self._bytes = self._rows = 0
@@ -143,10 +143,10 @@ class Lookout:
         self._deadline = time.monotonic() + _DEADLINE_S
         self.found: Preflight | None = None
         """What was said; None as long as nothing was."""
-        budget = budget_s(self._pictures, job.card.parameters, devices)
+        budget = budget_s(self._images, job.card.parameters, devices)
         if budget:
             try:
-                self._start(Sample(job, self._pictures, min(_MOST, self._pictures), cores_here(devices), budget))
+                self._start(Sample(job, self._images, min(_MOST, self._images), cores_here(devices), budget))
             except OSError as error:
                 _log.warning("no preflight: %s", error)
 
@@ -221,12 +221,12 @@ class Lookout:
                         self._sampled()
                         return
         except (EOFError, OSError):
-            _log.warning("the preflight died of a picture, after %d", len(self._looked))
+            _log.warning("the preflight died of an image, after %d", len(self._looked))
             self._looked.append(Looked(Status.CRASHED_DECODER, 0.0, 0.0))
             self._sampled()
             return
         if time.monotonic() > self._deadline:
-            _log.warning("the preflight is ended after %d pictures: its time is up", len(self._looked))
+            _log.warning("the preflight is ended after %d images: its time is up", len(self._looked))
             self._sampled()
 
     def _end(self) -> None:
@@ -259,17 +259,17 @@ class Lookout:
         )
         readable = f"{100 * bad.total() / len(looked):.1f} % unreadable ({statuses(bad)})" if bad else "none unreadable"
         within = f"{100 * low:.1f} to {100 * high:.1f} %" if bad else f"at most {100 * high:.1f} %"
-        self._say(f"preflight: {len(looked)} of {self._pictures:,} pictures tried: {readable}")
+        self._say(f"preflight: {len(looked)} of {self._images:,} images tried: {readable}")
         self._say(f"preflight: so {within} of all are likely to be unreadable")
 
     def _foretell(self, rate: float, bottleneck: str | None, progress: Progress) -> None:
-        """The first seconds have shown how fast the job goes; where pictures bound it, those ahead may be larger or smaller."""
+        """The first seconds have shown how fast the job goes; where images bound it, those ahead may be larger or smaller."""
         assert self.found is not None
         self._foretold = True
         if bottleneck in ("read", "decode"):
             rate *= self._scale(progress.clock, bottleneck)
         done = sum(progress.devices.values())
-        seconds = progress.since_first_lease_s + (self._pictures - done) / rate
+        seconds = progress.since_first_lease_s + (self._images - done) / rate
         size = self._result_bytes()
         self.found = replace(
             self.found,
@@ -286,21 +286,21 @@ class Lookout:
             self._say(f"preflight: {', '.join([*alone, *room])}")
 
     def _scale(self, clock: Clock, bottleneck: str) -> float:
-        """How much faster the pictures of the whole plan are to read or decode than those so far."""
-        lately = getattr(clock, bottleneck) / max(clock.pictures, 1)
+        """How much faster the images of the whole plan are to read or decode than those so far."""
+        lately = getattr(clock, bottleneck) / max(clock.images, 1)
         everywhere = sum(getattr(item, f"{bottleneck}_s") for item in self._looked) / len(self._looked)
         return min(_MOST_SCALE, max(_LEAST_SCALE, lately / everywhere)) if lately and everywhere else 1.0
 
     def _result_bytes(self) -> int | None:
         """Size of all parts: as the first of them are, else as they mostly are; None: how many features the model has is not known."""
         if self._rows:
-            return round(self._bytes / self._rows * self._pictures)
+            return round(self._bytes / self._rows * self._images)
         if Saved.EMBEDDING in self._job.save:
             return None
         ok = sum(item.status is Status.OK for item in self._looked) / len(self._looked)
         classes = len(self._job.card.labels)
         row = 25 + ok * (9 * min(self._job.top_k, classes) + (3.7 * classes if Saved.LOGITS in self._job.save else 0))
-        return round(self._pictures * row + 5_000 * len(self._shards))
+        return round(self._images * row + 5_000 * len(self._shards))
 
 
 def _size(size: int) -> str:
@@ -315,9 +315,9 @@ def _size(size: int) -> str:
 # ── the child ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def spread(pictures: int, wanted: int) -> list[int]:
-    """Indices of `wanted` of so many pictures, spread evenly, in `_PASSES` ascending passes that are each spread evenly."""
-    every = [(2 * number + 1) * pictures // (2 * wanted) for number in range(wanted)]
+def spread(images: int, wanted: int) -> list[int]:
+    """Indices of `wanted` of so many images, spread evenly, in `_PASSES` ascending passes that are each spread evenly."""
+    every = [(2 * number + 1) * images // (2 * wanted) for number in range(wanted)]
     return [index for start in range(_PASSES) for index in every[start::_PASSES]]
 
 
@@ -333,7 +333,7 @@ def look(sample: Sample) -> Iterator[Looked]:
     remote = 0
     shard: Shard | None = None
     rows: list[plan.PlannedRow] = []
-    for index in spread(sample.pictures, sample.wanted):
+    for index in spread(sample.images, sample.wanted):
         if time.process_time() > sample.budget_s:
             return
         holding = shards[bisect_right(firsts, index) - 1]
@@ -350,7 +350,7 @@ def look(sample: Sample) -> Iterator[Looked]:
             data = opened[row.source].fetch(row.path, row.locator, job.limits.max_bytes)
             fetched, decoding = time.perf_counter(), time.thread_time()
             status = decode(data, job.card.recipe, job.limits).status
-        except BadPicture as bad:
+        except BadImage as bad:
             status = bad.status
         yield Looked(status, fetched - begun, time.thread_time() - decoding)
 

@@ -68,7 +68,7 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
     for name in ("max_pixels", "max_bytes", "max_seconds"):
         was, now = getattr(job.limits, name), getattr(limits, name)
         if was != now:
-            watcher.say(f"{flag_of(name)} was {was:,}, and is {now:,} this time: it holds for the pictures that are left")
+            watcher.say(f"{flag_of(name)} was {was:,}, and is {now:,} this time: it holds for the images that are left")
     job = replace(
         job,
         output=JobPaths.of(settings.output).output,

@@ -49,14 +49,14 @@ class DryRun:
     skipped_hidden: int
     skipped_by_filter: int
     first: tuple[str, ...]
-    """Paths of the first pictures."""
+    """Paths of the first images."""
     skipped_broken_links: int = 0
     notes: tuple[str, ...] = ()
     """What a run would say of broken links and empty sources."""
 
 
 def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
-    """Classify every picture of the sources, one row each, resuming what an earlier call began.
+    """Classify every image of the sources, one row each, resuming what an earlier call began.
 
     Returns:
         the summary, also written to `summary.json`.
@@ -139,7 +139,7 @@ def _carry_out(
         listing.check_moved(frozen.job.sources, frozen.job.access, paths.plan)
     if left and is_resumed:
         try:
-            sources.check(frozen.job.sources, frozen.job.access)  # or every picture left would become a `missing` row
+            sources.check(frozen.job.sources, frozen.job.access)  # or every image left would become a `missing` row
         except SourceError as error:
             raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
         model.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
@@ -151,11 +151,11 @@ def _carry_out(
     store.remove(paths, paths.summary)
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
-        watcher.say(f"resuming: {resumed:,} of {frozen.pictures:,} pictures are done")
-    guard = summarise.bad_fraction_guard(settings.max_bad_fraction, frozen.pictures, paths, shards, done)
+        watcher.say(f"resuming: {resumed:,} of {frozen.images:,} images are done")
+    guard = summarise.bad_fraction_guard(settings.max_bad_fraction, frozen.images, paths, shards, done)
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
-    shown = watcher.begin(frozen.pictures, resumed)
+    shown = watcher.begin(frozen.images, resumed)
     try:
         with preflight.Lookout(frozen.job, sampled, chosen, watcher.say) as lookout:
 
@@ -185,7 +185,7 @@ def _carry_out(
     job = frozen.job
     tally = ledger.close(paths, shards, partial(sources.as_line, job.sources), job.plan_id, job.answer_id, outcome.receipts)
     if tally.unlisted:
-        watcher.say(f"{tally.unlisted:,} failed pictures lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
+        watcher.say(f"{tally.unlisted:,} failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
     summary = replace(summarise.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
     store.write(paths, paths.summary, serialization.dumps(summary))
     if settings.report:
@@ -218,12 +218,12 @@ def dry_run(settings: Settings) -> DryRun:
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         listed = plan.spool(noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing")
-    if not listed.pictures:
+    if not listed.images:
         raise listing.no_images(settings, skipped)
-    shard_size = settings.shard_size or plan.auto_shard_size(listed.pictures, len(chosen))
+    shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
     by_suffix = dict(sorted(skipped.by_suffix.items()))
     return DryRun(
-        images=listed.pictures,
+        images=listed.images,
         shard_size=shard_size,
         skipped_by_suffix=by_suffix,
         skipped_hidden=skipped.hidden,
@@ -236,7 +236,7 @@ def dry_run(settings: Settings) -> DryRun:
 
 def _report_finished(frozen: documents.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
-    watcher.say(f"finished already: {summary.images:,} pictures in {paths.shown(paths.predictions)}")
+    watcher.say(f"finished already: {summary.images:,} images in {paths.shown(paths.predictions)}")
     try:
         count, names = listing.new_in_source(frozen, paths)
     except (SourceError, UsageError) as error:
@@ -244,7 +244,7 @@ def _report_finished(frozen: documents.Frozen, paths: JobPaths, summary: Summary
         count, names = 0, []
     if count:
         more = f" and {count - len(names):,} more" if count > len(names) else ""
-        are = "pictures are" if count > 1 else "picture is"
+        are = "images are" if count > 1 else "image is"
         watcher.say(
             f"{count:,} {are} new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
         )

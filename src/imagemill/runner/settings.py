@@ -14,7 +14,7 @@ from imagemill.records import (
 from imagemill.runner.listing import access_of
 
 MAX_COUNT = 2**48
-"""Of whatever is counted: beyond all pictures there are, and what a byte or an address takes of it still fits into 64 bits."""
+"""Of whatever is counted: beyond all images there are, and what a byte or an address takes of it still fits into 64 bits."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -49,7 +49,7 @@ def check_settings(settings: Settings) -> None:
     if settings.background is not None:
         parse_colour(settings.background)
     if not settings.sources:
-        raise UsageError("give at least one SOURCE: a folder or a picture.")
+        raise UsageError("give at least one SOURCE: a folder or an image.")
     sources.resolve(settings.sources)
     access_of(settings)
 

@@ -23,17 +23,17 @@ from imagemill.workers.launcher import Outcome
 
 
 def bad_fraction_guard(
-    fraction: float | None, pictures: int, paths: JobPaths, shards: Sequence[Shard], done: set[int]
+    fraction: float | None, images: int, paths: JobPaths, shards: Sequence[Shard], done: set[int]
 ) -> Callable[[Receipt], None]:
-    """Ends the job once more than `fraction` of all its pictures are known to be bad."""
+    """Ends the job once more than `fraction` of all its images are known to be bad."""
     if fraction is None:
         return lambda _: None
     bad = sum(sum(ledger.examine(paths, s.number).failed_by_status.values()) for s in shards if s.number in done)
 
     def check() -> None:
-        if bad > fraction * pictures:
+        if bad > fraction * images:
             raise TooManyBadError(
-                f"{bad:,} of {pictures:,} pictures are bad, more than --max-bad-fraction {fraction:g} allows. "
+                f"{bad:,} of {images:,} images are bad, more than --max-bad-fraction {fraction:g} allows. "
                 "See the status and error columns; repeat the command with a larger fraction, or without it, to resume."
             )
 
@@ -126,7 +126,7 @@ def judge(
     bottleneck = stopwatch.bound_by(total, seconds)
     rates = {"achieved": round(rows / seconds, 3)}
     if total.read + total.decode:
-        rates["decode_only"] = round(total.pictures * threads / (total.read + total.decode), 3)
+        rates["decode_only"] = round(total.images * threads / (total.read + total.decode), 3)
     at_once, computing = len(clocks), seconds * len(clocks) - total.starved - total.write
     if cores:
         at_once, computing = cores, total.session_cpu
@@ -136,7 +136,7 @@ def judge(
         return None, rates, f"too short to tell what bounded it: {seconds:.1f} s, less than {stopwatch.SHORT_S:g} s"
     advice = {
         "compute": "a lower precision or one more device would help",
-        "decode": "more cores, or smaller pictures, would help; more --num-workers if cores are idle",
+        "decode": "more cores, or smaller images, would help; more --num-workers if cores are idle",
         "read": "more --num-workers, or storage that answers faster, would help",
         "write": "a faster disk, larger shards, or fewer --save columns would help",
     }[bottleneck]

@@ -1,4 +1,4 @@
-"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on pictures that its calibration did not see."""
+"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on images that its calibration did not see."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from imagemill.records import Scores
 
 ENOUGH: Final = 1_000
-"""Held-out pictures that a verdict needs."""
+"""Held-out images that a verdict needs."""
 BAR: Final = 0.95
 """What the lower bound of the 95 % Wilson interval of the agreement must reach."""
 SURE: Final = 0.1
-"""fp32 is sure of a picture where its two largest probabilities are further apart than this."""
-TOO_FEW: Final = "too few pictures"
+"""fp32 is sure of an image where its two largest probabilities are further apart than this."""
+TOO_FEW: Final = "too few images"
 """How the reason of such a verdict starts."""
 _Z95: Final = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
@@ -27,18 +27,18 @@ _Z95: Final = 1.959963984540054
 class Verdict:
     """What the gate found."""
 
-    pictures: int
+    images: int
     agreement: float
-    """Share of the pictures whose top-1 is fp32's; 0 without pictures."""
+    """Share of the images whose top-1 is fp32's; 0 without images."""
     wilson_low: float
     """Of the agreement's 95 % interval."""
     wilson_high: float
     sure: int
-    """Pictures of which fp32 was sure, see `SURE`."""
+    """Images of which fp32 was sure, see `SURE`."""
     flips_where_sure: int
     """How many of these have another top-1."""
     mean_probability_difference: float
-    """Mean over the pictures of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and as the candidate does."""
+    """Mean over the images of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and as the candidate does."""
     accepted: bool
     reason: str
 
@@ -71,10 +71,10 @@ def probabilities(logits: NDArray[Any], scores: Scores) -> NDArray[np.float64]:
 
 
 def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS) -> Verdict:
-    """Judge a candidate by fp32's answers to the same pictures.
+    """Judge a candidate by fp32's answers to the same images.
 
     Args:
-        reference: fp32's scores, (n, classes), row by row of the same pictures as the candidate's; n may be 0.
+        reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n may be 0.
         candidate: the faster precision's. A row that is finite in only one of the two counts as another answer, and if fp32's is the finite
             one, refuses the candidate. A row that is finite in neither is left out.
         scores: what the numbers are.
@@ -83,39 +83,39 @@ def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Sco
         ValueError: the shapes differ or are not (n, classes).
     """
     if reference.ndim != 2 or reference.shape != candidate.shape or reference.shape[1] < 1:
-        raise ValueError(f"reference {reference.shape} and candidate {candidate.shape} must be one shape, (pictures, classes)")
+        raise ValueError(f"reference {reference.shape} and candidate {candidate.shape} must be one shape, (images, classes)")
     known, finite = np.isfinite(reference).all(axis=1), np.isfinite(candidate).all(axis=1)
     compared = known | finite
     reference, candidate, known, finite = reference[compared], candidate[compared], known[compared], finite[compared]
-    pictures, classes = reference.shape
-    if pictures == 0:
+    images, classes = reference.shape
+    if images == 0:
         return Verdict(0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed")
     both = known & finite
     reference, candidate = np.where(known[:, None], reference, 0), np.where(finite[:, None], candidate, 0)
-    rows = np.arange(pictures)
+    rows = np.arange(images)
     top = reference.argmax(axis=1)  # ties by class id, as in the results
     same = both & (candidate.argmax(axis=1) == top)
     before = probabilities(reference, scores)
     after = probabilities(candidate, scores)
-    sure = np.zeros(pictures, bool)
+    sure = np.zeros(images, bool)
     if classes > 1:
         two = np.partition(before, classes - 2, axis=1)[:, -2:]
         sure = known & (two[:, 1] - two[:, 0] > SURE)
     difference = np.where(both, np.abs(before[rows, top] - after[rows, top]), 1.0)
     agreed = int(same.sum())
-    low, high = wilson(agreed, pictures)
+    low, high = wilson(agreed, images)
     strange = int((~finite).sum())  # fp32's are finite in all of these
     if strange:
-        accepted, reason = False, f"NaN or infinity in the answers to {strange:,} of {pictures:,} pictures"
-    elif pictures < ENOUGH:
-        accepted, reason = False, f"{TOO_FEW}: {pictures:,} held out, {ENOUGH:,} are needed"
+        accepted, reason = False, f"NaN or infinity in the answers to {strange:,} of {images:,} images"
+    elif images < ENOUGH:
+        accepted, reason = False, f"{TOO_FEW}: {images:,} held out, {ENOUGH:,} are needed"
     elif low < BAR:
         accepted, reason = False, f"the lower bound of its agreement with fp32, {low:.4f}, is below {BAR}"
     else:
         accepted, reason = True, f"the lower bound of its agreement with fp32, {low:.4f}, reaches {BAR}"
     return Verdict(
-        pictures=pictures,
-        agreement=agreed / pictures,
+        images=images,
+        agreement=agreed / images,
         wilson_low=low,
         wilson_high=high,
         sure=int(sure.sum()),
@@ -129,7 +129,7 @@ def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Sco
 def told(verdict: Verdict) -> str:
     """A verdict's figures, in one line for people."""
     return (
-        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.pictures:,} held-out pictures "
+        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.images:,} held-out images "
         f"(95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}), {verdict.flips_where_sure:,} flips among the "
         f"{verdict.sure:,} where fp32 was sure, mean probability difference {verdict.mean_probability_difference:.4f}"
     )

@@ -25,14 +25,14 @@ from imagemill.tuning import gate, quantize, trial, trial_process
 from imagemill.tuning.trial import Record, Say, Trial
 
 CALIBRATION: Final = 300
-"""Pictures that int8 is calibrated on."""
+"""Images that int8 is calibrated on."""
 HELD_OUT: Final = gate.ENOUGH
 _SPARE: Final = 1.25
-"""Pictures picked for each that is needed, since some cannot be read."""
+"""Images picked for each that is needed, since some cannot be read."""
 _WORTH_USING: Final = 1.05
 """Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
-"""An explicit precision is judged on one picture in so many, so that its figures cost little beside the job."""
+"""An explicit precision is judged on one image in so many, so that its figures cost little beside the job."""
 _FEWEST: Final = 50
 
 
@@ -72,7 +72,7 @@ class Report:
     """What `imagemill quantize` found."""
 
     bundle: str
-    pictures: int
+    images: int
     """That the sources hold."""
     precisions: Mapping[str, Record] = field(default_factory=dict)
     """Precision → what the card now keeps: `file`, `key`, `preset`, `verdict`, `accepted`, `speedup`, …"""
@@ -90,7 +90,7 @@ def prepare(
     bundle: Bundle,
     sources_of_job: Sequence[str],
     entries: Callable[[], Iterable[Entry]],
-    pictures: int,
+    images: int,
     *,
     chosen: Sequence[DeviceSpec],
     limits: Limits | None = None,
@@ -103,10 +103,10 @@ def prepare(
         setting: `auto`, or a precision; None means auto.
         bundle: its card with the recipe that the job uses.
         sources_of_job: resolved, as entries number them.
-        entries: lists the job's pictures; called only if some are needed, and walked over once, in bounded memory.
-        pictures: how many these are.
+        entries: lists the job's images; called only if some are needed, and walked over once, in bounded memory.
+        images: how many these are.
         chosen: the job's devices.
-        limits: budgets of one picture.
+        limits: budgets of one image.
         access: where the sources are now, and how they are asked for.
         say: takes a line for the user.
 
@@ -136,9 +136,9 @@ def prepare(
         precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
         return Prepared(precision, "model", bundle.dir / bundles.MODEL)
     if setting in (None, "auto"):
-        choice = _automatic(base, entries, pictures, tell)
+        choice = _automatic(base, entries, images, tell)
     else:
-        choice = _explicit(Precision(setting), base, entries, pictures, tell)
+        choice = _explicit(Precision(setting), base, entries, images, tell)
     return Prepared(choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines))
 
 
@@ -163,14 +163,14 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
         raise ModelError(f"{model_file} is not the file that the job was started with: its sha256 is {found}, was {sha256}. Start anew.")
 
 
-def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choice:
+def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice:
     """Pick the fastest precision that the card's verdicts allow; nothing is measured.
 
     A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file is whole.
 
     Args:
         bundle: its card with the recipe that the job uses.
-        pictures: of the job; decides what is worth trying.
+        images: of the job; decides what is worth trying.
         flags: of the processor; None looks them up.
     """
     flags = cpu.flags() if flags is None else flags
@@ -186,15 +186,15 @@ def choose(bundle: Bundle, pictures: int, flags: set[str] | None = None) -> Choi
                 continue
             reasons.append(f"{precision} is used: {verdict.get('reason')}")
             return replace(_chosen(bundle, precision, record), reasons=tuple(reasons), worth_trying=tuple(worth))
-        if record and verdict.get("pictures", 0) >= gate.ENOUGH:
+        if record and verdict.get("images", 0) >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
         elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
-        elif record and not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
-            reasons.append(f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more pictures decides")
-        elif not trial.pays(precision, pictures, CALIBRATION, HELD_OUT):
+        elif record and not trial.pays(precision, images, CALIBRATION, HELD_OUT):
+            reasons.append(f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more images decides")
+        elif not trial.pays(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
-                f"{precision} is not used: {pictures:,} pictures are too few for trying it to pay; "
+                f"{precision} is not used: {images:,} images are too few for trying it to pay; "
                 "`imagemill quantize` measures whether it answers as fp32 does, and keeps the verdict"
             )
         else:
@@ -234,19 +234,19 @@ def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> 
     return Choice(precision, name.removesuffix(".xml"), bundle.dir / name, str(record["sha256"]))
 
 
-def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: int, say: Say) -> Choice:
+def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say) -> Choice:
     """See `prepare`. What goes wrong with a faster precision costs the job nothing but that precision."""
-    choice = choose(base.bundle, pictures)
+    choice = choose(base.bundle, images)
     if choice.worth_trying:
         some, _ = thin(entries(), _wanted(base))
         say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
         try:
-            trial_process.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, pictures=pictures), say)
+            trial_process.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, images=images), say)
         except Interrupted:
             raise
         except ImagemillError as error:
             say(f"no faster precision could be tried: {error}")
-        choice = choose(_reloaded(base.bundle), pictures)
+        choice = choose(_reloaded(base.bundle), images)
     for reason in choice.reasons:
         say(reason)
     if choice.precision is Precision.FP32:
@@ -254,14 +254,14 @@ def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], pictures: in
     return choice
 
 
-def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], pictures: int, say: Say) -> Choice:
+def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say) -> Choice:
     """See `prepare`. The card's verdict is told; where there is none, a short trial makes one."""
     bundle = base.bundle
     record = usable(bundle, precision)
-    if record is None and pictures == 0:
+    if record is None and images == 0:
         return Choice(precision, "model", bundle.dir / bundles.MODEL)  # nothing to calibrate on, and nothing to classify
-    if record is None and (precision is Precision.INT8 or pictures >= HELD_OUT):
-        held_out = min(HELD_OUT, max(_FEWEST, pictures // _SHOWN_OF))
+    if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
+        held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)
         some, _ = thin(entries(), _wanted(quick))
         record = trial_process.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
@@ -325,15 +325,15 @@ def quantize_bundle(
         bundle: the model.
         given: sources, as on the command line.
         chosen: devices; all their cores are used by one process.
-        filters: which entries of the sources are pictures.
-        calibration: pictures to calibrate on.
-        held_out: other pictures to judge by; 1,000 at least for a verdict that `auto` follows.
+        filters: which entries of the sources are images.
+        calibration: images to calibrate on.
+        held_out: other images to judge by; 1,000 at least for a verdict that `auto` follows.
         attempts: ways of quantising to try, as long as none is accepted.
-        limits: budgets of one picture.
+        limits: budgets of one image.
         say: takes a line for the user.
 
     Raises:
-        UsageError: numbers that make no sense, or sources without pictures. ModelError, SourceError, WorkerError.
+        UsageError: numbers that make no sense, or sources without images. ModelError, SourceError, WorkerError.
     """
     for name, value in (("--calibration", calibration), ("--held-out", held_out)):
         if not 1 <= value <= 100_000:
@@ -351,11 +351,11 @@ def quantize_bundle(
         held_out=held_out,
         attempts=attempts,
     )
-    some, pictures = thin(_listing(resolved, filters or Filters()), _wanted(base))
-    if not pictures:
-        raise UsageError(f"{', '.join(given)} holds no pictures. Give a folder of pictures like those that will be classified.")
+    some, images = thin(_listing(resolved, filters or Filters()), _wanted(base))
+    if not images:
+        raise UsageError(f"{', '.join(given)} holds no images. Give a folder of images like those that will be classified.")
     found = trial_process.in_child(replace(base, entries=tuple(some)), say)
-    return Report(str(bundle.dir), pictures, found)
+    return Report(str(bundle.dir), images, found)
 
 
 def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
@@ -380,7 +380,7 @@ def report_lines(report: Report) -> list[str]:
             but = f", {len(item['ignored'])} layers in fp32" if item["ignored"] else ""
             lines.append(f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower bound {item['wilson_low']:.4f}")
         if record.get("kept") is False:
-            lines.append("  not kept: what was accepted before, on more pictures, stays")
+            lines.append("  not kept: what was accepted before, on more images, stays")
         elif "file" in record:
             lines.append(f"  kept {record['file']} in {report.bundle}")
     return lines

@@ -100,7 +100,7 @@ def quantize(
 
     Args:
         model_file: ONNX; uint8 (n, H, W, 3) goes in, normalisation included.
-        pixels: calibration pictures, uint8 (1, H, W, 3) each; walked over more than once.
+        pixels: calibration images, uint8 (1, H, W, 3) each; walked over more than once.
         subset_size: how many of them to use at most.
         preset: `performance` or `mixed`.
         ignored: names of layers to leave in fp32.
@@ -109,12 +109,12 @@ def quantize(
         an `openvino.Model` with the same input and outputs; the batch is open.
 
     Raises:
-        ModelError: there is no picture, or the model cannot be read or quantised.
+        ModelError: there is no image, or the model cannot be read or quantised.
     """
     ov, nncf = _libraries()
     items = list(pixels)[:subset_size]
     if not items:
-        raise ModelError(f"{model_file} cannot be quantised without pictures to calibrate on. Give a source that holds readable pictures.")
+        raise ModelError(f"{model_file} cannot be quantised without images to calibrate on. Give a source that holds readable images.")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws progress bars there
             model = ov.convert_model(str(model_file), input=list(items[0].shape))
@@ -177,7 +177,7 @@ def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
 
     Args:
         model: a file or an `openvino.Model` (which is left with a fixed batch).
-        batch_size: pictures in the run.
+        batch_size: images in the run.
     """
     ov = load_openvino()
     core = ov.Core()
@@ -201,7 +201,7 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
     Args:
         model_file: the model in fp32.
         quantised_file: what `quantize` made of it.
-        pixels: a few pictures, uint8 (1, H, W, 3) each.
+        pixels: a few images, uint8 (1, H, W, 3) each.
 
     Returns:
         name and mean noise-to-signal ratio, of the layers whose input is quantised.

@@ -26,7 +26,7 @@ from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, Picture, Precision, Shard
+from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, PlannedImage, Precision, Shard
 from imagemill.system import cpu, serialization
 from imagemill.tuning import gate, quantize
 
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
 _CALIBRATING: Final = 2.0
-"""Quantising costs as much as this many fp32 pictures for each that it calibrates on: resnext101_32x4d, 300 pictures in 48 s at 12.5/s."""
+"""Quantising costs as much as this many fp32 images for each that it calibrates on: resnext101_32x4d, 300 images in 48 s at 12.5/s."""
 _STARTING_S: Final = 12.0
 """Importing, converting and compiling."""
 _PROBE_S: Final = 2.0
@@ -46,7 +46,7 @@ _PRESETS: Final = ("performance", "mixed")
 _WORST: Final = (0.05, 0.15)
 """Shares of the layers that the third and fourth attempt leave in fp32."""
 _LOOKED_AT: Final = 8
-"""Pictures that the layers' sensitivities are measured on."""
+"""Images that the layers' sensitivities are measured on."""
 _SORTED_RUN: Final = 64
 _WARM_UP: Final = 8
 """Batches computed before a rate is measured."""
@@ -68,16 +68,16 @@ class Trial:
     precisions: tuple[Precision, ...]
     """To try, in this order."""
     calibration: int
-    """Pictures to calibrate on."""
+    """Images to calibrate on."""
     held_out: int
-    """Other pictures to judge by."""
+    """Other images to judge by."""
     attempts: int = 4
     """Ways of quantising to try at most, as long as none is accepted."""
-    pictures: int | None = None
+    images: int | None = None
     """Of the job that must gain more than the trial costs, and needs one precision only; None: try everything, whatever it costs."""
     batch_size: int = 4
     isolate: bool = False
-    """Decode every picture in a disposable process."""
+    """Decode every image in a disposable process."""
     access: Access = AS_GIVEN
 
 
@@ -87,30 +87,30 @@ def instruction_set(flags: set[str] | None = None) -> str:
     return next(iter(cpu.vector_units(flags)), "plain")
 
 
-def spent_pictures(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
-    """What trying a precision costs, in fp32 pictures: calibrating, and judging on the held-out ones in fp32 and in it."""
+def spent_images(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
+    """What trying a precision costs, in fp32 images: calibrating, and judging on the held-out ones in fp32 and in it."""
     calibrating = _CALIBRATING * calibration if precision is Precision.INT8 else 0.0
     return calibrating + held_out * (1 + 1 / speedup)
 
 
-def gained_pictures(pictures: int, speedup: float) -> float:
-    """What a job gains from a precision, in fp32 pictures. Decoding is the same in both, and so plays no part."""
-    return pictures * (1 - 1 / speedup)
+def gained_images(images: int, speedup: float) -> float:
+    """What a job gains from a precision, in fp32 images. Decoding is the same in both, and so plays no part."""
+    return images * (1 - 1 / speedup)
 
 
-def pays(precision: Precision, pictures: int, calibration: int, held_out: int, *, rate: float = 0.0, speedup: float | None = None) -> bool:
+def pays(precision: Precision, images: int, calibration: int, held_out: int, *, rate: float = 0.0, speedup: float | None = None) -> bool:
     """Tell whether a job gains more from a precision than trying it costs.
 
     Args:
         precision: bf16 or int8.
-        pictures: of the job.
-        calibration: pictures to calibrate on.
-        held_out: pictures to judge by.
+        images: of the job.
+        calibration: images to calibrate on.
+        held_out: images to judge by.
         rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of models.
         speedup: over fp32; None: as much as the units can.
     """
     speedup = speedup or SPEEDUP[precision]
-    return gained_pictures(pictures, speedup) > spent_pictures(precision, calibration, held_out, speedup) + _STARTING_S * rate
+    return gained_images(images, speedup) > spent_images(precision, calibration, held_out, speedup) + _STARTING_S * rate
 
 
 def split(available: int, calibration: int, held_out: int) -> tuple[list[int], list[int]]:
@@ -139,7 +139,7 @@ def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
 def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None) -> dict[str, Record]:
     """Try the precisions in turn and note each verdict in the bundle's card.
 
-    Held in memory: the calibration and held-out pictures, 150 KB each at 224×224, and fp32's answers to the latter.
+    Held in memory: the calibration and held-out images, 150 KB each at 224×224, and fp32's answers to the latter.
 
     Args:
         trial: see there.
@@ -156,7 +156,7 @@ def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | Non
     at(None)
     with quantize.locked(trial.bundle.dir):
         now = bundles.load(trial.bundle.dir)
-        if trial.pictures is not None and now.card.notes != trial.bundle.card.notes:
+        if trial.images is not None and now.card.notes != trial.bundle.card.notes:
             return {}  # another process noted something while this one waited: the caller looks again
         return _Run(trial, now, say, at).carry_out()
 
@@ -198,13 +198,13 @@ class _Run:
         records = {}
         for precision in trial.precisions:
             if reused := self._noted(precision):
-                self._say(f"{precision} was measured on these very pictures already")
+                self._say(f"{precision} was measured on these very images already")
                 records[precision.value] = reused
         wanted = [precision for precision in trial.precisions if precision.value not in records]
         if not wanted:
             return records
         pixels = self.calibration_pixels() if Precision.INT8 in wanted else []
-        if trial.pictures is not None and not (wanted := self._worth_it(wanted, pixels, trial.pictures)):
+        if trial.images is not None and not (wanted := self._worth_it(wanted, pixels, trial.images)):
             return records
         held_out = list(self._pixels(self._rest, trial.held_out))
         self._at(None)
@@ -216,13 +216,13 @@ class _Run:
             record |= {"fp32_images_per_second": round(rate, 2), "speedup": round(faster / rate, 2) if faster and rate else None}
             records[precision.value] = record
             if self._says_less(precision, record):
-                self._say(f"{precision}: the card keeps its verdict on more pictures, and what it was made on")
+                self._say(f"{precision}: the card keeps its verdict on more images, and what it was made on")
                 record["kept"] = False
                 if precision is Precision.INT8:
                     self._remove_unnamed(self._trial.bundle.dir / record["file"])
                 continue
             self._now = quantize.note(self._now, {precision.value: record})
-            if record["accepted"] and trial.pictures is not None:
+            if record["accepted"] and trial.images is not None:
                 break
         return records
 
@@ -230,17 +230,17 @@ class _Run:
         return list(self._pixels(self._first, self._trial.calibration))
 
     def _says_less(self, precision: Precision, record: Record) -> bool:
-        """Whether a record on too few pictures would take the place of one that holds here and was accepted, or rests on more of them."""
+        """Whether a record on too few images would take the place of one that holds here and was accepted, or rests on more of them."""
         before = quantize.variants(self._now).get(precision.value, {})
-        held_out = before.get("verdict", {}).get("pictures", 0)
-        counts = before.get("accepted") is True or held_out > record["verdict"]["pictures"]
+        held_out = before.get("verdict", {}).get("images", 0)
+        counts = before.get("accepted") is True or held_out > record["verdict"]["images"]
         counts = counts and all(before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe"))
         if precision is Precision.INT8 and counts:
             counts = quantize.variant_file(self._now, before) is not None
         return counts and record["verdict"]["reason"].startswith(gate.TOO_FEW)
 
     def _noted(self, precision: Precision) -> Record | None:
-        """The card's record if it is of the same pictures, versions and processor, and its file is whole."""
+        """The card's record if it is of the same images, versions and processor, and its file is whole."""
         record = quantize.variants(self._now).get(precision.value)
         if record is None or any(record.get(name) != value for name, value in self._common.items()):
             return None
@@ -254,7 +254,7 @@ class _Run:
                 return None
         return record
 
-    def _worth_it(self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], pictures: int) -> list[Precision]:
+    def _worth_it(self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], images: int) -> list[Precision]:
         """Measure for some seconds, and keep the precisions that pay. bf16 is measured, not believed: on Intel processors whose AMX is
         switched off its instructions are there and slower than fp32's (0.55 × with resnext101_32x4d, OpenVINO 2026.4, 2026-11)."""
         trial = self._trial
@@ -265,11 +265,11 @@ class _Run:
         speedups = {precision: SPEEDUP[precision] for precision in wanted}
         if Precision.BF16 in wanted:
             speedups[Precision.BF16] = self._rate(Precision.BF16, some) / rate
-        kept = [p for p in wanted if pays(p, pictures, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])]
+        kept = [p for p in wanted if pays(p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])]
         for precision, speedup in speedups.items():
             if precision in kept:
-                spent = spent_pictures(precision, trial.calibration, trial.held_out, speedup) / rate + _STARTING_S
-                gained = gained_pictures(pictures, speedup) / rate
+                spent = spent_images(precision, trial.calibration, trial.held_out, speedup) / rate + _STARTING_S
+                gained = gained_images(images, speedup) / rate
                 self._say(f"{precision} could save {gained:,.0f} s, finding out whether it answers as fp32 does takes about {spent:,.0f} s")
             elif precision is Precision.BF16 and speedup < 1:
                 self._say(f"bf16 is not tried: it makes {speedup:.2f} times the images/s of fp32 on this processor")
@@ -294,7 +294,7 @@ class _Run:
                 done += batch.filled
             return done / (time.perf_counter() - begun)
 
-    # Pictures.
+    # Images.
 
     def _pixels(self, entries: Sequence[Entry], wanted: int) -> Iterator[NDArray[np.uint8]]:
         """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
@@ -303,15 +303,15 @@ class _Run:
         opened = sources.open_all(trial.sources, access=trial.access)
         nowhere = Shard(0, 0, len(entries), 0, "", 0)
 
-        def pictures() -> Iterator[Picture]:
+        def images() -> Iterator[PlannedImage]:
             for index, entry in enumerate(_nearly_in_order(entries)):
                 fetch = partial(opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes)
                 name = opened[entry.source].name
-                yield Picture(index, nowhere, name, entry.path, entry.size, fetch, "crash" if trial.isolate else None)
+                yield PlannedImage(index, nowhere, name, entry.path, entry.size, fetch, "crash" if trial.isolate else None)
 
         with Feed(trial.bundle.card, trial.limits, 1, len(trial.cores), None, Stopwatch()) as feed:
             self._at(patience_s)
-            for batch in feed.batches(pictures()):
+            for batch in feed.batches(images()):
                 self._at(patience_s)
                 if batch.filled and wanted > 0:
                     wanted -= 1
@@ -359,7 +359,7 @@ class _Run:
             session.close()
 
     def _answers(self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], float]:
-        """Logits, float32 (n, classes), and images/s; 0 where there are too few pictures to tell."""
+        """Logits, float32 (n, classes), and images/s; 0 where there are too few images to tell."""
         with self._session(precision, file) as session:
             for _ in session.stream(islice(self._batches(pixels), _WARM_UP)):
                 pass
@@ -415,7 +415,7 @@ class _Run:
             "sha256": quantize.digest(kept.file),
             "preset": kept.scheme.preset,
             "ignored": list(kept.scheme.ignored),
-            "calibration": {"id": self._calibrated_on, "pictures": len(pixels)},
+            "calibration": {"id": self._calibrated_on, "images": len(pixels)},
             **self._common,
             "verdict": asdict(verdict),
             "accepted": verdict.accepted,
@@ -448,7 +448,7 @@ class _Run:
         self, scheme: quantize.Scheme, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]
     ) -> _Candidate:
         but = f", {len(scheme.ignored)} sensitive layers in fp32" if scheme.ignored else ""
-        self._say(f"int8: quantising on {len(pixels):,} pictures, preset {scheme.preset}{but}")
+        self._say(f"int8: quantising on {len(pixels):,} images, preset {scheme.preset}{but}")
         self._at(None)
         key = quantize.key(self._trial.bundle.card.sha256, self._calibrated_on, scheme)
         model = quantize.quantize(self._onnx, pixels, len(pixels), preset=scheme.preset, ignored=scheme.ignored)
@@ -465,7 +465,7 @@ class _Run:
 
 
 def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Shuffled entries, sorted in short runs: a table whose rows are read forward is then passed through once a run, not once a picture."""
+    """Shuffled entries, sorted in short runs: a table whose rows are read forward is then passed through once a run, not once an image."""
     for start in range(0, len(entries), _SORTED_RUN):
         yield from sorted(entries[start : start + _SORTED_RUN], key=lambda entry: (entry.source, entry.locator, entry.path))
 

@@ -1,7 +1,7 @@
 """The process that a trial of precisions runs in, and its parent.
 
-A picture that kills its decoder does not kill the job, the memory of quantising is given back, and heavy libraries stay out of the
-launcher. A child that dies or hangs is started once more, and then decodes every picture in a disposable process.
+An image that kills its decoder does not kill the job, the memory of quantising is given back, and heavy libraries stay out of the
+launcher. A child that dies or hangs is started once more, and then decodes every image in a disposable process.
 
 parent                        child
 Trial ───────────────────────►
@@ -69,7 +69,7 @@ def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
     try:
         return _attempt_in_child(trial, say)
     except _DiedError as died:
-        say(f"the trial process {died}: starting it again, each picture decoded in a process of its own")
+        say(f"the trial process {died}: starting it again, each image decoded in a process of its own")
     try:
         return _attempt_in_child(replace(trial, isolate=True), say)
     except _DiedError as died:

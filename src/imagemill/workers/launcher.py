@@ -4,13 +4,13 @@ Contract
 --------
 - Every shard that is not committed is either waiting in `Leases` or leased to exactly one worker; `wire.Done` is sent only after its part
   is durably in the output. A worker that dies or is lost gives its leases back.
-- A worker may die at any moment and of anything. It is started again, at once, and the pictures that its decoding threads were at become
+- A worker may die at any moment and of anything. It is started again, at once, and the images that its decoding threads were at become
   suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths is leased alone, with every
-  picture of it decoded that way. If a picture hangs so though its decoder is disposable, its very reading hangs, and it is given up.
+  image of it decoded that way. If an image hangs so though its decoder is disposable, its very reading hangs, and it is given up.
 - A worker that cannot start three times running, or ten deaths without one commit between them, end the job with the log's last lines.
   Nodes that are lost do not count: a hundred of them may be reclaimed at once.
 - Workers never outlive this process.
-- Nothing here grows with the number of pictures, and little with the number of shards: those not committed are held as small records.
+- Nothing here grows with the number of images, and little with the number of shards: those not committed are held as small records.
 
 Where the workers are is the crew's business: `engines.local` or `engines.ray_crew`.
 """
@@ -236,7 +236,7 @@ class Launcher:
         _log.warning("%s (pid %d) died of %s, %d shards in hand", name, died.pid, died.how, len(worker.leases))
         if not died.ready:
             self._failed_starts += 1
-        elif not died.timed_out:  # that kind of death is progress: its picture is never tried that way again
+        elif not died.timed_out:  # that kind of death is progress: its image is never tried that way again
             self._deaths_since_commit += 1
         self._refuse_endless_deaths(name, died.how, died.last_words, ready=died.ready)
         for lease in reversed(worker.leases.values()):

@@ -3,9 +3,9 @@
 Nothing here knows of processes, machines or time. Every shard that is not committed is either waiting here or leased.
 
 - Where sub-folders are dealt to devices, a device takes those of its own first; one whose own are gone takes from the longest queue.
-- What a dead worker had in hand comes back to the front of its queue. Pictures that its decoding threads were at become suspects.
-- A shard that was in hand when workers died twice is leased alone, every picture of it decoded in a disposable process. A node that was
-  lost weighs half of that: most are lost for reasons of their own, yet a picture that takes all of a node's memory takes the node.
+- What a dead worker had in hand comes back to the front of its queue. Images that its decoding threads were at become suspects.
+- A shard that was in hand when workers died twice is leased alone, every image of it decoded in a disposable process. A node that was
+  lost weighs half of that: most are lost for reasons of their own, yet an image that takes all of a node's memory takes the node.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Leases:
 
         Args:
             lease: as it was dealt.
-            noted: indices of pictures that the worker's decoding threads were at.
+            noted: indices of images that the worker's decoding threads were at.
             timed_out: those of them for whose sake it was killed.
         """
         shard = lease.shard
@@ -77,7 +77,7 @@ class Leases:
                     suspects[index] = "hung_read" if suspects.get(index) == "timeout" else "timeout"
                 else:
                     suspects.setdefault(index, "crash")
-                _log.warning("picture %d is suspected: %s", index, suspects[index])
+                _log.warning("image %d is suspected: %s", index, suspects[index])
         self._take(Lease(shard, suspects), _DEATH)
 
     def lost(self, lease: Lease) -> None:

@@ -24,7 +24,7 @@ class Died:
     ready: bool
     """Whether its session had been compiled."""
     noted: tuple[int, ...]
-    """Indices of the pictures that its decoding threads were at; none where it was not ready."""
+    """Indices of the images that its decoding threads were at; none where it was not ready."""
     timed_out: tuple[int, ...]
     """Those for whose sake it was killed."""
     last_words: str

@@ -1,7 +1,7 @@
 """One device's worker process: started, watched over, and seen to its end. Whoever supervises is the process's parent.
 
-- The pictures that its decoding threads were at are known after its death, whatever it died of: the noteboard outlives it.
-- A decoding thread that is at one picture for longer than the time budget is a death that is brought about here. So is a session that
+- The images that its decoding threads were at are known after its death, whatever it died of: the noteboard outlives it.
+- A decoding thread that is at one image for longer than the time budget is a death that is brought about here. So is a session that
   hangs: a worker with shards in hand that for ten minutes neither decodes nor takes a batch nor commits.
 - The process never outlives its supervisor.
 """
@@ -157,7 +157,7 @@ class Supervisor:
         now = time.monotonic_ns()
         hanging = tuple(n.index for n in self._board.notes() if n.since_ns and now - n.since_ns > self._limit_s * 1e9)
         if hanging:
-            _log.warning("%s is at picture %s for more than %.1f s: killed", self.device.name, hanging, self._limit_s)
+            _log.warning("%s is at image %s for more than %.1f s: killed", self.device.name, hanging, self._limit_s)
             self._timed_out = hanging
             self._process.kill()
 

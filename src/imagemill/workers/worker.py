@@ -34,7 +34,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    warnings.simplefilter("ignore")  # what libraries have to say about a picture is its row's business
+    warnings.simplefilter("ignore")  # what libraries have to say about an image is its row's business
     connection = Connection(socket)
     try:
         return _work(connection, Noteboard(notes))

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excite and with ReLU6, so that small devices and int8 can run it.
 
 Tan, Le: EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019, arXiv:1905.11946; the Lite variants are
-described in TensorFlow's TPU repository. Trained in TensorFlow, hence its "same" padding: an even picture and a stride of 2 put the odd
+described in TensorFlow's TPU repository. Trained in TensorFlow, hence its "same" padding: an even image and a stride of 2 put the odd
 pixel of padding at the bottom and right.
 """
 
@@ -55,7 +55,7 @@ def _blocks() -> Iterator[_Block]:
 
 @dataclass(frozen=True, slots=True)
 class EfficientNetLite0:
-    """The smallest of the family; takes RGB pictures of 224×224."""
+    """The smallest of the family; takes RGB images of 224×224."""
 
     classes: int = 1000
     mean: tuple[float, float, float] = (127.0, 127.0, 127.0)

@@ -28,7 +28,7 @@ _CADENE: Final = {"conv1": "0.0", "bn1": "0.1", "conv2": "0.3", "bn2": "0.4", "c
 
 @dataclass(frozen=True, slots=True)
 class ResNeXt:
-    """One member of the family; takes RGB pictures of 224×224."""
+    """One member of the family; takes RGB images of 224×224."""
 
     depth: int
     """50 or 101."""

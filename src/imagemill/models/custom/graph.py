@@ -104,7 +104,7 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
-        raise ModelError(f"{name} has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}); a picture fills one.")
+        raise ModelError(f"{name} has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}); an image fills one.")
     entry = inputs[0]
     kind = entry.type.tensor_type.elem_type
     dims = _dims(entry)
@@ -114,7 +114,7 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
 
         raise ModelError(f"{name} takes {TensorProto.DataType.Name(kind).lower()}; float32, float16 and uint8 can be fed.")
     if dims is None or len(dims) != 4:
-        raise ModelError(f"{name} takes an input of shape {shown}; a batch of pictures has four dimensions.")
+        raise ModelError(f"{name} takes an input of shape {shown}; a batch of images has four dimensions.")
     card = _filled(file, card, dims, kind)
     recipe = _recipe(card)
     logits, classes = _scores(name, model.graph, card.logits)
@@ -148,7 +148,7 @@ def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, .
         values = ", ".join(f"{channel} {low:.4g} to {high:.4g}" for channel, (low, high) in zip("RGB", ends, strict=True))
     return (
         f"input {TensorProto.DataType.Name(kind).lower()} {shown}, {card.layout}, {card.color}",
-        f"pictures: {how}, the central {recipe.size}×{recipe.size} cut out; values fed: {values}",
+        f"images: {how}, the central {recipe.size}×{recipe.size} cut out; values fed: {values}",
     )
 
 
@@ -189,12 +189,12 @@ def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> Onn
     height, width = dims[2:] if card.layout is Layout.NCHW else dims[1:3]
     sides = {side for side in (height, width) if isinstance(side, int)}
     if len(sides) > 1:
-        raise ModelError(f"{name} takes pictures of {width}×{height}; only square ones can be fed.")
+        raise ModelError(f"{name} takes images of {width}×{height}; only square ones can be fed.")
     size = card.size or next(iter(sides), None)
     if size is None:
-        raise UsageError(f"{name} takes {shown}, pictures of any size. Add --size N, the one it was trained with.")
+        raise UsageError(f"{name} takes {shown}, images of any size. Add --size N, the one it was trained with.")
     if sides and size not in sides:
-        raise UsageError(f"{name} takes pictures of {width}×{height}, --size {size} is asked for. Leave it out.")
+        raise UsageError(f"{name} takes images of {width}×{height}, --size {size} is asked for. Leave it out.")
     if kind == _types()["uint8"]:
         if card.mean is not None or card.std is not None or card.scale == 1:
             raise UsageError(f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1 out.")
@@ -217,7 +217,7 @@ def _recipe(card: OnnxCard) -> Recipe:
         resize = (size, size)
         if card.resize not in (None, f"{size}x{size}"):
             raise UsageError(
-                f"--crop none with --resize {card.resize}: without a crop every picture must come out as {size}x{size}, which is what the "
+                f"--crop none with --resize {card.resize}: without a crop every image must come out as {size}x{size}, which is what the "
                 "model takes. Leave --resize out, or the crop in."
             )
     elif card.resize is None:

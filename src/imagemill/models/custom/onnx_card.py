@@ -34,7 +34,7 @@ class Color(StrEnum):
 
 
 class Crop(StrEnum):
-    """What of the resized picture the model sees."""
+    """What of the resized image the model sees."""
 
     CENTER = "center"
     NONE = "none"
@@ -53,7 +53,7 @@ class OnnxCard:
     crop: Crop = Crop.CENTER
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
-    """Whether pictures are turned as their EXIF orientation says."""
+    """Whether images are turned as their EXIF orientation says."""
     layout: Layout | None = None
     """Default: as the file's input shape shows it; needed where it does not."""
     color: Color = Color.RGB

@@ -39,7 +39,7 @@ Say = Callable[[str], None]
 _WRAPPER: Final = 1
 """Rises when the wrapping changes, so that bundles of an older one are built anew."""
 _TOLERANCE: Final = 1e-3
-"""Between a picture's scores beside one neighbour and beside another, as a share of the largest score."""
+"""Between an image's scores beside one neighbour and beside another, as a share of the largest score."""
 _NEAR_ONE: Final = 0.05
 """How far the probabilities of a softmax may be from a sum of 1: those of a quantised one are rounded."""
 
@@ -98,7 +98,7 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
         raise UsageError(f"--model {file}: there is no such file.")
     if not beside.is_file():
         raise UsageError(
-            f"--model {file} has no card beside it, which says how pictures are prepared: {beside.name} is not there. "
+            f"--model {file} has no card beside it, which says how images are prepared: {beside.name} is not there. "
             f"Make one: `imagemill wrap {file}`, see its --help; or write it by hand (docs/models.md)."
         )
     bundles.check_external_data(file)
@@ -195,7 +195,7 @@ def _bundle_card(plan: Plan, key: str) -> Card:
 
 
 def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
-    """Answers to two made-up pictures, and to the second of them twice. Raises: ModelError."""
+    """Answers to two made-up images, and to the second of them twice. Raises: ModelError."""
     size = plan.recipe.size
     pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     pixels[1] //= 2
@@ -215,7 +215,7 @@ def _judge(plan: Plan, answers: list[dict[str, NDArray[np.float32]]]) -> tuple[i
     """Number of classes, whether there is an embedding, and notes. Raises: ModelError, UsageError."""
     name, scores = plan.file.name, answers[0]["logits"]
     if scores.shape[0] != 2 or (plan.classes is not None and scores.shape[1] != plan.classes):
-        raise ModelError(f"{name}: {plan.logits} has the shape {scores.shape} for 2 pictures; scores are (n, {plan.classes or 'classes'}).")
+        raise ModelError(f"{name}: {plan.logits} has the shape {scores.shape} for 2 images; scores are (n, {plan.classes or 'classes'}).")
     valid, valid_again = (_valid(answer) for answer in answers)
     if not valid.any():
         bad = next(output for output, values in answers[0].items() if not np.isfinite(values).all())
@@ -225,7 +225,7 @@ def _judge(plan: Plan, answers: list[dict[str, NDArray[np.float32]]]) -> tuple[i
     slack = _TOLERANCE * max(1e-6, float(np.abs(scores).max()))
     if (valid_again != valid[1]).any() or float(np.abs(again - scores[1]).max()) > slack:
         raise ModelError(
-            f"{name} answers differently to one picture beside different neighbours, so its answers could not be relied on. Export it in "
+            f"{name} answers differently to one image beside different neighbours, so its answers could not be relied on. Export it in "
             "evaluation mode, with an open batch."
         )
     notes = _judge_scores(plan, scores[valid])

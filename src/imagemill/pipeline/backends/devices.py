@@ -25,7 +25,7 @@ _COUNTED = ("cpu", "ipu", "null")
 them by id."""
 _MOST = 512
 _CORES_EACH = 16
-"""Of one of `auto`'s processes: what Python does for each picture is done under one lock a process, which ends at 4,000 to 6,000 images/s
+"""Of one of `auto`'s processes: what Python does for each image is done under one lock a process, which ends at 4,000 to 6,000 images/s
 (docs/performance.md)."""
 _WHAT = {
     "cuda": "NVIDIA GPUs",

@@ -31,7 +31,7 @@ _IN_USE_S = 2 * 86_400.0
 """What was read or written so lately is not removed: a day, and another one, since file systems note once a day that a file was read."""
 _HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
 _LARGE = 64
-"""Pictures of a batch, beyond which its size may be why a model does not compile."""
+"""Images of a batch, beyond which its size may be why a model does not compile."""
 _DRIVERS = {
     "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
     "npu": "Install Intel's NPU driver (linux-npu-driver) and join the group that owns /dev/accel/accel0.",

@@ -1,4 +1,4 @@
-/* Pillow's 8-bit resampling of RGB pictures, bit for bit, several times as fast.
+/* Pillow's 8-bit resampling of RGB images, bit for bit, several times as fast.
  *
  * The arithmetic is that of Pillow's `Image.resize(size, BILINEAR | BICUBIC, box=…)`: filter weights in double precision, rounded to 22-bit
  * fixed point; a horizontal pass over the rows that the vertical one will read, rounded to 8 bits; then the vertical pass. (Pillow 13 turns the two about for a source

@@ -1,14 +1,14 @@
-"""Encoded pictures → pixels, or the reason why not.
+"""Encoded images → pixels, or the reason why not.
 
 The contract:
 
-- `decode` never raises for what is in a picture: whatever its bytes, the answer is a `Decoded`, with pixels or with a status and one line.
+- `decode` never raises for what is in an image: whatever its bytes, the answer is a `Decoded`, with pixels or with a status and one line.
 - The answer depends on bytes, recipe and limits alone, bit for bit: not on the thread, the process or what was decoded before.
 - Nothing is decoded whose header promises more than `max_pixels`, and no more than `max_bytes` are looked at.
-- No other program is run and no file is opened, whatever the picture asks for: formats that are scripts (EPS, WMF, PDF) are refused.
+- No other program is run and no file is opened, whatever the image asks for: formats that are scripts (EPS, WMF, PDF) are refused.
 - Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size its RGB is Pillow's, bit for bit),
   scaled in the DCT only while its short side stays at least twice the target. What simplejpeg refuses, even if recoverable, Pillow
-  decides on, so that a picture that Pillow reads is ok, and one that it does not read has Pillow's reason.
+  decides on, so that an image that Pillow reads is ok, and one that it does not read has Pillow's reason.
 
     bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample) ─► pixels
                           └─► all else: pillow ──────────────┘
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS_VARIABLE", "decode", "decode_into"]
 
 FAULTS_VARIABLE = "IMAGEMILL_TEST_DECODER_FAULTS"
-"""For tests only. Where this is set, a picture that contains `imagemill-test-crash` ends the process by SIGSEGV,
+"""For tests only. Where this is set, an image that contains `imagemill-test-crash` ends the process by SIGSEGV,
 `imagemill-test-hang` sleeps for ever, and `imagemill-test-oom` runs out of memory."""
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
-    """Decode and preprocess one picture. Safe among threads; the heavy parts release the GIL.
+    """Decode and preprocess one image. Safe among threads; the heavy parts release the GIL.
 
     Returns: `pixels` is a new uint8 (size, size, 3) array, or None with status and error; `width` and `height` are known as soon as the
     header can be read, even if the rest cannot.
@@ -51,20 +51,20 @@ def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
 
 
 def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
-    """Decode and preprocess one picture into a place of a batch.
+    """Decode and preprocess one image into a place of a batch.
 
     Args:
-        data: the encoded picture.
+        data: the encoded image.
         recipe: how it becomes the model's input.
         limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a process.
-        out: uint8 (size, size, 3), any strides. Whether or not the picture is ok, it may have been written to.
+        out: uint8 (size, size, 3), any strides. Whether or not the image is ok, it may have been written to.
 
     Returns: as `decode`, with `pixels` being `out`.
     """
     if not data:
         return Decoded(None, Status.EMPTY, "the file is empty: 0 bytes")
     if len(data) > limits.max_bytes:
-        return Decoded(None, Status.TOO_LARGE, f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per picture")
+        return Decoded(None, Status.TOO_LARGE, f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per image")
     seen = pillow.Seen()
     try:
         if FAULTS_VARIABLE in os.environ:

@@ -1,14 +1,14 @@
 """Decode suspects in a process that may die of it.
 
-`IsolatedDecoder` keeps one child process, which decodes one picture at a time with the very `decode` that
-workers use, so pixels are the same bit for bit. A picture that kills its child, or takes longer than `max_seconds`, is tried once more,
-alone in a brand-new child; if that fails too, the picture is a row that says so. The child's memory is bounded, it writes no core file,
+`IsolatedDecoder` keeps one child process, which decodes one image at a time with the very `decode` that
+workers use, so pixels are the same bit for bit. An image that kills its child, or takes longer than `max_seconds`, is tried once more,
+alone in a brand-new child; if that fails too, the image is a row that says so. The child's memory is bounded, it writes no core file,
 and it dies with its parent: at the end of its standard input, by Linux's parent-death signal, or by its own alarm.
 
 On the pipe, both ways, a message is two lengths (32 and 64 bits, big-endian), a head in JSON and a body of bytes:
 
     child  → parent   {"ready": true}                                                    no body
-    parent → child    {"recipe": {…}, "limits": {…}}                                     the encoded picture
+    parent → child    {"recipe": {…}, "limits": {…}}                                     the encoded image
     child  → parent   {"status": …, "error": …, "width": …, "height": …}                 the pixels, or nothing
 """
 
@@ -47,7 +47,7 @@ _STARTS = 3
 _PIECE = 1 << 20
 _BASE_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 24
-"""What a decoder may use at most: for a 32-bit float picture there are the file, the floats, their mask, and the finite ones."""
+"""What a decoder may use at most: for a 32-bit float image there are the file, the floats, their mask, and the finite ones."""
 _ALARM_MARGIN = 10.0
 
 
@@ -61,9 +61,9 @@ class _Failed(Exception):  # noqa: N818 - of the child, and caught here
 
 
 class IsolatedDecoder:
-    """Decodes pictures that are suspected of killing or hanging their decoder. Safe among threads, one picture at a time.
+    """Decodes images that are suspected of killing or hanging their decoder. Safe among threads, one image at a time.
 
-    The child is started with the first picture and kept between pictures. Close it, or use this as a context manager.
+    The child is started with the first image and kept between images. Close it, or use this as a context manager.
     """
 
     def __init__(self) -> None:
@@ -71,13 +71,13 @@ class IsolatedDecoder:
         self._child: _Child | None = None
 
     def decode(self, data: bytes, recipe: Recipe, limits: Limits, why: str = "crash") -> Decoded:
-        """Decode one picture as `decode.decode` does, in the child.
+        """Decode one image as `decode.decode` does, in the child.
 
         Args:
-            data: the encoded picture.
+            data: the encoded image.
             recipe: how it becomes the model's input.
             limits: all three are kept; `max_seconds` by killing the child.
-            why: why this picture is suspected, `crash` or `timeout`; told in the error of one that fails here too.
+            why: why this image is suspected, `crash` or `timeout`; told in the error of one that fails here too.
 
         Returns: as `decode.decode`, or with status `crashed_decoder` or `timeout`.
 

@@ -94,6 +94,6 @@ def _exif_orientation(exif: bytes) -> int | None:
     try:
         parsed.load(exif)
         found = parsed.get(ORIENTATION)
-    except Exception:  # broken EXIF is no reason to refuse a picture
+    except Exception:  # broken EXIF is no reason to refuse an image
         return None
     return found if isinstance(found, int) else None

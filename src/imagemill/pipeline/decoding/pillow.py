@@ -1,11 +1,11 @@
 """Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
 
-How pictures become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha is dropped, as published pipelines
+How images become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha is dropped, as published pipelines
 do, unless the recipe has a background colour: then the image is blended onto that colour at full size, before it is resized.
 16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes (`scaling`).
 Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which turns it as its orientation says, whatever the recipe.
 
-Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for pictures within pictures,
+Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for images within images,
 as in ICO), and its warnings are silenced, because `warnings.catch_warnings` is not safe among threads.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such picture comes."""
+"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such image comes."""
 
 FORMATS = (
     *COMMON_FORMATS,
@@ -60,14 +60,14 @@ Image.preinit()
 
 @dataclass(slots=True)
 class Seen:
-    """What was learnt of a picture before it failed."""
+    """What was learnt of an image before it failed."""
 
     width: int | None = None
     height: int | None = None
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:
-    """Decode and preprocess one picture into a place of a batch, and note its size as soon as it is known. May raise anything."""
+    """Decode and preprocess one image into a place of a batch, and note its size as soon as it is known. May raise anything."""
     file, orientation, cut = png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
     image = _open(file, limits, seen)
     try:
@@ -228,13 +228,13 @@ def _refused(name: str) -> Refusal:
 def _pillow_orientation(image: Image.Image) -> int:
     try:
         found = Image.Image.getexif(image).get(ORIENTATION, 1)  # a plugin's own `getexif` may decode
-    except Exception:  # broken EXIF is no reason to refuse a picture
+    except Exception:  # broken EXIF is no reason to refuse an image
         return 1
     return found if isinstance(found, int) and found in preprocess.TURNS else 1
 
 
 def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """Cut a box out of a loaded picture and make it RGB; what is stretched is stretched by the extremes of the whole."""
+    """Cut a box out of a loaded image and make it RGB; what is stretched is stretched by the extremes of the whole."""
     image.info.pop("transparency", None)  # dropped either way, and with a palette Pillow warns
     whole = box == (0, 0, *image.size)
     part: Image.Image = image if whole else image.crop(box)
@@ -287,7 +287,7 @@ def _grey(values: NDArray[Any]) -> Image.Image:
 
 
 def prepare(limits: Limits) -> None:
-    """Set what Pillow itself guards against, and keep it quiet; before each picture, since others may undo it."""
+    """Set what Pillow itself guards against, and keep it quiet; before each image, since others may undo it."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     half = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
     if half != Image.MAX_IMAGE_PIXELS:

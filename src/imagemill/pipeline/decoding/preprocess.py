@@ -1,8 +1,8 @@
-"""The card's recipe: where the crop lies in a picture, and how its pixels become the model's.
+"""The card's recipe: where the crop lies in an image, and how its pixels become the model's.
 
-The published recipes resize the whole picture so that its short side is `resize`, or squash it, and then cut the centre out. Here the
+The published recipes resize the whole image so that its short side is `resize`, or squash it, and then cut the centre out. Here the
 crop is found first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never
-computed: a picture of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare
+computed: an image of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare
 with. (`box` has hard edges: where one falls exactly between two pixels, either may count, here as in Pillow.)
 
 The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit,
@@ -57,7 +57,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what turns the stored picture into the displayed one; 1 and everything else: nothing."""
+"""EXIF orientation → what turns the stored image into the displayed one; 1 and everything else: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """Which part of a displayed picture becomes the model's input, and where in it."""
+    """Which part of a displayed image becomes the model's input, and where in it."""
 
     x: Span
     y: Span
 
 
 def locate(width: int, height: int, recipe: Recipe) -> Crop:
-    """Find the crop of a picture of this displayed size.
+    """Find the crop of an image of this displayed size.
 
     The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`, `CenterCrop` starts at
     `int(round((side - size) / 2.0))` and pads a side that is too short with black, the odd pixel at the end.
@@ -94,7 +94,7 @@ def locate(width: int, height: int, recipe: Recipe) -> Crop:
 
 
 def resized(width: int, height: int, recipe: Recipe) -> tuple[int, int]:
-    """Width and height of the whole picture after resizing."""
+    """Width and height of the whole image after resizing."""
     match recipe.resize:
         case None:
             return width, height
@@ -115,7 +115,7 @@ def _span(length: int, resized: int, size: int) -> Span:
 def shrink(width: int, height: int, recipe: Recipe) -> int:
     """Say by which power of two (1, 2, 4, 8) a JPEG may be scaled while it is decoded.
 
-    The short side (of a squashed picture both sides) stays at least twice the length it is resized to, so that the filter still has the
+    The short side (of a squashed image both sides) stays at least twice the length it is resized to, so that the filter still has the
     say: scaling to just above the target costs a point of top-1 (docs/performance.md). Without resizing there is nothing to scale, and
     `nearest` picks pixels that scaling would blend.
     """
@@ -130,7 +130,7 @@ def shrink(width: int, height: int, recipe: Recipe) -> int:
 
 
 def region(crop: Crop, recipe: Recipe, width: int, height: int) -> tuple[int, int, int, int]:
-    """Tell which pixels of the displayed picture the crop needs: left, top, right, bottom, with the margin that the filter reaches into."""
+    """Tell which pixels of the displayed image the crop needs: left, top, right, bottom, with the margin that the filter reaches into."""
     left, right = _reach(crop.x, width, recipe)
     top, bottom = _reach(crop.y, height, recipe)
     return left, top, right, bottom
@@ -143,7 +143,7 @@ def _reach(span: Span, length: int, recipe: Recipe) -> tuple[int, int]:
 
 
 def turned_region(box: tuple[int, int, int, int], orientation: int, width: int, height: int) -> tuple[int, int, int, int]:
-    """Translate a box of the displayed picture, of this displayed size, into the stored one."""
+    """Translate a box of the displayed image, of this displayed size, into the stored one."""
     left, top, right, bottom = box
     match orientation:
         case 2:
@@ -177,13 +177,13 @@ def resample(
     top: int = 0,
     scale: int = 1,
 ) -> None:
-    """Resample the crop of a displayed picture into `out`.
+    """Resample the crop of a displayed image into `out`.
 
     Args:
-        image: RGB, as Pillow's or uint8 (H, W, 3); the displayed picture, or a part of it.
-        crop: as `locate` found it for the whole picture at full size.
+        image: RGB, as Pillow's or uint8 (H, W, 3); the displayed image, or a part of it.
+        crop: as `locate` found it for the whole image at full size.
         out: uint8 (size, size, 3); written in full, padding included.
-        left, top: where in the whole picture the image begins, pixels of the image.
+        left, top: where in the whole image the image begins, pixels of the image.
         scale: by how much the image was scaled down when it was decoded.
     """
     if crop.x.count == 0 or crop.y.count == 0:  # a resize to nothing; torchvision refuses such a recipe
@@ -246,12 +246,12 @@ def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: N
 
 
 def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
-    """Width and height of a picture once it is turned; and of a turned one before."""
+    """Width and height of an image once it is turned; and of a turned one before."""
     return (height, width) if orientation >= 5 else (width, height)
 
 
 def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Turn a stored picture, uint8 (H, W, 3), into the displayed one as `TURNS` does; a view."""
+    """Turn a stored image, uint8 (H, W, 3), into the displayed one as `TURNS` does; a view."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in {2, 3, 6, 7}:
@@ -262,7 +262,7 @@ def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
-    """Preprocess the published way: resize the whole RGB picture, cut its centre out. For comparison only.
+    """Preprocess the published way: resize the whole RGB image, cut its centre out. For comparison only.
 
     Returns: uint8 (size, size, 3).
     """

@@ -1,4 +1,4 @@
-"""Why a picture is not decoded: the budgets, and what the errors of decoders mean."""
+"""Why an image is not decoded: the budgets, and what the errors of decoders mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSUPPORTED = ("nsupported", "not supported", "nimplemented", "not implemented"
 
 
 class Refusal(Exception):  # noqa: N818 - not an error of the program but a status
-    """A picture that is not decoded, and why."""
+    """An image that is not decoded, and why."""
 
     def __init__(self, status: Status, error: str) -> None:
         super().__init__(status, error)
@@ -24,16 +24,16 @@ class Refusal(Exception):  # noqa: N818 - not an error of the program but a stat
 
 
 def check_budget(width: int, height: int, limits: Limits) -> None:
-    """Raises: Refusal, where a picture has more pixels than `limits.max_pixels`."""
+    """Raises: Refusal, where an image has more pixels than `limits.max_pixels`."""
     if width * height > limits.max_pixels:
         raise Refusal(
             Status.TOO_LARGE,
-            f"{width}×{height} are {width * height} pixels, more than the budget of {limits.max_pixels} pixels per picture",
+            f"{width}×{height} are {width * height} pixels, more than the budget of {limits.max_pixels} pixels per image",
         )
 
 
 def judge(error: BaseException, data: bytes) -> Status:
-    """Tell what an error of a decoder means for the picture."""
+    """Tell what an error of a decoder means for the image."""
     text = str(error)
     if isinstance(error, Image.DecompressionBombError) or any(sign in text for sign in _TOO_LARGE):
         return Status.TOO_LARGE

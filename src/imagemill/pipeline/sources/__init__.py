@@ -1,13 +1,13 @@
-"""Sources: where pictures come from. `open_all` makes them.
+"""Sources: where images come from. `open_all` makes them.
 
-    folder/, picture.jpg      folder.py
+    folder/, image.jpg      folder.py
     @paths.txt                list.py       a path or URL a line
     @paths.csv#column         table.py      a path or URL a row, .tsv and .parquet too
-    pictures.parquet#column   parquet.py    bytes in a column, here or in an object store
-    pictures.zip              zip.py        here or in an object store
-    pictures.tar, .tar.gz     tar.py        the same
+    images.parquet#column   parquet.py    bytes in a column, here or in an object store
+    images.zip              zip.py        here or in an object store
+    images.tar, .tar.gz     tar.py        the same
     s3://bucket/prefix        objects.py    all below it, or one object
-    https://host/picture.jpg  http.py
+    https://host/image.jpg  http.py
 
 A further kind is one file with a class behind the `Source` Protocol, and one line in `_open`.
 """
@@ -122,7 +122,7 @@ def _url(url: str, *, is_list: bool) -> str:
     path = rest.partition("?")[0].partition("#")[0].lower()
     if not is_list and (path.endswith(("/", *_READ_IN_PIECES)) or "/" not in path):
         raise UsageError(
-            f"source {url}: only single pictures are read over {scheme}. Download it, or list its pictures' URLs in a file: @FILE."
+            f"source {url}: only single images are read over {scheme}. Download it, or list its images' URLs in a file: @FILE."
         )
     return url
 
@@ -186,7 +186,7 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
-    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or a picture.")
+    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or an image.")
 
 
 def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:

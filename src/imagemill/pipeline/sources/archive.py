@@ -47,7 +47,7 @@ def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
 class LazyBlob:
     """A blob that the first read opens, in whatever process that is, and that is opened anew after an error. For many threads.
 
-    A job may have thousands of archives; a process keeps the last few open, which is enough for pictures that come in plan order.
+    A job may have thousands of archives; a process keeps the last few open, which is enough for images that come in plan order.
     """
 
     _kept: ClassVar[deque[weakref.ref[LazyBlob]]] = deque()
@@ -59,7 +59,7 @@ class LazyBlob:
         self._blob: storage.Blob | None = None
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: BadPicture."""
+        """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: BadImage."""
         return retried(lambda: self._read_at(offset, length), "the archive was listed but is gone, or its link leads nowhere")
 
     def _read_at(self, offset: int, length: int) -> bytes:

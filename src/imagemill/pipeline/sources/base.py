@@ -1,4 +1,4 @@
-"""What a source is: it lists its pictures once, and fetches any one of them at any time."""
+"""What a source is: it lists its images once, and fetches any one of them at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = frozenset(
     .jfif .jif .jng .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .jxl .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb
     .rgba .sgi .svg .tga .tif .tiff .vda .vst .webp .wmf .xbm .xpm""".split()
 )
-"""Suffixes that make an entry a picture, lower case; whether it can be read is another matter and becomes its row."""
+"""Suffixes that make an entry an image, lower case; whether it can be read is another matter and becomes its row."""
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Skipped:
 
 
 class Source(Protocol):
-    """One source of pictures."""
+    """One source of images."""
 
     name: str
     """As rows name it: an absolute path or URL, bytes that are not UTF-8 shown as `\\xNN`."""
@@ -71,26 +71,26 @@ class Source(Protocol):
         ...
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """List the pictures in bounded memory and in the same order each time, counting what is left out.
+        """List the images in bounded memory and in the same order each time, counting what is left out.
 
         Raises: SourceError.
         """
         ...
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """Read one picture's encoded bytes. Called from many threads at once, in any order.
+        """Read one image's encoded bytes. Called from many threads at once, in any order.
 
         Args:
             path, locator: as `entries` gave them, perhaps to another process.
-            max_bytes: a picture that is longer is `too_large`; no more than this is read.
+            max_bytes: an image that is longer is `too_large`; no more than this is read.
 
-        Raises: BadPicture.
+        Raises: BadImage.
         """
         ...
 
 
 def wanted_suffix(name: bytes, filters: Filters) -> str | None:
-    """The suffix of a member that is no picture, for `Skipped.by_suffix`; None: it is one, or all files are wanted."""
+    """The suffix of a member that is no image, for `Skipped.by_suffix`; None: it is one, or all files are wanted."""
     suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
     return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
 

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable
 
-from imagemill.records import BadPicture, Status
+from imagemill.records import BadImage, Status
 
 _PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
 _RETRY_DELAYS_S = (0.05, 0.2, 0.8)
@@ -16,10 +16,10 @@ _RETRY_SECONDS = 5.0
 
 
 def read_file(path: bytes, max_bytes: int) -> bytes:
-    """Read a picture's file. Errors that may pass by themselves are retried for about a second.
+    """Read an image's file. Errors that may pass by themselves are retried for about a second.
 
     Raises:
-        BadPicture: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
+        BadImage: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
     """
     return retried(lambda: _read(path, max_bytes), "the file was listed but is gone, or its link leads nowhere")
 
@@ -28,7 +28,7 @@ def retried(read: Callable[[], bytes], gone: str) -> bytes:
     """Call `read` until it succeeds, for about a second while its errors may pass by themselves; `gone` is what a `missing` row says.
 
     Raises:
-        BadPicture: `missing`, or `read_error`.
+        BadImage: `missing`, or `read_error`.
     """
     begun = time.monotonic()
     for delay_s in (*_RETRY_DELAYS_S, None):
@@ -40,21 +40,21 @@ def retried(read: Callable[[], bytes], gone: str) -> bytes:
                 time.sleep(delay_s)
                 continue
             if isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise BadPicture(Status.MISSING, gone) from error
-            raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
+                raise BadImage(Status.MISSING, gone) from error
+            raise BadImage(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
     raise AssertionError("unreachable")
 
 
 def _read(path: bytes, max_bytes: int) -> bytes:
-    """Read a regular file; never waits on a FIFO. Raises: OSError, BadPicture."""
+    """Read a regular file; never waits on a FIFO. Raises: OSError, BadImage."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(found.st_mode), "a device")
-            raise BadPicture(Status.READ_ERROR, f"is {kind}, not a regular file")
+            raise BadImage(Status.READ_ERROR, f"is {kind}, not a regular file")
         if found.st_size > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
         with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
             return file.readall()
     finally:

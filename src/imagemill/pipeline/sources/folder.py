@@ -1,4 +1,4 @@
-"""A folder of pictures, or one picture file: recursive, in a stable order, links followed without loops."""
+"""A folder of images, or one image file: recursive, in a stable order, links followed without loops."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FolderSource:
         try:
             found = os.stat(self._root)  # noqa: PTH116
         except OSError as error:
-            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a folder or a picture.") from error
+            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a folder or an image.") from error
         if not stat.S_ISDIR(found.st_mode):
             yield Entry(self._position, b"", found.st_size)
             return
@@ -77,7 +77,7 @@ class FolderSource:
     def _walk(
         self, root: os.stat_result, filters: Filters, skipped: Skipped, wanted: Callable[[bytes], bool]
     ) -> Iterator[tuple[bytes, int, bool]]:
-        """Yield (path, size, whether it is the first picture of a folder right below the root), sorted by name in each folder."""
+        """Yield (path, size, whether it is the first image of a folder right below the root), sorted by name in each folder."""
         levels = [(b"", (root.st_dev, root.st_ino), self._names(b""))]  # a stack of our own: folders may lie deeper than calls
         outside = self._folders_above()
         fresh = False

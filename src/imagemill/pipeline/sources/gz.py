@@ -5,7 +5,7 @@ the index of a file of up to 4 GiB stays below some 10 MiB. It is kept beside th
 fetch; where it lacks or is damaged they make it again as far as they need it.
 
 indexed_gzip reads over broken and missing ends of a file without a word. So who lists reads by the standard library, and who fetches
-compares the checksum of each picture with the one that was then found.
+compares the checksum of each image with the one that was then found.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class GzipBlob:
         return b"".join(pieces)
 
     def _block(self, number: int) -> bytes:
-        """One block. It begins near a place of the index, and pictures that follow each other share it."""
+        """One block. It begins near a place of the index, and images that follow each other share it."""
         import indexed_gzip
 
         with self._lock:

@@ -1,4 +1,4 @@
-"""One picture from the web: a GET over a connection that is kept, tried again where the error may pass.
+"""One image from the web: a GET over a connection that is kept, tried again where the error may pass.
 
 Redirects are followed, a few, never from https to http. Proxies are taken from the environment (`HTTPS_PROXY`, `NO_PROXY`, …),
 certificates are always verified. A user name and password come from `~/.netrc` alone: in a URL they would be written into every row.
@@ -34,7 +34,7 @@ from urllib3.exceptions import (
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import Skipped
-from imagemill.records import BadPicture, Entry, Filters, Status
+from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import userdirs
 from imagemill.version import __version__
 
@@ -50,7 +50,7 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """When a picture is given up: before the 60 s of --max-seconds are over, so that an outage is a row and not a dead worker."""
+    """When an image is given up: before the 60 s of --max-seconds are over, so that an outage is a row and not a dead worker."""
 
     tries: int = 6
     seconds: float = 35.0
@@ -70,7 +70,7 @@ PROBING = Patience(tries=3, seconds=8.0, connect_s=3.0, silence_s=5.0)
 
 
 class HttpSource:
-    """One picture at a URL."""
+    """One image at a URL."""
 
     ordered = False
 
@@ -84,7 +84,7 @@ class HttpSource:
         """See `Source.entries`. It is planned whatever its suffix."""
         yield Entry(self._position, b"", -1)
 
-    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - it is one picture
+    def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - it is one image
         """See `Source.fetch`."""
         return fetch(self._url, max_bytes, user_agent=self._user_agent)
 
@@ -93,7 +93,7 @@ def look(url: str, user_agent: str | None) -> None:
     """See that a server answers to a URL. Raises: SourceError."""
     try:
         _patiently(url, None, PROBING, user_agent)
-    except BadPicture as bad:
+    except BadImage as bad:
         raise SourceError(f"source {url} cannot be read: {bad.error.removeprefix('cannot be read: ')}. Look at the address.") from bad
 
 
@@ -107,7 +107,7 @@ def fetch(url: str, max_bytes: int, patience: Patience | None = None, user_agent
         user_agent: what the requests call themselves; None: imagemill and its version.
 
     Raises:
-        BadPicture: `missing` (404, 410), `too_large`, `truncated` where each try ended early, or `read_error`.
+        BadImage: `missing` (404, 410), `too_large`, `truncated` where each try ended early, or `read_error`.
     """
     return _patiently(url, max_bytes, patience or PATIENCE, user_agent)
 
@@ -133,12 +133,12 @@ def _patiently(url: str, max_bytes: int | None, patience: Patience, user_agent: 
             pause_s = min(max(pause_s, problem.wait_s), patience.longest_pause_s)
             if failures >= patience.tries or time.monotonic() + pause_s - begun > patience.seconds:
                 text = f"cannot be read: {problem}, after {failures} {'tries' if failures > 1 else 'try'}"
-                raise BadPicture(problem.status, text) from problem
+                raise BadImage(problem.status, text) from problem
             time.sleep(pause_s)
 
 
 def _get(url: str, max_bytes: int | None, patience: Patience, user_agent: str | None) -> bytes:
-    """One try, redirects followed. With no `max_bytes` nothing is read but the headers. Raises: BadPicture, _Again."""
+    """One try, redirects followed. With no `max_bytes` nothing is read but the headers. Raises: BadImage, _Again."""
     for _ in range(_REDIRECTS + 1):
         with _answer(url, patience, user_agent) as answer:
             goal = answer.headers.get("Location")
@@ -150,12 +150,12 @@ def _get(url: str, max_bytes: int | None, patience: Patience, user_agent: str | 
                 continue
             _judge(answer)
             return b"" if max_bytes is None else _body(answer, max_bytes)
-    raise BadPicture(Status.READ_ERROR, f"cannot be read: more than {_REDIRECTS} redirects")
+    raise BadImage(Status.READ_ERROR, f"cannot be read: more than {_REDIRECTS} redirects")
 
 
 @contextmanager
 def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[urllib3.BaseHTTPResponse]:
-    """A server's answer, its body not yet read. Raises: BadPicture, _Again."""
+    """A server's answer, its body not yet read. Raises: BadImage, _Again."""
     headers = {"User-Agent": user_agent or f"imagemill/{__version__}", "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"}
     answer = None
     try:
@@ -180,9 +180,9 @@ def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[ur
             raise _Again(Status.TRUNCATED, text) from error
         raise _Again(Status.READ_ERROR, _reason(error)) from error
     except (SSLError, LocationParseError) as error:
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {_reason(error)}") from error
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {_reason(error)}") from error
     except ValueError as error:
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error}") from error
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {error}") from error
     except NewConnectionError as error:  # which counts as a timeout
         raise _Again(Status.READ_ERROR, f"no connection: {getattr(error.__cause__, 'strerror', None) or error}") from error
     except TimeoutError as error:
@@ -199,31 +199,31 @@ def _redirected(url: str, goal: str) -> str:
     goal = urljoin(url, goal)
     scheme = urlsplit(goal).scheme
     if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: redirected from {urlsplit(url).scheme} to {scheme}, which is not followed")
+        raise BadImage(Status.READ_ERROR, f"cannot be read: redirected from {urlsplit(url).scheme} to {scheme}, which is not followed")
     return goal
 
 
 def _judge(answer: urllib3.BaseHTTPResponse) -> None:
-    """Pass an answer that holds what was asked for. Raises: BadPicture, _Again."""
+    """Pass an answer that holds what was asked for. Raises: BadImage, _Again."""
     if 200 <= answer.status < 300:
         return
     name = next((status.phrase for status in HTTPStatus if status == answer.status), answer.reason or "")
     text = f"the server answers {answer.status} {name}".rstrip()
     if answer.status in _PASSING:
         raise _Again(Status.READ_ERROR, text, _retry_after(answer.headers.get("Retry-After")))
-    raise BadPicture(Status.MISSING if answer.status in _GONE else Status.READ_ERROR, f"cannot be read: {text}")
+    raise BadImage(Status.MISSING if answer.status in _GONE else Status.READ_ERROR, f"cannot be read: {text}")
 
 
 def _body(answer: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
     announced = answer.headers.get("Content-Length") or ""
     if announced.isdigit() and int(announced) > max_bytes:
-        raise BadPicture(Status.TOO_LARGE, f"has {announced} bytes, more than --max-bytes {max_bytes}")
+        raise BadImage(Status.TOO_LARGE, f"has {announced} bytes, more than --max-bytes {max_bytes}")
     pieces, got = [], 0
     while piece := answer.read(_CHUNK):
         pieces.append(piece)
         got += len(piece)
         if got > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has more bytes than --max-bytes {max_bytes}")
+            raise BadImage(Status.TOO_LARGE, f"has more bytes than --max-bytes {max_bytes}")
     return b"".join(pieces)
 
 

@@ -1,4 +1,4 @@
-"""A list of pictures, `@FILE`: one path or URL a line, in the list's order. Relative paths are relative to the list's own folder.
+"""A list of images, `@FILE`: one path or URL a line, in the list's order. Relative paths are relative to the list's own folder.
 
 The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the web; its relative paths then mean objects and pages there.
 """

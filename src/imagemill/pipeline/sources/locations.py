@@ -8,23 +8,23 @@ from typing import TextIO
 
 from imagemill.pipeline.sources import kinds
 from imagemill.pipeline.sources.files import read_file
-from imagemill.records import AS_GIVEN, Access, BadPicture, Status
+from imagemill.records import AS_GIVEN, Access, BadImage, Status
 from imagemill.system import storage
 
 _LONGEST_LIST = 256 * 2**20
 
 
 def fetch_beside(file: bytes, path: bytes, max_bytes: int, access: Access) -> bytes:
-    """Read the image that a path or URL in a file means. Raises: BadPicture."""
+    """Read the image that a path or URL in a file means. Raises: BadImage."""
     try:
         location = storage.beside(file, path)
     except ValueError as error:
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error}") from error
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {error}") from error
     return fetch(location, max_bytes, access)
 
 
 def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
-    """Read a picture's encoded bytes, called from many threads at once.
+    """Read an image's encoded bytes, called from many threads at once.
 
     Args:
         location: an absolute path, or a URL: `http`, `https` or of an object store. `storage.beside` makes it of a relative one.
@@ -32,15 +32,15 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
         access: where it is now, and how it is asked for.
 
     Raises:
-        BadPicture.
+        BadImage.
     """
     location = access.at(location)
     if b"\0" in location:
-        raise BadPicture(Status.MISSING, "nothing can lie there: its name has a NUL byte")
+        raise BadImage(Status.MISSING, "nothing can lie there: its name has a NUL byte")
     if not storage.is_url(location):
         return read_file(location, max_bytes)
     if storage.names_password(location):
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {storage.NO_PASSWORDS}")
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {storage.NO_PASSWORDS}")
     url = location.decode("utf-8", "surrogateescape")
     scheme = url.partition("://")[0].lower()
     if scheme in ("http", "https"):
@@ -51,7 +51,7 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
         from imagemill.pipeline.sources import objects
 
         return objects.fetch(url, max_bytes)
-    raise BadPicture(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
+    raise BadImage(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
 
 
 def open_text(name: str, location: bytes, access: Access, newline: str) -> TextIO:
@@ -84,5 +84,5 @@ def _open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
         return open(location, "rb")  # noqa: PTH123 - the caller closes it
     try:
         return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST, Access(user_agent=user_agent))))
-    except BadPicture as bad:
+    except BadImage as bad:
         raise OSError(errno.EIO, bad.error) from bad

@@ -1,4 +1,4 @@
-"""Pictures in an object store: `s3://bucket/prefix`, listed as it comes in the order of the keys' bytes, or one object."""
+"""Images in an object store: `s3://bucket/prefix`, listed as it comes in the order of the keys' bytes, or one object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
-from imagemill.records import BadPicture, Entry, Filters, Status
+from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
 _REMEDIES = {
@@ -20,7 +20,7 @@ _REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the 
 
 
 class ObjectSource:
-    """See the module's docstring. `url` ends without a slash; it is a picture where there is such an object, else what lies below it."""
+    """See the module's docstring. `url` ends without a slash; it is an image where there is such an object, else what lies below it."""
 
     ordered: Literal["whole"] = "whole"
 
@@ -80,17 +80,17 @@ class _Folders:
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
-    """Read one object, by one request. Raises: BadPicture; what an outage leaves is a `read_error`."""
+    """Read one object, by one request. Raises: BadImage; what an outage leaves is a `read_error`."""
     bucket, key = storage.split(url)
     try:
         return storage.open_store(bucket).read(key, max_bytes)
     except FileNotFoundError as error:
-        raise BadPicture(Status.MISSING, f"the object is not there: {error.strerror}") from error
+        raise BadImage(Status.MISSING, f"the object is not there: {error.strerror}") from error
     except OSError as error:
         if error.errno == errno.EFBIG:
             size = str(error.strerror).partition(",")[0]
-            raise BadPicture(Status.TOO_LARGE, f"{size}, more than --max-bytes {max_bytes}") from error
-        raise BadPicture(Status.READ_ERROR, f"cannot be read: {error.strerror}") from error
+            raise BadImage(Status.TOO_LARGE, f"{size}, more than --max-bytes {max_bytes}") from error
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {error.strerror}") from error
 
 
 def look(url: str) -> None:

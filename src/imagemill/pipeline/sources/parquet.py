@@ -1,14 +1,14 @@
-"""A Parquet file with pictures in it, `FILE.parquet` or `FILE.parquet#COLUMN`: one picture a row, as bytes in a column.
+"""A Parquet file with images in it, `FILE.parquet` or `FILE.parquet#COLUMN`: one image a row, as bytes in a column.
 
 The column is a struct with `bytes` and `path`, as 🤗 datasets write it, or plain binary. A row's path is its number, and behind a slash
 the name that the table has for it: `00000017/cat.jpg`. Its locator says row group, row in it, and the checksum of the footer it was
-listed from: from another table no picture is read under these names.
+listed from: from another table no image is read under these names.
 
 Parquet can be read forward only, within a row group. So one is read forward in batches of some 4 MiB, the last of which are kept for the
 threads that lag behind, and whoever begins in its middle, after a restart or with a stolen shard, decodes what lies before: at most one
-row group once, 0.6 s for 1 GB (`iter_batches`, 10,000 pictures of 100 KB, Snappy, 2026-11-22). In memory are, for at most two row groups
-of at most two tables, a page, its dictionary and 32 MiB of pictures; how large a page is was the writer's choice. From afar a large row
-group may take longer than a picture's --max-seconds to reach the middle of: then these must be more, or the row groups smaller.
+row group once, 0.6 s for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). In memory are, for at most two row groups
+of at most two tables, a page, its dictionary and 32 MiB of images; how large a page is was the writer's choice. From afar a large row
+group may take longer than an image's --max-seconds to reach the middle of: then these must be more, or the row groups smaller.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import Skipped, matcher, shown
 from imagemill.pipeline.sources.files import retried
-from imagemill.records import AS_GIVEN, Access, BadPicture, Entry, Filters, Status
+from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
-_KNOWN_NAMES = "image img images picture photo jpg jpeg png webp bytes image_bytes img_bytes image_data data content".split()
-"""Names that a column of pictures goes by."""
+_KNOWN_NAMES = "image img images image photo jpg jpeg png webp bytes image_bytes img_bytes image_data data content".split()
+"""Names that a column of images goes by."""
 _LOCATOR = struct.Struct(">III")
 """Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
 _BATCH_BYTES = 4 * 2**20
@@ -56,7 +56,7 @@ class ParquetSource:
     Args:
         position: of the source in the command.
         location: path or URL of the table.
-        column: which one holds the pictures; None: it is found by its name and type.
+        column: which one holds the images; None: it is found by its name and type.
         access: where the table is now, and how images beside it are asked for.
     """
 
@@ -73,7 +73,7 @@ class ParquetSource:
         """See `Source.entries`. Reads the footer, and the names where the table has them; the sizes are not known."""
         wanted = matcher(filters)
         with opening(self.name, self._access.at(self._location)) as opened:
-            column = picture_column(opened.file.schema_arrow, self.name, self._column)
+            column = image_column(opened.file.schema_arrow, self.name, self._column)
             row = 0
             for group in range(opened.file.metadata.num_row_groups):
                 rows = opened.file.metadata.row_group(group).num_rows
@@ -87,20 +87,20 @@ class ParquetSource:
                         skipped.by_filter += 1
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. Where the table holds a path and no bytes, the picture lies there."""
+        """See `Source.fetch`. Where the table holds a path and no bytes, the image lies there."""
         return retried(lambda: self._fetch(path, locator, max_bytes), "the table was listed but is gone")
 
     def _fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         group, row, checksum = _LOCATOR.unpack(locator)
-        picture = _TABLES.of(self._access.at(self._location), self._column, self.name).picture(group, row, checksum)
-        if picture is None:
+        image = _TABLES.of(self._access.at(self._location), self._column, self.name).image(group, row, checksum)
+        if image is None:
             name = path.partition(b"/")[2]
             if not name:
-                raise BadPicture(Status.MISSING, "the table has neither bytes nor a path in this row")
+                raise BadImage(Status.MISSING, "the table has neither bytes nor a path in this row")
             return locations.fetch_beside(self._location, name, max_bytes, self._access)
-        if picture.size > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has {picture.size} bytes, more than --max-bytes {max_bytes}")
-        data: bytes = picture.to_pybytes()
+        if image.size > max_bytes:
+            raise BadImage(Status.TOO_LARGE, f"has {image.size} bytes, more than --max-bytes {max_bytes}")
+        data: bytes = image.to_pybytes()
         return data
 
 
@@ -108,8 +108,8 @@ class ParquetSource:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureColumn:
-    """Where in a table the pictures are."""
+class ImageColumn:
+    """Where in a table the images are."""
 
     data: str
     """Dotted name of the column of bytes."""
@@ -117,13 +117,13 @@ class PictureColumn:
     """Dotted name of the column with their names."""
 
 
-def picture_column(schema: Any, name: str, asked: str | None) -> PictureColumn:
-    """Find the column of pictures.
+def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
+    """Find the column of images.
 
     Args:
         schema: of the table, a `pyarrow.Schema`.
         name: of the source, for messages.
-        asked: the column that the user named; None: the one that 🤗 datasets noted as pictures, else the one whose type and name fit.
+        asked: the column that the user named; None: the one that 🤗 datasets noted as images, else the one whose type and name fit.
 
     Raises:
         SourceError: there is none, or several.
@@ -134,30 +134,30 @@ def picture_column(schema: Any, name: str, asked: str | None) -> PictureColumn:
         raise SourceError(f"source {name} has two columns of one name, which cannot be told apart: {', '.join(schema.names)}.")
     if asked is not None and asked not in kinds:
         raise SourceError(f"source {name}: the table has no column {asked!r}. Its columns: {held}.")
-    fitting = [asked] if asked is not None else _noted_as_pictures(schema) or [key for key, kind in kinds.items() if has_bytes(kind)]
+    fitting = [asked] if asked is not None else _noted_as_images(schema) or [key for key, kind in kinds.items() if has_bytes(kind)]
     if not fitting:
         fitting = [column for column in _KNOWN_NAMES if column in kinds][:1]  # for what is to be said about its type
     if not fitting:
         raise SourceError(
-            f"source {name} has no column of picture bytes. Its columns: {held}. A column of paths is read with @{name}#COLUMN."
+            f"source {name} has no column of image bytes. Its columns: {held}. A column of paths is read with @{name}#COLUMN."
         )
     known = [column for column in fitting if column in _KNOWN_NAMES]
     if len(fitting) > 1 and len(known) != 1 and "image" not in known:
-        raise SourceError(f"source {name} has several columns that may be pictures: {', '.join(fitting)}. Name one: {name}#{fitting[0]}.")
+        raise SourceError(f"source {name} has several columns that may be images: {', '.join(fitting)}. Name one: {name}#{fitting[0]}.")
     chosen = fitting[0] if len(fitting) == 1 else "image" if "image" in known else known[0]
     kind = kinds[chosen]
     bare = name.removesuffix(f"#{asked}") if asked is not None else name
     if is_text(kind):
-        raise SourceError(f"source {name}: column {chosen!r} holds text, not the bytes of pictures. If these are paths: @{bare}#{chosen}.")
+        raise SourceError(f"source {name}: column {chosen!r} holds text, not the bytes of images. If these are paths: @{bare}#{chosen}.")
     if not has_bytes(kind):
-        raise SourceError(f"source {name}: column {chosen!r} holds {told(kind)}, not the bytes of pictures. Its columns: {held}.")
+        raise SourceError(f"source {name}: column {chosen!r} holds {told(kind)}, not the bytes of images. Its columns: {held}.")
     if not pa.types.is_struct(kind):
-        return PictureColumn(chosen, None)
+        return ImageColumn(chosen, None)
     has_path = kind.get_field_index("path") >= 0 and is_text(plain_type(kind.field("path").type))
-    return PictureColumn(f"{chosen}.bytes", f"{chosen}.path" if has_path else None)
+    return ImageColumn(f"{chosen}.bytes", f"{chosen}.path" if has_path else None)
 
 
-def _noted_as_pictures(schema: Any) -> list[str]:
+def _noted_as_images(schema: Any) -> list[str]:
     """The columns that 🤗 datasets call `Image` in what they note about a table."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -185,7 +185,7 @@ def is_bytes(kind: Any) -> bool:
 
 
 def has_bytes(kind: Any) -> bool:
-    """Whether a type can hold pictures: bytes, or a struct with such a field `bytes`."""
+    """Whether a type can hold images: bytes, or a struct with such a field `bytes`."""
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         return is_bytes(plain_type(kind.field("bytes").type))
     return is_bytes(kind)
@@ -296,7 +296,7 @@ def _reason(error: BaseException) -> str:
 
 
 class _RowGroup:
-    """The pictures of one row group, read forward as far as was asked for; the last few batches are kept."""
+    """The images of one row group, read forward as far as was asked for; the last few batches are kept."""
 
     def __init__(self, opened: OpenTable, group: int, column: str) -> None:
         self._opened, self._group, self._column = opened, group, column
@@ -314,12 +314,12 @@ class _RowGroup:
         self._next = 0
 
     def at(self, row: int) -> Any:
-        """One picture as an Arrow buffer; None where it is null. Raises: BadPicture where the table is damaged; OSError, ArrowException."""
+        """One image as an Arrow buffer; None where it is null. Raises: BadImage where the table is damaged; OSError, ArrowException."""
         if self._kept and row < self._kept[0][0]:
             self._begin()  # a thread that lags behind by more than is kept, or whoever asks in an order of their own
         while row >= self._next:
             if self._damage is not None:
-                raise BadPicture(Status.CORRUPT, self._damage)
+                raise BadImage(Status.CORRUPT, self._damage)
             try:
                 batch = next(self._coming, None)
             except (OSError, pa.ArrowException) as error:
@@ -350,8 +350,8 @@ class _Table:
         self._busy = False
         self._failed: tuple[float, tuple[int, str]] | None = None
 
-    def picture(self, group: int, row: int, checksum: int) -> Any:
-        """The bytes in one row as an Arrow buffer; None where it is null. Raises: BadPicture; OSError where reading failed."""
+    def image(self, group: int, row: int, checksum: int) -> Any:
+        """The bytes in one row as an Arrow buffer; None where it is null. Raises: BadImage; OSError where reading failed."""
         asked = time.monotonic()
         with self._turn((group, row, threading.get_ident())):
             if self._failed is not None and self._failed[0] > asked:
@@ -362,7 +362,7 @@ class _Table:
                 self._opened = None
                 self._groups.clear()
                 if not _is_failure(error):
-                    raise BadPicture(Status.READ_ERROR, f"the table was changed since it was listed: {_reason(error)}") from error
+                    raise BadImage(Status.READ_ERROR, f"the table was changed since it was listed: {_reason(error)}") from error
                 self._failed = (time.monotonic(), (getattr(error, "errno", None) or errno.ENOMEM, f"the table: {_reason(error)}"))
                 raise OSError(*self._failed[1]) from error
 
@@ -391,9 +391,9 @@ class _Table:
             self._column = ""
             self._opened = OpenTable(self._location)
         if self._opened.checksum != checksum:
-            raise BadPicture(Status.READ_ERROR, "the table was replaced since it was listed: its footer is another")
+            raise BadImage(Status.READ_ERROR, "the table was replaced since it was listed: its footer is another")
         if not self._column:
-            self._column = picture_column(self._opened.file.schema_arrow, self._name, self._asked).data
+            self._column = image_column(self._opened.file.schema_arrow, self._name, self._asked).data
         if group not in self._groups:
             self._groups[group] = _RowGroup(self._opened, group, self._column)
         self._groups.move_to_end(group)
@@ -410,7 +410,7 @@ class _Tables:
         self._tables: OrderedDict[tuple[bytes, str | None], _Table] = OrderedDict()
 
     def of(self, location: bytes, column: str | None, name: str) -> _Table:
-        """The table at a location, opened with the first picture that is asked of it."""
+        """The table at a location, opened with the first image that is asked of it."""
         with self._lock:
             key = (location, column)
             if key not in self._tables:

@@ -1,4 +1,4 @@
-"""A list of pictures in a table, `@FILE.csv`, `@FILE.tsv` or `@FILE.parquet`: a path or URL in each row of one column.
+"""A list of images in a table, `@FILE.csv`, `@FILE.tsv` or `@FILE.parquet`: a path or URL in each row of one column.
 
 `@FILE.csv#COLUMN` names the column. Relative paths are relative to the table's own folder, as in a list of lines. CSV is UTF-8 with a
 header; bytes that are not UTF-8 stay as they are, for names that are not either. An empty cell is a `missing` row: none is lost.
@@ -16,7 +16,7 @@ from typing import Any
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
-from imagemill.records import AS_GIVEN, Access, BadPicture, Entry, Filters, Status
+from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
 SEPARATORS = {b".csv": ",", b".tsv": "\t"}
@@ -34,7 +34,7 @@ def split_column(location: str) -> tuple[str, str | None]:
 
 
 def is_table(location: str) -> bool:
-    """Whether a list of pictures is a table, by its suffix."""
+    """Whether a list of images is a table, by its suffix."""
     return location.lower().endswith((".csv", ".tsv", ".parquet"))
 
 
@@ -77,7 +77,7 @@ class TableSource:
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         """See `Source.fetch`. The locator is empty, or the number of a row whose cell is."""
         if not path:
-            raise BadPicture(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
+            raise BadImage(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
         return locations.fetch_beside(self._location, path, max_bytes, self._access)
 
     def _refusal(self, cell: bytes) -> ValueError | None:
@@ -124,7 +124,7 @@ class TableSource:
             column = self._chosen(schema.names)
             kind = parquet.plain_type(schema.field(column).type)
             if not parquet.is_text(kind) and not parquet.is_bytes(kind):
-                hint = f" If these are pictures: {self.name.removeprefix('@')}." if parquet.has_bytes(kind) else ""
+                hint = f" If these are images: {self.name.removeprefix('@')}." if parquet.has_bytes(kind) else ""
                 raise SourceError(f"source {self.name}: column {column!r} holds {parquet.told(kind)}, not paths.{hint}")
             for group in range(opened.file.metadata.num_row_groups):
                 yield from opened.values(group, column)

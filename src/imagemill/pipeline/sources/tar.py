@@ -1,6 +1,6 @@
 """A tar archive, read in place, plain or packed by gzip: ustar, GNU and PAX headers; a WebDataset shard is one.
 
-One pass over the headers lists it; a picture is then read from where it lies. Nothing is ever extracted: names with `..` or a leading
+One pass over the headers lists it; an image is then read from where it lies. Nothing is ever extracted: names with `..` or a leading
 slash are names and nothing else. The standard library's reader is not used: it ends without a word at a header it cannot read, so that a
 damaged archive would be a short one, and holds every member in memory.
 """
@@ -22,7 +22,7 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources import gz
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown
-from imagemill.records import BadPicture, Entry, Filters, Status
+from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
 SUFFIXES = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
@@ -153,23 +153,23 @@ class TarSource:
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the locator says it
         """See `Source.fetch`. One read: the header lies before the data, and must still be the one that was listed."""
         if locator[0] in (_READ_ERROR, _UNSUPPORTED):
-            raise BadPicture(Status.READ_ERROR if locator[0] == _READ_ERROR else Status.UNSUPPORTED, locator[1:].decode())
+            raise BadImage(Status.READ_ERROR if locator[0] == _READ_ERROR else Status.UNSUPPORTED, locator[1:].decode())
         kind, start, size, header_crc, crc = _LOCATOR.unpack(locator)
         if size > max_bytes:
-            raise BadPicture(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
         try:
             data = self._blob.read_at(start - _BLOCK, _BLOCK + size)
         except zlib.error as error:
-            raise BadPicture(Status.CORRUPT, f"the archive cannot be unpacked: {error}") from error
+            raise BadImage(Status.CORRUPT, f"the archive cannot be unpacked: {error}") from error
         if len(data) < _BLOCK:
-            raise BadPicture(Status.TRUNCATED, "the archive ends before it")
+            raise BadImage(Status.TRUNCATED, "the archive ends before it")
         if zlib.crc32(data[:_BLOCK]) != header_crc:
-            raise BadPicture(Status.CORRUPT, "its header is not where it was: the archive was changed since it was listed")
+            raise BadImage(Status.CORRUPT, "its header is not where it was: the archive was changed since it was listed")
         if len(data) < _BLOCK + size:
-            raise BadPicture(Status.TRUNCATED, f"the archive ends {_BLOCK + size - len(data)} bytes before it does")
+            raise BadImage(Status.TRUNCATED, f"the archive ends {_BLOCK + size - len(data)} bytes before it does")
         data = data[_BLOCK:]
         if kind == _PACKED and zlib.crc32(data) != crc:
-            raise BadPicture(Status.CORRUPT, "its checksum is not the one that was found when the archive was listed")
+            raise BadImage(Status.CORRUPT, "its checksum is not the one that was found when the archive was listed")
         return data
 
 

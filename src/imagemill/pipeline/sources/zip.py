@@ -1,7 +1,7 @@
-"""A zip archive, read in place: its directory streams by once, and a picture is found again by what the directory said of it.
+"""A zip archive, read in place: its directory streams by once, and an image is found again by what the directory said of it.
 
 Nothing is ever extracted: names with `..`, backslashes or a leading slash are names and nothing else. A name that is there twice is two
-pictures. The standard library's reader is not used, because it holds every member of the directory in memory.
+images. The standard library's reader is not used, because it holds every member of the directory in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import count
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown
-from imagemill.records import BadPicture, Entry, Filters, Status
+from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -111,20 +111,20 @@ class ZipSource:
         offset, stored_bytes, size, crc, method, flags, is_link = _LOCATOR.unpack(locator)
         _refuse(method, flags, is_link)
         if max(size, stored_bytes - stored_bytes // 8) > max_bytes:  # what cannot be made smaller grows by far less than an eighth
-            raise BadPicture(Status.TOO_LARGE, f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(Status.TOO_LARGE, f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}")
         stored = self._stored(path, offset, stored_bytes)
         data = _unpacked(stored, size, method, flags)
         if zlib.crc32(data) != crc:
-            raise BadPicture(Status.CORRUPT, "its checksum differs from the one in the archive's directory")
+            raise BadImage(Status.CORRUPT, "its checksum differs from the one in the archive's directory")
         return data
 
     def _stored(self, path: bytes, offset: int, stored_bytes: int) -> bytes:
-        """Return the bytes of a member as they are stored, from the first place that its offset may mean. Raises: BadPicture."""
+        """Return the bytes of a member as they are stored, from the first place that its offset may mean. Raises: BadImage."""
         wraps = self._wraps
         stored = self._stored_at(path, offset + wraps * _WRAP, stored_bytes)
         if isinstance(stored, bytes):
             return stored
-        first = BadPicture(Status.TRUNCATED, "the archive ends before it")
+        first = BadImage(Status.TRUNCATED, "the archive ends before it")
         for turn in count():
             stored = self._stored_at(path, offset + turn * _WRAP, stored_bytes)
             if isinstance(stored, bytes):
@@ -135,24 +135,24 @@ class ZipSource:
             first = stored if turn == 0 else first
         raise first
 
-    def _stored_at(self, path: bytes, offset: int, stored_bytes: int) -> bytes | BadPicture:
-        """Return the bytes of the member whose header is at `offset`, or why there is no such header. Raises: BadPicture."""
+    def _stored_at(self, path: bytes, offset: int, stored_bytes: int) -> bytes | BadImage:
+        """Return the bytes of the member whose header is at `offset`, or why there is no such header. Raises: BadImage."""
         guess = _LOCAL.size + len(path) + _LOCAL_EXTRA_BYTES + stored_bytes
         data = self._blob.read_at(offset, guess)
         if len(data) < _LOCAL.size:
-            return BadPicture(Status.TRUNCATED, "the archive ends before it")
+            return BadImage(Status.TRUNCATED, "the archive ends before it")
         signature, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(data)
         start = _LOCAL.size + name_bytes + extra_bytes
         if signature != b"PK\3\4":
-            return BadPicture(Status.CORRUPT, _NOT_HERE)
+            return BadImage(Status.CORRUPT, _NOT_HERE)
         if start + stored_bytes > guess:
             data += self._blob.read_at(offset + guess, start + stored_bytes - guess)
         if len(data) < _LOCAL.size + name_bytes:
-            return BadPicture(Status.TRUNCATED, "the archive ends before it")
+            return BadImage(Status.TRUNCATED, "the archive ends before it")
         if not _is_same_name(data[_LOCAL.size : _LOCAL.size + name_bytes], path):
-            return BadPicture(Status.CORRUPT, _NOT_HERE)
+            return BadImage(Status.CORRUPT, _NOT_HERE)
         if len(data) < start + stored_bytes:
-            raise BadPicture(Status.TRUNCATED, f"the archive ends {start + stored_bytes - len(data)} bytes before it does")
+            raise BadImage(Status.TRUNCATED, f"the archive ends {start + stored_bytes - len(data)} bytes before it does")
         return data[start : start + stored_bytes]
 
     def _directory(self, blob: Blob) -> _Directory:
@@ -278,35 +278,35 @@ def _ends_with_header(blob: Blob, end: int) -> bool:
 
 
 def _refuse(method: int, flags: int, is_link: bool) -> None:
-    """Raises: BadPicture for a member that cannot be had, whatever its bytes are."""
+    """Raises: BadImage for a member that cannot be had, whatever its bytes are."""
     if is_link:
-        raise BadPicture(Status.READ_ERROR, "is a symbolic link in the archive: such links are not followed")
+        raise BadImage(Status.READ_ERROR, "is a symbolic link in the archive: such links are not followed")
     if flags & _ENCRYPTED_FLAGS:
-        raise BadPicture(Status.UNSUPPORTED, "is encrypted. Unpack the archive with its password and give the folder")
+        raise BadImage(Status.UNSUPPORTED, "is encrypted. Unpack the archive with its password and give the folder")
     if flags & _PATCH_FLAG or method not in (0, _DEFLATE, _BZIP2, _LZMA):
         name = "patch data" if flags & _PATCH_FLAG else _METHODS.get(method, "unknown")
-        raise BadPicture(
+        raise BadImage(
             Status.UNSUPPORTED,
             f"is packed by method {method} ({name}); stored, Deflate, bzip2 and LZMA can be read. Unpack the archive and give the folder",
         )
 
 
 def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
-    """Unpack a member; never more than its `size` and one byte, whatever it would become. Raises: BadPicture."""
+    """Unpack a member; never more than its `size` and one byte, whatever it would become. Raises: BadImage."""
     if method == 0:
         if len(stored) != size:
-            raise BadPicture(Status.CORRUPT, f"is stored in {len(stored)} bytes, the archive's directory says {size}")
+            raise BadImage(Status.CORRUPT, f"is stored in {len(stored)} bytes, the archive's directory says {size}")
         return stored
     try:
         data, is_whole = _DECOMPRESS[method](stored, size, flags)
     except (zlib.error, OSError, EOFError, lzma.LZMAError) as error:
         too_large = isinstance(error, lzma.LZMAError) and "emory" in str(error)
-        raise BadPicture(Status.TOO_LARGE if too_large else Status.CORRUPT, f"cannot be unpacked: {error}") from error
+        raise BadImage(Status.TOO_LARGE if too_large else Status.CORRUPT, f"cannot be unpacked: {error}") from error
     if len(data) > size:
-        raise BadPicture(Status.CORRUPT, f"unpacks to more than the {size} bytes that the archive's directory says")
+        raise BadImage(Status.CORRUPT, f"unpacks to more than the {size} bytes that the archive's directory says")
     if len(data) < size:
         status = Status.CORRUPT if is_whole else Status.TRUNCATED
-        raise BadPicture(status, f"unpacks to {len(data)} bytes, the archive's directory says {size}")
+        raise BadImage(status, f"unpacks to {len(data)} bytes, the archive's directory says {size}")
     return data
 
 

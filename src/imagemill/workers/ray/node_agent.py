@@ -21,7 +21,7 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
-from imagemill.records import BadPicture, DeviceSpec, Job, Lease, Shard
+from imagemill.records import BadImage, DeviceSpec, Job, Lease, Shard
 from imagemill.system import cpu
 from imagemill.system.files import delivered, in_turn, make_folder, write_whole
 from imagemill.version import __version__
@@ -64,7 +64,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A planned picture as the launcher's machine reads it."""
+    """A planned image as the launcher's machine reads it."""
 
     source: int
     """Position of its source."""
@@ -112,7 +112,7 @@ class Report:
 
 
 def sample(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
-    """A few pictures, spread over the shards, as this machine reads them; those that it cannot read are left out."""
+    """A few images, spread over the shards, as this machine reads them; those that it cannot read are left out."""
     folder = JobPaths.of(job.output).plan
     opened = sources.open_all(job.sources, aside=folder, access=job.access)
     found = []
@@ -120,7 +120,7 @@ def sample(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
         row = plan.read(folder, shard)[0]
         try:
             data = opened[row.source].fetch(row.path, row.locator, job.limits.max_bytes)
-        except BadPicture:
+        except BadImage:
             continue
         found.append(Sample(row.source, row.path, row.locator, hashlib.sha256(data).hexdigest()))
     return tuple(found[:_SAMPLED])
@@ -216,15 +216,15 @@ class Station:
         except SourceError as error:
             raise SourceError(f"node {node}: {error} {remedy}") from error
         opened = sources.open_all(job.sources, aside=self._paths.plan, access=job.access)
-        for picture in self._order.samples:
-            differs = f"source {job.sources[picture.source]} on node {node} is not what it is on the launcher's"
-            name = sources.shown(picture.path) or "it"
+        for image in self._order.samples:
+            differs = f"source {job.sources[image.source]} on node {node} is not what it is on the launcher's"
+            name = sources.shown(image.path) or "it"
             try:
-                data = opened[picture.source].fetch(picture.path, picture.locator, job.limits.max_bytes)
-            except BadPicture as bad:
+                data = opened[image.source].fetch(image.path, image.locator, job.limits.max_bytes)
+            except BadImage as bad:
                 raise SourceError(f"{differs}: {name}: {bad.error}. {remedy}") from bad
-            if hashlib.sha256(data).hexdigest() != picture.sha256:
-                raise SourceError(f"{differs}: {name} is another picture. {remedy}")
+            if hashlib.sha256(data).hexdigest() != image.sha256:
+                raise SourceError(f"{differs}: {name} is another image. {remedy}")
 
     def _fitted(self, device: DeviceSpec) -> DeviceSpec:
         """The device with cores of this node."""

@@ -105,9 +105,9 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
             raise Failure("memory", str(error))
         except Exception as error:  # its compiler raises classes of many libraries
             raise Failure("model", "%s: %s" % (type(error).__name__, error))
-        pictures = order["slot_shape"][0] * order["slot_shape"][1]
-        widths = [anchors[name].size // pictures for name in output_ids]
-        slots = _map(descriptor, order, pictures, widths)
+        images = order["slot_shape"][0] * order["slot_shape"][1]
+        widths = [anchors[name].size // images for name in output_ids]
+        slots = _map(descriptor, order, images, widths)
         say({"ready": widths})
         for line in lines:
             message = _order(line)
@@ -180,13 +180,13 @@ def _prepare(popart: Any, device: Any, descriptor: int, order: Dict[str, Any]) -
     return session, input_id, anchors, output_ids
 
 
-def _map(descriptor: int, order: Dict[str, Any], pictures: int, widths: List[int]) -> List[Tuple[Any, List[Any]]]:
+def _map(descriptor: int, order: Dict[str, Any], images: int, widths: List[int]) -> List[Tuple[Any, List[Any]]]:
     """Make the file as large as the slots are, and return their input and outputs as arrays."""
     import numpy
 
     shape = order["slot_shape"]
     kind = numpy.dtype(numpy.float16 if order["half"] else numpy.float32)
-    sizes = [int(numpy.prod(shape)) * kind.itemsize] + [4 * pictures * width for width in widths]
+    sizes = [int(numpy.prod(shape)) * kind.itemsize] + [4 * images * width for width in widths]
     sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     os.ftruncate(descriptor, 0)  # the model has been read
     os.ftruncate(descriptor, order["slots"] * sum(sizes))
@@ -198,7 +198,7 @@ def _map(descriptor: int, order: Dict[str, Any], pictures: int, widths: List[int
         outputs = []
         for size, width in zip(sizes, widths):
             at += size
-            outputs.append(numpy.frombuffer(memory, numpy.float32, pictures * width, at).reshape(pictures, width))
+            outputs.append(numpy.frombuffer(memory, numpy.float32, images * width, at).reshape(images, width))
         slots.append((x, outputs))
     return slots
 

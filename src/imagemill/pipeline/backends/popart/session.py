@@ -60,7 +60,7 @@ _REMEDY: Final = (
 
 @dataclass(slots=True)
 class _Step:
-    """The batches of one run of the IPU. Every batch has its place, whether a picture of it is filled or not."""
+    """The batches of one run of the IPU. Every batch has its place, whether an image of it is filled or not."""
 
     slot: int
     batches: list[Batch] = field(default_factory=list)
@@ -267,7 +267,7 @@ def _map(
     file: IO[bytes], shape: tuple[int, ...], kind: np.dtype[Any], widths: list[int]
 ) -> list[tuple[NDArray[Any], list[NDArray[np.float32]]]]:
     """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as program.py tells."""
-    pictures = shape[0] * shape[1]
+    images = shape[0] * shape[1]
     memory = mmap.mmap(file.fileno(), 0)
     slots, at = [], 0
 
@@ -279,7 +279,7 @@ def _map(
 
     for _ in range(SLOTS):
         x = array(kind, *shape)
-        slots.append((x, [array(np.float32, pictures, width) for width in widths]))
+        slots.append((x, [array(np.float32, images, width) for width in widths]))
     return slots
 
 

@@ -1,6 +1,6 @@
-"""Makes many pictures of few, always the same ones: the originals, then crops of them, encoded again.
+"""Makes many images of few, always the same ones: the originals, then crops of them, encoded again.
 
-    python make_pictures.py --images DIR --output DIR --count 1000
+    python make_images.py --images DIR --output DIR --count 1000
 
 Crops keep 80 to 100 % of each side, so that sizes stay those of the originals, nearly; JPEG quality 90. All JPEG files below DIR serve.
 """

@@ -1,6 +1,6 @@
-"""Makes odd and hostile pictures as bytes, for every test that needs some. Nothing here is read from a disk.
+"""Makes odd and hostile images as bytes, for every test that needs some. Nothing here is read from a disk.
 
-photograph(640, 480)                    a smooth RGB picture that looks a little like a photograph
+photograph(640, 480)                    a smooth RGB image that looks a little like a photograph
 encode(photograph(64, 48), "PNG")       the same, as a file's bytes
 jpeg(64, 48, orientation=6)             a JPEG that is to be turned
 HOSTILE["png-bomb"]()                   (bytes, the status that must come of them)
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth RGB picture, with some texture and no symmetry: every turn and every shift of it looks different."""
+    """A smooth RGB image, with some texture and no symmetry: every turn and every shift of it looks different."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
