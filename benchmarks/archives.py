@@ -1,12 +1,15 @@
-"""What an archive of very many small images costs: listing, memory, and resuming a job that is nine tenths done.
+"""What an archive of very many small images costs: listing, memory, and resuming a job that is nine
+tenths done.
 
     python benchmarks/archives.py                             a zip of 200,000 members
     python benchmarks/archives.py --kinds zip tar tar.gz
 
-Tiny images (8×8 JPEG and PNG) on the null device, so that what is measured is everything but the model. For each kind: a job over
-2,000 members and one over all; then the last tenth of its parts is removed and the command repeated, and beside it stands a fresh job over
-an archive of as many members as were left to do. Listing is from the command to the frozen job, the start of the interpreter included;
-memory is the peak of the resident set (VmHWM) of the launcher and of the worker.
+Tiny images (8×8 JPEG and PNG) on the null device, so that what is measured is everything but the
+model. For each kind: a job over 2,000 members and one over all; then the last tenth of its parts is
+removed and the command repeated, and beside it stands a fresh job over an archive of as many
+members as were left to do. Listing is from the command to the frozen job, the start of the
+interpreter included; memory is the peak of the resident set (VmHWM) of the launcher and of the
+worker.
 """
 
 from __future__ import annotations
@@ -48,7 +51,10 @@ class Measured:
 
     def row(self, what: str) -> str:
         memory = [watched.peak_kib / 1024 for watched in (self.launcher, self.worker)]
-        return f"| {what:22} | {self.images:8,} | {self.listing_s:7.1f} | {self.seconds:7.1f} | {memory[0]:12.1f} | {memory[1]:10.1f} |"
+        return (
+            f"| {what:22} | {self.images:8,} | {self.listing_s:7.1f} | {self.seconds:7.1f} |"
+            f" {memory[0]:12.1f} | {memory[1]:10.1f} |"
+        )
 
 
 HEADER = """\
@@ -58,7 +64,15 @@ HEADER = """\
 
 def members(count: int) -> Iterable[tuple[str, bytes]]:
     """Names and bytes of many small images, of sixteen kinds."""
-    kinds = [(sample_images.encode(sample_images.photograph(8, 8, seed), "JPEG" if seed % 2 else "PNG"), seed % 2) for seed in range(16)]
+    kinds = [
+        (
+            sample_images.encode(
+                sample_images.photograph(8, 8, seed), "JPEG" if seed % 2 else "PNG"
+            ),
+            seed % 2,
+        )
+        for seed in range(16)
+    ]
     for number in range(count):
         data, is_jpeg = kinds[number % len(kinds)]
         yield f"{number // _FOLDER:06d}/{number:09d}{'.jpg' if is_jpeg else '.png'}", data
@@ -79,7 +93,11 @@ def write_tar(path: Path, count: int) -> None:
             archive.members.clear()  # else it holds them all
 
 
-WRITERS: dict[str, Callable[[Path, int], None]] = {"zip": write_zip, "tar": write_tar, "tar.gz": write_tar}
+WRITERS: dict[str, Callable[[Path, int], None]] = {
+    "zip": write_zip,
+    "tar": write_tar,
+    "tar.gz": write_tar,
+}
 
 
 def run(folder: Path, source: Path, output: Path) -> Measured:
@@ -118,13 +136,22 @@ def measure(folder: Path, kind: str, count: int) -> None:
         part.unlink()
     (output / "summary.json").unlink()
     print(run(folder, archives[count], output).row(f"{kind}, resumed at 90 %"), flush=True)
-    print(run(folder, archives[count // 10], folder / f"tenth-{kind}").row(f"{kind}, fresh tenth"), flush=True)
+    print(
+        run(folder, archives[count // 10], folder / f"tenth-{kind}").row(f"{kind}, fresh tenth"),
+        flush=True,
+    )
     size = archives[count].stat().st_size / 2**20
-    print(f"\n{kind}: {size:,.0f} MiB, {count:,} members, {len(parts):,} parts of which {len(parts) // 10:,} were left to do\n", flush=True)
+    print(
+        f"\n{kind}: {size:,.0f} MiB, {count:,} members, {len(parts):,} parts of which"
+        f" {len(parts) // 10:,} were left to do\n",
+        flush=True,
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(WRITERS), default=["zip"])
     parser.add_argument("--members", type=int, default=200_000)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
@@ -140,7 +167,9 @@ def main() -> int:
 
 
 def _warm(folder: Path) -> Path:
-    """A small archive for a first run that nobody counts: it fills the caches of the file system."""
+    """A small archive for a first run that nobody counts: it fills the caches of the file
+    system.
+    """
     write_zip(folder / "warm.zip", 32)
     return folder / "warm.zip"
 

@@ -1,11 +1,14 @@
-"""Kill the workers and launchers of one job at random moments, let it finish, and compare it with a job that nobody disturbed.
+"""Kill the workers and launchers of one job at random moments, let it finish, and compare it with a
+job that nobody disturbed.
 
     python benchmarks/chaos.py --images 3000 --kills 100 --seed 1
 
-Every kill is a SIGKILL to a real process: the launcher, one of its workers, or a worker's disposable decoder. A launcher that is dead is
-started again, as an operator would. After the last kill one quiet run finishes the job. Then there must be exactly one row per image,
-and every part must equal the undisturbed job's byte for byte. Reading is slowed down (from outside) so that there is something to kill.
-The last line is the result; the seed and every kill are printed before, so that a failure can be told about.
+Every kill is a SIGKILL to a real process: the launcher, one of its workers, or a worker's
+disposable decoder. A launcher that is dead is started again, as an operator would. After the last
+kill one quiet run finishes the job. Then there must be exactly one row per image, and every part
+must equal the undisturbed job's byte for byte. Reading is slowed down (from outside) so that there
+is something to kill. The last line is the result; the seed and every kill are printed before, so
+that a failure can be told about.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ if WORKER:
     after_import("imagemill.pipeline.sources.folder", slow)
 """
 _MOST_KILLS_RUNNING = 6
-"""Kills of workers between two of the launcher's: three in a row before any is ready would end the job by rights, which is allowed here,
-but wastes a start."""
+"""Kills of workers between two of the launcher's: three in a row before any is ready would end the
+job by rights, which is allowed here, but wastes a start.
+"""
 
 
 @dataclass
@@ -62,9 +66,10 @@ class Report:
     def __str__(self) -> str:
         killed = ", ".join(f"{count} {kind}" for kind, count in sorted(self.kills.items()))
         return (
-            f"chaos: {self.kills.total()} kills ({killed}), seed {self.seed}, {self.launches} launches, {self.seconds:.0f} s: "
-            f"{self.images} images, one row each, {self.shards} parts ({self.committed_under_fire} committed under fire) "
-            "equal byte for byte to an undisturbed run's"
+            f"chaos: {self.kills.total()} kills ({killed}), seed {self.seed}, {self.launches}"
+            f" launches, {self.seconds:.0f} s: {self.images} images, one row each, {self.shards}"
+            f" parts ({self.committed_under_fire} committed under fire) equal byte for byte to an"
+            " undisturbed run's"
         )
 
 
@@ -81,30 +86,50 @@ def make_images(folder: Path, count: int) -> None:
         path.write_bytes(data)
 
 
-def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], None] = print) -> Report:
+def chaos(
+    folder: Path, count: int, kills: int, seed: int, say: Callable[[str], None] = print
+) -> Report:
     """Run one job under fire below `folder`. Raises: AssertionError where a promise is broken."""
     source, calm, output = folder / "images", folder / "calm", folder / "out"
     make_images(source, count)
     models = harness.null_bundle(folder / "models")
-    arguments = ["run", source, "--model", "null", "--devices", "null:2", "--num-workers", "2", "--shard-size", "8", "--json"]
+    arguments = [
+        "run",
+        source,
+        "--model",
+        "null",
+        "--devices",
+        "null:2",
+        "--num-workers",
+        "2",
+        "--shard-size",
+        "8",
+        "--json",
+    ]
     quiet = helpers.environment(IMAGEMILL_MODELS=str(models))
     begun = time.monotonic()
     result = helpers.imagemill_cli(*arguments, "--output", calm, env=quiet)
     assert result.code == 0, result
-    # On a busy machine starting takes longer: so that some workers live to commit something, the kills then come at longer intervals.
+    # On a busy machine starting takes longer: so that some workers live to commit something, the
+    # kills then come at longer intervals.
     slowness = max(1.0, (time.monotonic() - begun) / (1.5 + count / 2000))
 
     rng, report, begun = random.Random(seed), Report(seed, count), time.monotonic()
-    # Four threads read. Some half of the time no worker is ready; a kill comes every 0.8 s on average.
+    # Four threads read. Some half of the time no worker is ready; a kill comes every 0.8 s on
+    # average.
     seconds = str(round(4 * 0.5 * kills / count * slowness, 4))
-    slow = harness.hooks(folder / "hooks", SLOW_READS, IMAGEMILL_MODELS=str(models), CHAOS_READ_SECONDS=seconds)
+    slow = harness.hooks(
+        folder / "hooks", SLOW_READS, IMAGEMILL_MODELS=str(models), CHAOS_READ_SECONDS=seconds
+    )
     workers_killed = 0
     launcher: subprocess.Popen[bytes] | None = None
     with (folder / "launcher.err").open("ab") as errors:
         try:
             while report.kills.total() < kills:
                 if launcher is None or launcher.poll() is not None:
-                    assert launcher is None or launcher.returncode != 0, f"the job ended after {report.kills.total()} kills: too few images"
+                    assert launcher is None or launcher.returncode != 0, (
+                        f"the job ended after {report.kills.total()} kills: too few images"
+                    )
                     harness.assert_sound_so_far(output)
                     launcher = _launch([*arguments, "--output", output], slow, errors)
                     report.launches += 1
@@ -124,7 +149,10 @@ def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], 
                 if launcher.poll() is None and harness.kill(pid):
                     report.kills[kind] += 1
                     workers_killed += kind == "workers"
-                    say(f"{time.monotonic() - begun:7.2f} s  kill {report.kills.total():3}: {kind[:-1]} {pid}")
+                    say(
+                        f"{time.monotonic() - begun:7.2f} s  kill {report.kills.total():3}:"
+                        f" {kind[:-1]} {pid}"
+                    )
                 if kind == "launchers":
                     launcher.wait()
         finally:
@@ -143,22 +171,36 @@ def chaos(folder: Path, count: int, kills: int, seed: int, say: Callable[[str], 
     return report
 
 
-def _launch(arguments: list[object], env: dict[str, str], errors: object) -> subprocess.Popen[bytes]:
+def _launch(
+    arguments: list[object], env: dict[str, str], errors: object
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "imagemill", *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=env)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=env
+    )  # type: ignore[call-overload]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=None, help="default: from the system, and printed")
-    parser.add_argument("--folder", type=Path, help="where to work, and leave everything (default: a temporary folder)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="default: from the system, and printed"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to work, and leave everything (default: a temporary folder)",
+    )
     parsed = parser.parse_args()
     seed = parsed.seed if parsed.seed is not None else int.from_bytes(os.urandom(4))
     print(f"seed {seed}", flush=True)
     with contextlib.ExitStack() as stack:
-        folder = parsed.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-chaos-")))
+        folder = parsed.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-chaos-"))
+        )
         print(chaos(folder, parsed.images, parsed.kills, seed))
     return 0
 

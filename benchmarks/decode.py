@@ -1,9 +1,11 @@
-"""Decode and preprocess alone, on one core: imagemill and other ways, against Pillow's decode–resize–crop.
+"""Decode and preprocess alone, on one core: imagemill and other ways, against Pillow's
+decode–resize–crop.
 
     python benchmarks/decode.py FOLDER [--limit 100] [--rounds 5] [--bicubic]
 
-prints, for the JPEGs of FOLDER and for 4000×3000 images made from eight of them, milliseconds an image (the median of interleaved
-rounds), the ratio to Pillow, and how far the pixels are from Pillow's. A way whose library is not installed is left out.
+prints, for the JPEGs of FOLDER and for 4000×3000 images made from eight of them, milliseconds an
+image (the median of interleaved rounds), the ratio to Pillow, and how far the pixels are from
+Pillow's. A way whose library is not installed is left out.
 """
 
 from __future__ import annotations
@@ -50,9 +52,22 @@ def imagemill(data: bytes, recipe: Recipe) -> np.ndarray:
     return decoded.pixels
 
 
-def _crop(image: Image.Image, recipe: Recipe, crop: preprocess.Crop, scale: float, gap: float | None = None) -> np.ndarray:
+def _crop(
+    image: Image.Image,
+    recipe: Recipe,
+    crop: preprocess.Crop,
+    scale: float,
+    gap: float | None = None,
+) -> np.ndarray:
     box = tuple(value / scale for value in (crop.x.start, crop.y.start, crop.x.stop, crop.y.stop))
-    return np.asarray(image.resize((recipe.size, recipe.size), preprocess.FILTERS[recipe.interpolation], box=box, reducing_gap=gap))
+    return np.asarray(
+        image.resize(
+            (recipe.size, recipe.size),
+            preprocess.FILTERS[recipe.interpolation],
+            box=box,
+            reducing_gap=gap,
+        )
+    )
 
 
 def pillow_box(data: bytes, recipe: Recipe) -> np.ndarray:
@@ -78,7 +93,12 @@ def _pillow_draft(data: bytes, recipe: Recipe, times: int) -> np.ndarray:
 
 def simplejpeg_pillow(data: bytes, recipe: Recipe) -> np.ndarray:
     pixels = simplejpeg.decode_jpeg(data, "RGB")
-    return _crop(Image.fromarray(pixels), recipe, preprocess.locate(pixels.shape[1], pixels.shape[0], recipe), 1)
+    return _crop(
+        Image.fromarray(pixels),
+        recipe,
+        preprocess.locate(pixels.shape[1], pixels.shape[0], recipe),
+        1,
+    )
 
 
 def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
@@ -86,7 +106,12 @@ def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
     height, width = pixels.shape[:2]
     crop = preprocess.locate(width, height, recipe)
     left, top, right, bottom = preprocess.region(crop, recipe, width, height)
-    source = cykooz_resizer.ImageData(right - left, bottom - top, cykooz_resizer.PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
+    source = cykooz_resizer.ImageData(
+        right - left,
+        bottom - top,
+        cykooz_resizer.PixelType.U8x3,
+        pixels[top:bottom, left:right].tobytes(),
+    )
     result = cykooz_resizer.ImageData(recipe.size, recipe.size, cykooz_resizer.PixelType.U8x3)
     bicubic = recipe.interpolation is Interpolation.BICUBIC
     kind = cykooz_resizer.FilterType.catmull_rom if bicubic else cykooz_resizer.FilterType.bilinear
@@ -102,10 +127,17 @@ def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
 
 
 def opencv_area(data: bytes, recipe: Recipe) -> np.ndarray:
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    pixels = cv2.imdecode(
+        np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    )
     crop = preprocess.locate(pixels.shape[1], pixels.shape[0], recipe)
-    rows, columns = slice(round(crop.y.start), round(crop.y.stop)), slice(round(crop.x.start), round(crop.x.stop))
-    return cv2.resize(pixels[rows, columns], (recipe.size, recipe.size), interpolation=cv2.INTER_AREA)
+    rows, columns = (
+        slice(round(crop.y.start), round(crop.y.stop)),
+        slice(round(crop.x.start), round(crop.x.stop)),
+    )
+    return cv2.resize(
+        pixels[rows, columns], (recipe.size, recipe.size), interpolation=cv2.INTER_AREA
+    )
 
 
 def decoding_alone(data: bytes, recipe: Recipe) -> np.ndarray:
@@ -118,7 +150,9 @@ def large(images: list[bytes], count: int = 8) -> list[bytes]:
     made = []
     for data in images[:: max(1, len(images) // count)][:count]:
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(data)).convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=88)
+        Image.open(io.BytesIO(data)).convert("RGB").resize(
+            (4000, 3000), Image.Resampling.BICUBIC
+        ).save(buffer, "JPEG", quality=88)
         made.append(buffer.getvalue())
     return made
 
@@ -144,25 +178,49 @@ def distance(images: list[bytes], recipe: Recipe, way: Way) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--limit", type=int, default=100, help="images at most, taken evenly from the folder")
+    parser.add_argument(
+        "--limit", type=int, default=100, help="images at most, taken evenly from the folder"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bicubic", action="store_true")
     arguments = parser.parse_args()
-    recipe = Recipe(interpolation=Interpolation.BICUBIC if arguments.bicubic else Interpolation.BILINEAR)
-    files = sorted(path for path in arguments.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
-    images = [path.read_bytes() for path in files[:: max(1, len(files) // arguments.limit)][: arguments.limit]]
+    recipe = Recipe(
+        interpolation=Interpolation.BICUBIC if arguments.bicubic else Interpolation.BILINEAR
+    )
+    files = sorted(
+        path for path in arguments.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"}
+    )
+    images = [
+        path.read_bytes()
+        for path in files[:: max(1, len(files) // arguments.limit)][: arguments.limit]
+    ]
     if not images:
         parser.error(f"no JPEG files in {arguments.folder}")
-    ways: list[Way] = [pillow, imagemill, pillow_box, pillow_draft_twice, pillow_draft_once, simplejpeg_pillow, decoding_alone]
+    ways: list[Way] = [
+        pillow,
+        imagemill,
+        pillow_box,
+        pillow_draft_twice,
+        pillow_draft_once,
+        simplejpeg_pillow,
+        decoding_alone,
+    ]
     if cykooz_resizer is not None:
         ways.insert(-1, simplejpeg_cykooz)
     if cv2 is not None:
         cv2.setNumThreads(1)
         ways.insert(-1, opencv_area)
-    print(f"{recipe.interpolation}, Pillow {Image.__version__}, simplejpeg {simplejpeg.__version__}")
-    for title, those in ((f"{len(images)} images of {arguments.folder.name}", images), ("4000×3000", large(images))):
+    print(
+        f"{recipe.interpolation}, Pillow {Image.__version__}, simplejpeg {simplejpeg.__version__}"
+    )
+    for title, those in (
+        (f"{len(images)} images of {arguments.folder.name}", images),
+        ("4000×3000", large(images)),
+    ):
         print(f"\n{title}\n{'':20}{'ms':>8}{'× Pillow':>10}   levels from Pillow")
         took = measure(those, recipe, ways, arguments.rounds)
         for way in ways:

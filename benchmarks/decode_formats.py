@@ -2,8 +2,9 @@
 
     python benchmarks/decode_formats.py OTHER/src [--images DIR] [--rounds 20]
 
-OTHER/src is the other version's `src`. One process per version decodes the same images in turn, so that other work on the machine hits both
-alike. Prints CPU milliseconds per image, the median over the rounds, and the ratio of this version to the other: above 1 is slower.
+OTHER/src is the other version's `src`. One process per version decodes the same images in turn, so
+that other work on the machine hits both alike. Prints CPU milliseconds per image, the median over
+the rounds, and the ratio of this version to the other: above 1 is slower.
 """
 
 from __future__ import annotations
@@ -39,17 +40,29 @@ FORMATS: dict[str, tuple[str, str, dict[str, object]]] = {
 def encoded(folder: Path | None) -> dict[str, list[bytes]]:
     """Return a few images in each format: photographs of the folder, or noise on gradients."""
     if folder is not None:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})[:8]
+        files = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"}
+        )[:8]
         images = [Image.open(path).convert("RGB").resize(SIZE) for path in files]
     else:
         rng = np.random.default_rng(0)
-        coarse = [Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE) for _ in range(8)]
-        images = [Image.fromarray(np.asarray(image) // 2 + rng.integers(0, 24, (SIZE[1], SIZE[0], 3), np.uint8)) for image in coarse]
+        coarse = [
+            Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE)
+            for _ in range(8)
+        ]
+        images = [
+            Image.fromarray(
+                np.asarray(image) // 2 + rng.integers(0, 24, (SIZE[1], SIZE[0], 3), np.uint8)
+            )
+            for image in coarse
+        ]
     made: dict[str, list[bytes]] = {}
     for name, (mode, file_format, options) in FORMATS.items():
         for image in images:
             buffer = io.BytesIO()
-            image.resize((64, 48) if name.endswith("small") else SIZE).convert(mode).save(buffer, file_format, **options)
+            image.resize((64, 48) if name.endswith("small") else SIZE).convert(mode).save(
+                buffer, file_format, **options
+            )
             made.setdefault(name, []).append(buffer.getvalue())
     return made
 
@@ -75,7 +88,12 @@ def serve() -> None:
 
 def start(source: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": str(source)}
-    return subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    return subprocess.Popen(
+        [sys.executable, __file__, "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
 
 
 def ask(process: subprocess.Popen[bytes], batch: list[bytes]) -> float:
@@ -89,7 +107,9 @@ def ask(process: subprocess.Popen[bytes], batch: list[bytes]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("other", type=Path)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
@@ -104,7 +124,10 @@ def main() -> None:
             seconds = {which: ask(versions[which], batch) for which in order}
             rounds.append((seconds[0], seconds[1]))
         del rounds[0]
-        this, other = (1000 * statistics.median(pair[which] for pair in rounds) / len(batch) for which in (0, 1))
+        this, other = (
+            1000 * statistics.median(pair[which] for pair in rounds) / len(batch)
+            for which in (0, 1)
+        )
         ratio = statistics.median(one / two for one, two in rounds)
         print(f"{name:14}{this:10.3f}{other:11.3f}{ratio:8.3f}")
     for process in versions:

@@ -1,16 +1,22 @@
 """How well the display knows how long a job will take.
 
-    python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR] [--precision fp32] [--images 3000] [--devices cpu]
-                        [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2] [--num-workers N] [--json]
+    python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR]
+    [--precision fp32] [--images 3000] [--devices cpu]
+                        [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2]
+                        [--num-workers N] [--json]
 
-Runs a job over links to the images of DIR, and takes down at every tick what the display would show: `progress.Pace`, fed as the display
-feeds it. At each moment the prediction of the whole time is the time so far plus what is said to be left; its error is told as a share of
-the time that it really took, from the launch of the workers to their end. Each round is a whole run and one that is stopped at --stop-at
-and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU time that other processes took meanwhile
-(Linux): beside other work the errors tell of that work too. `preflight` is what the preflight cost, as a share of the job's CPU time, and
-`foretold` the time that it said the job would take, over the time from the first lease to the last commit. With --latency the images come
-from a server of this process's that takes its time for each, log-normal around so many seconds: such a job is bounded by reading, and
-hardly minds what else the machine does.
+Runs a job over links to the images of DIR, and takes down at every tick what the display would
+show: `progress.Pace`, fed as the display feeds it. At each moment the prediction of the whole time
+is the time so far plus what is said to be left; its error is told as a share of the time that it
+really took, from the launch of the workers to their end. Each round is a whole run and one that is
+stopped at --stop-at
+and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU
+time that other processes took meanwhile (Linux): beside other work the errors tell of that work
+too. `preflight` is what the preflight cost, as a share of the job's CPU time, and `foretold` the
+time that it said the job would take, over the time from the first lease to the last commit. With
+--latency the images come from a server of this process's that takes its time for each, log-normal
+around so many seconds: such a job is bounded by reading, and hardly minds what else the machine
+does.
 """
 
 from __future__ import annotations
@@ -81,7 +87,9 @@ class Recorder(Watcher):
 
 
 def foreign_cpu_s() -> float:
-    """CPU time that processes which are not ours have used since the machine started; exact once our children have ended."""
+    """CPU time that processes which are not ours have used since the machine started; exact once
+    our children have ended.
+    """
     user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK") - our_cpu_s()
 
@@ -95,12 +103,22 @@ def our_cpu_s() -> float:
 def judged(recorder: Recorder) -> dict[str, object]:
     """The worst error from the first tenth on, and its course."""
     took_s = recorder.took_s
-    told = [(seen.at_s, (seen.at_s + seen.left_s - took_s) / took_s) for seen in recorder.ticks if seen.left_s is not None]
+    told = [
+        (seen.at_s, (seen.at_s + seen.left_s - took_s) / took_s)
+        for seen in recorder.ticks
+        if seen.left_s is not None
+    ]
     late = [(at_s, error) for at_s, error in told if at_s >= took_s / 10]
     worst = max(late, key=lambda item: abs(item[1]))
     times = [at_s for at_s, _ in told]
-    course = {f"{tenth:.1f}": round(told[min(bisect_left(times, tenth * took_s), len(told) - 1)][1], 3) for tenth in TENTHS}
-    rates = {f"{tenth:.1f}": next((s.rate for s in recorder.ticks if s.at_s >= tenth * took_s), None) for tenth in TENTHS}
+    course = {
+        f"{tenth:.1f}": round(told[min(bisect_left(times, tenth * took_s), len(told) - 1)][1], 3)
+        for tenth in TENTHS
+    }
+    rates = {
+        f"{tenth:.1f}": next((s.rate for s in recorder.ticks if s.at_s >= tenth * took_s), None)
+        for tenth in TENTHS
+    }
     return {
         "seconds": round(took_s, 1),
         "worst_error": round(worst[1], 3),
@@ -159,7 +177,9 @@ def served(folder: Path, latency_s: float, goal: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--models-dir")
@@ -167,7 +187,9 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--kinds", nargs="+", choices=("whole", "resumed"), default=("whole", "resumed"))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=("whole", "resumed"), default=("whole", "resumed")
+    )
     parser.add_argument("--stop-at", type=float, default=0.4)
     parser.add_argument("--latency", type=float, default=0.0)
     parser.add_argument("--num-workers", type=int)
@@ -178,7 +200,11 @@ def main() -> None:
         folder = Path(temporary) / "images"
         folder.mkdir()
         links(folder, asked.images, asked.images)
-        source = served(folder, asked.latency, Path(temporary) / "urls.txt") if asked.latency else str(folder)
+        source = (
+            served(folder, asked.latency, Path(temporary) / "urls.txt")
+            if asked.latency
+            else str(folder)
+        )
         for number in range(asked.rounds):
             for kind in asked.kinds:
                 settings = Settings(
@@ -199,7 +225,9 @@ def main() -> None:
                 report.append({"run": kind} | judged(recorder))
                 if (said := summary.preflight) is not None:
                     report[-1]["preflight"] = round(said.cpu_s / (our_cpu_s() - before_s), 4)
-                    report[-1]["foretold"] = said.seconds and round(said.seconds / summary.seconds, 3)
+                    report[-1]["foretold"] = said.seconds and round(
+                        said.seconds / summary.seconds, 3
+                    )
                 if not asked.json:
                     print(json.dumps(report[-1]), flush=True)
     if asked.json:

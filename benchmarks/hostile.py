@@ -2,9 +2,11 @@
 
     python benchmarks/hostile.py --files 5000 --seed 1
 
-Every format that the decoder knows, mutated: bits flipped, files cut, headers of one format before the body of another, sizes in headers
-changed, and bombs in PNG, GIF, TIFF, WebP, JPEG and ICO. A good image follows every third bad one; the good ones alone are classified in
-a run of their own, and must have the very same answers beside the bad ones. The last line is the result; the seed is printed before.
+Every format that the decoder knows, mutated: bits flipped, files cut, headers of one format before
+the body of another, sizes in headers changed, and bombs in PNG, GIF, TIFF, WebP, JPEG and ICO. A
+good image follows every third bad one; the good ones alone are classified in a run of their own,
+and must have the very same answers beside the bad ones. The last line is the result; the seed is
+printed before.
 """
 
 from __future__ import annotations
@@ -39,19 +41,39 @@ _OTHERS = [name for name in sample_images.HOSTILE if not name.endswith("bomb")]
 
 
 def originals() -> dict[str, list[bytes]]:
-    """Sound images by suffix: all formats that can be both written here and read, some of them in several forms."""
+    """Sound images by suffix: all formats that can be both written here and read, some of them in
+    several forms.
+    """
     colour, small = sample_images.photograph(70, 50, 1), sample_images.photograph(32, 32, 2)
     grey, palette, alpha = colour.convert("L"), colour.convert("P"), colour.convert("RGBA")
     made: dict[str, list[tuple[Image.Image, str, dict[str, object]]]] = {
-        "jpg": [(colour, "JPEG", {"quality": q, "progressive": p}) for q in (60, 92) for p in (False, True)]
-        + [(grey, "JPEG", {}), (colour.convert("CMYK"), "JPEG", {}), (colour, "JPEG", {"exif": sample_images.exif(6)})],
-        "png": [(image, "PNG", {}) for image in (colour, grey, palette, alpha, colour.convert("1"))],
+        "jpg": (
+            [
+                (colour, "JPEG", {"quality": q, "progressive": p})
+                for q in (60, 92)
+                for p in (False, True)
+            ]
+            + [
+                (grey, "JPEG", {}),
+                (colour.convert("CMYK"), "JPEG", {}),
+                (colour, "JPEG", {"exif": sample_images.exif(6)}),
+            ]
+        ),
+        "png": [
+            (image, "PNG", {}) for image in (colour, grey, palette, alpha, colour.convert("1"))
+        ],
         "gif": [(palette, "GIF", {}), (palette, "GIF", {"interlace": 0})],
         "bmp": [(colour, "BMP", {}), (palette, "BMP", {})],
-        "tif": [(colour, "TIFF", {"compression": c}) for c in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")],
+        "tif": [
+            (colour, "TIFF", {"compression": c})
+            for c in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
+        ],
         "webp": [(colour, "WEBP", {"quality": 80}), (alpha, "WEBP", {"lossless": True})],
         "jp2": [(colour, "JPEG2000", {})],
-        "ico": [(small, "ICO", {"sizes": [(32, 32)]}), (small, "ICO", {"sizes": [(32, 32)], "bitmap_format": "bmp"})],
+        "ico": [
+            (small, "ICO", {"sizes": [(32, 32)]}),
+            (small, "ICO", {"sizes": [(32, 32)], "bitmap_format": "bmp"}),
+        ],
         "icns": [(small, "ICNS", {})],
         "ppm": [(colour, "PPM", {}), (grey, "PPM", {})],
         "pcx": [(colour, "PCX", {})],
@@ -67,7 +89,10 @@ def originals() -> dict[str, list[bytes]]:
         made["avif"] = [(colour, "AVIF", {"quality": 60, "speed": 10})]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow will stop writing some of them one day
-        found = {suffix: [sample_images.encode(image, kind, **options) for image, kind, options in forms] for suffix, forms in made.items()}
+        found = {
+            suffix: [sample_images.encode(image, kind, **options) for image, kind, options in forms]
+            for suffix, forms in made.items()
+        }
     found["gif"].append(sample_images.animated_gif())
     found["tif"].append(sample_images.tiff(8, 8))
     return found
@@ -95,7 +120,9 @@ def resize(data: bytes, rng: random.Random, _: bytes) -> bytes:
     """Other numbers where a size may stand: 16 or 32 bits, either order, in the first 200 bytes."""
     changed = bytearray(data + bytes(4))  # the file may be shorter than the number
     at = rng.randrange(max(1, min(len(data), 200) - 4))
-    value = rng.choice((0, 1, 2, 255, 256, 32_767, 32_768, 65_535, 100_000, 2**31 - 1, 2**31, 2**32 - 1))
+    value = rng.choice(
+        (0, 1, 2, 255, 256, 32_767, 32_768, 65_535, 100_000, 2**31 - 1, 2**31, 2**32 - 1)
+    )
     layout = rng.choice(("<H", ">H", "<I", ">I"))
     struct.pack_into(layout, changed, at, value & (0xFFFF if layout[1] == "H" else 0xFFFFFFFF))
     return bytes(changed[: len(data)])
@@ -104,10 +131,24 @@ def resize(data: bytes, rng: random.Random, _: bytes) -> bytes:
 def shuffle(data: bytes, rng: random.Random, _: bytes) -> bytes:
     """A block moved, doubled or taken out."""
     one, two = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    return rng.choice((data[:one] + data[two:], data[:two] + data[one:], data[:one] + data[one:two][::-1] + data[two:]))
+    return rng.choice(
+        (
+            data[:one] + data[two:],
+            data[:two] + data[one:],
+            data[:one] + data[one:two][::-1] + data[two:],
+        )
+    )
 
 
-MUTATIONS: list[Callable[[bytes, random.Random, bytes], bytes]] = [flip, flip, cut, splice, resize, resize, shuffle]
+MUTATIONS: list[Callable[[bytes, random.Random, bytes], bytes]] = [
+    flip,
+    flip,
+    cut,
+    splice,
+    resize,
+    resize,
+    shuffle,
+]
 
 
 def mutated(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -146,10 +187,14 @@ class Report:
     seconds: float
 
     def __str__(self) -> str:
-        statuses = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items(), key=lambda item: -item[1]))
+        statuses = ", ".join(
+            f"{count} {status}"
+            for status, count in sorted(self.statuses.items(), key=lambda item: -item[1])
+        )
         return (
-            f"hostile: {self.files} mutated files, seed {self.seed}, {self.seconds:.0f} s: one row each ({statuses}); "
-            f"{self.good} good neighbours unchanged; {self.restarts} worker restarts"
+            f"hostile: {self.files} mutated files, seed {self.seed}, {self.seconds:.0f} s: one row"
+            f" each ({statuses}); {self.good} good neighbours unchanged; {self.restarts} worker"
+            " restarts"
         )
 
 
@@ -167,12 +212,29 @@ def hostile(folder: Path, count: int, seed: int) -> Report:
                 path = root / f"{int(name[:6]) // 1000:03d}" / f"{name[:6]}-good.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(neighbour)
-    env = helpers.environment(IMAGEMILL_MODELS=str(harness.null_bundle(folder / "models", classes=100)))
-    arguments = ["--model", "null", "--devices", "null:2", "--max-pixels", MAX_PIXELS, "--max-seconds", "20", "--json"]
+    env = helpers.environment(
+        IMAGEMILL_MODELS=str(harness.null_bundle(folder / "models", classes=100))
+    )
+    arguments = [
+        "--model",
+        "null",
+        "--devices",
+        "null:2",
+        "--max-pixels",
+        MAX_PIXELS,
+        "--max-seconds",
+        "20",
+        "--json",
+    ]
     limit_s = 120 + count / 10  # ten files a second, a fiftieth of the usual rate
-    result = helpers.finish(helpers.start("run", bad, "--output", folder / "out", "--all-files", *arguments, env=env), limit_s)
+    result = helpers.finish(
+        helpers.start("run", bad, "--output", folder / "out", "--all-files", *arguments, env=env),
+        limit_s,
+    )
     assert result.code == 0, result
-    calm = helpers.finish(helpers.start("run", good, "--output", folder / "calm", *arguments, env=env), limit_s)
+    calm = helpers.finish(
+        helpers.start("run", good, "--output", folder / "calm", *arguments, env=env), limit_s
+    )
     assert calm.code == 0, calm
     harness.assert_complete(folder / "out")
     rows, undisturbed = helpers.by_path(folder / "out"), helpers.by_path(folder / "calm")
@@ -183,21 +245,34 @@ def hostile(folder: Path, count: int, seed: int) -> Report:
     mutants = [row for path, row in rows.items() if "-bad." in path]
     assert len(mutants) == count
     statuses = Counter(row["status"] for row in mutants)
-    assert all((row["error"] is None) == (row["status"] == "ok") == (row["label"] is not None) for row in mutants)
+    assert all(
+        (row["error"] is None) == (row["status"] == "ok") == (row["label"] is not None)
+        for row in mutants
+    )
     restarts = sum(device["restarts"] for device in result.json["devices"])
     return Report(seed, count, len(undisturbed), dict(statuses), restarts, time.monotonic() - begun)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=None, help="default: from the system, and printed")
-    parser.add_argument("--folder", type=Path, help="where to work, and leave everything (default: a temporary folder)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="default: from the system, and printed"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to work, and leave everything (default: a temporary folder)",
+    )
     parsed = parser.parse_args()
     seed = parsed.seed if parsed.seed is not None else int.from_bytes(os.urandom(4))
     print(f"seed {seed}", flush=True)
     with contextlib.ExitStack() as stack:
-        folder = parsed.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-hostile-")))
+        folder = parsed.folder or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="imagemill-hostile-"))
+        )
         print(hostile(folder, parsed.files, seed))
     return 0
 

@@ -1,9 +1,11 @@
-"""What the vector and matrix units of this machine can do at most: compiles limit.c and runs it on all usable cores.
+"""What the vector and matrix units of this machine can do at most: compiles limit.c and runs it on
+all usable cores.
 
     python benchmarks/limit.py [--rounds 5] [--seconds 0.5] [--gop-per-image 16.0] [--json]
 
-Prints Gop/s in fp32, bf16 and int8, and where the processor has AMX in bf16 and int8 with it (median over rounds, all interleaved),
-and what that is in images/s for a model of so many operations an image: 16.0 for resnext101_32x4d (8.0 GMAC). Needs gcc.
+Prints Gop/s in fp32, bf16 and int8, and where the processor has AMX in bf16 and int8 with it
+(median over rounds, all interleaved), and what that is in images/s for a model of so many
+operations an image: 16.0 for resnext101_32x4d (8.0 GMAC). Needs gcc.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ LACKS = 3
 class Limit:
     """The compiled loop, for as long as it is held open.
 
-    `measure(kind, seconds)` returns Gop/s over all usable cores; None where the processor lacks the instructions.
+    `measure(kind, seconds)` returns Gop/s over all usable cores; None where the processor lacks the
+    instructions.
     """
 
     def __enter__(self) -> Limit:
@@ -41,7 +44,9 @@ class Limit:
         self._folder.cleanup()
 
     def measure(self, kind: str, seconds: float) -> float | None:
-        done = subprocess.run([str(self._binary), kind, str(seconds)], stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            [str(self._binary), kind, str(seconds)], stdout=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode == LACKS:
             return None
         done.check_returncode()
@@ -49,7 +54,9 @@ class Limit:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
     parser.add_argument("--gop-per-image", type=float, default=16.0)
@@ -62,7 +69,12 @@ def main() -> None:
                 if (gop := limit.measure(kind, asked.seconds)) is not None:
                     found[kind].append(gop)
     report = {
-        kind: {"gop_per_second": median(runs), "min": min(runs), "max": max(runs), "images_per_second": median(runs) / asked.gop_per_image}
+        kind: {
+            "gop_per_second": median(runs),
+            "min": min(runs),
+            "max": max(runs),
+            "images_per_second": median(runs) / asked.gop_per_image,
+        }
         for kind, runs in found.items()
         if runs
     }
@@ -71,7 +83,10 @@ def main() -> None:
         return
     for kind, row in report.items():
         spread = f"({row['min']:,.0f} to {row['max']:,.0f})"
-        print(f"{kind:<8}  {row['gop_per_second']:>8,.0f} Gop/s {spread:<20} {row['images_per_second']:>7,.1f} images/s")
+        print(
+            f"{kind:<8}  {row['gop_per_second']:>8,.0f} Gop/s {spread:<20}"
+            f" {row['images_per_second']:>7,.1f} images/s"
+        )
 
 
 if __name__ == "__main__":

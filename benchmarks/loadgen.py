@@ -1,10 +1,12 @@
-"""MLPerf's LoadGen, Offline scenario, on one imagemill session: its own clock, its own logs, its own verdict.
+"""MLPerf's LoadGen, Offline scenario, on one imagemill session: its own clock, its own logs, its
+own verdict.
 
     pip install 'mlcommons-loadgen>=5'
     python benchmarks/loadgen.py --model efficientnet_lite0 --min-duration 60 --log-dir logs
 
-First a performance run, then an accuracy run in which each answer, in LoadGen's shuffled order, is compared with the one that the
-session gives for the same images in order. The images are noise: decoding is not part of it. MLPerf's rules for submissions want 600 s.
+First a performance run, then an accuracy run in which each answer, in LoadGen's shuffled order, is
+compared with the one that the session gives for the same images in order. The images are noise:
+decoding is not part of it. MLPerf's rules for submissions want 600 s.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from imagemill.tuning.batch_size import resolved
 IMAGES = 64
 """In LoadGen's library of samples."""
 HEADROOM = 1.5
-"""A run is planned for this many times the measured rate, so that it lasts long enough if the machine speeds up."""
+"""A run is planned for this many times the measured rate, so that it lasts long enough if the
+machine speeds up.
+"""
 
 
 class Driven:
@@ -50,14 +54,21 @@ class Driven:
         return found
 
     def issue(self, samples: Sequence[Any]) -> None:
-        """Answer LoadGen's samples. An exception must not cross LoadGen, which would end the process: it waits for every answer."""
+        """Answer LoadGen's samples. An exception must not cross LoadGen, which would end the
+        process: it waits for every answer.
+        """
         waiting = deque(samples)
 
         def answer(count: int, ids: np.ndarray) -> None:
             answers = ids.astype(np.int32)  # kept until LoadGen has copied them
             address = answers.ctypes.data
             group = [waiting.popleft() for _ in range(count)]
-            lg.QuerySamplesComplete([lg.QuerySampleResponse(s.id, address + 4 * place, 4) for place, s in enumerate(group)])
+            lg.QuerySamplesComplete(
+                [
+                    lg.QuerySampleResponse(s.id, address + 4 * place, 4)
+                    for place, s in enumerate(group)
+                ]
+            )
 
         try:
             self._stream([sample.index for sample in samples], answer)
@@ -66,7 +77,9 @@ class Driven:
             lg.QuerySamplesComplete([lg.QuerySampleResponse(sample.id, 0, 0) for sample in waiting])
 
     def _stream(self, indices: Sequence[int], take: Callable[[int, np.ndarray], None]) -> None:
-        for batch, outputs in self.session.stream(self._batch(indices[at : at + self.size]) for at in range(0, len(indices), self.size)):
+        for batch, outputs in self.session.stream(
+            self._batch(indices[at : at + self.size]) for at in range(0, len(indices), self.size)
+        ):
             take(batch.filled, outputs.logits.argmax(axis=1))
 
     def _batch(self, indices: Sequence[int]) -> Batch:
@@ -75,7 +88,9 @@ class Driven:
         return Batch(pixels, len(indices), ())
 
 
-def run(driven: Driven, folder: Path, min_duration_s: float, rate: float, *, accuracy: bool) -> dict[str, str]:
+def run(
+    driven: Driven, folder: Path, min_duration_s: float, rate: float, *, accuracy: bool
+) -> dict[str, str]:
     """One run of the Offline scenario; returns LoadGen's summary by name."""
     folder.mkdir(parents=True, exist_ok=True)
     settings, logging = lg.TestSettings(), lg.LogSettings()
@@ -96,11 +111,17 @@ def run(driven: Driven, folder: Path, min_duration_s: float, rate: float, *, acc
     if driven.failures:
         raise driven.failures[0]
     lines = (folder / "mlperf_log_summary.txt").read_text().splitlines()
-    return {name.strip(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    return {
+        name.strip(): value.strip()
+        for name, colon, value in (line.partition(":") for line in lines)
+        if colon
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnext101_32x4d")
     parser.add_argument("--models-dir", type=Path, default=bundle.default_models_dir())
     parser.add_argument("--device", default="cpu")
@@ -110,7 +131,9 @@ def main() -> int:
     asked = parser.parse_args()
     (device,) = devices.resolve(asked.device)
     settings = BenchSettings(synthetic=True, model=asked.model, precision=asked.precision)
-    job = resolved(synthetic_job(settings, registry.resolve(asked.model, asked.models_dir), [device]), [device])
+    job = resolved(
+        synthetic_job(settings, registry.resolve(asked.model, asked.models_dir), [device]), [device]
+    )
     driven = Driven(open_session(job, device, Stopwatch()), job.batch_size, job.card.recipe.size)
     in_order = driven.class_ids(range(IMAGES))  # warms up, too
     begun = time.monotonic()
@@ -119,10 +142,22 @@ def main() -> int:
     summary = run(driven, asked.log_dir / "performance", asked.min_duration, rate, accuracy=False)
     run(driven, asked.log_dir / "accuracy", asked.min_duration, rate, accuracy=True)
     log = json.loads((asked.log_dir / "accuracy" / "mlperf_log_accuracy.json").read_text())
-    same = sum(in_order[entry["qsl_idx"]] == int.from_bytes(bytes.fromhex(entry["data"]), "little") for entry in log)
-    print(f"{job.card.name} in {job.precision} on {device.name} ({device.engine}), batches of {job.batch_size}")
-    print(f"LoadGen: {float(summary['Samples per second']):,.1f} samples/s, {summary['Result is']}; the session just before: {rate:,.1f}")
-    print(f"accuracy mode: {same} of {len(log)} answers are those of the images in order; logs: {asked.log_dir}")
+    same = sum(
+        in_order[entry["qsl_idx"]] == int.from_bytes(bytes.fromhex(entry["data"]), "little")
+        for entry in log
+    )
+    print(
+        f"{job.card.name} in {job.precision} on {device.name} ({device.engine}), batches of"
+        f" {job.batch_size}"
+    )
+    print(
+        f"LoadGen: {float(summary['Samples per second']):,.1f} samples/s, {summary['Result is']};"
+        f" the session just before: {rate:,.1f}"
+    )
+    print(
+        f"accuracy mode: {same} of {len(log)} answers are those of the images in order; logs:"
+        f" {asked.log_dir}"
+    )
     return 0 if summary["Result is"] == "VALID" and same == len(log) else 1
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/million.py --sizes 10000 100000 1000000
 
-Tiny images (8×8 JPEG and PNG; hard links to a few files, in folders of 1,000) on the null device, so that what is measured is everything
-but the model: listing, leasing, reading, decoding, committing, closing the ledger. Memory is the peak of the resident set (VmHWM) of the
-launcher and of the largest worker. CPU is user and system time, read from /proc while they run: of the whole job in seconds, and for each
-further image, which is the job's less that of a job of 1,000 images, where all is paid that is paid once (imports, the first image of
-each format, the first shard).
+Tiny images (8×8 JPEG and PNG; hard links to a few files, in folders of 1,000) on the null device,
+so that what is measured is everything but the model: listing, leasing, reading, decoding,
+committing, closing the ledger. Memory is the peak of the resident set (VmHWM) of the launcher and
+of the largest worker. CPU is user and system time, read from /proc while they run: of the whole job
+in seconds, and for each further image, which is the job's less that of a job of 1,000 images, where
+all is paid that is paid once (imports, the first image of each format, the first shard).
 """
 
 from __future__ import annotations
@@ -49,8 +50,15 @@ class Watched:
         with contextlib.suppress(OSError, IndexError, StopIteration):
             root = Path(f"/proc/{pid}")
             fields = (root / "stat").read_text().rpartition(")")[2].split()
-            line = next(line for line in (root / "status").read_text().splitlines() if line.startswith("VmHWM:"))
-            self.cpu_s, self.peak_kib = (int(fields[11]) + int(fields[12])) / _TICKS, int(line.split()[1])
+            line = next(
+                line
+                for line in (root / "status").read_text().splitlines()
+                if line.startswith("VmHWM:")
+            )
+            self.cpu_s, self.peak_kib = (
+                (int(fields[11]) + int(fields[12])) / _TICKS,
+                int(line.split()[1]),
+            )
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,24 @@ class Measured:
         return self.launcher.cpu_s, sum(worker.cpu_s for worker in self.workers.values())
 
     def row(self, start: Measured) -> str:
-        memory = [peak / 1024 for peak in (self.launcher.peak_kib, max(worker.peak_kib for worker in self.workers.values()))]
+        memory = [
+            peak / 1024
+            for peak in (
+                self.launcher.peak_kib,
+                max(worker.peak_kib for worker in self.workers.values()),
+            )
+        ]
         further = self.images - start.images
-        cpu = [1e6 * (seconds - least) / further for seconds, least in zip(self.cpu_s, start.cpu_s, strict=True)]
-        cells = [f"{self.images:9,}", f"{self.seconds:7.1f}", f"{self.listing_s:7.1f}", f"{self.rate:8,.0f}"]
+        cpu = [
+            1e6 * (seconds - least) / further
+            for seconds, least in zip(self.cpu_s, start.cpu_s, strict=True)
+        ]
+        cells = [
+            f"{self.images:9,}",
+            f"{self.seconds:7.1f}",
+            f"{self.listing_s:7.1f}",
+            f"{self.rate:8,.0f}",
+        ]
         cells += [
             f"{memory[0]:12.1f}",
             f"{memory[1]:10.1f}",
@@ -153,17 +175,25 @@ def measure(folder: Path, count: int, devices: str) -> Measured:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--devices", default="null:1")
-    parser.add_argument("--folder", type=Path, help="where to work, on a file system that has hard links (default: a temporary folder)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where to work, on a file system that has hard links (default: a temporary folder)",
+    )
     parsed = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="imagemill-million-", dir=parsed.folder) as name:
         folder = Path(name)
         harness.null_bundle(folder / "models", classes=1000, size=8)
         start = measure(folder, _START, parsed.devices)
         cpu = " and ".join(f"{seconds:.2f} s" for seconds in start.cpu_s)
-        print(f"a job of {_START:,} images: {start.seconds:.1f} s; CPU of launcher and worker {cpu}\n")
+        print(
+            f"a job of {_START:,} images: {start.seconds:.1f} s; CPU of launcher and worker {cpu}\n"
+        )
         print(HEADER, flush=True)
         for size in parsed.sizes:
             print(measure(folder, size, parsed.devices).row(start), flush=True)

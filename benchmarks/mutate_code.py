@@ -1,16 +1,19 @@
 """Change the code at random, one change at a time, and see whether a test notices.
 
-    python benchmarks/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results mutants.jsonl
+    python benchmarks/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results
+    mutants.jsonl
 
-A guarantee holds as long as a test fails without it. This script changes one comparison, condition, constant, argument or statement of a
-module, runs the tests of that module, and prints each change that no test noticed. Some of these change nothing that anybody can observe;
-the others want a test.
+A guarantee holds as long as a test fails without it. This script changes one comparison, condition,
+constant, argument or statement of a module, runs the tests of that module, and prints each change
+that no test noticed. Some of these change nothing that anybody can observe; the others want a test.
 
-The working tree is never touched: sources and tests are copied to a temporary folder. Run the command again to continue: changes that were
-noticed are skipped, changes that survived are tried again, so that you see which new tests work.
+The working tree is never touched: sources and tests are copied to a temporary folder. Run the
+command again to continue: changes that were noticed are skipped, changes that survived are tried
+again, so that you see which new tests work.
 
-mutmut and cosmic-ray do this for whole projects, and were not tried. Here a sample is wanted rather than every change, each module has a
-few fast tests of its own, and the worker processes that tests start must import the changed module too.
+mutmut and cosmic-ray do this for whole projects, and were not tried. Here a sample is wanted rather
+than every change, each module has a few fast tests of its own, and the worker processes that tests
+start must import the changed module too.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = "not many and not without_end and not photographs and not mutated_images and not any_unscaled_jpeg and not any_damage"
+SLOW = (
+    "not many and not without_end and not photographs and not mutated_images and not"
+    " any_unscaled_jpeg and not any_damage"
+)
 """As `pytest -k`: leaves out tests that take seconds and that faster ones back up."""
 MODULES: dict[str, tuple[str, str]] = {
     "ledger": ("ledger.py", "test_ledger.py"),
@@ -58,21 +64,31 @@ MODULES: dict[str, tuple[str, str]] = {
     "pickled": ("models/pickled.py", "test_checkpoint.py"),
     "freezing": (
         "freezing.py",
-        "test_freezing.py"
-        " test_run.py::test_settings_that_make_no_sense_are_refused_before_anything_is_written"
-        " test_run.py::test_a_flag_that_would_change_the_job_is_refused_with_both_values"
-        " test_run.py::test_a_damaged_job_is_one_clear_error"
-        " test_run.py::test_a_job_that_cannot_be_read_is_not_taken_for_none"
-        " test_run.py::test_a_foreign_output_is_refused"
-        " test_run.py::test_a_model_that_changed_on_disk_is_refused"
-        " test_run.py::test_a_limit_that_is_changed_is_said"
-        " test_run.py::test_sub_folders_are_dealt_to_as_many_devices"
-        " test_run.py::test_center_crop_cuts_without_resizing"
-        " test_run.py::test_filters_and_hidden_entries_are_in_the_summary",
+        (
+            "test_freezing.py"
+            " test_run.py::test_settings_that_make_no_sense_are_refused_before_anything_is_written"
+            " test_run.py::test_a_flag_that_would_change_the_job_is_refused_with_both_values"
+            " test_run.py::test_a_damaged_job_is_one_clear_error"
+            " test_run.py::test_a_job_that_cannot_be_read_is_not_taken_for_none"
+            " test_run.py::test_a_foreign_output_is_refused"
+            " test_run.py::test_a_model_that_changed_on_disk_is_refused"
+            " test_run.py::test_a_limit_that_is_changed_is_said"
+            " test_run.py::test_sub_folders_are_dealt_to_as_many_devices"
+            " test_run.py::test_center_crop_cuts_without_resizing"
+            " test_run.py::test_filters_and_hidden_entries_are_in_the_summary"
+        ),
     ),
 }
 """Module → its file, and the tests that keep its guarantees, the fastest first."""
-LIBRARIES = ("hypothesis", "numpy", "onnx", "pyarrow.parquet", "PIL.Image", "safetensors.numpy", "simplejpeg")
+LIBRARIES = (
+    "hypothesis",
+    "numpy",
+    "onnx",
+    "pyarrow.parquet",
+    "PIL.Image",
+    "safetensors.numpy",
+    "simplejpeg",
+)
 
 _ORDER: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
     ast.Lt: [ast.LtE, ast.GtE],
@@ -86,7 +102,12 @@ _ORDER: dict[type[ast.cmpop], list[type[ast.cmpop]]] = {
     ast.In: [ast.NotIn],
     ast.NotIn: [ast.In],
 }
-_SUMS: dict[type[ast.operator], type[ast.operator]] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.FloorDiv: ast.Mult}
+_SUMS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+}
 
 
 @dataclass(frozen=True)
@@ -141,8 +162,13 @@ def expressions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
                 yield "min/max", changed(func=ast.Name("max" if node.func.id == "min" else "min"))
             for place, keyword in enumerate(keywords):
                 if keyword.arg:
-                    yield f"argument {keyword.arg} dropped", changed(keywords=[*keywords[:place], *keywords[place + 1 :]])
-        case ast.Return(value=value) if value is not None and not (isinstance(value, ast.Constant) and value.value is None):
+                    yield (
+                        f"argument {keyword.arg} dropped",
+                        changed(keywords=[*keywords[:place], *keywords[place + 1 :]]),
+                    )
+        case ast.Return(value=value) if value is not None and not (
+            isinstance(value, ast.Constant) and value.value is None
+        ):
             yield "return None", ast.Return(ast.Constant(None))
         case ast.Break():
             yield "break/continue", ast.Continue()
@@ -156,7 +182,9 @@ def expressions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def worth(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """Yield the nodes to change, with the source that surrounds a replacement. Texts, types and logging are left as they are."""
+    """Yield the nodes to change, with the source that surrounds a replacement. Texts, types and
+    logging are left as they are.
+    """
 
     def is_left(node: ast.AST) -> bool:
         match node:
@@ -198,7 +226,10 @@ def mutants(module: str) -> list[Mutant]:
     def add(node: ast.expr | ast.stmt, what: str, replacement: str) -> None:
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
-        begin, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        begin, end = (
+            starts[node.lineno - 1] + node.col_offset,
+            starts[node.end_lineno - 1] + node.end_col_offset,
+        )
         text = (data[:begin] + replacement.encode() + data[end:]).decode()
         found[text] = Mutant(module, node.lineno, what, text)
 
@@ -207,13 +238,19 @@ def mutants(module: str) -> list[Mutant]:
         for what, other in expressions(node):
             add(node, what, around.format(ast.unparse(ast.fix_missing_locations(other))))
         tests = [node.test] if isinstance(node, ast.If | ast.While) else []
-        for test in tests + [condition for part in getattr(node, "generators", ()) for condition in part.ifs]:
+        for test in tests + [
+            condition for part in getattr(node, "generators", ()) for condition in part.ifs
+        ]:
             add(test, "condition negated", f"(not ({ast.unparse(test)}))")
         for handler in node.handlers if isinstance(node, ast.Try) else ():
             if isinstance(handler.type, ast.Tuple):
                 for place in range(len(handler.type.elts)):
                     kept = [one for at, one in enumerate(handler.type.elts) if at != place]
-                    add(handler.type, "exception not caught", f"({''.join(ast.unparse(one) + ', ' for one in kept)})")
+                    add(
+                        handler.type,
+                        "exception not caught",
+                        f"({''.join(ast.unparse(one) + ', ' for one in kept)})",
+                    )
     return list(found.values())
 
 
@@ -223,12 +260,17 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("src", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         shutil.copy(ROOT / "pyproject.toml", folder)
         (folder / "home").mkdir()
-        with (folder / "tests" / "conftest.py").open("a") as file:  # a failure is enough: its smallest example is not looked for
+        with (folder / "tests" / "conftest.py").open(
+            "a"
+        ) as file:  # a failure is enough: its smallest example is not looked for
             file.write(
-                'from hypothesis import Phase\nsettings.register_profile("quick", settings(), phases=[Phase.explicit, Phase.generate])\n'
+                'from hypothesis import Phase\nsettings.register_profile("quick", settings(),'
+                " phases=[Phase.explicit, Phase.generate])\n"
             )
             file.write('settings.load_profile("quick")\n')
         for name in LIBRARIES:  # once: each run of the tests is a fork of this process
@@ -252,7 +294,9 @@ class Project:
                     time.sleep(0.02)
                 return "passed" if ended[1] == 0 else "failed"
             finally:
-                with contextlib.suppress(ProcessLookupError):  # nothing is left of it: no worker either
+                with contextlib.suppress(
+                    ProcessLookupError
+                ):  # nothing is left of it: no worker either
                     os.killpg(child, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(child, 0)
@@ -269,11 +313,25 @@ class Project:
             os.chdir(self.folder)
             sys.path[0] = str(self.folder / "src")
             sys.dont_write_bytecode = True
-            names = {"PYTHONPATH": sys.path[0], "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(self.folder / "home"), "TMPDIR": str(scratch)}
+            names = {
+                "PYTHONPATH": sys.path[0],
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "HOME": str(self.folder / "home"),
+                "TMPDIR": str(scratch),
+            }
             os.environ.update(names)
             tempfile.tempdir = None
             files = [str(self.folder / "tests" / name) for name in MODULES[module][1].split()]
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-k", SLOW]
+            options = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "ignore::pytest.PytestAssertRewriteWarning",
+                "-k",
+                SLOW,
+            ]
             code = pytest.main([*options, f"--basetemp={scratch}/pytest", *files])
         finally:
             os._exit(code)
@@ -283,17 +341,33 @@ def shown(mutant: Mutant) -> str:
     """Format a change as a diff without context."""
     name = f"src/imagemill/{MODULES[mutant.module][0]}"
     before = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    changed = [line for line in difflib.unified_diff(before, mutant.text.splitlines(), n=0, lineterm="") if line[:3] not in ("---", "+++")]
-    return "\n".join([f"{name}:{mutant.line}: {mutant.what}", *(f"    {line}" for line in changed if line[:1] != "@")])
+    changed = [
+        line
+        for line in difflib.unified_diff(before, mutant.text.splitlines(), n=0, lineterm="")
+        if line[:3] not in ("---", "+++")
+    ]
+    return "\n".join(
+        [
+            f"{name}:{mutant.line}: {mutant.what}",
+            *(f"    {line}" for line in changed if line[:1] != "@"),
+        ]
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--module", default=",".join(MODULES), help="comma-separated; default: all")
-    parser.add_argument("--count", type=int, default=200, help="changes in all, as many of each module")
+    parser.add_argument(
+        "--count", type=int, default=200, help="changes in all, as many of each module"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--results", type=Path, default=Path("mutants.jsonl"), help="outcomes so far, one a line; makes the command resumable"
+        "--results",
+        type=Path,
+        default=Path("mutants.jsonl"),
+        help="outcomes so far, one a line; makes the command resumable",
     )
     options = parser.parse_args()
     names = options.module.split(",")
@@ -303,11 +377,16 @@ def main() -> int:
 
     known = {}
     if options.results.exists():
-        known = {line["key"]: line["outcome"] for line in map(json.loads, options.results.read_text().splitlines())}
+        known = {
+            line["key"]: line["outcome"]
+            for line in map(json.loads, options.results.read_text().splitlines())
+        }
     chosen: list[Mutant] = []
     for place, name in enumerate(names):
         every = mutants(name)
-        share = (options.count + place) // len(names)  # the remainder of the division goes to the last modules
+        share = (options.count + place) // len(
+            names
+        )  # the remainder of the division goes to the last modules
         chosen += random.Random(f"{options.seed} {name}").sample(every, min(share, len(every)))
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in names}
     limits: dict[str, float] = {}
@@ -323,7 +402,13 @@ def main() -> int:
                     limits[mutant.module] = 30 + 3 * (time.monotonic() - begun)
                 outcome = project.outcome(mutant.module, mutant.text, limits[mutant.module])
                 with options.results.open("a") as file:
-                    line = {"key": mutant.key, "module": mutant.module, "line": mutant.line, "what": mutant.what, "outcome": outcome}
+                    line = {
+                        "key": mutant.key,
+                        "module": mutant.module,
+                        "line": mutant.line,
+                        "what": mutant.what,
+                        "outcome": outcome,
+                    }
                     file.write(json.dumps(line) + "\n")
             outcomes[mutant.module][outcome] += 1
             if outcome == "passed":

@@ -2,9 +2,11 @@
 
     python benchmarks/mutate_images.py --count 10000 --seed 1
 
-Damages small files of all formats that are decoded; in about half of the cases the checksums fit the damage, so that it reaches the
-decoder. Prints a table of format and verdict, how often each named exception applied, and every other difference. Exit code 1 if there is
-one: an image that is `ok` although Pillow refuses it, one that is refused although Pillow reads it, or other pixels.
+Damages small files of all formats that are decoded; in about half of the cases the checksums fit
+the damage, so that it reaches the decoder. Prints a table of format and verdict, how often each
+named exception applied, and every other difference. Exit code 1 if there is
+one: an image that is `ok` although Pillow refuses it, one that is refused although Pillow reads it,
+or other pixels.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ from imagemill.records import Status
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="write the files with a difference into this folder")
+    parser.add_argument(
+        "--keep", type=Path, help="write the files with a difference into this folder"
+    )
     arguments = parser.parse_args()
     began = time.perf_counter()
     verdicts: Counter[tuple[str, str]] = Counter()
@@ -50,7 +56,10 @@ def main() -> int:
     for name, (reason, _) in mutations.EXCEPTIONS.items():
         print(f"\nexception {name}: {exceptions[name]} images. {reason}.")
     print("\n".join(["", *faults]))
-    print(f"{arguments.count} mutations, seed {arguments.seed}: {len(faults)} unexplained differences, {time.perf_counter() - began:.0f} s")
+    print(
+        f"{arguments.count} mutations, seed {arguments.seed}: {len(faults)} unexplained"
+        f" differences, {time.perf_counter() - began:.0f} s"
+    )
     return 1 if faults else 0
 
 

@@ -1,11 +1,14 @@
 """What imagemill adds around decoding and computing.
 
-    python benchmarks/overhead.py --images DIR [--model efficientnet_lite0] [--repeat 4] [--rounds 5] [--json]
+    python benchmarks/overhead.py --images DIR [--model efficientnet_lite0] [--repeat 4] [--rounds
+    5] [--json]
 
-1. The null session computes nothing, so `run` with it should reach the decode-only rate: `imagemill bench --devices null`, interleaved.
-2. CPU time per image of the launcher's process while workers run, of the ledger, and of the sink, each on its own. The launcher and the
-   ledger are timed inside a real run, around their calls; the sink writes the rows of that run once more, in this process, with nothing
-   beside it, so that the threads of its libraries are counted too.
+1. The null session computes nothing, so `run` with it should reach the decode-only rate: `imagemill
+   bench --devices null`, interleaved.
+2. CPU time per image of the launcher's process while workers run, of the ledger, and of the sink,
+   each on its own. The launcher and the ledger are timed inside a real run, around their calls; the
+   sink writes the rows of that run once more, in this process, with nothing beside it, so that the
+   threads of its libraries are counted too.
 
 --repeat gives the folder several times as a source: the more images, the less the start counts.
 """
@@ -78,9 +81,13 @@ def sink_alone(output: Path, folder: Path) -> float:
     job, clock = frozen.job, Stopwatch()
     session = open_session(job, devices.resolve("null")[0], clock)
     leases = map(Lease, plan.shards(JobPaths(output).plan))
-    with Feed(job.card, job.limits, job.batch_size, len(devices.usable_cores()), None, clock) as feed:
+    with Feed(
+        job.card, job.limits, job.batch_size, len(devices.usable_cores()), None, clock
+    ) as feed:
         rows = [
-            top_k.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision)
+            top_k.top_k(
+                replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision
+            )
             for batch, outputs in session.stream(feed.batches(read.read(leases, job)))
         ]
     files.make_folder(JobPaths(folder).predictions)
@@ -93,7 +100,9 @@ def sink_alone(output: Path, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", required=True)
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--repeat", type=int, default=4)
@@ -102,14 +111,28 @@ def main() -> None:
     asked = parser.parse_args()
     folders = (asked.images,) * asked.repeat
     measured = bench.run(
-        bench.BenchSettings(folders, model=asked.model, devices="null", iterations=asked.rounds, limit=10**9, batches_per_step=8)
+        bench.BenchSettings(
+            folders,
+            model=asked.model,
+            devices="null",
+            iterations=asked.rounds,
+            limit=10**9,
+            batches_per_step=8,
+        )
     )
     assert measured.decode_only is not None
     assert measured.end_to_end is not None
     with tempfile.TemporaryDirectory(prefix="imagemill-overhead-") as folder:
         output = Path(folder) / "out"
         images, spent = launcher_and_ledger(
-            Settings(sources=folders, output=str(output), model=asked.model, devices="null", preflight=False, report=False)
+            Settings(
+                sources=folders,
+                output=str(output),
+                model=asked.model,
+                devices="null",
+                preflight=False,
+                report=False,
+            )
         )
         spent["sink"] = sink_alone(output, Path(folder) / "again")
     each = {name: round(1e6 * seconds / images, 2) for name, seconds in spent.items()}
@@ -124,9 +147,13 @@ def main() -> None:
         print(json.dumps(report))
         return
     print(
-        f"run with the null session {report['end_to_end']:,.1f}, decode only {report['decode_only']:,.1f} images/s: {report['ratio']:.3f}"
+        f"run with the null session {report['end_to_end']:,.1f}, decode only"
+        f" {report['decode_only']:,.1f} images/s: {report['ratio']:.3f}"
     )
-    print("CPU per image: " + ", ".join(f"{name} {value:.1f} us" for name, value in report["cpu_us_per_image"].items()))
+    print(
+        "CPU per image: "
+        + ", ".join(f"{name} {value:.1f} us" for name, value in report["cpu_us_per_image"].items())
+    )
 
 
 if __name__ == "__main__":

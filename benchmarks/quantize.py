@@ -1,10 +1,13 @@
 """How fast fp32, bf16 and int8 are in the same session, and which kernels int8 runs as.
 
-    python benchmarks/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5] [--seconds 4] [IMAGES]
+    python benchmarks/quantize.py [--model resnext101_32x4d] [--calibration 32] [--rounds 5]
+    [--seconds 4] [IMAGES]
 
-The bundle is copied to a temporary folder and quantised there, on IMAGES (a folder) or on noise; then the three precisions take turns,
-`--seconds` each, `--rounds` times, all cores, no decoding. It prints medians in images/s, their ratios to fp32, and every convolution of
-int8 that does not run as int8. For the accuracy of trained weights, and the gate, use `imagemill quantize MODEL --images SOURCE`.
+The bundle is copied to a temporary folder and quantised there, on IMAGES (a folder) or on noise;
+then the three precisions take turns, `--seconds` each, `--rounds` times, all cores, no decoding. It
+prints medians in images/s, their ratios to fp32, and every convolution of int8 that does not run as
+int8. For the accuracy of trained weights, and the gate, use `imagemill quantize MODEL --images
+SOURCE`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from imagemill.tuning import precisions, quantize, trial
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", nargs="?", help="folder to calibrate on (default: noise)")
     parser.add_argument("--model", default="resnext101_32x4d")
     parser.add_argument("--models-dir", type=Path, default=bundles.default_models_dir())
@@ -53,18 +58,41 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     int8 = quantize.save(model, folder, "int8-bench")
     del model
     found = quantize.kernels(int8)
-    for (layer, kernel), count in sorted(Counter((kernel.type, kernel.kernel) for kernel in found).items()):
+    for (layer, kernel), count in sorted(
+        Counter((kernel.type, kernel.kernel) for kernel in found).items()
+    ):
         print(f"  {count:4} × {layer:<18} {kernel}")
     for kernel in found:
         if not kernel.kernel.upper().endswith("_I8"):
             print(f"  not int8: {kernel.layer} ({kernel.kernel})")
 
-    files = {Precision.FP32: folder / "model.onnx", Precision.BF16: folder / "model.onnx", Precision.INT8: int8}
+    files = {
+        Precision.FP32: folder / "model.onnx",
+        Precision.BF16: folder / "model.onnx",
+        Precision.INT8: int8,
+    }
     shape = (given.batch_size, card.recipe.size, card.recipe.size, 3)
-    batch = Batch(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), given.batch_size, ())
+    batch = Batch(
+        np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), given.batch_size, ()
+    )
 
     def opened(precision: Precision):
-        job = Job("", (), str(files[precision]), card, precision, "", given.batch_size, 0, 0, 1, (), Limits(), "", "")
+        job = Job(
+            "",
+            (),
+            str(files[precision]),
+            card,
+            precision,
+            "",
+            given.batch_size,
+            0,
+            0,
+            1,
+            (),
+            Limits(),
+            "",
+            "",
+        )
         session = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
         for _ in session.stream([batch] * 4):
             pass
@@ -90,17 +118,30 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     medians = {precision: statistics.median(values) for precision, values in rates.items()}
     for precision, values in rates.items():
         ratio = medians[precision] / medians[Precision.FP32]
-        print(f"{precision:<5} {medians[precision]:8.1f} images/s  {ratio:5.2f} × fp32   ({', '.join(f'{value:.1f}' for value in values)})")
+        print(
+            f"{precision:<5} {medians[precision]:8.1f} images/s  {ratio:5.2f} × fp32  "
+            f" ({', '.join(f'{value:.1f}' for value in values)})"
+        )
 
 
-def calibration_pixels(given: argparse.Namespace, bundle, cores: tuple[int, ...]) -> list[np.ndarray]:
+def calibration_pixels(
+    given: argparse.Namespace, bundle, cores: tuple[int, ...]
+) -> list[np.ndarray]:
     size = bundle.card.recipe.size
     if given.images is None:
         rng = np.random.default_rng(0)
-        return [rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8) for _ in range(given.calibration)]
+        return [
+            rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+            for _ in range(given.calibration)
+        ]
     source = sources.resolve(given.images)
-    entries, _ = precisions.thin(sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()), 2 * given.calibration)
-    wanted = trial.Trial(bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0)
+    entries, _ = precisions.thin(
+        sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()),
+        2 * given.calibration,
+    )
+    wanted = trial.Trial(
+        bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0
+    )
     return trial.calibration_pixels(wanted)
 
 

@@ -1,9 +1,12 @@
-"""A job from S3 to S3 on Ray nodes that share no disk with the launcher or with each other. Needs root and `unshare`.
+"""A job from S3 to S3 on Ray nodes that share no disk with the launcher or with each other. Needs
+root and `unshare`.
 
-    python benchmarks/ray_apart.py --models-dir DIR [--images DIR] [--model efficientnet_lite0] [--limit 328]
+    python benchmarks/ray_apart.py --models-dir DIR [--images DIR] [--model efficientnet_lite0]
+    [--limit 328]
 
-Each node is a raylet in a mount namespace of its own; empty file systems lie over the models, the images and the cache there. The store
-is a server on 127.0.0.1. Rows must be those of a local run over the same objects, bit for bit; the model must have come to each node.
+Each node is a raylet in a mount namespace of its own; empty file systems lie over the models, the
+images and the cache there. The store is a server on 127.0.0.1. Rows must be those of a local run
+over the same objects, bit for bit; the model must have come to each node.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str],
     )
     with (folder / f"{name}.log").open("wb") as log:
         command = ["unshare", "--mount", "sh", "-c", script]
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+        )
     try:
         yield process
     finally:
@@ -64,11 +69,23 @@ def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str],
 
 def wait_for_cpus(wanted: int, address: str) -> None:
     """Wait until so many nodes of one CPU have joined."""
-    program = "import ray, os; ray.init(address=os.environ['RAY_ADDRESS'], log_to_driver=False, logging_level='CRITICAL'); "
-    program += "print(sum(node['Alive'] and node['Resources'].get('CPU', 0) for node in ray.nodes()))"
+    program = (
+        "import ray, os; ray.init(address=os.environ['RAY_ADDRESS'], log_to_driver=False,"
+        " logging_level='CRITICAL'); "
+    )
+    program += (
+        "print(sum(node['Alive'] and node['Resources'].get('CPU', 0) for node in ray.nodes()))"
+    )
     env = helpers.environment(RAY_ADDRESS=address)
     deadline = time.monotonic() + 60
-    while float(subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout) < wanted:
+    while (
+        float(
+            subprocess.run(
+                [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        < wanted
+    ):
         assert time.monotonic() < deadline, "a node did not join"
 
 
@@ -80,7 +97,9 @@ def rows(bucket: s3.Bucket, job: str) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", default="efficientnet_lite0")
@@ -92,22 +111,60 @@ def main() -> int:
         cache.mkdir()
         os.environ |= s3.environment(stack.enter_context(s3.serving()))
         bucket = s3.new_bucket(os.environ["AWS_ENDPOINT_URL"])
-        found = sorted(path for path in asked.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[: asked.limit]
-        bucket.fill({f"photos/{path.relative_to(asked.images)}": path.read_bytes() for path in found})
+        found = sorted(
+            path for path in asked.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg")
+        )[: asked.limit]
+        bucket.fill(
+            {f"photos/{path.relative_to(asked.images)}": path.read_bytes() for path in found}
+        )
         env = helpers.environment(IMAGEMILL_MODELS=str(asked.models_dir), XDG_CACHE_HOME=str(cache))
-        options = ["--model", asked.model, "--precision", "fp32", "--shard-size", "16", "--no-report", "--no-preflight", "--json"]
+        options = [
+            "--model",
+            asked.model,
+            "--precision",
+            "fp32",
+            "--shard-size",
+            "16",
+            "--no-report",
+            "--no-preflight",
+            "--json",
+        ]
         local = helpers.imagemill_cli(
-            "run", f"{bucket.url}/photos", "--output", f"{bucket.url}/local", "--devices", "cpu:2", *options, env=env
+            "run",
+            f"{bucket.url}/photos",
+            "--output",
+            f"{bucket.url}/local",
+            "--devices",
+            "cpu:2",
+            *options,
+            env=env,
         )
         assert local.code == 0, local
         nodes = stack.enter_context(cluster(num_cpus=0, env=env))
         hidden = [asked.models_dir.resolve(), asked.images.resolve(), cache]
         apart = []
-        for number in (1, 2):  # one after the other: Ray looks for free ports first and takes them later
-            apart.append(stack.enter_context(node_apart(f"apart-{number}", nodes.address, hidden, env, folder)))
+        for number in (
+            1,
+            2,
+        ):  # one after the other: Ray looks for free ports first and takes them later
+            apart.append(
+                stack.enter_context(
+                    node_apart(f"apart-{number}", nodes.address, hidden, env, folder)
+                )
+            )
             wait_for_cpus(number, nodes.address)
         ray = helpers.imagemill_cli(
-            *("run", f"{bucket.url}/photos", "--output", f"{bucket.url}/job", "--devices", "cpu", "--engine", "ray", *options),
+            *(
+                "run",
+                f"{bucket.url}/photos",
+                "--output",
+                f"{bucket.url}/job",
+                "--devices",
+                "cpu",
+                "--engine",
+                "ray",
+                *options,
+            ),
             env=env | {"RAY_ADDRESS": nodes.address},
         )
         assert ray.code == 0, ray
@@ -118,7 +175,8 @@ def main() -> int:
             here = list(view.joinpath(*asked.models_dir.resolve().parts[1:]).iterdir())
             device = ray.json["devices"][one - 1]
             print(
-                f"node apart-{one}: the models folder holds {len(here)} files, {len(model)} model was delivered; {device['images']} images"
+                f"node apart-{one}: the models folder holds {len(here)} files, {len(model)} model"
+                f" was delivered; {device['images']} images"
             )
             assert (len(here), len(model)) == (0, 1)
             assert device["images"], "it did nothing"

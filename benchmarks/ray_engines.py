@@ -1,15 +1,18 @@
-"""`--engine ray` on one node against the local engine on the same cores, and against the same job by Ray Data, in two ways.
+"""`--engine ray` on one node against the local engine on the same cores, and against the same job
+by Ray Data, in two ways.
 
-    python benchmarks/ray_engines.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1500] [--rounds 3]
+    python benchmarks/ray_engines.py --images DIR --models-dir DIR [--model efficientnet_lite0]
+    [--count 1500] [--rounds 3]
 
-    local           imagemill run --devices cpu
-    ray             imagemill run --devices cpu --engine ray, on a cluster of one node with the same cores
-    pool            our own run_shards as a class in Ray Data's actor pool: map_batches over the shards, one shard a task
-    documented      Ray Data + ONNX Runtime as Ray's guide to batch inference does it (benchmarks/peers/ray_data.py)
+    local           imagemill run --devices cpu ray             imagemill run --devices cpu --engine
+    ray, on a cluster of one node with the same cores pool            our own run_shards as a class
+    in Ray Data's actor pool: map_batches over the shards, one shard a task documented      Ray Data
+    + ONNX Runtime as Ray's guide to batch inference does it (benchmarks/peers/ray_data.py)
 
-All in fp32, over the same --count images (the folder's, over and over), in turn, for some rounds; medians. *steady* is images/s without
-the start: for the first three from the first lease to the last commit, for the last as the peer counts it. *whole* is over the time of the
-whole process. A cluster runs for `ray` and `pool` before their clock starts, as it would.
+All in fp32, over the same --count images (the folder's, over and over), in turn, for some rounds;
+medians. *steady* is images/s without the start: for the first three from the first lease to the
+last commit, for the last as the peer counts it. *whole* is over the time of the whole process. A
+cluster runs for `ray` and `pool` before their clock starts, as it would.
 """
 
 from __future__ import annotations
@@ -44,28 +47,72 @@ def links(images: Path, goal: Path, count: int) -> Path:
     return goal
 
 
-def imagemill(engine: str, source: Path, output: Path, asked: argparse.Namespace, env: dict[str, str]) -> tuple[float, float]:
+def imagemill(
+    engine: str, source: Path, output: Path, asked: argparse.Namespace, env: dict[str, str]
+) -> tuple[float, float]:
     begun = time.monotonic()
-    options = ["--model", asked.model, "--devices", "cpu", "--precision", "fp32", "--no-preflight", "--no-report", "--json"]
+    options = [
+        "--model",
+        asked.model,
+        "--devices",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--no-preflight",
+        "--no-report",
+        "--json",
+    ]
     options += ["--engine", engine]
-    result = helpers.finish(helpers.start("run", source, "--output", output, *options, env=env), timeout=3600)
+    result = helpers.finish(
+        helpers.start("run", source, "--output", output, *options, env=env), timeout=3600
+    )
     assert result.code == 0, result
     return result.json["images_per_second"], asked.count / (time.monotonic() - begun)
 
 
-def pool(source: Path, output: Path, asked: argparse.Namespace, env: dict[str, str]) -> tuple[float, float]:
+def pool(
+    source: Path, output: Path, asked: argparse.Namespace, env: dict[str, str]
+) -> tuple[float, float]:
     begun = time.monotonic()
-    command = [sys.executable, __file__, "--images", str(source), "--model", asked.model, "--pool", str(output)]
-    found = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--images",
+        str(source),
+        "--model",
+        asked.model,
+        "--pool",
+        str(output),
+    ]
+    found = json.loads(
+        subprocess.run(
+            command, env=env, check=True, capture_output=True, text=True
+        ).stdout.splitlines()[-1]
+    )
     return found["steady"], asked.count / (time.monotonic() - begun)
 
 
 def documented(source: Path, asked: argparse.Namespace) -> tuple[float, float]:
     script = ROOT / "bench" / "peers" / "ray_data.py"
-    options = ["--images", str(source), "--model-dir", str(asked.models_dir / asked.model), "--concurrency", str(asked.sessions)]
-    command = [sys.executable, str(script), *options, "--threads", str(max(1, len(os.sched_getaffinity(0)) // asked.sessions))]
+    options = [
+        "--images",
+        str(source),
+        "--model-dir",
+        str(asked.models_dir / asked.model),
+        "--concurrency",
+        str(asked.sessions),
+    ]
+    command = [
+        sys.executable,
+        str(script),
+        *options,
+        "--threads",
+        str(max(1, len(os.sched_getaffinity(0)) // asked.sessions)),
+    ]
     begun = time.monotonic()
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    found = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     return found["steady_images_per_second"], asked.count / (time.monotonic() - begun)
 
 
@@ -76,14 +123,20 @@ def once(kind: str, source: Path, output: Path, asked: argparse.Namespace) -> tu
         return documented(source, asked)
     if kind == "local":
         return imagemill("local", source, output, asked, env)
-    spare = 1 if kind == "pool" else 0  # Ray Data's own reading task wants one, though it has nothing to do
+    spare = (
+        1 if kind == "pool" else 0
+    )  # Ray Data's own reading task wants one, though it has nothing to do
     with cluster(num_cpus=len(os.sched_getaffinity(0)) + spare) as nodes:
         env["RAY_ADDRESS"] = nodes.address
         time.sleep(_SETTLES_S)
-        return imagemill("ray", source, output, asked, env) if kind == "ray" else pool(source, output, asked, env)
+        return (
+            imagemill("ray", source, output, asked, env)
+            if kind == "ray"
+            else pool(source, output, asked, env)
+        )
 
 
-# ── run_shards in Ray Data's actor pool ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── run_shards in Ray Data's actor pool ───────────────────────────────────────────────────────────
 
 
 class Shards:
@@ -100,7 +153,9 @@ class Shards:
         self._job, self._clock = job, Stopwatch()
         self._session = open_session(job, device, self._clock)
         self._sink = Sink(job, self._session.backend, self._session.versions)
-        self._feed = Feed(job.card, job.limits, job.batch_size, len(device.cores), None, self._clock)
+        self._feed = Feed(
+            job.card, job.limits, job.batch_size, len(device.cores), None, self._clock
+        )
 
     def __call__(self, batch: dict) -> dict:
         from imagemill.job import plan
@@ -111,7 +166,12 @@ class Shards:
         begun = time.monotonic()
         every = plan.shards(JobPaths.of(self._job.output).plan)
         leases = [Lease(every[number]) for number in batch["id"]]
-        rows = sum(receipt.rows for receipt in run_shards(leases, self._session, self._feed, self._sink, self._job, self._clock))
+        rows = sum(
+            receipt.rows
+            for receipt in run_shards(
+                leases, self._session, self._feed, self._sink, self._job, self._clock
+            )
+        )
         return {"rows": [rows], "begun": [begun], "ended": [time.monotonic()]}
 
 
@@ -128,7 +188,9 @@ def run_pool(source: str, output: str, model: str) -> None:
     from imagemill.runner.model import resolve_model
     from imagemill.system import files
 
-    settings = Settings(sources=(source,), output=output, model=model, precision="fp32", devices="cpu")
+    settings = Settings(
+        sources=(source,), output=output, model=model, precision="fp32", devices="cpu"
+    )
     chosen, paths = devices.resolve("cpu"), JobPaths.of(output)
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
@@ -151,14 +213,22 @@ def run_pool(source: str, output: str, model: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models-dir", type=Path, metavar="DIR")
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--count", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(KINDS), help="of the four, joined by commas")
-    parser.add_argument("--sessions", type=int, default=1, metavar="N", help="of the documented way; they share the cores")
+    parser.add_argument(
+        "--sessions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the documented way; they share the cores",
+    )
     parser.add_argument("--pool", metavar="OUTPUT", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.pool:
@@ -172,13 +242,23 @@ def main() -> int:
         for number in range(asked.rounds):
             for kind, rates in found.items():
                 rates.append(once(kind, source, folder / f"{kind}-{number}", asked))
-                print(f"round {number + 1}: {kind:10} steady {rates[-1][0]:8.1f}, whole {rates[-1][1]:8.1f} images/s", flush=True)
-    base = {kind: (median(rate for rate, _ in rates), median(rate for _, rate in rates)) for kind, rates in found.items()}
+                print(
+                    f"round {number + 1}: {kind:10} steady {rates[-1][0]:8.1f}, whole"
+                    f" {rates[-1][1]:8.1f} images/s",
+                    flush=True,
+                )
+    base = {
+        kind: (median(rate for rate, _ in rates), median(rate for _, rate in rates))
+        for kind, rates in found.items()
+    }
     print(f"\n{asked.model} fp32, {asked.count} images, {cores} cores, median of {asked.rounds}\n")
     print("|            | steady images/s | whole images/s | steady against local |")
     print("|------------|----------------:|---------------:|---------------------:|")
     for kind, (steady, whole) in base.items():
-        print(f"| {kind:10} | {steady:15.1f} | {whole:14.1f} | {steady / base.get('local', (steady, 0))[0]:20.3f} |")
+        print(
+            f"| {kind:10} | {steady:15.1f} | {whole:14.1f} |"
+            f" {steady / base.get('local', (steady, 0))[0]:20.3f} |"
+        )
     return 0
 
 

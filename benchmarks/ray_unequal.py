@@ -1,9 +1,12 @@
-"""Two nodes of unequal speed: what each holds and does over time. The fast one must never be idle while shards remain.
+"""Two nodes of unequal speed: what each holds and does over time. The fast one must never be idle
+while shards remain.
 
-    python benchmarks/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0] [--count 1000] [--load 3]
+    python benchmarks/ray_unequal.py --images DIR --models-dir DIR [--model efficientnet_lite0]
+    [--count 1000] [--load 3]
 
-Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but count on its core, so that it gets a part of
-it. Every lease, and every moment in which a worker had nothing in hand, is noted by the launcher; the timeline shows both.
+Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but
+count on its core, so that it gets a part of it. Every lease, and every moment in which a worker had
+nothing in hand, is noted by the launcher; the timeline shows both.
 """
 
 from __future__ import annotations
@@ -73,13 +76,21 @@ class Notes:
         hand.append((now, (hand[-1][1] if hand else 0) + by))
 
     def idle_s(self, device: str, until: float) -> float:
-        """Seconds in which a device had nothing in hand, from its first lease on, while shards were waiting."""
+        """Seconds in which a device had nothing in hand, from its first lease on, while shards were
+        waiting.
+        """
         changes = [*self.hands[device], (until, 0)]
-        return sum(max(0.0, min(end, until) - start) for (start, held), (end, _) in pairwise(changes) if held == 0)
+        return sum(
+            max(0.0, min(end, until) - start)
+            for (start, held), (end, _) in pairwise(changes)
+            if held == 0
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument("--models-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--model", default="efficientnet_lite0")
@@ -99,9 +110,17 @@ def main() -> int:
             with cluster(num_cpus=1, node_name="fast") as nodes:
                 os.sched_setaffinity(0, cores[1:2])
                 nodes.add(num_cpus=1, node_name="slow")
-                loads = [subprocess.Popen(["nice", "-n", _NICE, sys.executable, "-c", "while True: pass"]) for _ in range(asked.load)]
+                loads = [
+                    subprocess.Popen(
+                        ["nice", "-n", _NICE, sys.executable, "-c", "while True: pass"]
+                    )
+                    for _ in range(asked.load)
+                ]
                 os.sched_setaffinity(0, cores)
-                os.environ |= {"RAY_ADDRESS": nodes.address, "IMAGEMILL_MODELS": str(asked.models_dir)}
+                os.environ |= {
+                    "RAY_ADDRESS": nodes.address,
+                    "IMAGEMILL_MODELS": str(asked.models_dir),
+                }
                 summary = run.run(
                     Settings(
                         sources=(str(source),),
@@ -120,12 +139,19 @@ def main() -> int:
             for load in loads:
                 load.kill()
                 load.wait()
-    named = {line.split()[4]: line.split(" is on node ")[1].split()[0] for line in log.splitlines() if " is on node " in line}
+    named = {
+        line.split()[4]: line.split(" is on node ")[1].split()[0]
+        for line in log.splitlines()
+        if " is on node " in line
+    }
     first = min(hand[0][0] for hand in notes.hands.values())
     last = max(hand[-1][0] for hand in notes.hands.values())
     none_left = next(when for when, count in notes.waiting if count == 0)
     width = (last - first) / _COLUMNS
-    print(f"{summary.images} images in shards of {asked.shard_size}, {last - first:.1f} s, {width:.2f} s a column")
+    print(
+        f"{summary.images} images in shards of {asked.shard_size}, {last - first:.1f} s,"
+        f" {width:.2f} s a column"
+    )
     print("a figure: so many shards in hand; a dot: none")
     for device, hand in sorted(notes.hands.items()):
         shown = ""
@@ -135,11 +161,17 @@ def main() -> int:
             shown += str(held[-1]) if held and held[-1] else "."
         images = next(one.images for one in summary.devices if one.name == device)
         print(f"{named[device]:>5} {device} {shown} {images} images")
-    print(" " * (12 + int((none_left - first) / width)) + f"^ the last shard was leased at {none_left - first:.1f} s")
+    print(
+        " " * (12 + int((none_left - first) / width))
+        + f"^ the last shard was leased at {none_left - first:.1f} s"
+    )
     for device in sorted(notes.hands):
         idle = notes.idle_s(device, none_left)
         most = max(count for _, count in notes.hands[device])
-        print(f"{named[device]}: idle {idle:.3f} s of {none_left - first:.1f} s while shards remained; at most {most} shards in hand")
+        print(
+            f"{named[device]}: idle {idle:.3f} s of {none_left - first:.1f} s while shards"
+            f" remained; at most {most} shards in hand"
+        )
     return 0
 
 

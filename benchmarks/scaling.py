@@ -1,11 +1,14 @@
-"""What a job costs besides its images, by the number of these: listing, plan, ledger, and what is read of them at each start.
+"""What a job costs besides its images, by the number of these: listing, plan, ledger, and what is
+read of them at each start.
 
     python benchmarks/scaling.py --sizes 100000 1000000 10000000 [--folder DIR]
 
-Every step is imagemill's own function over made-up images, in a process of its own, so that its peak memory (VmHWM) is its own. An image
-is a name of some 30 bytes in folders of a thousand. Parts are written by the real sink, with made-up answers (top-5 of 1,000 classes), as
-one worker would; shards are of the size that `auto` gives. Bytes are those on disk. --requests instead counts, over the proxy of the tests,
-the requests that a job with source and output in an object store makes, by kind.
+Every step is imagemill's own function over made-up images, in a process of its own, so that its
+peak memory (VmHWM) is its own. An image is a name of some 30 bytes in folders of a thousand. Parts
+are written by the real sink, with made-up answers (top-5 of 1,000 classes), as one worker would;
+shards are of the size that `auto` gives. Bytes are those on disk. --requests instead counts, over
+the proxy of the tests, the requests that a job with source and output in an object store makes, by
+kind.
 """
 
 from __future__ import annotations
@@ -32,14 +35,16 @@ _DEVICES = 8
 _MILLION = 1e6
 
 
-# ── the steps, each in a process of its own ──────────────────────────────────────────────────────────────────────────────────────────
+# ── the steps, each in a process of its own ───────────────────────────────────────────────────────
 
 
 def _entries(images: int) -> Iterator[object]:
     from imagemill.records import Entry
 
     for number in range(images):
-        yield Entry(0, b"folder-%06d/image-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000)
+        yield Entry(
+            0, b"folder-%06d/image-%09d.jpg" % (number // _FOLDER, number), 100_000 + number % 1_000
+        )
 
 
 def _paths(folder: Path) -> object:
@@ -97,7 +102,9 @@ def parts(folder: Path, _: int) -> None:
             for place, row in enumerate(plan.read(paths.plan, shard))
         )
         ids = rng.integers(0, _CLASSES, (len(rows), 5), np.int32)
-        top = TopK(ids, rng.random((len(rows), 5), np.float32), Outputs(np.zeros((0, 0), np.float32)))
+        top = TopK(
+            ids, rng.random((len(rows), 5), np.float32), Outputs(np.zeros((0, 0), np.float32))
+        )
         for part in sink.write(Batch(np.zeros((0, 8, 8, 3), np.uint8), len(rows), rows), top):
             part.commit()
 
@@ -119,7 +126,12 @@ def close(folder: Path, images: int) -> None:
     paths = _paths(folder)
     every = plan.shards(paths.plan)
     receipts = [Receipt(shard.number, shard.count, 0, 50_000, 1.0, "0" * 64) for shard in every]
-    assert ledger.close(paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts).images == images
+    assert (
+        ledger.close(
+            paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts
+        ).images
+        == images
+    )
 
 
 def reread(folder: Path, images: int) -> None:
@@ -128,7 +140,17 @@ def reread(folder: Path, images: int) -> None:
 
     paths = _paths(folder)
     job = _job(folder)
-    assert ledger.close(paths, plan.shards(paths.plan), lambda _, path: b"/photos/" + path, job.plan_id, job.answer_id, ()).images == images
+    assert (
+        ledger.close(
+            paths,
+            plan.shards(paths.plan),
+            lambda _, path: b"/photos/" + path,
+            job.plan_id,
+            job.answer_id,
+            (),
+        ).images
+        == images
+    )
 
 
 def verify(folder: Path, _: int) -> None:
@@ -137,7 +159,11 @@ def verify(folder: Path, _: int) -> None:
 
     paths = _paths(folder)
     job = _job(folder)
-    found = [p for p in ledger.verify(paths, plan.shards(paths.plan), job.plan_id, job.answer_id) if p.shard is not None]
+    found = [
+        p
+        for p in ledger.verify(paths, plan.shards(paths.plan), job.plan_id, job.answer_id)
+        if p.shard is not None
+    ]
     assert not found, found[:3]
 
 
@@ -145,10 +171,34 @@ def _job(folder: Path) -> object:
     from imagemill.records import Card, Job, Limits, Precision, Recipe
 
     card = Card("null", "null", (), Recipe(), (0, 0, 0), (1, 1, 1), "", "", {})
-    return Job(str(folder / "job"), ("/photos",), "", card, Precision.FP32, "model", 4, 0, 1, 5, (), Limits(), "plan", "answer")
+    return Job(
+        str(folder / "job"),
+        ("/photos",),
+        "",
+        card,
+        Precision.FP32,
+        "model",
+        4,
+        0,
+        1,
+        5,
+        (),
+        Limits(),
+        "plan",
+        "answer",
+    )
 
 
-STEPS: tuple[Callable[[Path, int], None], ...] = (spool, cut, shards, parts, committed, close, reread, verify)
+STEPS: tuple[Callable[[Path, int], None], ...] = (
+    spool,
+    cut,
+    shards,
+    parts,
+    committed,
+    close,
+    reread,
+    verify,
+)
 
 
 def run_step(name: str, folder: Path, images: int) -> None:
@@ -174,28 +224,50 @@ def measure(folder: Path, images: int) -> None:
 
     size = plan.auto_shard_size(images, _DEVICES)
     for step in STEPS:
-        command = [sys.executable, __file__, "--step", step.__name__, "--folder", str(folder), "--sizes", str(images)]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+        command = [
+            sys.executable,
+            __file__,
+            "--step",
+            step.__name__,
+            "--folder",
+            str(folder),
+            "--sizes",
+            str(images),
+        ]
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+        }
+        found = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+        )
         per = 1e6 * found["cpu_s"] / images
-        cells = (f"{images:>11,}", f"{step.__name__:9}", f"{found['seconds']:8.2f}", f"{per:11.2f}", f"{found['peak_mib']:8.1f}")
+        cells = (
+            f"{images:>11,}",
+            f"{step.__name__:9}",
+            f"{found['seconds']:8.2f}",
+            f"{per:11.2f}",
+            f"{found['peak_mib']:8.1f}",
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
     job = folder / "job"
     kinds = {"listing": job / "plan" / ".listing.arrow.tmp"}
     listing = kinds["listing"].stat().st_size / images
     planned = (_bytes(job / "plan") - kinds["listing"].stat().st_size) / images
     print(
-        f"  {-(-images // size):,} shards of {size:,}; bytes an image: spooled {listing:.1f}, plan {planned:.1f}, "
-        f"parts {_bytes(job / 'predictions') / images:.1f}; manifest {(job / 'manifest.json').stat().st_size / 2**20:.1f} MiB\n",
+        f"  {-(-images // size):,} shards of {size:,}; bytes an image: spooled {listing:.1f}, plan"
+        f" {planned:.1f}, parts {_bytes(job / 'predictions') / images:.1f}; manifest"
+        f" {(job / 'manifest.json').stat().st_size / 2**20:.1f} MiB\n",
         flush=True,
     )
 
 
-# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def requests(images: int, shard_size: int) -> None:
-    """Run one job with source and output in a store, and its finished repeat, and count what the store was asked."""
+    """Run one job with source and output in a store, and its finished repeat, and count what the
+    store was asked.
+    """
     import contextlib
 
     import harness
@@ -210,7 +282,10 @@ def requests(images: int, shard_size: int) -> None:
         def note(self) -> s3.Request:
             kind = "LIST" if self.command == "GET" and "list-type" in self.path else self.command
             of_output = re.search(r"[/=]job(?:/|%2F)?([^&?]*)", self.path)
-            seen[f"{kind} {re.sub('[0-9].*', '…', of_output[1]) or 'output' if of_output else 'source'}"] += 1
+            seen[
+                f"{kind}"
+                f" {re.sub('[0-9].*', '…', of_output[1]) or 'output' if of_output else 'source'}"
+            ] += 1
             return s3.Request(0, self.command, self.path)
 
         def fault(self, _: s3.Request) -> None:
@@ -232,23 +307,43 @@ def requests(images: int, shard_size: int) -> None:
             XDG_CACHE_HOME=str(folder / "cache"),
             IMAGEMILL_MODELS=str(folder / "models"),
         )
-        command = ["run", f"{bucket.url}/photos", "--output", f"{bucket.url}/job", "--model", "null", "--devices", "null:1"]
+        command = [
+            "run",
+            f"{bucket.url}/photos",
+            "--output",
+            f"{bucket.url}/job",
+            "--model",
+            "null",
+            "--devices",
+            "null:1",
+        ]
         command += ["--shard-size", str(shard_size), "--no-preflight", "--no-report"]
         for what in ("the job", "the same command again"):
             seen.clear()
             result = helpers.imagemill_cli(*command, env=env)
             assert result.code == 0, result
-            print(f"{what}: {images:,} images, shards of {shard_size}: {sum(seen.values()):,} requests")
+            print(
+                f"{what}: {images:,} images, shards of {shard_size}: {sum(seen.values()):,}"
+                " requests"
+            )
             for kind, count in sorted(seen.items()):
                 print(f"  {count:6,}  {kind}")
         server.shutdown()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
-    parser.add_argument("--requests", type=int, nargs=2, metavar=("IMAGES", "SHARD_SIZE"), help="count requests to an object store")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        nargs=2,
+        metavar=("IMAGES", "SHARD_SIZE"),
+        help="count requests to an object store",
+    )
     parser.add_argument("--step", choices=[step.__name__ for step in STEPS], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     sys.path.insert(0, str(ROOT / "src"))

@@ -1,11 +1,13 @@
-"""The same images as folder, list, zip, tar, tar.gz, WebDataset, Parquet, HTTP and S3: same answers, also when killed and resumed.
+"""The same images as folder, list, zip, tar, tar.gz, WebDataset, Parquet, HTTP and S3: same
+answers, also when killed and resumed.
 
     python benchmarks/sources.py --images PHOTOGRAPHS --model efficientnet_lite0
 
-Needs what the tests need (moto's S3 server; its own and a small web server run on 127.0.0.1 while this runs). Of each form one job is run
-undisturbed into a folder; in a second one the launcher is killed by SIGKILL when a third of the parts is there, and the command repeated.
-Prints one line a form: rows, images/s of the undisturbed run, parts kept by the resumed one. Fails where a row, its logits included,
-differs from the folder's, or where `verify` does not exit 0.
+Needs what the tests need (moto's S3 server; its own and a small web server run on 127.0.0.1 while
+this runs). Of each form one job is run undisturbed into a folder; in a second one the launcher is
+killed by SIGKILL when a third of the parts is there, and the command repeated.
+Prints one line a form: rows, images/s of the undisturbed run, parts kept by the resumed one. Fails
+where a row, its logits included, differs from the folder's, or where `verify` does not exit 0.
 """
 
 from __future__ import annotations
@@ -37,7 +39,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 import helpers  # noqa: E402
 import s3 as s3_server  # noqa: E402
 
-_COLUMNS = ["status", "error", "class_id", "label", "probability", "top_k", "width", "height", "logits"]
+_COLUMNS = [
+    "status",
+    "error",
+    "class_id",
+    "label",
+    "probability",
+    "top_k",
+    "width",
+    "height",
+    "logits",
+]
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -49,13 +61,19 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def make(folder: Path, images: Path) -> dict[str, list[str]]:
     """The forms below `folder`: name → source arguments. All list the images in the same order."""
-    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    files = sorted(
+        path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     files.sort(key=lambda path: path.relative_to(images).as_posix().encode().split(b"/"))
     names = [path.relative_to(images).as_posix() for path in files]
     plain = folder / "plain"
     for name, path in zip(names, files, strict=True):
         (plain / name).parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, plain / name) if path.stat().st_dev == folder.stat().st_dev else (plain / name).write_bytes(path.read_bytes())
+        (
+            os.link(path, plain / name)
+            if path.stat().st_dev == folder.stat().st_dev
+            else (plain / name).write_bytes(path.read_bytes())
+        )
     (folder / "list.txt").write_text("".join(f"plain/{name}\n" for name in names))
     with zipfile.ZipFile(folder / "all.zip", "w") as archive:
         for name, path in zip(names, files, strict=True):
@@ -66,7 +84,9 @@ def make(folder: Path, images: Path) -> dict[str, list[str]]:
                 tar.add(path, name)
     for number in range(3):
         with tarfile.open(folder / f"shard-{number:03d}.tar", "w") as tar:
-            for name, path in list(zip(names, files, strict=True))[number * len(files) // 3 : (number + 1) * len(files) // 3]:
+            for name, path in list(zip(names, files, strict=True))[
+                number * len(files) // 3 : (number + 1) * len(files) // 3
+            ]:
                 tar.add(path, Path(name).name)
                 said = tarfile.TarInfo(Path(name).stem + ".json")
                 tar.addfile(said, io.BytesIO())
@@ -87,10 +107,14 @@ def make(folder: Path, images: Path) -> dict[str, list[str]]:
 def publish(folder: Path, forms: dict[str, list[str]], bucket: s3_server.Bucket, port: int) -> None:
     """The forms that need a server."""
     lines = (folder / "list.txt").read_text().splitlines()
-    (folder / "urls.txt").write_text("".join(f"http://127.0.0.1:{port}/{quote(line)}\n" for line in lines))
+    (folder / "urls.txt").write_text(
+        "".join(f"http://127.0.0.1:{port}/{quote(line)}\n" for line in lines)
+    )
     forms["HTTP"] = [f"@{folder}/urls.txt"]
     bucket.fill({line: (folder / line).read_bytes() for line in lines})
-    bucket.fill({name: (folder / name).read_bytes() for name in ("all.zip", "all.tar.gz", "all.parquet")})
+    bucket.fill(
+        {name: (folder / name).read_bytes() for name in ("all.zip", "all.tar.gz", "all.parquet")}
+    )
     forms["S3"] = [f"{bucket.url}/plain"]
     forms["S3 zip"] = [f"{bucket.url}/all.zip"]
     forms["S3 tar.gz"] = [f"{bucket.url}/all.tar.gz"]
@@ -103,8 +127,12 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 
 def killed_and_resumed(command: list[str], output: Path) -> tuple[int, int]:
-    """Kill the launcher when a third of the parts is there, repeat the command. Returns parts kept, and all parts."""
-    process = subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Kill the launcher when a third of the parts is there, repeat the command. Returns parts kept,
+    and all parts.
+    """
+    process = subprocess.Popen(
+        [*command, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     want = None
     while process.poll() is None:
         if want is None and (output / "job.json").exists():
@@ -123,15 +151,31 @@ def killed_and_resumed(command: list[str], output: Path) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--model", default="efficientnet_lite0")
     parser.add_argument("--models-dir")
     parser.add_argument("--only", help="names of forms, joined by commas")
     parsed = parser.parse_args()
-    options = ["--model", parsed.model, "--precision", "fp32", "--save", "logits", "--shard-size", "32", "--devices", "cpu"]
+    options = [
+        "--model",
+        parsed.model,
+        "--precision",
+        "fp32",
+        "--save",
+        "logits",
+        "--shard-size",
+        "32",
+        "--devices",
+        "cpu",
+    ]
     options += ["--models-dir", parsed.models_dir] if parsed.models_dir else []
-    with tempfile.TemporaryDirectory(prefix="imagemill-sources-") as name, s3_server.serving() as endpoint:
+    with (
+        tempfile.TemporaryDirectory(prefix="imagemill-sources-") as name,
+        s3_server.serving() as endpoint,
+    ):
         folder = Path(name)
         forms = make(folder, parsed.images)
         handler = functools.partial(_Quiet, directory=str(folder))
@@ -146,14 +190,25 @@ def main() -> int:
         for form in dict.fromkeys(["folder", *wanted]):
             command = [sys.executable, "-m", "imagemill", "run", *forms[form], *options]
             outputs = [folder / f"{form}-{run}".replace(" ", "-") for run in ("calm", "killed")]
-            done = subprocess.run([*command, "--output", str(outputs[0]), "--json"], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--output", str(outputs[0]), "--json"],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             kept, parts = killed_and_resumed(command, outputs[1])
             expected = expected or rows(outputs[0])
             for output in outputs:
                 assert rows(output) == expected, f"{form}: rows differ from the folder's"
-                subprocess.run([sys.executable, "-m", "imagemill", "verify", str(output)], check=True, capture_output=True)
+                subprocess.run(
+                    [sys.executable, "-m", "imagemill", "verify", str(output)],
+                    check=True,
+                    capture_output=True,
+                )
             print(
-                f"{form:<12} {len(expected):>5} {json.loads(done.stdout)['images_per_second']:>9.1f} {kept:>19} of {parts:>3}", flush=True
+                f"{form:<12} {len(expected):>5}"
+                f" {json.loads(done.stdout)['images_per_second']:>9.1f} {kept:>19} of {parts:>3}",
+                flush=True,
             )
         web.shutdown()
     return 0

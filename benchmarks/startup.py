@@ -2,9 +2,10 @@
 
     python benchmarks/startup.py --model resnext101_32x4d [--precision int8] [--rounds 5] [--json]
 
-One image, made here. After a first run, which compiles the model and leaves it in the cache, each round measures, from the start of the
-command: when a worker is ready, as launcher.log tells; when the first part is there, which holds the answer of the first logits and so
-comes after them; when the command ends; and how long the same command takes when it is repeated.
+One image, made here. After a first run, which compiles the model and leaves it in the cache, each
+round measures, from the start of the command: when a worker is ready, as launcher.log tells; when
+the first part is there, which holds the answer of the first logits and so comes after them; when
+the command ends; and how long the same command takes when it is repeated.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def first_run(command: list[str], output: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="resnext101_32x4d")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,11 +63,21 @@ def main() -> None:
         image(folder / "images" / "one.jpg")
         for number in range(asked.rounds + 1):
             output = folder / str(number)
-            command = [sys.executable, "-m", "imagemill", "run", str(folder / "images"), "--output", str(output)]
+            command = [
+                sys.executable,
+                "-m",
+                "imagemill",
+                "run",
+                str(folder / "images"),
+                "--output",
+                str(output),
+            ]
             command += ["--model", asked.model, "--precision", asked.precision]
             found = first_run(command, output)
             begun = time.monotonic()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             rounds.append(found | {"repeat_s": time.monotonic() - begun})
     rounds = rounds[1:]
     report = {name: round(median(one[name] for one in rounds), 3) for name in rounds[0]}

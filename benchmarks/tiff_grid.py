@@ -1,4 +1,5 @@
-"""Compare TIFF files of every layout with tifffile: each must be read to the same pixels or be `unsupported`.
+"""Compare TIFF files of every layout with tifffile: each must be read to the same pixels or be
+`unsupported`.
 
     python benchmarks/tiff_grid.py            pairs of properties, 4,600 files, half a minute
     python benchmarks/tiff_grid.py --product  the whole product, 90,000 files, four minutes
@@ -20,8 +21,12 @@ import tiff_files
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--product", action="store_true", help="try all combinations instead of pairs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--product", action="store_true", help="try all combinations instead of pairs"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     verdicts: Counter[str] = Counter()
@@ -31,7 +36,11 @@ def main() -> int:
         verdicts[verdict] += 1
         if verdict not in {"ok", "unsupported", "not written"}:
             wrong.append(f"{cell.name}: {verdict}")
-    print(*(f"{verdict}: {count}" for verdict, count in verdicts.most_common()), *wrong[:200], sep="\n")
+    print(
+        *(f"{verdict}: {count}" for verdict, count in verdicts.most_common()),
+        *wrong[:200],
+        sep="\n",
+    )
     return 1 if wrong else 0
 
 

@@ -1,8 +1,9 @@
-"""Makes archives for tests, sound ones by the standard library and odd ones by hand, and reads sources as a job would.
+"""Makes archives for tests, sound ones by the standard library and odd ones by hand, and reads
+sources as a job would.
 
-pack(folder, "tar.gz", {"a.jpg": b"…"})       the path of an archive
-zip_by_hand([Member(b"a.jpg", b"…", flags=1)])  a zip that says of its members whatever it is told
-read(source)                                  every planned member: its bytes, or the status of its row
+pack(folder, "tar.gz", {"a.jpg": b"…"})       the path of an archive zip_by_hand([Member(b"a.jpg",
+b"…", flags=1)])  a zip that says of its members whatever it is told read(source)
+every planned member: its bytes, or the status of its row
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ KINDS = ("zip", "tar", "tar.gz", "webdataset")
 
 
 def pack(folder: Path, kind: str, files: Mapping[str, bytes], name: str = "images") -> str:
-    """Pack files, in order, into `folder/NAME.KIND`; a WebDataset is three tars named by braces. Returns the source to give."""
+    """Pack files, in order, into `folder/NAME.KIND`; a WebDataset is three tars named by braces.
+    Returns the source to give.
+    """
     if kind == "webdataset":
         items = list(files.items())
         for number, start in enumerate(range(0, len(items), -(-len(items) // 3))):
-            pack(folder, "tar", dict(items[start : start + -(-len(items) // 3)]), f"{name}-{number:03d}")
+            pack(
+                folder,
+                "tar",
+                dict(items[start : start + -(-len(items) // 3)]),
+                f"{name}-{number:03d}",
+            )
         return str(folder / f"{name}-{{000..002}}.tar")
     path = folder / f"{name}.{kind}"
     if kind == "zip":
@@ -50,7 +58,9 @@ def tar(files: Mapping[str, bytes], mode: str = "w", form: int = tarfile.PAX_FOR
     return buffer.getvalue()
 
 
-def tar_member(name: str, data: bytes = b"", kind: bytes = b"0", link: str = "", size: int | None = None) -> bytes:
+def tar_member(
+    name: str, data: bytes = b"", kind: bytes = b"0", link: str = "", size: int | None = None
+) -> bytes:
     """Header and data of one member, without the end of an archive."""
     member = tarfile.TarInfo(name)
     member.type, member.linkname, member.size = kind, link, len(data) if size is None else size
@@ -85,29 +95,43 @@ def deflated(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-def zip_by_hand(members: Iterable[Member], *, comment: bytes = b"", count: int | None = None, disk: int = 0) -> bytes:
+def zip_by_hand(
+    members: Iterable[Member], *, comment: bytes = b"", count: int | None = None, disk: int = 0
+) -> bytes:
     """A zip whose directory says what it is told to say."""
     body, directory, number = bytearray(), bytearray(), 0
     for member in members:
         number += 1
-        packed = (deflated(member.data) if member.method == 8 else member.data) if member.packed is None else member.packed
+        packed = (
+            (deflated(member.data) if member.method == 8 else member.data)
+            if member.packed is None
+            else member.packed
+        )
         size = len(member.data) if member.size is None else member.size
         packed_size = len(packed) if member.packed_size is None else member.packed_size
         crc = zlib.crc32(member.data) if member.crc is None else member.crc
         common = (member.flags, member.method, 0, 0, crc, packed_size, size)
         offset = len(body) if member.offset is None else member.offset
         local_name = member.name if member.local_name is None else member.local_name
-        body += struct.pack("<4s5H3L2H", b"PK\3\4", 20, *common, len(local_name), len(member.local_extra))
+        body += struct.pack(
+            "<4s5H3L2H", b"PK\3\4", 20, *common, len(local_name), len(member.local_extra)
+        )
         body += local_name + member.local_extra + packed
         lengths = (len(member.name), len(member.extra), 0, 0, 0)
-        directory += struct.pack("<4s6H3L5H2L", b"PK\1\2", 3 << 8, 20, *common, *lengths, member.mode << 16, offset)
+        directory += struct.pack(
+            "<4s6H3L5H2L", b"PK\1\2", 3 << 8, 20, *common, *lengths, member.mode << 16, offset
+        )
         directory += member.name + member.extra
     told = (number if count is None else count) % 65_536
-    end = struct.pack("<4s4H2LH", b"PK\5\6", disk, disk, told, told, len(directory), len(body), len(comment))
+    end = struct.pack(
+        "<4s4H2LH", b"PK\5\6", disk, disk, told, told, len(directory), len(body), len(comment)
+    )
     return bytes(body + directory) + end + comment
 
 
-def listed(path: Path | str, filters: Filters | None = None, aside: Path | None = None) -> tuple[Source, list[Entry], Skipped]:
+def listed(
+    path: Path | str, filters: Filters | None = None, aside: Path | None = None
+) -> tuple[Source, list[Entry], Skipped]:
     """A source, its entries, and what it left out."""
     (source,) = open_all([str(path)], aside=aside)
     skipped = Skipped()
@@ -122,7 +146,9 @@ def fetched(source: Source, entry: Entry, max_bytes: int = 2**20) -> bytes | str
         return f"{bad.status}: {bad.error}"
 
 
-def read(path: Path | str, filters: Filters | None = None, max_bytes: int = 2**20) -> list[tuple[bytes, bytes | str]]:
+def read(
+    path: Path | str, filters: Filters | None = None, max_bytes: int = 2**20
+) -> list[tuple[bytes, bytes | str]]:
     """Every planned member of a source: its path, and its bytes or `STATUS: error`."""
     source, entries, _ = listed(path, filters)
     found = [(entry.path, fetched(source, entry, max_bytes)) for entry in entries]

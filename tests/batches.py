@@ -14,7 +14,10 @@ _SHARD = Shard(0, 0, 1000, 0, "plan.parquet", 0)
 
 def rows(filled: int) -> tuple[Row, ...]:
     """The rows of a batch whose images are all sound."""
-    return tuple(Row(place, _SHARD, "/somewhere", f"{place}.jpg", Status.OK, None, SIZE, SIZE, place) for place in range(filled))
+    return tuple(
+        Row(place, _SHARD, "/somewhere", f"{place}.jpg", Status.OK, None, SIZE, SIZE, place)
+        for place in range(filled)
+    )
 
 
 def batches(count: int, size: int = 3, filled: int | None = None, seed: int = 0) -> list[Batch]:
@@ -23,12 +26,32 @@ def batches(count: int, size: int = 3, filled: int | None = None, seed: int = 0)
     made = []
     for number in range(count):
         places = size if filled is None or number < count - 1 else filled
-        made.append(Batch(rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8), places, rows(places)))
+        made.append(
+            Batch(rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8), places, rows(places))
+        )
     return made
 
 
 def make_job(model: Bundle, **changes: Any) -> Job:
     """A job of batches of three, in fp32."""
-    values: dict[str, Any] = {"output": "/nowhere", "sources": (), "model_file": str(model.dir / "model.onnx"), "card": model.card}
-    values |= {"batch_size": 3, "batches_per_step": 0, "num_workers": 0, "top_k": 5, "save": (), "limits": Limits()}
-    return Job(**(values | {"precision": Precision.FP32, "variant": "model", "plan_id": "", "answer_id": ""} | changes))
+    values: dict[str, Any] = {
+        "output": "/nowhere",
+        "sources": (),
+        "model_file": str(model.dir / "model.onnx"),
+        "card": model.card,
+    }
+    values |= {
+        "batch_size": 3,
+        "batches_per_step": 0,
+        "num_workers": 0,
+        "top_k": 5,
+        "save": (),
+        "limits": Limits(),
+    }
+    return Job(
+        **(
+            values
+            | {"precision": Precision.FP32, "variant": "model", "plan_id": "", "answer_id": ""}
+            | changes
+        )
+    )

@@ -24,11 +24,16 @@ from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
 from tiny import TINY_CARD, Finished, tiny_model
 
 settings.register_profile(
-    "imagemill", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "imagemill",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("imagemill")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so shells start what runs in the background, and children inherit it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # so shells start what runs in the background, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
@@ -42,7 +47,9 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path)
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with `tiny`, a random classifier of ten classes, and `tiny2`, the same with other weights."""
+    """A models folder with `tiny`, a random classifier of ten classes, and `tiny2`, the same with
+    other weights.
+    """
     folder = tmp_path_factory.mktemp("models")
     bundle.write(folder / "tiny", TINY_CARD, tiny_model())
     bundle.write(folder / "tiny2", replace(TINY_CARD, name="tiny2"), tiny_model(seed=1))
@@ -63,7 +70,9 @@ def lite0(models_dir: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def photographs() -> Path:
-    """The folder of photographs that are not part of the project: `imagenet-sample/`, `coco-sample/` and `labels.csv`."""
+    """The folder of photographs that are not part of the project: `imagenet-sample/`,
+    `coco-sample/` and `labels.csv`.
+    """
     folder = os.environ.get(PHOTOGRAPHS_VARIABLE)
     if not folder:
         pytest.skip(f"{PHOTOGRAPHS_VARIABLE} does not name the folder of photographs")
@@ -71,18 +80,35 @@ def photographs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def photographs_run(photographs: Path, lite0: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """`imagemill run PHOTOGRAPHS --output out --model efficientnet_lite0 --devices cpu:2 --json`."""
+def photographs_run(
+    photographs: Path, lite0: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """`imagemill run PHOTOGRAPHS --output out --model efficientnet_lite0 --devices cpu:2
+    --json`.
+    """
     output = tmp_path_factory.mktemp("photographs") / "out"
     environment = helpers.environment(IMAGEMILL_MODELS=str(lite0.dir.parent))
-    arguments = ("--output", output, "--model", "efficientnet_lite0", "--devices", "cpu:2", "--json")
+    arguments = (
+        "--output",
+        output,
+        "--model",
+        "efficientnet_lite0",
+        "--devices",
+        "cpu:2",
+        "--json",
+    )
     return Finished(helpers.imagemill_cli("run", photographs, *arguments, env=environment), output)
 
 
 @pytest.fixture(scope="session")
 def some_jpegs() -> dict[str, bytes]:
     """Forty small JPEGs of different content, some in sub-folders, by name."""
-    return {f"{'abc'[seed % 3]}/{seed:02d}.jpg": sample_images.jpeg(40 + seed, 50, seed=seed, quality=80) for seed in range(40)}
+    return {
+        f"{'abc'[seed % 3]}/{seed:02d}.jpg": sample_images.jpeg(
+            40 + seed, 50, seed=seed, quality=80
+        )
+        for seed in range(40)
+    }
 
 
 @pytest.fixture
@@ -92,18 +118,31 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
     def make(count: int = 12, name: str = "images", **files: bytes) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return helpers.fill(folder, {f"{seed:03d}.jpg": sample_images.jpeg(48, 40, seed=seed, quality=80) for seed in range(count)} | files)
+        return helpers.fill(
+            folder,
+            {
+                f"{seed:03d}.jpg": sample_images.jpeg(48, 40, seed=seed, quality=80)
+                for seed in range(count)
+            }
+            | files,
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
 def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images that take some 20 ms each to decode, so that there is time to send a signal; links to a few files. Larger ones on a
-    faster machine."""
+    """96 images that take some 20 ms each to decode, so that there is time to send a signal; links
+    to a few files. Larger ones on a faster machine.
+    """
     folder = tmp_path_factory.mktemp("slow")
     for width in (900, 1200, 1600):
-        data = [sample_images.encode(sample_images.photograph(width, 800, seed), "PNG", compress_level=1) for seed in range(4)]
+        data = [
+            sample_images.encode(
+                sample_images.photograph(width, 800, seed), "PNG", compress_level=1
+            )
+            for seed in range(4)
+        ]
         begun = time.process_time()
         for item in data:
             Image.open(io.BytesIO(item)).load()
@@ -122,7 +161,13 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
     """Makes settings for `running.run`: the tiny model on the null device, into `tmp_path/out`."""
 
     def make(*sources: Path, **changes: Any) -> Settings:
-        values: dict[str, Any] = {"output": str(tmp_path / "out"), "model": "tiny", "devices": "null", "batch_size": 4, "report": False}
+        values: dict[str, Any] = {
+            "output": str(tmp_path / "out"),
+            "model": "tiny",
+            "devices": "null",
+            "batch_size": 4,
+            "report": False,
+        }
         return Settings(sources=tuple(map(str, sources)), **(values | changes))
 
     return make
@@ -132,8 +177,12 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
 def imagemill(models_dir: Path) -> Callable[..., helpers.Result]:
     """Runs the command line in a process of its own; returns its exit code, outputs and JSON."""
 
-    def call(*arguments: object, env: Mapping[str, str] | None = None, **options: Any) -> helpers.Result:
-        return helpers.imagemill_cli(*arguments, env=env or helpers.environment(IMAGEMILL_MODELS=str(models_dir)), **options)
+    def call(
+        *arguments: object, env: Mapping[str, str] | None = None, **options: Any
+    ) -> helpers.Result:
+        return helpers.imagemill_cli(
+            *arguments, env=env or helpers.environment(IMAGEMILL_MODELS=str(models_dir)), **options
+        )
 
     return call
 

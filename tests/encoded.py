@@ -19,7 +19,9 @@ import sample_images
 from sample_images import chunk, encode, exif, photograph, png
 
 W, H = 44, 36
-"""Size of most samples: small, so that thousands of mutations are decoded in a minute, and not square."""
+"""Size of most samples: small, so that thousands of mutations are decoded in a minute, and not
+square.
+"""
 
 
 def colour(seed: int = 1) -> Image.Image:
@@ -44,15 +46,29 @@ def metadata_png() -> bytes:
     """A PNG with many kinds of metadata before and after the pixels."""
     data = encode(colour(), "PNG", icc_profile=bytes(range(256)) * 4, exif=exif(6), dpi=(72, 72))
     extra = chunk(b"gAMA", struct.pack(">I", 45455)) + chunk(b"tEXt", b"Title\0a photograph")
-    extra += chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"words " * 50)) + chunk(b"iTXt", b"Author\0\0\0en\0\0nobody")
+    extra += chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"words " * 50)) + chunk(
+        b"iTXt", b"Author\0\0\0en\0\0nobody"
+    )
     return data[:33] + extra + data[33:-12] + chunk(b"tEXt", b"Software\0none") + data[-12:]
 
 
 def interlaced_png() -> bytes:
     """A grey PNG with Adam7 interlacing."""
     pixels = np.asarray(colour().convert("L"))
-    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
-    rows = [b"\0" + row.tobytes() for top, left, down, right in passes for row in pixels[top::down, left::right]]
+    passes = [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]
+    rows = [
+        b"\0" + row.tobytes()
+        for top, left, down, right in passes
+        for row in pixels[top::down, left::right]
+    ]
     data = bytearray(png(W, H, rows=b"".join(rows)))
     data[28] = 1
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -65,7 +81,11 @@ def psd(*, packed: bool, image: Image.Image | None = None) -> bytes:
     height, width, channels = pixels.shape
     planes = [pixels[:, :, channel] for channel in range(channels)]
     if packed:
-        rows = [b"".join(bytes([len(run) - 1]) + run for run in _cut(row.tobytes(), 100)) for plane in planes for row in plane]
+        rows = [
+            b"".join(bytes([len(run) - 1]) + run for run in _cut(row.tobytes(), 100))
+            for plane in planes
+            for row in plane
+        ]
         body = b"".join(struct.pack(">H", len(row)) for row in rows) + b"".join(rows)
     else:
         body = b"".join(plane.tobytes() for plane in planes)
@@ -91,7 +111,11 @@ def cur() -> bytes:
 def icns(*, raw: bool) -> bytes:
     """An icon of macOS: 32 by 32 pixels as a PNG, or as raw channels and a mask."""
     image = photograph(32, 32, 2)
-    parts = [(b"il32", image.tobytes()), (b"l8mk", image.convert("L").tobytes())] if raw else [(b"icp5", encode(image, "PNG"))]
+    parts = (
+        [(b"il32", image.tobytes()), (b"l8mk", image.convert("L").tobytes())]
+        if raw
+        else [(b"icp5", encode(image, "PNG"))]
+    )
     body = b"".join(kind + struct.pack(">I", 8 + len(data)) + data for kind, data in parts)
     return b"icns" + struct.pack(">I", 8 + len(body)) + body
 
@@ -108,12 +132,20 @@ def fli() -> bytes:
 def ftex(*, packed: bool) -> bytes:
     pixels = colour().tobytes()
     body = encode(alpha(), "DDS", pixel_format="DXT1")[128:] if packed else pixels
-    return struct.pack("<4siiiiiii", b"FTEX", 0, W, H, 1, 1, 0 if packed else 1, 32) + struct.pack("<i", len(body)) + body
+    return (
+        struct.pack("<4siiiiiii", b"FTEX", 0, W, H, 1, 1, 0 if packed else 1, 32)
+        + struct.pack("<i", len(body))
+        + body
+    )
 
 
 def gbr(image: Image.Image) -> bytes:
     depth = len(image.getbands())
-    return struct.pack(">IIIII4sI", 33, 2, *image.size, depth, b"GIMP", 10) + b"name\0" + image.tobytes()
+    return (
+        struct.pack(">IIIII4sI", 33, 2, *image.size, depth, b"GIMP", 10)
+        + b"name\0"
+        + image.tobytes()
+    )
 
 
 def pcd() -> bytes:
@@ -141,7 +173,13 @@ def sun(*, packed: bool) -> bytes:
 def xpm() -> bytes:
     small = colour().convert("P", palette=Image.Palette.ADAPTIVE, colors=32)
     colours = np.asarray(small.getpalette()).reshape(-1, 3)[:32]
-    lines = [f"{W} {H} 32 1", *(f"{chr(65 + at)} c #{red:02x}{green:02x}{blue:02x}" for at, (red, green, blue) in enumerate(colours))]
+    lines = [
+        f"{W} {H} 32 1",
+        *(
+            f"{chr(65 + at)} c #{red:02x}{green:02x}{blue:02x}"
+            for at, (red, green, blue) in enumerate(colours)
+        ),
+    ]
     lines += ["".join(chr(65 + value) for value in row) for row in np.asarray(small)]
     text = ",\n".join(f'"{line}"' for line in lines)
     return f"/* XPM */\nstatic char *image[] = {{\n{text}\n}};\n".encode().replace(b'"\\"', b'"a"')
@@ -156,7 +194,9 @@ def bmp_rle8() -> bytes:
     plain = bytearray(encode(palette(), "BMP"))
     start = struct.unpack_from("<I", plain, 10)[0]
     rows = _cut(palette().tobytes(), W)[::-1]
-    body = b"".join(b"".join(bytes([1, value]) for value in row) + b"\0\0" for row in rows) + b"\0\1"
+    body = (
+        b"".join(b"".join(bytes([1, value]) for value in row) + b"\0\0" for row in rows) + b"\0\1"
+    )
     struct.pack_into("<I", plain, 30, 1)
     struct.pack_into("<I", plain, 34, len(body))
     struct.pack_into("<I", plain, 2, start + len(body))
@@ -167,7 +207,9 @@ def plain_pnm(kind: int) -> bytes:
     image = colour().convert({1: "1", 2: "L", 3: "RGB"}[kind])
     values = np.asarray(image).astype(int).ravel()
     head = f"P{kind}\n{W} {H}\n" + ("" if kind == 1 else "255\n")
-    return (head + "\n".join(str(1 - value if kind == 1 else value) for value in values) + "\n").encode()
+    return (
+        head + "\n".join(str(1 - value if kind == 1 else value) for value in values) + "\n"
+    ).encode()
 
 
 def blp2() -> bytes:
@@ -300,13 +342,21 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
 def sgi_packed() -> bytes:
     """An SGI file compressed by run lengths, literal runs only."""
     pixels = np.asarray(colour())
-    rows = [b"".join(bytes([0x80 | len(run)]) + run for run in _cut(row.tobytes(), 100)) + b"\0" for row in _planes(pixels)]
+    rows = [
+        b"".join(bytes([0x80 | len(run)]) + run for run in _cut(row.tobytes(), 100)) + b"\0"
+        for row in _planes(pixels)
+    ]
     offset, starts = 512 + 8 * len(rows), []
     for row in rows:
         starts.append(offset)
         offset += len(row)
     head = struct.pack(">HBBHHHH", 474, 1, 1, 3, W, H, 3).ljust(512, b"\0")
-    return head + struct.pack(f">{len(rows)}I", *starts) + struct.pack(f">{len(rows)}I", *map(len, rows)) + b"".join(rows)
+    return (
+        head
+        + struct.pack(f">{len(rows)}I", *starts)
+        + struct.pack(f">{len(rows)}I", *map(len, rows))
+        + b"".join(rows)
+    )
 
 
 def _planes(pixels: np.ndarray) -> list[np.ndarray]:
@@ -319,7 +369,9 @@ _SIDE = 20_000
 
 
 def _patched(name: str, **fields: tuple[str, int]) -> bytes:
-    """A sample with another width and height in its header, each given as a `struct` format and an offset."""
+    """A sample with another width and height in its header, each given as a `struct` format and an
+    offset.
+    """
     data = bytearray(SAMPLES[name]())
     for form, at in fields.values():
         struct.pack_into(form, data, at, _SIDE)
@@ -334,12 +386,24 @@ def _replaced(name: str, old: bytes, new: bytes) -> bytes:
 
 def inner_png_icns() -> bytes:
     inner = png(_SIDE, _SIDE)
-    return b"icns" + struct.pack(">I", 16 + len(inner)) + b"icp5" + struct.pack(">I", 8 + len(inner)) + inner
+    return (
+        b"icns"
+        + struct.pack(">I", 16 + len(inner))
+        + b"icp5"
+        + struct.pack(">I", 8 + len(inner))
+        + inner
+    )
 
 
 def inner_jpeg2000_icns() -> bytes:
     inner = jpeg2000_bomb()
-    return b"icns" + struct.pack(">I", 16 + len(inner)) + b"ic08" + struct.pack(">I", 8 + len(inner)) + inner
+    return (
+        b"icns"
+        + struct.pack(">I", 16 + len(inner))
+        + b"ic08"
+        + struct.pack(">I", 8 + len(inner))
+        + inner
+    )
 
 
 def jpeg2000_bomb() -> bytes:
@@ -359,12 +423,19 @@ def frame_gif() -> bytes:
 
 def apng_bomb() -> bytes:
     frame = struct.pack(">IIIIIHHBB", 0, _SIDE, _SIDE, 0, 0, 1, 1, 0, 0)
-    return png(_SIDE, _SIDE, rows=bytes(_SIDE * 2), extra=chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fcTL", frame))
+    return png(
+        _SIDE,
+        _SIDE,
+        rows=bytes(_SIDE * 2),
+        extra=chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fcTL", frame),
+    )
 
 
 def msp_bomb() -> bytes:
     data = bytearray(_patched("MSP", width=("<H", 4), height=("<H", 6)))
-    struct.pack_into("<H", data, 24, struct.unpack_from("<H", data, 24)[0] ^ W ^ H)  # the XOR of the header's words is 0
+    struct.pack_into(
+        "<H", data, 24, struct.unpack_from("<H", data, 24)[0] ^ W ^ H
+    )  # the XOR of the header's words is 0
     return bytes(data)
 
 
@@ -381,10 +452,18 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "PPM plain": lambda: _replaced("PPM plain", b"44 36", b"20000 20000"),
     "PFM": lambda: _replaced("PPM float", b"44 36", b"20000 20000"),
     "WEBP": sample_images.webp_bomb,
-    "AVIF": lambda: _replaced("AVIF", b"ispe" + struct.pack(">III", 0, W, H), b"ispe" + struct.pack(">III", 0, _SIDE, _SIDE)),
+    "AVIF": lambda: _replaced(
+        "AVIF",
+        b"ispe" + struct.pack(">III", 0, W, H),
+        b"ispe" + struct.pack(">III", 0, _SIDE, _SIDE),
+    ),
     "JPEG": lambda: sample_images.jpeg_patched(width=_SIDE, height=_SIDE),
-    "JPEG CMYK": lambda: _replaced("JPEG CMYK", b"\x08" + struct.pack(">HH", H, W), b"\x08" + struct.pack(">HH", _SIDE, _SIDE)),
-    "JPEG2000": lambda: _replaced("JPEG2000", b"ihdr" + struct.pack(">II", H, W), b"ihdr" + struct.pack(">II", _SIDE, _SIDE)),
+    "JPEG CMYK": lambda: _replaced(
+        "JPEG CMYK", b"\x08" + struct.pack(">HH", H, W), b"\x08" + struct.pack(">HH", _SIDE, _SIDE)
+    ),
+    "JPEG2000": lambda: _replaced(
+        "JPEG2000", b"ihdr" + struct.pack(">II", H, W), b"ihdr" + struct.pack(">II", _SIDE, _SIDE)
+    ),
     "JPEG2000 stream": jpeg2000_bomb,
     "TIFF": lambda: sample_images.tiff(_SIDE, _SIDE),
     "PSD": lambda: _patched("PSD", height=(">I", 14), width=(">I", 18)),
@@ -408,7 +487,11 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "PIXAR": lambda: _patched("PIXAR", height=("<H", 416), width=("<H", 418)),
     "SGI": lambda: _patched("SGI", width=(">H", 6), height=(">H", 8)),
     "SUN": lambda: _patched("SUN", width=(">I", 4), height=(">I", 8)),
-    "XBM": lambda: _replaced("XBM", b"im_width 44", b"im_width 20000").replace(b"im_height 36", b"im_height 20000"),
+    "XBM": (
+        lambda: _replaced("XBM", b"im_width 44", b"im_width 20000").replace(
+            b"im_height 36", b"im_height 20000"
+        )
+    ),
     "XPM": lambda: _replaced("XPM", b'"44 36', b'"20000 20000'),
     "XVTHUMB": lambda: _replaced("XVTHUMB", b"\n44 36", b"\n20000 20000"),
     "SPIDER": lambda: _patched("SPIDER", height=("<f", 4), width=("<f", 44)),

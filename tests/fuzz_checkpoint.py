@@ -1,10 +1,10 @@
 """Fuzz the checkpoint readers with atheris. Not part of the tests.
 
-pip install atheris
-PYTHONPATH=src python tests/fuzz_checkpoint.py -max_total_time=600 -rss_limit_mb=1024 CORPUS tests/fixtures
+pip install atheris PYTHONPATH=src python tests/fuzz_checkpoint.py -max_total_time=600
+-rss_limit_mb=1024 CORPUS tests/fixtures
 
-New inputs go to the folder CORPUS. Any exception but `CheckpointError`, more than 1 GB of memory, or more than a few seconds for one
-input is a finding.
+New inputs go to the folder CORPUS. Any exception but `CheckpointError`, more than 1 GB of memory,
+or more than a few seconds for one input is a finding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What tests share that is not a fixture: the command line as a child process, folders of images, and the rows of an output."""
+"""What tests share that is not a fixture: the command line as a child process, folders of images,
+and the rows of an output.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,31 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **changes}
 
 
-def start(*arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, before: tuple[str, ...] = ()) -> Any:
-    """Start `imagemill ARGUMENTS` with its outputs in pipes; `before` is put in front of the interpreter."""
-    command = [*before, sys.executable, "-W", "error", "-m", "imagemill", *map(os.fspath, map(_argument, arguments))]
+def start(
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    before: tuple[str, ...] = (),
+) -> Any:
+    """Start `imagemill ARGUMENTS` with its outputs in pipes; `before` is put in front of the
+    interpreter.
+    """
+    command = [
+        *before,
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "imagemill",
+        *map(os.fspath, map(_argument, arguments)),
+    ]
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env or environment(), cwd=cwd
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env or environment(),
+        cwd=cwd,
     )
 
 
@@ -57,7 +79,11 @@ def finish(process: Any, timeout: float = 120) -> Result:
         process.kill()
         process.communicate()
         raise
-    return Result(process.returncode, out.decode("utf-8", "backslashreplace"), err.decode("utf-8", "backslashreplace"))
+    return Result(
+        process.returncode,
+        out.decode("utf-8", "backslashreplace"),
+        err.decode("utf-8", "backslashreplace"),
+    )
 
 
 def imagemill_cli(*arguments: object, **options: Any) -> Result:
@@ -81,7 +107,8 @@ def fill(folder: Path, files: Mapping[str, bytes]) -> Path:
 def table(output: Path) -> pa.Table:
     """All rows of an output, in the order of its parts."""
     return pa.concat_tables(
-        pq.read_table(pa.BufferReader(path.read_bytes())) for path in sorted((output / "predictions").glob("part-*.parquet"))
+        pq.read_table(pa.BufferReader(path.read_bytes()))
+        for path in sorted((output / "predictions").glob("part-*.parquet"))
     )
 
 
@@ -93,7 +120,10 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 def by_path(output: Path) -> dict[str, dict[str, Any]]:
     """Rows by path, without their index and source, which depend on the neighbours by right."""
-    found = {row["path"]: {name: value for name, value in row.items() if name not in ("index", "source")} for row in rows(output)}
+    found = {
+        row["path"]: {name: value for name, value in row.items() if name not in ("index", "source")}
+        for row in rows(output)
+    }
     assert len(found) == len(rows(output))
     return found
 
@@ -108,7 +138,9 @@ def parts(output: Path) -> dict[str, tuple[int, int]]:
 
 
 def until(condition: Callable[[], Any], seconds: float = 60, process: Any = None) -> Any:
-    """Wait until a condition holds and return its value; give up after a while, or when the process has ended."""
+    """Wait until a condition holds and return its value; give up after a while, or when the process
+    has ended.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -118,10 +150,14 @@ def until(condition: Callable[[], Any], seconds: float = 60, process: Any = None
 
 
 def worker_pids(output: Path) -> list[int]:
-    """Process ids of the workers of a run, in the order in which they became ready, from the launcher's log."""
+    """Process ids of the workers of a run, in the order in which they became ready, from the
+    launcher's log.
+    """
     log = output / "logs" / "launcher.log"
     lines = log.read_text().splitlines() if log.exists() else []
-    return [int(line.rpartition("(pid ")[2].rstrip(")")) for line in lines if " is ready (pid " in line]
+    return [
+        int(line.rpartition("(pid ")[2].rstrip(")")) for line in lines if " is ready (pid " in line
+    ]
 
 
 def running(pid: int) -> bool:
@@ -135,8 +171,9 @@ def running(pid: int) -> bool:
 def without_root_powers() -> tuple[str, ...]:
     """What to put in front of a command so that file permissions bind it, also as root.
 
-    Root reads everything because of two capabilities. A wrapper drops them for good before it becomes the command; so the kernel answers
-    as it does to another user, while the interpreter and the clone need not be readable by one.
+    Root reads everything because of two capabilities. A wrapper drops them for good before it
+    becomes the command; so the kernel answers as it does to another user, while the interpreter and
+    the clone need not be readable by one.
     """
     if os.geteuid() != 0:
         return ()

@@ -1,7 +1,8 @@
 """Mutate encoded images of all formats, and compare the decoder's verdict with plain Pillow's.
 
-Plain Pillow is a fresh `Image.open` and one `load` in the same process, turned by `ImageOps.exif_transpose`. `compare` tells how the two
-differ; a difference is explained by one of EXCEPTIONS or is a fault. benchmarks/mutate_images.py runs thousands of mutations.
+Plain Pillow is a fresh `Image.open` and one `load` in the same process, turned by
+`ImageOps.exif_transpose`. `compare` tells how the two differ; a difference is explained by one of
+EXCEPTIONS or is a fault. benchmarks/mutate_images.py runs thousands of mutations.
 """
 
 from __future__ import annotations
@@ -35,20 +36,29 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Return the file with one kind of damage; in half of the cases with checksums that fit the damage."""
-    damaged = rng.choice([_flip, _flip, _flip, _cut, _cut, _zero, _remove, _insert, _number])(bytearray(data), rng)
+    """Return the file with one kind of damage; in half of the cases with checksums that fit the
+    damage.
+    """
+    damaged = rng.choice([_flip, _flip, _flip, _cut, _cut, _zero, _remove, _insert, _number])(
+        bytearray(data), rng
+    )
     if rng.random() < 0.5:
         damaged = repair_sums(damaged)
     return damaged
 
 
 def mutate_png_pixels(data: bytes, rng: random.Random) -> bytes:
-    """Return a PNG whose scan lines are damaged before compression, so that every checksum is right."""
+    """Return a PNG whose scan lines are damaged before compression, so that every checksum is
+    right.
+    """
     chunks = _chunks(data)
     rows = bytearray(zlib.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT")))
     damaged = rng.choice([_flip, _cut, _zero, _remove])(rows, rng)
     made = [chunk for chunk in chunks if chunk[0] != b"IDAT"]
-    made.insert(next((at for at, chunk in enumerate(chunks) if chunk[0] == b"IDAT"), 0), (b"IDAT", zlib.compress(damaged)))
+    made.insert(
+        next((at for at, chunk in enumerate(chunks) if chunk[0] == b"IDAT"), 0),
+        (b"IDAT", zlib.compress(damaged)),
+    )
     return _PNG + b"".join(encoded.chunk(kind, body) for kind, body in made)
 
 
@@ -59,12 +69,18 @@ def _place(size: int, rng: random.Random) -> int:
 
 def _flip(data: bytearray, rng: random.Random) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 5, 30])):
-        data[_place(len(data), rng)] ^= 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
+        data[_place(len(data), rng)] ^= (
+            1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
+        )
     return bytes(data)
 
 
 def _cut(data: bytearray, rng: random.Random) -> bytes:
-    return bytes(data[: rng.randrange(1, len(data))] if rng.random() < 0.5 else data[: -rng.randrange(1, min(len(data), 40))])
+    return bytes(
+        data[: rng.randrange(1, len(data))]
+        if rng.random() < 0.5
+        else data[: -rng.randrange(1, min(len(data), 40))]
+    )
 
 
 def _zero(data: bytearray, rng: random.Random) -> bytes:
@@ -89,14 +105,16 @@ def _number(data: bytearray, rng: random.Random) -> bytes:
     """Overwrite a number by a large, small or negative one."""
     size, order = rng.choice([2, 4]), rng.choice(["big", "little"])
     at = _place(max(1, len(data) - size), rng)
-    data[at : at + size] = rng.choice([0, 1, 2, 3, 255, 256, 65535, 2 ** (8 * size - 1), 2 ** (8 * size) - 1]).to_bytes(size + 4, order)[
-        4 if order == "big" else 0 :
-    ][:size]
+    data[at : at + size] = rng.choice(
+        [0, 1, 2, 3, 255, 256, 65535, 2 ** (8 * size - 1), 2 ** (8 * size) - 1]
+    ).to_bytes(size + 4, order)[4 if order == "big" else 0 :][:size]
     return bytes(data)
 
 
 def repair_sums(data: bytes) -> bytes:
-    """Return a PNG with right checksums: CRC-32 of every chunk, and Adler-32 of the pixels if they inflate."""
+    """Return a PNG with right checksums: CRC-32 of every chunk, and Adler-32 of the pixels if they
+    inflate.
+    """
     if not data.startswith(_PNG):
         return data
     at, made = len(_PNG), [_PNG]
@@ -152,7 +170,10 @@ def reference(data: bytes) -> Reference:
     except Exception as error:
         return Reference(error=f"{type(error).__name__}: {error}")
     name = image.format
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # broken EXIF: displayed as stored
+    with (
+        contextlib.suppress(Exception),
+        warnings.catch_warnings(action="ignore"),
+    ):  # broken EXIF: displayed as stored
         image = ImageOps.exif_transpose(image)
     return Reference(name, preprocess.by_the_book(displayed(image), RECIPE))
 
@@ -163,7 +184,11 @@ def displayed(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "I" and values.min() >= 0 and values.max() <= 65535:
-        return Image.fromarray((values >> 8 if image.format == "PPM" or values.max() > 255 else values).astype(np.uint8))
+        return Image.fromarray(
+            (values >> 8 if image.format == "PPM" or values.max() > 255 else values).astype(
+                np.uint8
+            )
+        )
     if image.mode in {"I", "F"}:
         values = values.astype(np.float64)
         finite = values[np.isfinite(values)]
@@ -171,7 +196,9 @@ def displayed(image: Image.Image) -> Image.Image:
         if image.mode == "F" and low >= 0 and high <= 255:
             low, high = 0.0, 1.0 if high <= 1 else 255.0
         with np.errstate(all="ignore"):
-            scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
+            scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (
+                255 / ((high - low) or 1)
+            )
         return Image.fromarray(np.rint(scaled).astype(np.uint8))
     image.info.pop("transparency", None)
     if image.mode in {"La", "RGBa"}:
@@ -201,30 +228,54 @@ def _sound(data: bytes) -> list[bool]:
     at, sound = len(_PNG), []
     while at + 12 <= len(data):
         length = struct.unpack_from(">I", data, at)[0]
-        sound.append(data[at + 8 + length : at + 12 + length] == struct.pack(">I", zlib.crc32(data[at + 4 : at + 8 + length])))
+        sound.append(
+            data[at + 8 + length : at + 12 + length]
+            == struct.pack(">I", zlib.crc32(data[at + 4 : at + 8 + length]))
+        )
         at += 12 + length
     return sound
 
 
 def is_png_sum(data: bytes, decoded: Decoded, expected: Reference) -> bool:
-    return decoded.status is Status.CORRUPT and "wrong checksum of the IDAT chunk" in str(decoded.error) and repair_sums(data) != data
+    return (
+        decoded.status is Status.CORRUPT
+        and "wrong checksum of the IDAT chunk" in str(decoded.error)
+        and repair_sums(data) != data
+    )
 
 
 def is_pcx_palette(data: bytes, decoded: Decoded, expected: Reference) -> bool:
-    return decoded.status is Status.TRUNCATED and "before its palette" in str(decoded.error) and data[-769:-768] != b"\x0c"
+    return (
+        decoded.status is Status.TRUNCATED
+        and "before its palette" in str(decoded.error)
+        and data[-769:-768] != b"\x0c"
+    )
 
 
 def is_bmp_palette(data: bytes, decoded: Decoded, expected: Reference) -> bool:
-    """Whether only pixels differ that Pillow shows in black, in a BMP of fewer colours than its depth allows."""
-    if data[:2] != b"BM" or decoded.pixels is None or expected.pixels is None or struct.unpack_from("<I", data, 46)[0] >= 256:
+    """Whether only pixels differ that Pillow shows in black, in a BMP of fewer colours than its
+    depth allows.
+    """
+    if (
+        data[:2] != b"BM"
+        or decoded.pixels is None
+        or expected.pixels is None
+        or struct.unpack_from("<I", data, 46)[0] >= 256
+    ):
         return False
     differ = (decoded.pixels != expected.pixels).any(axis=2)
     return not expected.pixels[differ].any()
 
 
 def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:
-    """Whether Pillow does not even open a TIFF that tifffile reads, as it is or with the bits per sample at its end made whole."""
-    if data[:2] not in {b"II", b"MM"} or decoded.status is not Status.OK or "cannot identify" not in expected.error:
+    """Whether Pillow does not even open a TIFF that tifffile reads, as it is or with the bits per
+    sample at its end made whole.
+    """
+    if (
+        data[:2] not in {b"II", b"MM"}
+        or decoded.status is not Status.OK
+        or "cannot identify" not in expected.error
+    ):
         return False
     for tail in (b"", b"\x08\0" * 32):
         with contextlib.suppress(Exception):
@@ -234,16 +285,31 @@ def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:
 
 EXCEPTIONS: dict[str, tuple[str, Callable[[bytes, Decoded, Reference], bool]]] = {
     "PNG metadata": (
-        "Pillow refuses a PNG for metadata that is damaged or large; viewers show it, as its pixels are whole",
+        (
+            "Pillow refuses a PNG for metadata that is damaged or large; viewers show it, as its"
+            " pixels are whole"
+        ),
         is_png_metadata,
     ),
-    "PNG checksum": ("Pillow does not compare the CRC-32 of IDAT; a wrong one means damage, even if the pixels inflate", is_png_sum),
-    "PCX palette": ("Pillow shows a PCX that ends before its palette as grey, in wrong colours", is_pcx_palette),
+    "PNG checksum": (
+        (
+            "Pillow does not compare the CRC-32 of IDAT; a wrong one means damage, even if the"
+            " pixels inflate"
+        ),
+        is_png_sum,
+    ),
+    "PCX palette": (
+        "Pillow shows a PCX that ends before its palette as grey, in wrong colours",
+        is_pcx_palette,
+    ),
     "BMP palette": (
         "Pillow shows pixels beyond a BMP's declared palette in black; other readers do not",
         is_bmp_palette,
     ),
-    "TIFF tags": ("Pillow refuses a TIFF for a damaged tag that no pixel depends on; tifffile reads it", is_tiff_tags),
+    "TIFF tags": (
+        "Pillow refuses a TIFF for a damaged tag that no pixel depends on; tifffile reads it",
+        is_tiff_tags,
+    ),
 }
 """Name → why the verdicts may differ, and what tells that they differ for this reason."""
 
@@ -259,7 +325,8 @@ def compare(data: bytes) -> tuple[Decoded, str | None]:
     """Decode a file both ways.
 
     Returns:
-        our verdict, and how it differs from Pillow's: None, the name of an exception, or a description that begins with `FAULT`.
+        our verdict, and how it differs from Pillow's: None, the name of an exception, or a
+        description that begins with `FAULT`.
     """
     decoded, expected = decode(data, RECIPE, LIMITS), reference(data)
     if decoded.status is Status.OK and expected.pixels is None:
@@ -268,16 +335,25 @@ def compare(data: bytes) -> tuple[Decoded, str | None]:
         found = f"FAULT {decoded.status} ({decoded.error}), Pillow reads {expected.format}"
     elif decoded.status is Status.OK and not _same(decoded, expected):
         apart = np.abs(decoded.pixels.astype(int) - expected.pixels)
-        found = f"FAULT pixels differ from Pillow's {expected.format} by up to {apart.max()}, {(apart > 0).mean():.0%} of them"
+        found = (
+            f"FAULT pixels differ from Pillow's {expected.format} by up to {apart.max()},"
+            f" {(apart > 0).mean():.0%} of them"
+        )
     else:
         return decoded, None
-    return decoded, next((name for name, (_, holds) in EXCEPTIONS.items() if holds(data, decoded, expected)), found)
+    return decoded, next(
+        (name for name, (_, holds) in EXCEPTIONS.items() if holds(data, decoded, expected)), found
+    )
 
 
 def cases(count: int, seed: int) -> list[tuple[str, bytes]]:
     """Return this many mutations of the samples in turn, each with the name of its sample."""
     rng = random.Random(seed)
-    names = [name for name in encoded.SAMPLES for _ in range(3 if name.startswith(("PNG", "JPEG ", "WEBP")) else 1)]
+    names = [
+        name
+        for name in encoded.SAMPLES
+        for _ in range(3 if name.startswith(("PNG", "JPEG ", "WEBP")) else 1)
+    ]
     made = []
     for number in range(count):
         name = names[number % len(names)]

@@ -1,7 +1,8 @@
 """Test-only writers of `.pth` files, zip and legacy, from arrays and without PyTorch.
 
-They spell the pickles opcode by opcode, as `torch.save` does, so that tests can also spell them wrongly. torch 2.13 reads what they
-write with `torch.load(weights_only=True)` (checked by hand: `tests/fixtures/make_fixtures.py --check`).
+They spell the pickles opcode by opcode, as `torch.save` does, so that tests can also spell them
+wrongly. torch 2.13 reads what they write with `torch.load(weights_only=True)` (checked by hand:
+`tests/fixtures/make_fixtures.py --check`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import numpy as np
 
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 LEGACY_PROTOCOL = b"\x80\x02M\xe9\x03."
-STORAGES = {"<f8": "Double", "<f4": "Float", "<f2": "Half", "<i8": "Long", "<i4": "Int", "<i2": "Short", "|i1": "Char", "|u1": "Byte"}
+STORAGES = {
+    "<f8": "Double",
+    "<f4": "Float",
+    "<f2": "Half",
+    "<i8": "Long",
+    "<i4": "Int",
+    "<i2": "Short",
+    "|i1": "Char",
+    "|u1": "Byte",
+}
 
 
 def text(value: str) -> bytes:
@@ -65,7 +75,14 @@ def tensor(
     if stride is None:
         stride = tuple(int(np.prod(shape[axis + 1 :], dtype=object)) for axis in range(len(shape)))
     count = array.size if count is None else count
-    identity = b"(" + say("storage") + name("torch", f"{storage}Storage") + say(key) + say("cpu") + number(count)
+    identity = (
+        b"("
+        + say("storage")
+        + name("torch", f"{storage}Storage")
+        + say(key)
+        + say("cpu")
+        + number(count)
+    )
     identity += (b"N" if legacy else b"") + b"tQ"
     head = name("torch._utils", "_rebuild_tensor" if python2 else "_rebuild_tensor_v2")
     tail = b"" if python2 else b"\x89" + name("collections", "OrderedDict") + b")R"
@@ -74,22 +91,35 @@ def tensor(
 
 def state_dict(arrays: Mapping[str, np.ndarray], *, legacy: bool, python2: bool = False) -> bytes:
     """The pickle of an OrderedDict of tensors; storage keys are 0, 1, …"""
-    pairs = [(key, tensor(str(index), array, legacy=legacy, python2=python2)) for index, (key, array) in enumerate(arrays.items())]
+    pairs = [
+        (key, tensor(str(index), array, legacy=legacy, python2=python2))
+        for index, (key, array) in enumerate(arrays.items())
+    ]
     ordered = name("collections", "OrderedDict")
     if python2:  # OrderedDict([[key, value], …])
-        body = ordered + b"(](" + b"".join(b"](" + old_text(key) + value + b"e" for key, value in pairs) + b"etR"
+        body = (
+            ordered
+            + b"(]("
+            + b"".join(b"](" + old_text(key) + value + b"e" for key, value in pairs)
+            + b"etR"
+        )
     else:
         body = ordered + b")R(" + b"".join(text(key) + value for key, value in pairs) + b"u"
     return b"\x80\x02" + body + b"."
 
 
 def training_state(value: object, arrays: dict[str, np.ndarray], *, legacy: bool) -> bytes:
-    """The pickle, without its frame, of mappings that hold arrays, which are added to `arrays`, and anything that Python can pickle."""
+    """The pickle, without its frame, of mappings that hold arrays, which are added to `arrays`, and
+    anything that Python can pickle.
+    """
     if isinstance(value, np.ndarray):
         arrays[str(len(arrays))] = value
         return tensor(str(len(arrays) - 1), value, legacy=legacy)
     if isinstance(value, dict):
-        items = (pickled(key) + training_state(item, arrays, legacy=legacy) for key, item in value.items())
+        items = (
+            pickled(key) + training_state(item, arrays, legacy=legacy)
+            for key, item in value.items()
+        )
         return b"}(" + b"".join(items) + b"u"
     return pickled(value)
 
@@ -101,7 +131,9 @@ def pickled(value: object) -> bytes:
 
 def write_zip(path: Path, arrays: Mapping[str, np.ndarray], program: bytes | None = None) -> Path:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", state_dict(arrays, legacy=False) if program is None else program)
+        archive.writestr(
+            "archive/data.pkl", state_dict(arrays, legacy=False) if program is None else program
+        )
         archive.writestr("archive/byteorder", "little")
         for index, array in enumerate(arrays.values()):
             archive.writestr(f"archive/data/{index}", np.ascontiguousarray(array).tobytes())
@@ -109,16 +141,34 @@ def write_zip(path: Path, arrays: Mapping[str, np.ndarray], program: bytes | Non
     return path
 
 
-def write_legacy(path: Path, arrays: Mapping[str, np.ndarray], program: bytes | None = None, *, python2: bool = False) -> Path:
+def write_legacy(
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    program: bytes | None = None,
+    *,
+    python2: bool = False,
+) -> Path:
     say = old_text if python2 else text
-    sizes = b"".join(say(kind) + number(size) for kind, size in (("short", 2), ("int", 4), ("long", 4)))
+    sizes = b"".join(
+        say(kind) + number(size) for kind, size in (("short", 2), ("int", 4), ("long", 4))
+    )
     system = (
-        b"\x80\x02}(" + say("protocol_version") + number(1001) + say("little_endian") + b"\x88" + say("type_sizes") + b"}(" + sizes + b"uu."
+        b"\x80\x02}("
+        + say("protocol_version")
+        + number(1001)
+        + say("little_endian")
+        + b"\x88"
+        + say("type_sizes")
+        + b"}("
+        + sizes
+        + b"uu."
     )
     with path.open("wb") as file:
         file.write(LEGACY_MAGIC + LEGACY_PROTOCOL + system)
         file.write(state_dict(arrays, legacy=True, python2=python2) if program is None else program)
-        file.write(b"\x80\x02](" + b"".join(say(str(index)) for index in range(len(arrays))) + b"e.")
+        file.write(
+            b"\x80\x02](" + b"".join(say(str(index)) for index in range(len(arrays))) + b"e."
+        )
         for array in arrays.values():
             file.write(struct.pack("<q", array.size))
             file.write(np.ascontiguousarray(array).tobytes())

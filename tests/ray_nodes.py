@@ -1,4 +1,6 @@
-"""A real Ray cluster on this machine: several raylets, each of which is a node. It listens on 127.0.0.1 and ends with the tests."""
+"""A real Ray cluster on this machine: several raylets, each of which is a node. It listens on
+127.0.0.1 and ends with the tests.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ import helpers
 
 STORE_BYTES = 100 * 2**20
 _HEALTH = {"health_check_period_ms": 1_000, "health_check_failure_threshold": 5}
-"""So that a node that was killed is known to be within some seconds, not half a minute; the next test would find it else. Much less, and a
-node that starts beside other work is taken for dead."""
+"""So that a node that was killed is known to be within some seconds, not half a minute; the next
+test would find it else. Much less, and a node that starts beside other work is taken for dead.
+"""
 
 
 @contextlib.contextmanager
@@ -40,7 +43,9 @@ class Nodes:
         self._environment = helpers.environment()
         self._hosts = itertools.count(2)
         with _environment(self._environment | head.pop("env", {})):
-            self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments(_system_config=_HEALTH, **head))
+            self._cluster = Cluster(
+                initialize_head=True, head_node_args=self._arguments(_system_config=_HEALTH, **head)
+            )
         self.head = self._cluster.head_node
 
     @property
@@ -70,8 +75,14 @@ class Nodes:
         return helpers.environment(RAY_ADDRESS=self.address, **changes)
 
     def _arguments(self, **options: Any) -> dict[str, Any]:
-        address = f"127.0.0.{next(self._hosts)}"  # loopback too, but Ray would turn 127.0.0.1 into the machine's address in its network
-        return {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False, "node_ip_address": address} | options
+        # loopback too, but Ray would turn 127.0.0.1 into the machine's address in its network
+        address = f"127.0.0.{next(self._hosts)}"
+        return {
+            "num_cpus": 1,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+            "node_ip_address": address,
+        } | options
 
 
 @contextlib.contextmanager

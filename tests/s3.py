@@ -1,6 +1,8 @@
-"""A real S3 server on 127.0.0.1, and a proxy in front of it that delays, resets, throttles and cuts.
+"""A real S3 server on 127.0.0.1, and a proxy in front of it that delays, resets, throttles and
+cuts.
 
-The server is moto's, a process of its own; boto3 is what tests look at it with, so that the library under test is not its own witness.
+The server is moto's, a process of its own; boto3 is what tests look at it with, so that the library
+under test is not its own witness.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def serving() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -77,7 +81,11 @@ def serving() -> Iterator[str]:
 
 def environment(endpoint: str) -> dict[str, str]:
     """The variables that say where the server is and how to get in."""
-    known = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+    known = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }
     return known | {"AWS_ENDPOINT_URL": endpoint}
 
 
@@ -86,7 +94,12 @@ def new_bucket(endpoint: str) -> Bucket:
     import boto3
     from botocore.config import Config
 
-    client = boto3.client("s3", region_name="us-east-1", endpoint_url=endpoint, config=Config(retries={"max_attempts": 1}))
+    client = boto3.client(
+        "s3",
+        region_name="us-east-1",
+        endpoint_url=endpoint,
+        config=Config(retries={"max_attempts": 1}),
+    )
     bucket = Bucket(client, f"bucket-{os.getpid()}-{next(_numbers)}")
     client.create_bucket(Bucket=bucket.name)
     return bucket
@@ -101,8 +114,12 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A fresh bucket; the environment of this process and its children says where it is and how to get in."""
-    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+    """A fresh bucket; the environment of this process and its children says where it is and how to
+    get in.
+    """
+    for name in [
+        name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")
+    ]:
         monkeypatch.delenv(name)
     for name, value in environment(s3_endpoint).items():
         monkeypatch.setenv(name, value)
@@ -133,11 +150,15 @@ class FaultProxy:
 
     def count(self, method: str, part: str = "") -> int:
         """How many requests of a method there were whose path holds `part`."""
-        return sum(request.method == method and part in request.path for request in list(self.requests))
+        return sum(
+            request.method == method and part in request.path for request in list(self.requests)
+        )
 
 
 @pytest.fixture
-def s3_faults(s3: Bucket, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def s3_faults(
+    s3: Bucket, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
     """The proxy; whoever reads the environment from now on goes through it. `Bucket` does not."""
     port = int(s3_endpoint.rpartition(":")[2])
     lock = threading.Lock()
@@ -149,7 +170,10 @@ def s3_faults(s3: Bucket, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> 
 
         def note(self) -> Request:
             with lock:
-                number = sum(seen.method == self.command and seen.path == self.path for seen in proxy.requests)
+                number = sum(
+                    seen.method == self.command and seen.path == self.path
+                    for seen in proxy.requests
+                )
                 proxy.requests.append(Request(number, self.command, self.path))
                 return proxy.requests[-1]
 
@@ -199,13 +223,19 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, cut: int | None = None) -> None:
+    def answer(
+        self, status: int, headers: list[tuple[str, str]], data: bytes, cut: int | None = None
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
                 self.send_header(name, value)
-        announced = next((value for name, value in headers if name.lower() == "content-length"), None)
-        self.send_header("Content-Length", str(announced if self.command == "HEAD" and announced else len(data)))
+        announced = next(
+            (value for name, value in headers if name.lower() == "content-length"), None
+        )
+        self.send_header(
+            "Content-Length", str(announced if self.command == "HEAD" and announced else len(data))
+        )
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
@@ -225,7 +255,9 @@ def answers(status: int, code: str) -> Fault:
     """S3 says no, in its own words."""
 
     def act(handler: _Handler, request: Request) -> None:
-        data = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        data = (
+            f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        )
         handler.close_connection = True
         handler.answer(status, [("Content-Type", "application/xml")], data)
 

@@ -1,4 +1,5 @@
-"""Makes odd and hostile images as bytes, for every test that needs some. Nothing here is read from a disk.
+"""Makes odd and hostile images as bytes, for every test that needs some. Nothing here is read from
+a disk.
 
 photograph(640, 480)                    a smooth RGB image that looks a little like a photograph
 encode(photograph(64, 48), "PNG")       the same, as a file's bytes
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth RGB image, with some texture and no symmetry: every turn and every shift of it looks different."""
+    """A smooth RGB image, with some texture and no symmetry: every turn and every shift of it looks
+    different.
+    """
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    smooth = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32
+    )
     noise = rng.normal(0, 6, smooth.shape).astype(np.float32)
     return Image.fromarray((smooth + noise).clip(0, 255).astype(np.uint8))
 
@@ -41,7 +46,14 @@ def exif(orientation: int) -> bytes:
     return block.tobytes()
 
 
-def jpeg(width: int = 64, height: int = 48, *, orientation: int | None = None, seed: int = 0, **options: Any) -> bytes:
+def jpeg(
+    width: int = 64,
+    height: int = 48,
+    *,
+    orientation: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> bytes:
     """A JPEG; with an orientation, width and height are those stored, not those displayed."""
     if orientation is not None:
         options["exif"] = exif(orientation)
@@ -50,10 +62,23 @@ def jpeg(width: int = 64, height: int = 48, *, orientation: int | None = None, s
 
 def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
     """One chunk of a PNG, with its own or another checksum."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    return (
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
+    )
 
 
-def png(width: int, height: int, *, depth: int = 8, colour: int = 0, rows: bytes = b"\0", extra: bytes = b"") -> bytes:
+def png(
+    width: int,
+    height: int,
+    *,
+    depth: int = 8,
+    colour: int = 0,
+    rows: bytes = b"\0",
+    extra: bytes = b"",
+) -> bytes:
     """A PNG by hand: any size in the header, whatever the pixels are."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     body = extra + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
@@ -80,10 +105,14 @@ def png_with_wrong_deflate(at: int = 60) -> bytes:
 
 def gif_bomb() -> bytes:
     """A GIF whose header promises 4 gigapixels."""
-    return encode(photograph(8, 8), "GIF").replace(struct.pack("<HH", 8, 8), struct.pack("<HH", 65535, 65535))
+    return encode(photograph(8, 8), "GIF").replace(
+        struct.pack("<HH", 8, 8), struct.pack("<HH", 65535, 65535)
+    )
 
 
-def tiff(width: int, height: int, tags: dict[int, tuple[int, int]] | None = None, body: bytes = bytes(64)) -> bytes:
+def tiff(
+    width: int, height: int, tags: dict[int, tuple[int, int]] | None = None, body: bytes = bytes(64)
+) -> bytes:
     """An 8-bit grey TIFF by hand; further tags as {tag: (type, value)} replace or join its own."""
     entries: dict[int, tuple[int, int]] = {
         256: (4, width),
@@ -99,7 +128,9 @@ def tiff(width: int, height: int, tags: dict[int, tuple[int, int]] | None = None
     }
     directory = struct.pack("<H", len(entries))
     for tag, (kind, value) in sorted(entries.items()):
-        directory += struct.pack("<HHI", tag, kind, 1) + (struct.pack("<HH", value, 0) if kind == 3 else struct.pack("<I", value))
+        directory += struct.pack("<HHI", tag, kind, 1) + (
+            struct.pack("<HH", value, 0) if kind == 3 else struct.pack("<I", value)
+        )
     return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + directory + struct.pack("<I", 0)
 
 
@@ -112,11 +143,17 @@ def webp_bomb() -> bytes:
 def ico_bomb() -> bytes:
     """An icon of 16×16 that holds a PNG of 30000×30000."""
     inner = png(30_000, 30_000)
-    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+    return (
+        struct.pack("<HHH", 0, 1, 1)
+        + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+        + inner
+    )
 
 
 def jpeg_patched(**fields: int) -> bytes:
-    """A JPEG with another frame header: width, height, bits or marker (0xC0 is baseline, 0xC9 arithmetic)."""
+    """A JPEG with another frame header: width, height, bits or marker (0xC0 is baseline, 0xC9
+    arithmetic).
+    """
     data = bytearray(jpeg())
     at = data.index(b"\xff\xc0")
     data[at + 1] = fields.get("marker", 0xC0)
@@ -157,16 +194,25 @@ HOSTILE: dict[str, Callable[[], tuple[bytes, str]]] = {
     "gif-bomb": lambda: (gif_bomb(), "too_large"),
     "tiff-cut": lambda: (half(encode(photograph(200, 100), "TIFF")), "truncated"),
     "tiff-bomb": lambda: (tiff(100_000, 100_000), "too_large"),
-    "tiff-tile-bomb": lambda: (tiff(16, 16, {322: (4, 100_000), 323: (4, 100_000), 324: (4, 8), 325: (4, 64)}), "too_large"),
+    "tiff-tile-bomb": lambda: (
+        tiff(16, 16, {322: (4, 100_000), 323: (4, 100_000), 324: (4, 8), 325: (4, 64)}),
+        "too_large",
+    ),
     "webp-cut": lambda: (half(encode(photograph(200, 100), "WEBP")), "truncated"),
     "webp-bomb": lambda: (webp_bomb(), "too_large"),
     "ico-bomb": lambda: (ico_bomb(), "too_large"),
     "bmp-cut": lambda: (half(encode(photograph(200, 100), "BMP")), "truncated"),
-    "heic": lambda: (b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64), "unsupported"),
+    "heic": lambda: (
+        b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64),
+        "unsupported",
+    ),
     "jxl": lambda: (b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(64), "unsupported"),
     "pdf": lambda: (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported"),
     "eps": lambda: (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unsupported"),
-    "svg": lambda: (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "unsupported"),
+    "svg": lambda: (
+        b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+        "unsupported",
+    ),
     "fits": lambda: (b"SIMPLE  =                    T".ljust(2880), "unsupported"),
 }
 """Name → what makes (bytes, the status that must come of them under the default limits)."""

@@ -29,29 +29,48 @@ def icons(tmp_path: Path) -> Path:
     return helpers.fill(tmp_path / "icons", files)
 
 
-def test_a_background_changes_transparent_images_alone(icons: Path, tmp_path: Path, imagemill: CLI) -> None:
-    """`--background` changes the answers to transparent images, no others, and so the answer id. This icon on black is as without alpha."""
+def test_a_background_changes_transparent_images_alone(
+    icons: Path, tmp_path: Path, imagemill: CLI
+) -> None:
+    """`--background` changes the answers to transparent images, no others, and so the answer id.
+    This icon on black is as without alpha.
+    """
     rows, ids = {}, {}
-    for name, flags in {"none": (), "black": ("--background", "black"), "white": ("--background", "white")}.items():
-        ended = imagemill("run", icons, "--output", tmp_path / name, "--model", "tiny", "--devices", "cpu", *flags)
+    for name, flags in {
+        "none": (),
+        "black": ("--background", "black"),
+        "white": ("--background", "white"),
+    }.items():
+        ended = imagemill(
+            "run", icons, "--output", tmp_path / name, "--model", "tiny", "--devices", "cpu", *flags
+        )
         assert ended.code == 0, ended.err
-        rows[name] = {path: row["probability"] for path, row in helpers.by_path(tmp_path / name).items()}
+        rows[name] = {
+            path: row["probability"] for path, row in helpers.by_path(tmp_path / name).items()
+        }
         ids[name] = json.loads((tmp_path / name / "job.json").read_text())["job"]["answer_id"]
     assert rows["none"] == rows["black"]
     assert rows["white"]["icon.png"] != rows["none"]["icon.png"]
-    assert {path for path in rows["white"] if rows["white"][path] != rows["none"][path]} == {"icon.png"}
+    assert {path for path in rows["white"] if rows["white"][path] != rows["none"][path]} == {
+        "icon.png"
+    }
     assert len(set(ids.values())) == 3
 
 
 def test_a_job_keeps_its_background(icons: Path, tmp_path: Path, imagemill: CLI) -> None:
-    """A job resumes with its background unsaid or spelt otherwise; another one is exit code 2, with both values named."""
+    """A job resumes with its background unsaid or spelt otherwise; another one is exit code 2, with
+    both values named.
+    """
     command = ("run", icons, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
     assert imagemill(*command, "--background", "white").code == 0
     assert imagemill(*command).code == 0
     assert imagemill(*command, "--background", "#FFF").code == 0
     refused = imagemill(*command, "--background", "rgb(0, 0, 255)")
     assert (refused.code, refused.out) == (2, "")
-    assert "was started with --background #ffffff, now --background #0000ff is asked for" in refused.err
+    assert (
+        "was started with --background #ffffff, now --background #0000ff is asked for"
+        in refused.err
+    )
 
 
 def test_a_background_cannot_be_added_later(icons: Path, tmp_path: Path, imagemill: CLI) -> None:
@@ -65,7 +84,13 @@ def test_a_background_cannot_be_added_later(icons: Path, tmp_path: Path, imagemi
 
 @pytest.mark.parametrize(
     ("text", "colour"),
-    [("white", "#ffffff"), ("#1a2B3c", "#1a2b3c"), ("#fff", "#ffffff"), ("hsl(0, 100%, 50%)", "#ff0000"), ("#0000ffff", "#0000ff")],
+    [
+        ("white", "#ffffff"),
+        ("#1a2B3c", "#1a2b3c"),
+        ("#fff", "#ffffff"),
+        ("hsl(0, 100%, 50%)", "#ff0000"),
+        ("#0000ffff", "#0000ff"),
+    ],
 )
 def test_colours_are_those_of_pillow(text: str, colour: str) -> None:
     """Any spelling that Pillow's ImageColor knows is a colour, and is kept in one spelling."""
@@ -82,11 +107,20 @@ def test_colours_are_those_of_pillow(text: str, colour: str) -> None:
         ("#" * 200, "not a colour"),
     ],
 )
-def test_what_is_no_colour_is_exit_2(text: str, words: str, icons: Path, tmp_path: Path, imagemill: CLI) -> None:
-    """A colour that is not known or not opaque is one line, before anything is listed or written."""
-    refused = imagemill("run", icons, "--output", tmp_path / "out", "--model", "tiny", "--background", text)
+def test_what_is_no_colour_is_exit_2(
+    text: str, words: str, icons: Path, tmp_path: Path, imagemill: CLI
+) -> None:
+    """A colour that is not known or not opaque is one line, before anything is listed or
+    written.
+    """
+    refused = imagemill(
+        "run", icons, "--output", tmp_path / "out", "--model", "tiny", "--background", text
+    )
     assert refused.code == 2
-    assert refused.err == f"imagemill: --background {text}: {words}. Give a name such as white, or #rrggbb.\n"
+    assert (
+        refused.err
+        == f"imagemill: --background {text}: {words}. Give a name such as white, or #rrggbb.\n"
+    )
     assert not (tmp_path / "out").exists()
 
 

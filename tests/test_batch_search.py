@@ -20,7 +20,9 @@ CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 
 
 class FakeCrews:
-    """Stands in for the processes that measure: makes `rates[size]` images/s, and counts who is there."""
+    """Stands in for the processes that measure: makes `rates[size]` images/s, and counts who is
+    there.
+    """
 
     def __init__(self, rates: Mapping[int, float], error: Exception | None = None) -> None:
         self.rates = rates
@@ -29,7 +31,9 @@ class FakeCrews:
         self.open = 0
 
     def __call__(self, job: Job, chosen: Any, patience_s: float | None = None) -> _FakeCrew:
-        assert job.cache_dir is None  # or each size that is tried would leave a compiled model behind
+        assert (
+            job.cache_dir is None
+        )  # or each size that is tried would leave a compiled model behind
         assert patience_s
         self.opened.append(job.batch_size)
         if job.batch_size not in self.rates:
@@ -55,7 +59,9 @@ class _FakeCrew:
         self.family.open -= 1
 
 
-def fakes(monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], error: Exception | None = None) -> FakeCrews:
+def fakes(
+    monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], error: Exception | None = None
+) -> FakeCrews:
     family = FakeCrews(rates, error)
     monkeypatch.setattr(batch_search, "Crew", family)
     return family
@@ -63,26 +69,42 @@ def fakes(monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], error: Ex
 
 @pytest.fixture
 def job(tiny: Bundle, tmp_path: Path) -> Job:
-    return make_job(tiny, batch_size=4, precision=Precision.INT8, cache_dir=str(tmp_path / "compiled"))
+    return make_job(
+        tiny, batch_size=4, precision=Precision.INT8, cache_dir=str(tmp_path / "compiled")
+    )
 
 
 @pytest.mark.parametrize(
     ("rates", "best", "tried"),
     [
         ({2: 90, 4: 100, 8: 90}, 4, [4, 2, 8]),
-        ({1: 104, 2: 110, 4: 100}, 2, [4, 2, 1]),  # after going down it does not look up: half was better than twice
+        (
+            {1: 104, 2: 110, 4: 100},
+            2,
+            [4, 2, 1],
+        ),  # after going down it does not look up: half was better than twice
         ({1: 120, 2: 110, 4: 100}, 1, [4, 2, 1]),
         ({1: 90, 2: 99.5, 4: 100, 8: 100}, 2, [4, 2, 1]),  # of sizes within 1 % the smaller one
         ({2: 90, 4: 100, 8: 100.5}, 4, [4, 2, 8]),
         ({2: 90, 4: 100, 8: 102, 16: 104, 32: 103}, 16, [4, 2, 8, 16, 32]),
         ({2: 90, 4: 100, 8: 110}, 8, [4, 2, 8, 16]),  # 16 fails: the device's memory is too small
-        ({2**step: 100 * 1.1**step for step in range(12)} | {2: 90}, 64, [4, 2, 8, 16, 32, 64]),  # the largest on a CPU
+        (
+            {2**step: 100 * 1.1**step for step in range(12)} | {2: 90},
+            64,
+            [4, 2, 8, 16, 32, 64],
+        ),  # the largest on a CPU
     ],
 )
 def test_the_search_goes_on_while_it_gains(
-    rates: Mapping[int, float], best: int, tried: list[int], job: Job, monkeypatch: pytest.MonkeyPatch
+    rates: Mapping[int, float],
+    best: int,
+    tried: list[int],
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From the job's size down, else up. No process is left behind, and the line names every size that was measured."""
+    """From the job's size down, else up. No process is left behind, and the line names every size
+    that was measured.
+    """
     family = fakes(monkeypatch, rates)
     lines: list[str] = []
     size, measured = batch_search.find_batch_size(job, CPU, lines.append)
@@ -95,11 +117,22 @@ def test_on_a_gpu_batches_may_be_larger(job: Job, monkeypatch: pytest.MonkeyPatc
     """Up to 512."""
     fakes(monkeypatch, {2**step: 100 * 2.0**step for step in range(12)})
     monkeypatch.setattr(_FakeCrew, "orders", lambda self, seconds, fewest: {"cuda#0": Compute(8)})
-    monkeypatch.setattr(_FakeCrew, "measure", lambda self, orders: {"cuda#0": Measured(8 * self.size, 0.0, 8 / 2.0**0.5)})
-    assert batch_search.find_batch_size(job, (DeviceSpec("cuda#0", "cuda", "onnxruntime", (0, 1)),), lambda _: None)[0] == 512
+    monkeypatch.setattr(
+        _FakeCrew,
+        "measure",
+        lambda self, orders: {"cuda#0": Measured(8 * self.size, 0.0, 8 / 2.0**0.5)},
+    )
+    assert (
+        batch_search.find_batch_size(
+            job, (DeviceSpec("cuda#0", "cuda", "onnxruntime", (0, 1)),), lambda _: None
+        )[0]
+        == 512
+    )
 
 
-def test_a_first_size_that_cannot_be_measured_is_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_size_that_cannot_be_measured_is_an_error(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = fakes(monkeypatch, {}, WorkerError("it died"))
     with pytest.raises(WorkerError, match="it died"):
         batch_search.find_batch_size(job, CPU, lambda _: None)
@@ -107,7 +140,9 @@ def test_a_first_size_that_cannot_be_measured_is_an_error(job: Job, monkeypatch:
 
 
 @pytest.mark.parametrize("rates", [{}, {4: 100}])
-def test_a_signal_ends_a_search(rates: Mapping[int, float], job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_a_search(
+    rates: Mapping[int, float], job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It does not count as a size that failed, and no process is left."""
     family = fakes(monkeypatch, rates, Interrupted("stop", 143))
     with pytest.raises(Interrupted):
@@ -128,22 +163,36 @@ def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_rounds")
 def test_bench_reports_every_size_and_measures_in_the_fastest(jpegs: Callable[..., Path]) -> None:
     """With images and without; without `search` nothing is looked for."""
-    asked: dict[str, Any] = {"model": "tiny", "devices": "cpu", "iterations": 1, "batches_per_step": 4, "batch_size": "search"}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "devices": "cpu",
+        "iterations": 1,
+        "batches_per_step": 4,
+        "batch_size": "search",
+    }
     lines: list[str] = []
     report = bench.run(bench.BenchSettings(synthetic=True, **asked), lines.append)
     assert "finding the fastest batch size" in lines
     assert {int(size) for size in report.batch_sizes} >= {report.batch_size, 2}
     report = bench.run(bench.BenchSettings((str(jpegs(12)),), limit=12, **asked))
     assert str(report.batch_size) in report.batch_sizes
-    assert not bench.run(bench.BenchSettings(synthetic=True, **asked | {"batch_size": None})).batch_sizes
+    assert not bench.run(
+        bench.BenchSettings(synthetic=True, **asked | {"batch_size": None})
+    ).batch_sizes
 
 
 def test_another_word_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--batch-size fastest: must be a number of images, or `search`"):
-        bench.run(bench.BenchSettings(synthetic=True, model="tiny", devices="null", batch_size="fastest"))
+    with pytest.raises(
+        UsageError, match=r"--batch-size fastest: must be a number of images, or `search`"
+    ):
+        bench.run(
+            bench.BenchSettings(synthetic=True, model="tiny", devices="null", batch_size="fastest")
+        )
 
 
 def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> None:
     """Its start alone takes longer than this patience."""
-    with pytest.raises(WorkerError, match=r"the process that measures null#0 said nothing for 0\.001 s"):
+    with pytest.raises(
+        WorkerError, match=r"the process that measures null#0 said nothing for 0\.001 s"
+    ):
         pool.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)

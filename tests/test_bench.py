@@ -24,7 +24,18 @@ from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, W
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, Precision
 
-SYNTHETIC = ("bench", "--synthetic", "--model", "tiny", "--batch-size", "6", "--batches-per-step", "20", "--iterations", "3")
+SYNTHETIC = (
+    "bench",
+    "--synthetic",
+    "--model",
+    "tiny",
+    "--batch-size",
+    "6",
+    "--batches-per-step",
+    "20",
+    "--iterations",
+    "3",
+)
 
 
 def settings(**changes: Any) -> bench.BenchSettings:
@@ -32,7 +43,9 @@ def settings(**changes: Any) -> bench.BenchSettings:
     return bench.BenchSettings(**(values | changes))
 
 
-def verdict(compute: float, decode: float, achieved: float, **changes: Any) -> tuple[str, tuple[str, ...]]:
+def verdict(
+    compute: float, decode: float, achieved: float, **changes: Any
+) -> tuple[str, tuple[str, ...]]:
     values: dict[str, Any] = {
         "read_share": 0.1,
         "precision": Precision.FP32,
@@ -47,8 +60,12 @@ def verdict(compute: float, decode: float, achieved: float, **changes: Any) -> t
 # What is measured.
 
 
-def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(imagemill: Callable[..., helpers.Result]) -> None:
-    """An iteration hands `--batches-per-step` batches of `--batch-size` to each device; stdout holds one JSON object."""
+def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(
+    imagemill: Callable[..., helpers.Result],
+) -> None:
+    """An iteration hands `--batches-per-step` batches of `--batch-size` to each device; stdout
+    holds one JSON object.
+    """
     report = imagemill(*SYNTHETIC, "--devices", "null:2", "--json").json
     assert report["images_per_iteration"] == {"compute_only": 2 * 20 * 6}
     rates = report["compute_only"]
@@ -57,11 +74,20 @@ def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(imagemill: 
     assert (rates["min"], rates["max"]) == (min(rates["iterations"]), max(rates["iterations"]))
     assert set(rates["devices"]) == {"null#0", "null#1"}
     assert all(rate > 0 for rate in rates["devices"].values())
-    assert (report["decode_only"], report["end_to_end"], report["bound"], report["advice"]) == (None, None, None, [])
+    assert (report["decode_only"], report["end_to_end"], report["bound"], report["advice"]) == (
+        None,
+        None,
+        None,
+        [],
+    )
 
 
-def test_the_compute_rate_comes_from_the_real_session(imagemill: Callable[..., helpers.Result]) -> None:
-    """cpu:2 compiles the model twice, in two processes; the report names what decided the figures."""
+def test_the_compute_rate_comes_from_the_real_session(
+    imagemill: Callable[..., helpers.Result],
+) -> None:
+    """cpu:2 compiles the model twice, in two processes; the report names what decided the
+    figures.
+    """
     report = imagemill(*SYNTHETIC, "--devices", "cpu:2", "--json").json
     assert set(report["compute_only"]["devices"]) == {"cpu#0", "cpu#1"}
     assert report["versions"]["openvino"]
@@ -81,12 +107,30 @@ def test_people_get_a_line_per_rate_and_device(imagemill: Callable[..., helpers.
     assert told.err.count("iteration ") == 3
 
 
-def test_with_images_three_rates_and_a_verdict(jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]) -> None:
+def test_with_images_three_rates_and_a_verdict(
+    jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]
+) -> None:
     """Decode only, compute only and end to end, which one bounds the job, and what to change."""
     folder = jpegs(40)
-    arguments = ("--model", "tiny", "--devices", "null:2", "--iterations", 2, "--batches-per-step", 8, "--limit", 36, "--json")
+    arguments = (
+        "--model",
+        "tiny",
+        "--devices",
+        "null:2",
+        "--iterations",
+        2,
+        "--batches-per-step",
+        8,
+        "--limit",
+        36,
+        "--json",
+    )
     report = imagemill("bench", folder, *arguments).json
-    assert report["images_per_iteration"]["decode_only"] == report["images_per_iteration"]["end_to_end"] == 36
+    assert (
+        report["images_per_iteration"]["decode_only"]
+        == report["images_per_iteration"]["end_to_end"]
+        == 36
+    )
     for name in ("compute_only", "decode_only", "end_to_end"):
         assert report[name]["median"] > 0
         assert set(report[name]["devices"]) <= {"null#0", "null#1"}
@@ -94,8 +138,12 @@ def test_with_images_three_rates_and_a_verdict(jpegs: Callable[..., Path], image
     assert report["advice"]
 
 
-def test_nothing_is_left_behind(jpegs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The jobs that bench runs go to a temporary folder, which is gone afterwards; the source is only read."""
+def test_nothing_is_left_behind(
+    jpegs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The jobs that bench runs go to a temporary folder, which is gone afterwards; the source is
+    only read.
+    """
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
@@ -127,7 +175,9 @@ def test_the_machine_is_described() -> None:
 
 
 def test_on_shared_cores_the_times_add_up() -> None:
-    """Computing at 30 and decoding at 60 on the same cores makes 20; on its own silicon it makes 30."""
+    """Computing at 30 and decoding at 60 on the same cores makes 20; on its own silicon it makes
+    30.
+    """
     assert together(30, 60, shared_cores=True) == pytest.approx(20)
     assert together(30, 60, shared_cores=False) == pytest.approx(30)
 
@@ -140,33 +190,62 @@ def test_the_slower_stage_bounds_the_job() -> None:
 
 
 def test_what_neither_explains_is_writing_and_starting() -> None:
-    """Far below what both allow together, something else bounds the job, and both figures are named."""
+    """Far below what both allow together, something else bounds the job, and both figures are
+    named.
+    """
     bound, advice = verdict(100, 100, 20)
     assert bound == "write"
-    assert advice[0].startswith("end to end reaches 40% of the 50.0 images/s that computing and decoding allow together: larger shards")
+    assert advice[0].startswith(
+        "end to end reaches 40% of the 50.0 images/s that computing and decoding allow together:"
+        " larger shards"
+    )
 
 
 @pytest.mark.parametrize(
     ("rates", "changes", "advice"),
     [
-        ((10, 200, 9.5), {}, ("a lower precision: --precision int8 or bf16", "a second device, or more cores")),
-        ((10, 200, 9.5), {"precision": Precision.BF16}, ("a lower precision: --precision int8", "a second device, or more cores")),
+        (
+            (10, 200, 9.5),
+            {},
+            ("a lower precision: --precision int8 or bf16", "a second device, or more cores"),
+        ),
+        (
+            (10, 200, 9.5),
+            {"precision": Precision.BF16},
+            ("a lower precision: --precision int8", "a second device, or more cores"),
+        ),
         ((10, 200, 9.5), {"precision": Precision.INT8}, ("a second device, or more cores",)),
         ((500, 200, 140), {}, ("more cores", "smaller images")),
         (
             (500, 200, 140),
             {"threads": 1},
-            ("more decoding workers: there are 1 for 2 cores, see --num-workers", "more cores", "smaller images"),
+            (
+                "more decoding workers: there are 1 for 2 cores, see --num-workers",
+                "more cores",
+                "smaller images",
+            ),
         ),
         (
             (500, 200, 140),
             {"read_share": 0.8},
-            ("more decoding workers, so that more reads are under way: there are 2, see --num-workers", "storage that answers faster"),
+            (
+                (
+                    "more decoding workers, so that more reads are under way: there are 2, see"
+                    " --num-workers"
+                ),
+                "storage that answers faster",
+            ),
         ),
-        ((100, 110, 52), {"precision": Precision.INT8}, ("a second device, or more cores", "more cores", "smaller images")),
+        (
+            (100, 110, 52),
+            {"precision": Precision.INT8},
+            ("a second device, or more cores", "more cores", "smaller images"),
+        ),
     ],
 )
-def test_the_advice_fits_the_bound(rates: tuple[float, float, float], changes: dict[str, Any], advice: tuple[str, ...]) -> None:
+def test_the_advice_fits_the_bound(
+    rates: tuple[float, float, float], changes: dict[str, Any], advice: tuple[str, ...]
+) -> None:
     """Only what can still be changed is advised, and both stages where they are close."""
     assert verdict(*rates, **changes)[1] == advice
 
@@ -177,18 +256,35 @@ def test_the_advice_fits_the_bound(rates: tuple[float, float, float], changes: d
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone."),
-        ({"synthetic": True, "sources": ("x",)}, "--synthetic needs no images, but x was given. Leave one of them out."),
+        (
+            {},
+            (
+                "give a SOURCE to measure decoding and computing, or --synthetic to measure"
+                " computing alone."
+            ),
+        ),
+        (
+            {"synthetic": True, "sources": ("x",)},
+            "--synthetic needs no images, but x was given. Leave one of them out.",
+        ),
         ({"synthetic": True, "iterations": 0}, "--iterations 0: must be at least 1."),
         ({"synthetic": True, "batches_per_step": 0}, "--batches-per-step 0: must be at least 1."),
-        ({"synthetic": True, "precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8."),
+        (
+            {"synthetic": True, "precision": "fp64"},
+            "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8.",
+        ),
         (
             {"synthetic": True, "devices": "cpu", "precision": "int8"},
-            "--precision int8: tiny has no int8 variant yet. Make one: imagemill quantize tiny --images SOURCE.",
+            (
+                "--precision int8: tiny has no int8 variant yet. Make one: imagemill quantize tiny"
+                " --images SOURCE."
+            ),
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(change: dict[str, Any], message: str) -> None:
+def test_mistakes_are_told_before_anything_is_measured(
+    change: dict[str, Any], message: str
+) -> None:
     """Each mistake has one clear message that says what to do."""
     with pytest.raises(UsageError) as caught:
         bench.run(settings(**change))
@@ -197,7 +293,9 @@ def test_mistakes_are_told_before_anything_is_measured(change: dict[str, Any], m
 
 def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
     """A decode rate of broken images would be a lie."""
-    folder = helpers.fill(tmp_path / "broken", {f"{number}.jpg": b"not an image" for number in range(5)})
+    folder = helpers.fill(
+        tmp_path / "broken", {f"{number}.jpg": b"not an image" for number in range(5)}
+    )
     with pytest.raises(SourceError, match=r"none of the first 5 images of .* can be read"):
         bench.run(settings(sources=(str(folder),)))
 
@@ -207,7 +305,9 @@ def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> 
     chosen = devices.resolve("null:2")
     with Crew(synthetic_job(settings(), tiny, chosen), chosen) as crew:
         crew._members[1].process.kill()
-        with pytest.raises(WorkerError, match=r"the process that measures null#1 died \(exit code -9\)"):
+        with pytest.raises(
+            WorkerError, match=r"the process that measures null#1 died \(exit code -9\)"
+        ):
             crew.measure({device.name: Compute(1) for device in chosen})
 
 
@@ -216,32 +316,50 @@ def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_
     broken = Bundle(tmp_path, tiny.card)
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     chosen = devices.resolve("cpu")
-    with pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"), Crew(synthetic_job(settings(), broken, chosen), chosen):
+    with (
+        pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"),
+        Crew(synthetic_job(settings(), broken, chosen), chosen),
+    ):
         pass
 
 
 def test_workers_end_with_the_bench(start: Callable[..., Any]) -> None:
     """However bench ends, its workers do: here by SIGKILL."""
-    process = start("bench", "--synthetic", "--model", "tiny", "--devices", "null:2", "--iterations", 100_000)
+    process = start(
+        "bench", "--synthetic", "--model", "tiny", "--devices", "null:2", "--iterations", 100_000
+    )
 
     def workers() -> list[int]:
         with contextlib.suppress(FileNotFoundError):
-            return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+            return list(
+                map(
+                    int,
+                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(),
+                )
+            )
         return []
 
-    children = helpers.until(lambda: found if len(found := workers()) == 2 else None, process=process)
+    children = helpers.until(
+        lambda: found if len(found := workers()) == 2 else None, process=process
+    )
     process.send_signal(signal.SIGKILL)
     process.wait()
     helpers.until(lambda: not any(map(helpers.running, children)))
 
 
-def test_a_bench_that_is_stopped_does_not_speak_of_a_job_to_resume(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_that_is_stopped_does_not_speak_of_a_job_to_resume(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it measured with was a job, but not the user's."""
 
     def stopped(*_: object) -> None:
-        raise Interrupted("stopped by SIGINT: 4 shards are left. Repeat the command to resume.", 130)
+        raise Interrupted(
+            "stopped by SIGINT: 4 shards are left. Repeat the command to resume.", 130
+        )
 
     monkeypatch.setattr(measure, "_synthetic", stopped)
-    with pytest.raises(Interrupted, match=r"^measuring was stopped, and has no result\.$") as caught:
+    with pytest.raises(
+        Interrupted, match=r"^measuring was stopped, and has no result\.$"
+    ) as caught:
         bench.run(settings(synthetic=True))
     assert caught.value.exit_code == 130

@@ -57,7 +57,9 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Slow reads, a slow disk, and large files with a tiny model, alone and beside two busy processes: in the summary as on the screen."""
+    """Slow reads, a slow disk, and large files with a tiny model, alone and beside two busy
+    processes: in the summary as on the screen.
+    """
     for name, value in harness.hooks(tmp_path / "hooks", hook).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(stopwatch, "SHORT_S", 0.2)
@@ -69,9 +71,17 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
 
     with contextlib.ExitStack() as stack:
         for _ in range(busy):
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            process = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            )
             stack.callback(process.kill)
-        folder = helpers.fill(tmp_path / "images", dict.fromkeys((f"{number}.jpg" for number in range(48)), sample_images.jpeg(*size)))
+        folder = helpers.fill(
+            tmp_path / "images",
+            dict.fromkeys((f"{number}.jpg" for number in range(48)), sample_images.jpeg(*size)),
+        )
         shard_size = 8 if hook == SLOW_DISK else 64
-        summary = run.run(job(folder, devices=devices, shard_size=shard_size, batch_size=2, preflight=False), Watcher())
+        summary = run.run(
+            job(folder, devices=devices, shard_size=shard_size, batch_size=2, preflight=False),
+            Watcher(),
+        )
     assert (summary.bottleneck, shown[-1]) == (bottleneck, bottleneck), summary.devices

@@ -1,4 +1,6 @@
-"""Bundles are whole or absent, say what is wrong with them, and never read weights from outside their folder."""
+"""Bundles are whole or absent, say what is wrong with them, and never read weights from outside
+their folder.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ CARD = Card(
 def tiny_model() -> onnx.ModelProto:
     arrays = {
         "c.weight": np.ones((2, 3, 3, 3), np.float32),
-        **{f"b.{part}": np.ones(2, np.float32) for part in ("weight", "bias", "running_mean", "running_var")},
+        **{
+            f"b.{part}": np.ones(2, np.float32)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        },
         "f.weight": np.eye(2, dtype=np.float32),
         "f.bias": np.zeros(2, np.float32),
     }
@@ -69,7 +74,9 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
     at = data.index(np.eye(2, dtype=np.float32).tobytes())
     data[at] ^= 1
     (tiny.dir / "model.onnx").write_bytes(data)
-    with pytest.raises(ModelError, match=f"has the sha256 [0-9a-f]{{64}}, its card says {tiny.card.sha256}"):
+    with pytest.raises(
+        ModelError, match=f"has the sha256 [0-9a-f]{{64}}, its card says {tiny.card.sha256}"
+    ):
         bundle.verify_hash(bundle.load(tiny.dir))
 
 
@@ -81,8 +88,14 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
         ("[]", "not a JSON object"),
         ("[" * 100_000, "card.json is damaged"),
         ({"labels": [1, 2]}, "labels is not a list of texts"),
-        ({"recipe": {"size": 0, "resize": None, "interpolation": "bilinear", "exif": True}}, "recipe says size 0"),
-        ({"recipe": {"size": 8, "resize": None, "interpolation": "magic", "exif": True}}, "'magic' is not a valid Interpolation"),
+        (
+            {"recipe": {"size": 0, "resize": None, "interpolation": "bilinear", "exif": True}},
+            "recipe says size 0",
+        ),
+        (
+            {"recipe": {"size": 8, "resize": None, "interpolation": "magic", "exif": True}},
+            "'magic' is not a valid Interpolation",
+        ),
         ({"mean": [1, 2]}, "not enough values"),
         ({"name": None}, "name is not text"),
     ],
@@ -125,8 +138,12 @@ def test_a_missing_or_cut_model_is_found_at_loading(tiny: Bundle) -> None:
         bundle.load(tiny.dir)
 
 
-def test_an_interrupted_write_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card goes first and comes last, so a folder is a bundle only when it is whole; no temporary file stays."""
+def test_an_interrupted_write_leaves_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card goes first and comes last, so a folder is a bundle only when it is whole; no
+    temporary file stays.
+    """
     made = bundle.write(tmp_path / "tiny", CARD, tiny_model())
     calls = []
 
@@ -143,7 +160,9 @@ def test_an_interrupted_write_leaves_no_bundle(tmp_path: Path, monkeypatch: pyte
 
 
 def test_weights_beyond_the_limit_lie_beside_the_model(tmp_path: Path) -> None:
-    """With external data the answers are the same, frozen copies share it, and the hash covers it."""
+    """With external data the answers are the same, frozen copies share it, and the hash covers
+    it.
+    """
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
     whole = bundle.write(tmp_path / "whole", CARD, tiny_model())
     split = bundle.write(tmp_path / "split", CARD, tiny_model(), external_from=100)
@@ -152,7 +171,9 @@ def test_weights_beyond_the_limit_lie_beside_the_model(tmp_path: Path) -> None:
     bundle.verify_hash(split)
     frozen = bundle.freeze(split, 3)
     answers = [
-        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"pixels": pixels})
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+            None, {"pixels": pixels}
+        )
         for path in (whole.dir / "model.onnx", split.dir / "model.onnx", frozen)
     ]
     for answer in answers[1:]:
@@ -175,13 +196,18 @@ def test_frozen_copies_have_a_fixed_batch_and_are_made_once(tiny: Bundle) -> Non
     assert bundle.freeze(tiny, 6).stat() == before
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
-    assert [value.type.tensor_type.shape.dim[0].dim_value for value in (*model.graph.input, *model.graph.output)] == [6, 6, 6]
+    assert [
+        value.type.tensor_type.shape.dim[0].dim_value
+        for value in (*model.graph.input, *model.graph.output)
+    ] == [6, 6, 6]
     with pytest.raises(ModelError, match="A batch of 0 cannot be frozen"):
         bundle.freeze(tiny, 0)
 
 
 def stranger(location: str, where: str) -> onnx.ModelProto:
-    """A model with a tensor whose data is said to lie at `location`, hidden in one of the places where tensors can be."""
+    """A model with a tensor whose data is said to lie at `location`, hidden in one of the places
+    where tensors can be.
+    """
     outside = numpy_helper.from_array(np.ones(4, np.float32), "w")
     outside.ClearField("raw_data")
     outside.data_location = TensorProto.EXTERNAL
@@ -190,29 +216,56 @@ def stranger(location: str, where: str) -> onnx.ModelProto:
     if where == "initializer":
         g = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "g", [], [y], [outside])
     elif where == "constant":
-        g = helper.make_graph([helper.make_node("Constant", [], ["y"], value=outside)], "g", [], [y])
+        g = helper.make_graph(
+            [helper.make_node("Constant", [], ["y"], value=outside)], "g", [], [y]
+        )
     elif where == "subgraph":
         inner = helper.make_graph(
-            [helper.make_node("Identity", ["w"], ["z"])], "i", [], [helper.make_tensor_value_info("z", 1, [4])], [outside]
+            [helper.make_node("Identity", ["w"], ["z"])],
+            "i",
+            [],
+            [helper.make_tensor_value_info("z", 1, [4])],
+            [outside],
         )
-        g = helper.make_graph([helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)], "g", [], [y])
+        g = helper.make_graph(
+            [helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)],
+            "g",
+            [],
+            [y],
+        )
     else:
         g = helper.make_graph([], "g", [], [y])
         g.sparse_initializer.add().values.CopyFrom(outside)
     model = helper.make_model(g)
     if where == "function":
         constant = helper.make_node("Constant", [], ["y"], value=outside)
-        model.functions.append(helper.make_function("d", "f", [], ["y"], [constant], [helper.make_opsetid("", 11)]))
+        model.functions.append(
+            helper.make_function("d", "f", [], ["y"], [constant], [helper.make_opsetid("", 11)])
+        )
         del model.graph.sparse_initializer[:]
     return model
 
 
 @pytest.mark.parametrize("where", ["initializer", "constant", "subgraph", "sparse", "function"])
 @pytest.mark.parametrize(
-    "location", ["/etc/passwd", "../secret", "a/../../secret", "..\\secret", "C:\\secret", "link", "linked/secret", ""]
+    "location",
+    [
+        "/etc/passwd",
+        "../secret",
+        "a/../../secret",
+        "..\\secret",
+        "C:\\secret",
+        "link",
+        "linked/secret",
+        "",
+    ],
 )
-def test_external_data_outside_the_folder_is_refused(tiny: Bundle, location: str, where: str) -> None:
-    """Absolute paths, dots and links, wherever in the model they hide; before an ONNX library sees the file."""
+def test_external_data_outside_the_folder_is_refused(
+    tiny: Bundle, location: str, where: str
+) -> None:
+    """Absolute paths, dots and links, wherever in the model they hide; before an ONNX library sees
+    the file.
+    """
     (tiny.dir.parent / "secret").write_bytes(bytes(16))
     (tiny.dir / "link").symlink_to(tiny.dir.parent / "secret")
     (tiny.dir / "linked").symlink_to(tiny.dir.parent)
@@ -264,8 +317,12 @@ def test_imagenet_has_a_thousand_labels() -> None:
         ("\ufeffä\nb\n", "utf-16-be"),
     ],
 )
-def test_label_files_are_read_as_editors_write_them(text: str, encoding: str, tmp_path: Path) -> None:
-    """Blank lines at the end, byte order marks, the line ends of every system, and UTF-16 as PowerShell writes it."""
+def test_label_files_are_read_as_editors_write_them(
+    text: str, encoding: str, tmp_path: Path
+) -> None:
+    """Blank lines at the end, byte order marks, the line ends of every system, and UTF-16 as
+    PowerShell writes it.
+    """
     file = tmp_path / "labels.txt"
     file.write_bytes(text.encode(encoding))
     assert bundle.read_labels(file) == ("ä", "b")
@@ -274,16 +331,24 @@ def test_label_files_are_read_as_editors_write_them(text: str, encoding: str, tm
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"a\n\nb\n", r"line 2 of 3 is blank, .* Write the missing label there, or delete the line"),
+        (
+            b"a\n\nb\n",
+            r"line 2 of 3 is blank, .* Write the missing label there, or delete the line",
+        ),
         (b"\n a\nb\n\n", r"line 1 of 3 is blank"),
         (b"a\r\n \t\r\nb\r\n", r"line 2 of 3 is blank"),
-        ("a\nb\n".encode("utf-16-le"), r"is not a text file: it contains null characters\. Give a text file in UTF-8"),
+        (
+            "a\nb\n".encode("utf-16-le"),
+            r"is not a text file: it contains null characters\. Give a text file in UTF-8",
+        ),
         ("a\nb\n".encode("utf-32"), r"is not a text file: it contains null characters"),
         ("ä\n".encode("latin-1"), r"cannot be read: it is not UTF-8\. Give a text file in UTF-8"),
         (b"\xff\xfea", r"cannot be read: it is not UTF-8"),
     ],
 )
-def test_label_files_that_could_shift_classes_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+def test_label_files_that_could_shift_classes_are_refused(
+    data: bytes, message: str, tmp_path: Path
+) -> None:
     """A blank line before the last label is named by its number; what is no text is one line."""
     (tmp_path / "labels.txt").write_bytes(data)
     with pytest.raises(UsageError, match=message) as caught:
@@ -294,12 +359,23 @@ def test_label_files_that_could_shift_classes_are_refused(data: bytes, message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": ("one",)}, r"has one label and the scores are logits: .* Change scores to \"sigmoid\"\."),
-        ({"recipe": Recipe(size=224, resize=223)}, r"resize 223 is smaller than the model's input of 224x224, .* black borders"),
-        ({"recipe": Recipe(size=224, resize=(300, 200))}, r"resize 300x200 is smaller than the model's input of 224x224"),
+        (
+            {"labels": ("one",)},
+            r"has one label and the scores are logits: .* Change scores to \"sigmoid\"\.",
+        ),
+        (
+            {"recipe": Recipe(size=224, resize=223)},
+            r"resize 223 is smaller than the model's input of 224x224, .* black borders",
+        ),
+        (
+            {"recipe": Recipe(size=224, resize=(300, 200))},
+            r"resize 300x200 is smaller than the model's input of 224x224",
+        ),
     ],
 )
-def test_a_bundle_whose_card_spoils_every_answer_is_not_opened(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_bundle_whose_card_spoils_every_answer_is_not_opened(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     """Such as a card that was edited by hand."""
     bundle.write(tmp_path / "b", replace(CARD, **changes), tiny_model())
     with pytest.raises(ModelError, match=message):

@@ -1,4 +1,6 @@
-"""The readers give what PyTorch gives, run nothing, and answer whatever bytes they meet with one clear error."""
+"""The readers give what PyTorch gives, run nothing, and answer whatever bytes they meet with one
+clear error.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,20 @@ def expected_content() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("file", ["plain.zip.pth", "plain.legacy.pth", "nested.zip.pth", "nested.legacy.pth", "protocol4.zip.pth"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "plain.zip.pth",
+        "plain.legacy.pth",
+        "nested.zip.pth",
+        "nested.legacy.pth",
+        "protocol4.zip.pth",
+    ],
+)
 def test_files_of_real_pytorch_read_to_the_same_numbers(file: str) -> None:
-    """Strides, offsets, shared storages, Parameters, 16-bit floats, integers, wrapping: names, order, types, values as saved."""
+    """Strides, offsets, shared storages, Parameters, 16-bit floats, integers, wrapping: names,
+    order, types, values as saved.
+    """
     read = checkpoint.read(FIXTURES / file)
     expected = expected_content()
     brain = (expected.pop("brain") & np.uint32(0xFFFF0000)).view(np.float32)
@@ -75,7 +88,9 @@ def test_state_dict_of_a_real_module_is_read(file: str) -> None:
 
 
 def test_files_written_under_python_2_are_read(tmp_path: Path) -> None:
-    """Byte strings, `_rebuild_tensor` without v2, OrderedDict of a list of pairs: as in files of 2017."""
+    """Byte strings, `_rebuild_tensor` without v2, OrderedDict of a list of pairs: as in files of
+    2017.
+    """
     read = checkpoint.read(pth_files.write_legacy(tmp_path / "old.pth", ARRAYS, python2=True))
     assert list(read) == list(ARRAYS)
     assert all(np.array_equal(read[name], ARRAYS[name]) for name in ARRAYS)
@@ -96,7 +111,11 @@ def test_safetensors_keep_file_order_and_widen_16_bit_floats(tmp_path: Path) -> 
         "a": {"dtype": "F16", "shape": [2], "data_offsets": [4, 8]},
         "c": {"dtype": "I64", "shape": [], "data_offsets": [8, 16]},
     }
-    body = np.array([0x3F80, 0xC000], "<u2").tobytes() + np.array([0.5, 2], "<f2").tobytes() + struct.pack("<q", -5)
+    body = (
+        np.array([0x3F80, 0xC000], "<u2").tobytes()
+        + np.array([0.5, 2], "<f2").tobytes()
+        + struct.pack("<q", -5)
+    )
     path = safetensors_file(tmp_path, header, body)
     read = checkpoint.read(path)
     assert list(read) == ["b", "a", "c"]
@@ -112,7 +131,7 @@ def safetensors_file(folder: Path, header: object, body: bytes) -> Path:
     return path
 
 
-# ── what training programs write ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what training programs write ──────────────────────────────────────────────────────────────────
 
 WEIGHTS = {
     "conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -128,9 +147,17 @@ def prefixed(prefix: str, arrays: dict[str, np.ndarray] = WEIGHTS) -> dict[str, 
 
 
 def adam() -> dict[str, Any]:
-    """The state of an optimizer, as `torch.save` gets it: tensors too, and settings that are no plain data."""
-    moments = {number: {"step": 3, "exp_avg": np.float32([1, 2]), "exp_avg_sq": np.float32([3, 4])} for number in range(2)}
-    return {"state": moments, "param_groups": [{"lr": np.float64(0.1), "betas": (0.9, 0.999), "params": [0, 1]}]}
+    """The state of an optimizer, as `torch.save` gets it: tensors too, and settings that are no
+    plain data.
+    """
+    moments = {
+        number: {"step": 3, "exp_avg": np.float32([1, 2]), "exp_avg_sq": np.float32([3, 4])}
+        for number in range(2)
+    }
+    return {
+        "state": moments,
+        "param_groups": [{"lr": np.float64(0.1), "betas": (0.9, 0.999), "params": [0, 1]}],
+    }
 
 
 def clutter() -> dict[str, Any]:
@@ -139,7 +166,12 @@ def clutter() -> dict[str, Any]:
         "epoch": 12,
         "optimizer": adam(),
         "Optimizer_by_name": prefixed("", AVERAGED),
-        "args": argparse.Namespace(lr=0.1, output=PurePosixPath("runs/1"), when=datetime.date(2026, 11, 27), classes={"a", "b"}),
+        "args": argparse.Namespace(
+            lr=0.1,
+            output=PurePosixPath("runs/1"),
+            when=datetime.date(2026, 11, 27),
+            classes={"a", "b"},
+        ),
         "best_acc": np.float64(81.5),
         "loss": np.array(0.25, np.float32),
         "seen": frozenset({1}),
@@ -158,15 +190,31 @@ def write_training_state(form: str, folder: Path, state: dict[str, Any]) -> Path
 
 
 def same(read: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
-    return list(read) == list(expected) and all(np.array_equal(read[name], expected[name]) for name in expected)
+    return list(read) == list(expected) and all(
+        np.array_equal(read[name], expected[name]) for name in expected
+    )
 
 
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize(
-    "keys", ["model", "net", "network", "module", "state_dict", "model_state_dict", "weights", "classifier", "model state_dict", "a b c"]
+    "keys",
+    [
+        "model",
+        "net",
+        "network",
+        "module",
+        "state_dict",
+        "model_state_dict",
+        "weights",
+        "classifier",
+        "model state_dict",
+        "a b c",
+    ],
 )
 def test_a_state_dict_is_found_wherever_it_is_nested(keys: str, form: str, tmp_path: Path) -> None:
-    """Beside an optimizer's state, a namespace of arguments, numbers of NumPy, sets, dates and paths, none of which is needed or made."""
+    """Beside an optimizer's state, a namespace of arguments, numbers of NumPy, sets, dates and
+    paths, none of which is needed or made.
+    """
     state: dict[str, Any] = WEIGHTS
     for key in reversed(keys.split()):
         state = clutter() | {key: state}
@@ -194,12 +242,22 @@ PREFIXES = [
 @pytest.mark.parametrize("form", [*WRITERS, "safetensors"])
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_names_of_wrappers_are_dropped(prefix: str, form: str, tmp_path: Path) -> None:
-    """DataParallel's, torch.compile's and Lightning's, in any order, and for a part of the network; the loss's weights are left out."""
-    arrays = prefixed(prefix) | {"criterion.weight": np.float32([1]), "loss_fn.pos_weight": np.float32([1]), "n_averaged": np.array(3)}
+    """DataParallel's, torch.compile's and Lightning's, in any order, and for a part of the network;
+    the loss's weights are left out.
+    """
+    arrays = prefixed(prefix) | {
+        "criterion.weight": np.float32([1]),
+        "loss_fn.pos_weight": np.float32([1]),
+        "n_averaged": np.array(3),
+    }
     arrays["layer1.module.0._orig_mod.weight"] = np.float32([5])
     expected = WEIGHTS | {"layer1.0.weight": np.float32([5])}
     path = tmp_path / "w.pth"
-    save_file(arrays, path) if form == "safetensors" else write_training_state(form, tmp_path, {"state_dict": arrays})
+    (
+        save_file(arrays, path)
+        if form == "safetensors"
+        else write_training_state(form, tmp_path, {"state_dict": arrays})
+    )
     read = checkpoint.read(path)
     assert same({name: read[name] for name in expected}, expected)
     assert len(read) == len(expected)
@@ -216,10 +274,20 @@ def test_names_of_wrappers_are_dropped(prefix: str, form: str, tmp_path: Path) -
         (prefixed("net.") | prefixed("model_ema.", AVERAGED), "'model_ema.*'), not the plain ones (the top level"),
     ],
 )  # fmt: skip
-def test_averaged_weights_are_used_and_named(state: dict[str, Any], line: str, tmp_path: Path) -> None:
-    """Publishers evaluate with the EMA of the weights, and timm loads it; the line says which are used and which are not."""
+def test_averaged_weights_are_used_and_named(
+    state: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    """Publishers evaluate with the EMA of the weights, and timm loads it; the line says which are
+    used and which are not.
+    """
     said: list[str] = []
-    assert same(checkpoint.read(write_training_state("zip", tmp_path, {"optimizer": adam(), "epoch": 3} | state), said.append), AVERAGED)
+    assert same(
+        checkpoint.read(
+            write_training_state("zip", tmp_path, {"optimizer": adam(), "epoch": 3} | state),
+            said.append,
+        ),
+        AVERAGED,
+    )
     assert len(said) == 1
     assert said[0].startswith("w.pth: the EMA weights are used (")
     assert line in said[0]
@@ -228,33 +296,59 @@ def test_averaged_weights_are_used_and_named(state: dict[str, Any], line: str, t
 def test_averaged_weights_alone_are_used(tmp_path: Path) -> None:
     """There is nothing to choose."""
     said: list[str] = []
-    assert same(checkpoint.read(write_training_state("zip", tmp_path, {"model_ema": AVERAGED}), said.append), AVERAGED)
+    assert same(
+        checkpoint.read(
+            write_training_state("zip", tmp_path, {"model_ema": AVERAGED}), said.append
+        ),
+        AVERAGED,
+    )
     assert said == []
 
 
 def test_averaged_weights_that_lack_parameters_are_not_used(tmp_path: Path) -> None:
-    """Some programs average trained parameters only, without running statistics, or spell their names in their own way."""
+    """Some programs average trained parameters only, without running statistics, or spell their
+    names in their own way.
+    """
     said: list[str] = []
     path = write_training_state(
         "zip",
         tmp_path,
-        {"state_dict": prefixed("model.") | prefixed("model_ema.", BN_ONLY) | {"model_ema.xweight": WEIGHTS["conv1.weight"]}},
+        {
+            "state_dict": (
+                prefixed("model.")
+                | prefixed("model_ema.", BN_ONLY)
+                | {"model_ema.xweight": WEIGHTS["conv1.weight"]}
+            )
+        },
     )
     assert same(checkpoint.read(path, said.append), WEIGHTS)
-    assert said == ["w.pth: the EMA weights ('state_dict/model_ema.*') are not used: they have no 'conv1.weight'"]
+    assert said == [
+        "w.pth: the EMA weights ('state_dict/model_ema.*') are not used: they have no"
+        " 'conv1.weight'"
+    ]
 
 
 def test_several_models_are_not_mixed(tmp_path: Path) -> None:
-    """The usual key is preferred, and that is said; without one, and for two models under one key, the file is refused with both named."""
+    """The usual key is preferred, and that is said; without one, and for two models under one key,
+    the file is refused with both named.
+    """
     said: list[str] = []
     path = write_training_state("zip", tmp_path, {"teacher": AVERAGED, "model": WEIGHTS})
     assert same(checkpoint.read(path, said.append), WEIGHTS)
     assert said == ["w.pth: the weights under 'model' are used, not those under 'teacher'"]
     path = write_training_state("zip", tmp_path, {"student": WEIGHTS, "teacher": AVERAGED})
-    with pytest.raises(CheckpointError, match=r"several state dicts \('student', 'teacher'\): save the one that you want"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"several state dicts \('student', 'teacher'\): save the one that you want",
+    ):
         checkpoint.read(path)
-    path = write_training_state("zip", tmp_path, {"state_dict": prefixed("model.") | prefixed("net.", AVERAGED)})
-    with pytest.raises(CheckpointError, match=r"two of its tensors are called 'conv1\.weight', one of them 'net\.conv1\.weight'"):
+    path = write_training_state(
+        "zip", tmp_path, {"state_dict": prefixed("model.") | prefixed("net.", AVERAGED)}
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"two of its tensors are called 'conv1\.weight', one of them 'net\.conv1\.weight'",
+    ):
         checkpoint.read(path)
 
 
@@ -267,8 +361,14 @@ def test_what_would_run_beside_the_weights_is_not_run(form: str, tmp_path: Path)
 
 
 def test_only_the_tensors_that_are_used_are_read(tmp_path: Path) -> None:
-    """An optimizer's state is twice as large as the weights: it costs no memory, and damage in it does not matter."""
-    path = write_training_state("zip", tmp_path, {"state_dict": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": np.zeros(1_000_000)}}}})
+    """An optimizer's state is twice as large as the weights: it costs no memory, and damage in it
+    does not matter.
+    """
+    path = write_training_state(
+        "zip",
+        tmp_path,
+        {"state_dict": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": np.zeros(1_000_000)}}}},
+    )
     tracemalloc.start()
     try:
         assert same(checkpoint.read(path), WEIGHTS)
@@ -278,25 +378,51 @@ def test_only_the_tensors_that_are_used_are_read(tmp_path: Path) -> None:
     assert same(checkpoint.read(repack(path, {"archive/data/3": bytes(7_999_000)})), WEIGHTS)
 
 
-@pytest.mark.parametrize("state", [argparse.Namespace(lr=1), {"model": argparse.Namespace(lr=1), "epoch": 3}])
+@pytest.mark.parametrize(
+    "state", [argparse.Namespace(lr=1), {"model": argparse.Namespace(lr=1), "epoch": 3}]
+)
 def test_a_pickled_object_instead_of_a_state_dict_is_named(state: Any, tmp_path: Path) -> None:
     """As `torch.save(model)` writes it: its class cannot be made without running its code."""
-    with pytest.raises(CheckpointError, match=r"its pickle asks for 'argparse\.Namespace', which is none of the names"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"its pickle asks for 'argparse\.Namespace', which is none of the names",
+    ):
         checkpoint.read(write_training_state("zip", tmp_path, state))
 
 
 def test_tensors_with_attributes_are_read(tmp_path: Path) -> None:
     """PyTorch writes a Parameter that carries attributes in a way of its own."""
     inner = pth_files.tensor("0", ARRAYS["a.weight"], legacy=False)
-    parameter = pth_files.name("torch._utils", "_rebuild_parameter_with_state") + b"(" + inner + b"\x88N}tR"
-    call, rest = pth_files.name("torch._utils", "_rebuild_tensor_v2"), inner[len(pth_files.name("torch._utils", "_rebuild_tensor_v2")) : -1]
-    subclass = pth_files.name("torch._tensor", "_rebuild_from_type_v2") + b"(" + call + pth_files.name("my.own", "Tensor") + rest + b"}tR"
-    program = b"\x80\x02}(" + pth_files.text("a.weight") + parameter + pth_files.text("b.weight") + subclass + b"u."
-    read = checkpoint.read(pth_files.write_zip(tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program))
+    parameter = (
+        pth_files.name("torch._utils", "_rebuild_parameter_with_state") + b"(" + inner + b"\x88N}tR"
+    )
+    call, rest = (
+        pth_files.name("torch._utils", "_rebuild_tensor_v2"),
+        inner[len(pth_files.name("torch._utils", "_rebuild_tensor_v2")) : -1],
+    )
+    subclass = (
+        pth_files.name("torch._tensor", "_rebuild_from_type_v2")
+        + b"("
+        + call
+        + pth_files.name("my.own", "Tensor")
+        + rest
+        + b"}tR"
+    )
+    program = (
+        b"\x80\x02}("
+        + pth_files.text("a.weight")
+        + parameter
+        + pth_files.text("b.weight")
+        + subclass
+        + b"u."
+    )
+    read = checkpoint.read(
+        pth_files.write_zip(tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program)
+    )
     assert same(read, {"a.weight": ARRAYS["a.weight"], "b.weight": ARRAYS["a.weight"]})
 
 
-# ── hostile pickles ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── hostile pickles ───────────────────────────────────────────────────────────────────────────────
 
 
 class Runs:
@@ -345,8 +471,12 @@ HOSTILE = sorted(hostile(Path("marker")))
 
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_pickle_that_would_run_something_is_refused_by_name(case: str, form: str, tmp_path: Path) -> None:
-    """Nothing runs, nothing is written, and the message names what was refused and says what to do."""
+def test_a_pickle_that_would_run_something_is_refused_by_name(
+    case: str, form: str, tmp_path: Path
+) -> None:
+    """Nothing runs, nothing is written, and the message names what was refused and says what to
+    do.
+    """
     marker = tmp_path / "ran"
     program, named = hostile(marker)[case]
     path = WRITERS[form](tmp_path / "w.pth", ARRAYS, program)
@@ -359,45 +489,86 @@ def test_a_pickle_that_would_run_something_is_refused_by_name(case: str, form: s
 
 
 def bombs() -> dict[str, tuple[bytes, str]]:
-    """Pickles of few bytes that would take memory or time without end → the bound that stops each of them."""
+    """Pickles of few bytes that would take memory or time without end → the bound that stops each
+    of them.
+    """
     huge = 2**62
     weight = ARRAYS["a.weight"]
 
     def one(tensor: bytes) -> bytes:
         return b"\x80\x02}" + pth_files.text("a") + tensor + b"s."
 
-    doubling = b")q\x00" + b"".join(b"h%c\x86q%c" % (level, level + 1) for level in range(100))  # each is a pair of the one before
-    many = b"".join(pth_files.text(f"a{i}") + pth_files.tensor("0", np.zeros(10_000, np.float32), legacy=True) for i in range(500))
+    doubling = b")q\x00" + b"".join(
+        b"h%c\x86q%c" % (level, level + 1) for level in range(100)
+    )  # each is a pair of the one before
+    many = b"".join(
+        pth_files.text(f"a{i}") + pth_files.tensor("0", np.zeros(10_000, np.float32), legacy=True)
+        for i in range(500)
+    )
     return {
         "memo index": (b"\x80\x02Nr\xff\xff\xff\xff.", "holds a value of type NoneType"),
-        "BINBYTES8": (b"\x80\x04\x8e" + struct.pack("<Q", huge) + b".", f"expected {huge} bytes in a bytes8"),
-        "BINUNICODE": (b"\x80\x02X\xff\xff\xff\x7fabc.", f"expected {2**31 - 1} bytes in a unicodestring4"),
-        "BYTEARRAY8": (b"\x80\x05\x96" + struct.pack("<Q", huge) + b".", f"expected {huge} bytes in a bytearray8"),
-        "FRAME": (b"\x80\x04\x95" + struct.pack("<Q", huge) + b"N.", "holds a value of type NoneType"),
+        "BINBYTES8": (
+            b"\x80\x04\x8e" + struct.pack("<Q", huge) + b".",
+            f"expected {huge} bytes in a bytes8",
+        ),
+        "BINUNICODE": (
+            b"\x80\x02X\xff\xff\xff\x7fabc.",
+            f"expected {2**31 - 1} bytes in a unicodestring4",
+        ),
+        "BYTEARRAY8": (
+            b"\x80\x05\x96" + struct.pack("<Q", huge) + b".",
+            f"expected {huge} bytes in a bytearray8",
+        ),
+        "FRAME": (
+            b"\x80\x04\x95" + struct.pack("<Q", huge) + b"N.",
+            "holds a value of type NoneType",
+        ),
         "LONG4": (b"\x80\x02\x8b\xff\xff\xff\x7f.", "not enough data in stream to read long4"),
         "huge storage": (
             one(pth_files.tensor("0", weight, legacy=True, count=huge)),
             rf"storage 0 claims {huge} elements, in a file of \d+ bytes",
         ),
-        "huge shape": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))), "does not fit into its storage 0 of 12"),
-        "stretched": (one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))), f"of {2**40} elements, the last at 0,"),
-        "empty but endless": (one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))), "has an impossible shape"),
+        "huge shape": (
+            one(pth_files.tensor("0", weight, legacy=True, shape=(2**31, 2**31))),
+            "does not fit into its storage 0 of 12",
+        ),
+        "stretched": (
+            one(pth_files.tensor("0", weight, legacy=True, shape=(2**40,), stride=(0,))),
+            f"of {2**40} elements, the last at 0,",
+        ),
+        "empty but endless": (
+            one(pth_files.tensor("0", weight, legacy=True, shape=(0, 2**62))),
+            "has an impossible shape",
+        ),
         "key of doubling tuples": (b"\x80\x02}" + doubling + b"Ns.", "holds an empty mapping"),
         "doubling tuples": (b"\x80\x02" + doubling + b".", "holds a value of type tuple"),
         "many opcodes": (b"\x80\x02" + b"N" * 1_000_001 + b".", "more than 1000000 opcodes"),
-        "nested": (b"\x80\x02" + b"(" * 20_000 + b"l" * 20_000 + b".", "holds a value of type list"),
+        "nested": (
+            b"\x80\x02" + b"(" * 20_000 + b"l" * 20_000 + b".",
+            "holds a value of type list",
+        ),
         "long": (
             b"\x80\x02X" + struct.pack("<I", 18_000_000) + b"x" * 18_000_000 + b".",
-            "has 18000008 bytes, more than the 16777216|expected 18000000 bytes in a unicodestring4, but only",
+            (
+                "has 18000008 bytes, more than the 16777216|expected 18000000 bytes in a"
+                " unicodestring4, but only"
+            ),
         ),
-        "same tensor many times": (b"\x80\x02}(" + many + b"u.", r"its tensors claim more than \d+ bytes, in a file of"),
+        "same tensor many times": (
+            b"\x80\x02}(" + many + b"u.",
+            r"its tensors claim more than \d+ bytes, in a file of",
+        ),
     }
 
 
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("case", sorted(bombs()))
-def test_a_pickle_that_allocates_without_end_is_refused(case: str, form: str, tmp_path: Path) -> None:
-    """Within seconds and 300 MB: lengths are checked against the file, shapes against storages, the program against its budget."""
+def test_a_pickle_that_allocates_without_end_is_refused(
+    case: str, form: str, tmp_path: Path
+) -> None:
+    """Within seconds and 300 MB: lengths are checked against the file, shapes against storages, the
+    program against its budget.
+    """
     arrays = {"a": np.zeros(10_000, np.float32)} if case.startswith("same") else ARRAYS
     program, reason = bombs()[case]
     path = WRITERS[form](tmp_path / "w.pth", arrays, program)
@@ -426,17 +597,26 @@ def test_a_pickle_that_allocates_without_end_is_refused(case: str, form: str, tm
     ],
 )
 @pytest.mark.parametrize("form", WRITERS)
-def test_a_view_that_leaves_its_storage_is_refused(form: str, lie: dict, message: str, tmp_path: Path) -> None:
+def test_a_view_that_leaves_its_storage_is_refused(
+    form: str, lie: dict, message: str, tmp_path: Path
+) -> None:
     """Offsets, shapes and strides are checked before memory is touched."""
-    program = b"\x80\x02}" + pth_files.text("a") + pth_files.tensor("0", ARRAYS["a.weight"], legacy=True, **lie) + b"s."
+    program = (
+        b"\x80\x02}"
+        + pth_files.text("a")
+        + pth_files.tensor("0", ARRAYS["a.weight"], legacy=True, **lie)
+        + b"s."
+    )
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read(WRITERS[form](tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program))
 
 
-# ── damaged and foreign files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damaged and foreign files ─────────────────────────────────────────────────────────────────────
 
 
-def repack(path: Path, change: dict[str, bytes | None], names: dict[str, str] | None = None, **options: int) -> Path:
+def repack(
+    path: Path, change: dict[str, bytes | None], names: dict[str, str] | None = None, **options: int
+) -> Path:
     """Write a zip again with members replaced, removed (None), added or renamed."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -448,7 +628,9 @@ def repack(path: Path, change: dict[str, bytes | None], names: dict[str, str] | 
     return path
 
 
-@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "archive/../../outside", "..\\outside", "C:/outside"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/tmp/outside", "archive/../../outside", "..\\outside", "C:/outside"]
+)
 def test_a_zip_with_a_path_leading_out_is_refused(name: str, tmp_path: Path) -> None:
     """Nothing is extracted anyway; the file is refused all the same, and nothing is written."""
     folder = tmp_path / "in"
@@ -490,11 +672,19 @@ def test_odd_zips_are_refused_with_the_reason(tmp_path: Path) -> None:
 
 
 def zip_directory(claimed: int, *, wide: int | None = None) -> bytes:
-    """The end of a zip file whose directory claims to have so many bytes; `wide` says it in the form for large files too."""
+    """The end of a zip file whose directory claims to have so many bytes; `wide` says it in the
+    form for large files too.
+    """
     end = b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, claimed, 0, 0)
     if wide is None:
         return end
-    return b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, wide, 0) + b"PK\x06\x07" + struct.pack("<IQI", 0, 0, 1) + end
+    return (
+        b"PK\x06\x06"
+        + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, wide, 0)
+        + b"PK\x06\x07"
+        + struct.pack("<IQI", 0, 0, 1)
+        + end
+    )
 
 
 @pytest.mark.parametrize(
@@ -509,14 +699,20 @@ def zip_directory(claimed: int, *, wide: int | None = None) -> bytes:
         (zip_directory(2_001, wide=0), 2_001),
     ],
 )
-def test_the_directory_of_a_zip_has_a_budget(end: bytes, claimed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it claims to take is looked at before the directory is, since each of its entries becomes an object ten times as large."""
+def test_the_directory_of_a_zip_has_a_budget(
+    end: bytes, claimed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it claims to take is looked at before the directory is, since each of its entries
+    becomes an object ten times as large.
+    """
     monkeypatch.setattr(checkpoint, "DIRECTORY_BYTES", 2_000)
     path = tmp_path / "w.pth"
     path.write_bytes(b"PK\x03\x04" + bytes(70_000) + end)
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read(path)
-    refusals = re.findall(r"its zip directory claims (\d+) bytes, more than the 2000 allowed", str(caught.value))
+    refusals = re.findall(
+        r"its zip directory claims (\d+) bytes, more than the 2000 allowed", str(caught.value)
+    )
     assert refusals == ([] if claimed is None else [str(claimed)])
 
 
@@ -527,13 +723,19 @@ def test_the_directory_of_a_zip_is_no_longer_than_the_file(tmp_path: Path) -> No
     data = path.read_bytes()
     at, size = data.rindex(b"PK\x05\x06") + 12, len(data)
     path.write_bytes(data[:at] + struct.pack("<I", size + 1) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=f"its zip directory claims {size + 1} bytes, more than the {size} allowed"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"its zip directory claims {size + 1} bytes, more than the {size} allowed",
+    ):
         checkpoint.read(path)
     with path.open("wb") as file:  # a large one; its zeros take no room
         file.write(b"PK\x03\x04")
         file.seek(17 * 2**20)
         file.write(zip_directory(2**24 + 1))
-    with pytest.raises(CheckpointError, match=f"its zip directory claims {2**24 + 1} bytes, more than the {2**24} allowed"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"its zip directory claims {2**24 + 1} bytes, more than the {2**24} allowed",
+    ):
         checkpoint.read(path)
 
 
@@ -554,7 +756,10 @@ def test_a_member_whose_two_sizes_differ_is_refused(field: int, tmp_path: Path) 
     data[at + field : at + field + 4] = struct.pack("<I", 44)
     path.write_bytes(data)
     whole, stored = (44, 48) if field == 24 else (48, 44)
-    with pytest.raises(CheckpointError, match=rf"its member 'archive/data/0' claims {whole} bytes, {stored} stored, in a file of"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"its member 'archive/data/0' claims {whole} bytes, {stored} stored, in a file of",
+    ):
         checkpoint.read(path)
 
 
@@ -569,7 +774,10 @@ def test_a_legacy_file_of_a_big_endian_machine_is_refused(tmp_path: Path) -> Non
         checkpoint.read(path)
 
 
-@pytest.mark.parametrize(("start", "length", "leaves"), [(0, 12, False), (1, 12, True), (-1, 12, True), (13, -1, True), (12, 0, False)])
+@pytest.mark.parametrize(
+    ("start", "length", "leaves"),
+    [(0, 12, False), (1, 12, True), (-1, 12, True), (13, -1, True), (12, 0, False)],
+)
 def test_a_view_of_a_storage_lies_within_it(start: int, length: int, leaves: bool) -> None:
     """Very old files save tensors by views of their storages."""
     identity = (
@@ -581,28 +789,42 @@ def test_a_view_of_a_storage_lies_within_it(start: int, length: int, leaves: boo
         with pytest.raises(pickled.Refused, match="a view of storage 0 leaves it"):
             machine.run(io.BytesIO(b"\x80\x02" + identity))
     else:
-        assert machine.run(io.BytesIO(b"\x80\x02" + identity)) == pickled.Storage("0", "<f4", 12, start, length)
+        assert machine.run(io.BytesIO(b"\x80\x02" + identity)) == pickled.Storage(
+            "0", "<f4", 12, start, length
+        )
 
 
 def test_storages_that_lie_within_each_other_are_bounded_by_the_file(tmp_path: Path) -> None:
-    """Each of a zip's members fits into the file, but one holds the others: all of them together would take its square in memory."""
+    """Each of a zip's members fits into the file, but one holds the others: all of them together
+    would take its square in memory.
+    """
     inner = np.arange(2_000, dtype=np.float32)
     info = zipfile.ZipInfo("archive/data/0")
-    info.CRC, info.file_size, info.compress_size = zipfile.crc32(inner.tobytes()), inner.nbytes, inner.nbytes  # type: ignore[attr-defined]
+    info.CRC, info.file_size, info.compress_size = (
+        zipfile.crc32(inner.tobytes()),
+        inner.nbytes,
+        inner.nbytes,
+    )  # type: ignore[attr-defined]
     header = info.FileHeader()
     member = header + inner.tobytes()
     outer = np.frombuffer(member + bytes(-len(member) % 4), np.float32)
     path = tmp_path / "w.pth"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pth_files.state_dict({"inner": inner, "outer": outer}, legacy=False))
+        archive.writestr(
+            "archive/data.pkl", pth_files.state_dict({"inner": inner, "outer": outer}, legacy=False)
+        )
         archive.writestr("archive/data/1", outer.tobytes())
-        info.header_offset = archive.getinfo("archive/data/1").header_offset + len(archive.getinfo("archive/data/1").FileHeader())
+        info.header_offset = archive.getinfo("archive/data/1").header_offset + len(
+            archive.getinfo("archive/data/1").FileHeader()
+        )
         archive.filelist.append(info)
         archive.NameToInfo[info.filename] = info
     size = path.stat().st_size
     assert inner.nbytes < size
     assert outer.nbytes < size < inner.nbytes + outer.nbytes
-    with pytest.raises(CheckpointError, match=f"its storages claim more than the file's {size} bytes"):
+    with pytest.raises(
+        CheckpointError, match=f"its storages claim more than the file's {size} bytes"
+    ):
         checkpoint.read(path)
 
 
@@ -612,7 +834,10 @@ def test_storages_that_lie_within_each_other_are_bounded_by_the_file(tmp_path: P
         (b"", "the file is empty"),
         (b"<!DOCTYPE html><html>", "this is a web page"),
         (b"\x80\x02}q\x00.", "bare pickle"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\0\0\0", "neither .safetensors nor .pth: it begins with 89 50 4e 47"),
+        (
+            b"\x89PNG\r\n\x1a\n\0\0\0\0\0\0",
+            "neither .safetensors nor .pth: it begins with 89 50 4e 47",
+        ),
         (b"PK\x03\x04", "damaged zip"),
         (pth_files.LEGACY_MAGIC, "damaged"),
         (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "safetensors"),
@@ -634,8 +859,12 @@ def test_a_file_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_what_is_not_a_tensor_is_named(tmp_path: Path) -> None:
-    """A mapping with something else in it, or no mapping at all, is refused with its key and type."""
-    path = pth_files.write_zip(tmp_path / "w.pth", {}, b"\x80\x02}" + pth_files.text("lr") + b"K\x01s.")
+    """A mapping with something else in it, or no mapping at all, is refused with its key and
+    type.
+    """
+    path = pth_files.write_zip(
+        tmp_path / "w.pth", {}, b"\x80\x02}" + pth_files.text("lr") + b"K\x01s."
+    )
     with pytest.raises(CheckpointError, match="entry 'lr' is a value of type int, not a tensor"):
         checkpoint.read(path)
     path = pth_files.write_zip(tmp_path / "w.pth", {}, b"\x80\x02]K\x01a.")
@@ -645,7 +874,9 @@ def test_what_is_not_a_tensor_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [*WRITERS, "safetensors"])
 def test_a_file_cut_anywhere_is_one_clear_error(form: str, tmp_path: Path) -> None:
-    """Every length shorter than the whole is a CheckpointError, never an answer and never another exception."""
+    """Every length shorter than the whole is a CheckpointError, never an answer and never another
+    exception.
+    """
     path = tmp_path / "w.pth"
     save_file(ARRAYS, path) if form == "safetensors" else WRITERS[form](path, ARRAYS)
     whole = path.read_bytes()
@@ -658,14 +889,22 @@ def test_a_file_cut_anywhere_is_one_clear_error(form: str, tmp_path: Path) -> No
 SEEDS = [path.read_bytes() for path in sorted(FIXTURES.glob("*.pth"))]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(which=st.sampled_from(range(len(SEEDS))), seed=st.integers(0, 2**32), changes=st.integers(1, 12))
-def test_damaged_bytes_never_raise_anything_else(which: int, seed: int, changes: int, tmp_path: Path) -> None:
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    which=st.sampled_from(range(len(SEEDS))), seed=st.integers(0, 2**32), changes=st.integers(1, 12)
+)
+def test_damaged_bytes_never_raise_anything_else(
+    which: int, seed: int, changes: int, tmp_path: Path
+) -> None:
     """Bytes flipped at random give tensors or a CheckpointError."""
     data = bytearray(SEEDS[which])
     chooser = random.Random(seed)
     for _ in range(changes):
-        data[chooser.randrange(len(data))] = chooser.choice([0, 1, 127, 128, 255, chooser.randrange(256)])
+        data[chooser.randrange(len(data))] = chooser.choice(
+            [0, 1, 127, 128, 255, chooser.randrange(256)]
+        )
     path = tmp_path / "w.pth"
     path.write_bytes(data)
     try:

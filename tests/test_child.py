@@ -21,81 +21,165 @@ raise SystemExit("sprung: " + __file__)
 """
 OTHERS = """PIL indexed_gzip jinja2 nncf numpy obstore onnx onnxruntime openvino openvino_telemetry pandas psutil pyarrow rich safetensors
     simplejpeg torch urllib3 yaml""".split()
-STARTERS = set("Popen run call check_call check_output system popen fork posix_spawn Process Pool ProcessPoolExecutor".split())
+STARTERS = set(
+    "Popen run call check_call check_output system popen fork posix_spawn Process Pool"
+    " ProcessPoolExecutor".split()
+)
 """Functions of these modules that start a process."""
 MODULES = ("subprocess", "os", "multiprocessing", "futures", "concurrent.futures")
 
 
 @pytest.fixture
 def trapped(tmp_path: Path) -> Path:
-    """A working directory with a file for every module that may be imported; each leaves a mark if it is executed."""
-    return helpers.fill(tmp_path / "here", {f"{name}.py": TRAP.encode() for name in (*sys.stdlib_module_names, *OTHERS)})
+    """A working directory with a file for every module that may be imported; each leaves a mark if
+    it is executed.
+    """
+    return helpers.fill(
+        tmp_path / "here",
+        {f"{name}.py": TRAP.encode() for name in (*sys.stdlib_module_names, *OTHERS)},
+    )
 
 
 def test_modules_in_the_working_directory_are_never_executed(
     trapped: Path, tmp_path: Path, jpegs: Callable[..., Path], models_dir: Path
 ) -> None:
-    """`demo`, which is a `run`, `bench` and `quantize` work in a folder of files named like modules, and no process executes one."""
-    environment = helpers.environment(SPRUNG=str(tmp_path / "sprung"), IMAGEMILL_MODELS=str(models_dir))
-    script = helpers.fill(tmp_path / "bin", {"imagemill": b"import sys; from imagemill.cli import main; sys.exit(main())"}) / "imagemill"
+    """`demo`, which is a `run`, `bench` and `quantize` work in a folder of files named like
+    modules, and no process executes one.
+    """
+    environment = helpers.environment(
+        SPRUNG=str(tmp_path / "sprung"), IMAGEMILL_MODELS=str(models_dir)
+    )
+    script = (
+        helpers.fill(
+            tmp_path / "bin",
+            {"imagemill": b"import sys; from imagemill.cli import main; sys.exit(main())"},
+        )
+        / "imagemill"
+    )
     for command in (
         ("demo", "--output", tmp_path / "demo"),
-        ("bench", "--synthetic", "--model", "tiny", "--devices", "cpu:1", "--iterations", 1, "--batches-per-step", 1, "--batch-size", 2),
+        (
+            "bench",
+            "--synthetic",
+            "--model",
+            "tiny",
+            "--devices",
+            "cpu:1",
+            "--iterations",
+            1,
+            "--batches-per-step",
+            1,
+            "--batch-size",
+            2,
+        ),
         ("quantize", "tiny", "--images", jpegs(8), "--calibration", 4, "--held-out", 4),
     ):
         process = subprocess.run(
-            [sys.executable, script, *map(str, command)], env=environment, cwd=trapped, capture_output=True, check=False
+            [sys.executable, script, *map(str, command)],
+            env=environment,
+            cwd=trapped,
+            capture_output=True,
+            check=False,
         )
         assert process.returncode == 0, (command, process.stderr)
     assert not (tmp_path / "sprung").exists(), (tmp_path / "sprung").read_text()
 
 
 def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
-    """`python -m` searches the working directory until our first line runs; later imports are not taken from it."""
+    """`python -m` searches the working directory until our first line runs; later imports are not
+    taken from it.
+    """
     here = helpers.fill(
-        tmp_path / "here", {f"{name}.py": TRAP.encode() for name in ("typing", "argparse", "json", "ctypes", "tempfile", *OTHERS)}
+        tmp_path / "here",
+        {
+            f"{name}.py": TRAP.encode()
+            for name in ("typing", "argparse", "json", "ctypes", "tempfile", *OTHERS)
+        },
     )
-    result = helpers.imagemill_cli("devices", env=helpers.environment(SPRUNG=str(tmp_path / "sprung")), cwd=here)
+    result = helpers.imagemill_cli(
+        "devices", env=helpers.environment(SPRUNG=str(tmp_path / "sprung")), cwd=here
+    )
     assert (result.code, (tmp_path / "sprung").exists()) == (0, False), result.err
 
 
-@pytest.mark.parametrize("module", ["worker", "measuring.worker", "trial_process", "preflight", "images.isolated"])
-def test_no_child_executes_a_module_of_the_working_directory(module: str, trapped: Path, tmp_path: Path) -> None:
-    """Each kind of child process imports everything it is made of without looking into the working directory."""
+@pytest.mark.parametrize(
+    "module", ["worker", "measuring.worker", "trial_process", "preflight", "images.isolated"]
+)
+def test_no_child_executes_a_module_of_the_working_directory(
+    module: str, trapped: Path, tmp_path: Path
+) -> None:
+    """Each kind of child process imports everything it is made of without looking into the working
+    directory.
+    """
     environment = processes.environment() | {"SPRUNG": str(tmp_path / "sprung")}
     done = subprocess.run(
-        processes.command(f"imagemill.{module}", "x", "x", "x"), cwd=trapped, env=environment, capture_output=True, check=False
+        processes.command(f"imagemill.{module}", "x", "x", "x"),
+        cwd=trapped,
+        env=environment,
+        capture_output=True,
+        check=False,
     )
     assert b"invalid literal for int()" in done.stderr  # it came as far as reading its arguments
     assert not (tmp_path / "sprung").exists(), (tmp_path / "sprung").read_text()
 
 
 def test_a_module_of_the_working_directory_would_be_noticed(trapped: Path, tmp_path: Path) -> None:
-    """The tests above can fail: a process that is started without `-P` executes the first such file that it imports."""
+    """The tests above can fail: a process that is started without `-P` executes the first such file
+    that it imports.
+    """
     environment = processes.environment() | {"SPRUNG": str(tmp_path / "sprung")}
     subprocess.run(
-        [sys.executable, "-c", "import imagemill.workers.worker"], cwd=trapped, env=environment, capture_output=True, check=False
+        [sys.executable, "-c", "import imagemill.workers.worker"],
+        cwd=trapped,
+        env=environment,
+        capture_output=True,
+        check=False,
     )
     assert str(trapped) in (tmp_path / "sprung").read_text()
 
 
-def test_the_user_s_pythonpath_reaches_every_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Folders that PYTHONPATH names are searched; an empty entry, which would mean the working directory, is not."""
-    helpers.fill(tmp_path, {"wanted/wanted.py": b"def main(): return 7\n", "here/json.py": b"raise SystemExit(8)\n"})
+def test_the_user_s_pythonpath_reaches_every_child(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Folders that PYTHONPATH names are searched; an empty entry, which would mean the working
+    directory, is not.
+    """
+    helpers.fill(
+        tmp_path,
+        {"wanted/wanted.py": b"def main(): return 7\n", "here/json.py": b"raise SystemExit(8)\n"},
+    )
     monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'wanted'}:")
-    assert subprocess.run(processes.command("wanted"), cwd=tmp_path / "here", env=processes.environment(), check=False).returncode == 7
+    assert (
+        subprocess.run(
+            processes.command("wanted"),
+            cwd=tmp_path / "here",
+            env=processes.environment(),
+            check=False,
+        ).returncode
+        == 7
+    )
 
 
 def test_every_process_is_started_by_child_command() -> None:
-    """Whoever adds a new child process to the package starts it with `child.command`, or this test fails. PopART has another Python."""
+    """Whoever adds a new child process to the package starts it with `child.command`, or this test
+    fails. PopART has another Python.
+    """
     package = helpers.SOURCE_ROOT / "imagemill"
     found = []
     for file in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            is_start = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in STARTERS
+            is_start = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in STARTERS
+            )
             if is_start and ast.unparse(node.func.value) in MODULES:
-                found.append((str(file.relative_to(package)), ast.unparse(node.args[0]).partition("(")[0]))
+                found.append(
+                    (str(file.relative_to(package)), ast.unparse(node.args[0]).partition("(")[0])
+                )
             if isinstance(node, ast.ImportFrom) and node.module in MODULES:
                 assert not STARTERS & {alias.name for alias in node.names}, file
     assert ("sessions/popart.py", "command") in found
-    assert {start for file, start in found if file != "sessions/popart.py"} == {"child.command"}, found
+    assert {start for file, start in found if file != "sessions/popart.py"} == {"child.command"}, (
+        found
+    )

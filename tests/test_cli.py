@@ -19,7 +19,19 @@ from imagemill.records import Summary
 CLI = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
 TINY = ("--model", "tiny", "--devices", "null")
-HEAVY = {"numpy", "pyarrow", "openvino", "onnx", "onnxruntime", "PIL", "simplejpeg", "rich", "safetensors", "nncf", "multiprocessing"}
+HEAVY = {
+    "numpy",
+    "pyarrow",
+    "openvino",
+    "onnx",
+    "onnxruntime",
+    "PIL",
+    "simplejpeg",
+    "rich",
+    "safetensors",
+    "nncf",
+    "multiprocessing",
+}
 
 
 def child_cpu_seconds(command: list[str]) -> float:
@@ -35,7 +47,10 @@ def child_cpu_seconds(command: list[str]) -> float:
 @pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["--version"]])
 def test_help_answers_at_once(command: list[str]) -> None:
     """In a third of a second of CPU; the least of three, so that a busy machine does not matter."""
-    assert min(child_cpu_seconds([sys.executable, "-m", "imagemill", *command]) for _ in range(3)) < 0.33
+    assert (
+        min(child_cpu_seconds([sys.executable, "-m", "imagemill", *command]) for _ in range(3))
+        < 0.33
+    )
 
 
 @pytest.mark.parametrize("what", ["import imagemill", "from imagemill import cli; cli._parser()"])
@@ -43,13 +58,19 @@ def test_importing_loads_no_heavy_library(what: str) -> None:
     """Neither the package nor the parser of its command line."""
     program = f"import sys; {what}; print(*sys.modules)"
     loaded = subprocess.run(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True, env=helpers.environment()
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+        env=helpers.environment(),
     ).stdout
     assert not HEAVY & set(loaded.split())
 
 
 def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
-    """The summary on stdout and nothing else, for a new job, a finished one and a dry run; everything said goes to stderr."""
+    """The summary on stdout and nothing else, for a new job, a finished one and a dry run;
+    everything said goes to stderr.
+    """
     command = ("run", jpegs(5), "--output", tmp_path / "out", *TINY, "--json")
     dry = imagemill(*command, "--dry-run")
     assert (dry.code, dry.json["images"], (tmp_path / "out").exists()) == (0, 5, False)
@@ -62,9 +83,15 @@ def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path
         assert result.out.count("\n") == 1
 
 
-def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
-    """For people: counts, rates, what bounded the job, and where the results are. No escape codes where there is no terminal."""
-    result = imagemill("run", jpegs(5, **{"bad.jpg": b"", "x.txt": b""}), "--output", tmp_path / "out", *TINY)
+def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
+    """For people: counts, rates, what bounded the job, and where the results are. No escape codes
+    where there is no terminal.
+    """
+    result = imagemill(
+        "run", jpegs(5, **{"bad.jpg": b"", "x.txt": b""}), "--output", tmp_path / "out", *TINY
+    )
     assert result.code == 0
     first, *lines = result.out.splitlines()
     assert first == "6 images: 5 ok, 1 failed (1 empty)"
@@ -77,8 +104,13 @@ def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(imagemill: CLI, jpe
 
 def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
     """One line; nothing is written."""
-    result = imagemill("run", jpegs(5, **{"x.txt": b"", "y": b""}), "--output", tmp_path / "out", "--dry-run")
-    assert (result.code, result.out) == (0, "5 images, shards of 32; skipped: 1 (no suffix), 1 .txt\n")
+    result = imagemill(
+        "run", jpegs(5, **{"x.txt": b"", "y": b""}), "--output", tmp_path / "out", "--dry-run"
+    )
+    assert (result.code, result.out) == (
+        0,
+        "5 images, shards of 32; skipped: 1 (no suffix), 1 .txt\n",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -87,18 +119,44 @@ def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> N
     [
         ((), "imagemill: the following arguments are required: COMMAND. See `imagemill --help`."),
         (("walk",), "imagemill: argument COMMAND: invalid choice: 'walk'"),
-        (("run",), "imagemill run: the following arguments are required: SOURCE, --output. See `imagemill run --help`."),
-        (("run", "x", "--output", "y", "--top-k", "many"), "imagemill run: argument --top-k: invalid int value: 'many'."),
-        (("run", "x", "--output", "y", "--batch-size", "big"), "imagemill run: argument --batch-size: invalid number value: 'big'."),
-        (("run", "x", "--output", "y", "--outp", "z"), "imagemill: unrecognized arguments: --outp z."),
-        (("run", "x", "--output", "y", "--top-k", "0"), "imagemill: --top-k 0: must be at least 1."),
-        (("run", "x", "--output", "y", "--devices", "tpu"), "imagemill: --devices tpu: 'tpu' is not a kind of device."),
-        (("run", "x", "--output", "y", "--model", "nonesuch"), "imagemill: No model is called nonesuch."),
+        (
+            ("run",),
+            (
+                "imagemill run: the following arguments are required: SOURCE, --output. See"
+                " `imagemill run --help`."
+            ),
+        ),
+        (
+            ("run", "x", "--output", "y", "--top-k", "many"),
+            "imagemill run: argument --top-k: invalid int value: 'many'.",
+        ),
+        (
+            ("run", "x", "--output", "y", "--batch-size", "big"),
+            "imagemill run: argument --batch-size: invalid number value: 'big'.",
+        ),
+        (
+            ("run", "x", "--output", "y", "--outp", "z"),
+            "imagemill: unrecognized arguments: --outp z.",
+        ),
+        (
+            ("run", "x", "--output", "y", "--top-k", "0"),
+            "imagemill: --top-k 0: must be at least 1.",
+        ),
+        (
+            ("run", "x", "--output", "y", "--devices", "tpu"),
+            "imagemill: --devices tpu: 'tpu' is not a kind of device.",
+        ),
+        (
+            ("run", "x", "--output", "y", "--model", "nonesuch"),
+            "imagemill: No model is called nonesuch.",
+        ),
         (("run", "ftp://x/y", "--output", "y"), "imagemill: source ftp://x/y"),
         (("get-model", "nonesuch"), "imagemill: No model is called nonesuch."),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_usage_is_one_line_and_exit_2(
+    imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     """Nothing is done, nothing is on stdout, and there is no traceback."""
     helpers.fill(tmp_path, {"x/a.jpg": b"x"})
     result = imagemill(*arguments, cwd=tmp_path)
@@ -114,14 +172,19 @@ def test_wrong_usage_is_one_line_and_exit_2(imagemill: CLI, tmp_path: Path, argu
         (("--batch_size", "6"), "--batch_size is spelt --batch-size here"),
         (("--batches_per_step=10",), "--batches_per_step is spelt --batches-per-step here"),
         (("--num_workers", "4"), "--num_workers is spelt --num-workers here"),
-        (("--data-dir", "x", "--bogus"), "--data-dir is spelt the SOURCE argument of `imagemill run`"),
+        (
+            ("--data-dir", "x", "--bogus"),
+            "--data-dir is spelt the SOURCE argument of `imagemill run`",
+        ),
         (("--num_ipus", "8"), "--num_ipus is spelt --devices ipu:N here"),
         (("--data_dir", "datasets/"), "--data_dir is spelt the SOURCE argument of `imagemill run`"),
         (("--log_path", "logs"), "--log_path is spelt --log-dir here"),
         (("--model_name", "resnext101_32x4d"), "--model_name is spelt --model here"),
     ],
 )
-def test_the_spellings_of_graphcores_example_are_known(imagemill: CLI, arguments: tuple[str, ...], message: str) -> None:
+def test_the_spellings_of_graphcores_example_are_known(
+    imagemill: CLI, arguments: tuple[str, ...], message: str
+) -> None:
     """Who comes from there is told what it is called here."""
     for given in (("run", "images", "--output", "out", *arguments), ("run", *arguments)):
         result = imagemill(*given)
@@ -132,14 +195,22 @@ def test_the_spellings_of_graphcores_example_are_known(imagemill: CLI, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "none", "--output", "out", *TINY), "imagemill: source {here}/none cannot be read: No such file or directory."),
-        (("run", "none", "--output", "out", "--model", "tiny", "--devices", "ipu:8"), "imagemill: --devices ipu:8: "),
+        (
+            ("run", "none", "--output", "out", *TINY),
+            "imagemill: source {here}/none cannot be read: No such file or directory.",
+        ),
+        (
+            ("run", "none", "--output", "out", "--model", "tiny", "--devices", "ipu:8"),
+            "imagemill: --devices ipu:8: ",
+        ),
         (("status", "none"), "imagemill: none is not an imagemill job: it has no job.json."),
         (("verify", "."), "imagemill: . is not an imagemill job: it has no job.json."),
         (("get-model", "resnext50_32x4d.mine", "--from", "none.pth"), "imagemill: "),
     ],
 )
-def test_failures_are_one_line_and_exit_1(imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_failures_are_one_line_and_exit_1(
+    imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     """One clear message on stderr, nothing on stdout, no traceback."""
     result = imagemill(*arguments, cwd=tmp_path)
     assert (result.code, result.out) == (1, "")
@@ -147,16 +218,25 @@ def test_failures_are_one_line_and_exit_1(imagemill: CLI, tmp_path: Path, argume
     assert "Traceback" not in result.err
 
 
-def test_verify_and_status_speak_json_and_exit_codes(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+def test_verify_and_status_speak_json_and_exit_codes(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
     """0 only if sound; --quarantine says where the damage went; then the same run command heals."""
     out = tmp_path / "out"
     command = ("run", jpegs(6), "--output", out, *TINY, "--shard-size", "2", "--json")
     assert imagemill(*command).code == 0
     sound = imagemill("verify", out, "--json")
-    assert (sound.code, sound.json) == (0, {"sound": True, "images": 6, "problems": [], "moved": []})
+    assert (sound.code, sound.json) == (
+        0,
+        {"sound": True, "images": 6, "problems": [], "moved": []},
+    )
     (out / "predictions" / "part-000001.parquet").write_bytes(b"rubbish")
     bad = imagemill("verify", out, "--quarantine", "--json")
-    assert (bad.code, [problem["shard"] for problem in bad.json["problems"]], len(bad.json["moved"])) == (1, [1], 1)
+    assert (
+        bad.code,
+        [problem["shard"] for problem in bad.json["problems"]],
+        len(bad.json["moved"]),
+    ) == (1, [1], 1)
     told = imagemill("verify", out)
     assert told.code == 1
     assert "part-000001.parquet is missing\n" in told.out
@@ -174,13 +254,25 @@ def test_a_changed_flag_is_exit_2(imagemill: CLI, jpegs: Folders, tmp_path: Path
     assert imagemill(*command).code == 0
     result = imagemill(*command, "--top-k", "3")
     assert (result.code, result.out) == (2, "")
-    assert "was started with --top-k 5, now --top-k 3 is asked for. Leave it out to continue this job" in result.err
+    assert (
+        "was started with --top-k 5, now --top-k 3 is asked for. Leave it out to continue this job"
+        in result.err
+    )
 
 
-def test_names_that_no_terminal_can_show_do_no_harm(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
-    """An output folder whose name is not UTF-8, printed on a terminal that knows ASCII alone: exit 0, and the rows are there."""
+def test_names_that_no_terminal_can_show_do_no_harm(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
+    """An output folder whose name is not UTF-8, printed on a terminal that knows ASCII alone: exit
+    0, and the rows are there.
+    """
     out = os.path.join(os.fsencode(tmp_path), b"out-\xff\xc3\xbc")
-    env = helpers.environment(IMAGEMILL_MODELS=os.environ["IMAGEMILL_MODELS"], PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
+    env = helpers.environment(
+        IMAGEMILL_MODELS=os.environ["IMAGEMILL_MODELS"],
+        PYTHONIOENCODING="ascii",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+    )
     folder = jpegs(3, **{"ü.txt": b"", "x.ü": b""})
     result = imagemill("run", folder, "--output", out, *TINY, env=env)
     assert result.code == 0, result.err
@@ -194,7 +286,9 @@ def test_names_that_no_terminal_can_show_do_no_harm(imagemill: CLI, jpegs: Folde
 def test_a_reader_that_has_seen_enough_is_no_error(jpegs: Folders, tmp_path: Path) -> None:
     """`imagemill models | head -1` ends quietly."""
     command = f"{sys.executable} -m imagemill models | head -n 1"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, env=helpers.environment(), check=True)
+    found = subprocess.run(
+        ["bash", "-c", command], capture_output=True, env=helpers.environment(), check=True
+    )
     assert found.stderr == b""
 
 
@@ -210,7 +304,9 @@ def test_models_and_devices_speak_json(imagemill: CLI) -> None:
 
 
 def test_the_demo_shows_real_answers(imagemill: CLI, tmp_path: Path) -> None:
-    """Images and trained model that install with the package; the one that is broken on purpose is a row."""
+    """Images and trained model that install with the package; the one that is broken on purpose is
+    a row.
+    """
     result = imagemill("demo", "--output", tmp_path / "demo", "--models-dir", tmp_path / "models")
     assert result.code == 0, result.err
     assert "13 images: 12 ok, 1 failed (1 truncated)" in result.out
@@ -226,8 +322,19 @@ def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "imagemill", "run", str(jpegs(30)), "--output", str(tmp_path / "out"), *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=helpers.environment(TERM="xterm"))
+    command = [
+        sys.executable,
+        "-m",
+        "imagemill",
+        "run",
+        str(jpegs(30)),
+        "--output",
+        str(tmp_path / "out"),
+        *TINY,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=helpers.environment(TERM="xterm")
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -246,16 +353,33 @@ def test_a_terminal_gets_a_live_display(jpegs: Folders, tmp_path: Path) -> None:
     assert out.startswith(b"30 images: 30 ok")
 
 
-def run_tiny(models_dir: Path, images: Path, output: Path, **streams: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "imagemill", "run", str(images), "--output", str(output), *TINY]
+def run_tiny(
+    models_dir: Path, images: Path, output: Path, **streams: object
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "imagemill",
+        "run",
+        str(images),
+        "--output",
+        str(output),
+        *TINY,
+    ]
     env = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
     return subprocess.Popen(command, env=env, text=True, stdin=subprocess.DEVNULL, **streams)  # type: ignore[call-overload]
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_job_goes_on_when_nobody_reads_stderr_any_more(models_dir: Path, tmp_path: Path, jpegs: Folders) -> None:
-    """Exit 0 means that every image has its row: a reader of the progress that goes away changes nothing."""
-    process = run_tiny(models_dir, jpegs(), tmp_path / "out", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def test_a_job_goes_on_when_nobody_reads_stderr_any_more(
+    models_dir: Path, tmp_path: Path, jpegs: Folders
+) -> None:
+    """Exit 0 means that every image has its row: a reader of the progress that goes away changes
+    nothing.
+    """
+    process = run_tiny(
+        models_dir, jpegs(), tmp_path / "out", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
     process.stderr.close()
     assert process.wait() == 0
@@ -263,10 +387,14 @@ def test_a_job_goes_on_when_nobody_reads_stderr_any_more(models_dir: Path, tmp_p
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_result_that_cannot_be_printed_is_one_line(models_dir: Path, tmp_path: Path, jpegs: Folders) -> None:
+def test_a_result_that_cannot_be_printed_is_one_line(
+    models_dir: Path, tmp_path: Path, jpegs: Folders
+) -> None:
     """A full device behind stdout: exit 1, no traceback, and the job is whole."""
     with Path("/dev/full").open("w") as full:
-        process = run_tiny(models_dir, jpegs(), tmp_path / "out", stdout=full, stderr=subprocess.PIPE)
+        process = run_tiny(
+            models_dir, jpegs(), tmp_path / "out", stdout=full, stderr=subprocess.PIPE
+        )
         _, err = process.communicate()
     assert process.returncode == 1
     assert "Traceback" not in err
@@ -276,27 +404,59 @@ def test_a_result_that_cannot_be_printed_is_one_line(models_dir: Path, tmp_path:
 
 def test_an_unknown_option_of_partition_is_the_one_that_is_named(imagemill: CLI) -> None:
     """And not one that it knows, though other commands spell it otherwise."""
-    result = imagemill("partition", "--data-dir", "x", "--partitions", "3", "--output", "y", "--bogus")
+    result = imagemill(
+        "partition", "--data-dir", "x", "--partitions", "3", "--output", "y", "--bogus"
+    )
     assert result.code == 2
     assert "unrecognized arguments: --bogus" in result.err
     assert "spelt" not in result.err
 
 
 def test_made_up_answers_are_called_so(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
-    """The null device has a class and a probability for every image; nobody should take them for answers."""
+    """The null device has a class and a probability for every image; nobody should take them for
+    answers.
+    """
     done = imagemill("run", jpegs(2), "--output", tmp_path / "out", *TINY)
-    assert "note: the null device computes nothing: its predictions are made up" in done.out.splitlines()
+    assert (
+        "note: the null device computes nothing: its predictions are made up"
+        in done.out.splitlines()
+    )
 
 
-def test_a_list_may_begin_with_a_byte_order_mark(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+def test_a_list_may_begin_with_a_byte_order_mark(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
     """As Windows' editors write it: it is no part of the first name."""
-    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(bytes(path) + b"\r\n" for path in sorted(jpegs(2).iterdir())))
-    done = imagemill("run", f"@{tmp_path / 'list.txt'}", "--output", tmp_path / "out", *TINY, "--json")
+    (tmp_path / "list.txt").write_bytes(
+        b"\xef\xbb\xbf" + b"".join(bytes(path) + b"\r\n" for path in sorted(jpegs(2).iterdir()))
+    )
+    done = imagemill(
+        "run", f"@{tmp_path / 'list.txt'}", "--output", tmp_path / "out", *TINY, "--json"
+    )
     assert (done.json["images"], done.json["ok"]) == (2, 2)
 
 
 def test_no_part_of_the_work_is_said_to_be_slower_than_the_whole() -> None:
-    """What decoding or computing alone would make is estimated; of a job of a few images it may come out below what was achieved."""
+    """What decoding or computing alone would make is estimated; of a job of a few images it may
+    come out below what was achieved.
+    """
     rates = {"achieved": 125.0, "decode_only": 954.4, "compute_only": 95.9}
-    summary = Summary(2, 2, 0, {}, {}, 1, 0, 0.02, 125.0, "tiny", "fp32", "decode", (), "out", rates=rates, advice="do nothing")
+    summary = Summary(
+        2,
+        2,
+        0,
+        {},
+        {},
+        1,
+        0,
+        0.02,
+        125.0,
+        "tiny",
+        "fp32",
+        "decode",
+        (),
+        "out",
+        rates=rates,
+        advice="do nothing",
+    )
     assert "images/s: achieved 125.0, decode only 954.4" in _told(summary).splitlines()

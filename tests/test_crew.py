@@ -1,4 +1,6 @@
-"""The launcher and a crew of simulated workers, in simulated time: how shards are dealt where workers differ in speed, come and go."""
+"""The launcher and a crew of simulated workers, in simulated time: how shards are dealt where
+workers differ in speed, come and go.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ IMAGES = 10
 
 
 def shards(count: int) -> list[Shard]:
-    return [Shard(number, IMAGES * number, IMAGES, 0, "plan-00000-00000.parquet", number) for number in range(count)]
+    return [
+        Shard(number, IMAGES * number, IMAGES, 0, "plan-00000-00000.parquet", number)
+        for number in range(count)
+    ]
 
 
 def device(number: int) -> DeviceSpec:
@@ -30,7 +35,9 @@ def device(number: int) -> DeviceSpec:
 
 
 class Simulated:
-    """Workers that take so many seconds for a shard; each asks for a lease when it begins its last one, as a real worker does."""
+    """Workers that take so many seconds for a shard; each asks for a lease when it begins its last
+    one, as a real worker does.
+    """
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self.now = 0.0
@@ -46,7 +53,9 @@ class Simulated:
         """Whether each of the next restarts fails."""
         self._order = itertools.count()
         self._working: dict[str, int] = dict.fromkeys(seconds, 0)
-        """Counts the lives of a worker, so that what it would have done in an earlier one does not happen."""
+        """Counts the lives of a worker, so that what it would have done in an earlier one does not
+        happen.
+        """
 
     def at(self, seconds: float, act: Callable[[], list[Heard]]) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self._order), act))
@@ -82,7 +91,11 @@ class Simulated:
                 return []
             lease = self.hands[name].pop(0)
             self.committed.append((self.now, name, lease.shard.number))
-            heard = [Heard(name, protocol.Done(Receipt(lease.shard.number, IMAGES, 0, 1, 0.0, ""), Clock()))]
+            heard = [
+                Heard(
+                    name, protocol.Done(Receipt(lease.shard.number, IMAGES, 0, 1, 0.0, ""), Clock())
+                )
+            ]
             if self.hands[name]:
                 self._work(name)
             else:
@@ -91,7 +104,9 @@ class Simulated:
             return heard
 
         if len(self.hands[name]) == 1:
-            self.at(0.0, lambda: [Heard(name, protocol.Want())] if life == self._working[name] else [])
+            self.at(
+                0.0, lambda: [Heard(name, protocol.Want())] if life == self._working[name] else []
+            )
         self.at(self.seconds[name], done)
 
     def lose(self, name: str, *, with_machine: bool = True) -> list[Heard]:
@@ -102,17 +117,30 @@ class Simulated:
     def die(self, name: str, *, ready: bool = True, timed_out: tuple[int, ...] = ()) -> list[Heard]:
         self._working[name] += 1
         self.hands[name] = []
-        return [Heard(name, Died(1, "signal SIGKILL", ready, timed_out, timed_out, "The last lines of its log:"))]
+        return [
+            Heard(
+                name,
+                Died(
+                    1, "signal SIGKILL", ready, timed_out, timed_out, "The last lines of its log:"
+                ),
+            )
+        ]
 
     def join(self, name: str, seconds: float) -> list[Heard]:
         self.seconds[name] = seconds
-        self.hands[name], self.most_in_hand[name], self._working[name] = [], 0, self._working.get(name, 0) + 1
+        self.hands[name], self.most_in_hand[name], self._working[name] = (
+            [],
+            0,
+            self._working.get(name, 0) + 1,
+        )
         self.at(0.0, lambda: [Heard(name, protocol.Ready(1))])
         return [Heard(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
 
     def restart(self, name: str) -> None:
         fails = self.failing_starts.pop(0) if self.failing_starts else False
-        self.at(0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, protocol.Ready(2))])
+        self.at(
+            0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, protocol.Ready(2))]
+        )
 
     def told(self, name: str) -> Told:
         return Told(self.answered.get(name, 0))
@@ -125,21 +153,30 @@ class Simulated:
 
 
 def run(crew: Simulated, count: int) -> launcher.Outcome:
-    return Launcher(crew, [device(number) for number in range(len(crew.seconds))], shards(count)).run()
+    return Launcher(
+        crew, [device(number) for number in range(len(crew.seconds))], shards(count)
+    ).run()
 
 
 def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
-    """One is thirty times as fast as the other: the slow one holds two shards at most, the fast one works until none is waiting."""
+    """One is thirty times as fast as the other: the slow one holds two shards at most, the fast one
+    works until none is waiting.
+    """
     crew = Simulated({"null#0": 30.0, "null#1": 1.0})
     outcome = run(crew, 100)
     assert crew.most_in_hand == {"null#0": 2, "null#1": 2}
     last_of_fast = max(when for when, name, _ in crew.committed if name == "null#1")
     others = [when for when, name, _ in crew.committed if name == "null#0"]
-    assert crew.idle_from["null#1"] == last_of_fast, "it was idle only once nothing was left to lease"
+    assert crew.idle_from["null#1"] == last_of_fast, (
+        "it was idle only once nothing was left to lease"
+    )
     assert sum(when > last_of_fast for when in others) <= 2
     assert last_of_fast >= 100 - 2 - len(others)
     assert sorted(number for _, _, number in crew.committed) == list(range(100))
-    assert outcome.devices == {"null#0": IMAGES * len(others), "null#1": IMAGES * (100 - len(others))}
+    assert outcome.devices == {
+        "null#0": IMAGES * len(others),
+        "null#1": IMAGES * (100 - len(others)),
+    }
 
 
 def test_a_device_that_joins_takes_part_and_is_counted() -> None:
@@ -156,7 +193,9 @@ def test_a_device_that_joins_takes_part_and_is_counted() -> None:
 
 
 def test_lost_nodes_never_end_a_job_by_their_number() -> None:
-    """Twenty reclaimed before one shard was done, then one that stays: every shard is committed once, and restarts are counted."""
+    """Twenty reclaimed before one shard was done, then one that stays: every shard is committed
+    once, and restarts are counted.
+    """
     crew = Simulated({"null#0": 1.0})
 
     def reclaim(left: int) -> list[Heard]:
@@ -173,7 +212,9 @@ def test_lost_nodes_never_end_a_job_by_their_number() -> None:
 
 @pytest.mark.parametrize("how", ["die", "lose"])
 def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> None:
-    """Whether the process alone dies or who watches it too, as where memory is short: ten times without a commit between them."""
+    """Whether the process alone dies or who watches it too, as where memory is short: ten times
+    without a commit between them.
+    """
     crew = Simulated({"null#0": 1.0})
 
     def strike() -> list[Heard]:
@@ -184,7 +225,13 @@ def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> N
         return crew.lose("null#0", with_machine=False)
 
     crew.at(0.5, strike)
-    with pytest.raises(WorkerError, match=r"workers died 10 times without finishing one shard \(last: (signal SIGKILL|pulled the plug)\)"):
+    with pytest.raises(
+        WorkerError,
+        match=(
+            r"workers died 10 times without finishing one shard \(last: (signal SIGKILL|pulled the"
+            r" plug)\)"
+        ),
+    ):
         run(crew, 5)
     assert crew.committed == []
     assert crew.killed
@@ -202,7 +249,9 @@ def strikes(crew: Simulated, times: int, every: float, **how: object) -> None:
 
 
 def test_any_number_of_deaths_is_survived_if_shards_are_committed_between_them() -> None:
-    """A job of many hours may lose many workers: only deaths without a commit between them count against it."""
+    """A job of many hours may lose many workers: only deaths without a commit between them count
+    against it.
+    """
     crew = Simulated({"null#0": 1.0})
     strikes(crew, 4 * launcher.DEATHS_WITHOUT_COMMIT, 2.5)
     outcome = run(crew, 100)
@@ -221,7 +270,9 @@ def test_deaths_for_the_sake_of_an_image_that_hangs_do_not_count() -> None:
 
 @pytest.mark.parametrize("commits_between", [True, False])
 def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> None:
-    """Two fail, the third works, and so again and again: the job goes on. A third that fails ends it."""
+    """Two fail, the third works, and so again and again: the job goes on. A third that fails ends
+    it.
+    """
     crew = Simulated({"null#0": 1.0})
     crew.failing_starts = [True, True, False] * 4
     strikes(crew, 4, 2.5 if commits_between else 0.1)
@@ -230,7 +281,11 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
     crew.failing_starts = [True, True, True]
     strikes(crew, 1, 2.5)
     with pytest.raises(
-        WorkerError, match=r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of its log:$"
+        WorkerError,
+        match=(
+            r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of"
+            r" its log:$"
+        ),
     ):
         run(crew, 20)
     assert crew.killed
@@ -263,16 +318,23 @@ def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_comm
 def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
     simulated_time: Callable[[Simulated], None], number: signal.Signals, code: int
 ) -> None:
-    """Nothing more is leased, the wait ends with the last commit and not with the grace, and the exit code is the signal's."""
+    """Nothing more is leased, the wait ends with the last commit and not with the grace, and the
+    exit code is the signal's.
+    """
     crew = Simulated({"null#0": 2.0, "null#1": 2.0})
     simulated_time(crew)
     crew.at(5.0, lambda: os.kill(os.getpid(), number) or [])
     lines: list[str] = []
     runner = Launcher(crew, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
-    with pytest.raises(Interrupted, match=rf"stopped by {number.name}: 32 shards are left\. Repeat the command to resume\.") as caught:
+    with pytest.raises(
+        Interrupted,
+        match=rf"stopped by {number.name}: 32 shards are left\. Repeat the command to resume\.",
+    ) as caught:
         runner.run()
     assert caught.value.exit_code == code
-    assert lines == [f"{number.name}: finishing the shards in hand, 20 s at most; a second signal drops them"]
+    assert lines == [
+        f"{number.name}: finishing the shards in hand, 20 s at most; a second signal drops them"
+    ]
     assert len(crew.committed) == 8
     assert crew.now <= 1_008.5
     assert crew.killed
@@ -280,8 +342,12 @@ def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
 
 
 @pytest.mark.parametrize("how", ["grace", "second signal", "no chance"])
-def test_the_wait_after_a_signal_ends(simulated_time: Callable[[Simulated], None], how: str) -> None:
-    """With the grace, with a second signal, or at once where no shard in hand could be committed in time at the rate so far."""
+def test_the_wait_after_a_signal_ends(
+    simulated_time: Callable[[Simulated], None], how: str
+) -> None:
+    """With the grace, with a second signal, or at once where no shard in hand could be committed in
+    time at the rate so far.
+    """
     crew = Simulated({"null#0": 10.0})
     simulated_time(crew)
     strike = lambda: os.kill(os.getpid(), signal.SIGTERM) or []  # noqa: E731
@@ -297,8 +363,12 @@ def test_the_wait_after_a_signal_ends(simulated_time: Callable[[Simulated], None
     assert len(crew.committed) == (how == "no chance")
 
 
-def test_progress_counts_answers_before_they_are_committed(simulated_time: Callable[[Simulated], None]) -> None:
-    """A device's rows are those committed and those of its noteboard beyond them; what it has in hand besides is leased."""
+def test_progress_counts_answers_before_they_are_committed(
+    simulated_time: Callable[[Simulated], None],
+) -> None:
+    """A device's rows are those committed and those of its noteboard beyond them; what it has in
+    hand besides is leased.
+    """
     crew = Simulated({"null#0": 10.0})
     simulated_time(crew)
     seen: list[records.Progress] = []
@@ -307,7 +377,11 @@ def test_progress_counts_answers_before_they_are_committed(simulated_time: Calla
     for second in range(30):
         crew.at(second + 0.5, list)
     Launcher(crew, [device(0)], shards(2), on_tick=seen.append).run()
-    found = [(one.rows, one.devices["null#0"], one.leased["null#0"], one.ready) for one in seen if one.since_first_lease_s % 1 == 0.5]
+    found = [
+        (one.rows, one.devices["null#0"], one.leased["null#0"], one.ready)
+        for one in seen
+        if one.since_first_lease_s % 1 == 0.5
+    ]
     assert found[1] == (0, 4, 16, 1)
     assert found[11] == (10, 10, 10, 1)
     assert found[13] == (10, 17, 3, 1)

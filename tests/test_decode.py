@@ -1,4 +1,6 @@
-"""What decoding promises: any bytes become pixels or a reason, the same ones everywhere, and close to Pillow's."""
+"""What decoding promises: any bytes become pixels or a reason, the same ones everywhere, and close
+to Pillow's.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,12 @@ def ok(data: bytes, recipe: Recipe = RECIPE) -> np.ndarray:
 
 def sound(decoded: Decoded) -> None:
     """What holds of every answer."""
-    assert (decoded.pixels is None) == (decoded.status is not Status.OK) == (decoded.error is not None)
-    assert decoded.error is None or (decoded.error and "\n" not in decoded.error and " at 0x" not in decoded.error)
+    assert (
+        (decoded.pixels is None) == (decoded.status is not Status.OK) == (decoded.error is not None)
+    )
+    assert decoded.error is None or (
+        decoded.error and "\n" not in decoded.error and " at 0x" not in decoded.error
+    )
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> int:
@@ -65,7 +71,9 @@ def test_bad_image_has_its_status(name: str) -> None:
     assert decoded == decode(data, RECIPE, LIMITS), "the same words each time"
 
 
-@pytest.mark.parametrize("name", ["jpeg-cut", "png-cut", "webp-cut", "tiff-cut", "jpeg-bomb", "png-bomb", "webp-bomb"])
+@pytest.mark.parametrize(
+    "name", ["jpeg-cut", "png-cut", "webp-cut", "tiff-cut", "jpeg-bomb", "png-bomb", "webp-bomb"]
+)
 def test_size_is_known_from_the_header(name: str) -> None:
     """Width and height are told as soon as the header can be read, even if the rest cannot."""
     decoded = decode(sample_images.HOSTILE[name]()[0], RECIPE, LIMITS)
@@ -112,7 +120,9 @@ def test_format_is_decoded(name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
-    """Grey, palette, alpha, CMYK and 1-bit become RGB as `convert("RGB")` makes them; alpha is dropped."""
+    """Grey, palette, alpha, CMYK and 1-bit become RGB as `convert("RGB")` makes them; alpha is
+    dropped.
+    """
     image = sample_images.photograph(300, 270).convert(mode)
     data = sample_images.encode(image, "JPEG" if mode == "CMYK" else "PNG")
     assert apart(ok(data), preprocess.by_the_book(Image.open(io.BytesIO(data)), RECIPE)) <= 1
@@ -120,9 +130,14 @@ def test_mode_becomes_rgb_as_pillow_converts(mode: str) -> None:
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(256))])
 def test_transparent_palette_is_quiet(transparency: int | bytes) -> None:
-    """A palette with transparency is decoded as without, and Pillow's warning about it does not get out."""
+    """A palette with transparency is decoded as without, and Pillow's warning about it does not get
+    out.
+    """
     image = sample_images.photograph(60, 60).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert np.array_equal(ok(sample_images.encode(image, "PNG", transparency=transparency)), ok(sample_images.encode(image, "PNG")))
+    assert np.array_equal(
+        ok(sample_images.encode(image, "PNG", transparency=transparency)),
+        ok(sample_images.encode(image, "PNG")),
+    )
 
 
 def test_grey_16_bit_is_scaled_not_clipped() -> None:
@@ -130,7 +145,9 @@ def test_grey_16_bit_is_scaled_not_clipped() -> None:
     grey = np.linspace(0, 65535, 300 * 300).astype(np.uint16).reshape(300, 300)
     expected = np.repeat((grey >> 8).astype(np.uint8)[38:262, 38:262, None], 3, axis=2)
     for name in ("PNG", "TIFF", "PPM"):
-        assert np.array_equal(ok(sample_images.encode(Image.fromarray(grey), name), Recipe(resize=None)), expected), name
+        assert np.array_equal(
+            ok(sample_images.encode(Image.fromarray(grey), name), Recipe(resize=None)), expected
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -146,7 +163,9 @@ def test_grey_16_bit_is_scaled_not_clipped() -> None:
     ],
 )
 def test_32_bit_values_are_scaled(values: np.ndarray, expected: list[list[int]]) -> None:
-    """Floats and 32-bit integers are taken as 0 to 1, 8-bit or 16-bit where they fit, and stretched where not."""
+    """Floats and 32-bit integers are taken as 0 to 1, 8-bit or 16-bit where they fit, and stretched
+    where not.
+    """
     pixels = ok(sample_images.encode(Image.fromarray(values), "TIFF"), Recipe(size=2, resize=None))
     assert pixels[:, :, 0].tolist() == expected
 
@@ -155,15 +174,21 @@ def test_32_bit_values_are_scaled(values: np.ndarray, expected: list[list[int]])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation_is_applied(name: str, orientation: int, size: tuple[int, int]) -> None:
-    """An image that is to be turned gives what the turned image gives, and the size as displayed."""
+    """An image that is to be turned gives what the turned image gives, and the size as
+    displayed.
+    """
     options = {"quality": 95} if name in {"JPEG", "WEBP"} else {}
-    data = sample_images.encode(sample_images.photograph(*size), name, exif=sample_images.exif(orientation), **options)
+    data = sample_images.encode(
+        sample_images.photograph(*size), name, exif=sample_images.exif(orientation), **options
+    )
     turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     decoded = decode(data, RECIPE, LIMITS)
     assert decoded.pixels is not None
     assert (decoded.width, decoded.height) == turned.size
     scaled = name == "JPEG" and min(size) >= 1024
-    assert np.abs(decoded.pixels.astype(int) - preprocess.by_the_book(turned, RECIPE)).mean() < (3 if scaled else 0.3)
+    assert np.abs(decoded.pixels.astype(int) - preprocess.by_the_book(turned, RECIPE)).mean() < (
+        3 if scaled else 0.3
+    )
 
 
 def test_exif_orientation_can_be_left_alone() -> None:
@@ -174,7 +199,10 @@ def test_exif_orientation_can_be_left_alone() -> None:
     assert decode(turned, recipe, LIMITS).width == 90
 
 
-@given(block=st.binary(max_size=120) | st.binary(max_size=90).map(lambda tail: b"Exif\0\0II*\0\x08\0\0\0" + tail))
+@given(
+    block=st.binary(max_size=120)
+    | st.binary(max_size=90).map(lambda tail: b"Exif\0\0II*\0\x08\0\0\0" + tail)
+)
 @settings(max_examples=200, deadline=None)
 def test_broken_exif_costs_nothing(block: bytes) -> None:
     """Whatever is in the EXIF block, the image is decoded, turned as Pillow would turn it."""
@@ -194,7 +222,9 @@ CASES = Path(__file__).with_name("cases")
 
 
 def test_damaged_png_pixels_are_never_ok() -> None:
-    """A PNG whose compressed pixels are damaged under right checksums has Pillow's verdict: no image with black rows is ok."""
+    """A PNG whose compressed pixels are damaged under right checksums has Pillow's verdict: no
+    image with black rows is ok.
+    """
     judged = Counter()
     for at in range(2, 1500, 13):
         data = sample_images.png_with_wrong_deflate(at)
@@ -203,13 +233,20 @@ def test_damaged_png_pixels_are_never_ok() -> None:
         judged[decoded.status] += 1
     assert judged[Status.CORRUPT] > 80, judged
     decoded = decode((CASES / "png_broken_deflate_crc_ok.png").read_bytes(), RECIPE, LIMITS)
-    assert (decoded.status, decoded.error) == (Status.CORRUPT, "broken data stream when reading image file")
+    assert (decoded.status, decoded.error) == (
+        Status.CORRUPT,
+        "broken data stream when reading image file",
+    )
 
 
 def test_mutated_images_are_judged_as_pillow_judges_them() -> None:
-    """Of mutated files of all formats, none is ok that Pillow refuses, none is refused that it reads, and the pixels are the same."""
+    """Of mutated files of all formats, none is ok that Pillow refuses, none is refused that it
+    reads, and the pixels are the same.
+    """
     found = [(name, mutations.compare(data)[1]) for name, data in mutations.cases(600, 7)]
-    assert [case for case in found if case[1] is not None and case[1] not in mutations.EXCEPTIONS] == []
+    assert [
+        case for case in found if case[1] is not None and case[1] not in mutations.EXCEPTIONS
+    ] == []
 
 
 def test_mutations_cover_every_format() -> None:
@@ -218,8 +255,12 @@ def test_mutations_cover_every_format() -> None:
     assert {str(name).upper() for name in read} - {"MPO"} == set(pillow.FORMATS)
 
 
-def test_the_size_is_checked_before_the_pixels_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No format is decoded before its size is checked, nor a second time, which would be silent after an error."""
+def test_the_size_is_checked_before_the_pixels_are_decoded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No format is decoded before its size is checked, nor a second time, which would be silent
+    after an error.
+    """
     events: list[str] = []
     load, check = ImageFile.ImageFile.load, pillow.check_budget
 
@@ -244,7 +285,9 @@ def test_the_size_is_checked_before_the_pixels_are_decoded_once(monkeypatch: pyt
 
 
 def test_settings_of_others_do_not_hide_truncation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that tells Pillow to load truncated images does not change what imagemill answers."""
+    """A program that tells Pillow to load truncated images does not change what imagemill
+    answers.
+    """
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for name in ("PNG", "GIF", "BMP", "TGA"):
         data = encoded.SAMPLES[name]()
@@ -252,7 +295,9 @@ def test_settings_of_others_do_not_hide_truncation(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_reason_of_a_plugin_is_told() -> None:
-    """A file that its plugin recognises and refuses has the plugin's reason; no later plugin guesses at it."""
+    """A file that its plugin recognises and refuses has the plugin's reason; no later plugin
+    guesses at it.
+    """
     data = bytearray(encoded.SAMPLES["BMP"]())
     data[14] = 7
     decoded = decode(bytes(data), SMALL, LIMITS)
@@ -273,10 +318,15 @@ def test_a_damaged_icon_is_recognised() -> None:
 
 
 def test_a_pcx_without_its_palette_is_truncated() -> None:
-    """A PCX that is cut within the palette at its end is not shown in grey; one that declares itself grey is."""
+    """A PCX that is cut within the palette at its end is not shown in grey; one that declares
+    itself grey is.
+    """
     data = encoded.SAMPLES["PCX palette"]()
     decoded = decode(data[:-100], SMALL, LIMITS)
-    assert (decoded.status, decoded.error) == (Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours")
+    assert (decoded.status, decoded.error) == (
+        Status.TRUNCATED,
+        "truncated PCX file: it ends before its palette of 256 colours",
+    )
     grey = bytearray(data[:-769])
     grey[68] = 2
     ok(bytes(grey), SMALL)
@@ -307,8 +357,12 @@ for name, data in bombs.items():
 
 
 def test_bombs_are_refused_undecoded() -> None:
-    """Of every format, an image beyond the pixel budget is `too_large` at the cost of reading its header: memory stays as it was."""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Of every format, an image beyond the pixel budget is `too_large` at the cost of reading its
+    header: memory stays as it was.
+    """
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     ran = subprocess.run(
         [sys.executable, "-c", _DECODE_BOMBS, str(CASES / "png_625Mpx_bomb.png")],
         capture_output=True,
@@ -323,10 +377,17 @@ def test_bombs_are_refused_undecoded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "limit"), [((15_000, 15_000), Limits()), ((20_000, 20_000), Limits()), ((40_000, 3), Limits(max_pixels=9))]
+    ("size", "limit"),
+    [
+        ((15_000, 15_000), Limits()),
+        ((20_000, 20_000), Limits()),
+        ((40_000, 3), Limits(max_pixels=9)),
+    ],
 )
 def test_avif_beyond_its_decoder_is_not_corrupt(size: tuple[int, int], limit: Limits) -> None:
-    """An AVIF larger than its decoder allows is `too_large`, or `unsupported` if the budget allows it."""
+    """An AVIF larger than its decoder allows is `too_large`, or `unsupported` if the budget allows
+    it.
+    """
     old, new = (b"ispe" + struct.pack(">III", 0, *side) for side in ((encoded.W, encoded.H), size))
     data = encoded.SAMPLES["AVIF"]().replace(old, new)
     decoded = decode(data, SMALL, limit)
@@ -334,7 +395,10 @@ def test_avif_beyond_its_decoder_is_not_corrupt(size: tuple[int, int], limit: Li
     if size != (15_000, 15_000):
         decoded = decode(data, SMALL, Limits(max_pixels=10**9))
         assert decoded.status is Status.UNSUPPORTED
-        assert decoded.error == f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels"
+        assert (
+            decoded.error
+            == f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels"
+        )
 
 
 # PNG metadata
@@ -351,10 +415,16 @@ _NOISE = random.Random(0).randbytes(1_300_000)
 _WORDS = b"many words " * 200_000
 METADATA: dict[str, tuple[bytes, Callable[[], bytes]]] = {
     "a large colour profile": (b"iCCP", lambda: b"icc\0\0" + zlib.compress(_NOISE, 1)),
-    "a profile that inflates to 64 MiB": (b"iCCP", lambda: b"icc\0\0" + zlib.compress(bytes(64 << 20))),
+    "a profile that inflates to 64 MiB": (
+        b"iCCP",
+        lambda: b"icc\0\0" + zlib.compress(bytes(64 << 20)),
+    ),
     "a profile of another compression": (b"iCCP", lambda: b"icc\0\7" + b"profile"),
     "a large text": (b"zTXt", lambda: b"Comment\0\0" + zlib.compress(_WORDS)),
-    "a text that inflates to 64 MiB": (b"zTXt", lambda: b"Comment\0\0" + zlib.compress(bytes(64 << 20))),
+    "a text that inflates to 64 MiB": (
+        b"zTXt",
+        lambda: b"Comment\0\0" + zlib.compress(bytes(64 << 20)),
+    ),
     "a large international text": (b"iTXt", lambda: b"Comment\0\1\0en\0\0" + zlib.compress(_WORDS)),
     "plain text of 70 MB": (b"tEXt", lambda: b"Comment\0" + bytes(70_000_000)),
     "large EXIF": (b"eXIf", lambda: _NOISE),
@@ -365,14 +435,18 @@ METADATA: dict[str, tuple[bytes, Callable[[], bytes]]] = {
 
 @pytest.mark.parametrize("name", METADATA)
 def test_png_metadata_costs_nothing(name: str) -> None:
-    """A PNG is ok whatever its metadata is, large or compressed to a bomb, before or after the pixels."""
+    """A PNG is ok whatever its metadata is, large or compressed to a bomb, before or after the
+    pixels.
+    """
     kind, make = METADATA[name]
     metadata, plain = sample_images.chunk(kind, make()), ok(with_chunks())
     assert np.array_equal(ok(with_chunks(metadata)), plain)
     assert np.array_equal(ok(with_chunks(metadata, after=True)), plain)
 
 
-@pytest.mark.parametrize("kind", "iCCP tEXt zTXt iTXt eXIf gAMA cHRM sRGB pHYs tIME tRNS bKGD acTL fcTL prVt".split())
+@pytest.mark.parametrize(
+    "kind", "iCCP tEXt zTXt iTXt eXIf gAMA cHRM sRGB pHYs tIME tRNS bKGD acTL fcTL prVt".split()
+)
 def test_a_wrong_checksum_of_metadata_costs_nothing(kind: str) -> None:
     """A PNG is ok if a chunk that it can do without has a wrong checksum."""
     metadata = sample_images.chunk(kind.encode(), b"data\0\0 of metadata", 12345)
@@ -405,7 +479,11 @@ def test_a_png_that_ends_within_its_metadata_is_truncated(after: bool) -> None:
     """A file that ends within a chunk is cut short, even if its pixels are whole."""
     data = with_chunks(sample_images.chunk(b"tEXt", b"Comment\0 and words"), after=after)
     decoded = decode(data[: data.index(b"words")], RECIPE, LIMITS)
-    assert (decoded.status, decoded.width, decoded.height) == (Status.TRUNCATED, 50 if after else None, 40 if after else None)
+    assert (decoded.status, decoded.width, decoded.height) == (
+        Status.TRUNCATED,
+        50 if after else None,
+        40 if after else None,
+    )
 
 
 _XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/>' + b" " * 1_200_000 + b"</x:xmpmeta>"
@@ -415,8 +493,12 @@ ORIENTATIONS = {
     "EXIF": sample_images.chunk(b"eXIf", _EXIF6),
     "EXIF with a prefix": sample_images.chunk(b"eXIf", sample_images.exif(6)),
     "XMP": sample_images.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP),
-    "compressed XMP": sample_images.chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_XMP)),
-    "EXIF of ImageMagick": sample_images.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_RAW)),
+    "compressed XMP": sample_images.chunk(
+        b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_XMP)
+    ),
+    "EXIF of ImageMagick": sample_images.chunk(
+        b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(_RAW)
+    ),
     "plain EXIF of ImageMagick": sample_images.chunk(b"tEXt", b"Raw profile type exif\0" + _RAW),
 }
 
@@ -424,11 +506,15 @@ ORIENTATIONS = {
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_png_orientation_is_found(name: str, after: bool) -> None:
-    """The orientation of a PNG is read from EXIF, XMP or ImageMagick's text, of any size, before or after the pixels."""
+    """The orientation of a PNG is read from EXIF, XMP or ImageMagick's text, of any size, before or
+    after the pixels.
+    """
     data = with_chunks(ORIENTATIONS[name], after=after)
     decoded = decode(data, RECIPE, LIMITS)
     assert (decoded.status, decoded.width, decoded.height) == (Status.OK, 40, 50)
-    turned = sample_images.encode(sample_images.photograph(50, 40).transpose(Image.Transpose.ROTATE_270), "PNG")
+    turned = sample_images.encode(
+        sample_images.photograph(50, 40).transpose(Image.Transpose.ROTATE_270), "PNG"
+    )
     assert np.array_equal(ok(data), ok(turned))
     assert decode(data, Recipe(exif=False), LIMITS).width == 50
 
@@ -496,7 +582,9 @@ def transparent() -> tuple[Image.Image, np.ndarray, np.ndarray]:
     ],
 )
 def test_alpha_is_blended_onto_the_background(name: str, options: dict[str, object]) -> None:
-    """With a background colour, transparent pixels show it, in every format with an alpha channel; without, alpha is dropped."""
+    """With a background colour, transparent pixels show it, in every format with an alpha channel;
+    without, alpha is dropped.
+    """
     image, rgb, alpha = transparent()
     data = sample_images.encode(image, name, **options)
     assert apart(on_red(data), blended(rgb, alpha)) <= 1
@@ -504,7 +592,18 @@ def test_alpha_is_blended_onto_the_background(name: str, options: dict[str, obje
 
 
 @pytest.mark.parametrize(
-    "name", ["AVIF alpha", "WEBP alpha", "ICNS raw", "ICO bitmap", "GBR alpha", "PSD alpha", "DDS DXT5", "TGA packed", "GIF transparent"]
+    "name",
+    [
+        "AVIF alpha",
+        "WEBP alpha",
+        "ICNS raw",
+        "ICO bitmap",
+        "GBR alpha",
+        "PSD alpha",
+        "DDS DXT5",
+        "TGA packed",
+        "GIF transparent",
+    ],
 )
 def test_every_kind_of_alpha_follows_pillows(name: str) -> None:
     """With a background colour the answer is Pillow's RGBA, blended."""
@@ -544,14 +643,24 @@ def test_palette_with_alpha_is_blended() -> None:
     palette = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
     rgb, index = np.asarray(palette.convert("RGB")), np.asarray(palette)
     table = bytes(range(0, 240, 4))
-    assert apart(on_red(sample_images.encode(palette, "PNG", transparency=table)), blended(rgb, np.frombuffer(table, np.uint8)[index])) <= 1
+    assert (
+        apart(
+            on_red(sample_images.encode(palette, "PNG", transparency=table)),
+            blended(rgb, np.frombuffer(table, np.uint8)[index]),
+        )
+        <= 1
+    )
     keyed = blended(rgb, np.where(index == 7, 0, 255))
     assert (index == 7).any()
     assert apart(on_red(sample_images.encode(palette, "PNG", transparency=7)), keyed) <= 1
-    assert np.array_equal(ok(sample_images.encode(palette, "PNG", transparency=7), Recipe(size=32, resize=None)), rgb)
+    assert np.array_equal(
+        ok(sample_images.encode(palette, "PNG", transparency=7), Recipe(size=32, resize=None)), rgb
+    )
     both = palette.convert("PA")
     both.putalpha(Image.fromarray(alpha))
-    assert apart(np.asarray(pillow._blend(both, (0, 0, 32, 32), RED, b"")), blended(rgb, alpha)) <= 1
+    assert (
+        apart(np.asarray(pillow._blend(both, (0, 0, 32, 32), RED, b"")), blended(rgb, alpha)) <= 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -569,11 +678,19 @@ def test_palette_with_alpha_is_blended() -> None:
     ],
 )
 def test_the_transparent_colour_of_a_png_is_exact(
-    depth: int, colour: int, samples: list[int], key: list[int], expected: list[tuple[int, int, int] | None]
+    depth: int,
+    colour: int,
+    samples: list[int],
+    key: list[int],
+    expected: list[tuple[int, int, int] | None],
 ) -> None:
-    """Only pixels that equal the transparent colour at the bit depth of the file show the background."""
+    """Only pixels that equal the transparent colour at the bit depth of the file show the
+    background.
+    """
     bits = "".join(f"{sample:0{depth}b}" for sample in samples)
-    row = b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    row = b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(
+        -(-len(bits) // 8), "big"
+    )
     trns = sample_images.chunk(b"tRNS", b"".join(struct.pack(">H", value) for value in key))
     data = sample_images.png(len(expected), 1, depth=depth, colour=colour, rows=row, extra=trns)
     shown = on_red(data)[(len(expected) - 1) // 2].tolist()
@@ -588,7 +705,11 @@ def test_the_background_is_applied_before_resizing_and_turning() -> None:
     flat.paste(image, mask=image)
     recipe = Recipe(size=20, resize=24, background=RED)
     assert np.array_equal(
-        ok(data, recipe), ok(sample_images.encode(flat, "PNG", exif=sample_images.exif(6)), replace(recipe, background=None))
+        ok(data, recipe),
+        ok(
+            sample_images.encode(flat, "PNG", exif=sample_images.exif(6)),
+            replace(recipe, background=None),
+        ),
     )
 
 
@@ -624,17 +745,36 @@ def test_extreme_shapes_are_decoded(name: str, size: tuple[int, int]) -> None:
 @given(
     width=st.integers(1, 900),
     height=st.integers(1, 900),
-    recipe=st.sampled_from([RECIPE, Recipe(interpolation=Interpolation.BICUBIC), Recipe(resize=None), Recipe(size=260, resize=250)]),
+    recipe=st.sampled_from(
+        [
+            RECIPE,
+            Recipe(interpolation=Interpolation.BICUBIC),
+            Recipe(resize=None),
+            Recipe(size=260, resize=250),
+        ]
+    ),
     subsampling=st.integers(0, 2),
     progressive=st.booleans(),
     grey=st.booleans(),
 )
-def test_any_unscaled_jpeg_is_pillows(width: int, height: int, recipe: Recipe, subsampling: int, progressive: bool, grey: bool) -> None:
-    """A JPEG of any size below the scaling limit is within 3 levels of Pillow's decode, resize and crop."""
+def test_any_unscaled_jpeg_is_pillows(
+    width: int, height: int, recipe: Recipe, subsampling: int, progressive: bool, grey: bool
+) -> None:
+    """A JPEG of any size below the scaling limit is within 3 levels of Pillow's decode, resize and
+    crop.
+    """
     image = sample_images.photograph(width, height).convert("L" if grey else "RGB")
-    data = sample_images.encode(image, "JPEG", quality=90, progressive=progressive, **({} if grey else {"subsampling": subsampling}))
+    data = sample_images.encode(
+        image,
+        "JPEG",
+        quality=90,
+        progressive=progressive,
+        **({} if grey else {"subsampling": subsampling}),
+    )
     pixels = ok(data, recipe)
-    if recipe.resize is None or max(width, height) < 40 * min(width, height):  # the whole, resized, would be too large
+    if recipe.resize is None or max(width, height) < 40 * min(
+        width, height
+    ):  # the whole, resized, would be too large
         assert apart(pixels, preprocess.by_the_book(Image.open(io.BytesIO(data)), recipe)) <= 3
 
 
@@ -649,7 +789,10 @@ def test_scaled_jpeg_is_close_to_pillows(size: tuple[int, int]) -> None:
 def test_full_size_jpeg_is_bit_identical_to_pillows() -> None:
     """Without resampling, simplejpeg's pixels are Pillow's."""
     data = sample_images.jpeg(300, 301, subsampling=2)
-    assert np.array_equal(ok(data, Recipe(resize=None)), preprocess.by_the_book(Image.open(io.BytesIO(data)), Recipe(resize=None)))
+    assert np.array_equal(
+        ok(data, Recipe(resize=None)),
+        preprocess.by_the_book(Image.open(io.BytesIO(data)), Recipe(resize=None)),
+    )
 
 
 def test_recoverable_jpeg_stays_ok() -> None:
@@ -665,7 +808,10 @@ def test_byte_budget() -> None:
     data = sample_images.jpeg()
     decoded = decode(data, RECIPE, Limits(max_bytes=len(data) - 1))
     assert decoded.status is Status.TOO_LARGE
-    assert decoded.error == f"{len(data)} bytes are more than the budget of {len(data) - 1} bytes per image"
+    assert (
+        decoded.error
+        == f"{len(data)} bytes are more than the budget of {len(data) - 1} bytes per image"
+    )
     assert decode(data, RECIPE, Limits(max_bytes=len(data))).status is Status.OK
 
 
@@ -688,13 +834,19 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_faults_need_their_variable() -> None:
     """Without the tests' variable, their words in an image mean nothing."""
-    assert np.array_equal(ok(sample_images.jpeg() + b"imagemill-test-crash imagemill-test-hang"), ok(sample_images.jpeg()))
+    assert np.array_equal(
+        ok(sample_images.jpeg() + b"imagemill-test-crash imagemill-test-hang"),
+        ok(sample_images.jpeg()),
+    )
 
 
 def test_pixels_can_go_into_a_batch() -> None:
     """`decode_into` writes to its place of a batch, all of it, and to no other."""
     batch = np.full((3, 224, 224, 3), 77, np.uint8)
-    for data in (sample_images.jpeg(), sample_images.encode(sample_images.photograph(40, 30), "PNG")):
+    for data in (
+        sample_images.jpeg(),
+        sample_images.encode(sample_images.photograph(40, 30), "PNG"),
+    ):
         decoded = decode_into(data, RECIPE, LIMITS, batch[1])
         assert decoded.pixels is not None
         assert np.shares_memory(decoded.pixels, batch)
@@ -704,10 +856,12 @@ def test_pixels_can_go_into_a_batch() -> None:
 
 def corpus() -> list[bytes]:
     whole = [
-        sample_images.encode(sample_images.photograph(70, 50), name) for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")
+        sample_images.encode(sample_images.photograph(70, 50), name)
+        for name in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA")
     ]
     whole += [
-        sample_images.encode(sample_images.photograph(70, 50), "TIFF", compression=kind) for kind in ("jpeg", "tiff_lzw", "tiff_deflate")
+        sample_images.encode(sample_images.photograph(70, 50), "TIFF", compression=kind)
+        for kind in ("jpeg", "tiff_lzw", "tiff_deflate")
     ]
     return [
         *whole,
@@ -723,11 +877,20 @@ def test_threads_give_the_same_bits() -> None:
     alone = [decode(data, RECIPE, LIMITS) for data in jobs]
     order = random.Random(0).sample(range(len(jobs)), len(jobs))
     with ThreadPoolExecutor(8) as pool:
-        together = dict(zip(order, pool.map(lambda at: decode(jobs[at], RECIPE, LIMITS), order), strict=True))
+        together = dict(
+            zip(order, pool.map(lambda at: decode(jobs[at], RECIPE, LIMITS), order), strict=True)
+        )
     for at, one in enumerate(alone):
         other = together[at]
-        assert (one.status, one.error, one.width, one.height) == (other.status, other.error, other.width, other.height)
-        assert (one.pixels is None and other.pixels is None) or np.array_equal(one.pixels, other.pixels)
+        assert (one.status, one.error, one.width, one.height) == (
+            other.status,
+            other.error,
+            other.width,
+            other.height,
+        )
+        assert (one.pixels is None and other.pixels is None) or np.array_equal(
+            one.pixels, other.pixels
+        )
 
 
 def test_decoding_releases_the_gil() -> None:
@@ -750,7 +913,10 @@ def test_decoding_releases_the_gil() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.binary(max_size=300), magic=st.sampled_from([b"", *(magic for kinds in pillow._MAGIC.values() for magic in kinds)]))
+@given(
+    data=st.binary(max_size=300),
+    magic=st.sampled_from([b"", *(magic for kinds in pillow._MAGIC.values() for magic in kinds)]),
+)
 def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
     """Any bytes at all, also behind any magic number, become an answer."""
     sound(decode(magic + data, SMALL, Limits(max_pixels=1_000_000)))
@@ -758,13 +924,17 @@ def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
 
 @pytest.mark.parametrize("which", range(14))
 def test_mutated_images_never_raise(which: int) -> None:
-    """Flipped bits, cuts and splices of any format become an answer, the same one each time, and no warning gets out."""
+    """Flipped bits, cuts and splices of any format become an answer, the same one each time, and no
+    warning gets out.
+    """
     originals = corpus()
     rng = random.Random(which)
     for _ in range(60):
         data = bytearray(originals[which])
         for _ in range(rng.choice([0, 1, 3, 20])):
-            data[rng.randrange(len(data) if rng.random() < 0.5 else min(200, len(data)))] = rng.randrange(256)
+            data[rng.randrange(len(data) if rng.random() < 0.5 else min(200, len(data)))] = (
+                rng.randrange(256)
+            )
         if rng.random() < 0.3:
             data = data[: rng.randrange(len(data))]
         if rng.random() < 0.2:
@@ -780,13 +950,19 @@ PHOTOGRAPHS = os.environ.get("IMAGEMILL_PHOTOGRAPHS", "")
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="IMAGEMILL_PHOTOGRAPHS names no folder of photographs")
 @pytest.mark.parametrize("interpolation", list(Interpolation))
 def test_photographs_are_pillows(interpolation: Interpolation) -> None:
-    """Real photographs stay, in the mean of each, within half a level of Pillow's (a whole one where scaled in the DCT)."""
+    """Real photographs stay, in the mean of each, within half a level of Pillow's (a whole one
+    where scaled in the DCT).
+    """
     recipe = Recipe(interpolation=interpolation)
-    files = sorted(path for path in Path(PHOTOGRAPHS).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"})
+    files = sorted(
+        path for path in Path(PHOTOGRAPHS).rglob("*") if path.suffix.lower() in {".jpg", ".jpeg"}
+    )
     assert files
     for path in files:
         data = path.read_bytes()
         image = Image.open(io.BytesIO(data))
         scaled = preprocess.shrink(*image.size, recipe) > 1
         reference = preprocess.by_the_book(ImageOps.exif_transpose(image), recipe)
-        assert np.abs(ok(data, recipe).astype(int) - reference).mean() < (1 if scaled else 0.5), path.name
+        assert np.abs(ok(data, recipe).astype(int) - reference).mean() < (1 if scaled else 0.5), (
+            path.name
+        )

@@ -26,11 +26,15 @@ from imagemill.system import cpu
 
 @given(count=st.integers(1, 100), processes=st.integers(1, 130))
 def test_cores_are_split_evenly_and_completely(count: int, processes: int) -> None:
-    """Each core belongs to one process and shares differ by one at most; more processes than cores take turns, one core each."""
+    """Each core belongs to one process and shares differ by one at most; more processes than cores
+    take turns, one core each.
+    """
     cores = [3 * number for number in range(count)]
     shares = devices.split_cores(cores, processes)
     assert len(shares) == processes
-    assert {core for share in shares for core in share} == set(cores) if processes >= count else True
+    assert (
+        {core for share in shares for core in share} == set(cores) if processes >= count else True
+    )
     if processes <= count:
         assert [core for share in shares for core in share] == cores
     sizes = [len(share) for share in shares]
@@ -51,16 +55,23 @@ def test_each_item_becomes_its_processes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("cores", [1, 3, 16])
-def test_auto_is_one_process_on_all_cores_where_these_are_few(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_one_process_on_all_cores_where_these_are_few(
+    cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`auto` and `cpu` mean the same there."""
     monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
     assert [d.cores for d in devices.resolve("auto")] == [tuple(range(cores))]
     assert devices.resolve("auto") == devices.resolve("cpu") == devices.resolve("cpu:1")
-    assert "--devices auto means this: one process, a stream and a decoding thread on each core" in devices.offers()[0]["notes"]
+    assert (
+        "--devices auto means this: one process, a stream and a decoding thread on each core"
+        in devices.offers()[0]["notes"]
+    )
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(17, 2), (32, 2), (33, 3), (64, 4), (192, 12)])
-def test_auto_is_several_processes_where_cores_are_many(cores: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_several_processes_where_cores_are_many(
+    cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most 16 cores each: one process alone could not feed more of them. `cpu` stays one."""
     monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
     found = devices.resolve("auto")
@@ -68,7 +79,9 @@ def test_auto_is_several_processes_where_cores_are_many(cores: int, processes: i
     assert sorted(core for device in found for core in device.cores) == list(range(cores))
     assert max(len(device.cores) for device in found) <= 16
     assert len(devices.resolve("cpu")) == 1
-    assert devices.offers()[0]["notes"][-1].startswith(f"--devices auto means cpu:{processes}: a process for every 16 cores, ")
+    assert devices.offers()[0]["notes"][-1].startswith(
+        f"--devices auto means cpu:{processes}: a process for every 16 cores, "
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,50 +111,79 @@ def test_a_misspelt_device_is_wrong_usage_that_names_it(spec: str, message: str)
 
 
 def stub_driver(folder: Path, gpus: int, code: int = 0) -> dict[str, str]:
-    """An environment whose NVIDIA driver shows so many GPUs: a shared library with the three calls that are made, compiled here."""
+    """An environment whose NVIDIA driver shows so many GPUs: a shared library with the three calls
+    that are made, compiled here.
+    """
     folder.mkdir()
     (folder / "cuda.c").write_text(
-        "#include <stdio.h>\n"
-        f"int cuInit(unsigned flags) {{ return {code}; }}\n"
-        f"int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}\n"
-        'int cuDeviceGetName(char *name, int size, int number) { return snprintf(name, size, "Stub GPU %d", number) < 0; }\n'
+        f"#include <stdio.h>\nint cuInit(unsigned flags) {{ return {code}; }}\nint"
+        f" cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}\nint cuDeviceGetName(char"
+        ' *name, int size, int number) { return snprintf(name, size, "Stub GPU %d", number) < 0;'
+        " }\n"
     )
     compiler = shlex.split(sysconfig.get_config_var("CC"))[0]
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True
+    )
     return helpers.environment(LD_LIBRARY_PATH=str(folder))
 
 
 def ask(program: str, env: dict[str, str]) -> str:
-    return subprocess.run([sys.executable, "-c", program], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
 
 
-NVIDIA = "from imagemill.pipeline.backends.onnxruntime import nvidia; found = nvidia(); print(found.devices, found.missing)"
+NVIDIA = (
+    "from imagemill.pipeline.backends.onnxruntime import nvidia; found = nvidia();"
+    " print(found.devices, found.missing)"
+)
 
 
 def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
     """Asked of the driver itself, so that no toolkit is needed and CUDA_VISIBLE_DEVICES counts."""
     assert ask(NVIDIA, stub_driver(tmp_path / "two", 2)) == "('Stub GPU 0', 'Stub GPU 1') None"
     assert "No NVIDIA GPU: the driver shows none." in ask(NVIDIA, stub_driver(tmp_path / "none", 0))
-    assert "No NVIDIA GPU: the driver answers with error 100." in ask(NVIDIA, stub_driver(tmp_path / "ill", 1, code=100))
+    assert "No NVIDIA GPU: the driver answers with error 100." in ask(
+        NVIDIA, stub_driver(tmp_path / "ill", 1, code=100)
+    )
 
 
-def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
+def test_a_driver_without_its_provider_is_not_enough(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
     """`devices` names the provider that lacks, and the line to type; `run` ends with the same."""
     env = stub_driver(tmp_path / "driver", 1) | {"IMAGEMILL_MODELS": str(tmp_path / "none")}
-    offers = {offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]}
+    offers = {
+        offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]
+    }
     missing = offers["cuda"]["missing"]
-    assert missing.startswith(f"The installed ONNX Runtime {metadata.version('onnxruntime')} has no CUDAExecutionProvider.")
+    assert missing.startswith(
+        f"The installed ONNX Runtime {metadata.version('onnxruntime')} has no"
+        " CUDAExecutionProvider."
+    )
     assert missing.endswith("pip uninstall -y onnxruntime, then pip install 'imagemill[cuda]'.")
     ended = imagemill("run", tmp_path, "--output", tmp_path / "out", "--devices", "cuda:0", env=env)
-    assert (ended.code, ended.err) == (1, f"imagemill: --devices cuda:0: {missing} Until then: --devices cpu.\n")
+    assert (ended.code, ended.err) == (
+        1,
+        f"imagemill: --devices cuda:0: {missing} Until then: --devices cpu.\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "what", "remedy"),
     [
-        ("cuda:0", "No NVIDIA driver: libcuda.so.1 cannot be loaded", "pip install 'imagemill[cuda]'"),
+        (
+            "cuda:0",
+            "No NVIDIA driver: libcuda.so.1 cannot be loaded",
+            "pip install 'imagemill[cuda]'",
+        ),
         ("cuda", "No NVIDIA driver", "until `nvidia-smi` lists the GPU"),
-        ("cuda:0@tensorrt", "has no TensorrtExecutionProvider", "pip install 'imagemill[cuda]' tensorrt"),
+        (
+            "cuda:0@tensorrt",
+            "has no TensorrtExecutionProvider",
+            "pip install 'imagemill[cuda]' tensorrt",
+        ),
         ("ipu:1", "popart", "enable.sh"),
         ("gpu:0", "OpenVINO finds no GPU (it finds: CPU)", "Install Intel's compute driver"),
         ("npu", "OpenVINO finds no NPU (it finds: CPU)", "Install Intel's NPU driver"),
@@ -152,8 +194,12 @@ def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path, imagemill: 
 def test_a_device_that_is_not_here_ends_the_run_before_anything_is_listed(
     tmp_path: Path, imagemill: Callable[..., helpers.Result], spec: str, what: str, remedy: str
 ) -> None:
-    """Exit 1 and one line: what is missing, and what to type. Nothing is written, and no source is looked at."""
-    ended = imagemill("run", tmp_path / "no-such-folder", "--output", tmp_path / "out", "--devices", spec)
+    """Exit 1 and one line: what is missing, and what to type. Nothing is written, and no source is
+    looked at.
+    """
+    ended = imagemill(
+        "run", tmp_path / "no-such-folder", "--output", tmp_path / "out", "--devices", spec
+    )
     assert ended.code == 1
     assert ended.err.startswith(f"imagemill: --devices {spec}: ")
     assert ended.err.count("\n") == 1
@@ -169,9 +215,13 @@ def found(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cuda` is all of them, `cuda:I,J` these; `ipu:N` is so many; names carry the id, and the engine tells backends apart."""
+    """`cuda` is all of them, `cuda:I,J` these; `ipu:N` is so many; names carry the id, and the
+    engine tells backends apart.
+    """
     found(monkeypatch, "one", "two", "three")
-    assert [(d.name, d.backend, d.id) for d in devices.resolve("cuda")] == [(f"cuda#{i}", "onnxruntime", i) for i in range(3)]
+    assert [(d.name, d.backend, d.id) for d in devices.resolve("cuda")] == [
+        (f"cuda#{i}", "onnxruntime", i) for i in range(3)
+    ]
     mixed = devices.resolve("cuda:2,0+gpu:1+ipu:2+cuda:1@tensorrt+cpu@onnxruntime")
     assert [(d.name, d.engine, d.id) for d in mixed] == [
         ("cuda#2", "onnxruntime:cuda", 2),
@@ -201,14 +251,19 @@ def test_an_id_that_is_not_here_or_taken_is_refused(
         devices.resolve(spec)
 
 
-def test_a_library_that_fails_at_looking_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_fails_at_looking_is_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A broken installation is one line, never a traceback, and does not hide the other devices."""
 
     def broken(_backend: str, _kind: str) -> Found:
         raise OSError("libfoo.so: version GLIBC_9.9 not found")
 
     monkeypatch.setattr(devices.sessions, "look_for", broken)
-    with pytest.raises(DeviceError, match=r"Looking for NVIDIA GPUs by onnxruntime failed: OSError: libfoo\.so: version"):
+    with pytest.raises(
+        DeviceError,
+        match=r"Looking for NVIDIA GPUs by onnxruntime failed: OSError: libfoo\.so: version",
+    ):
         devices.resolve("cuda:0")
     assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
 
@@ -216,26 +271,64 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("spec", "setting", "message"),
     [
-        ("cpu+cpu@onnxruntime", "int8", "--precision int8: cpu@onnxruntime does not compute in it. Use --precision fp32."),
-        ("cpu@onnxruntime", "bf16", "--precision bf16: cpu@onnxruntime does not compute in it. Use --precision fp32."),
-        ("cpu", "fp16", "--precision fp16: cpu@openvino does not compute in it. Use --precision fp32 or bf16 or int8."),
-        ("npu", None, "--precision auto starts from fp32: npu@openvino does not compute in it. Use --precision fp16."),
-        ("npu+cpu", "auto", "--precision auto starts from fp32: npu@openvino does not compute in it. The devices share no precision"),
+        (
+            "cpu+cpu@onnxruntime",
+            "int8",
+            "--precision int8: cpu@onnxruntime does not compute in it. Use --precision fp32.",
+        ),
+        (
+            "cpu@onnxruntime",
+            "bf16",
+            "--precision bf16: cpu@onnxruntime does not compute in it. Use --precision fp32.",
+        ),
+        (
+            "cpu",
+            "fp16",
+            (
+                "--precision fp16: cpu@openvino does not compute in it. Use --precision fp32 or"
+                " bf16 or int8."
+            ),
+        ),
+        (
+            "npu",
+            None,
+            (
+                "--precision auto starts from fp32: npu@openvino does not compute in it. Use"
+                " --precision fp16."
+            ),
+        ),
+        (
+            "npu+cpu",
+            "auto",
+            (
+                "--precision auto starts from fp32: npu@openvino does not compute in it. The"
+                " devices share no precision"
+            ),
+        ),
     ],
 )
 def test_a_precision_is_one_that_all_devices_compute_in(
     monkeypatch: pytest.MonkeyPatch, spec: str, setting: str | None, message: str
 ) -> None:
-    """Accuracy is never traded silently: what cannot be computed is refused by name, before anything is listed."""
+    """Accuracy is never traded silently: what cannot be computed is refused by name, before
+    anything is listed.
+    """
     found(monkeypatch, "one")
     with pytest.raises(UsageError, match=re.escape(message)):
         devices.check_precision(setting, devices.resolve(spec))
 
 
 @pytest.mark.parametrize(
-    ("spec", "all_compute"), [("cpu", "fp32 bf16 int8"), ("cpu+cpu@onnxruntime", "fp32"), ("gpu+cuda@tensorrt", "fp32 fp16")]
+    ("spec", "all_compute"),
+    [
+        ("cpu", "fp32 bf16 int8"),
+        ("cpu+cpu@onnxruntime", "fp32"),
+        ("gpu+cuda@tensorrt", "fp32 fp16"),
+    ],
 )
-def test_the_precisions_of_several_devices_are_those_they_share(monkeypatch: pytest.MonkeyPatch, spec: str, all_compute: str) -> None:
+def test_the_precisions_of_several_devices_are_those_they_share(
+    monkeypatch: pytest.MonkeyPatch, spec: str, all_compute: str
+) -> None:
     """In the order of `Precision`."""
     found(monkeypatch, "one")
     assert list(devices.precisions(devices.resolve(spec))) == all_compute.split()
@@ -252,14 +345,37 @@ def quota(tmp_path: Path, membership: str, files: dict[str, str]) -> float | Non
     [
         ("0::/a/b\n", {"a/b/cpu.max": "150000 100000\n"}, 1.5),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3.0),
-        ("0::/a/b\n", {"a/b/cpu.max": "800000 100000\n", "a/cpu.max": "200000 100000\n", "cpu.max": "max 100000"}, 2.0),
+        (
+            "0::/a/b\n",
+            {
+                "a/b/cpu.max": "800000 100000\n",
+                "a/cpu.max": "200000 100000\n",
+                "cpu.max": "max 100000",
+            },
+            2.0,
+        ),
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
         ("0::/\n", {}, None),
         ("0::/a\n", {"a/cpu.max": "max 100000\n"}, None),
         ("0::/a\n", {"a/cpu.max": "rubbish\n"}, None),
-        ("4:memory:/x\n2:cpu,cpuacct:/x\n", {"cpu,cpuacct/x/cpu.cfs_quota_us": "250000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 2.5),
-        ("2:cpu:/x\n0::/\n", {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"}, None),
-        ("3:cpuset:/x\n", {"cpuset/x/cpu.cfs_quota_us": "1", "cpuset/x/cpu.cfs_period_us": "1"}, None),
+        (
+            "4:memory:/x\n2:cpu,cpuacct:/x\n",
+            {
+                "cpu,cpuacct/x/cpu.cfs_quota_us": "250000",
+                "cpu,cpuacct/x/cpu.cfs_period_us": "100000",
+            },
+            2.5,
+        ),
+        (
+            "2:cpu:/x\n0::/\n",
+            {"cpu/x/cpu.cfs_quota_us": "-1\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            None,
+        ),
+        (
+            "3:cpuset:/x\n",
+            {"cpuset/x/cpu.cfs_quota_us": "1", "cpuset/x/cpu.cfs_period_us": "1"},
+            None,
+        ),
     ],
 )
 def test_the_cgroups_limit_is_the_least_of_its_ancestors(
@@ -274,8 +390,13 @@ def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
     assert devices.cgroup_quota(tmp_path, tmp_path / "none") is None
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(None, [2, 3, 7]), (2.0, [2, 3]), (1.2, [2, 3]), (0.3, [2]), (99.0, [2, 3, 7])])
-def test_usable_cores_are_the_affinity_cut_to_the_limit(monkeypatch: pytest.MonkeyPatch, limit: float | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(None, [2, 3, 7]), (2.0, [2, 3]), (1.2, [2, 3]), (0.3, [2]), (99.0, [2, 3, 7])],
+)
+def test_usable_cores_are_the_affinity_cut_to_the_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: float | None, expected: list[int]
+) -> None:
     """Cores this process may not use are never handed to a worker, and at least one is."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 2, 3}, raising=False)
     monkeypatch.setattr(devices, "cgroup_quota", lambda: limit)
@@ -283,7 +404,9 @@ def test_usable_cores_are_the_affinity_cut_to_the_limit(monkeypatch: pytest.Monk
 
 
 def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every offer that is usable names a `--devices` argument that resolves; every other one says what is missing."""
+    """Every offer that is usable names a `--devices` argument that resolves; every other one says
+    what is missing.
+    """
     assert [offer["devices"] for offer in devices.offers() if not offer["missing"]] == ["cpu"]
     found(monkeypatch, "one", "two")
     offers = {offer["devices"]: offer for offer in devices.offers()}
@@ -295,13 +418,23 @@ def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "backend", "automatic"),
     [
-        ({"amx_int8", "amx_bf16", "avx512_vnni"}, "openvino: fp32, int8 by amx_int8, bf16 by amx_bf16", "int8, else bf16, where a model's"),
+        (
+            {"amx_int8", "amx_bf16", "avx512_vnni"},
+            "openvino: fp32, int8 by amx_int8, bf16 by amx_bf16",
+            "int8, else bf16, where a model's",
+        ),
         ({"avx512_vnni"}, "openvino: fp32, int8 by avx512_vnni", "int8, where a model's"),
-        ({"avx512_vnni", "avx512_bf16"}, "openvino: fp32, int8 by avx512_vnni, bf16 by avx512_bf16", "int8, else bf16, where a model's"),
+        (
+            {"avx512_vnni", "avx512_bf16"},
+            "openvino: fp32, int8 by avx512_vnni, bf16 by avx512_bf16",
+            "int8, else bf16, where a model's",
+        ),
         ({"avx2"}, "openvino: fp32", "fp32: this processor has no units"),
     ],
 )
-def test_the_cpu_says_what_it_would_use_and_why(flags: set[str], backend: str, automatic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_says_what_it_would_use_and_why(
+    flags: set[str], backend: str, automatic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     notes = devices.offers()[0]["notes"]
     assert f"backend {backend}" in notes

@@ -21,7 +21,11 @@ FROM_GRAPHCORE = (helpers.PROJECT / "docs" / "from-graphcore.md").read_text(enco
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (
+        action
+        for action in cli._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    )
     return dict(commands.choices)
 
 
@@ -37,18 +41,31 @@ def block_after(text: str, heading: str) -> str:
 def told_commands(block: str) -> list[tuple[str, set[str]]]:
     """Each `imagemill COMMAND` of a block, with the flags on its lines."""
     joined = re.sub(r"\n {10,}", " ", block)
-    found = re.findall(r"^(?:\$ |\.venv/bin/|.*&& \.venv/bin/)?imagemill ([a-z-]+)(.*)$", joined, re.MULTILINE)
-    return [(name, set(re.findall(r"(?<![\w-])--[a-z-]+", rest.partition(" #")[0]))) for name, rest in found]
+    found = re.findall(
+        r"^(?:\$ |\.venv/bin/|.*&& \.venv/bin/)?imagemill ([a-z-]+)(.*)$", joined, re.MULTILINE
+    )
+    return [
+        (name, set(re.findall(r"(?<![\w-])--[a-z-]+", rest.partition(" #")[0])))
+        for name, rest in found
+    ]
 
 
 def columns(text: str) -> list[tuple[list[str], str]]:
     """The table of columns: names and type of each line."""
-    lines = re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", text.partition("| column")[2].partition("\n\n")[0], re.MULTILINE)
+    lines = re.findall(
+        r"^\| (`[^|]*`) \| ([^|]*) \|",
+        text.partition("| column")[2].partition("\n\n")[0],
+        re.MULTILINE,
+    )
     return [(re.findall(r"`(\w+)`", names), kind) for names, kind in lines]
 
 
 @pytest.mark.parametrize(
-    ("name", "block"), [("README", block_after(README, "## Commands")), ("design", block_after(DESIGN, "## Commands"))]
+    ("name", "block"),
+    [
+        ("README", block_after(README, "## Commands")),
+        ("design", block_after(DESIGN, "## Commands")),
+    ],
 )
 def test_every_command_and_flag_of_the_documents_exists(name: str, block: str) -> None:
     """In the lists of commands."""
@@ -56,13 +73,17 @@ def test_every_command_and_flag_of_the_documents_exists(name: str, block: str) -
     assert len(told) >= 10
     for command, wanted in told:
         assert command in parsers(), f"{name} tells of `imagemill {command}`"
-        assert wanted <= flags(command), f"{name} tells of {wanted - flags(command)} of `imagemill {command}`"
+        assert wanted <= flags(command), (
+            f"{name} tells of {wanted - flags(command)} of `imagemill {command}`"
+        )
 
 
 def test_every_command_that_exists_is_documented() -> None:
     """In the README and in the design."""
     for text in (README, DESIGN):
-        assert set(parsers()) <= {name for name, _ in told_commands(block_after(text, "## Commands"))}
+        assert set(parsers()) <= {
+            name for name, _ in told_commands(block_after(text, "## Commands"))
+        }
 
 
 def test_every_option_in_the_readmes_table_exists() -> None:
@@ -78,7 +99,9 @@ def test_every_line_that_can_be_typed_parses(text: str) -> None:
     """Every `imagemill …` in a fenced block is taken by the parser."""
     typed = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in re.findall(r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.MULTILINE):
+        for line in re.findall(
+            r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.MULTILINE
+        ):
             words = re.split(r" {2,}| +#", line)[0].split()
             if not {"[", "DIR", "NAME"} & {word[0] if word[0] == "[" else word for word in words}:
                 typed.append(words)
@@ -107,7 +130,13 @@ def test_the_table_of_columns_is_the_schema(text: str) -> None:
 def test_every_status_is_documented(text: str) -> None:
     """In the order of the code."""
     line = next(line for line in text.splitlines() if line.startswith("| `status` |"))
-    told = [word for word in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[2].rpartition("|")[0]) if word != "ok"]
+    told = [
+        word
+        for word in re.findall(
+            r"`(\w+)`", line.partition("|")[2].partition("|")[2].rpartition("|")[0]
+        )
+        if word != "ok"
+    ]
     assert told == [status.value for status in records.Status if status != "ok"]
 
 
@@ -124,9 +153,20 @@ def test_the_fields_of_the_summary_are_those_of_the_design() -> None:
 def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None:
     """Paths of the design's list are spelt by layout.py."""
     paths = JobPaths(tmp_path)
-    told = {line.split()[0] for line in block_after(DESIGN, "## The output folder").splitlines() if line}
-    ours = [paths.job, paths.plan / "*.parquet", paths.part(0), paths.logs, paths.summary, paths.report]
-    spelt = {f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours}
+    told = {
+        line.split()[0] for line in block_after(DESIGN, "## The output folder").splitlines() if line
+    }
+    ours = [
+        paths.job,
+        paths.plan / "*.parquet",
+        paths.part(0),
+        paths.logs,
+        paths.summary,
+        paths.report,
+    ]
+    spelt = {
+        f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours
+    }
     assert {name.rstrip("/") for name in told} == spelt
 
 
@@ -146,7 +186,10 @@ def test_exit_codes_are_documented() -> None:
     """Those that errors carry."""
     from imagemill import errors
 
-    codes = {getattr(errors, name).exit_code for name in ("ImagemillError", "UsageError", "WorkerError", "OutputError")}
+    codes = {
+        getattr(errors, name).exit_code
+        for name in ("ImagemillError", "UsageError", "WorkerError", "OutputError")
+    }
     assert codes == {1, 2}
     table = README.partition("| exit code | meaning |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) == ["0", "1", "2", "130, 143"]

@@ -1,4 +1,6 @@
-"""A download ends as one whole, checked file or as one clear error, and never leaves a bad file behind."""
+"""A download ends as one whole, checked file or as one clear error, and never leaves a bad file
+behind.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Server:
         self._httpd.daemon_threads = True
         self._httpd.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
         self.url = f"http://127.0.0.1:{self._httpd.server_address[1]}/weights.bin"
-        self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         self._thread.start()
 
     def wrap(self, context: ssl.SSLContext) -> None:
@@ -81,11 +85,17 @@ def serve(
     etag: str | None = '"v1"',
     length: bool = True,
 ) -> Callable[[Handler], None]:
-    """Send the body, or what of it the request's range asks for; hang up or go silent after so many bytes."""
+    """Send the body, or what of it the request's range asks for; hang up or go silent after so many
+    bytes.
+    """
 
     def behave(handler: Handler) -> None:
         asked, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if ranges and asked and condition in (None, etag) else 0
+        start = (
+            int(asked.removeprefix("bytes=").rstrip("-"))
+            if ranges and asked and condition in (None, etag)
+            else 0
+        )
         handler.send_response(206 if start else 200)
         if start:
             handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -135,7 +145,12 @@ def test_a_download_is_whole_checked_and_counted(server: Server, tmp_path: Path)
     seen: list[tuple[int, int | None]] = []
     target = tmp_path / "new" / "w"
     digest = download.fetch(
-        server.url, target, sha256_prefix=DIGEST[:8], size=len(BODY), progress=lambda *at: seen.append(at), patience=QUICK
+        server.url,
+        target,
+        sha256_prefix=DIGEST[:8],
+        size=len(BODY),
+        progress=lambda *at: seen.append(at),
+        patience=QUICK,
     )
     assert digest == DIGEST
     assert target.read_bytes() == BODY
@@ -144,11 +159,21 @@ def test_a_download_is_whole_checked_and_counted(server: Server, tmp_path: Path)
     assert seen == sorted(seen)
 
 
-@pytest.mark.parametrize("fault", [{"cut": 300_000}, {"stall": 300_000}, {"cut": 0}, {"cut": 300_000, "etag": None}])
-def test_a_cut_or_stalled_connection_is_continued(server: Server, tmp_path: Path, fault: dict) -> None:
+@pytest.mark.parametrize(
+    "fault", [{"cut": 300_000}, {"stall": 300_000}, {"cut": 0}, {"cut": 300_000, "etag": None}]
+)
+def test_a_cut_or_stalled_connection_is_continued(
+    server: Server, tmp_path: Path, fault: dict
+) -> None:
     """The next attempt asks only for what is missing."""
-    server.script = [serve(**fault), serve(**{key: value for key, value in fault.items() if key == "etag"})]
-    assert download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK) == DIGEST
+    server.script = [
+        serve(**fault),
+        serve(**{key: value for key, value in fault.items() if key == "etag"}),
+    ]
+    assert (
+        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK)
+        == DIGEST
+    )
     assert (tmp_path / "w").read_bytes() == BODY
     assert len(server.requests) == 2
     received = next(iter(fault.values()))
@@ -156,10 +181,14 @@ def test_a_cut_or_stalled_connection_is_continued(server: Server, tmp_path: Path
     assert names(tmp_path) == ["w"]
 
 
-def test_a_download_that_gave_up_is_continued_by_the_next_call(server: Server, tmp_path: Path) -> None:
+def test_a_download_that_gave_up_is_continued_by_the_next_call(
+    server: Server, tmp_path: Path
+) -> None:
     """What came is kept under another name, and the message says so."""
     server.script = [serve(cut=200_000), status(503)]
-    with pytest.raises(DownloadError, match="200000 bytes are kept; the same command continues there"):
+    with pytest.raises(
+        DownloadError, match="200000 bytes are kept; the same command continues there"
+    ):
         download.fetch(server.url, tmp_path / "w", patience=QUICK)
     assert names(tmp_path) == ["w.partial", "w.partial.json"]
     server.script = [serve()]
@@ -169,8 +198,12 @@ def test_a_download_that_gave_up_is_continued_by_the_next_call(server: Server, t
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_file_that_changed_meanwhile_is_not_glued_together(server: Server, tmp_path: Path, ranges: bool) -> None:
-    """Another ETag, or a server that knows no ranges: the download starts again from its first byte."""
+def test_a_file_that_changed_meanwhile_is_not_glued_together(
+    server: Server, tmp_path: Path, ranges: bool
+) -> None:
+    """Another ETag, or a server that knows no ranges: the download starts again from its first
+    byte.
+    """
     old = bytes(len(BODY))
     server.script = [serve(old, cut=200_000, etag='"old"', ranges=ranges), serve(ranges=ranges)]
     assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
@@ -179,7 +212,10 @@ def test_a_file_that_changed_meanwhile_is_not_glued_together(server: Server, tmp
 def test_a_file_glued_from_two_versions_gets_another_chance(server: Server, tmp_path: Path) -> None:
     """A server without ETags that changed the file: the sum is wrong once, then right."""
     server.script = [serve(bytes(len(BODY)), cut=200_000, etag=None), serve(etag=None)]
-    assert download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK) == DIGEST
+    assert (
+        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK)
+        == DIGEST
+    )
     assert [request.get("Range") for request in server.requests] == [None, "bytes=200000-", None]
 
 
@@ -208,7 +244,9 @@ def test_a_wrong_body_is_removed_and_named(server: Server, tmp_path: Path) -> No
 
 
 def test_a_wrong_size_is_refused_before_it_is_loaded(server: Server, tmp_path: Path) -> None:
-    """By the announced length, or, where none is announced, at the end; endless bodies stop at the limit."""
+    """By the announced length, or, where none is announced, at the end; endless bodies stop at the
+    limit.
+    """
     with pytest.raises(DownloadError, match=f"announces {len(BODY)} bytes instead of 5"):
         download.fetch(server.url, tmp_path / "w", size=5, patience=QUICK)
     server.script = [serve(length=False)]
@@ -236,12 +274,25 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path, code: int)
     assert len(server.requests) == 3
 
 
-def test_waits_double_and_the_server_may_ask_for_longer(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_double_and_the_server_may_ask_for_longer(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Backoff is exponential and bounded; Retry-After is honoured up to that bound."""
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    server.script = [status(503), status(503), status(503), status(503, Retry_After="7"), status(503, Retry_After="7000"), serve()]
-    download.fetch(server.url, tmp_path / "w", patience=download.Patience(timeout_s=5, attempts=6, backoff_s=1, longest_wait_s=30))
+    server.script = [
+        status(503),
+        status(503),
+        status(503),
+        status(503, Retry_After="7"),
+        status(503, Retry_After="7000"),
+        serve(),
+    ]
+    download.fetch(
+        server.url,
+        tmp_path / "w",
+        patience=download.Patience(timeout_s=5, attempts=6, backoff_s=1, longest_wait_s=30),
+    )
     assert waits == [1, 2, 4, 8, 30]
 
 
@@ -249,13 +300,19 @@ def test_a_home_that_never_answers_is_one_clear_error(server: Server, tmp_path: 
     """Attempts are counted and named."""
     server.script = [serve(stall=0)]
     with pytest.raises(DownloadError, match=r"\(2 attempts\)"):
-        download.fetch(server.url, tmp_path / "w", patience=download.Patience(timeout_s=0.2, attempts=2, backoff_s=0.01))
+        download.fetch(
+            server.url,
+            tmp_path / "w",
+            patience=download.Patience(timeout_s=0.2, attempts=2, backoff_s=0.01),
+        )
     assert "w" not in names(tmp_path)
 
 
 @pytest.fixture
 def offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy of the environment, little time for a connection, and no second attempt: waiting for one would fail the test."""
+    """No proxy of the environment, little time for a connection, and no second attempt: waiting for
+    one would fail the test.
+    """
 
     def wait(seconds: float) -> None:
         raise AssertionError(f"waits {seconds} s for another attempt")
@@ -279,12 +336,18 @@ def test_a_server_that_refuses_is_asked_once(scheme: str, tmp_path: Path) -> Non
     """Nobody listens at the address."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(f"{scheme}://127.0.0.1:{port}/w", tmp_path)
+    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
+        f"{scheme}://127.0.0.1:{port}/w", tmp_path
+    )
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_name_that_cannot_be_resolved_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without a network; a resolver that does not answer is not waited for either."""
+def test_a_name_that_cannot_be_resolved_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine without a network; a resolver that does not answer is not waited for
+    either.
+    """
 
     def fail(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
@@ -294,7 +357,9 @@ def test_a_name_that_cannot_be_resolved_is_asked_once(tmp_path: Path, monkeypatc
     assert "weights.invalid cannot be reached: Temporary failure in name resolution." in text
     released = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(30) or [])
-    assert "weights.invalid cannot be reached: no connection within 0.3 s." in unreachable("https://weights.invalid/w", tmp_path)
+    assert "weights.invalid cannot be reached: no connection within 0.3 s." in unreachable(
+        "https://weights.invalid/w", tmp_path
+    )
     released.set()
 
 
@@ -308,7 +373,9 @@ def test_a_network_that_drops_packets_is_given_up(tmp_path: Path) -> None:
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/w"
-        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(url, tmp_path)
+        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(
+            url, tmp_path
+        )
 
 
 @pytest.mark.usefixtures("offline")
@@ -316,22 +383,33 @@ def test_a_server_that_does_not_speak_tls_is_given_up(tmp_path: Path) -> None:
     """It takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/w"
-        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(url, tmp_path)
+        assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(
+            url, tmp_path
+        )
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_proxy_that_refuses_is_named(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_refuses_is_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether it refuses the connection to the server or cannot be reached itself."""
     monkeypatch.setenv("https_proxy", server.url.rsplit("/", 1)[0])
-    assert "127.0.0.1 cannot be reached: Tunnel connection failed: 501" in unreachable("https://weights.invalid/w", tmp_path)
+    assert "127.0.0.1 cannot be reached: Tunnel connection failed: 501" in unreachable(
+        "https://weights.invalid/w", tmp_path
+    )
     with socket.create_server(("127.0.0.1", 0)) as closed:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable("https://weights.invalid/w", tmp_path)
+    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
+        "https://weights.invalid/w", tmp_path
+    )
 
 
 @pytest.mark.parametrize("before", [serve(cut=300_000), status(503)])
 def test_a_server_that_was_reached_is_asked_again(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Handler], None]
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[Handler], None],
 ) -> None:
     """An outage after the first answer is waited for, though the server cannot be reached in it."""
     connect, connections = socket.create_connection, iter([True, False, False])
@@ -346,7 +424,9 @@ def test_a_server_that_was_reached_is_asked_again(
     assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1/w", "file:///etc/passwd", "weights.pth", "http:///w"])
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1/w", "file:///etc/passwd", "weights.pth", "http:///w"]
+)
 def test_only_http_and_https_are_fetched(url: str, tmp_path: Path) -> None:
     """Anything else is a mistake in the command."""
     with pytest.raises(UsageError, match=r"begins with http:// or https://"):
@@ -357,11 +437,15 @@ def test_a_redirect_to_a_file_is_not_followed(server: Server, tmp_path: Path) ->
     """Redirects stay within http and https."""
     server.script = [status(302, Location="file:///etc/passwd")]
     with pytest.raises(DownloadError):
-        download.fetch(server.url, tmp_path / "w", patience=download.Patience(timeout_s=1, attempts=1))
+        download.fetch(
+            server.url, tmp_path / "w", patience=download.Patience(timeout_s=1, attempts=1)
+        )
     assert names(tmp_path) == []
 
 
-def test_proxies_come_from_the_environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_come_from_the_environment(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With http_proxy set the request goes there, whatever the host."""
     monkeypatch.setenv("http_proxy", server.url.rsplit("/", 1)[0])
     assert download.fetch("http://weights.invalid/w", tmp_path / "w", patience=QUICK) == DIGEST
@@ -400,14 +484,20 @@ def test_an_unknown_certificate_is_refused(tls_server: Server, tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trusted_certificate_is_accepted(tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other side of the check above: with its authority trusted, the same server is downloaded from."""
+def test_a_trusted_certificate_is_accepted(
+    tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other side of the check above: with its authority trusted, the same server is downloaded
+    from.
+    """
     with tls_server.authority.cert_pem.tempfile() as trusted:
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
         assert download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK) == DIGEST
 
 
-def test_a_redirect_from_https_to_http_is_refused(tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_from_https_to_http_is_refused(
+    tls_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A download that began under TLS does not go on without it."""
 
     def redirect(handler: Handler) -> None:

@@ -1,4 +1,6 @@
-"""The feed: each image's pixels are in its own place, whatever fails around it, and are decoded straight into it where nothing does."""
+"""The feed: each image's pixels are in its own place, whatever fails around it, and are decoded
+straight into it where nothing does.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,17 @@ from imagemill.pipeline import feed as feed_module
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import BadImage, Batch, Card, Decoded, Limits, PlannedImage, Recipe, Shard, Status
+from imagemill.records import (
+    BadImage,
+    Batch,
+    Card,
+    Decoded,
+    Limits,
+    PlannedImage,
+    Recipe,
+    Shard,
+    Status,
+)
 
 SIDE = 4
 SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
@@ -51,14 +63,20 @@ def image(number: int, kind: str) -> PlannedImage:
 def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
     with Feed(CARD, Limits(), batch_size, workers, None, Stopwatch()) as feed:
         for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
-            yield Batch(batch.pixels.copy(), batch.filled, batch.rows)  # as it is now, while others are being decoded
+            yield Batch(
+                batch.pixels.copy(), batch.filled, batch.rows
+            )  # as it is now, while others are being decoded
 
 
 @pytest.fixture(autouse=True)
 def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed_module, "decode_into", decoding)
     monkeypatch.setattr(
-        feed_module, "decode", lambda data, recipe, limits: decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8))
+        feed_module,
+        "decode",
+        lambda data, recipe, limits: decoding(
+            data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8)
+        ),
     )
 
 
@@ -70,7 +88,9 @@ def check(kinds: str, batch_size: int, workers: int) -> None:
         for row in batch.rows:
             assert (row.slot >= 0) == (row.status is Status.OK)
             if row.slot >= 0:
-                assert (batch.pixels[row.slot] == row.index % 251).all(), f"image {row.index} of {kinds} has another's pixels"
+                assert (batch.pixels[row.slot] == row.index % 251).all(), (
+                    f"image {row.index} of {kinds} has another's pixels"
+                )
         rows += batch.rows
     assert [row.index for row in rows] == list(range(len(kinds)))
     assert [row.status is Status.OK for row in rows] == [kind == "o" for kind in kinds]
@@ -88,12 +108,25 @@ def test_also_where_almost_all_fail_or_almost_none(seed: int) -> None:
     """More failures in a row than a batch waits for, at any place; single ones far apart."""
     chance = random.Random(seed)
     runs = [(chance.choice("ofm"), chance.choice([1, 1, 2, 5, 40, 150])) for _ in range(25)]
-    check("".join(kind * length for kind, length in runs), chance.choice([1, 2, 3, 4, 8]), chance.choice([1, 2, 4]))
+    check(
+        "".join(kind * length for kind, length in runs),
+        chance.choice([1, 2, 3, 4, 8]),
+        chance.choice([1, 2, 4]),
+    )
 
 
-@given(kinds=st.text("oof", max_size=400), batch_size=st.integers(1, 4), ahead=st.integers(1, 14), most_rows=st.integers(4, 20))
-def test_nobody_writes_to_a_place_that_is_settled(kinds: str, batch_size: int, ahead: int, most_rows: int) -> None:
-    """Whoever is still being decoded may write at any time: to no settled place, whether of a batch that is filled or of one given away."""
+@given(
+    kinds=st.text("oof", max_size=400),
+    batch_size=st.integers(1, 4),
+    ahead=st.integers(1, 14),
+    most_rows=st.integers(4, 20),
+)
+def test_nobody_writes_to_a_place_that_is_settled(
+    kinds: str, batch_size: int, ahead: int, most_rows: int
+) -> None:
+    """Whoever is still being decoded may write at any time: to no settled place, whether of a batch
+    that is filled or of one given away.
+    """
     settled: list[NDArray[np.uint8]] = []
     window: deque[tuple[str, NDArray[np.uint8] | None]] = deque()
     places, coming, rows = feed_module._Places(batch_size, SIDE), iter(kinds), 0
@@ -111,7 +144,9 @@ def test_nobody_writes_to_a_place_that_is_settled(kinds: str, batch_size: int, a
             settled.append(places._batch(0)[slot])
             assert (settled[-1] == number).all()
         for _, theirs in window:
-            assert theirs is None or not any(np.may_share_memory(theirs, one) for one in settled[-40:])
+            assert theirs is None or not any(
+                np.may_share_memory(theirs, one) for one in settled[-40:]
+            )
         if places.filled == batch_size or rows >= most_rows:
             pixels, filled = places.batch()
             assert all(np.may_share_memory(one, pixels) for one in settled[len(settled) - filled :])
@@ -133,7 +168,9 @@ def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
             for row in batch.rows:
                 if row.slot >= 0:
                     out = outs.get(row.index)
-                    straight.append(out is not None and out.ctypes.data == batch.pixels[row.slot].ctypes.data)
+                    straight.append(
+                        out is not None and out.ctypes.data == batch.pixels[row.slot].ctypes.data
+                    )
     return straight
 
 
@@ -142,7 +179,9 @@ def test_where_nothing_fails_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of four and two images a thread are under way: twelve, and as many that were begun while those were settled."""
+    """Two batches of four and two images a thread are under way: twelve, and as many that were
+    begun while those were settled.
+    """
     found = places(monkeypatch, "o" * 20 + "m" + "o" * 60)
     assert found[:20] == [True] * 20
     assert found[20:].count(False) <= 24
@@ -155,21 +194,27 @@ def test_real_images_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch)
     alone = feed_module.decode(data, Recipe(32), Limits())
     card = Card("x", "x", (), Recipe(32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
     with Feed(card, Limits(), 4, 2, None, Stopwatch()) as feed:
-        (batch,) = feed.batches([PlannedImage(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)])
+        (batch,) = feed.batches(
+            [PlannedImage(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)]
+        )
     assert batch.filled == 3
     for place in range(3):
         np.testing.assert_array_equal(batch.pixels[place], alone.pixels)
 
 
 def test_a_run_of_failures_is_handed_on_in_bounded_pieces() -> None:
-    """Rows of images that fail take no place in a batch, and still no more than sixteen batches of them are kept back."""
+    """Rows of images that fail take no place in a batch, and still no more than sixteen batches of
+    them are kept back.
+    """
     found = list(fed("m" * 1_000, 2, 3))
     assert [len(batch.rows) for batch in found] == [32] * 31 + [8]
     assert [row.index for batch in found for row in batch.rows] == list(range(1_000))
 
 
 def test_reading_ahead_is_bounded() -> None:
-    """Two batches and two images a thread beyond what was handed on, however many images there are."""
+    """Two batches and two images a thread beyond what was handed on, however many images there
+    are.
+    """
     asked = itertools.count()
     begun = 0
 
@@ -186,17 +231,26 @@ def test_reading_ahead_is_bounded() -> None:
 
 
 def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
-    """A slow session is not taken for one that hangs: whoever watches the worker sees a batch more each time, images or failures."""
+    """A slow session is not taken for one that hangs: whoever watches the worker sees a batch more
+    each time, images or failures.
+    """
     with heartbeat.shared_file() as file:
         board = heartbeat.Noteboard(file.fileno())
         with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
             kinds = "oooo" + "m" * 64
-            signs = [board.pulse for _ in feed.batches(image(number, kind) for number, kind in enumerate(kinds))]
+            signs = [
+                board.pulse
+                for _ in feed.batches(image(number, kind) for number, kind in enumerate(kinds))
+            ]
     assert signs == [1, 2, 3, 4]
 
 
-def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so here its decoding is not timed."""
+def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so
+    here its decoding is not timed.
+    """
     seen: dict[str, list[heartbeat.Note]] = {}
 
     class Alone:
@@ -216,12 +270,17 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch
         board = heartbeat.Noteboard(file.fileno())
         board.clear()
         suspects = {7: None, 8: "crash", 9: "hung_read"}
-        images = [PlannedImage(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why) for n, why in suspects.items()]  # type: ignore[misc]
+        images = [
+            PlannedImage(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why)
+            for n, why in suspects.items()
+        ]  # type: ignore[misc]
         with Feed(CARD, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
             (batch,) = feed.batches(images)
             assert "closed" not in seen
         assert board.notes() == []
-    assert {name: [(note.index, note.since_ns > 0) for note in notes] for name, notes in seen.items()} == {
+    assert {
+        name: [(note.index, note.since_ns > 0) for note in notes] for name, notes in seen.items()
+    } == {
         "read 7": [(7, True)],
         "read 8": [(8, True)],
         "alone for a crash": [(8, False)],
@@ -231,8 +290,12 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(monkeypatch
     assert batch.rows[2].error == "reading or decoding it took more than --max-seconds 7, twice"
 
 
-def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that ends early reads no further image, and none of its threads is at work afterwards."""
+def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job that ends early reads no further image, and none of its threads is at work
+    afterwards.
+    """
     fetched, entered, release = [], threading.Event(), threading.Event()
 
     def image(number: int) -> PlannedImage:
@@ -259,9 +322,15 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(monkey
 
 
 def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading by the clock on the wall, decoding by the time of its thread: which of them bounds the job is judged by these sums."""
+    """Reading by the clock on the wall, decoding by the time of its thread: which of them bounds
+    the job is judged by these sums.
+    """
     clock = SimpleNamespace(wall=0.0, thread=0.0)
-    monkeypatch.setattr(feed_module, "time", SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread))
+    monkeypatch.setattr(
+        feed_module,
+        "time",
+        SimpleNamespace(perf_counter=lambda: clock.wall, thread_time=lambda: clock.thread),
+    )
 
     def reads(number: int) -> PlannedImage:
         def fetch() -> bytes:
@@ -280,12 +349,21 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
     stopwatch = Stopwatch()
     with Feed(CARD, Limits(), 4, 1, None, stopwatch) as feed:
         list(feed.batches(map(reads, range(2))))
-    assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().images) == (6.0, 10.0, 2)
+    assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().images) == (
+        6.0,
+        10.0,
+        2,
+    )
 
 
-def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """With both sizes; one whose size was not known, or is the same, is not."""
-    images = [PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1") for number, size in enumerate((2, -1, 3, 0))]
+    images = [
+        PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1")
+        for number, size in enumerate((2, -1, 3, 0))
+    ]
     with Feed(CARD, Limits(), 4, 1, None, Stopwatch()) as feed:
         list(feed.batches(images))
     assert [record.getMessage() for record in caplog.records] == [

@@ -1,4 +1,6 @@
-"""What naming formats promises: a valid file is read to the right pixels or `unsupported` by name, never `corrupt` or `not_an_image`."""
+"""What naming formats promises: a valid file is read to the right pixels or `unsupported` by name,
+never `corrupt` or `not_an_image`.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,40 @@ def check(data: bytes, expected: np.ndarray, tolerance: int = 0) -> None:
     decoded = decode(data, RECIPE, LIMITS)
     assert decoded.status is Status.OK, (decoded.status, decoded.error)
     assert decoded.pixels is not None
-    reference = preprocess.by_the_book(Image.fromarray(np.ascontiguousarray(expected).astype(np.uint8)), RECIPE)
+    reference = preprocess.by_the_book(
+        Image.fromarray(np.ascontiguousarray(expected).astype(np.uint8)), RECIPE
+    )
     assert np.abs(decoded.pixels.astype(int) - reference).max() <= tolerance
 
 
-def bmp(bits: int, rows: bytes, *, palette: bytes = b"", colours: int = 0, compression: int = 0, masks: tuple[int, ...] = ()) -> bytes:
+def bmp(
+    bits: int,
+    rows: bytes,
+    *,
+    palette: bytes = b"",
+    colours: int = 0,
+    compression: int = 0,
+    masks: tuple[int, ...] = (),
+) -> bytes:
     """A BMP of 32×32 by hand."""
     extra = struct.pack(f"<{len(masks)}I", *masks) + palette
-    header = struct.pack("<IiiHHIIiiII", 40, 32, 32, 1, bits, compression, len(rows), 0, 0, colours, 0)
+    header = struct.pack(
+        "<IiiHHIIiiII", 40, 32, 32, 1, bits, compression, len(rows), 0, 0, colours, 0
+    )
     start = 14 + len(header) + len(extra)
     return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + extra + rows
 
 
-def tga(kind: int, depth: int, body: bytes, *, flags: int = 0, colours: int = 0, palette: int = 0) -> bytes:
+def tga(
+    kind: int, depth: int, body: bytes, *, flags: int = 0, colours: int = 0, palette: int = 0
+) -> bytes:
     """A TGA of 40×36 by hand; the body holds its palette, too."""
-    return struct.pack("<BBBHHBHHHHBB", 0, colours > 0, kind, 0, colours, palette, 0, 0, 40, 36, depth, flags) + body
+    return (
+        struct.pack(
+            "<BBBHHBHHHHBB", 0, colours > 0, kind, 0, colours, palette, 0, 0, 40, 36, depth, flags
+        )
+        + body
+    )
 
 
 def psd(bits: int, mode: int, channels: int, *, compression: int = 0) -> bytes:
@@ -68,7 +89,10 @@ def big_jpeg(marker: int = 0xC0, height: int = 48) -> bytes:
 
 
 def xpm(colour: str) -> bytes:
-    return f'/* XPM */\nstatic char *x[] = {{\n"2 2 2 1",\n"a c #102030",\n"b c {colour}",\n"ab",\n"ba"\n}};\n'.encode()
+    return (
+        '/* XPM */\nstatic char *x[] = {\n"2 2 2 1",\n"a c #102030",\n"b c'
+        f' {colour}",\n"ab",\n"ba"\n}};\n'.encode()
+    )
 
 
 NAMED = {
@@ -79,7 +103,9 @@ NAMED = {
     "OpenEXR": lambda: b"v/1\x01\x02\0\0\0channels\0chlist\0" + bytes(99),
     "DPX": lambda: b"SDPX\0\0\x08\0V2.0" + bytes(2048),
     "Cineon": lambda: b"\x80\x2a\x5f\xd7" + bytes(2048),
-    "PAM": lambda: b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n" + bytes(12),
+    "PAM": (
+        lambda: b"P7\nWIDTH 2\nHEIGHT 2\nDEPTH 3\nMAXVAL 255\nTUPLTYPE RGB\nENDHDR\n" + bytes(12)
+    ),
     "PFM in colour": lambda: b"PF\n2 2\n-1.0\n" + bytes(48),
     "FITS": lambda: b"SIMPLE  =                    T".ljust(2880),
     "DICOM": lambda: bytes(128) + b"DICM" + bytes(99),
@@ -94,25 +120,58 @@ NAMED = {
     "WMF": lambda: b"\x01\0\x09\0\0\x03" + bytes(99),
     "EMF": lambda: struct.pack("<II", 1, 108) + bytes(32) + b" EMF" + bytes(99),
     "MNG": lambda: b"\x8aMNG\r\n\x1a\n" + bytes(99),
-    "PNG for iOS (CgBI)": lambda: b"\x89PNG\r\n\x1a\n" + sample_images.chunk(b"CgBI", b"P\0 \x02") + sample_images.png(4, 4)[8:],
-    "PICT": lambda: bytes(512) + struct.pack(">HHHHH", 0, 0, 0, 9, 9) + b"\x00\x11\x02\xff\x0c\x00" + bytes(99),
+    "PNG for iOS (CgBI)": (
+        lambda: (
+            b"\x89PNG\r\n\x1a\n"
+            + sample_images.chunk(b"CgBI", b"P\0 \x02")
+            + sample_images.png(4, 4)[8:]
+        )
+    ),
+    "PICT": (
+        lambda: (
+            bytes(512)
+            + struct.pack(">HHHHH", 0, 0, 0, 9, 9)
+            + b"\x00\x11\x02\xff\x0c\x00"
+            + bytes(99)
+        )
+    ),
     "WBMP": lambda: b"\0\0\x09\x09" + b"\xaa" * 18,
     "XWD": lambda: struct.pack(">IIIII", 101, 7, 2, 24, 9).ljust(101, b"\0") + bytes(99),
     "XCF (GIMP)": lambda: b"gimp xcf v011\0" + bytes(99),
     "PSB (large Photoshop document)": lambda: b"8BPS\0\x02" + bytes(99),
-    "SVG": lambda: b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- drawn by hand -->\n" + b"<!-- " + b"x" * 2000 + b" -->" + SVG,
+    "SVG": (
+        lambda: (
+            b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- drawn by hand -->\n"
+            + b"<!-- "
+            + b"x" * 2000
+            + b" -->"
+            + SVG
+        )
+    ),
     "SVG compressed with gzip": lambda: gzip.compress(SVG),
-    "FITS compressed with gzip": lambda: gzip.compress(b"SIMPLE  =                    T".ljust(2880)),
+    "FITS compressed with gzip": lambda: gzip.compress(
+        b"SIMPLE  =                    T".ljust(2880)
+    ),
     "PSD with 16-bit RGB pixels": lambda: psd(16, 3, 3),
     "PSD with 32-bit grey pixels": lambda: psd(32, 1, 1),
     "PSD with 8-bit multichannel pixels": lambda: psd(8, 7, 3),
     "PSD with ZIP compression": lambda: psd(8, 3, 3, compression=2),
-    "Unsupported BMP bitfields layout": lambda: bmp(16, bytes(2048), compression=3, masks=(0xF00, 0xF0, 0xF)),
+    "Unsupported BMP bitfields layout": lambda: bmp(
+        16, bytes(2048), compression=3, masks=(0xF00, 0xF0, 0xF)
+    ),
     "Unsupported BMP pixel depth (2)": lambda: bmp(2, bytes(256), palette=bytes(16)),
-    "Unsupported BMP compression (4)": lambda: bmp(24, b"\x20\1\2\3\0\0" * 32 + b"\0\1", compression=4),
-    "Unsupported BMP compression (6)": lambda: bmp(32, bytes(4096), compression=6, masks=(0xFF0000, 0xFF00, 0xFF, 0xFF000000)),
-    "OS/2 icon, pointer or bitmap array": lambda: b"BA" + struct.pack("<IIHH", 40, 0, 32, 32) + bmp(24, bytes(3072)),
-    "TGA of type 1 with 8 bits and a palette of 15 bits": lambda: tga(1, 8, bytes(8 + 1440), colours=4, palette=15),
+    "Unsupported BMP compression (4)": lambda: bmp(
+        24, b"\x20\1\2\3\0\0" * 32 + b"\0\1", compression=4
+    ),
+    "Unsupported BMP compression (6)": lambda: bmp(
+        32, bytes(4096), compression=6, masks=(0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    ),
+    "OS/2 icon, pointer or bitmap array": (
+        lambda: b"BA" + struct.pack("<IIHH", 40, 0, 32, 32) + bmp(24, bytes(3072))
+    ),
+    "TGA of type 1 with 8 bits and a palette of 15 bits": lambda: tga(
+        1, 8, bytes(8 + 1440), colours=4, palette=15
+    ),
     "TGA of type 2 with 15 bits": lambda: tga(2, 15, bytes(2880)),
     "TGA of type 32": lambda: tga(32, 8, bytes(99 + 768), colours=256, palette=24),
     "PCX of version 5 with 4 bits in 1 planes": lambda: (
@@ -121,14 +180,22 @@ NAMED = {
     "JPEG 2000 with 3 channels of 16 bits": lambda: jpeg2000([(16, 1, 1)] * 3),
     "JPEG 2000 with 3 channels sampled at 2×2": lambda: jpeg2000([(8, 2, 2)] * 3),
     "JPEG 2000 with colour space number 14": lambda: (
-        b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">I4sBBBI", 15, b"colr", 1, 0, 0, 14) + jpeg2000([(8, 1, 1)] * 3)
+        b"\0\0\0\x0cjP  \r\n\x87\n"
+        + struct.pack(">I4sBBBI", 15, b"colr", 1, 0, 0, 14)
+        + jpeg2000([(8, 1, 1)] * 3)
     ),
-    "JPEG with fractional sampling": lambda: sample_images.jpeg(subsampling=0).replace(
-        b"\x03\x01\x11\0\x02\x11\x01", b"\x03\x01\x33\0\x02\x22\x01"
+    "JPEG with fractional sampling": (
+        lambda: sample_images.jpeg(subsampling=0).replace(
+            b"\x03\x01\x11\0\x02\x11\x01", b"\x03\x01\x33\0\x02\x22\x01"
+        )
     ),
-    "ICNS without an icon in 24-bit colour": lambda: b"icns" + struct.pack(">I4sI", 16 + 256, b"ICN#", 8 + 256) + bytes(256),
+    "ICNS without an icon in 24-bit colour": (
+        lambda: b"icns" + struct.pack(">I4sI", 16 + 256, b"ICN#", 8 + 256) + bytes(256)
+    ),
     "XPM2": lambda: b"! XPM2\n2 2 1 1\na c #ffffff\naa\naa\n",
-    "XBM of X10": lambda: b"#define x_width 16\n#define x_height 1\nstatic short x_bits[] = {\n 0x0f0f };\n",
+    "XBM of X10": lambda: (
+        b"#define x_width 16\n#define x_height 1\nstatic short x_bits[] = {\n 0x0f0f };\n"
+    ),
     "hierarchical JPEG": lambda: big_jpeg(marker=0xC5),
     "JPEG whose height follows its first scan (DNL)": lambda: big_jpeg(height=0),
     "XPM with colours by name": lambda: xpm("dark olive green"),
@@ -138,7 +205,9 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_valid_files_are_unsupported_by_name(name: str) -> None:
-    """A valid file of a format or variant that is not decoded is `unsupported`, and the error names it."""
+    """A valid file of a format or variant that is not decoded is `unsupported`, and the error names
+    it.
+    """
     assert name in refused(NAMED[name]())
 
 
@@ -165,7 +234,9 @@ def test_other_files_are_not_images(data: bytes) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("palette", ["black and white", "few greys", "colours"])
 def test_small_bmp_palettes_are_read(palette: str, bits: int) -> None:
-    """A BMP of 4 or 8 bits is read whatever its palette; Pillow takes one of two or sixteen greys for another depth."""
+    """A BMP of 4 or 8 bits is read whatever its palette; Pillow takes one of two or sixteen greys
+    for another depth.
+    """
     count = {"black and white": 2, "few greys": 16, "colours": 11}[palette]
     rng = np.random.default_rng(bits)
     colours = {
@@ -194,7 +265,11 @@ def test_tga_of_16_bit_palette_is_read() -> None:
     table = rng.integers(0, 32, (16, 3))
     values = rng.integers(0, 16, (36, 40)).astype(np.uint8)
     packed = (table[:, 0] << 10 | table[:, 1] << 5 | table[:, 2]).astype("<u2").tobytes()
-    check(tga(1, 8, packed + values.tobytes(), flags=0x20, colours=16, palette=16), table[values] * 255 // 31, tolerance=1)
+    check(
+        tga(1, 8, packed + values.tobytes(), flags=0x20, colours=16, palette=16),
+        table[values] * 255 // 31,
+        tolerance=1,
+    )
 
 
 def test_16_bit_grey_jpeg_2000_is_read() -> None:

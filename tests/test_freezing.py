@@ -1,4 +1,6 @@
-"""What is frozen: the ids that keep answers and listings from being mixed, and what a resumed job takes over."""
+"""What is frozen: the ids that keep answers and listings from being mixed, and what a resumed job
+takes over.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
-from imagemill.records import Card, Interpolation, Limits, Precision, Recipe, Saved, Scores, Settings
+from imagemill.records import (
+    Card,
+    Interpolation,
+    Limits,
+    Precision,
+    Recipe,
+    Saved,
+    Scores,
+    Settings,
+)
 from imagemill.runner import freeze, model, resume, run
 from imagemill.tuning.precisions import Prepared
 from tiny import LABELS, TINY_CARD
@@ -26,21 +37,31 @@ PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
 
 
 def answer_id(
-    card: Card = TINY_CARD, prepared: Prepared = PREPARED, backend: str = "null", top: int = 5, save: tuple[Saved, ...] = ()
+    card: Card = TINY_CARD,
+    prepared: Prepared = PREPARED,
+    backend: str = "null",
+    top: int = 5,
+    save: tuple[Saved, ...] = (),
 ) -> str:
     return freeze.answer_id(card, prepared, backend, top, save)
 
 
 def other_recipes() -> list[Recipe]:
     recipe = TINY_CARD.recipe
-    changed: dict[str, Any] = {"size": recipe.size + 1, "resize": None, "interpolation": Interpolation.LANCZOS, "exif": not recipe.exif}
+    changed: dict[str, Any] = {
+        "size": recipe.size + 1,
+        "resize": None,
+        "interpolation": Interpolation.LANCZOS,
+        "exif": not recipe.exif,
+    }
     assert set(changed) == {field.name for field in dataclasses.fields(Recipe)}
     return [replace(recipe, **{name: value}) for name, value in changed.items()]
 
 
 def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, precision, variant, each part of the recipe, kind of scores, labels, decoder, backend, columns: parts that differ in one of
-    them are never taken for the same job's."""
+    """Weights, precision, variant, each part of the recipe, kind of scores, labels, decoder,
+    backend, columns: parts that differ in one of them are never taken for the same job's.
+    """
     ids = [
         answer_id(),
         answer_id(replace(TINY_CARD, sha256="0" * 64)),
@@ -63,8 +84,15 @@ def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch
 
 def test_what_decides_no_answer_is_not_in_its_id() -> None:
     """A model that was moved, renamed or annotated gives the same answers."""
-    card = replace(TINY_CARD, name="other", architecture="other", licence="other", top1=1.0, notes={"a": 1})
-    assert answer_id(card, replace(PREPARED, model_file=Path("/elsewhere/model.onnx"), lines=("said",))) == answer_id()
+    card = replace(
+        TINY_CARD, name="other", architecture="other", licence="other", top1=1.0, notes={"a": 1}
+    )
+    assert (
+        answer_id(
+            card, replace(PREPARED, model_file=Path("/elsewhere/model.onnx"), lines=("said",))
+        )
+        == answer_id()
+    )
 
 
 def test_whatever_decides_the_listing_is_in_its_id() -> None:
@@ -98,7 +126,11 @@ def test_whatever_decides_the_listing_is_in_its_id() -> None:
     ],
 )
 def test_what_is_said_on_resuming_is_done_and_all_else_stays(
-    job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path, said: dict[str, Any], frozen: dict[str, Any]
+    job: Callable[..., Settings],
+    jpegs: Callable[..., Path],
+    tmp_path: Path,
+    said: dict[str, Any],
+    frozen: dict[str, Any],
 ) -> None:
     """Each of what may change changes itself alone; what is not said comes from job.json."""
     settings = job(jpegs(1))
@@ -106,7 +138,12 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
     chosen = devices.resolve("null")
-    resumed = resume.resume(Settings(sources=settings.sources, output=settings.output, **said), before, chosen, Watcher())
+    resumed = resume.resume(
+        Settings(sources=settings.sources, output=settings.output, **said),
+        before,
+        chosen,
+        Watcher(),
+    )
     assert resumed == replace(before, job=replace(before.job, **frozen))
 
 
@@ -114,17 +151,31 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     ("origin", "remedy"),
     [
         ({"source": "url"}, "`imagemill get-model tiny`"),
-        ({"source": "onnx", "file": "/nets/net.onnx"}, "repeat the command with --model /nets/net.onnx"),
+        (
+            {"source": "onnx", "file": "/nets/net.onnx"},
+            "repeat the command with --model /nets/net.onnx",
+        ),
     ],
 )
 def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
-    job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path, origin: dict[str, str], remedy: str
+    job: Callable[..., Settings],
+    jpegs: Callable[..., Path],
+    tmp_path: Path,
+    origin: dict[str, str],
+    remedy: str,
 ) -> None:
     """Of a resumed job, before a worker is started."""
     run.run(job(jpegs(1)))
     frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     model.verify_model(frozen)
-    gone = replace(frozen.job, model_file=str(tmp_path / "gone.onnx"), card=replace(frozen.job.card, origin=origin))
-    with pytest.raises(OutputError, match=rf"the job's model {tmp_path}/gone\.onnx is gone\. Bring it back: {remedy}\."):
+    gone = replace(
+        frozen.job,
+        model_file=str(tmp_path / "gone.onnx"),
+        card=replace(frozen.job.card, origin=origin),
+    )
+    with pytest.raises(
+        OutputError,
+        match=rf"the job's model {tmp_path}/gone\.onnx is gone\. Bring it back: {remedy}\.",
+    ):
         model.verify_model(replace(frozen, job=gone))

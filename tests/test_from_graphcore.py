@@ -1,4 +1,6 @@
-"""The walk of Graphcore's `resnext_inference` README, from its first line to its last, on our side (docs/from-graphcore.md)."""
+"""The walk of Graphcore's `resnext_inference` README, from its first line to its last, on our side
+(docs/from-graphcore.md).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ OLD_FLAGS = """
     --batches_per_step=1500 --model_name=resnext101_32x4d --report_hw_cycle_count --model_path=models --log_path=logs --hide_output
     --nohide_output --half_partials --micro_batch_size=6
 """.split()
-"""What resnext_inference_launch.py and resnext101.py of the example take, in its earlier and later versions, and we spell otherwise."""
+"""What resnext_inference_launch.py and resnext101.py of the example take, in its earlier and later
+versions, and we spell otherwise.
+"""
 
 
 class _Silent(http.server.SimpleHTTPRequestHandler):
@@ -48,9 +52,13 @@ class Home:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A server on 127.0.0.1 with a legacy .pth file of resnext101_32x4d, its parameters named as Cadene's pretrainedmodels names them."""
+    """A server on 127.0.0.1 with a legacy .pth file of resnext101_32x4d, its parameters named as
+    Cadene's pretrainedmodels names them.
+    """
     folder = tmp_path_factory.mktemp("home")
-    shapes: dict[str, list[int]] = json.loads((GOLDEN / "cadene_resnext101_32x4d.keys.json").read_text())
+    shapes: dict[str, list[int]] = json.loads(
+        (GOLDEN / "cadene_resnext101_32x4d.keys.json").read_text()
+    )
     arrays = {name: recipe.tensor(name, tuple(shape)) for name, shape in shapes.items()}
     pth_files.write_legacy(folder / "resnext101_32x4d-00000000.pth", arrays)
     requests: list[str] = []
@@ -60,7 +68,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
             requests.append(self.path)
             super().do_GET()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    ) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield Home(f"http://127.0.0.1:{server.server_port}/resnext101_32x4d-00000000.pth", requests)
@@ -71,18 +81,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def coco(folder: Path, count: int = IMAGES) -> Path:
     """Images named and sized like COCO's val2014."""
     files = {
-        f"COCO_val2014_{42 + 31 * seed:012d}.jpg": sample_images.jpeg(*((640, 480) if seed % 3 else (480, 640)), seed=seed)
+        f"COCO_val2014_{42 + 31 * seed:012d}.jpg": sample_images.jpeg(
+            *((640, 480) if seed % 3 else (480, 640)), seed=seed
+        )
         for seed in range(count)
     }
     return helpers.fill(folder, files)
 
 
 def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None:
-    """partition → get-model → run on eight devices: every image has a row, eight logs, one aggregate; the download happens once."""
-    environment = helpers.environment(IMAGEMILL_MODELS=str(tmp_path / "models"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    """partition → get-model → run on eight devices: every image has a row, eight logs, one
+    aggregate; the download happens once.
+    """
+    environment = helpers.environment(
+        IMAGEMILL_MODELS=str(tmp_path / "models"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"
+    )
 
     def imagemill(*arguments: object) -> helpers.Result:
-        result = helpers.finish(helpers.start(*arguments, env=environment, cwd=tmp_path), timeout=300)
+        result = helpers.finish(
+            helpers.start(*arguments, env=environment, cwd=tmp_path), timeout=300
+        )
         assert result.code == 0, result.err
         return result
 
@@ -105,45 +123,93 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
     assert json.loads((models / "card.json").read_text())["origin"]["verified"] is False
 
     # 5. Run
-    ran = imagemill("run", "datasets/", "--output", "out", "--devices", f"cpu:{DEVICES}", "--batch-size", 6)
+    ran = imagemill(
+        "run", "datasets/", "--output", "out", "--devices", f"cpu:{DEVICES}", "--batch-size", 6
+    )
     rows = helpers.rows(tmp_path / "out")
     assert sorted(Path(row["path"]).name for row in rows) == sorted(os.listdir(source))
     assert {row["status"] for row in rows} == {"ok"}
-    logs = sorted(path.name for path in (tmp_path / "out" / "logs").iterdir() if path.name != "launcher.log")
+    logs = sorted(
+        path.name for path in (tmp_path / "out" / "logs").iterdir() if path.name != "launcher.log"
+    )
     assert logs == [f"cpu#{number}.log" for number in range(DEVICES)]
     assert "sub-folders" not in ran.err
-    told = [re.search(r"done: (\d+) images in [\d.]+ s, [\d.]+ images/s", (tmp_path / "out" / "logs" / log).read_text()) for log in logs]
+    told = [
+        re.search(
+            r"done: (\d+) images in [\d.]+ s, [\d.]+ images/s",
+            (tmp_path / "out" / "logs" / log).read_text(),
+        )
+        for log in logs
+    ]
     assert all(told)
     assert sum(int(match[1]) for match in told if match) == IMAGES
     assert len(re.findall(r"[\d.]+ images/s over", ran.out)) == 1
     assert imagemill("verify", "out").out == f"complete and sound: {IMAGES} images, one row each\n"
 
 
-def test_another_number_of_sub_folders_is_a_warning(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
+def test_another_number_of_sub_folders_is_a_warning(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
     """Four partitions on three devices: said, and every image still has its row."""
     coco(tmp_path / "val2014", 9)
-    imagemill("partition", "--data-dir", tmp_path / "val2014", "--partitions", 4, "--output", tmp_path / "datasets")
-    ran = imagemill("run", tmp_path / "datasets", "--output", tmp_path / "out", "--model", "tiny", "--devices", "null:3")
+    imagemill(
+        "partition",
+        "--data-dir",
+        tmp_path / "val2014",
+        "--partitions",
+        4,
+        "--output",
+        tmp_path / "datasets",
+    )
+    ran = imagemill(
+        "run",
+        tmp_path / "datasets",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null:3",
+    )
     assert ran.code == 0
     assert "the sources have 4 sub-folders" in ran.err
     assert len(helpers.rows(tmp_path / "out")) == 9
 
 
-def test_the_example_crop_is_there_beside_the_published_one(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
-    """`--preprocess center-crop` takes the centre without resizing: other pixels, so other answers, under another answer id."""
+def test_the_example_crop_is_there_beside_the_published_one(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
+    """`--preprocess center-crop` takes the centre without resizing: other pixels, so other answers,
+    under another answer id.
+    """
     coco(tmp_path / "val2014", 4)
     answers = []
     for name in ("card", "center-crop"):
         output = tmp_path / name
-        arguments = ("run", tmp_path / "val2014", "--output", output, "--model", "tiny", "--devices", "null", "--preprocess", name)
+        arguments = (
+            "run",
+            tmp_path / "val2014",
+            "--output",
+            output,
+            "--model",
+            "tiny",
+            "--devices",
+            "null",
+            "--preprocess",
+            name,
+        )
         assert imagemill(*arguments).code == 0
         answers.append([(row["class_id"], row["probability"]) for row in helpers.rows(output)])
     assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize("flag", OLD_FLAGS)
-def test_old_spellings_name_the_new_ones(flag: str, imagemill: Callable[..., helpers.Result]) -> None:
-    """Every flag of the example's launcher that is spelt otherwise here ends with exit code 2 and one line that says how."""
+def test_old_spellings_name_the_new_ones(
+    flag: str, imagemill: Callable[..., helpers.Result]
+) -> None:
+    """Every flag of the example's launcher that is spelt otherwise here ends with exit code 2 and
+    one line that says how.
+    """
     refused = imagemill("run", "datasets/", "--output", "out", flag)
     assert refused.code == 2
     line = refused.err.strip()
@@ -152,9 +218,17 @@ def test_old_spellings_name_the_new_ones(flag: str, imagemill: Callable[..., hel
 
 
 @pytest.mark.parametrize(
-    "flag", ["--micro-batch-size=6", "--model-name=resnext101_32x4d", "--model-path=models", "--pretrained-model-path=x"]
+    "flag",
+    [
+        "--micro-batch-size=6",
+        "--model-name=resnext101_32x4d",
+        "--model-path=models",
+        "--pretrained-model-path=x",
+    ],
 )
-def test_old_spellings_of_get_model_name_the_new_ones(flag: str, imagemill: Callable[..., helpers.Result]) -> None:
+def test_old_spellings_of_get_model_name_the_new_ones(
+    flag: str, imagemill: Callable[..., helpers.Result]
+) -> None:
     """The same for get_model.py."""
     refused = imagemill("get-model", "resnext101_32x4d", flag)
     assert refused.code == 2

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from imagemill.records import Scores
 from imagemill.tuning import gate
 
-# Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of SciPy 1.17 gives it.
+# Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of
+# SciPy 1.17 gives it.
 SCIPY = [
     (81, 263, 0.2553, 0.3662),
     (15, 148, 0.0624, 0.1605),
@@ -22,7 +23,9 @@ SCIPY = [
 
 
 def answers(agree: int, images: int, classes: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a reference that is sure of class 0, and of a candidate with the same top-1 for the first `agree` images."""
+    """Logits of a reference that is sure of class 0, and of a candidate with the same top-1 for the
+    first `agree` images.
+    """
     reference = np.zeros((images, classes), np.float32)
     reference[:, 0] = 3
     candidate = reference.copy()
@@ -31,12 +34,16 @@ def answers(agree: int, images: int, classes: int = 5) -> tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize(("successes", "trials", "low", "high"), SCIPY)
-def test_wilson_gives_the_intervals_of_scipy(successes: int, trials: int, low: float, high: float) -> None:
+def test_wilson_gives_the_intervals_of_scipy(
+    successes: int, trials: int, low: float, high: float
+) -> None:
     assert gate.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.integers(0, 5000), st.data())
-def test_wilson_holds_the_share_and_lies_in_the_unit_interval(trials: int, data: st.DataObject) -> None:
+def test_wilson_holds_the_share_and_lies_in_the_unit_interval(
+    trials: int, data: st.DataObject
+) -> None:
     successes = data.draw(st.integers(0, trials))
     low, high = gate.wilson(successes, trials)
     assert 0 <= low <= high <= 1
@@ -52,7 +59,9 @@ def test_more_agreement_never_lowers_the_bound(trials: int, data: st.DataObject)
     assert gate.wilson(successes, trials)[0] <= gate.wilson(successes + 1, trials)[0]
 
 
-@pytest.mark.parametrize(("agree", "accepted"), [(1000, True), (964, True), (963, False), (900, False)])
+@pytest.mark.parametrize(
+    ("agree", "accepted"), [(1000, True), (964, True), (963, False), (900, False)]
+)
 def test_the_bar_lies_between_963_and_964_of_1000(agree: int, accepted: bool) -> None:
     """The lower bound, not the agreement itself, must reach 0.95."""
     verdict = gate.judge(*answers(agree, 1000))
@@ -73,7 +82,11 @@ def test_too_few_images_are_never_accepted_however_alike(images: int) -> None:
 def test_fp32_agrees_with_itself(images: int, classes: int, seed: int, scores: Scores) -> None:
     reference = np.random.default_rng(seed).normal(0, 4, (images, classes)).astype(np.float32)
     verdict = gate.judge(reference, reference.copy(), scores)
-    assert (verdict.agreement, verdict.flips_where_sure, verdict.mean_probability_difference) == (1, 0, 0)
+    assert (verdict.agreement, verdict.flips_where_sure, verdict.mean_probability_difference) == (
+        1,
+        0,
+        0,
+    )
 
 
 @given(st.integers(1, 40), st.integers(2, 12), st.integers(0, 2**32 - 1))
@@ -94,7 +107,11 @@ def test_figures_are_those_counted_one_by_one(images: int, classes: int, seed: i
         flips += first - second > gate.SURE and not agrees
         difference += abs(p[top] - q[top])
     verdict = gate.judge(reference, candidate)
-    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (same / images, sure, flips)
+    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (
+        same / images,
+        sure,
+        flips,
+    )
     assert verdict.mean_probability_difference == pytest.approx(difference / images)
 
 
@@ -118,7 +135,12 @@ def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
     reference, candidate = answers(1000, 1000)
     reference[0, 0] = np.inf
     verdict = gate.judge(reference, candidate)
-    assert (verdict.accepted, verdict.images, verdict.agreement, verdict.sure) == (True, 1000, 0.999, 999)
+    assert (verdict.accepted, verdict.images, verdict.agreement, verdict.sure) == (
+        True,
+        1000,
+        0.999,
+        999,
+    )
     assert verdict.mean_probability_difference == pytest.approx(0.001)
     reference[:100, 0] = np.nan
     assert not gate.judge(reference, candidate).accepted

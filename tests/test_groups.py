@@ -35,11 +35,17 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def shapes(model: Any) -> list[tuple[int, ...]]:
     """Groups, output and input channels of each grouped convolution."""
-    return [tuple(node.input(1).get_shape()[:3]) for node in model.get_ordered_ops() if node.get_type_name() == "GroupConvolution"]
+    return [
+        tuple(node.input(1).get_shape()[:3])
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "GroupConvolution"
+    ]
 
 
 def logits(model: Any) -> NDArray[np.float32]:
-    compiled = load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = (
+        load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    )
     return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
 
 
@@ -58,12 +64,16 @@ def test_fp32_answers_stay_what_they_are(network: Path) -> None:
     ov = load_openvino()
     model = ov.Core().read_model(network)
     before = logits(model)
-    assert openvino_rewrites.merge(ov, model, 32, "f32") == 0, "weights behind arithmetic are left alone"
+    assert openvino_rewrites.merge(ov, model, 32, "f32") == 0, (
+        "weights behind arithmetic are left alone"
+    )
     fold_constants(model)
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 3
     assert shapes(model) == [(4, 32, 32), (8, 32, 32), (16, 32, 32), (32, 32, 32)]
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 0
-    np.testing.assert_allclose(logits(model), before, rtol=1e-4, atol=1e-4 * float(np.abs(before).max()))
+    np.testing.assert_allclose(
+        logits(model), before, rtol=1e-4, atol=1e-4 * float(np.abs(before).max())
+    )
 
 
 def test_depthwise_and_odd_groups_are_left_alone() -> None:
@@ -85,7 +95,11 @@ def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None
     """They are few, narrow and sensitive; merged they would only take more multiplications."""
     ov = load_openvino()
     model = ov.convert_model(str(network), input=[1, 224, 224, 3])
-    first = next(node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == "GroupConvolution")
+    first = next(
+        node.get_friendly_name()
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "GroupConvolution"
+    )
     mixed = quantize.quantize(network, [row[None] for row in PIXELS[:3]], 3, ignored=[first])
     assert shapes(mixed) == [(32, 4, 4), (16, 16, 16), (32, 16, 16), (32, 32, 32)]
 
@@ -99,13 +113,18 @@ def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None
         (Precision.INT8, {"amx_bf16"}, 0),
     ],
 )
-def test_groups_are_merged_where_that_gains(precision: Precision, flags: set[str], channels: int) -> None:
+def test_groups_are_merged_where_that_gains(
+    precision: Precision, flags: set[str], channels: int
+) -> None:
     assert openvino_rewrites.wanted(precision, flags) == channels
 
 
 @pytest.mark.parametrize("flags", [set(), {"amx_bf16"}], ids=["as it is", "merged"])
-def test_bf16_answers_are_alike_in_any_batch(network: Path, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Merged as for AMX, on whatever processor this is: bit for bit the same alone, beside others and in a part of a batch.
+def test_bf16_answers_are_alike_in_any_batch(
+    network: Path, flags: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged as for AMX, on whatever processor this is: bit for bit the same alone, beside others
+    and in a part of a batch.
 
     (Where the processor knows no bfloat16, OpenVINO computes in fp32.)
     """
@@ -113,10 +132,27 @@ def test_bf16_answers_are_alike_in_any_batch(network: Path, flags: set[str], mon
     merged: list[int] = []
     monkeypatch.setattr(openvino_rewrites, "merge", noting(openvino_rewrites.merge, merged))
     labels = tuple(map(str, range(1000)))
-    card = Card("narrow", "resnext", labels, Recipe(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
+    card = Card(
+        "narrow", "resnext", labels, Recipe(), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {}
+    )
 
     def answers(batch_size: int) -> NDArray[np.float32]:
-        job = Job("", (), str(network), card, Precision.BF16, "", batch_size, 0, 0, 1, (), Limits(), "", "")
+        job = Job(
+            "",
+            (),
+            str(network),
+            card,
+            Precision.BF16,
+            "",
+            batch_size,
+            0,
+            0,
+            1,
+            (),
+            Limits(),
+            "",
+            "",
+        )
         opened = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
         batches = []
         for start in range(0, 12, batch_size):

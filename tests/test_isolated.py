@@ -1,4 +1,6 @@
-"""What the disposable decoder promises: the suspect dies, nothing else does, and the answer is the same."""
+"""What the disposable decoder promises: the suspect dies, nothing else does, and the answer is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +56,35 @@ def gone_within(pid: int, seconds: float) -> bool:
     return not alive(pid)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(size=100, resize=None, interpolation=Interpolation.BICUBIC, exif=False), SQUASHED])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(size=100, resize=None, interpolation=Interpolation.BICUBIC, exif=False),
+        SQUASHED,
+    ],
+)
 @pytest.mark.parametrize("name", ["jpeg", "png", "cut"])
 def test_same_answer_as_in_process(decoder: IsolatedDecoder, recipe: Recipe, name: str) -> None:
     """Whatever the child answers is what `decode` answers here, bit for bit."""
     whole = sample_images.jpeg(1200, 1100, orientation=6)
-    data = {"jpeg": whole, "png": sample_images.encode(sample_images.photograph(70, 50), "PNG"), "cut": sample_images.half(whole)}[name]
+    data = {
+        "jpeg": whole,
+        "png": sample_images.encode(sample_images.photograph(70, 50), "PNG"),
+        "cut": sample_images.half(whole),
+    }[name]
     here, there = decode(data, recipe, LIMITS), decoder.decode(data, recipe, LIMITS, "crash")
-    assert (there.status, there.error, there.width, there.height) == (here.status, here.error, here.width, here.height)
-    assert np.array_equal(there.pixels, here.pixels) if here.pixels is not None else there.pixels is None
+    assert (there.status, there.error, there.width, there.height) == (
+        here.status,
+        here.error,
+        here.width,
+        here.height,
+    )
+    assert (
+        np.array_equal(there.pixels, here.pixels)
+        if here.pixels is not None
+        else there.pixels is None
+    )
 
 
 def test_the_child_is_kept_between_images(decoder: IsolatedDecoder) -> None:
@@ -74,11 +96,16 @@ def test_the_child_is_kept_between_images(decoder: IsolatedDecoder) -> None:
 
 
 def test_a_crashing_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
-    """One that kills its decoder twice is `crashed_decoder`, named with its signal; the next is decoded."""
+    """One that kills its decoder twice is `crashed_decoder`, named with its signal; the next is
+    decoded.
+    """
     decoded = decoder.decode(sample_images.jpeg() + CRASH, Recipe(), LIMITS, "crash")
     assert decoded.pixels is None
     assert decoded.status is Status.CRASHED_DECODER
-    assert decoded.error == "the decoder was killed by SIGSEGV, twice in a process of its own (suspected of: crash)"
+    assert (
+        decoded.error
+        == "the decoder was killed by SIGSEGV, twice in a process of its own (suspected of: crash)"
+    )
     assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
 
 
@@ -87,23 +114,32 @@ def test_a_hanging_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout")
     pid = child_pid(decoder)
     began = time.monotonic()
-    decoded = decoder.decode(sample_images.jpeg() + HANG, Recipe(), Limits(20_000_000, 2**24, 0.5), "timeout")
+    decoded = decoder.decode(
+        sample_images.jpeg() + HANG, Recipe(), Limits(20_000_000, 2**24, 0.5), "timeout"
+    )
     assert time.monotonic() - began < 20
     assert decoded.status is Status.TIMEOUT
-    assert decoded.error == "decoding took more than 0.5 s, twice in a process of its own (suspected of: timeout)"
+    assert (
+        decoded.error
+        == "decoding took more than 0.5 s, twice in a process of its own (suspected of: timeout)"
+    )
     assert not alive(pid)
     assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout").status is Status.OK
 
 
 def test_a_greedy_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
-    """One that wants more memory than a child may have is `too_large`; the child's address space is bounded."""
+    """One that wants more memory than a child may have is `too_large`; the child's address space is
+    bounded.
+    """
     decoded = decoder.decode(sample_images.jpeg() + OOM, Recipe(), LIMITS, "crash")
     assert decoded.status is Status.TOO_LARGE
     assert decoded.error == "not enough memory to decode it"
 
 
 def test_a_child_killed_from_outside_is_replaced(decoder: IsolatedDecoder) -> None:
-    """The kernel may kill the child for its memory, or a person may: the image at hand is tried again and is ok."""
+    """The kernel may kill the child for its memory, or a person may: the image at hand is tried
+    again and is ok.
+    """
     decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
     os.kill(child_pid(decoder), signal.SIGKILL)
     assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
@@ -136,7 +172,11 @@ if {busy}:
     decoder.decode(b"{HANG.decode()}", Recipe(), Limits(), "crash")
 time.sleep(600)
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env={**os.environ, FAULTS_VARIABLE: "1"}) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env={**os.environ, FAULTS_VARIABLE: "1"},
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         time.sleep(0.3)
@@ -145,16 +185,36 @@ time.sleep(600)
     assert gone_within(pid, 5)
 
 
-def test_a_child_that_cannot_start_is_an_error(decoder: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_cannot_start_is_an_error(
+    decoder: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No image is blamed where no child can be started at all."""
     monkeypatch.setattr(isolated.sys, "executable", "/bin/false")
-    with pytest.raises(WorkerError, match="cannot be started, 3 times running: the decoder ended with exit code 1"):
+    with pytest.raises(
+        WorkerError, match="cannot be started, 3 times running: the decoder ended with exit code 1"
+    ):
         decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
 
 
 def test_the_child_loads_no_heavy_library() -> None:
     """Its start is short: NumPy, Pillow, simplejpeg and ours, no more."""
-    program = f"import sys; sys.path[:0] = {sys.path!r}; import imagemill.pipeline.decoding.isolated; print(*sorted(sys.modules))"
-    loaded = set(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.split())
+    program = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import imagemill.pipeline.decoding.isolated;"
+        " print(*sorted(sys.modules))"
+    )
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True
+        ).stdout.split()
+    )
     assert {"numpy", "PIL", "simplejpeg"} <= loaded
-    assert not loaded & {"openvino", "onnx", "onnxruntime", "pyarrow", "ray", "socket", "cv2", "rich"}
+    assert not loaded & {
+        "openvino",
+        "onnx",
+        "onnxruntime",
+        "pyarrow",
+        "ray",
+        "socket",
+        "cv2",
+        "rich",
+    }

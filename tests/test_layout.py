@@ -1,4 +1,6 @@
-"""Files appear whole or not at all, paths are where they are promised, and locks keep a second launcher out."""
+"""Files appear whole or not at all, paths are where they are promised, and locks keep a second
+launcher out.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ from imagemill.system import files, userdirs
 
 
 @pytest.mark.parametrize("set_to", [None, ""])
-def test_the_cache_folder_is_below_home_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, set_to: str | None) -> None:
-    """With XDG_CACHE_HOME unset or empty, the usual case, an output in an object store has its folder in ~/.cache."""
+def test_the_cache_folder_is_below_home_by_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, set_to: str | None
+) -> None:
+    """With XDG_CACHE_HOME unset or empty, the usual case, an output in an object store has its
+    folder in ~/.cache.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if set_to is not None:
@@ -34,8 +40,12 @@ def test_the_cache_folder_is_below_home_by_default(monkeypatch: pytest.MonkeyPat
     assert (paths.output, paths.shown(paths.job)) == ("s3://bucket/job", "s3://bucket/job/job.json")
 
 
-def test_the_cache_folder_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """XDG_CACHE_HOME wins over HOME; each output in a store has a folder of its own, and the same one every time."""
+def test_the_cache_folder_is_where_the_variable_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """XDG_CACHE_HOME wins over HOME; each output in a store has a folder of its own, and the same
+    one every time.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert userdirs.cache() == tmp_path / "cache" / "imagemill"
     roots = [JobPaths.of(url).root for url in ("s3://bucket/a", "s3://bucket/b", "s3://bucket/a/")]
@@ -43,8 +53,12 @@ def test_the_cache_folder_is_where_the_variable_says(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
-def test_every_byte_is_in_the_file_when_it_is_synced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pieces: bool) -> None:
-    """Power fails right after the sync: small files too, which fit into a buffer, are whole and get their name only then."""
+def test_every_byte_is_in_the_file_when_it_is_synced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pieces: bool
+) -> None:
+    """Power fails right after the sync: small files too, which fit into a buffer, are whole and get
+    their name only then.
+    """
     synced: list[bytes] = []
     fsync = os.fsync
 
@@ -63,7 +77,9 @@ def test_every_byte_is_in_the_file_when_it_is_synced(monkeypatch: pytest.MonkeyP
 
 
 def test_pieces_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
-    """The maker of the pieces may raise anything: an older file stays as it was, and no temporary file is left."""
+    """The maker of the pieces may raise anything: an older file stays as it was, and no temporary
+    file is left.
+    """
     (tmp_path / "failed.txt").write_bytes(b"old")
 
     def failing() -> Iterator[bytes]:
@@ -76,7 +92,9 @@ def test_pieces_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", [files.sync_file, files.sync_folder])
-def test_syncing_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sync: object) -> None:
+def test_syncing_closes_what_it_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sync: object
+) -> None:
     """Also where the sync fails: a long job would run out of handles."""
     path = tmp_path / "file" if sync is files.sync_file else tmp_path
     (tmp_path / "file").touch()
@@ -107,14 +125,24 @@ def held(path: Path, kind: int) -> bool:
 
 
 def test_a_second_launcher_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    """The lock is exclusive, `status` sees it without taking it, and it is free again afterwards."""
+    """The lock is exclusive, `status` sees it without taking it, and it is free again
+    afterwards.
+    """
     paths = JobPaths(tmp_path / "out")
     assert not lock.is_locked(paths)
     with lock.locked(paths):
-        assert paths.lock.stat().st_mode & 0o600 == 0o600, "its owner could not take it a second time"
+        assert paths.lock.stat().st_mode & 0o600 == 0o600, (
+            "its owner could not take it a second time"
+        )
         assert lock.is_locked(paths)
         assert held(paths.lock, fcntl.LOCK_SH)
-        with pytest.raises(OutputError, match=r"out is in use by another imagemill run\. Wait for it or stop it"), lock.locked(paths):
+        with (
+            pytest.raises(
+                OutputError,
+                match=r"out is in use by another imagemill run\. Wait for it or stop it",
+            ),
+            lock.locked(paths),
+        ):
             pytest.fail("two launchers hold one output")
         assert lock.is_locked(paths), "the refused launcher has released the lock of the first"
     assert not lock.is_locked(paths)
@@ -124,7 +152,9 @@ def test_a_second_launcher_is_refused_while_the_first_lives(tmp_path: Path) -> N
 
 
 def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`status` holds the lock for a moment: a launcher that meets it waits and starts. Two at once do not see each other as a run."""
+    """`status` holds the lock for a moment: a launcher that meets it waits and starts. Two at once
+    do not see each other as a run.
+    """
     paths = JobPaths(tmp_path)
     paths.lock.touch()
     looking = os.open(paths.lock, os.O_RDONLY)
@@ -143,14 +173,21 @@ def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_
     assert waits == [0.01, 0.05, 0.2]
 
 
-def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file system without locks is not called another run, which the user would wait for in vain."""
+def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file system without locks is not called another run, which the user would wait for in
+    vain.
+    """
 
     def refuse(handle: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OutputError, match=r"cannot write .*\.lock: No locks available"), lock.locked(JobPaths(tmp_path)):
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*\.lock: No locks available"),
+        lock.locked(JobPaths(tmp_path)),
+    ):
         pytest.fail("ran without a lock")
 
 
@@ -160,7 +197,13 @@ def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, na
     (tmp_path / name).mkdir()
     paths = JobPaths(tmp_path)
     holding = lock.locked(paths) if name == ".lock" else files.in_turn(paths.fetching)
-    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/{name}: Is a directory\. Repeat the command once"), holding:
+    with (
+        pytest.raises(
+            OutputError,
+            match=rf"cannot write {tmp_path}/{name}: Is a directory\. Repeat the command once",
+        ),
+        holding,
+    ):
         pytest.fail("ran without a lock")
 
 
@@ -191,12 +234,26 @@ def test_those_who_fetch_a_plan_take_turns(tmp_path: Path) -> None:
 
 
 def test_a_sweep_removes_temporary_files_and_nothing_else(tmp_path: Path) -> None:
-    """In the output, its plan and its predictions; other hidden files and folders of other people stay."""
-    kept = {".lock": b"", "job.json": b"{}", "predictions/part-000000.parquet": b"x", "predictions/.hidden": b"x", "mine/.a.tmp": b"x"}
-    swept = {".job.json.77.tmp": b"", "plan/.listing.arrow.tmp": b"x", "predictions/.part-000001.parquet.9.tmp": b"x"}
+    """In the output, its plan and its predictions; other hidden files and folders of other people
+    stay.
+    """
+    kept = {
+        ".lock": b"",
+        "job.json": b"{}",
+        "predictions/part-000000.parquet": b"x",
+        "predictions/.hidden": b"x",
+        "mine/.a.tmp": b"x",
+    }
+    swept = {
+        ".job.json.77.tmp": b"",
+        "plan/.listing.arrow.tmp": b"x",
+        "predictions/.part-000001.parquet.9.tmp": b"x",
+    }
     helpers.fill(tmp_path, kept | swept)
     JobPaths(tmp_path).sweep()
-    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
+    assert {
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()
+    } == set(kept)
     JobPaths(tmp_path / "none").sweep()
 
 
@@ -224,5 +281,8 @@ def test_logs_are_in_the_output_unless_they_are_sent_elsewhere(tmp_path: Path) -
     """--log-dir is taken from the current folder, as --output is."""
     assert JobPaths.of(str(tmp_path)).device_log("cpu#0") == tmp_path / "logs" / "cpu#0.log"
     paths = JobPaths.of("out", "elsewhere")
-    assert (paths.root, paths.launcher_log) == (Path.cwd() / "out", Path.cwd() / "elsewhere" / "launcher.log")
+    assert (paths.root, paths.launcher_log) == (
+        Path.cwd() / "out",
+        Path.cwd() / "elsewhere" / "launcher.log",
+    )
     assert paths.shown(paths.launcher_log) == str(Path.cwd() / "elsewhere" / "launcher.log")

@@ -10,7 +10,10 @@ from imagemill.workers.leases import Leases
 
 
 def shards(count: int, groups: int = 1) -> list[Shard]:
-    return [Shard(number, 10 * number, 10, number * groups // count, "plan-00000-00000.parquet", number) for number in range(count)]
+    return [
+        Shard(number, 10 * number, 10, number * groups // count, "plan-00000-00000.parquet", number)
+        for number in range(count)
+    ]
 
 
 def test_shards_are_dealt_in_plan_order() -> None:
@@ -23,7 +26,9 @@ def test_shards_are_dealt_in_plan_order() -> None:
 
 
 def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
-    """Where sub-folders are dealt; a device that came later has none of its own and helps from the beginning."""
+    """Where sub-folders are dealt; a device that came later has none of its own and helps from the
+    beginning.
+    """
     leases = Leases(shards(6, groups=2), dealt=True)
     assert [leases.next(1).shard.number for _ in range(3)] == [3, 4, 5]  # type: ignore[union-attr]
     assert leases.next(1).shard.number == 0  # type: ignore[union-attr]
@@ -47,7 +52,11 @@ def test_an_image_that_hangs_alone_too_is_given_up() -> None:
         lease = leases.next(0)
         assert lease is not None
         leases.give_back(lease, noted=(4,), timed_out=(4,))
-        assert leases._alone[-1].suspects == expected if leases._alone else leases._queues[0][0].suspects == expected
+        assert (
+            leases._alone[-1].suspects == expected
+            if leases._alone
+            else leases._queues[0][0].suspects == expected
+        )
 
 
 def test_a_shard_in_hand_at_two_deaths_is_alone() -> None:
@@ -68,7 +77,9 @@ def test_a_shard_in_hand_at_two_deaths_is_alone() -> None:
 
 
 def test_lost_nodes_weigh_half_of_deaths() -> None:
-    """Three spot nodes that are reclaimed leave an innocent shard what it is; a fourth, or a death and two of them, are suspicious."""
+    """Three spot nodes that are reclaimed leave an innocent shard what it is; a fourth, or a death
+    and two of them, are suspicious.
+    """
     leases = Leases(shards(2))
     for _ in range(3):
         lease = leases.next(0)
@@ -101,7 +112,9 @@ def test_a_commit_clears_a_shards_name() -> None:
 
 
 def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
-    """Its worker was killed for its sake, and the next one dies of something else: its status is `timeout`, not `crashed_decoder`."""
+    """Its worker was killed for its sake, and the next one dies of something else: its status is
+    `timeout`, not `crashed_decoder`.
+    """
     leases = Leases(shards(1))
     lease = leases.next(0)
     assert lease is not None
@@ -124,9 +137,14 @@ def test_a_lost_worker_leaves_the_suspects_that_were_known() -> None:
 
 @given(
     st.integers(1, 12),
-    st.lists(st.tuples(st.sampled_from(["lease", "commit", "die", "lose"]), st.integers(0, 2)), max_size=60),
+    st.lists(
+        st.tuples(st.sampled_from(["lease", "commit", "die", "lose"]), st.integers(0, 2)),
+        max_size=60,
+    ),
 )
-def test_every_shard_is_waiting_or_leased_once_whatever_happens(count: int, acts: list[tuple[str, int]]) -> None:
+def test_every_shard_is_waiting_or_leased_once_whatever_happens(
+    count: int, acts: list[tuple[str, int]]
+) -> None:
     """Waiting, in exactly one hand, or committed: at any moment, whoever dies."""
     leases, done = Leases(shards(count)), set()
     hands: list[list[Lease]] = [[], [], []]
@@ -142,6 +160,10 @@ def test_every_shard_is_waiting_or_leased_once_whatever_happens(count: int, acts
                 leases.give_back(lease) if act == "die" else leases.lost(lease)
             hand.clear()
         held = [lease.shard.number for hand in hands for lease in hand]
-        waiting = [lease.shard.number for queue in (leases._alone, *leases._queues.values()) for lease in queue]
+        waiting = [
+            lease.shard.number
+            for queue in (leases._alone, *leases._queues.values())
+            for lease in queue
+        ]
         assert sorted([*held, *waiting, *done]) == list(range(count))
         assert (leases.waiting, leases.remaining) == (len(waiting), count - len(done))

@@ -36,10 +36,17 @@ Copy = Callable[[Path], Path]
 def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A finished job of 10 images, one of them bad, in 4 parts; never to be changed: copy it."""
     folder = tmp_path_factory.mktemp("ledger")
-    files = {f"{number}.jpg": sample_images.jpeg(40, 40, seed=number) for number in range(9)} | {"bad.jpg": b""}
+    files = {f"{number}.jpg": sample_images.jpeg(40, 40, seed=number) for number in range(9)} | {
+        "bad.jpg": b""
+    }
     source = helpers.fill(folder / "images", files)
     settings = Settings(
-        sources=(str(source),), output=str(folder / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=3
+        sources=(str(source),),
+        output=str(folder / "out"),
+        model="tiny",
+        models_dir=str(models_dir),
+        devices="null",
+        shard_size=3,
     )
     run.run(settings)
     return settings
@@ -62,7 +69,9 @@ def part(out: Path, number: int) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Write a part again, well-formed, but otherwise than it was; and have the manifest vouch for it, as a liar would."""
+    """Write a part again, well-formed, but otherwise than it was; and have the manifest vouch for
+    it, as a liar would.
+    """
     pq.write_table(change(pq.read_table(path)), path, write_page_checksum=True)
     manifest = path.parents[1] / "manifest.json"
     plain = json.loads(manifest.read_bytes())
@@ -101,7 +110,12 @@ def test_rows_in_another_order_are_found(out: Path) -> None:
 
 def test_an_answer_under_another_name_is_found(out: Path) -> None:
     """Paths are held against the plan."""
-    rewrite(part(out, 0), lambda table: table.set_column(2, table.schema.field("path"), [table["path"].take([1, 0, 2])]))
+    rewrite(
+        part(out, 0),
+        lambda table: table.set_column(
+            2, table.schema.field("path"), [table["path"].take([1, 0, 2])]
+        ),
+    )
     assert found(out) == [(0, "has other paths than the plan")]
 
 
@@ -121,8 +135,12 @@ OK, BAD = 0, 3
         (BAD, "status", ["ok"]),
     ],
 )
-def test_a_row_that_contradicts_itself_is_found(out: Path, number: int, column: str, values: list[str | None]) -> None:
-    """An ok row has an answer and no error, a failed one has an error and no answer: one cell that says otherwise is enough."""
+def test_a_row_that_contradicts_itself_is_found(
+    out: Path, number: int, column: str, values: list[str | None]
+) -> None:
+    """An ok row has an answer and no error, a failed one has an error and no answer: one cell that
+    says otherwise is enough.
+    """
 
     def change(table: pa.Table) -> pa.Table:
         place = table.schema.get_field_index(column)
@@ -130,16 +148,24 @@ def test_a_row_that_contradicts_itself_is_found(out: Path, number: int, column: 
 
     assert pq.read_table(part(out, BAD))["status"].to_pylist() == ["empty"]
     rewrite(part(out, number), change)
-    assert found(out) == [(number, "has a row whose status, error and answer contradict each other")]
+    assert found(out) == [
+        (number, "has a row whose status, error and answer contradict each other")
+    ]
 
 
 @pytest.mark.parametrize("column", ["source", "label", "path"])
 def test_text_that_is_not_utf8_is_found(out: Path, column: str) -> None:
-    """Readers of the part would stumble over it: it is one clear problem of this part, never a traceback."""
+    """Readers of the part would stumble over it: it is one clear problem of this part, never a
+    traceback.
+    """
 
     def spoil(table: pa.Table) -> pa.Table:
         place = table.schema.get_field_index(column)
-        return table.set_column(place, table.schema.field(place), pa.array([b"\xff"] * 3, pa.binary()).cast(pa.string(), safe=False))
+        return table.set_column(
+            place,
+            table.schema.field(place),
+            pa.array([b"\xff"] * 3, pa.binary()).cast(pa.string(), safe=False),
+        )
 
     rewrite(part(out, 0), spoil)
     ((shard, what),) = found(out)
@@ -149,7 +175,9 @@ def test_text_that_is_not_utf8_is_found(out: Path, column: str) -> None:
 
 
 def test_a_flipped_bit_in_a_number_is_found_without_a_manifest(out: Path) -> None:
-    """The part reads as ever, with another probability in it: only the checksum of the page tells."""
+    """The part reads as ever, with another probability in it: only the checksum of the page
+    tells.
+    """
     path = part(out, 0)
     table = pq.read_table(path)
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -169,7 +197,9 @@ def test_a_flipped_bit_in_a_number_is_found_without_a_manifest(out: Path) -> Non
 
 @pytest.mark.parametrize("name", ["plan_id", "answer_id"])
 def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> None:
-    """It is named, and what it says of the parts counts for nothing: `--quarantine` moves none of the sound ones."""
+    """It is named, and what it says of the parts counts for nothing: `--quarantine` moves none of
+    the sound ones.
+    """
     manifest = out / "manifest.json"
     plain = json.loads(manifest.read_bytes())
     for record in plain["parts"].values():
@@ -179,7 +209,9 @@ def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> N
     assert frozen is not None
     before = helpers.parts(out)
     problems, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
-    assert [(problem.shard, problem.what) for problem in problems] == [(None, "belongs to another job")]
+    assert [(problem.shard, problem.what) for problem in problems] == [
+        (None, "belongs to another job")
+    ]
     assert moved == []
     assert helpers.parts(out) == before
 
@@ -192,7 +224,11 @@ def test_damage_to_one_part_is_told_beside_that_of_others(out: Path) -> None:
     assert [shard for shard, _ in found(out)] == [0, 1, 2]
     frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    assert [problem.damaged for problem in inspect.verify(JobPaths(out), frozen)[0]] == [False, True, True]
+    assert [problem.damaged for problem in inspect.verify(JobPaths(out), frozen)[0]] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_another_shards_part_is_found(out: Path) -> None:
@@ -207,9 +243,14 @@ def test_a_part_of_another_job_is_found(out: Path) -> None:
     frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     rewrite(
-        part(out, 1), lambda table: table.replace_schema_metadata({**table.schema.metadata, b"imagemill.answer_id": b"feedfeedfeedfeed"})
+        part(out, 1),
+        lambda table: table.replace_schema_metadata(
+            {**table.schema.metadata, b"imagemill.answer_id": b"feedfeedfeedfeed"}
+        ),
     )
-    assert found(out) == [(1, f"has answer id feedfeedfeedfeed, the job has {frozen.job.answer_id}")]
+    assert found(out) == [
+        (1, f"has answer id feedfeedfeedfeed, the job has {frozen.job.answer_id}")
+    ]
 
 
 def test_an_extra_part_is_found(out: Path) -> None:
@@ -223,26 +264,41 @@ def test_an_unfinished_job_is_not_sound(out: Path) -> None:
     (out / "summary.json").unlink()
     (out / "manifest.json").unlink()
     assert [what for _, what in found(out)] == [
-        "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it",
+        (
+            "is missing or cannot be read: the job is not finished, or else repeating the run"
+            " rebuilds it"
+        ),
         "is missing: the job is not finished",
     ]
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"parts": [], "plan_id": "", "answer_id": ""}', b'{"parts": {"part-000000.parquet": 5}}']
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"parts": [], "plan_id": "", "answer_id": ""}',
+        b'{"parts": {"part-000000.parquet": 5}}',
+    ],
 )
 def test_a_damaged_manifest_is_found(out: Path, content: bytes) -> None:
     """Whatever is in it."""
     (out / "manifest.json").write_bytes(content)
     assert [what for _, what in found(out)][:1] == [
-        "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it"
+        "is missing or cannot be read: the job is not finished, or else repeating the run"
+        " rebuilds it"
     ]
 
 
 @examples(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), number=st.integers(0, 3))
 def test_a_flipped_bit_anywhere_is_found(
-    finished: Settings, tmp_path_factory: pytest.TempPathFactory, place: float, bit: int, number: int
+    finished: Settings,
+    tmp_path_factory: pytest.TempPathFactory,
+    place: float,
+    bit: int,
+    number: int,
 ) -> None:
     """In whichever byte of whichever part."""
     out = tmp_path_factory.mktemp("flip") / "out"
@@ -269,8 +325,12 @@ def test_a_part_cut_short_is_found_even_without_a_manifest(
 
 
 def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
-    """Damaged parts are moved aside with their summary; the same command computes them, and only them, again."""
-    original = {path.name: path.read_bytes() for path in (Path(finished.output) / "predictions").iterdir()}
+    """Damaged parts are moved aside with their summary; the same command computes them, and only
+    them, again.
+    """
+    original = {
+        path.name: path.read_bytes() for path in (Path(finished.output) / "predictions").iterdir()
+    }
     part(out, 0).write_bytes(b"rubbish")
     shutil.copy(part(out, 2), part(out, 9))
     part(out, 3).unlink()
@@ -297,32 +357,46 @@ def test_quarantine_waits_for_no_running_job(out: Path) -> None:
     part(out, 0).write_bytes(b"rubbish")
     frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
-    with locked(JobPaths(out)), pytest.raises(OutputError, match="is in use by another imagemill run"):
+    with (
+        locked(JobPaths(out)),
+        pytest.raises(OutputError, match="is in use by another imagemill run"),
+    ):
         inspect.verify(JobPaths(out), frozen, quarantine=True)
     assert part(out, 0).is_file()
 
 
 def test_the_manifest_can_be_rebuilt_from_the_parts(finished: Settings, out: Path) -> None:
-    """No file but the parts records progress: without manifest and summary the repeated command computes nothing and writes both."""
+    """No file but the parts records progress: without manifest and summary the repeated command
+    computes nothing and writes both.
+    """
     before, manifest = helpers.parts(out), (out / "manifest.json").read_bytes()
     (out / "manifest.json").unlink()
     (out / "summary.json").unlink()
     summary = run.run(Settings(sources=finished.sources, output=str(out)))
-    assert (summary.images, summary.failed_by_status, summary.images_per_second) == (10, {"empty": 1}, None)
+    assert (summary.images, summary.failed_by_status, summary.images_per_second) == (
+        10,
+        {"empty": 1},
+        None,
+    )
     assert (out / "manifest.json").read_bytes() == manifest
     assert helpers.parts(out) == before
     assert found(out) == SOUND
 
 
 @pytest.mark.parametrize("damage", ["rubbish", "other job", "short"])
-def test_the_ledger_does_not_close_over_a_damaged_part(finished: Settings, out: Path, damage: str) -> None:
+def test_the_ledger_does_not_close_over_a_damaged_part(
+    finished: Settings, out: Path, damage: str
+) -> None:
     """A resumed run names the part and the way out instead of finishing over it."""
     (out / "summary.json").unlink()
     part(out, 3).unlink()
     if damage == "rubbish":
         part(out, 1).write_bytes(b"PAR1 rubbish")
     elif damage == "other job":
-        rewrite(part(out, 1), lambda table: table.replace_schema_metadata({b"imagemill.answer_id": b"0"}))
+        rewrite(
+            part(out, 1),
+            lambda table: table.replace_schema_metadata({b"imagemill.answer_id": b"0"}),
+        )
     else:
         rewrite(part(out, 1), lambda table: table.slice(1))
     with pytest.raises(PartError, match=r"part-000001\.parquet .*imagemill verify --quarantine"):
@@ -331,7 +405,9 @@ def test_the_ledger_does_not_close_over_a_damaged_part(finished: Settings, out: 
 
 
 def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path) -> None:
-    """What a killed worker left half-written counts for nothing and is swept away; other people's files stay."""
+    """What a killed worker left half-written counts for nothing and is swept away; other people's
+    files stay.
+    """
     predictions = out / "predictions"
     part(out, 0).rename(predictions / ".part-000000.parquet.123.tmp")
     (predictions / "notes.txt").touch()
@@ -343,21 +419,29 @@ def test_temporary_and_foreign_files_are_no_parts(finished: Settings, out: Path)
 
 
 def test_status_counts_what_is_there(out: Path) -> None:
-    """Reads only; a job with a missing part is not complete, and the failures so far are counted."""
+    """Reads only; a job with a missing part is not complete, and the failures so far are
+    counted.
+    """
     part(out, 0).unlink()
     frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     before = sorted(path for path in out.rglob("*"))
     status = inspect.status(JobPaths(out), frozen)
     assert (status.images, status.done, status.shards, status.shards_done) == (10, 7, 4, 3)
-    assert (status.failed_by_status, status.running, status.complete) == ({"empty": 1}, False, False)
+    assert (status.failed_by_status, status.running, status.complete) == (
+        {"empty": 1},
+        False,
+        False,
+    )
     with locked(JobPaths(out)):
         assert inspect.status(JobPaths(out), frozen).running
     assert sorted(path for path in out.rglob("*")) == before
 
 
 def test_a_plan_that_lost_images_is_found(out: Path) -> None:
-    """The job's own count is held against the plan: a plan file that is gone does not make a smaller job complete."""
+    """The job's own count is held against the plan: a plan file that is gone does not make a
+    smaller job complete.
+    """
     for path in (out / "plan").glob("*.parquet"):
         path.unlink()
     assert (None, "does not hold the 10 images of job.json") in found(out)
@@ -368,12 +452,17 @@ def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     manifest = ledger.read_manifest(JobPaths(out))
     assert manifest is not None
     assert {name: record.sha256 for name, record in manifest.parts.items()} == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (out / "predictions").iterdir()
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (out / "predictions").iterdir()
     }
 
 
-def test_failed_images_are_named_where_a_line_can_name_them(models_dir: Path, tmp_path: Path) -> None:
-    """Folders, lists and single files are spelt as before; members of a zip or tar and rows of a table are counted instead."""
+def test_failed_images_are_named_where_a_line_can_name_them(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    """Folders, lists and single files are spelt as before; members of a zip or tar and rows of a
+    table are counted instead.
+    """
     folder = helpers.fill(tmp_path / "images", {"a/bad.jpg": b"", "good.jpg": sample_images.jpeg()})
     (tmp_path / "list.txt").write_text("images/a/bad.jpg\nimages/good.jpg\n")
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
@@ -381,8 +470,21 @@ def test_failed_images_are_named_where_a_line_can_name_them(models_dir: Path, tm
     with tarfile.open(tmp_path / "some.tar", "w") as tar:
         tar.add(folder / "a" / "bad.jpg", "a/bad.jpg")
     pq.write_table(pa.table({"image": [b"", b"text" * 9]}), tmp_path / "some.parquet")
-    sources = (folder, f"@{tmp_path / 'list.txt'}", tmp_path / "some.{zip,tar,parquet}", folder / "a" / "bad.jpg")
-    settings = Settings(tuple(map(str, sources)), str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=4, report=False)
+    sources = (
+        folder,
+        f"@{tmp_path / 'list.txt'}",
+        tmp_path / "some.{zip,tar,parquet}",
+        folder / "a" / "bad.jpg",
+    )
+    settings = Settings(
+        tuple(map(str, sources)),
+        str(tmp_path / "out"),
+        "tiny",
+        str(models_dir),
+        "null",
+        shard_size=4,
+        report=False,
+    )
     said: list[str] = []
 
     class Listener(observer.Watcher):
@@ -391,17 +493,29 @@ def test_failed_images_are_named_where_a_line_can_name_them(models_dir: Path, tm
 
     assert run.run(settings, Listener()).failed == 7
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
-    assert said == ["4 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again"]
+    assert said == [
+        "4 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes"
+        " them again"
+    ]
     assert found(tmp_path / "out") == SOUND
 
 
-@pytest.mark.parametrize("name", ["part-000001 (1).parquet", "part-1.parquet", "extra.parquet", "more/part-000001.parquet"])
-def test_rows_that_a_reader_would_take_for_the_jobs_are_found(finished: Settings, out: Path, name: str) -> None:
-    """A copy beside a part is read with it by whoever reads the folder; `verify` names it, and quarantine moves it alone aside."""
+@pytest.mark.parametrize(
+    "name",
+    ["part-000001 (1).parquet", "part-1.parquet", "extra.parquet", "more/part-000001.parquet"],
+)
+def test_rows_that_a_reader_would_take_for_the_jobs_are_found(
+    finished: Settings, out: Path, name: str
+) -> None:
+    """A copy beside a part is read with it by whoever reads the folder; `verify` names it, and
+    quarantine moves it alone aside.
+    """
     copy = out / "predictions" / name
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(part(out, 1).read_bytes())
-    assert found(out) == [(None, "is no part of this job, and its rows would be read with the others")]
+    assert found(out) == [
+        (None, "is no part of this job, and its rows would be read with the others")
+    ]
     frozen = documents.read_frozen(JobPaths(out))
     assert frozen is not None
     _, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
@@ -411,44 +525,90 @@ def test_rows_that_a_reader_would_take_for_the_jobs_are_found(finished: Settings
     assert found(out) == SOUND
 
 
-@pytest.mark.parametrize("change", [lambda data: data[:500], lambda data: data[:-1], lambda data: data + b"x"], ids=["cut", "-1", "+1"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: data[:500], lambda data: data[:-1], lambda data: data + b"x"],
+    ids=["cut", "-1", "+1"],
+)
 def test_a_finished_job_with_a_part_of_another_size_does_not_end_well(
     finished: Settings, out: Path, change: Callable[[bytes], bytes]
 ) -> None:
-    """The command that finds nothing to do looks at the parts' sizes, smaller or larger, which costs next to nothing."""
+    """The command that finds nothing to do looks at the parts' sizes, smaller or larger, which
+    costs next to nothing.
+    """
     before = part(out, 2).read_bytes()
     part(out, 2).write_bytes(change(before))
     size = len(change(before))
-    message = f"part-000002.parquet has {size:,} bytes, {len(before):,} were committed. Run `imagemill verify --quarantine {out}`"
+    message = (
+        f"part-000002.parquet has {size:,} bytes, {len(before):,} were committed. Run `imagemill"
+        f" verify --quarantine {out}`"
+    )
     with pytest.raises(PartError, match=re.escape(message)):
         run.run(Settings(sources=finished.sources, output=str(out)))
 
 
-def test_failed_files_are_listed_also_behind_failed_members_of_archives(models_dir: Path, tmp_path: Path) -> None:
-    """One shard holds both, in any order: failed.txt leaves out what no line can name, and nothing else. Odd names are quoted."""
+def test_failed_files_are_listed_also_behind_failed_members_of_archives(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    """One shard holds both, in any order: failed.txt leaves out what no line can name, and nothing
+    else. Odd names are quoted.
+    """
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         archive.writestr("bad.jpg", b"")
     names = ("a.jpg", "carriage\rreturn.jpg", "line\nbreak.jpg", "z.jpg")
-    folder = helpers.fill(tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": sample_images.jpeg()})
+    folder = helpers.fill(
+        tmp_path / "images", dict.fromkeys(names, b"") | {"good.jpg": sample_images.jpeg()}
+    )
     sources = tuple(map(str, (folder, tmp_path / "some.zip", folder)))
-    run.run(Settings(sources, str(tmp_path / "out"), "tiny", str(models_dir), "null", shard_size=100, report=False))
-    listed = [f"{folder}/a.jpg", json.dumps(f"{folder}/carriage\rreturn.jpg"), json.dumps(f"{folder}/line\nbreak.jpg"), f"{folder}/z.jpg"]
-    assert (tmp_path / "out" / "failed.txt").read_bytes().decode() == "".join(f"{line}\n" for line in listed * 2)
+    run.run(
+        Settings(
+            sources,
+            str(tmp_path / "out"),
+            "tiny",
+            str(models_dir),
+            "null",
+            shard_size=100,
+            report=False,
+        )
+    )
+    listed = [
+        f"{folder}/a.jpg",
+        json.dumps(f"{folder}/carriage\rreturn.jpg"),
+        json.dumps(f"{folder}/line\nbreak.jpg"),
+        f"{folder}/z.jpg",
+    ]
+    assert (tmp_path / "out" / "failed.txt").read_bytes().decode() == "".join(
+        f"{line}\n" for line in listed * 2
+    )
     tally = json.loads((tmp_path / "out" / "summary.json").read_bytes())
     assert tally["failed_by_status"] == {"empty": 9}
 
 
 def test_rows_come_with_the_columns_that_were_asked_for(out: Path) -> None:
-    """In that order, from all parts in plan order; a part without such a column is one clear error, as is one that is another's."""
+    """In that order, from all parts in plan order; a part without such a column is one clear error,
+    as is one that is another's.
+    """
     paths = JobPaths(out)
     found_rows = list(ledger.rows(paths, ["status", "index"]))
     assert [list(row) for row in found_rows] == [["status", "index"]] * 10
     assert [row["index"] for row in found_rows] == list(range(10))
-    with pytest.raises(PartError, match=r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine`, then repeat the run"):
+    with pytest.raises(
+        PartError,
+        match=(
+            r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine`, then repeat"
+            r" the run"
+        ),
+    ):
         list(ledger.rows(paths, ["nothing"]))
     part(out, 2).write_bytes(b"rubbish")
-    with pytest.raises(PartError, match=r"part-000002\.parquet is damaged: .*[^.]\. Run `imagemill verify --quarantine`"):
+    with pytest.raises(
+        PartError,
+        match=r"part-000002\.parquet is damaged: .*[^.]\. Run `imagemill verify --quarantine`",
+    ):
         list(ledger.tables(paths, [2], ["index"]))
     shutil.copy(part(out, 0), part(out, 1))
-    with pytest.raises(PartError, match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify"):
+    with pytest.raises(
+        PartError,
+        match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify",
+    ):
         list(ledger.rows(paths, ["index"]))

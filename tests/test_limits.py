@@ -1,4 +1,6 @@
-"""Too little memory, too few threads or open files, and processes that wait for what never comes: one clear error, in bounded time."""
+"""Too little memory, too few threads or open files, and processes that wait for what never comes:
+one clear error, in bounded time.
+"""
 
 from __future__ import annotations
 
@@ -43,34 +45,67 @@ Folders = Callable[..., Path]
 
 
 def hooked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hook: str) -> None:
-    for name, value in harness.hooks(tmp_path / "hooks", hook, STUCK=str(tmp_path / "stuck")).items():
+    for name, value in harness.hooks(
+        tmp_path / "hooks", hook, STUCK=str(tmp_path / "stuck")
+    ).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(supervisor, "WITHOUT_CPU_S", 2.0)
 
 
-def test_a_worker_that_never_starts_ends_the_job(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one whose thread could not start: it is killed once it uses no CPU time, and the third time the job ends with the reason."""
+def test_a_worker_that_never_starts_ends_the_job(
+    job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose thread could not start: it is killed once it uses no CPU time, and the
+    third time the job ends with the reason.
+    """
     hooked(monkeypatch, tmp_path, STUCK_AT_START)
-    with pytest.raises(WorkerError, match=r"3 times running \(last: no CPU time used for 2 s while starting: killed; limits"):
+    with pytest.raises(
+        WorkerError,
+        match=r"3 times running \(last: no CPU time used for 2 s while starting: killed; limits",
+    ):
         run.run(job(jpegs(2), preflight=False))
 
 
-def test_a_worker_that_waits_for_ever_is_started_again(job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has images to classify, decodes none and uses no CPU time: long before ten minutes are over it is killed, and the job finishes."""
+def test_a_worker_that_waits_for_ever_is_started_again(
+    job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has images to classify, decodes none and uses no CPU time: long before ten minutes are
+    over it is killed, and the job finishes.
+    """
     hooked(monkeypatch, tmp_path, STUCK_AT_WORK)
     summary = run.run(job(jpegs(4), preflight=False))
     assert (summary.ok, summary.devices[0].restarts) == (4, 1)
 
 
 @pytest.mark.parametrize("kibibytes", [300_000, 450_000])
-def test_a_small_limit_of_memory_is_one_clear_error(kibibytes: int, models_dir: Path, jpegs: Folders, tmp_path: Path) -> None:
-    """`ulimit -v`: the command works, or ends with one message and exit code 1; it was not interrupted, and there is no traceback."""
+def test_a_small_limit_of_memory_is_one_clear_error(
+    kibibytes: int, models_dir: Path, jpegs: Folders, tmp_path: Path
+) -> None:
+    """`ulimit -v`: the command works, or ends with one message and exit code 1; it was not
+    interrupted, and there is no traceback.
+    """
     limited = ("bash", "-c", f'ulimit -v {kibibytes}; exec "$@"', "limited")
-    command = ("run", jpegs(4), "--output", tmp_path / "out", "--model", "tiny", "--devices", "cpu:1", "--no-report", "--precision", "fp32")
-    result = helpers.imagemill_cli(*command, before=limited, env=helpers.environment(IMAGEMILL_MODELS=str(models_dir)))
+    command = (
+        "run",
+        jpegs(4),
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "cpu:1",
+        "--no-report",
+        "--precision",
+        "fp32",
+    )
+    result = helpers.imagemill_cli(
+        *command, before=limited, env=helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    )
     assert result.code in (0, 1), result
     assert "Traceback" not in result.err
-    assert result.code == 0 or result.err.splitlines()[-1].startswith(("imagemill: ", "  ")), result.err  # lines of a log are indented
+    assert result.code == 0 or result.err.splitlines()[-1].startswith(("imagemill: ", "  ")), (
+        result.err
+    )  # lines of a log are indented
 
 
 @pytest.mark.parametrize(
@@ -78,7 +113,10 @@ def test_a_small_limit_of_memory_is_one_clear_error(kibibytes: int, models_dir: 
     [
         (MemoryError(), "out of memory"),
         (RuntimeError("can't start new thread"), "can't start new thread"),
-        (ImportError("libtiff.so.6: failed to map segment from shared object"), "libtiff.so.6: failed to map segment from shared object"),
+        (
+            ImportError("libtiff.so.6: failed to map segment from shared object"),
+            "libtiff.so.6: failed to map segment from shared object",
+        ),
         (OSError(errno.EMFILE, "Too many open files"), "too many open files"),
         (BlockingIOError(errno.EAGAIN, "again"), "resource temporarily unavailable"),
         (RuntimeError("something else"), None),
@@ -102,7 +140,11 @@ def test_the_cpu_time_of_children_counts() -> None:
     busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     with subprocess.Popen([sys.executable, "-c", busy]) as process:
         try:
-            helpers.until(lambda: (processes.cpu_ticks(process.pid) or 0) > 30 and helpers.running(process.pid))
+            helpers.until(
+                lambda: (
+                    (processes.cpu_ticks(process.pid) or 0) > 30 and helpers.running(process.pid)
+                )
+            )
         finally:
             for pid in (*harness.children(process.pid), process.pid):
                 harness.kill(pid)

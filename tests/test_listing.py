@@ -46,14 +46,24 @@ def write_table_without_images(path: Path) -> None:
 
 
 EMPTY: dict[str, tuple[str, Callable[[Path], object], dict[str, Any], tuple[str, ...]]] = {
-    "folder": ("in", lambda at: at.mkdir(), {}, ("no images found in {at}, so no job was started. It is empty. Check the path",)),
+    "folder": (
+        "in",
+        lambda at: at.mkdir(),
+        {},
+        ("no images found in {at}, so no job was started. It is empty. Check the path",),
+    ),
     "other suffixes": (
         "in",
         lambda at: helpers.fill(at, {"a.txt": b"", "b.TXT": b"", "c": b""}),
         {},
         ("Skipped: 1 (no suffix), 2 .txt. Add --all-files",),
     ),
-    "hidden": ("in", lambda at: helpers.fill(at, {".a.jpg": b"x"}), {}, ("Skipped: 1 hidden. Names that begin with a dot",)),
+    "hidden": (
+        "in",
+        lambda at: helpers.fill(at, {".a.jpg": b"x"}),
+        {},
+        ("Skipped: 1 hidden. Names that begin with a dot",),
+    ),
     "filters": (
         "in",
         lambda at: helpers.fill(at, {"a.jpg": b"x", "b.jpg": b"x", ".c": b""}),
@@ -73,17 +83,37 @@ EMPTY: dict[str, tuple[str, Callable[[Path], object], dict[str, Any], tuple[str,
         ("Skipped: 1 broken link. First broken link: {at}/disk. Mount the disk",),
     ),
     "all files": ("in", lambda at: at.mkdir(), {"all_files": True}, ("It is empty.",)),
-    "zip": ("in.zip", lambda at: archive_files.pack(at.parent, "zip", {}, "in"), {}, ("It is empty.",)),
+    "zip": (
+        "in.zip",
+        lambda at: archive_files.pack(at.parent, "zip", {}, "in"),
+        {},
+        ("It is empty.",),
+    ),
     "zip of archives": (
         "in.zip",
         lambda at: archive_files.pack(at.parent, "zip", {"a.tar": b"x"}, "in"),
         {},
         ("Skipped: 1 .tar. Archives and tables inside an archive are not opened. Unpack it.",),
     ),
-    "tar": ("in.tar", lambda at: archive_files.pack(at.parent, "tar", {"a.cls": b"1"}, "in"), {}, ("Skipped: 1 .cls.",)),
-    "tar.gz": ("in.tar.gz", lambda at: archive_files.pack(at.parent, "tar.gz", {"a.cls": b"1"}, "in"), {}, ("Skipped: 1 .cls.",)),
+    "tar": (
+        "in.tar",
+        lambda at: archive_files.pack(at.parent, "tar", {"a.cls": b"1"}, "in"),
+        {},
+        ("Skipped: 1 .cls.",),
+    ),
+    "tar.gz": (
+        "in.tar.gz",
+        lambda at: archive_files.pack(at.parent, "tar.gz", {"a.cls": b"1"}, "in"),
+        {},
+        ("Skipped: 1 .cls.",),
+    ),
     "list": ("@in.txt", lambda at: at.write_bytes(b"\n\n"), {}, ("It is empty.",)),
-    "filtered list": ("@in.txt", lambda at: at.write_bytes(b"a.jpg\n"), {"exclude": ("a*",)}, ("1 by --include or --exclude",)),
+    "filtered list": (
+        "@in.txt",
+        lambda at: at.write_bytes(b"a.jpg\n"),
+        {"exclude": ("a*",)},
+        ("1 by --include or --exclude",),
+    ),
     "table": ("@in.csv", lambda at: at.write_bytes(b"path\n"), {}, ("It is empty.",)),
     "table of paths": ("@in.parquet", write_empty_table, {}, ("It is empty.",)),
     "table of images": ("in.parquet", write_table_without_images, {}, ("It is empty.",)),
@@ -91,21 +121,39 @@ EMPTY: dict[str, tuple[str, Callable[[Path], object], dict[str, Any], tuple[str,
         "in",
         lambda at: helpers.fill(at, {"a-000.tar": b"x", "a-001.tar": b"x", "README.md": b"x"}),
         {},
-        ("Skipped: 1 .md, 2 .tar. Archives and tables in a folder are sources of their own.", "such as {at}/*.tar, not the folder"),
+        (
+            "Skipped: 1 .md, 2 .tar. Archives and tables in a folder are sources of their own.",
+            "such as {at}/*.tar, not the folder",
+        ),
     ),
-    "tables": ("in", lambda at: helpers.fill(at, {"train.parquet": b"x"}), {}, ("such as {at}/*.parquet, not the folder",)),
-    "zips": ("in", lambda at: helpers.fill(at, {"train/1.zip": b"x"}), {}, ("such as {at}/*.zip, not the folder",)),
+    "tables": (
+        "in",
+        lambda at: helpers.fill(at, {"train.parquet": b"x"}),
+        {},
+        ("such as {at}/*.parquet, not the folder",),
+    ),
+    "zips": (
+        "in",
+        lambda at: helpers.fill(at, {"train/1.zip": b"x"}),
+        {},
+        ("such as {at}/*.zip, not the folder",),
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", EMPTY)
 def test_sources_without_an_image_start_no_job(job: Jobs, tmp_path: Path, kind: str) -> None:
-    """Exit 1 with what was skipped and why. Nothing is frozen, written or downloaded, and a dry run says the same."""
+    """Exit 1 with what was skipped and why. Nothing is frozen, written or downloaded, and a dry run
+    says the same.
+    """
     source, make, changes, messages = EMPTY[kind]
     at = tmp_path / source.removeprefix("@")
     make(at)
     settings = job(
-        Path("@" + str(at)) if source.startswith("@") else at, output=str(tmp_path / "new" / "out"), model="none.such", **changes
+        Path("@" + str(at)) if source.startswith("@") else at,
+        output=str(tmp_path / "new" / "out"),
+        model="none.such",
+        **changes,
     )
     texts = set()
     for call in (run.run, run.dry_run):
@@ -121,8 +169,12 @@ def test_sources_without_an_image_start_no_job(job: Jobs, tmp_path: Path, kind: 
     assert not (tmp_path / "new").exists()
 
 
-def test_images_that_arrive_later_are_processed_by_the_same_command(job: Jobs, tmp_path: Path) -> None:
-    """An output folder that exists stays as it was, and nothing in it says that the job is finished."""
+def test_images_that_arrive_later_are_processed_by_the_same_command(
+    job: Jobs, tmp_path: Path
+) -> None:
+    """An output folder that exists stays as it was, and nothing in it says that the job is
+    finished.
+    """
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     with pytest.raises(SourceError, match="no images found"):
@@ -135,14 +187,28 @@ def test_images_that_arrive_later_are_processed_by_the_same_command(job: Jobs, t
 def test_an_empty_source_is_exit_1_and_one_line(imagemill: CLI, tmp_path: Path) -> None:
     """With nothing on stdout, also with --json."""
     (tmp_path / "in").mkdir()
-    result = imagemill("run", tmp_path / "in", "--output", tmp_path / "out", "--model", "tiny", "--devices", "null", "--json")
+    result = imagemill(
+        "run",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null",
+        "--json",
+    )
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert result.err.startswith(f"imagemill: no images found in {tmp_path}/in, so no job was started.")
+    assert result.err.startswith(
+        f"imagemill: no images found in {tmp_path}/in, so no job was started."
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_prefix_starts_no_job_in_an_object_store(s3: Bucket) -> None:
-    """Nothing is written into the store either; shards below a prefix are named with braces, since no shell expands URLs."""
+    """Nothing is written into the store either; shards below a prefix are named with braces, since
+    no shell expands URLs.
+    """
     source = s3.fill({"shards/a-000.tar": b"x"}, "in/")
     with pytest.raises(SourceError) as caught:
         run.run(Settings((source,), f"{s3.url}/out", model="tiny", devices="null"))
@@ -162,24 +228,32 @@ def test_one_empty_source_among_others_is_a_note(job: Jobs, jpegs: Folders, tmp_
     assert found.notes == (f"note: 2 sources hold no images, first: {empty[0]}",)
 
 
-def test_links_that_lead_nowhere_are_said_and_counted(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_are_said_and_counted(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
     """At the start, in the summary for people and in the JSON."""
     folder = jpegs(2)
     (folder / "disk1").symlink_to("/mnt/not mounted")
     (folder / "disk2").symlink_to("/mnt/not mounted")
-    done = imagemill("run", folder, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+    done = imagemill(
+        "run", folder, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
+    )
     assert done.code == 0
     assert (
-        f"imagemill: note: 2 links lead nowhere, first: {folder}/disk1. If its disk is not mounted, the images there are left out"
-        in done.err
+        f"imagemill: note: 2 links lead nowhere, first: {folder}/disk1. If its disk is not mounted,"
+        " the images there are left out" in done.err
     )
     assert "skipped: 2 broken links" in done.out.splitlines()
     assert json.loads((tmp_path / "out" / "summary.json").read_bytes())["skipped_broken_links"] == 2
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_a_list_that_can_be_read_only_once_is_read_once(job: Jobs, jpegs: Folders, tmp_path: Path, count: int) -> None:
-    """`@FILE` may be a pipe: no line is lost to the look whether there is an image at all. Without a line there is no job either."""
+def test_a_list_that_can_be_read_only_once_is_read_once(
+    job: Jobs, jpegs: Folders, tmp_path: Path, count: int
+) -> None:
+    """`@FILE` may be a pipe: no line is lost to the look whether there is an image at all. Without
+    a line there is no job either.
+    """
     lines = b"".join(bytes(path) + b"\n" for path in sorted(jpegs(2).iterdir())[:count])
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(lines,), daemon=True)

@@ -31,9 +31,14 @@ def test_backends_are_mixed_only_where_that_is_allowed(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The refusal names both, why, and the flag; nothing is written."""
-    ended = imagemill("run", jpegs(3), "--model", "tiny", "--output", tmp_path / "out", "--devices", MIXED)
+    ended = imagemill(
+        "run", jpegs(3), "--model", "tiny", "--output", tmp_path / "out", "--devices", MIXED
+    )
     assert ended.code == 2
-    why = "--devices mixes the backends onnxruntime and openvino, whose answers differ in the last bits. Add --allow-mixed."
+    why = (
+        "--devices mixes the backends onnxruntime and openvino, whose answers differ in the last"
+        " bits. Add --allow-mixed."
+    )
     assert ended.err == f"imagemill: {why}\n"
     assert not (tmp_path / "out").exists()
 
@@ -41,7 +46,9 @@ def test_backends_are_mixed_only_where_that_is_allowed(
 def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
     imagemill: Callable[..., helpers.Result], slow_folder: Path, tmp_path: Path
 ) -> None:
-    """Shards go to whoever is idle, so both work; the summary has both devices, and `verify` is content."""
+    """Shards go to whoever is idle, so both work; the summary has both devices, and `verify` is
+    content.
+    """
     output = tmp_path / "out"
     arguments = (
         "run",
@@ -82,9 +89,21 @@ def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
 def test_a_mixed_job_is_resumed_by_the_same_command(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Lost parts are computed again, by whichever device; those that are there stay; one backend alone is another job."""
+    """Lost parts are computed again, by whichever device; those that are there stay; one backend
+    alone is another job.
+    """
     output = tmp_path / "out"
-    arguments = ("run", jpegs(24), "--model", "tiny", "--output", output, "--shard-size", 2, "--json")
+    arguments = (
+        "run",
+        jpegs(24),
+        "--model",
+        "tiny",
+        "--output",
+        output,
+        "--shard-size",
+        2,
+        "--json",
+    )
     mixed = ("--devices", MIXED, "--allow-mixed")
     assert imagemill(*arguments, *mixed).code == 0
     before = helpers.by_path(output)
@@ -101,14 +120,33 @@ def test_a_mixed_job_is_resumed_by_the_same_command(
         assert row["probability"] == pytest.approx(before[path]["probability"], abs=1e-5)
     alone = imagemill(*arguments, "--devices", "cpu")
     assert alone.code == 2
-    assert "was started with backend onnxruntime+openvino, now backend openvino is asked for" in alone.err
+    assert (
+        "was started with backend onnxruntime+openvino, now backend openvino is asked for"
+        in alone.err
+    )
 
 
 def test_a_mixed_job_computes_in_a_precision_that_all_backends_have(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
     """An explicit one that only one of them has is refused by name, before anything is listed."""
-    arguments = ("run", jpegs(3), "--model", "tiny", "--output", tmp_path / "out", "--devices", MIXED, "--allow-mixed")
+    arguments = (
+        "run",
+        jpegs(3),
+        "--model",
+        "tiny",
+        "--output",
+        tmp_path / "out",
+        "--devices",
+        MIXED,
+        "--allow-mixed",
+    )
     ended = imagemill(*arguments, "--precision", "int8")
-    assert (ended.code, ended.err) == (2, "imagemill: --precision int8: cpu@onnxruntime does not compute in it. Use --precision fp32.\n")
+    assert (ended.code, ended.err) == (
+        2,
+        (
+            "imagemill: --precision int8: cpu@onnxruntime does not compute in it. Use --precision"
+            " fp32.\n"
+        ),
+    )
     assert not (tmp_path / "out").exists()

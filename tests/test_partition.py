@@ -21,14 +21,23 @@ from imagemill.partition import Link, partition
 
 
 def names_in(folder: Path) -> list[str]:
-    """Relative paths of all files and links below a folder, sorted as a listing is: by the bytes of each name."""
-    found = [os.path.relpath(os.path.join(place, name), folder) for place, _, names in os.walk(folder) for name in names]
+    """Relative paths of all files and links below a folder, sorted as a listing is: by the bytes of
+    each name.
+    """
+    found = [
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, names in os.walk(folder)
+        for name in names
+    ]
     return sorted(found, key=lambda name: os.fsencode(name).split(b"/"))
 
 
 def dealt(output: Path) -> list[list[str]]:
     """The images of each partition, in listing order."""
-    return [names_in(output / str(number)) for number in range(len([path for path in output.iterdir() if path.is_dir()]))]
+    return [
+        names_in(output / str(number))
+        for number in range(len([path for path in output.iterdir() if path.is_dir()]))
+    ]
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -40,8 +49,12 @@ def numbered(folder: Path, count: int) -> Path:
 
 
 @given(count=st.integers(1, 40), partitions=st.integers(1, 12))
-def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(count: int, partitions: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Any number of images in any number of partitions: every image is in exactly one, in listing order."""
+def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(
+    count: int, partitions: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any number of images in any number of partitions: every image is in exactly one, in listing
+    order.
+    """
     folder = tmp_path_factory.mktemp("any")
     made = partition(str(numbered(folder / "all", count)), partitions, str(folder / "out"))
     shares = dealt(folder / "out")
@@ -53,10 +66,29 @@ def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(count: int, partitio
 
 
 def test_an_image_is_what_the_folder_source_says(tmp_path: Path) -> None:
-    """The same suffixes in any case, below any folder, are images; the rest is skipped and counted, hidden entries too."""
-    source = make(tmp_path / "all", "a.jpg", "b.JPEG", "c.png", "d.webp", "deep/er/e.TIF", "notes.txt", "README", ".hidden.jpg", ".d/f.jpg")
+    """The same suffixes in any case, below any folder, are images; the rest is skipped and counted,
+    hidden entries too.
+    """
+    source = make(
+        tmp_path / "all",
+        "a.jpg",
+        "b.JPEG",
+        "c.png",
+        "d.webp",
+        "deep/er/e.TIF",
+        "notes.txt",
+        "README",
+        ".hidden.jpg",
+        ".d/f.jpg",
+    )
     made = partition(str(source), 2, str(tmp_path / "out"))
-    assert sorted(name for share in dealt(tmp_path / "out") for name in share) == ["a.jpg", "b.JPEG", "c.png", "d.webp", "deep/er/e.TIF"]
+    assert sorted(name for share in dealt(tmp_path / "out") for name in share) == [
+        "a.jpg",
+        "b.JPEG",
+        "c.png",
+        "d.webp",
+        "deep/er/e.TIF",
+    ]
     assert made.skipped_by_suffix == {".txt": 1, "": 1}
     assert made.skipped_hidden == 2
 
@@ -100,7 +132,11 @@ def test_a_repeat_changes_nothing(tmp_path: Path) -> None:
     """Repeating the command makes nothing and touches nothing."""
     source = numbered(tmp_path / "all", 7)
     partition(str(source), 3, str(tmp_path / "out"), Link.COPY)
-    before = {name: (tmp_path / "out" / name).lstat() for name in names_in(tmp_path / "out") if not name.startswith(".")}
+    before = {
+        name: (tmp_path / "out" / name).lstat()
+        for name in names_in(tmp_path / "out")
+        if not name.startswith(".")
+    }
     assert partition(str(source), 3, str(tmp_path / "out"), Link.COPY).made == 0
     after = {name: (tmp_path / "out" / name).lstat() for name in before}
     assert {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in before.items()} == {
@@ -109,7 +145,9 @@ def test_a_repeat_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_repeat_makes_what_lacks_and_mends_what_is_wrong(tmp_path: Path) -> None:
-    """What an interrupted or damaged partition lacks is made; left temporary files go; another --link makes all anew."""
+    """What an interrupted or damaged partition lacks is made; left temporary files go; another
+    --link makes all anew.
+    """
     source = numbered(tmp_path / "all", 6)
     output = tmp_path / "out"
     partition(str(source), 2, str(output), Link.COPY)
@@ -132,15 +170,20 @@ def test_another_number_of_partitions_is_refused(tmp_path: Path) -> None:
     before = names_in(output)
     with pytest.raises(OutputError) as caught:
         partition(str(source), 3, str(output))
-    assert str(caught.value) == (
-        f"--output {output} holds {source} in 2 partitions, now {source} in 3 is asked for. Remove it, or give another folder."
+    assert (
+        str(caught.value)
+        == f"--output {output} holds {source} in 2 partitions, now {source} in 3 is asked for."
+        " Remove it, or give another folder."
     )
     assert names_in(output) == before
 
 
 def test_files_that_systems_make_by_themselves_are_no_strangers(tmp_path: Path) -> None:
     """`.DS_Store` and the like make no output unacceptable, before or after partitioning."""
-    source, output = numbered(tmp_path / "all", 3), make(tmp_path / "out", ".DS_Store", "lost+found/x")
+    source, output = (
+        numbered(tmp_path / "all", 3),
+        make(tmp_path / "out", ".DS_Store", "lost+found/x"),
+    )
     partition(str(source), 2, str(output))
     make(output, "0/Thumbs.db", "desktop.ini")
     assert partition(str(source), 2, str(output)).partitions == (2, 1)
@@ -153,18 +196,24 @@ def test_a_foreign_output_is_refused(tmp_path: Path) -> None:
     output = make(tmp_path / "out", "thesis.doc")
     with pytest.raises(OutputError) as caught:
         partition(str(source), 2, str(output))
-    assert str(caught.value) == (
-        f"--output {output} is not empty and not made by `imagemill partition` (it holds 'thesis.doc'). Give a new folder."
+    assert (
+        str(caught.value)
+        == f"--output {output} is not empty and not made by `imagemill partition` (it holds"
+        " 'thesis.doc'). Give a new folder."
     )
     assert names_in(output) == ["thesis.doc"]
 
 
 def test_what_somebody_put_beside_the_partitions_is_named(tmp_path: Path) -> None:
-    """A repeat does not pass over a folder that it did not make: `run` would take it for a device's share."""
+    """A repeat does not pass over a folder that it did not make: `run` would take it for a device's
+    share.
+    """
     source = numbered(tmp_path / "all", 3)
     partition(str(source), 2, str(tmp_path / "out"))
     make(tmp_path / "out", "2/extra.jpg")
-    with pytest.raises(OutputError, match="also holds '2', which `imagemill partition` did not make"):
+    with pytest.raises(
+        OutputError, match="also holds '2', which `imagemill partition` did not make"
+    ):
         partition(str(source), 2, str(tmp_path / "out"))
 
 
@@ -174,13 +223,20 @@ def test_images_that_changed_since_are_refused_not_doubled(tmp_path: Path) -> No
     partition(str(source), 2, str(tmp_path / "out"))
     make(source, "000-new.jpg", "000-newer.jpg")
     before = names_in(tmp_path / "out")
-    with pytest.raises(OutputError, match=r"holds 002\.jpg in partition 0, where it does not belong now: the images changed"):
+    with pytest.raises(
+        OutputError,
+        match=r"holds 002\.jpg in partition 0, where it does not belong now: the images changed",
+    ):
         partition(str(source), 2, str(tmp_path / "out"))
     assert names_in(tmp_path / "out") == before
 
 
-def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Across file systems the default falls back and says so once; --link hard says what to do instead."""
+def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Across file systems the default falls back and says so once; --link hard says what to do
+    instead.
+    """
     source = numbered(tmp_path / "all", 4)
 
     def no_link(*_: Any, **__: Any) -> None:
@@ -190,13 +246,17 @@ def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(tmp_
     said: list[str] = []
     made = partition(str(source), 2, str(tmp_path / "out"), say=said.append)
     assert made.link is Link.SYMBOLIC
-    assert said == ["note: no hard links can be made here (Invalid cross-device link): symbolic links instead; --link copy makes copies"]
+    assert said == [
+        "note: no hard links can be made here (Invalid cross-device link): symbolic links instead;"
+        " --link copy makes copies"
+    ]
     assert (tmp_path / "out" / "1" / "003.jpg").read_bytes() == b"003.jpg"
     with pytest.raises(OutputError) as caught:
         partition(str(source), 2, str(tmp_path / "other"), Link.HARD)
-    assert str(caught.value) == (
-        f"cannot make {tmp_path}/other/0/000.jpg a hard link to {source}/000.jpg: Invalid cross-device link. "
-        "Use --link symbolic or --link copy."
+    assert (
+        str(caught.value)
+        == f"cannot make {tmp_path}/other/0/000.jpg a hard link to {source}/000.jpg: Invalid"
+        " cross-device link. Use --link symbolic or --link copy."
     )
 
 
@@ -220,21 +280,30 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_what_is_no_regular_file_still_gets_its_row(tmp_path: Path) -> None:
-    """Links that lead nowhere and FIFOs become symbolic links, with any --link, so that `run` can say what is wrong with them."""
+    """Links that lead nowhere and FIFOs become symbolic links, with any --link, so that `run` can
+    say what is wrong with them.
+    """
     source = numbered(tmp_path / "all", 1)
     (source / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(source / "pipe.jpg")
     (source / "folder.jpg").mkdir()
     make(source, "folder.jpg/inside.jpg")
     made = partition(str(source), 1, str(tmp_path / "out"), Link.COPY)
-    assert names_in(tmp_path / "out" / "0") == ["000.jpg", "folder.jpg/inside.jpg", "gone.jpg", "pipe.jpg"]
+    assert names_in(tmp_path / "out" / "0") == [
+        "000.jpg",
+        "folder.jpg/inside.jpg",
+        "gone.jpg",
+        "pipe.jpg",
+    ]
     assert (tmp_path / "out" / "0" / "gone.jpg").readlink() == source / "gone.jpg"
     assert (tmp_path / "out" / "0" / "pipe.jpg").readlink() == source / "pipe.jpg"
     assert made.folders == 1
 
 
 def test_links_are_followed_to_the_image(tmp_path: Path) -> None:
-    """A linked image, or one in a linked folder, is the image itself: the partition does not lead through the source."""
+    """A linked image, or one in a linked folder, is the image itself: the partition does not lead
+    through the source.
+    """
     elsewhere = make(tmp_path / "elsewhere", "1.jpg", "more/2.jpg")
     source = numbered(tmp_path / "all", 1)
     (source / "one.jpg").symlink_to(elsewhere / "1.jpg")
@@ -264,49 +333,112 @@ def test_more_partitions_than_images_leaves_some_empty(tmp_path: Path) -> None:
     [
         ({"partitions": 0}, UsageError, "--partitions 0: must be from 1 to 512."),
         ({"partitions": 513}, UsageError, "--partitions 513: must be from 1 to 512."),
-        ({"data_dir": "{all}/000.jpg"}, UsageError, "--data-dir {all}/000.jpg is a file. Give a folder."),
+        (
+            {"data_dir": "{all}/000.jpg"},
+            UsageError,
+            "--data-dir {all}/000.jpg is a file. Give a folder.",
+        ),
         (
             {"data_dir": "{all}/none"},
             SourceError,
-            "source {all}/none cannot be read: No such file or directory. Give a folder or an image.",
+            (
+                "source {all}/none cannot be read: No such file or directory. Give a folder or an"
+                " image."
+            ),
         ),
-        ({"data_dir": "{all}/empty"}, SourceError, "--data-dir {all}/empty holds no images. Give a folder that does."),
-        ({"output": "{all}"}, UsageError, "--output {all} is the data folder itself. Give another folder."),
-        ({"output": "{all}/000.jpg"}, OutputError, "--output {all}/000.jpg is a file. Give a folder."),
+        (
+            {"data_dir": "{all}/empty"},
+            SourceError,
+            "--data-dir {all}/empty holds no images. Give a folder that does.",
+        ),
+        (
+            {"output": "{all}"},
+            UsageError,
+            "--output {all} is the data folder itself. Give another folder.",
+        ),
+        (
+            {"output": "{all}/000.jpg"},
+            OutputError,
+            "--output {all}/000.jpg is a file. Give a folder.",
+        ),
     ],
 )
-def test_mistakes_are_told(tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_mistakes_are_told(
+    tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     """Each mistake has one clear message, and nothing is made."""
     source = numbered(tmp_path / "all", 3)
     (source / "empty").mkdir()
-    values: dict[str, Any] = {"data_dir": str(source), "partitions": 2, "output": str(tmp_path / "out")}
-    values |= {name: value.format(all=source) if isinstance(value, str) else value for name, value in change.items()}
+    values: dict[str, Any] = {
+        "data_dir": str(source),
+        "partitions": 2,
+        "output": str(tmp_path / "out"),
+    }
+    values |= {
+        name: value.format(all=source) if isinstance(value, str) else value
+        for name, value in change.items()
+    }
     with pytest.raises(kind) as caught:
         partition(**values)
     assert str(caught.value) == message.format(all=source)
     assert not (tmp_path / "out").exists()
 
 
-def test_run_takes_the_partitions_as_the_shares_of_its_devices(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
-    """`partition` then `run` with as many devices: every image is one row, and no warning about the number of sub-folders."""
-    source = helpers.fill(tmp_path / "all", {f"{seed % 2}/{seed:02d}.jpg": sample_images.jpeg(seed=seed) for seed in range(11)})
-    made = imagemill("partition", "--data-dir", source, "--partitions", 3, "--output", tmp_path / "datasets", "--json")
+def test_run_takes_the_partitions_as_the_shares_of_its_devices(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
+    """`partition` then `run` with as many devices: every image is one row, and no warning about the
+    number of sub-folders.
+    """
+    source = helpers.fill(
+        tmp_path / "all",
+        {f"{seed % 2}/{seed:02d}.jpg": sample_images.jpeg(seed=seed) for seed in range(11)},
+    )
+    made = imagemill(
+        "partition",
+        "--data-dir",
+        source,
+        "--partitions",
+        3,
+        "--output",
+        tmp_path / "datasets",
+        "--json",
+    )
     assert made.code == 0
     assert made.json["partitions"] == [4, 4, 3]
-    ran = imagemill("run", f"{tmp_path / 'datasets'}/", "--output", tmp_path / "out", "--model", "tiny", "--devices", "null:3")
+    ran = imagemill(
+        "run",
+        f"{tmp_path / 'datasets'}/",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null:3",
+    )
     assert ran.code == 0
     assert "sub-folders" not in ran.err
     found = [row["path"].partition("/")[2] for row in helpers.rows(tmp_path / "out")]
     assert sorted(found) == names_in(source)
 
 
-def test_the_command_line_tells_what_was_made(tmp_path: Path, imagemill: Callable[..., helpers.Result]) -> None:
+def test_the_command_line_tells_what_was_made(
+    tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
     """One line for people; a mistake is one line and exit code 1, without a traceback."""
     source = numbered(tmp_path / "all", 5)
     arguments = ("partition", "--data-dir", source, "--partitions", 2, "--output", tmp_path / "out")
-    assert imagemill(*arguments).out == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (5 hard links made)\n"
-    assert imagemill(*arguments).out == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (0 hard links made)\n"
-    refused = imagemill("partition", "--data-dir", source, "--partitions", 5, "--output", tmp_path / "out")
+    assert (
+        imagemill(*arguments).out
+        == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (5 hard links made)\n"
+    )
+    assert (
+        imagemill(*arguments).out
+        == f"5 images in 2 partitions of 2 or 3: {tmp_path}/out (0 hard links made)\n"
+    )
+    refused = imagemill(
+        "partition", "--data-dir", source, "--partitions", 5, "--output", tmp_path / "out"
+    )
     assert refused.code == 1
     assert refused.err.startswith("imagemill: --output ")
     assert "Traceback" not in refused.err
@@ -319,4 +451,7 @@ def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
     said: list[str] = []
     partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), say=said.append)
     first = f"{tmp_path}/all/disk"
-    assert said == [f"note: 1 link leads nowhere, first: {first}. If its disk is not mounted, the images there are left out"]
+    assert said == [
+        f"note: 1 link leads nowhere, first: {first}. If its disk is not mounted, the images there"
+        " are left out"
+    ]

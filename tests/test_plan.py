@@ -27,23 +27,38 @@ def freeze(folder: Path, entries: list[Entry], shard_size: int, *, by_group: boo
 def listing(groups: list[int]) -> list[Entry]:
     """`groups[i]` images in group i; sizes and names differ."""
     names = ((group, number) for group, count in enumerate(groups) for number in range(count))
-    return [Entry(group % 2, b"%d/\xff%d.jpg" % (group, number), number - 1, group) for group, number in names]
+    return [
+        Entry(group % 2, b"%d/\xff%d.jpg" % (group, number), number - 1, group)
+        for group, number in names
+    ]
 
 
 @examples(max_examples=60)
-@given(groups=st.lists(st.integers(0, 40), min_size=1, max_size=6), shard_size=st.integers(1, 50), by_group=st.booleans())
+@given(
+    groups=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    shard_size=st.integers(1, 50),
+    by_group=st.booleans(),
+)
 def test_shards_cover_the_listing_exactly_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, groups: list[int], shard_size: int, by_group: bool
 ) -> None:
-    """Whatever the sizes: every entry is in one shard, in listing order, numbered from 0; no shard is empty or larger than asked."""
+    """Whatever the sizes: every entry is in one shard, in listing order, numbered from 0; no shard
+    is empty or larger than asked.
+    """
     entries = listing(groups)
-    folder = freeze(tmp_path_factory.mktemp("plan") / "plan", entries, shard_size, by_group=by_group)
+    folder = freeze(
+        tmp_path_factory.mktemp("plan") / "plan", entries, shard_size, by_group=by_group
+    )
     shards = plan.shards(folder)
     rows = [row for shard in shards for row in plan.read(folder, shard)]
-    assert [(row.source, row.path, row.size) for row in rows] == [(entry.source, entry.path, entry.size) for entry in entries]
+    assert [(row.source, row.path, row.size) for row in rows] == [
+        (entry.source, entry.path, entry.size) for entry in entries
+    ]
     assert [row.index for row in rows] == list(range(len(entries)))
     assert [shard.number for shard in shards] == list(range(len(shards)))
-    assert [shard.first for shard in shards] == [sum(s.count for s in shards[:number]) for number in range(len(shards))]
+    assert [shard.first for shard in shards] == [
+        sum(s.count for s in shards[:number]) for number in range(len(shards))
+    ]
     assert all(1 <= shard.count <= shard_size for shard in shards)
     full = [shard for shard in shards if shard.count == shard_size]
     assert len(shards) - len(full) <= (len(groups) if by_group else 1)
@@ -51,7 +66,9 @@ def test_shards_cover_the_listing_exactly_once_and_in_order(
 
 @examples(max_examples=30)
 @given(groups=st.lists(st.integers(1, 30), min_size=2, max_size=5), shard_size=st.integers(1, 40))
-def test_shards_end_where_a_group_ends(tmp_path_factory: pytest.TempPathFactory, groups: list[int], shard_size: int) -> None:
+def test_shards_end_where_a_group_ends(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[int], shard_size: int
+) -> None:
     """Cut by group, a shard holds images of one group alone and says which."""
     entries = listing(groups)
     folder = freeze(tmp_path_factory.mktemp("plan") / "plan", entries, shard_size, by_group=True)
@@ -60,11 +77,20 @@ def test_shards_end_where_a_group_ends(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_every_row_group_is_one_shard(tmp_path: Path) -> None:
-    """A worker reads its shard's rows and no others; more than a file's worth of shards go to a second file."""
+    """A worker reads its shard's rows and no others; more than a file's worth of shards go to a
+    second file.
+    """
     folder = freeze(tmp_path / "plan", listing([500]), 1)
     files = sorted(folder.glob("plan-*.parquet"))
     assert [pq.read_metadata(path).num_row_groups for path in files] == [200, 200, 100]
-    assert [plan.read(folder, shard)[0].index for shard in plan.shards(folder)[::99]] == [0, 99, 198, 297, 396, 495]
+    assert [plan.read(folder, shard)[0].index for shard in plan.shards(folder)[::99]] == [
+        0,
+        99,
+        198,
+        297,
+        396,
+        495,
+    ]
 
 
 def test_more_rows_than_a_record_batch_are_cut_across_its_border(tmp_path: Path) -> None:
@@ -90,19 +116,28 @@ def test_more_rows_than_a_record_batch_are_cut_across_its_border(tmp_path: Path)
         (100_000_001, 1, 10_001),
     ],
 )
-def test_auto_shard_size_is_an_eighth_of_a_devices_share(images: int, devices: int, size: int) -> None:
-    """images / (8 × devices), between 32 and 1,024, larger above ten million so that there are never more than 10,000 parts."""
+def test_auto_shard_size_is_an_eighth_of_a_devices_share(
+    images: int, devices: int, size: int
+) -> None:
+    """images / (8 × devices), between 32 and 1,024, larger above ten million so that there are
+    never more than 10,000 parts.
+    """
     assert plan.auto_shard_size(images, devices) == size
 
 
-def test_memory_does_not_grow_with_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ten times the images take no more of Python's memory to spool."""
     monkeypatch.setattr(plan, "_SPOOL_ROWS", 2_000)
 
     def peak(images: int) -> int:
         tracemalloc.start()
         try:
-            plan.spool((Entry(0, b"folder/%012d.jpg" % number, number) for number in range(images)), tmp_path / str(images))
+            plan.spool(
+                (Entry(0, b"folder/%012d.jpg" % number, number) for number in range(images)),
+                tmp_path / str(images),
+            )
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -123,7 +158,10 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path: Path) -> None:
     shard = plan.shards(folder)[0]
     path = next(folder.glob("plan-*.parquet"))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(OutputError, match=r"plan-00000-00000\.parquet is damaged: .* start anew in another --output"):
+    with pytest.raises(
+        OutputError,
+        match=r"plan-00000-00000\.parquet is damaged: .* start anew in another --output",
+    ):
         plan.shards(folder)
     with pytest.raises(OutputError, match="is damaged"):
         plan.read(folder, shard)
@@ -140,8 +178,15 @@ def test_a_listing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> 
 
 
 def test_a_plan_is_compressed_and_its_groups_count_from_0(tmp_path: Path) -> None:
-    """Paths resemble each other: a plan of a billion images would take many times the room. A source without sub-folders is one group."""
-    folder = freeze(tmp_path / "plan", [Entry(0, b"folder/%d.jpg" % number, 1) for number in range(3)], 7, by_group=True)
+    """Paths resemble each other: a plan of a billion images would take many times the room. A
+    source without sub-folders is one group.
+    """
+    folder = freeze(
+        tmp_path / "plan",
+        [Entry(0, b"folder/%d.jpg" % number, 1) for number in range(3)],
+        7,
+        by_group=True,
+    )
     assert [path.name for path in folder.glob("plan-*")] == ["plan-00000-00000.parquet"]
     assert [shard.group for shard in plan.shards(folder)] == [0]
     group = pq.read_metadata(folder / "plan-00000-00000.parquet").row_group(0)

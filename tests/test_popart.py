@@ -1,5 +1,6 @@
-"""The IPU's way: the cut graph, the program on its old Python, its protocol and its ends, on a stand-in for popart that refuses what is
-not on record. No IPU has run any of it."""
+"""The IPU's way: the cut graph, the program on its old Python, its protocol and its ends, on a
+stand-in for popart that refuses what is not on record. No IPU has run any of it.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +55,24 @@ def environment(folder: Path, models_dir: Path, **variables: object) -> dict[str
 
 
 def opened(model: Bundle, **changes: Any) -> Any:
-    values: dict[str, Any] = {"output": "/nowhere", "sources": (), "model_file": str(model.dir / "model.onnx"), "card": model.card}
-    values |= {"batch_size": 3, "batches_per_step": 2, "num_workers": 0, "top_k": 5, "save": (), "limits": Limits()}
+    values: dict[str, Any] = {
+        "output": "/nowhere",
+        "sources": (),
+        "model_file": str(model.dir / "model.onnx"),
+        "card": model.card,
+    }
+    values |= {
+        "batch_size": 3,
+        "batches_per_step": 2,
+        "num_workers": 0,
+        "top_k": 5,
+        "save": (),
+        "limits": Limits(),
+    }
     values |= {"precision": Precision.FP16, "variant": "model", "plan_id": "", "answer_id": ""}
-    return open_session(Job(**(values | changes)), DeviceSpec("ipu#0", "ipu", "popart", (0,)), Stopwatch())
+    return open_session(
+        Job(**(values | changes)), DeviceSpec("ipu#0", "ipu", "popart", (0,)), Stopwatch()
+    )
 
 
 def batches(count: int, size: int = SIZE) -> list[Batch]:
@@ -92,7 +107,9 @@ class Steps:
     def __init__(self, popart: Any, tiny: Bundle) -> None:
         self.popart = popart_session
         model = ipu_graph.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"]).model
-        self.builder = popart_session.Builder(model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1})
+        self.builder = popart_session.Builder(
+            model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1}
+        )
         self.graph = popart_session.GraphTransformer(self.builder.getModelProto())
         self.graph.convertFloatsToHalfs()
         self.device = popart_session.DeviceManager().acquireAvailableDevice(1)
@@ -102,7 +119,10 @@ class Steps:
 
     def session(self) -> Any:
         return self.popart.InferenceSession(
-            fnModel=self.graph.getModelProto(), dataFlow=self.flow, deviceInfo=self.device, userOptions=self.options
+            fnModel=self.graph.getModelProto(),
+            dataFlow=self.flow,
+            deviceInfo=self.device,
+            userOptions=self.options,
         )
 
     def ready(self) -> tuple[Any, dict[str, Any]]:
@@ -134,27 +154,65 @@ def _detached(steps: Steps) -> None:
 REFUSED: dict[str, tuple[Callable[[Steps], Any], str]] = {
     "an unknown method": (lambda s: s.builder.getOutputs(), "no attribute 'getOutputs'"),
     "an unknown option": (lambda s: setattr(s.options, "enableCaching", True), "enableCaching"),
-    "an option of another type": (lambda s: setattr(s.options, "cachePath", Path("x")), "incompatible function arguments"),
-    "an unknown argument": (lambda s: s.popart.Builder(b"", opset={}), "unexpected keyword argument 'opset'"),
-    "an argument of another type": (lambda s: s.popart.DataFlow("1", {}), "incompatible function arguments"),
-    "an anchor by name": (lambda s: s.popart.DataFlow(1, {"logits": "All"}), "incompatible function arguments"),
-    "arguments by place": (lambda s: s.popart.InferenceSession(b"", s.flow, s.device, s.options), "positional argument"),
-    "other operator sets": (lambda s: s.popart.Builder(s.builder.getModelProto(), opsets={"ai.onnx": 10}), "opsets"),
-    "memory of what is no convolution": (lambda s: s.builder.setAvailableMemoryProportion("r1", 0.3), "no output of a convolution"),
-    "anchors before compilation": (lambda s: s.session().initAnchorArrays(), "initAnchorArrays before prepareDevice"),
-    "weights before compilation": (lambda s: s.session().weightsFromHost(), "weightsFromHost before prepareDevice"),
+    "an option of another type": (
+        lambda s: setattr(s.options, "cachePath", Path("x")),
+        "incompatible function arguments",
+    ),
+    "an unknown argument": (
+        lambda s: s.popart.Builder(b"", opset={}),
+        "unexpected keyword argument 'opset'",
+    ),
+    "an argument of another type": (
+        lambda s: s.popart.DataFlow("1", {}),
+        "incompatible function arguments",
+    ),
+    "an anchor by name": (
+        lambda s: s.popart.DataFlow(1, {"logits": "All"}),
+        "incompatible function arguments",
+    ),
+    "arguments by place": (
+        lambda s: s.popart.InferenceSession(b"", s.flow, s.device, s.options),
+        "positional argument",
+    ),
+    "other operator sets": (
+        lambda s: s.popart.Builder(s.builder.getModelProto(), opsets={"ai.onnx": 10}),
+        "opsets",
+    ),
+    "memory of what is no convolution": (
+        lambda s: s.builder.setAvailableMemoryProportion("r1", 0.3),
+        "no output of a convolution",
+    ),
+    "anchors before compilation": (
+        lambda s: s.session().initAnchorArrays(),
+        "initAnchorArrays before prepareDevice",
+    ),
+    "weights before compilation": (
+        lambda s: s.session().weightsFromHost(),
+        "weightsFromHost before prepareDevice",
+    ),
     "a run without weights": (_without_weights, "run before weightsFromHost"),
     "a run when detached": (_detached, "run before the device was attached"),
     "float32 after the conversion": (lambda s: _run(s, s.x.astype(np.float32)), "input is float32"),
-    "an axis of one step": (lambda s: _run(s, s.x[None]), re.escape("input is float16 (1, 3, 3, 32, 32)")),
-    "memory in another order": (lambda s: _run(s, np.asfortranarray(s.x + np.float16(1))), "C-contiguous: False"),
-    "anchors of one's own": (lambda s: s.ready()[0].run(s.popart.PyStepIO({"normalised": s.x}, {})), "anchors are not those"),
+    "an axis of one step": (
+        lambda s: _run(s, s.x[None]),
+        re.escape("input is float16 (1, 3, 3, 32, 32)"),
+    ),
+    "memory in another order": (
+        lambda s: _run(s, np.asfortranarray(s.x + np.float16(1))),
+        "C-contiguous: False",
+    ),
+    "anchors of one's own": (
+        lambda s: s.ready()[0].run(s.popart.PyStepIO({"normalised": s.x}, {})),
+        "anchors are not those",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_the_stand_in_refuses_what_is_not_on_record(standin: Any, tiny: Bundle, case: str) -> None:
-    """Names, arguments, types and order of calls; otherwise a passed test would say little about the real one."""
+    """Names, arguments, types and order of calls; otherwise a passed test would say little about
+    the real one.
+    """
     act, message = REFUSED[case]
     steps = Steps(standin, tiny)
     with pytest.raises((TypeError, AttributeError, standin.popart_exception), match=message):
@@ -177,7 +235,16 @@ def test_the_stand_in_uses_its_anchors_again(standin: Any, tiny: Bundle) -> None
 
 
 def vermin(file: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "import vermin; vermin.main()", "--no-tips", "--eval-annotations", "-t=3.6-", "--violations", file]
+    command = [
+        sys.executable,
+        "-c",
+        "import vermin; vermin.main()",
+        "--no-tips",
+        "--eval-annotations",
+        "-t=3.6-",
+        "--violations",
+        file,
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -195,17 +262,25 @@ def test_the_program_imports_the_standard_library_numpy_and_popart_alone() -> No
     nodes = list(ast.walk(ast.parse(PROGRAM.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"numpy", "popart"}
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {
+        "numpy",
+        "popart",
+    }
 
 
 @pytest.mark.parametrize("line", ["no JSON", "[]", '{"run": 7}', '{"run": [0]}', '{"stop": 0}'])
-def test_the_program_ends_at_a_message_that_it_does_not_know(folder: Path, tiny: Bundle, line: str) -> None:
+def test_the_program_ends_at_a_message_that_it_does_not_know(
+    folder: Path, tiny: Bundle, line: str
+) -> None:
     """Cleanly, with the message named, and detached from its IPU; the session tells."""
     session = opened(tiny)
     (program,) = processes(folder)
     session._process.stdin.write(line.encode() + b"\n")
     session._process.stdin.flush()
-    with pytest.raises(errors.DeviceLostError, match=re.escape(f"its program died (the program was told what it does not know: {line})")):
+    with pytest.raises(
+        errors.DeviceLostError,
+        match=re.escape(f"its program died (the program was told what it does not know: {line})"),
+    ):
         session._answer("done")
     assert {"detached": program} in popart_standin.calls(folder)
 
@@ -223,31 +298,48 @@ def test_the_program_ends_when_its_session_does(folder: Path, tiny: Bundle) -> N
 
 
 def test_a_step_has_all_its_batches(folder: Path, tiny: Bundle) -> None:
-    """Whatever a step holds, answers are the same bit for bit; batches that a last step lacks are made up and dropped."""
+    """Whatever a step holds, answers are the same bit for bit; batches that a last step lacks are
+    made up and dropped.
+    """
     given = batches(7)
     answers = {}
     for steps in (1, 3, 0):
         session = opened(tiny, batches_per_step=steps, save=(Saved.EMBEDDING,))
-        answers[steps] = [(outputs.logits.tobytes(), outputs.embedding.tobytes()) for _, outputs in session.stream(given)]
+        answers[steps] = [
+            (outputs.logits.tobytes(), outputs.embedding.tobytes())
+            for _, outputs in session.stream(given)
+        ]
         session.close()
-    assert [call["steps"] for call in popart_standin.calls(folder) if "prepared" in call] == [1, 3, 8]
+    assert [call["steps"] for call in popart_standin.calls(folder) if "prepared" in call] == [
+        1,
+        3,
+        8,
+    ]
     assert len(answers[1]) == 7
     assert answers[1] == answers[3] == answers[0]
 
 
 def test_a_stream_that_was_broken_off_leaves_no_answer_behind(folder: Path, tiny: Bundle) -> None:
-    """Steps were at work when it was: the next stream's batches get their own answers all the same."""
+    """Steps were at work when it was: the next stream's batches get their own answers all the
+    same.
+    """
     session, given = opened(tiny, batches_per_step=1), batches(6)
     expected = [outputs.logits.tobytes() for _, outputs in session.stream(given)]
     broken = session.stream(given)
     next(broken)
     broken.close()
-    assert [outputs.logits.tobytes() for _, outputs in session.stream(reversed(given))] == expected[::-1]
+    assert [outputs.logits.tobytes() for _, outputs in session.stream(reversed(given))] == expected[
+        ::-1
+    ]
     session.close()
 
 
-def test_everything_behind_normalisation_is_fp16_and_the_engine_is_cached(folder: Path, tmp_path: Path, tiny: Bundle) -> None:
-    """With --precision fp16; what was compiled is kept beside the model, where that can be written."""
+def test_everything_behind_normalisation_is_fp16_and_the_engine_is_cached(
+    folder: Path, tmp_path: Path, tiny: Bundle
+) -> None:
+    """With --precision fp16; what was compiled is kept beside the model, where that can be
+    written.
+    """
     opened(tiny, cache_dir=str(tmp_path / "compiled")).close()
     opened(tiny, precision=Precision.FP32, cache_dir="/proc/nowhere").close()
     half, single = [call for call in popart_standin.calls(folder) if "prepared" in call]
@@ -257,32 +349,58 @@ def test_everything_behind_normalisation_is_fp16_and_the_engine_is_cached(folder
     assert (single["half"], single["cache"]) == (False, False)
 
 
-def test_each_convolution_gets_its_share_of_memory(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_convolution_gets_its_share_of_memory(
+    folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the environment says it, and none where it says nothing."""
     opened(tiny).close()
     assert not [call for call in popart_standin.calls(folder) if "memory_proportion" in call]
     monkeypatch.setenv("IMAGEMILL_POPART_MEMORY_PROPORTION", "0.3")
     opened(tiny).close()
     asked = [call for call in popart_standin.calls(folder) if "memory_proportion" in call]
-    assert asked == [{"memory_proportion": 0.3, "node": "c1"}, {"memory_proportion": 0.3, "node": "c2"}]
+    assert asked == [
+        {"memory_proportion": 0.3, "node": "c1"},
+        {"memory_proportion": 0.3, "node": "c2"},
+    ]
 
 
 @pytest.mark.parametrize("text", ["0", "1.5", "much", "nan"])
-def test_a_share_that_is_none_is_wrong_usage(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_share_that_is_none_is_wrong_usage(
+    folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     """Before anything is started."""
     monkeypatch.setenv("IMAGEMILL_POPART_MEMORY_PROPORTION", text)
-    with pytest.raises(errors.UsageError, match=f"IMAGEMILL_POPART_MEMORY_PROPORTION={text}: must be a number above 0, and 1 at most"):
+    with pytest.raises(
+        errors.UsageError,
+        match=f"IMAGEMILL_POPART_MEMORY_PROPORTION={text}: must be a number above 0, and 1 at most",
+    ):
         opened(tiny)
     assert not popart_standin.calls(folder)
 
 
-def test_bench_lets_the_ipu_make_up_its_images(folder: Path, imagemill: Callable[..., helpers.Result], models_dir: Path) -> None:
+def test_bench_lets_the_ipu_make_up_its_images(
+    folder: Path, imagemill: Callable[..., helpers.Result], models_dir: Path
+) -> None:
     """`bench --synthetic` measures the device: nothing crosses to it. A run is never synthetic."""
-    arguments = ("--model", "tiny", "--devices", "ipu", "--precision", "fp16", "--batches-per-step", "4", "--iterations", "1", "--json")
+    arguments = (
+        "--model",
+        "tiny",
+        "--devices",
+        "ipu",
+        "--precision",
+        "fp16",
+        "--batches-per-step",
+        "4",
+        "--iterations",
+        "1",
+        "--json",
+    )
     report = imagemill("bench", "--synthetic", *arguments, env=environment(folder, models_dir))
     assert report.code == 0, report.err
     assert report.json["precision"] == "fp16"
-    assert [call["synthetic"] for call in popart_standin.calls(folder) if "prepared" in call] == ["RandomNormal"]
+    assert [call["synthetic"] for call in popart_standin.calls(folder) if "prepared" in call] == [
+        "RandomNormal"
+    ]
 
 
 # The cut.
@@ -313,45 +431,99 @@ def foreign(folder: Path, *, opset: int = 11) -> Path:
         "foreign",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 12, 12, 3])],
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", CLASSES])],
-        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+        [
+            numpy_helper.from_array(array.astype(np.float32), name)
+            for name, array in weights.items()
+        ],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), folder / "foreign.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10),
+        folder / "foreign.onnx",
+    )
     labels = folder / "labels.txt"
     labels.write_text("".join(f"{number}\n" for number in range(CLASSES)))
-    given = {"scale": 255, "mean": (120, 110, 100), "std": (60, 50, 40), "color": "BGR", "labels": str(labels)}
+    given = {
+        "scale": 255,
+        "mean": (120, 110, 100),
+        "std": (60, 50, 40),
+        "color": "BGR",
+        "labels": str(labels),
+    }
     made, _ = wrap.wrap(folder / "foreign.onnx", given, folder / "bundle")
     return made
 
 
 def test_other_layouts_and_colour_orders_answer_alike(folder: Path, tmp_path: Path) -> None:
-    """A wrapped model that wants BGR and channels last, written with a newer IR version: as OpenVINO in fp32, within the tolerance."""
+    """A wrapped model that wants BGR and channels last, written with a newer IR version: as
+    OpenVINO in fp32, within the tolerance.
+    """
     foreign(tmp_path)
     model = bundle.load(tmp_path / "bundle")
     given = batches(3, 12)
     session = opened(model)
     job_on_cpu = {"precision": Precision.FP32, "batches_per_step": 0}
-    values: dict[str, Any] = {"output": "", "sources": (), "model_file": str(model.dir / "model.onnx"), "card": model.card, "batch_size": 3}
-    values |= {"num_workers": 0, "top_k": 5, "save": (), "limits": Limits(), "variant": "model", "plan_id": "", "answer_id": ""}
-    reference = open_session(Job(**(values | job_on_cpu)), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
-    for (_, found), (_, expected) in zip(session.stream(given), reference.stream(given), strict=True):
+    values: dict[str, Any] = {
+        "output": "",
+        "sources": (),
+        "model_file": str(model.dir / "model.onnx"),
+        "card": model.card,
+        "batch_size": 3,
+    }
+    values |= {
+        "num_workers": 0,
+        "top_k": 5,
+        "save": (),
+        "limits": Limits(),
+        "variant": "model",
+        "plan_id": "",
+        "answer_id": "",
+    }
+    reference = open_session(
+        Job(**(values | job_on_cpu)), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch()
+    )
+    for (_, found), (_, expected) in zip(
+        session.stream(given), reference.stream(given), strict=True
+    ):
         assert np.abs(found.logits - expected.logits).max() < TOLERANCE
         assert np.ptp(expected.logits) > 10 * TOLERANCE
     session.close()
-    assert [call["prepared"] for call in popart_standin.calls(folder) if "prepared" in call] == [[3, 12, 12, 3]]
+    assert [call["prepared"] for call in popart_standin.calls(folder) if "prepared" in call] == [
+        [3, 12, 12, 3]
+    ]
 
 
-def test_what_popart_cannot_read_is_said_before_it_is_started(folder: Path, tmp_path: Path, tiny: Bundle) -> None:
+def test_what_popart_cannot_read_is_said_before_it_is_started(
+    folder: Path, tmp_path: Path, tiny: Bundle
+) -> None:
     """A newer opset, a card without the boundary, a graph that goes round it."""
     foreign(tmp_path, opset=13)
     with pytest.raises(
-        errors.ModelError, match=r"foreign cannot run on an IPU: it has opset 13, PopART reads opset 6 to 11\. Export it anew"
+        errors.ModelError,
+        match=(
+            r"foreign cannot run on an IPU: it has opset 13, PopART reads opset 6 to 11\. Export it"
+            r" anew"
+        ),
     ):
         opened(bundle.load(tmp_path / "bundle"))
-    with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: its card names no tensor where normalisation ends"):
+    with pytest.raises(
+        errors.ModelError,
+        match=r"tiny cannot run on an IPU: its card names no tensor where normalisation ends",
+    ):
         opened(replace(tiny, card=replace(tiny.card, normalised=None)))
-    with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: its embedding cannot be had from 'logits' alone"):
-        ipu_graph.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="logits"), 3, ["embedding"])
-    with pytest.raises(errors.ModelError, match=r"tiny cannot run on an IPU: 'c1', where its normalisation ends, is not made of each byte"):
+    with pytest.raises(
+        errors.ModelError,
+        match=r"tiny cannot run on an IPU: its embedding cannot be had from 'logits' alone",
+    ):
+        ipu_graph.cut(
+            tiny.dir / "model.onnx", replace(tiny.card, normalised="logits"), 3, ["embedding"]
+        )
+    with pytest.raises(
+        errors.ModelError,
+        match=(
+            r"tiny cannot run on an IPU: 'c1', where its normalisation ends, is not made of each"
+            r" byte"
+        ),
+    ):
         ipu_graph.cut(tiny.dir / "model.onnx", replace(tiny.card, normalised="c1"), 3, ["logits"])
     assert not popart_standin.calls(folder)
 
@@ -359,27 +531,40 @@ def test_what_popart_cannot_read_is_said_before_it_is_started(folder: Path, tmp_
 def test_weights_in_a_file_of_their_own_are_too_large(tmp_path: Path) -> None:
     """PopART's graphs are one message of protobuf each, which ends at 2 GiB."""
     large = bundle.write(tmp_path / "large", TINY_CARD, tiny_model(), external_from=1)
-    with pytest.raises(errors.ModelError, match="tiny cannot run on an IPU: PopART reads models of up to 2 GiB, and its weights are more"):
+    with pytest.raises(
+        errors.ModelError,
+        match=(
+            "tiny cannot run on an IPU: PopART reads models of up to 2 GiB, and its weights are"
+            " more"
+        ),
+    ):
         ipu_graph.cut(large.dir / "model.onnx", large.card, 3, ["logits"])
 
 
 # Errors.
 
 
-def test_each_session_has_an_ipu_of_its_own(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_session_has_an_ipu_of_its_own(
+    folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process, one IPU; where none is free any more, that is said, and what to do."""
     monkeypatch.setenv("POPART_STANDIN_IPUS", "2")
     monkeypatch.setattr(popart_session, "PATIENCE_S", 0.0)
     sessions = [opened(tiny), opened(tiny)]
     assert [call["ipu"] for call in popart_standin.calls(folder) if "attached" in call] == [0, 1]
-    with pytest.raises(errors.DeviceError, match=r"ipu#0: no IPU is free\. Ask for fewer with --devices ipu:N; gc-monitor shows which"):
+    with pytest.raises(
+        errors.DeviceError,
+        match=r"ipu#0: no IPU is free\. Ask for fewer with --devices ipu:N; gc-monitor shows which",
+    ):
         opened(tiny)
     for session in sessions:
         session.close()
 
 
 def test_an_ipu_that_comes_free_is_waited_for(folder: Path, tiny: Bundle) -> None:
-    """The one of a process that has just died is not there at once, and its worker is started again at once."""
+    """The one of a process that has just died is not there at once, and its worker is started again
+    at once.
+    """
     first = opened(tiny)
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(lambda: opened(tiny))
@@ -389,13 +574,17 @@ def test_an_ipu_that_comes_free_is_waited_for(folder: Path, tiny: Bundle) -> Non
     assert len(processes(folder)) == 2
 
 
-def test_out_of_memory_says_what_to_change(folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_what_to_change(
+    folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batch size and memory proportion, with their values; the program has ended."""
     monkeypatch.setenv("POPART_STANDIN_MEMORY", "1000")
-    with pytest.raises(errors.ModelError, match=r"in batches of 3 does not fit into the memory of ipu#0: Out of memory on tile 17.* smaller --batch-size, or set IMAGEMILL_POPART_MEMORY_PROPORTION to 0\.3\.$"):  # fmt: skip  # noqa: E501
+    with pytest.raises(errors.ModelError, match=r"in batches of 3 does not fit into the memory of ipu#0: Out of memory on tile 17.* smaller --batch-size, or set IMAGEMILL_POPART_MEMORY_PROPORTION to 0\.3\.$"):  # fmt: skip
         opened(tiny)
     monkeypatch.setenv("IMAGEMILL_POPART_MEMORY_PROPORTION", "0.4")
-    with pytest.raises(errors.ModelError, match=r"or lower IMAGEMILL_POPART_MEMORY_PROPORTION, now 0\.4\.$"):
+    with pytest.raises(
+        errors.ModelError, match=r"or lower IMAGEMILL_POPART_MEMORY_PROPORTION, now 0\.4\.$"
+    ):
         opened(tiny)
     assert not [program for program in processes(folder) if helpers.running(program)]
 
@@ -403,20 +592,35 @@ def test_out_of_memory_says_what_to_change(folder: Path, tiny: Bundle, monkeypat
 REMEDY = "source the enable.sh of its poplar and of its popart folder"
 
 
-def test_what_is_missing_is_said_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No interpreter, one without popart, one with another package of that name, something that is no Python."""
+def test_what_is_missing_is_said_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No interpreter, one without popart, one with another package of that name, something that is
+    no Python.
+    """
     monkeypatch.setenv("IMAGEMILL_POPART_PYTHON", str(tmp_path / "python3"))
-    with pytest.raises(errors.DeviceError, match=rf"python3 cannot be started: No such file or directory\. .*{REMEDY}"):
+    with pytest.raises(
+        errors.DeviceError,
+        match=rf"python3 cannot be started: No such file or directory\. .*{REMEDY}",
+    ):
         devices.resolve("ipu:2")
     monkeypatch.setenv("IMAGEMILL_POPART_PYTHON", sys.executable)
-    with pytest.raises(errors.DeviceError, match=rf"{sys.executable} cannot import popart: No module named 'popart'\. .*{REMEDY}"):
+    with pytest.raises(
+        errors.DeviceError,
+        match=rf"{sys.executable} cannot import popart: No module named 'popart'\. .*{REMEDY}",
+    ):
         devices.resolve("ipu:2")
     (tmp_path / "popart.py").write_text("def pop(): pass\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(errors.DeviceError, match=rf"the popart in {tmp_path}/popart.py is not Graphcore's.*{REMEDY}"):
+    with pytest.raises(
+        errors.DeviceError,
+        match=rf"the popart in {tmp_path}/popart.py is not Graphcore's.*{REMEDY}",
+    ):
         devices.resolve("ipu:2")
     monkeypatch.setenv("IMAGEMILL_POPART_PYTHON", "/bin/false")
-    with pytest.raises(errors.DeviceError, match=rf"/bin/false ended with exit code 1\. .*{REMEDY}"):
+    with pytest.raises(
+        errors.DeviceError, match=rf"/bin/false ended with exit code 1\. .*{REMEDY}"
+    ):
         devices.resolve("ipu:2")
 
 
@@ -427,9 +631,15 @@ def test_a_session_says_the_same(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) 
         opened(tiny)
 
 
-def test_our_own_packages_are_not_shown_to_the_other_python(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker has our folder on its PYTHONPATH, where NumPy may lie too: of another Python. What enable.sh put there is kept."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(helpers.SOURCE_ROOT), os.environ["PYTHONPATH"]]))
+def test_our_own_packages_are_not_shown_to_the_other_python(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has our folder on its PYTHONPATH, where NumPy may lie too: of another Python. What
+    enable.sh put there is kept.
+    """
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(helpers.SOURCE_ROOT), os.environ["PYTHONPATH"]])
+    )
     script = tmp_path / "python3"
     script.write_text('#!/bin/sh\necho "{\\"here\\": {\\"popart\\": \\"$PYTHONPATH\\"}}"\n')
     script.chmod(0o755)
@@ -448,9 +658,14 @@ def top_1(output: Path) -> dict[str, int]:
 
 
 def test_a_run_on_two_ipus_answers_as_the_cpu_does(
-    tmp_path: Path, jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result], models_dir: Path
+    tmp_path: Path,
+    jpegs: Callable[..., Path],
+    imagemill: Callable[..., helpers.Result],
+    models_dir: Path,
 ) -> None:
-    """`run --devices ipu:2` gives each image the class that OpenVINO's fp32 gives it, and each one row."""
+    """`run --devices ipu:2` gives each image the class that OpenVINO's fp32 gives it, and each one
+    row.
+    """
     folder = tmp_path / "ipus"
     arguments = (
         "run",
@@ -465,28 +680,78 @@ def test_a_run_on_two_ipus_answers_as_the_cpu_does(
         "--json",
     )
     env = environment(folder, models_dir, ipus=2)
-    result = imagemill(*arguments, "--output", tmp_path / "ipu", "--devices", "ipu:2", "--precision", "fp16", env=env)
+    result = imagemill(
+        *arguments,
+        "--output",
+        tmp_path / "ipu",
+        "--devices",
+        "ipu:2",
+        "--precision",
+        "fp16",
+        env=env,
+    )
     assert result.code == 0, result.err
     assert (result.json["ok"], result.json["failed"], result.json["precision"]) == (40, 1, "fp16")
     assert [device["name"] for device in result.json["devices"]] == ["ipu#0", "ipu#1"]
-    assert imagemill(*arguments, "--output", tmp_path / "cpu", "--devices", "cpu", "--precision", "fp32").code == 0
+    assert (
+        imagemill(
+            *arguments, "--output", tmp_path / "cpu", "--devices", "cpu", "--precision", "fp32"
+        ).code
+        == 0
+    )
     assert top_1(tmp_path / "ipu") == top_1(tmp_path / "cpu")
     assert not [program for program in processes(folder) if helpers.running(program)]
 
 
 def test_a_program_that_is_killed_costs_a_restart_and_no_row(
-    tmp_path: Path, jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result], models_dir: Path
+    tmp_path: Path,
+    jpegs: Callable[..., Path],
+    imagemill: Callable[..., helpers.Result],
+    models_dir: Path,
 ) -> None:
-    """Its worker dies with a clear word and is started again; the rows are those of a run that nothing disturbed."""
+    """Its worker dies with a clear word and is started again; the rows are those of a run that
+    nothing disturbed.
+    """
     folder = tmp_path / "ipus"
-    arguments = ("--model", "tiny", "--devices", "ipu", "--precision", "fp16", "--shard-size", "4", "--no-report", "--json")
+    arguments = (
+        "--model",
+        "tiny",
+        "--devices",
+        "ipu",
+        "--precision",
+        "fp16",
+        "--shard-size",
+        "4",
+        "--no-report",
+        "--json",
+    )
     source, trap = jpegs(24), tmp_path / "trap"
     trap.touch()
-    killed = imagemill("run", source, "--output", tmp_path / "a", *arguments, env=environment(folder, models_dir, dies=trap))
+    killed = imagemill(
+        "run",
+        source,
+        "--output",
+        tmp_path / "a",
+        *arguments,
+        env=environment(folder, models_dir, dies=trap),
+    )
     assert killed.code == 0, killed.err
     assert [device["restarts"] for device in killed.json["devices"]] == [1]
-    assert "ipu#0: its program died (signal SIGKILL)" in (tmp_path / "a" / "logs" / "ipu#0.log").read_text()
-    assert imagemill("run", source, "--output", tmp_path / "b", *arguments, env=environment(folder, models_dir)).code == 0
+    assert (
+        "ipu#0: its program died (signal SIGKILL)"
+        in (tmp_path / "a" / "logs" / "ipu#0.log").read_text()
+    )
+    assert (
+        imagemill(
+            "run",
+            source,
+            "--output",
+            tmp_path / "b",
+            *arguments,
+            env=environment(folder, models_dir),
+        ).code
+        == 0
+    )
     assert helpers.by_path(tmp_path / "a") == helpers.by_path(tmp_path / "b")
     assert len(processes(folder)) == 3
 
@@ -511,7 +776,9 @@ def test_the_program_dies_with_its_worker_and_with_its_launcher(
         "--no-report",
         "--json",
     )
-    run = start("run", slow_folder, "--output", output, *arguments, env=environment(folder, models_dir))
+    run = start(
+        "run", slow_folder, "--output", output, *arguments, env=environment(folder, models_dir)
+    )
     (worker,) = helpers.until(lambda: helpers.worker_pids(output), process=run)
     (program,) = processes(folder)
     os.kill(worker if whom == "worker" else run.pid, signal.SIGKILL)

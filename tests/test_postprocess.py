@@ -16,7 +16,18 @@ from hypothesis.extra.numpy import arrays
 
 from imagemill.errors import BadLogitsError, ClassCountError
 from imagemill.pipeline.top_k import check_model, to_probabilities, top_k
-from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Scores, Shard, Status, TopK
+from imagemill.records import (
+    Batch,
+    Job,
+    Limits,
+    Outputs,
+    Precision,
+    Row,
+    Scores,
+    Shard,
+    Status,
+    TopK,
+)
 from tiny import CLASSES, TINY_CARD
 
 SHARD = Shard(0, 0, 99, 0, "plan", 0)
@@ -24,7 +35,9 @@ SHARD = Shard(0, 0, 99, 0, "plan", 0)
 
 def ask(scores: Any, k: int = 5, kind: Scores = Scores.LOGITS) -> TopK:
     scores = np.asarray(scores, np.float32)
-    rows = tuple(Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 1, 1, n) for n in range(len(scores)))
+    rows = tuple(
+        Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 1, 1, n) for n in range(len(scores))
+    )
     batch = Batch(np.zeros((len(scores), 1, 1, 3), np.uint8), len(scores), rows)
     return top_k(batch, Outputs(scores), replace(TINY_CARD, scores=kind), k, Precision.FP32)[1]
 
@@ -35,12 +48,16 @@ def test_most_probable_first() -> None:
     top = ask(logits, 3)
     total = sum(math.exp(x) for x in logits[0])
     assert top.class_ids.tolist() == [[1, 3, 2]]
-    assert top.probabilities[0].tolist() == pytest.approx([math.exp(x) / total for x in (3, 2, 1)], rel=1e-6)
+    assert top.probabilities[0].tolist() == pytest.approx(
+        [math.exp(x) / total for x in (3, 2, 1)], rel=1e-6
+    )
     assert (top.class_ids.dtype, top.probabilities.dtype) == (np.int32, np.float32)
 
 
 def test_ties_go_by_class_id() -> None:
-    """Of equal probabilities the lower class id comes first, also where only the float32 is equal."""
+    """Of equal probabilities the lower class id comes first, also where only the float32 is
+    equal.
+    """
     assert ask([[1.0] * CLASSES], 4).class_ids.tolist() == [[0, 1, 2, 3]]
     assert ask([[0, 7, 0, 7, 0, 0, 7, 0, 0, 0]], 5).class_ids.tolist() == [[1, 3, 6, 0, 2]]
     assert ask([[100.0, 0, 0, 0, 0, 0, 0, 0, 0, 1e-9]], 3).class_ids.tolist() == [[0, 1, 2]]
@@ -60,16 +77,21 @@ def test_an_empty_batch_has_no_rows() -> None:
 
 @examples(max_examples=60)
 @given(
-    scores=arrays(np.float32, (6, CLASSES), elements=st.floats(-80, 80, width=32)), kind=st.sampled_from([Scores.LOGITS, Scores.SIGMOID])
+    scores=arrays(np.float32, (6, CLASSES), elements=st.floats(-80, 80, width=32)),
+    kind=st.sampled_from([Scores.LOGITS, Scores.SIGMOID]),
 )
 def test_each_row_is_on_its_own(scores: np.ndarray, kind: Scores) -> None:
-    """Any row's answer is bit for bit the one it has alone; probabilities fall, and are what the order goes by."""
+    """Any row's answer is bit for bit the one it has alone; probabilities fall, and are what the
+    order goes by.
+    """
     together = ask(scores, CLASSES, kind)
     for number, row in enumerate(scores):
         alone = ask(row[None], CLASSES, kind)
         assert alone.class_ids[0].tolist() == together.class_ids[number].tolist()
         assert alone.probabilities[0].tobytes() == together.probabilities[number].tobytes()
-    for ids, probabilities in zip(together.class_ids.tolist(), together.probabilities.tolist(), strict=True):
+    for ids, probabilities in zip(
+        together.class_ids.tolist(), together.probabilities.tolist(), strict=True
+    ):
         ranked = list(zip(probabilities, ids, strict=True))
         assert ranked == sorted(ranked, key=lambda pair: (-pair[0], pair[1]))
         assert all(0 <= probability <= 1 for probability in probabilities)
@@ -81,55 +103,104 @@ def test_huge_logits_do_not_overflow() -> None:
 
 
 def test_scores_that_are_probabilities_stay_as_they_are() -> None:
-    """A model that ends in softmax or sigmoid is not squashed twice; sigmoid scores are, once, each on its own."""
+    """A model that ends in softmax or sigmoid is not squashed twice; sigmoid scores are, once, each
+    on its own.
+    """
     scores = np.float32([[0.25, 0.5, 0.125, 0.125, 0, 0, 0, 0, 0, 0]])
     assert ask(scores, 2, Scores.SOFTMAX).probabilities.tolist() == [[0.5, 0.25]]
-    assert to_probabilities(np.float32([[0.0, 100.0, -1000.0]]), Scores.SIGMOID).tolist() == [[0.5, 1.0, 0.0]]
+    assert to_probabilities(np.float32([[0.0, 100.0, -1000.0]]), Scores.SIGMOID).tolist() == [
+        [0.5, 1.0, 0.0]
+    ]
 
 
-FP32_ERROR = "the model returned NaN or infinity for this image in fp32; this model cannot classify it; try another one"
-BF16_ERROR = "the model returned NaN or infinity for this image in bf16; try a new job with --precision fp32"
+FP32_ERROR = (
+    "the model returned NaN or infinity for this image in fp32; this model cannot classify it; try"
+    " another one"
+)
+BF16_ERROR = (
+    "the model returned NaN or infinity for this image in bf16; try a new job with --precision fp32"
+)
 
 
 @pytest.mark.parametrize("kind", Scores)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("precision", "error"), [(Precision.FP32, FP32_ERROR), (Precision.BF16, BF16_ERROR)])
-def test_an_invalid_output_is_the_row_of_its_image_alone(bad: float, kind: Scores, precision: Precision, error: str) -> None:
-    """NaN or infinity is an `invalid_output` row with advice that fits the precision; the neighbours' rows and answers keep every bit."""
+@pytest.mark.parametrize(
+    ("precision", "error"), [(Precision.FP32, FP32_ERROR), (Precision.BF16, BF16_ERROR)]
+)
+def test_an_invalid_output_is_the_row_of_its_image_alone(
+    bad: float, kind: Scores, precision: Precision, error: str
+) -> None:
+    """NaN or infinity is an `invalid_output` row with advice that fits the precision; the
+    neighbours' rows and answers keep every bit.
+    """
     scores = np.random.default_rng(0).random((3, CLASSES), np.float32)
     clean = ask(scores, kind=kind)
     scores[1, 4] = bad
     rows = tuple(Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 5, 6, n) for n in range(3))
     batch = Batch(np.zeros((4, 1, 1, 3), np.uint8), 3, rows)
     found, top = top_k(batch, Outputs(scores), replace(TINY_CARD, scores=kind), 5, precision)
-    assert found.rows == (rows[0], replace(rows[1], status=Status.INVALID_OUTPUT, error=error, slot=-1), rows[2])
+    assert found.rows == (
+        rows[0],
+        replace(rows[1], status=Status.INVALID_OUTPUT, error=error, slot=-1),
+        rows[2],
+    )
     for slot in (0, 2):
         assert top.class_ids[slot].tolist() == clean.class_ids[slot].tolist()
         assert top.probabilities[slot].tobytes() == clean.probabilities[slot].tobytes()
 
 
 def test_an_invalid_embedding_is_an_invalid_output() -> None:
-    """An embedding that holds NaN is not written beside a class, as if it were sound; failed rows between the images change nothing."""
+    """An embedding that holds NaN is not written beside a class, as if it were sound; failed rows
+    between the images change nothing.
+    """
     embedding = np.float32([[1, 2], [3, math.nan]])
     slots = (0, -1, 1)
-    rows = tuple(Row(n, SHARD, "s", f"{n}.jpg", Status.OK if slot >= 0 else Status.EMPTY, None, 1, 1, slot) for n, slot in enumerate(slots))
+    rows = tuple(
+        Row(n, SHARD, "s", f"{n}.jpg", Status.OK if slot >= 0 else Status.EMPTY, None, 1, 1, slot)
+        for n, slot in enumerate(slots)
+    )
     batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), 2, rows)
-    found, _ = top_k(batch, Outputs(np.zeros((2, CLASSES), np.float32), embedding), TINY_CARD, 5, Precision.FP32)
-    assert [(row.status.value, row.slot) for row in found.rows] == [("ok", 0), ("empty", -1), ("invalid_output", -1)]
+    found, _ = top_k(
+        batch, Outputs(np.zeros((2, CLASSES), np.float32), embedding), TINY_CARD, 5, Precision.FP32
+    )
+    assert [(row.status.value, row.slot) for row in found.rows] == [
+        ("ok", 0),
+        ("empty", -1),
+        ("invalid_output", -1),
+    ]
 
 
 def check(precision: Precision, is_valid: Callable[[Batch], bool]) -> int:
-    """Check a model that answers numbers where `is_valid` says so, else NaN. Returns the number of batches that it was asked."""
+    """Check a model that answers numbers where `is_valid` says so, else NaN. Returns the number of
+    batches that it was asked.
+    """
     asked = []
 
     def stream(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         for batch in batches:
             asked.append(batch)
-            yield batch, Outputs(np.full((batch.filled, CLASSES), 0.0 if is_valid(batch) else math.nan, np.float32))
+            yield (
+                batch,
+                Outputs(
+                    np.full(
+                        (batch.filled, CLASSES), 0.0 if is_valid(batch) else math.nan, np.float32
+                    )
+                ),
+            )
 
-    values: dict[str, Any] = {"output": "", "sources": (), "model_file": "m", "card": TINY_CARD, "variant": "model", "save": ()}
+    values: dict[str, Any] = {
+        "output": "",
+        "sources": (),
+        "model_file": "m",
+        "card": TINY_CARD,
+        "variant": "model",
+        "save": (),
+    }
     numbers = {"batch_size": 2, "batches_per_step": 0, "num_workers": 0, "top_k": 1}
-    check_model(stream, Job(**values, **numbers, precision=precision, limits=Limits(), plan_id="", answer_id=""))
+    check_model(
+        stream,
+        Job(**values, **numbers, precision=precision, limits=Limits(), plan_id="", answer_id=""),
+    )
     return len(asked)
 
 
@@ -138,7 +209,10 @@ def check(precision: Precision, is_valid: Callable[[Batch], bool]) -> int:
     [
         (
             Precision.FP32,
-            "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the model again, or use another one.",
+            (
+                "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the"
+                " model again, or use another one."
+            ),
         ),
         (Precision.INT8, "Use --precision fp32 and a new --output folder."),
     ],
@@ -147,20 +221,30 @@ def test_a_model_without_one_valid_output_is_an_error(precision: Precision, reme
     """It names model and precision, and never advises the precision that is in use."""
     with pytest.raises(BadLogitsError) as caught:
         check(precision, lambda batch: False)
-    assert str(caught.value) == (
-        f"tiny returns NaN or infinity in {precision} for every image: tried on 8 random images before the first of yours. {remedy}"
+    assert (
+        str(caught.value)
+        == f"tiny returns NaN or infinity in {precision} for every image: tried on 8 random images"
+        f" before the first of yours. {remedy}"
     )
 
 
 def test_a_model_with_a_valid_output_is_none() -> None:
-    """One batch is enough for a sound model; one that fails on bright and on dark images but answers others is not refused."""
+    """One batch is enough for a sound model; one that fails on bright and on dark images but
+    answers others is not refused.
+    """
     assert check(Precision.FP32, lambda batch: True) == 1
-    assert check(Precision.FP32, lambda batch: batch.pixels.min() > 90 and batch.pixels.max() < 170) > 1
+    assert (
+        check(Precision.FP32, lambda batch: batch.pixels.min() > 90 and batch.pixels.max() < 170)
+        > 1
+    )
 
 
 def test_another_number_of_classes_than_labels_names_both() -> None:
     """No label is guessed."""
-    with pytest.raises(ClassCountError, match=r"^tiny returns 7 classes, its card has 10 labels\. Mend card\.json\.$"):
+    with pytest.raises(
+        ClassCountError,
+        match=r"^tiny returns 7 classes, its card has 10 labels\. Mend card\.json\.$",
+    ):
         ask(np.zeros((2, 7)))
 
 

@@ -17,10 +17,19 @@ from imagemill.records import Interpolation, Recipe
 RECIPES = st.builds(
     Recipe,
     size=st.sampled_from([7, 32, 224]),
-    resize=st.sampled_from([None, 5, 32, 33, 250, 256, (32, 32), (256, 256), (300, 40), (224, 251)]),
-    interpolation=st.sampled_from([item for item in Interpolation if item not in (Interpolation.NEAREST, Interpolation.BOX)]),
+    resize=st.sampled_from(
+        [None, 5, 32, 33, 250, 256, (32, 32), (256, 256), (300, 40), (224, 251)]
+    ),
+    interpolation=st.sampled_from(
+        [item for item in Interpolation if item not in (Interpolation.NEAREST, Interpolation.BOX)]
+    ),
 )
-LEVELS = {Interpolation.BILINEAR: 2, Interpolation.HAMMING: 2, Interpolation.BICUBIC: 3, Interpolation.LANCZOS: 4}
+LEVELS = {
+    Interpolation.BILINEAR: 2,
+    Interpolation.HAMMING: 2,
+    Interpolation.BICUBIC: 3,
+    Interpolation.LANCZOS: 4,
+}
 
 
 def difference(image: Image.Image, recipe: Recipe) -> int:
@@ -35,14 +44,26 @@ def difference(image: Image.Image, recipe: Recipe) -> int:
 @settings(max_examples=150, deadline=None)
 @given(width=st.integers(2, 700), height=st.integers(2, 700), recipe=RECIPES)
 def test_any_image_is_cropped_as_published(width: int, height: int, recipe: Recipe) -> None:
-    """For any size and recipe, resampling the crop alone is within a few levels of resizing everything and cropping."""
-    assert difference(sample_images.photograph(width, height), recipe) <= LEVELS[recipe.interpolation]
+    """For any size and recipe, resampling the crop alone is within a few levels of resizing
+    everything and cropping.
+    """
+    assert (
+        difference(sample_images.photograph(width, height), recipe) <= LEVELS[recipe.interpolation]
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(width=st.integers(2, 300), height=st.integers(2, 300), interpolation=st.sampled_from(list(Interpolation)))
-def test_a_squashed_image_is_pillows_own_resize(width: int, height: int, interpolation: Interpolation) -> None:
-    """Squashed to just the model's size, by any of the six filters: Pillow's `resize`, bit for bit."""
+@given(
+    width=st.integers(2, 300),
+    height=st.integers(2, 300),
+    interpolation=st.sampled_from(list(Interpolation)),
+)
+def test_a_squashed_image_is_pillows_own_resize(
+    width: int, height: int, interpolation: Interpolation
+) -> None:
+    """Squashed to just the model's size, by any of the six filters: Pillow's `resize`, bit for
+    bit.
+    """
     image = sample_images.photograph(width, height)
     recipe = Recipe(size=96, resize=(96, 96), interpolation=interpolation)
     expected = np.asarray(image.resize((96, 96), Image.Resampling[interpolation.name]))
@@ -53,15 +74,25 @@ def test_a_squashed_image_is_pillows_own_resize(width: int, height: int, interpo
 
 
 @settings(max_examples=60, deadline=None)
-@given(width=st.integers(1, 150), height=st.integers(1, 150), interpolation=st.sampled_from([Interpolation.NEAREST, Interpolation.BOX]))
-def test_filters_with_hard_edges_are_cropped_as_published(width: int, height: int, interpolation: Interpolation) -> None:
-    """`nearest` and `box` too pick the pixels that Pillow picks; odd sizes, where no edge of the filter falls on that of a pixel."""
+@given(
+    width=st.integers(1, 150),
+    height=st.integers(1, 150),
+    interpolation=st.sampled_from([Interpolation.NEAREST, Interpolation.BOX]),
+)
+def test_filters_with_hard_edges_are_cropped_as_published(
+    width: int, height: int, interpolation: Interpolation
+) -> None:
+    """`nearest` and `box` too pick the pixels that Pillow picks; odd sizes, where no edge of the
+    filter falls on that of a pixel.
+    """
     recipe = Recipe(size=96, resize=(127, 131), interpolation=interpolation)
     assert difference(sample_images.photograph(2 * width + 1, 2 * height + 1), recipe) <= 1
 
 
 def test_the_image_is_squashed_and_its_centre_cut_out() -> None:
-    """Width comes first: the left half of an image twice as wide as the crop is as far as the crop's left edge."""
+    """Width comes first: the left half of an image twice as wide as the crop is as far as the
+    crop's left edge.
+    """
     wide = Image.new("RGB", (40, 10), "white")
     wide.paste("black", (0, 0, 20, 10))
     recipe = Recipe(size=8, resize=(16, 8), interpolation=Interpolation.NEAREST)
@@ -78,10 +109,14 @@ def test_no_resize_copies_pixels() -> None:
 
 
 def test_padding_is_black_and_central() -> None:
-    """An image smaller than the crop lies in the middle of black, the odd pixel at the end, as torchvision pads."""
+    """An image smaller than the crop lies in the middle of black, the odd pixel at the end, as
+    torchvision pads.
+    """
     out = np.full((8, 8, 3), 77, np.uint8)
     recipe = Recipe(size=8, resize=None)
-    preprocess.resample(Image.new("RGB", (3, 2), "white"), preprocess.locate(3, 2, recipe), recipe, out)
+    preprocess.resample(
+        Image.new("RGB", (3, 2), "white"), preprocess.locate(3, 2, recipe), recipe, out
+    )
     expected = np.zeros((8, 8, 3), np.uint8)
     expected[3:5, 2:5] = 255
     assert np.array_equal(out, expected)
@@ -89,19 +124,39 @@ def test_padding_is_black_and_central() -> None:
 
 @pytest.mark.parametrize(
     ("width", "height", "factor"),
-    [(500, 375, 1), (1023, 4000, 1), (1024, 4000, 2), (4000, 3000, 4), (4096, 4096, 8), (40_000, 40_000, 8), (1, 40_000, 1)],
+    [
+        (500, 375, 1),
+        (1023, 4000, 1),
+        (1024, 4000, 2),
+        (4000, 3000, 4),
+        (4096, 4096, 8),
+        (40_000, 40_000, 8),
+        (1, 40_000, 1),
+    ],
 )
 def test_scaling_leaves_twice_the_target(width: int, height: int, factor: int) -> None:
-    """A JPEG is scaled in the DCT only while its short side stays at least twice what it is resized to."""
+    """A JPEG is scaled in the DCT only while its short side stays at least twice what it is resized
+    to.
+    """
     assert preprocess.shrink(width, height, Recipe()) == factor
     assert preprocess.shrink(width, height, Recipe(resize=None)) == 1
     assert preprocess.shrink(width, height, Recipe(interpolation=Interpolation.NEAREST)) == 1
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "factor"), [(1023, 4000, 1), (4000, 511, 1), (1024, 512, 2), (4096, 1024, 4), (4000, 9000, 4), (4096, 2048, 8)]
+    ("width", "height", "factor"),
+    [
+        (1023, 4000, 1),
+        (4000, 511, 1),
+        (1024, 512, 2),
+        (4096, 1024, 4),
+        (4000, 9000, 4),
+        (4096, 2048, 8),
+    ],
 )
-def test_scaling_leaves_twice_both_sides_of_a_squashed_image(width: int, height: int, factor: int) -> None:
+def test_scaling_leaves_twice_both_sides_of_a_squashed_image(
+    width: int, height: int, factor: int
+) -> None:
     """It is squashed to 256×128: neither side is scaled to less than twice that."""
     assert preprocess.shrink(width, height, Recipe(size=100, resize=(256, 128))) == factor
 
@@ -123,4 +178,6 @@ def test_reference_is_pillows_own_resize() -> None:
     """`by_the_book` is what the published recipe's own lines give."""
     image = Image.open(io.BytesIO(sample_images.jpeg(500, 375)))
     resized = image.resize((341, 256), Image.Resampling.BILINEAR)
-    assert np.array_equal(preprocess.by_the_book(image, Recipe()), np.asarray(resized)[16:240, 58:282])
+    assert np.array_equal(
+        preprocess.by_the_book(image, Recipe()), np.asarray(resized)[16:240, 58:282]
+    )

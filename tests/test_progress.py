@@ -63,7 +63,7 @@ def fed(pace: Pace, course: Iterable[tuple[float, int]]) -> Estimate:
     return estimates[-1]
 
 
-# ── rate and time left ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rate and time left ────────────────────────────────────────────────────────────────────────────
 
 
 @given(
@@ -73,8 +73,12 @@ def fed(pace: Pace, course: Iterable[tuple[float, int]]) -> Estimate:
     start_s=st.floats(0, 30),
     waited=st.floats(0, 0.95),
 )
-def test_a_steady_rate_gives_the_exact_end(step: int, every_s: float, steps: int, start_s: float, waited: float) -> None:
-    """However answers are lumped into batches, whenever one looks between two of them, and however long the first one took to come."""
+def test_a_steady_rate_gives_the_exact_end(
+    step: int, every_s: float, steps: int, start_s: float, waited: float
+) -> None:
+    """However answers are lumped into batches, whenever one looks between two of them, and however
+    long the first one took to come.
+    """
     assume((steps - 1) * every_s >= 2.01)
     total = 10 * step * steps
     pace = Pace(total, 0)
@@ -86,9 +90,17 @@ def test_a_steady_rate_gives_the_exact_end(step: int, every_s: float, steps: int
     assert now_s + estimate.left_s == pytest.approx(start_s + (10 * steps - 1) * every_s)
 
 
-@given(course=st.lists(st.tuples(st.floats(0, 1000), st.integers(-50, 500)), max_size=40), total=st.integers(0, 5000), data=st.data())
-def test_any_course_gives_numbers_or_nothing(course: list[tuple[float, int]], total: int, data: st.DataObject) -> None:
-    """Leaps, stalls, deaths, no time between two looks, nothing to do: never an error, a negative time or a rate that is none."""
+@given(
+    course=st.lists(st.tuples(st.floats(0, 1000), st.integers(-50, 500)), max_size=40),
+    total=st.integers(0, 5000),
+    data=st.data(),
+)
+def test_any_course_gives_numbers_or_nothing(
+    course: list[tuple[float, int]], total: int, data: st.DataObject
+) -> None:
+    """Leaps, stalls, deaths, no time between two looks, nothing to do: never an error, a negative
+    time or a rate that is none.
+    """
     resumed = data.draw(st.integers(0, total))
     pace, now_s, rows = Pace(total, resumed), 0.0, 0
     for seconds, more in course:
@@ -107,7 +119,9 @@ def test_resumed_images_count_as_done_but_into_no_rate() -> None:
 
 
 def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
-    """Without answers, and with those of the first two seconds alone, there is neither rate nor time."""
+    """Without answers, and with those of the first two seconds alone, there is neither rate nor
+    time.
+    """
     pace = Pace(100, 0)
     for seconds, rows, ready, state in [
         (0.0, 0, 0, "starting"),
@@ -120,7 +134,9 @@ def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
 
 
 def test_a_change_of_pace_is_followed() -> None:
-    """After as long again at another pace the old one is forgotten, and half-way there it counts for half at most."""
+    """After as long again at another pace the old one is forgotten, and half-way there it counts
+    for half at most.
+    """
     pace = Pace(100_000, 0)
     fed(pace, [(second, 40 * second) for second in range(1, 101)])
     estimate = fed(pace, [(100 + second, 4_000 + 10 * second) for second in range(1, 51)])
@@ -139,10 +155,14 @@ def test_a_short_hitch_moves_little() -> None:
 
 
 def test_a_stall_makes_the_time_longer_and_is_said() -> None:
-    """Where answers stop coming the rate falls from then on, and the display says for how long nothing came."""
+    """Where answers stop coming the rate falls from then on, and the display says for how long
+    nothing came.
+    """
     pace = Pace(2_000, 0)
     before = fed(pace, [(second, 10 * second) for second in range(1, 61)])
-    lefts = [estimate.left_s for second in range(70, 200, 10) if (estimate := pace.add(at(second, 600)))]
+    lefts = [
+        estimate.left_s for second in range(70, 200, 10) if (estimate := pace.add(at(second, 600)))
+    ]
     assert lefts == sorted(lefts, key=lambda left: left or 0.0)
     assert before.left_s is not None
     assert lefts[-1] is not None
@@ -152,7 +172,9 @@ def test_a_stall_makes_the_time_longer_and_is_said() -> None:
 
 
 def test_what_came_beside_a_preflight_is_not_taken_for_the_pace() -> None:
-    """While it runs, and until there are two seconds of answers after it, nothing is said; then what came since is all that counts."""
+    """While it runs, and until there are two seconds of answers after it, nothing is said; then
+    what came since is all that counts.
+    """
     pace = Pace(4_000, 0)
     for tenth in range(51):
         estimate = pace.add(at(tenth / 10, 2 * tenth, sampling=True))
@@ -178,7 +200,9 @@ def test_work_lost_to_a_death_is_work_to_do_again() -> None:
 
 
 def test_devices_that_start_late_do_not_count_as_slow() -> None:
-    """Each device's clock starts with its own first answers; one that has none yet is taken to be as fast as the others."""
+    """Each device's clock starts with its own first answers; one that has none yet is taken to be
+    as fast as the others.
+    """
     pace = Pace(10_000, 0)
     for second in range(1, 41):
         estimate = pace.add(at(second, {"cpu#0": 10 * second, "cpu#1": 10 * max(0, second - 20)}))
@@ -189,7 +213,9 @@ def test_devices_that_start_late_do_not_count_as_slow() -> None:
 
 
 def test_the_end_is_that_of_the_device_with_most_in_hand() -> None:
-    """When nothing is left to lease, idle devices do not help: the time is that of the last shard."""
+    """When nothing is left to lease, idle devices do not help: the time is that of the last
+    shard.
+    """
     pace = Pace(1_000, 0)
     for second in range(1, 46):
         pace.add(at(second, {"cpu#0": 10 * second, "cpu#1": 10 * second}))
@@ -199,7 +225,9 @@ def test_the_end_is_that_of_the_device_with_most_in_hand() -> None:
 
 
 def test_its_memory_does_not_grow_with_the_job() -> None:
-    """A device that has moved twenty thousand times is remembered by a few hundred of them, and the rate is as exact."""
+    """A device that has moved twenty thousand times is remembered by a few hundred of them, and the
+    rate is as exact.
+    """
     pace = Pace(10**7, 0)
     estimate = fed(pace, ((0.2 * number, 4 * number) for number in range(1, 20_001)))
     assert len(pace._counts["cpu#0"]._times) <= pace_module._POINTS
@@ -207,13 +235,23 @@ def test_its_memory_does_not_grow_with_the_job() -> None:
 
 
 def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
-    """The clocks of the last interval decide, not those of the whole job; without an image in between nothing is said."""
+    """The clocks of the last interval decide, not those of the whole job; without an image in
+    between nothing is said.
+    """
     pace = Pace(10_000, 0)
     for second in range(61):
-        estimate = pace.add(at(second, second, clock=Clock(compute=float(second), decode=0.1 * second, images=second)))
+        estimate = pace.add(
+            at(
+                second,
+                second,
+                clock=Clock(compute=float(second), decode=0.1 * second, images=second),
+            )
+        )
     assert estimate.bottleneck == "compute"
     for second in range(61, 101):
-        clock = Clock(compute=60.0, decode=6.0 + second - 60, starved=float(second - 60), images=second)
+        clock = Clock(
+            compute=60.0, decode=6.0 + second - 60, starved=float(second - 60), images=second
+        )
         estimate = pace.add(at(second, second, clock=clock))
     assert estimate.bottleneck == "decode"
     for second in range(101, 131):
@@ -221,26 +259,49 @@ def test_the_bottleneck_is_that_of_the_last_seconds() -> None:
     assert estimate.bottleneck is None
 
 
-@pytest.mark.parametrize(("session_cpu", "bottleneck"), [(0.0, "decode"), (0.8, "decode"), (1.0, "compute")])
-def test_who_waits_for_images_on_cores_that_compute_too_may_be_bounded_by_computing(session_cpu: float, bottleneck: str) -> None:
-    """As the summary says it in the end: where the session used more CPU time than decoding, decoding is not the bottleneck."""
+@pytest.mark.parametrize(
+    ("session_cpu", "bottleneck"), [(0.0, "decode"), (0.8, "decode"), (1.0, "compute")]
+)
+def test_who_waits_for_images_on_cores_that_compute_too_may_be_bounded_by_computing(
+    session_cpu: float, bottleneck: str
+) -> None:
+    """As the summary says it in the end: where the session used more CPU time than decoding,
+    decoding is not the bottleneck.
+    """
     pace = Pace(10_000, 0)
     for second in range(31):
-        sums = {"decode": 0.9 * second, "decode_wall": 1.8 * second, "session_cpu": session_cpu * second}
-        estimate = pace.add(at(second, second, clock=Clock(starved=float(second), images=second, **sums)))
+        sums = {
+            "decode": 0.9 * second,
+            "decode_wall": 1.8 * second,
+            "session_cpu": session_cpu * second,
+        }
+        estimate = pace.add(
+            at(second, second, clock=Clock(starved=float(second), images=second, **sums))
+        )
     assert estimate.bottleneck == bottleneck
 
 
 def test_no_bottleneck_is_shown_before_it_can_be_told() -> None:
     """Not in the first seconds; the summary of so short a job names none either."""
     pace = Pace(10_000, 0)
-    found = [pace.add(at(second, second, clock=Clock(compute=float(second), images=second))).bottleneck for second in range(8)]
+    found = [
+        pace.add(at(second, second, clock=Clock(compute=float(second), images=second))).bottleneck
+        for second in range(8)
+    ]
     assert found == [None] * 5 + ["compute"] * 3
 
 
-# ── as text ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── as text ───────────────────────────────────────────────────────────────────────────────────────
 
-MANY_KINDS = {"truncated": 1_200, "corrupt": 340, "missing": 99, "not_an_image": 20, "unsupported": 7, "too_large": 6, "timeout": 3}
+MANY_KINDS = {
+    "truncated": 1_200,
+    "corrupt": 340,
+    "missing": 99,
+    "not_an_image": 20,
+    "unsupported": 7,
+    "too_large": 6,
+    "timeout": 3,
+}
 
 
 def large(devices: int, restarts: int = 0) -> tuple[Progress, Estimate]:
@@ -257,14 +318,22 @@ def large(devices: int, restarts: int = 0) -> tuple[Progress, Estimate]:
 @pytest.mark.parametrize("width", [60, 80, 100, 160, 300])
 @pytest.mark.parametrize("devices", [1, 2, 8, 300])
 def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devices: int) -> None:
-    """At any width every kind of failure, rate, time and bottleneck is there whole; lines of devices are bounded, the rest is summed up."""
+    """At any width every kind of failure, rate, time and bottleneck is there whole; lines of
+    devices are bounded, the rest is summed up.
+    """
     now, estimate = large(devices)
     lines = terminal.text(now, estimate, width, 16)
     assert max(map(len, lines)) <= width
     said = re.sub(r",\n", ", ", "\n".join(lines))
     for kind, count in MANY_KINDS.items():
         assert f"{count:,} {kind}" in said
-    for clause in ("images/s, ", " left", "bounded by decode", "1,675 failed: 1,200 truncated", f"{1_000_000 + 90_000:,} saved"):
+    for clause in (
+        "images/s, ",
+        " left",
+        "bounded by decode",
+        "1,675 failed: 1,200 truncated",
+        f"{1_000_000 + 90_000:,} saved",
+    ):
         assert clause in said
     shown = [line for line in lines if "#" in line]
     named = re.findall(r"cuda#\d+", "\n".join(shown))
@@ -299,19 +368,26 @@ def test_restarts_are_shown() -> None:
         ([(1.0, 50), (20.0, 1_000)], {}, "1,100 of 1,100 (100 %), 50.0 images/s, 0s left"),
     ],
 )
-def test_a_line_says_how_far_how_fast_and_how_long(course: list[tuple[float, int]], failed: dict[str, int], expected: str) -> None:
+def test_a_line_says_how_far_how_fast_and_how_long(
+    course: list[tuple[float, int]], failed: dict[str, int], expected: str
+) -> None:
     """For log files: everything in one line."""
     estimate = fed(Pace(1_100, 100), course)
     assert ", ".join([*clauses(estimate), *failures(failed)]) == expected
     if failed:
-        assert terminal.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2] == "3 failed: 2 corrupt, 1 empty", "not a line of its own"
+        assert (
+            terminal.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2]
+            == "3 failed: 2 corrupt, 1 empty"
+        ), "not a line of its own"
 
 
-# ── displays ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── displays ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not before there is something to tell; every ten seconds at first, ever more rarely in a job of a night; no control characters."""
+    """Not before there is something to tell; every ten seconds at first, ever more rarely in a job
+    of a night; no control characters.
+    """
     now = [1000.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     stream = StringIO()
@@ -330,16 +406,34 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     assert all(line.isprintable() for line in lines)
 
 
-def on_terminal(folder: Path, output: Path, models_dir: Path, columns: int, **environment: str) -> tuple[str, list[str]]:
-    """Run the command on a terminal; returns all that came, and the lines that it showed for a while, without what styles them."""
+def on_terminal(
+    folder: Path, output: Path, models_dir: Path, columns: int, **environment: str
+) -> tuple[str, list[str]]:
+    """Run the command on a terminal; returns all that came, and the lines that it showed for a
+    while, without what styles them.
+    """
     import pty
 
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [sys.executable, "-m", "imagemill", "run", str(folder), "--output", str(output), "--model", "tiny", "--devices", "null:2"]
+    command = [
+        sys.executable,
+        "-m",
+        "imagemill",
+        "run",
+        str(folder),
+        "--output",
+        str(output),
+        "--model",
+        "tiny",
+        "--devices",
+        "null:2",
+    ]
     env = helpers.environment(IMAGEMILL_MODELS=str(models_dir), **environment)
     env = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen([*command, "--no-report"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=env)
+    process = subprocess.Popen(
+        [*command, "--no-report"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=env
+    )
     os.close(theirs)
     shown = b""
     while True:
@@ -358,9 +452,15 @@ def on_terminal(folder: Path, output: Path, models_dir: Path, columns: int, **en
 
 
 @pytest.mark.parametrize("columns", [80, 160])
-def test_a_terminal_gets_a_live_display(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path, columns: int) -> None:
-    """It renews itself in place, in colour, no line wider than the terminal, and takes itself away at the end."""
-    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, columns, TERM="xterm-256color")
+def test_a_terminal_gets_a_live_display(
+    tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path, columns: int
+) -> None:
+    """It renews itself in place, in colour, no line wider than the terminal, and takes itself away
+    at the end.
+    """
+    text, lines = on_terminal(
+        slow_folder, tmp_path / "out", models_dir, columns, TERM="xterm-256color"
+    )
     assert "\x1b[1A" in text, "no line was renewed"
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", text), "no colour"
     assert max(map(len, lines)) <= columns
@@ -371,21 +471,29 @@ def test_a_terminal_gets_a_live_display(tiny: Any, models_dir: Path, slow_folder
 
 def test_no_color_is_obeyed(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """NO_COLOR: still renewed in place, without one colour."""
-    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, 80, TERM="xterm-256color", NO_COLOR="1")
+    text, lines = on_terminal(
+        slow_folder, tmp_path / "out", models_dir, 80, TERM="xterm-256color", NO_COLOR="1"
+    )
     assert "\x1b[1A" in text
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9|10)[0-9][;m]", text)
     assert any("null#1" in line for line in lines)
 
 
-def test_a_dumb_terminal_gets_plain_lines(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+def test_a_dumb_terminal_gets_plain_lines(
+    tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path
+) -> None:
     """TERM=dumb: what a log file gets."""
     text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, 80, TERM="dumb")
     assert "\x1b" not in text
     assert any(re.match(r"\d+ of 96 \(\d+ %\)", line) for line in lines), text
 
 
-def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
-    """With one large shard the display moves all the same: workers tell what has its answer, and where their time goes."""
+def test_answers_are_counted_before_their_shard_is_committed(
+    models_dir: Path, slow_folder: Path, tmp_path: Path
+) -> None:
+    """With one large shard the display moves all the same: workers tell what has its answer, and
+    where their time goes.
+    """
     from imagemill.records import Settings
 
     seen: list[Progress] = []
@@ -395,21 +503,32 @@ def test_answers_are_counted_before_their_shard_is_committed(models_dir: Path, s
             return seen.append
 
     settings = Settings(
-        sources=(str(slow_folder),), output=str(tmp_path / "out"), model="tiny", models_dir=str(models_dir), devices="null", shard_size=96
+        sources=(str(slow_folder),),
+        output=str(tmp_path / "out"),
+        model="tiny",
+        models_dir=str(models_dir),
+        devices="null",
+        shard_size=96,
     )
     run.run(settings, Watcher())
     counts = sorted({one.devices["null#0"] for one in seen if not one.rows})
     assert len(counts) > 3
-    assert all(one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"])
+    assert all(
+        one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"]
+    )
     assert [one.clock.images for one in seen] == sorted(one.clock.images for one in seen)
     assert max(one.clock.decode for one in seen) > 0
 
 
 def test_an_image_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
-    """In a kernel the display is an output of the cell that is renewed in place, and nothing goes to stderr but what is said."""
+    """In a kernel the display is an output of the cell that is renewed in place, and nothing goes
+    to stderr but what is said.
+    """
     from jupyter_client.manager import start_new_kernel
 
-    manager, client = start_new_kernel(kernel_name="python3", env=helpers.environment(IMAGEMILL_MODELS=str(models_dir)))
+    manager, client = start_new_kernel(
+        kernel_name="python3", env=helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+    )
     try:
         code = f"""
 import imagemill
@@ -422,8 +541,16 @@ print(summary.ok)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    shown = [message["content"] for message in heard if message["msg_type"] in ("display_data", "update_display_data")]
-    said = {message["content"]["name"]: message["content"]["text"] for message in heard if message["msg_type"] == "stream"}
+    shown = [
+        message["content"]
+        for message in heard
+        if message["msg_type"] in ("display_data", "update_display_data")
+    ]
+    said = {
+        message["content"]["name"]: message["content"]["text"]
+        for message in heard
+        if message["msg_type"] == "stream"
+    }
     assert not [message for message in heard if message["msg_type"] == "error"], heard
     assert said["stdout"] == "96\n"
     assert len(shown) > 1

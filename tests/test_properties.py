@@ -33,9 +33,14 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def reference(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One run of the tiny model over 24 entries, some of them bad, in the plainest way: one device, one batch at a time."""
+    """One run of the tiny model over 24 entries, some of them bad, in the plainest way: one device,
+    one batch at a time.
+    """
     folder = tmp_path_factory.mktemp("reference")
-    files = {f"{'xyz'[n % 3]}/{n:02d}.jpg": sample_images.jpeg(40 + n, 70 - n, seed=n) for n in range(COUNT - 4)}
+    files = {
+        f"{'xyz'[n % 3]}/{n:02d}.jpg": sample_images.jpeg(40 + n, 70 - n, seed=n)
+        for n in range(COUNT - 4)
+    }
     files |= {
         "x/bad.jpg": b"",
         "y/cut.jpg": sample_images.half(sample_images.jpeg(200, 200)),
@@ -43,24 +48,46 @@ def reference(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Fin
         "z/b.gif": sample_images.animated_gif(),
     }
     source = helpers.fill(folder / "images", files)
-    settings = settings_for(source, folder / "out", models_dir, devices="cpu", batch_size=1, batches_per_step=1, num_workers=1)
+    settings = settings_for(
+        source,
+        folder / "out",
+        models_dir,
+        devices="cpu",
+        batch_size=1,
+        batches_per_step=1,
+        num_workers=1,
+    )
     run.run(settings)
     return Finished(helpers.Result(0, str(source), ""), folder / "out")
 
 
 def settings_for(source: Path, out: Path, models_dir: Path, **changes: Any) -> Settings:
     return Settings(
-        sources=(str(source),), output=str(out), model="tiny", models_dir=str(models_dir), save=("logits", "embedding"), **changes
+        sources=(str(source),),
+        output=str(out),
+        model="tiny",
+        models_dir=str(models_dir),
+        save=("logits", "embedding"),
+        **changes,
     )
 
 
 def bits(table: pa.Table) -> list[bytes]:
-    """Every column of every row, in plan order, as bytes: floats by their bits and not by their value."""
+    """Every column of every row, in plan order, as bytes: floats by their bits and not by their
+    value.
+    """
     table = table.combine_chunks().sort_by("index")
-    return [repr(pa.RecordBatch.from_pylist([row], schema=table.schema).serialize().to_pybytes()).encode() for row in table.to_pylist()]
+    return [
+        repr(
+            pa.RecordBatch.from_pylist([row], schema=table.schema).serialize().to_pybytes()
+        ).encode()
+        for row in table.to_pylist()
+    ]
 
 
-@examples(max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+@examples(
+    max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
 @given(
     batch_size=st.integers(1, 12),
     shard_size=st.integers(1, COUNT + 1),
@@ -68,7 +95,9 @@ def bits(table: pa.Table) -> list[bytes]:
     in_flight=st.one_of(st.none(), st.integers(1, 5)),
     threads=st.integers(1, 4),
 )
-@example(batch_size=64, shard_size=24, devices="cpu", in_flight=None, threads=2)  # as many as a probe may choose
+@example(
+    batch_size=64, shard_size=24, devices="cpu", in_flight=None, threads=2
+)  # as many as a probe may choose
 @example(batch_size=12, shard_size=24, devices="cpu", in_flight=4, threads=4)
 @example(batch_size=5, shard_size=1, devices="cpu:3", in_flight=None, threads=2)
 def test_the_same_rows_whatever_the_settings(
@@ -81,7 +110,9 @@ def test_the_same_rows_whatever_the_settings(
     in_flight: int | None,
     threads: int,
 ) -> None:
-    """Any batch size, shard size, number of devices, batches in flight and decoding threads: the same rows, bit for bit."""
+    """Any batch size, shard size, number of devices, batches in flight and decoding threads: the
+    same rows, bit for bit.
+    """
     out = tmp_path_factory.mktemp("any") / "out"
     changes = {
         "batch_size": batch_size,
@@ -101,15 +132,26 @@ class Bench:
         frozen = documents.read_frozen(JobPaths(reference.output))
         assert frozen is not None
         self.frozen = frozen
-        self.session = open_session(replace(frozen.job, batch_size=5), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
+        self.session = open_session(
+            replace(frozen.job, batch_size=5),
+            DeviceSpec("cpu#0", "cpu", "openvino", (0,)),
+            Stopwatch(),
+        )
 
-    def run(self, out: Path, shard_size: int, order: list[int], calls: int) -> tuple[list[Shard], list[int]]:
-        """Cut the listing anew and carry its shards in this order, in so many calls of `run_shards`; returns shards and commits."""
+    def run(
+        self, out: Path, shard_size: int, order: list[int], calls: int
+    ) -> tuple[list[Shard], list[int]]:
+        """Cut the listing anew and carry its shards in this order, in so many calls of
+        `run_shards`; returns shards and commits.
+        """
         paths = JobPaths(out)
         for folder in (paths.predictions, paths.plan):
             folder.mkdir(parents=True)
         job: Job = replace(self.frozen.job, output=str(out), batch_size=5, cache_dir=None)
-        listed = plan.read(JobPaths(Path(self.frozen.job.output)).plan, plan.shards(JobPaths(Path(self.frozen.job.output)).plan)[0])
+        listed = plan.read(
+            JobPaths(Path(self.frozen.job.output)).plan,
+            plan.shards(JobPaths(Path(self.frozen.job.output)).plan)[0],
+        )
         plan.spool((records.Entry(row.source, row.path, row.size) for row in listed), paths.spool)
         plan.cut(paths.spool, paths.plan, shard_size, by_group=False)
         shards = plan.shards(paths.plan)
@@ -119,8 +161,13 @@ class Bench:
         sink = Sink(job, "openvino", {})
         with Feed(job.card, job.limits, job.batch_size, 3, None, Stopwatch()) as feed:
             for start in range(0, len(chosen), -(-len(chosen) // calls)):
-                leases: Iterator[Lease] = (Lease(shard) for shard in chosen[start : start + -(-len(chosen) // calls)])
-                committed += [receipt.shard for receipt in run_shards(leases, self.session, feed, sink, job, Stopwatch())]
+                leases: Iterator[Lease] = (
+                    Lease(shard) for shard in chosen[start : start + -(-len(chosen) // calls)]
+                )
+                committed += [
+                    receipt.shard
+                    for receipt in run_shards(leases, self.session, feed, sink, job, Stopwatch())
+                ]
         assert committed == [shard.number for shard in chosen]
         return shards, committed
 
@@ -132,12 +179,27 @@ def bench(reference: Finished, tiny: Bundle) -> Iterator[Bench]:
         yield bench
 
 
-@examples(max_examples=25, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
-@given(shard_size=st.integers(1, 10), order=st.lists(st.integers(0, COUNT), max_size=30), calls=st.integers(1, 4))
+@examples(
+    max_examples=25,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    shard_size=st.integers(1, 10),
+    order=st.lists(st.integers(0, COUNT), max_size=30),
+    calls=st.integers(1, 4),
+)
 def test_the_same_rows_in_whatever_order_shards_are_done(
-    bench: Bench, reference: Finished, tmp_path_factory: pytest.TempPathFactory, shard_size: int, order: list[int], calls: int
+    bench: Bench,
+    reference: Finished,
+    tmp_path_factory: pytest.TempPathFactory,
+    shard_size: int,
+    order: list[int],
+    calls: int,
 ) -> None:
-    """Leases may come in any order and stop and come again: receipts follow them, and the rows are the same, bit for bit."""
+    """Leases may come in any order and stop and come again: receipts follow them, and the rows are
+    the same, bit for bit.
+    """
     out = tmp_path_factory.mktemp("order") / "out"
     shards, committed = bench.run(out, shard_size, order, calls)
     assert sorted(committed) == [shard.number for shard in shards]

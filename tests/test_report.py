@@ -1,4 +1,6 @@
-"""report.html: its figures are the rows', its images the images, and nothing that it shows can harm whoever opens it."""
+"""report.html: its figures are the rows', its images the images, and nothing that it shows can harm
+whoever opens it.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ HOSTILE_LABELS = (
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    program = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if program is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
     with sync_playwright() as playwright:
@@ -75,17 +79,30 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Pages]:
-    """Opens a report from disk; whatever it complains of, asks for or pops up fails the test at its end."""
+    """Opens a report from disk; whatever it complains of, asks for or pops up fails the test at its
+    end.
+    """
     contexts, seen = [], []
 
     def open_page(report: Path, width: int = 1280, **options: Any) -> Page:
-        context = browser.new_context(offline=True, viewport={"width": width, "height": 800}, **options)
+        context = browser.new_context(
+            offline=True, viewport={"width": width, "height": 800}, **options
+        )
         contexts.append(context)
         shown = context.new_page()
         shown.on("console", lambda message: seen.append(f"console: {message.text}"))
         shown.on("pageerror", lambda error: seen.append(f"error: {error}"))
-        shown.on("dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        shown.on("request", lambda request: seen.append(request.url[:1000]) if not request.url.startswith("data:image/jpeg;") else None)
+        shown.on(
+            "dialog", lambda dialog: (seen.append(f"dialog: {dialog.message}"), dialog.dismiss())
+        )
+        shown.on(
+            "request",
+            lambda request: (
+                seen.append(request.url[:1000])
+                if not request.url.startswith("data:image/jpeg;")
+                else None
+            ),
+        )
         shown.goto(report.as_uri())
         assert seen.pop(0) == report.as_uri()
         return shown
@@ -114,18 +131,34 @@ class Reported:
 
 @pytest.fixture(scope="session")
 def reported(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
-    """A job over 150 images, some of them broken, some of hostile name, with hostile labels; written by `run` itself."""
+    """A job over 150 images, some of them broken, some of hostile name, with hostile labels;
+    written by `run` itself.
+    """
     folder = tmp_path_factory.mktemp("reported")
-    files = {f"{seed % 5}/{seed:03d}.jpg": sample_images.jpeg(60 + seed % 40, 50 + seed % 30, seed=seed) for seed in range(140)}
-    files |= {name: sample_images.jpeg(80, 60, seed=200 + number) for number, name in enumerate(HOSTILE_NAMES)}
-    files |= {f"broken/{number:02d} <svg onload=alert(4)>.jpg": b"<i onclick=alert(5)>" for number in range(12)}
-    files |= {"broken/half.jpg": sample_images.half(sample_images.jpeg(300, 200)), "broken/empty.jpg": b""}
+    files = {
+        f"{seed % 5}/{seed:03d}.jpg": sample_images.jpeg(60 + seed % 40, 50 + seed % 30, seed=seed)
+        for seed in range(140)
+    }
+    files |= {
+        name: sample_images.jpeg(80, 60, seed=200 + number)
+        for number, name in enumerate(HOSTILE_NAMES)
+    }
+    files |= {
+        f"broken/{number:02d} <svg onload=alert(4)>.jpg": b"<i onclick=alert(5)>"
+        for number in range(12)
+    }
+    files |= {
+        "broken/half.jpg": sample_images.half(sample_images.jpeg(300, 200)),
+        "broken/empty.jpg": b"",
+    }
     helpers.fill(folder / "source", files)
     labels = folder / "labels.txt"
     labels.write_text("\n".join(HOSTILE_LABELS[:-1]) + "\nlast\n", encoding="utf-8")
     environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
     arguments = ("--model", "tiny", "--devices", "null:2", "--shard-size", "7", "--labels", labels)
-    result = helpers.imagemill_cli("run", folder / "source", "--output", folder / "out", *arguments, env=environment)
+    result = helpers.imagemill_cli(
+        "run", folder / "source", "--output", folder / "out", *arguments, env=environment
+    )
     assert result.code == 0, result
     return Reported(folder / "source", folder / "out")
 
@@ -149,7 +182,7 @@ def visible_names(shown: Page) -> list[str]:
     return shown.locator(".images > li:visible .name bdi").all_text_contents()
 
 
-# ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what it says ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) -> None:
@@ -157,27 +190,49 @@ def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) ->
     rows = reported.rows
     ok = [row for row in rows if row["status"] == "ok"]
     shown = opened(reported.report)
-    told = dict(zip(shown.locator(".figures dt").all_text_contents(), shown.locator(".figures dd").all_text_contents(), strict=True))
-    assert told["Classified"].startswith(f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} images")
+    told = dict(
+        zip(
+            shown.locator(".figures dt").all_text_contents(),
+            shown.locator(".figures dd").all_text_contents(),
+            strict=True,
+        )
+    )
+    assert told["Classified"].startswith(
+        f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} images"
+    )
     assert told["Failed"].startswith(str(len(rows) - len(ok)))
     counts = Counter(row["class_id"] for row in ok)
     assert told["Classes seen"].startswith(f"{len(counts)}of {CLASSES}")
-    table = [line.split("\t") for line in shown.locator(".classes tbody").inner_text().splitlines() if "\t" in line]
+    table = [
+        line.split("\t")
+        for line in shown.locator(".classes tbody").inner_text().splitlines()
+        if "\t" in line
+    ]
     assert [int(line[1]) for line in table] == sorted(counts.values(), reverse=True)
     shown.locator("#certainty ~ details summary").click()
     histogram = shown.locator("#certainty ~ details tbody td:nth-child(2)").all_text_contents()
-    assert [int(cell) for cell in histogram] == np.histogram([row["probability"] for row in ok], 20, (0, 1))[0].tolist()
+    assert [int(cell) for cell in histogram] == np.histogram(
+        [row["probability"] for row in ok], 20, (0, 1)
+    )[0].tolist()
     failed = Counter(row["status"] for row in rows if row["status"] != "ok")
     section = shown.locator("section:has(> #failures)")
     order = sorted(failed.items(), key=lambda item: (-item[1], item[0]))
     told_failed = [text.split() for text in section.locator("tbody tr").all_inner_texts()]
-    assert told_failed == [[status, str(count), f"{100 * count / len(rows):.2f}", "%"] for status, count in order]
-    assert section.locator("details").all_inner_texts()[0].startswith("not_an_image: 8 of 12, at random")
+    assert told_failed == [
+        [status, str(count), f"{100 * count / len(rows):.2f}", "%"] for status, count in order
+    ]
+    assert (
+        section.locator("details")
+        .all_inner_texts()[0]
+        .startswith("not_an_image: 8 of 12, at random")
+    )
     assert "broken/half.jpg" in section.text_content()  # type: ignore[operator]
 
 
 def test_the_gallery_shows_both_ends_and_a_sample(reported: Reported, opened: Pages) -> None:
-    """The surest and least sure images are those that sorting all rows finds; the sample is of the others, and all are labelled."""
+    """The surest and least sure images are those that sorting all rows finds; the sample is of the
+    others, and all are labelled.
+    """
     ok = [row for row in reported.rows if row["status"] == "ok"]
     shown = opened(reported.report)
     by_name = {page.visible(row["path"]): row for row in ok}
@@ -189,7 +244,9 @@ def test_the_gallery_shows_both_ends_and_a_sample(reported: Reported, opened: Pa
     assert len({card["name"] for part in found.values() for card in part}) == 24 + 24 + 48
     for card in (card for part in found.values() for card in part):
         assert card["label"] == page.visible(by_name[card["name"]]["label"])
-        assert float(card["probability"].strip("<> %")) == pytest.approx(100 * by_name[card["name"]]["probability"], abs=0.1)
+        assert float(card["probability"].strip("<> %")) == pytest.approx(
+            100 * by_name[card["name"]]["probability"], abs=0.1
+        )
 
 
 def test_thumbnails_are_their_images(reported: Reported, opened: Pages) -> None:
@@ -205,41 +262,69 @@ def test_thumbnails_are_their_images(reported: Reported, opened: Pages) -> None:
     shown = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
     assert len(shown) == 96
     for card in shown:
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(card["image"].partition(",")[2]))), int)
+        pixels = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(card["image"].partition(",")[2]))), int
+        )
         distances = {name: np.abs(pixels - others).mean() for name, others in seen.items()}
         assert min(distances, key=lambda name: distances[name]) == card["name"]
         assert distances[card["name"]] < 12
         assert card["alt"] == f"The model's view of {card['name']}"
-    assert shown.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 32)")
+    assert shown.evaluate(
+        "[...document.images].every(image => image.complete && image.naturalWidth === 32)"
+    )
 
 
 @given(st.integers(1, 40), st.integers(0, 3))
-def test_any_cut_into_shards_gives_the_same_figures(reported: Reported, size: int, seed: int) -> None:
+def test_any_cut_into_shards_gives_the_same_figures(
+    reported: Reported, size: int, seed: int
+) -> None:
     """Heaps and sample are kept part by part; they are what the whole at once would give."""
     keys = np.random.default_rng(seed).integers(0, 9, 137).astype(np.float64)
     kept, whole = figures._Least(11), figures._Least(11)
     for start in range(0, 137, size):
         kept.offer(keys[start : start + size], np.arange(start, min(start + size, 137)))
     whole.offer(keys, np.arange(137))
-    assert kept.indices.tolist() == whole.indices.tolist() == np.lexsort((np.arange(137), keys))[:11].tolist()
+    assert (
+        kept.indices.tolist()
+        == whole.indices.tolist()
+        == np.lexsort((np.arange(137), keys))[:11].tolist()
+    )
 
 
 def test_the_random_sample_is_uniform() -> None:
-    """Whatever the seed, every image has the same chance: chi-squared over a thousand samples of ten out of a hundred."""
+    """Whatever the seed, every image has the same chance: chi-squared over a thousand samples of
+    ten out of a hundred.
+    """
     counts = np.zeros(100)
     for seed in range(1000):
         counts[np.argsort(figures.shuffled(np.arange(100), seed * 0x1234567890AB))[:10]] += 1
-    assert ((counts - 100) ** 2 / 90).sum() < 160  # 99.99 % of chi-squared with 99 degrees of freedom
+    assert (
+        (counts - 100) ** 2 / 90
+    ).sum() < 160  # 99.99 % of chi-squared with 99 degrees of freedom
 
 
 def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
-    """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on the page."""
+    """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on
+    the page.
+    """
     frozen = documents.read_frozen(JobPaths(reported.output))
     assert frozen is not None
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
     job, card = frozen.job, frozen.job.card
-    named = (job.plan_id, job.answer_id, card.sha256, card.licence, str(reported.source), "source: file", "null", "Pillow".lower())
-    for value in (*named, *json.loads((reported.output / "summary.json").read_bytes())["machine"].values()):
+    named = (
+        job.plan_id,
+        job.answer_id,
+        card.sha256,
+        card.licence,
+        str(reported.source),
+        "source: file",
+        "null",
+        "Pillow".lower(),
+    )
+    for value in (
+        *named,
+        *json.loads((reported.output / "summary.json").read_bytes())["machine"].values(),
+    ):
         assert value in text, value
 
 
@@ -257,7 +342,10 @@ def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
         "accepted": True,
         "reason": "<b>it agrees</b>",
     }
-    job["job"]["card"]["notes"]["variants"] = {"int8": {"verdict": verdict, "speedup": 2.31}, "bf16": "damaged"}
+    job["job"]["card"]["notes"]["variants"] = {
+        "int8": {"verdict": verdict, "speedup": 2.31},
+        "bf16": "damaged",
+    }
     (output / "job.json").write_text(json.dumps(job))
     assert helpers.imagemill_cli("report", output).code == 0
     shown = opened(output / "report.html")
@@ -268,20 +356,33 @@ def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
 
 
 def test_speed_is_shown_per_device(reported: Reported, opened: Pages) -> None:
-    """A line for all and for each device, whose numbers add up to the job's rows; and where each device's time went."""
+    """A line for all and for each device, whose numbers add up to the job's rows; and where each
+    device's time went.
+    """
     shown = opened(reported.report)
-    assert shown.locator("#speed ~ .legend").first.inner_text().split() == ["all", "devices", "null#0", "null#1"]
+    assert shown.locator("#speed ~ .legend").first.inner_text().split() == [
+        "all",
+        "devices",
+        "null#0",
+        "null#1",
+    ]
     summary = json.loads((reported.output / "summary.json").read_bytes())
     made = sum(map(sum, summary["throughput"]["images"]))
     assert made == pytest.approx(len(reported.rows), abs=0.05 * 2 * BUCKETS)
     assert shown.locator(".devices tbody th").all_text_contents() == ["null#0", "null#1"]
     for cells in shown.locator(".devices tbody tr").all():
-        shares = [float(text.strip("<> %")) for text in cells.locator("td").all_text_contents()[3:7]]
+        shares = [
+            float(text.strip("<> %")) for text in cells.locator("td").all_text_contents()[3:7]
+        ]
         assert sum(shares) == pytest.approx(100, abs=0.5)
 
 
-def test_a_job_that_is_not_finished_says_so(job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, opened: Pages) -> None:
-    """The page is about the rows there are, and names the ones that lack; a page of a job of several goes says what it cannot know."""
+def test_a_job_that_is_not_finished_says_so(
+    job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, opened: Pages
+) -> None:
+    """The page is about the rows there are, and names the ones that lack; a page of a job of
+    several goes says what it cannot know.
+    """
     settings = job(jpegs(12), shard_size=4, report=True)
     run.run(settings)
     part = tmp_path / "out" / "predictions" / "part-000001.parquet"
@@ -295,19 +396,36 @@ def test_a_job_that_is_not_finished_says_so(job: Jobs, jpegs: Callable[..., Path
     assert "added 4 of 12 images" in shown.locator("section:has(> #speed)").inner_text()
     (tmp_path / "out" / "summary.json").unlink()
     run.run(settings)
-    assert "Nothing was left to compute" in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
+    assert (
+        "Nothing was left to compute"
+        in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
+    )
 
 
-def test_a_job_without_answers_and_one_of_one_image_have_a_page(job: Jobs, tmp_path: Path, opened: Pages) -> None:
+def test_a_job_without_answers_and_one_of_one_image_have_a_page(
+    job: Jobs, tmp_path: Path, opened: Pages
+) -> None:
     """Nothing divides by zero."""
-    run.run(job(helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}), report=True, output=str(tmp_path / "b")))
+    run.run(
+        job(
+            helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}),
+            report=True,
+            output=str(tmp_path / "b"),
+        )
+    )
     shown = opened(tmp_path / "b" / "report.html")
     assert shown.get_by_text("No image was classified.").count() == 3
-    run.run(job(helpers.fill(tmp_path / "one", {"x.jpg": sample_images.jpeg()}), report=True, output=str(tmp_path / "c")))
+    run.run(
+        job(
+            helpers.fill(tmp_path / "one", {"x.jpg": sample_images.jpeg()}),
+            report=True,
+            output=str(tmp_path / "c"),
+        )
+    )
     assert len(cards(opened(tmp_path / "c" / "report.html"), "sample")) == 1
 
 
-# ── that it harms nobody ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── that it harms nobody ──────────────────────────────────────────────────────────────────────────
 
 
 def test_the_page_opens_from_disk_and_asks_for_nothing(reported: Reported, opened: Pages) -> None:
@@ -320,8 +438,12 @@ def test_the_page_opens_from_disk_and_asks_for_nothing(reported: Reported, opene
 
 
 @pytest.mark.parametrize("with_policy", [True, False])
-def test_hostile_names_labels_and_errors_are_inert(reported: Reported, opened: Pages, tmp_path: Path, with_policy: bool) -> None:
-    """They are shown as the text they are: escaping alone holds, and the page's own policy is a second wall."""
+def test_hostile_names_labels_and_errors_are_inert(
+    reported: Reported, opened: Pages, tmp_path: Path, with_policy: bool
+) -> None:
+    """They are shown as the text they are: escaping alone holds, and the page's own policy is a
+    second wall.
+    """
     html = reported.report.read_text(encoding="utf-8")
     if not with_policy:
         before, policy, after = html.partition('<meta http-equiv="Content-Security-Policy"')
@@ -330,11 +452,20 @@ def test_hostile_names_labels_and_errors_are_inert(reported: Reported, opened: P
     (tmp_path / "page.html").write_text(html, encoding="utf-8")
     shown = opened(tmp_path / "page.html")
     ours = (page._HERE / "page.js").read_text(encoding="utf-8")
-    assert shown.eval_on_selector_all("script", "found => found.map(script => script.textContent)") == [ours]
+    assert shown.eval_on_selector_all(
+        "script", "found => found.map(script => script.textContent)"
+    ) == [ours]
     assert shown.locator("style").count() == 1
-    assert shown.evaluate("[...document.images].every(image => image.src.startsWith('data:image/jpeg;base64,'))")
-    assert not shown.evaluate("[...document.querySelectorAll('*')].some(e => [...e.attributes].some(a => a.name.startsWith('on')))")
-    assert shown.evaluate("[...document.links].every(link => link.getAttribute('href').startsWith('#'))")
+    assert shown.evaluate(
+        "[...document.images].every(image => image.src.startsWith('data:image/jpeg;base64,'))"
+    )
+    assert not shown.evaluate(
+        "[...document.querySelectorAll('*')].some(e => [...e.attributes].some(a =>"
+        " a.name.startsWith('on')))"
+    )
+    assert shown.evaluate(
+        "[...document.links].every(link => link.getAttribute('href').startsWith('#'))"
+    )
     text = shown.locator("body").text_content()
     assert text is not None
     classes = shown.locator(".classes").text_content()
@@ -347,15 +478,22 @@ def test_hostile_names_labels_and_errors_are_inert(reported: Reported, opened: P
 
 
 def test_any_text_is_shown_as_visible_text() -> None:
-    """What cannot be seen or turns the direction is spelt out, what is endless is shortened, and what is plain stays."""
+    """What cannot be seen or turns the direction is spelt out, what is endless is shortened, and
+    what is plain stays.
+    """
     assert page.visible("crème brûlée 图片 <b>&amp;</b>") == "crème brûlée 图片 <b>&amp;</b>"
     assert page.visible("a\u202eb\nc\x00\ud800") == "a\\u202eb\\nc\\x00\\ud800"
     assert len(page.visible("x" * 10_000)) < 450
 
 
-def test_each_hostile_name_is_in_the_gallery_as_it_is(models_dir: Path, job: Jobs, tmp_path: Path, opened: Pages) -> None:
+def test_each_hostile_name_is_in_the_gallery_as_it_is(
+    models_dir: Path, job: Jobs, tmp_path: Path, opened: Pages
+) -> None:
     """In names, alternative texts and tooltips; searching for one finds it."""
-    folder = helpers.fill(tmp_path / "in <i>", {name: sample_images.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)})
+    folder = helpers.fill(
+        tmp_path / "in <i>",
+        {name: sample_images.jpeg(seed=n) for n, name in enumerate(HOSTILE_NAMES)},
+    )
     run.run(job(folder, report=True))
     shown = opened(tmp_path / "out" / "report.html")
     names = [card["name"] for part in ("most", "least", "sample") for card in cards(shown, part)]
@@ -366,9 +504,14 @@ def test_each_hostile_name_is_in_the_gallery_as_it_is(models_dir: Path, job: Job
 
 
 def test_a_policy_lets_nothing_but_its_own_script_run(reported: Reported, browser: Browser) -> None:
-    """Whoever gets markup into the page after all gets no further: neither script nor handler nor request."""
+    """Whoever gets markup into the page after all gets no further: neither script nor handler nor
+    request.
+    """
     html = reported.report.read_text(encoding="utf-8")
-    evil = "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'><img src='file:///etc/hostname'>"
+    evil = (
+        "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'><img"
+        " src='file:///etc/hostname'>"
+    )
     shown = browser.new_page()
     said: list[str] = []
     shown.on("console", lambda message: said.append(message.text))
@@ -378,24 +521,34 @@ def test_a_policy_lets_nothing_but_its_own_script_run(reported: Reported, browse
     shown.close()
 
 
-# ── that it can be used ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── that it can be used ───────────────────────────────────────────────────────────────────────────
 
 
 def test_the_gallery_can_be_searched_and_filtered(reported: Reported, opened: Pages) -> None:
-    """By name or label, by class, by part, and all three together; what fits is shown and counted, and Clear brings all back."""
+    """By name or label, by class, by part, and all three together; what fits is shown and counted,
+    and Clear brings all back.
+    """
     shown = opened(reported.report)
     everything = visible_names(shown)
     shown.fill("#text", "1/0")
     assert visible_names(shown) == [name for name in everything if "1/0" in name] != []
     shown.fill("#text", "")
-    class_id, count = shown.eval_on_selector("#class", "e => [e.options[1].value, Number(e.options[1].text.split(': ').pop())]")
+    class_id, count = shown.eval_on_selector(
+        "#class", "e => [e.options[1].value, Number(e.options[1].text.split(': ').pop())]"
+    )
     shown.select_option("#class", class_id)
     rows = {page.visible(row["path"]): row for row in reported.rows}
-    assert visible_names(shown) == [name for name in everything if rows[name]["class_id"] == int(class_id)]
+    assert visible_names(shown) == [
+        name for name in everything if rows[name]["class_id"] == int(class_id)
+    ]
     assert shown.locator("#shown").inner_text() == f"{count} of 96 images shown"
     shown.select_option("#part", "sample")
     chosen = visible_names(shown)
-    assert chosen == [card["name"] for card in cards(shown, "sample") if rows[card["name"]]["class_id"] == int(class_id)]
+    assert chosen == [
+        card["name"]
+        for card in cards(shown, "sample")
+        if rows[card["name"]]["class_id"] == int(class_id)
+    ]
     assert not shown.locator("#most").is_visible()
     shown.fill("#text", "no such image")
     assert visible_names(shown) == []
@@ -405,7 +558,9 @@ def test_the_gallery_can_be_searched_and_filtered(reported: Reported, opened: Pa
 
 
 def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> None:
-    """The first stop skips to the figures; every control, link and table that scrolls is a stop, with a visible focus."""
+    """The first stop skips to the figures; every control, link and table that scrolls is a stop,
+    with a visible focus.
+    """
     shown = opened(reported.report, width=360)
     shown.keyboard.press("Tab")
     assert shown.evaluate("document.activeElement.className") == "skip"
@@ -416,7 +571,8 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
     for _ in range(60):
         shown.keyboard.press("Tab")
         name, outline = shown.evaluate(
-            "[document.activeElement.id || document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+            "[document.activeElement.id || document.activeElement.tagName,"
+            " getComputedStyle(document.activeElement).outlineStyle]"
         )
         if name != "BODY":
             stops.add(name)
@@ -429,17 +585,26 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
-def test_an_accessibility_check_finds_nothing_serious(reported: Reported, opened: Pages, width: int, scheme: Any) -> None:
-    """axe-core has no finding at all, with everything unfolded, on a phone and on a desk, dark and light."""
+def test_an_accessibility_check_finds_nothing_serious(
+    reported: Reported, opened: Pages, width: int, scheme: Any
+) -> None:
+    """axe-core has no finding at all, with everything unfolded, on a phone and on a desk, dark and
+    light.
+    """
     shown = opened(reported.report, width=width, color_scheme=scheme)
     shown.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     found = Axe().run(shown).response["violations"]
-    assert [(item["id"], item["impact"], [node["target"] for node in item["nodes"]][:3]) for item in found] == []
+    assert [
+        (item["id"], item["impact"], [node["target"] for node in item["nodes"]][:3])
+        for item in found
+    ] == []
 
 
 @pytest.mark.parametrize("width", [320, 360, 768])
 def test_nothing_overflows_a_phone(reported: Reported, opened: Pages, width: int) -> None:
-    """Neither the page nor anything on it is wider than the screen; wide tables scroll by themselves."""
+    """Neither the page nor anything on it is wider than the screen; wide tables scroll by
+    themselves.
+    """
     shown = opened(reported.report, width=width)
     shown.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
@@ -451,7 +616,9 @@ def test_nothing_overflows_a_phone(reported: Reported, opened: Pages, width: int
 
 
 def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, opened: Pages) -> None:
-    """The system's choice holds until the reader makes another one; print is always dark on light, without controls."""
+    """The system's choice holds until the reader makes another one; print is always dark on light,
+    without controls.
+    """
     shown = opened(reported.report, color_scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"
     dark = shown.evaluate(paper)
@@ -469,7 +636,9 @@ def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, ope
 
 
 def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> None:
-    """In print nothing is there to be clicked, it is light even in the dark, lists of failures say of what, and no footer is repeated."""
+    """In print nothing is there to be clicked, it is light even in the dark, lists of failures say
+    of what, and no footer is repeated.
+    """
     shown = opened(reported.report, width=680, color_scheme="dark")
     shown.emulate_media(media="print")
     for useless in ("nav", ".filter", ".appearance", "details:not([open])"):
@@ -477,9 +646,13 @@ def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> Non
     assert shown.locator("details[open] summary", has_text="not_an_image").is_visible()
     assert shown.locator(".part img").first.is_visible()
     assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    foot = "getComputedStyle(document.querySelector('.classes').createTFoot()).display"  # this job has too few classes for one
+    foot = (  # this job has too few classes for one
+        "getComputedStyle(document.querySelector('.classes').createTFoot()).display"
+    )
     assert shown.evaluate(foot) == "table-row-group"
-    assert shown.evaluate("document.documentElement.scrollWidth") <= 680, "wider than A4 between its margins"
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 680, (
+        "wider than A4 between its margins"
+    )
 
 
 def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
@@ -490,12 +663,18 @@ def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) 
     assert not shown.locator("#appearance").is_visible()
 
 
-# ── that making it harms nothing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── that making it harms nothing ──────────────────────────────────────────────────────────────────
 
 
-def test_images_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tmp_path: Path, opened: Pages) -> None:
-    """Each says why it has no thumbnail, and the others have theirs, though one crashes its decoder and one hangs it."""
-    source = helpers.fill(tmp_path / "source", {f"{n}.jpg": sample_images.jpeg(60, 50, seed=n) for n in range(6)})
+def test_images_that_are_gone_changed_or_deadly_are_placeholders(
+    job: Jobs, tmp_path: Path, opened: Pages
+) -> None:
+    """Each says why it has no thumbnail, and the others have theirs, though one crashes its decoder
+    and one hangs it.
+    """
+    source = helpers.fill(
+        tmp_path / "source", {f"{n}.jpg": sample_images.jpeg(60, 50, seed=n) for n in range(6)}
+    )
     for name, data in {"crash": b"imagemill-test-crash", "hang": b"imagemill-test-hang"}.items():
         (source / f"{name}.jpg").write_bytes(sample_images.jpeg(60, 50, seed=9) + data)
     run.run(job(source, max_seconds=1.0))
@@ -503,22 +682,38 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(job: Jobs, tmp_
     (source / "0.jpg").unlink()
     (source / "1.jpg").write_bytes(sample_images.jpeg(90, 50, seed=50))
     (source / "2.jpg").write_bytes(b"text")
-    result = helpers.imagemill_cli("report", tmp_path / "out", env=helpers.environment(**{FAULTS_VARIABLE: "1"}))
+    result = helpers.imagemill_cli(
+        "report", tmp_path / "out", env=helpers.environment(**{FAULTS_VARIABLE: "1"})
+    )
     assert (result.code, result.out) == (0, f"{tmp_path / 'out' / 'report.html'}\n"), result
     shown = opened(tmp_path / "out" / "report.html")
-    found = {card["name"]: card["gone"] for part in ("most", "least", "sample") for card in cards(shown, part)}
+    found = {
+        card["name"]: card["gone"]
+        for part in ("most", "least", "sample")
+        for card in cards(shown, part)
+    }
     reasons = {name: reason for name, reason in found.items() if reason}
     assert reasons.keys() == {"0.jpg", "1.jpg", "2.jpg", "crash.jpg", "hang.jpg"}
-    wanted = {"0.jpg": "is gone", "1.jpg": "has changed", "2.jpg": "no image format", "crash.jpg": "SIGSEGV", "hang.jpg": "than 1 s"}
+    wanted = {
+        "0.jpg": "is gone",
+        "1.jpg": "has changed",
+        "2.jpg": "no image format",
+        "crash.jpg": "SIGSEGV",
+        "hang.jpg": "than 1 s",
+    }
     for name, reason in wanted.items():
         assert reason in reasons[name]
     shutil.rmtree(source)
     assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
 
 
-def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(job: Jobs, tmp_path: Path) -> None:
+def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(
+    job: Jobs, tmp_path: Path
+) -> None:
     """Images that come late are placeholders that say so."""
-    source = helpers.fill(tmp_path / "source", {"a.jpg": sample_images.jpeg(), "b.jpg": sample_images.jpeg(seed=1)})
+    source = helpers.fill(
+        tmp_path / "source", {"a.jpg": sample_images.jpeg(), "b.jpg": sample_images.jpeg(seed=1)}
+    )
     run.run(job(source))
     paths = JobPaths(tmp_path / "out")
     frozen = documents.read_frozen(paths)
@@ -529,12 +724,27 @@ def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(j
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
         hanging = freeze.replace(frozen.job, sources=(url,))
         made = thumbnails.make(paths, hanging, shards, found.sample, seconds=0.3)
-    assert {made[told.index].reason for told in found.sample} == {"it could not be had within 0.3 s for all"}
+    assert {made[told.index].reason for told in found.sample} == {
+        "it could not be had within 0.3 s for all"
+    }
 
 
-def test_a_report_that_cannot_be_made_is_a_note(imagemill: CLI, jpegs: Callable[..., Path], tmp_path: Path) -> None:
-    """The job is finished all the same, with exit code 0, and says how to try again; --no-report makes none."""
-    arguments = ("run", jpegs(4), "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+def test_a_report_that_cannot_be_made_is_a_note(
+    imagemill: CLI, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The job is finished all the same, with exit code 0, and says how to try again; --no-report
+    makes none.
+    """
+    arguments = (
+        "run",
+        jpegs(4),
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null",
+    )
     assert imagemill(*arguments, "--no-report").code == 0
     assert not (tmp_path / "out" / "report.html").exists()
     (tmp_path / "out" / "report.html").mkdir()
@@ -548,7 +758,9 @@ def test_a_report_that_cannot_be_made_is_a_note(imagemill: CLI, jpegs: Callable[
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed
 
 
-def test_report_names_what_it_cannot_read(imagemill: CLI, reported: Reported, copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_report_names_what_it_cannot_read(
+    imagemill: CLI, reported: Reported, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
     """A folder that is no job, and a damaged part, are one line and exit code 1."""
     assert "is not an imagemill job" in imagemill("report", tmp_path).err
     output = copy_of(reported.output)
@@ -569,12 +781,23 @@ def test_a_job_in_an_object_store_has_its_report_there(
     assert shown.locator(".images img").count() == 6
 
 
-# ── bounded, however large the job ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── bounded, however large the job ────────────────────────────────────────────────────────────────
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 1e6), st.floats(0, 1e3), st.integers(1, 10_000)), max_size=40))
-def test_a_timeline_keeps_every_row_in_a_bounded_number_of_buckets(commits: list[tuple[str, float, float, int]]) -> None:
-    """Whatever is committed when, per device the buckets hold the rows, and there are never more of them."""
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.floats(0, 1e6), st.floats(0, 1e3), st.integers(1, 10_000)
+        ),
+        max_size=40,
+    )
+)
+def test_a_timeline_keeps_every_row_in_a_bounded_number_of_buckets(
+    commits: list[tuple[str, float, float, int]],
+) -> None:
+    """Whatever is committed when, per device the buckets hold the rows, and there are never more of
+    them.
+    """
     timeline = Timeline(["a", "b"])
     made: Counter[str] = Counter()
     for device, ended_s, took_s, rows in commits:
@@ -594,7 +817,12 @@ def test_a_timeline_puts_rows_where_they_were_made() -> None:
     timeline.add("a", 14.0, 16.0, 60)
     kept = timeline.read()
     (images,) = kept.images
-    assert (kept.bucket_s, sum(images[:4]), sum(images[4:28]), sum(images[28:])) == (0.5, 100.0, 0, 60.0)
+    assert (kept.bucket_s, sum(images[:4]), sum(images[4:28]), sum(images[28:])) == (
+        0.5,
+        100.0,
+        0,
+        60.0,
+    )
     chart = charts.rates(kept, 16.0)
     assert chart is not None
     assert {values for start, _, values in chart.rows if start < 2} == {(50.0,)}
@@ -609,7 +837,11 @@ def test_a_scale_ends_at_a_round_number_that_is_not_too_far(value: float) -> Non
 
 def test_shares_of_time_add_up() -> None:
     """Whatever the clocks say, the pieces are one bar."""
-    for clock, seconds in ((Clock(starved=1, compute=2, write=1), 10.0), (Clock(starved=9, compute=9, write=1), 10.0), (Clock(), 0.0)):
+    for clock, seconds in (
+        (Clock(starved=1, compute=2, write=1), 10.0),
+        (Clock(starved=9, compute=9, write=1), 10.0),
+        (Clock(), 0.0),
+    ):
         found = charts.shares(DeviceSummary("cpu#0", 1, 1.0, 0, clock), seconds)
         assert sum(share.width for share in found) in (pytest.approx(100, abs=0.01), 0.0)
     assert charts.rates(Throughput(1.0, (), ()), 1.0) is None

@@ -51,17 +51,28 @@ def problems(output: Path) -> list[ledger.Problem]:
     return inspect.verify(paths, frozen)[0]
 
 
-# ── the photographs ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the photographs ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_photographs_become_one_row_each(photographs: Path, photographs_run: Finished, imagemill: CLI) -> None:
-    """328 photographs, 328 rows, both processes at work, the two text files counted as skipped; `verify` agrees."""
+def test_photographs_become_one_row_each(
+    photographs: Path, photographs_run: Finished, imagemill: CLI
+) -> None:
+    """328 photographs, 328 rows, both processes at work, the two text files counted as skipped;
+    `verify` agrees.
+    """
     result = photographs_run.result
     assert result.code == 0, result.err
     summary = result.json
-    assert (summary["images"], summary["ok"], summary["failed"], summary["failed_by_status"]) == (328, 328, 0, {})
+    assert (summary["images"], summary["ok"], summary["failed"], summary["failed_by_status"]) == (
+        328,
+        328,
+        0,
+        {},
+    )
     assert summary["skipped_by_suffix"] == {".csv": 1, ".md": 1}
-    assert [(device["name"], device["images"] > 0, device["restarts"]) for device in summary["devices"]] == [
+    assert [
+        (device["name"], device["images"] > 0, device["restarts"]) for device in summary["devices"]
+    ] == [
         ("cpu#0", True, 0),
         ("cpu#1", True, 0),
     ]
@@ -69,7 +80,9 @@ def test_photographs_become_one_row_each(photographs: Path, photographs_run: Fin
     rows = helpers.rows(photographs_run.output)
     assert [row["index"] for row in rows] == list(range(328))
     on_disk = sorted(
-        str(path.relative_to(photographs)) for folder in ("coco-sample", "imagenet-sample") for path in (photographs / folder).iterdir()
+        str(path.relative_to(photographs))
+        for folder in ("coco-sample", "imagenet-sample")
+        for path in (photographs / folder).iterdir()
     )
     assert [row["path"] for row in rows] == on_disk
     for row in rows:
@@ -80,21 +93,32 @@ def test_photographs_become_one_row_each(photographs: Path, photographs_run: Fin
     assert (verified.code, verified.out) == (0, "complete and sound: 328 images, one row each\n")
 
 
-def test_efficientnet_lite0_answers_as_the_reference_does(photographs: Path, photographs_run: Finished) -> None:
-    """The same top-1 as PyTorch's on at least 196 of 200 photographs, and right on at least 0.885 of them."""
+def test_efficientnet_lite0_answers_as_the_reference_does(
+    photographs: Path, photographs_run: Finished
+) -> None:
+    """The same top-1 as PyTorch's on at least 196 of 200 photographs, and right on at least 0.885
+    of them.
+    """
     with (photographs / "labels.csv").open(newline="") as file:
         reference = {f"imagenet-sample/{line['file']}": line for line in csv.DictReader(file)}
     rows = [row for row in helpers.rows(photographs_run.output) if row["path"] in reference]
     assert len(rows) == len(reference) == 200
-    agree = [row for row in rows if row["class_id"] == int(reference[row["path"]]["efficientnet_lite0_top1"])]
+    agree = [
+        row
+        for row in rows
+        if row["class_id"] == int(reference[row["path"]]["efficientnet_lite0_top1"])
+    ]
     right = [row for row in rows if row["class_id"] == int(reference[row["path"]]["class_id"])]
     assert len(agree) >= 196
     assert len(right) / 200 >= 0.885
-    off = sorted(abs(row["probability"] - float(reference[row["path"]]["efficientnet_lite0_probability"])) for row in agree)
+    off = sorted(
+        abs(row["probability"] - float(reference[row["path"]]["efficientnet_lite0_probability"]))
+        for row in agree
+    )
     assert off[len(off) // 2] < 0.01  # the median; decoders differ in the last bit of a pixel
 
 
-# ── hostile entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── hostile entries ───────────────────────────────────────────────────────────────────────────────
 
 
 def hostile(folder: Path) -> dict[str, str]:
@@ -106,7 +130,10 @@ def hostile(folder: Path) -> dict[str, str]:
         b"half.jpg": (sample_images.half(sample_images.jpeg(320, 240)), "truncated"),
         b"wrong-sum.png": (sample_images.png_with_wrong_sum(), "corrupt"),
         b"cmyk.jpg": (sample_images.encode(good.convert("CMYK"), "JPEG"), "ok"),
-        b"grey16.png": (sample_images.encode(Image.frombytes("I;16", (60, 50), bytes(range(250)) * 24), "PNG"), "ok"),
+        b"grey16.png": (
+            sample_images.encode(Image.frombytes("I;16", (60, 50), bytes(range(250)) * 24), "PNG"),
+            "ok",
+        ),
         b"turned.jpg": (sample_images.jpeg(64, 48, orientation=6), "ok"),
         b"animated.gif": (sample_images.animated_gif(), "ok"),
         b"1x1.png": (sample_images.encode(sample_images.photograph(1, 1), "PNG"), "ok"),
@@ -121,17 +148,46 @@ def hostile(folder: Path) -> dict[str, str]:
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "above.jpg").symlink_to("..")
     os.mkfifo(folder / "fifo.png")
-    expected = {name.decode("utf-8", "backslashreplace"): status for name, (_, status) in files.items()}
-    return expected | {"loop.jpg": "read_error", "above.jpg": "read_error", "fifo.png": "read_error"}
+    expected = {
+        name.decode("utf-8", "backslashreplace"): status for name, (_, status) in files.items()
+    }
+    return expected | {
+        "loop.jpg": "read_error",
+        "above.jpg": "read_error",
+        "fifo.png": "read_error",
+    }
 
 
-def test_hostile_entries_are_rows_and_leave_their_neighbours_alone(jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
-    """One row each with the right status, exit 0, and every neighbour bit for bit as in a run without them."""
+def test_hostile_entries_are_rows_and_leave_their_neighbours_alone(
+    jpegs: Folders, imagemill: CLI, tmp_path: Path
+) -> None:
+    """One row each with the right status, exit 0, and every neighbour bit for bit as in a run
+    without them.
+    """
     folder = jpegs(20)
-    arguments = ("--model", "tiny", "--devices", "cpu:1", "--batch-size", "4", "--shard-size", "7", "--save", "logits", "--json")
+    arguments = (
+        "--model",
+        "tiny",
+        "--devices",
+        "cpu:1",
+        "--batch-size",
+        "4",
+        "--shard-size",
+        "7",
+        "--save",
+        "logits",
+        "--json",
+    )
     assert imagemill("run", folder, "--output", tmp_path / "before", *arguments).code == 0
     expected = hostile(folder)
-    result = imagemill("run", folder, "--output", tmp_path / "after", *arguments, before=helpers.without_root_powers())
+    result = imagemill(
+        "run",
+        folder,
+        "--output",
+        tmp_path / "after",
+        *arguments,
+        before=helpers.without_root_powers(),
+    )
     assert result.code == 0, result.err
     before, after = helpers.by_path(tmp_path / "before"), helpers.by_path(tmp_path / "after")
     assert {path: row["status"] for path, row in after.items() if path not in before} == expected
@@ -141,7 +197,9 @@ def test_hostile_entries_are_rows_and_leave_their_neighbours_alone(jpegs: Folder
     assert after["fifo.png"]["error"] == "is a FIFO, not a regular file"
     assert (after["turned.jpg"]["width"], after["turned.jpg"]["height"]) == (48, 64)
     assert (after["1x4000.png"]["width"], after["1x4000.png"]["height"]) == (1, 4000)
-    failed = {status: list(expected.values()).count(status) for status in set(expected.values()) - {"ok"}}
+    failed = {
+        status: list(expected.values()).count(status) for status in set(expected.values()) - {"ok"}
+    }
     assert result.json["failed_by_status"] == failed
     assert imagemill("verify", tmp_path / "after").code == 0
 
@@ -152,61 +210,105 @@ def test_permissions_bind_the_wrapped_command(tmp_path: Path) -> None:
     (tmp_path / "secret").chmod(0)
     import subprocess
 
-    command = [*helpers.without_root_powers(), sys.executable, "-c", "import sys; open(sys.argv[1])", str(tmp_path / "secret")]
+    command = [
+        *helpers.without_root_powers(),
+        sys.executable,
+        "-c",
+        "import sys; open(sys.argv[1])",
+        str(tmp_path / "secret"),
+    ]
     assert b"PermissionError" in subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr
 
 
 def test_every_hostile_image_has_the_status_it_should(job: Jobs, tmp_path: Path) -> None:
-    """All the odd images that the tests know, through the whole pipeline at once; some are alone in their shard with others as bad."""
+    """All the odd images that the tests know, through the whole pipeline at once; some are alone in
+    their shard with others as bad.
+    """
     made = {f"{name}.jpg": make() for name, make in sample_images.HOSTILE.items()}
     folder = helpers.fill(tmp_path / "hostile", {name: data for name, (data, _) in made.items()})
     summary = run.run(job(folder, shard_size=2, save=("logits",)))
     rows = helpers.by_path(tmp_path / "out")
-    assert {path: row["status"] for path, row in rows.items()} == {name: status for name, (_, status) in made.items()}
-    assert all(row["error"] and row["logits"] is None and row["top_k"] is None for row in rows.values())
+    assert {path: row["status"] for path, row in rows.items()} == {
+        name: status for name, (_, status) in made.items()
+    }
+    assert all(
+        row["error"] and row["logits"] is None and row["top_k"] is None for row in rows.values()
+    )
     assert (summary.ok, summary.failed) == (0, len(made))
     assert problems(tmp_path / "out") == []
 
 
-# ── which images ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── which images ──────────────────────────────────────────────────────────────────────────────────
 
 
 def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Folders and single images, in the order they were given; rows name their source, paths are relative to it."""
+    """Folders and single images, in the order they were given; rows name their source, paths are
+    relative to it.
+    """
     first, second = jpegs(3, "first"), jpegs(2, "second")
     run.run(job(second, first, first / "001.jpg"))
     found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
-    assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [(str(first), f"00{n}.jpg") for n in range(3)] + [
-        (str(first / "001.jpg"), "")
-    ]
+    assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [
+        (str(first), f"00{n}.jpg") for n in range(3)
+    ] + [(str(first / "001.jpg"), "")]
 
 
-def test_a_list_of_failed_images_is_a_source_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """`failed.txt` names every image without an answer, whatever its name, and `@failed.txt` runs them again."""
+def test_a_list_of_failed_images_is_a_source_again(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """`failed.txt` names every image without an answer, whatever its name, and `@failed.txt` runs
+    them again.
+    """
     folder = jpegs(2, **{"bad.jpg": b"", "new\nline.jpg": b"", '"quoted".jpg': b""})
     run.run(job(folder, output=str(tmp_path / "one")))
     listed = f"@{tmp_path / 'one' / 'failed.txt'}"
-    summary = run.run(Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null"))
+    summary = run.run(
+        Settings(sources=(listed,), output=str(tmp_path / "two"), model="tiny", devices="null")
+    )
     assert (summary.images, summary.failed_by_status) == (3, {"empty": 3})
-    assert {Path(row["path"]).name for row in helpers.rows(tmp_path / "two")} == {"bad.jpg", "new\nline.jpg", '"quoted".jpg'}
+    assert {Path(row["path"]).name for row in helpers.rows(tmp_path / "two")} == {
+        "bad.jpg",
+        "new\nline.jpg",
+        '"quoted".jpg',
+    }
 
 
 def test_limit_takes_the_first(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--limit N plans the first N in listing order."""
     assert run.run(job(jpegs(9), limit=4)).images == 4
-    assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
+    assert [row["path"] for row in helpers.rows(tmp_path / "out")] == [
+        "000.jpg",
+        "001.jpg",
+        "002.jpg",
+        "003.jpg",
+    ]
 
 
 def test_filters_and_hidden_entries_are_in_the_summary(job: Jobs, jpegs: Folders) -> None:
     """What was left out, and why, can be read afterwards."""
-    summary = run.run(job(jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}), exclude=("00[01].jpg",)))
-    found = (summary.images, summary.skipped_by_filter, summary.skipped_hidden, dict(summary.skipped_by_suffix))
+    summary = run.run(
+        job(
+            jpegs(6, **{".hidden.jpg": b"x", "notes.TXT": b"x", "README": b"x"}),
+            exclude=("00[01].jpg",),
+        )
+    )
+    found = (
+        summary.images,
+        summary.skipped_by_filter,
+        summary.skipped_hidden,
+        dict(summary.skipped_by_suffix),
+    )
     assert found == (4, 2, 1, {"": 1, ".txt": 1})
 
 
 def test_all_files_plans_files_of_any_suffix(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--all-files: a text file is a row that says it is no image."""
-    run.run(job(jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": sample_images.jpeg()}), all_files=True))
+    run.run(
+        job(
+            jpegs(1, **{"notes.txt": b"Dear diary,\n" * 9, "really": sample_images.jpeg()}),
+            all_files=True,
+        )
+    )
     assert {row["path"]: row["status"] for row in helpers.rows(tmp_path / "out")} == {
         "000.jpg": "ok",
         "notes.txt": "not_an_image",
@@ -225,42 +327,71 @@ def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) 
 def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """It lists and counts; the output folder does not even appear, and no model is needed."""
     found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
-    assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (70, 32, {".txt": 1}, ("000.jpg", "001.jpg"))
+    assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (
+        70,
+        32,
+        {".txt": 1},
+        ("000.jpg", "001.jpg"),
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
-def test_sub_folders_are_dealt_to_as_many_devices(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path) -> None:
-    """One sub-folder per device: shards end with the sub-folder, so that each device can take its own; another number is told."""
+def test_sub_folders_are_dealt_to_as_many_devices(
+    job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One sub-folder per device: shards end with the sub-folder, so that each device can take its
+    own; another number is told.
+    """
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
     run.run(job(folder, devices="null:3", shard_size=10), listener)
     frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.groups == 3
-    assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [(0, 10), (0, 4), (1, 10), (1, 3), (2, 10), (2, 3)]
+    assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [
+        (0, 10),
+        (0, 4),
+        (1, 10),
+        (1, 3),
+        (2, 10),
+        (2, 3),
+    ]
     assert listener.said == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
-    assert listener.said == ["note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to folders"]
+    assert listener.said == [
+        "note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to"
+        " folders"
+    ]
 
 
-# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_top_k_never_exceeds_the_classes(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """--top-k 99 of ten classes keeps ten, most probable first, summing to one; labels survive whatever they hold."""
+    """--top-k 99 of ten classes keeps ten, most probable first, summing to one; labels survive
+    whatever they hold.
+    """
     run.run(job(jpegs(3), top_k=99, devices="cpu"))
     for row in helpers.rows(tmp_path / "out"):
         assert sorted(item["class_id"] for item in row["top_k"]) == list(range(CLASSES))
-        assert [item["label"] for item in row["top_k"]] == [LABELS[item["class_id"]] for item in row["top_k"]]
+        assert [item["label"] for item in row["top_k"]] == [
+            LABELS[item["class_id"]] for item in row["top_k"]
+        ]
         assert sum(item["probability"] for item in row["top_k"]) == pytest.approx(1, abs=1e-5)
-        assert row["top_k"][0] == {"class_id": row["class_id"], "label": row["label"], "probability": row["probability"]}
+        assert row["top_k"][0] == {
+            "class_id": row["class_id"],
+            "label": row["label"],
+            "probability": row["probability"],
+        }
 
 
 def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """--save adds fixed-size columns; the softmax of the logits is the probability."""
     import numpy as np
 
-    run.run(job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3))
+    run.run(
+        job(jpegs(5, **{"bad.jpg": b""}), devices="cpu", save=("embedding", "logits"), shard_size=3)
+    )
     table = helpers.table(tmp_path / "out")
     assert [str(table.schema.field(name).type) for name in ("logits", "embedding")] == [
         "fixed_size_list<element: float>[10]",
@@ -270,7 +401,9 @@ def test_saved_columns_hold_logits_and_embedding(job: Jobs, jpegs: Folders, tmp_
     assert (bad["path"], bad["logits"], bad["embedding"]) == ("bad.jpg", None, None)
     for row in good:
         exponentials = np.exp(np.float64(row["logits"]) - max(row["logits"]))
-        assert row["probability"] == pytest.approx(exponentials.max() / exponentials.sum(), rel=1e-6)
+        assert row["probability"] == pytest.approx(
+            exponentials.max() / exponentials.sum(), rel=1e-6
+        )
 
 
 def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
@@ -279,12 +412,19 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
     outer = Image.new("RGB", (132, 92), "white")
     outer.paste(inner, (50, 30))
     folder = helpers.fill(
-        tmp_path / "p", {"inner.png": sample_images.encode(inner, "PNG"), "outer.png": sample_images.encode(outer, "PNG")}
+        tmp_path / "p",
+        {
+            "inner.png": sample_images.encode(inner, "PNG"),
+            "outer.png": sample_images.encode(outer, "PNG"),
+        },
     )
     run.run(job(folder, preprocess="center-crop", save=("logits",), devices="cpu"))
     inner_row, outer_row = helpers.rows(tmp_path / "out")
     assert inner_row["logits"] == outer_row["logits"]
-    with pytest.raises(JobMismatchError, match="was started with --preprocess center-crop, now --preprocess card is asked for"):
+    with pytest.raises(
+        JobMismatchError,
+        match="was started with --preprocess center-crop, now --preprocess card is asked for",
+    ):
         run.run(job(folder, preprocess="card", devices="cpu"))
     run.run(job(folder, output=str(tmp_path / "card"), save=("logits",), devices="cpu"))
     card_rows = helpers.rows(tmp_path / "card")
@@ -292,18 +432,35 @@ def test_center_crop_cuts_without_resizing(job: Jobs, tmp_path: Path) -> None:
 
 
 def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
-    """An image for which the model returns NaN has an `invalid_output` row without answers, everything that counts statuses counts it, and
-    the other images' rows are those of a job without it."""
+    """An image for which the model returns NaN has an `invalid_output` row without answers,
+    everything that counts statuses counts it, and the other images' rows are those of a job without
+    it.
+    """
     white = sample_images.encode(Image.new("RGB", (40, 40), "white"), "PNG")
     folder = jpegs(6, **{"white.png": white})
-    asked: dict[str, Any] = {"model": "spoilt", "devices": "cpu", "save": ("logits", "embedding"), "batch_size": 4}
+    asked: dict[str, Any] = {
+        "model": "spoilt",
+        "devices": "cpu",
+        "save": ("logits", "embedding"),
+        "batch_size": 4,
+    }
     summary = run.run(job(folder, **asked))
-    assert (summary.ok, summary.failed, dict(summary.failed_by_status)) == (6, 1, {"invalid_output": 1})
+    assert (summary.ok, summary.failed, dict(summary.failed_by_status)) == (
+        6,
+        1,
+        {"invalid_output": 1},
+    )
     found = helpers.by_path(tmp_path / "out")
     bad = found.pop("white.png")
     assert (bad["status"], bad["width"], bad["height"]) == ("invalid_output", 40, 40)
-    assert bad["error"] == ("the model returned NaN or infinity for this image in fp32; this model cannot classify it; try another one")
-    assert [bad[name] for name in ("class_id", "label", "probability", "top_k", "logits", "embedding")] == [None] * 6
+    assert (
+        bad["error"]
+        == "the model returned NaN or infinity for this image in fp32; this model cannot classify"
+        " it; try another one"
+    )
+    assert [
+        bad[name] for name in ("class_id", "label", "probability", "top_k", "logits", "embedding")
+    ] == [None] * 6
     (folder / "white.png").unlink()
     run.run(job(folder, output=str(tmp_path / "without"), **asked))
     assert found == helpers.by_path(tmp_path / "without")
@@ -320,14 +477,36 @@ def test_nan_is_a_row(job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path)
 
 @pytest.mark.parametrize("folder", [{}, {"broken.jpg": b"no image"}])
 def test_a_model_that_answers_nan_for_everything_ends_the_job_before_the_first_image(
-    job: Jobs, jpegs: Folders, imagemill: CLI, tmp_path: Path, models_dir: Path, folder: dict[str, bytes]
+    job: Jobs,
+    jpegs: Folders,
+    imagemill: CLI,
+    tmp_path: Path,
+    models_dir: Path,
+    folder: dict[str, bytes],
 ) -> None:
     """It is exit 1 with one clear error, whatever the images are, and no row."""
-    bundle.write(tmp_path / "broken", replace(TINY_CARD, name="broken"), tiny_model(spoil="everything"))
+    bundle.write(
+        tmp_path / "broken", replace(TINY_CARD, name="broken"), tiny_model(spoil="everything")
+    )
     images = helpers.fill(tmp_path / "p", folder) if folder else jpegs(3)
-    result = imagemill("run", images, "--output", tmp_path / "out", "--devices", "cpu", "--json", "--model", tmp_path / "broken")
+    result = imagemill(
+        "run",
+        images,
+        "--output",
+        tmp_path / "out",
+        "--devices",
+        "cpu",
+        "--json",
+        "--model",
+        tmp_path / "broken",
+    )
     assert (result.code, result.out) == (1, "")
-    assert result.err.count("imagemill: broken returns NaN or infinity in fp32 for every image: tried on") == 1
+    assert (
+        result.err.count(
+            "imagemill: broken returns NaN or infinity in fp32 for every image: tried on"
+        )
+        == 1
+    )
     assert "--precision fp32" not in result.err
     assert "Traceback" not in result.err
     assert list((tmp_path / "out" / "predictions").iterdir()) == []
@@ -338,10 +517,14 @@ def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     run.run(job(jpegs(1, **{"wide.png": sample_images.encode(sample_images.photograph(300, 200), "PNG"), "zeros.jpg": bytes(900_000)}),
                 max_pixels=10_000, max_bytes=800_000))  # fmt: skip
     found = {row["path"]: (row["status"], row["width"]) for row in helpers.rows(tmp_path / "out")}
-    assert found == {"000.jpg": ("ok", 48), "wide.png": ("too_large", 300), "zeros.jpg": ("too_large", None)}
+    assert found == {
+        "000.jpg": ("ok", 48),
+        "wide.png": ("too_large", 300),
+        "zeros.jpg": ("too_large", None),
+    }
 
 
-# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── resuming ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -359,8 +542,12 @@ def unsaid(settings: Settings, **changes: Any) -> Settings:
     return Settings(sources=settings.sources, output=settings.output, **changes)
 
 
-def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings, tmp_path: Path) -> None:
-    """Finished parts are the very same files afterwards; the rows are those of an undisturbed run."""
+def test_repeating_the_command_computes_what_lacks_and_no_more(
+    started: Settings, tmp_path: Path
+) -> None:
+    """Finished parts are the very same files afterwards; the rows are those of an undisturbed
+    run.
+    """
     before = helpers.parts(tmp_path / "out")
     listener = Listener()
     summary = run.run(started, listener)
@@ -374,11 +561,18 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(started: Settings
 
 
 def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> None:
-    """It decides whether an image is answered, and holds for those that are left and for that start alone."""
+    """It decides whether an image is answered, and holds for those that are left and for that start
+    alone.
+    """
     listener = Listener()
     run.run(replace(started, max_pixels=1), listener)
-    assert "--max-pixels was 180,000,000, and is 1 this time: it holds for the images that are left" in listener.said
-    assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (["ok"] * 3 + ["too_large"] * 3) * 2
+    assert (
+        "--max-pixels was 180,000,000, and is 1 this time: it holds for the images that are left"
+        in listener.said
+    )
+    assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (
+        ["ok"] * 3 + ["too_large"] * 3
+    ) * 2
     again = Listener()
     run.run(replace(started, retry_failed=()), again)
     assert not any("max-pixels" in line for line in again.said)
@@ -399,7 +593,9 @@ def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.
     return messages
 
 
-def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_frozen_need_not_be_said_again(
+    started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Model, devices, batch size and the rest come from job.json."""
     before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
@@ -410,12 +606,18 @@ def test_what_was_frozen_need_not_be_said_again(started: Settings, tmp_path: Pat
     assert problems(tmp_path / "out") == []
 
 
-def test_what_may_differ_may_be_changed(started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices, batch size and decoding threads change no answer: what is said now holds for what is left, and all else stays as it was."""
+def test_what_may_differ_may_be_changed(
+    started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices, batch size and decoding threads change no answer: what is said now holds for what is
+    left, and all else stays as it was.
+    """
     before = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert before is not None
     changes: dict[str, Any] = {"batch_size": 1, "num_workers": 2, "batches_per_step": 3}
-    first, second = begun(unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch)
+    first, second = begun(
+        unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch
+    )
     assert first.job == second.job == replace(before.job, log_dir=str(tmp_path / "logs"), **changes)
     assert [one.device.name for one in (first, second)] == ["null#0", "null#1"]
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
@@ -429,22 +631,62 @@ SAME_SOURCES = "Give the same sources in the same order to continue this job"
     ("change", "was", "now", "remedy"),
     [
         ({"limit": 5}, "no --limit", "--limit 5", "Leave out --limit to continue this job"),
-        ({"shard_size": 4}, "--shard-size 3", "--shard-size 4", "Leave it out to continue this job"),
-        ({"include": ("*.jpg",)}, "no --include", "--include '*.jpg'", "Leave out --include to continue this job"),
-        ({"exclude": ("*.png", "b")}, "no --exclude", "--exclude '*.png' --exclude b", "Leave out --exclude to continue this job"),
-        ({"all_files": True}, "no --all-files", "--all-files", "Leave out --all-files to continue this job"),
+        (
+            {"shard_size": 4},
+            "--shard-size 3",
+            "--shard-size 4",
+            "Leave it out to continue this job",
+        ),
+        (
+            {"include": ("*.jpg",)},
+            "no --include",
+            "--include '*.jpg'",
+            "Leave out --include to continue this job",
+        ),
+        (
+            {"exclude": ("*.png", "b")},
+            "no --exclude",
+            "--exclude '*.png' --exclude b",
+            "Leave out --exclude to continue this job",
+        ),
+        (
+            {"all_files": True},
+            "no --all-files",
+            "--all-files",
+            "Leave out --all-files to continue this job",
+        ),
         (
             {"sources": ("/",)},
             "SOURCE /",
             "SOURCE /",
             "If the sources have moved, add --moved OLD=NEW. " + SAME_SOURCES,
         ),
-        ({"model": "tiny2"}, "--model tiny (", "--model tiny2 (", "Leave it out to continue this job"),
+        (
+            {"model": "tiny2"},
+            "--model tiny (",
+            "--model tiny2 (",
+            "Leave it out to continue this job",
+        ),
         ({"top_k": 3}, "--top-k 5", "--top-k 3", "Leave it out to continue this job"),
         ({"save": ("logits",)}, "no --save", "--save logits", "Leave it out to continue this job"),
-        ({"precision": "bf16"}, "--precision fp32", "--precision bf16", "Leave it out to continue this job"),
-        ({"preprocess": "center-crop"}, "--preprocess card", "--preprocess center-crop", "Leave it out to continue this job"),
-        ({"devices": "cpu"}, "backend null", "backend openvino", "Leave it out to continue this job"),
+        (
+            {"precision": "bf16"},
+            "--precision fp32",
+            "--precision bf16",
+            "Leave it out to continue this job",
+        ),
+        (
+            {"preprocess": "center-crop"},
+            "--preprocess card",
+            "--preprocess center-crop",
+            "Leave it out to continue this job",
+        ),
+        (
+            {"devices": "cpu"},
+            "backend null",
+            "backend openvino",
+            "Leave it out to continue this job",
+        ),
     ],
 )
 def test_a_flag_that_would_change_the_job_is_refused_with_both_values(
@@ -473,9 +715,16 @@ SELECTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("selection", "spelt"), SELECTIONS)
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_a_selection_that_was_given_first_must_be_given_again(
-    job: Jobs, jpegs: Folders, tmp_path: Path, selection: dict[str, Any], spelt: str, is_finished: bool
+    job: Jobs,
+    jpegs: Folders,
+    tmp_path: Path,
+    selection: dict[str, Any],
+    spelt: str,
+    is_finished: bool,
 ) -> None:
-    """Without it the command means other images: they must not be passed over with "finished already" and exit 0."""
+    """Without it the command means other images: they must not be passed over with "finished
+    already" and exit 0.
+    """
     folder = jpegs(6, **{"010.jpg": sample_images.jpeg()})
     settings = job(folder, shard_size=2, **selection)
     count = run.run(settings).images
@@ -484,31 +733,52 @@ def test_a_selection_that_was_given_first_must_be_given_again(
     flag = spelt.split(maxsplit=1)[0]
     with pytest.raises(JobMismatchError) as caught:
         run.run(job(folder))
-    text = f"was started with {spelt}, now no {flag} is asked for. Add {spelt} to continue this job, or give another --output."
+    text = (
+        f"was started with {spelt}, now no {flag} is asked for. Add {spelt} to continue this job,"
+        " or give another --output."
+    )
     assert str(caught.value) == f"{tmp_path}/out {text}"
     assert caught.value.exit_code == 2
     assert run.run(settings).images == count
 
 
-def test_another_value_of_a_selection_is_refused_and_another_order_is_not(job: Jobs, jpegs: Folders) -> None:
+def test_another_value_of_a_selection_is_refused_and_another_order_is_not(
+    job: Jobs, jpegs: Folders
+) -> None:
     """The message holds what to type to continue the job."""
     folder = jpegs(4)
     run.run(job(folder, limit=2, include=("a*", "0*")))
-    with pytest.raises(JobMismatchError, match=r"with --limit 2, now --limit 3 is asked for\. Write --limit 2 to continue this job"):
+    with pytest.raises(
+        JobMismatchError,
+        match=r"with --limit 2, now --limit 3 is asked for\. Write --limit 2 to continue this job",
+    ):
         run.run(job(folder, limit=3, include=("a*", "0*")))
-    with pytest.raises(JobMismatchError, match=r"Write --include '0\*' --include 'a\*' to continue this job"):
+    with pytest.raises(
+        JobMismatchError, match=r"Write --include '0\*' --include 'a\*' to continue this job"
+    ):
         run.run(job(folder, limit=2, include=("0*",)))
     assert run.run(job(folder, limit=2, include=("0*", "a*"))).images == 2
 
 
 def test_saying_the_same_again_is_no_change(started: Settings) -> None:
     """Explicit flags that agree with the frozen job resume it, in any spelling of the same."""
-    same = {"model": "tiny", "limit": None, "shard_size": 3, "top_k": 5, "precision": "auto", "preprocess": "card"}
+    same = {
+        "model": "tiny",
+        "limit": None,
+        "shard_size": 3,
+        "top_k": 5,
+        "precision": "auto",
+        "preprocess": "card",
+    }
     assert run.run(unsaid(started, **same)).images == 12
 
 
-def test_a_finished_job_says_so_and_names_new_images(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Nothing is computed; what is new since the plan was frozen is named, and left to another output."""
+def test_a_finished_job_says_so_and_names_new_images(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """Nothing is computed; what is new since the plan was frozen is named, and left to another
+    output.
+    """
     settings = job(jpegs(5))
     run.run(settings)
     before = helpers.parts(tmp_path / "out")
@@ -518,9 +788,16 @@ def test_a_finished_job_says_so_and_names_new_images(job: Jobs, jpegs: Folders, 
     summary = run.run(settings, listener)
     assert listener.said == [
         f"finished already: 5 images in {tmp_path}/out/predictions",
-        "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg, 006.jpg. Run them into another --output.",
+        (
+            "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg,"
+            " 006.jpg. Run them into another --output."
+        ),
     ]
-    assert (summary.new_in_source, summary.resumed_shards, summary.images_per_second) == (3, 1, None)
+    assert (summary.new_in_source, summary.resumed_shards, summary.images_per_second) == (
+        3,
+        1,
+        None,
+    )
     assert helpers.parts(tmp_path / "out") == before
 
 
@@ -531,7 +808,9 @@ def test_an_image_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_p
 
 
 def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Only shards that hold such a row; mended images become ok. A status that is not among them leaves all as it was."""
+    """Only shards that hold such a row; mended images become ok. A status that is not among them
+    leaves all as it was.
+    """
     folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not an image at all" * 9})
     run.run(job(folder, shard_size=3))
     before = helpers.parts(tmp_path / "out")
@@ -548,7 +827,9 @@ def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_p
 def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Folders) -> None:
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
-    with pytest.raises(TooManyBadError, match=r"of 12 images are bad, more than --max-bad-fraction 0\.25 allows"):
+    with pytest.raises(
+        TooManyBadError, match=r"of 12 images are bad, more than --max-bad-fraction 0\.25 allows"
+    ):
         run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
     assert run.run(job(folder)).failed_by_status == {"empty": 6}
 
@@ -557,29 +838,66 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
     """Not empty and not ours: nothing is written, and the message names what is in it."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").touch()
-    with pytest.raises(OutputError, match=r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)\. Give a new folder\."):
+    with pytest.raises(
+        OutputError,
+        match=(
+            r"is not empty and not an imagemill job \(it holds 'thesis\.doc'\)\. Give a new"
+            r" folder\."
+        ),
+    ):
         run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
-    with pytest.raises(OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."):
+    with pytest.raises(
+        OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."
+    ):
         run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
 
 
 SYSTEM_FILES = (
-    *(".DS_Store", "._.DS_Store", ".Spotlight-V100/x", ".fseventsd/x", ".Trashes/x", "Thumbs.db", "thumbs.db", "desktop.ini"),
-    *("Desktop.ini", "$RECYCLE.BIN/x", "System Volume Information/x", "lost+found/x", ".snapshot/x", ".snapshots/x", ".Trash-1000/x"),
-    *(".nfs00000000031a2b3c0000001d", ".fuse_hidden0000a1b2", "@eaDir/x", "#recycle/x", ".directory"),
+    *(
+        ".DS_Store",
+        "._.DS_Store",
+        ".Spotlight-V100/x",
+        ".fseventsd/x",
+        ".Trashes/x",
+        "Thumbs.db",
+        "thumbs.db",
+        "desktop.ini",
+    ),
+    *(
+        "Desktop.ini",
+        "$RECYCLE.BIN/x",
+        "System Volume Information/x",
+        "lost+found/x",
+        ".snapshot/x",
+        ".snapshots/x",
+        ".Trash-1000/x",
+    ),
+    *(
+        ".nfs00000000031a2b3c0000001d",
+        ".fuse_hidden0000a1b2",
+        "@eaDir/x",
+        "#recycle/x",
+        ".directory",
+    ),
 )
 
 
-def test_files_that_systems_make_by_themselves_are_no_strangers(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """A folder that a file manager has shown, a mounted disk's root, a share: each is as good as empty, and they stay as they are."""
+def test_files_that_systems_make_by_themselves_are_no_strangers(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """A folder that a file manager has shown, a mounted disk's root, a share: each is as good as
+    empty, and they stay as they are.
+    """
     out = helpers.fill(tmp_path / "out", dict.fromkeys(SYSTEM_FILES, b"x"))
     settings = job(jpegs(3))
     assert run.run(settings).images == 3
     helpers.fill(out, {f"{folder}/.DS_Store": b"x" for folder in ("plan", "predictions", "logs")})
     assert (run.run(settings).images, problems(out)) == (3, [])
     assert all((out / name).read_bytes() == b"x" for name in SYSTEM_FILES)
-    for number, name in enumerate((".DS_Store.jpg", "my lost+found", "snapshot", "_DS_Store", "nfs123")):
+    for number, name in enumerate(
+        (".DS_Store.jpg", "my lost+found", "snapshot", "_DS_Store", "nfs123")
+    ):
         other = helpers.fill(tmp_path / str(number), {name: b"x"})
         with pytest.raises(OutputError, match=re.escape(f"(it holds {name!r})")):
             run.run(replace(settings, output=str(other)))
@@ -599,10 +917,17 @@ def test_a_link_to_a_missing_folder_is_an_output(job: Jobs, jpegs: Folders, tmp_
 
 
 @pytest.mark.parametrize("name", ["out", "out/below"])
-def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(name: str, job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """One line names the link and where it leads, before anything is done. Results would fill the wrong disk."""
+def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(
+    name: str, job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """One line names the link and where it leads, before anything is done. Results would fill the
+    wrong disk.
+    """
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "folder")
-    where = re.escape(f"{tmp_path}/out is a link to {tmp_path}/disk/folder, and {tmp_path}/disk does not exist. Mount its disk, or give")
+    where = re.escape(
+        f"{tmp_path}/out is a link to {tmp_path}/disk/folder, and {tmp_path}/disk does not exist."
+        " Mount its disk, or give"
+    )
     with pytest.raises(OutputError, match=where):
         run.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
     assert not (tmp_path / "disk").exists()
@@ -612,11 +937,21 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(name: str, job: Jobs,
         run.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
 
 
-def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Before job.json is there nothing counts: a half-written plan and temporary files are swept away."""
+def test_a_start_that_was_cut_short_is_started_anew(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """Before job.json is there nothing counts: a half-written plan and temporary files are swept
+    away.
+    """
     out = tmp_path / "out"
     helpers.fill(
-        out, {"plan/plan-00000-00000.parquet": b"half", "plan/.listing.arrow.tmp": b"x", ".job.json.77.tmp": b"{", "logs/l.log": b""}
+        out,
+        {
+            "plan/plan-00000-00000.parquet": b"half",
+            "plan/.listing.arrow.tmp": b"x",
+            ".job.json.77.tmp": b"{",
+            "logs/l.log": b"",
+        },
     )
     (out / "predictions").mkdir()
     assert run.run(job(jpegs(3))).images == 3
@@ -624,39 +959,80 @@ def test_a_start_that_was_cut_short_is_started_anew(job: Jobs, jpegs: Folders, t
     assert problems(out) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"format": 99}', b'{"format": 1}', b'{"format": 1, "job": []}', b"\xff"])
-def test_a_damaged_job_is_one_clear_error(job: Jobs, jpegs: Folders, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"format": 99}',
+        b'{"format": 1}',
+        b'{"format": 1, "job": []}',
+        b"\xff",
+    ],
+)
+def test_a_damaged_job_is_one_clear_error(
+    job: Jobs, jpegs: Folders, tmp_path: Path, content: bytes
+) -> None:
     """Whatever is in job.json: no traceback, nothing overwritten."""
     helpers.fill(tmp_path / "out", {"job.json": content})
     with pytest.raises(
-        OutputError, match=r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99), this version of)"
+        OutputError,
+        match=(
+            r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99),"
+            r" this version of)"
+        ),
     ):
         run.run(job(jpegs(1)))
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {"job.json": content}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        "job.json": content
+    }
 
 
-def test_a_job_that_cannot_be_read_is_not_taken_for_none(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+def test_a_job_that_cannot_be_read_is_not_taken_for_none(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
     """The system refuses to read job.json: one clear error, and nothing is started beside it."""
     (tmp_path / "out" / "job.json").mkdir(parents=True)
-    with pytest.raises(OutputError, match=r"out/job\.json cannot be read: Is a directory\. Give another --output\."):
+    with pytest.raises(
+        OutputError, match=r"out/job\.json cannot be read: Is a directory\. Give another --output\."
+    ):
         run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["job.json"]
 
 
-def test_logs_go_where_they_were_sent_also_on_resume(started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path) -> None:
-    """--log-dir holds one file per process; a resumed job finds it again, even if it was removed meanwhile."""
-    settings = job(jpegs(6, "more"), output=str(tmp_path / "two"), log_dir=str(tmp_path / "elsewhere"), shard_size=3)
+def test_logs_go_where_they_were_sent_also_on_resume(
+    started: Settings, jpegs: Folders, job: Jobs, tmp_path: Path
+) -> None:
+    """--log-dir holds one file per process; a resumed job finds it again, even if it was removed
+    meanwhile.
+    """
+    settings = job(
+        jpegs(6, "more"),
+        output=str(tmp_path / "two"),
+        log_dir=str(tmp_path / "elsewhere"),
+        shard_size=3,
+    )
     run.run(settings)
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {
+        "launcher.log",
+        "null#0.log",
+    }
     for path in (tmp_path / "elsewhere").iterdir():
         path.unlink()
     (tmp_path / "elsewhere").rmdir()
     (tmp_path / "two" / "predictions" / "part-000001.parquet").unlink()
     run.run(unsaid(settings))
-    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"launcher.log", "null#0.log"}
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {
+        "launcher.log",
+        "null#0.log",
+    }
 
 
-def test_a_source_that_is_gone_ends_a_resume_before_it_begins(started: Settings, tmp_path: Path) -> None:
+def test_a_source_that_is_gone_ends_a_resume_before_it_begins(
+    started: Settings, tmp_path: Path
+) -> None:
     """An outage of the storage is one error, not a job full of `missing` rows."""
     from imagemill.errors import SourceError
 
@@ -672,11 +1048,21 @@ def test_a_source_that_is_gone_ends_a_resume_before_it_begins(started: Settings,
     assert run.run(settings).failed == 0
 
 
-def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, tmp_path: Path) -> None:
-    """A resumed job that has something left checks the weights it was frozen with; one that has not needs none."""
+def test_a_model_that_changed_on_disk_is_refused(
+    started: Settings, tiny: Any, tmp_path: Path
+) -> None:
+    """A resumed job that has something left checks the weights it was frozen with; one that has not
+    needs none.
+    """
     folder = tmp_path / "models" / "tiny"
     shutil.copytree(tiny.dir, folder)
-    settings = Settings(sources=started.sources, output=str(tmp_path / "two"), model="tiny", models_dir=str(folder.parent), devices="null")
+    settings = Settings(
+        sources=started.sources,
+        output=str(tmp_path / "two"),
+        model="tiny",
+        models_dir=str(folder.parent),
+        devices="null",
+    )
     run.run(settings)
     with (folder / "model.onnx").open("r+b") as file:
         file.seek(200)
@@ -685,7 +1071,9 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
 
     assert run.run(unsaid(settings)).complete
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
-    with pytest.raises(ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"):
+    with pytest.raises(
+        ModelError, match=r"model\.onnx has the sha256 [0-9a-f]{64}, its card says [0-9a-f]{64}"
+    ):
         run.run(unsaid(settings))
 
 
@@ -697,7 +1085,10 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         ({"shard_size": 0}, "--shard-size 0: must be at least 1."),
         ({"limit": 0}, "--limit 0: must be at least 1."),
         ({"limit": 10**23}, "--limit 100000000000000000000000: must be at most 281474976710656."),
-        ({"max_pixels": 10**20}, "--max-pixels 100000000000000000000: must be at most 281474976710656."),
+        (
+            {"max_pixels": 10**20},
+            "--max-pixels 100000000000000000000: must be at most 281474976710656.",
+        ),
         ({"shard_size": 2.5}, "--shard-size 2.5: must be a whole number."),
         ({"num_workers": 257}, "--num-workers 257: must be from 1 to 256."),
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction 1.5: must be from 0 to 1."),
@@ -706,12 +1097,21 @@ def test_a_model_that_changed_on_disk_is_refused(started: Settings, tiny: Any, t
         ({"max_seconds": float("nan")}, "--max-seconds nan: must be more than 0."),
         ({"save": ("pixels",)}, "--save pixels: not known. Known: logits, embedding."),
         ({"retry_failed": ("ok",)}, "--retry-failed ok: not known. Known: missing, empty,"),
-        ({"precision": "fp64"}, "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8."),
-        ({"precision": "fp16"}, "--precision fp16: null@null does not compute in it. Use --precision fp32 or bf16."),
+        (
+            {"precision": "fp64"},
+            "--precision fp64: not known. Known: auto, fp32, fp16, bf16, int8.",
+        ),
+        (
+            {"precision": "fp16"},
+            "--precision fp16: null@null does not compute in it. Use --precision fp32 or bf16.",
+        ),
         ({"devices": "cpu:0"}, "cpu:N takes one number from 1 to 512, not 0."),
         (
             {"devices": "cpu+null"},
-            "--devices mixes the backends null and openvino, whose answers differ in the last bits. Add --allow-mixed.",
+            (
+                "--devices mixes the backends null and openvino, whose answers differ in the last"
+                " bits. Add --allow-mixed."
+            ),
         ),
         ({"model": "no such model"}, "'no such model' is not a model's name"),
         ({"sources": ()}, "give at least one SOURCE"),
@@ -723,20 +1123,24 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
 ) -> None:
     """The message names flag and value; the output folder does not hold a job afterwards."""
     with pytest.raises(UsageError) as caught:
-        run.run(Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change}))
+        run.run(
+            Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change})
+        )
     assert message in str(caught.value)
     assert not (tmp_path / "out" / "job.json").exists()
 
 
 def test_a_source_that_is_not_there_is_one_clear_error(job: Jobs, tmp_path: Path) -> None:
     """And with the source put right the same command works: nothing half-begun is in its way."""
-    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory"):
+    with pytest.raises(
+        SourceError, match=r"source .*/none cannot be read: No such file or directory"
+    ):
         run.run(job(tmp_path / "none"))
     helpers.fill(tmp_path / "none", {"a.jpg": sample_images.jpeg()})
     assert run.run(job(tmp_path / "none")).images == 1
 
 
-# ── what it says afterwards ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what it says afterwards ───────────────────────────────────────────────────────────────────────
 
 
 def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
@@ -747,9 +1151,18 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
     named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
         bottleneck devices""".split()
     assert set(named) <= set(on_disk)
-    assert set(on_disk["devices"][0]) == {"name", "images", "images_per_second", "restarts", "clock"}
+    assert set(on_disk["devices"][0]) == {
+        "name",
+        "images",
+        "images_per_second",
+        "restarts",
+        "clock",
+    }
     assert on_disk["images_per_second"] == pytest.approx(20 / on_disk["seconds"], rel=0.05)
-    assert (on_disk["bottleneck"], on_disk["advice"].partition(":")[0]) == (None, "too short to tell what bounded it")
+    assert (on_disk["bottleneck"], on_disk["advice"].partition(":")[0]) == (
+        None,
+        "too short to tell what bounded it",
+    )
 
 
 def clock(**sums: float) -> Clock:
@@ -759,47 +1172,138 @@ def clock(**sums: float) -> Clock:
 @pytest.mark.parametrize(
     ("sums", "bottleneck"),
     [
-        ({"starved": 8, "read": 1, "decode": 9, "decode_wall": 9, "compute": 1, "write": 1}, "decode"),
-        ({"starved": 8, "read": 9, "decode": 1, "decode_wall": 1, "compute": 1, "write": 1}, "read"),
-        # On a busy machine reading waits for cores as decoding does; measured beside 13 other processes.
-        ({"starved": 9.93, "read": 6.25, "decode": 2, "decode_wall": 7.42, "compute": 0.04, "write": 1.08, "session_cpu": 0.17}, "decode"),
-        ({"starved": 9.93, "read": 7.5, "decode": 2, "decode_wall": 7.42, "compute": 0.04, "write": 1.08, "session_cpu": 0.17}, "decode"),
-        ({"starved": 8, "read": 40, "decode": 2, "decode_wall": 7.42, "compute": 1, "write": 1, "session_cpu": 3}, "read"),
+        (
+            {"starved": 8, "read": 1, "decode": 9, "decode_wall": 9, "compute": 1, "write": 1},
+            "decode",
+        ),
+        (
+            {"starved": 8, "read": 9, "decode": 1, "decode_wall": 1, "compute": 1, "write": 1},
+            "read",
+        ),
+        # On a busy machine reading waits for cores as decoding does; measured beside 13 other
+        # processes.
+        (
+            {
+                "starved": 9.93,
+                "read": 6.25,
+                "decode": 2,
+                "decode_wall": 7.42,
+                "compute": 0.04,
+                "write": 1.08,
+                "session_cpu": 0.17,
+            },
+            "decode",
+        ),
+        (
+            {
+                "starved": 9.93,
+                "read": 7.5,
+                "decode": 2,
+                "decode_wall": 7.42,
+                "compute": 0.04,
+                "write": 1.08,
+                "session_cpu": 0.17,
+            },
+            "decode",
+        ),
+        (
+            {
+                "starved": 8,
+                "read": 40,
+                "decode": 2,
+                "decode_wall": 7.42,
+                "compute": 1,
+                "write": 1,
+                "session_cpu": 3,
+            },
+            "read",
+        ),
         ({"starved": 1, "read": 9, "decode": 1, "compute": 8, "write": 1}, "compute"),
         ({"starved": 1, "read": 9, "decode": 1, "compute": 2, "write": 5}, "write"),
     ],
 )
-def test_the_bottleneck_is_what_the_loop_waited_for(sums: dict[str, float], bottleneck: str) -> None:
-    """The longest of three waits; starving is put down to reading or decoding. Advice comes with it."""
+def test_the_bottleneck_is_what_the_loop_waited_for(
+    sums: dict[str, float], bottleneck: str
+) -> None:
+    """The longest of three waits; starving is put down to reading or decoding. Advice comes with
+    it.
+    """
     found, rates, advice = summarise.judge([clock(**sums)], 100, 10.0, 2)
     assert found == bottleneck
     assert rates["achieved"] == 10.0
-    assert rates["decode_only"] == pytest.approx(100 * 2 / (sums["read"] + sums["decode"]), abs=0.001)
+    assert rates["decode_only"] == pytest.approx(
+        100 * 2 / (sums["read"] + sums["decode"]), abs=0.001
+    )
     assert advice
 
 
 def test_on_shared_cores_the_rates_add_up() -> None:
-    """EfficientNet-Lite0 in int8 on two cores with AMX waits for images because it takes the decoders' time. `bench` says 776 and 755."""
-    sums = clock(starved=6.92, read=2.29, decode=6.39, decode_wall=7.1, compute=0.69, write=0.2, session_cpu=8.36, images=3280)
+    """EfficientNet-Lite0 in int8 on two cores with AMX waits for images because it takes the
+    decoders' time. `bench` says 776 and 755.
+    """
+    sums = clock(
+        starved=6.92,
+        read=2.29,
+        decode=6.39,
+        decode_wall=7.1,
+        compute=0.69,
+        write=0.2,
+        session_cpu=8.36,
+        images=3280,
+    )
     found, rates, _ = summarise.judge([sums], 3280, 8.52, 2, cores=2)
     assert found == "compute"
-    assert 1 / rates["achieved"] == pytest.approx(1 / rates["decode_only"] + 1 / rates["compute_only"], rel=1e-3)
+    assert 1 / rates["achieved"] == pytest.approx(
+        1 / rates["decode_only"] + 1 / rates["compute_only"], rel=1e-3
+    )
     assert rates["compute_only"] == pytest.approx(785, abs=1)
     _, with_failures, _ = summarise.judge([sums], 3280, 8.52, 2, failed=1640, cores=2)
-    assert with_failures["compute_only"] == pytest.approx(rates["compute_only"] / 2, rel=1e-3), "a row that failed was not computed"
+    assert with_failures["compute_only"] == pytest.approx(rates["compute_only"] / 2, rel=1e-3), (
+        "a row that failed was not computed"
+    )
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
 def test_other_processes_do_not_change_the_bottleneck(share: float) -> None:
-    """Our threads get only a share of the cores, so everything takes longer. A tiny model is not bounded by compute for that."""
-    tiny = clock(starved=9 / share, read=0.2 / share, decode=9, decode_wall=9 / share, compute=0.07, write=1, session_cpu=0.1)
-    heavy = clock(starved=0.5, read=0.1, decode=1, decode_wall=1 / share, compute=9 / share, write=0.1, session_cpu=18)
-    light = clock(starved=9 / share, read=0.2 / share, decode=6, decode_wall=6 / share, compute=1, write=0.2, session_cpu=8)
-    assert [summarise.judge([one], 100, 10.0 / share, 2, cores=2)[0] for one in (tiny, heavy, light)] == ["decode", "compute", "compute"]
+    """Our threads get only a share of the cores, so everything takes longer. A tiny model is not
+    bounded by compute for that.
+    """
+    tiny = clock(
+        starved=9 / share,
+        read=0.2 / share,
+        decode=9,
+        decode_wall=9 / share,
+        compute=0.07,
+        write=1,
+        session_cpu=0.1,
+    )
+    heavy = clock(
+        starved=0.5,
+        read=0.1,
+        decode=1,
+        decode_wall=1 / share,
+        compute=9 / share,
+        write=0.1,
+        session_cpu=18,
+    )
+    light = clock(
+        starved=9 / share,
+        read=0.2 / share,
+        decode=6,
+        decode_wall=6 / share,
+        compute=1,
+        write=0.2,
+        session_cpu=8,
+    )
+    assert [
+        summarise.judge([one], 100, 10.0 / share, 2, cores=2)[0] for one in (tiny, heavy, light)
+    ] == ["decode", "compute", "compute"]
 
 
 def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
-    """One thread on eight cores decodes all the time; what the session could compute on them follows from its CPU time."""
+    """One thread on eight cores decodes all the time; what the session could compute on them
+    follows from its CPU time.
+    """
     sums = clock(starved=9, read=0.1, decode=9, decode_wall=9, compute=1, write=0, session_cpu=2)
     found, rates, _ = summarise.judge([sums], 100, 10.0, 1, cores=8)
     assert found == "decode"
@@ -807,8 +1311,12 @@ def test_few_decoding_threads_are_the_bound_where_cores_idle() -> None:
 
 
 @pytest.mark.parametrize(("cores", "rate"), [(0, 100.0), (2, 400.0)])
-def test_storage_that_cores_wait_for_does_not_change_what_they_could_compute(cores: int, rate: float) -> None:
-    """For a device of its own the time counts in which it had images; for cores the session's CPU time."""
+def test_storage_that_cores_wait_for_does_not_change_what_they_could_compute(
+    cores: int, rate: float
+) -> None:
+    """For a device of its own the time counts in which it had images; for cores the session's CPU
+    time.
+    """
     sums = clock(starved=8, read=15, decode=1, decode_wall=1, compute=1, write=1, session_cpu=0.5)
     found, rates, _ = summarise.judge([sums], 100, 10.0, 2, cores=cores)
     assert found == "read"
@@ -840,18 +1348,44 @@ def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
 
 
 @pytest.mark.parametrize("source", ["random", "file"])
-def test_a_model_with_random_weights_says_so_at_the_end(source: str, tiny: Bundle, jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
+def test_a_model_with_random_weights_says_so_at_the_end(
+    source: str, tiny: Bundle, jpegs: Folders, imagemill: CLI, tmp_path: Path
+) -> None:
     """Its rows look like any others."""
     shutil.copytree(tiny.dir, tmp_path / "model")
     card = json.loads((tmp_path / "model" / bundle.CARD).read_text())
-    (tmp_path / "model" / bundle.CARD).write_text(json.dumps(card | {"origin": {"source": source, "seed": 0, "verified": False}}))
-    done = imagemill("run", jpegs(3), "--output", tmp_path / "out", "--model", tmp_path / "model", "--devices", "null")
+    (tmp_path / "model" / bundle.CARD).write_text(
+        json.dumps(card | {"origin": {"source": source, "seed": 0, "verified": False}})
+    )
+    done = imagemill(
+        "run",
+        jpegs(3),
+        "--output",
+        tmp_path / "out",
+        "--model",
+        tmp_path / "model",
+        "--devices",
+        "null",
+    )
     assert done.code == 0
-    assert done.err.count("note: tiny has random weights: its predictions mean nothing") == (source == "random")
+    assert done.err.count("note: tiny has random weights: its predictions mean nothing") == (
+        source == "random"
+    )
 
 
-def test_a_repeated_command_makes_the_report_that_an_interruption_left_out(jpegs: Folders, imagemill: CLI, tmp_path: Path) -> None:
-    command = ("run", jpegs(3), "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+def test_a_repeated_command_makes_the_report_that_an_interruption_left_out(
+    jpegs: Folders, imagemill: CLI, tmp_path: Path
+) -> None:
+    command = (
+        "run",
+        jpegs(3),
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null",
+    )
     assert imagemill(*command).code == 0
     report = tmp_path / "out" / "report.html"
     report.unlink()

@@ -1,4 +1,6 @@
-"""What every session promises, whatever computes: one line in `SESSIONS` puts a further one to the test."""
+"""What every session promises, whatever computes: one line in `SESSIONS` puts a further one to the
+test.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Candidate:
     kind: str = "cpu"
     precision: Precision = Precision.FP32
     tolerance: float | None = 1e-4
-    """How far a logit or an embedding's number may lie from fp32's; they are of the size of 1 to 10. None: it computes no model."""
+    """How far a logit or an embedding's number may lie from fp32's; they are of the size of 1 to
+    10. None: it computes no model.
+    """
     is_queue: bool = True
     """Whether it takes several batches before it gives the first back."""
     steps: int = 1
@@ -52,7 +56,9 @@ class Candidate:
 SESSIONS = {
     "openvino": Candidate("openvino"),
     "onnxruntime": Candidate("onnxruntime"),
-    "popart": Candidate("popart", "ipu", Precision.FP16, tolerance=0.02, steps=2, prepare=popart_standin.prepare),
+    "popart": Candidate(
+        "popart", "ipu", Precision.FP16, tolerance=0.02, steps=2, prepare=popart_standin.prepare
+    ),
     "popart-fp32": Candidate("popart", "ipu", steps=2, prepare=popart_standin.prepare),
     "null": Candidate("null", "null", tolerance=None, is_queue=False),
 }
@@ -68,7 +74,9 @@ class Opener:
 
     def __call__(self, model: Bundle | None = None, **changes: Any) -> Session:
         job = make_job(model or self._tiny, **({"precision": self.candidate.precision} | changes))
-        device = DeviceSpec(f"{self.candidate.kind}#0", self.candidate.kind, self.candidate.backend, (0,))
+        device = DeviceSpec(
+            f"{self.candidate.kind}#0", self.candidate.kind, self.candidate.backend, (0,)
+        )
         self._open.append(open_session(job, device, Stopwatch()))
         return self._open[-1]
 
@@ -78,7 +86,9 @@ class Opener:
 
 
 @pytest.fixture(params=SESSIONS)
-def opener(request: pytest.FixtureRequest, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Opener]:
+def opener(
+    request: pytest.FixtureRequest, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Opener]:
     candidate = SESSIONS[request.param]
     candidate.prepare(monkeypatch, tmp_path)
     made = Opener(candidate, tiny)
@@ -92,7 +102,9 @@ def noting(items: Iterable[Batch], taken: list[Batch]) -> Iterator[Batch]:
         yield item
 
 
-def fp32(model: Bundle, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def fp32(
+    model: Bundle, pixels: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logits and embedding by ONNX's own NumPy implementation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -102,11 +114,15 @@ def fp32(model: Bundle, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32],
 
 
 def test_batches_come_back_in_order_each_with_its_own_outputs(opener: Opener) -> None:
-    """However many are in flight: as many as went in, in order, and what each gives alone, bit for bit."""
+    """However many are in flight: as many as went in, in order, and what each gives alone, bit for
+    bit.
+    """
     session = opener()
     given = batches(9)
     found = list(session.stream(iter(given)))
-    assert [batch is expected for (batch, _), expected in zip(found, given, strict=True)] == [True] * 9
+    assert [batch is expected for (batch, _), expected in zip(found, given, strict=True)] == [
+        True
+    ] * 9
     assert len({outputs.logits.tobytes() for _, outputs in found}) == 9
     for batch, outputs in found:
         ((_, alone),) = session.stream([batch])
@@ -115,7 +131,9 @@ def test_batches_come_back_in_order_each_with_its_own_outputs(opener: Opener) ->
 
 
 def test_padding_is_dropped_and_changes_nothing(opener: Opener) -> None:
-    """Places beyond `filled` are not in the outputs, whatever lies in them, and change no bit of the others."""
+    """Places beyond `filled` are not in the outputs, whatever lies in them, and change no bit of
+    the others.
+    """
     session = opener(save=(Saved.EMBEDDING,))
     full, part = batches(1), batches(1, filled=2)
     part[0].pixels[2] = 255
@@ -128,12 +146,18 @@ def test_padding_is_dropped_and_changes_nothing(opener: Opener) -> None:
 
 
 def test_an_empty_batch_is_passed_on_uncomputed(opener: Opener) -> None:
-    """Where no image of a batch could be decoded there are zero rows, as wide as the others, and the order is kept."""
+    """Where no image of a batch could be decoded there are zero rows, as wide as the others, and
+    the order is kept.
+    """
     session = opener(save=(Saved.EMBEDDING,))
     given = batches(3)
     given[1] = replace(given[1], filled=0, rows=())
     found = list(session.stream(given))
-    assert [outputs.logits.shape for _, outputs in found] == [(3, CLASSES), (0, CLASSES), (3, CLASSES)]
+    assert [outputs.logits.shape for _, outputs in found] == [
+        (3, CLASSES),
+        (0, CLASSES),
+        (3, CLASSES),
+    ]
     first, empty = found[0][1].embedding, found[1][1].embedding
     assert first is not None
     assert empty is not None
@@ -143,16 +167,24 @@ def test_an_empty_batch_is_passed_on_uncomputed(opener: Opener) -> None:
 
 
 def test_several_batches_are_in_flight_and_no_more_than_asked_for(opener: Opener) -> None:
-    """The stream takes more than one batch before it gives the first back, and reads ahead by one at most of what it may hold."""
+    """The stream takes more than one batch before it gives the first back, and reads ahead by one
+    at most of what it may hold.
+    """
     taken: list[Batch] = []
     stream = opener(batches_per_step=3).stream(noting(batches(10), taken))
     next(stream)
-    assert (2 <= len(taken) <= 3 * opener.candidate.steps + 1) if opener.candidate.is_queue else len(taken) == 1
+    assert (
+        (2 <= len(taken) <= 3 * opener.candidate.steps + 1)
+        if opener.candidate.is_queue
+        else len(taken) == 1
+    )
     assert len(list(stream)) == 9
 
 
 def test_a_stream_can_follow_a_stream(opener: Opener) -> None:
-    """A worker streams again when further leases come; nothing of the first stream is left over, not even of a broken one."""
+    """A worker streams again when further leases come; nothing of the first stream is left over,
+    not even of a broken one.
+    """
     session = opener()
     assert [len(list(session.stream(batches(count)))) for count in (4, 0, 2)] == [4, 0, 2]
 
@@ -163,14 +195,19 @@ def test_a_stream_can_follow_a_stream(opener: Opener) -> None:
     with pytest.raises(RuntimeError, match="the feed broke"):
         list(session.stream(broken()))
     given = batches(2, seed=7)
-    assert [batch is expected for (batch, _), expected in zip(session.stream(given), given, strict=True)] == [True, True]
+    assert [
+        batch is expected for (batch, _), expected in zip(session.stream(given), given, strict=True)
+    ] == [True, True]
 
 
 @pytest.mark.parametrize("shape", [(4, SIZE, SIZE, 3), (3, SIZE, SIZE + 1, 3), (3, 3, SIZE, SIZE)])
 def test_a_batch_of_another_shape_is_an_error(opener: Opener, shape: tuple[int, ...]) -> None:
     """Shapes never recompile silently; the message has both, and the session can still be used."""
     session = opener()
-    found = rf"batch of uint8 \({', '.join(map(str, shape))}\) for a session compiled for uint8 \(3, {SIZE}, {SIZE}, 3\)"
+    found = (
+        rf"batch of uint8 \({', '.join(map(str, shape))}\) for a session compiled for uint8 \(3,"
+        rf" {SIZE}, {SIZE}, 3\)"
+    )
     with pytest.raises(errors.ModelError, match=found):
         list(session.stream([Batch(np.zeros(shape, np.uint8), 3, rows(3))]))
     assert len(list(session.stream(batches(1)))) == 1
@@ -184,7 +221,9 @@ def test_pixels_of_another_type_are_an_error(opener: Opener) -> None:
 
 
 def test_answers_are_those_of_fp32_within_the_tolerance(opener: Opener) -> None:
-    """Logits and embedding lie as near to ONNX's own NumPy implementation as the candidate states."""
+    """Logits and embedding lie as near to ONNX's own NumPy implementation as the candidate
+    states.
+    """
     if opener.candidate.tolerance is None:
         return
     session = opener(save=(Saved.LOGITS, Saved.EMBEDDING))
@@ -221,14 +260,21 @@ def test_a_nan_is_handed_on(opener: Opener, models_dir: Path) -> None:
     good, bad = batches(2)
     bad.pixels[1] = 255
     (first, outputs), (second, nan) = opener(spoilt).stream([good, bad])
-    rows = [top_k.top_k(*answer, spoilt.card, 5, Precision.FP32)[0].rows for answer in ((first, outputs), (second, nan))]
+    rows = [
+        top_k.top_k(*answer, spoilt.card, 5, Precision.FP32)[0].rows
+        for answer in ((first, outputs), (second, nan))
+    ]
     statuses = [[row.status.value for row in some if row.status != "empty"] for some in rows]
     assert set(statuses[0]) == {"ok"}
-    assert [status == "invalid_output" for status in statuses[1]] == [number == 1 for number in range(len(statuses[1]))]
+    assert [status == "invalid_output" for status in statuses[1]] == [
+        number == 1 for number in range(len(statuses[1]))
+    ]
 
 
 def test_closing_leaves_nothing_behind(opener: Opener) -> None:
-    """Neither threads nor processes, though batches were in flight; closing twice does no harm, and the device can be had again."""
+    """Neither threads nor processes, though batches were in flight; closing twice does no harm, and
+    the device can be had again.
+    """
     threads, processes = set(threading.enumerate()), set(children(os.getpid()))
     session = opener()
     stream = session.stream(batches(8))
@@ -244,6 +290,9 @@ def test_closing_leaves_nothing_behind(opener: Opener) -> None:
 def test_it_says_who_answered(opener: Opener) -> None:
     """Each part's metadata names backend and versions."""
     session = opener()
-    assert session.backend == DeviceSpec("", opener.candidate.kind, opener.candidate.backend, ()).engine
+    assert (
+        session.backend
+        == DeviceSpec("", opener.candidate.kind, opener.candidate.backend, ()).engine
+    )
     assert all(isinstance(version, str) and version for version in session.versions.values())
     assert bool(session.versions) == (opener.candidate.tolerance is not None)

@@ -22,7 +22,11 @@ from imagemill.records import Bundle, DeviceSpec, Precision
 
 
 def make(tiny: Bundle, *, backend: str = "openvino", cores: int = 1, **changes: Any) -> Session:
-    return open_session(make_job(tiny, **changes), DeviceSpec("d#0", "cpu", backend, tuple(range(cores))), Stopwatch())
+    return open_session(
+        make_job(tiny, **changes),
+        DeviceSpec("d#0", "cpu", backend, tuple(range(cores))),
+        Stopwatch(),
+    )
 
 
 def test_a_model_that_cannot_be_compiled_is_one_clear_error(tiny: Bundle, tmp_path: Path) -> None:
@@ -34,28 +38,49 @@ def test_a_model_that_cannot_be_compiled_is_one_clear_error(tiny: Bundle, tmp_pa
 
 def test_an_unknown_backend_names_the_known_ones(tiny: Bundle) -> None:
     """A backend is one file and one line in a table; the message lists the table."""
-    with pytest.raises(errors.DeviceError, match=r"backend tpu is not known\. Known: openvino, onnxruntime, tensorrt, popart, null\."):
+    with pytest.raises(
+        errors.DeviceError,
+        match=r"backend tpu is not known\. Known: openvino, onnxruntime, tensorrt, popart, null\.",
+    ):
         make(tiny, backend="tpu")
 
 
-def test_a_models_folder_that_cannot_be_written_costs_only_the_cache(tiny: Bundle, tmp_path: Path) -> None:
-    """Compiled models are kept where that is possible; where it is not, the session works all the same."""
+def test_a_models_folder_that_cannot_be_written_costs_only_the_cache(
+    tiny: Bundle, tmp_path: Path
+) -> None:
+    """Compiled models are kept where that is possible; where it is not, the session works all the
+    same.
+    """
     (tmp_path / "file").touch()
     session = make(tiny, cache_dir=str(tmp_path / "file" / "compiled"))
     assert len(list(session.stream(batches(2)))) == 2
 
 
-@pytest.mark.parametrize(("precision", "hint"), [(Precision.FP32, "f32"), (Precision.FP16, "f16"), (Precision.BF16, "bf16")])
+@pytest.mark.parametrize(
+    ("precision", "hint"),
+    [(Precision.FP32, "f32"), (Precision.FP16, "f16"), (Precision.BF16, "bf16")],
+)
 def test_precision_is_asked_for_by_name(precision: Precision, hint: str) -> None:
-    """The plug-in's own choice is bf16 on processors that have it: accuracy would be traded silently."""
+    """The plug-in's own choice is bf16 on processors that have it: accuracy would be traded
+    silently.
+    """
     assert properties(precision, 4)["INFERENCE_PRECISION_HINT"] == hint
     assert properties(precision, 4)["INFERENCE_NUM_THREADS"] == 4
-    assert properties(precision, 4, kind="gpu") == {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": hint}
+    assert properties(precision, 4, kind="gpu") == {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": hint,
+    }
 
 
-@pytest.mark.parametrize(("kind", "number", "spelt"), [("cpu", 0, "CPU"), ("gpu", 1, "GPU.1"), ("npu", 0, "NPU")])
-def test_openvino_compiles_for_the_device_it_was_given(tiny: Bundle, kind: str, number: int, spelt: str) -> None:
-    """Never for another one, as `AUTO` would: a device that is not here is one clear error that names it."""
+@pytest.mark.parametrize(
+    ("kind", "number", "spelt"), [("cpu", 0, "CPU"), ("gpu", 1, "GPU.1"), ("npu", 0, "NPU")]
+)
+def test_openvino_compiles_for_the_device_it_was_given(
+    tiny: Bundle, kind: str, number: int, spelt: str
+) -> None:
+    """Never for another one, as `AUTO` would: a device that is not here is one clear error that
+    names it.
+    """
     assert _device_name(kind, number) == spelt
     device = DeviceSpec(f"{kind}#{number}", kind, "openvino", (0,), number)
     if kind == "cpu":
@@ -69,9 +94,16 @@ def test_openvino_compiles_for_the_device_it_was_given(tiny: Bundle, kind: str, 
 def test_openvino_is_imported_without_its_telemetry() -> None:
     """`import openvino` sends an event of its own; the module that does so is kept out."""
     program = (
-        "import sys; from imagemill.system.openvino_library import load_openvino; load_openvino(); print(sys.modules['openvino_telemetry'])"
+        "import sys; from imagemill.system.openvino_library import load_openvino; load_openvino();"
+        " print(sys.modules['openvino_telemetry'])"
     )
-    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True, env=environment())
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=environment(),
+    )
     assert found.stdout == "None\n"
 
 
@@ -86,7 +118,9 @@ def test_null_answers_depend_on_every_pixel(tiny: Bundle) -> None:
 
 
 def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_path: Path) -> None:
-    """Where OpenVINO stumbles over the other's blob, the model is compiled without the cache; whatever else fails is told as it was."""
+    """Where OpenVINO stumbles over the other's blob, the model is compiled without the cache;
+    whatever else fails is told as it was.
+    """
 
     class Stumbling:
         def __init__(self, *errors: str) -> None:
@@ -107,7 +141,9 @@ def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_
         _compiled(Stumbling("unsupported layer"), "model", "CPU", {})
 
 
-def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp_path: Path) -> None:
+def test_compiled_models_that_nobody_uses_any_more_are_removed(
+    tiny: Bundle, tmp_path: Path
+) -> None:
     """The eight used last stay, and whatever was used within two days."""
     cache, day = tmp_path / "compiled", 86_400
     cache.mkdir()
@@ -120,7 +156,9 @@ def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp
     os.utime(cache / "11.blob", (read, time.time() - 100 * day))  # written long ago, read since
     make(tiny, cache_dir=str(cache))
     left = {blob.name for blob in cache.glob("*.blob")}
-    assert {f"{number}.blob" for number in (0, 1, 2, 11, 3, 4, 5)} <= left, "with the one just made, eight"
+    assert {f"{number}.blob" for number in (0, 1, 2, 11, 3, 4, 5)} <= left, (
+        "with the one just made, eight"
+    )
     assert not {f"{number}.blob" for number in range(6, 11)} & left
     for number in range(20):
         (cache / f"new{number}.blob").write_bytes(b"")
@@ -131,6 +169,10 @@ def test_compiled_models_that_nobody_uses_any_more_are_removed(tiny: Bundle, tmp
 def test_a_batch_that_does_not_fit_is_called_too_large(tiny: Bundle) -> None:
     """Memory is what usually lacks, and the library's own words do not say so."""
     with pytest.raises(
-        errors.ModelError, match=r"cannot be compiled: .* It was for batches of 99999999: repeat the command with a smaller"
+        errors.ModelError,
+        match=(
+            r"cannot be compiled: .* It was for batches of 99999999: repeat the command with a"
+            r" smaller"
+        ),
     ):
         make(tiny, batch_size=99_999_999)

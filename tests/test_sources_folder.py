@@ -25,7 +25,9 @@ from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import BadImage, Entry, Status
 
 
-def entries(root: Path | bytes, skip: Path | None = None, **filters: Any) -> tuple[list[Entry], Skipped]:
+def entries(
+    root: Path | bytes, skip: Path | None = None, **filters: Any
+) -> tuple[list[Entry], Skipped]:
     skipped = Skipped()
     (source,) = open_all([os.fsdecode(root)], skip)
     return list(source.entries(Filters(**filters), skipped)), skipped
@@ -45,7 +47,9 @@ def problem(call: Callable[[], object]) -> tuple[Status, str]:
     return caught.value.status, caught.value.error
 
 
-NAMES = st.binary(min_size=1, max_size=6).filter(lambda name: not set(name) & {0, ord("/"), ord(".")})
+NAMES = st.binary(min_size=1, max_size=6).filter(
+    lambda name: not set(name) & {0, ord("/"), ord(".")}
+)
 
 
 @examples(max_examples=25)
@@ -53,7 +57,9 @@ NAMES = st.binary(min_size=1, max_size=6).filter(lambda name: not set(name) & {0
 def test_order_is_stable_whatever_the_names_and_the_order_of_creation(
     tmp_path_factory: pytest.TempPathFactory, names: set[tuple[bytes, bytes]], seed: int
 ) -> None:
-    """Entries come ordered by the components of their paths as bytes, never as the file system happens to list them."""
+    """Entries come ordered by the components of their paths as bytes, never as the file system
+    happens to list them.
+    """
     root = os.fsencode(tmp_path_factory.mktemp("names"))
     order = sorted(names)
     random.Random(seed).shuffle(order)
@@ -61,13 +67,19 @@ def test_order_is_stable_whatever_the_names_and_the_order_of_creation(
         os.makedirs(os.path.join(root, directory), exist_ok=True)
         Path(os.fsdecode(os.path.join(root, directory, name + b".png"))).write_bytes(b"")
     assert paths(root) == [
-        directory + b"/" + name + b".png" for directory, name in sorted((d, n + b".png") for d, n in names) for name in [name[:-4]]
+        directory + b"/" + name + b".png"
+        for directory, name in sorted((d, n + b".png") for d, n in names)
+        for name in [name[:-4]]
     ]
 
 
 def test_suffix_decides_what_is_an_image(tmp_path: Path) -> None:
-    """Known suffixes in any case are planned, whatever type or content; the rest is counted by suffix."""
-    files = dict.fromkeys(("a.JPG", "b.Jpeg", "c.tiff", "d.txt", "e.TXT", "f", "g.csv", "h.jpg.part", "i.webp"), b"x")
+    """Known suffixes in any case are planned, whatever type or content; the rest is counted by
+    suffix.
+    """
+    files = dict.fromkeys(
+        ("a.JPG", "b.Jpeg", "c.tiff", "d.txt", "e.TXT", "f", "g.csv", "h.jpg.part", "i.webp"), b"x"
+    )
     found, skipped = entries(fill(tmp_path, files))
     assert [entry.path for entry in found] == [b"a.JPG", b"b.Jpeg", b"c.tiff", b"i.webp"]
     assert skipped.by_suffix == {".txt": 2, "": 1, ".csv": 1, ".part": 1}
@@ -102,8 +114,12 @@ def test_hidden_entries_are_counted_not_planned(tmp_path: Path) -> None:
         ({"include": ("nothing",)}, []),
     ],
 )
-def test_filters_choose_by_name_or_by_path(tmp_path: Path, filters: dict[str, Any], expected: list[str]) -> None:
-    """A pattern with a slash is held against the relative path, else against the name; an excluded folder is closed."""
+def test_filters_choose_by_name_or_by_path(
+    tmp_path: Path, filters: dict[str, Any], expected: list[str]
+) -> None:
+    """A pattern with a slash is held against the relative path, else against the name; an excluded
+    folder is closed.
+    """
     fill(tmp_path, dict.fromkeys(("a/1.png", "a/c/3.jpg", "b/2.png", "b/4.jpg"), b"x"))
     assert paths(tmp_path, **filters) == [os.fsencode(path) for path in expected]
 
@@ -116,7 +132,9 @@ def test_filtered_images_are_counted(tmp_path: Path) -> None:
 
 
 def test_links_are_followed_without_loops(tmp_path: Path) -> None:
-    """Links to files and folders count as what they lead to; a link to a folder above is not entered again."""
+    """Links to files and folders count as what they lead to; a link to a folder above is not
+    entered again.
+    """
     root = fill(tmp_path / "root", {"a/1.jpg": b"xyz"})
     fill(tmp_path / "elsewhere", {"2.jpg": b"x"})
     (root / "b").symlink_to("../elsewhere")
@@ -139,12 +157,24 @@ def test_a_folder_with_an_image_suffix_is_planned_and_entered(tmp_path: Path) ->
     """It has an image suffix, so it has a row; the images in it have theirs."""
     fill(tmp_path, {"x.jpg/1.png": b"x", "x.jpg-2.png": b"x"})
     assert paths(tmp_path) == [b"x.jpg", b"x.jpg/1.png", b"x.jpg-2.png"]
-    assert problem(lambda: source(tmp_path).fetch(b"x.jpg", b"", 99)) == (Status.READ_ERROR, "is a folder, not a regular file")
+    assert problem(lambda: source(tmp_path).fetch(b"x.jpg", b"", 99)) == (
+        Status.READ_ERROR,
+        "is a folder, not a regular file",
+    )
 
 
 def test_names_are_bytes(tmp_path: Path) -> None:
-    """Names that are not UTF-8, or hold line breaks and quotes, are listed and fetched as they are."""
-    names = [b"\xff\xfe.jpg", b"new\nline 'and' \"quotes\".jpg", "ü.jpg".encode(), b" .jpg", b"-rf.jpg", b"$(x);`y`.jpg"]
+    """Names that are not UTF-8, or hold line breaks and quotes, are listed and fetched as they
+    are.
+    """
+    names = [
+        b"\xff\xfe.jpg",
+        b"new\nline 'and' \"quotes\".jpg",
+        "ü.jpg".encode(),
+        b" .jpg",
+        b"-rf.jpg",
+        b"$(x);`y`.jpg",
+    ]
     for name in names:
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(name)
     found = paths(tmp_path)
@@ -153,13 +183,24 @@ def test_names_are_bytes(tmp_path: Path) -> None:
 
 
 def test_images_of_one_sub_folder_are_one_group(tmp_path: Path) -> None:
-    """Groups count the folders right below the root, in order, however deep the images lie; empty ones do not count."""
-    fill(tmp_path, dict.fromkeys(("a/1.jpg", "a/deep/er/2.jpg", "b/none.txt", "c/3.jpg", "c/4.jpg", "d/x/5.jpg"), b"x"))
+    """Groups count the folders right below the root, in order, however deep the images lie; empty
+    ones do not count.
+    """
+    fill(
+        tmp_path,
+        dict.fromkeys(
+            ("a/1.jpg", "a/deep/er/2.jpg", "b/none.txt", "c/3.jpg", "c/4.jpg", "d/x/5.jpg"), b"x"
+        ),
+    )
     assert [entry.group for entry in entries(tmp_path)[0]] == [0, 0, 1, 1, 2]
 
 
-def test_many_names_are_merged_from_sorted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More names than memory is meant for go to temporary files and come back in order, each once."""
+def test_many_names_are_merged_from_sorted_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More names than memory is meant for go to temporary files and come back in order, each
+    once.
+    """
     names = [b"%04d\xff\n.jpg" % number for number in random.Random(1).sample(range(10_000), 250)]
     for name in names:
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_bytes(b"")
@@ -168,7 +209,9 @@ def test_many_names_are_merged_from_sorted_runs(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("count", [6, 7, 8, 14])
-def test_no_name_is_lost_where_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_no_name_is_lost_where_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     """Exactly as many names as fit into memory, one fewer, one more, twice as many."""
     monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", 7)
     fill(tmp_path, {f"{number}.jpg": b"" for number in range(count)})
@@ -176,7 +219,9 @@ def test_no_name_is_lost_where_a_run_ends(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_names_longer_than_a_block_survive_the_merge(tmp_path: Path) -> None:
-    """The merge reads its runs in blocks; a name may span several of them, and a run ends where the next begins."""
+    """The merge reads its runs in blocks; a name may span several of them, and a run ends where the
+    next begins.
+    """
     names = [b"a" * 50, b"b" * 3, b"c" * 120]
     data = b"".join(name + b"/" for name in names)
     (tmp_path / "runs").write_bytes(data + data)
@@ -189,7 +234,10 @@ def test_the_output_folder_is_not_listed(tmp_path: Path) -> None:
     """An output folder inside the source is left out, by identity and not by name."""
     fill(tmp_path, {"a.jpg": b"x", "out/b.jpg": b"x", "other/out/c.jpg": b"x"})
     (tmp_path / "link").symlink_to("out")
-    assert [entry.path for entry in entries(tmp_path, tmp_path / "out")[0]] == [b"a.jpg", b"other/out/c.jpg"]
+    assert [entry.path for entry in entries(tmp_path, tmp_path / "out")[0]] == [
+        b"a.jpg",
+        b"other/out/c.jpg",
+    ]
 
 
 def test_a_single_file_is_a_source(tmp_path: Path) -> None:
@@ -202,12 +250,20 @@ def test_a_single_file_is_a_source(tmp_path: Path) -> None:
 
 def test_a_source_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     """It names the source and the reason."""
-    with pytest.raises(SourceError, match=r"source .*/none cannot be read: No such file or directory\. Give a folder or an image\."):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"source .*/none cannot be read: No such file or directory\. Give a folder or an"
+            r" image\."
+        ),
+    ):
         entries(tmp_path / "none")
 
 
 def test_braces_name_many_sources(tmp_path: Path) -> None:
-    """`{000..003}` and `{a,b}` as WebDataset writes them; a name that exists as it stands is taken as it stands."""
+    """`{000..003}` and `{a,b}` as WebDataset writes them; a name that exists as it stands is taken
+    as it stands.
+    """
     (tmp_path / "x{1..3}").mkdir()
     root = str(tmp_path)
     assert resolve([f"{root}/x{{1..3}}"]) == (f"{root}/x{{1..3}}",)
@@ -220,7 +276,9 @@ def test_braces_name_many_sources(tmp_path: Path) -> None:
 
 
 def test_odd_entries_are_rows_and_are_never_waited_for(tmp_path: Path) -> None:
-    """FIFO, socket, self-link, dead link and a device: planned, and fetching them gives a status at once."""
+    """FIFO, socket, self-link, dead link and a device: planned, and fetching them gives a status at
+    once.
+    """
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "dead.jpg").symlink_to("nowhere")
@@ -239,7 +297,10 @@ def test_odd_entries_are_rows_and_are_never_waited_for(tmp_path: Path) -> None:
             b"loop.jpg": -1,
             b"socket.jpg": -1,
         }
-        found = {name: problem(lambda name=name: source(tmp_path).fetch(name, b"", 99)) for name in paths(tmp_path)}
+        found = {
+            name: problem(lambda name=name: source(tmp_path).fetch(name, b"", 99))
+            for name in paths(tmp_path)
+        }
     assert found == {
         b"dead.jpg": (Status.MISSING, "the file was listed but is gone, or its link leads nowhere"),
         b"device.jpg": (Status.READ_ERROR, "is a device, not a regular file"),
@@ -260,7 +321,9 @@ def test_a_file_beyond_max_bytes_is_not_read(tmp_path: Path) -> None:
 
 
 def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO twice and then the bytes: the image is read. EIO for ever: a row that says so. ENOENT is not retried."""
+    """EIO twice and then the bytes: the image is read. EIO for ever: a row that says so. ENOENT is
+    not retried.
+    """
     fill(tmp_path, {"a.jpg": b"abc"})
     monkeypatch.setattr(files, "_RETRY_DELAYS_S", (0.0, 0.0, 0.0))
     calls: list[int] = []
@@ -280,7 +343,10 @@ def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
     failing(2, errno.EIO)
     assert source(tmp_path).fetch(b"a.jpg", b"", 9) == b"abc"
     failing(99, errno.EIO)
-    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", b"", 9)) == (Status.READ_ERROR, "cannot be read: Input/output error")
+    assert problem(lambda: source(tmp_path).fetch(b"a.jpg", b"", 9)) == (
+        Status.READ_ERROR,
+        "cannot be read: Input/output error",
+    )
     assert len(calls) == 4
     failing(99, errno.ENOENT)
     assert problem(lambda: source(tmp_path).fetch(b"a.jpg", b"", 9))[0] is Status.MISSING
@@ -300,8 +366,12 @@ def test_a_very_deep_folder_is_listed(tmp_path: Path) -> None:
         sys.setrecursionlimit(limit)
 
 
-def test_the_way_out_of_a_folder_that_cannot_be_listed_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pattern that the message names does leave it out; of the source itself there is none to name."""
+def test_the_way_out_of_a_folder_that_cannot_be_listed_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pattern that the message names does leave it out; of the source itself there is none to
+    name.
+    """
     root = fill(tmp_path / "root", {"1.jpg": b"x", "a/locked/2.jpg": b"x"})
     closed = [os.fsencode(root / "a" / "locked")]
     sorted_names = folder._sorted_names
@@ -314,7 +384,9 @@ def test_the_way_out_of_a_folder_that_cannot_be_listed_is_one(tmp_path: Path, mo
     monkeypatch.setattr(folder, "_sorted_names", names)
     with pytest.raises(SourceError) as caught:
         entries(root)
-    assert str(caught.value).endswith("Permission denied. Give it permission, or leave it out with --exclude 'a/locked/'.")
+    assert str(caught.value).endswith(
+        "Permission denied. Give it permission, or leave it out with --exclude 'a/locked/'."
+    )
     assert [entry.path for entry in entries(root, exclude=("a/locked/",))[0]] == [b"1.jpg"]
     closed[:] = [os.fsencode(root)]
     with pytest.raises(SourceError, match=r"Permission denied\. Give it permission\.$"):
@@ -340,8 +412,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, path: Path, code: int) -> None:
 
 @pytest.mark.parametrize("code", UNREACHABLE)
 @pytest.mark.parametrize("kind", ["folder", "link"])
-def test_a_folder_that_cannot_be_entered_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int) -> None:
-    """As one that cannot be listed does: its images would be lost without a word. A link may lead to such a folder."""
+def test_a_folder_that_cannot_be_entered_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int
+) -> None:
+    """As one that cannot be listed does: its images would be lost without a word. A link may lead
+    to such a folder.
+    """
     root = fill(tmp_path / "root", {"1.jpg": b"x", "z/2.jpg": b"x"})
     if kind == "folder":
         (root / "a [1]'s").mkdir()
@@ -358,8 +434,12 @@ def test_a_folder_that_cannot_be_entered_ends_the_listing(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("code", UNREACHABLE)
-def test_a_file_that_cannot_be_looked_at_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """A file, or a link with an image's name, costs its own row or count: nothing is hidden behind it."""
+def test_a_file_that_cannot_be_looked_at_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A file, or a link with an image's name, costs its own row or count: nothing is hidden behind
+    it.
+    """
     root = fill(tmp_path / "root", {"1.jpg": b"x", "2.txt": b"x", "3.jpg": b"x"})
     (root / "4.jpg").symlink_to("1.jpg")
     for name in ("1.jpg", "2.txt", "4.jpg"):
@@ -369,24 +449,38 @@ def test_a_file_that_cannot_be_looked_at_is_no_folder(tmp_path: Path, monkeypatc
     assert (dict(skipped.by_suffix), skipped.broken_links) == ({".txt": 1}, 0)
 
 
-def test_a_folder_named_like_an_image_that_cannot_be_entered_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_an_image_that_cannot_be_entered_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row for the folder would not stand for the images in it."""
     root = fill(tmp_path / "root", {"album.jpg/1.jpg": b"x"})
     failing(monkeypatch, root / "album.jpg", errno.EACCES)
-    with pytest.raises(SourceError, match=r"folder .*/album\.jpg cannot be listed: Permission denied"):
+    with pytest.raises(
+        SourceError, match=r"folder .*/album\.jpg cannot be listed: Permission denied"
+    ):
         entries(root)
 
 
-def test_a_folder_that_is_removed_meanwhile_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_removed_meanwhile_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It may have been moved to a place that was listed already: the images are not gone."""
     root = fill(tmp_path / "root", {"a/1.jpg": b"x"})
     failing(monkeypatch, root / "a", errno.ENOENT)
-    with pytest.raises(SourceError, match=r"/a cannot be listed: No such file or directory\. It was removed .* run the command again"):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"/a cannot be listed: No such file or directory\. It was removed .* run the command"
+            r" again"
+        ),
+    ):
         entries(root)
 
 
 def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
-    """They may have led to a folder on a disk that is not mounted. One with an image's name has a row instead, as all do by --all-files."""
+    """They may have led to a folder on a disk that is not mounted. One with an image's name has a
+    row instead, as all do by --all-files.
+    """
     root = fill(tmp_path / "root", {"1.jpg": b"x", "notes": b"x"})
     (root / "archive").symlink_to("/mnt/not mounted/archive")
     (root / "loop").symlink_to("loop")
@@ -398,12 +492,21 @@ def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
     assert dict(skipped.by_suffix) == {"": 1}
     assert entries(root, exclude=("archive", "below*"))[1].broken_links == 1
     found, skipped = entries(root, all_files=True)
-    assert [entry.path for entry in found] == [b"1.jpg", b"2.jpg", b"archive", b"below a file", b"loop", b"notes"]
+    assert [entry.path for entry in found] == [
+        b"1.jpg",
+        b"2.jpg",
+        b"archive",
+        b"below a file",
+        b"loop",
+        b"notes",
+    ]
     assert skipped.broken_links == 0
 
 
 @pytest.mark.parametrize("in_memory", [2, 10_000])
-def test_an_error_in_the_middle_of_a_folder_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int) -> None:
+def test_an_error_in_the_middle_of_a_folder_ends_the_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: int
+) -> None:
     """The names that came before it are not taken for all."""
     root = fill(tmp_path / "root", {f"a/{number}.jpg": b"x" for number in range(9)})
     real = os.scandir
@@ -426,12 +529,20 @@ def test_an_error_in_the_middle_of_a_folder_ends_the_listing(tmp_path: Path, mon
 
     monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", in_memory)
     monkeypatch.setattr(os, "scandir", Scan)
-    with pytest.raises(SourceError, match=r"folder .*/root/a cannot be listed: Input/output error\. Check the disk or the mount, or "):
+    with pytest.raises(
+        SourceError,
+        match=(
+            r"folder .*/root/a cannot be listed: Input/output error\. Check the disk or the"
+            r" mount, or "
+        ),
+    ):
         entries(root)
 
 
 def test_a_folder_whose_path_is_too_long_ends_the_listing(tmp_path: Path) -> None:
-    """Folders may lie deeper than the longest path that the system takes. The error is one line of readable length."""
+    """Folders may lie deeper than the longest path that the system takes. The error is one line of
+    readable length.
+    """
     here = Path.cwd()
     try:
         os.chdir(fill(tmp_path / "root", {"1.jpg": b"x"}))
@@ -442,20 +553,33 @@ def test_a_folder_whose_path_is_too_long_ends_the_listing(tmp_path: Path) -> Non
     finally:
         os.chdir(here)
     with pytest.raises(
-        SourceError, match=r"^folder .*… cannot be listed: File name too long\. .* give a folder below it as a source"
+        SourceError,
+        match=(
+            r"^folder .*… cannot be listed: File name too long\. .* give a folder below it as a"
+            r" source"
+        ),
     ) as caught:
         entries(tmp_path / "root")
     assert len(str(caught.value)) < 800
     shutil.rmtree(tmp_path / "root")
 
 
-def test_a_folder_without_the_right_to_enter_it_ends_the_command(tmp_path: Path, imagemill: Callable[..., Result]) -> None:
-    """With real permissions: it can be listed, but what is in it cannot be reached. No job is frozen."""
-    root = fill(tmp_path / "root", {"1.jpg": b"x", "closed/sub/2.jpg": b"x", "closed/notes.txt": b"x"})
+def test_a_folder_without_the_right_to_enter_it_ends_the_command(
+    tmp_path: Path, imagemill: Callable[..., Result]
+) -> None:
+    """With real permissions: it can be listed, but what is in it cannot be reached. No job is
+    frozen.
+    """
+    root = fill(
+        tmp_path / "root", {"1.jpg": b"x", "closed/sub/2.jpg": b"x", "closed/notes.txt": b"x"}
+    )
     (root / "closed").chmod(0o444)
     arguments = (root, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
     result = imagemill("run", *arguments, before=without_root_powers())
     (root / "closed").chmod(0o755)
     assert result.code == 1
-    assert f"folder {root}/closed/sub cannot be listed: Permission denied. Give it permission, or leave it out with --exclude" in result.err
+    assert (
+        f"folder {root}/closed/sub cannot be listed: Permission denied. Give it permission, or"
+        " leave it out with --exclude" in result.err
+    )
     assert not (tmp_path / "out" / "job.json").exists()

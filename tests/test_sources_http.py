@@ -1,4 +1,6 @@
-"""Images from the web: whatever a server does, each is an answer or a row that says why, in bounded time and memory."""
+"""Images from the web: whatever a server does, each is an answer or a row that says why, in bounded
+time and memory.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ import harness
 
 CLI = Callable[..., helpers.Result]
 Jobs = Callable[..., Settings]
-HASTY = http.Patience(tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.3, connect_s=2.0, silence_s=0.4)
+HASTY = http.Patience(
+    tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.3, connect_s=2.0, silence_s=0.4
+)
 BODY = bytes(range(256)) * 40
 
 
@@ -66,7 +70,9 @@ Rule = Callable[[Handler, int], object]
 
 
 class Server:
-    """Serves `files` by their paths, unless `rule` does otherwise. A rule is told how often this path was asked for before."""
+    """Serves `files` by their paths, unless `rule` does otherwise. A rule is told how often this
+    path was asked for before.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -81,7 +87,9 @@ class Server:
         self._httpd.daemon_threads = True
         self._httpd.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients hang up on purpose
         self.url = f"http://127.0.0.1:{self._httpd.server_address[1]}"
-        self._thread = threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread = threading.Thread(
+            target=self._httpd.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         self._thread.start()
 
     def wrap(self, context: ssl.SSLContext) -> None:
@@ -101,7 +109,9 @@ def serve(handler: Handler, number: int) -> None:
     send(handler, 404 if data is None else 200, data or b"")
 
 
-def send(handler: Handler, status: int, data: bytes = b"", cut: int | None = None, **headers: str) -> None:
+def send(
+    handler: Handler, status: int, data: bytes = b"", cut: int | None = None, **headers: str
+) -> None:
     handler.send_response_only(status)
     handler.send_header("Content-Length", str(len(data)))
     for name, value in headers.items():
@@ -144,7 +154,9 @@ def bad(url: str, max_bytes: int = 100_000, patience: http.Patience = HASTY) -> 
 def test_the_same_images_have_the_same_answers_from_a_folder_and_from_the_web(
     server: Server, some_jpegs: dict[str, bytes], job: Jobs, tmp_path: Path
 ) -> None:
-    """A list of URLs, one with relative lines at a URL itself, and single URLs give a folder's rows bit for bit, bad images included."""
+    """A list of URLs, one with relative lines at a URL itself, and single URLs give a folder's rows
+    bit for bit, bad images included.
+    """
     files = some_jpegs | {
         "a/half.jpg": sample_images.half(sample_images.jpeg(300, 200)),
         "b/empty.jpg": b"",
@@ -152,19 +164,34 @@ def test_the_same_images_have_the_same_answers_from_a_folder_and_from_the_web(
     }
     server.files |= files | {"list.txt": "\n".join(files).encode()}
     folder = helpers.fill(tmp_path / "images", files)
-    (tmp_path / "urls.txt").write_text("".join(f"{server.url}/{name}?size=full\n" for name in files))
-    sources = {"folder": [folder], "urls": [f"@{tmp_path / 'urls.txt'}"], "list": [f"@{server.url}/list.txt"]}
+    (tmp_path / "urls.txt").write_text(
+        "".join(f"{server.url}/{name}?size=full\n" for name in files)
+    )
+    sources = {
+        "folder": [folder],
+        "urls": [f"@{tmp_path / 'urls.txt'}"],
+        "list": [f"@{server.url}/list.txt"],
+    }
     sources["single"] = [f"{server.url}/{name}" for name in files][:3]
     for name, given in sources.items():
-        run.run(job(*given, output=str(tmp_path / name), shard_size=8, num_workers=4, save=("logits",)))
+        run.run(
+            job(*given, output=str(tmp_path / name), shard_size=8, num_workers=4, save=("logits",))
+        )
         harness.assert_complete(tmp_path / name)
     expected = helpers.by_path(tmp_path / "folder")
     urls = helpers.by_path(tmp_path / "urls")
-    assert {path: row | {"path": path} for path, row in expected.items()} == helpers.by_path(tmp_path / "list")
-    assert urls == {f"{server.url}/{path}?size=full": row | {"path": f"{server.url}/{path}?size=full"} for path, row in expected.items()}
+    assert {path: row | {"path": path} for path, row in expected.items()} == helpers.by_path(
+        tmp_path / "list"
+    )
+    assert urls == {
+        f"{server.url}/{path}?size=full": row | {"path": f"{server.url}/{path}?size=full"}
+        for path, row in expected.items()
+    }
     single = helpers.rows(tmp_path / "single")
     assert [row["source"] for row in single] == sources["single"]
-    assert [row["logits"] for row in single] == [expected[name]["logits"] for name in list(files)[:3]]
+    assert [row["logits"] for row in single] == [
+        expected[name]["logits"] for name in list(files)[:3]
+    ]
     assert (tmp_path / "urls" / "failed.txt").read_text().split() == [
         f"{server.url}/{name}?size=full" for name in ("a/half.jpg", "b/empty.jpg", "c/not.jpg")
     ]
@@ -242,13 +269,18 @@ def test_what_does_not_pass_is_a_row_that_says_why(
 
 def test_nobody_there_says_so() -> None:
     """A refused connection, and a host that nobody knows by an address nobody has."""
-    assert bad("http://127.0.0.1:1/a.jpg").error == "cannot be read: no connection: Connection refused, after 3 tries"
+    assert (
+        bad("http://127.0.0.1:1/a.jpg").error
+        == "cannot be read: no connection: Connection refused, after 3 tries"
+    )
     assert bad("http://[::1/a.jpg").status == Status.READ_ERROR
     assert bad("http://127.0.0.1:99999/a.jpg").status == Status.READ_ERROR
 
 
 def test_retry_after_is_obeyed_within_bounds(server: Server) -> None:
-    """A server that asks for a pause gets it, by number or by date, but no more than the longest pause."""
+    """A server that asks for a pause gets it, by number or by date, but no more than the longest
+    pause.
+    """
     moments: list[float] = []
 
     def rule(handler: Handler, number: int) -> None:
@@ -259,7 +291,10 @@ def test_retry_after_is_obeyed_within_bounds(server: Server) -> None:
 
     server.rule = rule
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY) == BODY
-    assert [later - earlier >= HASTY.longest_pause_s for earlier, later in pairwise(moments)] == [True, True]
+    assert [later - earlier >= HASTY.longest_pause_s for earlier, later in pairwise(moments)] == [
+        True,
+        True,
+    ]
     impatient = http.Patience(tries=9, seconds=0.2, longest_pause_s=60)
     server.paths.clear()
     assert bad(f"{server.url}/a.jpg", patience=impatient).error.endswith("after 1 try")
@@ -269,16 +304,23 @@ def test_redirects_are_followed_a_few(server: Server) -> None:
     """Relative and absolute, to the end."""
     goals = {"/1": "/2", "/2": f"{server.url}/3", "/3": "a.jpg"}
     server.rule = lambda handler, number: (
-        send(handler, 302, b"moved", Location=goals[handler.path]) if handler.path in goals else serve(handler, number)
+        send(handler, 302, b"moved", Location=goals[handler.path])
+        if handler.path in goals
+        else serve(handler, number)
     )
     assert http.fetch(f"{server.url}/1", len(BODY), HASTY) == BODY
     assert len(server.connections) == 1
 
 
 def test_no_more_is_read_than_an_image_may_have(server: Server) -> None:
-    """An announced length is refused unread; ten gigabytes that come unannounced are cut off, in memory that stays bounded."""
+    """An announced length is refused unread; ten gigabytes that come unannounced are cut off, in
+    memory that stays bounded.
+    """
     found = bad(f"{server.url}/a.jpg", 10_239)
-    assert (found.status, found.error) == (Status.TOO_LARGE, "has 10240 bytes, more than --max-bytes 10239")
+    assert (found.status, found.error) == (
+        Status.TOO_LARGE,
+        "has 10240 bytes, more than --max-bytes 10239",
+    )
     sent = 0
 
     def endless(handler: Handler, number: int) -> None:
@@ -298,13 +340,18 @@ def test_no_more_is_read_than_an_image_may_have(server: Server) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (found.status, found.error) == (Status.TOO_LARGE, "has more bytes than --max-bytes 4194304")
+    assert (found.status, found.error) == (
+        Status.TOO_LARGE,
+        "has more bytes than --max-bytes 4194304",
+    )
     assert sent < 64 * 2**20
     assert peak < 16 * 2**20
 
 
 def test_connections_are_kept_and_bounded(server: Server) -> None:
-    """One thread uses one connection for all its images; thirty-two threads have no more than eight to one host at a time."""
+    """One thread uses one connection for all its images; thirty-two threads have no more than eight
+    to one host at a time.
+    """
     for _ in range(5):
         http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY)
     assert len(server.connections) == 1
@@ -323,14 +370,24 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
     server.rule = rule
     patient = http.Patience()
     with ThreadPoolExecutor(32) as pool:
-        assert list(pool.map(lambda _: http.fetch(f"{server.url}/a.jpg", len(BODY), patient), range(64))) == [BODY] * 64
+        assert (
+            list(
+                pool.map(lambda _: http.fetch(f"{server.url}/a.jpg", len(BODY), patient), range(64))
+            )
+            == [BODY] * 64
+        )
     assert 2 <= most <= http.CONNECTIONS_PER_HOST
     assert len(server.connections) <= http.CONNECTIONS_PER_HOST
 
 
-@pytest.mark.parametrize("worst", [lambda handler: send(handler, 404, b"no"), lambda handler: send(handler, 503, b"no"), reset])
+@pytest.mark.parametrize(
+    "worst",
+    [lambda handler: send(handler, 404, b"no"), lambda handler: send(handler, 503, b"no"), reset],
+)
 def test_failures_use_up_no_connections(server: Server, worst: Callable[[Handler], object]) -> None:
-    """After more failures than there may be connections, of images too large as well, the next image is had, without waiting."""
+    """After more failures than there may be connections, of images too large as well, the next
+    image is had, without waiting.
+    """
     patience = http.Patience(tries=1, seconds=5)
     for _ in range(2 * http.CONNECTIONS_PER_HOST):
         server.rule = lambda handler, number: worst(handler)
@@ -340,8 +397,12 @@ def test_failures_use_up_no_connections(server: Server, worst: Callable[[Handler
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), patience) == BODY
 
 
-def test_certificates_are_verified(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An unknown authority is a row after one try; a known one is trusted; https is never left for http."""
+def test_certificates_are_verified(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An unknown authority is a row after one try; a known one is trusted; https is never left for
+    http.
+    """
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
@@ -358,16 +419,26 @@ def test_certificates_are_verified(server: Server, monkeypatch: pytest.MonkeyPat
     http._pool.cache_clear()
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY) == BODY
     server.rule = lambda handler, number: send(handler, 302, Location=f"{plain}/a.jpg")
-    assert bad(f"{server.url}/a.jpg").error == "cannot be read: redirected from https to http, which is not followed"
+    assert (
+        bad(f"{server.url}/a.jpg").error
+        == "cannot be read: redirected from https to http, which is not followed"
+    )
 
 
-def test_proxies_are_taken_from_the_environment(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_are_taken_from_the_environment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """HTTP_PROXY is used, with its name and password, and NO_PROXY keeps out of it."""
     monkeypatch.setenv("http_proxy", server.url.replace("//", "//me:s%20t@"))
     server.files["/elsewhere.invalid/a.jpg"] = BODY
     server.rule = lambda handler, number: send(handler, 200, handler.path.encode())
-    assert http.fetch("http://elsewhere.invalid/a.jpg", len(BODY), HASTY) == b"http://elsewhere.invalid/a.jpg"
-    assert server.headers[-1]["Proxy-Authorization"] == "Basic " + base64.b64encode(b"me:s t").decode()
+    assert (
+        http.fetch("http://elsewhere.invalid/a.jpg", len(BODY), HASTY)
+        == b"http://elsewhere.invalid/a.jpg"
+    )
+    assert (
+        server.headers[-1]["Proxy-Authorization"] == "Basic " + base64.b64encode(b"me:s t").decode()
+    )
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY) == b"/a.jpg"
 
@@ -375,13 +446,19 @@ def test_proxies_are_taken_from_the_environment(server: Server, monkeypatch: pyt
 def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, imagemill: CLI
 ) -> None:
-    """A URL with a password in it is refused wherever it is written, the password unspoken; `~/.netrc` serves, but no redirect's goal."""
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\ndefault login all password everywhere\n")
+    """A URL with a password in it is refused wherever it is written, the password unspoken;
+    `~/.netrc` serves, but no redirect's goal.
+    """
+    (tmp_path / "netrc").write_text(
+        "machine 127.0.0.1 login me password secret\ndefault login all password everywhere\n"
+    )
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     elsewhere = server.url.replace("127.0.0.1", "localhost")
     server.rule = lambda handler, number: (
-        send(handler, 302, Location=f"{elsewhere}/a.jpg") if handler.path == "/move" else serve(handler, number)
+        send(handler, 302, Location=f"{elsewhere}/a.jpg")
+        if handler.path == "/move"
+        else serve(handler, number)
     )
     assert http.fetch(f"{server.url}/move", len(BODY), HASTY) == BODY
     sent = [headers.get("Authorization") for headers in server.headers]
@@ -392,7 +469,9 @@ def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
             resolve([url])
         assert "hush" not in str(refused.value)
         (tmp_path / "list.txt").write_text(f"a.jpg\n{url}\n")
-        with pytest.raises(SourceError, match=r"list.txt, line 2: the URL holds a user name or password") as in_list:
+        with pytest.raises(
+            SourceError, match=r"list.txt, line 2: the URL holds a user name or password"
+        ) as in_list:
             list(ListSource(0, os.fsencode(tmp_path / "list.txt")).entries(Filters(), Skipped()))
         assert "hush" not in str(in_list.value)
         with pytest.raises(BadImage, match="holds a user name or password"):
@@ -403,28 +482,45 @@ def test_passwords_come_from_netrc_alone_and_go_to_their_host_alone(
 @pytest.mark.parametrize(
     ("source", "text"),
     [
-        ("http://h/images/", "only single images are read over http. Download it, or list its images' URLs in a file: @FILE."),
+        (
+            "http://h/images/",
+            (
+                "only single images are read over http. Download it, or list its images' URLs in a"
+                " file: @FILE."
+            ),
+        ),
         ("https://h/all.TAR.gz", "only single images are read over https."),
         ("https://h/table.parquet?x=1", "only single images are read over https."),
         ("http://h", "only single images are read over http."),
         ("ftp://h/a.jpg", "ftp is none of http, https, s3, gs, az."),
-        ("file://elsewhere/a.jpg", "file://elsewhere is another machine. Mount its disk and give the path."),
+        (
+            "file://elsewhere/a.jpg",
+            "file://elsewhere is another machine. Mount its disk and give the path.",
+        ),
         ("https://", "names no host or bucket."),
     ],
 )
 def test_what_cannot_be_a_source_is_refused_in_words(source: str, text: str) -> None:
-    """Folders, archives and tables over http, and other protocols: the message says what to do instead."""
+    """Folders, archives and tables over http, and other protocols: the message says what to do
+    instead.
+    """
     with pytest.raises(UsageError) as caught:
         resolve([source])
     assert text in str(caught.value)
 
 
-def test_a_source_that_is_not_there_ends_the_job_before_it_begins(server: Server, imagemill: CLI, tmp_path: Path) -> None:
+def test_a_source_that_is_not_there_ends_the_job_before_it_begins(
+    server: Server, imagemill: CLI, tmp_path: Path
+) -> None:
     """A single URL and a list that the server does not have: exit 1, one line, nothing written."""
     for source in (f"{server.url}/none.jpg", f"@{server.url}/none.txt"):
-        result = imagemill("run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+        result = imagemill(
+            "run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
+        )
         assert (result.code, len(result.err.splitlines())) == (1, 1)
-        assert "cannot be read: the server answers 404 Not Found. Look at the address." in result.err
+        assert (
+            "cannot be read: the server answers 404 Not Found. Look at the address." in result.err
+        )
         assert not (tmp_path / "out").exists()
     check([f"{server.url}/a.jpg"])
 
@@ -438,7 +534,9 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     job: Jobs,
     tmp_path: Path,
 ) -> None:
-    """SIGKILL of the launcher in the middle, then a server that fails for the rest, then a healthy one: as if nothing had been."""
+    """SIGKILL of the launcher in the middle, then a server that fails for the rest, then a healthy
+    one: as if nothing had been.
+    """
     server.files |= some_jpegs
     (tmp_path / "urls.txt").write_text("".join(f"{server.url}/{name}\n" for name in some_jpegs))
     hook = """
@@ -446,8 +544,22 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
         module.PATIENCE = module.Patience(tries=2, seconds=1, pause_s=0.01)
     after_import("imagemill.pipeline.sources.http", hasty)
     """
-    env: Mapping[str, str] = harness.hooks(tmp_path / "hooks", hook, IMAGEMILL_MODELS=str(models_dir))
-    tiny = ("--model", "tiny", "--devices", "null", "--shard-size", "8", "--num-workers", "2", "--save", "logits", "--no-report")
+    env: Mapping[str, str] = harness.hooks(
+        tmp_path / "hooks", hook, IMAGEMILL_MODELS=str(models_dir)
+    )
+    tiny = (
+        "--model",
+        "tiny",
+        "--devices",
+        "null",
+        "--shard-size",
+        "8",
+        "--num-workers",
+        "2",
+        "--save",
+        "logits",
+        "--no-report",
+    )
     arguments = ("run", f"@{tmp_path / 'urls.txt'}", "--output", tmp_path / "out", *tiny)
 
     def slowly(handler: Handler, number: int) -> None:
@@ -464,7 +576,10 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     assert 2 <= len(before) < 5
     server.rule = lambda handler, number: send(handler, 503)
     outage = imagemill(*arguments, "--json", env=env)
-    assert (outage.code, outage.json["failed_by_status"]) == (0, {"read_error": 40 - 8 * len(before)}), outage.err
+    assert (outage.code, outage.json["failed_by_status"]) == (
+        0,
+        {"read_error": 40 - 8 * len(before)},
+    ), outage.err
     assert helpers.parts(tmp_path / "out").items() >= before.items()
     server.rule = serve
     server.paths.clear()
@@ -476,19 +591,33 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     run.run(job(folder, output=str(tmp_path / "folder"), save=("logits",)))
     expected = helpers.by_path(tmp_path / "folder")
     assert helpers.by_path(tmp_path / "out") == {
-        f"{server.url}/{path}": row | {"path": f"{server.url}/{path}"} for path, row in expected.items()
+        f"{server.url}/{path}": row | {"path": f"{server.url}/{path}"}
+        for path, row in expected.items()
     }
 
 
-def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jobs, tmp_path: Path) -> None:
-    """Of sources, their check, lists on the web, and images of lists and tables, redirects included. It may change on resume."""
+def test_requests_name_the_user_agent_that_was_asked_for(
+    server: Server, job: Jobs, tmp_path: Path
+) -> None:
+    """Of sources, their check, lists on the web, and images of lists and tables, redirects
+    included. It may change on resume.
+    """
     image = sample_images.jpeg(40, 30)
     names = ("a.jpg", "b.jpg", "c.jpg", "d.jpg")
     server.files = dict.fromkeys(names, image) | {"list.txt": b"b.jpg\n"}
-    server.rule = lambda handler, number: send(handler, 302, Location="/a.jpg") if handler.path == "/moved.jpg" else serve(handler, number)
+    server.rule = lambda handler, number: (
+        send(handler, 302, Location="/a.jpg")
+        if handler.path == "/moved.jpg"
+        else serve(handler, number)
+    )
     (tmp_path / "list.txt").write_text(f"{server.url}/c.jpg\n")
     (tmp_path / "table.csv").write_text(f"url\n{server.url}/d.jpg\n")
-    given = (f"{server.url}/moved.jpg", f"@{server.url}/list.txt", f"@{tmp_path / 'list.txt'}", f"@{tmp_path / 'table.csv'}")
+    given = (
+        f"{server.url}/moved.jpg",
+        f"@{server.url}/list.txt",
+        f"@{tmp_path / 'list.txt'}",
+        f"@{tmp_path / 'table.csv'}",
+    )
     assert run.run(job(*given, user_agent="Mozilla/5.0 (me@example.com)")).ok == 4
     assert {f"/{name}" for name in (*names, "moved.jpg", "list.txt")} == set(server.paths)
     assert {headers["User-Agent"] for headers in server.headers} == {"Mozilla/5.0 (me@example.com)"}
@@ -502,8 +631,12 @@ def test_requests_name_the_user_agent_that_was_asked_for(server: Server, job: Jo
 
 
 @pytest.mark.parametrize("agent", ["", "  ", "a\r\nCookie: b", "a\nb", "tab\t", "ü"])
-def test_a_user_agent_that_no_header_can_hold_is_refused(agent: str, job: Jobs, tmp_path: Path) -> None:
-    """Line breaks and other control characters would forge headers: wrong usage, before anything is read or written."""
+def test_a_user_agent_that_no_header_can_hold_is_refused(
+    agent: str, job: Jobs, tmp_path: Path
+) -> None:
+    """Line breaks and other control characters would forge headers: wrong usage, before anything is
+    read or written.
+    """
     with pytest.raises(UsageError, match=r"--user-agent .* must be printable ASCII") as caught:
         run.run(job(tmp_path, user_agent=agent))
     assert "\n" not in str(caught.value)

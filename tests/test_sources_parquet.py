@@ -1,4 +1,6 @@
-"""Parquet files with images in them: found by what the table says, read forward, and never a wrong image under a right name."""
+"""Parquet files with images in them: found by what the table says, read forward, and never a wrong
+image under a right name.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ def _no_open_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def hf_table(rows: list[tuple[bytes | None, str | None]], column: str = "image") -> pa.Table:
     """A table as 🤗 datasets lays it out, by hand."""
-    return pa.table({"label": pa.array(range(len(rows))), column: pa.array([{"bytes": b, "path": p} for b, p in rows], IMAGE)})
+    return pa.table(
+        {
+            "label": pa.array(range(len(rows))),
+            column: pa.array([{"bytes": b, "path": p} for b, p in rows], IMAGE),
+        }
+    )
 
 
 def written(path: Path, table: pa.Table, **options: Any) -> Path:
@@ -59,20 +66,45 @@ def refusal(source: object, entry: Entry, max_bytes: int = 2**28) -> tuple[Statu
     return caught.value.status, caught.value.error
 
 
-# ── which column ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── which column ──────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(4), pa.dictionary(pa.int32(), pa.binary())])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.binary(4),
+        pa.dictionary(pa.int32(), pa.binary()),
+    ],
+)
 def test_bytes_of_any_width_are_images(tmp_path: Path, kind: pa.DataType) -> None:
     """Plain, large, view, of a fixed size, or behind a dictionary."""
-    file = written(tmp_path / "t.parquet", pa.table({"label": [1, 2], "anything": pa.array([b"abcd", b"efgh"], pa.binary()).cast(kind)}))
+    file = written(
+        tmp_path / "t.parquet",
+        pa.table(
+            {"label": [1, 2], "anything": pa.array([b"abcd", b"efgh"], pa.binary()).cast(kind)}
+        ),
+    )
     assert [fetched(file, entry) for entry in listed(file)] == [b"abcd", b"efgh"]
 
 
 def test_rows_are_named_by_number_and_by_what_the_table_says(tmp_path: Path) -> None:
-    """The number finds the row again; the table's name comes behind it, also where it is absolute, odd or missing."""
-    names = ["cat.jpg", None, "a/b c.png", "/absolute.jpg", "cat.jpg", "\udcff.jpg".encode("utf-8", "surrogateescape").decode("latin-1")]
-    file = written(tmp_path / "t.parquet", hf_table([(b"x", name) for name in names]), row_group_size=4)
+    """The number finds the row again; the table's name comes behind it, also where it is absolute,
+    odd or missing.
+    """
+    names = [
+        "cat.jpg",
+        None,
+        "a/b c.png",
+        "/absolute.jpg",
+        "cat.jpg",
+        "\udcff.jpg".encode("utf-8", "surrogateescape").decode("latin-1"),
+    ]
+    file = written(
+        tmp_path / "t.parquet", hf_table([(b"x", name) for name in names]), row_group_size=4
+    )
     assert [entry.path for entry in listed(file)] == [
         b"00000000/cat.jpg",
         b"00000001",
@@ -81,22 +113,44 @@ def test_rows_are_named_by_number_and_by_what_the_table_says(tmp_path: Path) -> 
         b"00000004/cat.jpg",
         b"00000005/\xc3\xbf.jpg",
     ]
-    assert [entry.path for entry in listed(file, Filters(include=("*.png",)))] == [b"00000002/a/b c.png"]
-    assert [entry.path for entry in listed(file, Filters(exclude=("*.jpg",)))] == [b"00000001", b"00000002/a/b c.png"]
+    assert [entry.path for entry in listed(file, Filters(include=("*.png",)))] == [
+        b"00000002/a/b c.png"
+    ]
+    assert [entry.path for entry in listed(file, Filters(exclude=("*.jpg",)))] == [
+        b"00000001",
+        b"00000002/a/b c.png",
+    ]
 
 
 def test_datasets_say_which_column_holds_images(tmp_path: Path) -> None:
-    """A table written by 🤗 datasets: the column is the one it calls Image, whatever its name and beside other bytes."""
+    """A table written by 🤗 datasets: the column is the one it calls Image, whatever its name and
+    beside other bytes.
+    """
     import datasets
 
     data = [sample_images.jpeg(20, 20, seed=seed) for seed in range(3)]
-    features = datasets.Features({"mask": datasets.Value("binary"), "scan": datasets.Image(), "label": datasets.Value("int64")})
+    features = datasets.Features(
+        {
+            "mask": datasets.Value("binary"),
+            "scan": datasets.Image(),
+            "label": datasets.Value("int64"),
+        }
+    )
     made = datasets.Dataset.from_dict(
-        {"mask": [b"no"] * 3, "scan": [{"bytes": item, "path": f"{n}.jpg"} for n, item in enumerate(data)], "label": [0, 1, 2]}, features
+        {
+            "mask": [b"no"] * 3,
+            "scan": [{"bytes": item, "path": f"{n}.jpg"} for n, item in enumerate(data)],
+            "label": [0, 1, 2],
+        },
+        features,
     )
     made.to_parquet(str(tmp_path / "t.parquet"))
     entries = listed(tmp_path / "t.parquet")
-    assert [entry.path for entry in entries] == [b"00000000/0.jpg", b"00000001/1.jpg", b"00000002/2.jpg"]
+    assert [entry.path for entry in entries] == [
+        b"00000000/0.jpg",
+        b"00000001/1.jpg",
+        b"00000002/2.jpg",
+    ]
     assert [fetched(tmp_path / "t.parquet", entry) for entry in entries] == data
 
 
@@ -109,29 +163,81 @@ def test_datasets_say_which_column_holds_images(tmp_path: Path) -> None:
         ({"image": b"i", "bytes": b"b"}, b"i"),
     ],
 )
-def test_a_column_of_a_known_name_is_taken(tmp_path: Path, columns: dict[str, object], chosen: bytes) -> None:
+def test_a_column_of_a_known_name_is_taken(
+    tmp_path: Path, columns: dict[str, object], chosen: bytes
+) -> None:
     """`image` before all, else the only known name, else the only bytes."""
-    file = written(tmp_path / "t.parquet", pa.table({name: [value] for name, value in columns.items()}))
+    file = written(
+        tmp_path / "t.parquet", pa.table({name: [value] for name, value in columns.items()})
+    )
     assert fetched(file, listed(file)[0]) == chosen
 
 
 @pytest.mark.parametrize(
     ("columns", "suffix", "message"),
     [
-        ({"front": b"", "back": b""}, "", "has several columns that may be images: front, back. Name one: {file}#front."),
-        ({"img": b"", "jpg": b""}, "", "has several columns that may be images: img, jpg. Name one: {file}#img."),
-        ({"n": 1, "s": "x"}, "", "has no column of image bytes. Its columns: n (int64), s (string). A column of paths is read with"),
-        ({"image": "x.jpg"}, "", "column 'image' holds text, not the bytes of images. If these are paths: @{file}#image."),
-        ({"image": "x.jpg", "n": 1}, "#image", "column 'image' holds text, not the bytes of images. If these are paths: @{file}#image."),
-        ({"image": b"", "n": 1}, "#n", "column 'n' holds int64, not the bytes of images. Its columns: image (binary), n (int64)."),
-        ({"image": b"", "n": 1}, "#m", "the table has no column 'm'. Its columns: image (binary), n (int64)."),
-        ({"image": {"data": b""}}, "", "column 'image' holds struct of data, not the bytes of images."),
+        (
+            {"front": b"", "back": b""},
+            "",
+            "has several columns that may be images: front, back. Name one: {file}#front.",
+        ),
+        (
+            {"img": b"", "jpg": b""},
+            "",
+            "has several columns that may be images: img, jpg. Name one: {file}#img.",
+        ),
+        (
+            {"n": 1, "s": "x"},
+            "",
+            (
+                "has no column of image bytes. Its columns: n (int64), s (string). A column of"
+                " paths is read with"
+            ),
+        ),
+        (
+            {"image": "x.jpg"},
+            "",
+            (
+                "column 'image' holds text, not the bytes of images. If these are paths:"
+                " @{file}#image."
+            ),
+        ),
+        (
+            {"image": "x.jpg", "n": 1},
+            "#image",
+            (
+                "column 'image' holds text, not the bytes of images. If these are paths:"
+                " @{file}#image."
+            ),
+        ),
+        (
+            {"image": b"", "n": 1},
+            "#n",
+            (
+                "column 'n' holds int64, not the bytes of images. Its columns: image (binary), n"
+                " (int64)."
+            ),
+        ),
+        (
+            {"image": b"", "n": 1},
+            "#m",
+            "the table has no column 'm'. Its columns: image (binary), n (int64).",
+        ),
+        (
+            {"image": {"data": b""}},
+            "",
+            "column 'image' holds struct of data, not the bytes of images.",
+        ),
         ({"image": [b""]}, "", "column 'image' holds list<"),
     ],
 )
-def test_a_column_that_cannot_be_told_is_one_clear_message(tmp_path: Path, columns: dict[str, object], suffix: str, message: str) -> None:
+def test_a_column_that_cannot_be_told_is_one_clear_message(
+    tmp_path: Path, columns: dict[str, object], suffix: str, message: str
+) -> None:
     """What there is, and how to choose."""
-    file = written(tmp_path / "t.parquet", pa.table({name: [value] for name, value in columns.items()}))
+    file = written(
+        tmp_path / "t.parquet", pa.table({name: [value] for name, value in columns.items()})
+    )
     with pytest.raises(SourceError) as caught:
         listed(f"{file}{suffix}")
     assert message.format(file=file) in str(caught.value)
@@ -149,16 +255,21 @@ def test_a_column_is_named_behind_a_hash_and_a_file_of_that_name_wins(tmp_path: 
 
 def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     """There is no telling which is meant."""
-    file = written(tmp_path / "t.parquet", pa.Table.from_arrays([pa.array([b"a"]), pa.array([b"b"])], names=["image", "image"]))
+    file = written(
+        tmp_path / "t.parquet",
+        pa.Table.from_arrays([pa.array([b"a"]), pa.array([b"b"])], names=["image", "image"]),
+    )
     with pytest.raises(SourceError, match="has two columns of one name"):
         listed(file)
 
 
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nulls_are_rows_that_say_so(tmp_path: Path) -> None:
-    """No bytes and no path: missing. A path alone is fetched from beside the table; empty bytes are an empty image."""
+    """No bytes and no path: missing. A path alone is fetched from beside the table; empty bytes are
+    an empty image.
+    """
     (tmp_path / "there.jpg").write_bytes(b"beside")
     rows = [(b"x", None), (None, None), (None, "there.jpg"), (None, "gone.jpg"), (b"", "empty.jpg")]
     table = hf_table(rows).append_column("n", pa.array(range(5)))
@@ -188,13 +299,19 @@ def deep(tmp_path: Path) -> tuple[Path, list[bytes]]:
     """A table of three row groups, the first by far the largest, in many batches of small pages."""
     data = [random.Random(number).randbytes(60_000) + number.to_bytes(4) for number in range(1_200)]
     schema = pa.schema([("image", pa.binary())])
-    with pq.ParquetWriter(tmp_path / "deep.parquet", schema, write_batch_size=8, data_page_size=100_000) as writer:
+    with pq.ParquetWriter(
+        tmp_path / "deep.parquet", schema, write_batch_size=8, data_page_size=100_000
+    ) as writer:
         for first, last in ((0, 1_000), (1_000, 1_001), (1_001, 1_200)):
-            writer.write_table(pa.table({"image": data[first:last]}, schema), row_group_size=last - first)
+            writer.write_table(
+                pa.table({"image": data[first:last]}, schema), row_group_size=last - first
+            )
     return tmp_path / "deep.parquet", data
 
 
-def test_any_order_from_any_number_of_threads_gives_the_same_bytes(deep: tuple[Path, list[bytes]]) -> None:
+def test_any_order_from_any_number_of_threads_gives_the_same_bytes(
+    deep: tuple[Path, list[bytes]],
+) -> None:
     """Forward from many threads, from the middle, backward and at random."""
     file, data = deep
     entries = listed(file)
@@ -209,8 +326,12 @@ def test_any_order_from_any_number_of_threads_gives_the_same_bytes(deep: tuple[P
         assert all(pool.map(right, [*range(900, 1_100), 1_199, 0, *shuffled]))
 
 
-def test_reading_forward_reads_each_byte_once(deep: tuple[Path, list[bytes]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight threads that fetch in roughly rising order never begin a row group anew, and what is kept stays within its bound."""
+def test_reading_forward_reads_each_byte_once(
+    deep: tuple[Path, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight threads that fetch in roughly rising order never begin a row group anew, and what is
+    kept stays within its bound.
+    """
     begun: list[int] = []
     begin = parquet._RowGroup._begin
 
@@ -245,7 +366,7 @@ def test_few_tables_are_open_however_many_are_sources(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) - before <= 4
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("spoil", ["cut", "empty", "footer", "text", "folder-gone"])
@@ -265,16 +386,24 @@ def test_a_table_without_a_sound_footer_is_one_clear_message(tmp_path: Path, spo
         file.unlink()
     else:
         file.write_bytes(damaged)
-    with pytest.raises(SourceError, match=r"^source .*/t\.parquet (is damaged|cannot be read): ") as caught:
+    with pytest.raises(
+        SourceError, match=r"^source .*/t\.parquet (is damaged|cannot be read): "
+    ) as caught:
         listed(file)
     assert "\n" not in str(caught.value)
 
 
 def test_damage_inside_costs_what_lies_behind_it_in_its_row_group(tmp_path: Path) -> None:
-    """Rows before the damage and other row groups are read; those behind it are corrupt rows, each told in one line, at once."""
+    """Rows before the damage and other row groups are read; those behind it are corrupt rows, each
+    told in one line, at once.
+    """
     data = [random.Random(number).randbytes(500_000) for number in range(40)]
     with pq.ParquetWriter(
-        tmp_path / "t.parquet", pa.schema([("image", pa.binary())]), compression="zstd", use_dictionary=False, write_batch_size=1
+        tmp_path / "t.parquet",
+        pa.schema([("image", pa.binary())]),
+        compression="zstd",
+        use_dictionary=False,
+        write_batch_size=1,
     ) as writer:
         for half in (data[:20], data[20:]):
             writer.write_table(pa.table({"image": half}))
@@ -286,7 +415,9 @@ def test_damage_inside_costs_what_lies_behind_it_in_its_row_group(tmp_path: Path
     found = []
     for number, entry in enumerate(entries):
         try:
-            found.append("ok" if fetched(tmp_path / "t.parquet", entry) == data[number] else "wrong")
+            found.append(
+                "ok" if fetched(tmp_path / "t.parquet", entry) == data[number] else "wrong"
+            )
         except BadImage as bad:
             assert bad.error.startswith("the table is damaged from row ")
             found.append(bad.status.value)
@@ -299,7 +430,9 @@ def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
     """Wherever they are: a SourceError, a bad row, or bytes that the decoder judges."""
     random_bytes = random.Random(1)
     table = hf_table([(random_bytes.randbytes(300), f"{n}.jpg") for n in range(40)])
-    whole = written(tmp_path / "whole.parquet", table, row_group_size=15, compression="snappy").read_bytes()
+    whole = written(
+        tmp_path / "whole.parquet", table, row_group_size=15, compression="snappy"
+    ).read_bytes()
     outcomes = set()
     for number in range(250):
         content = bytearray(whole)
@@ -320,8 +453,12 @@ def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
     assert outcomes <= {"bytes", "corrupt", "SourceError", "missing", "read_error", "too_large"}
 
 
-def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(tmp_path: Path) -> None:
-    """While a table cannot be opened each of many threads fails once; as soon as it can, images come."""
+def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(
+    tmp_path: Path,
+) -> None:
+    """While a table cannot be opened each of many threads fails once; as soon as it can, images
+    come.
+    """
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 8}))
     entries = listed(file)
     file.rename(tmp_path / "aside")
@@ -329,20 +466,27 @@ def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(
     with ThreadPoolExecutor(8) as pool:
         refused = list(pool.map(lambda entry: refusal(file, entry), entries))
     assert {status for status, _ in refused} == {Status.READ_ERROR}
-    assert {error.partition(" symbolic")[0] for _, error in refused} == {"cannot be read: the table: Too many levels of"}
+    assert {error.partition(" symbolic")[0] for _, error in refused} == {
+        "cannot be read: the table: Too many levels of"
+    }
     file.unlink()
     (tmp_path / "aside").rename(file)
     assert [fetched(file, entry) for entry in entries] == [b"right"] * 8
 
 
 def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None:
-    """Another table under the same name would put its images under the listed names; its footer gives it away."""
+    """Another table under the same name would put its images under the listed names; its footer
+    gives it away.
+    """
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 3}))
     entries = listed(file)
     file.rename(tmp_path / "aside.parquet")
     assert refusal(file, entries[0]) == (Status.MISSING, "the table was listed but is gone")
     written(file, pa.table({"image": [b"wrong"] * 3}))
-    assert refusal(file, entries[0]) == (Status.READ_ERROR, "the table was replaced since it was listed: its footer is another")
+    assert refusal(file, entries[0]) == (
+        Status.READ_ERROR,
+        "the table was replaced since it was listed: its footer is another",
+    )
     parquet._TABLES._tables.clear()
     file.write_text("no table at all")
     assert refusal(file, entries[0])[0] is Status.READ_ERROR
@@ -350,13 +494,18 @@ def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None
     assert fetched(file, entries[0]) == b"right"
 
 
-# ── in an object store ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── in an object store ────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_table_in_a_store_is_read_forward_and_in_pieces(
-    deep: tuple[Path, list[bytes]], s3_faults: FaultProxy, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+    deep: tuple[Path, list[bytes]],
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same images as from the disk; listing reads the footer alone, and no byte is asked for twice while reading forward."""
+    """The same images as from the disk; listing reads the footer alone, and no byte is asked for
+    twice while reading forward.
+    """
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_faults.url)
     file, data = deep
     s3.fill({"deep.parquet": file.read_bytes()})
@@ -365,9 +514,14 @@ def test_a_table_in_a_store_is_read_forward_and_in_pieces(
     assert s3_faults.count("GET", "deep.parquet") <= 4
     (source,) = open_all([f"{s3.url}/deep.parquet"])
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), entries))
+        found = list(
+            pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), entries)
+        )
     assert found == data
-    assert s3_faults.count("GET", "deep.parquet") <= 8 + 2 * file.stat().st_size / parquet._BUFFER_BYTES
+    assert (
+        s3_faults.count("GET", "deep.parquet")
+        <= 8 + 2 * file.stat().st_size / parquet._BUFFER_BYTES
+    )
 
 
 def test_a_table_that_a_store_does_not_give_is_rows_that_say_so(tmp_path: Path, s3: Bucket) -> None:
@@ -381,24 +535,44 @@ def test_a_table_that_a_store_does_not_give_is_rows_that_say_so(tmp_path: Path, 
     assert fetched(url, entries[2]) == b"right"
 
 
-# ── whole runs ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── whole runs ────────────────────────────────────────────────────────────────────────────────────
 
 
 def answers(output: Path) -> list[dict[str, Any]]:
     """Rows without what differs between kinds of source by right."""
-    return [{key: value for key, value in row.items() if key not in ("source", "path")} for row in helpers.rows(output)]
+    return [
+        {key: value for key, value in row.items() if key not in ("source", "path")}
+        for row in helpers.rows(output)
+    ]
 
 
-def test_a_table_gives_the_answers_of_its_folder(job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path, imagemill: CLI) -> None:
-    """The same images as folder, as 🤗 data set in two files, and as plain bytes: identical answers, each complete and sound."""
+def test_a_table_gives_the_answers_of_its_folder(
+    job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path, imagemill: CLI
+) -> None:
+    """The same images as folder, as 🤗 data set in two files, and as plain bytes: identical answers,
+    each complete and sound.
+    """
     files = dict(sorted(some_jpegs.items())) | {"z/bad.jpg": b"not an image" * 9}
     folder = helpers.fill(tmp_path / "folder", files)
     rows: list[tuple[bytes | None, str | None]] = [(data, name) for name, data in files.items()]
     written(tmp_path / "train-0.parquet", hf_table(rows[:25]), row_group_size=7)
     written(tmp_path / "train-1.parquet", hf_table(rows[25:]), row_group_size=100)
     written(tmp_path / "plain.parquet", pa.table({"bytes": list(files.values())}))
-    for name, source in (("a", folder), ("b", tmp_path / "train-{0..1}.parquet"), ("c", tmp_path / "plain.parquet")):
-        summary = run.run(job(source, output=str(tmp_path / name), shard_size=6, save=("logits",), devices="cpu:1", num_workers=3))
+    for name, source in (
+        ("a", folder),
+        ("b", tmp_path / "train-{0..1}.parquet"),
+        ("c", tmp_path / "plain.parquet"),
+    ):
+        summary = run.run(
+            job(
+                source,
+                output=str(tmp_path / name),
+                shard_size=6,
+                save=("logits",),
+                devices="cpu:1",
+                num_workers=3,
+            )
+        )
         assert (summary.images, dict(summary.failed_by_status)) == (41, {"not_an_image": 1})
         assert imagemill("verify", tmp_path / name).code == 0
     assert answers(tmp_path / "b") == answers(tmp_path / "c") == answers(tmp_path / "a")
@@ -407,26 +581,66 @@ def test_a_table_gives_the_answers_of_its_folder(job: Jobs, some_jpegs: dict[str
     assert (tmp_path / "a" / "failed.txt").read_text() == f"{folder}/z/bad.jpg\n"
 
 
-def test_failed_rows_of_a_table_are_told_and_retried(jpegs: Callable[..., Path], tmp_path: Path, imagemill: CLI) -> None:
-    """No line of failed.txt can name them; the run says how many there are, and --retry-failed heals what was mended."""
+def test_failed_rows_of_a_table_are_told_and_retried(
+    jpegs: Callable[..., Path], tmp_path: Path, imagemill: CLI
+) -> None:
+    """No line of failed.txt can name them; the run says how many there are, and --retry-failed
+    heals what was mended.
+    """
     folder = jpegs(2, **{"bad.jpg": b"x" * 99})
-    rows: list[tuple[bytes | None, str | None]] = [(sample_images.jpeg(), "in.jpg"), (None, "late.jpg"), (b"", "empty.jpg")]
+    rows: list[tuple[bytes | None, str | None]] = [
+        (sample_images.jpeg(), "in.jpg"),
+        (None, "late.jpg"),
+        (b"", "empty.jpg"),
+    ]
     file = written(tmp_path / "t.parquet", hf_table(rows))
-    arguments = ("run", folder, file, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null", "--json")
+    arguments = (
+        "run",
+        folder,
+        file,
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "tiny",
+        "--devices",
+        "null",
+        "--json",
+    )
     result = imagemill(*arguments)
     assert result.json["failed_by_status"] == {"empty": 1, "missing": 1, "not_an_image": 1}
-    assert "imagemill: 2 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again" in result.err
+    assert (
+        "imagemill: 2 failed images lie in archives or tables: not in failed.txt, but"
+        " --retry-failed takes them again" in result.err
+    )
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/bad.jpg\n"
     (tmp_path / "late.jpg").write_bytes(sample_images.jpeg())
-    assert imagemill(*arguments, "--retry-failed=missing").json["failed_by_status"] == {"empty": 1, "not_an_image": 1}
+    assert imagemill(*arguments, "--retry-failed=missing").json["failed_by_status"] == {
+        "empty": 1,
+        "not_an_image": 1,
+    }
     assert imagemill("verify", tmp_path / "out").code == 0
 
 
-def test_a_killed_run_over_a_table_resumes(slow_folder: Path, tmp_path: Path, start: Callable[..., Any], imagemill: CLI, job: Jobs) -> None:
-    """SIGKILL to the launcher amid one row group: the same command ends with every row once, as an undisturbed run's."""
-    rows: list[tuple[bytes | None, str | None]] = [(path.read_bytes(), path.name) for path in sorted(slow_folder.glob("*.png"))[:48]]
+def test_a_killed_run_over_a_table_resumes(
+    slow_folder: Path, tmp_path: Path, start: Callable[..., Any], imagemill: CLI, job: Jobs
+) -> None:
+    """SIGKILL to the launcher amid one row group: the same command ends with every row once, as an
+    undisturbed run's.
+    """
+    rows: list[tuple[bytes | None, str | None]] = [
+        (path.read_bytes(), path.name) for path in sorted(slow_folder.glob("*.png"))[:48]
+    ]
     file = written(tmp_path / "t.parquet", hf_table(rows), compression="none", use_dictionary=False)
-    arguments = ("--model", "tiny", "--devices", "null:1", "--shard-size", "4", "--num-workers", "2")
+    arguments = (
+        "--model",
+        "tiny",
+        "--devices",
+        "null:1",
+        "--shard-size",
+        "4",
+        "--num-workers",
+        "2",
+    )
     process = start("run", file, "--output", tmp_path / "out", *arguments)
     helpers.until(lambda: len(helpers.parts(tmp_path / "out")) >= 2, process=process)
     process.kill()
@@ -443,11 +657,18 @@ def test_a_killed_run_over_a_table_resumes(slow_folder: Path, tmp_path: Path, st
     assert imagemill("verify", tmp_path / "out").code == 0
 
 
-def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(tmp_path: Path, imagemill: CLI) -> None:
+def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(
+    tmp_path: Path, imagemill: CLI
+) -> None:
     """One line, exit 1; also for a table that is not there."""
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no more")
-    for source, text in ((tmp_path / "t.parquet", "is damaged"), (tmp_path / "none.parquet#image", "No such file or directory")):
-        result = imagemill("run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
+    for source, text in (
+        (tmp_path / "t.parquet", "is damaged"),
+        (tmp_path / "none.parquet#image", "No such file or directory"),
+    ):
+        result = imagemill(
+            "run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
+        )
         assert (result.code, result.out) == (1, "")
         assert text in result.err
         assert result.err.count("\n") == 1
@@ -455,6 +676,15 @@ def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(tmp_path:
 
 def test_json_of_a_footer_that_is_none_of_ours_does_not_matter(tmp_path: Path) -> None:
     """What another program notes under 🤗's name is not trusted to have their form."""
-    for note in (b"[]", b"{", json.dumps({"info": {"features": {"image": "x"}}}).encode(), b"\xff", b'{"info": null}'):
-        file = written(tmp_path / "t.parquet", pa.table({"image": [b"x"]}).replace_schema_metadata({b"huggingface": note}))
+    for note in (
+        b"[]",
+        b"{",
+        json.dumps({"info": {"features": {"image": "x"}}}).encode(),
+        b"\xff",
+        b'{"info": null}',
+    ):
+        file = written(
+            tmp_path / "t.parquet",
+            pa.table({"image": [b"x"]}).replace_schema_metadata({b"huggingface": note}),
+        )
         assert fetched(file, listed(file)[0]) == b"x"

@@ -1,4 +1,6 @@
-"""Tar archives as sources, plain and packed by gzip; and what all archives have in common, end to end."""
+"""Tar archives as sources, plain and packed by gzip; and what all archives have in common, end to
+end.
+"""
 
 from __future__ import annotations
 
@@ -51,34 +53,58 @@ def unopened(path: Path, aside: Path | None = None) -> Source:
     return open_all([str(path)], aside=aside)[0]
 
 
-# ── what is in it ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is in it ─────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 @pytest.mark.parametrize("form", FORMS)
-def test_members_are_those_that_the_standard_library_finds(form: str, packed: bool, tmp_path: Path) -> None:
-    """Same names, same order, same bytes: in each format, with long names in each of its ways, plain and packed."""
+def test_members_are_those_that_the_standard_library_finds(
+    form: str, packed: bool, tmp_path: Path
+) -> None:
+    """Same names, same order, same bytes: in each format, with long names in each of its ways,
+    plain and packed.
+    """
     names = ["a.jpg", "d/" * 60 + "b.jpg", "ü/" * 9 + "ö.png", "x" * 96 + ".jpg"]
     names += [] if form == "ustar" else ["l" * 300 + ".jpg", "f/" * 200 + "ñ.jpg"]
     data = tar({name: SOUND * number for number, name in enumerate(names)}, form=FORMS[form])
-    path = write(tmp_path, gzip.compress(data) if packed else data, name="a.tgz" if packed else "a.TAR")
+    path = write(
+        tmp_path, gzip.compress(data) if packed else data, name="a.tgz" if packed else "a.TAR"
+    )
     with tarfile.open(path) as archive:
-        expected = [(member.name.encode(), archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        expected = [
+            (member.name.encode(), archive.extractfile(member).read()) for member in archive
+        ]  # type: ignore[union-attr]
     assert [name.decode() for name, _ in expected] == names
     assert read(path) == expected
 
 
-def test_numbers_in_base_256_fields_of_pax_headers_and_old_headers_are_understood(tmp_path: Path) -> None:
-    """A size beyond the octal field, or in a PAX header; a header of before POSIX, and one summed up as signed bytes."""
+def test_numbers_in_base_256_fields_of_pax_headers_and_old_headers_are_understood(
+    tmp_path: Path,
+) -> None:
+    """A size beyond the octal field, or in a PAX header; a header of before POSIX, and one summed
+    up as signed bytes.
+    """
     member = tar_member("a.jpg", SOUND)
     binary = bytearray(member[:512])
     binary[124:136] = b"\x80" + len(SOUND).to_bytes(11, "big")
     pax = tar_member("pax", b"12 size=198\n", b"x") + tar_member("b.jpg", SOUND, size=0)
     old = bytearray(tar_member("c.jpg", SOUND))
     old[257:265], old[156] = bytes(8), 0
-    signed = bytearray(tar_member("d\xff.jpg".encode("latin-1").decode("utf-8", "surrogateescape"), SOUND))
-    summed = [resum(bytes(binary)) + member[512:], pax, resum(bytes(old)), resum(bytes(signed), signed=True)]
-    assert read(write(tmp_path, *summed, END)) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND), (b"c.jpg", SOUND), (b"d\xff.jpg", SOUND)]
+    signed = bytearray(
+        tar_member("d\xff.jpg".encode("latin-1").decode("utf-8", "surrogateescape"), SOUND)
+    )
+    summed = [
+        resum(bytes(binary)) + member[512:],
+        pax,
+        resum(bytes(old)),
+        resum(bytes(signed), signed=True),
+    ]
+    assert read(write(tmp_path, *summed, END)) == [
+        (b"a.jpg", SOUND),
+        (b"b.jpg", SOUND),
+        (b"c.jpg", SOUND),
+        (b"d\xff.jpg", SOUND),
+    ]
 
 
 def resum(header: bytes, signed: bool = False) -> bytes:
@@ -89,35 +115,62 @@ def resum(header: bytes, signed: bool = False) -> bytes:
 
 
 def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
-    """Names that leave the folder, begin at the root, or hold line breaks or no UTF-8 are kept byte by byte; `./` before a name is not part
-    of it; a name that is there twice is two images."""
-    names = ["../../up.jpg", "/etc/root.jpg", "line\nbreak.jpg", "not-\udcff-utf8.jpg", "twice.jpg", "twice.jpg", "./here/x.jpg"]
-    path = write(tmp_path, *(tar_member(name, bytes([number])) for number, name in enumerate(names)), END)
+    """Names that leave the folder, begin at the root, or hold line breaks or no UTF-8 are kept byte
+    by byte; `./` before a name is not part of it; a name that is there twice is two images.
+    """
+    names = [
+        "../../up.jpg",
+        "/etc/root.jpg",
+        "line\nbreak.jpg",
+        "not-\udcff-utf8.jpg",
+        "twice.jpg",
+        "twice.jpg",
+        "./here/x.jpg",
+    ]
+    path = write(
+        tmp_path, *(tar_member(name, bytes([number])) for number, name in enumerate(names)), END
+    )
     expected = [*map(os.fsencode, names[:-1]), b"here/x.jpg"]
     assert read(path) == [(name, bytes([number])) for number, name in enumerate(expected)]
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_only_images_that_are_wanted_are_planned_and_the_rest_is_counted(tmp_path: Path) -> None:
-    """As in a folder and in a zip; the texts of a WebDataset are counted by suffix. Folders and volume labels are nothing."""
+    """As in a folder and in a zip; the texts of a WebDataset are counted by suffix. Folders and
+    volume labels are nothing.
+    """
     names = ["a/0.jpg", "a/0.txt", "a/0.json", "a/.x.jpg", "._y.jpg", "inner.tar", "thumbs/z.png"]
     label = tar_member("label", kind=b"V")
-    path = write(tmp_path, label, tar_member("a", kind=b"5"), *(tar_member(name) for name in names), END)
+    path = write(
+        tmp_path, label, tar_member("a", kind=b"5"), *(tar_member(name) for name in names), END
+    )
     _, entries, skipped = listed(path, Filters(exclude=("thumbs",)))
     assert [entry.path for entry in entries] == [b"a/0.jpg"]
-    assert (skipped.by_suffix, skipped.hidden, skipped.by_filter) == (Counter({".txt": 1, ".json": 1, ".tar": 1}), 2, 1)
+    assert (skipped.by_suffix, skipped.hidden, skipped.by_filter) == (
+        Counter({".txt": 1, ".json": 1, ".tar": 1}),
+        2,
+        1,
+    )
     assert [entry.path for entry in listed(path, Filters(all_files=True))[1]] == [
         name.encode() for name in names if not name.startswith(("._", "a/."))
     ]
 
 
-def test_links_and_devices_are_rows_that_say_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard link to a member before it, or to another such link, is that image; one that leads nowhere or far back, a symbolic link, a
-    device, a FIFO and a sparse file each say what to do."""
+def test_links_and_devices_are_rows_that_say_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hard link to a member before it, or to another such link, is that image; one that leads
+    nowhere or far back, a symbolic link, a device, a FIFO and a sparse file each say what to do.
+    """
     sparse = bytearray(tar_member("sparse.jpg", SOUND, b"S"))
     sparse[482] = 1  # its map goes on in two more blocks
     more = bytes(504) + b"\1" + bytes(7) + bytes(512)
-    special = [("device.jpg", b"3", ""), ("disk.jpg", b"4", ""), ("fifo.jpg", b"6", ""), ("volume.jpg", b"M", "")]
+    special = [
+        ("device.jpg", b"3", ""),
+        ("disk.jpg", b"4", ""),
+        ("fifo.jpg", b"6", ""),
+        ("volume.jpg", b"M", ""),
+    ]
     pieces = [
         tar_member("./a.jpg", SOUND),
         tar_member("same.jpg", kind=b"1", link="./a.jpg"),
@@ -129,13 +182,19 @@ def test_links_and_devices_are_rows_that_say_what_they_are(tmp_path: Path, monke
         tar_member("later.jpg", SOUND[1:]),
         tar_member("end.jpg", kind=b"1", link="a.jpg"),
     ]
-    far = "read_error: is a hard link to '{}', which is not among the 16,384 members before it. Pack with --hard-dereference"
+    far = (
+        "read_error: is a hard link to '{}', which is not among the 16,384 members before it. Pack"
+        " with --hard-dereference"
+    )
     expected: dict[bytes, bytes | str] = {
         b"a.jpg": SOUND,
         b"same.jpg": SOUND,
         b"again.jpg": SOUND,
         b"nowhere.jpg": far.format("later.jpg"),
-        b"symbolic.jpg": "read_error: is a symbolic link to 'a.jpg': such links are not followed in an archive. Pack with --dereference",
+        b"symbolic.jpg": (
+            "read_error: is a symbolic link to 'a.jpg': such links are not followed in an archive."
+            " Pack with --dereference"
+        ),
         b"device.jpg": "read_error: is a device, not a file",
         b"disk.jpg": "read_error: is a device, not a file",
         b"fifo.jpg": "read_error: is a FIFO, not a file",
@@ -151,40 +210,59 @@ def test_links_and_devices_are_rows_that_say_what_they_are(tmp_path: Path, monke
 
 
 def test_archives_that_were_appended_to_each_other_are_read_to_the_end(tmp_path: Path) -> None:
-    """`cat a.tar b.tar` holds the images of both; rubbish behind an end is none, nor is the filling of the last record."""
+    """`cat a.tar b.tar` holds the images of both; rubbish behind an end is none, nor is the filling
+    of the last record.
+    """
     one, two = tar({"a.jpg": SOUND}), tar({"b.jpg": SOUND[1:]})
     assert read(write(tmp_path, one, two)) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
     path = write(tmp_path, one, b"rubbish" * 200)
     assert read(path) == [(b"a.jpg", SOUND)]
     assert listed(path)[2].notes() == [
-        f"note: source {path}: trailing garbage after the end of the archive, at byte {len(one):,}, was ignored."
+        f"note: source {path}: trailing garbage after the end of the archive, at byte {len(one):,},"
+        " was ignored."
     ]
-    assert read(write(tmp_path, gzip.compress(one) + gzip.compress(two), name="b.tar.gz")) == [(b"a.jpg", SOUND), (b"b.jpg", SOUND[1:])]
+    assert read(write(tmp_path, gzip.compress(one) + gzip.compress(two), name="b.tar.gz")) == [
+        (b"a.jpg", SOUND),
+        (b"b.jpg", SOUND[1:]),
+    ]
 
 
 def test_an_image_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     """Packed or not."""
     for kind in ("tar", "tar.gz"):
         path = pack(tmp_path, kind, {"a.jpg": bytes(5_000), "b.jpg": SOUND})
-        assert [data for _, data in read(path, max_bytes=4_999)] == ["too_large: has 5000 bytes, more than --max-bytes 4999", SOUND]
+        assert [data for _, data in read(path, max_bytes=4_999)] == [
+            "too_large: has 5000 bytes, more than --max-bytes 4999",
+            SOUND,
+        ]
 
 
 def test_any_number_of_archives_takes_few_open_files(tmp_path: Path) -> None:
-    """A WebDataset of many shards does not run into the limit of open files, read in order by several threads, nor when it starts over."""
-    paths = [Path(pack(tmp_path, kind, {"a.jpg": SOUND}, f"{kind}-{number}")) for kind in ("zip", "tar", "tar.gz") for number in range(20)]
+    """A WebDataset of many shards does not run into the limit of open files, read in order by
+    several threads, nor when it starts over.
+    """
+    paths = [
+        Path(pack(tmp_path, kind, {"a.jpg": SOUND}, f"{kind}-{number}"))
+        for kind in ("zip", "tar", "tar.gz")
+        for number in range(20)
+    ]
     sources = open_all(map(str, paths))
-    work = [(source, next(iter(listed(path)[1]))) for source, path in zip(sources, paths, strict=True)]
+    work = [
+        (source, next(iter(listed(path)[1]))) for source, path in zip(sources, paths, strict=True)
+    ]
     before = len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(4) as pool:
         assert set(pool.map(lambda item: fetched(*item), work * 2)) == {SOUND}
     assert len(os.listdir("/proc/self/fd")) <= before + 6
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_an_archive_cut_short_never_ends_in_silence(tmp_path: Path) -> None:
-    """Cut anywhere: either nothing is lost, or one error says at which byte and inside what. Only between two members nobody can tell."""
+    """Cut anywhere: either nothing is lost, or one error says at which byte and inside what. Only
+    between two members nobody can tell.
+    """
     members = [tar_member("l" * 200 + f"{number}.jpg", SOUND * number, b"0") for number in range(3)]
     whole = b"".join(members)
     boundaries = [len(b"".join(members[:count])) for count in range(4)]
@@ -195,7 +273,11 @@ def test_an_archive_cut_short_never_ends_in_silence(tmp_path: Path) -> None:
             assert len(read(path)) == complete
         else:
             with pytest.raises(
-                SourceError, match=rf"a\.tar is cut short: it ends at byte {cut:,}, inside .*Get it again|is no tar archive"
+                SourceError,
+                match=(
+                    rf"a\.tar is cut short: it ends at byte {cut:,}, inside .*Get it again|is no"
+                    r" tar archive"
+                ),
             ):
                 read(path)
 
@@ -207,8 +289,16 @@ def damages() -> dict[str, tuple[str, bytes, str]]:
     endless = tar_member("pax", b"5011 size=" + b"9" * 5_000 + b"\n", b"x")
     return {
         "empty": ("a.tar", b"", "is empty, and no tar archive. Get it again."),
-        "text": ("a.tar", b"<html>not found</html>" * 99, "is no tar archive: it does not begin with a header. Give one"),
-        "short text": ("a.tar", b"not found", "is no tar archive: it does not begin with a header. Give one"),
+        "text": (
+            "a.tar",
+            b"<html>not found</html>" * 99,
+            "is no tar archive: it does not begin with a header. Give one",
+        ),
+        "short text": (
+            "a.tar",
+            b"not found",
+            "is no tar archive: it does not begin with a header. Give one",
+        ),
         "empty header": (
             "a.tar",
             member + bytes(512) + SOUND.ljust(512) + member + END,
@@ -217,52 +307,124 @@ def damages() -> dict[str, tuple[str, bytes, str]]:
         "empty sector": (
             "a.tar",
             member + bytes(4_096) + SOUND.ljust(1_024) + member + END,
-            "is damaged: at byte 5,120 there should be a header, and the next one is at byte 6,144.",
+            (
+                "is damaged: at byte 5,120 there should be a header, and the next one is at byte"
+                " 6,144."
+            ),
         ),
         "empty sector, packed": (
             "a.tgz",
             gzip.compress(member + bytes(4_096) + SOUND.ljust(1_024) + member + END),
-            "is damaged: at byte 5,120 there should be a header, and the next one is at byte 6,144.",
+            (
+                "is damaged: at byte 5,120 there should be a header, and the next one is at byte"
+                " 6,144."
+            ),
         ),
-        "second header": ("a.tar", member + b"\1" * 512 + member + END, "is damaged: at byte 1,024 there should be a header, and is none."),
-        "size": ("a.tar", resum(member[:124] + b"-0000000001\0" + member[136:512]), "is damaged: at byte 0 a header has no sensible size."),
-        "huge size": ("a.tar", resum(member[:124] + b"\x80" + b"\xff" * 11 + member[136:512]), "is damaged: at byte 0 a header has no"),
-        "endless size": ("a.tar", endless + member + END, "is damaged: at byte 5,632 a header has no sensible size."),
-        "large size": ("a.tar", tar_member("a.jpg", SOUND, size=10**9) + END, "is cut short: it ends at byte 2,048, inside member a.jpg."),
-        "pax": ("a.tar", pax + member + END, "is damaged: at byte 512 a PAX header has no sensible record."),
+        "second header": (
+            "a.tar",
+            member + b"\1" * 512 + member + END,
+            "is damaged: at byte 1,024 there should be a header, and is none.",
+        ),
+        "size": (
+            "a.tar",
+            resum(member[:124] + b"-0000000001\0" + member[136:512]),
+            "is damaged: at byte 0 a header has no sensible size.",
+        ),
+        "huge size": (
+            "a.tar",
+            resum(member[:124] + b"\x80" + b"\xff" * 11 + member[136:512]),
+            "is damaged: at byte 0 a header has no",
+        ),
+        "endless size": (
+            "a.tar",
+            endless + member + END,
+            "is damaged: at byte 5,632 a header has no sensible size.",
+        ),
+        "large size": (
+            "a.tar",
+            tar_member("a.jpg", SOUND, size=10**9) + END,
+            "is cut short: it ends at byte 2,048, inside member a.jpg.",
+        ),
+        "pax": (
+            "a.tar",
+            pax + member + END,
+            "is damaged: at byte 512 a PAX header has no sensible record.",
+        ),
         "long name": (
             "a.tar",
             tar_member("x", kind=b"L", size=2**30),
             "is damaged: at byte 0 a header says that it has 1,073,741,824 bytes.",
         ),
         "gzip cut": ("a.tgz", packed[:-9], "is cut short: its gzip data have no end. Get it again"),
-        "gzip cut early": ("a.tgz", packed[: len(packed) // 2], "is cut short: its gzip data have no end. Get it again"),
-        "gzip sum": ("a.tgz", packed[:-6] + b"\0\0" + packed[-4:], "is damaged: its gzip data cannot be unpacked: CRC check failed"),
-        "gzip flip": ("a.tgz", packed[:20] + b"\xff\xff" + packed[22:], "is damaged: its gzip data cannot be unpacked: "),
+        "gzip cut early": (
+            "a.tgz",
+            packed[: len(packed) // 2],
+            "is cut short: its gzip data have no end. Get it again",
+        ),
+        "gzip sum": (
+            "a.tgz",
+            packed[:-6] + b"\0\0" + packed[-4:],
+            "is damaged: its gzip data cannot be unpacked: CRC check failed",
+        ),
+        "gzip flip": (
+            "a.tgz",
+            packed[:20] + b"\xff\xff" + packed[22:],
+            "is damaged: its gzip data cannot be unpacked: ",
+        ),
         "gzip with rubbish inside": (
             "a.tgz",
             gzip.compress(member) + b"rubbish" + gzip.compress(member + END),
             "is damaged: its gzip data cannot be unpacked: Not a gzipped file (b'ru').",
         ),
-        "gzip of text": ("a.tgz", gzip.compress(b"text" * 999), "is no tar archive: it does not begin with a header."),
-        "gzip of a cut tar": ("a.tgz", gzip.compress(member[:700]), "is cut short: it ends at byte 700, inside member a.jpg."),
-        "bzip2": ("a.tar.bz2", b"BZh91AY", "is packed by bzip2, which has no random access. Unpack it to .tar, or pack it by gzip."),
+        "gzip of text": (
+            "a.tgz",
+            gzip.compress(b"text" * 999),
+            "is no tar archive: it does not begin with a header.",
+        ),
+        "gzip of a cut tar": (
+            "a.tgz",
+            gzip.compress(member[:700]),
+            "is cut short: it ends at byte 700, inside member a.jpg.",
+        ),
+        "bzip2": (
+            "a.tar.bz2",
+            b"BZh91AY",
+            (
+                "is packed by bzip2, which has no random access. Unpack it to .tar, or pack it by"
+                " gzip."
+            ),
+        ),
         "xz": ("a.txz", b"\xfd7zXZ\x00\x00", "is packed by xz, which has no random access."),
-        "zstd": ("a.tar.zst", b"\x28\xb5\x2f\xfd\x00", "is packed by zstd, which has no random access."),
+        "zstd": (
+            "a.tar.zst",
+            b"\x28\xb5\x2f\xfd\x00",
+            "is packed by zstd, which has no random access.",
+        ),
     }
 
 
-GARBAGE = {"zeros": bytes(5_000), "text": b"garbage" * 999, "one byte": b"x", "zeros and text": bytes(999) + b"garbage"}
+GARBAGE = {
+    "zeros": bytes(5_000),
+    "text": b"garbage" * 999,
+    "one byte": b"x",
+    "zeros and text": bytes(999) + b"garbage",
+}
 
 
 @pytest.mark.parametrize("members", [1, 2])
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_garbage_after_gzip_data_is_ignored_with_a_note(garbage: str, members: int, tmp_path: Path) -> None:
-    """The archive before it is read, with an index and without one, as gzip and tar do. Padding of zeros needs no note."""
+def test_garbage_after_gzip_data_is_ignored_with_a_note(
+    garbage: str, members: int, tmp_path: Path
+) -> None:
+    """The archive before it is read, with an index and without one, as gzip and tar do. Padding of
+    zeros needs no note.
+    """
     files = some_files(40, 3_000)
     data = tar(files)
     half = len(data) // 2 if members == 2 else 0
-    packed = gzip.compress(data[:half]) + gzip.compress(data[half:]) if half else gzip.compress(data)
+    packed = (
+        gzip.compress(data[:half]) + gzip.compress(data[half:]) if half else gzip.compress(data)
+    )
     path = write(tmp_path, packed + GARBAGE[garbage], name="a.tar.gz")
     for aside in (None, tmp_path):
         source, entries, skipped = listed(path, aside=aside)
@@ -272,8 +434,12 @@ def test_garbage_after_gzip_data_is_ignored_with_a_note(garbage: str, members: i
 
 
 def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> None:
-    """The job that lists the archive says it. The same command again, on the finished job, does not."""
-    path = write(tmp_path, gzip.compress(tar({"a.jpg": sample_images.jpeg()})) + b"garbage", name="a.tar.gz")
+    """The job that lists the archive says it. The same command again, on the finished job, does
+    not.
+    """
+    path = write(
+        tmp_path, gzip.compress(tar({"a.jpg": sample_images.jpeg()})) + b"garbage", name="a.tar.gz"
+    )
     first, again = Listener(), Listener()
     assert run.run(job(path), first).ok == 1
     run.run(job(path), again)
@@ -283,7 +449,9 @@ def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("case", damages())
 def test_a_damaged_archive_is_one_clear_error(case: str, tmp_path: Path) -> None:
-    """It names the archive and says where and what to do; the standard library would end at a broken header without a word."""
+    """It names the archive and says where and what to do; the standard library would end at a
+    broken header without a word.
+    """
     name, data, expected = damages()[case]
     path = write(tmp_path, data, name=name)
     with pytest.raises(SourceError) as caught:
@@ -293,10 +461,16 @@ def test_a_damaged_archive_is_one_clear_error(case: str, tmp_path: Path) -> None
 
 
 def test_any_damage_to_headers_ends_in_rows_or_one_clear_error(tmp_path: Path) -> None:
-    """Four hundred archives with random bytes of their headers changed: no traceback, no hang, and no member lost in silence."""
+    """Four hundred archives with random bytes of their headers changed: no traceback, no hang, and
+    no member lost in silence.
+    """
     files = dict.fromkeys(("a.jpg", "ü" * 90 + ".jpg", "c" * 200 + ".jpg", "d.jpg"), SOUND)
     sound, rng, ends = tar(files), random.Random(3), Counter[str]()
-    headers = [at for at in range(len(sound)) if at < sound.rindex(SOUND) and b"the bytes" not in sound[at // 512 * 512 :][:512]]
+    headers = [
+        at
+        for at in range(len(sound))
+        if at < sound.rindex(SOUND) and b"the bytes" not in sound[at // 512 * 512 :][:512]
+    ]
     for _ in range(400):
         data = bytearray(sound)
         for at in rng.choices(headers, k=rng.choice((1, 1, 2, 5))):
@@ -304,7 +478,9 @@ def test_any_damage_to_headers_ends_in_rows_or_one_clear_error(tmp_path: Path) -
         is_hidden = rng.random() < 0.5
         for block in {at // 512 * 512 for at in headers} if is_hidden else ():
             if data[block + 257 : block + 262] == b"ustar":
-                data[block : block + 512] = resum(bytes(data[block : block + 512]))  # damage that no checksum shows
+                data[block : block + 512] = resum(
+                    bytes(data[block : block + 512])
+                )  # damage that no checksum shows
         try:
             found = read(write(tmp_path, data), Filters(all_files=True))
             ends["rows"] += 1
@@ -315,8 +491,12 @@ def test_any_damage_to_headers_ends_in_rows_or_one_clear_error(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
-def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(kind: str, tmp_path: Path) -> None:
-    """Gone, cut short or overwritten by another: each is a row; once back, images are read again."""
+def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(
+    kind: str, tmp_path: Path
+) -> None:
+    """Gone, cut short or overwritten by another: each is a row; once back, images are read
+    again.
+    """
     files = some_files(size=20_000)
     path = Path(pack(tmp_path, kind, files))
     sound = path.read_bytes()
@@ -325,7 +505,10 @@ def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(kin
     def statuses() -> Counter[str]:
         source = unopened(path, tmp_path)
         found = [fetched(source, entry) for entry in entries]
-        assert all(isinstance(data, str) or data == files[entry.path.decode()] for entry, data in zip(entries, found, strict=True))
+        assert all(
+            isinstance(data, str) or data == files[entry.path.decode()]
+            for entry, data in zip(entries, found, strict=True)
+        )
         return Counter(data.partition(":")[0] if isinstance(data, str) else "ok" for data in found)
 
     assert statuses() == {"ok": 12}
@@ -334,10 +517,15 @@ def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(kin
     assert cut["ok"] >= 5
     assert cut["truncated"] + cut["corrupt"] == 12 - cut["ok"] > 0
     if kind == "tar.gz":  # a plain tar has no checksum of its data, as little as a folder has
-        path.write_bytes(sound[: len(sound) // 3] + random.Random(0).randbytes(len(sound) - len(sound) // 3))
+        path.write_bytes(
+            sound[: len(sound) // 3] + random.Random(0).randbytes(len(sound) - len(sound) // 3)
+        )
         assert statuses() == {"corrupt": 12}  # one block of the index holds them all
         pack(tmp_path, kind, {name: data[::-1] for name, data in files.items()})
-        assert statuses() == {"ok": 1, "corrupt": 11}  # the same headers at the same places; the empty one is what it was
+        assert statuses() == {
+            "ok": 1,
+            "corrupt": 11,
+        }  # the same headers at the same places; the empty one is what it was
     path.unlink()
     pack(tmp_path, kind, {f"{name}.jpg": data[::-1] for name, data in files.items()})
     assert statuses()["ok"] == 0
@@ -350,7 +538,7 @@ def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(kin
     assert statuses() == {"ok": 12}
 
 
-# ── gzip ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── gzip ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -363,8 +551,12 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, by
     return path, files
 
 
-def test_the_index_is_kept_and_saves_unpacking_from_the_beginning(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    """The last image is read by a process that did not list it from the last sixth of the file; without the index from all of it."""
+def test_the_index_is_kept_and_saves_unpacking_from_the_beginning(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """The last image is read by a process that did not list it from the last sixth of the file;
+    without the index from all of it.
+    """
     path, files = packed
     _, entries, _ = listed(path, aside=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["source-00000.gzidx"]
@@ -383,8 +575,12 @@ def read_bytes() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("rchar:")))
 
 
-def test_a_lost_or_damaged_index_changes_no_answer(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    """It is made again as far as it is needed: when missing, empty, with a byte changed, or of another archive."""
+def test_a_lost_or_damaged_index_changes_no_answer(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """It is made again as far as it is needed: when missing, empty, with a byte changed, or of
+    another archive.
+    """
     path, files = packed
     _, entries, _ = listed(path, aside=tmp_path)
     index = tmp_path / "source-00000.gzidx"
@@ -392,25 +588,39 @@ def test_a_lost_or_damaged_index_changes_no_answer(packed: tuple[Path, dict[str,
     other = tmp_path / "other"
     other.mkdir()
     listed(pack(tmp_path, "tar.gz", some_files()), aside=other)
-    for damaged in (b"", sound[: len(sound) // 2], sound[:90_000] + b"\xff\xfe" + sound[90_002:], (other / index.name).read_bytes()):
+    for damaged in (
+        b"",
+        sound[: len(sound) // 2],
+        sound[:90_000] + b"\xff\xfe" + sound[90_002:],
+        (other / index.name).read_bytes(),
+    ):
         index.write_bytes(damaged)
         source = unopened(path, tmp_path)
         for entry in entries[-3:] + entries[:3]:
             assert source.fetch(entry.path, entry.locator, 2**20) == files[entry.path.decode()]
 
 
-def test_a_limit_keeps_the_index_as_far_as_it_goes(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_a_limit_keeps_the_index_as_far_as_it_goes(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
     """A listing that is not wanted to its end leaves an index of what was."""
     entries = unopened(packed[0], tmp_path).entries(Filters(), listed(packed[0])[2])
     some = [next(entries) for _ in range(30)]
     entries.close()  # type: ignore[attr-defined]
     assert 0 < (tmp_path / "source-00000.gzidx").stat().st_size < 5 * 60_000
     source = unopened(packed[0], tmp_path)
-    assert all(source.fetch(entry.path, entry.locator, 2**20) == packed[1][entry.path.decode()] for entry in some)
+    assert all(
+        source.fetch(entry.path, entry.locator, 2**20) == packed[1][entry.path.decode()]
+        for entry in some
+    )
 
 
-def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    """What is written over under the job is a few corrupt rows; from the next place of the index on all is well again."""
+def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """What is written over under the job is a few corrupt rows; from the next place of the index on
+    all is well again.
+    """
     path = tmp_path / "a.tar.gz"
     data = bytearray(packed[0].read_bytes())
     path.write_bytes(data)
@@ -422,52 +632,90 @@ def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(pac
     bad = [number for number, data in enumerate(found) if isinstance(data, str)]
     assert 29 - 12 < min(bad) <= 29 <= max(bad) < 29 + 12
     assert all(str(found[number]).startswith("corrupt: ") for number in bad)
-    assert all(data == packed[1][entry.path.decode()] for entry, data in zip(entries, found, strict=True) if isinstance(data, bytes))
+    assert all(
+        data == packed[1][entry.path.decode()]
+        for entry, data in zip(entries, found, strict=True)
+        if isinstance(data, bytes)
+    )
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_many_threads_read_one_archive_at_once(packed: tuple[Path, dict[str, bytes]], tmp_path: Path, with_index: bool) -> None:
+def test_many_threads_read_one_archive_at_once(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path, with_index: bool
+) -> None:
     """Each gets its own image, in any order, from one source that nobody has opened before."""
     path, files = packed
     _, entries, _ = listed(path, aside=tmp_path)
     source = unopened(path, tmp_path if with_index else None)
     work = random.Random(0).choices(entries, k=120)
     with ThreadPoolExecutor(8) as pool:
-        for entry, data in zip(work, pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), work), strict=True):
+        for entry, data in zip(
+            work,
+            pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), work),
+            strict=True,
+        ):
             assert data == files[entry.path.decode()]
 
 
-# ── end to end, for every archive ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── end to end, for every archive ─────────────────────────────────────────────────────────────────
 
 
 def answers(output: Path) -> list[dict[str, object]]:
     """What does not say where an image came from, in plan order."""
-    return [{name: value for name, value in row.items() if name not in ("index", "source")} for row in helpers.rows(output)]
+    return [
+        {name: value for name, value in row.items() if name not in ("index", "source")}
+        for row in helpers.rows(output)
+    ]
 
 
 @pytest.fixture(scope="module")
 def some_images(some_jpegs: dict[str, bytes]) -> dict[str, bytes]:
     """Forty images and two bad ones, in the order in which a folder is listed."""
-    return dict(sorted((some_jpegs | {"b/bad.jpg": b"bad", "a/half.png": sample_images.half(sample_images.jpeg())}).items()))
+    return dict(
+        sorted(
+            (
+                some_jpegs
+                | {
+                    "b/bad.jpg": b"bad",
+                    "a/half.png": sample_images.half(sample_images.jpeg()),
+                }
+            ).items()
+        )
+    )
 
 
 @pytest.fixture(scope="module")
-def folders_answers(some_images: dict[str, bytes], models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+def folders_answers(
+    some_images: dict[str, bytes], models_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, object]]:
     """Of the same images in a folder."""
     folder = tmp_path_factory.mktemp("folder")
     helpers.fill(folder / "images", some_images)
-    choices: dict[str, Any] = {"model": "tiny", "models_dir": str(models_dir), "devices": "cpu", "batch_size": 4, "save": ("logits",)}
+    choices: dict[str, Any] = {
+        "model": "tiny",
+        "models_dir": str(models_dir),
+        "devices": "cpu",
+        "batch_size": 4,
+        "save": ("logits",),
+    }
     run.run(Settings((str(folder / "images"),), str(folder / "out"), **choices))
     return answers(folder / "out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_of_the_folder(
-    kind: str, job: Jobs, some_images: dict[str, bytes], folders_answers: list[dict[str, object]], tmp_path: Path
+    kind: str,
+    job: Jobs,
+    some_images: dict[str, bytes],
+    folders_answers: list[dict[str, object]],
+    tmp_path: Path,
 ) -> None:
-    """The same images, some of them bad, give the same rows, logits and all, bit for bit; `verify` finds nothing. A repeated job has
-    nothing to do and finds nothing new."""
-    settings = job(Path(pack(tmp_path, kind, some_images)), devices="cpu", save=("logits",), shard_size=9)
+    """The same images, some of them bad, give the same rows, logits and all, bit for bit; `verify`
+    finds nothing. A repeated job has nothing to do and finds nothing new.
+    """
+    settings = job(
+        Path(pack(tmp_path, kind, some_images)), devices="cpu", save=("logits",), shard_size=9
+    )
     summary = run.run(settings)
     assert (summary.images, summary.ok) == (42, 40)
     assert answers(tmp_path / "out") == folders_answers
@@ -480,8 +728,9 @@ def test_answers_are_those_of_the_folder(
 def test_an_archive_in_an_object_store_gives_the_same_rows(
     kind: str, job: Jobs, s3: Bucket, some_images: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """It is read in place by the same code; braces name several there too. Replaced by another object, it gives rows and no wrong image;
-    removed, it is one clear error."""
+    """It is read in place by the same code; braces name several there too. Replaced by another
+    object, it gives rows and no wrong image; removed, it is one clear error.
+    """
     local, place = pack(tmp_path, kind, dict(list(some_images.items())[::3])), s3.url
     archives = {path.name: path.read_bytes() for path in tmp_path.glob("images*.*")}
     s3.fill(archives)
@@ -498,24 +747,47 @@ def test_an_archive_in_an_object_store_gives_the_same_rows(
     assert set(statuses[10:]) <= {"corrupt", "truncated"}
     for name in archives:
         s3.remove(name)
-    with pytest.raises(SourceError, match=re.escape(place) + r"/images.* cannot be read: .*Look at the names of bucket and key"):
+    with pytest.raises(
+        SourceError,
+        match=re.escape(place) + r"/images.* cannot be read: .*Look at the names of bucket and key",
+    ):
         read(f"{place}/{next(iter(archives))}")
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_new_images_of_an_archive_are_named(kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path) -> None:
-    """What was appended since the plan was frozen is named when the finished job is repeated, and nothing else; also beside a folder that
-    has grown. Members of an archive are in no order, and neither need what is appended be."""
-    folder, path = jpegs(3), Path(pack(tmp_path, kind, {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in (2, 9, 0, 5)}))
+def test_new_images_of_an_archive_are_named(
+    kind: str, job: Jobs, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What was appended since the plan was frozen is named when the finished job is repeated, and
+    nothing else; also beside a folder that has grown. Members of an archive are in no order, and
+    neither need what is appended be.
+    """
+    folder, path = (
+        jpegs(3),
+        Path(
+            pack(
+                tmp_path,
+                kind,
+                {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in (2, 9, 0, 5)},
+            )
+        ),
+    )
     run.run(job(folder, path))
     opener = zipfile.ZipFile if kind == "zip" else tarfile.open
     (folder / "001b.jpg").write_bytes(sample_images.jpeg())
     (folder / "late.jpg").write_bytes(sample_images.jpeg())
     with opener(path, "a") as archive:  # type: ignore[operator]
-        archive.write(folder / "late.jpg", "1.jpg") if kind == "zip" else archive.add(folder / "late.jpg", "1.jpg")
+        (
+            archive.write(folder / "late.jpg", "1.jpg")
+            if kind == "zip"
+            else archive.add(folder / "late.jpg", "1.jpg")
+        )
     listener = Listener()
     assert run.run(job(folder, path), listener).new_in_source == 3
-    assert "3 images are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg." in listener.said[-1]
+    assert (
+        "3 images are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg."
+        in listener.said[-1]
+    )
 
 
 def test_an_archive_in_an_archive_is_skipped_or_a_row(job: Jobs, tmp_path: Path) -> None:
@@ -525,11 +797,18 @@ def test_an_archive_in_an_archive_is_skipped_or_a_row(job: Jobs, tmp_path: Path)
     summary = run.run(job(path))
     assert (summary.images, summary.skipped_by_suffix) == (1, {".zip": 1})
     run.run(job(path, output=str(tmp_path / "all"), all_files=True))
-    assert [(row["path"], row["status"]) for row in helpers.rows(tmp_path / "all")] == [("inner.zip", "not_an_image"), ("b.jpg", "ok")]
+    assert [(row["path"], row["status"]) for row in helpers.rows(tmp_path / "all")] == [
+        ("inner.zip", "not_an_image"),
+        ("b.jpg", "ok"),
+    ]
 
 
-def test_a_job_over_a_packed_tar_resumes_without_its_index(job: Jobs, packed: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    """The index lies in the plan's folder; with half the parts and the index gone, the repeated command makes the same parts again."""
+def test_a_job_over_a_packed_tar_resumes_without_its_index(
+    job: Jobs, packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """The index lies in the plan's folder; with half the parts and the index gone, the repeated
+    command makes the same parts again.
+    """
     settings = job(packed[0], shard_size=10)
     run.run(settings)
     rows = helpers.rows(tmp_path / "out")

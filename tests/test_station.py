@@ -1,4 +1,6 @@
-"""One device on a node: what it checks before it begins, how the model comes to it, and that its worker is the one of a local run."""
+"""One device on a node: what it checks before it begins, how the model comes to it, and that its
+worker is the one of a local run.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def left(tmp_path: Path) -> Callable[[], list[Shard]]:
 
 @pytest.fixture
 def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
-    """Freezes a job of twelve images, takes its parts away again, and makes the order for one device of it."""
+    """Freezes a job of twelve images, takes its parts away again, and makes the order for one
+    device of it.
+    """
     settings = job(jpegs(12), shard_size=4)
     run.run(settings)
     paths = JobPaths(tmp_path / "out")
@@ -103,12 +107,18 @@ def heard(one: Station, wanted: type, *first: Any) -> list[Any]:
     return found
 
 
-def test_a_station_commits_the_parts_of_a_local_run(order: Orders, opened: Callable[..., Station], left: Any, tmp_path: Path) -> None:
-    """Lease by lease, by the same worker process; a killed one is told of, and started again when that is asked for."""
+def test_a_station_commits_the_parts_of_a_local_run(
+    order: Orders, opened: Callable[..., Station], left: Any, tmp_path: Path
+) -> None:
+    """Lease by lease, by the same worker process; a killed one is told of, and started again when
+    that is asked for.
+    """
     one = opened(order())
     (ready,) = heard(one, protocol.Ready)
     assert isinstance(ready, protocol.Ready)
-    assert [type(message) for message in heard(one, protocol.Want, Lease(left()[0]))] == [protocol.Want]
+    assert [type(message) for message in heard(one, protocol.Want, Lease(left()[0]))] == [
+        protocol.Want
+    ]
     ended = heard(one, protocol.Idle, protocol.Pause())
     assert [message.receipt.shard for message in ended if isinstance(message, protocol.Done)] == [0]
     assert one.turn((), 0.0).told.rows == 4
@@ -126,9 +136,16 @@ def test_a_station_commits_the_parts_of_a_local_run(order: Orders, opened: Calla
 
 
 def test_an_output_that_is_another_folder_is_refused(order: Orders, tmp_path: Path) -> None:
-    """Which path, which node, why, and what to do: where the launch's file is missing, and where another launch's lies."""
-    remedy = r"Give an --output on storage that all nodes share, under the same path, or in an object store \(s3://…\)\."
-    where = rf"--output {tmp_path}/out on node alien \(01234567\) is not what it is on the launcher's"
+    """Which path, which node, why, and what to do: where the launch's file is missing, and where
+    another launch's lies.
+    """
+    remedy = (
+        r"Give an --output on storage that all nodes share, under the same path, or in an object"
+        r" store \(s3://…\)\."
+    )
+    where = (
+        rf"--output {tmp_path}/out on node alien \(01234567\) is not what it is on the launcher's"
+    )
     with pytest.raises(OutputError, match=rf"{where}: it holds another launch\. {remedy}"):
         Station(order(launch="a later launch"))
     made = order()
@@ -140,7 +157,10 @@ def test_an_output_that_is_another_folder_is_refused(order: Orders, tmp_path: Pa
 def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path: Path) -> None:
     """A folder that is not there, an image that is missing in it, and one that is another image."""
     made, folder = order(), tmp_path / "images"
-    remedy = r"Put it on storage that all nodes share, under the same path, or into an object store \(s3://…\)\."
+    remedy = (
+        r"Put it on storage that all nodes share, under the same path, or into an object store"
+        r" \(s3://…\)\."
+    )
     differs = rf"source {folder} on node alien \(01234567\) is not what it is on the launcher's"
     kept = (folder / "000.jpg").read_bytes()
     (folder / "000.jpg").write_bytes(sample_images.jpeg(seed=99))
@@ -151,28 +171,44 @@ def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path:
         Station(made)
     (folder / "000.jpg").write_bytes(kept)
     folder.rename(tmp_path / "moved")
-    with pytest.raises(SourceError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"):
+    with pytest.raises(
+        SourceError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"
+    ):
         Station(made)
 
 
-def test_images_that_the_launcher_cannot_read_are_no_sample(order: Orders, left: Any, tmp_path: Path) -> None:
+def test_images_that_the_launcher_cannot_read_are_no_sample(
+    order: Orders, left: Any, tmp_path: Path
+) -> None:
     """They are rows like any others, and say nothing about a node."""
     made = order()
     assert len(made.samples) == 3
     (tmp_path / "images" / "000.jpg").unlink()
-    assert [sample.path for sample in node_agent.sample(made.job, left())] == [b"004.jpg", b"008.jpg"]
+    assert [sample.path for sample in node_agent.sample(made.job, left())] == [
+        b"004.jpg",
+        b"008.jpg",
+    ]
 
 
-def test_a_model_that_a_node_lacks_comes_once_and_is_checked(order: Orders, opened: Callable[..., Station], tmp_path: Path) -> None:
-    """It lies in the node's cache by its hash afterwards, where the next station finds it; other bytes are refused, with both hashes."""
+def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
+    order: Orders, opened: Callable[..., Station], tmp_path: Path
+) -> None:
+    """It lies in the node's cache by its hash afterwards, where the next station finds it; other
+    bytes are refused, with both hashes.
+    """
     made = order()
     content = memoryview(Path(made.job.model_file).read_bytes())
-    there = replace(made, job=replace(made.job, model_file=str(tmp_path / "not here" / "model.onnx")))
+    there = replace(
+        made, job=replace(made.job, model_file=str(tmp_path / "not here" / "model.onnx"))
+    )
     assert opened(there).lacks_model
     wrong = hashlib.sha256(b"other").hexdigest()
     with pytest.raises(
         ModelError,
-        match=rf"model\.onnx came to node alien \(01234567\) with the sha256 {wrong}, the job's is {made.model[0].sha256}\. Repeat",
+        match=(
+            rf"model\.onnx came to node alien \(01234567\) with the sha256 {wrong}, the job's is"
+            rf" {made.model[0].sha256}\. Repeat"
+        ),
     ):
         Station(there, [memoryview(b"other")])
     assert not opened(there, [content]).lacks_model
@@ -180,7 +216,10 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(order: Orders, open
     assert found.read_bytes() == content
     again = opened(there)
     assert not again.lacks_model
-    assert (again._job.model_file, again._job.cache_dir) == (str(found), str(found.parent / "compiled"))  # type: ignore[union-attr]
+    assert (again._job.model_file, again._job.cache_dir) == (
+        str(found),
+        str(found.parent / "compiled"),
+    )  # type: ignore[union-attr]
     heard(again, protocol.Ready)
     found.write_bytes(b"damaged since")
     assert opened(there).lacks_model
@@ -193,13 +232,16 @@ def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> Non
         (tmp_path / name).write_bytes(name.encode())
 
     def files(name: str) -> list[str]:
-        return [file.name for file in node_agent.model_files(replace(job, model_file=str(tmp_path / name)))]
+        return [
+            file.name
+            for file in node_agent.model_files(replace(job, model_file=str(tmp_path / name)))
+        ]
 
     assert files("int8-abc.xml") == ["int8-abc.xml", "int8-abc.bin"]
     assert files("big.onnx") == ["big.onnx", "model.onnx.data"]
-    assert node_agent.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[1] == ModelFile(
-        "int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest()
-    )
+    assert node_agent.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[
+        1
+    ] == ModelFile("int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +265,9 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     expected: tuple[int, ...],
     floating: bool,
 ) -> None:
-    """A node that gives Ray all four cores has them split as a local run splits them; of one that gives some, so many are used, any."""
+    """A node that gives Ray all four cores has them split as a local run splits them; of one that
+    gives some, so many are used, any.
+    """
     monkeypatch.setattr(node_agent.devices, "usable_cores", lambda: [10, 11, 12, 13])
     device = replace(DEVICE, cores=tuple(range(cores)))
     one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
@@ -231,10 +275,14 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
 
 
 def test_a_node_whose_answers_may_differ_is_refused() -> None:
-    """Both values are named; what mixing may differ in is let through where it is allowed, another imagemill never."""
+    """Both values are named; what mixing may differ in is let through where it is allowed, another
+    imagemill never.
+    """
     ours = {"imagemill": "1.0", "pillow": "12.0"}
 
-    def refuse(found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False) -> None:
+    def refuse(
+        found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False
+    ) -> None:
         node_agent.refuse_other("b (2)", found, expected, "this machine", allow_mixed=allow_mixed)
 
     refuse(ours | {"more": "1"})
@@ -248,15 +296,32 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
         refuse({"imagemill": "1.0"})
     refuse(ours | {"pillow": "11.0"}, allow_mixed=True)
     with pytest.raises(
-        DeviceError, match=r"has imagemill 0\.9, this machine has 1\.0: their answers may differ\. Install the same on both\."
+        DeviceError,
+        match=(
+            r"has imagemill 0\.9, this machine has 1\.0: their answers may differ\. Install the"
+            r" same on both\."
+        ),
     ):
         refuse(ours | {"imagemill": "0.9"}, allow_mixed=True)
-    with pytest.raises(DeviceError, match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\."):
+    with pytest.raises(
+        DeviceError,
+        match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\.",
+    ):
         refuse({node_agent.UNITS: "avx2"}, {node_agent.UNITS: "avx512f avx2"})
 
 
 def test_what_decides_answers_is_told_of_every_backend() -> None:
-    """imagemill, the way of decoding, the libraries behind it and the backend's own, and the processor's units."""
+    """imagemill, the way of decoding, the libraries behind it and the backend's own, and the
+    processor's units.
+    """
     found = node_agent.identity(("openvino", "null"))
-    assert {"imagemill", "decoder", "pillow", "simplejpeg", "numpy", "openvino", node_agent.UNITS} == set(found)
+    assert {
+        "imagemill",
+        "decoder",
+        "pillow",
+        "simplejpeg",
+        "numpy",
+        "openvino",
+        node_agent.UNITS,
+    } == set(found)
     assert all(found.values())

@@ -27,7 +27,9 @@ from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
 from imagemill.system import storage
 from s3 import Bucket, FaultProxy
 
-HASTY = storage.Patience(tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5)
+HASTY = storage.Patience(
+    tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5
+)
 KEYS = (
     "a b.jpg",
     "a%20b.jpg",
@@ -54,12 +56,16 @@ def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_come_in_the_order_of_their_bytes_whatever_their_letters(s3: Bucket) -> None:
-    """Names with blanks, per cent signs, question marks and letters of any script are listed as they are, relative and sorted, and read."""
+    """Names with blanks, per cent signs, question marks and letters of any script are listed as
+    they are, relative and sorted, and read.
+    """
     s3.fill({key: key.encode() for key in reversed(KEYS)}, "p/")
     s3.fill({"q": b"", "pp/x": b""})
     place = store(s3, "p/")
     assert place.url == f"{s3.url}/p"
-    assert list(place.list()) == sorted(((key, len(key.encode())) for key in KEYS), key=lambda item: item[0].encode())
+    assert list(place.list()) == sorted(
+        ((key, len(key.encode())) for key in KEYS), key=lambda item: item[0].encode()
+    )
     assert [place.read(key) for key in KEYS] == [key.encode() for key in KEYS]
     assert [key for key, _ in place.list("sub")] == ["sub!/x", "sub.jpg", "sub/x", "sub/y"]
     assert [key for key, _ in place.list("sub/")] == ["sub/x", "sub/y"]
@@ -69,19 +75,25 @@ def test_more_keys_than_one_page_holds_are_listed(s3: Bucket, s3_faults: FaultPr
     """A server that answers with three keys a page is asked for the next ones; each comes once."""
     names = [f"{number:02d}" for number in range(11)]
     s3.fill(dict.fromkeys(names, b"x"))
-    s3_faults.rule = lambda _: lambda handler, request: setattr(handler, "path", handler.path + "&max-keys=3")
+    s3_faults.rule = lambda _: (
+        lambda handler, request: setattr(handler, "path", handler.path + "&max-keys=3")
+    )
     assert [key for key, _ in store(s3).list()] == names
     assert s3_faults.count("GET", "list-type") == 4
 
 
 def test_objects_that_only_show_a_folder_are_not_listed(s3: Bucket) -> None:
-    """The empty object `a/`, as consoles make it, is left out where something lies below it; an empty object of another name is not."""
+    """The empty object `a/`, as consoles make it, is left out where something lies below it; an
+    empty object of another name is not.
+    """
     s3.fill({"a/": b"", "a/x": b"1", "b": b"", "bb": b"2"})
     assert list(store(s3).list()) == [("a/x", 1), ("b", 0), ("bb", 1)]
 
 
 def test_a_whole_object_is_one_request(s3: Bucket, s3_faults: FaultProxy) -> None:
-    """Reading an object, an empty one too, asks once; one that is too long is refused by its head, its body unread."""
+    """Reading an object, an empty one too, asks once; one that is too long is refused by its head,
+    its body unread.
+    """
     s3.fill({"a": b"12345", "empty": b""})
     place = store(s3)
     assert (place.read("a"), place.read("empty"), place.read("a", 5)) == (b"12345", b"", b"12345")
@@ -97,9 +109,18 @@ def test_an_object_is_read_at_any_place_by_many_threads(s3: Bucket) -> None:
     s3.fill({"a/b.bin": data})
     blob = storage.open_blob(os.fsencode(f"{s3.url}/a/b.bin"))
     assert blob.size == len(data)
-    places = [(0, 0), (0, 10), (99_990, 100), (100_000, 1), (100_001, 5), *((at, 777) for at in range(0, 100_000, 3_001))]
+    places = [
+        (0, 0),
+        (0, 10),
+        (99_990, 100),
+        (100_000, 1),
+        (100_001, 5),
+        *((at, 777) for at in range(0, 100_000, 3_001)),
+    ]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda place: blob.read_at(*place), places)) == [data[at : at + length] for at, length in places]
+        assert list(pool.map(lambda place: blob.read_at(*place), places)) == [
+            data[at : at + length] for at, length in places
+        ]
     reader = io.BufferedReader(storage.BlobFile(blob), 1_000)
     reader.seek(-5, io.SEEK_END)
     assert reader.read() == data[-5:]
@@ -115,7 +136,9 @@ def test_an_object_that_changes_while_it_is_read_is_an_error(s3: Bucket) -> None
 
 
 def test_writing_is_whole_and_can_refuse_to_replace(s3: Bucket) -> None:
-    """An object is replaced, or made only where there is none; of many who try to make it, one does. Removing what is not there is fine."""
+    """An object is replaced, or made only where there is none; of many who try to make it, one
+    does. Removing what is not there is fine.
+    """
     place = store(s3, "out")
     place.put("part", b"one")
     place.put("part", memoryview(b"two"))
@@ -139,9 +162,13 @@ def test_writing_is_whole_and_can_refuse_to_replace(s3: Bucket) -> None:
     assert s3.keys() == ["out/lock"]
 
 
-def test_a_large_object_is_written_by_one_request(s3: Bucket, s3_faults: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_object_is_written_by_one_request(
+    s3: Bucket, s3_faults: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No upload in pieces, of which a killed process would leave some lying about."""
-    monkeypatch.setattr(storage, "WRITING", replace(HASTY, silence_s=None))  # a busy machine takes its time
+    monkeypatch.setattr(
+        storage, "WRITING", replace(HASTY, silence_s=None)
+    )  # a busy machine takes its time
     data = os.urandom(20 * 2**20)
     store(s3).put("large", data)
     assert s3.get("large") == data
@@ -149,10 +176,19 @@ def test_a_large_object_is_written_by_one_request(s3: Bucket, s3_faults: FaultPr
 
 
 @pytest.mark.parametrize(
-    "fault", [faults.answers(503, "SlowDown"), faults.answers(500, "InternalError"), faults.resets(), faults.hangs(), faults.cuts(7)]
+    "fault",
+    [
+        faults.answers(503, "SlowDown"),
+        faults.answers(500, "InternalError"),
+        faults.resets(),
+        faults.hangs(),
+        faults.cuts(7),
+    ],
 )
 def test_what_passes_is_tried_again(s3: Bucket, s3_faults: FaultProxy, fault: faults.Fault) -> None:
-    """Throttling, server errors, broken, silent and cut connections: two in a row cost time, no answer."""
+    """Throttling, server errors, broken, silent and cut connections: two in a row cost time, no
+    answer.
+    """
     data = os.urandom(1_000)
     s3.fill({"a": data})
     s3_faults.rule = lambda request: fault if request.number < 2 else None
@@ -168,11 +204,19 @@ def test_what_passes_is_tried_again(s3: Bucket, s3_faults: FaultProxy, fault: fa
 @pytest.mark.parametrize(
     ("fault", "kind", "text"),
     [
-        (faults.answers(503, "SlowDown"), OSError, "503 Service Unavailable (SlowDown), after 3 tries"),
+        (
+            faults.answers(503, "SlowDown"),
+            OSError,
+            "503 Service Unavailable (SlowDown), after 3 tries",
+        ),
         (faults.resets(), OSError, "the connection was (cut|reset), after 3 tries"),
         (faults.hangs(), OSError, "no answer in time, after 3 tries"),
         (faults.answers(403, "AccessDenied"), PermissionError, "403 Forbidden (AccessDenied)"),
-        (faults.answers(403, "SignatureDoesNotMatch"), PermissionError, "403 Forbidden (SignatureDoesNotMatch)"),
+        (
+            faults.answers(403, "SignatureDoesNotMatch"),
+            PermissionError,
+            "403 Forbidden (SignatureDoesNotMatch)",
+        ),
         (faults.answers(401, "Unauthorized"), PermissionError, "401 Unauthorized (Unauthorized)"),
         (faults.answers(404, "NoSuchBucket"), FileNotFoundError, "404 Not Found (NoSuchBucket)"),
     ],
@@ -180,7 +224,9 @@ def test_what_passes_is_tried_again(s3: Bucket, s3_faults: FaultProxy, fault: fa
 def test_what_does_not_pass_is_the_systems_own_error_in_one_line(
     s3: Bucket, s3_faults: FaultProxy, fault: faults.Fault, kind: type[OSError], text: str
 ) -> None:
-    """Reading, listing and writing raise the errors that files raise, which say what the server said and how often it was asked."""
+    """Reading, listing and writing raise the errors that files raise, which say what the server
+    said and how often it was asked.
+    """
     s3_faults.rule = lambda _: fault
     place = store(s3)
     calls: tuple[Callable[[], object], ...] = (lambda: place.read("a"), lambda: list(place.list()))
@@ -192,7 +238,9 @@ def test_what_does_not_pass_is_the_systems_own_error_in_one_line(
         assert type(caught.value) is kind
         assert caught.value.strerror is not None
         told = caught.value.strerror or ""
-    assert re.fullmatch(text if "|" in text else re.escape(text) + r"(, after \d tries)?", told), told  # a connection may be lost by itself
+    assert re.fullmatch(text if "|" in text else re.escape(text) + r"(, after \d tries)?", told), (
+        told
+    )  # a connection may be lost by itself
 
 
 def test_nobody_there_is_an_error_in_one_line(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +252,12 @@ def test_nobody_there_is_an_error_in_one_line(s3: Bucket, monkeypatch: pytest.Mo
         store(s3).read("a")
 
 
-def test_a_bucket_can_be_read_without_credentials(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AWS_SKIP_SIGNATURE=true sends none and looks for none: what is public is read, what is not is refused."""
+def test_a_bucket_can_be_read_without_credentials(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS_SKIP_SIGNATURE=true sends none and looks for none: what is public is read, what is not is
+    refused.
+    """
     s3.fill({"a": b"x", "private": b"y"})
     s3.client.put_object_acl(Bucket=s3.name, Key="a", ACL="public-read")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -216,7 +268,9 @@ def test_a_bucket_can_be_read_without_credentials(s3: Bucket, monkeypatch: pytes
         store(s3).read("private")
 
 
-def test_a_profile_gives_credentials_and_region(s3: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_profile_gives_credentials_and_region(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """With boto3 installed AWS_PROFILE is obeyed; a name that no file has is one clear line."""
     s3.fill({"a": b"x"})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
@@ -227,12 +281,16 @@ def test_a_profile_gives_credentials_and_region(s3: Bucket, monkeypatch: pytest.
     monkeypatch.setenv("AWS_PROFILE", "mine")
     assert store(s3).read("a") == b"x"
     monkeypatch.setenv("AWS_PROFILE", "nobodys")
-    with pytest.raises(UsageError, match=r"AWS_PROFILE nobodys: The config profile \(nobodys\) could not be found"):
+    with pytest.raises(
+        UsageError, match=r"AWS_PROFILE nobodys: The config profile \(nobodys\) could not be found"
+    ):
         store(s3)
 
 
 def test_threads_share_one_client(s3: Bucket, s3_faults: FaultProxy) -> None:
-    """Waiting for an object holds up no other thread: sixteen answers of 0.2 s each are waited for together."""
+    """Waiting for an object holds up no other thread: sixteen answers of 0.2 s each are waited for
+    together.
+    """
     s3.fill({"a": b"x"})
     together = threading.Barrier(16, timeout=20)
     s3_faults.rule = lambda _: lambda handler, request: together.wait() and None
@@ -243,17 +301,37 @@ def test_threads_share_one_client(s3: Bucket, s3_faults: FaultProxy) -> None:
 
 def test_a_missing_package_is_named_with_the_line_to_type(tmp_path: Path) -> None:
     """Without the extra everything else works, and a URL says what to install."""
-    program = "import sys; sys.modules['obstore'] = None\nfrom imagemill.__main__ import main\nsys.exit(main())"
-    command = [sys.executable, "-c", program, "run", "s3://bucket/x", "--output", str(tmp_path / "out"), "--devices", "null"]
-    ended = subprocess.run(command, env=helpers.environment(), capture_output=True, text=True, check=False)
+    program = (
+        "import sys; sys.modules['obstore'] = None\nfrom imagemill.__main__ import"
+        " main\nsys.exit(main())"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "run",
+        "s3://bucket/x",
+        "--output",
+        str(tmp_path / "out"),
+        "--devices",
+        "null",
+    ]
+    ended = subprocess.run(
+        command, env=helpers.environment(), capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stderr) == (
         2,
-        "imagemill: s3://bucket: object stores need a package that is not installed. Type: pip install 'imagemill[s3]'\n",
+        (
+            "imagemill: s3://bucket: object stores need a package that is not installed. Type: pip"
+            " install 'imagemill[s3]'\n"
+        ),
     )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///x", "s3://b//x", "s3://b/x//y", "ftp://x/y", "/s3://x"])
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:///x", "s3://b//x", "s3://b/x//y", "ftp://x/y", "/s3://x"]
+)
 def test_what_is_no_place_in_a_store_is_wrong_usage(url: str) -> None:
     """A URL without a bucket, or of another kind, is refused in words."""
     with pytest.raises(UsageError, match="Write it like s3://bucket/prefix"):
@@ -279,7 +357,9 @@ def test_what_is_no_place_in_a_store_is_wrong_usage(url: str) -> None:
         (b"/data/list.txt", b"FILE:/a.jpg", b"/a.jpg"),
     ],
 )
-def test_relative_paths_are_relative_to_the_file_they_are_written_in(file: bytes, path: bytes, location: bytes) -> None:
+def test_relative_paths_are_relative_to_the_file_they_are_written_in(
+    file: bytes, path: bytes, location: bytes
+) -> None:
     """In a folder, in a store and on the web alike; what is absolute or a URL stays as it is."""
     assert storage.beside(file, path) == location
 
@@ -289,12 +369,20 @@ def test_relative_paths_are_relative_to_the_file_they_are_written_in(file: bytes
     [
         (b"s3://b/list.txt", b"../x.jpg", "it leads above s3://b"),
         (b"s3://b/a/list.txt", b"c/../../../x.jpg", "it leads above s3://b"),
-        (b"/data/list.txt", b"file://nas/a.jpg", "file://nas is another machine. Mount its disk and give the path"),
+        (
+            b"/data/list.txt",
+            b"file://nas/a.jpg",
+            "file://nas is another machine. Mount its disk and give the path",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [".txt", ".csv"])
-def test_what_no_path_can_mean_is_refused_while_listing(s3: Bucket, tmp_path: Path, kind: str, file: bytes, path: bytes, why: str) -> None:
-    """A line that leads above its bucket, or to another machine's disk, ends the command with its number. No row of it would be right."""
+def test_what_no_path_can_mean_is_refused_while_listing(
+    s3: Bucket, tmp_path: Path, kind: str, file: bytes, path: bytes, why: str
+) -> None:
+    """A line that leads above its bucket, or to another machine's disk, ends the command with its
+    number. No row of it would be right.
+    """
     data = (b"path\n" if kind == ".csv" else b"a.jpg\n") + b"b.jpg\n" + path + b"\n"
     place = file.decode().replace("s3://b", s3.url).replace("list.txt", f"list{kind}")
     if file.startswith(b"s3"):
@@ -311,13 +399,21 @@ def test_what_no_path_can_mean_is_refused_while_listing(s3: Bucket, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", [".txt", ".csv", ".parquet"])
 def test_file_urls_in_lists_and_tables_are_files(tmp_path: Path, kind: str) -> None:
-    """As Java, Spark and file managers write them, percent-encoded. The row keeps the URL as its path."""
+    """As Java, Spark and file managers write them, percent-encoded. The row keeps the URL as its
+    path.
+    """
     images = helpers.fill(tmp_path / "a folder", {"ü 100%.jpg": b"1", "b.jpg": b"2"})
-    cells = [(images / "ü 100%.jpg").as_uri(), f"file:{quote(str(images))}/b.jpg", f"file://localhost{quote(str(images))}/b.jpg"]
+    cells = [
+        (images / "ü 100%.jpg").as_uri(),
+        f"file:{quote(str(images))}/b.jpg",
+        f"file://localhost{quote(str(images))}/b.jpg",
+    ]
     path = tmp_path / f"list{kind}"
     if kind == ".parquet":
         pq.write_table(pa.table({"path": cells}), path)
     else:
         path.write_text("\n".join(["path"] * (kind == ".csv") + cells))
-    assert archive_files.read(f"@{path}") == list(zip(map(str.encode, cells), (b"1", b"2", b"2"), strict=True))
+    assert archive_files.read(f"@{path}") == list(
+        zip(map(str.encode, cells), (b"1", b"2", b"2"), strict=True)
+    )
     assert resolve([f"@{path.as_uri()}", images.as_uri()]) == (f"@{path}", str(images))

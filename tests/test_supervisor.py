@@ -1,4 +1,6 @@
-"""When a worker is killed by whoever watches it, and when it is left alone: simulated time, and a test in the worker's place."""
+"""When a worker is killed by whoever watches it, and when it is left alone: simulated time, and a
+test in the worker's place.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LIMIT_S = 60.0
 
 
 class Worker:
-    """In the place of the process: its end of the pipe, its noteboard, and whether it was killed."""
+    """In the place of the process: its end of the pipe, its noteboard, and whether it was
+    killed.
+    """
 
     pid, returncode = 4711, None
 
@@ -48,19 +52,24 @@ class Worker:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Simulated time; `clock.now` is in seconds."""
     found = SimpleNamespace(now=1_000.0)
-    simulated = SimpleNamespace(monotonic=lambda: found.now, monotonic_ns=lambda: int(found.now * 1e9))
+    simulated = SimpleNamespace(
+        monotonic=lambda: found.now, monotonic_ns=lambda: int(found.now * 1e9)
+    )
     for module in (supervisor, heartbeat):
         monkeypatch.setattr(module, "time", simulated)
     return found
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch, tiny: Bundle, tmp_path: Path, clock: SimpleNamespace) -> Iterator[tuple[Supervisor, Worker]]:
+def watched(
+    monkeypatch: pytest.MonkeyPatch, tiny: Bundle, tmp_path: Path, clock: SimpleNamespace
+) -> Iterator[tuple[Supervisor, Worker]]:
     """A supervisor, and the worker that it watches, which is ready and has a shard to compute."""
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(supervisor.subprocess, "Popen", Worker)
     watching = Supervisor(
-        make_job(tiny, output=str(tmp_path), limits=Limits(max_seconds=LIMIT_S)), DeviceSpec("null#0", "null", "null", (0,))
+        make_job(tiny, output=str(tmp_path), limits=Limits(max_seconds=LIMIT_S)),
+        DeviceSpec("null#0", "null", "null", (0,)),
     )
     worker: Any = watching._process
     worker.connection.send(protocol.Ready(worker.pid))
@@ -71,7 +80,12 @@ def watched(monkeypatch: pytest.MonkeyPatch, tiny: Bundle, tmp_path: Path, clock
     watching.kill()
 
 
-def wait(watching: Supervisor, clock: SimpleNamespace, seconds: float, act: Callable[[], None] = lambda: None) -> None:
+def wait(
+    watching: Supervisor,
+    clock: SimpleNamespace,
+    seconds: float,
+    act: Callable[[], None] = lambda: None,
+) -> None:
     """Let time pass, and watch at every half of a second."""
     for _ in range(int(2 * seconds)):
         clock.now += 0.5
@@ -79,7 +93,9 @@ def wait(watching: Supervisor, clock: SimpleNamespace, seconds: float, act: Call
         watching.watch()
 
 
-def test_a_session_that_does_nothing_is_killed_after_ten_minutes(watched: tuple[Supervisor, Worker], clock: SimpleNamespace) -> None:
+def test_a_session_that_does_nothing_is_killed_after_ten_minutes(
+    watched: tuple[Supervisor, Worker], clock: SimpleNamespace
+) -> None:
     """Not before, and once."""
     watching, worker = watched
     wait(watching, clock, STALLED_S)
@@ -89,8 +105,12 @@ def test_a_session_that_does_nothing_is_killed_after_ten_minutes(watched: tuple[
 
 
 @pytest.mark.parametrize("sign", ["batch", "commit", "decode"])
-def test_a_slow_session_is_left_alone(watched: tuple[Supervisor, Worker], clock: SimpleNamespace, sign: str) -> None:
-    """A batch taken, a part committed or an image being decoded within ten minutes: it may go on for days."""
+def test_a_slow_session_is_left_alone(
+    watched: tuple[Supervisor, Worker], clock: SimpleNamespace, sign: str
+) -> None:
+    """A batch taken, a part committed or an image being decoded within ten minutes: it may go on
+    for days.
+    """
     watching, worker = watched
     for number in range(5):
         wait(watching, clock, STALLED_S - 1)
@@ -109,8 +129,12 @@ def test_a_slow_session_is_left_alone(watched: tuple[Supervisor, Worker], clock:
     assert worker.killed
 
 
-def test_a_worker_with_nothing_to_do_is_left_alone(watched: tuple[Supervisor, Worker], clock: SimpleNamespace) -> None:
-    """Once its shards are committed it may wait for hours; what it did meanwhile is no excuse later."""
+def test_a_worker_with_nothing_to_do_is_left_alone(
+    watched: tuple[Supervisor, Worker], clock: SimpleNamespace
+) -> None:
+    """Once its shards are committed it may wait for hours; what it did meanwhile is no excuse
+    later.
+    """
     watching, worker = watched
     worker.connection.send(protocol.Done(Receipt(SHARD.number, 1, 0, 1, 0.0, ""), Clock()))
     assert len(list(watching.hear())) == 1
@@ -123,8 +147,12 @@ def test_a_worker_with_nothing_to_do_is_left_alone(watched: tuple[Supervisor, Wo
     assert worker.killed
 
 
-def test_a_worker_is_killed_for_the_images_that_take_too_long(watched: tuple[Supervisor, Worker], clock: SimpleNamespace) -> None:
-    """A second after their time is over; the others that were being decoded are noted, and so is how it died."""
+def test_a_worker_is_killed_for_the_images_that_take_too_long(
+    watched: tuple[Supervisor, Worker], clock: SimpleNamespace
+) -> None:
+    """A second after their time is over; the others that were being decoded are noted, and so is
+    how it died.
+    """
     watching, worker = watched
     worker.board.at(0, 7)
     worker.board.at(1, 8, timed=False)
@@ -136,10 +164,17 @@ def test_a_worker_is_killed_for_the_images_that_take_too_long(watched: tuple[Sup
     assert worker.killed
     worker.connection.close()
     (died,) = watching.hear()
-    assert (died.how, died.ready, died.noted, died.timed_out) == ("signal SIGKILL", True, (7, 8, 9), (7,))  # type: ignore[union-attr]
+    assert (died.how, died.ready, died.noted, died.timed_out) == (
+        "signal SIGKILL",
+        True,
+        (7, 8, 9),
+        (7,),
+    )  # type: ignore[union-attr]
 
 
-def test_a_worker_that_is_still_starting_is_left_alone(watched: tuple[Supervisor, Worker], clock: SimpleNamespace) -> None:
+def test_a_worker_that_is_still_starting_is_left_alone(
+    watched: tuple[Supervisor, Worker], clock: SimpleNamespace
+) -> None:
     """Compiling a model may take any time, and what the noteboard says meanwhile is nobody's."""
     watching, worker = watched
     watching._ready = False

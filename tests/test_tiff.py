@@ -29,7 +29,10 @@ def answer(data: bytes) -> Decoded:
 
 def cropped(pixels: np.ndarray) -> np.ndarray:
     return preprocess.by_the_book(
-        Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8))), RECIPE
+        Image.fromarray(
+            np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8))
+        ),
+        RECIPE,
     )
 
 
@@ -48,7 +51,9 @@ def refused(data: bytes) -> str:
 
 
 def test_grid_is_right_or_unsupported() -> None:
-    """Every seventh file of the grid is read as tifffile reads it, or is unsupported; `benchmarks/tiff_grid.py` tries them all."""
+    """Every seventh file of the grid is read as tifffile reads it, or is unsupported;
+    `benchmarks/tiff_grid.py` tries them all.
+    """
     wrong, read = [], 0
     for cell in itertools.islice(tiff_files.cells(), 0, None, 7):
         verdict = tiff_files.compare(cell)
@@ -71,12 +76,16 @@ def test_small_files_that_failed_are_read(name: str) -> None:
 @pytest.mark.parametrize("photometric", [0, 1, 2, 3])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 10, 12, 14, 16])
 def test_any_number_of_bits_is_read(bits: int, photometric: int, deflate: bool, order: str) -> None:
-    """Unsigned samples of 1 to 16 bits are scaled to 8 bits, in any photometric interpretation and byte order."""
+    """Unsigned samples of 1 to 16 bits are scaled to 8 bits, in any photometric interpretation and
+    byte order.
+    """
     rng = np.random.default_rng(bits)
     values = rng.integers(0, 1 << bits, (35, 37, 3 if photometric == 2 else 1))
     palette = rng.integers(0, 65536, 3 << bits)
     tags = {320: tuple(map(int, palette))} if photometric == 3 else {}
-    data = tiff_files.by_hand(values, bits, photometric=photometric, order=order, deflate=deflate, tags=tags)
+    data = tiff_files.by_hand(
+        values, bits, photometric=photometric, order=order, deflate=deflate, tags=tags
+    )
     if photometric == 3:
         expected = palette.reshape(3, -1).T[values[:, :, 0]] >> 8
     else:
@@ -111,10 +120,14 @@ def test_fill_order_is_obeyed(bits: int, photometric: int, deflate: bool, fill_o
     values = np.random.default_rng(1).integers(0, 1 << bits, (35, 37, 1))
     plain = tiff_files.by_hand(values, bits, photometric=photometric, deflate=deflate)
     size = struct.unpack_from("<I", plain, 4)[0] - 8
-    strip = np.unpackbits(np.frombuffer(plain[8 : 8 + size], np.uint8)).reshape(-1, 8)[:, :: 3 - 2 * fill_order]
+    strip = np.unpackbits(np.frombuffer(plain[8 : 8 + size], np.uint8)).reshape(-1, 8)[
+        :, :: 3 - 2 * fill_order
+    ]
     data = plain[:8] + np.packbits(strip).tobytes() + plain[8 + size :]
     entries = struct.unpack_from("<I", plain, 4)[0] + 2
-    at = next(at for at in range(entries, len(data), 12) if struct.unpack_from("<H", data, at)[0] == 277)  # has the default value
+    at = next(
+        at for at in range(entries, len(data), 12) if struct.unpack_from("<H", data, at)[0] == 277
+    )  # has the default value
     data = data[:at] + struct.pack("<HHII", 266, 4, 1, fill_order) + data[at + 12 :]
     expected = values * 255 // ((1 << bits) - 1)
     check(data, expected if photometric else 255 - expected)
@@ -124,12 +137,33 @@ def test_fill_order_is_obeyed(bits: int, photometric: int, deflate: bool, fill_o
 def test_tiles_of_partial_bytes_are_read(bits: int) -> None:
     """Tiles whose samples are not whole bytes are put side by side at the right pixel."""
     values = np.random.default_rng(1).integers(0, 1 << bits, (48, 48))
-    tiles = [values[top : top + 16, left : left + 16] for top in (0, 16, 32) for left in (0, 16, 32)]
-    bodies = [np.packbits(((tile[..., None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)).tobytes() for tile in tiles]
+    tiles = [
+        values[top : top + 16, left : left + 16] for top in (0, 16, 32) for left in (0, 16, 32)
+    ]
+    bodies = [
+        np.packbits(
+            ((tile[..., None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)
+        ).tobytes()
+        for tile in tiles
+    ]
     starts = tuple(8 + len(bodies[0]) * index for index in range(9))
-    tags = {256: 37, 257: 35, 258: bits, 259: 1, 262: 1, 277: 1, 322: 16, 323: 16, 324: starts, 325: (len(bodies[0]),) * 9}
+    tags = {
+        256: 37,
+        257: 35,
+        258: bits,
+        259: 1,
+        262: 1,
+        277: 1,
+        322: 16,
+        323: 16,
+        324: starts,
+        325: (len(bodies[0]),) * 9,
+    }
     expected = values[:35, :37, None]
-    check(tiff_files.assemble(tags, b"".join(bodies)), expected * 255 // ((1 << bits) - 1) if bits < 8 else expected >> 4)
+    check(
+        tiff_files.assemble(tags, b"".join(bodies)),
+        expected * 255 // ((1 << bits) - 1) if bits < 8 else expected >> 4,
+    )
 
 
 @pytest.mark.parametrize("photometric", [1, 2, 6])
@@ -158,7 +192,9 @@ def test_old_jpeg_is_right_or_unsupported(photometric: int) -> None:
 
 
 def test_large_tags_cost_nothing() -> None:
-    """Tags that are not needed are not read, however large: Photoshop and microscopes store megabytes in them."""
+    """Tags that are not needed are not read, however large: Photoshop and microscopes store
+    megabytes in them.
+    """
     plain = tiff_files.by_hand(np.zeros((35, 37, 1)), 16)
     large = tiff_files.by_hand(np.zeros((35, 37, 1)), 16, tags={37724: tuple(range(300_000))})
     tracemalloc.start()
@@ -173,8 +209,22 @@ def test_large_tags_cost_nothing() -> None:
 
 
 def test_small_image_in_a_huge_tile_is_too_large() -> None:
-    """The budget counts the bytes of a tile, which libtiff decodes whole, not those of the image alone."""
-    tags = {256: 16, 257: 16, 258: (32,) * 4, 259: 8, 262: 2, 277: 4, 322: 3000, 323: 3000, 324: 8, 325: 64, 338: 0}
+    """The budget counts the bytes of a tile, which libtiff decodes whole, not those of the image
+    alone.
+    """
+    tags = {
+        256: 16,
+        257: 16,
+        258: (32,) * 4,
+        259: 8,
+        262: 2,
+        277: 4,
+        322: 3000,
+        323: 3000,
+        324: 8,
+        325: 64,
+        338: 0,
+    }
     decoded = decode(tiff_files.assemble(tags, bytes(64)), RECIPE, Limits(max_pixels=10_000_000))
     assert decoded.status is Status.TOO_LARGE, decoded.error
 
@@ -182,7 +232,10 @@ def test_small_image_in_a_huge_tile_is_too_large() -> None:
 def test_constant_image_of_wide_samples_is_read() -> None:
     """An image of one value, which cannot be stretched, is read."""
     for value in (-5, 1 << 20):
-        check(sample_images.encode(Image.fromarray(np.full((35, 37), value, np.int32)), "TIFF"), np.zeros((35, 37, 1)))
+        check(
+            sample_images.encode(Image.fromarray(np.full((35, 37), value, np.int32)), "TIFF"),
+            np.zeros((35, 37, 1)),
+        )
 
 
 SAMPLE_TAGS = {
@@ -217,7 +270,9 @@ SAMPLE_TAGS = {
 
 @pytest.mark.parametrize("name", SAMPLE_TAGS)
 def test_other_layouts_are_unsupported_by_name(name: str) -> None:
-    """A valid TIFF that is not read is `unsupported`, and the error names the property that is to blame."""
+    """A valid TIFF that is not read is `unsupported`, and the error names the property that is to
+    blame.
+    """
     tags, bits, reason = SAMPLE_TAGS[name]
     samples = int(tags.get(277, 1))
     data = tiff_files.by_hand(np.zeros((35, 37, samples)), bits, tags=tags)
@@ -227,17 +282,28 @@ def test_other_layouts_are_unsupported_by_name(name: str) -> None:
 @pytest.mark.parametrize("link", ["following", "sub-directory"])
 def test_thumbnail_of_a_raw_file_is_no_answer(link: str) -> None:
     """A camera raw file is unsupported although its first image, a thumbnail, could be read."""
-    data = tiff_files.by_hand(np.zeros((35, 37, 3)), 8, photometric=2, tags={330: 0xAAAAAAAA} if link == "sub-directory" else {})
+    data = tiff_files.by_hand(
+        np.zeros((35, 37, 3)),
+        8,
+        photometric=2,
+        tags={330: 0xAAAAAAAA} if link == "sub-directory" else {},
+    )
     raw = tiff_files.by_hand(np.zeros((35, 37, 1)), 16, photometric=32803)
     (inner,) = struct.unpack_from("<I", raw, 4)
     pointer = struct.pack("<I", len(data))
     assert answer(data).status is Status.OK or link == "sub-directory"
-    data = data.replace(struct.pack("<I", 0xAAAAAAAA), pointer) if link == "sub-directory" else data[:-4] + pointer
+    data = (
+        data.replace(struct.pack("<I", 0xAAAAAAAA), pointer)
+        if link == "sub-directory"
+        else data[:-4] + pointer
+    )
     assert "camera raw file" in refused(data + raw[inner:])
 
 
 @pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits", "zstd", "jpeg"])
-@pytest.mark.parametrize(("dtype", "planar"), [("uint8", False), ("uint16", True), ("float32", False)])
+@pytest.mark.parametrize(
+    ("dtype", "planar"), [("uint8", False), ("uint16", True), ("float32", False)]
+)
 def test_cut_tiff_is_truncated(dtype: str, planar: bool, compression: str | None) -> None:
     """A TIFF that ends early is `truncated`, wherever it is cut and whichever reader it gets."""
     data = tiff_files.write(tiff_files.Cell(dtype, "rgb", compression=compression, planar=planar))
@@ -247,17 +313,25 @@ def test_cut_tiff_is_truncated(dtype: str, planar: bool, compression: str | None
     assert answer(data).status in {Status.OK, Status.UNSUPPORTED}
     for end in {9, 100, len(data) // 2, len(data) - 40}:
         decoded = answer(data[:end])
-        assert decoded.status is Status.TRUNCATED or (compression == "jpeg" and end > 200), (end, decoded.error)
+        assert decoded.status is Status.TRUNCATED or (compression == "jpeg" and end > 200), (
+            end,
+            decoded.error,
+        )
 
 
 def test_samples_have_a_budget() -> None:
-    """Samples that would take more than 8 bytes for each of `max_pixels` are `too_large` before they are decompressed."""
+    """Samples that would take more than 8 bytes for each of `max_pixels` are `too_large` before
+    they are decompressed.
+    """
     data = tiff_files.by_hand(np.zeros((35, 37, 4)), 32, photometric=2, tags={338: 0})
     assert decode(data, RECIPE, Limits(max_pixels=35 * 37 * 2)).status is Status.OK
     decoded = decode(data, RECIPE, Limits(max_pixels=35 * 37 * 2 - 1))
     assert decoded.status is Status.TOO_LARGE
     assert decoded.error is not None
-    assert decoded.error.startswith("37×35 pixels of 4 32-bit samples are 20720 bytes, more than the budget of 8 bytes for each of")
+    assert decoded.error.startswith(
+        "37×35 pixels of 4 32-bit samples are 20720 bytes, more than the budget of 8 bytes for"
+        " each of"
+    )
 
 
 @pytest.mark.parametrize("which", range(6))
@@ -271,7 +345,9 @@ def test_mutated_tags_never_raise(which: int) -> None:
         ("uint8", "palette"),
         ("uint32", "rgb"),
     ]
-    data = tiff_files.Cell(*cells[which], compression="lzw", planar=bool(which % 2), tiled=which > 2).write()
+    data = tiff_files.Cell(
+        *cells[which], compression="lzw", planar=bool(which % 2), tiled=which > 2
+    ).write()
     rng = np.random.default_rng(which)
     for _ in range(200):
         broken = bytearray(data)
@@ -282,14 +358,18 @@ def test_mutated_tags_never_raise(which: int) -> None:
 
 
 def test_wrong_version_mark_is_still_a_tiff() -> None:
-    """A TIFF whose version number is in the other byte order, which Pillow accepts, gets the same checks."""
+    """A TIFF whose version number is in the other byte order, which Pillow accepts, gets the same
+    checks.
+    """
     values = np.random.default_rng(1).integers(0, 65536, (35, 37, 3))
     data = tiff_files.by_hand(values, 16, photometric=2)
     check(data[:2] + b"\0*" + data[4:], values >> 8)
 
 
 def test_extreme_values_are_stretched() -> None:
-    """The widest floats and integers, and integers that differ by little beside their size, are stretched like any others."""
+    """The widest floats and integers, and integers that differ by little beside their size, are
+    stretched like any others.
+    """
     biggest = np.finfo(np.float64).max
     ramp = np.linspace(0, 1, 35 * 37).reshape(35, 37)
     offset = np.arange(35 * 37).reshape(35, 37) % 256

@@ -29,7 +29,9 @@ pwd.getpwuid = pwd.getpwnam = refuse
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No HOME, no passwd entry, no cache folder; returns the folder that the cache then has, not made yet."""
+    """No HOME, no passwd entry, no cache folder; returns the folder that the cache then has, not
+    made yet.
+    """
 
     def refuse(name: object) -> Any:
         raise KeyError(name)
@@ -42,7 +44,9 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_commands_work_without_a_home_directory(tmp_path: Path) -> None:
-    """`demo` makes its model and classifies; the model is in a private folder below the temporary directory."""
+    """`demo` makes its model and classifies; the model is in a private folder below the temporary
+    directory.
+    """
     environment = harness.hooks(tmp_path / "hooks", NO_ENTRY, TMPDIR=str(tmp_path))
     for name in ("HOME", "XDG_CACHE_HOME", "IMAGEMILL_MODELS"):
         environment.pop(name, None)
@@ -53,8 +57,12 @@ def test_commands_work_without_a_home_directory(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_cannot_be_written_to_is_none(homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Such as HOME=/, which Docker sets for a user without an entry, or another user's home; models that are there are used."""
+def test_a_home_that_cannot_be_written_to_is_none(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Such as HOME=/, which Docker sets for a user without an entry, or another user's home; models
+    that are there are used.
+    """
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert userdirs.cache() == tmp_path / "home/.cache/imagemill"  # it can be made
     writable = os.access
@@ -65,7 +73,9 @@ def test_a_home_that_cannot_be_written_to_is_none(homeless: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "others may write", "of another user"])
-def test_a_folder_that_another_user_may_have_filled_is_refused(kind: str, homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_another_user_may_have_filled_is_refused(
+    kind: str, homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Anybody can make a folder of that name first; the message names the variables to set."""
     if kind == "link":
         (homeless.parent / "elsewhere").mkdir(mode=0o700)
@@ -79,16 +89,28 @@ def test_a_folder_that_another_user_may_have_filled_is_refused(kind: str, homele
         other = os.geteuid() + 1
         homeless.rename(homeless.with_name(f"imagemill-{other}"))
         monkeypatch.setattr("os.geteuid", lambda: other)
-    with pytest.raises(UsageError, match=r"imagemill-\d+ is not a private folder of this user. Set XDG_CACHE_HOME or IMAGEMILL_MODELS"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"imagemill-\d+ is not a private folder of this user. Set XDG_CACHE_HOME or"
+            r" IMAGEMILL_MODELS"
+        ),
+    ):
         bundle.default_models_dir()
 
 
-def test_nothing_else_needs_a_home_directory(homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A path with `~` is refused in one line; there is no `.netrc`; no temporary folder is one error too."""
+def test_nothing_else_needs_a_home_directory(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A path with `~` is refused in one line; there is no `.netrc`; no temporary folder is one
+    error too.
+    """
     with pytest.raises(UsageError, match=r"~/models: cannot find the home directory. Set HOME"):
         userdirs.expand("~/models")
     http._netrc_file.cache_clear()
     assert http._netrc_file() == {}
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    with pytest.raises(UsageError, match=r"no temporary folder can be used either \(No such file or directory\)"):
+    with pytest.raises(
+        UsageError, match=r"no temporary folder can be used either \(No such file or directory\)"
+    ):
         userdirs.cache()

@@ -1,4 +1,6 @@
-"""Signals are heard while something is waited for that hears none, and what was left behind does no harm."""
+"""Signals are heard while something is waited for that hears none, and what was left behind does no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_what_the_call_gives_is_given() -> None:
 
 def test_from_another_thread_it_is_called_right_there() -> None:
     found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(interruptible.heard(threading.current_thread) is thread))
+    thread = threading.Thread(
+        target=lambda: found.append(interruptible.heard(threading.current_thread) is thread)
+    )
     thread.start()
     thread.join()
     assert found == [True]
@@ -61,7 +65,9 @@ def test_a_signal_ends_the_wait() -> None:
     with pytest.raises(Rung):
         interruptible.heard(lambda: ring_and_wait(stop))
     with pytest.raises(Rung):
-        interruptible.heard_all(lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2)
+        interruptible.heard_all(
+            lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2
+        )
     stop.set()
 
 

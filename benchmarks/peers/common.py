@@ -1,11 +1,12 @@
-"""What all peers share: their arguments, their images, plain preprocessing with Pillow, and the one line that each prints.
+"""What all peers share: their arguments, their images, plain preprocessing with Pillow, and the one
+line that each prints.
 
 Every peer is one process that prints one JSON object as the last line of stdout:
 
-    name                        who
-    images, seconds             all it classified, and the wall clock since its process began
-    images_per_second           the two divided: what a user of it sees
-    steady_images_per_second    without start-up: the images after the first batch over the time after the first batch
+    name                        who images, seconds             all it classified, and the wall
+    clock since its process began images_per_second           the two divided: what a user of it
+    sees steady_images_per_second    without start-up: the images after the first batch over the
+    time after the first batch
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ SIZE, RESIZE = 224, 256
 
 
 def begun() -> float:
-    """When this process began, on the monotonic clock; to a hundredth of a second on Linux, else when this module was imported."""
+    """When this process began, on the monotonic clock; to a hundredth of a second on Linux, else
+    when this module was imported.
+    """
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return ticks / os.sysconf("SC_CLK_TCK") - (time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic())
+        return ticks / os.sysconf("SC_CLK_TCK") - (
+            time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+        )
     except (OSError, ValueError, AttributeError):
         return _IMPORTED
 
@@ -54,35 +59,60 @@ class Meter:
 
 
 def print_line(name: str, images: int, seconds: float, steady: float | None, **more: Any) -> None:
-    line = {"name": name, "images": images, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 3)}
+    line = {
+        "name": name,
+        "images": images,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(images / seconds, 3),
+    }
     line["steady_images_per_second"] = None if steady is None else round(steady, 3)
     print(json.dumps(line | more), flush=True)
 
 
 def arguments(text: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", metavar="DIR", help="flat folder of JPEG files")
-    parser.add_argument("--model-dir", metavar="DIR", required=True, help="bundle with model.onnx, as `imagemill get-model` makes it")
+    parser.add_argument(
+        "--model-dir",
+        metavar="DIR",
+        required=True,
+        help="bundle with model.onnx, as `imagemill get-model` makes it",
+    )
     parser.add_argument("--limit", type=int, help="the first N images only")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for what decodes nothing: how long to compute")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: the usable cores")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for what decodes nothing: how long to compute"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="default: the usable cores",
+    )
     return parser
 
 
 def images(folder: str, limit: int | None = None) -> list[str]:
-    found = sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    found = sorted(
+        str(path) for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg")
+    )
     if not found:
         raise SystemExit(f"{folder} holds no JPEG files")
     return found[:limit]
 
 
 def prepare(image: Any) -> np.ndarray:
-    """A Pillow image the usual way: short side to 256, bilinear, centre crop; uint8 (224, 224, 3)."""
+    """A Pillow image the usual way: short side to 256, bilinear, centre crop; uint8 (224, 224,
+    3).
+    """
     from PIL import Image
 
     image = image.convert("RGB")
     scale = RESIZE / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
+    )
     left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
     return np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
 

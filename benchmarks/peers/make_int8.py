@@ -1,7 +1,9 @@
-"""Makes the peers' int8 models from a bundle's model.onnx, calibrated on the first images of a folder.
+"""Makes the peers' int8 models from a bundle's model.onnx, calibrated on the first images of a
+folder.
 
-python make_int8.py nncf --model-dir M --images DIR --output plain.xml    NNCF's documented one-liner: nncf.quantize(core.read_model(…), …)
-python make_int8.py ort --model-dir M --images DIR --output qdq.onnx      onnxruntime.quantization, static, QDQ, per channel
+python make_int8.py nncf --model-dir M --images DIR --output plain.xml    NNCF's documented
+one-liner: nncf.quantize(core.read_model(…), …) python make_int8.py ort --model-dir M --images DIR
+--output qdq.onnx      onnxruntime.quantization, static, QDQ, per channel
 """
 
 from __future__ import annotations
@@ -18,14 +20,21 @@ def plain(model: str, output: str, paths: list[str]) -> None:
     import openvino as ov
 
     read = ov.Core().read_model(model)
-    quantised = nncf.quantize(read, nncf.Dataset(paths, lambda path: load(path)[None]), subset_size=len(paths))
+    quantised = nncf.quantize(
+        read, nncf.Dataset(paths, lambda path: load(path)[None]), subset_size=len(paths)
+    )
     ov.save_model(quantised, output)
 
 
 def qdq(model: str, output: str, paths: list[str]) -> None:
     import onnx
     from onnx import version_converter
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     read = onnx.load(model)
@@ -59,10 +68,18 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("tool", choices=["nncf", "ort"])
     parser.add_argument("--output", required=True)
-    parser.add_argument("--calibration", type=int, help="images (default: 300 for nncf, its own default; 64 for ort)")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        help="images (default: 300 for nncf, its own default; 64 for ort)",
+    )
     asked = parser.parse_args()
     make, count = {"nncf": (plain, 300), "ort": (qdq, 64)}[asked.tool]
-    make(str(Path(asked.model_dir) / "model.onnx"), asked.output, images(asked.images, asked.calibration or count))
+    make(
+        str(Path(asked.model_dir) / "model.onnx"),
+        asked.output,
+        images(asked.images, asked.calibration or count),
+    )
 
 
 if __name__ == "__main__":

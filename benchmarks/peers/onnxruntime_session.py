@@ -1,4 +1,5 @@
-"""ONNX Runtime on the CPU: the bundle's ONNX file, or a static QDQ int8 one; without any decoding, or with a plain Pillow loader.
+"""ONNX Runtime on the CPU: the bundle's ONNX file, or a static QDQ int8 one; without any decoding,
+or with a plain Pillow loader.
 
 The int8 file is made by `make_int8.py ort`.
 """
@@ -44,8 +45,13 @@ def main() -> None:
         while time.monotonic() < end:
             classify(batch)
     else:
-        with ThreadPoolExecutor(asked.threads) as pool:  # the next batch is loaded while this one is computed
-            batches = [pool.map(load, names) for names in in_batches(images(asked.images, asked.limit), asked.batch_size)]
+        with ThreadPoolExecutor(
+            asked.threads
+        ) as pool:  # the next batch is loaded while this one is computed
+            batches = [
+                pool.map(load, names)
+                for names in in_batches(images(asked.images, asked.limit), asked.batch_size)
+            ]
             for loaded in batches:
                 classify(np.stack(list(loaded)))
     meter.report(asked.name)

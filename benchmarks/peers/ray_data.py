@@ -1,4 +1,5 @@
-"""Ray Data + ONNX Runtime, as Ray's guide to batch inference does it: read_images, a map that prepares, map_batches with a class, Parquet.
+"""Ray Data + ONNX Runtime, as Ray's guide to batch inference does it: read_images, a map that
+prepares, map_batches with a class, Parquet.
 
 `--concurrency` sessions of `--threads` threads each. Usage statistics are off.
 """
@@ -32,8 +33,14 @@ class Classifier:
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, batch: dict) -> dict:
-        logits = self._session.run(["logits"], {self._input: np.ascontiguousarray(batch["pixels"])})[0]
-        return {"path": batch["path"], "class_id": logits.argmax(axis=1), "done_s": np.full(len(logits), time.monotonic())}
+        logits = self._session.run(
+            ["logits"], {self._input: np.ascontiguousarray(batch["pixels"])}
+        )[0]
+        return {
+            "path": batch["path"],
+            "class_id": logits.argmax(axis=1),
+            "done_s": np.full(len(logits), time.monotonic()),
+        }
 
 
 def main() -> None:
@@ -54,7 +61,9 @@ def main() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     file = str((Path(asked.model_dir) / "model.onnx").resolve())
     with tempfile.TemporaryDirectory() as output:
-        found = ray.data.read_images(images(asked.images, asked.limit), mode="RGB", include_paths=True)
+        found = ray.data.read_images(
+            images(asked.images, asked.limit), mode="RGB", include_paths=True
+        )
         found = found.map(prepared).map_batches(
             Classifier,
             fn_constructor_kwargs={"file": file, "threads": asked.threads},
@@ -70,7 +79,13 @@ def main() -> None:
     ray.shutdown()
     first, last = done.min(), done.max()
     steady = float((done > first).sum() / (last - first)) if last > first else None
-    print_line(f"ray data, {asked.concurrency} × {asked.threads} threads", len(done), seconds, steady, ray=ray.__version__)
+    print_line(
+        f"ray data, {asked.concurrency} × {asked.threads} threads",
+        len(done),
+        seconds,
+        steady,
+        ray=ray.__version__,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""timm's inference.py, by the calls that it makes: create_model, create_dataset, create_loader, softmax, top-k.
+"""timm's inference.py, by the calls that it makes: create_model, create_dataset, create_loader,
+softmax, top-k.
 
-timm's package does not carry the script itself; this follows its loop, options and defaults (batch 256, two loading processes, top-1,
-everything kept until the end). fp32, or bf16 as its `--amp --amp-dtype bfloat16`. Weights are random: speed does not depend on them.
+timm's package does not carry the script itself; this follows its loop, options and defaults (batch
+256, two loading processes, top-1, everything kept until the end). fp32, or bf16 as its `--amp
+--amp-dtype bfloat16`. Weights are random: speed does not depend on them.
 
-timm imports torchvision; where the torch at hand was built apart from it, its compiled operators do not load. timm uses none of them on
-this path (the transforms are Pillow's), so their names alone are declared before the import.
+timm imports torchvision; where the torch at hand was built apart from it, its compiled operators do
+not load. timm uses none of them on this path (the transforms are Pillow's), so their names alone
+are declared before the import.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ _KEPT: list[object] = []
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--channels-last", action="store_true", help="as inference.py's option of that name")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="as inference.py's option of that name"
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=2)
     asked = parser.parse_args()
@@ -84,7 +89,10 @@ def main() -> None:
             outputs.append(output.float().numpy())
             meter.done(len(index))
     assert len(np.concatenate(indices)) == len(np.concatenate(outputs)) == len(dataset)
-    meter.report(f"timm {asked.precision}" + (" channels-last" if asked.channels_last else ""), torch=torch.__version__)
+    meter.report(
+        f"timm {asked.precision}" + (" channels-last" if asked.channels_last else ""),
+        torch=torch.__version__,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from importlib import import_module
 
 from imagemill.version import __version__
 
-TYPE_CHECKING = False  # not imported: `python -m imagemill` would take it from a `typing.py` in the working directory
+# not imported: `python -m imagemill` would take it from a `typing.py` in the working directory
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from imagemill.api import Answer, Classifier, Prediction, load, run
     from imagemill.errors import (
@@ -63,7 +64,10 @@ __all__ = [
     "run",
 ]
 
-_HOMES = {"api": ("Answer", "Classifier", "Prediction", "load", "run"), "records": ("Limits", "Status", "Summary")}
+_HOMES = {
+    "api": ("Answer", "Classifier", "Prediction", "load", "run"),
+    "records": ("Limits", "Status", "Summary"),
+}
 
 
 def __getattr__(name: str) -> object:

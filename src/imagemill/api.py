@@ -1,6 +1,8 @@
-"""The Python API: `run`, a whole job in one call, and `load`, a classifier for `predict` and `stream`.
+"""The Python API: `run`, a whole job in one call, and `load`, a classifier for `predict` and
+`stream`.
 
-Both go the way of the command line: the same decoding, preprocessing, sessions and ranking, so answers are the same, bit for bit.
+Both go the way of the command line: the same decoding, preprocessing, sessions and ranking, so
+answers are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -71,15 +73,33 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Classifier", "Prediction", "load", "run"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
-Item: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile | NDArray[np.uint8] | Image.Image"
-"""An image: a path, encoded bytes, a binary file, a Pillow image, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey."""
+Item: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile | NDArray[np.uint8] |"
+    " Image.Image"
+)
+"""An image: a path, encoded bytes, a binary file, a Pillow image, or pixels, uint8 (H, W, 3), RGB,
+or (H, W), grey.
+"""
 
 _PIXELS: Final = "Give uint8 (H, W, 3), RGB, or (H, W), grey, or a Pillow image"
 _BAD: Final = "imagemill_bad"
-"""Attribute of a Pillow image that could not be decoded. Its next `load` may succeed silently, with made-up pixels."""
+"""Attribute of a Pillow image that could not be decoded. Its next `load` may succeed silently, with
+made-up pixels.
+"""
 _CHUNK: Final = 2**20
-"""Bytes per read of a binary file: some files make room for all that is asked for, however short they are."""
-_OWN: Final = ("sources", "output", "save", "include", "exclude", "retry_failed", "moved", "progress")
+"""Bytes per read of a binary file: some files make room for all that is asked for, however short
+they are.
+"""
+_OWN: Final = (
+    "sources",
+    "output",
+    "save",
+    "include",
+    "exclude",
+    "retry_failed",
+    "moved",
+    "progress",
+)
 """Arguments of `run` that are not passed on as they are."""
 
 
@@ -150,22 +170,26 @@ def run(
     user_agent: str | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Classify every image of the sources, one row each; the same call again resumes what an earlier one began.
+    """Classify every image of the sources, one row each; the same call again resumes what an
+    earlier one began.
 
-    Keywords mean what the flags of `imagemill run` of the same name mean; None leaves them unsaid. It may be called from any thread; in
-    the main thread Ctrl-C ends the job in good order while it runs, and signal handlers are put back as they were.
+    Keywords mean what the flags of `imagemill run` of the same name mean; None leaves them unsaid.
+    It may be called from any thread; in the main thread Ctrl-C ends the job in good order while it
+    runs, and signal handlers are put back as they were.
 
-    A call that resumes a job needs the same `include`, `exclude`, `all_files` and `limit` as the first call. Without them it would mean
-    other images, and is refused.
+    A call that resumes a job needs the same `include`, `exclude`, `all_files` and `limit` as the
+    first call. Without them it would mean other images, and is refused.
 
     Args:
         sources: folders, images, lists, archives, … as on the command line, one or several.
         output: the output folder.
-        retry_failed: True computes shards with failed images again; or the statuses that count as failed.
+        retry_failed: True computes shards with failed images again; or the statuses that count as
+        failed.
         progress: show on stderr what the command line shows.
         moved: where sources were → where they are now, as `--moved OLD=NEW`.
         user_agent: sent to web servers.
-        engine: `local`, or `ray` for the nodes of a Ray cluster: the one that is connected to already, else as docs/scaling.md says.
+        engine: `local`, or `ray` for the nodes of a Ray cluster: the one that is connected to
+        already, else as docs/scaling.md says.
 
     Returns:
         what `summary.json` holds.
@@ -183,7 +207,10 @@ def run(
         exclude=_texts(exclude),
         retry_failed=retried,
         moved=None if moved is None else tuple((old, os.fspath(new)) for old, new in moved.items()),
-        **{name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()},
+        **{
+            name: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for name, value in given.items()
+        },
     )
     return runner.run(settings, observer.Terminal() if progress else None)
 
@@ -191,7 +218,11 @@ def run(
 def _texts(value: PathLike | Sequence[PathLike] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
-    return (os.fspath(value),) if isinstance(value, str | os.PathLike) else tuple(os.fspath(item) for item in value)
+    return (
+        (os.fspath(value),)
+        if isinstance(value, str | os.PathLike)
+        else tuple(os.fspath(item) for item in value)
+    )
 
 
 def load(
@@ -212,23 +243,27 @@ def load(
     """Open a classifier in this process. Close it, or use it in a `with` statement.
 
     Args:
-        model: name, bundle folder, or ONNX file with its card; None: the command line's default. What lacks is fetched.
+        model: name, bundle folder, or ONNX file with its card; None: the command line's default.
+        What lacks is fetched.
         device: one device, as `--devices` spells it: `cpu`, …
-        precision: `fp32`, `bf16`, `int8`, or `auto`, which takes a faster one than fp32 where the model's card holds an accepted verdict
-            on it. Nothing is measured or quantised here; `imagemill quantize` does that.
+        precision: `fp32`, `bf16`, `int8`, or `auto`, which takes a faster one than fp32 where the
+            model's card holds an accepted verdict on it. Nothing is measured or quantised here;
+            `imagemill quantize` does that.
         models_dir: None: `$IMAGEMILL_MODELS`, else the user's cache folder.
         labels: a file with one label a line, instead of the model's own.
         top_k: classes kept per image.
         save: `logits`, `embedding`: also keep these.
         batch_size: images per batch, which changes no answer; None: as the command line.
         num_workers: decoding threads; None: one a core.
-        background: blend transparent images onto this colour (`white`, `#rrggbb`, …); None: drop alpha, as published pipelines do.
-        limits: budgets of one image; its `max_seconds` is not kept here, where nothing can be ended.
+        background: blend transparent images onto this colour (`white`, `#rrggbb`, …); None: drop
+        alpha, as published pipelines do.
+        limits: budgets of one image; its `max_seconds` is not kept here, where nothing can be
+        ended.
         progress: show on stderr how far a download is, and what is said on the way.
 
     Raises:
-        UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the device cannot be had. BadLogitsError: the
-        model returns NaN or infinity for every image.
+        UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the
+        device cannot be had. BadLogitsError: the model returns NaN or infinity for every image.
     """
     settings = Settings(
         sources=(os.curdir,),  # none is read
@@ -274,7 +309,9 @@ def load(
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
     job = resolved(job, chosen)
-    ahead = 4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8  # twice what sessions have in flight
+    ahead = (
+        4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8
+    )  # twice what sessions have in flight
 
     def opener() -> Session:
         session = open_session(job, chosen[0], Stopwatch())
@@ -291,8 +328,9 @@ def load(
 class Classifier:
     """An open model; made by `load`.
 
-    Several threads may use it, and several streams may be open, at once. They share the device and the decoding threads. A forked child
-    cannot use it and must load its own. An image that crashes its decoder ends this process, which `run` would survive.
+    Several threads may use it, and several streams may be open, at once. They share the device and
+    the decoding threads. A forked child cannot use it and must load its own. An image that crashes
+    its decoder ends this process, which `run` would survive.
     """
 
     def __init__(self, job: Job, opener: Callable[[], Session], ahead: int) -> None:
@@ -300,7 +338,9 @@ class Classifier:
         self._ahead = ahead
         self._process = os.getpid()
         self._device = _Device(opener)
-        limits = replace(job.limits, max_bytes=2**62)  # kept here, for what is encoded: pixels have no such size
+        limits = replace(
+            job.limits, max_bytes=2**62
+        )  # kept here, for what is encoded: pixels have no such size
         self._feed = Feed(job.card, limits, job.batch_size, job.num_workers, None, Stopwatch())
         self._is_open = True
 
@@ -322,13 +362,20 @@ class Classifier:
     def __enter__(self) -> Classifier:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
-        """Release the device and the decoding threads. Does nothing the second time, and in a forked child.
+        """Release the device and the decoding threads. Does nothing the second time, and in a
+        forked child.
 
-        A call of another thread that still runs, and a stream that is still open, end with `UsageError`.
+        A call of another thread that still runs, and a stream that is still open, end with
+        `UsageError`.
         """
         if self._is_open and os.getpid() == self._process:
             self._is_open = False
@@ -341,14 +388,17 @@ class Classifier:
         Apart from the list it needs the memory of `stream`, however many images a generator gives.
 
         Args:
-            items: one image or many: paths, encoded bytes, binary files, Pillow images, or pixels, uint8 (H, W, 3), RGB, or (H, W), grey.
+            items: one image or many: paths, encoded bytes, binary files, Pillow images, or pixels,
+            uint8 (H, W, 3), RGB, or (H, W), grey.
 
         Returns:
-            a prediction per image, in order. Whatever is wrong with an image is the status of its prediction, not an error.
+            a prediction per image, in order. Whatever is wrong with an image is the status of its
+            prediction, not an error.
 
         Raises:
-            UsageError: an item is no image at all, such as a number or a text file (in a list or tuple this is found before anything is
-                computed); or the classifier is closed, or was opened in another process.
+            UsageError: an item is no image at all, such as a number or a text file (in a list or
+                tuple this is found before anything is computed); or the classifier is closed, or
+                was opened in another process.
             BadLogitsError: the model returned an array of the wrong shape.
         """
         self._check_usable()
@@ -359,18 +409,21 @@ class Classifier:
         return list(self.stream(items))
 
     def stream(self, items: Item | Iterable[Item]) -> Iterator[Prediction]:
-        """Classify images one after the other, in bounded memory: yield a prediction per image, in order, while images still come.
+        """Classify images one after the other, in bounded memory: yield a prediction per image, in
+        order, while images still come.
 
-        The iterable is read in the thread that asks for the next prediction, and a bounded number of images ahead of it: 2 batches and 2
-        images per decoding thread are decoded ahead, and on a CPU 4 batches per core computed ahead. All but paths are read as they are
-        taken, so the iterable may close a file or reuse an array before it gives the next one.
+        The iterable is read in the thread that asks for the next prediction, and a bounded number
+        of images ahead of it: 2 batches and 2 images per decoding thread are decoded ahead, and on
+        a CPU 4 batches per core computed ahead. All but paths are read as they are taken, so the
+        iterable may close a file or reuse an array before it gives the next one.
 
         Args:
             items: as `predict` takes them.
 
         Raises:
-            UsageError, BadLogitsError: as `predict` does. An error for an item that is no image, and whatever the iterable itself raises,
-                comes after the predictions of the images before it.
+            UsageError, BadLogitsError: as `predict` does. An error for an item that is no image,
+                and whatever the iterable itself raises, comes after the predictions of the images
+                before it.
         """
         self._check_usable()
         return self._stream(_several(items))
@@ -390,7 +443,9 @@ class Classifier:
             self._check_usable()  # the threads refuse work because of close()
             raise
         finally:
-            for _, future in waiting if os.getpid() == self._process else ():  # in a forked child its lock may be held for ever
+            for _, future in (
+                waiting if os.getpid() == self._process else ()
+            ):  # in a forked child its lock may be held for ever
                 future.cancel()
         if failed:
             raise failed[0]
@@ -401,19 +456,23 @@ class Classifier:
             self._check_usable()
 
     def _images(self, items: Iterable[Any], failed: list[Exception]) -> Iterator[PlannedImage]:
-        """Take items until they end or raise; what they raise is kept in `failed`, so that the images before it get their answers."""
+        """Take items until they end or raise; what they raise is kept in `failed`, so that the
+        images before it get their answers.
+        """
         shard = Shard(0, 0, 0, 0, "", 0)
         try:
             for number, item in enumerate(items):
-                yield PlannedImage(number, shard, "", b"item %d" % number, -1, self._fetcher(number, item))
+                yield PlannedImage(
+                    number, shard, "", b"item %d" % number, -1, self._fetcher(number, item)
+                )
         except Exception as error:  # the caller's own; it is raised again
             failed.append(error)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise UsageError(
-                f"the classifier was opened in process {self._process} and is used in process {os.getpid()}. Its threads do not survive a "
-                "fork: load it in the child."
+                f"the classifier was opened in process {self._process} and is used in process"
+                f" {os.getpid()}. Its threads do not survive a fork: load it in the child."
             )
         if not self._is_open:
             raise UsageError("the classifier is closed. Load it again.")
@@ -425,8 +484,13 @@ class Classifier:
             if row.slot < 0:
                 yield Prediction(row.status, row.error, None, None, None, (), row.width, row.height)
                 continue
-            pairs = zip(top.class_ids[row.slot].tolist(), top.probabilities[row.slot].tolist(), strict=True)
-            best = tuple(Answer(class_id, card.labels[class_id], probability) for class_id, probability in pairs)
+            pairs = zip(
+                top.class_ids[row.slot].tolist(), top.probabilities[row.slot].tolist(), strict=True
+            )
+            best = tuple(
+                Answer(class_id, card.labels[class_id], probability)
+                for class_id, probability in pairs
+            )
             yield Prediction(
                 row.status,
                 None,
@@ -451,7 +515,9 @@ class Classifier:
             return partial(_refuse, bad.status, bad.error, bad.width, bad.height)
 
     def _encoded(self, number: int, item: Any) -> bytes:
-        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image is. Raises: BadImage, UsageError."""
+        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image
+        is. Raises: BadImage, UsageError.
+        """
         limits, recipe = self._job.limits, self._job.card.recipe
         if isinstance(item, bytes | bytearray | memoryview):
             return _read_buffer(item, limits.max_bytes)
@@ -468,10 +534,12 @@ _Work: TypeAlias = "SimpleQueue[tuple[Batch, Future[Outputs]] | None]"
 
 
 class _Device:
-    """A thread that opens a session and computes the batches of all callers, in the order in which they come.
+    """A thread that opens a session and computes the batches of all callers, in the order in which
+    they come.
 
-    Callers never run in each other's way: none waits for another's iterable, and one that is interrupted leaves no half-read session. The
-    session is a local variable of that thread, because a forked child does not destroy those. OpenVINO's destructor would hang there.
+    Callers never run in each other's way: none waits for another's iterable, and one that is
+    interrupted leaves no half-read session. The session is a local variable of that thread, because
+    a forked child does not destroy those. OpenVINO's destructor would hang there.
     """
 
     def __init__(self, opener: Callable[[], Session]) -> None:
@@ -479,7 +547,9 @@ class _Device:
         self._lock = threading.Lock()
         self._is_open = True
         opened: Future[None] = Future()
-        thread = threading.Thread(target=_compute, args=(opener, self._work, opened), name="device", daemon=True)
+        thread = threading.Thread(
+            target=_compute, args=(opener, self._work, opened), name="device", daemon=True
+        )
         thread.start()
         self._stop = weakref.finalize(self, _stop, self._work, thread)
         opened.result()
@@ -502,7 +572,9 @@ class _Device:
 
 def _stop(work: _Work, thread: threading.Thread) -> None:
     work.put(None)
-    if thread is not threading.current_thread():  # which may be the one that drops the last reference to a device
+    if (
+        thread is not threading.current_thread()
+    ):  # which may be the one that drops the last reference to a device
         thread.join()
 
 
@@ -531,8 +603,12 @@ def _compute(opener: Callable[[], Session], work: _Work, opened: Future[None]) -
         session.close()
 
 
-def _submitted(first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[Future[Outputs]]) -> Iterator[Batch]:
-    """Yield batches as long as some wait, and note in `taken` whose they are. Then it ends, so that the session returns them all."""
+def _submitted(
+    first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[Future[Outputs]]
+) -> Iterator[Batch]:
+    """Yield batches as long as some wait, and note in `taken` whose they are. Then it ends, so that
+    the session returns them all.
+    """
     coming: tuple[Batch, Future[Outputs]] | None = first
     while coming is not None:
         batch, future = coming
@@ -547,7 +623,9 @@ def _submitted(first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[F
 
 
 def _several(items: Any) -> Iterable[Any]:
-    """Put a single item into a list. Files, arrays and strings can be iterated over, which is not what is meant."""
+    """Put a single item into a list. Files, arrays and strings can be iterated over, which is not
+    what is meant.
+    """
     single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
     single = single or callable(getattr(items, "read", None))
     single = single or (isinstance(items, np.ndarray) and items.ndim != 4)
@@ -565,7 +643,10 @@ def _check_type(number: int, item: Any) -> None:
     elif isinstance(item, io.TextIOBase):
         raise UsageError(f'item {number} is a file opened in text mode. Open it with mode "rb".')
     elif not callable(getattr(item, "read", None)):
-        raise UsageError(f"item {number} is of type {type(item).__name__}. Give a path, encoded bytes, a binary file, or pixels.")
+        raise UsageError(
+            f"item {number} is of type {type(item).__name__}. Give a path, encoded bytes, a binary"
+            " file, or pixels."
+        )
 
 
 def _refuse(status: Status, error: str, width: int | None, height: int | None) -> bytes:
@@ -580,9 +661,13 @@ def _read_path(path: str | bytes, max_bytes: int) -> bytes:
             raise BadImage(Status.MISSING, "there is no such file") from bad
         raise
     except UnicodeEncodeError as error:
-        raise BadImage(Status.MISSING, "there can be no such file: its name cannot be encoded") from error
+        raise BadImage(
+            Status.MISSING, "there can be no such file: its name cannot be encoded"
+        ) from error
     except ValueError as error:
-        raise BadImage(Status.MISSING, "there can be no such file: its name holds a null character") from error
+        raise BadImage(
+            Status.MISSING, "there can be no such file: its name holds a null character"
+        ) from error
 
 
 def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
@@ -592,7 +677,9 @@ def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
             raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
         return bytes(data)
     except ValueError as error:
-        raise BadImage(Status.READ_ERROR, f"cannot be read: {one_line(error)}") from error  # a memoryview that was released
+        raise BadImage(
+            Status.READ_ERROR, f"cannot be read: {one_line(error)}"
+        ) from error  # a memoryview that was released
 
 
 def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
@@ -603,11 +690,19 @@ def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
         try:
             chunk = file.read(min(left, _CHUNK))
         except Exception as error:  # a file of any make may raise anything
-            raise BadImage(Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+            raise BadImage(
+                Status.READ_ERROR,
+                f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}",
+            ) from error
         if chunk is None:
-            raise BadImage(Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet")
+            raise BadImage(
+                Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet"
+            )
         if not isinstance(chunk, bytes | bytearray | memoryview):
-            raise UsageError(f"item {number} is a file whose read() returned {type(chunk).__name__}, not bytes. Open it in binary mode.")
+            raise UsageError(
+                f"item {number} is a file whose read() returned {type(chunk).__name__}, not bytes."
+                " Open it in binary mode."
+            )
         if not chunk:
             return b"".join(chunks)
         chunks.append(bytes(chunk))
@@ -624,15 +719,22 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
             pillow.prepare(limits)
             image.load()
             orientation = _orientation(image) if recipe.exif else 1
-            return _encode_image(image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image)
+            return _encode_image(
+                image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image
+            )
         except MemoryError:
             bad = (Status.TOO_LARGE, "not enough memory to decode it")
         except Exception as error:  # plugins raise anything at all on damaged files
             if "closed" in str(error) or getattr(error, "strerror", None):
-                bad = (Status.READ_ERROR, f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}")
+                bad = (
+                    Status.READ_ERROR,
+                    f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}",
+                )
             else:
                 bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
-    orientation = 1 if image.format == "TIFF" or not recipe.exif else _orientation(image)  # Pillow has turned a TIFF's size already
+    orientation = (
+        1 if image.format == "TIFF" or not recipe.exif else _orientation(image)
+    )  # Pillow has turned a TIFF's size already
     raise BadImage(*bad, *preprocess.turned_size(*image.size, orientation))
 
 
@@ -645,7 +747,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _encode_image(image: Image.Image) -> bytes:
-    """Encode a loaded image so that decoding it gives what a PNG of it gives. PNG has no 32-bit numbers, so these become a TIFF."""
+    """Encode a loaded image so that decoding it gives what a PNG of it gives. PNG has no 32-bit
+    numbers, so these become a TIFF.
+    """
     if image.mode in {"I", "F"}:
         buffer = io.BytesIO()
         Image.fromarray(np.asarray(image)).save(buffer, "TIFF")

@@ -55,7 +55,9 @@ class DownloadError(ModelError):
 
 
 class BadLogitsError(ModelError):
-    """A model returns NaN or infinity for every image, or a session returned an array of the wrong shape."""
+    """A model returns NaN or infinity for every image, or a session returned an array of the wrong
+    shape.
+    """
 
 
 class DeviceError(ImagemillError):
@@ -63,7 +65,9 @@ class DeviceError(ImagemillError):
 
 
 class DeviceLostError(DeviceError):
-    """A device's own program died. In a job the worker dies with it and is started again; elsewhere it is an error as any other."""
+    """A device's own program died. In a job the worker dies with it and is started again; elsewhere
+    it is an error as any other.
+    """
 
 
 class SourceError(ImagemillError):

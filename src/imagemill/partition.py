@@ -1,10 +1,11 @@
 """Cut a folder of images into one sub-folder per device: `imagemill partition`.
 
-    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one; an image keeps its relative path
-    OUTPUT/.imagemill-partition.json      what it is a partition of; written first, so that an interrupted one is known as ours
+    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one;
+    an image keeps its relative path OUTPUT/.imagemill-partition.json      what it is a partition
+    of; written first, so that an interrupted one is known as ours
 
-What an image is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies what `imagemill run DATA_DIR` would. The
-listing is held in memory, some 200 bytes an image.
+What an image is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies
+what `imagemill run DATA_DIR` would. The listing is held in memory, some 200 bytes an image.
 """
 
 from __future__ import annotations
@@ -61,21 +62,26 @@ class Partitioned:
     """Folders that are named like images: they are entered, but not images themselves."""
 
 
-def partition(data_dir: str, partitions: int, output: str, link: Link | None = None, say: Say = lambda _: None) -> Partitioned:
+def partition(
+    data_dir: str, partitions: int, output: str, link: Link | None = None, say: Say = lambda _: None
+) -> Partitioned:
     """Deal the images of a folder, and of all below it, to sub-folders; repeat it at will.
 
-    A repeated call makes what lacks and mends what is not as it should be, and changes nothing else. Each file appears whole or not at
-    all. What is no regular file (a link that leads nowhere, a FIFO) becomes a symbolic link, so that its row can say what is wrong.
+    A repeated call makes what lacks and mends what is not as it should be, and changes nothing
+    else. Each file appears whole or not at all. What is no regular file (a link that leads nowhere,
+    a FIFO) becomes a symbolic link, so that its row can say what is wrong.
 
     Args:
         data_dir: the folder.
         partitions: how many sub-folders, 1 to 512.
         output: where they are made; new, empty, or a partition of the same images into as many.
-        link: None makes hard links, or symbolic ones (and says so) where the file system has no hard links to there.
+        link: None makes hard links, or symbolic ones (and says so) where the file system has no
+        hard links to there.
         say: takes one line at a time.
 
     Raises:
-        UsageError: arguments that make no sense. SourceError: no images. OutputError: the output is foreign or cannot be written.
+        UsageError: arguments that make no sense. SourceError: no images. OutputError: the output is
+        foreign or cannot be written.
     """
     if not 1 <= partitions <= MOST_PARTITIONS:
         raise UsageError(f"--partitions {partitions}: must be from 1 to {MOST_PARTITIONS}.")
@@ -95,20 +101,30 @@ def partition(data_dir: str, partitions: int, output: str, link: Link | None = N
     shares = [images[start:end] for start, end in pairwise(ends)]
     _refuse_stale(target, shares)
     files.make_folder(target)
-    marker = {"data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"), "partitions": partitions}
+    marker = {
+        "data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"),
+        "partitions": partitions,
+    }
     files.write_whole(target / MARKER, json.dumps(marker).encode())
     maker = _Maker(link, say)
     for number, share in enumerate(shares):
         files.make_folder(target / str(number))
         for path in share:
-            maker.make(os.path.join(os.fsencode(source), path), os.path.join(os.fsencode(target / str(number)), path))  # noqa: PTH118
+            maker.make(
+                os.path.join(os.fsencode(source), path),  # noqa: PTH118
+                os.path.join(os.fsencode(target / str(number)), path),  # noqa: PTH118
+            )
     by_suffix = dict(sorted(skipped.by_suffix.items()))
     counts = tuple(map(len, shares))
-    return Partitioned(str(target), len(images), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders)
+    return Partitioned(
+        str(target), len(images), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders
+    )
 
 
 def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
-    """The relative paths of the images in listing order, what was skipped, and how many folders are named like images."""
+    """The relative paths of the images in listing order, what was skipped, and how many folders are
+    named like images.
+    """
     skipped = Skipped()
     skip = target.stat() if target.is_dir() else None
     root = os.fsencode(source)
@@ -122,7 +138,9 @@ def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
 
 
 def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
-    """Raises: OutputError unless the output is new, empty, or a partition of the same folder into as many."""
+    """Raises: OutputError unless the output is new, empty, or a partition of the same folder into
+    as many.
+    """
     if target.exists() and not target.is_dir():
         raise OutputError(f"--output {target} is a file. Give a folder.")
     files.missing_goal(target)
@@ -135,36 +153,53 @@ def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
         found = (str(marker["data_dir"]), int(marker["partitions"]))
     except FileNotFoundError:
         raise OutputError(
-            f"--output {target} is not empty and not made by `imagemill partition` (it holds {names[0]!r}). Give a new folder."
+            f"--output {target} is not empty and not made by `imagemill partition` (it holds"
+            f" {names[0]!r}). Give a new folder."
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{target / MARKER} cannot be read: {error}. Give a new folder.") from error
+        raise OutputError(
+            f"{target / MARKER} cannot be read: {error}. Give a new folder."
+        ) from error
     asked = (os.fsencode(source).decode("utf-8", "backslashreplace"), partitions)
     if found != asked:
         raise OutputError(
-            f"--output {target} holds {found[0]} in {found[1]} partitions, now {asked[0]} in {asked[1]} is asked for. "
-            "Remove it, or give another folder."
+            f"--output {target} holds {found[0]} in {found[1]} partitions, now {asked[0]} in"
+            f" {asked[1]} is asked for. Remove it, or give another folder."
         )
-    foreign = [name for name in names if name != MARKER and not name.startswith(f".{MARKER}") and name not in map(str, range(partitions))]
+    foreign = [
+        name
+        for name in names
+        if name != MARKER
+        and not name.startswith(f".{MARKER}")
+        and name not in map(str, range(partitions))
+    ]
     if foreign:
-        raise OutputError(f"--output {target} also holds {foreign[0]!r}, which `imagemill partition` did not make. Move it away.")
+        raise OutputError(
+            f"--output {target} also holds {foreign[0]!r}, which `imagemill partition` did not"
+            " make. Move it away."
+        )
 
 
 def _refuse_stale(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
-    """Raises: OutputError if a partition holds a file that is not its own: the images changed since it was made."""
+    """Raises: OutputError if a partition holds a file that is not its own: the images changed since
+    it was made.
+    """
     for number, share in enumerate(shares):
         folder = os.fsencode(target / str(number))
         expected = set(share)
         for path in _files(folder):
             if path not in expected:
                 raise OutputError(
-                    f"{target} holds {shown(path)} in partition {number}, where it does not belong now: the images changed since it was "
-                    "made. Remove it, or give another folder."
+                    f"{target} holds {shown(path)} in partition {number}, where it does not belong"
+                    " now: the images changed since it was made. Remove it, or give another"
+                    " folder."
                 )
 
 
 def _files(folder: bytes) -> Iterator[bytes]:
-    """Relative paths of everything below that is no folder, but for our own temporary files, which are removed."""
+    """Relative paths of everything below that is no folder, but for our own temporary files, which
+    are removed.
+    """
     for place, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(place, name)  # noqa: PTH118
@@ -185,7 +220,9 @@ class _Maker:
         self._say = say
 
     def make(self, source: bytes, target: bytes) -> None:
-        """Make one image appear at `target`, unless it is there as it should be. Raises: OutputError."""
+        """Make one image appear at `target`, unless it is there as it should be. Raises:
+        OutputError.
+        """
         try:
             kind = self.link if _is_regular(source) else Link.SYMBOLIC
             if self._is_there(source, target, kind):
@@ -215,9 +252,13 @@ class _Maker:
                 raise
             if not self._may_fall_back:
                 raise OutputError(
-                    f"cannot make {shown(target)} a hard link to {shown(source)}: {error.strerror}. Use --link symbolic or --link copy."
+                    f"cannot make {shown(target)} a hard link to {shown(source)}: {error.strerror}."
+                    " Use --link symbolic or --link copy."
                 ) from error
-            self._say(f"note: no hard links can be made here ({error.strerror}): symbolic links instead; --link copy makes copies")
+            self._say(
+                f"note: no hard links can be made here ({error.strerror}): symbolic links instead;"
+                " --link copy makes copies"
+            )
             self.link = Link.SYMBOLIC
             self._put(source, target, Link.SYMBOLIC)
 
@@ -247,8 +288,19 @@ def told(made: Partitioned) -> str:
     """The outcome for people."""
     least, most = min(made.partitions), max(made.partitions)
     size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
-    what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[made.link]
-    lines = [f"{made.images:,} images in {len(made.partitions)} partitions of {size}: {made.output} ({made.made:,} {what} made)"]
+    what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[
+        made.link
+    ]
+    lines = [
+        f"{made.images:,} images in {len(made.partitions)} partitions of {size}: {made.output}"
+        f" ({made.made:,} {what} made)"
+    ]
     if made.skipped_by_suffix:
-        lines.append("skipped: " + ", ".join(f"{count} {suffix or '(no suffix)'}" for suffix, count in made.skipped_by_suffix.items()))
+        lines.append(
+            "skipped: "
+            + ", ".join(
+                f"{count} {suffix or '(no suffix)'}"
+                for suffix, count in made.skipped_by_suffix.items()
+            )
+        )
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """The frozen records that cross borders between stages, in the order the data travels.
 
-    Settings ─► Job ─► Lease(Shard) ─► Image ─► Decoded ─► Batch ─► Outputs ─► TopK ─► Receipt ─► Summary
+    Settings ─► Job ─► Lease(Shard) ─► PlannedImage ─► Decoded ─► Batch ─► Outputs ─► TopK
+             ─► Receipt ─► Summary
 
-A stage knows only the record that it receives and the one that it hands on. Nothing heavier than NumPy is imported here, and NumPy
-only for typing.
+A stage knows only the record that it receives and the one that it hands on. Nothing heavier than
+NumPy is imported here, and NumPy only for typing.
 """
 
 from __future__ import annotations
@@ -82,13 +83,16 @@ class Saved(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an image becomes the model's input; normalisation is not here, it is the graph's first layer."""
+    """How an image becomes the model's input; normalisation is not here, it is the graph's first
+    layer.
+    """
 
     size: int = 224
     """Height and width of the model's input, pixels."""
     resize: int | tuple[int, int] | None = 256
-    """Length of the short side after resizing, pixels; or width and height that the image is squashed to, whatever its shape; None: it is
-    not resized. The centre of the result is cut out."""
+    """Length of the short side after resizing, pixels; or width and height that the image is
+    squashed to, whatever its shape; None: it is not resized. The centre of the result is cut out.
+    """
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
     """Whether images are turned as their EXIF orientation says."""
@@ -113,14 +117,18 @@ class Card:
     """Of `model.onnx`."""
     licence: str
     origin: Mapping[str, str | int | bool | None]
-    """Where the weights come from: `source` (`file`, `url`, `package`, `random`), its `sha256`, `verified`, …"""
+    """Where the weights come from: `source` (`file`, `url`, `package`, `random`), its `sha256`,
+    `verified`, …
+    """
     parameters: int = 0
     """How many trained numbers the published model has."""
     scores: Scores = Scores.LOGITS
     input: str = "pixels"
     """Name of the graph's input: uint8 (n, size, size, 3), RGB."""
     normalised: str | None = None
-    """Name of the tensor where normalisation ends: float32 (n, 3, size, size), or (n, size, size, 3) where the model wants it so."""
+    """Name of the tensor where normalisation ends: float32 (n, 3, size, size), or (n, size, size,
+    3) where the model wants it so.
+    """
     outputs: tuple[str, ...] = ("logits", "embedding")
     top1: float | None = None
     """Published top-1 accuracy on ImageNet, per cent."""
@@ -141,10 +149,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How the sources of a job are read now. It changes no answer and is not part of the frozen job."""
+    """How the sources of a job are read now. It changes no answer and is not part of the frozen
+    job.
+    """
 
     moved: tuple[tuple[str, str], ...] = ()
-    """Where sources were and where they are now: absolute paths or URLs, without a slash at the end."""
+    """Where sources were and where they are now: absolute paths or URLs, without a slash at the
+    end.
+    """
     user_agent: str | None = None
     """Of requests by HTTP; None: imagemill's own."""
 
@@ -162,14 +174,18 @@ AS_GIVEN = Access()
 
 def is_below(location: bytes, place: str) -> bool:
     """Return whether a path or URL is `place`, or lies below it."""
-    return location.startswith(os.fsencode(place)) and location[len(os.fsencode(place)) :][:1] in (b"", b"/")
+    return location.startswith(os.fsencode(place)) and location[len(os.fsencode(place)) :][:1] in (
+        b"",
+        b"/",
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen.
 
-    `include`, `exclude`, `all_files` and `limit` select images also by their absence, so for them None is a value: no such selection.
+    `include`, `exclude`, `all_files` and `limit` select images also by their absence, so for them
+    None is a value: no such selection.
     """
 
     sources: tuple[str, ...]
@@ -225,17 +241,23 @@ class DeviceSpec:
     id: int = 0
     """Which of its kind it is, as the backend counts them."""
     floating: bool = False
-    """It may use so many cores as `cores` has, whichever these are: others, who are not ours, may be at work on the machine."""
+    """It may use so many cores as `cores` has, whichever these are: others, who are not ours, may
+    be at work on the machine.
+    """
 
     @property
     def engine(self) -> str:
-        """What decides the last bits of its answers, and so is part of the answer id: `openvino`, `onnxruntime`, `onnxruntime:cuda`, …"""
+        """What decides the last bits of its answers, and so is part of the answer id: `openvino`,
+        `onnxruntime`, `onnxruntime:cuda`, …
+        """
         return self.backend if self.kind in ("cpu", "null") else f"{self.backend}:{self.kind}"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One `imagemill run` as it was frozen; all that a worker needs besides its device and its leases."""
+    """One `imagemill run` as it was frozen; all that a worker needs besides its device and its
+    leases.
+    """
 
     output: str
     sources: tuple[str, ...]
@@ -263,7 +285,9 @@ class Job:
     access: Access = AS_GIVEN
     """How the sources are read this time; in `job.json` always the default."""
     synthetic: bool = False
-    """Only the device's own speed is wanted: a session whose device can make up its input may have it do so."""
+    """Only the device's own speed is wanted: a session whose device can make up its input may have
+    it do so.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +311,13 @@ class Lease:
 
     shard: Shard
     suspects: Mapping[int, str] = field(default_factory=dict)
-    """Index → why (`crash` or `timeout`) of images that a decoder was at when a worker died: decoded in a disposable process."""
+    """Index → why (`crash` or `timeout`) of images that a decoder was at when a worker died:
+    decoded in a disposable process.
+    """
     isolate: bool = False
-    """Decode every image of the shard in a disposable process: it brought down more than one worker."""
+    """Decode every image of the shard in a disposable process: it brought down more than one
+    worker.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +340,9 @@ class PlannedImage:
 class BadImage(Exception):  # noqa: N818 - not an error of the program but a row of the result
     """An image that cannot be had: becomes a row with this status and error."""
 
-    def __init__(self, status: Status, error: str, width: int | None = None, height: int | None = None) -> None:
+    def __init__(
+        self, status: Status, error: str, width: int | None = None, height: int | None = None
+    ) -> None:
         super().__init__(status, error, width, height)
         self.status = status
         self.error = " ".join(error.split())
@@ -373,7 +403,9 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The k most probable classes of each image of a batch, most probable first, ties by class id."""
+    """The k most probable classes of each image of a batch, most probable first, ties by class
+    id.
+    """
 
     class_ids: NDArray[np.int32]
     """int32 (filled, k)."""
@@ -411,7 +443,9 @@ class Clock:
     write: float = 0.0
     """Building and committing parts."""
     decode_wall: float = 0.0
-    """Summed over decoding threads: time from the last byte read to the pixels, waiting for a core included."""
+    """Summed over decoding threads: time from the last byte read to the pixels, waiting for a core
+    included.
+    """
     session_cpu: float = 0.0
     """CPU time of the session's own threads; 0 if the device is not the CPU."""
     images: int = 0
@@ -425,7 +459,9 @@ class Throughput:
     """Width of a bucket; the first begins with the first lease."""
     devices: tuple[str, ...]
     images: tuple[tuple[float, ...], ...]
-    """Of each device, rows per bucket; a commit's rows are spread evenly over the time that its shard took."""
+    """Of each device, rows per bucket; a commit's rows are spread evenly over the time that its
+    shard took.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -477,7 +513,9 @@ class Summary:
     resumed_shards: int
     seconds: float
     images_per_second: float | None
-    """Rows committed by this invocation over the seconds from the first lease to the last commit; None if none."""
+    """Rows committed by this invocation over the seconds from the first lease to the last commit;
+    None if none.
+    """
     model: str
     precision: str
     bottleneck: str | None
@@ -485,14 +523,20 @@ class Summary:
     devices: tuple[DeviceSummary, ...]
     output: str
     rates: Mapping[str, float] = field(default_factory=dict)
-    """images/s: `decode_only` and `compute_only` as this run's clocks suggest them, and `achieved`."""
+    """images/s: `decode_only` and `compute_only` as this run's clocks suggest them, and
+    `achieved`.
+    """
     advice: str | None = None
     skipped_hidden: int = 0
     skipped_by_filter: int = 0
     skipped_broken_links: int = 0
-    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
+    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is
+    not mounted.
+    """
     new_in_source: int = 0
-    """Images in the source that are not in the frozen plan (known only when a finished job is repeated)."""
+    """Images in the source that are not in the frozen plan (known only when a finished job is
+    repeated).
+    """
     complete: bool = True
     throughput: Throughput | None = None
     """Of this invocation alone; None in summaries of versions that did not keep it."""
@@ -522,7 +566,9 @@ class Entry:
     group: int = 0
     """Which sub-folder it lies in, counted from 0 in listing order."""
     locator: bytes = b""
-    """Where in its source its bytes lie, in the source's own words, so that nothing has to be searched for it; empty: its path says it."""
+    """Where in its source its bytes lie, in the source's own words, so that nothing has to be
+    searched for it; empty: its path says it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +589,9 @@ class Progress:
     failed_by_status: Counter[str]
     """Among the committed."""
     devices: dict[str, int]
-    """Rows per device that have their answers, committed or not. Becomes less where a worker dies: what it had in hand is done again."""
+    """Rows per device that have their answers, committed or not. Becomes less where a worker dies:
+    what it had in hand is done again.
+    """
     leased: dict[str, int]
     """Rows per device that are leased to it and have no answer yet."""
     clock: Clock

@@ -1,4 +1,6 @@
-"""Fixtures of the tests by fault. The long forms of two of them are scripts in `benchmarks/`, which are tested from here."""
+"""Fixtures of the tests by fault. The long forms of two of them are scripts in `benchmarks/`, which
+are tested from here.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,27 @@ def null_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 small images, all different."""
     folder = tmp_path_factory.mktemp("small")
-    return helpers.fill(folder, {f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80) for seed in range(48)})
+    return helpers.fill(
+        folder,
+        {
+            f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80)
+            for seed in range(48)
+        },
+    )
 
 
 @pytest.fixture
 def null_run(null_models: Path, start: Callable[..., Any]) -> Callable[..., helpers.Result]:
-    """`imagemill run ARGUMENTS --model null`, on the null device unless told otherwise, to its end."""
+    """`imagemill run ARGUMENTS --model null`, on the null device unless told otherwise, to its
+    end.
+    """
 
-    def call(*arguments: object, env: dict[str, str] | None = None, **options: Any) -> helpers.Result:
-        return helpers.finish(start(*job_arguments(*arguments), env=with_models(env, null_models), **options))
+    def call(
+        *arguments: object, env: dict[str, str] | None = None, **options: Any
+    ) -> helpers.Result:
+        return helpers.finish(
+            start(*job_arguments(*arguments), env=with_models(env, null_models), **options)
+        )
 
     return call
 
@@ -51,7 +65,12 @@ def null_start(null_models: Path, start: Callable[..., Any]) -> Callable[..., An
 def job_arguments(*arguments: object) -> tuple[object, ...]:
     given = set(map(str, arguments))
     defaults: list[object] = []
-    for flag, value in (("--model", "null"), ("--devices", "null:1"), ("--shard-size", "8"), ("--num-workers", "1")):
+    for flag, value in (
+        ("--model", "null"),
+        ("--devices", "null:1"),
+        ("--shard-size", "8"),
+        ("--num-workers", "1"),
+    ):
         defaults += [] if flag in given else [flag, value]
     return ("run", *arguments, *defaults)
 

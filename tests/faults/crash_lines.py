@@ -1,12 +1,16 @@
-"""Runs one small job per place of the code, its worker or launcher killed as it first reaches that place, and looks at the end of each.
+"""Runs one small job per place of the code, its worker or launcher killed as it first reaches that
+place, and looks at the end of each.
 
-    python tests/faults/crash_lines.py record worker FOLDER          print the places, in the order in which a job comes by them
-    python tests/faults/crash_lines.py crash worker FOLDER PLACE…    kill at each, print it when the job came to the right end
-    python tests/faults/crash_lines.py record launcher FOLDER        the same for the launcher, from freezing the job to closing its ledger
+    python tests/faults/crash_lines.py record worker FOLDER          print the places, in the order
+    in which a job comes by them python tests/faults/crash_lines.py crash worker FOLDER PLACE…
+    kill at each, print it when the job came to the right end python tests/faults/crash_lines.py
+    record launcher FOLDER        the same for the launcher, from freezing the job to closing its
+    ledger
 
-A place is `sink.py:69`, a line about to be executed, or `layout.py:124 return`, a function about to return. The workers are processes that
-really die of SIGKILL; only, they are forked from this one instead of started anew, because importing their libraries some 300 times would
-take longer than everything else. FOLDER holds `models` and `images`.
+A place is `sink.py:69`, a line about to be executed, or `layout.py:124 return`, a function about to
+return. The workers are processes that really die of SIGKILL; only, they are forked from this one
+instead of started anew, because importing their libraries some 300 times would take longer than
+everything else. FOLDER holds `models` and `images`.
 """
 
 from __future__ import annotations
@@ -59,7 +63,9 @@ class Forked:
 
     visit: Callable[[str], None] = staticmethod(lambda _: None)
 
-    def __init__(self, command: Sequence[str], *, stdout: Any, pass_fds: Sequence[int], **_: Any) -> None:
+    def __init__(
+        self, command: Sequence[str], *, stdout: Any, pass_fds: Sequence[int], **_: Any
+    ) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -112,7 +118,11 @@ def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> N
     def tracer(frame: FrameType, _event: str, _: object) -> Any:
         code = frame.f_code
         folder, _, name = code.co_filename.rpartition("/")
-        if not folder.endswith("imagemill") or name not in places or not code.co_flags & inspect.CO_OPTIMIZED:
+        if (
+            not folder.endswith("imagemill")
+            or name not in places
+            or not code.co_flags & inspect.CO_OPTIMIZED
+        ):
             return None
         functions = places[name]
         return local if functions is None or code.co_name in functions else None
@@ -136,7 +146,9 @@ def job(folder: Path, output: Path) -> Summary:
 
 
 def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], None]) -> int:
-    """One job, `visit` called in its worker, or in its launcher, forked for it. Returns the restarts, or the launcher's exit code."""
+    """One job, `visit` called in its worker, or in its launcher, forked for it. Returns the
+    restarts, or the launcher's exit code.
+    """
     if process == "worker":
         Forked.visit = staticmethod(visit)
         return job(folder, output).devices[0].restarts
@@ -152,7 +164,9 @@ def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], 
 
 
 def record(process: str, folder: Path) -> list[str]:
-    """Places in the order in which an undisturbed job comes by them; its output is what the others are held against."""
+    """Places in the order in which an undisturbed job comes by them; its output is what the others
+    are held against.
+    """
     seen: set[str] = set()
     places = folder / "places"
 
@@ -167,7 +181,9 @@ def record(process: str, folder: Path) -> list[str]:
 
 
 def crash(process: str, folder: Path, place: str) -> None:
-    """Raises: AssertionError unless the process was killed there, and the job came to the same end as the undisturbed one."""
+    """Raises: AssertionError unless the process was killed there, and the job came to the same end
+    as the undisturbed one.
+    """
     name = place.replace(":", "-").replace(" ", "-")
     output, marker = folder / f"out-{name}", folder / f"killed-{name}"
 
@@ -188,7 +204,9 @@ def crash(process: str, folder: Path, place: str) -> None:
 
 
 def apart(act: Callable[[], object]) -> None:
-    """Do something in a fork of this process, which itself so never has a thread: Arrow's do not survive a fork. Raises: SystemExit."""
+    """Do something in a fork of this process, which itself so never has a thread: Arrow's do not
+    survive a fork. Raises: SystemExit.
+    """
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         code = 1
@@ -212,9 +230,13 @@ def main(arguments: Sequence[str]) -> int:
         "imagemill.tuning.quantize",
         "imagemill.tuning.gate",
     ):
-        with contextlib.suppress(ImportError):  # what a job imports as it goes: here once, instead of in every fork
+        with contextlib.suppress(
+            ImportError
+        ):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
-    supervisor.subprocess = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
+    supervisor.subprocess = SimpleNamespace(
+        Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )  # type: ignore[assignment]
     if mode == "record":
         apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder))))
     for place in places:

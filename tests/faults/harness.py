@@ -1,4 +1,5 @@
-"""What the tests by fault share: hooks put into real processes from outside, process trees, and the comparison of two outputs.
+"""What the tests by fault share: hooks put into real processes from outside, process trees, and the
+comparison of two outputs.
 
 Nothing here needs pytest, so that the long runs in `benchmarks/` use it too.
 """
@@ -27,7 +28,9 @@ from imagemill.records import Card, Recipe
 def null_bundle(models_dir: Path, *, classes: int = 1000, size: int = 32) -> Path:
     """A bundle for the null device, which looks at its card alone."""
     value = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", size, size, 3])
-    graph = helper.make_graph([helper.make_node("Identity", ["pixels"], ["logits"])], "null", [value], [value])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["pixels"], ["logits"])], "null", [value], [value]
+    )
     graph.output[0].name = "logits"
     card = Card(
         name="null",
@@ -40,19 +43,28 @@ def null_bundle(models_dir: Path, *, classes: int = 1000, size: int = 32) -> Pat
         licence="Apache-2.0",
         origin={"source": "random"},
     )
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
+    model: onnx.ModelProto = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6
+    )
     bundle.write(models_dir / "null", card, model)
     return models_dir
 
 
 def hooks(folder: Path, *sources: str, **variables: str) -> dict[str, str]:
-    """An environment in which every Python process runs these pieces of code as it starts; production code knows nothing of it.
+    """An environment in which every Python process runs these pieces of code as it starts;
+    production code knows nothing of it.
 
     Each piece is guarded by whoever writes it: `WORKER` and `LAUNCHER` say which process it is in.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(_PROLOGUE + "\n".join(textwrap.dedent(source) for source in sources))
-    paths = [str(helpers.SOURCE_ROOT), str(folder), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    (folder / "sitecustomize.py").write_text(
+        _PROLOGUE + "\n".join(textwrap.dedent(source) for source in sources)
+    )
+    paths = [
+        str(helpers.SOURCE_ROOT),
+        str(folder),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **variables}
 
 
@@ -101,7 +113,9 @@ def after_import(name, act):
 def children(pid: int) -> list[int]:
     """Processes that this one started and that still exist."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -116,18 +130,25 @@ def kill(pid: int, number: int = signal.SIGKILL) -> bool:
 
 def part_sums(output: Path) -> dict[str, str]:
     """Name → sha256 of every part."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((output / "predictions").glob("part-*.parquet"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((output / "predictions").glob("part-*.parquet"))
+    }
 
 
 def assert_complete(output: Path) -> pa.Table:
-    """Every planned image has exactly one row, `verify` finds nothing, and nothing half-written lies about. Returns the rows."""
+    """Every planned image has exactly one row, `verify` finds nothing, and nothing half-written
+    lies about. Returns the rows.
+    """
     paths = JobPaths(output)
     frozen = documents.read_frozen(paths)
     assert frozen is not None
     problems, _ = inspect.verify(paths, frozen)
     assert not problems, problems
     rows = helpers.table(output)
-    planned = [row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)]
+    planned = [
+        row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)
+    ]
     counts = Counter(rows["index"].to_pylist())
     assert counts == Counter(planned), (counts - Counter(planned), Counter(planned) - counts)
     assert len(planned) == frozen.images
@@ -142,17 +163,26 @@ def assert_same(output: Path, undisturbed: Path) -> None:
     if not ours.equals(theirs):
         pairs = zip(ours.to_pylist(), theirs.to_pylist(), strict=True)
         raise AssertionError(next((one, other) for one, other in pairs if one != other))
-    assert ours.schema.metadata == theirs.schema.metadata, (ours.schema.metadata, theirs.schema.metadata)
+    assert ours.schema.metadata == theirs.schema.metadata, (
+        ours.schema.metadata,
+        theirs.schema.metadata,
+    )
     assert part_sums(output) == part_sums(undisturbed)
 
 
 def assert_sound_so_far(output: Path) -> int:
-    """Whatever parts there are, each is whole and its shard's. Returns how many there are; for looking at a job between two deaths."""
+    """Whatever parts there are, each is whole and its shard's. Returns how many there are; for
+    looking at a job between two deaths.
+    """
     paths = JobPaths(output)
     frozen = documents.read_frozen(paths)
     if frozen is None:
         return 0
     shards = plan.shards(paths.plan)
-    problems = [p for p in ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id) if p.damaged]
+    problems = [
+        p
+        for p in ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id)
+        if p.damaged
+    ]
     assert not problems, problems
     return len(paths.parts())

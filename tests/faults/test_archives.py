@@ -1,4 +1,6 @@
-"""Jobs over archives whose launcher is killed: the same command finishes them as if nothing had been."""
+"""Jobs over archives whose launcher is killed: the same command finishes them as if nothing had
+been.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,17 @@ if WORKER:
 def test_a_launcher_killed_in_the_middle_of_an_archive_is_resumed(
     null_run, null_start, small_jpegs: Path, tmp_path: Path, kind: str
 ) -> None:
-    """SIGKILL after the second part: the repeated command keeps what there is and makes the rest; the parts are an undisturbed job's, byte
-    for byte. Nothing half-written is left, and what a packed tar keeps beside the plan is found again."""
-    source = pack(tmp_path, kind, {path.name: path.read_bytes() for path in sorted(small_jpegs.iterdir())})
+    """SIGKILL after the second part: the repeated command keeps what there is and makes the rest;
+    the parts are an undisturbed job's, byte for byte. Nothing half-written is left, and what a
+    packed tar keeps beside the plan is found again.
+    """
+    source = pack(
+        tmp_path, kind, {path.name: path.read_bytes() for path in sorted(small_jpegs.iterdir())}
+    )
     output = tmp_path / "out"
-    process = null_start(source, "--output", output, "--shard-size", "4", env=harness.hooks(tmp_path / "hooks", SLOW))
+    process = null_start(
+        source, "--output", output, "--shard-size", "4", env=harness.hooks(tmp_path / "hooks", SLOW)
+    )
     helpers.until(lambda: len(helpers.parts(output)) >= 2, process=process)
     harness.kill(process.pid)
     process.wait()
@@ -51,7 +59,9 @@ def test_a_launcher_killed_in_the_middle_of_an_archive_is_resumed(
 def test_an_archive_that_vanishes_while_a_job_runs_ends_in_rows_that_a_retry_heals(
     null_run, null_start, small_jpegs: Path, tmp_path: Path
 ) -> None:
-    """Cut short in the middle of the run, every image still has its row; when the archive is back, --retry-failed makes the job whole."""
+    """Cut short in the middle of the run, every image still has its row; when the archive is back,
+    --retry-failed makes the job whole.
+    """
     files = {path.name: path.read_bytes() for path in sorted(small_jpegs.iterdir())}
     source = Path(pack(tmp_path, "zip", files))
     shutil.copy(source, tmp_path / "copy.zip")

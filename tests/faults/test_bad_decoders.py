@@ -1,4 +1,6 @@
-"""Images that crash, hang or exhaust their decoder, or hang their very reading, take only themselves with them."""
+"""Images that crash, hang or exhaust their decoder, or hang their very reading, take only
+themselves with them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ if LAUNCHER:
 
 
 def good(count: int = 40) -> dict[str, bytes]:
-    return {f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80) for seed in range(count)}
+    return {
+        f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80)
+        for seed in range(count)
+    }
 
 
 def neighbours(output: Path) -> dict[str, object]:
@@ -39,13 +44,21 @@ def neighbours(output: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("fault", "status", "error"),
     [
-        ("crash", "crashed_decoder", "the decoder was killed by SIGSEGV, twice in a process of its own"),
+        (
+            "crash",
+            "crashed_decoder",
+            "the decoder was killed by SIGSEGV, twice in a process of its own",
+        ),
         ("hang", "timeout", "decoding took more than 0.5 s, twice in a process of its own"),
         ("oom", "too_large", "not enough memory to decode it"),
     ],
 )
-def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(null_run, tmp_path: Path, fault, status, error) -> None:
-    """An image that crashes, hangs or exhausts its decoder has the row that says so; all others have what they have without it."""
+def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(
+    null_run, tmp_path: Path, fault, status, error
+) -> None:
+    """An image that crashes, hangs or exhausts its decoder has the row that says so; all others
+    have what they have without it.
+    """
     deadly = ("017x.jpg",) if fault == "hang" else ("017x.jpg", "017y.jpg", "030x.jpg")
     data = sample_images.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
     with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
@@ -66,22 +79,41 @@ def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(null_run,
 
 def test_every_image_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
     """A folder where nothing but decoder killers is left still comes to its end: a row each."""
-    deadly = {f"{seed:03d}.jpg": sample_images.jpeg(seed=seed) + b"imagemill-test-crash" for seed in range(6)}
+    deadly = {
+        f"{seed:03d}.jpg": sample_images.jpeg(seed=seed) + b"imagemill-test-crash"
+        for seed in range(6)
+    }
     source = helpers.fill(tmp_path / "source", deadly)
     env = helpers.environment(**{FAULTS_VARIABLE: "1"})
-    result = null_run(source, "--output", tmp_path / "out", "--json", "--shard-size", "3", "--num-workers", "2", env=env)
+    result = null_run(
+        source,
+        "--output",
+        tmp_path / "out",
+        "--json",
+        "--shard-size",
+        "3",
+        "--num-workers",
+        "2",
+        env=env,
+    )
     assert result.code == 0, result
-    assert harness.assert_complete(tmp_path / "out")["status"].to_pylist() == ["crashed_decoder"] * 6
+    assert (
+        harness.assert_complete(tmp_path / "out")["status"].to_pylist() == ["crashed_decoder"] * 6
+    )
 
 
 def test_a_read_that_hangs_is_a_timeout_row_after_two_tries(null_run, tmp_path: Path) -> None:
-    """Storage that never answers for some images costs each of them two tries of --max-seconds and a `timeout` row, however many lie in
-    one shard: they do not add up to the ten deaths that end a job."""
+    """Storage that never answers for some images costs each of them two tries of --max-seconds and
+    a `timeout` row, however many lie in one shard: they do not add up to the ten deaths that end a
+    job.
+    """
     hanging = {f"hangs-{number}.jpg": b"?" for number in range(5)}
     source = helpers.fill(tmp_path / "source", good() | hanging)
     without = helpers.fill(tmp_path / "without", good())
     env = harness.hooks(tmp_path / "hooks", HANGING_READ)
-    result = null_run(source, "--output", tmp_path / "out", "--max-seconds", "0.1", "--json", env=env)
+    result = null_run(
+        source, "--output", tmp_path / "out", "--max-seconds", "0.1", "--json", env=env
+    )
     assert result.code == 0, result
     assert null_run(without, "--output", tmp_path / "calm", "--max-seconds", "0.1").code == 0
     harness.assert_complete(tmp_path / "out")
@@ -117,13 +149,28 @@ def test_a_short_failure_of_storage_is_waited_out(null_run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("device", ["null:1", "cpu:1"])
-def test_batches_without_one_good_image_are_rows_like_any_other(null_run, models_dir: Path, tmp_path: Path, device: str) -> None:
+def test_batches_without_one_good_image_are_rows_like_any_other(
+    null_run, models_dir: Path, tmp_path: Path, device: str
+) -> None:
     """A run of bad images longer than any batch, and a job of nothing else, come to their end."""
-    source = helpers.fill(tmp_path / "source", {f"{number:03d}.jpg": b"bad" for number in range(100)})
+    source = helpers.fill(
+        tmp_path / "source", {f"{number:03d}.jpg": b"bad" for number in range(100)}
+    )
     helpers.fill(source, {"050.jpg": sample_images.jpeg(40, 36)})
     for sources, ok in (((source,), 1), ((source / "000.jpg",), 0)):
         output = tmp_path / f"out-{ok}"
-        arguments = ("--output", output, "--devices", device, "--model", models_dir / "tiny", "--batch-size", "2", "--shard-size", "90")
+        arguments = (
+            "--output",
+            output,
+            "--devices",
+            device,
+            "--model",
+            models_dir / "tiny",
+            "--batch-size",
+            "2",
+            "--shard-size",
+            "90",
+        )
         result = null_run(*sources, *arguments)
         assert result.code == 0, result
         statuses = harness.assert_complete(output)["status"].to_pylist()

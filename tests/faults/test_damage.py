@@ -1,4 +1,6 @@
-"""What becomes of parts that are damaged on disk: `verify` finds them, `--quarantine` moves them aside, `run` computes them again."""
+"""What becomes of parts that are damaged on disk: `verify` finds them, `--quarantine` moves them
+aside, `run` computes them again.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def change(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
 
 
 def renamed(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata({**table.schema.metadata, b"imagemill.answer_id": b"0123456789abcdef"})
+    return table.replace_schema_metadata(
+        {**table.schema.metadata, b"imagemill.answer_id": b"0123456789abcdef"}
+    )
 
 
 def flip(part: Path, at: int, bit: int) -> None:
@@ -35,18 +39,26 @@ def flip(part: Path, at: int, bit: int) -> None:
 DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [
     (Path.unlink, "is missing", False),
     (change(lambda table: table.slice(1)), "has 7 rows, its shard has 8 images", True),
-    (change(lambda table: pa.concat_tables([table.slice(0, 7), table.slice(0, 1)])), "has image 16 twice", True),
+    (
+        change(lambda table: pa.concat_tables([table.slice(0, 7), table.slice(0, 1)])),
+        "has image 16 twice",
+        True,
+    ),
     (change(renamed), "has answer id 0123456789abcdef, the job has", True),
     (lambda part: part.write_bytes(b""), "cannot be read", True),
 ]
-"""By shard: what is done to its part, what `verify` says, and whether there is something to move aside."""
+"""By shard: what is done to its part, what `verify` says, and whether there is something to move
+aside.
+"""
 
 
 @pytest.mark.parametrize("with_manifest", [True, False], ids=["manifest", "no manifest"])
 def test_damage_is_found_moved_aside_and_computed_again(
     null_run, imagemill, small_jpegs: Path, tmp_path: Path, with_manifest: bool
 ) -> None:
-    """Every kind of it, through the command line, manifest or no manifest to tell by; sound parts are left alone."""
+    """Every kind of it, through the command line, manifest or no manifest to tell by; sound parts
+    are left alone.
+    """
     output = tmp_path / "out"
     assert null_run(small_jpegs, "--output", output).code == 0
     before, untouched = harness.part_sums(output), helpers.parts(output)["part-000005.parquet"]
@@ -59,7 +71,11 @@ def test_damage_is_found_moved_aside_and_computed_again(
     assert found.code == 1
     told = found.out.splitlines()
     for part, (_, what, damaged) in zip(parts, DAMAGES, strict=True):
-        expected = "is not the file that was committed: its sha256 differs from the manifest's" if with_manifest and damaged else what
+        expected = (
+            "is not the file that was committed: its sha256 differs from the manifest's"
+            if with_manifest and damaged
+            else what
+        )
         assert any(line.startswith(f"{part} {expected}") for line in told), (part, told)
     assert len(told) == len(DAMAGES) + 1 + (not with_manifest)
 
@@ -77,13 +93,19 @@ def test_damage_is_found_moved_aside_and_computed_again(
     assert helpers.parts(output)["part-000005.parquet"] == untouched
 
 
-def test_a_flipped_bit_anywhere_is_found(null_run, imagemill, small_jpegs: Path, tmp_path: Path) -> None:
-    """Every byte of a part counts: two hundred flips over a part, first and last byte included, none escapes; undone, all is sound."""
+def test_a_flipped_bit_anywhere_is_found(
+    null_run, imagemill, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Every byte of a part counts: two hundred flips over a part, first and last byte included,
+    none escapes; undone, all is sound.
+    """
     from imagemill.job import documents, inspect
     from imagemill.job.paths import JobPaths
 
     output = tmp_path / "out"
-    source = helpers.fill(tmp_path / "source", {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in range(8)})
+    source = helpers.fill(
+        tmp_path / "source", {f"{seed}.jpg": sample_images.jpeg(seed=seed) for seed in range(8)}
+    )
     assert null_run(source, "--output", output).code == 0
     part = output / "predictions" / "part-000000.parquet"
     size, rng = part.stat().st_size, random.Random(1)

@@ -10,8 +10,12 @@ import pytest
 import helpers
 
 
-def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """Three starts that fail running end the job with exit 1 and the last lines of the log; once the cause is gone, it resumes."""
+def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Three starts that fail running end the job with exit 1 and the last lines of the log; once
+    the cause is gone, it resumes.
+    """
     hook = """
     if WORKER:
         def die(module):
@@ -19,10 +23,15 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(null_run, s
             os.kill(os.getpid(), signal.SIGKILL)
         after_import("imagemill.pipeline.backends.null", die)
     """
-    result = null_run(small_jpegs, "--output", tmp_path / "out", env=harness.hooks(tmp_path / "hooks", hook))
+    result = null_run(
+        small_jpegs, "--output", tmp_path / "out", env=harness.hooks(tmp_path / "hooks", hook)
+    )
     assert result.code == 1
     log = tmp_path / "out" / "logs" / "null#0.log"
-    message = f"imagemill: null#0 could not start 3 times running (last: signal SIGKILL). The last lines of {log}:\n"
+    message = (
+        "imagemill: null#0 could not start 3 times running (last: signal SIGKILL). The last lines"
+        f" of {log}:\n"
+    )
     assert message in result.err
     assert result.err.endswith("the driver is not loaded\n")
     assert "Traceback" not in result.err
@@ -31,8 +40,12 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(null_run, s
     harness.assert_complete(tmp_path / "out")
 
 
-def test_ten_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """Workers that start but never finish a shard are not restarted for ever; what was committed before them is kept."""
+def test_ten_deaths_without_a_commit_end_the_job(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Workers that start but never finish a shard are not restarted for ever; what was committed
+    before them is kept.
+    """
     hook = """
     if WORKER:
         def die(module):
@@ -45,9 +58,19 @@ def test_ten_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tm
             module.Sink.write = deadly
         after_import("imagemill.pipeline.sink", die)
     """
-    result = null_run(small_jpegs, "--output", tmp_path / "out", "--batch-size", "8", env=harness.hooks(tmp_path / "hooks", hook))
+    result = null_run(
+        small_jpegs,
+        "--output",
+        tmp_path / "out",
+        "--batch-size",
+        "8",
+        env=harness.hooks(tmp_path / "hooks", hook),
+    )
     assert result.code == 1
-    assert "imagemill: workers died 10 times without finishing one shard (last: signal SIGKILL). The last lines of" in result.err
+    assert (
+        "imagemill: workers died 10 times without finishing one shard (last: signal SIGKILL). The"
+        " last lines of" in result.err
+    )
     assert (tmp_path / "out" / "logs" / "null#0.log").read_text().count("here it ends") == 10
     assert harness.assert_sound_so_far(tmp_path / "out") == 3
     before = helpers.parts(tmp_path / "out")
@@ -57,8 +80,12 @@ def test_ten_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tm
 
 
 @pytest.mark.parametrize("deaths", [1, 3])
-def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(null_run, small_jpegs: Path, tmp_path: Path, deaths: int) -> None:
-    """A MemoryError outside any decoder ends the worker, not the job; its shard is given to the next one, in the end alone."""
+def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(
+    null_run, small_jpegs: Path, tmp_path: Path, deaths: int
+) -> None:
+    """A MemoryError outside any decoder ends the worker, not the job; its shard is given to the
+    next one, in the end alone.
+    """
     hook = """
     if WORKER:
         def exhaust(module):
@@ -70,21 +97,32 @@ def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(null_run, sm
             module.Sink.write = exhausted
         after_import("imagemill.pipeline.sink", exhaust)
     """
-    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "death"), DEATHS=str(deaths))
-    result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", "--batch-size", "8", env=env)
+    env = harness.hooks(
+        tmp_path / "hooks", hook, MARKER=str(tmp_path / "death"), DEATHS=str(deaths)
+    )
+    result = null_run(
+        small_jpegs, "--output", tmp_path / "out", "--json", "--batch-size", "8", env=env
+    )
     assert result.code == 0, result
     assert result.json["devices"][0]["restarts"] == deaths
-    assert ("alone now" in (tmp_path / "out" / "logs" / "launcher.log").read_text()) == (deaths >= 2)
+    assert ("alone now" in (tmp_path / "out" / "logs" / "launcher.log").read_text()) == (
+        deaths >= 2
+    )
     assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
     harness.assert_complete(tmp_path / "out")
     harness.assert_same(tmp_path / "out", tmp_path / "calm")
 
 
-def test_workers_take_no_module_from_the_folder_the_user_is_in(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+def test_workers_take_no_module_from_the_folder_the_user_is_in(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
     """A folder of downloads that happens to hold a queue.py is no place to run code from."""
     stray = b"import os\nos._exit(9)\n"
-    here = helpers.fill(tmp_path / "here", {"simplejpeg.py": stray, "queue.py": stray, "colorsys.py": stray})
-    # The launcher is `python -m imagemill` here, which needs the same care from its user; the installed `imagemill` does not.
+    here = helpers.fill(
+        tmp_path / "here", {"simplejpeg.py": stray, "queue.py": stray, "colorsys.py": stray}
+    )
+    # The launcher is `python -m imagemill` here, which needs the same care from its user; the
+    # installed `imagemill` does not.
     hook = """
     if LAUNCHER:
         os.environ.pop("PYTHONSAFEPATH", None)
@@ -94,8 +132,12 @@ def test_workers_take_no_module_from_the_folder_the_user_is_in(null_run, small_j
     assert result.code == 0, result
 
 
-def test_a_session_that_hangs_is_killed_and_started_again(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """A device that never answers does not stop the job: its worker is killed, and the next one computes what it held."""
+def test_a_session_that_hangs_is_killed_and_started_again(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """A device that never answers does not stop the job: its worker is killed, and the next one
+    computes what it held.
+    """
     hook = """
     if WORKER:
         def hang(module):
@@ -116,5 +158,8 @@ def test_a_session_that_hangs_is_killed_and_started_again(null_run, small_jpegs:
     result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", env=env)
     assert result.code == 0, result
     assert result.json["devices"][0]["restarts"] == 1
-    assert "null#0 has done nothing for 2 s with" in (tmp_path / "out" / "logs" / "launcher.log").read_text()
+    assert (
+        "null#0 has done nothing for 2 s with"
+        in (tmp_path / "out" / "logs" / "launcher.log").read_text()
+    )
     assert harness.assert_complete(tmp_path / "out").num_rows == 48

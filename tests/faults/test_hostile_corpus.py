@@ -14,15 +14,27 @@ def test_files_of_any_length_can_be_mutated(length: int) -> None:
     import hostile
 
     for mutate in hostile.MUTATIONS:
-        changed = {bytes(mutate(bytes(length), random.Random(seed), b"other file")) for seed in range(200)}
+        changed = {
+            bytes(mutate(bytes(length), random.Random(seed), b"other file")) for seed in range(200)
+        }
         assert len(changed) > 1, mutate
 
 
 def test_every_mutated_file_is_one_row_and_no_neighbour_changes(tmp_path: Path) -> None:
-    """Four hundred of them here; the long form is `python benchmarks/hostile.py --files 5000`, docs/faults.md has its result."""
+    """Four hundred of them here; the long form is `python benchmarks/hostile.py --files 5000`,
+    docs/faults.md has its result.
+    """
     import hostile
 
     report = hostile.hostile(tmp_path, 400, seed=2)
     assert (report.files, report.good) == (400, 134)
-    assert report.statuses.keys() >= {"ok", "corrupt", "truncated", "too_large", "not_an_image", "unsupported", "empty"}
+    assert report.statuses.keys() >= {
+        "ok",
+        "corrupt",
+        "truncated",
+        "too_large",
+        "not_an_image",
+        "unsupported",
+        "empty",
+    }
     assert report.statuses["too_large"] >= 12, "bombs are not to be decoded"

@@ -1,4 +1,6 @@
-"""Signals, second launchers, sources that change or vanish, clocks that step, and outages that must not be frozen into the results."""
+"""Signals, second launchers, sources that change or vanish, clocks that step, and outages that must
+not be frozen into the results.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,12 @@ def has_parts(output: Path) -> bool:
     return bool(list(output.glob("predictions/part-*.parquet")))
 
 
-def test_sigterm_finishes_what_is_in_hand_within_the_grace(null_start, null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """SIGTERM: the shards in hand are finished, no other is begun, exit 143 with the way to go on; repeating the command resumes."""
+def test_sigterm_finishes_what_is_in_hand_within_the_grace(
+    null_start, null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """SIGTERM: the shards in hand are finished, no other is begun, exit 143 with the way to go on;
+    repeating the command resumes.
+    """
     output = tmp_path / "out"
     process = null_start(small_jpegs, "--output", output, "--grace", "20", env=slow(tmp_path, 0.05))
     helpers.until(lambda: has_parts(output), process=process)
@@ -44,16 +50,24 @@ def test_sigterm_finishes_what_is_in_hand_within_the_grace(null_start, null_run,
     assert result.code == 143
     assert time.monotonic() - begun < 10
     assert "Repeat the command to resume." in result.err
-    assert before < len(helpers.parts(output)) < 6, "the shard in hand was to be finished, and no other"
+    assert before < len(helpers.parts(output)) < 6, (
+        "the shard in hand was to be finished, and no other"
+    )
     kept = helpers.parts(output)
     assert null_run(small_jpegs, "--output", output).code == 0
     harness.assert_complete(output)
     assert kept.items() <= helpers.parts(output).items()
 
 
-@pytest.mark.parametrize(("grace", "signals"), [("0.3", [signal.SIGTERM]), ("600", [signal.SIGINT, signal.SIGINT])])
-def test_the_grace_and_a_second_signal_end_the_wait(null_start, null_run, small_jpegs: Path, tmp_path: Path, grace, signals) -> None:
-    """A shard that takes too long is dropped when the grace is over, and at once on a second signal; and is done when the job resumes."""
+@pytest.mark.parametrize(
+    ("grace", "signals"), [("0.3", [signal.SIGTERM]), ("600", [signal.SIGINT, signal.SIGINT])]
+)
+def test_the_grace_and_a_second_signal_end_the_wait(
+    null_start, null_run, small_jpegs: Path, tmp_path: Path, grace, signals
+) -> None:
+    """A shard that takes too long is dropped when the grace is over, and at once on a second
+    signal; and is done when the job resumes.
+    """
     output, marker = tmp_path / "out", tmp_path / "marker"
     hook = """
     if WORKER:
@@ -67,7 +81,14 @@ def test_the_grace_and_a_second_signal_end_the_wait(null_start, null_run, small_
             module.FolderSource.fetch = stalled
         after_import("imagemill.pipeline.sources.folder", stall)
     """
-    process = null_start(small_jpegs, "--output", output, "--grace", grace, env=harness.hooks(tmp_path / "hooks", hook, MARKER=str(marker)))
+    process = null_start(
+        small_jpegs,
+        "--output",
+        output,
+        "--grace",
+        grace,
+        env=harness.hooks(tmp_path / "hooks", hook, MARKER=str(marker)),
+    )
     helpers.until(lambda: marker.exists() and has_parts(output), process=process)
     workers = harness.children(process.pid)
     begun = time.monotonic()
@@ -76,14 +97,20 @@ def test_the_grace_and_a_second_signal_end_the_wait(null_start, null_run, small_
         time.sleep(0.3)
     result = helpers.finish(process)
     assert result.code == 128 + signals[0]
-    assert time.monotonic() - begun < 1.9, "workers that have something in hand are not waited for any more"
+    assert time.monotonic() - begun < 1.9, (
+        "workers that have something in hand are not waited for any more"
+    )
     assert not any(map(helpers.running, workers))
     assert null_run(small_jpegs, "--output", output).code == 0
     harness.assert_complete(output)
 
 
-def test_a_second_launcher_is_refused(null_start, null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """Two runs on one output: the second says so and exits 1, before the plan is frozen and after; the first does not notice."""
+def test_a_second_launcher_is_refused(
+    null_start, null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Two runs on one output: the second says so and exits 1, before the plan is frozen and after;
+    the first does not notice.
+    """
     output = tmp_path / "out"
     process = null_start(small_jpegs, "--output", output, env=slow(tmp_path, 0.15))
     helpers.until((output / ".lock").exists, process=process)
@@ -98,7 +125,9 @@ def test_a_second_launcher_is_refused(null_start, null_run, small_jpegs: Path, t
 
 
 def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """`status` takes the lock for a moment to see whether it can; a run that starts in that moment waits for it."""
+    """`status` takes the lock for a moment to see whether it can; a run that starts in that moment
+    waits for it.
+    """
     import fcntl
 
     output = tmp_path / "out"
@@ -118,14 +147,23 @@ def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path
         after_import("imagemill.job.paths", busy)
     """
     (output / ".lock").touch()
-    assert null_run(small_jpegs, "--output", output, env=harness.hooks(tmp_path / "hooks", hook)).code == 0
+    assert (
+        null_run(small_jpegs, "--output", output, env=harness.hooks(tmp_path / "hooks", hook)).code
+        == 0
+    )
     with (output / ".lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_images_that_change_or_vanish_under_the_job(null_start, small_jpegs: Path, tmp_path: Path) -> None:
-    """An image that is gone when its turn comes is `missing`; one of another size is taken as it is now, and the log says so."""
-    source = helpers.fill(tmp_path / "source", {path.name: path.read_bytes() for path in small_jpegs.iterdir()})
+def test_images_that_change_or_vanish_under_the_job(
+    null_start, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """An image that is gone when its turn comes is `missing`; one of another size is taken as it is
+    now, and the log says so.
+    """
+    source = helpers.fill(
+        tmp_path / "source", {path.name: path.read_bytes() for path in small_jpegs.iterdir()}
+    )
     output = tmp_path / "out"
     process = null_start(source, "--output", output, env=slow(tmp_path, 0.05))
     helpers.until(lambda: has_parts(output), process=process)
@@ -139,11 +177,21 @@ def test_images_that_change_or_vanish_under_the_job(null_start, small_jpegs: Pat
     assert "b'046.jpg' changed since it was listed" in (output / "logs" / "null#0.log").read_text()
 
 
-def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """An outage of the storage is not frozen into the results: `--retry-failed` computes those shards again, and leaves the others be."""
+def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """An outage of the storage is not frozen into the results: `--retry-failed` computes those
+    shards again, and leaves the others be.
+    """
     output, source = tmp_path / "out", tmp_path / "source"
     for half, offset in (("a", 0), ("b", 24)):
-        helpers.fill(source / half, {f"{n:03d}.jpg": (small_jpegs / f"{n + offset:03d}.jpg").read_bytes() for n in range(24)})
+        helpers.fill(
+            source / half,
+            {
+                f"{n:03d}.jpg": (small_jpegs / f"{n + offset:03d}.jpg").read_bytes()
+                for n in range(24)
+            },
+        )
     helpers.fill(source / "a", {"000.jpg": b"bad for good"})
     assert null_run(source, "--output", tmp_path / "calm").code == 0
     hook = """
@@ -157,7 +205,13 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
             module.LocalCrew._start = started
         after_import("imagemill.workers.local", outage)
     """
-    result = null_run(source, "--output", output, "--json", env=harness.hooks(tmp_path / "hooks", hook, SOURCE=str(source)))
+    result = null_run(
+        source,
+        "--output",
+        output,
+        "--json",
+        env=harness.hooks(tmp_path / "hooks", hook, SOURCE=str(source)),
+    )
     assert result.code == 0, result
     assert result.json["failed_by_status"] == {"missing": 24, "not_an_image": 1}
     failed = (output / "failed.txt").read_text().splitlines()
@@ -172,9 +226,13 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
     assert (listed.json["images"], listed.json["ok"]) == (25, 24)
     result = null_run(source, "--output", output, "--retry-failed=missing", "--json")
     assert result.code == 0, result
-    assert (result.json["failed_by_status"], result.json["resumed_shards"]) == ({"not_an_image": 1}, 3)
+    assert (result.json["failed_by_status"], result.json["resumed_shards"]) == (
+        {"not_an_image": 1},
+        3,
+    )
     assert (
-        dict(list(before.items())[:3]).items() <= helpers.parts(output).items() or len(before.items() & helpers.parts(output).items()) == 3
+        dict(list(before.items())[:3]).items() <= helpers.parts(output).items()
+        or len(before.items() & helpers.parts(output).items()) == 3
     )
     harness.assert_complete(output)
     harness.assert_same(output, tmp_path / "calm")
@@ -185,9 +243,15 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(null_run, sma
 
 
 def test_too_many_bad_images_stop_the_job_early_and_resumably(null_run, tmp_path: Path) -> None:
-    """`--max-bad-fraction` ends a job with exit 1 long before its end; with a larger one, or none, it goes on from there."""
+    """`--max-bad-fraction` ends a job with exit 1 long before its end; with a larger one, or none,
+    it goes on from there.
+    """
     source = helpers.fill(
-        tmp_path / "source", {f"{n:03d}.jpg": sample_images.jpeg(40, 36, seed=n) if n % 4 else b"bad" for n in range(240)}
+        tmp_path / "source",
+        {
+            f"{n:03d}.jpg": sample_images.jpeg(40, 36, seed=n) if n % 4 else b"bad"
+            for n in range(240)
+        },
     )
     output = tmp_path / "out"
     result = null_run(source, "--output", output, "--max-bad-fraction", "0.05")
@@ -203,7 +267,9 @@ def test_too_many_bad_images_stop_the_job_early_and_resumably(null_run, tmp_path
 
 
 def test_steps_of_the_clock_do_not_matter(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """A wall clock that jumps by years, to and fro, in every process neither kills a worker nor ends a wait nor changes a row."""
+    """A wall clock that jumps by years, to and fro, in every process neither kills a worker nor
+    ends a wait nor changes a row.
+    """
     hook = """
     import itertools, random
     steps, real = random.Random(1), time.time
@@ -211,7 +277,9 @@ def test_steps_of_the_clock_do_not_matter(null_run, small_jpegs: Path, tmp_path:
     time.time_ns = lambda: int(time.time() * 1e9)
     """
     env = harness.hooks(tmp_path / "hooks", hook)
-    result = null_run(small_jpegs, "--output", tmp_path / "out", "--max-seconds", "5", "--json", env=env)
+    result = null_run(
+        small_jpegs, "--output", tmp_path / "out", "--max-seconds", "5", "--json", env=env
+    )
     assert result.code == 0, result
     assert result.json["devices"][0]["restarts"] == 0
     assert 0 < result.json["seconds"] < 60
@@ -219,9 +287,13 @@ def test_steps_of_the_clock_do_not_matter(null_run, small_jpegs: Path, tmp_path:
     harness.assert_same(tmp_path / "out", tmp_path / "calm")
 
 
-def test_the_plan_is_durable_before_the_job_says_so(null_run, small_jpegs: Path, tmp_path: Path) -> None:
-    """Whatever a power cut leaves of the memory of a disk: where there is a job.json, its plan is whole. So every plan file, and the folder
-    that names it, are synced before job.json gets its name; and every part before it gets its own."""
+def test_the_plan_is_durable_before_the_job_says_so(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Whatever a power cut leaves of the memory of a disk: where there is a job.json, its plan is
+    whole. So every plan file, and the folder that names it, are synced before job.json gets its
+    name; and every part before it gets its own.
+    """
     hook = """
     synced = set()
     fsync, replace = os.fsync, os.replace

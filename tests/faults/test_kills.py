@@ -16,9 +16,12 @@ SCRIPT = Path(__file__).with_name("crash_lines.py")
 
 
 def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
-    """Workers and launchers that are killed at random moments leave a job that one quiet run finishes: same rows, same bytes.
+    """Workers and launchers that are killed at random moments leave a job that one quiet run
+    finishes: same rows, same bytes.
 
-    The long form is `python benchmarks/chaos.py --images 3000 --kills 100`; docs/faults.md has its result."""
+    The long form is `python benchmarks/chaos.py --images 3000 --kills 100`; docs/faults.md has its
+    result.
+    """
     import chaos
 
     report = chaos.chaos(tmp_path, 300, 8, seed=4)
@@ -26,21 +29,34 @@ def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     assert report.committed_under_fire > 0
 
 
-def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_the_same_end(tmp_path: Path) -> None:
-    """A worker killed at any line of shards.py, of sink.py or of writing a file whole, or as one of their functions returns: the job is
-    complete, with one row per image, and its parts equal an undisturbed job's byte for byte."""
+def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_the_same_end(
+    tmp_path: Path,
+) -> None:
+    """A worker killed at any line of shards.py, of sink.py or of writing a file whole, or as one of
+    their functions returns: the job is complete, with one row per image, and its parts equal an
+    undisturbed job's byte for byte.
+    """
     _kill_at_every_place("worker", tmp_path, {"shards.py": 5, "sink.py": 50, "layout.py": 10})
 
 
-def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(tmp_path: Path) -> None:
-    """A launcher killed at any line of freezing a job, cutting its plan, carrying it out, closing its ledger or writing a file whole: the
-    same command, repeated, ends as if nothing had been."""
-    _kill_at_every_place("launcher", tmp_path, {"running.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30})
+def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(
+    tmp_path: Path,
+) -> None:
+    """A launcher killed at any line of freezing a job, cutting its plan, carrying it out, closing
+    its ledger or writing a file whole: the same command, repeated, ends as if nothing had been.
+    """
+    _kill_at_every_place(
+        "launcher",
+        tmp_path,
+        {"running.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30},
+    )
 
 
 def _kill_at_every_place(process: str, folder: Path, least: dict[str, int]) -> None:
     harness.null_bundle(folder / "models", classes=20, size=16)
-    files = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in range(11)} | {"broken.jpg": b"broken"}
+    files = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in range(11)} | {
+        "broken.jpg": b"broken"
+    }
     helpers.fill(folder / "images", files)
     places = _driver("record", process, folder).communicate()[0].decode().splitlines()
     for file, count in least.items():
@@ -53,12 +69,18 @@ def _kill_at_every_place(process: str, folder: Path, least: dict[str, int]) -> N
 
 def _driver(*arguments: object) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.environment())
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=helpers.environment()
+    )
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_the_image_in_hand_at_a_kill_is_no_worse_off(null_start, null_run, small_jpegs: Path, tmp_path: Path, victim: str) -> None:
-    """An image that was being read when its worker or its launcher was killed gets its answer like any other."""
+def test_the_image_in_hand_at_a_kill_is_no_worse_off(
+    null_start, null_run, small_jpegs: Path, tmp_path: Path, victim: str
+) -> None:
+    """An image that was being read when its worker or its launcher was killed gets its answer like
+    any other.
+    """
     hook = """
     if WORKER:
         def slow(module):

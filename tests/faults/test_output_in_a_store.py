@@ -1,4 +1,6 @@
-"""Results in an object store keep the promises that results in a folder keep. The server is real, and so are the kills."""
+"""Results in an object store keep the promises that results in a folder keep. The server is real,
+and so are the kills.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def calm(tmp_path: Path, small_jpegs: Path, null_run: Callable[..., helpers.Result]) -> dict[str, bytes]:
+def calm(
+    tmp_path: Path, small_jpegs: Path, null_run: Callable[..., helpers.Result]
+) -> dict[str, bytes]:
     """Name and bytes of every part of an undisturbed job into a folder."""
     assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
     return {path.name: path.read_bytes() for path in (tmp_path / "calm" / "predictions").iterdir()}
@@ -33,7 +37,11 @@ def calm(tmp_path: Path, small_jpegs: Path, null_run: Callable[..., helpers.Resu
 def parts(bucket: Bucket, job: str = "job") -> dict[str, bytes]:
     """The parts in the store; each of them must be a whole Parquet file."""
     keys = bucket.keys()
-    found = {key.rpartition("/")[2]: bucket.get(key) for key in keys if key.startswith(f"{job}/predictions/")}
+    found = {
+        key.rpartition("/")[2]: bucket.get(key)
+        for key in keys
+        if key.startswith(f"{job}/predictions/")
+    }
     for data in found.values():
         assert pq.read_table(io.BytesIO(data)).num_rows == 8
     return found
@@ -44,21 +52,43 @@ def is_put_of(name: str) -> Callable[[Request], bool]:
 
 
 def test_a_job_in_a_store_is_the_job_in_a_folder(
-    s3: Bucket, calm: dict[str, bytes], small_jpegs: Path, null_run: Callable[..., helpers.Result], cache: Path
+    s3: Bucket,
+    calm: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
+    cache: Path,
 ) -> None:
-    """The same parts, byte for byte, with all that belongs to them; any machine can look at it, repeat it and verify it."""
+    """The same parts, byte for byte, with all that belongs to them; any machine can look at it,
+    repeat it and verify it.
+    """
     result = null_run(small_jpegs, "--output", s3.url + "/job/", "--json")
     assert result.code == 0, result
     assert result.json["output"] == s3.url + "/job"
     assert parts(s3) == calm
     keys = s3.keys()
-    names = {key.partition("/")[2] for key in keys if "/predictions/" not in key and "/plan/" not in key}
-    assert names == {"job.json", "summary.json", "manifest.json", "failed.txt", "report.html", "logs/launcher.log", "logs/null#0.log"}
+    names = {
+        key.partition("/")[2] for key in keys if "/predictions/" not in key and "/plan/" not in key
+    }
+    assert names == {
+        "job.json",
+        "summary.json",
+        "manifest.json",
+        "failed.txt",
+        "report.html",
+        "logs/launcher.log",
+        "logs/null#0.log",
+    }
     for machine in ("cache", "another machine's cache"):
         env = helpers.environment(XDG_CACHE_HOME=str(cache.parent / machine))
         sound = helpers.imagemill_cli("verify", s3.url + "/job", env=env)
-        assert (sound.code, sound.out) == (0, "complete and sound: 48 images, one row each\n"), sound
-        assert "48 of 48 images (6 of 6 shards), finished" in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
+        assert (sound.code, sound.out) == (
+            0,
+            "complete and sound: 48 images, one row each\n",
+        ), sound
+        assert (
+            "48 of 48 images (6 of 6 shards), finished"
+            in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
+        )
         repeated = null_run(small_jpegs, "--output", s3.url + "/job", env=env)
         assert (repeated.code, "finished already" in repeated.err) == (0, True), repeated
 
@@ -72,7 +102,9 @@ def test_a_launcher_killed_in_mid_write_leaves_no_half_object(
     null_start: Callable[..., Any],
     cache: Path,
 ) -> None:
-    """Killed while a part is on its way: only whole parts are there. Another machine, which knows nothing of it, finishes the job."""
+    """Killed while a part is on its way: only whole parts are there. Another machine, which knows
+    nothing of it, finishes the job.
+    """
     third = is_put_of("part-000002.parquet")
     s3_faults.rule = lambda request: hangs() if third(request) else None
     launcher = null_start(small_jpegs, "--output", s3.url + "/job")
@@ -83,7 +115,12 @@ def test_a_launcher_killed_in_mid_write_leaves_no_half_object(
     assert sorted(before) == ["part-000000.parquet", "part-000001.parquet"]
     s3_faults.rule = lambda _: None
     s3_faults.requests.clear()
-    resumed = null_run(small_jpegs, "--output", s3.url + "/job", env=helpers.environment(XDG_CACHE_HOME=str(cache / "other")))
+    resumed = null_run(
+        small_jpegs,
+        "--output",
+        s3.url + "/job",
+        env=helpers.environment(XDG_CACHE_HOME=str(cache / "other")),
+    )
     assert resumed.code == 0, resumed
     assert "resuming: 16 of 48 images are done" in resumed.err
     assert s3_faults.count("PUT", "part-000000") == s3_faults.count("PUT", "part-000001") == 0
@@ -98,10 +135,18 @@ def test_two_launchers_at_once_do_no_harm(
     null_start: Callable[..., Any],
     cache: Path,
 ) -> None:
-    """Two machines that freeze the same job at the same moment: one of them does, the other takes it up, and both end well."""
+    """Two machines that freeze the same job at the same moment: one of them does, the other takes
+    it up, and both end well.
+    """
     s3_faults.rule = lambda request: delays(3) if is_put_of("job.json")(request) else None
     launchers = [
-        null_start(small_jpegs, "--output", s3.url + "/job", env=helpers.environment(XDG_CACHE_HOME=str(cache / name))) for name in "ab"
+        null_start(
+            small_jpegs,
+            "--output",
+            s3.url + "/job",
+            env=helpers.environment(XDG_CACHE_HOME=str(cache / name)),
+        )
+        for name in "ab"
     ]
     results = [helpers.finish(launcher) for launcher in launchers]
     assert [result.code for result in results] == [0, 0], results
@@ -113,14 +158,20 @@ def test_two_launchers_at_once_do_no_harm(
 
 
 def test_a_slow_and_failing_store_delays_the_job_and_no_more(
-    s3_faults: FaultProxy, s3: Bucket, calm: dict[str, bytes], small_jpegs: Path, null_run: Callable[..., helpers.Result]
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    calm: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
 ) -> None:
     """Throttled, reset and delayed writes are tried again."""
 
     def rule(request: Request) -> Any:
         if request.method != "PUT" or request.number > 1:
             return None
-        return (answers(503, "SlowDown"), resets(), delays(0.3))[(len(request.path) + request.number) % 3]
+        return (answers(503, "SlowDown"), resets(), delays(0.3))[
+            (len(request.path) + request.number) % 3
+        ]
 
     s3_faults.rule = rule
     result = null_run(small_jpegs, "--output", s3.url + "/job")
@@ -130,14 +181,22 @@ def test_a_slow_and_failing_store_delays_the_job_and_no_more(
 
 
 def test_a_store_that_refuses_writes_ends_the_job_clearly_and_it_goes_on_later(
-    s3_faults: FaultProxy, s3: Bucket, calm: dict[str, bytes], small_jpegs: Path, null_run: Callable[..., helpers.Result]
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    calm: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
 ) -> None:
     """Exit 1, one message that names the part and the reason; what was committed is kept."""
-    s3_faults.rule = lambda request: answers(403, "AccessDenied") if is_put_of("part-000003.parquet")(request) else None
+    s3_faults.rule = lambda request: (
+        answers(403, "AccessDenied") if is_put_of("part-000003.parquet")(request) else None
+    )
     result = null_run(small_jpegs, "--output", s3.url + "/job")
     assert result.code == 1
     told = result.err.splitlines()[-1]
-    assert told.startswith(f"imagemill: cannot write {s3.url}/job/predictions/part-000003.parquet: ")
+    assert told.startswith(
+        f"imagemill: cannot write {s3.url}/job/predictions/part-000003.parquet: "
+    )
     assert told.endswith("finished parts are kept.")
     assert len(parts(s3)) >= 3
     s3_faults.rule = lambda _: None
@@ -164,23 +223,41 @@ def test_a_damaged_part_in_a_store_is_found_moved_aside_and_computed_again(
     assert parts(s3) == calm
 
 
-def test_what_is_not_a_free_place_in_a_store_is_refused(s3: Bucket, small_jpegs: Path, null_run: Callable[..., helpers.Result]) -> None:
-    """A prefix with foreign objects, a bucket that is not there, and the web are no outputs; nothing is written."""
+def test_what_is_not_a_free_place_in_a_store_is_refused(
+    s3: Bucket, small_jpegs: Path, null_run: Callable[..., helpers.Result]
+) -> None:
+    """A prefix with foreign objects, a bucket that is not there, and the web are no outputs;
+    nothing is written.
+    """
     s3.fill({"mine/thesis.doc": b"x"})
     foreign = null_run(small_jpegs, "--output", s3.url + "/mine")
-    assert (foreign.code, f"--output {s3.url}/mine is not empty and not an imagemill job (it holds 'thesis.doc')" in foreign.err) == (
+    assert (
+        foreign.code,
+        f"--output {s3.url}/mine is not empty and not an imagemill job (it holds 'thesis.doc')"
+        in foreign.err,
+    ) == (
         1,
         True,
     )
     missing = null_run(small_jpegs, "--output", "s3://no-such-bucket-here/job")
-    assert (missing.code, "--output s3://no-such-bucket-here/job cannot be listed: " in missing.err) == (1, True), missing
+    assert (
+        missing.code,
+        "--output s3://no-such-bucket-here/job cannot be listed: " in missing.err,
+    ) == (1, True), missing
     web = null_run(small_jpegs, "--output", "https://example.invalid/job")
-    assert (web.code, "https://example.invalid/job: is no place in an object store" in web.err) == (2, True), web
+    assert (web.code, "https://example.invalid/job: is no place in an object store" in web.err) == (
+        2,
+        True,
+    ), web
     assert s3.keys() == ["mine/thesis.doc"]
 
 
 def test_a_second_launcher_of_this_machine_is_refused(
-    s3_faults: FaultProxy, s3: Bucket, small_jpegs: Path, null_run: Callable[..., helpers.Result], null_start: Callable[..., Any]
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
+    null_start: Callable[..., Any],
 ) -> None:
     """One machine does not do its work twice."""
     first = is_put_of("part-000000.parquet")
@@ -188,16 +265,26 @@ def test_a_second_launcher_of_this_machine_is_refused(
     launcher = null_start(small_jpegs, "--output", s3.url + "/job")
     helpers.until(lambda: any(map(first, list(s3_faults.requests))), process=launcher)
     refused = null_run(small_jpegs, "--output", s3.url + "/job")
-    assert (refused.code, f"{s3.url}/job is in use by another imagemill run" in refused.err) == (1, True), refused
+    assert (refused.code, f"{s3.url}/job is in use by another imagemill run" in refused.err) == (
+        1,
+        True,
+    ), refused
     harness.kill(launcher.pid)
     launcher.communicate()
 
 
 @pytest.mark.parametrize("file", ["job.json", "part-000002.parquet"])
 def test_a_signal_ends_a_job_whose_store_is_silent(
-    file: str, s3: Bucket, s3_faults: FaultProxy, null_start: Callable[..., Any], small_jpegs: Path, null_run: Callable[..., helpers.Result]
+    file: str,
+    s3: Bucket,
+    s3_faults: FaultProxy,
+    null_start: Callable[..., Any],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
 ) -> None:
-    """Well before the 90 s that a write is given; the logs, which cannot be put there either, are not waited for."""
+    """Well before the 90 s that a write is given; the logs, which cannot be put there either, are
+    not waited for.
+    """
     silent: list[Request] = []
 
     def rule(request: Request) -> Fault | None:

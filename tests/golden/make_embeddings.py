@@ -1,4 +1,5 @@
-"""Compute the golden embeddings: what published implementations hand to their classifier, for the weights and images of recipe.py.
+"""Compute the golden embeddings: what published implementations hand to their classifier, for the
+weights and images of recipe.py.
 
     pip install torch timm torchvision pretrainedmodels
     python tests/golden/make_embeddings.py
@@ -40,9 +41,18 @@ def cadene_embedding(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 NETWORKS = {
-    "timm_resnext101_32x4d": (lambda: timm.create_model("resnext101_32x4d", pretrained=False), timm_embedding),
-    "torchvision_resnext50_32x4d": (lambda: torchvision.models.resnext50_32x4d(weights=None), torchvision_embedding),
-    "cadene_resnext101_32x4d": (lambda: pretrainedmodels.resnext101_32x4d(num_classes=1000, pretrained=None), cadene_embedding),
+    "timm_resnext101_32x4d": (
+        lambda: timm.create_model("resnext101_32x4d", pretrained=False),
+        timm_embedding,
+    ),
+    "torchvision_resnext50_32x4d": (
+        lambda: torchvision.models.resnext50_32x4d(weights=None),
+        torchvision_embedding,
+    ),
+    "cadene_resnext101_32x4d": (
+        lambda: pretrainedmodels.resnext101_32x4d(num_classes=1000, pretrained=None),
+        cadene_embedding,
+    ),
 }
 
 
@@ -51,13 +61,22 @@ def main() -> None:
     x = torch.from_numpy(recipe.normalised(recipe.pixels()))
     for name, (make, embed) in NETWORKS.items():
         network = make().eval()
-        state = {key: torch.from_numpy(recipe.tensor(key, tuple(value.shape))) for key, value in network.state_dict().items()}
+        state = {
+            key: torch.from_numpy(recipe.tensor(key, tuple(value.shape)))
+            for key, value in network.state_dict().items()
+        }
         network.load_state_dict(state)
         with torch.no_grad():
             logits, embedding = network(x).numpy(), embed(network, x).numpy()
         np.testing.assert_allclose(logits, np.load(HERE / f"{name}.logits.npy"), rtol=0, atol=1e-3)
         np.save(HERE / f"{name}.embedding.npy", embedding)
-        print(name, embedding.shape, embedding.dtype, float(embedding.std()), float(embedding.std(axis=0).mean()))
+        print(
+            name,
+            embedding.shape,
+            embedding.dtype,
+            float(embedding.std()),
+            float(embedding.std(axis=0).mean()),
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""A stand-in for Graphcore's `popart`, by the interface recorded from the bindings of SDK 3.4; no part of PopART is in it.
+"""A stand-in for Graphcore's `popart`, by the interface recorded from the bindings of SDK 3.4; no
+part of PopART is in it.
 
-It refuses every call whose name, arguments or place in the order the record does not have, and really computes the answers: inputs,
-weights and outputs are rounded to float16 where the model was converted, ONNX Runtime does the rest in float32 on the CPU. As the real one
-does, it uses the anchors' memory again at every step and drops leading axes of size 1. It runs on Python 3.6 and newer.
+It refuses every call whose name, arguments or place in the order the record does not have, and
+really computes the answers: inputs, weights and outputs are rounded to float16 where the model was
+converted, ONNX Runtime does the rest in float32 on the CPU. As the real one does, it uses the
+anchors' memory again at every step and drops leading axes of size 1. It runs on Python 3.6 and
+newer.
 
-POPART_STANDIN_FOLDER    keeps one file per IPU, locked while a process is attached to it, and `calls.jsonl`: what each process asked for
-POPART_STANDIN_IPUS      how many IPUs there are; 1 if unset
-POPART_STANDIN_MEMORY    bytes of images in a batch from which prepareDevice finds that memory is out
-POPART_STANDIN_DIES      a file: the first process that runs a step while it is there removes it and kills itself with SIGKILL
+POPART_STANDIN_FOLDER    keeps one file per IPU, locked while a process is attached to it, and
+`calls.jsonl`: what each process asked for POPART_STANDIN_IPUS      how many IPUs there are; 1 if
+unset POPART_STANDIN_MEMORY    bytes of images in a batch from which prepareDevice finds that memory
+is out
+POPART_STANDIN_DIES      a file: the first process that runs a step while it is there removes it and
+kills itself with SIGKILL
 """
 
 import enum
@@ -59,7 +64,11 @@ class SessionOptions:
         self.cachePath = "session_cache"
 
     def __setattr__(self, name, value):
-        kinds = {"syntheticDataMode": SyntheticDataMode, "enableEngineCaching": bool, "cachePath": str}
+        kinds = {
+            "syntheticDataMode": SyntheticDataMode,
+            "enableEngineCaching": bool,
+            "cachePath": str,
+        }
         if name in kinds:
             _of(value, kinds[name])
         object.__setattr__(self, name, value)
@@ -68,7 +77,10 @@ class SessionOptions:
 def _of(value, *kinds):
     """The bindings convert nothing: an argument of another type fits no overload."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeError("incompatible function arguments: %r where %s is wanted" % (value, " or ".join(kind.__name__ for kind in kinds)))
+        raise TypeError(
+            "incompatible function arguments: %r where %s is wanted"
+            % (value, " or ".join(kind.__name__ for kind in kinds))
+        )
 
 
 def _note(**what):
@@ -90,8 +102,14 @@ class Builder:
             self._model = onnx.load(modelProtoOrFilename)
         versions = {entry.domain or "ai.onnx": entry.version for entry in self._model.opset_import}
         if self._model.ir_version > 6 or not 6 <= versions["ai.onnx"] <= 11:
-            raise popart_exception("cannot read opset %d, IR version %d" % (versions["ai.onnx"], self._model.ir_version))
-        if set(opsets) - {"ai.onnx", "ai.onnx.ml", "ai.graphcore"} or opsets.get("ai.onnx") != versions["ai.onnx"]:
+            raise popart_exception(
+                "cannot read opset %d, IR version %d"
+                % (versions["ai.onnx"], self._model.ir_version)
+            )
+        if (
+            set(opsets) - {"ai.onnx", "ai.onnx.ml", "ai.graphcore"}
+            or opsets.get("ai.onnx") != versions["ai.onnx"]
+        ):
             raise popart_exception("opsets %s for a model of %s" % (opsets, versions))
 
     def getInputTensorIds(self):
@@ -106,7 +124,9 @@ class Builder:
         _of(availableMemoryProportion, float)
         nodes = [node for node in self._model.graph.node if nodeOutputName in node.output]
         if not nodes or nodes[0].op_type not in ("Conv", "MatMul", "Gemm"):
-            raise popart_exception("%r is no output of a convolution or matrix product" % nodeOutputName)
+            raise popart_exception(
+                "%r is no output of a convolution or matrix product" % nodeOutputName
+            )
         if not 0 < availableMemoryProportion <= 1:
             raise popart_exception("availableMemoryProportion must be in (0, 1]")
         _note(memory_proportion=availableMemoryProportion, node=nodeOutputName)
@@ -124,11 +144,19 @@ class GraphTransformer:
         graph = self._model.graph
         for tensor in graph.initializer:
             if tensor.data_type == TensorProto.FLOAT:
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(numpy.float16), tensor.name))
+                tensor.CopyFrom(
+                    numpy_helper.from_array(
+                        numpy_helper.to_array(tensor).astype(numpy.float16), tensor.name
+                    )
+                )
         for value in list(graph.input) + list(graph.output) + list(graph.value_info):
             if value.type.tensor_type.elem_type == TensorProto.FLOAT:
                 value.type.tensor_type.elem_type = TensorProto.FLOAT16
-        casts = [node.output[0] for node in graph.node if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT]
+        casts = [
+            node.output[0]
+            for node in graph.node
+            if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT
+        ]
         if casts:  # whether the real one converts these is not on record
             raise popart_exception("a cast to float32 is left: %s" % casts)
 
@@ -184,7 +212,9 @@ class DeviceManager:
 
     def acquireDeviceById(self, id):
         _of(id, int)
-        lock = os.open(os.path.join(_folder(), "popart-standin-ipu-%d" % id), os.O_CREAT | os.O_RDWR)
+        lock = os.open(
+            os.path.join(_folder(), "popart-standin-ipu-%d" % id), os.O_CREAT | os.O_RDWR
+        )
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -220,20 +250,35 @@ class InferenceSession:
         _of(userOptions, SessionOptions)
         model = onnx.load_from_string(fnModel)
         (value,) = model.graph.input
-        self._input, self._half = value.name, value.type.tensor_type.elem_type == TensorProto.FLOAT16
+        self._input, self._half = (
+            value.name,
+            value.type.tensor_type.elem_type == TensorProto.FLOAT16,
+        )
         self._shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        if value.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16) or 0 in self._shape:
-            raise popart_exception("input %s has no fixed shape, or is of another type than float" % value.name)
+        if (
+            value.type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16)
+            or 0 in self._shape
+        ):
+            raise popart_exception(
+                "input %s has no fixed shape, or is of another type than float" % value.name
+            )
         unknown = set(dataFlow.anchors) - {output.name for output in model.graph.output}
         if unknown or {kind.kind for kind in dataFlow.anchors.values()} != {"All"}:
             raise popart_exception("anchors %s" % sorted(dataFlow.anchors))
-        self._model, self._flow, self._device, self._options = model, dataFlow, deviceInfo, userOptions
+        self._model, self._flow, self._device, self._options = (
+            model,
+            dataFlow,
+            deviceInfo,
+            userOptions,
+        )
         self._anchors, self._done = {}, ["made"]
 
     def _after(self, name, *before):
         missing = [step for step in before if step not in self._done]
         if missing or not self._device.is_attached:
-            raise popart_exception("%s before %s" % (name, ", ".join(missing) or "the device was attached"))
+            raise popart_exception(
+                "%s before %s" % (name, ", ".join(missing) or "the device was attached")
+            )
         self._done.append(name)
 
     def prepareDevice(self):
@@ -244,21 +289,41 @@ class InferenceSession:
         graph = self._model.graph
         for tensor in graph.initializer:  # computed in float32, of what float16 has left of it
             if tensor.data_type == TensorProto.FLOAT16:
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(numpy.float32), tensor.name))
+                tensor.CopyFrom(
+                    numpy_helper.from_array(
+                        numpy_helper.to_array(tensor).astype(numpy.float32), tensor.name
+                    )
+                )
         for value in list(graph.input) + list(graph.output):
             value.type.tensor_type.elem_type = TensorProto.FLOAT
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        self._engine = onnxruntime.InferenceSession(self._model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        mode, cache = self._options.syntheticDataMode.name, self._options.enableEngineCaching and self._options.cachePath
-        _note(prepared=self._shape, steps=self._flow.steps, half=self._half, synthetic=mode, cache=cache)
+        self._engine = onnxruntime.InferenceSession(
+            self._model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        mode, cache = (
+            self._options.syntheticDataMode.name,
+            self._options.enableEngineCaching and self._options.cachePath,
+        )
+        _note(
+            prepared=self._shape,
+            steps=self._flow.steps,
+            half=self._half,
+            synthetic=mode,
+            cache=cache,
+        )
 
     def initAnchorArrays(self):
         self._after("initAnchorArrays", "prepareDevice")
         steps = [self._flow.steps] if self._flow.steps > 1 else []
         kind = numpy.float16 if self._half else numpy.float32
-        shapes = {output.name: [d.dim_value for d in output.type.tensor_type.shape.dim] for output in self._model.graph.output}
-        self._anchors = {name: numpy.full(steps + shapes[name], numpy.nan, kind) for name in self._flow.anchors}
+        shapes = {
+            output.name: [d.dim_value for d in output.type.tensor_type.shape.dim]
+            for output in self._model.graph.output
+        }
+        self._anchors = {
+            name: numpy.full(steps + shapes[name], numpy.nan, kind) for name in self._flow.anchors
+        }
         return self._anchors
 
     def weightsFromHost(self):
@@ -276,7 +341,8 @@ class InferenceSession:
         kind = numpy.dtype(numpy.float16 if self._half else numpy.float32)
         if x.shape != shape or x.dtype != kind or not x.flags.c_contiguous:
             raise popart_exception(
-                "input is %s %s, C-contiguous: %s; wanted: %s %s" % (x.dtype, x.shape, x.flags.c_contiguous, kind, shape)
+                "input is %s %s, C-contiguous: %s; wanted: %s %s"
+                % (x.dtype, x.shape, x.flags.c_contiguous, kind, shape)
             )
         dies = os.environ.get("POPART_STANDIN_DIES")
         if dies and os.path.exists(dies):
@@ -287,6 +353,8 @@ class InferenceSession:
         for step in range(self._flow.steps):
             batch = x[step] if self._flow.steps > 1 else x
             names = list(self._anchors)
-            for name, values in zip(names, self._engine.run(names, {self._input: batch.astype(numpy.float32)})):
+            for name, values in zip(
+                names, self._engine.run(names, {self._input: batch.astype(numpy.float32)})
+            ):
                 goal = self._anchors[name]
                 (goal[step] if self._flow.steps > 1 else goal)[...] = values

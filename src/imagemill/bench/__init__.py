@@ -1,6 +1,8 @@
-"""`imagemill bench`: how fast this machine computes, decodes, and does both; which one bounds a job, and what to change.
+"""`imagemill bench`: how fast this machine computes, decodes, and does both; which one bounds a
+job, and what to change.
 
-settings ─► measure.run ─► one bench worker per device, rounds of compute | decode | end to end ─► verdict ─► report
+settings ─► measure.run ─► one process per device, rounds of compute | decode | end to end
+         ─► verdict ─► report
 """
 
 from __future__ import annotations

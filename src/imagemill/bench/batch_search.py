@@ -1,6 +1,8 @@
-"""`imagemill bench --batch-size search`: the fastest batch size of a model on this machine, compute only.
+"""`imagemill bench --batch-size search`: the fastest batch size of a model on this machine, compute
+only.
 
-Starts at the rule's size and compares it with half and twice as many images, in alternating rounds, for as long as that gains.
+Starts at the rule's size and compares it with half and twice as many images, in alternating rounds,
+for as long as that gains.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from imagemill.records import DeviceSpec, Job
 MAX_ON_CPU: Final = 64
 MAX_ON_OTHER_DEVICES: Final = 512
 _MIN_GAIN: Final = 0.01
-"""A larger batch must be this much faster: neighbouring rounds differ by about 1 %, and smaller batches take less memory."""
+"""A larger batch must be this much faster: neighbouring rounds differ by about 1 %, and smaller
+batches take less memory.
+"""
 _ROUNDS: Final = 5
 _ROUND_S: Final = 0.6
 _COMPARISON_S: Final = 12.0
@@ -32,11 +36,14 @@ Say = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
-def find_batch_size(job: Job, devices: Sequence[DeviceSpec], say: Say) -> tuple[int, Mapping[int, float]]:
+def find_batch_size(
+    job: Job, devices: Sequence[DeviceSpec], say: Say
+) -> tuple[int, Mapping[int, float]]:
     """Measure batch sizes, beginning with the job's own.
 
     Returns:
-        the fastest size, the smaller one if two differ by less than 1 %; and images/s of every size tried, compute only.
+        the fastest size, the smaller one if two differ by less than 1 %; and images/s of every size
+        tried, compute only.
 
     Raises:
         ImagemillError: the job's own size cannot be measured.
@@ -49,7 +56,10 @@ def find_batch_size(job: Job, devices: Sequence[DeviceSpec], say: Say) -> tuple[
         while search.size >= first and search.size * 2 <= most and search.improves(search.size * 2):
             pass
         size, rates = search.size, dict(sorted(search.rates.items()))
-    say(f"batch size {size}; images/s, compute only: " + ", ".join(f"{rate:,.1f} with {tried}" for tried, rate in rates.items()))
+    say(
+        f"batch size {size}; images/s, compute only: "
+        + ", ".join(f"{rate:,.1f} with {tried}" for tried, rate in rates.items())
+    )
     return size, rates
 
 
@@ -57,7 +67,9 @@ class _Search:
     """The best batch size so far, with the processes that compute in it."""
 
     def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
-        self._job = replace(job, cache_dir=None)  # compiled models of rejected sizes would only take disk space
+        self._job = replace(
+            job, cache_dir=None
+        )  # compiled models of rejected sizes would only take disk space
         self._devices = devices
         self.size = job.batch_size
         self.rates: dict[int, float] = {}
@@ -73,11 +85,18 @@ class _Search:
     def __enter__(self) -> _Search:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._crew.close()
 
     def improves(self, size: int) -> bool:
-        """Compare another size with the best one in alternating rounds, and make it the best one if it is faster."""
+        """Compare another size with the best one in alternating rounds, and make it the best one if
+        it is faster.
+        """
         try:
             other = self._open(size)
         except Interrupted:
@@ -88,9 +107,14 @@ class _Search:
         try:
             orders, begun = _orders(other), time.monotonic()
             pairs: list[tuple[float, float]] = []
-            while len(pairs) < _ROUNDS and (len(pairs) < 3 or time.monotonic() - begun < _COMPARISON_S):
+            while len(pairs) < _ROUNDS and (
+                len(pairs) < 3 or time.monotonic() - begun < _COMPARISON_S
+            ):
                 pairs.append((_rate(self._crew, self._orders), _rate(other, orders)))
-            self.rates |= {self.size: median(best for best, _ in pairs), size: median(tried for _, tried in pairs)}
+            self.rates |= {
+                self.size: median(best for best, _ in pairs),
+                size: median(tried for _, tried in pairs),
+            }
             gain = median(tried / best for best, tried in pairs) - 1
             if gain < (_MIN_GAIN if size > self.size else -_MIN_GAIN):
                 return False
@@ -104,7 +128,9 @@ class _Search:
 
 
 def _orders(crew: Crew) -> Mapping[str, Compute]:
-    """Return what one round computes: about `_ROUND_S` seconds, at least one batch for each stream."""
+    """Return what one round computes: about `_ROUND_S` seconds, at least one batch for each
+    stream.
+    """
     crew.warm_up(1)
     return crew.orders(_ROUND_S, fewest=1)
 

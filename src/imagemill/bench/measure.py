@@ -1,7 +1,8 @@
-"""Measuring: rounds of compute only, decode only and end to end, interleaved, so that they meet the machine in the same state.
+"""Measuring: rounds of compute only, decode only and end to end, interleaved, so that they meet the
+machine in the same state.
 
-Compute only and decode only run the session and the feed that `imagemill run` runs, in processes like its workers; end to end is
-`run` itself, into a temporary folder.
+Compute only and decode only run the session and the feed that `imagemill run` runs, in processes
+like its workers; end to end is `run` itself, into a temporary folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,19 @@ END_TO_END_S = 10.0
 _MOST_IN_FLIGHT = 256
 _FEWEST_IMAGES = 64
 _LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
-_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+)
 
 Say = Callable[[str], None]
 
@@ -52,8 +65,8 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         say: takes one line of progress at a time.
 
     Raises:
-        UsageError: settings that make no sense. DeviceError, ModelError, SourceError: what is asked for is not to be had. WorkerError: a
-        measuring process died.
+        UsageError: settings that make no sense. DeviceError, ModelError, SourceError: what is asked
+        for is not to be had. WorkerError: a measuring process died.
     """
     check(settings)
     chosen = devices.resolve(settings.devices or "auto")
@@ -63,37 +76,55 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
             return _with_sources(settings, chosen, Path(folder), say)
     except Interrupted as stopped:  # whose message speaks of the job that was being measured
-        raise Interrupted("measuring was stopped, and has no result.", stopped.exit_code) from stopped
+        raise Interrupted(
+            "measuring was stopped, and has no result.", stopped.exit_code
+        ) from stopped
 
 
 def check(settings: BenchSettings) -> None:
     """Settings that can be judged alone. Raises: UsageError."""
     if settings.synthetic and settings.sources:
-        raise UsageError(f"--synthetic needs no images, but {settings.sources[0]} was given. Leave one of them out.")
+        raise UsageError(
+            f"--synthetic needs no images, but {settings.sources[0]} was given. Leave one of them"
+            " out."
+        )
     if not settings.synthetic and not settings.sources:
-        raise UsageError("give a SOURCE to measure decoding and computing, or --synthetic to measure computing alone.")
+        raise UsageError(
+            "give a SOURCE to measure decoding and computing, or --synthetic to measure computing"
+            " alone."
+        )
     for name in ("iterations", "batch_size", "batches_per_step", "num_workers", "limit"):
         value = getattr(settings, name)
         if isinstance(value, int) and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
     if isinstance(settings.batch_size, str) and settings.batch_size != SEARCH:
-        raise UsageError(f"--batch-size {settings.batch_size}: must be a number of images, or `search`.")
+        raise UsageError(
+            f"--batch-size {settings.batch_size}: must be a number of images, or `search`."
+        )
     if settings.precision not in (None, "auto", *Precision):
-        raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
+        raise UsageError(
+            f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}."
+        )
 
 
 def _batch_size(settings: BenchSettings) -> int | None:
     return settings.batch_size if isinstance(settings.batch_size, int) else None
 
 
-def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> tuple[Job, Mapping[str, float]]:
-    """Return the job in its batch size, the rule's if none is given; after a search in the fastest one, with the rates of all sizes."""
+def _with_batch_size(
+    job: Job, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say
+) -> tuple[Job, Mapping[str, float]]:
+    """Return the job in its batch size, the rule's if none is given; after a search in the fastest
+    one, with the rates of all sizes.
+    """
     job = batch_size.resolved(job, chosen)
     if settings.batch_size != SEARCH:
         return job, {}
     say("finding the fastest batch size")
     size, rates = find_batch_size(job, chosen, say)
-    return replace(job, batch_size=size), {str(tried): round(rate, 2) for tried, rate in rates.items()}
+    return replace(job, batch_size=size), {
+        str(tried): round(rate, 2) for tried, rate in rates.items()
+    }
 
 
 # Without images.
@@ -102,7 +133,9 @@ def _with_batch_size(job: Job, settings: BenchSettings, chosen: Sequence[DeviceS
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
-    job, batch_sizes = _with_batch_size(synthetic_job(settings, model, chosen), settings, chosen, say)
+    job, batch_sizes = _with_batch_size(
+        synthetic_job(settings, model, chosen), settings, chosen, say
+    )
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
     with Crew(job, chosen) as crew:
         orders = _compute_orders(settings, crew, chosen)
@@ -130,7 +163,9 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
 
 
 def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
-    """What a session needs of a job: everything but images, and the batch size that the settings name."""
+    """What a session needs of a job: everything but images, and the batch size that the settings
+    name.
+    """
     precision, file = _precision(settings.precision, model, chosen)
     return Job(
         output="",
@@ -152,8 +187,12 @@ def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[Devic
     )
 
 
-def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -> tuple[Precision, Path]:
-    """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is too short for a new verdict."""
+def _precision(
+    asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]
+) -> tuple[Precision, Path]:
+    """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is
+    too short for a new verdict.
+    """
     devices.check_precision(asked, chosen)
     if asked in (None, "auto"):
         if not precisions.are_judged(chosen):
@@ -166,12 +205,19 @@ def _precision(asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]) -
     file = quantize.variant_file(model, quantize.variants(model).get(precision.value, {}))
     if file is None:
         name = model.card.name
-        raise UsageError(f"--precision int8: {name} has no int8 variant yet. Make one: imagemill quantize {name} --images SOURCE.")
+        raise UsageError(
+            f"--precision int8: {name} has no int8 variant yet. Make one: imagemill quantize {name}"
+            " --images SOURCE."
+        )
     return precision, file
 
 
-def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]) -> dict[str, Compute]:
-    """Warm every device up; then as many batches as were asked for, or as take about `COMPUTE_S`."""
+def _compute_orders(
+    settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]
+) -> dict[str, Compute]:
+    """Warm every device up; then as many batches as were asked for, or as take about
+    `COMPUTE_S`.
+    """
     crew.warm_up()
     if settings.batches_per_step:
         return {device.name: Compute(settings.batches_per_step) for device in chosen}
@@ -181,10 +227,14 @@ def _compute_orders(settings: BenchSettings, crew: Crew, chosen: Sequence[Device
 # With images.
 
 
-def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say) -> BenchReport:
+def _with_sources(
+    settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say
+) -> BenchReport:
     say("a first short run, to warm up and to see how long an iteration takes")
     first = _first_run(settings, folder, min(settings.limit or _FEWEST_IMAGES, _FEWEST_IMAGES), say)
-    limit = settings.limit or max(_FEWEST_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0)))
+    limit = settings.limit or max(
+        _FEWEST_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
+    )
     job, batch_sizes = _with_batch_size(_frozen_job(folder / "first"), settings, chosen, say)
     measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
@@ -195,7 +245,10 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
             achieved.append(runner.run(_run_settings(measured, output, limit)))
             decoded.append(crew.measure(_decode_orders(output, chosen)))
             computed.append(crew.measure(orders))
-            rates = f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to end {_achieved(achieved[-1]):,.1f}"
+            rates = (
+                f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to"
+                f" end {_achieved(achieved[-1]):,.1f}"
+            )
             say(f"iteration {number} of {settings.iterations}: {rates} images/s")
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
@@ -236,13 +289,18 @@ def _with_sources(settings: BenchSettings, chosen: Sequence[DeviceSpec], folder:
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
     first = runner.run(_run_settings(settings, folder / "first", limit), _Relay(say))
     if not first.ok:
-        raise SourceError(f"none of the first {first.images} images of {', '.join(settings.sources)} can be read. Give other images.")
+        raise SourceError(
+            f"none of the first {first.images} images of {', '.join(settings.sources)} can be read."
+            " Give other images."
+        )
     return first
 
 
 def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
     same = ("sources", "model", "models_dir", "devices", "precision", "num_workers")
-    in_flight = min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
+    in_flight = (
+        min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
+    )
     asked = {name: getattr(settings, name) for name in same}
     return Settings(
         **asked,
@@ -265,7 +323,10 @@ def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Deco
     """The shards of a finished run, dealt to the devices one after the other."""
     shards = plan.shards(JobPaths(output).plan)
     job = _frozen_job(output)
-    dealt = {device.name: tuple(map(Lease, shards[position :: len(chosen)])) for position, device in enumerate(chosen)}
+    dealt = {
+        device.name: tuple(map(Lease, shards[position :: len(chosen)]))
+        for position, device in enumerate(chosen)
+    }
     return {name: Decode(job, leases) for name, leases in dealt.items() if leases}
 
 
@@ -286,7 +347,9 @@ class _Relay(observer.Watcher):
 def _in_all(found: Mapping[str, Measured]) -> float:
     """Images/s of all devices together, from the first one's start to the last one's end."""
     images = sum(one.images for one in found.values())
-    return images / (max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values()))
+    return images / (
+        max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values())
+    )
 
 
 def _all(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:
@@ -304,20 +367,31 @@ def _achieved(summary: Summary) -> float:
 
 def _summarised(runs: Sequence[Summary]) -> Rates:
     names = [device.name for device in runs[0].devices]
-    per_device = {name: [d.images_per_second or 0.0 for one in runs for d in one.devices if d.name == name] for name in names}
+    per_device = {
+        name: [d.images_per_second or 0.0 for one in runs for d in one.devices if d.name == name]
+        for name in names
+    }
     return _over([_achieved(one) for one in runs], per_device)
 
 
 def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> Rates:
     of_devices = {name: round(median(found), 3) for name, found in per_device.items()}
-    return Rates(round(median(rates), 3), round(min(rates), 3), round(max(rates), 3), tuple(round(rate, 3) for rate in rates), of_devices)
+    return Rates(
+        round(median(rates), 3),
+        round(min(rates), 3),
+        round(max(rates), 3),
+        tuple(round(rate, 3) for rate in rates),
+        of_devices,
+    )
 
 
 # The machine.
 
 
 def machine() -> dict[str, object]:
-    """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None: no limit), vector `flags`."""
+    """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None:
+    no limit), vector `flags`.
+    """
     flags = cpu.flags()
     return {
         "cpu": cpu.name(),

@@ -41,10 +41,13 @@ class Crew:
         patience_s: how long a worker may say nothing; None: for ever.
 
     Raises:
-        ImagemillError: what a worker could not do. WorkerError: a worker died, or said nothing for too long.
+        ImagemillError: what a worker could not do. WorkerError: a worker died, or said nothing for
+        too long.
     """
 
-    def __init__(self, job: Job, devices: Sequence[DeviceSpec], patience_s: float | None = None) -> None:
+    def __init__(
+        self, job: Job, devices: Sequence[DeviceSpec], patience_s: float | None = None
+    ) -> None:
         self._members: list[_Member] = []
         self._batch_size = job.batch_size
         self._patience_s = patience_s
@@ -64,7 +67,12 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
@@ -86,14 +94,23 @@ class Crew:
 
     def warm_up(self, batches: int = 4) -> None:
         """Compute so many batches on every device, or a few more."""
-        self.measure({member.device.name: Compute(_whole(batches, member)) for member in self._members})
+        self.measure(
+            {member.device.name: Compute(_whole(batches, member)) for member in self._members}
+        )
 
     def orders(self, seconds: float, fewest: int = 8) -> dict[str, Compute]:
-        """See how many batches take every device about so long, and at least `fewest`, by having it compute as many as these."""
-        tried = self.measure({member.device.name: Compute(_whole(fewest, member)) for member in self._members})
+        """See how many batches take every device about so long, and at least `fewest`, by having it
+        compute as many as these.
+        """
+        tried = self.measure(
+            {member.device.name: Compute(_whole(fewest, member)) for member in self._members}
+        )
         rates = {name: found.images_per_second / self._batch_size for name, found in tried.items()}
         members = {member.device.name: member for member in self._members}
-        return {name: Compute(_whole(max(fewest, seconds * rate), members[name])) for name, rate in rates.items()}
+        return {
+            name: Compute(_whole(max(fewest, seconds * rate), members[name]))
+            for name, rate in rates.items()
+        }
 
     def close(self) -> None:
         """End all workers."""
@@ -128,21 +145,28 @@ def _start(device: DeviceSpec) -> _Member:
 
 
 def _whole(batches: float, member: _Member) -> int:
-    """So many batches or a few more: as many for each stream, one a core, lest some are idle while others compute the last ones."""
+    """So many batches or a few more: as many for each stream, one a core, lest some are idle while
+    others compute the last ones.
+    """
     streams = len(member.device.cores)
     return streams * math.ceil(batches / streams)
 
 
 def _answer(member: _Member, patience_s: float | None) -> object:
     if not member.connection.poll(patience_s):
-        raise WorkerError(f"the process that measures {member.device.name} said nothing for {patience_s:g} s.")
+        raise WorkerError(
+            f"the process that measures {member.device.name} said nothing for {patience_s:g} s."
+        )
     try:
         answer = member.connection.recv()
     except (EOFError, OSError):
         code = member.process.wait()
         member.log.seek(0)
         text = member.log.read()[-_LOG_BYTES:].decode("utf-8", "backslashreplace")
-        raise WorkerError(f"the process that measures {member.device.name} died (exit code {code}). Its last words:\n{text}") from None
+        raise WorkerError(
+            f"the process that measures {member.device.name} died (exit code {code}). Its last"
+            f" words:\n{text}"
+        ) from None
     if isinstance(answer, protocol.Failed):
         raise getattr(errors, answer.kind, ImagemillError)(answer.message)
     return answer

@@ -24,11 +24,15 @@ class BenchSettings:
     batch_size: int | str | None = None
     """Images; `search`: the fastest one is looked for."""
     batches_per_step: int | None = None
-    """Batches handed to a device at a time, and per iteration; None: as many as take about two seconds."""
+    """Batches handed to a device at a time, and per iteration; None: as many as take about two
+    seconds.
+    """
     num_workers: int | None = None
     iterations: int = 3
     limit: int | None = None
-    """Images of the sources per iteration, the first ones; None: as many as take about ten seconds."""
+    """Images of the sources per iteration, the first ones; None: as many as take about ten
+    seconds.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,9 @@ class Rates:
     iterations: tuple[float, ...]
     """In the order they were measured."""
     devices: Mapping[str, float]
-    """Device → its own median. They need not add up to the median of all, which waits for the slowest."""
+    """Device → its own median. They need not add up to the median of all, which waits for the
+    slowest.
+    """
 
 
 @dataclass(frozen=True, slots=True)

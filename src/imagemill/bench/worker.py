@@ -1,6 +1,8 @@
-"""The child process that measures: the session and the feed of `imagemill.workers.worker`, on the same cores, each alone.
+"""The child process that measures: the session and the feed of `imagemill.workers.worker`, on the
+same cores, each alone.
 
-Started by `measuring.crew` with the arguments SOCKET PARENT_PID; ends with its parent, whatever ends that.
+Started by `measuring.crew` with the arguments SOCKET PARENT_PID; ends with its parent, whatever
+ends that.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ def main() -> int:
     processes.end_with(bench)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # bench decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     warnings.simplefilter("ignore")
     connection = Connection(socket)
     try:
@@ -50,7 +56,12 @@ def main() -> int:
         return 1
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
+        _fail(
+            connection,
+            ImagemillError(
+                processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"
+            ),
+        )
         return 1
     return 0
 
@@ -79,14 +90,21 @@ def _work(connection: Connection) -> None:
 
 
 def _synthetic(job: Job) -> Iterator[Batch]:
-    """Full batches of noise, without end: a few of them in turn, so that making them takes no time."""
+    """Full batches of noise, without end: a few of them in turn, so that making them takes no
+    time.
+    """
     import numpy as np
 
     from imagemill.records import Batch
 
     shape = (job.batch_size, job.card.recipe.size, job.card.recipe.size, 3)
     noise = np.random.default_rng(0)
-    return cycle([Batch(noise.integers(0, 256, shape, np.uint8), job.batch_size, ()) for _ in range(_DISTINCT_BATCHES)])
+    return cycle(
+        [
+            Batch(noise.integers(0, 256, shape, np.uint8), job.batch_size, ())
+            for _ in range(_DISTINCT_BATCHES)
+        ]
+    )
 
 
 def _compute(session: Session, batches: Iterator[Batch]) -> Measured:
@@ -101,7 +119,9 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
     from imagemill.pipeline.stopwatch import Stopwatch
 
     job, clock = order.job, Stopwatch()
-    with Feed(job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock) as feed:
+    with Feed(
+        job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock
+    ) as feed:
         begun = time.monotonic()
         images = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
         ended = time.monotonic()

@@ -21,7 +21,9 @@ class Watcher:
         """A model is being downloaded: bytes so far, and in all where known."""
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for those who override it
-        """The job starts: `resumed` of `total` images are done. Returns what is told of the progress."""
+        """The job starts: `resumed` of `total` images are done. Returns what is told of the
+        progress.
+        """
         return lambda _: None
 
     def end(self) -> None:
@@ -53,7 +55,9 @@ class Terminal(Watcher):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that goes without what it cannot write: a full disk is told once, by what needs it, and ends no job for a line of log."""
+    """A log that goes without what it cannot write: a full disk is told once, by what needs it, and
+    ends no job for a line of log.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # of opening it
@@ -72,7 +76,9 @@ class logging_to:  # noqa: N801 - reads as the verb it is
 
     def __init__(self, path: Path) -> None:
         self._handler = _LogFile(path, delay=True)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
 
     def __enter__(self) -> None:
         logger = logging.getLogger("imagemill")

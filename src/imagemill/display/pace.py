@@ -11,7 +11,9 @@ from imagemill.pipeline.stopwatch import bound_by
 from imagemill.records import Clock, Progress
 
 _WINDOW_SHARE = 0.5
-"""Of the time so far, that a rate is taken over: the longer the job, the calmer; a change of pace is followed after as long again."""
+"""Of the time so far, that a rate is taken over: the longer the job, the calmer; a change of pace
+is followed after as long again.
+"""
 
 _WINDOW_S = 15.0
 """At least."""
@@ -55,7 +57,9 @@ class Estimate:
 
 
 class _Count:
-    """One device's count of answers over time: the moments at which it moved, thinned where there are many."""
+    """One device's count of answers over time: the moments at which it moved, thinned where there
+    are many.
+    """
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -65,11 +69,15 @@ class _Count:
         self._undisturbed_s = -1.0
 
     def disturbed(self, now_s: float) -> None:
-        """Something that ends soon takes of the device's time: no rate is taken from what comes until then."""
+        """Something that ends soon takes of the device's time: no rate is taken from what comes
+        until then.
+        """
         self._undisturbed_s = now_s
 
     def add(self, now_s: float, rows: int) -> None:
-        """Note the count. One that became less has lost work to a death; to do it again takes its time like any other."""
+        """Note the count. One that became less has lost work to a death; to do it again takes its
+        time like any other.
+        """
         if rows < self._last:
             self._lost += self._last - rows
         elif rows > self._last:
@@ -78,7 +86,10 @@ class _Count:
         self._last = rows
         if len(self._times) > _POINTS:
             keep = range(len(self._times) - 1, -1, -2)
-            self._times, self._rows = [self._times[i] for i in keep][::-1], [self._rows[i] for i in keep][::-1]
+            self._times, self._rows = (
+                [self._times[i] for i in keep][::-1],
+                [self._rows[i] for i in keep][::-1],
+            )
 
     @property
     def moved_s(self) -> float:
@@ -92,9 +103,11 @@ class _Count:
         return max((after - before for before, after in pairwise(recent)), default=0)
 
     def rate(self, now_s: float) -> float | None:
-        """Rows/s over the later part of its time, from one step to another, so that it is exact where steps come evenly. The first step
-        only starts the clock: before it the way filled up, or something else took of the device's time. Where the next step is overdue, the
-        rate is what it would be had it come now."""
+        """Rows/s over the later part of its time, from one step to another, so that it is exact
+        where steps come evenly. The first step only starts the clock: before it the way filled up,
+        or something else took of the device's time. Where the next step is overdue, the rate is
+        what it would be had it come now.
+        """
         first = bisect_right(self._times, self._undisturbed_s)
         if first >= len(self._times) or self._times[-1] - self._times[first] < _TELLING_S:
             return None
@@ -111,7 +124,8 @@ class _Count:
 
 
 class Pace:
-    """Turns the progress of one invocation into estimates: nothing but what it is given decides them.
+    """Turns the progress of one invocation into estimates: nothing but what it is given decides
+    them.
 
     Args:
         total: images of the job.
@@ -140,18 +154,33 @@ class Pace:
             total=self._total,
             done=self._resumed + through,
             saved=self._resumed + progress.rows,
-            state="running" if through else "first images under way" if progress.ready else "starting",
+            state=(
+                "running" if through else "first images under way" if progress.ready else "starting"
+            ),
             rate=rate,
             left_s=left_s,
-            still_s=max(0.0, now_s - max((count.moved_s for count in self._counts.values()), default=0.0)) if through else 0.0,
+            still_s=(
+                max(
+                    0.0,
+                    now_s - max((count.moved_s for count in self._counts.values()), default=0.0),
+                )
+                if through
+                else 0.0
+            ),
             devices=rates,
             bottleneck=self._bottleneck(now_s, progress.clock),
         )
 
-    def _left(self, progress: Progress, rates: Mapping[str, float | None], left: int) -> tuple[float | None, float | None]:
-        """The rate of the devices that have work, and the seconds it takes them, at least those of the one with most in hand."""
+    def _left(
+        self, progress: Progress, rates: Mapping[str, float | None], left: int
+    ) -> tuple[float | None, float | None]:
+        """The rate of the devices that have work, and the seconds it takes them, at least those of
+        the one with most in hand.
+        """
         now_s = progress.since_first_lease_s
-        is_last = left <= sum(progress.leased.values())  # then the devices without a lease stay idle
+        is_last = left <= sum(
+            progress.leased.values()
+        )  # then the devices without a lease stay idle
         at_work = [name for name in rates if not is_last or progress.leased.get(name)]
         known = [rate for name in at_work if (rate := rates[name]) is not None]
         if not left:
@@ -162,13 +191,21 @@ class Pace:
             return None, None
         speed = {name: mean if rates[name] is None else rates[name] or 0.0 for name in at_work}
         under_way = {name: self._counts[name].under_way(now_s, speed[name]) for name in at_work}
-        slowest = max((progress.leased.get(name, 0) - under_way[name]) / speed[name] for name in at_work if speed[name] > 0)
-        return sum(speed.values()), max(0.0, slowest, (left - sum(under_way.values())) / sum(speed.values()))
+        slowest = max(
+            (progress.leased.get(name, 0) - under_way[name]) / speed[name]
+            for name in at_work
+            if speed[name] > 0
+        )
+        return sum(speed.values()), max(
+            0.0, slowest, (left - sum(under_way.values())) / sum(speed.values())
+        )
 
     def _bottleneck(self, now_s: float, clock: Clock) -> str | None:
         if not self._looks or now_s - self._looks[-1][0] >= _INTERVAL_S:
             self._looks = [*self._looks[-1:], (now_s, clock)]
         before_s, before = self._looks[0]
         # A death takes back what the dead worker's clock had shown.
-        lately = Clock(*(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__))
+        lately = Clock(
+            *(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__)
+        )
         return bound_by(lately, now_s - before_s) if lately.images else None

@@ -12,7 +12,9 @@ from imagemill.records import Progress
 
 
 def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Print to stderr, or `stream`. Where nobody reads it any more the job goes on: what it has to say is in its log."""
+    """Print to stderr, or `stream`. Where nobody reads it any more the job goes on: what it has to
+    say is in its log.
+    """
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=stream or sys.stderr, flush=True)
 
@@ -29,7 +31,10 @@ def duration(seconds: float) -> str:
 
 def statuses(failed: Mapping[str, int]) -> str:
     """Failures by kind, most frequent first."""
-    return ", ".join(f"{count:,} {status}" for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0])))
+    return ", ".join(
+        f"{count:,} {status}"
+        for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0]))
+    )
 
 
 def clauses(estimate: Estimate) -> list[str]:
@@ -69,7 +74,9 @@ def packed(said: Iterable[str], width: int) -> list[str]:
 
 
 def device_lines(progress: Progress, estimate: Estimate, width: int, most: int) -> list[str]:
-    """A line per device, several beside each other where there is room, at most `most` lines; what all others make together."""
+    """A line per device, several beside each other where there is room, at most `most` lines; what
+    all others make together.
+    """
     names = list(progress.devices)
     longest = max(map(len, names), default=0)
     cells = []
@@ -85,9 +92,15 @@ def device_lines(progress: Progress, estimate: Estimate, width: int, most: int) 
     if len(cells) > most * across:
         room = max(1, most - 1) * across
         others = names[room:]
-        made, speed_of = sum(progress.devices[name] for name in others), sum(estimate.devices.get(name) or 0.0 for name in others)
+        made, speed_of = (
+            sum(progress.devices[name] for name in others),
+            sum(estimate.devices.get(name) or 0.0 for name in others),
+        )
         rest = [f"  and {len(others):,} more: {made:,} images, {speed_of:,.1f} images/s"]
         cells = cells[:room]
     down = -(-len(cells) // across)
-    rows = ["".join(f"  {cell:<{cell_width - 2}}" for cell in cells[row::down]).rstrip() for row in range(down)]
+    rows = [
+        "".join(f"  {cell:<{cell_width - 2}}" for cell in cells[row::down]).rstrip()
+        for row in range(down)
+    ]
     return rows + rest

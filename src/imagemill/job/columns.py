@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-_TOP_K = pa.struct([("class_id", pa.int32()), ("label", pa.string()), ("probability", pa.float32())])
+_TOP_K = pa.struct(
+    [("class_id", pa.int32()), ("label", pa.string()), ("probability", pa.float32())]
+)
 
 _COLUMNS = [
     pa.field("index", pa.int64(), nullable=False),

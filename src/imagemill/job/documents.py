@@ -22,7 +22,9 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """`job.json`: the job as it was frozen. Written last of what a start writes, so its presence says that the plan is whole."""
+    """`job.json`: the job as it was frozen. Written last of what a start writes, so its presence
+    says that the plan is whole.
+    """
 
     format: int
     created: str
@@ -38,7 +40,9 @@ class Frozen:
     skipped_by_filter: int
     backend: str
     variant_sha256: str | None = None
-    """Of the quantised variant that the job runs in; None where it runs in the bundle's own weights."""
+    """Of the quantised variant that the job runs in; None where it runs in the bundle's own
+    weights.
+    """
     versions: Mapping[str, str] = field(default_factory=dict)
     plan_nonce: str = ""
     """Which plan in an object store is this job's; see `home`."""
@@ -46,29 +50,42 @@ class Frozen:
 
 
 def read_frozen(paths: JobPaths) -> Frozen | None:
-    """The frozen job of an output folder; None where there is none. Raises: OutputError where it cannot be read."""
+    """The frozen job of an output folder; None where there is none. Raises: OutputError where it
+    cannot be read.
+    """
     try:
         plain = json.loads(store.read(paths, paths.job))
         written = plain.get("format") if isinstance(plain, dict) else None
         if written != _FORMAT:
-            raise OutputError(f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads {_FORMAT}.")
+            raise OutputError(
+                f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads"
+                f" {_FORMAT}."
+            )
         return serialization.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         remedy = "Repeat the command once the store answers, or give" if paths.url else "Give"
-        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {store.reason(error)}. {remedy} another --output.") from error
+        raise OutputError(
+            f"{paths.shown(paths.job)} cannot be read: {store.reason(error)}. {remedy} another"
+            " --output."
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{paths.shown(paths.job)} cannot be read: {error}. Give another --output.") from error
+        raise OutputError(
+            f"{paths.shown(paths.job)} cannot be read: {error}. Give another --output."
+        ) from error
 
 
 def planned(paths: JobPaths, frozen: Frozen) -> list[Shard]:
-    """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged or another one."""
+    """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged
+    or another one.
+    """
     store.fetch_plan(paths, frozen.plan_nonce)
     shards = plan.shards(paths.plan)
     if sum(shard.count for shard in shards) != frozen.images:
         raise OutputError(
-            f"{paths.shown(paths.plan)} does not hold the {frozen.images} images of job.json. Start anew in another --output."
+            f"{paths.shown(paths.plan)} does not hold the {frozen.images} images of job.json. Start"
+            " anew in another --output."
         )
     return shards
 

@@ -1,4 +1,6 @@
-"""A job's rows as text, in plan order: CSV or JSON lines, made part by part and column by column, in memory that one part bounds."""
+"""A job's rows as text, in plan order: CSV or JSON lines, made part by part and column by column,
+in memory that one part bounds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from imagemill.job.paths import JobPaths
 from imagemill.system import files
 
 _ROWS = 1_024
-"""Made into text at a time: with 21,000 logits a row some 300 MB, and never beyond the 2 GB of an Arrow string array."""
+"""Made into text at a time: with 21,000 logits a row some 300 MB, and never beyond the 2 GB of an
+Arrow string array.
+"""
 _LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"}
 """Line breaks to Unicode and so to some readers of JSON lines, but not to JSON."""
 
@@ -46,38 +50,55 @@ def export(
     Args:
         paths: of the output.
         frozen: the job.
-        form: CSV, with a header, text quoted, a null as an empty cell and lists as JSON in one; or one JSON object a line.
+        form: CSV, with a header, text quoted, a null as an empty cell and lists as JSON in one; or
+        one JSON object a line.
         columns: which ones, in this order; None: all.
         partial: take what is committed of a job that is not finished.
         say: told how much lacks then.
 
     Returns:
-        the text in pieces, UTF-8. Numbers have as many digits as it takes to read the same float32 again.
+        the text in pieces, UTF-8. Numbers have as many digits as it takes to read the same float32
+        again.
 
     Raises:
-        UsageError: a column is not known. OutputError: the job is not finished, or its plan is damaged. PartError, while
-            iterating: a part is damaged.
+        UsageError: a column is not known. OutputError: the job is not finished, or its plan is
+            damaged. PartError, while iterating: a part is damaged.
     """
     known = [*COLUMNS, *(saved.value for saved in frozen.job.save)]
     if unknown := [name for name in columns or () if name not in known]:
-        raise UsageError(f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has {', '.join(known)}.")
+        raise UsageError(
+            f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has"
+            f" {', '.join(known)}."
+        )
     shards = documents.planned(paths, frozen)
     done = ledger.committed(paths, shards)
     if len(done) < len(shards) or not store.exists(paths, paths.summary):
         rows = sum(shard.count for shard in shards if shard.number in done)
-        lacking = f"{paths.output} is not finished: {rows:,} of {sum(shard.count for shard in shards):,} rows are there"
+        lacking = (
+            f"{paths.output} is not finished: {rows:,} of {sum(shard.count for shard in shards):,}"
+            " rows are there"
+        )
         if not partial:
-            raise OutputError(f"{lacking}. Repeat the run command to resume it, or add --partial for these rows.")
+            raise OutputError(
+                f"{lacking}. Repeat the run command to resume it, or add --partial for these rows."
+            )
         say(f"{lacking}, which are exported in plan order")
     chosen = list(dict.fromkeys(columns or known))
-    tables = ledger.tables(paths, [shard.number for shard in shards if shard.number in done], chosen)
+    tables = ledger.tables(
+        paths, [shard.number for shard in shards if shard.number in done], chosen
+    )
     return _csv(tables, chosen) if form is Form.CSV else _json_lines(tables, chosen)
 
 
 def write(pieces: Iterable[bytes], file: Path) -> None:
-    """Write an export to a file, which appears whole or not at all. Raises: OutputError, and what making the pieces raises."""
+    """Write an export to a file, which appears whole or not at all. Raises: OutputError, and what
+    making the pieces raises.
+    """
     if file.exists() and not file.is_file():
-        raise OutputError(f"--output {file} is not a regular file. Name a file, or leave it out for standard output.")
+        raise OutputError(
+            f"--output {file} is not a regular file. Name a file, or leave it out for standard"
+            " output."
+        )
     files.write_whole(file, pieces)
 
 
@@ -86,12 +107,16 @@ def _csv(tables: Iterable[Any], columns: Sequence[str]) -> Iterator[bytes]:
     for batch in _batches(tables):
         arrays = [_cells(array, alone=len(columns) == 1) for array in batch.columns]
         text = pa.BufferOutputStream()
-        pv.write_csv(pa.table(arrays, names=list(columns)), text, pv.WriteOptions(include_header=False))
+        pv.write_csv(
+            pa.table(arrays, names=list(columns)), text, pv.WriteOptions(include_header=False)
+        )
         yield text.getvalue().to_pybytes()
 
 
 def _cells(array: Any, *, alone: bool) -> Any:
-    """A column as CSV knows it: lists as JSON. Where it is `alone` a null is `""`, for readers pass over empty lines."""
+    """A column as CSV knows it: lists as JSON. Where it is `alone` a null is `""`, for readers pass
+    over empty lines.
+    """
     if pa.types.is_nested(array.type):
         array = pc.if_else(array.is_valid(), _json(array), pa.scalar(None, pa.string()))
     return pc.fill_null(array.cast(pa.string()), "") if alone else array
@@ -130,7 +155,9 @@ def _json(array: Any) -> Any:
         joined = pc.binary_join(pa.ListArray.from_arrays(offsets, _json(array.flatten())), ", ")
         text = pc.binary_join_element_wise(pa.scalar("["), joined, pa.scalar("]"), pa.scalar(""))
     elif pa.types.is_string(kind):
-        text = pa.array([None if value is None else _quoted(value) for value in array.to_pylist()], pa.string())
+        text = pa.array(
+            [None if value is None else _quoted(value) for value in array.to_pylist()], pa.string()
+        )
     else:
         text = array.cast(pa.string())
     return pc.if_else(array.is_valid(), text, pa.scalar("null"))

@@ -43,7 +43,9 @@ def status(paths: JobPaths, frozen: documents.Frozen) -> JobStatus:
     )
 
 
-def verify(paths: JobPaths, frozen: documents.Frozen, *, quarantine: bool = False) -> tuple[list[ledger.Problem], list[Path]]:
+def verify(
+    paths: JobPaths, frozen: documents.Frozen, *, quarantine: bool = False
+) -> tuple[list[ledger.Problem], list[Path]]:
     """Check a whole job against its plan; with `quarantine` move damaged parts aside.
 
     Returns:
@@ -56,7 +58,11 @@ def verify(paths: JobPaths, frozen: documents.Frozen, *, quarantine: bool = Fals
     shards = plan.shards(paths.plan)
     problems = list(ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id))
     if sum(shard.count for shard in shards) != frozen.images:
-        problems.append(ledger.Problem(None, paths.plan, f"does not hold the {frozen.images} images of job.json"))
+        problems.append(
+            ledger.Problem(
+                None, paths.plan, f"does not hold the {frozen.images} images of job.json"
+            )
+        )
     if not quarantine:
         return problems, []
     with lock.locked(paths):

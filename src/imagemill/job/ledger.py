@@ -1,4 +1,6 @@
-"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that every image has exactly one row."""
+"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that
+every image has exactly one row.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _SHARD = b"imagemill.shard"
 
 
 AsLine = Callable[[int, bytes], bytes | None]
-"""From a source's position and a path in it to the line of a list that means this image; None if no line can."""
+"""From a source's position and a path in it to the line of a list that means this image; None if no
+line can.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,9 @@ class Tally:
     images: int
     failed_by_status: Mapping[str, int] = field(default_factory=dict)
     unlisted: int = 0
-    """Rows whose status is not ok and that `failed.txt` cannot name: they lie in archives or tables."""
+    """Rows whose status is not ok and that `failed.txt` cannot name: they lie in archives or
+    tables.
+    """
 
     @property
     def failed(self) -> int:
@@ -72,7 +78,9 @@ class Problem:
     path: Path
     what: str
     damaged: bool = False
-    """Whether the file is there but not to be trusted; `verify --quarantine` moves such files aside."""
+    """Whether the file is there but not to be trusted; `verify --quarantine` moves such files
+    aside.
+    """
 
 
 def committed(paths: JobPaths, shards: Iterable[Shard]) -> set[int]:
@@ -103,7 +111,11 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
         return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
     try:
         data = store.read(paths, paths.part(shard))
-        statuses = Counter(pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)["status"].to_pylist())
+        statuses = Counter(
+            pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)[
+                "status"
+            ].to_pylist()
+        )
     except (OSError, pa.ArrowException) as error:
         raise _damaged(paths, paths.part(shard), error) from error
     rows = statuses.total()
@@ -111,8 +123,16 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
     return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
 
 
-def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: str, answer_id: str, receipts: Iterable[Receipt]) -> Tally:
-    """Prove that every shard has its part with one row per image, write the manifest and the list of failed images.
+def close(
+    paths: JobPaths,
+    shards: Sequence[Shard],
+    as_line: AsLine,
+    plan_id: str,
+    answer_id: str,
+    receipts: Iterable[Receipt],
+) -> Tally:
+    """Prove that every shard has its part with one row per image, write the manifest and the list
+    of failed images.
 
     Args:
         paths: of the job.
@@ -123,7 +143,8 @@ def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: st
         receipts: of the parts committed by this invocation, which need not be read again.
 
     Raises:
-        PartError: a part is missing, damaged, of another job, or has another number of rows than its shard.
+        PartError: a part is missing, damaged, of another job, or has another number of rows than
+        its shard.
     """
     by_shard = {receipt.shard: receipt for receipt in receipts}
     parts: dict[str, PartRecord] = {}
@@ -132,10 +153,16 @@ def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: st
         path = paths.part(shard.number)
         shown = paths.shown(path)
         if shard.number not in by_shard and (problem := _foreign(paths, shard, answer_id)):
-            raise PartError(f"{shown} {problem}. Run `imagemill verify --quarantine {paths.output}`, then repeat the run.")
+            raise PartError(
+                f"{shown} {problem}. Run `imagemill verify --quarantine {paths.output}`, then"
+                " repeat the run."
+            )
         record = examine(paths, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
-            raise PartError(f"{shown} has {record.rows} rows, its shard has {shard.count} images. Run `imagemill verify --quarantine`.")
+            raise PartError(
+                f"{shown} has {record.rows} rows, its shard has {shard.count} images. Run"
+                " `imagemill verify --quarantine`."
+            )
         parts[path.name] = record
         failed.update(record.failed_by_status)
     store.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
@@ -148,7 +175,9 @@ def close(paths: JobPaths, shards: Sequence[Shard], as_line: AsLine, plan_id: st
             yield line
 
     store.write(paths, paths.failed_list, lines())
-    return Tally(sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed)
+    return Tally(
+        sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed
+    )
 
 
 def _opened(paths: JobPaths, path: Path) -> pa.NativeFile:
@@ -158,18 +187,24 @@ def _opened(paths: JobPaths, path: Path) -> pa.NativeFile:
 
 def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
     told = str(error).splitlines()[0]
-    return PartError(f"{paths.shown(path)} is damaged: {told}. Run `imagemill verify --quarantine`, then repeat the run.")
+    return PartError(
+        f"{paths.shown(path)} is damaged: {told}. Run `imagemill verify --quarantine`, then repeat"
+        " the run."
+    )
 
 
 def check_sizes(paths: JobPaths) -> None:
-    """Compare the sizes of a closed job's parts with the manifest's: quick, where `verify` reads everything. Raises: PartError."""
+    """Compare the sizes of a closed job's parts with the manifest's: quick, where `verify` reads
+    everything. Raises: PartError.
+    """
     manifest = read_manifest(paths)
     sizes = store.sizes(paths) if manifest else {}
     for name, recorded in manifest.parts.items() if manifest else ():
         if (found := sizes.get(name)) is not None and found != recorded.bytes:
             raise PartError(
-                f"{paths.shown(paths.predictions / name)} has {found:,} bytes, {recorded.bytes:,} were committed. "
-                f"Run `imagemill verify --quarantine {paths.output}`, then repeat the run."
+                f"{paths.shown(paths.predictions / name)} has {found:,} bytes, {recorded.bytes:,}"
+                f" were committed. Run `imagemill verify --quarantine {paths.output}`, then repeat"
+                " the run."
             )
 
 
@@ -180,21 +215,31 @@ def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of committed shards, part by part, with these columns in this order. Raises: PartError."""
+    """The rows of committed shards, part by part, with these columns in this order. Raises:
+    PartError.
+    """
     for shard in shards:
         path = paths.part(shard)
         try:
             with _opened(paths, path) as file:
-                table = pq.read_table(file, columns=list(columns), use_threads=False).select(list(columns))
+                table = pq.read_table(file, columns=list(columns), use_threads=False).select(
+                    list(columns)
+                )
         except (OSError, pa.ArrowException, KeyError) as error:
             raise _damaged(paths, path, error) from error
         if what := _misnamed(table.schema.metadata, shard):
-            raise PartError(f"{paths.shown(path)} {what}. Run `imagemill verify --quarantine {paths.output}`, then repeat the run.")
+            raise PartError(
+                f"{paths.shown(path)} {what}. Run `imagemill verify --quarantine {paths.output}`,"
+                " then repeat the run."
+            )
         yield table
 
 
-def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine) -> Iterator[bytes]:
-    """Full path or URL of each image without an answer, one a line, as `@FILE` reads them: a name with a line break is a JSON string.
+def failed_paths(
+    paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine
+) -> Iterator[bytes]:
+    """Full path or URL of each image without an answer, one a line, as `@FILE` reads them: a name
+    with a line break is a JSON string.
 
     Images inside archives and tables are left out: no line can name them.
     """
@@ -202,14 +247,18 @@ def failed_paths(paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, P
         path = paths.part(shard.number)
         if parts[path.name].failed_by_status:
             with _opened(paths, path) as file:
-                statuses = pq.read_table(file, columns=["status"], use_threads=False)["status"].to_pylist()
+                statuses = pq.read_table(file, columns=["status"], use_threads=False)[
+                    "status"
+                ].to_pylist()
             for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
                     full = as_line(row.source, row.path)
                     if full is None:
                         continue
                     quoted = b"\n" in full or b"\r" in full
-                    yield (json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full) + b"\n"
+                    yield (
+                        json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full
+                    ) + b"\n"
 
 
 def read_manifest(paths: JobPaths) -> Manifest | None:
@@ -228,11 +277,20 @@ def _manifest(plain: dict[str, object]) -> Manifest:
     return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
 
 
-def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: str) -> Iterator[Problem]:
-    """Read everything and yield what is wrong: nothing missing, nothing twice, nothing foreign, not one byte changed."""
+def verify(
+    paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: str
+) -> Iterator[Problem]:
+    """Read everything and yield what is wrong: nothing missing, nothing twice, nothing foreign, not
+    one byte changed.
+    """
     manifest = read_manifest(paths)
     if manifest is None:
-        yield Problem(None, paths.manifest, "is missing or cannot be read: the job is not finished, or else repeating the run rebuilds it")
+        yield Problem(
+            None,
+            paths.manifest,
+            "is missing or cannot be read: the job is not finished, or else repeating the run"
+            " rebuilds it",
+        )
     elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
         yield Problem(None, paths.manifest, "belongs to another job")
         manifest = None
@@ -242,7 +300,12 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
         if number not in expected:
             yield Problem(number, path, "is of no shard of the plan", damaged=True)
     for path in store.strangers(paths):
-        yield Problem(None, path, "is no part of this job, and its rows would be read with the others", damaged=True)
+        yield Problem(
+            None,
+            path,
+            "is no part of this job, and its rows would be read with the others",
+            damaged=True,
+        )
     for shard in shards:
         path = paths.part(shard.number)
         if shard.number not in present:
@@ -255,7 +318,9 @@ def verify(paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: st
         yield Problem(None, paths.summary, "is missing: the job is not finished")
 
 
-def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None) -> str | None:
+def _unsound(
+    path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None
+) -> str | None:
     """What is wrong with one part, or None."""
     try:
         data = store.read(paths, path)
@@ -273,12 +338,20 @@ def _unsound(path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded
     indices = table["index"].to_pylist()
     if indices != list(range(shard.first, shard.first + shard.count)):
         twice = [index for index, count in Counter(indices).items() if count > 1]
-        return f"has image {twice[0]} twice" if twice else "has other images than its shard, or another order"
+        return (
+            f"has image {twice[0]} twice"
+            if twice
+            else "has other images than its shard, or another order"
+        )
     planned = [row.path.decode("utf-8", "backslashreplace") for row in plan.read(paths.plan, shard)]
     if table["path"].to_pylist() != planned:
         return "has other paths than the plan"
-    for status, why, label in zip(*(table[name].to_pylist() for name in ("status", "error", "label")), strict=True):
-        if (status == Status.OK.value) != (why is None) or (status == Status.OK.value) == (label is None):
+    for status, why, label in zip(
+        *(table[name].to_pylist() for name in ("status", "error", "label")), strict=True
+    ):
+        if (status == Status.OK.value) != (why is None) or (status == Status.OK.value) == (
+            label is None
+        ):
             return "has a row whose status, error and answer contradict each other"
     return None
 
@@ -294,10 +367,14 @@ def _foreign(paths: JobPaths, shard: Shard, answer_id: str) -> str | None:
     return _foreign_metadata(metadata, shard, answer_id)
 
 
-def _foreign_metadata(metadata: Mapping[bytes, bytes] | None, shard: Shard, answer_id: str) -> str | None:
+def _foreign_metadata(
+    metadata: Mapping[bytes, bytes] | None, shard: Shard, answer_id: str
+) -> str | None:
     metadata = metadata or {}
     if metadata.get(_ANSWER_ID) != answer_id.encode():
-        return f"has answer id {metadata.get(_ANSWER_ID, b'none').decode()}, the job has {answer_id}"
+        return (
+            f"has answer id {metadata.get(_ANSWER_ID, b'none').decode()}, the job has {answer_id}"
+        )
     return _misnamed(metadata, shard.number)
 
 
@@ -309,7 +386,9 @@ def _misnamed(metadata: Mapping[bytes, bytes] | None, shard: int) -> str | None:
 
 
 def quarantine(paths: JobPaths, problems: Iterable[Problem]) -> list[Path]:
-    """Move damaged parts aside, and with them the summary and manifest that vouched for them. Returns where they went."""
+    """Move damaged parts aside, and with them the summary and manifest that vouched for them.
+    Returns where they went.
+    """
     moved = []
     for problem in problems:
         if problem.damaged:

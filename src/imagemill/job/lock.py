@@ -19,7 +19,8 @@ _LOCK_DELAYS_S = (0.01, 0.05, 0.2)
 
 @contextlib.contextmanager
 def locked(paths: JobPaths) -> Iterator[None]:
-    """Hold the output folder against a second launcher; the kernel lets go of it however this process ends.
+    """Hold the output folder against a second launcher; the kernel lets go of it however this
+    process ends.
 
     Raises:
         OutputError: another launcher holds it, or it cannot be written to.
@@ -39,7 +40,8 @@ def locked(paths: JobPaths) -> Iterator[None]:
                     raise cannot_write(paths.lock, error) from error
                 if delay_s is None:
                     raise OutputError(
-                        f"{paths.output} is in use by another imagemill run. Wait for it or stop it; see `imagemill status {paths.output}`."
+                        f"{paths.output} is in use by another imagemill run. Wait for it or stop"
+                        f" it; see `imagemill status {paths.output}`."
                     ) from error
                 time.sleep(delay_s)
         yield

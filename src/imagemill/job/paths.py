@@ -1,7 +1,7 @@
 """Every path of the output folder is spelt here, and files appear whole or not at all.
 
-Where the output is an object store, a folder in the user's cache stands for it: plan and logs are worked on there, and `home` reads and
-writes the results, under the same names, in the store.
+Where the output is an object store, a folder in the user's cache stands for it: plan and logs are
+worked on there, and `home` reads and writes the results, under the same names, in the store.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class JobPaths:
         if not storage.is_url(output):
             return cls(Path(output).absolute(), logs)
         url = output.rstrip("/")
-        return cls(userdirs.cache() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url)
+        return cls(
+            userdirs.cache() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url
+        )
 
     @property
     def output(self) -> str:
@@ -49,11 +51,17 @@ class JobPaths:
 
     def shown(self, path: Path) -> str:
         """A path below `root` for people."""
-        return f"{self.url}/{self.key(path)}" if self.url and path.is_relative_to(self.root) else str(path)
+        return (
+            f"{self.url}/{self.key(path)}"
+            if self.url and path.is_relative_to(self.root)
+            else str(path)
+        )
 
     @property
     def job(self) -> Path:
-        """The frozen job; written last of all that a start writes, so its presence says that plan and choices are whole."""
+        """The frozen job; written last of all that a start writes, so its presence says that plan
+        and choices are whole.
+        """
         return self.root / "job.json"
 
     @property
@@ -113,7 +121,9 @@ class JobPaths:
 
     @property
     def launch(self) -> Path:
-        """Written by a launcher whose workers are on other machines, so that these can tell whether they see the same folder."""
+        """Written by a launcher whose workers are on other machines, so that these can tell whether
+        they see the same folder.
+        """
         return self.root / f".launch{_TEMPORARY_SUFFIX}"
 
     @property
@@ -131,7 +141,9 @@ class JobPaths:
         return self.predictions / f"{_PART_PREFIX}{shard:06d}{_PART_SUFFIX}"
 
     def parts(self) -> dict[int, Path]:
-        """Every part on disk by shard number, whatever its content; temporary and foreign files are left out."""
+        """Every part on disk by shard number, whatever its content; temporary and foreign files are
+        left out.
+        """
         with contextlib.suppress(FileNotFoundError), os.scandir(self.predictions) as entries:
             return self.parts_among(entry.name for entry in entries)
         return {}
@@ -152,10 +164,14 @@ class JobPaths:
     def ours(self) -> set[str]:
         """Names that a start which was cut short may have left behind."""
         left = {path.name for path in self.root.glob(f".{self.job.name}.*{_TEMPORARY_SUFFIX}")}
-        return left | {path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)}
+        return left | {
+            path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)
+        }
 
     def sweep(self) -> None:
-        """Remove what a killed process left half-written. Only for the holder of the lock, before workers run."""
+        """Remove what a killed process left half-written. Only for the holder of the lock, before
+        workers run.
+        """
         for folder in (self.root, self.plan, self.predictions):
             if folder.is_dir():
                 for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):

@@ -1,8 +1,8 @@
 """The plan: the frozen listing of a job's images, cut into shards, in listing order.
 
-A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`, in which every row group is one shard;
-so the shards are known from the files' footers, and a worker reads the rows of its shard alone. Neither writing nor reading holds the
-whole listing in memory.
+A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`, in
+which every row group is one shard; so the shards are known from the files' footers, and a worker
+reads the rows of its shard alone. Neither writing nor reading holds the whole listing in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,23 @@ from imagemill.errors import OutputError
 from imagemill.records import Entry, Shard
 from imagemill.system.files import cannot_write, sync_file, sync_folder
 
-SCHEMA = pa.schema([("index", pa.int64()), ("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary())])
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("source", pa.int32()),
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("locator", pa.binary()),
+    ]
+)
 _SPOOL_SCHEMA = pa.schema(
-    [("source", pa.int32()), ("path", pa.binary()), ("size", pa.int64()), ("locator", pa.binary()), ("group", pa.int32())]
+    [
+        ("source", pa.int32()),
+        ("path", pa.binary()),
+        ("size", pa.int64()),
+        ("locator", pa.binary()),
+        ("group", pa.int32()),
+    ]
 )
 _SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 200
@@ -50,7 +64,9 @@ class Listing:
 
 
 def auto_shard_size(images: int, devices: int) -> int:
-    """Images in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten million images."""
+    """Images in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten
+    million images.
+    """
     size = min(max(images // (8 * devices), _SMALLEST_SHARD), _LARGEST_SHARD)
     return max(size, -(-images // _MOST_SHARDS))
 
@@ -66,15 +82,25 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
         writer.write_batch(
-            pa.record_batch([pa.array(c, t.type) for c, t in zip(columns, _SPOOL_SCHEMA, strict=True)], schema=_SPOOL_SCHEMA)
+            pa.record_batch(
+                [pa.array(c, t.type) for c, t in zip(columns, _SPOOL_SCHEMA, strict=True)],
+                schema=_SPOOL_SCHEMA,
+            )
         )
         for column in columns:
             column.clear()
 
     try:
-        with pa.OSFile(os.fsencode(path), "wb") as file, pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer:
+        with (
+            pa.OSFile(os.fsencode(path), "wb") as file,
+            pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer,
+        ):
             for entry in entries:
-                for column, value in zip(columns, (entry.source, entry.path, entry.size, entry.locator, entry.group), strict=True):
+                for column, value in zip(
+                    columns,
+                    (entry.source, entry.path, entry.size, entry.locator, entry.group),
+                    strict=True,
+                ):
                     column.append(value)
                 images += 1
                 groups.add(entry.group)
@@ -87,9 +113,11 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
 
 
 def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None:
-    """Cut a spooled listing into shards below `folder`; with `by_group` shards also end where a group ends.
+    """Cut a spooled listing into shards below `folder`; with `by_group` shards also end where a
+    group ends.
 
-    Files are named `plan-GGGGG-NNNNN.parquet` by group and order, so that sorting the names gives the listing order.
+    Files are named `plan-GGGGG-NNNNN.parquet` by group and order, so that sorting the names gives
+    the listing order.
 
     Raises:
         OutputError: it cannot be written.
@@ -111,7 +139,9 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         if writer is None or shards_in_file == _SHARDS_PER_FILE:
             close()
             path = folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet"
-            opened = pa.OSFile(os.fsencode(path), "wb")  # as bytes: the folder's name may not be UTF-8
+            opened = pa.OSFile(
+                os.fsencode(path), "wb"
+            )  # as bytes: the folder's name may not be UTF-8
             writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
@@ -122,7 +152,9 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         shards_in_file, index = shards_in_file + 1, index + count
 
     try:
-        with pa.OSFile(os.fsencode(spooled)) as file:  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
+        with (
+            pa.OSFile(os.fsencode(spooled)) as file
+        ):  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
             pending = _SPOOL_SCHEMA.empty_table()
             for run_group, rows in _runs(pa.ipc.open_file(file), by_group=by_group):
                 if run_group != group:
@@ -175,7 +207,10 @@ def shards(folder: Path) -> list[Shard]:
             with pa.OSFile(os.fsencode(path)) as file:
                 metadata = pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
+            raise OutputError(
+                f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another"
+                " --output."
+            ) from error
         group = int(path.name.split("-")[1])
         for row_group in range(metadata.num_row_groups):
             count = metadata.row_group(row_group).num_rows
@@ -191,6 +226,9 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
         with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened) as file:
             table = file.read_row_group(shard.row_group)
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another --output.") from error
+        raise OutputError(
+            f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another"
+            " --output."
+        ) from error
     columns = (table[name].to_pylist() for name in SCHEMA.names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]

@@ -1,11 +1,15 @@
-"""Where a job's results live: the output folder, or an object store that a folder on this machine stands for.
+"""Where a job's results live: the output folder, or an object store that a folder on this machine
+stands for.
 
-Every reader and writer of results goes through here and names them by their paths below `JobPaths.root`. In an object store each result is
-one object of the same name, written by one PUT, so that others see all of it or nothing.
+Every reader and writer of results goes through here and names them by their paths below
+`JobPaths.root`. In an object store each result is one object of the same name, written by one PUT,
+so that others see all of it or nothing.
 
-Two launchers may freeze a job in one store at the same moment, from two machines that share no lock. So the files of a plan carry a nonce
-there (`plan/plan-00000-00000-NONCE.parquet`), and `job.json`, which names the nonce, is only written where none is: the first to write it
-has frozen the job, the other one takes that job up. From then on they do each other no harm: a part that is computed twice replaces itself.
+Two launchers may freeze a job in one store at the same moment, from two machines that share no
+lock. So the files of a plan carry a nonce there (`plan/plan-00000-00000-NONCE.parquet`), and
+`job.json`, which names the nonce, is only written where none is: the first to write it has frozen
+the job, the other one takes that job up. From then on they do each other no harm: a part that is
+computed twice replaces itself.
 """
 
 from __future__ import annotations
@@ -39,12 +43,23 @@ def _store(url: str) -> Store:
 
 
 def foreign(paths: JobPaths) -> str | None:
-    """The key of something in an object store's output that no start of ours has left; None: it is free. Raises: OutputError."""
+    """The key of something in an object store's output that no start of ours has left; None: it is
+    free. Raises: OutputError.
+    """
     try:
-        keys = (key for key, _ in _store(paths.url).list() if not any(map(files.is_system_file, key.split("/"))))
-        return next((key for key in keys if not key.startswith((f"{paths.plan.name}/", "logs/"))), None)
+        keys = (
+            key
+            for key, _ in _store(paths.url).list()
+            if not any(map(files.is_system_file, key.split("/")))
+        )
+        return next(
+            (key for key in keys if not key.startswith((f"{paths.plan.name}/", "logs/"))), None
+        )
     except OSError as error:
-        raise OutputError(f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and credentials.") from error
+        raise OutputError(
+            f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and"
+            " credentials."
+        ) from error
 
 
 def read(paths: JobPaths, path: Path) -> bytes:
@@ -60,7 +75,9 @@ def exists(paths: JobPaths, path: Path) -> bool:
     return any(found == key for found, _ in _store(paths.url).list(key))
 
 
-def write(paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False) -> None:
+def write(
+    paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False
+) -> None:
     """Write a result so that others see all of it or nothing.
 
     Args:
@@ -82,7 +99,8 @@ def write(paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes
         raise
     except OSError as error:
         raise OutputError(
-            f"cannot write {paths.shown(path)}: {reason(error)}. Repeat the command once the store answers: finished parts are kept."
+            f"cannot write {paths.shown(path)}: {reason(error)}. Repeat the command once the store"
+            " answers: finished parts are kept."
         ) from error
 
 
@@ -94,7 +112,10 @@ def remove(paths: JobPaths, path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot remove {paths.shown(path)}: {reason(error)}. Change its permissions and repeat the command.") from error
+        raise OutputError(
+            f"cannot remove {paths.shown(path)}: {reason(error)}. Change its permissions and repeat"
+            " the command."
+        ) from error
 
 
 def move(paths: JobPaths, path: Path, goal: Path) -> None:
@@ -107,7 +128,9 @@ def move(paths: JobPaths, path: Path, goal: Path) -> None:
             files.make_folder(goal.parent)
             path.replace(goal)
     except OSError as error:
-        raise OutputError(f"cannot move {paths.shown(path)} to {paths.shown(goal)}: {reason(error)}.") from error
+        raise OutputError(
+            f"cannot move {paths.shown(path)} to {paths.shown(goal)}: {reason(error)}."
+        ) from error
 
 
 def parts(paths: JobPaths) -> dict[int, Path]:
@@ -116,18 +139,24 @@ def parts(paths: JobPaths) -> dict[int, Path]:
         return paths.parts()
     folder = f"{paths.predictions.name}/"
     try:
-        return paths.parts_among(key.removeprefix(folder) for key, _ in _store(paths.url).list(folder))
+        return paths.parts_among(
+            key.removeprefix(folder) for key, _ in _store(paths.url).list(folder)
+        )
     except OSError as error:
         raise _unlisted(paths, error) from error
 
 
 def _unlisted(paths: JobPaths, error: OSError) -> OutputError:
     folder = paths.shown(paths.predictions)
-    return OutputError(f"{folder}/ cannot be listed: {reason(error)}. Repeat the command once the store answers.")
+    return OutputError(
+        f"{folder}/ cannot be listed: {reason(error)}. Repeat the command once the store answers."
+    )
 
 
 def sizes(paths: JobPaths) -> dict[str, int]:
-    """Bytes of every file in `predictions/`, by name; those in folders by their path. Raises: OutputError."""
+    """Bytes of every file in `predictions/`, by name; those in folders by their path. Raises:
+    OutputError.
+    """
     if paths.url:
         folder = f"{paths.predictions.name}/"
         try:
@@ -144,14 +173,18 @@ def sizes(paths: JobPaths) -> dict[str, int]:
 
 
 def strangers(paths: JobPaths) -> list[Path]:
-    """Parquet files in `predictions/` that are no parts, and that whoever reads the folder would read. Raises: OutputError."""
+    """Parquet files in `predictions/` that are no parts, and that whoever reads the folder would
+    read. Raises: OutputError.
+    """
     known = {path.name for path in parts(paths).values()}
     names = sorted(name for name in sizes(paths) if name.endswith(".parquet") and name not in known)
     return [paths.predictions / name for name in names if not Path(name).name.startswith(".")]
 
 
 def publish_plan(paths: JobPaths) -> str:
-    """Put the plan, as it lies in the folder on this machine, into the store. Returns: its nonce; empty where the output is a folder."""
+    """Put the plan, as it lies in the folder on this machine, into the store. Returns: its nonce;
+    empty where the output is a folder.
+    """
     if not paths.url:
         return ""
     nonce = secrets.token_hex(_NONCE_BYTES)
@@ -170,7 +203,9 @@ def forget_plan(paths: JobPaths, nonce: str) -> None:
 
 
 def fetch_plan(paths: JobPaths, nonce: str) -> None:
-    """Have the frozen job's plan in the folder on this machine, whoever else wants it there at the same time. Raises: OutputError."""
+    """Have the frozen job's plan in the folder on this machine, whoever else wants it there at the
+    same time. Raises: OutputError.
+    """
     if paths.url and _here(paths) != nonce:
         with files.in_turn(paths.fetching):
             _fetch_plan(paths, nonce)
@@ -187,7 +222,10 @@ def _fetch_plan(paths: JobPaths, nonce: str) -> None:
         for key, name in _plan_keys(paths, nonce).items():
             files.write_whole(paths.plan / name, _store(paths.url).read(key))
     except OSError as error:
-        raise OutputError(f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the store answers.") from error
+        raise OutputError(
+            f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the"
+            " store answers."
+        ) from error
     files.write_whole(paths.plan_nonce, nonce.encode())
 
 
@@ -209,7 +247,8 @@ def _plan_keys(paths: JobPaths, nonce: str) -> dict[str, str]:
 
 
 def publish_logs(paths: JobPaths, pattern: str = "*.log", *, hasty: bool = False) -> None:
-    """Put the logs beside the results. They are no result: where that fails, the log of this machine says so, and the others stay there.
+    """Put the logs beside the results. They are no result: where that fails, the log of this
+    machine says so, and the others stay there.
 
     Args:
         paths: of the job.
@@ -220,7 +259,9 @@ def publish_logs(paths: JobPaths, pattern: str = "*.log", *, hasty: bool = False
         return
     for path in sorted(paths.logs.glob(pattern)):
         try:
-            _store(paths.url).put(paths.key(path), path.read_bytes(), patience=storage.PARTING if hasty else None)
+            _store(paths.url).put(
+                paths.key(path), path.read_bytes(), patience=storage.PARTING if hasty else None
+            )
         except OSError as error:
             _log.warning("%s could not be put into %s: %s", path, paths.url, reason(error))
             return
@@ -235,7 +276,10 @@ def refuse_foreign(paths: JobPaths) -> None:
     """Raises: OutputError if the folder holds something that no start of ours has left."""
     if paths.url:
         if key := foreign(paths):
-            raise OutputError(f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r}). Give a new prefix.")
+            raise OutputError(
+                f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r})."
+                " Give a new prefix."
+            )
         return
     try:
         names = {entry.name for entry in paths.root.iterdir()}
@@ -244,8 +288,15 @@ def refuse_foreign(paths: JobPaths) -> None:
         files.missing_goal(paths.root)
         return
     except NotADirectoryError as error:
-        raise OutputError(f"--output {paths.root} is a file, or lies below one. Give a folder.") from error
+        raise OutputError(
+            f"--output {paths.root} is a file, or lies below one. Give a folder."
+        ) from error
     except OSError as error:
-        raise OutputError(f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output.") from error
+        raise OutputError(
+            f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output."
+        ) from error
     if others:
-        raise OutputError(f"--output {paths.root} is not empty and not an imagemill job (it holds {others[0]!r}). Give a new folder.")
+        raise OutputError(
+            f"--output {paths.root} is not empty and not an imagemill job (it holds {others[0]!r})."
+            " Give a new folder."
+        )

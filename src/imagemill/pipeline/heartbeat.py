@@ -1,10 +1,13 @@
-"""Where each decoding thread notes the image it is at, in memory that the launcher reads even after the worker has died.
+"""Where each decoding thread notes the image it is at, in memory that the launcher reads even after
+the worker has died.
 
-A word of its own counts the batches that the feed has handed on: where it stands still while no thread decodes, the session hangs.
-Others hold how far the worker is: rows that have their answers, and the sums of its stopwatch. Each is stored on its own, so a reader may
-see words of two batches; nothing but the display depends on them.
-One slot per thread: index of the image (-1: none) and the monotonic clock when it began, in nanoseconds (0: not timed). Both are
-stored as aligned 64-bit words, one store each, and in an order in which a reader in between sees no image with another one's clock.
+A word of its own counts the batches that the feed has handed on: where it stands still while no
+thread decodes, the session hangs. Others hold how far the worker is: rows that have their answers,
+and the sums of its stopwatch. Each is stored on its own, so a reader may see words of two batches;
+nothing but the display depends on them.
+One slot per thread: index of the image (-1: none) and the monotonic clock when it began, in
+nanoseconds (0: not timed). Both are stored as aligned 64-bit words, one store each, and in an order
+in which a reader in between sees no image with another one's clock.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ SIZE = 8 * (_CLOCK + len(_SUMS) + 1)
 
 
 def shared_file() -> IO[bytes]:
-    """A file of `SIZE` bytes for a board, in memory where the system can: a full disk must not be met by a write to a mapping (SIGBUS)."""
+    """A file of `SIZE` bytes for a board, in memory where the system can: a full disk must not be
+    met by a write to a mapping (SIGBUS).
+    """
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = os.fdopen(os.memfd_create("imagemill-noteboard"), "w+b")
     else:

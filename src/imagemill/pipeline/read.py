@@ -12,7 +12,9 @@ from imagemill.records import Job, Lease, PlannedImage
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
-    """The images of leased shards, in plan order, each ready to be fetched. Raises: OutputError where the plan is damaged."""
+    """The images of leased shards, in plan order, each ready to be fetched. Raises: OutputError
+    where the plan is damaged.
+    """
     folder = JobPaths.of(job.output).plan
     opened = open_all(job.sources, aside=folder, access=job.access)
     for lease in leases:
@@ -20,4 +22,6 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
             source = opened[row.source]
             suspect = lease.suspects.get(row.index) or ("crash" if lease.isolate else None)
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
-            yield PlannedImage(row.index, lease.shard, source.name, row.path, row.size, fetch, suspect)
+            yield PlannedImage(
+                row.index, lease.shard, source.name, row.path, row.size, fetch, suspect
+            )

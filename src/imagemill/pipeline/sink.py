@@ -42,7 +42,9 @@ class Part:
     since: float
 
     def commit(self) -> Receipt:
-        """Put the part on disk, whole. Raises: OutputError where that fails; nothing stays behind then."""
+        """Put the part on disk, whole. Raises: OutputError where that fails; nothing stays behind
+        then.
+        """
         buffer = pa.BufferOutputStream()
         # One row group; dictionaries only where values repeat; checksums on every page.
         pq.write_table(
@@ -59,7 +61,15 @@ class Part:
         statuses = Counter(self.table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
         rows = self.table.num_rows
-        return Receipt(self.shard.number, rows, rows - ok, data.size, time.monotonic() - self.since, digest, dict(statuses))
+        return Receipt(
+            self.shard.number,
+            rows,
+            rows - ok,
+            data.size,
+            time.monotonic() - self.since,
+            digest,
+            dict(statuses),
+        )
 
 
 class Sink:
@@ -85,7 +95,9 @@ class Sink:
         }
 
     def write(self, batch: Batch, top: TopK) -> Iterator[Part]:
-        """Take a batch's rows and yield the parts whose last row was among them. Batches may span shards."""
+        """Take a batch's rows and yield the parts whose last row was among them. Batches may span
+        shards.
+        """
         start = 0
         while start < len(batch.rows):
             shard = batch.rows[start].shard
@@ -117,7 +129,8 @@ class Sink:
         k = class_ids.shape[1]
         ids = pa.array(class_ids.reshape(-1), pa.int32())
         structs = pa.StructArray.from_arrays(
-            [ids, self._labels.take(ids), pa.array(probabilities.reshape(-1), pa.float32())], fields=list(_TOP_K)
+            [ids, self._labels.take(ids), pa.array(probabilities.reshape(-1), pa.float32())],
+            fields=list(_TOP_K),
         )
         offsets = np.concatenate([[0], np.cumsum(answered)]).astype(np.int32) * k
         first = pa.array(class_ids[:, 0], pa.int32()).take(taken)
@@ -130,7 +143,9 @@ class Sink:
             first,
             self._labels.take(first),
             pa.array(probabilities[:, 0], pa.float32()).take(taken),
-            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs, mask=pa.array(~answered)),
+            pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()), structs, mask=pa.array(~answered)
+            ),
             pa.array([_side(row.width) for row in rows], pa.int32()),
             pa.array([_side(row.height) for row in rows], pa.int32()),
         ]
@@ -138,7 +153,11 @@ class Sink:
         for saved, arrays in opened.saved.items():
             values = np.concatenate(arrays).astype(np.float32, copy=False)
             kind = pa.list_(pa.float32(), values.shape[1])
-            columns.append(pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind).take(taken))
+            columns.append(
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind).take(
+                    taken
+                )
+            )
             fields.append(pa.field(saved.value, kind))
         metadata = self._metadata | {"imagemill.shard": str(opened.shard.number)}
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))

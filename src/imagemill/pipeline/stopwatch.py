@@ -13,7 +13,9 @@ from imagemill.records import Clock
 T = TypeVar("T")
 
 SHORT_S = 5.0
-"""In less time than this, start-up and the last batch weigh too much for a bottleneck to be named."""
+"""In less time than this, start-up and the last batch weigh too much for a bottleneck to be
+named.
+"""
 
 
 def total(clocks: Iterable[Clock]) -> Clock:
@@ -23,12 +25,15 @@ def total(clocks: Iterable[Clock]) -> Clock:
 
 
 def bound_by(clock: Clock, seconds: float) -> str | None:
-    """Return what bounded the time of a clock: `compute`, `write`, `read` or `decode`; None if `seconds` are too short to tell.
+    """Return what bounded the time of a clock: `compute`, `write`, `read` or `decode`; None if
+    `seconds` are too short to tell.
 
-    It is decided by who waited for whom. The loop of a worker waits for images, waits for the session, or writes, and the longest of
-    the three names the bottleneck. If the loop waited for images, reading or decoding took the longer time. But if the CPU decodes and
-    computes, decoding may be slow only because the session takes the cores: then the stage that used more CPU time is the bottleneck.
-    Only times of our own threads are compared, never the machine's, so other processes do not change the answer.
+    It is decided by who waited for whom. The loop of a worker waits for images, waits for the
+    session, or writes, and the longest of the three names the bottleneck. If the loop waited for
+    images, reading or decoding took the longer time. But if the CPU decodes and computes, decoding
+    may be slow only because the session takes the cores: then the stage that used more CPU time is
+    the bottleneck. Only times of our own threads are compared, never the machine's, so other
+    processes do not change the answer.
 
     Args:
         clock: sums over all workers.
@@ -41,7 +46,9 @@ def bound_by(clock: Clock, seconds: float) -> str | None:
         return "compute"
     if longest == clock.write:
         return "write"
-    waiting_for_cores = max(0.0, clock.decode_wall - clock.decode)  # decoding waits for nothing else, and reading waits as much for them
+    waiting_for_cores = max(
+        0.0, clock.decode_wall - clock.decode
+    )  # decoding waits for nothing else, and reading waits as much for them
     if clock.read - waiting_for_cores > clock.decode_wall:
         return "read"
     return "compute" if clock.session_cpu > clock.decode else "decode"
@@ -62,7 +69,9 @@ class Stopwatch:
         self._process_begun: float | None = None
         self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
         self._rows = 0
-        self._seconds = dict.fromkeys(("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0)
+        self._seconds = dict.fromkeys(
+            ("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0
+        )
         self._images = 0
         self._begun = time.perf_counter()
 
@@ -72,7 +81,9 @@ class Stopwatch:
             self._seconds[name] += seconds
 
     def image(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
-        """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU seconds of both."""
+        """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU
+        seconds of both.
+        """
         with self._lock:
             self._seconds["read"] += read_s
             self._seconds["decode"] += decode_s
@@ -88,7 +99,9 @@ class Stopwatch:
             self._board.tell(self._rows, self.read())
 
     def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items on, adding to `name` the time that was spent waiting for each but the first: until then the way fills up."""
+        """Pass items on, adding to `name` the time that was spent waiting for each but the first:
+        until then the way fills up.
+        """
         iterator = iter(items)
         is_first = True
         if self._process_begun is None:  # compiling the model, before, is no work on images
@@ -113,6 +126,11 @@ class Stopwatch:
         """The sums so far."""
         with self._lock:
             session_cpu = 0.0
-            if self._on_cpu and self._process_begun is not None:  # what no other thread of this process has used
-                session_cpu = max(0.0, time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu)
+            if (
+                self._on_cpu and self._process_begun is not None
+            ):  # what no other thread of this process has used
+                session_cpu = max(
+                    0.0,
+                    time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu,
+                )
             return Clock(**self._seconds, session_cpu=session_cpu, images=self._images)

@@ -1,4 +1,6 @@
-"""From scores to the k most probable classes, and what to do with scores that are NaN or infinity."""
+"""From scores to the k most probable classes, and what to do with scores that are NaN or
+infinity.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,14 @@ from imagemill.errors import BadLogitsError, ClassCountError
 from imagemill.records import Batch, Card, Job, Outputs, Precision, Scores, Status, TopK
 
 _TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
-"""Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on one kind may accept another."""
+"""Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on
+one kind may accept another.
+"""
 
 
-def top_k(batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precision) -> tuple[Batch, TopK]:
+def top_k(
+    batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precision
+) -> tuple[Batch, TopK]:
     """Pick the k most probable classes of each image of a batch.
 
     Args:
@@ -27,8 +33,9 @@ def top_k(batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precisi
         precision: of the session, for the message of an invalid output.
 
     Returns:
-        the batch, and class ids and probabilities, most probable first; ties in the float32 probability go by class id. An image whose
-        scores or embedding contain NaN or infinity becomes an `invalid_output` row of the batch, without a slot.
+        the batch, and class ids and probabilities, most probable first; ties in the float32
+        probability go by class id. An image whose scores or embedding contain NaN or infinity
+        becomes an `invalid_output` row of the batch, without a slot.
 
     Raises:
         BadLogitsError: the wrong number of rows.
@@ -36,25 +43,39 @@ def top_k(batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precisi
     """
     scores = outputs.logits
     if scores.ndim != 2 or len(scores) != batch.filled:
-        raise BadLogitsError(f"{card.name} returned an array of shape {scores.shape} for a batch of {batch.filled}; rebuild the bundle.")
+        raise BadLogitsError(
+            f"{card.name} returned an array of shape {scores.shape} for a batch of {batch.filled};"
+            " rebuild the bundle."
+        )
     if scores.shape[1] != len(card.labels):
-        raise ClassCountError(f"{card.name} returns {scores.shape[1]} classes, its card has {len(card.labels)} labels. Mend card.json.")
+        raise ClassCountError(
+            f"{card.name} returns {scores.shape[1]} classes, its card has {len(card.labels)}"
+            " labels. Mend card.json."
+        )
     valid = _valid(outputs)
     if not valid.all():
         batch = _with_invalid_rows(batch, valid, precision)
-        scores = np.where(valid[:, None], scores, np.float32(0))  # these classes are not written; NaN would only cause warnings
+        scores = np.where(
+            valid[:, None], scores, np.float32(0)
+        )  # these classes are not written; NaN would only cause warnings
     probabilities = to_probabilities(scores, card.scores)
     remaining = probabilities.copy()
     count = min(k, scores.shape[1])
     class_ids = np.empty((len(scores), count), np.int32)
     rows = np.arange(len(scores))
-    for place in range(count):  # k passes of argmax: it returns the first of equals, which is the lowest class id
+    for place in range(
+        count
+    ):  # k passes of argmax: it returns the first of equals, which is the lowest class id
         class_ids[:, place] = best = remaining.argmax(axis=1) if len(scores) else 0
         remaining[rows, best] = -1.0
-    return batch, TopK(class_ids, np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1), outputs)
+    return batch, TopK(
+        class_ids, np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1), outputs
+    )
 
 
-def check_model(stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], job: Job) -> None:
+def check_model(
+    stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], job: Job
+) -> None:
     """Run a session on random images, normally on one batch of them.
 
     Args:
@@ -72,7 +93,10 @@ def check_model(stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Output
         if any(_valid(outputs).any() for _, outputs in answers):
             return
     if job.precision is Precision.FP32:
-        remedy = "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the model again, or use another one."
+        remedy = (
+            "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the"
+            " model again, or use another one."
+        )
     else:
         remedy = "Use --precision fp32 and a new --output folder."
     raise BadLogitsError(
@@ -84,21 +108,36 @@ def check_model(stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Output
 def _valid(outputs: Outputs) -> NDArray[np.bool_]:
     """Tell for each row whether all of its outputs are finite."""
     valid = np.asarray(np.isfinite(outputs.logits).all(axis=1))
-    return valid if outputs.embedding is None else np.asarray(valid & np.isfinite(outputs.embedding).all(axis=1))
+    return (
+        valid
+        if outputs.embedding is None
+        else np.asarray(valid & np.isfinite(outputs.embedding).all(axis=1))
+    )
 
 
 def _with_invalid_rows(batch: Batch, valid: NDArray[np.bool_], precision: Precision) -> Batch:
     """Return the batch with an `invalid_output` row for each image without a valid output."""
-    advice = "this model cannot classify it; try another one" if precision is Precision.FP32 else "try a new job with --precision fp32"
+    advice = (
+        "this model cannot classify it; try another one"
+        if precision is Precision.FP32
+        else "try a new job with --precision fp32"
+    )
     error = f"the model returned NaN or infinity for this image in {precision}; {advice}"
     rows = (
-        row if row.slot < 0 or valid[row.slot] else replace(row, status=Status.INVALID_OUTPUT, error=error, slot=-1) for row in batch.rows
+        (
+            row
+            if row.slot < 0 or valid[row.slot]
+            else replace(row, status=Status.INVALID_OUTPUT, error=error, slot=-1)
+        )
+        for row in batch.rows
     )
     return replace(batch, rows=tuple(rows))
 
 
 def to_probabilities(scores: NDArray[np.float32], kind: Scores) -> NDArray[np.float32]:
-    """Scores (n, classes) as probabilities, float32; each row on its own, so that a batch's size changes no bit."""
+    """Scores (n, classes) as probabilities, float32; each row on its own, so that a batch's size
+    changes no bit.
+    """
     if kind is Scores.SOFTMAX:
         return scores.astype(np.float32, copy=True)
     wide = scores.astype(np.float64)

@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 def write(paths: JobPaths, frozen: Frozen) -> int:
-    """Write `report.html` from what is committed; a job that is not finished gets a page that says so.
+    """Write `report.html` from what is committed; a job that is not finished gets a page that says
+    so.
 
     Args:
         paths: of the output.
@@ -35,11 +36,20 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
     Raises:
         PartError: a part is damaged. OutputError: the plan is, or the page cannot be written.
     """
-    from imagemill.report import figures, page, thumbnails  # Jinja and Pillow are of no use to other commands
+    from imagemill.report import (
+        figures,
+        page,
+        thumbnails,
+    )  # Jinja and Pillow are of no use to other commands
 
     shards = documents.planned(paths, frozen)
     done = ledger.committed(paths, shards)
-    found = figures.gather(paths, [s for s in shards if s.number in done], frozen.job.card.labels, int(frozen.job.plan_id, 16))
+    found = figures.gather(
+        paths,
+        [s for s in shards if s.number in done],
+        frozen.job.card.labels,
+        int(frozen.job.plan_id, 16),
+    )
     shown = [*found.most_certain, *found.least_certain, *found.sample]
     made = thumbnails.make(paths, frozen.job, shards, shown)
     summary = documents.read_summary(paths) if len(done) == len(shards) else None
@@ -49,7 +59,9 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
 
 
 def attempt(paths: JobPaths, frozen: Frozen, say: Callable[[str], None]) -> None:
-    """Write the report of a job that has just finished. Where that fails the job is no less finished: there is a note instead."""
+    """Write the report of a job that has just finished. Where that fails the job is no less
+    finished: there is a note instead.
+    """
     try:
         write(paths, frozen)
         say(f"report: {paths.shown(paths.report)}")
@@ -57,4 +69,7 @@ def attempt(paths: JobPaths, frozen: Frozen, say: Callable[[str], None]) -> None
         raise
     except Exception as error:
         _log.warning("no report", exc_info=True)
-        say(f"note: no report could be made ({error}). The results are whole; `imagemill report {paths.output}` tries again.")
+        say(
+            f"note: no report could be made ({error}). The results are whole; `imagemill report"
+            f" {paths.output}` tries again."
+        )

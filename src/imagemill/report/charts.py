@@ -57,7 +57,11 @@ def ceiling(value: float) -> float:
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9))
+    return next(
+        step * power
+        for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 5, 6, 8, 10)
+        if step * power >= value * (1 - 1e-9)
+    )
 
 
 def rates(throughput: Throughput, seconds: float) -> RateChart | None:
@@ -65,22 +69,33 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
     buckets = max((len(counts) for counts in throughput.images), default=0)
     if not buckets or seconds <= 0:
         return None
-    ends = [min((number + 1) * throughput.bucket_s, max(seconds, (buckets - 0.5) * throughput.bucket_s)) for number in range(buckets)]
+    ends = [
+        min((number + 1) * throughput.bucket_s, max(seconds, (buckets - 0.5) * throughput.bucket_s))
+        for number in range(buckets)
+    ]
     starts = [number * throughput.bucket_s for number in range(buckets)]
     devices = {
-        name: [count / (end - start) for count, start, end in zip(counts, starts, ends, strict=True)]
+        name: [
+            count / (end - start) for count, start, end in zip(counts, starts, ends, strict=True)
+        ]
         for name, counts in zip(throughput.devices, throughput.images, strict=True)
     }
     series: dict[str, list[float]] = dict(devices)
     if len(devices) > 1:
-        series = {"all devices": [sum(values) for values in zip(*devices.values(), strict=True)], **devices}
+        series = {
+            "all devices": [sum(values) for values in zip(*devices.values(), strict=True)],
+            **devices,
+        }
     top = ceiling(max(max(values) for values in series.values()))
 
     def path(values: Sequence[float]) -> str:
         steps: list[str] = []
         for value, start, end in zip(values, starts, ends, strict=True):
             height = HEIGHT * (1 - value / top)
-            steps.append(f"{'L' if steps else 'M'}{WIDTH * start / ends[-1]:.1f} {height:.2f}H{WIDTH * end / ends[-1]:.1f}")
+            steps.append(
+                f"{'L' if steps else 'M'}{WIDTH * start / ends[-1]:.1f}"
+                f" {height:.2f}H{WIDTH * end / ends[-1]:.1f}"
+            )
         return "".join(steps)
 
     def style(position: int) -> str:
@@ -88,11 +103,17 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
         return "all" if position < 0 else f"c{position}" if len(devices) <= _LINES else "many"
 
     return RateChart(
-        lines=tuple(Line(name, style(position), path(values)) for position, (name, values) in enumerate(series.items())),
+        lines=tuple(
+            Line(name, style(position), path(values))
+            for position, (name, values) in enumerate(series.items())
+        ),
         ticks=tuple(top * (_TICKS - number) / _TICKS for number in range(_TICKS + 1)),
         times=tuple(ends[-1] * number / _TICKS for number in range(_TICKS + 1)),
         names=tuple(series),
-        rows=tuple((starts[n], ends[n], tuple(values[n] for values in series.values())) for n in range(buckets)),
+        rows=tuple(
+            (starts[n], ends[n], tuple(values[n] for values in series.values()))
+            for n in range(buckets)
+        ),
     )
 
 
@@ -102,7 +123,9 @@ PIECES: Mapping[str, tuple[str, str]] = {
     "write": ("writing results", "c2"),
     "other": ("starting and the rest", "rest"),
 }
-"""What a worker's time is made of: field of `Clock` → name, and the class that the style sheet knows it by."""
+"""What a worker's time is made of: field of `Clock` → name, and the class that the style sheet
+knows it by.
+"""
 
 
 def shares(device: DeviceSummary, seconds: float) -> tuple[Share, ...]:

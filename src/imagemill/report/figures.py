@@ -26,7 +26,19 @@ SURE_IMAGES, SAMPLED = 24, 48
 EXAMPLES = 8
 """Failed images that are named, of each status."""
 _COUNTED = ("status", "class_id", "probability")
-_TOLD = ("index", "source", "path", "status", "error", "class_id", "label", "probability", "top_k", "width", "height")
+_TOLD = (
+    "index",
+    "source",
+    "path",
+    "status",
+    "error",
+    "class_id",
+    "label",
+    "probability",
+    "top_k",
+    "width",
+    "height",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,9 @@ class Figures:
 
 
 class _Least:
-    """The `count` images with the smallest keys seen so far; of equal keys, the ones that come first in the plan."""
+    """The `count` images with the smallest keys seen so far; of equal keys, the ones that come
+    first in the plan.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -109,7 +123,8 @@ class _Least:
 def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """A pseudo-random key for each index, the same whenever and in whatever order it is asked for.
 
-    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+    The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+    OOPSLA 2014).
     """
     with np.errstate(over="ignore"):
         x = (indices.astype(np.uint64) + np.uint64(seed)) * np.uint64(0x9E3779B97F4A7C15)
@@ -134,13 +149,22 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     statuses: Counter[str] = Counter()
     counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))
     bins = np.zeros(BINS, np.int64)
-    most, least, sample = _Least(SURE_IMAGES), _Least(SURE_IMAGES), _Least(2 * SURE_IMAGES + SAMPLED)
+    most, least, sample = (
+        _Least(SURE_IMAGES),
+        _Least(SURE_IMAGES),
+        _Least(2 * SURE_IMAGES + SAMPLED),
+    )
     failed: dict[str, _Least] = {}
     metadata: Mapping[bytes, bytes] = {}
-    for shard, table in zip(shards, ledger.tables(paths, [shard.number for shard in shards], _COUNTED), strict=True):
+    for shard, table in zip(
+        shards, ledger.tables(paths, [shard.number for shard in shards], _COUNTED), strict=True
+    ):
         metadata = metadata or table.schema.metadata or {}
         images += table.num_rows
-        here = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["status"].combine_chunks()).to_pylist()}
+        here = {
+            str(item["values"]): int(item["counts"])
+            for item in pc.value_counts(table["status"].combine_chunks()).to_pylist()
+        }
         statuses.update(here)
         is_ok = pc.equal(table["status"], Status.OK.value).to_numpy()
         indices = shard.first + np.flatnonzero(is_ok)
@@ -160,22 +184,36 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     chosen_most = most.indices[:ends].tolist()
     chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
     apart = {*chosen_most, *chosen_least}
-    chosen_sample = sorted([index for index in sample.indices.tolist() if index not in apart][:SAMPLED])
+    chosen_sample = sorted(
+        [index for index in sample.indices.tolist() if index not in apart][:SAMPLED]
+    )
     chosen_failed = {status: sorted(found.indices.tolist()) for status, found in failed.items()}
-    told = _told(paths, shards, {*apart, *chosen_sample, *(index for found in chosen_failed.values() for index in found)})
-    named = [int(class_id) for class_id in np.lexsort((np.arange(len(labels)), -counts))[:CLASSES] if counts[class_id]]
+    told = _told(
+        paths,
+        shards,
+        {*apart, *chosen_sample, *(index for found in chosen_failed.values() for index in found)},
+    )
+    named = [
+        int(class_id)
+        for class_id in np.lexsort((np.arange(len(labels)), -counts))[:CLASSES]
+        if counts[class_id]
+    ]
     others = ok - int(counts[named].sum())
     return Figures(
         images=images,
         ok=ok,
         failed_by_status=dict(sorted(statuses.items(), key=lambda item: (-item[1], item[0]))),
-        classes=tuple(ClassCount(i, labels[i], int(counts[i]), float(sums[i] / counts[i])) for i in named),
+        classes=tuple(
+            ClassCount(i, labels[i], int(counts[i]), float(sums[i] / counts[i])) for i in named
+        ),
         classes_seen=int(np.count_nonzero(counts)),
         other_images=others,
         other_probability=float((sums.sum() - sums[named].sum()) / others) if others else 0.0,
         probabilities=tuple(bins.tolist()),
         mean_probability=float(sums.sum() / ok) if ok else None,
-        examples={status: tuple(told[index] for index in found) for status, found in chosen_failed.items()},
+        examples={
+            status: tuple(told[index] for index in found) for status, found in chosen_failed.items()
+        },
         most_certain=tuple(told[index] for index in chosen_most),
         least_certain=tuple(told[index] for index in chosen_least),
         sample=tuple(told[index] for index in chosen_sample),
@@ -195,6 +233,8 @@ def _told(paths: JobPaths, shards: Sequence[Shard], indices: Iterable[int]) -> d
     for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
         shard = shards[position]
         for row in table.take([index - shard.first for index in wanted]).to_pylist():
-            top_k = tuple((answer["label"], answer["probability"]) for answer in row.pop("top_k") or ())
+            top_k = tuple(
+                (answer["label"], answer["probability"]) for answer in row.pop("top_k") or ()
+            )
             found[row["index"]] = Told(shard=shard.number, top_k=top_k, **row)
     return found

@@ -1,7 +1,8 @@
 """The page: figures and thumbnails → HTML that needs nothing but itself.
 
-Whatever comes from outside (names, labels, errors) is text: Jinja escapes every value, the script is the same for every job and holds no
-value, and the page's own policy lets nothing run but that script, whose hash it names, and nothing be loaded at all.
+Whatever comes from outside (names, labels, errors) is text: Jinja escapes every value, the script
+is the same for every job and holds no value, and the page's own policy lets nothing run but that
+script, whose hash it names, and nothing be loaded at all.
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ _HERE = Path(__file__).parent
 _LONGEST = 400
 """Characters of any one value; more would make the page as large as a hostile job wishes."""
 _SOURCES = 20
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]")
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
+)
 """Characters that cannot be seen, or that turn the direction of what is around them."""
 
 
 def render(
-    paths: JobPaths, frozen: Frozen, summary: Summary | None, figures: Figures, thumbnails_made: Mapping[int, thumbnails.Thumbnail]
+    paths: JobPaths,
+    frozen: Frozen,
+    summary: Summary | None,
+    figures: Figures,
+    thumbnails_made: Mapping[int, thumbnails.Thumbnail],
 ) -> bytes:
     """The page as UTF-8.
 
@@ -48,32 +55,51 @@ def render(
         figures: what the parts say.
         thumbnails_made: by index, of every image that the gallery shows.
     """
-    style, script = (Markup((_HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))  # noqa: S704 - our own files
-    devices = [(device, charts.shares(device, summary.seconds)) for device in summary.devices if device.clock] if summary else []
-    text = _environment().get_template("page.html.j2").render(
-        style=style,
-        script=script,
-        policy=_policy(style, script),
-        job=frozen.job,
-        card=frozen.job.card,
-        frozen=frozen,
-        summary=summary,
-        figures=figures,
-        bins=BINS,
-        galleries=[
-            ("most", "Most certain", figures.most_certain),
-            ("least", "Least certain", figures.least_certain),
-            ("sample", "Random sample", figures.sample),
-        ],
-        gallery_classes=_classes(figures),
-        thumbnails=thumbnails_made,
-        images={index: _data_uri(made.jpeg) for index, made in thumbnails_made.items() if made.jpeg},
-        rates=charts.rates(summary.throughput, summary.seconds) if summary and summary.throughput else None,
-        devices=devices,
-        pieces=charts.PIECES,
-        gate=_gate(frozen),
-        provenance=_provenance(paths, frozen, summary, figures),
-    )  # fmt: skip
+    style, script = (
+        Markup((_HERE / name).read_text(encoding="utf-8"))  # noqa: S704 - our own files
+        for name in ("page.css", "page.js")
+    )
+    devices = (
+        [
+            (device, charts.shares(device, summary.seconds))
+            for device in summary.devices
+            if device.clock
+        ]
+        if summary
+        else []
+    )
+    text = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            style=style,
+            script=script,
+            policy=_policy(style, script),
+            job=frozen.job,
+            card=frozen.job.card,
+            frozen=frozen,
+            summary=summary,
+            figures=figures,
+            bins=BINS,
+            galleries=[
+                ("most", "Most certain", figures.most_certain),
+                ("least", "Least certain", figures.least_certain),
+                ("sample", "Random sample", figures.sample),
+            ],
+            gallery_classes=_classes(figures),
+            thumbnails=thumbnails_made,
+            images={
+                index: _data_uri(made.jpeg) for index, made in thumbnails_made.items() if made.jpeg
+            },
+            rates=charts.rates(summary.throughput, summary.seconds)
+            if summary and summary.throughput
+            else None,
+            devices=devices,
+            pieces=charts.PIECES,
+            gate=_gate(frozen),
+            provenance=_provenance(paths, frozen, summary, figures),
+        )
+    )
     return text.encode("utf-8")
 
 
@@ -83,7 +109,10 @@ def visible(value: Any) -> Any:
         return "" if value is None else value
     if len(value) > _LONGEST:
         value = f"{value[: _LONGEST * 2 // 3]} … {value[-_LONGEST // 3 :]}"
-    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode() if match[0] != "\xa0" else " ", value)
+    return _UNSEEN.sub(
+        lambda match: match[0].encode("unicode_escape").decode() if match[0] != "\xa0" else " ",
+        value,
+    )
 
 
 def _environment() -> jinja2.Environment:
@@ -95,7 +124,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": _count, "moment": _moment, "percent": _percent, "rate": _rate, "seconds": _seconds}
+    environment.filters |= {
+        "count": _count,
+        "moment": _moment,
+        "percent": _percent,
+        "rate": _rate,
+        "seconds": _seconds,
+    }
     return environment
 
 
@@ -135,10 +170,13 @@ def _seconds(value: float) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """What the browser lets the page do: show its own images, style and script, load nothing, send nothing."""
-    return Markup("default-src 'none'; img-src data:; style-src '{}'; script-src '{}'; base-uri 'none'; form-action 'none'").format(
-        _hash(style), _hash(script)
-    )
+    """What the browser lets the page do: show its own images, style and script, load nothing, send
+    nothing.
+    """
+    return Markup(
+        "default-src 'none'; img-src data:; style-src '{}'; script-src '{}'; base-uri 'none';"
+        " form-action 'none'"
+    ).format(_hash(style), _hash(script))
 
 
 def _hash(text: str) -> str:
@@ -156,25 +194,47 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
     for told in (*figures.most_certain, *figures.least_certain, *figures.sample):
         assert told.class_id is not None
         found[told.class_id] = (str(told.label), found.get(told.class_id, ("", 0))[1] + 1)
-    return sorted(((class_id, *rest) for class_id, rest in found.items()), key=lambda item: (item[1].casefold(), item[0]))
+    return sorted(
+        ((class_id, *rest) for class_id, rest in found.items()),
+        key=lambda item: (item[1].casefold(), item[0]),
+    )
 
 
 def _gate(frozen: Frozen) -> list[dict[str, Any]]:
-    """What is known of faster precisions: as the job was frozen with, and as the bundle knows now what the job itself has found out."""
+    """What is known of faster precisions: as the job was frozen with, and as the bundle knows now
+    what the job itself has found out.
+    """
     job = frozen.job
     records = job.card.notes.get("variants")
     try:
         now = bundle.load(Path(job.model_file).parent).card
         if now.sha256 == job.card.sha256:
-            records = {**(records if isinstance(records, Mapping) else {}), **_mapping(now.notes.get("variants"))}
+            records = {
+                **(records if isinstance(records, Mapping) else {}),
+                **_mapping(now.notes.get("variants")),
+            }
     except (ImagemillError, OSError):
         pass
     found = []
     for precision, record in _mapping(records).items():
         verdict = _mapping(_mapping(record).get("verdict"))
-        if {"images", "agreement", "wilson_low", "wilson_high", "reason", "accepted"} <= verdict.keys():
+        if {
+            "images",
+            "agreement",
+            "wilson_low",
+            "wilson_high",
+            "reason",
+            "accepted",
+        } <= verdict.keys():
             speedup = _mapping(record).get("speedup")
-            found.append({**verdict, "precision": precision, "speedup": speedup, "used": precision == job.precision})
+            found.append(
+                {
+                    **verdict,
+                    "precision": precision,
+                    "speedup": speedup,
+                    "used": precision == job.precision,
+                }
+            )
     return found
 
 
@@ -182,20 +242,34 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figures: Figures) -> list[tuple[str, list[tuple[str, Any]]]]:
+def _provenance(
+    paths: JobPaths, frozen: Frozen, summary: Summary | None, figures: Figures
+) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Heading → name and value: a text, or several."""
     job, card, recipe = frozen.job, frozen.job.card, frozen.job.card.recipe
-    resize = "none" if recipe.resize is None else f"{recipe.resize} (short side)" if isinstance(recipe.resize, int) else "{} × {}"
+    resize = (
+        "none"
+        if recipe.resize is None
+        else f"{recipe.resize} (short side)"
+        if isinstance(recipe.resize, int)
+        else "{} × {}"
+    )
     left_out = {
         "of another type": sum(frozen.skipped_by_suffix.values()),
         "hidden": frozen.skipped_hidden,
         "by filters": frozen.skipped_by_filter,
         "broken links": frozen.skipped_broken_links,
     }
-    named = [os.fsencode(source).decode("utf-8", "backslashreplace") for source in job.sources[:_SOURCES]]
+    named = [
+        os.fsencode(source).decode("utf-8", "backslashreplace") for source in job.sources[:_SOURCES]
+    ]
     if len(job.sources) > _SOURCES:
         named.append(f"and {len(job.sources) - _SOURCES:,} more")
-    filters = [f"--{name} {pattern}" for name in ("include", "exclude") for pattern in getattr(frozen.filters, name)]
+    filters = [
+        f"--{name} {pattern}"
+        for name in ("include", "exclude")
+        for pattern in getattr(frozen.filters, name)
+    ]
     if frozen.filters.all_files:
         filters.append("--all-files")
     if frozen.limit:
@@ -211,8 +285,14 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
                 ("answer id", job.answer_id),
                 ("sources", named),
                 ("filters", filters or ["none"]),
-                ("left out", [f"{count:,} {why}" for why, count in left_out.items() if count] or ["nothing"]),
-                ("page made", f"{_moment(datetime.now(UTC).isoformat())} by imagemill {__version__}"),
+                (
+                    "left out",
+                    [f"{count:,} {why}" for why, count in left_out.items() if count] or ["nothing"],
+                ),
+                (
+                    "page made",
+                    f"{_moment(datetime.now(UTC).isoformat())} by imagemill {__version__}",
+                ),
             ],
         ),
         (
@@ -222,12 +302,21 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
                 ("architecture", card.architecture),
                 ("sha256", card.sha256),
                 ("licence", card.licence),
-                ("origin", [f"{name}: {value if isinstance(value, str) else json.dumps(value)}" for name, value in card.origin.items()]),
+                (
+                    "origin",
+                    [
+                        f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
+                        for name, value in card.origin.items()
+                    ],
+                ),
                 ("parameters", f"{card.parameters:,}" if card.parameters else "not known"),
                 ("published top-1", f"{card.top1:g} %" if card.top1 is not None else "not known"),
                 ("classes", f"{len(card.labels):,}"),
                 ("input", f"{recipe.size} × {recipe.size} pixels, RGB"),
-                ("resize", resize.format(*recipe.resize) if isinstance(recipe.resize, tuple) else resize),
+                (
+                    "resize",
+                    resize.format(*recipe.resize) if isinstance(recipe.resize, tuple) else resize,
+                ),
                 ("interpolation", recipe.interpolation.value),
                 ("turned as EXIF says", "yes" if recipe.exif else "no"),
                 ("background of transparent images", recipe.background or "none: alpha is dropped"),
@@ -249,7 +338,11 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
                 ("also saved", ", ".join(job.save) or "nothing"),
                 (
                     "limits of an image",
-                    [f"{job.limits.max_pixels:,} pixels", f"{job.limits.max_bytes:,} bytes", f"{job.limits.max_seconds:g} s"],
+                    [
+                        f"{job.limits.max_pixels:,} pixels",
+                        f"{job.limits.max_bytes:,} bytes",
+                        f"{job.limits.max_seconds:g} s",
+                    ],
                 ),
             ],
         ),
@@ -257,9 +350,24 @@ def _provenance(paths: JobPaths, frozen: Frozen, summary: Summary | None, figure
             "Software and machine",
             [
                 ("backend", figures.backend or frozen.backend),
-                ("versions", [f"{name} {version}" for name, version in {**frozen.versions, **figures.versions}.items()]),
+                (
+                    "versions",
+                    [
+                        f"{name} {version}"
+                        for name, version in {**frozen.versions, **figures.versions}.items()
+                    ],
+                ),
                 *machine.items(),
             ]
-            + ([] if machine else [("machine", "not known: the job is not finished, or was run by a version that did not keep it")]),
+            + (
+                []
+                if machine
+                else [
+                    (
+                        "machine",
+                        "not known: the job is not finished, or an older version ran it",
+                    )
+                ]
+            ),
         ),
-    ]  # fmt: skip
+    ]

@@ -1,7 +1,9 @@
-"""Thumbnails of images, fetched and decoded again from where they lay: what the model saw of them, as small JPEGs.
+"""Thumbnails of images, fetched and decoded again from where they lay: what the model saw of them,
+as small JPEGs.
 
-Nothing that an image or its source does harms the report: bytes are fetched by threads that may hang, and decoded in a process that may
-die. All have one deadline; what is late, gone or broken has a reason instead.
+Nothing that an image or its source does harms the report: bytes are fetched by threads that may
+hang, and decoded in a process that may die. All have one deadline; what is late, gone or broken has
+a reason instead.
 """
 
 from __future__ import annotations
@@ -62,7 +64,13 @@ class _Fetched:
     """Whether the image has another size than when it was listed."""
 
 
-def make(paths: JobPaths, job: Job, shards: Sequence[Shard], images: Sequence[Told], seconds: float = SECONDS) -> dict[int, Thumbnail]:
+def make(
+    paths: JobPaths,
+    job: Job,
+    shards: Sequence[Shard],
+    images: Sequence[Told],
+    seconds: float = SECONDS,
+) -> dict[int, Thumbnail]:
     """Make a thumbnail of each of these images.
 
     Args:
@@ -77,7 +85,11 @@ def make(paths: JobPaths, job: Job, shards: Sequence[Shard], images: Sequence[To
     """
     made: dict[int, Thumbnail] = {}
     deadline = time.monotonic() + seconds
-    limits = replace(job.limits, max_bytes=min(job.limits.max_bytes, _FETCHED_BYTES), max_seconds=min(job.limits.max_seconds, _DECODING_S))
+    limits = replace(
+        job.limits,
+        max_bytes=min(job.limits.max_bytes, _FETCHED_BYTES),
+        max_seconds=min(job.limits.max_seconds, _DECODING_S),
+    )
     fetching = _Fetching(paths, job, shards, images, limits.max_bytes)
     with IsolatedDecoder() as decoder, contextlib.closing(fetching):
         while len(made) < len(images) and (fetched := fetching.next(deadline)):
@@ -115,9 +127,18 @@ def encode(pixels: NDArray[np.uint8]) -> Thumbnail:
 
 
 class _Fetching:
-    """Fetches images a few at a time, in threads that end with the process if their source never answers."""
+    """Fetches images a few at a time, in threads that end with the process if their source never
+    answers.
+    """
 
-    def __init__(self, paths: JobPaths, job: Job, shards: Sequence[Shard], images: Iterable[Told], max_bytes: int) -> None:
+    def __init__(
+        self,
+        paths: JobPaths,
+        job: Job,
+        shards: Sequence[Shard],
+        images: Iterable[Told],
+        max_bytes: int,
+    ) -> None:
         self._opened = sources.open_all(job.sources, aside=paths.plan, access=job.access)
         self._max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[Told, plan.PlannedRow]] = queue.SimpleQueue()
@@ -162,13 +183,20 @@ class _Fetching:
         try:
             data = self._opened[row.source].fetch(row.path, row.locator, self._max_bytes)
         except BadImage as bad:
-            return _Fetched(told, reason=f"{bad.status}: {bad.error}" if bad.status is not Status.MISSING else bad.error)
+            return _Fetched(
+                told,
+                reason=(
+                    f"{bad.status}: {bad.error}" if bad.status is not Status.MISSING else bad.error
+                ),
+            )
         except Exception as error:  # whatever it is, the report goes on without this image
             return _Fetched(told, reason=f"{type(error).__name__}: {error}")
         return _Fetched(told, data, resized=row.size >= 0 and len(data) != row.size)
 
 
-def _planned(paths: JobPaths, shards: Sequence[Shard], images: Iterable[Told]) -> list[tuple[Told, plan.PlannedRow]]:
+def _planned(
+    paths: JobPaths, shards: Sequence[Shard], images: Iterable[Told]
+) -> list[tuple[Told, plan.PlannedRow]]:
     """Images with their rows of the plan, which know them byte for byte."""
     by_number: Mapping[int, Shard] = {shard.number: shard for shard in shards}
     by_shard: dict[int, list[Told]] = {}

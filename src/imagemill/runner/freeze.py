@@ -37,11 +37,18 @@ from imagemill.pipeline.backends.devices import backend_of
 from imagemill.runner.model import with_recipe
 
 
-def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, watcher: Watcher) -> Frozen:
+def freeze(
+    settings: Settings,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    model: Bundle,
+    watcher: Watcher,
+) -> Frozen:
     """List the sources, cut the plan, resolve what was left to us, and write it all down.
 
     Raises:
-        FileExistsError: in an object store, where another launcher was quicker. Whatever listing, quantising and writing raise.
+        FileExistsError: in an object store, where another launcher was quicker. Whatever listing,
+        quantising and writing raise.
     """
     paths.plan_nonce.unlink(missing_ok=True)
     files.clear_folder(paths.plan)
@@ -60,11 +67,14 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
     check_moved(sources.resolve(settings.sources), access, paths.plan)
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.say(
-            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards are dealt without regard to folders"
+            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
+            " are dealt without regard to folders"
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
-    job = batch_size.resolved(_job(settings, paths, chosen, model, prepared, shard_size, filters), chosen)
+    job = batch_size.resolved(
+        _job(settings, paths, chosen, model, prepared, shard_size, filters), chosen
+    )
     frozen = Frozen(
         format=_FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -88,7 +98,9 @@ def freeze(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], mo
         store.write(paths, paths.job, serialization.dumps(frozen), create=True)
     except FileExistsError:
         there = read_frozen(paths)
-        if there is None or there.plan_nonce != frozen.plan_nonce:  # else it is ours: only the answer to the first try was lost
+        if (
+            there is None or there.plan_nonce != frozen.plan_nonce
+        ):  # else it is ours: only the answer to the first try was lost
             store.forget_plan(paths, frozen.plan_nonce)
             raise
     return replace(frozen, job=replace(job, access=access))
@@ -127,9 +139,18 @@ def _job(
     )
 
 
-def _prepare(settings: Settings, paths: JobPaths, chosen: Sequence[DeviceSpec], model: Bundle, images: int, watcher: Watcher) -> Prepared:
+def _prepare(
+    settings: Settings,
+    paths: JobPaths,
+    chosen: Sequence[DeviceSpec],
+    model: Bundle,
+    images: int,
+    watcher: Watcher,
+) -> Prepared:
     """Resolve the precision, on the job's own images where something must be measured."""
-    from imagemill.tuning import precisions  # brings NumPy and the decoder, which a repeated command can do without
+    from imagemill.tuning import (
+        precisions,
+    )  # brings NumPy and the decoder, which a repeated command can do without
 
     def entries() -> Iterator[records.Entry]:
         for shard in plan.shards(paths.plan):
@@ -155,14 +176,30 @@ def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_
     return _hash(list(resolved), asdict(filters), limit, shard_size)
 
 
-def answer_id(card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]) -> str:
+def answer_id(
+    card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]
+) -> str:
     """Hash of what decides an answer."""
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
-    return _hash(weights, serialization.to_plain(card.recipe), card.scores, list(card.labels), DECODER, backend, top_k, list(save))
+    return _hash(
+        weights,
+        serialization.to_plain(card.recipe),
+        card.scores,
+        list(card.labels),
+        DECODER,
+        backend,
+        top_k,
+        list(save),
+    )
 
 
 def _limits(settings: Settings, otherwise: Limits) -> Limits:
-    return Limits(*(getattr(settings, name) or getattr(otherwise, name) for name in ("max_pixels", "max_bytes", "max_seconds")))
+    return Limits(
+        *(
+            getattr(settings, name) or getattr(otherwise, name)
+            for name in ("max_pixels", "max_bytes", "max_seconds")
+        )
+    )
 
 
 def _hash(*values: object) -> str:

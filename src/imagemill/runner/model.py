@@ -1,4 +1,6 @@
-"""Which model a job runs: found or fetched, with the labels and the preprocessing that the settings give."""
+"""Which model a job runs: found or fetched, with the labels and the preprocessing that the settings
+give.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,20 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
     """The bundle that the settings mean, fetched where it lacks, with the labels that they give.
 
     Raises:
-        UsageError: there is no such model, or it cannot give what is to be saved. ClassCountError: the labels do not fit. ModelError.
+        UsageError: there is no such model, or it cannot give what is to be saved. ClassCountError:
+        the labels do not fit. ModelError.
     """
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    found = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download)
+    found = registry.resolve(
+        settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download
+    )
     card = found.card
     for saved in settings.save or ():
         if saved not in card.outputs:
-            raise UsageError(f"--save {saved}: {card.name} has no such output. Leave it out, or wrap the file again with --{saved} TENSOR.")
+            raise UsageError(
+                f"--save {saved}: {card.name} has no such output. Leave it out, or wrap the file"
+                f" again with --{saved} TENSOR."
+            )
     if settings.labels is None:
         return found
     labels = bundle.read_labels(Path(settings.labels))
@@ -56,14 +64,20 @@ def with_recipe(model: Bundle, settings: Settings) -> Bundle:
 
 
 def identify(card: Card) -> str:
-    """A model for people, and for telling it from others: of a wrapped one its own card counts too."""
+    """A model for people, and for telling it from others: of a wrapped one its own card counts
+    too.
+    """
     return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
 
 
 def describe_labels(labels: Sequence[str]) -> str:
     """A list of labels for people, and for telling it from others."""
     digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
-    return f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})" if labels else "without a label"
+    return (
+        f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})"
+        if labels
+        else "without a label"
+    )
 
 
 def is_local(settings: Settings) -> bool:
@@ -71,11 +85,16 @@ def is_local(settings: Settings) -> bool:
     if str(settings.model).endswith(".onnx"):
         return True  # to be wrapped, if it is not; nothing is downloaded for it
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    return any(bundle.is_bundle(folder) for folder in (models_dir / str(settings.model), Path(str(settings.model))))
+    return any(
+        bundle.is_bundle(folder)
+        for folder in (models_dir / str(settings.model), Path(str(settings.model)))
+    )
 
 
 def verify_model(frozen: Frozen) -> None:
-    """Compare the model's files with what the job was frozen with. Raises: OutputError, ModelError."""
+    """Compare the model's files with what the job was frozen with. Raises: OutputError,
+    ModelError.
+    """
     job = frozen.job
     if not Path(job.model_file).is_file():
         remedy = f"`imagemill get-model {job.card.name}`"

@@ -1,14 +1,18 @@
-"""What a new job is going to be: a sample of its images, looked at by a child process while the workers start.
+"""What a new job is going to be: a sample of its images, looked at by a child process while the
+workers start.
 
-The child reads and decodes images spread evenly over the plan, and tells of each; it may be killed by any of them, or hang, and is ended
-when its time is up: what it told until then counts. It hurries while the workers start, and gives way once they have images. What it
-takes then makes the job look slower than it is, so the display is told of it and takes no rate from that time. How fast the job computes
-is not probed, which would cost a second compilation: the job itself shows that within seconds, and only then is its time foretold. So two
-lines come at once, two a little later, and neither the workers nor the answers wait for them.
+The child reads and decodes images spread evenly over the plan, and tells of each; it may be killed
+by any of them, or hang, and is ended when its time is up: what it told until then counts. It
+hurries while the workers start, and gives way once they have images. What it takes then makes the
+job look slower than it is, so the display is told of it and takes no rate from that time. How fast
+the job computes is not probed, which would cost a second compilation: the job itself shows that
+within seconds, and only then is its time foretold. So two lines come at once, two a little later,
+and neither the workers nor the answers wait for them.
 
-What it may cost is 2 % of the CPU time that the job takes at the very least: for its images to be decoded, and for a model of its size to
-be computed by fast int8 units; nor may it last longer than a twentieth of that job on all of its cores. Where the child's start alone costs
-more, the job is small, and there is none.
+What it may cost is 2 % of the CPU time that the job takes at the very least: for its images to be
+decoded, and for a model of its size to be computed by fast int8 units; nor may it last longer than
+a twentieth of that job on all of its cores. Where the child's start alone costs more, the job is
+small, and there is none.
 
 parent                        child
 Sample ──────────────────────►
@@ -42,7 +46,18 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import cores_here
 from imagemill.pipeline.stopwatch import SHORT_S
-from imagemill.records import BadImage, Clock, DeviceSpec, Job, Preflight, Progress, Receipt, Saved, Shard, Status
+from imagemill.records import (
+    BadImage,
+    Clock,
+    DeviceSpec,
+    Job,
+    Preflight,
+    Progress,
+    Receipt,
+    Saved,
+    Shard,
+    Status,
+)
 from imagemill.system import processes, storage
 
 _log = logging.getLogger(__name__)
@@ -50,13 +65,19 @@ _log = logging.getLogger(__name__)
 SHARE: Final = 0.02
 """Of the job's CPU time, at most."""
 _LASTING: Final = 0.05
-"""Of the job's own time, at most, so that a machine of many cores has told its rate before a tenth of the job is over."""
+"""Of the job's own time, at most, so that a machine of many cores has told its rate before a tenth
+of the job is over.
+"""
 _START_S: Final = 0.5
 """CPU time of starting the child: 0.33 to 0.4 s (Xeon, 2 cores, 2026-11)."""
 _DECODING_S: Final = 0.002
-"""CPU time of decoding an image at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores, 2026-11)."""
+"""CPU time of decoding an image at the least: JPEG files of 500 × 375, 2.1 ms (EPYC, 2 cores,
+2026-11).
+"""
 _COMPUTING_S: Final = 0.6e-9
-"""CPU time of computing an image at the least, for each parameter: resnext101_32x4d in int8 on one core, 27 ms for 44 M parameters."""
+"""CPU time of computing an image at the least, for each parameter: resnext101_32x4d in int8 on one
+core, 27 ms for 44 M parameters.
+"""
 _MOST: Final = 300
 """Images to look at."""
 _MOST_REMOTE: Final = 24
@@ -64,7 +85,9 @@ _MOST_REMOTE: Final = 24
 _FEWEST: Final = 10
 """Fewer say nothing about the rest."""
 _PASSES: Final = 8
-"""The sample is gone through that often, each time spread over the whole plan, so that one which is ended early is spread as well."""
+"""The sample is gone through that often, each time spread over the whole plan, so that one which is
+ended early is spread as well.
+"""
 _DEADLINE_S: Final = 20.0
 _NICE: Final = 10
 """Priority of the child once workers are ready."""
@@ -114,12 +137,15 @@ def budget_s(images: int, parameters: int, devices: Sequence[DeviceSpec]) -> flo
     """
     on_cores = all(device.kind in ("cpu", "null") for device in devices)
     least_s = images * (_DECODING_S + (_COMPUTING_S * parameters if on_cores else 0.0))
-    allowed = least_s * min(SHARE, _LASTING / max(1, len({core for device in devices for core in device.cores})))
+    allowed = least_s * min(
+        SHARE, _LASTING / max(1, len({core for device in devices for core in device.cores}))
+    )
     return allowed if allowed > _START_S else 0.0
 
 
 class Lookout:
-    """Watches one invocation: starts the child, hears it, and says what the job is going to be. It raises nothing.
+    """Watches one invocation: starts the child, hears it, and says what the job is going to be. It
+    raises nothing.
 
     Args:
         job: the frozen job, new.
@@ -128,7 +154,13 @@ class Lookout:
         say: takes a line for the user.
     """
 
-    def __init__(self, job: Job, shards: Sequence[Shard], devices: Sequence[DeviceSpec], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        shards: Sequence[Shard],
+        devices: Sequence[DeviceSpec],
+        say: Callable[[str], None],
+    ) -> None:
         self._job, self._shards, self._say = job, shards, say
         self._images = sum(shard.count for shard in shards)
         self._threads = sum(job.num_workers or len(device.cores) for device in devices)
@@ -146,7 +178,9 @@ class Lookout:
         budget = budget_s(self._images, job.card.parameters, devices)
         if budget:
             try:
-                self._start(Sample(job, self._images, min(_MOST, self._images), cores_here(devices), budget))
+                self._start(
+                    Sample(job, self._images, min(_MOST, self._images), cores_here(devices), budget)
+                )
             except OSError as error:
                 _log.warning("no preflight: %s", error)
 
@@ -166,15 +200,28 @@ class Lookout:
         estimate = self._pace.add(progress)
         if self._first_answers is None and estimate.state == "running":
             self._first_answers = progress.since_first_lease_s
-        settled = self._first_answers is not None and progress.since_first_lease_s >= self._first_answers + _SETTLED_S
-        if settled and progress.since_first_lease_s >= SHORT_S and estimate.rate and estimate.left_s is not None and self._process is None:
+        settled = (
+            self._first_answers is not None
+            and progress.since_first_lease_s >= self._first_answers + _SETTLED_S
+        )
+        if (
+            settled
+            and progress.since_first_lease_s >= SHORT_S
+            and estimate.rate
+            and estimate.left_s is not None
+            and self._process is None
+        ):
             self._foretell(estimate.rate, estimate.bottleneck, progress)
 
     @property
     def sampling(self) -> bool:
-        """Whether the child takes of the cores' time: it runs, and does not mostly wait for what it reads."""
+        """Whether the child takes of the cores' time: it runs, and does not mostly wait for what it
+        reads.
+        """
         lately = self._looked[-_LATELY:]
-        return self._process is not None and sum(item.decode_s for item in lately) >= sum(item.read_s for item in lately)
+        return self._process is not None and sum(item.decode_s for item in lately) >= sum(
+            item.read_s for item in lately
+        )
 
     def receipt(self, receipt: Receipt) -> None:
         """A part was committed: what a row takes is known better now."""
@@ -226,7 +273,9 @@ class Lookout:
             self._sampled()
             return
         if time.monotonic() > self._deadline:
-            _log.warning("the preflight is ended after %d images: its time is up", len(self._looked))
+            _log.warning(
+                "the preflight is ended after %d images: its time is up", len(self._looked)
+            )
             self._sampled()
 
     def _end(self) -> None:
@@ -257,13 +306,19 @@ class Lookout:
             decode_only=round(self._threads / decode_s, 3) if decode_s else None,
             cpu_s=round(self._cpu_s, 3),
         )
-        readable = f"{100 * bad.total() / len(looked):.1f} % unreadable ({statuses(bad)})" if bad else "none unreadable"
+        readable = (
+            f"{100 * bad.total() / len(looked):.1f} % unreadable ({statuses(bad)})"
+            if bad
+            else "none unreadable"
+        )
         within = f"{100 * low:.1f} to {100 * high:.1f} %" if bad else f"at most {100 * high:.1f} %"
         self._say(f"preflight: {len(looked)} of {self._images:,} images tried: {readable}")
         self._say(f"preflight: so {within} of all are likely to be unreadable")
 
     def _foretell(self, rate: float, bottleneck: str | None, progress: Progress) -> None:
-        """The first seconds have shown how fast the job goes; where images bound it, those ahead may be larger or smaller."""
+        """The first seconds have shown how fast the job goes; where images bound it, those ahead
+        may be larger or smaller.
+        """
         assert self.found is not None
         self._foretold = True
         if bottleneck in ("read", "decode"):
@@ -280,7 +335,11 @@ class Lookout:
         )
         bound = f", bounded by {bottleneck}" if bottleneck else ""
         self._say(f"preflight: about {duration(seconds)} in all, {rate:,.1f} images/s{bound}")
-        alone = [f"decoding alone {self.found.decode_only:,.0f} images/s"] if self.found.decode_only else []
+        alone = (
+            [f"decoding alone {self.found.decode_only:,.0f} images/s"]
+            if self.found.decode_only
+            else []
+        )
         room = [f"results of about {_size(size)}"] if size else []
         if alone or room:
             self._say(f"preflight: {', '.join([*alone, *room])}")
@@ -288,18 +347,29 @@ class Lookout:
     def _scale(self, clock: Clock, bottleneck: str) -> float:
         """How much faster the images of the whole plan are to read or decode than those so far."""
         lately = getattr(clock, bottleneck) / max(clock.images, 1)
-        everywhere = sum(getattr(item, f"{bottleneck}_s") for item in self._looked) / len(self._looked)
-        return min(_MOST_SCALE, max(_LEAST_SCALE, lately / everywhere)) if lately and everywhere else 1.0
+        everywhere = sum(getattr(item, f"{bottleneck}_s") for item in self._looked) / len(
+            self._looked
+        )
+        return (
+            min(_MOST_SCALE, max(_LEAST_SCALE, lately / everywhere))
+            if lately and everywhere
+            else 1.0
+        )
 
     def _result_bytes(self) -> int | None:
-        """Size of all parts: as the first of them are, else as they mostly are; None: how many features the model has is not known."""
+        """Size of all parts: as the first of them are, else as they mostly are; None: how many
+        features the model has is not known.
+        """
         if self._rows:
             return round(self._bytes / self._rows * self._images)
         if Saved.EMBEDDING in self._job.save:
             return None
         ok = sum(item.status is Status.OK for item in self._looked) / len(self._looked)
         classes = len(self._job.card.labels)
-        row = 25 + ok * (9 * min(self._job.top_k, classes) + (3.7 * classes if Saved.LOGITS in self._job.save else 0))
+        row = 25 + ok * (
+            9 * min(self._job.top_k, classes)
+            + (3.7 * classes if Saved.LOGITS in self._job.save else 0)
+        )
         return round(self._images * row + 5_000 * len(self._shards))
 
 
@@ -312,11 +382,13 @@ def _size(size: int) -> str:
     return f"{size:,} TiB"
 
 
-# ── the child ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the child ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def spread(images: int, wanted: int) -> list[int]:
-    """Indices of `wanted` of so many images, spread evenly, in `_PASSES` ascending passes that are each spread evenly."""
+    """Indices of `wanted` of so many images, spread evenly, in `_PASSES` ascending passes that are
+    each spread evenly.
+    """
     every = [(2 * number + 1) * images // (2 * wanted) for number in range(wanted)]
     return [index for start in range(_PASSES) for index in every[start::_PASSES]]
 
@@ -356,7 +428,9 @@ def look(sample: Sample) -> Iterator[Looked]:
 
 
 def main() -> int:
-    """Be the child. What goes wrong with it is nobody's loss: it ends, and the parent goes by what it told."""
+    """Be the child. What goes wrong with it is nobody's loss: it ends, and the parent goes by what
+    it told.
+    """
     socket, parent = (int(argument) for argument in sys.argv[1:3])
     processes.end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides

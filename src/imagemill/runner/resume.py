@@ -24,13 +24,19 @@ from imagemill.runner.model import describe_labels, identify, is_local, resolve_
 from imagemill.runner.settings import flag_of, parse_colour
 
 
-def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher) -> Frozen:
-    """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of what may not."""
+def resume(
+    settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher
+) -> Frozen:
+    """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of
+    what may not.
+    """
     job, access = frozen.job, access_of(settings)
     asked_sources = sources.resolve(settings.sources)
     if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
         asked_sources = job.sources  # they may be given where they were, or where they are now
-    selection: list[tuple[str, object, object]] = [  # a flag that is absent selects too: without --limit all images are meant
+    selection: list[
+        tuple[str, object, object]
+    ] = [  # a flag that is absent selects too: without --limit all images are meant
         ("SOURCE", list(job.sources), list(asked_sources)),
         ("--include", sorted(frozen.filters.include), sorted(settings.include or ())),
         ("--exclude", sorted(frozen.filters.exclude), sorted(settings.exclude or ())),
@@ -41,18 +47,35 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         if asked != was:
             how = f"Add {_spelt(flag, was)}" if was else f"Leave out {flag}"
             if flag == "SOURCE":
-                how = "If the sources have moved, add --moved OLD=NEW. Give the same sources in the same order"
+                how = (
+                    "If the sources have moved, add --moved OLD=NEW. Give the same sources in the"
+                    " same order"
+                )
             elif was and asked:
                 how = f"Write {_spelt(flag, was)}"
-            raise _mismatch(settings, _spelt(flag, was), _spelt(flag, asked), f"{how} to continue this job")
+            raise _mismatch(
+                settings, _spelt(flag, was), _spelt(flag, asked), f"{how} to continue this job"
+            )
     pairs: list[tuple[str, object, object]] = [
         ("--shard-size", frozen.shard_size, settings.shard_size),
         ("--top-k", job.top_k, settings.top_k),
         ("--save", sorted(job.save), settings.save and sorted(settings.save)),
-        ("--precision", job.precision.value, None if settings.precision == "auto" else settings.precision),
+        (
+            "--precision",
+            job.precision.value,
+            None if settings.precision == "auto" else settings.precision,
+        ),
         ("backend", frozen.backend, backend_of(chosen, settings.allow_mixed)),
-        ("--preprocess", "center-crop" if job.card.recipe.resize is None else "card", settings.preprocess),
-        ("--background", job.card.recipe.background, settings.background and parse_colour(settings.background)),
+        (
+            "--preprocess",
+            "center-crop" if job.card.recipe.resize is None else "card",
+            settings.preprocess,
+        ),
+        (
+            "--background",
+            job.card.recipe.background,
+            settings.background and parse_colour(settings.background),
+        ),
     ]
     if settings.model is not None and not is_local(settings) and settings.model != job.card.name:
         pairs.append(("--model", job.card.name, settings.model))  # before anything is downloaded
@@ -60,15 +83,29 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
         card = resolve_model(replace(settings, labels=None), watcher).card
         pairs.append(("--model", identify(job.card), identify(card)))
     if settings.labels is not None:
-        pairs.append(("--labels", describe_labels(job.card.labels), describe_labels(bundle.read_labels(Path(settings.labels)))))
+        pairs.append(
+            (
+                "--labels",
+                describe_labels(job.card.labels),
+                describe_labels(bundle.read_labels(Path(settings.labels))),
+            )
+        )
     for flag, was, asked in pairs:
         if asked is not None and asked != was:
-            raise _mismatch(settings, _spelt(flag, was), _spelt(flag, asked), "Leave it out to continue this job")
+            raise _mismatch(
+                settings,
+                _spelt(flag, was),
+                _spelt(flag, asked),
+                "Leave it out to continue this job",
+            )
     limits = _limits(settings, job.limits)
     for name in ("max_pixels", "max_bytes", "max_seconds"):
         was, now = getattr(job.limits, name), getattr(limits, name)
         if was != now:
-            watcher.say(f"{flag_of(name)} was {was:,}, and is {now:,} this time: it holds for the images that are left")
+            watcher.say(
+                f"{flag_of(name)} was {was:,}, and is {now:,} this time: it holds for the images"
+                " that are left"
+            )
     job = replace(
         job,
         output=JobPaths.of(settings.output).output,
@@ -83,7 +120,10 @@ def resume(settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], wat
 
 
 def _mismatch(settings: Settings, was: str, asked: str, remedy: str) -> JobMismatchError:
-    return JobMismatchError(f"{settings.output} was started with {was}, now {asked} is asked for. {remedy}, or give another --output.")
+    return JobMismatchError(
+        f"{settings.output} was started with {was}, now {asked} is asked for. {remedy}, or give"
+        " another --output."
+    )
 
 
 def _spelt(flag: str, value: object) -> str:
@@ -94,5 +134,7 @@ def _spelt(flag: str, value: object) -> str:
         return flag
     if isinstance(value, list):
         words = [shlex.quote(str(item)) for item in value]
-        return " ".join([flag, *words] if flag == "SOURCE" else [f"{flag} {word}" for word in words])
+        return " ".join(
+            [flag, *words] if flag == "SOURCE" else [f"{flag} {word}" for word in words]
+        )
     return f"{flag} {value}"

@@ -62,12 +62,15 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
         the summary, also written to `summary.json`.
 
     Raises:
-        UsageError: settings that make no sense, or that contradict the frozen job. DeviceError, ModelError, SourceError: before
-        anything was written. OutputError, WorkerError, TooManyBadError, Interrupted: the job can be resumed.
+        UsageError: settings that make no sense, or that contradict the frozen job. DeviceError,
+        ModelError, SourceError: before anything was written. OutputError, WorkerError,
+        TooManyBadError, Interrupted: the job can be resumed.
     """
     watcher = watcher or observer.Watcher()
     check_settings(settings)
-    with contextlib.closing(connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)) as machines:
+    with contextlib.closing(
+        connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)
+    ) as machines:
         return _run(settings, machines, watcher)
 
 
@@ -85,7 +88,9 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
         with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     with lock.locked(paths):
-        frozen = documents.read_frozen(paths)  # again: another launcher may have frozen it before we held the lock
+        frozen = documents.read_frozen(
+            paths
+        )  # again: another launcher may have frozen it before we held the lock
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             files.make_folder(folder)
@@ -96,11 +101,14 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     try:
                         frozen = freeze.freeze(settings, paths, chosen, with_model, watcher)
                         return _carry_out(settings, frozen, paths, machines, chosen, watcher)
-                    except FileExistsError:  # in an object store: another machine's launcher has frozen the job meanwhile
+                    except FileExistsError:
+                        # In an object store, a launcher on another machine was faster.
                         frozen = documents.read_frozen(paths)
                         assert frozen is not None
                 resumed = resume.resume(settings, frozen, chosen, watcher)
-                return _carry_out(settings, resumed, paths, machines, chosen, watcher, is_resumed=True)
+                return _carry_out(
+                    settings, resumed, paths, machines, chosen, watcher, is_resumed=True
+                )
         except (KeyboardInterrupt, Interrupted):
             hasty = True
             raise
@@ -109,11 +117,16 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
 
 
 def _check_sources(settings: Settings, paths: JobPaths) -> None:
-    """See that the sources of a new job exist, are of a kind that is read, and hold an image. Raises: SourceError, UsageError."""
+    """See that the sources of a new job exist, are of a kind that is read, and hold an image.
+    Raises: SourceError, UsageError.
+    """
     resolved = sources.resolve(settings.sources)
     access = listing.access_of(settings)
     sources.check(resolved, access)
-    sources.check_kinds([sources.relocated(source, access) for source in resolved], all_files=bool(settings.all_files))
+    sources.check_kinds(
+        [sources.relocated(source, access) for source in resolved],
+        all_files=bool(settings.all_files),
+    )
     listing.refuse_empty(settings, paths.root)
 
 
@@ -139,10 +152,14 @@ def _carry_out(
         listing.check_moved(frozen.job.sources, frozen.job.access, paths.plan)
     if left and is_resumed:
         try:
-            sources.check(frozen.job.sources, frozen.job.access)  # or every image left would become a `missing` row
+            sources.check(
+                frozen.job.sources, frozen.job.access
+            )  # or every image left would become a `missing` row
         except SourceError as error:
             raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
-        model.verify_model(frozen)  # of a new job it was done before; where nothing is left it does not matter
+        model.verify_model(
+            frozen
+        )  # of a new job it was done before; where nothing is left it does not matter
     if not left and (summary := documents.read_summary(paths)):
         ledger.check_sizes(paths)
         if settings.report and not store.exists(paths, paths.report):  # it was interrupted
@@ -152,7 +169,9 @@ def _carry_out(
     resumed = sum(shard.count for shard in shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.images:,} images are done")
-    guard = summarise.bad_fraction_guard(settings.max_bad_fraction, frozen.images, paths, shards, done)
+    guard = summarise.bad_fraction_guard(
+        settings.max_bad_fraction, frozen.images, paths, shards, done
+    )
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.images, resumed)
@@ -183,15 +202,32 @@ def _carry_out(
         watcher.end()
     paths.sweep()  # once more: workers that died have left their temporary files
     job = frozen.job
-    tally = ledger.close(paths, shards, partial(sources.as_line, job.sources), job.plan_id, job.answer_id, outcome.receipts)
+    tally = ledger.close(
+        paths,
+        shards,
+        partial(sources.as_line, job.sources),
+        job.plan_id,
+        job.answer_id,
+        outcome.receipts,
+    )
     if tally.unlisted:
-        watcher.say(f"{tally.unlisted:,} failed images lie in archives or tables: not in failed.txt, but --retry-failed takes them again")
-    summary = replace(summarise.summarise(frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)), preflight=lookout.found)
+        watcher.say(
+            f"{tally.unlisted:,} failed images lie in archives or tables: not in failed.txt, but"
+            " --retry-failed takes them again"
+        )
+    summary = replace(
+        summarise.summarise(
+            frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)
+        ),
+        preflight=lookout.found,
+    )
     store.write(paths, paths.summary, serialization.dumps(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
     if frozen.job.card.origin.get("source") == "random":
-        watcher.say(f"note: {frozen.job.card.name} has random weights: its predictions mean nothing")
+        watcher.say(
+            f"note: {frozen.job.card.name} has random weights: its predictions mean nothing"
+        )
     return summary
 
 
@@ -206,7 +242,10 @@ def dry_run(settings: Settings) -> DryRun:
     resolved = sources.resolve(settings.sources)
     access = listing.access_of(settings)
     sources.check(resolved, access)
-    sources.check_kinds([sources.relocated(source, access) for source in resolved], all_files=bool(settings.all_files))
+    sources.check_kinds(
+        [sources.relocated(source, access) for source in resolved],
+        all_files=bool(settings.all_files),
+    )
     skipped = Skipped()
     first: list[str] = []
 
@@ -217,7 +256,9 @@ def dry_run(settings: Settings) -> DryRun:
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        listed = plan.spool(noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing")
+        listed = plan.spool(
+            noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing"
+        )
     if not listed.images:
         raise listing.no_images(settings, skipped)
     shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
@@ -234,7 +275,9 @@ def dry_run(settings: Settings) -> DryRun:
     )
 
 
-def _report_finished(frozen: documents.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher) -> Summary:
+def _report_finished(
+    frozen: documents.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher
+) -> Summary:
     """Nothing is left to do: say so, and name what is new in the sources since."""
     watcher.say(f"finished already: {summary.images:,} images in {paths.shown(paths.predictions)}")
     try:
@@ -246,6 +289,14 @@ def _report_finished(frozen: documents.Frozen, paths: JobPaths, summary: Summary
         more = f" and {count - len(names):,} more" if count > len(names) else ""
         are = "images are" if count > 1 else "image is"
         watcher.say(
-            f"{count:,} {are} new in the source since the plan was frozen: {', '.join(names)}{more}. Run them into another --output."
+            f"{count:,} {are} new in the source since the plan was frozen:"
+            f" {', '.join(names)}{more}. Run them into another --output."
         )
-    return replace(summary, output=paths.output, new_in_source=count, resumed_shards=summary.shards, seconds=0.0, images_per_second=None)
+    return replace(
+        summary,
+        output=paths.output,
+        new_in_source=count,
+        resumed_shards=summary.shards,
+        seconds=0.0,
+        images_per_second=None,
+    )

@@ -14,7 +14,9 @@ from imagemill.records import (
 from imagemill.runner.listing import access_of
 
 MAX_COUNT = 2**48
-"""Of whatever is counted: beyond all images there are, and what a byte or an address takes of it still fits into 64 bits."""
+"""Of whatever is counted: beyond all images there are, and what a byte or an address takes of it
+still fits into 64 bits.
+"""
 
 
 def check_settings(settings: Settings) -> None:
@@ -37,13 +39,25 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(f"--grace {settings.grace_s}: must be at least 0.")
     if settings.max_seconds is not None and not settings.max_seconds > 0:  # NaN neither
         raise UsageError(f"--max-seconds {settings.max_seconds}: must be more than 0.")
-    for flag, values, known in (("--save", settings.save, list(Saved)), ("--retry-failed", settings.retry_failed, list(Status))):
+    for flag, values, known in (
+        ("--save", settings.save, list(Saved)),
+        ("--retry-failed", settings.retry_failed, list(Status)),
+    ):
         for value in values or ():
             if value not in known or value == Status.OK:
-                hint = " Write --retry-failed=STATUS, with an equals sign, or alone and last." if flag == "--retry-failed" else ""
-                raise UsageError(f"{flag} {value}: not known. Known: {', '.join(item for item in known if item != Status.OK)}.{hint}")
+                hint = (
+                    " Write --retry-failed=STATUS, with an equals sign, or alone and last."
+                    if flag == "--retry-failed"
+                    else ""
+                )
+                raise UsageError(
+                    f"{flag} {value}: not known. Known:"
+                    f" {', '.join(item for item in known if item != Status.OK)}.{hint}"
+                )
     if settings.precision not in (None, "auto", *Precision):
-        raise UsageError(f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}.")
+        raise UsageError(
+            f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}."
+        )
     if settings.engine not in list(Engine):
         raise UsageError(f"--engine {settings.engine}: not known. Known: {', '.join(Engine)}.")
     if settings.background is not None:
@@ -66,7 +80,11 @@ def parse_colour(text: str) -> str:
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text)
     except (ValueError, AttributeError) as error:
-        raise UsageError(f"--background {text}: not a colour. Give a name such as white, or #rrggbb.") from error
+        raise UsageError(
+            f"--background {text}: not a colour. Give a name such as white, or #rrggbb."
+        ) from error
     if alpha not in ([], [255]):
-        raise UsageError(f"--background {text}: must be opaque. Give a name such as white, or #rrggbb.")
+        raise UsageError(
+            f"--background {text}: must be opaque. Give a name such as white, or #rrggbb."
+        )
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -28,13 +28,18 @@ def bad_fraction_guard(
     """Ends the job once more than `fraction` of all its images are known to be bad."""
     if fraction is None:
         return lambda _: None
-    bad = sum(sum(ledger.examine(paths, s.number).failed_by_status.values()) for s in shards if s.number in done)
+    bad = sum(
+        sum(ledger.examine(paths, s.number).failed_by_status.values())
+        for s in shards
+        if s.number in done
+    )
 
     def check() -> None:
         if bad > fraction * images:
             raise TooManyBadError(
-                f"{bad:,} of {images:,} images are bad, more than --max-bad-fraction {fraction:g} allows. "
-                "See the status and error columns; repeat the command with a larger fraction, or without it, to resume."
+                f"{bad:,} of {images:,} images are bad, more than --max-bad-fraction {fraction:g}"
+                " allows. See the status and error columns; repeat the command with a larger"
+                " fraction, or without it, to resume."
             )
 
     def guard(receipt: Receipt) -> None:
@@ -64,7 +69,9 @@ def summarise(
 
     failed = sum(receipt.failed for receipt in outcome.receipts)
     threads, cores = _threads(frozen.job, chosen), _shared_cores(chosen)
-    bottleneck, rates, advice = judge(list(outcome.clocks.values()), rows, seconds, threads, failed=failed, cores=cores)
+    bottleneck, rates, advice = judge(
+        list(outcome.clocks.values()), rows, seconds, threads, failed=failed, cores=cores
+    )
     return Summary(
         images=tally.images,
         ok=tally.images - tally.failed,
@@ -80,7 +87,11 @@ def summarise(
         bottleneck=bottleneck,
         devices=tuple(
             DeviceSummary(
-                d.name, outcome.devices[d.name], rate(outcome.devices[d.name]), outcome.restarts[d.name], outcome.clocks.get(d.name)
+                d.name,
+                outcome.devices[d.name],
+                rate(outcome.devices[d.name]),
+                outcome.restarts[d.name],
+                outcome.clocks.get(d.name),
             )
             for d in chosen
         ),
@@ -100,17 +111,30 @@ def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
 
 
 def _shared_cores(chosen: Sequence[DeviceSpec]) -> int:
-    """How many cores decode and compute; 0 where devices are more than cores, or are on several machines: then that is not known."""
+    """How many cores decode and compute; 0 where devices are more than cores, or are on several
+    machines: then that is not known.
+    """
     cores = [core for device in chosen for core in device.cores]
-    return len(cores) if len(set(cores)) == len(cores) and all(device.kind == "cpu" for device in chosen) else 0
+    return (
+        len(cores)
+        if len(set(cores)) == len(cores) and all(device.kind == "cpu" for device in chosen)
+        else 0
+    )
 
 
 def judge(
-    clocks: Sequence[Clock], rows: int, seconds: float, threads: int, *, failed: int = 0, cores: int = 0
+    clocks: Sequence[Clock],
+    rows: int,
+    seconds: float,
+    threads: int,
+    *,
+    failed: int = 0,
+    cores: int = 0,
 ) -> tuple[str | None, dict[str, float], str | None]:
     """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
 
-    If decoding and computing share the cores, the rate of computing alone follows from the CPU time that the session used.
+    If decoding and computing share the cores, the rate of computing alone follows from the CPU time
+    that the session used.
 
     Args:
         clocks: of the workers.
@@ -133,7 +157,14 @@ def judge(
     if computing > 0 and total.compute:
         rates["compute_only"] = round((rows - failed) * at_once / computing, 3)
     if bottleneck is None:
-        return None, rates, f"too short to tell what bounded it: {seconds:.1f} s, less than {stopwatch.SHORT_S:g} s"
+        return (
+            None,
+            rates,
+            (
+                f"too short to tell what bounded it: {seconds:.1f} s, less than"
+                f" {stopwatch.SHORT_S:g} s"
+            ),
+        )
     advice = {
         "compute": "a lower precision or one more device would help",
         "decode": "more cores, or smaller images, would help; more --num-workers if cores are idle",

@@ -10,7 +10,17 @@ from typing import Final
 
 from imagemill.records import Precision
 
-_UNITS = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
+_UNITS = (
+    "amx_int8",
+    "amx_bf16",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "avx512f",
+    "avx2",
+    "i8mm",
+    "asimddp",
+)
 _FASTER: Final[Mapping[Precision, tuple[str, ...]]] = {
     Precision.INT8: ("amx_int8", "avx512_vnni", "avx_vnni"),
     Precision.BF16: ("amx_bf16", "avx512_bf16"),
@@ -28,12 +38,16 @@ def flags(cpuinfo: Path = _CPUINFO) -> set[str]:
 
 
 def vector_units(known: Container[str]) -> list[str]:
-    """Those of a processor's flags that name the units which libraries choose their kernels by, widest first."""
+    """Those of a processor's flags that name the units which libraries choose their kernels by,
+    widest first.
+    """
     return [name for name in _UNITS if name in known]
 
 
 def unit(precision: Precision, known: Container[str]) -> str | None:
-    """The flag of the unit that makes a precision faster than fp32, the widest there is; None: the processor has none."""
+    """The flag of the unit that makes a precision faster than fp32, the widest there is; None: the
+    processor has none.
+    """
     return next((name for name in _FASTER.get(precision, ()) if name in known), None)
 
 

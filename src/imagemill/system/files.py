@@ -18,16 +18,21 @@ from imagemill.system import userdirs
 _TEMPORARY_SUFFIX = ".tmp"
 
 _SYSTEM_FILES = re.compile(
-    r"\.DS_Store|\._.*|\.localized|\.Spotlight-V100|\.Trashes|\.fseventsd|\.TemporaryItems|\.apdisk|\.AppleDouble|Icon\r|__MACOSX"  # macOS
+    # macOS
+    r"\.DS_Store|\._.*|\.localized|\.Spotlight-V100|\.Trashes|\.fseventsd|\.TemporaryItems|\.apdisk|\.AppleDouble|Icon\r|__MACOSX"
     r"|Thumbs\.db|ehthumbs\.db|desktop\.ini|\$RECYCLE\.BIN|System Volume Information"  # Windows
-    r"|lost\+found|\.directory|\.hidden|\.Trash-\d+|\.fuse_hidden.*|\.nfs.*|aquota\.(?:user|group)|\.lustre"  # Linux
-    r"|[.~#]snapshots?|\.zfs|\.snap|@eaDir|#recycle|@Recycle|\.stfolder|\.sync",  # file servers and synchronised folders
+    # Linux
+    r"|lost\+found|\.directory|\.hidden|\.Trash-\d+|\.fuse_hidden.*|\.nfs.*|aquota\.(?:user|group)|\.lustre"
+    # file servers and synchronised folders
+    r"|[.~#]snapshots?|\.zfs|\.snap|@eaDir|#recycle|@Recycle|\.stfolder|\.sync",
     re.IGNORECASE,
 )
 
 
 def is_system_file(name: str) -> bool:
-    """Return whether a name is that of a file or folder that systems, file servers and file managers make by themselves."""
+    """Return whether a name is that of a file or folder that systems, file servers and file
+    managers make by themselves.
+    """
     return _SYSTEM_FILES.fullmatch(name) is not None
 
 
@@ -37,12 +42,15 @@ def delivered(key: str) -> Path:
 
 
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
-    """Write `data`, at once or in pieces, to `path` so that a reader, or a crash, sees all of it or nothing.
+    """Write `data`, at once or in pieces, to `path` so that a reader, or a crash, sees all of it or
+    nothing.
 
-    The temporary file lies beside its goal (one file system), is synced before it gets its name, and the folder is synced after.
+    The temporary file lies beside its goal (one file system), is synced before it gets its name,
+    and the folder is synced after.
 
     Raises:
-        OutputError: the disk is full, read-only, over its quota or failing; nothing is left behind under the final name.
+        OutputError: the disk is full, read-only, over its quota or failing; nothing is left behind
+        under the final name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
     try:
@@ -83,10 +91,21 @@ def sync_folder(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """The one clear message for a write that failed."""
     remedy = {
-        errno.ENOSPC: "The disk is full. Free some space, then repeat the command: finished parts are kept.",
-        errno.EDQUOT: "The disk quota is used up. Free some space, then repeat the command: finished parts are kept.",
-        errno.EROFS: "The file system is read-only. Give another --output, or remount it and repeat the command.",
-        errno.EACCES: "The folder may not be written to. Give another --output, or change its permissions and repeat the command.",
+        errno.ENOSPC: (
+            "The disk is full. Free some space, then repeat the command: finished parts are kept."
+        ),
+        errno.EDQUOT: (
+            "The disk quota is used up. Free some space, then repeat the command: finished parts"
+            " are kept."
+        ),
+        errno.EROFS: (
+            "The file system is read-only. Give another --output, or remount it and repeat the"
+            " command."
+        ),
+        errno.EACCES: (
+            "The folder may not be written to. Give another --output, or change its permissions and"
+            " repeat the command."
+        ),
     }.get(error.errno or 0, "Repeat the command once the cause is mended: finished parts are kept.")
     return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
 
@@ -100,7 +119,9 @@ def appending(path: Path) -> BinaryIO:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. If one of these is a link to nowhere, make the folder that it leads to. Raises: OutputError."""
+    """Make a folder and its parents. If one of these is a link to nowhere, make the folder that it
+    leads to. Raises: OutputError.
+    """
     try:
         if (goal := missing_goal(path)) is not None:
             goal.mkdir(exist_ok=True)
@@ -110,19 +131,29 @@ def make_folder(path: Path) -> None:
 
 
 def missing_goal(path: Path) -> Path | None:
-    """Return the missing folder that `path`, or a folder above it, links to; None if there is no such link.
+    """Return the missing folder that `path`, or a folder above it, links to; None if there is no
+    such link.
 
     Raises:
-        OutputError: the folder above the missing one does not exist either, as on a disk that is not mounted.
+        OutputError: the folder above the missing one does not exist either, as on a disk that is
+        not mounted.
     """
-    link = next((place for place in (path, *path.parents) if place.is_symlink() and not place.exists()), None)
+    link = next(
+        (place for place in (path, *path.parents) if place.is_symlink() and not place.exists()),
+        None,
+    )
     if link is None:
         return None
     goal = Path(os.path.realpath(link))
     if goal.is_symlink():
-        raise OutputError(f"{link} is a link that leads to itself. Remove it, or give another folder.")
+        raise OutputError(
+            f"{link} is a link that leads to itself. Remove it, or give another folder."
+        )
     if not goal.parent.is_dir():
-        raise OutputError(f"{link} is a link to {goal}, and {goal.parent} does not exist. Mount its disk, or give another folder.")
+        raise OutputError(
+            f"{link} is a link to {goal}, and {goal.parent} does not exist. Mount its disk, or give"
+            " another folder."
+        )
     return goal
 
 
@@ -139,7 +170,8 @@ def clear_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def in_turn(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against others of this machine, who wait; the kernel lets go of it however this process ends.
+    """Hold the lock file `path` against others of this machine, who wait; the kernel lets go of it
+    however this process ends.
 
     Raises:
         OutputError: it cannot be written to.

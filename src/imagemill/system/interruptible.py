@@ -1,6 +1,8 @@
-"""Waiting for libraries that wait where none of Python's signal handlers runs: Ctrl-C would wait as long as they do, which may be minutes.
+"""Waiting for libraries that wait where none of Python's signal handlers runs: Ctrl-C would wait as
+long as they do, which may be minutes.
 
-Handlers run in the main thread. So what that one wants is called in other threads, whose end neither it nor the end of the process awaits.
+Handlers run in the main thread. So what that one wants is called in other threads, whose end
+neither it nor the end of the process awaits.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ _unfinished: set[threading.Thread] = set()
 
 
 def heard(call: Callable[[], T], *, writes: bool = False) -> T:
-    """Call, and hear signals meanwhile. A handler that raises ends the wait; what was called then goes on unheard.
+    """Call, and hear signals meanwhile. A handler that raises ends the wait; what was called then
+    goes on unheard.
 
     Args:
         call: from another thread than the main one it is called right there.
-        writes: whether it changes something, so that the next one that does must wait for it where it was left.
+        writes: whether it changes something, so that the next one that does must wait for it where
+        it was left.
 
     Returns:
         what the call returns; raises what it raises.
@@ -48,7 +52,9 @@ def heard(call: Callable[[], T], *, writes: bool = False) -> T:
 
 
 def heard_all(call: Callable[[A], object], items: Iterable[A], at_once: int) -> None:
-    """Call for every item, for so many at once, and hear signals meanwhile; see `heard`. Raises what the first item's call raises."""
+    """Call for every item, for so many at once, and hear signals meanwhile; see `heard`. Raises
+    what the first item's call raises.
+    """
     todo: queue.SimpleQueue[tuple[Future[object], A]] = queue.SimpleQueue()
     answers = []
     for item in items:

@@ -18,7 +18,9 @@ T = TypeVar("T")
 def to_plain(value: Any) -> Any:
     """Turn a record into dicts, lists, strings and numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -31,13 +33,17 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], value: Any) -> T:
-    """Make the record `kind` from what `to_plain` gave. Raises: TypeError, ValueError, KeyError where it does not fit."""
+    """Make the record `kind` from what `to_plain` gave. Raises: TypeError, ValueError, KeyError
+    where it does not fit.
+    """
     return typing.cast("T", _convert(kind, value))
 
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, vars(__import__("sys").modules[kind.__module__]) | {"np": Any, "NDArray": Any})
+    return typing.get_type_hints(
+        kind, vars(__import__("sys").modules[kind.__module__]) | {"np": Any, "NDArray": Any}
+    )
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -46,7 +52,11 @@ def _convert(kind: Any, value: Any) -> Any:
         if value is None:
             return None
         options = [option for option in arguments if option is not type(None)]
-        fitting = [option for option in options if isinstance(value, list | tuple) == str(option).startswith("tuple[")]
+        fitting = [
+            option
+            for option in options
+            if isinstance(value, list | tuple) == str(option).startswith("tuple[")
+        ]
         return _convert((fitting or options)[0], value)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
@@ -56,12 +66,16 @@ def _convert(kind: Any, value: Any) -> Any:
         if not isinstance(value, Mapping):
             raise TypeError(f"{kind.__name__} is not an object")
         hints = _hints(kind)
-        return kind(**{name: _convert(hints[name], item) for name, item in value.items() if name in hints})
+        return kind(
+            **{name: _convert(hints[name], item) for name, item in value.items() if name in hints}
+        )
     if isinstance(kind, type) and issubclass(kind, Enum | Path):
         return kind(value)
     return value
 
 
 def dumps(value: Any) -> bytes:
-    """A record as indented JSON, ending in a newline; names that are not UTF-8 survive as escapes."""
+    """A record as indented JSON, ending in a newline; names that are not UTF-8 survive as
+    escapes.
+    """
     return (json.dumps(to_plain(value), indent=2) + "\n").encode("ascii")

@@ -1,11 +1,13 @@
 """Bytes at rest, wherever they lie: files opened for reading at any place, by many threads at once.
 
-`open_blob` takes a local path or an object's URL; archives and tables are read through what it returns, so that a zip on a disk and a zip
-in an object store are read by the same lines. `open_store` is for whoever lists, reads whole or writes.
+`open_blob` takes a local path or an object's URL; archives and tables are read through what it
+returns, so that a zip on a disk and a zip in an object store are read by the same lines.
+`open_store` is for whoever lists, reads whole or writes.
 
-Object stores are spoken to by obstore (Rust's object_store): a GET is one request, threads wait outside the interpreter's lock, keys are
-listed as they come. Its clients live in threads that a fork does not copy; imagemill's processes are spawned, each makes its own. obstore
-refuses keys with an empty, `.` or `..` part or a control character, so boto3 lists and reads these.
+Object stores are spoken to by obstore (Rust's object_store): a GET is one request, threads wait
+outside the interpreter's lock, keys are listed as they come. Its clients live in threads that a
+fork does not copy; imagemill's processes are spawned, each makes its own. obstore refuses keys with
+an empty, `.` or `..` part or a control character, so boto3 lists and reads these.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ SCHEMES = ("s3", "gs", "az")
 T = TypeVar("T")
 _URL = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://")
 _ODD_KEY = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|[\x00-\x1f\x7f]")
-"""Keys that obstore does not read, or takes for another key: with an empty, `.` or `..` part, or a control character."""
+"""Keys that obstore does not read, or takes for another key: with an empty, `.` or `..` part, or a
+control character.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +59,21 @@ class Patience:
     longest_pause_s: float = 5.0
     connect_s: float = 5.0
     silence_s: float | None = 15.0
-    """A connection without a byte for so long counts as dead; None: not before the whole request is."""
+    """A connection without a byte for so long counts as dead; None: not before the whole request
+    is.
+    """
     request_s: float = 3_600.0
     """For one request from its beginning to its end."""
 
 
 READING = Patience()
-"""Given up before the 60 s of --max-seconds are over, so that an outage is a row and not a dead worker."""
+"""Given up before the 60 s of --max-seconds are over, so that an outage is a row and not a dead
+worker.
+"""
 PROBING = Patience(tries=4, seconds=8.0, connect_s=3.0, silence_s=5.0)
-"""For the question whether something is there, asked before anything begins: whoever mistyped an address should not wait long."""
+"""For the question whether something is there, asked before anything begins: whoever mistyped an
+address should not wait long.
+"""
 WRITING = Patience(seconds=90.0, silence_s=None, request_s=120.0)
 """While an upload is under way the other side is silent by right."""
 PARTING = Patience(tries=1, seconds=2.0, connect_s=2.0, silence_s=None, request_s=4.0)
@@ -77,7 +87,9 @@ class Blob(Protocol):
     """Bytes."""
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: OSError, FileNotFoundError where it is gone."""
+        """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: OSError,
+        FileNotFoundError where it is gone.
+        """
         ...
 
     def close(self) -> None:
@@ -117,19 +129,24 @@ class LocalBlob:
 
 
 class Store(Protocol):
-    """A place in an object store below which objects have keys, `/` between their parts. Safe to use from many threads."""
+    """A place in an object store below which objects have keys, `/` between their parts. Safe to
+    use from many threads.
+    """
 
     url: str
     """`s3://bucket/prefix`, without a slash at its end."""
 
     def list(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """Keys (relative to `url`) that begin with `below`, in the order of their bytes, and their sizes. Raises: OSError."""
+        """Keys (relative to `url`) that begin with `below`, in the order of their bytes, and their
+        sizes. Raises: OSError.
+        """
         ...
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """One whole object, by one request.
 
-        Raises: FileNotFoundError, PermissionError, OSError; that with EFBIG where it has more than `max_bytes`, of which none is read.
+        Raises: FileNotFoundError, PermissionError, OSError; that with EFBIG where it has more than
+        `max_bytes`, of which none is read.
         """
         ...
 
@@ -137,10 +154,19 @@ class Store(Protocol):
         """An object for random access. Raises: FileNotFoundError, PermissionError, OSError."""
         ...
 
-    def put(self, key: str, data: bytes | memoryview, *, create: bool = False, patience: Patience | None = None) -> None:
-        """Write one object; others see all of it or nothing. With `create` only where none is there; `patience` is else `WRITING`.
+    def put(
+        self,
+        key: str,
+        data: bytes | memoryview,
+        *,
+        create: bool = False,
+        patience: Patience | None = None,
+    ) -> None:
+        """Write one object; others see all of it or nothing. With `create` only where none is
+        there; `patience` is else `WRITING`.
 
-        Raises: FileExistsError: `create`, and it is there. OSError: it could not be written, after some tries.
+        Raises: FileExistsError: `create`, and it is there. OSError: it could not be written, after
+        some tries.
         """
         ...
 
@@ -159,7 +185,10 @@ def is_object(location: str | bytes) -> bool:
     return is_url(location) and os.fsdecode(location).partition("://")[0] in SCHEMES
 
 
-NO_PASSWORDS = "the URL holds a user name or password, which would be written into every row. Put it into ~/.netrc or the environment."
+NO_PASSWORDS = (
+    "the URL holds a user name or password, which would be written into every row. Put it into"
+    " ~/.netrc or the environment."
+)
 
 
 def names_password(location: str | bytes) -> bool:
@@ -169,10 +198,12 @@ def names_password(location: str | bytes) -> bool:
 
 
 def beside(file: bytes, path: bytes) -> bytes:
-    """Return the location that a path or URL in a file means. It is relative to the folder of the file, which is at a path or URL.
+    """Return the location that a path or URL in a file means. It is relative to the folder of the
+    file, which is at a path or URL.
 
     Raises:
-        ValueError: it is a `file:` URL of another host, or leads above the bucket or host of the file.
+        ValueError: it is a `file:` URL of another host, or leads above the bucket or host of the
+        file.
     """
     if is_file_url(path):
         return local_path(path)
@@ -184,7 +215,9 @@ def beside(file: bytes, path: bytes) -> bytes:
 
 
 def _without_dots(url: bytes) -> bytes:
-    """Resolve `.` and `..` in a URL, which no server does. Raises: ValueError where it leads above the host or bucket."""
+    """Resolve `.` and `..` in a URL, which no server does. Raises: ValueError where it leads above
+    the host or bucket.
+    """
     scheme, _, rest = url.partition(b"://")
     host, *parts = rest.split(b"/")
     kept: list[bytes] = []
@@ -199,7 +232,9 @@ def _without_dots(url: bytes) -> bytes:
 
 
 def is_file_url(location: str | bytes) -> bool:
-    """Return whether a location is a `file:` URL: `file:///a.jpg`, `file://localhost/a.jpg`, or `file:/a.jpg` as Java writes it."""
+    """Return whether a location is a `file:` URL: `file:///a.jpg`, `file://localhost/a.jpg`, or
+    `file:/a.jpg` as Java writes it.
+    """
     return os.fsencode(location)[:6].lower() == b"file:/"
 
 
@@ -209,7 +244,9 @@ def local_path(url: bytes) -> bytes:
     if path.startswith(b"//"):
         host, slash, path = path[2:].partition(b"/")
         if host.lower() not in (b"", b"localhost"):
-            raise ValueError(f"file://{os.fsdecode(host)} is another machine. Mount its disk and give the path")
+            raise ValueError(
+                f"file://{os.fsdecode(host)} is another machine. Mount its disk and give the path"
+            )
         path = slash + path
     return unquote_to_bytes(path)
 
@@ -217,8 +254,8 @@ def local_path(url: bytes) -> bytes:
 def open_store(url: str, patience: Patience | None = None) -> Store:
     """Open a place in an object store; nothing is asked of it yet.
 
-    Credentials, region and endpoint come from the standard variables of the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …);
-    boto3 reads the profiles of `~/.aws`.
+    Credentials, region and endpoint come from the standard variables of the environment
+    (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); boto3 reads the profiles of `~/.aws`.
 
     Args:
         url: `s3://bucket/prefix`; `gs://` and `az://` come with the library and are not tested.
@@ -230,7 +267,9 @@ def open_store(url: str, patience: Patience | None = None) -> Store:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.rstrip("/").partition("/")
     if scheme not in SCHEMES or not bucket or "//" in f"/{prefix}":
-        raise UsageError(f"{url}: is no place in an object store. Write it like s3://bucket/prefix.")
+        raise UsageError(
+            f"{url}: is no place in an object store. Write it like s3://bucket/prefix."
+        )
     return _ObjectStore(f"{scheme}://{bucket}", prefix, patience or READING)
 
 
@@ -242,12 +281,16 @@ def split(url: str) -> tuple[str, str]:
 
 
 def open_blob(location: bytes) -> Blob:
-    """Open a local path or an object's URL. Raises: OSError; UsageError where a package is missing."""
+    """Open a local path or an object's URL. Raises: OSError; UsageError where a package is
+    missing.
+    """
     if is_object(location):
         bucket, key = split(os.fsdecode(location))
         return open_store(bucket).open(key)
     if is_url(location):
-        raise OSError(errno.EPROTONOSUPPORT, "an archive or table cannot be read over this protocol")
+        raise OSError(
+            errno.EPROTONOSUPPORT, "an archive or table cannot be read over this protocol"
+        )
     return LocalBlob(location)
 
 
@@ -272,7 +315,8 @@ class _ObjectStore:
             return
         before: tuple[str, int] | None = None
         for path, size in self._paths(self._prefix + below):
-            # An empty object `a/`, which consoles make to show a folder, is listed as `a`, by which name it cannot be read.
+            # An empty object `a/`, which consoles make to show a folder, is listed as `a`, by which
+            # name it cannot be read.
             if before is not None and (before[1] or not path.startswith(before[0] + "/")):
                 yield before[0][len(self._prefix) :], before[1]
             before = path, size
@@ -285,7 +329,10 @@ class _ObjectStore:
 
     def _path(self, key: str) -> str:
         if _ODD_KEY.search(key):
-            why = "the key has an empty, `.` or `..` part or a control character, which is not supported here"
+            why = (
+                "the key has an empty, `.` or `..` part or a control character, which is not"
+                " supported here"
+            )
             raise OSError(errno.EINVAL, why, f"{self.url}/{key}")
         return self._prefix + key
 
@@ -296,7 +343,9 @@ class _ObjectStore:
         while True:
             try:
                 with _told(self.url):
-                    chunks = chunks or iter(self._reader.list(folder, offset=last, chunk_size=1_000))
+                    chunks = chunks or iter(
+                        self._reader.list(folder, offset=last, chunk_size=1_000)
+                    )
                     chunk = interruptible.heard(partial(next, chunks, None))
             except ConnectionResetError as error:
                 tries.again_after(error)
@@ -316,8 +365,13 @@ class _ObjectStore:
                 last = found["path"]
 
     def _exact_paths(self, start: str, after: str) -> Iterator[tuple[str, int]]:
-        """List the keys after `after` by boto3, which changes none, a page at a time. An empty object `a/` only shows a folder."""
-        client, bucket = _exact_client(self._patience, _environment()), self._bucket.partition("://")[2]
+        """List the keys after `after` by boto3, which changes none, a page at a time. An empty
+        object `a/` only shows a folder.
+        """
+        client, bucket = (
+            _exact_client(self._patience, _environment()),
+            self._bucket.partition("://")[2],
+        )
         while True:
             ask = partial(client.list_objects_v2, Bucket=bucket, Prefix=start, StartAfter=after)
             page = _uncut(ask, self.url, self._patience)
@@ -328,17 +382,24 @@ class _ObjectStore:
             if not page["IsTruncated"]:
                 return
             if not page.get("Contents"):
-                raise OSError(errno.EIO, f"the listing stops after {after!r}, and should go on", self.url)
+                raise OSError(
+                    errno.EIO, f"the listing stops after {after!r}, and should go on", self.url
+                )
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         """See `Store.read`."""
 
         def exact() -> bytes:
-            client, bucket = _exact_client(self._patience, _environment()), self._bucket.partition("://")[2]
+            client, bucket = (
+                _exact_client(self._patience, _environment()),
+                self._bucket.partition("://")[2],
+            )
             answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
             with contextlib.closing(answer["Body"]) as body:
                 if max_bytes is not None and answer["ContentLength"] > max_bytes:
-                    raise OSError(errno.EFBIG, f"has {answer['ContentLength']} bytes, more than {max_bytes}")
+                    raise OSError(
+                        errno.EFBIG, f"has {answer['ContentLength']} bytes, more than {max_bytes}"
+                    )
                 data: bytes = body.read()
             return data
 
@@ -348,7 +409,9 @@ class _ObjectStore:
         def whole() -> bytes:
             answer = self._reader.get(self._path(key))
             if max_bytes is not None and answer.meta["size"] > max_bytes:
-                raise OSError(errno.EFBIG, f"has {answer.meta['size']} bytes, more than {max_bytes}")
+                raise OSError(
+                    errno.EFBIG, f"has {answer.meta['size']} bytes, more than {max_bytes}"
+                )
             return bytes(answer.bytes())
 
         return _uncut(whole, f"{self.url}/{key}", self._patience)
@@ -357,12 +420,22 @@ class _ObjectStore:
         """See `Store.open`."""
         return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._patience)
 
-    def put(self, key: str, data: bytes | memoryview, *, create: bool = False, patience: Patience | None = None) -> None:
+    def put(
+        self,
+        key: str,
+        data: bytes | memoryview,
+        *,
+        create: bool = False,
+        patience: Patience | None = None,
+    ) -> None:
         """See `Store.put`."""
         with _told(f"{self.url}/{key}"):
             client = _client(self._bucket, patience or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
-            interruptible.heard(lambda: client.put(self._path(key), data, mode=mode, use_multipart=False), writes=True)
+            interruptible.heard(
+                lambda: client.put(self._path(key), data, mode=mode, use_multipart=False),
+                writes=True,
+            )
 
     def remove(self, key: str) -> None:
         """See `Store.remove`."""
@@ -373,7 +446,9 @@ class _ObjectStore:
 
 
 class _ObjectBlob:
-    """A `Blob` in an object store. What is read must be of the object that was opened: it is asked for by its entity tag."""
+    """A `Blob` in an object store. What is read must be of the object that was opened: it is asked
+    for by its entity tag.
+    """
 
     def __init__(self, client: ObjectStore, url: str, path: str, patience: Patience) -> None:
         self._client = client
@@ -391,7 +466,11 @@ class _ObjectBlob:
         if offset >= end:
             return b""  # a range of nothing is an error to object stores
         options: GetOptions = {"range": (offset, end), "if_match": self._tag}
-        return _uncut(lambda: bytes(self._client.get(self._path, options=options).bytes()), self._url, self._patience)
+        return _uncut(
+            lambda: bytes(self._client.get(self._path, options=options).bytes()),
+            self._url,
+            self._patience,
+        )
 
     def close(self) -> None:
         """See `Blob.close`."""
@@ -406,7 +485,9 @@ class _PassingError(ConnectionResetError):
 
 
 class _Tries:
-    """Counts the tries that are ours: the library repeats requests, but not all that were cut when part of the answer was there."""
+    """Counts the tries that are ours: the library repeats requests, but not all that were cut when
+    part of the answer was there.
+    """
 
     def __init__(self, patience: Patience) -> None:
         self._patience = patience
@@ -416,9 +497,14 @@ class _Tries:
     def again_after(self, error: OSError) -> None:
         """Wait a little, or raise the error where patience is at its end."""
         self._made += 1
-        if self._made >= self._patience.tries or time.monotonic() - self._begun > self._patience.seconds:
+        if (
+            self._made >= self._patience.tries
+            or time.monotonic() - self._begun > self._patience.seconds
+        ):
             if isinstance(error, _PassingError):
-                raise OSError(errno.EIO, f"{error.strerror}, after {self._made} tries", error.filename) from error
+                raise OSError(
+                    errno.EIO, f"{error.strerror}, after {self._made} tries", error.filename
+                ) from error
             raise error
         time.sleep(min(self._patience.pause_s * 2**self._made, self._patience.longest_pause_s))
 
@@ -434,21 +520,34 @@ def _uncut(read: Callable[[], T], url: str, patience: Patience) -> T:
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """What of the environment decides a client: one made before somebody set right a variable must not be used after it."""
-    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))))
+    """What of the environment decides a client: one made before somebody set right a variable must
+    not be used after it.
+    """
+    return tuple(
+        sorted(
+            item for item in os.environ.items() if item[0].startswith(("AWS_", "GOOGLE_", "AZURE_"))
+        )
+    )
 
 
 @functools.lru_cache(maxsize=256)
-def _client(bucket: str, patience: Patience, environment: tuple[tuple[str, str], ...]) -> ObjectStore:
+def _client(
+    bucket: str, patience: Patience, environment: tuple[tuple[str, str], ...]
+) -> ObjectStore:
     """The one client of this process for a bucket, with its connections. Raises: UsageError."""
     try:
         from obstore.store import from_url
     except ImportError as error:
-        raise UsageError(f"{bucket}: object stores need a package that is not installed. Type: pip install 'imagemill[s3]'") from error
+        raise UsageError(
+            f"{bucket}: object stores need a package that is not installed. Type: pip install"
+            " 'imagemill[s3]'"
+        ) from error
     variables = dict(environment)
     endpoints = (variables.get(name, "") for name in _ENDPOINTS)
     options: ClientConfig = {
-        "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),  # whoever wrote that meant it
+        "allow_http": any(
+            endpoint.startswith("http://") for endpoint in endpoints
+        ),  # whoever wrote that meant it
         "connect_timeout": timedelta(seconds=patience.connect_s),
         "timeout": timedelta(seconds=patience.request_s),
         "user_agent": f"imagemill/{__version__}",
@@ -471,18 +570,24 @@ def _client(bucket: str, patience: Patience, environment: tuple[tuple[str, str],
             credential_provider=_profile(variables) if bucket.startswith("s3://") else None,
         )
     except Exception as error:  # the library's own are of no common kind
-        raise UsageError(f"{bucket}: cannot be opened: {_reason(error)}. Look at the variables {_VARIABLES}.") from error
+        raise UsageError(
+            f"{bucket}: cannot be opened: {_reason(error)}. Look at the variables {_VARIABLES}."
+        ) from error
 
 
 @functools.lru_cache(maxsize=16)
 def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) -> Any:
-    """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region and credentials. Raises: UsageError."""
+    """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region
+    and credentials. Raises: UsageError.
+    """
     try:
         import boto3
         from botocore import UNSIGNED
         from botocore.config import Config
     except ImportError as error:
-        raise UsageError("S3 needs a package that is not installed. Type: pip install 'imagemill[s3]'") from error
+        raise UsageError(
+            "S3 needs a package that is not installed. Type: pip install 'imagemill[s3]'"
+        ) from error
 
     variables = dict(environment)
     is_public = variables.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes", "on")
@@ -490,7 +595,10 @@ def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) 
     return session.client(
         "s3",
         endpoint_url=next(filter(None, (variables.get(name) for name in _ENDPOINTS)), None),
-        region_name=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION") or session.region_name or "us-east-1",
+        region_name=variables.get("AWS_REGION")
+        or variables.get("AWS_DEFAULT_REGION")
+        or session.region_name
+        or "us-east-1",
         config=Config(
             user_agent=f"imagemill/{__version__}",
             connect_timeout=patience.connect_s,
@@ -504,15 +612,23 @@ def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) 
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _VARIABLES = "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_OTHER_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-                      "AWS_CONTAINER_CREDENTIALS_FULL_URI")  # fmt: skip
+_OTHER_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
 
 
 def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
-    """Credentials from `~/.aws`, by boto3, where a profile is named, or where the environment has none and there is such a file."""
+    """Credentials from `~/.aws`, by boto3, where a profile is named, or where the environment has
+    none and there is such a file.
+    """
     named = "AWS_PROFILE" in variables
     if not named and (
-        any(name in variables for name in _OTHER_CREDENTIALS) or not ((home := userdirs.home()) and (home / ".aws").is_dir())
+        any(name in variables for name in _OTHER_CREDENTIALS)
+        or not ((home := userdirs.home()) and (home / ".aws").is_dir())
     ):
         return None
     try:
@@ -546,7 +662,9 @@ def _told(url: str) -> Iterator[None]:
         kind = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT}.get(code, errno.EIO)
         if any(mark in text for mark in _CUT):
             kind = errno.ECONNRESET
-        raise OSError(kind, _reason(error), url) from error  # which makes it a PermissionError, a FileNotFoundError
+        raise OSError(
+            kind, _reason(error), url
+        ) from error  # which makes it a PermissionError, a FileNotFoundError
     except Exception as error:
         if not type(error).__module__.startswith("botocore"):
             raise
@@ -554,16 +672,30 @@ def _told(url: str) -> Iterator[None]:
 
 
 def _of_boto3(error: Exception, url: str) -> OSError:
-    """Turn an error of boto3 into the system's. What may pass by itself is a ConnectionResetError."""
+    """Turn an error of boto3 into the system's. What may pass by itself is a
+    ConnectionResetError.
+    """
     answer = getattr(error, "response", None)
     if not isinstance(answer, dict):  # there was no answer
-        is_passing = type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "SSLError")
+        is_passing = type(error).__name__ not in (
+            "NoCredentialsError",
+            "PartialCredentialsError",
+            "ParamValidationError",
+            "SSLError",
+        )
         return (_PassingError if is_passing else OSError)(errno.EIO, _reason(error), url)
-    status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), answer.get("Error", {}).get("Code", "")
-    text = f"{status} {next((known.phrase for known in HTTPStatus if known == status), '')} ({code})"
+    status, code = (
+        answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
+        answer.get("Error", {}).get("Code", ""),
+    )
+    text = (
+        f"{status} {next((known.phrase for known in HTTPStatus if known == status), '')} ({code})"
+    )
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
         return _PassingError(errno.EIO, text, url)
-    return OSError({401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}.get(status, errno.EIO), text, url)
+    return OSError(
+        {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}.get(status, errno.EIO), text, url
+    )
 
 
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
@@ -593,17 +725,25 @@ def _reason(error: Exception) -> str:
     text = str(error)
     first = " ".join(text.partition("\n\nDebug source:")[0].split())
     if "169.254.169.254" in first or "Unable to locate credentials" in first:
-        return "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+        return (
+            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
+            " AWS_SKIP_SIGNATURE=true for a public bucket"
+        )
     status, code, tries = _STATUS.search(text), _CODE.search(first), _TRIES.search(first)
     if status:
         reason = status[1].strip() + (f" ({code[1]})" if code else "")
     else:
-        reason = next((words for mark, words in _CAUSES.items() if mark in text), first.rpartition(" - ")[2].removeprefix(_PREFIX)[:300])
+        reason = next(
+            (words for mark, words in _CAUSES.items() if mark in text),
+            first.rpartition(" - ")[2].removeprefix(_PREFIX)[:300],
+        )
     return f"{reason}, after {int(tries[1]) + 1} tries" if tries else reason
 
 
 class BlobFile(io.RawIOBase):
-    """A blob as a file object, for libraries that want one; wrap it in `io.BufferedReader`. One thread at a time."""
+    """A blob as a file object, for libraries that want one; wrap it in `io.BufferedReader`. One
+    thread at a time.
+    """
 
     def __init__(self, blob: Blob) -> None:
         super().__init__()

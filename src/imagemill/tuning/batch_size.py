@@ -1,4 +1,6 @@
-"""How many images a batch holds if nobody says: a rule by precision and processor. Results do not depend on it, speed does."""
+"""How many images a batch holds if nobody says: a rule by precision and processor. Results do not
+depend on it, speed does.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,20 @@ _AMX: Final = 8
 
 def resolved(job: Job, devices: Sequence[DeviceSpec]) -> Job:
     """Return the job with a batch size: its own, or the one the rule gives if it has none (0)."""
-    return job if job.batch_size else replace(job, batch_size=rule(job.precision, devices, cpu.flags()))
+    return (
+        job
+        if job.batch_size
+        else replace(job, batch_size=rule(job.precision, devices, cpu.flags()))
+    )
 
 
 def rule(precision: Precision, devices: Sequence[DeviceSpec], flags: Container[str]) -> int:
     """Return the number of images per batch for a precision on these devices.
 
-    4 is within a few per cent of the best for resnext101_32x4d in int8 and bf16. With AMX, 8 makes the session 7 to 8 % faster and a
-    job 2 to 3 %. In fp32, whose images fill the caches sooner, 2 is as fast or up to 3 % faster, and for EfficientNet-Lite0 5 to 12 %
-    (docs/performance.md). `imagemill bench --batch-size search` finds the fastest for one model on one machine.
+    4 is within a few per cent of the best for resnext101_32x4d in int8 and bf16. With AMX, 8 makes
+    the session 7 to 8 % faster and a job 2 to 3 %. In fp32, whose images fill the caches sooner, 2
+    is as fast or up to 3 % faster, and for EfficientNet-Lite0 5 to 12 % (docs/performance.md).
+    `imagemill bench --batch-size search` finds the fastest for one model on one machine.
 
     Args:
         precision: of the job.

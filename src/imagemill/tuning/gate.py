@@ -1,4 +1,6 @@
-"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on images that its calibration did not see."""
+"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on images that its
+calibration did not see.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Verdict:
     flips_where_sure: int
     """How many of these have another top-1."""
     mean_probability_difference: float
-    """Mean over the images of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and as the candidate does."""
+    """Mean over the images of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and
+    as the candidate does.
+    """
     accepted: bool
     reason: str
 
@@ -46,7 +50,8 @@ class Verdict:
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share.
 
-    E. B. Wilson: Probable inference, the law of succession, and statistical inference, JASA 22 (1927). Without trials it is (0, 1).
+    E. B. Wilson: Probable inference, the law of succession, and statistical inference, JASA 22
+    (1927). Without trials it is (0, 1).
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials")
@@ -54,9 +59,13 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
         return 0.0, 1.0
     share, z2 = successes / trials, _Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _Z95 / (1 + z2 / trials) * sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    half = (
+        _Z95 / (1 + z2 / trials) * sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    )
     # At the ends the interval touches 0 or 1; rounding must not take it past the share itself.
-    return (0.0 if successes == 0 else min(share, centre - half)), (1.0 if successes == trials else max(share, centre + half))
+    return (0.0 if successes == 0 else min(share, centre - half)), (
+        1.0 if successes == trials else max(share, centre + half)
+    )
 
 
 def probabilities(logits: NDArray[Any], scores: Scores) -> NDArray[np.float64]:
@@ -70,28 +79,45 @@ def probabilities(logits: NDArray[Any], scores: Scores) -> NDArray[np.float64]:
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
-def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS) -> Verdict:
+def judge(
+    reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
+) -> Verdict:
     """Judge a candidate by fp32's answers to the same images.
 
     Args:
-        reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n may be 0.
-        candidate: the faster precision's. A row that is finite in only one of the two counts as another answer, and if fp32's is the finite
-            one, refuses the candidate. A row that is finite in neither is left out.
+        reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n
+        may be 0.
+        candidate: the faster precision's. A row that is finite in only one of the two counts as
+            another answer, and if fp32's is the finite one, refuses the candidate. A row that is
+            finite in neither is left out.
         scores: what the numbers are.
 
     Raises:
         ValueError: the shapes differ or are not (n, classes).
     """
     if reference.ndim != 2 or reference.shape != candidate.shape or reference.shape[1] < 1:
-        raise ValueError(f"reference {reference.shape} and candidate {candidate.shape} must be one shape, (images, classes)")
+        raise ValueError(
+            f"reference {reference.shape} and candidate {candidate.shape} must be one shape,"
+            " (images, classes)"
+        )
     known, finite = np.isfinite(reference).all(axis=1), np.isfinite(candidate).all(axis=1)
     compared = known | finite
-    reference, candidate, known, finite = reference[compared], candidate[compared], known[compared], finite[compared]
+    reference, candidate, known, finite = (
+        reference[compared],
+        candidate[compared],
+        known[compared],
+        finite[compared],
+    )
     images, classes = reference.shape
     if images == 0:
-        return Verdict(0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed")
+        return Verdict(
+            0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed"
+        )
     both = known & finite
-    reference, candidate = np.where(known[:, None], reference, 0), np.where(finite[:, None], candidate, 0)
+    reference, candidate = (
+        np.where(known[:, None], reference, 0),
+        np.where(finite[:, None], candidate, 0),
+    )
     rows = np.arange(images)
     top = reference.argmax(axis=1)  # ties by class id, as in the results
     same = both & (candidate.argmax(axis=1) == top)
@@ -106,13 +132,22 @@ def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Sco
     low, high = wilson(agreed, images)
     strange = int((~finite).sum())  # fp32's are finite in all of these
     if strange:
-        accepted, reason = False, f"NaN or infinity in the answers to {strange:,} of {images:,} images"
+        accepted, reason = (
+            False,
+            f"NaN or infinity in the answers to {strange:,} of {images:,} images",
+        )
     elif images < ENOUGH:
         accepted, reason = False, f"{TOO_FEW}: {images:,} held out, {ENOUGH:,} are needed"
     elif low < BAR:
-        accepted, reason = False, f"the lower bound of its agreement with fp32, {low:.4f}, is below {BAR}"
+        accepted, reason = (
+            False,
+            f"the lower bound of its agreement with fp32, {low:.4f}, is below {BAR}",
+        )
     else:
-        accepted, reason = True, f"the lower bound of its agreement with fp32, {low:.4f}, reaches {BAR}"
+        accepted, reason = (
+            True,
+            f"the lower bound of its agreement with fp32, {low:.4f}, reaches {BAR}",
+        )
     return Verdict(
         images=images,
         agreement=agreed / images,
@@ -129,7 +164,8 @@ def judge(reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Sco
 def told(verdict: Verdict) -> str:
     """A verdict's figures, in one line for people."""
     return (
-        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.images:,} held-out images "
-        f"(95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}), {verdict.flips_where_sure:,} flips among the "
-        f"{verdict.sure:,} where fp32 was sure, mean probability difference {verdict.mean_probability_difference:.4f}"
+        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.images:,} held-out images"
+        f" (95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}),"
+        f" {verdict.flips_where_sure:,} flips among the {verdict.sure:,} where fp32 was sure, mean"
+        f" probability difference {verdict.mean_probability_difference:.4f}"
     )

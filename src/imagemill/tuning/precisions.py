@@ -1,7 +1,8 @@
 """Which precision a job runs in, and which file of its bundle: promise 6.
 
-`prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the verdicts that the bundle's card keeps, and
-have `trial` make those that are missing: `auto` only where the job gains more than the trial costs.
+`prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the
+verdicts that the bundle's card keeps, and have `trial` make those that are missing: `auto` only
+where the job gains more than the trial costs.
 
     auto       int8 if accepted ─► else bf16 if accepted ─► else fp32; each step is said
     explicit   obeyed; its figures are said
@@ -32,7 +33,9 @@ _SPARE: Final = 1.25
 _WORTH_USING: Final = 1.05
 """Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
-"""An explicit precision is judged on one image in so many, so that its figures cost little beside the job."""
+"""An explicit precision is judged on one image in so many, so that its figures cost little beside
+the job.
+"""
 _FEWEST: Final = 50
 
 
@@ -62,7 +65,9 @@ class Prepared:
     model_file: Path
     """`Job.model_file`."""
     sha256: str | None = None
-    """Of a variant's files, for `verify_variant` when the job is resumed; None for `model.onnx`, which the card's own sum covers."""
+    """Of a variant's files, for `verify_variant` when the job is resumed; None for `model.onnx`,
+    which the card's own sum covers.
+    """
     lines: tuple[str, ...] = ()
     """All that was said on the way; also told to `say` at once."""
 
@@ -75,14 +80,16 @@ class Report:
     images: int
     """That the sources hold."""
     precisions: Mapping[str, Record] = field(default_factory=dict)
-    """Precision → what the card now keeps: `file`, `key`, `preset`, `verdict`, `accepted`, `speedup`, …"""
+    """Precision → what the card now keeps: `file`, `key`, `preset`, `verdict`, `accepted`,
+    `speedup`, …
+    """
 
 
 def _silent(_: str) -> None:
     """Say nothing."""
 
 
-# ── what a job runs in ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a job runs in ────────────────────────────────────────────────────────────────────────────
 
 
 def prepare(
@@ -103,7 +110,8 @@ def prepare(
         setting: `auto`, or a precision; None means auto.
         bundle: its card with the recipe that the job uses.
         sources_of_job: resolved, as entries number them.
-        entries: lists the job's images; called only if some are needed, and walked over once, in bounded memory.
+        entries: lists the job's images; called only if some are needed, and walked over once, in
+        bounded memory.
         images: how many these are.
         chosen: the job's devices.
         limits: budgets of one image.
@@ -111,8 +119,8 @@ def prepare(
         say: takes a line for the user.
 
     Raises:
-        UsageError: the devices do not all compute in it. ModelError, WorkerError: an explicit int8 cannot be made; `auto` says
-        so and goes on in fp32.
+        UsageError: the devices do not all compute in it. ModelError, WorkerError: an explicit int8
+        cannot be made; `auto` says so and goes on in fp32.
     """
     lines: list[str] = []
 
@@ -139,16 +147,21 @@ def prepare(
         choice = _automatic(base, entries, images, tell)
     else:
         choice = _explicit(Precision(setting), base, entries, images, tell)
-    return Prepared(choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines))
+    return Prepared(
+        choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines)
+    )
 
 
 def are_judged(chosen: Sequence[DeviceSpec]) -> bool:
-    """Whether the verdicts that a bundle keeps are about these devices: they are made by OpenVINO on the CPU."""
+    """Whether the verdicts that a bundle keeps are about these devices: they are made by OpenVINO
+    on the CPU.
+    """
     return all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
 
 
 def verify_variant(model_file: Path, sha256: str | None) -> None:
-    """Compare a variant's files with the sum that the job was frozen with; None: nothing to compare.
+    """Compare a variant's files with the sum that the job was frozen with; None: nothing to
+    compare.
 
     Raises:
         ModelError: they changed, or are gone.
@@ -158,15 +171,22 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
     try:
         found = quantize.digest(model_file)
     except OSError as error:
-        raise ModelError(f"{model_file}, which the job was started with, cannot be read: {error.strerror}. Start anew.") from error
+        raise ModelError(
+            f"{model_file}, which the job was started with, cannot be read: {error.strerror}. Start"
+            " anew."
+        ) from error
     if found != sha256:
-        raise ModelError(f"{model_file} is not the file that the job was started with: its sha256 is {found}, was {sha256}. Start anew.")
+        raise ModelError(
+            f"{model_file} is not the file that the job was started with: its sha256 is {found},"
+            f" was {sha256}. Start anew."
+        )
 
 
 def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice:
     """Pick the fastest precision that the card's verdicts allow; nothing is measured.
 
-    A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file is whole.
+    A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file
+    is whole.
 
     Args:
         bundle: its card with the recipe that the job uses.
@@ -182,24 +202,37 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
         if record and record.get("accepted") is True:
             speedup = record.get("speedup")
             if isinstance(speedup, int | float) and speedup < _WORTH_USING:
-                reasons.append(f"{precision} is not used: it answers as fp32 does but makes only {speedup:.2f} times its images/s")
+                reasons.append(
+                    f"{precision} is not used: it answers as fp32 does but makes only {speedup:.2f}"
+                    " times its images/s"
+                )
                 continue
             reasons.append(f"{precision} is used: {verdict.get('reason')}")
-            return replace(_chosen(bundle, precision, record), reasons=tuple(reasons), worth_trying=tuple(worth))
+            return replace(
+                _chosen(bundle, precision, record),
+                reasons=tuple(reasons),
+                worth_trying=tuple(worth),
+            )
         if record and verdict.get("images", 0) >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {verdict.get('reason')}")
         elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
         elif record and not trial.pays(precision, images, CALIBRATION, HELD_OUT):
-            reasons.append(f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more images decides")
+            reasons.append(
+                f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more"
+                " images decides"
+            )
         elif not trial.pays(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
-                f"{precision} is not used: {images:,} images are too few for trying it to pay; "
-                "`imagemill quantize` measures whether it answers as fp32 does, and keeps the verdict"
+                f"{precision} is not used: {images:,} images are too few for trying it to pay;"
+                " `imagemill quantize` measures whether it answers as fp32 does, and keeps the"
+                " verdict"
             )
         else:
             worth.append(precision)
-    return Choice(Precision.FP32, "model", bundle.dir / bundles.MODEL, None, tuple(reasons), tuple(worth))
+    return Choice(
+        Precision.FP32, "model", bundle.dir / bundles.MODEL, None, tuple(reasons), tuple(worth)
+    )
 
 
 def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) -> Record | None:
@@ -211,11 +244,15 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
     now = quantize.versions().get("openvino")
     if not isinstance(libraries, Mapping) or libraries.get("openvino") != now:
         return None
-    if _without_background(record.get("recipe")) != _without_background(serialization.to_plain(bundle.card.recipe)):
+    if _without_background(record.get("recipe")) != _without_background(
+        serialization.to_plain(bundle.card.recipe)
+    ):
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):
         return None
-    if record.get("group_channels", 0) != openvino_rewrites.wanted(precision, cpu.flags() if flags is None else flags):
+    if record.get("group_channels", 0) != openvino_rewrites.wanted(
+        precision, cpu.flags() if flags is None else flags
+    ):
         return None
     if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
         return None
@@ -224,7 +261,11 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
 
 def _without_background(recipe: object) -> object:
     """A verdict holds for any background: it changes few images, and none of the arithmetic."""
-    return {name: value for name, value in recipe.items() if name != "background"} if isinstance(recipe, Mapping) else recipe
+    return (
+        {name: value for name, value in recipe.items() if name != "background"}
+        if isinstance(recipe, Mapping)
+        else recipe
+    )
 
 
 def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> Choice:
@@ -234,14 +275,21 @@ def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> 
     return Choice(precision, name.removesuffix(".xml"), bundle.dir / name, str(record["sha256"]))
 
 
-def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say) -> Choice:
-    """See `prepare`. What goes wrong with a faster precision costs the job nothing but that precision."""
+def _automatic(
+    base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say
+) -> Choice:
+    """See `prepare`. What goes wrong with a faster precision costs the job nothing but that
+    precision.
+    """
     choice = choose(base.bundle, images)
     if choice.worth_trying:
         some, _ = thin(entries(), _wanted(base))
         say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
         try:
-            trial_process.in_child(replace(base, entries=tuple(some), precisions=choice.worth_trying, images=images), say)
+            trial_process.in_child(
+                replace(base, entries=tuple(some), precisions=choice.worth_trying, images=images),
+                say,
+            )
         except Interrupted:
             raise
         except ImagemillError as error:
@@ -254,12 +302,16 @@ def _automatic(base: Trial, entries: Callable[[], Iterable[Entry]], images: int,
     return choice
 
 
-def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say) -> Choice:
+def _explicit(
+    precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say
+) -> Choice:
     """See `prepare`. The card's verdict is told; where there is none, a short trial makes one."""
     bundle = base.bundle
     record = usable(bundle, precision)
     if record is None and images == 0:
-        return Choice(precision, "model", bundle.dir / bundles.MODEL)  # nothing to calibrate on, and nothing to classify
+        return Choice(
+            precision, "model", bundle.dir / bundles.MODEL
+        )  # nothing to calibrate on, and nothing to classify
     if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
         held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)
@@ -268,10 +320,16 @@ def _explicit(precision: Precision, base: Trial, entries: Callable[[], Iterable[
     elif record is not None:
         say(f"{precision}: {told(record)}")
     if record is None:
-        say(f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name} --images SOURCE` does that")
+        say(
+            f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name}"
+            " --images SOURCE` does that"
+        )
         return Choice(precision, "model", bundle.dir / bundles.MODEL)
     if not record["accepted"]:
-        say(f"{precision} is used because it was asked for; `auto` would not use it: {record['verdict']['reason']}")
+        say(
+            f"{precision} is used because it was asked for; `auto` would not use it:"
+            f" {record['verdict']['reason']}"
+        )
     return _chosen(bundle, precision, record)
 
 
@@ -285,9 +343,11 @@ def _wanted(base: Trial) -> int:
 
 
 def thin(entries: Iterable[Entry], wanted: int) -> tuple[list[Entry], int]:
-    """Pick at least `wanted` entries, evenly spread over a listing of unknown length; all of a shorter one.
+    """Pick at least `wanted` entries, evenly spread over a listing of unknown length; all of a
+    shorter one.
 
-    Every 2^k-th is kept, k growing with the listing, so that never more than twice as many are held. Returns them, and how many there were.
+    Every 2^k-th is kept, k growing with the listing, so that never more than twice as many are
+    held. Returns them, and how many there were.
     """
     kept: list[Entry] = []
     step = 1
@@ -302,7 +362,7 @@ def thin(entries: Iterable[Entry], wanted: int) -> tuple[list[Entry], int]:
     return kept, count
 
 
-# ── imagemill quantize ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── imagemill quantize ────────────────────────────────────────────────────────────────────────────
 
 
 def quantize_bundle(
@@ -317,9 +377,11 @@ def quantize_bundle(
     limits: Limits | None = None,
     say: Say = _silent,
 ) -> Report:
-    """Make the int8 variant of a bundle and measure it, and bf16 where the processor has it, against fp32.
+    """Make the int8 variant of a bundle and measure it, and bf16 where the processor has it,
+    against fp32.
 
-    The verdicts are kept in the bundle's card, whatever they are. The same call again measures nothing anew.
+    The verdicts are kept in the bundle's card, whatever they are. The same call again measures
+    nothing anew.
 
     Args:
         bundle: the model.
@@ -333,7 +395,8 @@ def quantize_bundle(
         say: takes a line for the user.
 
     Raises:
-        UsageError: numbers that make no sense, or sources without images. ModelError, SourceError, WorkerError.
+        UsageError: numbers that make no sense, or sources without images. ModelError, SourceError,
+        WorkerError.
     """
     for name, value in (("--calibration", calibration), ("--held-out", held_out)):
         if not 1 <= value <= 100_000:
@@ -346,14 +409,20 @@ def quantize_bundle(
         entries=(),
         cores=devices.cores_here(chosen),
         limits=limits or Limits(),
-        precisions=(Precision.INT8, *([Precision.BF16] if cpu.unit(Precision.BF16, cpu.flags()) else [])),
+        precisions=(
+            Precision.INT8,
+            *([Precision.BF16] if cpu.unit(Precision.BF16, cpu.flags()) else []),
+        ),
         calibration=calibration,
         held_out=held_out,
         attempts=attempts,
     )
     some, images = thin(_listing(resolved, filters or Filters()), _wanted(base))
     if not images:
-        raise UsageError(f"{', '.join(given)} holds no images. Give a folder of images like those that will be classified.")
+        raise UsageError(
+            f"{', '.join(given)} holds no images. Give a folder of images like those that will be"
+            " classified."
+        )
     found = trial_process.in_child(replace(base, entries=tuple(some)), say)
     return Report(str(bundle.dir), images, found)
 
@@ -368,7 +437,10 @@ def told(record: Mapping[str, Any]) -> str:
     """A record's figures in one line for people."""
     verdict = gate.Verdict(**{name: record["verdict"][name] for name in gate.Verdict.__slots__})
     faster = f"; {record['speedup']:.2f} × the images/s of fp32" if record.get("speedup") else ""
-    return f"{'accepted' if verdict.accepted else 'not accepted'} ({verdict.reason}): {gate.told(verdict)}{faster}"
+    return (
+        f"{'accepted' if verdict.accepted else 'not accepted'} ({verdict.reason}):"
+        f" {gate.told(verdict)}{faster}"
+    )
 
 
 def report_lines(report: Report) -> list[str]:
@@ -378,7 +450,10 @@ def report_lines(report: Report) -> list[str]:
         lines.append(f"{precision}: {told(record)}")
         for item in record.get("tried", ()):
             but = f", {len(item['ignored'])} layers in fp32" if item["ignored"] else ""
-            lines.append(f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower bound {item['wilson_low']:.4f}")
+            lines.append(
+                f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower"
+                f" bound {item['wilson_low']:.4f}"
+            )
         if record.get("kept") is False:
             lines.append("  not kept: what was accepted before, on more images, stays")
         elif "file" in record:

@@ -1,10 +1,12 @@
-"""int8 variants of a bundle: made by NNCF's post-training quantisation, kept beside the model, described in its card.
+"""int8 variants of a bundle: made by NNCF's post-training quantisation, kept beside the model,
+described in its card.
 
-    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so a .xml is never without its weights
-    DIR/card.json                notes.variants.int8: file, key, calibration, verdict, …
+    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so a .xml is never without its
+    weights DIR/card.json                notes.variants.int8: file, key, calibration, verdict, …
 
-Constants are folded before quantising: the shape arithmetic around the weights of grouped convolutions otherwise keeps all of them in
-fp32, 29 % of the time of resnext101_32x4d (docs/performance.md). `kernels` shows what runs in int8.
+Constants are folded before quantising: the shape arithmetic around the weights of grouped
+convolutions otherwise keeps all of them in fp32, 29 % of the time of resnext101_32x4d
+(docs/performance.md). `kernels` shows what runs in int8.
 """
 
 from __future__ import annotations
@@ -37,10 +39,14 @@ VARIANTS: Final = "variants"
 _LAYERS: Final = ("Convolution", "GroupConvolution", "MatMul")
 _FQ_INPUTS: Final = 5
 _GROUP_CHANNELS: Final = 16
-"""Narrower groups are merged up to this many channels: resnext101_32x4d begins with groups of 4 and 8, which ran at 82 and 185 Gop/s a core
-where groups of 16 make 485; merged they take 2/3 and 6/7 of the time, 1.7 % of the whole network (2026-11-22)."""
+"""Narrower groups are merged up to this many channels: resnext101_32x4d begins with groups of 4 and
+8, which ran at 82 and 185 Gop/s a core where groups of 16 make 485; merged they take 2/3 and 6/7 of
+the time, 1.7 % of the whole network (2026-11-22).
+"""
 _STEPS_TO_FQ: Final = 4
-"""NNCF may put a quantiser above a pooling, reshaping or transposing layer instead of right before the convolution."""
+"""NNCF may put a quantiser above a pooling, reshaping or transposing layer instead of right before
+the convolution.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +67,15 @@ class Kernel:
     type: str
     """`Convolution`, `GroupConvolution`, …"""
     kernel: str
-    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision, for the first layer in lower case with AMX."""
+    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision, for the first layer in
+    lower case with AMX.
+    """
 
 
 def _libraries() -> tuple[Any, Any]:
-    """Import OpenVINO and NNCF with telemetry off: both would otherwise send events when imported, and NNCF for each call."""
+    """Import OpenVINO and NNCF with telemetry off: both would otherwise send events when imported,
+    and NNCF for each call.
+    """
     openvino = load_openvino()
     import nncf
 
@@ -83,8 +93,17 @@ def versions() -> dict[str, str]:
 
 
 def key(model_sha256: str, calibration: str, scheme: Scheme) -> str:
-    """Name a variant by what decides it: the model, the calibration set's identity, the scheme, and the libraries' versions."""
-    values = [model_sha256, calibration, scheme.preset, list(scheme.ignored), _GROUP_CHANNELS, sorted(versions().items())]
+    """Name a variant by what decides it: the model, the calibration set's identity, the scheme, and
+    the libraries' versions.
+    """
+    values = [
+        model_sha256,
+        calibration,
+        scheme.preset,
+        list(scheme.ignored),
+        _GROUP_CHANNELS,
+        sorted(versions().items()),
+    ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
@@ -114,7 +133,10 @@ def quantize(
     ov, nncf = _libraries()
     items = list(pixels)[:subset_size]
     if not items:
-        raise ModelError(f"{model_file} cannot be quantised without images to calibrate on. Give a source that holds readable images.")
+        raise ModelError(
+            f"{model_file} cannot be quantised without images to calibrate on. Give a source that"
+            " holds readable images."
+        )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws progress bars there
             model = ov.convert_model(str(model_file), input=list(items[0].shape))
@@ -129,12 +151,16 @@ def quantize(
         openvino_rewrites.merge(ov, quantised, _GROUP_CHANNELS, "i8")
         quantised.reshape({name: [-1, *items[0].shape[1:]]})
     except Exception as error:  # NNCF raises whatever it meets
-        raise ModelError(f"{model_file} cannot be quantised: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}") from error
+        raise ModelError(
+            f"{model_file} cannot be quantised: {type(error).__name__}:"
+            f" {str(error).strip().splitlines()[-1:]}"
+        ) from error
     return quantised
 
 
 def save(model: Any, folder: Path, name: str) -> Path:
-    """Write a model as `name.xml` and `name.bin`; each appears whole, the .xml last. Returns the path of the .xml.
+    """Write a model as `name.xml` and `name.bin`; each appears whole, the .xml last. Returns the
+    path of the .xml.
 
     Raises:
         ModelError: the folder cannot be written.
@@ -151,8 +177,13 @@ def save(model: Any, folder: Path, name: str) -> Path:
             written.replace(target.with_suffix(suffix))
         files.sync_folder(folder)
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-        raise ModelError(f"{target} cannot be written: {reason}. Make room or rights there, or use --precision fp32.") from error
+        reason = (
+            error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+        )
+        raise ModelError(
+            f"{target} cannot be written: {reason}. Make room or rights there, or use --precision"
+            " fp32."
+        ) from error
     finally:
         for suffix in (".bin", ".xml"):
             with contextlib.suppress(OSError):
@@ -185,18 +216,25 @@ def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
     entry = found.input(0)
     shape = [batch_size, *(int(side.get_length()) for side in list(entry.get_partial_shape())[1:])]
     found.reshape({next(iter(entry.get_names())): shape})
-    request = core.compile_model(found, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+    request = core.compile_model(
+        found, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+    ).create_infer_request()
     request.infer([np.zeros(shape, np.uint8)])
     return tuple(
-        Kernel(item.node_name, item.node_type, item.exec_type) for item in request.profiling_info if item.node_type.endswith("Convolution")
+        Kernel(item.node_name, item.node_type, item.exec_type)
+        for item in request.profiling_info
+        if item.node_type.endswith("Convolution")
     )
 
 
-def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
+def sensitivities(
+    model_file: Path, quantised_file: Path, pixels: Sequence[NDArray[np.uint8]]
+) -> list[tuple[str, float]]:
     """Rank layers by how much of their input the quantiser before them destroys, the worst first.
 
-    Of every channel the quantiser's error is set against the channel's own power, and the mean over the channels is taken: one loud channel
-    that makes the step too coarse for all the others shows, though it hides them in the sum.
+    Of every channel the quantiser's error is set against the channel's own power, and the mean over
+    the channels is taken: one loud channel that makes the step too coarse for all the others shows,
+    though it hides them in the sum.
 
     Args:
         model_file: the model in fp32.
@@ -216,13 +254,29 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
             continue
         source = found.input(0).get_source_output()
         twin = here.get(source.get_node().get_friendly_name())
-        constants = [found.input(place).get_source_output().get_node() for place in range(1, _FQ_INPUTS)]
-        if twin is not None and twin.get_output_size() == 1 and all(node.get_type_name() == "Constant" for node in constants):
+        constants = [
+            found.input(place).get_source_output().get_node() for place in range(1, _FQ_INPUTS)
+        ]
+        if (
+            twin is not None
+            and twin.get_output_size() == 1
+            and all(node.get_type_name() == "Constant" for node in constants)
+        ):
             levels = int(found.get_attributes()["levels"])
-            measured.append((node.get_friendly_name(), twin, [levels, *(constant.data for constant in constants)]))
+            measured.append(
+                (
+                    node.get_friendly_name(),
+                    twin,
+                    [levels, *(constant.data for constant in constants)],
+                )
+            )
     # One output a tensor, though several layers may read it.
     tensors = {twin.get_friendly_name(): twin for _, twin, _ in measured}
-    probe = ov.Model([ov.opset13.result(twin.output(0)) for twin in tensors.values()], model.get_parameters(), "probe")
+    probe = ov.Model(
+        [ov.opset13.result(twin.output(0)) for twin in tensors.values()],
+        model.get_parameters(),
+        "probe",
+    )
     compiled = core.compile_model(probe, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     sums = {name: 0.0 for name, _, _ in measured}
     for item in pixels:
@@ -230,17 +284,24 @@ def sensitivities(model_file: Path, quantised_file: Path, pixels: Sequence[NDArr
         values = {name: outputs[place] for place, name in enumerate(tensors)}
         for name, twin, ranges in measured:
             sums[name] += _noise(values[twin.get_friendly_name()], ranges)
-    return sorted(((name, total / len(pixels)) for name, total in sums.items()), key=lambda pair: -pair[1])
+    return sorted(
+        ((name, total / len(pixels)) for name, total in sums.items()), key=lambda pair: -pair[1]
+    )
 
 
 def feeders(model_file: Path, names: Iterable[str]) -> tuple[str, ...]:
     """Name the layers whose results reach the named ones without passing another layer.
 
-    Keeping a layer in fp32 may not be enough: the one that computes its loud channel may lose the quiet ones by itself.
+    Keeping a layer in fp32 may not be enough: the one that computes its loud channel may lose the
+    quiet ones by itself.
     """
     model = load_openvino().Core().read_model(str(model_file))
     wanted = set(names)
-    coming = [node.input(0).get_source_output().get_node() for node in model.get_ops() if node.get_friendly_name() in wanted]
+    coming = [
+        node.input(0).get_source_output().get_node()
+        for node in model.get_ops()
+        if node.get_friendly_name() in wanted
+    ]
     found, seen = [], set()
     while coming:
         node = coming.pop()
@@ -266,7 +327,9 @@ def _quantiser_of(node: Any) -> Any | None:
 
 
 def _noise(values: NDArray[Any], ranges: Sequence[Any]) -> float:
-    """Mean over channels (axis 1) of the quantisation error's power by the channel's; FakeQuantize as OpenVINO defines it."""
+    """Mean over channels (axis 1) of the quantisation error's power by the channel's; FakeQuantize
+    as OpenVINO defines it.
+    """
     levels, low, high, out_low, out_high = ranges
     x = values.astype(np.float64)
     steps = np.round((np.clip(x, low, high) - low) / np.maximum(high - low, 1e-30) * (levels - 1))
@@ -277,13 +340,17 @@ def _noise(values: NDArray[Any], ranges: Sequence[Any]) -> float:
     return float(((error**2).sum(axis=axes)[heard] / power[heard]).mean()) if heard.any() else 0.0
 
 
-# ── what the card knows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what the card knows ───────────────────────────────────────────────────────────────────────────
 
 
 def variants(bundle: Bundle) -> dict[str, dict[str, Any]]:
     """What the card says of faster precisions: precision → record. Damaged entries are left out."""
     kept = bundle.card.notes.get(VARIANTS)
-    return {str(name): dict(record) for name, record in kept.items() if isinstance(record, Mapping)} if isinstance(kept, Mapping) else {}
+    return (
+        {str(name): dict(record) for name, record in kept.items() if isinstance(record, Mapping)}
+        if isinstance(kept, Mapping)
+        else {}
+    )
 
 
 def variant_file(bundle: Bundle, record: Mapping[str, Any]) -> Path | None:
@@ -300,13 +367,19 @@ def variant_file(bundle: Bundle, record: Mapping[str, Any]) -> Path | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a bundle against others that would quantise it; they wait. The kernel lets go of it however this process ends."""
+    """Hold a bundle against others that would quantise it; they wait. The kernel lets go of it
+    however this process ends.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ModelError(f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder.") from error
+        raise ModelError(
+            f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder."
+        ) from error
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: then the last to finish wins
+        with contextlib.suppress(
+            OSError
+        ):  # some network file systems have no locks: then the last to finish wins
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -314,7 +387,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def note(bundle: Bundle, records: Mapping[str, Mapping[str, Any]]) -> Bundle:
-    """Put what was found about precisions into the card, beside what it holds already; the card appears whole.
+    """Put what was found about precisions into the card, beside what it holds already; the card
+    appears whole.
 
     Raises:
         ModelError: the card cannot be read or written.
@@ -324,5 +398,8 @@ def note(bundle: Bundle, records: Mapping[str, Mapping[str, Any]]) -> Bundle:
     try:
         files.write_whole(bundle.dir / bundles.CARD, bundles.card_json(card).encode())
     except OutputError as error:
-        raise ModelError(f"{bundle.dir / bundles.CARD} cannot be written. Make room or rights there, or use --precision fp32.") from error
+        raise ModelError(
+            f"{bundle.dir / bundles.CARD} cannot be written. Make room or rights there, or use"
+            " --precision fp32."
+        ) from error
     return Bundle(bundle.dir, card)

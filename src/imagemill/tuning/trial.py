@@ -1,4 +1,5 @@
-"""One trial of faster precisions against fp32: decode, calibrate, judge, note the verdicts in the bundle's card.
+"""One trial of faster precisions against fp32: decode, calibrate, judge, note the verdicts in the
+bundle's card.
 
 `trial_process` runs it in a process of its own.
 """
@@ -26,7 +27,19 @@ from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import AS_GIVEN, Access, Batch, Bundle, DeviceSpec, Entry, Job, Limits, PlannedImage, Precision, Shard
+from imagemill.records import (
+    AS_GIVEN,
+    Access,
+    Batch,
+    Bundle,
+    DeviceSpec,
+    Entry,
+    Job,
+    Limits,
+    PlannedImage,
+    Precision,
+    Shard,
+)
 from imagemill.system import cpu, serialization
 from imagemill.tuning import gate, quantize
 
@@ -37,7 +50,9 @@ Record = dict[str, Any]
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
 _CALIBRATING: Final = 2.0
-"""Quantising costs as much as this many fp32 images for each that it calibrates on: resnext101_32x4d, 300 images in 48 s at 12.5/s."""
+"""Quantising costs as much as this many fp32 images for each that it calibrates on:
+resnext101_32x4d, 300 images in 48 s at 12.5/s.
+"""
 _STARTING_S: Final = 12.0
 """Importing, converting and compiling."""
 _PROBE_S: Final = 2.0
@@ -74,7 +89,9 @@ class Trial:
     attempts: int = 4
     """Ways of quantising to try at most, as long as none is accepted."""
     images: int | None = None
-    """Of the job that must gain more than the trial costs, and needs one precision only; None: try everything, whatever it costs."""
+    """Of the job that must gain more than the trial costs, and needs one precision only; None: try
+    everything, whatever it costs.
+    """
     batch_size: int = 4
     isolate: bool = False
     """Decode every image in a disposable process."""
@@ -82,23 +99,37 @@ class Trial:
 
 
 def instruction_set(flags: set[str] | None = None) -> str:
-    """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between processors that differ in it."""
+    """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between
+    processors that differ in it.
+    """
     flags = cpu.flags() if flags is None else flags
     return next(iter(cpu.vector_units(flags)), "plain")
 
 
 def spent_images(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
-    """What trying a precision costs, in fp32 images: calibrating, and judging on the held-out ones in fp32 and in it."""
+    """What trying a precision costs, in fp32 images: calibrating, and judging on the held-out ones
+    in fp32 and in it.
+    """
     calibrating = _CALIBRATING * calibration if precision is Precision.INT8 else 0.0
     return calibrating + held_out * (1 + 1 / speedup)
 
 
 def gained_images(images: int, speedup: float) -> float:
-    """What a job gains from a precision, in fp32 images. Decoding is the same in both, and so plays no part."""
+    """What a job gains from a precision, in fp32 images. Decoding is the same in both, and so plays
+    no part.
+    """
     return images * (1 - 1 / speedup)
 
 
-def pays(precision: Precision, images: int, calibration: int, held_out: int, *, rate: float = 0.0, speedup: float | None = None) -> bool:
+def pays(
+    precision: Precision,
+    images: int,
+    calibration: int,
+    held_out: int,
+    *,
+    rate: float = 0.0,
+    speedup: float | None = None,
+) -> bool:
     """Tell whether a job gains more from a precision than trying it costs.
 
     Args:
@@ -106,22 +137,36 @@ def pays(precision: Precision, images: int, calibration: int, held_out: int, *, 
         images: of the job.
         calibration: images to calibrate on.
         held_out: images to judge by.
-        rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of models.
+        rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of
+        models.
         speedup: over fp32; None: as much as the units can.
     """
     speedup = speedup or SPEEDUP[precision]
-    return gained_images(images, speedup) > spent_images(precision, calibration, held_out, speedup) + _STARTING_S * rate
+    return (
+        gained_images(images, speedup)
+        > spent_images(precision, calibration, held_out, speedup) + _STARTING_S * rate
+    )
 
 
 def split(available: int, calibration: int, held_out: int) -> tuple[list[int], list[int]]:
-    """Deal positions 0 … available−1 to calibration and gate: disjoint, both spread evenly, the same every time.
+    """Deal positions 0 … available−1 to calibration and gate: disjoint, both spread evenly, the
+    same every time.
 
-    Where there are more than both need, both get spares in proportion; where there are fewer, calibration gets up to four fifths. Both
-    lists come shuffled with a fixed seed, so that stopping early leaves out no part of the listing.
+    Where there are more than both need, both get spares in proportion; where there are fewer,
+    calibration gets up to four fifths. Both lists come shuffled with a fixed seed, so that stopping
+    early leaves out no part of the listing.
     """
     wanted = calibration + held_out
-    share = available * calibration // wanted if available >= wanted > 0 else min(calibration, max(min(available, 1), available * 4 // 5))
-    first = [place for place in range(available) if (place + 1) * share // available > place * share // available]
+    share = (
+        available * calibration // wanted
+        if available >= wanted > 0
+        else min(calibration, max(min(available, 1), available * 4 // 5))
+    )
+    first = [
+        place
+        for place in range(available)
+        if (place + 1) * share // available > place * share // available
+    ]
     chosen = set(first)
     rest = [place for place in range(available) if place not in chosen]
     shuffled = [np.random.default_rng(0).permutation(places).tolist() for places in (first, rest)]
@@ -129,17 +174,24 @@ def split(available: int, calibration: int, held_out: int) -> tuple[list[int], l
 
 
 def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
-    """Hash of what decides a set of pixel arrays: paths, sizes, how many at most, recipe and decoder."""
-    state = hashlib.sha256(json.dumps([count, serialization.to_plain(bundle.card.recipe), DECODER]).encode())
+    """Hash of what decides a set of pixel arrays: paths, sizes, how many at most, recipe and
+    decoder.
+    """
+    state = hashlib.sha256(
+        json.dumps([count, serialization.to_plain(bundle.card.recipe), DECODER]).encode()
+    )
     for entry in entries:
         state.update(b"%d\0%b\0%d\n" % (entry.source, entry.path, entry.size))
     return state.hexdigest()[:16]
 
 
-def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None) -> dict[str, Record]:
+def carry_out(
+    trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None
+) -> dict[str, Record]:
     """Try the precisions in turn and note each verdict in the bundle's card.
 
-    Held in memory: the calibration and held-out images, 150 KB each at 224×224, and fp32's answers to the latter.
+    Held in memory: the calibration and held-out images, 150 KB each at 224×224, and fp32's answers
+    to the latter.
 
     Args:
         trial: see there.
@@ -147,17 +199,19 @@ def carry_out(trial: Trial, say: Say = lambda _: None, at: Callable[[float | Non
         at: told before each step how long it may take at most, seconds; None: not known.
 
     Returns:
-        precision → record, of those that were tried or found measured already. Empty where trying does not pay.
+        precision → record, of those that were tried or found measured already. Empty where trying
+        does not pay.
 
     Raises:
-        ModelError: the model cannot be compiled or quantised, or the bundle cannot be written. BadLogitsError: fp32 itself returns NaN
-        for every image.
+        ModelError: the model cannot be compiled or quantised, or the bundle cannot be written.
+        BadLogitsError: fp32 itself returns NaN for every image.
     """
     at(None)
     with quantize.locked(trial.bundle.dir):
         now = bundles.load(trial.bundle.dir)
         if trial.images is not None and now.card.notes != trial.bundle.card.notes:
-            return {}  # another process noted something while this one waited: the caller looks again
+            # another process noted something while this one waited: the caller looks again
+            return {}
         return _Run(trial, now, say, at).carry_out()
 
 
@@ -179,12 +233,17 @@ class _Candidate:
 class _Run:
     """One trial under the bundle's lock; `now` is the card as it lies on disk."""
 
-    def __init__(self, trial: Trial, now: Bundle, say: Say, at: Callable[[float | None], None]) -> None:
+    def __init__(
+        self, trial: Trial, now: Bundle, say: Say, at: Callable[[float | None], None]
+    ) -> None:
         self._trial, self._now, self._say, self._at = trial, now, say, at
         self._onnx = trial.bundle.dir / bundles.MODEL
         calibration = trial.calibration if Precision.INT8 in trial.precisions else 0
         first, rest = split(len(trial.entries), calibration, trial.held_out)
-        self._first, self._rest = [trial.entries[place] for place in first], [trial.entries[place] for place in rest]
+        self._first, self._rest = (
+            [trial.entries[place] for place in first],
+            [trial.entries[place] for place in rest],
+        )
         self._common: Record = {
             "held_out": {"id": identity(self._rest, trial.held_out, trial.bundle)},
             "versions": quantize.versions(),
@@ -204,7 +263,9 @@ class _Run:
         if not wanted:
             return records
         pixels = self.calibration_pixels() if Precision.INT8 in wanted else []
-        if trial.images is not None and not (wanted := self._worth_it(wanted, pixels, trial.images)):
+        if trial.images is not None and not (
+            wanted := self._worth_it(wanted, pixels, trial.images)
+        ):
             return records
         held_out = list(self._pixels(self._rest, trial.held_out))
         self._at(None)
@@ -213,10 +274,16 @@ class _Run:
             judge = partial(self._judge, precision, held_out, reference)
             record = self._int8(pixels, judge) if precision is Precision.INT8 else self._bf16(judge)
             faster = record["images_per_second"]
-            record |= {"fp32_images_per_second": round(rate, 2), "speedup": round(faster / rate, 2) if faster and rate else None}
+            record |= {
+                "fp32_images_per_second": round(rate, 2),
+                "speedup": round(faster / rate, 2) if faster and rate else None,
+            }
             records[precision.value] = record
             if self._says_less(precision, record):
-                self._say(f"{precision}: the card keeps its verdict on more images, and what it was made on")
+                self._say(
+                    f"{precision}: the card keeps its verdict on more images, and what it was"
+                    " made on"
+                )
                 record["kept"] = False
                 if precision is Precision.INT8:
                     self._remove_unnamed(self._trial.bundle.dir / record["file"])
@@ -230,17 +297,23 @@ class _Run:
         return list(self._pixels(self._first, self._trial.calibration))
 
     def _says_less(self, precision: Precision, record: Record) -> bool:
-        """Whether a record on too few images would take the place of one that holds here and was accepted, or rests on more of them."""
+        """Whether a record on too few images would take the place of one that holds here and was
+        accepted, or rests on more of them.
+        """
         before = quantize.variants(self._now).get(precision.value, {})
         held_out = before.get("verdict", {}).get("images", 0)
         counts = before.get("accepted") is True or held_out > record["verdict"]["images"]
-        counts = counts and all(before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe"))
+        counts = counts and all(
+            before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe")
+        )
         if precision is Precision.INT8 and counts:
             counts = quantize.variant_file(self._now, before) is not None
         return counts and record["verdict"]["reason"].startswith(gate.TOO_FEW)
 
     def _noted(self, precision: Precision) -> Record | None:
-        """The card's record if it is of the same images, versions and processor, and its file is whole."""
+        """The card's record if it is of the same images, versions and processor, and its file is
+        whole.
+        """
         record = quantize.variants(self._now).get(precision.value)
         if record is None or any(record.get(name) != value for name, value in self._common.items()):
             return None
@@ -254,27 +327,49 @@ class _Run:
                 return None
         return record
 
-    def _worth_it(self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], images: int) -> list[Precision]:
-        """Measure for some seconds, and keep the precisions that pay. bf16 is measured, not believed: on Intel processors whose AMX is
-        switched off its instructions are there and slower than fp32's (0.55 × with resnext101_32x4d, OpenVINO 2026.4, 2026-11)."""
+    def _worth_it(
+        self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], images: int
+    ) -> list[Precision]:
+        """Measure for some seconds, and keep the precisions that pay. bf16 is measured, not
+        believed: on Intel processors whose AMX is switched off its instructions are there and
+        slower than fp32's (0.55 × with resnext101_32x4d, OpenVINO 2026.4, 2026-11).
+        """
         trial = self._trial
-        some = list(pixels[: 16 * trial.batch_size]) or list(self._pixels(self._rest, 16 * trial.batch_size))
+        some = list(pixels[: 16 * trial.batch_size]) or list(
+            self._pixels(self._rest, 16 * trial.batch_size)
+        )
         if not some:
             return []
         rate = self._rate(Precision.FP32, some)
         speedups = {precision: SPEEDUP[precision] for precision in wanted}
         if Precision.BF16 in wanted:
             speedups[Precision.BF16] = self._rate(Precision.BF16, some) / rate
-        kept = [p for p in wanted if pays(p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])]
+        kept = [
+            p
+            for p in wanted
+            if pays(p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])
+        ]
         for precision, speedup in speedups.items():
             if precision in kept:
-                spent = spent_images(precision, trial.calibration, trial.held_out, speedup) / rate + _STARTING_S
+                spent = (
+                    spent_images(precision, trial.calibration, trial.held_out, speedup) / rate
+                    + _STARTING_S
+                )
                 gained = gained_images(images, speedup) / rate
-                self._say(f"{precision} could save {gained:,.0f} s, finding out whether it answers as fp32 does takes about {spent:,.0f} s")
+                self._say(
+                    f"{precision} could save {gained:,.0f} s, finding out whether it answers as"
+                    f" fp32 does takes about {spent:,.0f} s"
+                )
             elif precision is Precision.BF16 and speedup < 1:
-                self._say(f"bf16 is not tried: it makes {speedup:.2f} times the images/s of fp32 on this processor")
+                self._say(
+                    f"bf16 is not tried: it makes {speedup:.2f} times the images/s of fp32 on this"
+                    " processor"
+                )
             else:
-                self._say(f"{precision} is not tried: finding out whether it answers as fp32 does would take longer than it saves")
+                self._say(
+                    f"{precision} is not tried: finding out whether it answers as fp32 does would"
+                    " take longer than it saves"
+                )
         return kept
 
     def _rate(self, precision: Precision, pixels: Sequence[NDArray[np.uint8]]) -> float:
@@ -305,9 +400,19 @@ class _Run:
 
         def images() -> Iterator[PlannedImage]:
             for index, entry in enumerate(_nearly_in_order(entries)):
-                fetch = partial(opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes)
+                fetch = partial(
+                    opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes
+                )
                 name = opened[entry.source].name
-                yield PlannedImage(index, nowhere, name, entry.path, entry.size, fetch, "crash" if trial.isolate else None)
+                yield PlannedImage(
+                    index,
+                    nowhere,
+                    name,
+                    entry.path,
+                    entry.size,
+                    fetch,
+                    "crash" if trial.isolate else None,
+                )
 
         with Feed(trial.bundle.card, trial.limits, 1, len(trial.cores), None, Stopwatch()) as feed:
             self._at(patience_s)
@@ -315,7 +420,9 @@ class _Run:
                 self._at(patience_s)
                 if batch.filled and wanted > 0:
                     wanted -= 1
-                    yield batch.pixels.copy()  # it is kept for long, whatever becomes of the feed's buffer
+                    yield (
+                        batch.pixels.copy()
+                    )  # it is kept for long, whatever becomes of the feed's buffer
                 if wanted <= 0:
                     return
 
@@ -350,7 +457,9 @@ class _Run:
             plan_id="",
             answer_id="",
         )
-        session = open_session(job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch())
+        session = open_session(
+            job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
+        )
         try:
             if precision is Precision.FP32:
                 top_k.check_model(session.stream, job)
@@ -358,7 +467,9 @@ class _Run:
         finally:
             session.close()
 
-    def _answers(self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.float32], float]:
+    def _answers(
+        self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]
+    ) -> tuple[NDArray[np.float32], float]:
         """Logits, float32 (n, classes), and images/s; 0 where there are too few images to tell."""
         with self._session(precision, file) as session:
             for _ in session.stream(islice(self._batches(pixels), _WARM_UP)):
@@ -371,7 +482,11 @@ class _Run:
         return np.concatenate(logits), len(pixels) / seconds if seconds > _LONG_ENOUGH_S else 0.0
 
     def _judge(
-        self, precision: Precision, pixels: Sequence[NDArray[np.uint8]], reference: NDArray[np.float32], file: Path
+        self,
+        precision: Precision,
+        pixels: Sequence[NDArray[np.uint8]],
+        reference: NDArray[np.float32],
+        file: Path,
     ) -> tuple[gate.Verdict, float]:
         answers, rate = self._answers(precision, file, pixels)
         verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
@@ -382,10 +497,22 @@ class _Run:
 
     def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
         verdict, rate = judge(self._onnx)
-        verdict_and_rate = {"verdict": asdict(verdict), "accepted": verdict.accepted, "images_per_second": round(rate, 2)}
-        return {**self._common, "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()), **verdict_and_rate}
+        verdict_and_rate = {
+            "verdict": asdict(verdict),
+            "accepted": verdict.accepted,
+            "images_per_second": round(rate, 2),
+        }
+        return {
+            **self._common,
+            "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
+            **verdict_and_rate,
+        }
 
-    def _int8(self, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
+    def _int8(
+        self,
+        pixels: Sequence[NDArray[np.uint8]],
+        judge: Callable[[Path], tuple[gate.Verdict, float]],
+    ) -> Record:
         """Quantise until the gate accepts or the attempts are used up; keep the best."""
         tried: list[_Candidate] = []
         kept: _Candidate | None = None
@@ -432,9 +559,12 @@ class _Run:
             ],
         }
 
-    def _scheme(self, best: _Candidate | None, number: int, pixels: Sequence[NDArray[np.uint8]]) -> quantize.Scheme:
-        """What to try next: the fastest way, then asymmetric activations, then the better of both with its worst layers in fp32; at last
-        with more of them, and those that feed them."""
+    def _scheme(
+        self, best: _Candidate | None, number: int, pixels: Sequence[NDArray[np.uint8]]
+    ) -> quantize.Scheme:
+        """What to try next: the fastest way, then asymmetric activations, then the better of both
+        with its worst layers in fp32; at last with more of them, and those that feed them.
+        """
         if best is None or number < len(_PRESETS):
             return quantize.Scheme(_PRESETS[number])
         ranked = quantize.sensitivities(self._onnx, best.file, pixels[:_LOOKED_AT])
@@ -445,13 +575,18 @@ class _Run:
         return quantize.Scheme(best.scheme.preset, tuple(sorted(worst.union(best.scheme.ignored))))
 
     def _attempt(
-        self, scheme: quantize.Scheme, pixels: Sequence[NDArray[np.uint8]], judge: Callable[[Path], tuple[gate.Verdict, float]]
+        self,
+        scheme: quantize.Scheme,
+        pixels: Sequence[NDArray[np.uint8]],
+        judge: Callable[[Path], tuple[gate.Verdict, float]],
     ) -> _Candidate:
         but = f", {len(scheme.ignored)} sensitive layers in fp32" if scheme.ignored else ""
         self._say(f"int8: quantising on {len(pixels):,} images, preset {scheme.preset}{but}")
         self._at(None)
         key = quantize.key(self._trial.bundle.card.sha256, self._calibrated_on, scheme)
-        model = quantize.quantize(self._onnx, pixels, len(pixels), preset=scheme.preset, ignored=scheme.ignored)
+        model = quantize.quantize(
+            self._onnx, pixels, len(pixels), preset=scheme.preset, ignored=scheme.ignored
+        )
         file = quantize.save(model, self._trial.bundle.dir, f"int8-{key}")
         del model
         verdict, rate = judge(file)
@@ -465,9 +600,14 @@ class _Run:
 
 
 def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Shuffled entries, sorted in short runs: a table whose rows are read forward is then passed through once a run, not once an image."""
+    """Shuffled entries, sorted in short runs: a table whose rows are read forward is then passed
+    through once a run, not once an image.
+    """
     for start in range(0, len(entries), _SORTED_RUN):
-        yield from sorted(entries[start : start + _SORTED_RUN], key=lambda entry: (entry.source, entry.locator, entry.path))
+        yield from sorted(
+            entries[start : start + _SORTED_RUN],
+            key=lambda entry: (entry.source, entry.locator, entry.path),
+        )
 
 
 def _goodness(candidate: _Candidate) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """The process that a trial of precisions runs in, and its parent.
 
-An image that kills its decoder does not kill the job, the memory of quantising is given back, and heavy libraries stay out of the
-launcher. A child that dies or hangs is started once more, and then decodes every image in a disposable process.
+An image that kills its decoder does not kill the job, the memory of quantising is given back, and
+heavy libraries stay out of the launcher. A child that dies or hangs is started once more, and then
+decodes every image in a disposable process.
 
 parent                        child
 Trial ───────────────────────►
       ◄─────────────────────── Said(line)
-      ◄─────────────────────── At(patience_s)     what begins now says something again within that time; None: it may take long
+      ◄─────────────────────── At(patience_s)     the next message comes within that time;
+                                                  None: it may take long
       ◄─────────────────────── Found or Failed    the end
 """
 
@@ -61,7 +63,8 @@ class Failed:
 
 
 def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
-    """`carry_out` in a process of its own; started once more, decoding in disposable processes, if it dies or hangs.
+    """`carry_out` in a process of its own; started once more, decoding in disposable processes, if
+    it dies or hangs.
 
     Raises:
         ImagemillError: as `carry_out`. WorkerError: it died twice.
@@ -69,11 +72,16 @@ def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
     try:
         return _attempt_in_child(trial, say)
     except _DiedError as died:
-        say(f"the trial process {died}: starting it again, each image decoded in a process of its own")
+        say(
+            f"the trial process {died}: starting it again, each image decoded in a process of"
+            " its own"
+        )
     try:
         return _attempt_in_child(replace(trial, isolate=True), say)
     except _DiedError as died:
-        raise WorkerError(f"the process that measures precisions {died}, twice. Use --precision fp32.") from died
+        raise WorkerError(
+            f"the process that measures precisions {died}, twice. Use --precision fp32."
+        ) from died
 
 
 class _DiedError(Exception):
@@ -97,7 +105,11 @@ def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
             return _listen(ours, say)
         except (EOFError, OSError):
             code = process.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            how = (
+                f"was killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"ended with code {code}"
+            )
             log.seek(0)
             last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
             raise _DiedError(": ".join([how, *last])) from None
@@ -136,7 +148,11 @@ def main() -> int:
     assert isinstance(trial, Trial)
     processes.keep_to(trial.cores)
     try:
-        found = carry_out(trial, lambda line: connection.send(Said(line)), lambda patience_s: connection.send(At(patience_s)))
+        found = carry_out(
+            trial,
+            lambda line: connection.send(Said(line)),
+            lambda patience_s: connection.send(At(patience_s)),
+        )
         connection.send(Found(found))
     except ImagemillError as error:
         kind = type(error).__name__

@@ -1,16 +1,22 @@
-"""The launcher: leases shards to a crew of workers, one per device, has dead ones started again, and stops.
+"""The launcher: leases shards to a crew of workers, one per device, has dead ones started again,
+and stops.
 
 Contract
 --------
-- Every shard that is not committed is either waiting in `Leases` or leased to exactly one worker; `wire.Done` is sent only after its part
-  is durably in the output. A worker that dies or is lost gives its leases back.
-- A worker may die at any moment and of anything. It is started again, at once, and the images that its decoding threads were at become
-  suspects: the next worker decodes them in a disposable process. A shard that was in hand at two deaths is leased alone, with every
-  image of it decoded that way. If an image hangs so though its decoder is disposable, its very reading hangs, and it is given up.
-- A worker that cannot start three times running, or ten deaths without one commit between them, end the job with the log's last lines.
-  Nodes that are lost do not count: a hundred of them may be reclaimed at once.
+- Every shard that is not committed is either waiting in `Leases` or leased to exactly one worker;
+  `wire.Done` is sent only after its part is durably in the output. A worker that dies or is lost
+  gives its leases back.
+- A worker may die at any moment and of anything. It is started again, at once, and the images that
+  its decoding threads were at become suspects: the next worker decodes them in a disposable
+  process. A shard that was in hand at two deaths is leased alone, with every image of it decoded
+  that way. If an image hangs so though its decoder is disposable, its very reading hangs, and it is
+  given up.
+- A worker that cannot start three times running, or ten deaths without one commit between them, end
+  the job with the log's last lines. Nodes that are lost do not count: a hundred of them may be
+  reclaimed at once.
 - Workers never outlive this process.
-- Nothing here grows with the number of images, and little with the number of shards: those not committed are held as small records.
+- Nothing here grows with the number of images, and little with the number of shards: those not
+  committed are held as small records.
 
 Where the workers are is the crew's business: `engines.local` or `engines.ray_crew`.
 """
@@ -82,7 +88,8 @@ class Launcher:
         crew: one worker process for each device.
         devices: that the crew has.
         shards: the ones that are not committed yet.
-        groups: how many sub-folders the shards are dealt by; where it equals the number of devices, each device takes its own first.
+        groups: how many sub-folders the shards are dealt by; where it equals the number of devices,
+        each device takes its own first.
         grace_s: how long a SIGTERM or SIGINT waits for the shards in hand.
         on_tick: called some times a second with how far things are.
         on_receipt: called for each commit; may raise to end the job.
@@ -118,13 +125,16 @@ class Launcher:
         self._next_tick = 0.0
         self._last_commit = 0.0
         self._timeline = Timeline([device.name for device in devices])
-        self._outcome = Outcome(devices={d.name: 0 for d in devices}, restarts={d.name: 0 for d in devices})
+        self._outcome = Outcome(
+            devices={d.name: 0 for d in devices}, restarts={d.name: 0 for d in devices}
+        )
 
     def run(self) -> Outcome:
         """Run to the end.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came. WorkerError: workers die without end. Any other ImagemillError a worker ended with.
+            Interrupted: SIGINT or SIGTERM came. WorkerError: workers die without end. Any other
+            ImagemillError a worker ended with.
         """
         with self._handling_signals():
             try:
@@ -135,7 +145,9 @@ class Launcher:
                     if self._signals:
                         self._stop_gracefully()
                         break
-                self._on_tick(self._progress())  # the last word, also of a job that is over before its second tick
+                self._on_tick(
+                    self._progress()
+                )  # the last word, also of a job that is over before its second tick
                 if not self._leases.remaining:
                     self._crew.end()
             finally:
@@ -147,7 +159,8 @@ class Launcher:
         if self._leases.remaining:
             number = self._signals[0]
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name}: {self._leases.remaining} shards are left. Repeat the command to resume.",
+                f"stopped by {signal.Signals(number).name}: {self._leases.remaining} shards are"
+                " left. Repeat the command to resume.",
                 128 + number,
             )
         return self._outcome
@@ -210,12 +223,19 @@ class Launcher:
         self._outcome.receipts.append(receipt)
         self._outcome.devices[worker.device.name] += receipt.rows
         since_first_lease_s = self._last_commit - self._first_lease
-        self._timeline.add(worker.device.name, since_first_lease_s - receipt.seconds, since_first_lease_s, receipt.rows)
+        self._timeline.add(
+            worker.device.name,
+            since_first_lease_s - receipt.seconds,
+            since_first_lease_s,
+            receipt.rows,
+        )
         self._failed_by_status.update(receipt.failed_by_status)
         self._on_receipt(receipt)
 
     def _wake_idle(self) -> None:
-        """Give idle workers a lease where there is one: at the start, and when a dead worker's leases came back."""
+        """Give idle workers a lease where there is one: at the start, and when a dead worker's
+        leases came back.
+        """
         for worker in self._workers.values():
             if worker.idle and not self._signals and (lease := self._next_lease(worker)):
                 worker.idle = False
@@ -233,10 +253,18 @@ class Launcher:
     def _bury(self, worker: _Worker, died: Died) -> None:
         """Take back the leases of a dead worker, mark its suspects, and have it started again."""
         name = worker.device.name
-        _log.warning("%s (pid %d) died of %s, %d shards in hand", name, died.pid, died.how, len(worker.leases))
+        _log.warning(
+            "%s (pid %d) died of %s, %d shards in hand",
+            name,
+            died.pid,
+            died.how,
+            len(worker.leases),
+        )
         if not died.ready:
             self._failed_starts += 1
-        elif not died.timed_out:  # that kind of death is progress: its image is never tried that way again
+        elif (
+            not died.timed_out
+        ):  # that kind of death is progress: its image is never tried that way again
             self._deaths_since_commit += 1
         self._refuse_endless_deaths(name, died.how, died.last_words, ready=died.ready)
         for lease in reversed(worker.leases.values()):
@@ -250,7 +278,9 @@ class Launcher:
         _log.warning("%s is lost, %d shards in hand: %s", name, len(worker.leases), lost.why)
         if worker.ready and not lost.with_machine:
             self._deaths_since_commit += 1
-            self._refuse_endless_deaths(name, lost.why, "See the logs of Ray on that machine.", ready=True)
+            self._refuse_endless_deaths(
+                name, lost.why, "See the logs of Ray on that machine.", ready=True
+            )
         for lease in reversed(worker.leases.values()):
             self._leases.lost(lease)
         self._begin_anew(worker)
@@ -274,9 +304,14 @@ class Launcher:
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:
-        """Note SIGINT and SIGTERM while the loop runs; outside the main thread they stay the caller's."""
+        """Note SIGINT and SIGTERM while the loop runs; outside the main thread they stay the
+        caller's.
+        """
         try:
-            before = {number: signal.signal(number, self._note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {
+                number: signal.signal(number, self._note_signal)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:
             before = {}
         try:
@@ -289,23 +324,36 @@ class Launcher:
         self._signals.append(number)
 
     def _stop_gracefully(self) -> None:
-        """Lease nothing more; wait for the shards in hand until the grace is over or a second signal comes."""
+        """Lease nothing more; wait for the shards in hand until the grace is over or a second
+        signal comes.
+        """
         name = signal.Signals(self._signals[0]).name
         _log.warning("%s: finishing the shards in hand, %g s at most", name, self._grace_s)
-        self._say(f"{name}: finishing the shards in hand, {self._grace_s:g} s at most; a second signal drops them")
+        self._say(
+            f"{name}: finishing the shards in hand, {self._grace_s:g} s at most; a second signal"
+            " drops them"
+        )
         deadline = time.monotonic() + self._grace_s
-        while any(worker.leases for worker in self._workers.values()) and time.monotonic() < deadline and len(self._signals) == 1:
+        while (
+            any(worker.leases for worker in self._workers.values())
+            and time.monotonic() < deadline
+            and len(self._signals) == 1
+        ):
             if not self._could_finish(deadline - time.monotonic()):
                 break
             self._turn()
 
     def _could_finish(self, seconds: float) -> bool:
-        """Whether at least one shard in hand has a chance to be committed in time, as the device's rate so far suggests."""
+        """Whether at least one shard in hand has a chance to be committed in time, as the device's
+        rate so far suggests.
+        """
         elapsed = time.monotonic() - self._first_lease
         for worker in self._workers.values():
             rows = self._outcome.devices[worker.device.name]
             if worker.leases and (
-                not rows or rows / elapsed * (seconds + elapsed / 2) >= min(x.shard.count for x in worker.leases.values())
+                not rows
+                or rows / elapsed * (seconds + elapsed / 2)
+                >= min(x.shard.count for x in worker.leases.values())
             ):
                 return True
         return False
@@ -324,7 +372,9 @@ class Launcher:
             told = self._crew.told(name)
             in_hand = max(0, told.rows - worker.rows)
             devices[name] += in_hand
-            leased[name] = max(0, sum(lease.shard.count for lease in worker.leases.values()) - in_hand)
+            leased[name] = max(
+                0, sum(lease.shard.count for lease in worker.leases.values()) - in_hand
+            )
             clocks.append(told.clock)
         return Progress(
             rows=sum(self._outcome.devices.values()),

@@ -1,11 +1,16 @@
-"""Which shard goes to whom next; and what is known about a shard that was in hand when its worker died.
+"""Which shard goes to whom next; and what is known about a shard that was in hand when its worker
+died.
 
-Nothing here knows of processes, machines or time. Every shard that is not committed is either waiting here or leased.
+Nothing here knows of processes, machines or time. Every shard that is not committed is either
+waiting here or leased.
 
-- Where sub-folders are dealt to devices, a device takes those of its own first; one whose own are gone takes from the longest queue.
-- What a dead worker had in hand comes back to the front of its queue. Images that its decoding threads were at become suspects.
-- A shard that was in hand when workers died twice is leased alone, every image of it decoded in a disposable process. A node that was
-  lost weighs half of that: most are lost for reasons of their own, yet an image that takes all of a node's memory takes the node.
+- Where sub-folders are dealt to devices, a device takes those of its own first; one whose own are
+  gone takes from the longest queue.
+- What a dead worker had in hand comes back to the front of its queue. Images that its decoding
+  threads were at become suspects.
+- A shard that was in hand when workers died twice is leased alone, every image of it decoded in a
+  disposable process. A node that was lost weighs half of that: most are lost for reasons of their
+  own, yet an image that takes all of a node's memory takes the node.
 """
 
 from __future__ import annotations
@@ -20,7 +25,9 @@ _log = logging.getLogger(__name__)
 
 _DEATH, _LOSS = 2, 1
 _ALONE_FROM = 4
-"""Weight from which a shard is leased alone: two deaths, four losses, or one death and two losses."""
+"""Weight from which a shard is leased alone: two deaths, four losses, or one death and two
+losses.
+"""
 
 
 class Leases:
@@ -47,11 +54,15 @@ class Leases:
         return len(self._alone) + sum(map(len, self._queues.values()))
 
     def next(self, position: int, holds: Collection[Lease] = ()) -> Lease | None:
-        """The next shard for the device at `position`, which has these in hand; None: there is none for it now."""
+        """The next shard for the device at `position`, which has these in hand; None: there is none
+        for it now.
+        """
         if any(lease.isolate for lease in holds):
             return None
         if self._alone:
-            return None if holds else self._alone.popleft()  # its hands must be empty: then, at its next question, it takes it
+            return (
+                None if holds else self._alone.popleft()
+            )  # its hands must be empty: then, at its next question, it takes it
         own = self._queues.get(position if self._dealt else 0)
         queue = own or max(self._queues.values(), key=len, default=None)
         return queue.popleft() if queue else None
@@ -61,7 +72,9 @@ class Leases:
         self.remaining -= 1
         self._blame.pop(shard, None)
 
-    def give_back(self, lease: Lease, noted: Collection[int] = (), timed_out: Collection[int] = ()) -> None:
+    def give_back(
+        self, lease: Lease, noted: Collection[int] = (), timed_out: Collection[int] = ()
+    ) -> None:
         """Take back what a dead worker had in hand.
 
         Args:
@@ -81,7 +94,9 @@ class Leases:
         self._take(Lease(shard, suspects), _DEATH)
 
     def lost(self, lease: Lease) -> None:
-        """Take back what was in hand where a worker was lost together with whoever watched it: nothing is known of its last moments."""
+        """Take back what was in hand where a worker was lost together with whoever watched it:
+        nothing is known of its last moments.
+        """
         self._take(Lease(lease.shard, lease.suspects), _LOSS)
 
     def _take(self, lease: Lease, weight: int) -> None:

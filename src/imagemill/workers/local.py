@@ -37,7 +37,9 @@ class LocalCrew:
 
     def wait(self, seconds: float) -> Sequence[Heard]:
         """See `Crew.wait`."""
-        by_connection: dict[Any, Supervisor] = {worker.connection: worker for worker in self._workers.values()}
+        by_connection: dict[Any, Supervisor] = {
+            worker.connection: worker for worker in self._workers.values()
+        }
         heard: list[Heard] = []
         for connection in wait(list(by_connection), timeout=seconds):
             assert isinstance(connection, Connection)

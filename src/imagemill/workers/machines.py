@@ -1,4 +1,6 @@
-"""Engines: where the workers of a job are, and who keeps them alive. What they do there is the same everywhere."""
+"""Engines: where the workers of a job are, and who keeps them alive. What they do there is the same
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ class Machines(Protocol):
         """What a `--devices` argument means there. Raises: UsageError, DeviceError."""
         ...
 
-    def crew(self, job: Job, paths: JobPaths, chosen: Sequence[DeviceSpec], left: Sequence[Shard], plan_nonce: str) -> Crew:
+    def crew(
+        self,
+        job: Job,
+        paths: JobPaths,
+        chosen: Sequence[DeviceSpec],
+        left: Sequence[Shard],
+        plan_nonce: str,
+    ) -> Crew:
         """Workers for the shards that are left of a frozen job."""
         ...
 

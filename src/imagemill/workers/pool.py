@@ -1,7 +1,9 @@
-"""The workers as the launcher sees them, wherever they are: what it hears of them, and what it can tell them.
+"""The workers as the launcher sees them, wherever they are: what it hears of them, and what it can
+tell them.
 
-A crew drives one worker process per device, each under a `Supervisor`: those of this machine (`engines.local`), or those of a cluster
-(`engines.ray_crew`). It deals nothing and decides nothing; it carries the words of `wire` to and fro, and tells what befell its workers.
+A crew drives one worker process per device, each under a `Supervisor`: those of this machine
+(`engines.local`), or those of a cluster (`engines.ray_crew`). It deals nothing and decides nothing;
+it carries the words of `wire` to and fro, and tells what befell its workers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from imagemill.workers import protocol
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A worker's process is gone; who watched it has seen how. It is started again when the crew is told to."""
+    """A worker's process is gone; who watched it has seen how. It is started again when the crew is
+    told to.
+    """
 
     pid: int
     how: str
@@ -33,7 +37,9 @@ class Died:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker is gone together with whoever watched it; the crew has it again as soon as that is possible."""
+    """A worker is gone together with whoever watched it; the crew has it again as soon as that is
+    possible.
+    """
 
     why: str
     with_machine: bool
@@ -52,7 +58,16 @@ class Heard:
     """Something that was heard of one device's worker."""
 
     device: str
-    message: protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died | Lost | Joined
+    message: (
+        protocol.Ready
+        | protocol.Want
+        | protocol.Idle
+        | protocol.Done
+        | protocol.Failed
+        | Died
+        | Lost
+        | Joined
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +87,9 @@ class Crew(Protocol):
         ...
 
     def wait(self, seconds: float) -> Sequence[Heard]:
-        """What was heard, in order, as soon as there is something; nothing where nothing was for so long."""
+        """What was heard, in order, as soon as there is something; nothing where nothing was for so
+        long.
+        """
         ...
 
     def answer(self, device: str, message: Lease | protocol.Pause) -> None:

@@ -1,4 +1,5 @@
-"""What launcher and worker say to each other, over one socket pair per worker. Pickled by `multiprocessing.connection`.
+"""What launcher and worker say to each other, over one socket pair per worker. Pickled by
+`multiprocessing.connection`.
 
 launcher                      worker
 Begin ───────────────────────►

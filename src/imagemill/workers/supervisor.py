@@ -1,8 +1,11 @@
-"""One device's worker process: started, watched over, and seen to its end. Whoever supervises is the process's parent.
+"""One device's worker process: started, watched over, and seen to its end. Whoever supervises is
+the process's parent.
 
-- The images that its decoding threads were at are known after its death, whatever it died of: the noteboard outlives it.
-- A decoding thread that is at one image for longer than the time budget is a death that is brought about here. So is a session that
-  hangs: a worker with shards in hand that for ten minutes neither decodes nor takes a batch nor commits.
+- The images that its decoding threads were at are known after its death, whatever it died of: the
+  noteboard outlives it.
+- A decoding thread that is at one image for longer than the time budget is a death that is brought
+  about here. So is a session that hangs: a worker with shards in hand that for ten minutes neither
+  decodes nor takes a batch nor commits.
 - The process never outlives its supervisor.
 """
 
@@ -34,14 +37,17 @@ _SLACK_S = 1.0
 STALLED_S = 600.0
 """Longer than a batch takes on the slowest device, and than an object store is waited for."""
 WITHOUT_CPU_S = 120.0
-"""A worker that has work, does none and uses no CPU time for so long hangs; an object store is waited for less."""
+"""A worker that has work, does none and uses no CPU time for so long hangs; an object store is
+waited for less.
+"""
 _UNWATCHED_S = 10.0
 """This process was itself stopped (Ctrl-Z) if it has not looked for so long."""
 _LOG_LINES = 12
 
 
 class Supervisor:
-    """Starts one worker process and watches it. It is for one process: a new one has a supervisor of its own.
+    """Starts one worker process and watches it. It is for one process: a new one has a supervisor
+    of its own.
 
     Args:
         job: the frozen job.
@@ -83,7 +89,10 @@ class Supervisor:
                         env=processes.environment(),
                     )
             except OSError as error:
-                raise WorkerError(f"no process can be started for {device.name}: {error.strerror} ({sys.executable}).") from error
+                raise WorkerError(
+                    f"no process can be started for {device.name}: {error.strerror}"
+                    f" ({sys.executable})."
+                ) from error
             finally:
                 theirs.close()
             undone.pop_all()
@@ -96,7 +105,11 @@ class Supervisor:
         with contextlib.suppress(OSError):
             self.connection.send(message)
 
-    def hear(self) -> Iterator[protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died]:
+    def hear(
+        self,
+    ) -> Iterator[
+        protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died
+    ]:
         """What the process has said and was not heard yet, last of all that it died."""
         try:
             while self.connection.poll():
@@ -155,9 +168,18 @@ class Supervisor:
         if not self._ready or self._timed_out:
             return
         now = time.monotonic_ns()
-        hanging = tuple(n.index for n in self._board.notes() if n.since_ns and now - n.since_ns > self._limit_s * 1e9)
+        hanging = tuple(
+            n.index
+            for n in self._board.notes()
+            if n.since_ns and now - n.since_ns > self._limit_s * 1e9
+        )
         if hanging:
-            _log.warning("%s is at image %s for more than %.1f s: killed", self.device.name, hanging, self._limit_s)
+            _log.warning(
+                "%s is at image %s for more than %.1f s: killed",
+                self.device.name,
+                hanging,
+                self._limit_s,
+            )
             self._timed_out = hanging
             self._process.kill()
 
@@ -167,12 +189,19 @@ class Supervisor:
         if pulse != self._pulse or not self._in_hand or not self._ready or self._board.notes():
             self._pulse, self._alive_at = pulse, now
         elif now - self._alive_at > STALLED_S:
-            _log.warning("%s has done nothing for %.0f s with %d shards in hand: killed", self.device.name, STALLED_S, len(self._in_hand))
+            _log.warning(
+                "%s has done nothing for %.0f s with %d shards in hand: killed",
+                self.device.name,
+                STALLED_S,
+                len(self._in_hand),
+            )
             self._alive_at = now
             self._process.kill()
 
     def _kill_asleep(self) -> None:
-        """Kill a process that should start or work, but waits for something that never comes, such as a thread that could not start."""
+        """Kill a process that should start or work, but waits for something that never comes, such
+        as a thread that could not start.
+        """
         now = time.monotonic()
         is_due = (self._in_hand and not self._board.notes()) if self._ready else True
         ticks = processes.cpu_ticks(self._process.pid) if is_due else None
@@ -182,7 +211,10 @@ class Supervisor:
             self._ticks, self._ticked_at = ticks, now
         elif now - self._ticked_at > WITHOUT_CPU_S:
             doing = "working" if self._ready else "starting"
-            self._hangs = f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits: {processes.limits()}"
+            self._hangs = (
+                f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits:"
+                f" {processes.limits()}"
+            )
             _log.warning("%s: %s", self.device.name, self._hangs)
             self._ticked_at = now
             self._process.kill()

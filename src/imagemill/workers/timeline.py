@@ -1,4 +1,6 @@
-"""When rows were committed, per device: a fixed number of buckets that double their width when the job outlasts them."""
+"""When rows were committed, per device: a fixed number of buckets that double their width when the
+job outlasts them.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ class Timeline:
         ended_s = max(ended_s, begun_s)
         while ended_s >= self._bucket_s * BUCKETS:
             self._merge()
-        buckets = self._rows.setdefault(device, [0.0] * BUCKETS)  # it may have come while the job ran
+        buckets = self._rows.setdefault(
+            device, [0.0] * BUCKETS
+        )  # it may have come while the job ran
         if ended_s == begun_s:
             buckets[int(begun_s / self._bucket_s)] += rows
             return
         for number in range(int(begun_s / self._bucket_s), int(ended_s / self._bucket_s) + 1):
             start, end = number * self._bucket_s, (number + 1) * self._bucket_s
-            buckets[number] += rows * max(0.0, min(end, ended_s) - max(start, begun_s)) / (ended_s - begun_s)
+            buckets[number] += (
+                rows * max(0.0, min(end, ended_s) - max(start, begun_s)) / (ended_s - begun_s)
+            )
 
     def _merge(self) -> None:
         self._bucket_s *= 2
@@ -50,6 +56,16 @@ class Timeline:
 
     def read(self) -> Throughput:
         """What there is so far, up to the last bucket that holds a row."""
-        used = max((number + 1 for rows in self._rows.values() for number, count in enumerate(rows) if count), default=0)
-        images = tuple(tuple(round(count, 1) for count in rows[:used]) for rows in self._rows.values())
+        used = max(
+            (
+                number + 1
+                for rows in self._rows.values()
+                for number, count in enumerate(rows)
+                if count
+            ),
+            default=0,
+        )
+        images = tuple(
+            tuple(round(count, 1) for count in rows[:used]) for rows in self._rows.values()
+        )
         return Throughput(self._bucket_s, tuple(self._rows), images)

@@ -1,6 +1,7 @@
 """The child process of one device: a session, and run_shards over its leases.
 
-Started by its supervisor with the arguments SOCKET NOTEBOARD LAUNCHER_PID; ends with it, whatever ends it.
+Started by its supervisor with the arguments SOCKET NOTEBOARD LAUNCHER_PID; ends with it, whatever
+ends it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ def main() -> int:
     processes.end_with(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    warnings.simplefilter("ignore")  # what libraries have to say about an image is its row's business
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    warnings.simplefilter(
+        "ignore"
+    )  # what libraries have to say about an image is its row's business
     connection = Connection(socket)
     try:
         return _work(connection, Noteboard(notes))
@@ -53,7 +60,12 @@ def main() -> int:
         return 1  # as if the kernel had killed it: the launcher restarts and divides
     except Exception as error:
         _log.exception("unexpected")
-        _fail(connection, ImagemillError(processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"))
+        _fail(
+            connection,
+            ImagemillError(
+                processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"
+            ),
+        )
         return 1
 
 
@@ -70,7 +82,11 @@ def _work(connection: Connection, board: Noteboard) -> int:
     from imagemill.pipeline.sink import Sink
     from imagemill.pipeline.stopwatch import Stopwatch
 
-    job, device, clock = begin.job, begin.device, Stopwatch(board, on_cpu=begin.device.kind == "cpu")
+    job, device, clock = (
+        begin.job,
+        begin.device,
+        Stopwatch(board, on_cpu=begin.device.kind == "cpu"),
+    )
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
     session = open_session(job, device, clock)
@@ -89,13 +105,20 @@ def _work(connection: Connection, board: Noteboard) -> int:
                 images += receipt.rows
             connection.send(protocol.Idle())
         seconds = clock.elapsed() - begun
-        _log.info("done: %d images in %.1f s, %.1f images/s", images, seconds, images / seconds if seconds else 0.0)
+        _log.info(
+            "done: %d images in %.1f s, %.1f images/s",
+            images,
+            seconds,
+            images / seconds if seconds else 0.0,
+        )
     session.close()
     return 0
 
 
 class _Inbox:
-    """The launcher's messages as leases. The first lease of a run is waited for, further ones are asked for."""
+    """The launcher's messages as leases. The first lease of a run is waited for, further ones are
+    asked for.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -113,7 +136,9 @@ class _Inbox:
         return True
 
     def leases(self) -> Iterator[Lease]:
-        """The leases of a run, until the launcher has none for now. It answers at once, so nothing in flight waits for long."""
+        """The leases of a run, until the launcher has none for now. It answers at once, so nothing
+        in flight waits for long.
+        """
         assert self._first is not None
         yield self._first
         while True:
@@ -129,7 +154,9 @@ class _Inbox:
 def _fail(connection: Connection, error: ImagemillError) -> None:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
     with contextlib.suppress(OSError):
-        is_limit = kind == "ModelError" and (processes.is_memory_limited() or processes.shortage(error))
+        is_limit = kind == "ModelError" and (
+            processes.is_memory_limited() or processes.shortage(error)
+        )
         note = f" (Limits: {processes.limits()}.)" if is_limit else ""
         connection.send(protocol.Failed(kind, f"{error}{note}"))
 

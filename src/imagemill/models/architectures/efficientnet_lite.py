@@ -1,8 +1,10 @@
-"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excite and with ReLU6, so that small devices and int8 can run it.
+"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excite and with ReLU6, so that small
+devices and int8 can run it.
 
-Tan, Le: EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019, arXiv:1905.11946; the Lite variants are
-described in TensorFlow's TPU repository. Trained in TensorFlow, hence its "same" padding: an even image and a stride of 2 put the odd
-pixel of padding at the bottom and right.
+Tan, Le: EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019,
+arXiv:1905.11946; the Lite variants are described in TensorFlow's TPU repository. Trained in
+TensorFlow, hence its "same" padding: an even image and a stride of 2 put the odd pixel of padding
+at the bottom and right.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def _blocks() -> Iterator[_Block]:
     number, channels = 0, STEM
     for blocks, kernel, stride, expansion, out in _STAGES:
         for block in range(blocks):
-            yield _Block(f"_blocks.{number}", kernel, stride if block == 0 else 1, expansion, channels, out)
+            yield _Block(
+                f"_blocks.{number}", kernel, stride if block == 0 else 1, expansion, channels, out
+            )
             number, channels = number + 1, out
 
 
@@ -74,15 +78,32 @@ class EfficientNetLite0:
         return graph.count(self.shapes())
 
     def shapes(self) -> graph.Shapes:
-        """Names, as `efficientnet-lite-pytorch` spells them, and shapes, in the order of the network."""
-        shapes: graph.Shapes = {"_conv_stem.weight": (STEM, 3, 3, 3), **graph.batch_norm("_bn0", STEM)}
+        """Names, as `efficientnet-lite-pytorch` spells them, and shapes, in the order of the
+        network.
+        """
+        shapes: graph.Shapes = {
+            "_conv_stem.weight": (STEM, 3, 3, 3),
+            **graph.batch_norm("_bn0", STEM),
+        }
         for b in _blocks():
             wide = b.channels * b.expansion
             if b.expansion > 1:
-                shapes |= {f"{b.at}._expand_conv.weight": (wide, b.channels, 1, 1), **graph.batch_norm(f"{b.at}._bn0", wide)}
-            shapes |= {f"{b.at}._depthwise_conv.weight": (wide, 1, b.kernel, b.kernel), **graph.batch_norm(f"{b.at}._bn1", wide)}
-            shapes |= {f"{b.at}._project_conv.weight": (b.out, wide, 1, 1), **graph.batch_norm(f"{b.at}._bn2", b.out)}
-        shapes |= {"_conv_head.weight": (FEATURES, _STAGES[-1][-1], 1, 1), **graph.batch_norm("_bn1", FEATURES)}
+                shapes |= {
+                    f"{b.at}._expand_conv.weight": (wide, b.channels, 1, 1),
+                    **graph.batch_norm(f"{b.at}._bn0", wide),
+                }
+            shapes |= {
+                f"{b.at}._depthwise_conv.weight": (wide, 1, b.kernel, b.kernel),
+                **graph.batch_norm(f"{b.at}._bn1", wide),
+            }
+            shapes |= {
+                f"{b.at}._project_conv.weight": (b.out, wide, 1, 1),
+                **graph.batch_norm(f"{b.at}._bn2", b.out),
+            }
+        shapes |= {
+            "_conv_head.weight": (FEATURES, _STAGES[-1][-1], 1, 1),
+            **graph.batch_norm("_bn1", FEATURES),
+        }
         return shapes | {"_fc.weight": (self.classes, FEATURES), "_fc.bias": (self.classes,)}
 
     def random(self, seed: int) -> dict[str, Array]:
@@ -110,7 +131,16 @@ class EfficientNetLite0:
             if b.expansion > 1:
                 y = relu6(g.conv(y, f"{b.at}._expand_conv", f"{b.at}._bn0"))
             pads = _same(extent, b.kernel, b.stride)
-            y = relu6(g.conv(y, f"{b.at}._depthwise_conv", f"{b.at}._bn1", stride=b.stride, pads=pads, group=b.channels * b.expansion))
+            y = relu6(
+                g.conv(
+                    y,
+                    f"{b.at}._depthwise_conv",
+                    f"{b.at}._bn1",
+                    stride=b.stride,
+                    pads=pads,
+                    group=b.channels * b.expansion,
+                )
+            )
             y = g.conv(y, f"{b.at}._project_conv", f"{b.at}._bn2")
             x = g.node("Add", [y, x], b.at) if b.stride == 1 and b.channels == b.out else y
             extent //= b.stride
@@ -119,6 +149,8 @@ class EfficientNetLite0:
 
 
 def _same(extent: int, kernel: int, stride: int) -> tuple[int, int, int, int]:
-    """TensorFlow's "same" padding of a square plane: top, left, bottom, right; the odd pixel goes below and right."""
+    """TensorFlow's "same" padding of a square plane: top, left, bottom, right; the odd pixel goes
+    below and right.
+    """
     total = max((-(-extent // stride) - 1) * stride + kernel - extent, 0)
     return (total // 2, total // 2, total - total // 2, total - total // 2)

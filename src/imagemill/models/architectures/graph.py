@@ -1,7 +1,9 @@
-"""Small pieces that both model families are built of: a parameter check, and a writer of ONNX nodes with batch norm folded in.
+"""Small pieces that both model families are built of: a parameter check, and a writer of ONNX nodes
+with batch norm folded in.
 
-Opset 11 and IR version 6: the newest that runtimes of 2020, such as the Poplar SDK's, read. (n, size, size, 3) uint8 pixels go in,
-`logits` and `embedding` come out; only the batch dimension is open.
+Opset 11 and IR version 6: the newest that runtimes of 2020, such as the Poplar SDK's, read. (n,
+size, size, 3) uint8 pixels go in, `logits` and `embedding` come out; only the batch dimension is
+open.
 """
 
 from __future__ import annotations
@@ -56,19 +58,25 @@ class Architecture(Protocol):
 
 def batch_norm(name: str, channels: int) -> Shapes:
     """Names and shapes of a batch norm's parameters."""
-    return {f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+    return {
+        f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")
+    }
 
 
 def count(shapes: Shapes) -> int:
     """Count trained numbers, as publishers do: running statistics are not trained."""
-    return sum(int(np.prod(shape)) for name, shape in shapes.items() if not name.endswith(("running_mean", "running_var")))
+    return sum(
+        int(np.prod(shape))
+        for name, shape in shapes.items()
+        if not name.endswith(("running_mean", "running_var"))
+    )
 
 
 def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> None:
     """Compare a checkpoint's arrays with the architecture's parameters.
 
-    `num_batches_tracked`, which files of 2017 lack and inference does not need, may be there or not. So may single numbers of the training,
-    such as its loss, whose names belong to no layer.
+    `num_batches_tracked`, which files of 2017 lack and inference does not need, may be there or
+    not. So may single numbers of the training, such as its loss, whose names belong to no layer.
 
     Raises:
         CheckpointError: lists every missing, extra, misshapen and not numeric parameter at once.
@@ -78,21 +86,31 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
         if name not in arrays:
             problems.append(f"missing: {name} {shape}")
         elif arrays[name].shape != shape:
-            problems.append(f"misshapen: {name} is {arrays[name].shape}, {architecture} has {shape}")
+            problems.append(
+                f"misshapen: {name} is {arrays[name].shape}, {architecture} has {shape}"
+            )
         elif arrays[name].dtype.kind != "f":
-            problems.append(f"of the wrong type: {name} holds {arrays[name].dtype}, not floating-point numbers")
+            problems.append(
+                f"of the wrong type: {name} holds {arrays[name].dtype}, not floating-point numbers"
+            )
         elif not np.isfinite(arrays[name]).all():
             problems.append(f"damaged: {name} holds NaN or infinity")
         elif name.endswith("running_var") and (arrays[name] < 0).any():
             problems.append(f"damaged: {name} holds a negative variance")
     for name in arrays:
-        counter = name.endswith(".num_batches_tracked") and f"{name.removesuffix('num_batches_tracked')}running_var" in shapes
+        counter = (
+            name.endswith(".num_batches_tracked")
+            and f"{name.removesuffix('num_batches_tracked')}running_var" in shapes
+        )
         if name not in shapes and not counter and (arrays[name].ndim or "." in name):
             problems.append(f"extra: {name} {arrays[name].shape}")
     if problems:
-        lines = problems[:LISTED] + ([f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else [])
+        lines = problems[:LISTED] + (
+            [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        )
         raise CheckpointError(
-            f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)} disagree with the file's {len(arrays)}\n  "
+            f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)}"
+            f" disagree with the file's {len(arrays)}\n  "
             + "\n  ".join(lines)
             + f"\nGive a checkpoint of {architecture}, or the NAME whose architecture the file has."
         )
@@ -101,8 +119,9 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
 def random_arrays(shapes: Shapes, seed: int, quiet: tuple[str, ...] = ()) -> dict[str, Array]:
     """Make stand-in weights: the same for the same seed and name on every machine.
 
-    He's initialisation keeps the signal's size from layer to layer. Residual branches would still add up, so the batch norms that end
-    one (names that end in `quiet`) scale by 0.25: after 33 blocks the signal has grown by 33 × 0.25² ≈ 2, not by 2³³.
+    He's initialisation keeps the signal's size from layer to layer. Residual branches would still
+    add up, so the batch norms that end one (names that end in `quiet`) scale by 0.25: after 33
+    blocks the signal has grown by 33 × 0.25² ≈ 2, not by 2³³.
 
     Args:
         shapes: name → shape; vectors are batch norms' or biases.
@@ -153,14 +172,28 @@ class Graph:
     def normalise(self, pixels: str, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
         """Turn uint8 (n, H, W, 3) into the float32 (n, 3, H, W) tensor `normalised`.
 
-        Kept apart from the first convolution: folded into it, the border's zero padding would stand for black instead of the mean.
+        Kept apart from the first convolution: folded into it, the border's zero padding would stand
+        for black instead of the mean.
         """
         floats = self.node("Cast", [pixels], "floats", to=1)
         planes = self.node("Transpose", [floats], "planes", perm=[0, 3, 1, 2])
-        centred = self.node("Sub", [planes, self.weight("mean", np.array(mean).reshape(1, 3, 1, 1))], "centred")
-        return self.node("Div", [centred, self.weight("std", np.array(std).reshape(1, 3, 1, 1))], "normalised")
+        centred = self.node(
+            "Sub", [planes, self.weight("mean", np.array(mean).reshape(1, 3, 1, 1))], "centred"
+        )
+        return self.node(
+            "Div", [centred, self.weight("std", np.array(std).reshape(1, 3, 1, 1))], "normalised"
+        )
 
-    def conv(self, x: str, conv: str, norm: str, *, stride: int = 1, pads: tuple[int, int, int, int] = (0, 0, 0, 0), group: int = 1) -> str:
+    def conv(
+        self,
+        x: str,
+        conv: str,
+        norm: str,
+        *,
+        stride: int = 1,
+        pads: tuple[int, int, int, int] = (0, 0, 0, 0),
+        group: int = 1,
+    ) -> str:
         """Add a convolution with its batch norm folded in.
 
         Folding is done in float64: w·γ/√(σ²+ε) and β − μ·γ/√(σ²+ε).
@@ -177,7 +210,9 @@ class Graph:
         scale = self._of(norm, "weight") / np.sqrt(self._of(norm, "running_var") + self._epsilon)
         bias = self._of(norm, "bias") - self._of(norm, "running_mean") * scale
         folded = np.empty(weight.shape, np.float32)
-        for channel in range(len(weight)):  # one at a time: the whole in float64 would double the peak of a 3 GB model
+        for channel in range(
+            len(weight)
+        ):  # one at a time: the whole in float64 would double the peak of a 3 GB model
             folded[channel] = weight[channel].astype(np.float64) * scale[channel]
         kernel = weight.shape[2]
         return self.node(
@@ -197,11 +232,16 @@ class Graph:
         """End the graph: average over the plane → `embedding` → matrix → `logits`."""
         pooled = self.node("GlobalAveragePool", [x], "pooled")
         embedding = self.node("Flatten", [pooled], "embedding", axis=1)
-        weights = [self.weight("classifier.weight", self._arrays[weight]), self.weight("classifier.bias", self._arrays[bias])]
+        weights = [
+            self.weight("classifier.weight", self._arrays[weight]),
+            self.weight("classifier.bias", self._arrays[bias]),
+        ]
         self.node("Gemm", [embedding, *weights], "logits", transB=1)
 
     def model(self, name: str, size: int, classes: int, features: int) -> onnx.ModelProto:
-        """Finish: input `pixels` uint8 (n, size, size, 3), outputs `logits` (n, classes) and `embedding` (n, features)."""
+        """Finish: input `pixels` uint8 (n, size, size, 3), outputs `logits` (n, classes) and
+        `embedding` (n, features).
+        """
         from onnx import TensorProto, helper
 
         graph = helper.make_graph(
@@ -214,4 +254,9 @@ class Graph:
             ],
             self._weights,
         )
-        return helper.make_model(graph, producer_name="imagemill", ir_version=IR_VERSION, opset_imports=[helper.make_opsetid("", OPSET)])
+        return helper.make_model(
+            graph,
+            producer_name="imagemill",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )

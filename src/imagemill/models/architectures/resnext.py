@@ -1,6 +1,8 @@
-"""ResNeXt: a residual network whose 3×3 convolutions are split into groups (their number is the cardinality).
+"""ResNeXt: a residual network whose 3×3 convolutions are split into groups (their number is the
+cardinality).
 
-Xie, Girshick, Dollár, Tu, He: Aggregated Residual Transformations for Deep Neural Networks, CVPR 2017, arXiv:1611.05431.
+Xie, Girshick, Dollár, Tu, He: Aggregated Residual Transformations for Deep Neural Networks, CVPR
+2017, arXiv:1611.05431.
 `resnext101_32x4d` reads: 101 layers, cardinality 32, 4 channels per group in the first stage.
 """
 
@@ -22,7 +24,14 @@ Array = NDArray[Any]
 BLOCKS: Final = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 """Blocks per stage, by depth."""
 FEATURES: Final = 2048
-_CADENE: Final = {"conv1": "0.0", "bn1": "0.1", "conv2": "0.3", "bn2": "0.4", "conv3": "1", "bn3": "2"}
+_CADENE: Final = {
+    "conv1": "0.0",
+    "bn1": "0.1",
+    "conv2": "0.3",
+    "bn2": "0.4",
+    "conv3": "1",
+    "bn3": "2",
+}
 """Where Cadene's nested containers keep what torchvision calls conv1, bn1, …"""
 
 
@@ -53,18 +62,32 @@ class ResNeXt:
         return graph.count(self.shapes())
 
     def shapes(self) -> graph.Shapes:
-        """Names, as torchvision, timm and WSL spell them, and shapes, in the order of the network."""
+        """Names, as torchvision, timm and WSL spell them, and shapes, in the order of the
+        network.
+        """
         shapes: graph.Shapes = {"conv1.weight": (64, 3, 7, 7), **graph.batch_norm("bn1", 64)}
         channels = 64
         for stage, blocks in enumerate(BLOCKS[self.depth]):
             width, out = self.cardinality * self.base_width * 2**stage, 256 * 2**stage
             for block in range(blocks):
                 at = f"layer{stage + 1}.{block}"
-                shapes |= {f"{at}.conv1.weight": (width, channels, 1, 1), **graph.batch_norm(f"{at}.bn1", width)}
-                shapes |= {f"{at}.conv2.weight": (width, width // self.cardinality, 3, 3), **graph.batch_norm(f"{at}.bn2", width)}
-                shapes |= {f"{at}.conv3.weight": (out, width, 1, 1), **graph.batch_norm(f"{at}.bn3", out)}
+                shapes |= {
+                    f"{at}.conv1.weight": (width, channels, 1, 1),
+                    **graph.batch_norm(f"{at}.bn1", width),
+                }
+                shapes |= {
+                    f"{at}.conv2.weight": (width, width // self.cardinality, 3, 3),
+                    **graph.batch_norm(f"{at}.bn2", width),
+                }
+                shapes |= {
+                    f"{at}.conv3.weight": (out, width, 1, 1),
+                    **graph.batch_norm(f"{at}.bn3", out),
+                }
                 if block == 0:
-                    shapes |= {f"{at}.downsample.0.weight": (out, channels, 1, 1), **graph.batch_norm(f"{at}.downsample.1", out)}
+                    shapes |= {
+                        f"{at}.downsample.0.weight": (out, channels, 1, 1),
+                        **graph.batch_norm(f"{at}.downsample.1", out),
+                    }
                 channels = out
         return shapes | {"fc.weight": (self.classes, FEATURES), "fc.bias": (self.classes,)}
 
@@ -79,11 +102,14 @@ class ResNeXt:
             arrays: name → array under torchvision's or Cadene's names.
 
         Raises:
-            CheckpointError: parameters are missing, extra or misshapen; lists them under the names that the file uses.
+            CheckpointError: parameters are missing, extra or misshapen; lists them under the names
+            that the file uses.
         """
         shapes = self.shapes()
         if is_cadene(arrays):
-            graph.check(arrays, {cadene_name(name): shape for name, shape in shapes.items()}, self.name)
+            graph.check(
+                arrays, {cadene_name(name): shape for name, shape in shapes.items()}, self.name
+            )
             arrays = {name: arrays[cadene_name(name)] for name in shapes}
         else:
             graph.check(arrays, shapes, self.name)
@@ -93,13 +119,22 @@ class ResNeXt:
         g = graph.Graph(arrays, epsilon=1e-5)
         x = g.normalise("pixels", self.mean, self.std)
         x = g.node("Relu", [g.conv(x, "conv1", "bn1", stride=2, pads=(3, 3, 3, 3))], "stem")
-        x = g.node("MaxPool", [x], "maxpool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+        x = g.node(
+            "MaxPool", [x], "maxpool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]
+        )
         for stage, blocks in enumerate(BLOCKS[self.depth]):
             for block in range(blocks):
                 at = f"layer{stage + 1}.{block}"
                 stride = 2 if block == 0 and stage > 0 else 1
                 y = g.node("Relu", [g.conv(x, f"{at}.conv1", f"{at}.bn1")], f"{at}.relu1")
-                y = g.conv(y, f"{at}.conv2", f"{at}.bn2", stride=stride, pads=(1, 1, 1, 1), group=self.cardinality)
+                y = g.conv(
+                    y,
+                    f"{at}.conv2",
+                    f"{at}.bn2",
+                    stride=stride,
+                    pads=(1, 1, 1, 1),
+                    group=self.cardinality,
+                )
                 y = g.conv(g.node("Relu", [y], f"{at}.relu2"), f"{at}.conv3", f"{at}.bn3")
                 if block == 0:
                     x = g.conv(x, f"{at}.downsample.0", f"{at}.downsample.1", stride=stride)
@@ -114,7 +149,9 @@ def is_cadene(arrays: Mapping[str, Array]) -> bool:
 
 
 def cadene_name(name: str) -> str:
-    """Translate torchvision's name of a parameter into Cadene's: `layer1.0.conv1.weight` → `features.4.0.0.0.0.0.weight`."""
+    """Translate torchvision's name of a parameter into Cadene's: `layer1.0.conv1.weight` →
+    `features.4.0.0.0.0.0.weight`.
+    """
     match name.split("."):
         case ["conv1", part]:
             return f"features.0.{part}"

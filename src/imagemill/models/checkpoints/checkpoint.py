@@ -1,12 +1,15 @@
-"""Read the arrays of a published checkpoint without PyTorch and without running anything that it says.
+"""Read the arrays of a published checkpoint without PyTorch and without running anything that it
+says.
 
     read(path) ─► {parameter name: array}      in the order of the file
 
-Three formats, told apart by their first bytes and never by the suffix: `.safetensors`; the zip form of `.pth` (a pickle plus one raw
-member per storage); and its legacy form (five pickles, then the raw storages).
+Three formats, told apart by their first bytes and never by the suffix: `.safetensors`; the zip form
+of `.pth` (a pickle plus one raw member per storage); and its legacy form (five pickles, then the
+raw storages).
 
-A pickle is a program: `pickled` reads it as data, and runs nothing. What a file can make this module allocate is bounded by the file's
-own size; the pickle and a zip's directory have budgets of bytes.
+A pickle is a program: `pickled` reads it as data, and runs nothing. What a file can make this
+module allocate is bounded by the file's own size; the pickle and a zip's directory have budgets of
+bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError
 from imagemill.models.checkpoints import state_dicts
-from imagemill.models.checkpoints.pickled import Foreign, Machine, Refused, Tensor, itemsize, kind, raw_dtype, shown
+from imagemill.models.checkpoints.pickled import (
+    Foreign,
+    Machine,
+    Refused,
+    Tensor,
+    itemsize,
+    kind,
+    raw_dtype,
+    shown,
+)
 
 Array = NDArray[Any]
 
@@ -36,7 +48,15 @@ DIRECTORY_BYTES: Final = 16 * 2**20
 
 _LEGACY_MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _LEGACY_PROTOCOL: Final = 1001
-_PLAIN: Final = ("numpy", "collections ", "datetime ", "pathlib ", "__builtin__ frozenset", "builtins frozenset", "_codecs encode")
+_PLAIN: Final = (
+    "numpy",
+    "collections ",
+    "datetime ",
+    "pathlib ",
+    "__builtin__ frozenset",
+    "builtins frozenset",
+    "_codecs encode",
+)
 """Names whose calls make plain values, which some programs save among the parameters."""
 _DEEPEST: Final = 3
 """Mappings around a state dict, besides the outermost."""
@@ -49,16 +69,18 @@ def _silent(_: str) -> None:
 def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
     """Read a checkpoint's parameters by name, in the order of the file.
 
-    16-bit floats become float32, other types stay. Arrays may be read-only and may share memory where the file shares storages. The state
-    dict may be nested in other mappings, beside anything else; see `state_dicts` for which is taken and how its names are shortened.
+    16-bit floats become float32, other types stay. Arrays may be read-only and may share memory
+    where the file shares storages. The state dict may be nested in other mappings, beside anything
+    else; see `state_dicts` for which is taken and how its names are shortened.
 
     Args:
         path: the file.
         say: takes one line if the file has several state dicts: which is used.
 
     Raises:
-        CheckpointError: the file cannot be read, is damaged, is none of the three formats, or has no state dict; says what is wrong and
-            what to do. No other exception leaves this function for whatever bytes the file holds.
+        CheckpointError: the file cannot be read, is damaged, is none of the three formats, or has
+            no state dict; says what is wrong and what to do. No other exception leaves this
+            function for whatever bytes the file holds.
     """
     try:
         with path.open("rb") as file:
@@ -67,19 +89,38 @@ def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
             file.seek(0)
             return _read(path, file, head, size, lambda line: say(f"{path.name}: {line}"))
     except Refused as reason:
-        raise CheckpointError(f"{path}: {reason}. Nothing in it was run. Get the file again from its publisher.") from None
+        raise CheckpointError(
+            f"{path}: {reason}. Nothing in it was run. Get the file again from its publisher."
+        ) from None
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a seek to before the first byte, which only a damaged zip asks for
-            raise CheckpointError(f"{path}: damaged ({error}). Nothing in it was run. Get the file again from its publisher.") from error
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}. Check the path given with --from.") from error
+        if (
+            error.errno == errno.EINVAL
+        ):  # a seek to before the first byte, which only a damaged zip asks for
+            raise CheckpointError(
+                f"{path}: damaged ({error}). Nothing in it was run. Get the file again from its"
+                " publisher."
+            ) from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}. Check the path given with --from."
+        ) from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: its tensors do not fit into memory. Use a machine with more, or a smaller model.") from error
-    except Exception as error:  # the border of a parser: whatever the bytes were, the user gets one clear line
+        raise CheckpointError(
+            f"{path}: its tensors do not fit into memory. Use a machine with more, or a smaller"
+            " model."
+        ) from error
+    except (
+        Exception
+    ) as error:  # the border of a parser: whatever the bytes were, the user gets one clear line
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise CheckpointError(f"{path}: damaged ({what}). Nothing in it was run. Get the file again from its publisher.") from error
+        raise CheckpointError(
+            f"{path}: damaged ({what}). Nothing in it was run. Get the file again from its"
+            " publisher."
+        ) from error
 
 
-def _read(path: Path, file: IO[bytes], head: bytes, size: int, say: Callable[[str], None]) -> dict[str, Array]:
+def _read(
+    path: Path, file: IO[bytes], head: bytes, size: int, say: Callable[[str], None]
+) -> dict[str, Array]:
     if head[:4] == b"PK\x03\x04":
         return _read_zip(file, size, say)
     if head[:15] == _LEGACY_MAGIC:
@@ -95,11 +136,14 @@ def _strange(head: bytes, size: int) -> str:
     if head.lstrip()[:1] == b"<":
         return "this is a web page, not a checkpoint"
     if head[:1] == b"\x80":
-        return "this is a bare pickle, which may hold anything; only files made by torch.save or safetensors are read"
+        return (
+            "this is a bare pickle, which may hold anything; only files made by torch.save or"
+            " safetensors are read"
+        )
     return f"neither .safetensors nor .pth: it begins with {head[:8].hex(' ')}"
 
 
-# ── safetensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── safetensors ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
@@ -111,20 +155,29 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
             names = list(file.offset_keys())
             brain_floats = [name for name in names if file.get_slice(name).get_dtype() == "BF16"]
             for name in names:
-                arrays[name] = np.empty(0, np.float32) if name in brain_floats else _widened(file.get_tensor(name))
+                arrays[name] = (
+                    np.empty(0, np.float32)
+                    if name in brain_floats
+                    else _widened(file.get_tensor(name))
+                )
     except SafetensorError as error:
         raise Refused(f"damaged .safetensors of {size} bytes ({error})") from None
-    except (AttributeError, TypeError) as error:  # how the library's NumPy side meets float8 and other types that NumPy lacks
+    except (
+        AttributeError,
+        TypeError,
+    ) as error:  # how the library's NumPy side meets float8 and other types that NumPy lacks
         raise Refused(f"a tensor's number type is not read here ({error})") from None
     if brain_floats:  # NumPy has no bfloat16, so the library hands such tensors out as bytes only
         wanted = set(brain_floats)
         for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
             if name in wanted:
-                arrays[name] = _from_bfloat16(np.frombuffer(tensor["data"], "<u2")).reshape(tensor["shape"])
+                arrays[name] = _from_bfloat16(np.frombuffer(tensor["data"], "<u2")).reshape(
+                    tensor["shape"]
+                )
     return arrays
 
 
-# ── zip .pth ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── zip .pth ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
@@ -132,18 +185,32 @@ def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[st
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        raise Refused(f"damaged zip of {size} bytes ({error}); the download was probably cut") from None
+        raise Refused(
+            f"damaged zip of {size} bytes ({error}); the download was probably cut"
+        ) from None
     with archive:
         members = _checked_members(archive, size)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise Refused(f"a zip, but not one made by torch.save: it holds {len(pickles)} members named NAME/data.pkl instead of 1")
+            raise Refused(
+                f"a zip, but not one made by torch.save: it holds {len(pickles)} members named"
+                " NAME/data.pkl instead of 1"
+            )
         prefix = pickles[0].removesuffix("data.pkl")
-        if (order := members.get(f"{prefix}byteorder")) is not None and order.file_size <= 16 and archive.read(order) != b"little":
-            raise Refused(f"{prefix}byteorder says {archive.read(order)!r}; only little-endian files are read")
+        if (
+            (order := members.get(f"{prefix}byteorder")) is not None
+            and order.file_size <= 16
+            and archive.read(order) != b"little"
+        ):
+            raise Refused(
+                f"{prefix}byteorder says {archive.read(order)!r}; only little-endian files are read"
+            )
         program = members[pickles[0]]
         if program.file_size > PICKLE_BYTES:
-            raise Refused(f"{program.filename} has {program.file_size} bytes, more than the {PICKLE_BYTES} that a checkpoint can need")
+            raise Refused(
+                f"{program.filename} has {program.file_size} bytes, more than the {PICKLE_BYTES}"
+                " that a checkpoint can need"
+            )
         machine = Machine(size)
         root = machine.run(io.BytesIO(archive.read(program)))
         tensors = _state_dict(root, size, say)
@@ -170,18 +237,28 @@ def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[st
 
 
 def _check_zip_directory(file: IO[bytes], size: int) -> None:
-    """Refuse a directory beyond its budget before `zipfile` turns it into objects of ten times its size."""
+    """Refuse a directory beyond its budget before `zipfile` turns it into objects of ten times its
+    size.
+    """
     start = max(0, size - 2**16 - 22 - 20 - 56)
     file.seek(start)
     tail = file.read()
     end = tail.rfind(b"PK\x05\x06")
     if end < 0 or len(tail) < end + 22:
-        raise Refused(f"damaged zip of {size} bytes: its directory, the last part of the file, is missing; the download was probably cut")
+        raise Refused(
+            f"damaged zip of {size} bytes: its directory, the last part of the file, is missing;"
+            " the download was probably cut"
+        )
     claimed = struct.unpack_from("<I", tail, end + 12)[0]
     if (wide := tail.rfind(b"PK\x06\x06")) >= 0 and len(tail) >= wide + 56:
-        claimed = max(claimed if claimed != 2**32 - 1 else 0, struct.unpack_from("<Q", tail, wide + 40)[0])
+        claimed = max(
+            claimed if claimed != 2**32 - 1 else 0, struct.unpack_from("<Q", tail, wide + 40)[0]
+        )
     if claimed > min(size, DIRECTORY_BYTES):
-        raise Refused(f"its zip directory claims {claimed} bytes, more than the {min(size, DIRECTORY_BYTES)} allowed")
+        raise Refused(
+            f"its zip directory claims {claimed} bytes, more than the {min(size, DIRECTORY_BYTES)}"
+            " allowed"
+        )
     file.seek(0)
 
 
@@ -189,7 +266,13 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = member.orig_filename
-        if name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in name.split("/"):
+        if (
+            name.startswith("/")
+            or "\\" in name
+            or "\0" in name
+            or ":" in name
+            or ".." in name.split("/")
+        ):
             raise Refused(f"its member {name!r} has a path that leads out of the archive")
         if name in members:
             raise Refused(f"its member {name!r} is there twice")
@@ -198,12 +281,15 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
         if member.compress_type != zipfile.ZIP_STORED:
             raise Refused(f"its member {name!r} is compressed, which torch.save never does")
         if member.file_size != member.compress_size or member.file_size > size:
-            raise Refused(f"its member {name!r} claims {member.file_size} bytes, {member.compress_size} stored, in a file of {size}")
+            raise Refused(
+                f"its member {name!r} claims {member.file_size} bytes, {member.compress_size}"
+                f" stored, in a file of {size}"
+            )
         members[name] = member
     return members
 
 
-# ── legacy .pth ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── legacy .pth ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
@@ -212,7 +298,9 @@ def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict
     machine.run(stream)  # the magic number, seen already
     protocol = machine.run(stream)
     if protocol != _LEGACY_PROTOCOL or not isinstance(protocol, int):
-        raise Refused(f"its protocol number is not {_LEGACY_PROTOCOL}, the only one torch.save ever wrote")
+        raise Refused(
+            f"its protocol number is not {_LEGACY_PROTOCOL}, the only one torch.save ever wrote"
+        )
     system = machine.run(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("it was not written by a little-endian machine")
@@ -229,16 +317,25 @@ def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict
     for key in keys:
         storage = machine.storages.get(key)
         if storage is None or key in passed:
-            raise Refused(f"its list of storages names {shown(key)} {'twice' if key in passed else 'which no tensor uses'}")
+            raise Refused(
+                f"its list of storages names {shown(key)}"
+                f" {'twice' if key in passed else 'which no tensor uses'}"
+            )
         passed.add(key)
         file.seek(position)
         length = file.read(8)
         count = struct.unpack("<q", length)[0] if len(length) == 8 else 0
         if len(length) == 8 and count != storage.count:
-            raise Refused(f"storage {shown(key)} has {count} elements at byte {position}, the pickle says {storage.count}")
+            raise Refused(
+                f"storage {shown(key)} has {count} elements at byte {position}, the pickle says"
+                f" {storage.count}"
+            )
         need = count * itemsize(storage.dtype)
         if len(length) < 8 or position + 8 + need > size:
-            raise Refused(f"it ends at byte {size}, inside storage {key} of {storage.count} elements; the download was probably cut")
+            raise Refused(
+                f"it ends at byte {size}, inside storage {key} of {storage.count} elements; the"
+                " download was probably cut"
+            )
         if key in needed:
             raw[key] = np.fromfile(file, raw_dtype(storage.dtype), count)
         position += 8 + need
@@ -247,7 +344,7 @@ def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict
     return {name: _array(tensor, raw) for name, tensor in tensors.items()}
 
 
-# ── tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tensors ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _array(tensor: Tensor, raw: Mapping[str, Array]) -> Array:
@@ -258,7 +355,10 @@ def _array(tensor: Tensor, raw: Mapping[str, Array]) -> Array:
     else:  # `pickled` has checked that the last element lies inside
         step = numbers.dtype.itemsize
         view = np.lib.stride_tricks.as_strided(
-            numbers[tensor.offset :], tensor.size, tuple(step * stride for stride in tensor.stride), writeable=False
+            numbers[tensor.offset :],
+            tensor.size,
+            tuple(step * stride for stride in tensor.stride),
+            writeable=False,
         )
     contiguous: Array = np.ascontiguousarray(view).reshape(tensor.size)
     if storage.dtype == "bf16":
@@ -291,29 +391,58 @@ def _state_dict(root: object, size: int, say: Callable[[str], None]) -> dict[str
 
 
 def _found(root: object) -> dict[str, dict[str, Tensor]]:
-    """Return every mapping in the checkpoint that holds parameters by name, with the path to it. Raises: Refused if there is none."""
+    """Return every mapping in the checkpoint that holds parameters by name, with the path to it.
+    Raises: Refused if there is none.
+    """
     if not isinstance(root, dict):
         raise Refused(f"it holds {kind(root)}, not a mapping of parameter names to tensors")
     found: dict[str, dict[str, Tensor]] = {}
     mappings: list[tuple[str, dict[Any, Any]]] = [("", root)]
     seen = {id(root)}
     for path, mapping in mappings:  # grows meanwhile
-        if tensors := {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}:
+        if tensors := {
+            name: value
+            for name, value in mapping.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }:
             found[path] = tensors
         for name, value in mapping.items():
-            if isinstance(name, str) and isinstance(value, dict) and id(value) not in seen and path.count("/") < _DEEPEST:
+            if (
+                isinstance(name, str)
+                and isinstance(value, dict)
+                and id(value) not in seen
+                and path.count("/") < _DEEPEST
+            ):
                 seen.add(id(value))
                 if "optim" not in name.lower():
                     mappings.append((f"{path}/{name}" if path else name, value))
     # Metrics and schedulers keep tensors too, but call none of them a weight.
-    found = {path: tensors for path, tensors in found.items() if any(name.endswith("weight") for name in tensors)} or found
+    found = {
+        path: tensors
+        for path, tensors in found.items()
+        if any(name.endswith("weight") for name in tensors)
+    } or found
     for path, mapping in mappings:
         for value in mapping.values():
             if isinstance(value, Foreign) and not found:
-                raise Refused(f"{value.refusal}; there is no state dict in it, as torch.save(model.state_dict(), FILE) would write")
-            if isinstance(value, Foreign) and path in found and value.called and not value.full.startswith(_PLAIN):
-                raise Refused(value.refusal)  # among the parameters themselves: the file is not what it is said to be
+                raise Refused(
+                    f"{value.refusal}; there is no state dict in it, as"
+                    " torch.save(model.state_dict(), FILE) would write"
+                )
+            if (
+                isinstance(value, Foreign)
+                and path in found
+                and value.called
+                and not value.full.startswith(_PLAIN)
+            ):
+                raise Refused(
+                    value.refusal
+                )  # among the parameters themselves: the file is not what it is said to be
     if not found:
         entry = next(((name, value) for name, value in root.items()), None)
-        raise Refused(f"its entry {shown(entry[0])} is {kind(entry[1])}, not a tensor" if entry else "it holds an empty mapping")
+        raise Refused(
+            f"its entry {shown(entry[0])} is {kind(entry[1])}, not a tensor"
+            if entry
+            else "it holds an empty mapping"
+        )
     return found

@@ -1,8 +1,9 @@
 """Download one file over HTTP(S): resumable, checked, and whole or not at all.
 
-While it is under way the bytes are in `NAME.partial`, and `NAME.partial.json` says what they are a part of, so that a later call goes on
-where this one was cut. The final name appears by a rename after size and hash are right. Proxies are taken from the environment
-(`HTTPS_PROXY`, `NO_PROXY`, …); certificates are always verified.
+While it is under way the bytes are in `NAME.partial`, and `NAME.partial.json` says what they are a
+part of, so that a later call goes on where this one was cut. The final name appears by a rename
+after size and hash are right. Proxies are taken from the environment (`HTTPS_PROXY`, `NO_PROXY`,
+…); certificates are always verified.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ Progress = Callable[[int, int | None], None]
 
 MIRROR_VARIABLE: Final = "IMAGEMILL_MIRROR"
 CONNECT_S: Final = 3.0
-"""Time for resolving a host's name, connecting and the TLS handshake: offline, a command then fails within 5 s, its start included."""
+"""Time for resolving a host's name, connecting and the TLS handshake: offline, a command then fails
+within 5 s, its start included.
+"""
 _CHUNK: Final = 2**18
 _RETRIED: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -43,7 +46,9 @@ class Patience:
     timeout_s: float = 30.0
     """Without a byte for so long, the connection counts as stalled."""
     attempts: int = 6
-    """In a row without progress; 1 MiB of it starts the count again. A server that cannot be reached at first gets a single one."""
+    """In a row without progress; 1 MiB of it starts the count again. A server that cannot be
+    reached at first gets a single one.
+    """
     backoff_s: float = 1.0
     """Wait before the second attempt; doubles with each."""
     longest_wait_s: float = 30.0
@@ -88,7 +93,9 @@ class _Https(http.client.HTTPSConnection):
 
 
 def _connect(connection: http.client.HTTPConnection, connect: Callable[[], None]) -> None:
-    """Call `connect` in a daemon thread: name resolution has no timeout, and each of a host's addresses gets a whole one."""
+    """Call `connect` in a daemon thread: name resolution has no timeout, and each of a host's
+    addresses gets a whole one.
+    """
     done: Future[None] = Future()
 
     def call() -> None:
@@ -104,7 +111,9 @@ def _connect(connection: http.client.HTTPConnection, connect: Callable[[], None]
     except ssl.SSLCertVerificationError:
         raise
     except TimeoutError as error:
-        raise _UnreachableError(f"{connection.host} cannot be reached: no connection within {CONNECT_S:g} s") from error
+        raise _UnreachableError(
+            f"{connection.host} cannot be reached: no connection within {CONNECT_S:g} s"
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise _UnreachableError(f"{connection.host} cannot be reached: {reason}") from error
@@ -123,14 +132,18 @@ class _HttpsHandler(urllib.request.HTTPSHandler):
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):
     """Follows redirects, but never from https to http."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> Any:
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
             raise urllib.error.URLError(f"it redirects from https to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def mirrored(url: str) -> str:
-    """Return where to fetch `url` from: `$IMAGEMILL_MIRROR/HOST/PATH`, the layout of `wget -x`, or `url` itself where it is not set."""
+    """Return where to fetch `url` from: `$IMAGEMILL_MIRROR/HOST/PATH`, the layout of `wget -x`, or
+    `url` itself where it is not set.
+    """
     mirror = os.environ.get(MIRROR_VARIABLE)
     if not mirror:
         return url
@@ -161,11 +174,14 @@ def fetch(
 
     Raises:
         UsageError: the URL is not http or https.
-        DownloadError: it cannot be reached, is not there, or is not what was expected; says what to do.
+        DownloadError: it cannot be reached, is not there, or is not what was expected; says what to
+        do.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UsageError(f"{url!r} cannot be downloaded: give a URL that begins with http:// or https://.")
+        raise UsageError(
+            f"{url!r} cannot be downloaded: give a URL that begins with http:// or https://."
+        )
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,21 +195,26 @@ def fetch(
                 _note(partial).unlink(missing_ok=True)
                 return found
             _discard(partial)
-            if fresh or not resumed:  # a file glued from two versions gets one more chance, from its first byte
+            if (
+                fresh or not resumed
+            ):  # a file glued from two versions gets one more chance, from its first byte
                 break
     except OSError as error:
         raise DownloadError(
-            f"{target} cannot be written: {error.strerror or error}. Make room or rights there, or choose another folder with --models-dir."
+            f"{target} cannot be written: {error.strerror or error}. Make room or rights there, or"
+            " choose another folder with --models-dir."
         ) from error
     raise DownloadError(
-        f"{url} sent the wrong file: its sha256 is {found}, it should begin with {sha256_prefix}. The file was removed. {_remedy(url)}"
+        f"{url} sent the wrong file: its sha256 is {found}, it should begin with {sha256_prefix}."
+        f" The file was removed. {_remedy(url)}"
     )
 
 
 def _remedy(url: str) -> str:
     return (
-        f"Fetch {url} some other way and give the file with `imagemill get-model NAME --from FILE`, name another place with --url URL "
-        f"there, or set {MIRROR_VARIABLE} to a mirror (laid out as HOST/PATH)."
+        f"Fetch {url} some other way and give the file with `imagemill get-model NAME --from FILE`,"
+        f" name another place with --url URL there, or set {MIRROR_VARIABLE} to a mirror (laid out"
+        " as HOST/PATH)."
     )
 
 
@@ -206,10 +227,19 @@ def _discard(partial: Path) -> None:
     _note(partial).unlink(missing_ok=True)
 
 
-def _complete(url: str, partial: Path, size: int | None, progress: Progress | None, patience: Patience, max_bytes: int) -> bool:
-    """Attempt until the partial file is complete; return whether it was glued from more than one answer.
+def _complete(
+    url: str,
+    partial: Path,
+    size: int | None,
+    progress: Progress | None,
+    patience: Patience,
+    max_bytes: int,
+) -> bool:
+    """Attempt until the partial file is complete; return whether it was glued from more than one
+    answer.
 
-    A server that cannot be reached at the first attempt is not tried again: the machine is offline, or the address is wrong.
+    A server that cannot be reached at the first attempt is not tried again: the machine is offline,
+    or the address is wrong.
     """
     failures, resumed, reached = 0, False, False
     while True:
@@ -224,11 +254,25 @@ def _complete(url: str, partial: Path, size: int | None, progress: Progress | No
             if failures >= patience.attempts or not reached:
                 kept = f" {now} bytes are kept; the same command continues there." if now else ""
                 count = f" ({failures} attempts)" if failures > 1 else ""
-                raise DownloadError(f"{url} cannot be downloaded: {problem}{count}.{kept} {_remedy(url)}") from problem
-            time.sleep(min(patience.longest_wait_s, max(problem.wait_s, patience.backoff_s * 2 ** (failures - 1))))
+                raise DownloadError(
+                    f"{url} cannot be downloaded: {problem}{count}.{kept} {_remedy(url)}"
+                ) from problem
+            time.sleep(
+                min(
+                    patience.longest_wait_s,
+                    max(problem.wait_s, patience.backoff_s * 2 ** (failures - 1)),
+                )
+            )
 
 
-def _attempt(url: str, partial: Path, size: int | None, progress: Progress | None, patience: Patience, max_bytes: int) -> bool:
+def _attempt(
+    url: str,
+    partial: Path,
+    size: int | None,
+    progress: Progress | None,
+    patience: Patience,
+    max_bytes: int,
+) -> bool:
     """Ask once for what is missing, and append it. Returns whether it continued an older part."""
     have, part = _resumable(url, partial)
     headers = {"User-Agent": f"imagemill/{__version__}", "Accept-Encoding": "identity"}
@@ -247,16 +291,26 @@ def _attempt(url: str, partial: Path, size: int | None, progress: Progress | Non
             length = answer.headers.get("Content-Length")
             total = have + int(length) if length is not None and length.isdigit() else None
             _expect(url, partial, total, size, max_bytes)
-            _note(partial).write_text(json.dumps(asdict(_Part(url, _validator(answer.headers), total))))
+            _note(partial).write_text(
+                json.dumps(asdict(_Part(url, _validator(answer.headers), total)))
+            )
             with partial.open("ab" if have else "wb") as file:
                 got = _copy(answer, file, have, total, progress, max_bytes)
     except urllib.error.HTTPError as error:
         with error:
             _answer_to(error, url, partial)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+        ssl.SSLError,
+    ) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise DownloadError(f"{url} cannot be trusted: {reason.verify_message}. {_remedy(url)}") from error
+            raise DownloadError(
+                f"{url} cannot be trusted: {reason.verify_message}. {_remedy(url)}"
+            ) from error
         if isinstance(reason, _UnreachableError):
             raise _Again(str(reason), reached=False) from error
         if isinstance(reason, TimeoutError):
@@ -267,7 +321,10 @@ def _attempt(url: str, partial: Path, size: int | None, progress: Progress | Non
             raise _Again(f"the connection was cut after {got} of {total} bytes")
         if got > max_bytes or (size is not None and got != size):
             _discard(partial)
-            raise DownloadError(f"{url} sent {got} bytes instead of {size or f'at most {max_bytes}'}. The file was removed. {_remedy(url)}")
+            raise DownloadError(
+                f"{url} sent {got} bytes instead of {size or f'at most {max_bytes}'}. The file was"
+                f" removed. {_remedy(url)}"
+            )
     return have > 0
 
 
@@ -318,10 +375,20 @@ def _expect(url: str, partial: Path, total: int | None, size: int | None, max_by
         return
     if total > max_bytes or (size is not None and total != size):
         _discard(partial)
-        raise DownloadError(f"{url} announces {total} bytes instead of {size or f'at most {max_bytes}'}. Nothing was kept. {_remedy(url)}")
+        raise DownloadError(
+            f"{url} announces {total} bytes instead of {size or f'at most {max_bytes}'}. Nothing"
+            f" was kept. {_remedy(url)}"
+        )
 
 
-def _copy(answer: Any, file: IO[bytes], have: int, total: int | None, progress: Progress | None, max_bytes: int) -> int:
+def _copy(
+    answer: Any,
+    file: IO[bytes],
+    have: int,
+    total: int | None,
+    progress: Progress | None,
+    max_bytes: int,
+) -> int:
     while True:
         try:
             chunk = answer.read1(_CHUNK)
@@ -346,5 +413,11 @@ def _answer_to(error: urllib.error.HTTPError, url: str, partial: Path) -> None:
         raise _Again("the file at its home has changed meanwhile") from error
     if error.code in _RETRIED:
         wait = error.headers.get("Retry-After") or ""
-        raise _Again(f"the server answers {error.code} {error.reason}", float(wait) if wait.isdigit() else 0.0) from error
-    raise DownloadError(f"{url} cannot be downloaded: the server answers {error.code} {error.reason}. {_remedy(url)}") from error
+        raise _Again(
+            f"the server answers {error.code} {error.reason}",
+            float(wait) if wait.isdigit() else 0.0,
+        ) from error
+    raise DownloadError(
+        f"{url} cannot be downloaded: the server answers {error.code} {error.reason}."
+        f" {_remedy(url)}"
+    ) from error

@@ -1,10 +1,13 @@
 """The language that a PyTorch checkpoint's pickle is written in, read as data.
 
-A pickle is a program. It is not given to Python's unpickler here. `Machine` interprets the two dozen opcodes that describe plain
-data, and where the program names something to call, the name is looked up in a closed table: nothing is imported, nothing is called.
-What is made with a name outside the table, such as a command's arguments, becomes a `Foreign` value, which only knows this name. Every
-other opcode is refused, and the message says which. What a program can make this module allocate is bounded by the size
-of its file: tensors may not be larger than their storage, storages not larger than the file, and it has a budget of opcodes.
+A pickle is a program. It is not given to Python's unpickler here. `Machine` interprets the two
+dozen opcodes that describe plain data, and where the program names something to call, the name is
+looked up in a closed table: nothing is imported, nothing is called. What is made with a name
+outside the table, such as a command's arguments, becomes a `Foreign` value, which only knows this
+name. Every other opcode is refused, and the message says which. What a program can make this module
+allocate is bounded by the size
+of its file: tensors may not be larger than their storage, storages not larger than the file, and it
+has a budget of opcodes.
 """
 
 from __future__ import annotations
@@ -50,14 +53,18 @@ class Refused(Exception):  # noqa: N818 - carries the reason to `checkpoint.read
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A name that the pickle mentions and the table admits. It stands for the thing and is never resolved."""
+    """A name that the pickle mentions and the table admits. It stands for the thing and is never
+    resolved.
+    """
 
     full: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foreign:
-    """A value that is not made, because the table does not admit the name of its class or function."""
+    """A value that is not made, because the table does not admit the name of its class or
+    function.
+    """
 
     full: str
     called: bool = False
@@ -67,7 +74,10 @@ class Foreign:
     def refusal(self) -> str:
         """Why a file that needs this value is refused."""
         dotted = shown(self.full.replace(" ", "."))
-        return f"refused: its pickle asks for {dotted}, which is none of the names that a checkpoint needs"
+        return (
+            f"refused: its pickle asks for {dotted}, which is none of the names that a checkpoint"
+            " needs"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,9 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tensor:
-    """A view into a storage: offset, size and stride in elements, checked against the storage's bounds."""
+    """A view into a storage: offset, size and stride in elements, checked against the storage's
+    bounds.
+    """
 
     storage: Storage
     offset: int
@@ -96,14 +108,16 @@ class Tensor:
 
 _CONSTANTS: Final[dict[str, object]] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS: Final = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE "
-    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+    "INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE"
+    " BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
 )
 _TUPLES: Final = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Machine:
-    """Interprets the data part of pickle. Contract: no import, no call, no attribute; every opcode costs O(1) plus its argument's bytes."""
+    """Interprets the data part of pickle. Contract: no import, no call, no attribute; every opcode
+    costs O(1) plus its argument's bytes.
+    """
 
     def __init__(self, file_size: int) -> None:
         self.storages: dict[str, Storage] = {}
@@ -112,7 +126,9 @@ class Machine:
         self._left = PICKLE_OPCODES
 
     def run(self, stream: IO[bytes]) -> Any:
-        """Run one pickle from the stream and return what it describes; the stream is left behind its last byte."""
+        """Run one pickle from the stream and return what it describes; the stream is left behind
+        its last byte.
+        """
         stack: list[Any] = []
         marks: list[list[Any]] = []
         memo: dict[int, Any] = {}
@@ -157,7 +173,9 @@ class Machine:
                     put(len(memo))
                 elif code in {"BINGET", "LONG_BINGET", "GET"}:
                     if argument not in memo:
-                        raise Refused(f"its pickle recalls value {argument}, which it never remembered")
+                        raise Refused(
+                            f"its pickle recalls value {argument}, which it never remembered"
+                        )
                     stack.append(memo[argument])
                 elif code == "MARK":
                     marks.append(stack)
@@ -212,7 +230,9 @@ class Machine:
                         pop()  # arguments
                     made = pop()
                     if not isinstance(made, Foreign):
-                        raise Refused(f"its pickle uses the opcode {code} at byte {at} on {kind(made)}")
+                        raise Refused(
+                            f"its pickle uses the opcode {code} at byte {at} on {kind(made)}"
+                        )
                     stack.append(Foreign(made.full))
                 elif code == "BUILD":
                     pop()  # the module versions that PyTorch hangs onto a state dict; not needed
@@ -227,13 +247,18 @@ class Machine:
                         raise Refused("its pickle ends with values left over")
                     return result
                 elif code not in {"PROTO", "FRAME"}:
-                    raise Refused(f"its pickle uses the opcode {code} at byte {at}, which a checkpoint does not need")
+                    raise Refused(
+                        f"its pickle uses the opcode {code} at byte {at}, which a checkpoint does"
+                        " not need"
+                    )
         except ValueError as error:
             raise Refused(f"its pickle is damaged ({str(error)[:200]})") from None
         raise Refused("its pickle has no end")
 
     def _storage(self, identity: object) -> Storage | Foreign:
-        """Read the persistent id of a storage: `("storage", type, key, device, elements[, view])`."""
+        """Read the persistent id of a storage: `("storage", type, key, device, elements[,
+        view])`.
+        """
         match identity:
             case ("storage", Foreign() as foreign, *_):
                 return foreign
@@ -241,17 +266,32 @@ class Machine:
                 start, length = 0, count
             case ("storage", _Name(full=storage_type), str(key), str(), int(count), None):
                 start, length = 0, count
-            case ("storage", _Name(full=storage_type), str(key), str(), int(count), (str(), int(start), int(length))):
+            case (
+                "storage",
+                _Name(full=storage_type),
+                str(key),
+                str(),
+                int(count),
+                (str(), int(start), int(length)),
+            ):
                 pass
             case _:
                 raise Refused("its pickle refers to something outside that is not a storage")
         dtype = _STORAGES.get(storage_type)
         if dtype is None:
-            raise Refused(f"storage {shown(key)} is of {storage_type.replace(' ', '.')}, which is not a storage type")
+            raise Refused(
+                f"storage {shown(key)} is of {storage_type.replace(' ', '.')}, which is not a"
+                " storage type"
+            )
         if not re.fullmatch(r"[0-9]{1,40}", key):
-            raise Refused(f"its pickle refers to a storage named {shown(key)}, which is not a number")
+            raise Refused(
+                f"its pickle refers to a storage named {shown(key)}, which is not a number"
+            )
         if not 0 <= count * itemsize(dtype) <= self._file_size:
-            raise Refused(f"storage {key} claims {shown(count)} elements, in a file of {self._file_size} bytes")
+            raise Refused(
+                f"storage {key} claims {shown(count)} elements, in a file of {self._file_size}"
+                " bytes"
+            )
         if start < 0 or length < 0 or start + length > count:
             raise Refused(f"a view of storage {key} leaves it")
         known = self.storages.setdefault(key, Storage(key, dtype, count, 0, count))
@@ -265,7 +305,9 @@ def _named(full: Any) -> _Name | Foreign:
 
 
 def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
-    """Add keys and values that alternate. Only plain keys are kept: hashing nested tuples can take exponential time."""
+    """Add keys and values that alternate. Only plain keys are kept: hashing nested tuples can take
+    exponential time.
+    """
     if len(items) % 2:
         raise Refused("its pickle has a key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
@@ -292,27 +334,55 @@ def _built(function: object, arguments: object) -> object:
             return _filled({}, items)
         case "torch._utils _rebuild_tensor", (Storage() as storage, offset, size, stride):
             return _tensor(storage, offset, size, stride)
-        case "torch._utils _rebuild_tensor_v2", (Storage() as storage, offset, size, stride, *rest) if 2 <= len(rest) <= 3:
+        case "torch._utils _rebuild_tensor_v2", (
+            Storage() as storage,
+            offset,
+            size,
+            stride,
+            *rest,
+        ) if 2 <= len(rest) <= 3:
             return _tensor(storage, offset, size, stride)
-        case "torch._utils _rebuild_parameter" | "torch._utils _rebuild_parameter_with_state", (Tensor() as tensor, _, _, *_):
+        case "torch._utils _rebuild_parameter" | "torch._utils _rebuild_parameter_with_state", (
+            Tensor() as tensor,
+            _,
+            _,
+            *_,
+        ):
             return tensor
-        case "torch._tensor _rebuild_from_type_v2", (_Name() as inner, _, tuple() as rest, _):  # a tensor with attributes
+        case "torch._tensor _rebuild_from_type_v2", (
+            _Name() as inner,
+            _,
+            tuple() as rest,
+            _,
+        ):  # a tensor with attributes
             return _built(inner, rest)
         case _, (Foreign() as foreign, *_):
             return foreign
-    raise Refused(f"its pickle calls {function.full.replace(' ', '.')} with arguments that do not fit")
+    raise Refused(
+        f"its pickle calls {function.full.replace(' ', '.')} with arguments that do not fit"
+    )
 
 
 def _tensor(storage: Storage, offset: object, size: object, stride: object) -> Tensor:
     """Check a view against the bounds of its storage."""
     sizes, strides = _naturals(size), _naturals(stride)
-    if type(offset) is not int or offset < 0 or sizes is None or strides is None or len(sizes) != len(strides) or len(sizes) > 16:
+    if (
+        type(offset) is not int
+        or offset < 0
+        or sizes is None
+        or strides is None
+        or len(sizes) != len(strides)
+        or len(sizes) > 16
+    ):
         raise Refused(f"a tensor in storage {storage.key} has an impossible shape")
     elements = prod(sizes)
     last = offset + sum((extent - 1) * step for extent, step in zip(sizes, strides, strict=True))
     if elements and (last >= storage.length or elements > storage.length):
         reach = f"{shown(elements)} elements, the last at {shown(last)}"
-        raise Refused(f"a tensor of {reach}, does not fit into its storage {storage.key} of {storage.length} elements")
+        raise Refused(
+            f"a tensor of {reach}, does not fit into its storage {storage.key} of {storage.length}"
+            " elements"
+        )
     if not elements and max(sizes) > 2**31:
         raise Refused(f"a tensor in storage {storage.key} has an impossible shape")
     return Tensor(storage, offset, sizes, strides)

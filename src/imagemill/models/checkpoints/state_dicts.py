@@ -1,7 +1,8 @@
 """Which of a checkpoint's state dicts is used, and what its parameters are called.
 
-Training programs nest the state dict (`{"model": …}`), keep several of them (`state_dict_ema` beside `state_dict`), and put the names of
-their wrappers before the parameters' own (`module.`, `model._orig_mod.`).
+Training programs nest the state dict (`{"model": …}`), keep several of them (`state_dict_ema`
+beside `state_dict`), and put the names of their wrappers before the parameters' own (`module.`,
+`model._orig_mod.`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,29 @@ from imagemill.models.checkpoints.pickled import Refused, shown
 
 T = TypeVar("T")
 
-_WRAPPER: Final = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""DataParallel, torch.compile, FSDP and activation checkpointing put these before the names of what they wrap, which may be any module."""
-_CONTAINER: Final = re.compile(r"^(?:(?:model|net|network|backbone|head|online_model|(?P<ema>ema|ema_model|model_ema|ema_net|net_ema))\.)+")
+_WRAPPER: Final = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+"""DataParallel, torch.compile, FSDP and activation checkpointing put these before the names of what
+they wrap, which may be any module.
+"""
+_CONTAINER: Final = re.compile(
+    r"^(?:(?:model|net|network|backbone|head|online_model|(?P<ema>ema|ema_model|model_ema|ema_net|net_ema))\.)+"
+)
 """What Lightning modules and others call the network that they hold."""
 _EMA: Final = re.compile(r"(?:^|[_/.-])ema(?:$|[_/.-])", re.IGNORECASE)
 _TRAINING: Final = re.compile(r"(?:criterion|loss|loss_fn)\.|(?:n_averaged|initted|step)$")
 """What training alone needs: weights of classes in the loss, and counters of averages."""
-_PREFERRED: Final = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
+_PREFERRED: Final = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+)
 """Of several state dicts the first of these is used."""
 _LISTED: Final = 5
 _NO_PARAMETER: Final = ".num_batches_tracked"
@@ -30,8 +46,9 @@ _NO_PARAMETER: Final = ".num_batches_tracked"
 def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> dict[str, T]:
     """Choose a state dict and drop the wrappers from its names.
 
-    An exponential moving average (EMA) of the weights is preferred to the plain weights, as in timm, because publishers evaluate with it;
-    but only if it has every parameter that the plain weights have.
+    An exponential moving average (EMA) of the weights is preferred to the plain weights, as in
+    timm, because publishers evaluate with it; but only if it has every parameter that the plain
+    weights have.
 
     Args:
         found: path in the checkpoint → name → tensor; the path of the outermost mapping is empty.
@@ -55,14 +72,24 @@ def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> 
                 is_ema, place = True, f"{path}/{container[0]}*".removeprefix("/")
             group = (averaged if is_ema else plain).setdefault(place, {})
             if short in group:
-                raise Refused(f"two of its tensors are called {shown(short)}, one of them {shown(name)}: it holds several models")
+                raise Refused(
+                    f"two of its tensors are called {shown(short)}, one of them {shown(name)}: it"
+                    " holds several models"
+                )
             group[short] = tensor
     used = _preferred(plain) if plain else ""
     for path, tensors in averaged.items():
-        missing = [name for name in plain.get(used, {}) if name not in tensors and not name.endswith(_NO_PARAMETER)]
+        missing = [
+            name
+            for name in plain.get(used, {})
+            if name not in tensors and not name.endswith(_NO_PARAMETER)
+        ]
         if not missing:
             if plain:
-                say(f"the EMA weights are used ({_place(path)}), not the plain ones ({_place(used)})")
+                say(
+                    f"the EMA weights are used ({_place(path)}), not the plain ones"
+                    f" ({_place(used)})"
+                )
             return tensors
         say(f"the EMA weights ({_place(path)}) are not used: they have no {shown(missing[0])}")
     if others := [path for path in plain if path != used]:
@@ -78,7 +105,10 @@ def _preferred(groups: Mapping[str, object]) -> str:
         for path in groups:
             if key in path.split("/"):
                 return path
-    raise Refused(f"it has several state dicts ({_places(list(groups))}): save the one that you want in a file of its own")
+    raise Refused(
+        f"it has several state dicts ({_places(list(groups))}): save the one that you want in a"
+        " file of its own"
+    )
 
 
 def _places(paths: list[str]) -> str:

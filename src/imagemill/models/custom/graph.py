@@ -1,4 +1,5 @@
-"""A foreign graph: looked at beside its card (`examine`), then made into what every bundle holds (`assemble`).
+"""A foreign graph: looked at beside its card (`examine`), then made into what every bundle holds
+(`assemble`).
 
 The foreign graph's tensors keep their names behind a prefix; opset and IR version are kept.
 """
@@ -27,9 +28,24 @@ _OLDEST_OPSET: Final = 7
 """The first whose arithmetic broadcasts as NumPy does."""
 _DOMAINS: Final = ("", "ai.onnx")
 _CROPPED: Final = 0.875
-"""Share of the resized short side that the crop keeps where the card does not say it: 224 of 256."""
-_PASSED: Final = ("Softmax", "Sigmoid", "LogSoftmax", "Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Dropout")
-"""Operators that may stand between the classifier's last layer and the scores, besides arithmetic with a constant."""
+"""Share of the resized short side that the crop keeps where the card does not say it: 224 of
+256.
+"""
+_PASSED: Final = (
+    "Softmax",
+    "Sigmoid",
+    "LogSoftmax",
+    "Identity",
+    "Cast",
+    "Flatten",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Dropout",
+)
+"""Operators that may stand between the classifier's last layer and the scores, besides arithmetic
+with a constant.
+"""
 _RESHAPING: Final = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
 _ARITHMETIC: Final = ("Add", "Sub", "Mul", "Div")
 
@@ -83,28 +99,42 @@ class Plan:
 def _types() -> dict[str, int]:
     from onnx import TensorProto
 
-    return {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+    return {
+        "float32": TensorProto.FLOAT,
+        "float16": TensorProto.FLOAT16,
+        "uint8": TensorProto.UINT8,
+    }
 
 
 def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
     """Compare a file with its card. Raises: UsageError, ModelError."""
     name = file.name
-    opset = max((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0)
+    opset = max(
+        (entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0
+    )
     if opset < _OLDEST_OPSET:
         raise ModelError(
-            f"{name} has opset {opset}, {_OLDEST_OPSET} is the oldest that can be wrapped. Convert it: onnx.version_converter."
+            f"{name} has opset {opset}, {_OLDEST_OPSET} is the oldest that can be wrapped. Convert"
+            " it: onnx.version_converter."
         )
     for node in all_nodes(model.graph):
         if node.domain not in _DOMAINS:
             raise ModelError(
-                f"{name} uses the operator {node.domain}::{node.op_type}, which is not ONNX's own. Export it with standard operators only."
+                f"{name} uses the operator {node.domain}::{node.op_type}, which is not ONNX's own."
+                " Export it with standard operators only."
             )
     if model.functions:
-        raise ModelError(f"{name} defines functions of its own ({model.functions[0].name}). Inline them first (onnx.inliner).")
+        raise ModelError(
+            f"{name} defines functions of its own ({model.functions[0].name}). Inline them first"
+            " (onnx.inliner)."
+        )
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
-        raise ModelError(f"{name} has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}); an image fills one.")
+        raise ModelError(
+            f"{name} has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}); an"
+            " image fills one."
+        )
     entry = inputs[0]
     kind = entry.type.tensor_type.elem_type
     dims = _dims(entry)
@@ -112,23 +142,46 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
     if kind not in _types().values():
         from onnx import TensorProto
 
-        raise ModelError(f"{name} takes {TensorProto.DataType.Name(kind).lower()}; float32, float16 and uint8 can be fed.")
+        raise ModelError(
+            f"{name} takes {TensorProto.DataType.Name(kind).lower()}; float32, float16 and uint8"
+            " can be fed."
+        )
     if dims is None or len(dims) != 4:
-        raise ModelError(f"{name} takes an input of shape {shown}; a batch of images has four dimensions.")
+        raise ModelError(
+            f"{name} takes an input of shape {shown}; a batch of images has four dimensions."
+        )
     card = _filled(file, card, dims, kind)
     recipe = _recipe(card)
     logits, classes = _scores(name, model.graph, card.logits)
     producers = {output: node for node in model.graph.node for output in node.output if output}
     ends_in = _ending(producers, logits)
     if classes == 1 and ends_in == "Softmax":
-        raise UsageError(f"{name} ends in a Softmax over one class, which is 1.0 for every image. Export it without, for --scores sigmoid.")
+        raise UsageError(
+            f"{name} ends in a Softmax over one class, which is 1.0 for every image. Export it"
+            " without, for --scores sigmoid."
+        )
     if ends_in is not None and card.scores is not Scores.SOFTMAX and card.scores != ends_in.lower():
         said = ends_in.lower()
-        raise UsageError(f"{name} ends in a {ends_in}, so its scores are probabilities already, not logits. Add --scores {said}.")
+        raise UsageError(
+            f"{name} ends in a {ends_in}, so its scores are probabilities already, not logits. Add"
+            f" --scores {said}."
+        )
     features = _features(name, model.graph, producers, logits, card.embedding)
     batch = dims[0] if isinstance(dims[0], int) else None
     card = replace(card, name=card.name or file.stem, logits=logits)
-    return Plan(file, card, recipe, entry.name, kind, batch, logits, classes, ends_in, features, _told(card, recipe, kind, shown))
+    return Plan(
+        file,
+        card,
+        recipe,
+        entry.name,
+        kind,
+        batch,
+        logits,
+        classes,
+        ends_in,
+        features,
+        _told(card, recipe, kind, shown),
+    )
 
 
 def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, ...]:
@@ -145,7 +198,10 @@ def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, .
     else:
         most = 1.0 if card.scale == 1 else 255.0
         ends = [((0.0 - m) / s, (most - m) / s) for m, s in zip(card.mean, card.std, strict=True)]
-        values = ", ".join(f"{channel} {low:.4g} to {high:.4g}" for channel, (low, high) in zip("RGB", ends, strict=True))
+        values = ", ".join(
+            f"{channel} {low:.4g} to {high:.4g}"
+            for channel, (low, high) in zip("RGB", ends, strict=True)
+        )
     return (
         f"input {TensorProto.DataType.Name(kind).lower()} {shown}, {card.layout}, {card.color}",
         f"images: {how}, the central {recipe.size}×{recipe.size} cut out; values fed: {values}",
@@ -157,7 +213,9 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(
+                attribute.graphs
+            ):
                 yield from all_nodes(inner)
 
 
@@ -166,7 +224,10 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str] | None:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param or "?" for dim in tensor.shape.dim]
+    return [
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param or "?"
+        for dim in tensor.shape.dim
+    ]
 
 
 def _shown(dims: list[int | str] | None) -> str:
@@ -174,17 +235,32 @@ def _shown(dims: list[int | str] | None) -> str:
 
 
 def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> OnnxCard:
-    """The card with layout, size and scale filled in. Raises: UsageError where it contradicts the file, or the file does not say."""
+    """The card with layout, size and scale filled in. Raises: UsageError where it contradicts the
+    file, or the file does not say.
+    """
     name, shown = file.name, _shown(dims)
-    fitting = [item for item, place in ((Layout.NCHW, 1), (Layout.NHWC, 3)) if dims[place] == 3 or not isinstance(dims[place], int)]
+    fitting = [
+        item
+        for item, place in ((Layout.NCHW, 1), (Layout.NHWC, 3))
+        if dims[place] == 3 or not isinstance(dims[place], int)
+    ]
     if card.layout is not None and card.layout not in fitting:
-        raise UsageError(f"{name} takes {shown}, which is not {card.layout} with 3 channels. Give another --layout.")
+        raise UsageError(
+            f"{name} takes {shown}, which is not {card.layout} with 3 channels. Give another"
+            " --layout."
+        )
     if card.layout is None:
         sure = [item for item, place in ((Layout.NCHW, 1), (Layout.NHWC, 3)) if dims[place] == 3]
         if not fitting:
-            raise ModelError(f"{name} takes {shown}: neither the second nor the last dimension is 3, for red, green and blue.")
+            raise ModelError(
+                f"{name} takes {shown}: neither the second nor the last dimension is 3, for red,"
+                " green and blue."
+            )
         if len(sure) != 1:
-            raise UsageError(f"{name} takes {shown}, which does not show where the channels are. Add --layout NCHW or --layout NHWC.")
+            raise UsageError(
+                f"{name} takes {shown}, which does not show where the channels are. Add --layout"
+                " NCHW or --layout NHWC."
+            )
         card = replace(card, layout=sure[0])
     height, width = dims[2:] if card.layout is Layout.NCHW else dims[1:3]
     sides = {side for side in (height, width) if isinstance(side, int)}
@@ -192,19 +268,32 @@ def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> Onn
         raise ModelError(f"{name} takes images of {width}×{height}; only square ones can be fed.")
     size = card.size or next(iter(sides), None)
     if size is None:
-        raise UsageError(f"{name} takes {shown}, images of any size. Add --size N, the one it was trained with.")
+        raise UsageError(
+            f"{name} takes {shown}, images of any size. Add --size N, the one it was trained with."
+        )
     if sides and size not in sides:
-        raise UsageError(f"{name} takes images of {width}×{height}, --size {size} is asked for. Leave it out.")
+        raise UsageError(
+            f"{name} takes images of {width}×{height}, --size {size} is asked for. Leave it out."
+        )
     if kind == _types()["uint8"]:
         if card.mean is not None or card.std is not None or card.scale == 1:
-            raise UsageError(f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1 out.")
+            raise UsageError(
+                f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1"
+                " out."
+            )
         return replace(card, size=size, scale=255)
-    card = replace(card, size=size, scale=card.scale or 1, mean=card.mean or (0.0, 0.0, 0.0), std=card.std or (1.0, 1.0, 1.0))
+    card = replace(
+        card,
+        size=size,
+        scale=card.scale or 1,
+        mean=card.mean or (0.0, 0.0, 0.0),
+        std=card.std or (1.0, 1.0, 1.0),
+    )
     for flag, values in (("--mean", card.mean), ("--std", card.std)):
         if card.scale == 1 and max(map(abs, values or ())) > 1:
             raise UsageError(
-                f"{flag} {' '.join(f'{value:g}' for value in values or ())} is on the scale 0 to 255, --scale is 1: pixels from 0 to 1. "
-                "Add --scale 255."
+                f"{flag} {' '.join(f'{value:g}' for value in values or ())} is on the scale 0 to"
+                " 255, --scale is 1: pixels from 0 to 1. Add --scale 255."
             )
     return card
 
@@ -217,8 +306,9 @@ def _recipe(card: OnnxCard) -> Recipe:
         resize = (size, size)
         if card.resize not in (None, f"{size}x{size}"):
             raise UsageError(
-                f"--crop none with --resize {card.resize}: without a crop every image must come out as {size}x{size}, which is what the "
-                "model takes. Leave --resize out, or the crop in."
+                f"--crop none with --resize {card.resize}: without a crop every image must come out"
+                f" as {size}x{size}, which is what the model takes. Leave --resize out, or the"
+                " crop in."
             )
     elif card.resize is None:
         resize = round(size / _CROPPED)
@@ -228,7 +318,10 @@ def _recipe(card: OnnxCard) -> Recipe:
         resize = None if card.resize == "none" else squashed(card.resize)
     recipe = Recipe(size=size, resize=resize, interpolation=card.interpolation, exif=card.exif)
     if problem := bundles.cropped_beyond(recipe):
-        raise UsageError(f"--{problem}. Give a --resize of at least {size}, or leave it out; --crop none takes the whole image.")
+        raise UsageError(
+            f"--{problem}. Give a --resize of at least {size}, or leave it out; --crop none takes"
+            " the whole image."
+        )
     return recipe
 
 
@@ -242,7 +335,9 @@ def _scores(name: str, graph: onnx.GraphProto, asked: str | None) -> tuple[str, 
         if not rest or (len(dims) == 2 and len(rest) == 1):
             known = rest[0] if rest else 1
             return True, known if isinstance(known, int) else None
-        return len(rest) == 1 and isinstance(rest[0], int), rest[0] if isinstance(rest[0], int) else None
+        return len(rest) == 1 and isinstance(rest[0], int), (
+            rest[0] if isinstance(rest[0], int) else None
+        )
 
     listed = ", ".join(f"{value.name} {_shown(_dims(value))}" for value in graph.output)
     if asked is not None:
@@ -252,12 +347,19 @@ def _scores(name: str, graph: onnx.GraphProto, asked: str | None) -> tuple[str, 
         dims = _dims(value)
         fits, count = classes(dims)
         if not fits and dims is not None and all(isinstance(dim, int) for dim in dims[1:]):
-            raise UsageError(f"--logits {asked} has the shape {_shown(dims)}; scores are (n, classes).")
+            raise UsageError(
+                f"--logits {asked} has the shape {_shown(dims)}; scores are (n, classes)."
+            )
         return asked, count
-    fitting = [(value.name, classes(_dims(value))[1]) for value in graph.output if classes(_dims(value))[0]]
+    fitting = [
+        (value.name, classes(_dims(value))[1]) for value in graph.output if classes(_dims(value))[0]
+    ]
     if len(fitting) != 1:
         which = "none of its outputs has" if not fitting else f"{len(fitting)} of its outputs have"
-        raise UsageError(f"{name}: {which} the shape of scores, (n, classes): {listed}. Name the right one with --logits TENSOR.")
+        raise UsageError(
+            f"{name}: {which} the shape of scores, (n, classes): {listed}. Name the right one with"
+            " --logits TENSOR."
+        )
     return fitting[0]
 
 
@@ -273,7 +375,11 @@ def _ending(producers: Mapping[str, onnx.NodeProto], tensor: str) -> str | None:
 
 
 def _features(
-    name: str, graph: onnx.GraphProto, producers: Mapping[str, onnx.NodeProto], logits: str, asked: str | None
+    name: str,
+    graph: onnx.GraphProto,
+    producers: Mapping[str, onnx.NodeProto],
+    logits: str,
+    asked: str | None,
 ) -> Features | None:
     """Find the embedding: what the last Gemm, MatMul or 1×1 convolution before the scores reads."""
     if asked is not None:
@@ -290,7 +396,11 @@ def _features(
                 return None
             attributes = {attribute.name: attribute for attribute in node.attribute}
             if node.op_type == "Conv":
-                if shape is None or any(side != 1 for side in shape[2:]) or ("group" in attributes and attributes["group"].i != 1):
+                if (
+                    shape is None
+                    or any(side != 1 for side in shape[2:])
+                    or ("group" in attributes and attributes["group"].i != 1)
+                ):
                     return None
                 return Features(moving[0], shape[0], shape[1], asked=False)
             if shape is None or len(shape) != 2:
@@ -305,13 +415,19 @@ def _features(
 
 
 def _constants(graph: onnx.GraphProto) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Names of the tensors that do not depend on the input, and the shapes of those whose shape is plain to see."""
+    """Names of the tensors that do not depend on the input, and the shapes of those whose shape is
+    plain to see.
+    """
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     constants = set(shapes)
     for node in graph.node:
         if node.op_type == "Constant":
             constants.add(node.output[0])
-            shapes.update((node.output[0], tuple(attribute.t.dims)) for attribute in node.attribute if attribute.name == "value")
+            shapes.update(
+                (node.output[0], tuple(attribute.t.dims))
+                for attribute in node.attribute
+                if attribute.name == "value"
+            )
         elif node.input and all(item in constants for item in node.input if item):
             constants.update(node.output)
             if node.op_type in ("Identity", "Cast") and node.input[0] in shapes:
@@ -328,8 +444,12 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
         _open_batch(graph, plan.batch)
     _rename(graph)
     for place, tensor in enumerate(graph.initializer):
-        if not tensor.raw_data and tensor.data_type != TensorProto.STRING:  # as bundle.write counts and moves them
-            graph.initializer[place].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+        if (
+            not tensor.raw_data and tensor.data_type != TensorProto.STRING
+        ):  # as bundle.write counts and moves them
+            graph.initializer[place].CopyFrom(
+                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+            )
     before: list[onnx.NodeProto] = []
     at = "pixels"
 
@@ -344,7 +464,14 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     goal = _PREFIX + plan.input
     steps: list[tuple[str, list[str], str, dict[str, object]]] = []
     if card.color is Color.BGR:
-        steps.append(("Gather", [weight("bgr", np.array([2, 1, 0], np.int64))], _OURS + "reordered", {"axis": 3}))
+        steps.append(
+            (
+                "Gather",
+                [weight("bgr", np.array([2, 1, 0], np.int64))],
+                _OURS + "reordered",
+                {"axis": 3},
+            )
+        )
     if not plan.takes_bytes:
         steps.append(("Cast", [], _OURS + "floats", {"to": TensorProto.FLOAT}))
     if card.layout is Layout.NCHW:
@@ -352,7 +479,10 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     if not plan.takes_bytes:
         order = [2, 1, 0] if card.color is Color.BGR else [0, 1, 2]
         shape = (1, 3, 1, 1) if card.layout is Layout.NCHW else (1, 1, 1, 3)
-        mean, std = (np.array([values[place] for place in order], np.float32).reshape(shape) for values in plan.normalisation)
+        mean, std = (
+            np.array([values[place] for place in order], np.float32).reshape(shape)
+            for values in plan.normalisation
+        )
         steps.append(("Sub", [weight("mean", mean)], _OURS + "centred", {}))
         steps.append(("Div", [weight("std", std)], "normalised", {}))
     for kind, constants, output, attributes in steps:
@@ -365,21 +495,34 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     if plan.features is not None:
         wanted.append(("embedding", plan.features.tensor, plan.features.features or "features"))
     for output, tensor, _ in wanted:
-        graph.node.append(helper.make_node("Flatten", [_PREFIX + tensor], [_OURS + output], name=_OURS + output, axis=1))
-        graph.node.append(helper.make_node("Cast", [_OURS + output], [output], name=output, to=TensorProto.FLOAT))
+        graph.node.append(
+            helper.make_node(
+                "Flatten", [_PREFIX + tensor], [_OURS + output], name=_OURS + output, axis=1
+            )
+        )
+        graph.node.append(
+            helper.make_node("Cast", [_OURS + output], [output], name=output, to=TensorProto.FLOAT)
+        )
     kept = [tensor for tensor in graph.input if tensor.name != goal]
     for field in (graph.input, graph.output, graph.value_info, graph.quantization_annotation):
         del field[:]
     size = card.size
-    graph.input.extend([helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", size, size, 3]), *kept])
-    graph.output.extend(helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", count]) for output, _, count in wanted)
+    graph.input.extend(
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", size, size, 3]), *kept]
+    )
+    graph.output.extend(
+        helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", count])
+        for output, _, count in wanted
+    )
     others = [entry for entry in model.metadata_props if entry.key != bundles.DATA_SHA256]
     del model.metadata_props[:]
     model.metadata_props.extend(others)
 
 
 def _rename(graph: onnx.GraphProto) -> None:
-    """Put the prefix before every tensor's name, those of inner graphs included, so that none clashes with ours."""
+    """Put the prefix before every tensor's name, those of inner graphs included, so that none
+    clashes with ours.
+    """
 
     def prefixed(names: Any) -> list[str]:
         return [_PREFIX + name if name else name for name in names]
@@ -391,7 +534,9 @@ def _rename(graph: onnx.GraphProto) -> None:
             field.extend(names)
         node.name = _PREFIX + node.name if node.name else node.name
         for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(
+                attribute.graphs
+            ):
                 _rename(inner)
     for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         value.name = _PREFIX + value.name
@@ -400,7 +545,9 @@ def _rename(graph: onnx.GraphProto) -> None:
 
 
 def _open_batch(graph: onnx.GraphProto, batch: int) -> None:
-    """Let reshapes to a fixed batch keep whatever batch comes; whether that was all, the check run tells."""
+    """Let reshapes to a fixed batch keep whatever batch comes; whether that was all, the check run
+    tells.
+    """
     from onnx import numpy_helper
 
     constants, _ = _constants(graph)

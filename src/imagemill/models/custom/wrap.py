@@ -1,10 +1,12 @@
 """Foreign ONNX files: any classifier, wrapped to what every bundle is.
 
-    file.onnx + file.card.json ─► read, checked ─► pixels → [BGR] → float → [NCHW] → − mean → ÷ deviation → the foreign graph
-                                                   → `logits` (n, classes), `embedding` (n, features) ─► run once ─► bundle
+    file.onnx + file.card.json ─► read, checked
+        ─► pixels → [BGR] → float → [NCHW] → − mean → ÷ deviation → the external graph
+        → `logits` (n, classes), `embedding` (n, features) ─► run once ─► bundle
 
-The card is JSON, written by hand or by `imagemill wrap`; what it does not say has its default (`onnx_card`). What is made of the
-graph is told in `foreign`. A batch that was fixed when the file was exported is opened, and the check run tells whether the graph bears it.
+The card is JSON, written by hand or by `imagemill wrap`; what it does not say has its default
+(`onnx_card`). What is made of the graph is told in `foreign`. A batch that was fixed when the file
+was exported is opened, and the check run tells whether the graph bears it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,13 @@ Say = Callable[[str], None]
 _WRAPPER: Final = 1
 """Rises when the wrapping changes, so that bundles of an older one are built anew."""
 _TOLERANCE: Final = 1e-3
-"""Between an image's scores beside one neighbour and beside another, as a share of the largest score."""
+"""Between an image's scores beside one neighbour and beside another, as a share of the largest
+score.
+"""
 _NEAR_ONE: Final = 0.05
-"""How far the probabilities of a softmax may be from a sum of 1: those of a quantised one are rounded."""
+"""How far the probabilities of a softmax may be from a sum of 1: those of a quantised one are
+rounded.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +62,22 @@ class Checked:
 
 
 def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tuple[Path, Checked]:
-    """Check a foreign file by wrapping and running it, and write its card, or a bundle that can be carried anywhere.
+    """Check a foreign file by wrapping and running it, and write its card, or a bundle that can be
+    carried anywhere.
 
     Args:
         file: ONNX.
-        given: fields of OnnxCard by name, None where unsaid: then they are those of the card beside the file, if there is one. `labels`
-            is a file's path.
+        given: fields of OnnxCard by name, None where unsaid: then they are those of the card beside
+            the file, if there is one. `labels` is a file's path.
         output: a folder for a bundle; None writes the card beside the file.
 
     Returns:
         what was written, and what was found.
 
     Raises:
-        UsageError: a value that makes no sense, or does not fit the file. ClassCountError: the labels do not. ModelError: the file is
-        not a classifier that can be wrapped, or nothing can be written.
+        UsageError: a value that makes no sense, or does not fit the file. ClassCountError: the
+        labels do not. ModelError: the file is not a classifier that can be wrapped, or nothing can
+        be written.
     """
     beside = card_file(file)
     labels = given.get("labels")
@@ -88,7 +96,8 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
 def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
     """The wrapped bundle of a foreign file, built in the models folder unless it is there.
 
-    Its folder is named by the file and a hash over file and card, so that whatever changes is built anew.
+    Its folder is named by the file and a hash over file and card, so that whatever changes is built
+    anew.
 
     Raises:
         UsageError: there is no such file, or no card beside it. ModelError: see `wrap`.
@@ -98,8 +107,9 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
         raise UsageError(f"--model {file}: there is no such file.")
     if not beside.is_file():
         raise UsageError(
-            f"--model {file} has no card beside it, which says how images are prepared: {beside.name} is not there. "
-            f"Make one: `imagemill wrap {file}`, see its --help; or write it by hand (docs/models.md)."
+            f"--model {file} has no card beside it, which says how images are prepared:"
+            f" {beside.name} is not there. Make one: `imagemill wrap {file}`, see its --help; or"
+            " write it by hand (docs/models.md)."
         )
     bundles.check_external_data(file)
     card = read_card(beside)
@@ -114,7 +124,9 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
     return bundles.load(folder)
 
 
-def _build_whole(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None) -> Checked:
+def _build_whole(
+    file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None
+) -> Checked:
     """As `_build`, but the folder appears whole."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -122,7 +134,9 @@ def _build_whole(file: Path, card: OnnxCard, folder: Path, labels_file: str | No
         making.rename(folder)
     except OSError as error:
         if not bundles.is_bundle(folder):  # another process may have made it meanwhile
-            raise ModelError(f"{folder} cannot be written: {error.strerror}. Choose another folder.") from error
+            raise ModelError(
+                f"{folder} cannot be written: {error.strerror}. Choose another folder."
+            ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return checked
@@ -131,10 +145,22 @@ def _build_whole(file: Path, card: OnnxCard, folder: Path, labels_file: str | No
 def _key(file: Path, card: OnnxCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
     graph = _parsed(file).graph
-    held = [attribute.t for node in all_nodes(graph) for attribute in node.attribute if attribute.HasField("t")]
-    names = {entry.value for tensor in (*graph.initializer, *held) for entry in tensor.external_data if entry.key == "location"}
+    held = [
+        attribute.t
+        for node in all_nodes(graph)
+        for attribute in node.attribute
+        if attribute.HasField("t")
+    ]
+    names = {
+        entry.value
+        for tensor in (*graph.initializer, *held)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
     sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in sorted(names))]
-    return hashlib.sha256(json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()
+    ).hexdigest()
 
 
 def _parsed(file: Path) -> onnx.ModelProto:
@@ -147,8 +173,12 @@ def _parsed(file: Path) -> onnx.ModelProto:
         raise ModelError(f"{file} is damaged or not ONNX: {error}. Export it again.") from error
 
 
-def _build(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None) -> Checked:
-    """Wrap a file into a bundle folder and run it once. `labels_file` names the labels in an error."""
+def _build(
+    file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None
+) -> Checked:
+    """Wrap a file into a bundle folder and run it once. `labels_file` names the labels in an
+    error.
+    """
     bundles.check_external_data(file)
     key = key or _key(file, card)
     model = _parsed(file)
@@ -165,7 +195,9 @@ def _build(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, ke
     outputs = ("logits", "embedding") if has_embedding else ("logits",)
     final = replace(made.card, labels=labels, outputs=outputs)
     files.write_whole(folder / bundles.CARD, bundles.card_json(final).encode())
-    told = replace(plan.card, logits=card.logits)  # what was found by itself stays open, for the next export of the file
+    told = replace(
+        plan.card, logits=card.logits
+    )  # what was found by itself stays open, for the next export of the file
     size = answers[0]["embedding"].shape[1] if has_embedding else 0
     return Checked(Bundle(folder, final), told, (*plan.lines, *_found(plan, classes, size), *notes))
 
@@ -173,8 +205,13 @@ def _build(file: Path, card: OnnxCard, folder: Path, labels_file: str | None, ke
 def _bundle_card(plan: Plan, key: str) -> Card:
     card, file = plan.card, plan.file
     mean, std = plan.normalisation
-    # The scores of a graph that ends in a sigmoid are probabilities already, to be taken as they are.
-    scores = Scores.SOFTMAX if card.scores is Scores.SIGMOID and plan.ends_in == "Sigmoid" else card.scores
+    # The scores of a graph that ends in a sigmoid are probabilities already, to be taken as they
+    # are.
+    scores = (
+        Scores.SOFTMAX
+        if card.scores is Scores.SIGMOID and plan.ends_in == "Sigmoid"
+        else card.scores
+    )
     return Card(
         name=card.name or file.stem,
         architecture="onnx",
@@ -184,14 +221,20 @@ def _bundle_card(plan: Plan, key: str) -> Card:
         std=std,
         sha256="",
         licence=card.licence,
-        origin={"source": "onnx", "file": str(file.absolute()), "sha256": bundles.sha256(file), "verified": False, "wrapped": key},
+        origin={
+            "source": "onnx",
+            "file": str(file.absolute()),
+            "sha256": bundles.sha256(file),
+            "verified": False,
+            "wrapped": key,
+        },
         scores=scores,
         normalised=None if plan.takes_bytes else "normalised",
         outputs=("logits", "embedding") if plan.features else ("logits",),
     )
 
 
-# ── the check run ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the check run ─────────────────────────────────────────────────────────────────────────────────
 
 
 def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
@@ -204,37 +247,57 @@ def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
     except Exception as error:  # OpenVINO's front end has kinds of its own
         reason = str(error).strip().splitlines()[-1].rstrip(".")
         if plan.batch is None:
-            raise ModelError(f"{plan.file.name} cannot be run on a batch of 2: {reason}. Export it again, with an open batch.") from error
+            raise ModelError(
+                f"{plan.file.name} cannot be run on a batch of 2: {reason}. Export it again, with"
+                " an open batch."
+            ) from error
         raise ModelError(
-            f"{plan.file.name} was exported for batches of {plan.batch} and does not bear others: {reason}. Export it with an open batch: "
-            "dynamic_axes or dynamic_shapes of torch.onnx.export."
+            f"{plan.file.name} was exported for batches of {plan.batch} and does not bear others:"
+            f" {reason}. Export it with an open batch: dynamic_axes or dynamic_shapes of"
+            " torch.onnx.export."
         ) from error
 
 
-def _judge(plan: Plan, answers: list[dict[str, NDArray[np.float32]]]) -> tuple[int, bool, tuple[str, ...]]:
-    """Number of classes, whether there is an embedding, and notes. Raises: ModelError, UsageError."""
+def _judge(
+    plan: Plan, answers: list[dict[str, NDArray[np.float32]]]
+) -> tuple[int, bool, tuple[str, ...]]:
+    """Number of classes, whether there is an embedding, and notes. Raises: ModelError,
+    UsageError.
+    """
     name, scores = plan.file.name, answers[0]["logits"]
     if scores.shape[0] != 2 or (plan.classes is not None and scores.shape[1] != plan.classes):
-        raise ModelError(f"{name}: {plan.logits} has the shape {scores.shape} for 2 images; scores are (n, {plan.classes or 'classes'}).")
+        raise ModelError(
+            f"{name}: {plan.logits} has the shape {scores.shape} for 2 images; scores are (n,"
+            f" {plan.classes or 'classes'})."
+        )
     valid, valid_again = (_valid(answer) for answer in answers)
     if not valid.any():
         bad = next(output for output, values in answers[0].items() if not np.isfinite(values).all())
-        raise ModelError(f"{name} returns NaN or infinity ({bad}) for random images. Check --mean, --std and --scale.")
+        raise ModelError(
+            f"{name} returns NaN or infinity ({bad}) for random images. Check --mean, --std and"
+            " --scale."
+        )
     again = np.where(valid_again[:, None], answers[1]["logits"], 0)
     scores = np.where(valid[:, None], scores, 0)
     slack = _TOLERANCE * max(1e-6, float(np.abs(scores).max()))
     if (valid_again != valid[1]).any() or float(np.abs(again - scores[1]).max()) > slack:
         raise ModelError(
-            f"{name} answers differently to one image beside different neighbours, so its answers could not be relied on. Export it in "
-            "evaluation mode, with an open batch."
+            f"{name} answers differently to one image beside different neighbours, so its answers"
+            " could not be relied on. Export it in evaluation mode, with an open batch."
         )
     notes = _judge_scores(plan, scores[valid])
     if not valid.all():
-        notes.append("note: it returned NaN or infinity for one of two random images; a job reports such images as invalid_output")
+        notes.append(
+            "note: it returned NaN or infinity for one of two random images; a job reports such"
+            " images as invalid_output"
+        )
     has_embedding = plan.features is not None
     if plan.features is not None and not plan.features.asked:
         features = plan.features
-        plain = features.classes in (None, scores.shape[1]) and features.features in (None, answers[0]["embedding"].shape[1])
+        plain = features.classes in (None, scores.shape[1]) and features.features in (
+            None,
+            answers[0]["embedding"].shape[1],
+        )
         has_embedding = plain and answers[0]["embedding"].shape[0] == len(scores)
     return scores.shape[1], has_embedding, tuple(notes)
 
@@ -246,32 +309,49 @@ def _valid(answer: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
 
 
 def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
-    """Compare scores (n, classes) with what the card says they are. Returns notes. Raises: UsageError."""
+    """Compare scores (n, classes) with what the card says they are. Returns notes. Raises:
+    UsageError.
+    """
     name, kind, classes = plan.file.name, plan.card.scores, scores.shape[1]
     if classes == 1 and kind is not Scores.SIGMOID:
         raise UsageError(
-            f"{name} returns one score per image, and a softmax over one class is 1.0 for every image. Add --scores sigmoid, which makes "
-            "the score the probability of that class."
+            f"{name} returns one score per image, and a softmax over one class is 1.0 for every"
+            " image. Add --scores sigmoid, which makes the score the probability of that class."
         )
     within = bool((scores >= 0).all() and (scores <= 1 + _TOLERANCE).all())
     sums = scores.sum(axis=1, dtype=np.float64)
     farthest = float(sums[np.abs(sums - 1).argmax()])
     if kind is Scores.SOFTMAX:
         if not within:
-            raise UsageError(f"{name} returns scores from {scores.min():.4g} to {scores.max():.4g}, no probabilities. Leave --scores out.")
+            raise UsageError(
+                f"{name} returns scores from {scores.min():.4g} to {scores.max():.4g}, no"
+                " probabilities. Leave --scores out."
+            )
         if abs(farthest - 1) > _NEAR_ONE:
             if plan.ends_in == "Softmax":
-                raise UsageError(f"{name}: its Softmax is not over the classes: an image's scores sum to {farthest:.4g}. Correct its axis.")
-            return [f"note: an image's scores sum to {farthest:.4g}, not 1; they are written as they are"]
+                raise UsageError(
+                    f"{name}: its Softmax is not over the classes: an image's scores sum to"
+                    f" {farthest:.4g}. Correct its axis."
+                )
+            return [
+                f"note: an image's scores sum to {farthest:.4g}, not 1; they are written as"
+                " they are"
+            ]
     elif within and plan.ends_in is None:
         if classes > 1 and abs(farthest - 1) < _TOLERANCE:
             raise UsageError(
-                f"{name}: the scores of each image lie between 0 and 1 and sum to 1, so they are probabilities already, not logits. "
-                "Add --scores softmax."
+                f"{name}: the scores of each image lie between 0 and 1 and sum to 1, so they are"
+                " probabilities already, not logits. Add --scores softmax."
             )
         if classes > 1:
-            return ["note: scores lie between 0 and 1; if they are probabilities already, --scores softmax says so"]
-        return ["note: the score lies between 0 and 1; if it is a probability already, export the model without its last step"]
+            return [
+                "note: scores lie between 0 and 1; if they are probabilities already, --scores"
+                " softmax says so"
+            ]
+        return [
+            "note: the score lies between 0 and 1; if it is a probability already, export the model"
+            " without its last step"
+        ]
     return []
 
 
@@ -292,5 +372,8 @@ def _labels(plan: Plan, classes: int, file: str | None) -> tuple[str, ...]:
         return tuple(str(number) for number in range(classes))
     if len(labels) != classes:
         where = f"{file} has {len(labels)} lines" if file else f"its card has {len(labels)} labels"
-        raise ClassCountError(f"{plan.file.name} returns {classes} classes, {where}. Give the {classes}-line file with --labels.")
+        raise ClassCountError(
+            f"{plan.file.name} returns {classes} classes, {where}. Give the {classes}-line file"
+            " with --labels."
+        )
     return tuple(labels)

@@ -1,4 +1,6 @@
-"""Sessions: one compiled model on one device. `open_session` picks the class by the device's backend."""
+"""Sessions: one compiled model on one device. `open_session` picks the class by the device's
+backend.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,30 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "openvino": Backend("openvino:OpenVinoSession", {"cpu": (_FP32, _BF16, _INT8), "gpu": (_FP32, _FP16), "npu": (_FP16,)}, ("cpu",)),
-    "onnxruntime": Backend("onnxruntime:OnnxRuntimeSession", dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,))),
+    "openvino": Backend(
+        "openvino:OpenVinoSession",
+        {"cpu": (_FP32, _BF16, _INT8), "gpu": (_FP32, _FP16), "npu": (_FP16,)},
+        ("cpu",),
+    ),
+    "onnxruntime": Backend(
+        "onnxruntime:OnnxRuntimeSession",
+        dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,)),
+    ),
     "tensorrt": Backend("onnxruntime:TensorRtSession", {"cuda": (_FP32, _FP16)}),
     "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),
 }
-"""Backend → what it is; a further one is one file and one line here. Where none is named, a kind's first is meant."""
+"""Backend → what it is; a further one is one file and one line here. Where none is named, a kind's
+first is meant.
+"""
 
 
 def open_session(job: Job, device: DeviceSpec, clock: Stopwatch) -> Session:
     """Compile the job's model for a device.
 
     Raises:
-        DeviceError: no such backend, or its device is not to be had. ModelError: the model cannot be compiled.
+        DeviceError: no such backend, or its device is not to be had. ModelError: the model cannot
+        be compiled.
     """
     if device.backend not in BACKENDS:
         raise DeviceError(f"backend {device.backend} is not known. Known: {', '.join(BACKENDS)}.")

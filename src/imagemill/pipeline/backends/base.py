@@ -1,4 +1,6 @@
-"""What a session is: one compiled model on one device, fed with batches and giving back outputs, in order."""
+"""What a session is: one compiled model on one device, fed with batches and giving back outputs, in
+order.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,23 @@ from imagemill.records import Batch, Outputs
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The devices of one kind that a backend finds on this machine; returned by a session class's static method `found(kind)`."""
+    """The devices of one kind that a backend finds on this machine; returned by a session class's
+    static method `found(kind)`.
+    """
 
     devices: tuple[str, ...] = ()
     """What each is, for people, by id."""
     missing: str | None = None
-    """Why none can be used: what is missing, and the line to type, in whole sentences; None: nothing is missing."""
+    """Why none can be used: what is missing, and the line to type, in whole sentences; None:
+    nothing is missing.
+    """
 
 
 class Session(Protocol):
     """One compiled model on one device; made from a job, a device and a stopwatch.
 
-    How many batches are in flight is the session's own business: it may take several before it gives the first back. A batch in which
-    no place is filled is passed on without being computed.
+    How many batches are in flight is the session's own business: it may take several before it
+    gives the first back. A batch in which no place is filled is passed on without being computed.
     """
 
     backend: str
@@ -33,7 +39,8 @@ class Session(Protocol):
     """Of the libraries that decide the answers."""
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
-        """Yield each batch with its outputs, in order; ends when the batches end and nothing is in flight.
+        """Yield each batch with its outputs, in order; ends when the batches end and nothing is in
+        flight.
 
         Raises:
             ModelError: a batch of another shape than the model was compiled for.
@@ -46,6 +53,11 @@ class Session(Protocol):
 
 
 def refuse_other_shapes(batch: Batch, shape: tuple[int, ...]) -> None:
-    """Compare a batch with what a session was compiled for, uint8 `shape`. Raises: ModelError where it differs."""
+    """Compare a batch with what a session was compiled for, uint8 `shape`. Raises: ModelError where
+    it differs.
+    """
     if batch.pixels.shape != shape or batch.pixels.dtype != "uint8":
-        raise ModelError(f"batch of {batch.pixels.dtype} {batch.pixels.shape} for a session compiled for uint8 {shape}")
+        raise ModelError(
+            f"batch of {batch.pixels.dtype} {batch.pixels.shape} for a session compiled for uint8"
+            f" {shape}"
+        )

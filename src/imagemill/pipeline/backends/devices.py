@@ -21,12 +21,14 @@ from imagemill.system import cpu
 
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?::(?P<ids>[0-9,]+))?(?:@(?P<backend>[a-z]+))?")
 _COUNTED = ("cpu", "ipu", "null")
-"""Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's business; of the others `kind:I,J` names
-them by id."""
+"""Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's
+business; of the others `kind:I,J` names them by id.
+"""
 _MOST = 512
 _CORES_EACH = 16
-"""Of one of `auto`'s processes: what Python does for each image is done under one lock a process, which ends at 4,000 to 6,000 images/s
-(docs/performance.md)."""
+"""Of one of `auto`'s processes: what Python does for each image is done under one lock a process,
+which ends at 4,000 to 6,000 images/s (docs/performance.md).
+"""
 _WHAT = {
     "cuda": "NVIDIA GPUs",
     "gpu": "Intel GPUs",
@@ -49,13 +51,21 @@ def usable_cores() -> list[int]:
 
 
 def cores_here(chosen: Iterable[DeviceSpec]) -> tuple[int, ...]:
-    """The cores of these devices, for work beside theirs; all that this process may use where they lie on other machines."""
+    """The cores of these devices, for work beside theirs; all that this process may use where they
+    lie on other machines.
+    """
     usable = usable_cores()
-    return tuple(core for core in usable if any(core in device.cores for device in chosen)) or tuple(usable)
+    return tuple(
+        core for core in usable if any(core in device.cores for device in chosen)
+    ) or tuple(usable)
 
 
-def cgroup_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that the cgroup (v2, or v1's cpu controller) grants, the least over its ancestors; None: no limit."""
+def cgroup_quota(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Cores' worth of time that the cgroup (v2, or v1's cpu controller) grants, the least over its
+    ancestors; None: no limit.
+    """
     quotas = []
     try:
         lines = membership.read_text().splitlines()
@@ -92,28 +102,36 @@ class Asked:
 
     kind: str
     ids: str
-    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant without; `auto`: what suits the cores."""
+    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant
+    without; `auto`: what suits the cores.
+    """
     backend: str
 
     def processes(self, cores: int) -> int:
-        """How many processes an item means that asks for a number of them, on a machine of so many cores."""
+        """How many processes an item means that asks for a number of them, on a machine of so many
+        cores.
+        """
         return ceil(cores / _CORES_EACH) if self.ids == "auto" else int(self.ids or 1)
 
 
 def parse(spec: str) -> list[Asked]:
-    """What a `--devices` argument asks for, item by item; nothing is looked for. Raises: UsageError where it is misspelt."""
+    """What a `--devices` argument asks for, item by item; nothing is looked for. Raises: UsageError
+    where it is misspelt.
+    """
     return [Asked(*_parse(spec, item)) for item in spec.split("+")]
 
 
 def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     """Turn a `--devices` argument into devices, and look whether they are there.
 
-    `auto`, a CPU process for every 16 cores; `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of them and `cuda:I,J` by id, and so with
-    `gpu`, `npu`, …; joined by `+`; `@backend` after one picks its backend. Cores are split between the processes of the whole list, as
-    evenly as they go; where there are more processes than cores, they take turns.
+    `auto`, a CPU process for every 16 cores; `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of
+    them and `cuda:I,J` by id, and so with `gpu`, `npu`, …; joined by `+`; `@backend` after one
+    picks its backend. Cores are split between the processes of the whole list, as evenly as they
+    go; where there are more processes than cores, they take turns.
 
     Raises:
-        UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing, and the line to type.
+        UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing,
+        and the line to type.
     """
     asked = parse(spec)  # all of it before anything is looked for
     cores = usable_cores()
@@ -124,7 +142,10 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
         if kind not in BACKENDS[backend].anywhere and (kind, backend) not in found:
             found[kind, backend] = _look_for(kind, backend)
             if missing := found[kind, backend].missing:
-                raise DeviceError(f"--devices {spec}: {missing}" + ("" if kind == "cpu" else " Until then: --devices cpu."))
+                raise DeviceError(
+                    f"--devices {spec}: {missing}"
+                    + ("" if kind == "cpu" else " Until then: --devices cpu.")
+                )
         here = found.get((kind, backend), Found()).devices
         if kind in _COUNTED:
             taken = sum(place[0] == kind for place in places)
@@ -132,15 +153,21 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
         else:
             chosen = [int(number) for number in ids.split(",")] if ids else list(range(len(here)))
         for number in chosen:
-            if kind not in _COUNTED and number >= len(here):  # how many IPUs are free shows when they are attached to
+            if kind not in _COUNTED and number >= len(
+                here
+            ):  # how many IPUs are free shows when they are attached to
                 there = ", ".join(f"{place} ({name})" for place, name in enumerate(here))
-                raise DeviceError(f"--devices {spec}: there is no {kind} {number} here; there are: {there}.")
+                raise DeviceError(
+                    f"--devices {spec}: there is no {kind} {number} here; there are: {there}."
+                )
             if any(place[0] == kind and place[2] == number for place in places):
                 raise UsageError(f"--devices {spec}: {kind} {number} is named twice.")
             places.append((kind, backend, number))
     shares = split_cores(cores, len(places))
     return tuple(
-        DeviceSpec(f"{kind}#{number}", kind, backend, share, 0 if kind in ("cpu", "null") else number)
+        DeviceSpec(
+            f"{kind}#{number}", kind, backend, share, 0 if kind in ("cpu", "null") else number
+        )
         for (kind, backend, number), share in zip(places, shares, strict=True)
     )
 
@@ -149,20 +176,32 @@ def _parse(spec: str, item: str) -> tuple[str, str, str]:
     """One item as kind, ids and backend. Raises: UsageError."""
     match = _ITEM.fullmatch("cpu" if item == "auto" else item)
     if not match:
-        raise UsageError(f"--devices {spec}: {item!r} is not a device. Write auto, cpu, cpu:N, cuda:I,J or ipu:N, joined by +.")
+        raise UsageError(
+            f"--devices {spec}: {item!r} is not a device. Write auto, cpu, cpu:N, cuda:I,J or"
+            " ipu:N, joined by +."
+        )
     kind, ids, backend = match["kind"], match["ids"] or "", match["backend"]
     ids = "auto" if item == "auto" else ids
     kinds = list(dict.fromkeys(known for row in BACKENDS.values() for known in row.kinds))
     if kind not in kinds:
-        raise UsageError(f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(kinds)}.")
+        raise UsageError(
+            f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(kinds)}."
+        )
     backends = _backends(kind)
     if backend and backend not in backends:
-        raise UsageError(f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(backends)}.")
+        raise UsageError(
+            f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(backends)}."
+        )
     if kind in _COUNTED:
         if ids not in ("", "auto") and not (ids.isdecimal() and 1 <= int(ids) <= _MOST):
-            raise UsageError(f"--devices {spec}: {kind}:N takes one number from 1 to {_MOST}, not {ids}.")
+            raise UsageError(
+                f"--devices {spec}: {kind}:N takes one number from 1 to {_MOST}, not {ids}."
+            )
     elif ids and not all(number.isdecimal() and int(number) < _MOST for number in ids.split(",")):
-        raise UsageError(f"--devices {spec}: {kind}:I,J takes ids from 0 to {_MOST - 1}, joined by commas, not {ids}.")
+        raise UsageError(
+            f"--devices {spec}: {kind}:I,J takes ids from 0 to {_MOST - 1}, joined by commas, not"
+            f" {ids}."
+        )
     return kind, ids, backend or backends[0]
 
 
@@ -175,12 +214,20 @@ def _look_for(kind: str, backend: str) -> Found:
     try:
         return look_for(backend, kind)
     except Exception as error:  # whatever a foreign library, half installed, comes up with
-        return Found((), f"Looking for {_WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}: {error}.")
+        return Found(
+            (),
+            f"Looking for {_WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}:"
+            f" {error}.",
+        )
 
 
 def precisions(chosen: Sequence[DeviceSpec]) -> tuple[Precision, ...]:
     """The precisions that all of these devices compute in."""
-    return tuple(one for one in Precision if all(one in BACKENDS[device.backend].kinds[device.kind] for device in chosen))
+    return tuple(
+        one
+        for one in Precision
+        if all(one in BACKENDS[device.backend].kinds[device.kind] for device in chosen)
+    )
 
 
 def check_precision(setting: str | None, chosen: Sequence[DeviceSpec]) -> None:
@@ -195,12 +242,20 @@ def check_precision(setting: str | None, chosen: Sequence[DeviceSpec]) -> None:
         return
     other = next(d for d in chosen if wanted not in BACKENDS[d.backend].kinds[d.kind])
     asked = "auto starts from fp32" if setting in (None, "auto") else wanted
-    remedy = f"Use --precision {' or '.join(common)}." if common else "The devices share no precision: give each a job of its own."
-    raise UsageError(f"--precision {asked}: {other.kind}@{other.backend} does not compute in it. {remedy}")
+    remedy = (
+        f"Use --precision {' or '.join(common)}."
+        if common
+        else "The devices share no precision: give each a job of its own."
+    )
+    raise UsageError(
+        f"--precision {asked}: {other.kind}@{other.backend} does not compute in it. {remedy}"
+    )
 
 
 def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
-    """Deal cores to processes: neighbouring runs whose lengths differ by at most one, or one core each in turn."""
+    """Deal cores to processes: neighbouring runs whose lengths differ by at most one, or one core
+    each in turn.
+    """
     if processes >= len(cores):
         return [(cores[number % len(cores)],) for number in range(processes)]
     least, more = divmod(len(cores), processes)
@@ -211,8 +266,8 @@ def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
 def offers() -> list[dict[str, Any]]:
     """What this machine offers, for `imagemill devices`.
 
-    One dict for each kind: `devices` (what to type), `what` it is, `notes`, and `missing`: why it cannot be used and the line to type; None
-    where it can.
+    One dict for each kind: `devices` (what to type), `what` it is, `notes`, and `missing`: why it
+    cannot be used and the line to type; None where it can.
     """
     found = [_cpu_offer()]
     for kind, what in _WHAT.items():
@@ -224,40 +279,67 @@ def offers() -> list[dict[str, Any]]:
         notes = [f"backend {first}, precisions: {computes}"]
         for backend in others:
             missing = _look_for(kind, backend).missing
-            notes.append(f"@{backend}: " + (missing or f"precisions {', '.join(BACKENDS[backend].kinds[kind])}"))
-        typed = f"{kind}:1" if kind in _COUNTED else f"{kind}:{','.join(map(str, range(len(here.devices))))}"
+            notes.append(
+                f"@{backend}: "
+                + (missing or f"precisions {', '.join(BACKENDS[backend].kinds[kind])}")
+            )
+        typed = (
+            f"{kind}:1"
+            if kind in _COUNTED
+            else f"{kind}:{','.join(map(str, range(len(here.devices))))}"
+        )
         if here.missing:
             found.append({"devices": kind, "what": what, "notes": [], "missing": here.missing})
         else:
-            found.append({"devices": typed, "what": ", ".join(here.devices), "notes": notes, "missing": None})
+            found.append(
+                {"devices": typed, "what": ", ".join(here.devices), "notes": notes, "missing": None}
+            )
     return found
 
 
 def _automatic(cores: int) -> str:
     processes = parse("auto")[0].processes(cores)
-    return "this: one process" if processes == 1 else f"cpu:{processes}: a process for every {_CORES_EACH} cores"
+    return (
+        "this: one process"
+        if processes == 1
+        else f"cpu:{processes}: a process for every {_CORES_EACH} cores"
+    )
 
 
 def _cpu_offer() -> dict[str, Any]:
     cores = usable_cores()
     flags = cpu.flags()
-    faster = {one: unit for one in (Precision.INT8, Precision.BF16) if (unit := cpu.unit(one, flags))}
+    faster = {
+        one: unit for one in (Precision.INT8, Precision.BF16) if (unit := cpu.unit(one, flags))
+    }
     if faster:
-        automatic = f"{', else '.join(faster)}, where a model's answers in it have passed the accuracy gate; else fp32"
+        automatic = (
+            f"{', else '.join(faster)}, where a model's answers in it have passed the accuracy"
+            " gate; else fp32"
+        )
     else:
         automatic = "fp32: this processor has no units that make int8 or bf16 faster"
     units = cpu.vector_units(flags)
     quota = cgroup_quota()
     notes = [
-        f"cores {', '.join(map(str, cores))}" + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
+        f"cores {', '.join(map(str, cores))}"
+        + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
         f"backend openvino: fp32{''.join(f', {one} by {unit}' for one, unit in faster.items())}",
         "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
         f"--precision auto means {automatic}",
-        f"--devices auto means {_automatic(len(cores))}, a stream and a decoding thread on each core",
+        (
+            f"--devices auto means {_automatic(len(cores))}, a stream and a decoding thread on each"
+            " core"
+        ),
     ]
     if units:
         notes.insert(1, f"vector units: {', '.join(units)}")
-    return {"devices": "cpu", "what": f"{len(cores)} of {os.cpu_count()} cores, {cpu.name()}", "notes": notes, "missing": None}
+    return {
+        "devices": "cpu",
+        "what": f"{len(cores)} of {os.cpu_count()} cores, {cpu.name()}",
+        "notes": notes,
+        "missing": None,
+    }
 
 
 def machine() -> dict[str, str]:
@@ -273,10 +355,13 @@ def machine() -> dict[str, str]:
 
 
 def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
-    """The backends of the devices, as the answer id names them. Raises: UsageError where several are mixed and that is not allowed."""
+    """The backends of the devices, as the answer id names them. Raises: UsageError where several
+    are mixed and that is not allowed.
+    """
     backends = sorted({device.engine for device in chosen})
     if len(backends) > 1 and not allow_mixed:
         raise UsageError(
-            f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the last bits. Add --allow-mixed."
+            f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the"
+            " last bits. Add --allow-mixed."
         )
     return "+".join(backends)

@@ -1,4 +1,6 @@
-"""No model at all: answers come from a cheap checksum of the pixels. It measures, and tests, everything but the model."""
+"""No model at all: answers come from a cheap checksum of the pixels. It measures, and tests,
+everything but the model.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,21 @@ class NullSession:
         for batch in batches:
             refuse_other_shapes(batch, self._shape)
             flat = batch.pixels[: batch.filled].reshape(batch.filled, batch.pixels[0].size)
-            sums = flat.view(np.uint64 if flat.shape[1] % 8 == 0 else np.uint8).sum(axis=1, dtype=np.uint64)
+            sums = flat.view(np.uint64 if flat.shape[1] % 8 == 0 else np.uint8).sum(
+                axis=1, dtype=np.uint64
+            )
             logits = np.zeros((batch.filled, self._classes), np.float32)
             for place, weight in enumerate((8.0, 4.0, 2.0, 1.0)):
-                column = (sums // np.uint64(self._classes**place) % np.uint64(self._classes)).astype(np.intp)
+                column = (
+                    sums // np.uint64(self._classes**place) % np.uint64(self._classes)
+                ).astype(np.intp)
                 logits[np.arange(batch.filled), column] += np.float32(weight)
             embedding = None
             if self._with_embedding:
-                embedding = np.stack([(sums >> np.uint64(4 * bit)) % np.uint64(16) for bit in range(_FEATURES)], axis=1).astype(np.float32)
+                embedding = np.stack(
+                    [(sums >> np.uint64(4 * bit)) % np.uint64(16) for bit in range(_FEATURES)],
+                    axis=1,
+                ).astype(np.float32)
             yield batch, Outputs(logits, embedding)
 
     def close(self) -> None:

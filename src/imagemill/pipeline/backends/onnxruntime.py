@@ -1,4 +1,6 @@
-"""ONNX Runtime: one class for all of its execution providers, the CPU's included; several batches in flight, answers in order."""
+"""ONNX Runtime: one class for all of its execution providers, the CPU's included; several batches
+in flight, answers in order.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _log = logging.getLogger(__name__)
 _PIP = "pip install "
 _LONGEST = 400
 _AT_WORK = 2
-"""Batches that a device other than the CPU has in hand: one computes while the next one's pixels come."""
+"""Batches that a device other than the CPU has in hand: one computes while the next one's pixels
+come.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +42,24 @@ class Provider:
     name: str
     install: str
     """The line to type for it."""
-    options: Callable[[Job, DeviceSpec], dict[str, Any]] = lambda _job, device: {"device_id": device.id}
+    options: Callable[[Job, DeviceSpec], dict[str, Any]] = lambda _job, device: {
+        "device_id": device.id
+    }
     driver: Callable[[], Found] = lambda: Found(("device 0",))
     """Looks for the devices and what the system must bring for them."""
     library: str | None = None
-    """The provider's own shared library, below `onnxruntime/capi`, whose loading shows which others are missing."""
+    """The provider's own shared library, below `onnxruntime/capi`, whose loading shows which others
+    are missing.
+    """
     then: tuple[str, ...] = ()
     """Providers on the same device that take what this one cannot."""
 
 
 def _tensorrt(job: Job, device: DeviceSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {"device_id": device.id, "trt_fp16_enable": job.precision is Precision.FP16}
+    options: dict[str, Any] = {
+        "device_id": device.id,
+        "trt_fp16_enable": job.precision is Precision.FP16,
+    }
     if job.cache_dir:
         options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": job.cache_dir}
     return options
@@ -60,12 +71,18 @@ def nvidia() -> Found:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         here = "" if Path("/dev/nvidiactl").exists() else " and /dev/nvidiactl is not there"
-        return Found((), f"No NVIDIA driver: libcuda.so.1 cannot be loaded{here}. Install it until `nvidia-smi` lists the GPU.")
+        return Found(
+            (),
+            f"No NVIDIA driver: libcuda.so.1 cannot be loaded{here}. Install it until `nvidia-smi`"
+            " lists the GPU.",
+        )
     count, code = ctypes.c_int(), driver.cuInit(0)
     code = code or driver.cuDeviceGetCount(ctypes.byref(count))
     if code or not count.value:
         said = f"answers with error {code}" if code else "shows none"
-        return Found((), f"No NVIDIA GPU: the driver {said}. See `nvidia-smi` and CUDA_VISIBLE_DEVICES.")
+        return Found(
+            (), f"No NVIDIA GPU: the driver {said}. See `nvidia-smi` and CUDA_VISIBLE_DEVICES."
+        )
     names = []
     for number in range(count.value):
         name = ctypes.create_string_buffer(100)
@@ -78,14 +95,23 @@ def _amd() -> Found:
     nodes = sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/simd_count"))
     gpus = [node.parent.name for node in nodes if node.read_text().strip() != "0"]
     if not Path("/dev/kfd").exists() or not gpus:
-        return Found((), "No AMD GPU: /dev/kfd is not there, or shows none. Install ROCm until `rocminfo` lists the GPU.")
+        return Found(
+            (),
+            "No AMD GPU: /dev/kfd is not there, or shows none. Install ROCm until `rocminfo` lists"
+            " the GPU.",
+        )
     return Found(tuple(f"AMD GPU, node {node}" for node in gpus))
 
 
 PROVIDERS: dict[tuple[str, str], Provider] = {
-    ("onnxruntime", "cpu"): Provider("CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}),
+    ("onnxruntime", "cpu"): Provider(
+        "CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}
+    ),
     ("onnxruntime", "cuda"): Provider(
-        "CUDAExecutionProvider", _PIP + "'imagemill[cuda]'", driver=nvidia, library="libonnxruntime_providers_cuda.so"
+        "CUDAExecutionProvider",
+        _PIP + "'imagemill[cuda]'",
+        driver=nvidia,
+        library="libonnxruntime_providers_cuda.so",
     ),
     ("tensorrt", "cuda"): Provider(
         "TensorrtExecutionProvider",
@@ -95,11 +121,17 @@ PROVIDERS: dict[tuple[str, str], Provider] = {
         "libonnxruntime_providers_tensorrt.so",
         ("CUDAExecutionProvider",),
     ),
-    ("onnxruntime", "rocm"): Provider("MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd),
-    ("onnxruntime", "coreml"): Provider("CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}),
+    ("onnxruntime", "rocm"): Provider(
+        "MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd
+    ),
+    ("onnxruntime", "coreml"): Provider(
+        "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}
+    ),
     ("onnxruntime", "directml"): Provider("DmlExecutionProvider", _PIP + "onnxruntime-directml"),
 }
-"""Backend and kind of device → provider; a further one is one line here and its kind in `sessions.BACKENDS`."""
+"""Backend and kind of device → provider; a further one is one line here and its kind in
+`sessions.BACKENDS`.
+"""
 
 
 class OnnxRuntimeSession:
@@ -118,16 +150,24 @@ class OnnxRuntimeSession:
         self._shape = (job.batch_size, size, size, 3)
         self._input = job.card.input
         self._names = ["logits", "embedding"] if Saved.EMBEDDING in job.save else ["logits"]
-        # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md). It changes no bit.
+        # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md).
+        # It changes no bit.
         cores = len(device.cores)
         at_work = cores if device.kind == "cpu" else _AT_WORK
         self._in_flight = job.batches_per_step or 2 * at_work
         at_work = min(at_work, self._in_flight)
         self._session = _open(onnxruntime, job, device, provider, threads=max(1, cores // at_work))
         self._pool = ThreadPoolExecutor(at_work, "session")
-        # Engines are built and memory is taken now, so that whatever is wrong with the model ends the start, not a batch.
+        # Engines are built and memory is taken now, so that whatever is wrong with the model ends
+        # the start, not a batch.
         self._widths = [values.shape[1] for values in self._run(np.zeros(self._shape, np.uint8))]
-        _log.info("compiled %s for %s: %d batches of %d in flight", job.model_file, device.name, self._in_flight, job.batch_size)
+        _log.info(
+            "compiled %s for %s: %d batches of %d in flight",
+            job.model_file,
+            device.name,
+            self._in_flight,
+            job.batch_size,
+        )
 
     @staticmethod
     def found(kind: str) -> Found:
@@ -145,7 +185,9 @@ class OnnxRuntimeSession:
                     first, future = busy.popleft()
                     computing -= future is not None
                     yield self._finish(first, future)
-                busy.append((batch, self._pool.submit(self._run, batch.pixels) if batch.filled else None))
+                busy.append(
+                    (batch, self._pool.submit(self._run, batch.pixels) if batch.filled else None)
+                )
                 computing += batch.filled > 0
             while busy:
                 yield self._finish(*busy.popleft())
@@ -155,14 +197,20 @@ class OnnxRuntimeSession:
                     future.exception()
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """The outputs of one batch, by name. Runs on the threads of the pool; the arrays that come back are its caller's."""
+        """The outputs of one batch, by name. Runs on the threads of the pool; the arrays that come
+        back are its caller's.
+        """
         try:
             found: list[NDArray[np.float32]] = self._session.run(self._names, {self._input: pixels})
         except Exception as error:  # the classes that ONNX Runtime raises share no other base
-            raise ModelError(f"{self.backend} cannot compute a batch of {len(pixels)}: {_one_line(error)}") from error
+            raise ModelError(
+                f"{self.backend} cannot compute a batch of {len(pixels)}: {_one_line(error)}"
+            ) from error
         return found
 
-    def _finish(self, batch: Batch, future: Future[list[NDArray[np.float32]]] | None) -> tuple[Batch, Outputs]:
+    def _finish(
+        self, batch: Batch, future: Future[list[NDArray[np.float32]]] | None
+    ) -> tuple[Batch, Outputs]:
         if future is None:
             return batch, Outputs(*(np.empty((0, width), np.float32) for width in self._widths))
         begun = time.perf_counter()
@@ -199,17 +247,25 @@ def _missing(provider: Provider) -> str | None:
 
     if provider.name not in onnxruntime.get_available_providers():
         return (
-            f"The installed ONNX Runtime {onnxruntime.__version__} has no {provider.name}. Exactly one of its wheels may be installed: "
-            f"pip uninstall -y onnxruntime, then {provider.install}."
+            f"The installed ONNX Runtime {onnxruntime.__version__} has no {provider.name}. Exactly"
+            " one of its wheels may be installed: pip uninstall -y onnxruntime, then"
+            f" {provider.install}."
         )
     if provider.library and (reason := _unloadable(onnxruntime, provider.library)):
-        return f"{provider.name} cannot be loaded: {reason}. Install what it needs: {provider.install}."
+        return (
+            f"{provider.name} cannot be loaded: {reason}. Install what it needs:"
+            f" {provider.install}."
+        )
     return None
 
 
 def _unloadable(onnxruntime: Any, library: str) -> str | None:
-    """Load a provider's library as ONNX Runtime itself would, and no further: nothing happens on the device. Why that fails, or None."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find, and stdout is for results
+    """Load a provider's library as ONNX Runtime itself would, and no further: nothing happens on
+    the device. Why that fails, or None.
+    """
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # it prints what it does not find, and stdout is for results
         onnxruntime.preload_dlls()  # the CUDA libraries that pip installed
     folder = Path(onnxruntime.__file__).parent / "capi"
     try:
@@ -221,21 +277,33 @@ def _unloadable(onnxruntime: Any, library: str) -> str | None:
 
 
 def _open(onnxruntime: Any, job: Job, device: DeviceSpec, provider: Provider, threads: int) -> Any:
-    """Compile the model; refuses what ONNX Runtime would do silently: go on with the CPU where the provider cannot be had."""
+    """Compile the model; refuses what ONNX Runtime would do silently: go on with the CPU where the
+    provider cannot be had.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # decoding threads want the same cores
-    wanted = [(provider.name, provider.options(job, device)), *((name, {"device_id": device.id}) for name in provider.then)]
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # decoding threads want the same cores
+    wanted = [
+        (provider.name, provider.options(job, device)),
+        *((name, {"device_id": device.id}) for name in provider.then),
+    ]
     try:
-        session = onnxruntime.InferenceSession(job.model_file, options, providers=wanted, enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            job.model_file, options, providers=wanted, enable_fallback=0
+        )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
-        raise ModelError(f"{job.model_file} cannot be compiled for {device.name}: {_one_line(error)}") from error
+        raise ModelError(
+            f"{job.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+        ) from error
     active = session.get_providers()
     if provider.name not in active:
         raise DeviceError(
-            f"{device.name}: {provider.name} was asked for, ONNX Runtime {onnxruntime.__version__} would use {', '.join(active)} instead; "
-            f"the log of {device.name} says why. Often libraries are missing that come with: {provider.install}."
+            f"{device.name}: {provider.name} was asked for, ONNX Runtime {onnxruntime.__version__}"
+            f" would use {', '.join(active)} instead; the log of {device.name} says why. Often"
+            f" libraries are missing that come with: {provider.install}."
         )
     return session
 

@@ -1,4 +1,6 @@
-"""OpenVINO on the CPU, and on Intel's GPUs and NPUs: several requests in flight, answers in order."""
+"""OpenVINO on the CPU, and on Intel's GPUs and NPUs: several requests in flight, answers in
+order.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,38 @@ _log = logging.getLogger(__name__)
 _KEPT = 8
 """Compiled models of one bundle that are kept however old they are."""
 _IN_USE_S = 2 * 86_400.0
-"""What was read or written so lately is not removed: a day, and another one, since file systems note once a day that a file was read."""
+"""What was read or written so lately is not removed: a day, and another one, since file systems
+note once a day that a file was read.
+"""
 _HINTS = {Precision.FP16: "f16", Precision.BF16: "bf16"}
 _LARGE = 64
 """Images of a batch, beyond which its size may be why a model does not compile."""
 _DRIVERS = {
-    "gpu": "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns /dev/dri/renderD128.",
-    "npu": "Install Intel's NPU driver (linux-npu-driver) and join the group that owns /dev/accel/accel0.",
+    "gpu": (
+        "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns"
+        " /dev/dri/renderD128."
+    ),
+    "npu": (
+        "Install Intel's NPU driver (linux-npu-driver) and join the group that owns"
+        " /dev/accel/accel0."
+    ),
 }
 
 
-def properties(precision: Precision, cores: int, streams: int | None = None, kind: str = "cpu") -> dict[str, Any]:
-    """How OpenVINO compiles for `cores` CPU cores, or for another kind of device, whose own hint says how many streams it takes.
+def properties(
+    precision: Precision, cores: int, streams: int | None = None, kind: str = "cpu"
+) -> dict[str, Any]:
+    """How OpenVINO compiles for `cores` CPU cores, or for another kind of device, whose own hint
+    says how many streams it takes.
 
-    One stream a core: on 2 cores two streams of one thread gave as much as one of two or more (docs/performance.md). fp32 is asked for by
-    name, since the plug-in's own choice on a processor with bfloat16 is bf16.
+    One stream a core: on 2 cores two streams of one thread gave as much as one of two or more
+    (docs/performance.md). fp32 is asked for by name, since the plug-in's own choice on a processor
+    with bfloat16 is bf16.
     """
-    hints: dict[str, Any] = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32")}
+    hints: dict[str, Any] = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32"),
+    }
     if kind == "cpu":
         hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
     return hints
@@ -65,7 +82,9 @@ def _device_name(kind: str, number: int) -> str:
 
 
 def _compiled(core: Any, model: Any, name: str, hints: dict[str, Any]) -> Any:
-    """Compile a model; without the cache where that was in the way: another worker may have put the same blob there at the same moment."""
+    """Compile a model; without the cache where that was in the way: another worker may have put the
+    same blob there at the same moment.
+    """
     try:
         return core.compile_model(model, name, hints)
     except RuntimeError as error:
@@ -95,27 +114,43 @@ class OpenVinoSession:
             model = core.read_model(job.model_file)
             kept = list(job.card.outputs) if self._with_embedding else ["logits"]
             for result in list(model.get_results()):
-                if not set(result.output(0).get_node().input(0).get_source_output().get_names()) & set(kept):
+                if not set(
+                    result.output(0).get_node().input(0).get_source_output().get_names()
+                ) & set(kept):
                     model.remove_result(result)
             model.reshape({job.card.input: list(self._shape)})
-            if device.kind == "cpu" and (channels := openvino_rewrites.wanted(job.precision, cpu.flags())):
+            if device.kind == "cpu" and (
+                channels := openvino_rewrites.wanted(job.precision, cpu.flags())
+            ):
                 fold_constants(model)
                 openvino_rewrites.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)
             hints = properties(job.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":
-                hints["ENABLE_CPU_PINNING"] = False  # else two such processes keep their threads on the same first cores
+                hints["ENABLE_CPU_PINNING"] = (
+                    False  # else two such processes keep their threads on the same first cores
+                )
             compiled = _compiled(core, model, name, hints)
             if job.cache_dir:
                 _prune(Path(job.cache_dir))
         except RuntimeError as error:
             told = str(error).strip().splitlines()[-1]
-            raise ModelError(f"{job.model_file} cannot be compiled: {told}{_smaller(job.batch_size)}") from error
+            raise ModelError(
+                f"{job.model_file} cannot be compiled: {told}{_smaller(job.batch_size)}"
+            ) from error
         self._logits = compiled.output("logits")
         self._embedding = compiled.output("embedding") if self._with_embedding else None
-        in_flight = job.batches_per_step or 2 * max(1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+        in_flight = job.batches_per_step or 2 * max(
+            1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        )
         self._free = deque(compiled.create_infer_request() for _ in range(in_flight))
-        _log.info("compiled %s for %s: %d batches of %d in flight", job.model_file, device.name, in_flight, job.batch_size)
+        _log.info(
+            "compiled %s for %s: %d batches of %d in flight",
+            job.model_file,
+            device.name,
+            in_flight,
+            job.batch_size,
+        )
 
     @staticmethod
     def found(kind: str) -> Found:
@@ -124,7 +159,9 @@ class OpenVinoSession:
         names = [name for name in core.available_devices if name.partition(".")[0] == kind.upper()]
         if not names:
             others = ", ".join(core.available_devices) or "none"
-            return Found((), f"OpenVINO finds no {kind.upper()} (it finds: {others}). {_DRIVERS[kind]}")
+            return Found(
+                (), f"OpenVINO finds no {kind.upper()} (it finds: {others}). {_DRIVERS[kind]}"
+            )
         return Found(tuple(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names))
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
@@ -144,7 +181,12 @@ class OpenVinoSession:
             while busy:
                 yield self._finish(*busy.popleft())
         finally:
-            for _, request in busy:  # the stream was broken off: the requests come free, and let go of the pixels
+            for (
+                _,
+                request,
+            ) in (
+                busy
+            ):  # the stream was broken off: the requests come free, and let go of the pixels
                 if request is not None:
                     request.wait()
                     self._free.append(request)
@@ -158,10 +200,14 @@ class OpenVinoSession:
         def output(port: Any) -> NDArray[np.float32]:
             if request is None:
                 return np.empty((0, port.shape[1]), np.float32)
-            values: NDArray[np.float32] = request.get_tensor(port).data[: batch.filled].copy()  # the request's memory is used again
+            values: NDArray[np.float32] = (
+                request.get_tensor(port).data[: batch.filled].copy()
+            )  # the request's memory is used again
             return values
 
-        outputs = Outputs(output(self._logits), output(self._embedding) if self._embedding else None)
+        outputs = Outputs(
+            output(self._logits), output(self._embedding) if self._embedding else None
+        )
         if request is not None:
             self._free.append(request)
         return batch, outputs
@@ -172,11 +218,17 @@ class OpenVinoSession:
 
 
 def _smaller(batch_size: int) -> str:
-    return f". It was for batches of {batch_size}: repeat the command with a smaller --batch-size" if batch_size > _LARGE else ""
+    return (
+        f". It was for batches of {batch_size}: repeat the command with a smaller --batch-size"
+        if batch_size > _LARGE
+        else ""
+    )
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Make a folder. A models folder may be another user's, or read-only: then models are compiled anew at each start."""
+    """Make a folder. A models folder may be another user's, or read-only: then models are compiled
+    anew at each start.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -185,7 +237,9 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _prune(folder: Path) -> None:
-    """Remove the compiled models that were used longest ago: each batch size, precision and version of OpenVINO leaves one of its own."""
+    """Remove the compiled models that were used longest ago: each batch size, precision and version
+    of OpenVINO leaves one of its own.
+    """
     found = []
     for blob in folder.glob("*.blob"):
         with contextlib.suppress(OSError):
@@ -196,4 +250,8 @@ def _prune(folder: Path) -> None:
         if used < before:
             with contextlib.suppress(OSError):
                 blob.unlink()
-                _log.info("removed %s, a compiled model that was not used since %s", blob, time.ctime(used))
+                _log.info(
+                    "removed %s, a compiled model that was not used since %s",
+                    blob,
+                    time.ctime(used),
+                )

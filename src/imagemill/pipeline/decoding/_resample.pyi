@@ -2,4 +2,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-def resample(source: NDArray[Any], box: tuple[float, float, float, float], cubic: bool, out: NDArray[Any], /) -> None: ...
+def resample(
+    source: NDArray[Any], box: tuple[float, float, float, float], cubic: bool, out: NDArray[Any], /
+) -> None: ...

@@ -2,16 +2,21 @@
 
 The contract:
 
-- `decode` never raises for what is in an image: whatever its bytes, the answer is a `Decoded`, with pixels or with a status and one line.
-- The answer depends on bytes, recipe and limits alone, bit for bit: not on the thread, the process or what was decoded before.
-- Nothing is decoded whose header promises more than `max_pixels`, and no more than `max_bytes` are looked at.
-- No other program is run and no file is opened, whatever the image asks for: formats that are scripts (EPS, WMF, PDF) are refused.
-- Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size its RGB is Pillow's, bit for bit),
-  scaled in the DCT only while its short side stays at least twice the target. What simplejpeg refuses, even if recoverable, Pillow
-  decides on, so that an image that Pillow reads is ok, and one that it does not read has Pillow's reason.
+- `decode` never raises for what is in an image: whatever its bytes, the answer is a `Decoded`, with
+  pixels or with a status and one line.
+- The answer depends on bytes, recipe and limits alone, bit for bit: not on the thread, the process
+  or what was decoded before.
+- Nothing is decoded whose header promises more than `max_pixels`, and no more than `max_bytes` are
+  looked at.
+- No other program is run and no file is opened, whatever the image asks for: formats that are
+  scripts (EPS, WMF, PDF) are refused.
+- Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size
+  its RGB is Pillow's, bit for bit), scaled in the DCT only while its short side stays at least
+  twice the target. What simplejpeg refuses, even if recoverable, Pillow decides on, so that an
+  image that Pillow reads is ok, and one that it does not read has Pillow's reason.
 
-    bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample) ─► pixels
-                          └─► all else: pillow ──────────────┘
+    bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample)
+                          └─► all else: pillow ──────────────┘   ─► pixels
 
 Importing this sets up Pillow for the process, see `pillow`.
 """
@@ -37,15 +42,16 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS_VARIABLE", "decode", "decode_into"]
 
 FAULTS_VARIABLE = "IMAGEMILL_TEST_DECODER_FAULTS"
-"""For tests only. Where this is set, an image that contains `imagemill-test-crash` ends the process by SIGSEGV,
-`imagemill-test-hang` sleeps for ever, and `imagemill-test-oom` runs out of memory."""
+"""For tests only. Where this is set, an image that contains `imagemill-test-crash` ends the process
+by SIGSEGV, `imagemill-test-hang` sleeps for ever, and `imagemill-test-oom` runs out of memory.
+"""
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
     """Decode and preprocess one image. Safe among threads; the heavy parts release the GIL.
 
-    Returns: `pixels` is a new uint8 (size, size, 3) array, or None with status and error; `width` and `height` are known as soon as the
-    header can be read, even if the rest cannot.
+    Returns: `pixels` is a new uint8 (size, size, 3) array, or None with status and error; `width`
+    and `height` are known as soon as the header can be read, even if the rest cannot.
     """
     return decode_into(data, recipe, limits, np.empty((recipe.size, recipe.size, 3), np.uint8))
 
@@ -56,15 +62,21 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
     Args:
         data: the encoded image.
         recipe: how it becomes the model's input.
-        limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a process.
-        out: uint8 (size, size, 3), any strides. Whether or not the image is ok, it may have been written to.
+        limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a
+        process.
+        out: uint8 (size, size, 3), any strides. Whether or not the image is ok, it may have been
+        written to.
 
     Returns: as `decode`, with `pixels` being `out`.
     """
     if not data:
         return Decoded(None, Status.EMPTY, "the file is empty: 0 bytes")
     if len(data) > limits.max_bytes:
-        return Decoded(None, Status.TOO_LARGE, f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per image")
+        return Decoded(
+            None,
+            Status.TOO_LARGE,
+            f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per image",
+        )
     seen = pillow.Seen()
     try:
         if FAULTS_VARIABLE in os.environ:
@@ -72,14 +84,18 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         pillow.prepare(limits)
         jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None
         if jpeg is not None:
-            seen.width, seen.height = preprocess.turned_size(jpeg.width, jpeg.height, jpeg.orientation if recipe.exif else 1)
+            seen.width, seen.height = preprocess.turned_size(
+                jpeg.width, jpeg.height, jpeg.orientation if recipe.exif else 1
+            )
             check_budget(jpeg.width, jpeg.height, limits)
         if jpeg is None or not jpeg.ordinary or not _decode_jpeg(data, jpeg, recipe, out):
             pillow.decode(data, recipe, limits, out, seen)
     except Refusal as refusal:
         return Decoded(None, refusal.status, refusal.error, seen.width, seen.height)
     except MemoryError:
-        return Decoded(None, Status.TOO_LARGE, "not enough memory to decode it", seen.width, seen.height)
+        return Decoded(
+            None, Status.TOO_LARGE, "not enough memory to decode it", seen.width, seen.height
+        )
     except Exception as error:  # plugins raise anything at all on damaged files
         return Decoded(None, judge(error, data), one_line(error), seen.width, seen.height)
     return Decoded(out, Status.OK, None, seen.width, seen.height)
@@ -90,7 +106,9 @@ def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint
     factor = preprocess.shrink(jpeg.width, jpeg.height, recipe)
     stored = (-(-jpeg.width // factor), -(-jpeg.height // factor))
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=stored[1], min_width=stored[0], min_factor=factor)
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=stored[1], min_width=stored[0], min_factor=factor
+        )
     except MemoryError:
         raise
     except Exception:  # it raises ValueError and others; all of them mean: ask Pillow
@@ -110,7 +128,10 @@ def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint
 def _shrunk(crop: preprocess.Crop, factor: int) -> preprocess.Crop:
     if factor == 1:
         return crop
-    x, y = (preprocess.Span(span.start / factor, span.stop / factor, span.first, span.count) for span in (crop.x, crop.y))
+    x, y = (
+        preprocess.Span(span.start / factor, span.stop / factor, span.first, span.count)
+        for span in (crop.x, crop.y)
+    )
     return preprocess.Crop(x, y)
 
 
@@ -123,4 +144,6 @@ def _fault(data: bytes) -> None:
         while True:
             time.sleep(3600)
     if b"imagemill-test-oom" in data:
-        [np.empty(1 << doubling, np.uint8) for doubling in range(20, 63)]  # never written to, so it costs address space only
+        [
+            np.empty(1 << doubling, np.uint8) for doubling in range(20, 63)
+        ]  # never written to, so it costs address space only

@@ -1,4 +1,6 @@
-"""Name the formats and variants that are not decoded, so that a valid file is `unsupported` and never `corrupt` or `not_an_image`."""
+"""Name the formats and variants that are not decoded, so that a valid file is `unsupported` and
+never `corrupt` or `not_an_image`.
+"""
 
 from __future__ import annotations
 
@@ -93,11 +95,26 @@ def recognise(data: bytes) -> str | None:
         return "OS/2 icon, pointer or bitmap array"
     if data[:4] == b"RIFF" and data[8:12] in {b"WEBP", b"ACON"}:
         return "WEBP" if data[8:12] == b"WEBP" else "ANI (animated cursor)"
-    if data[:4] in {b"FORM", b"FOR4"} and data[8:12] in {b"ILBM", b"PBM ", b"ACBM", b"DEEP", b"CIMG", b"RGB8", b"RGBN"}:
+    if data[:4] in {b"FORM", b"FOR4"} and data[8:12] in {
+        b"ILBM",
+        b"PBM ",
+        b"ACBM",
+        b"DEEP",
+        b"CIMG",
+        b"RGB8",
+        b"RGBN",
+    }:
         return "IFF"
     if data[4:8] == b"ftyp":
-        brands = {data[8:12], *(data[at : at + 4] for at in range(16, min(int.from_bytes(data[:4]), 256), 4))}
-        for name, known in (("AVIF", {b"avif", b"avis"}), ("camera raw (Canon CR3)", {b"crx "}), ("HEIF", _HEIF_BRANDS)):
+        brands = {
+            data[8:12],
+            *(data[at : at + 4] for at in range(16, min(int.from_bytes(data[:4]), 256), 4)),
+        }
+        for name, known in (
+            ("AVIF", {b"avif", b"avis"}),
+            ("camera raw (Canon CR3)", {b"crx "}),
+            ("HEIF", _HEIF_BRANDS),
+        ):
             if brands & known:
                 return name
     if data[128:132] == b"DICM":
@@ -112,20 +129,38 @@ def recognise(data: bytes) -> str | None:
 
 
 def guess(data: bytes) -> str | None:
-    """Name the format of a file that no decoder accepts, by headers that other files might have by chance."""
-    if data[522:528] == b"\x00\x11\x02\xff\x0c\x00" or (data[522:524] == b"\x11\x01" and not any(data[:512])):
+    """Name the format of a file that no decoder accepts, by headers that other files might have by
+    chance.
+    """
+    if data[522:528] == b"\x00\x11\x02\xff\x0c\x00" or (
+        data[522:524] == b"\x11\x01" and not any(data[:512])
+    ):
         return "PICT"
-    if len(data) >= 100 and _u32(data, 4, ">") == 7 and 100 <= _u32(data, 0, ">") <= 400 and _u32(data, 8, ">") <= 2:
+    if (
+        len(data) >= 100
+        and _u32(data, 4, ">") == 7
+        and 100 <= _u32(data, 0, ">") <= 400
+        and _u32(data, 8, ">") <= 2
+    ):
         return "XWD"
-    if (wide := re.match(rb"\0\0((?:[\x80-\xff]{0,3})[\0-\x7f])((?:[\x80-\xff]{0,3})[\0-\x7f])", data, re.DOTALL)) is not None:
-        width, height = (sum((byte & 0x7F) << 7 * at for at, byte in enumerate(reversed(number))) for number in wide.groups())
+    if (
+        wide := re.match(
+            rb"\0\0((?:[\x80-\xff]{0,3})[\0-\x7f])((?:[\x80-\xff]{0,3})[\0-\x7f])", data, re.DOTALL
+        )
+    ) is not None:
+        width, height = (
+            sum((byte & 0x7F) << 7 * at for at, byte in enumerate(reversed(number)))
+            for number in wide.groups()
+        )
         if width and height and len(data) == wide.end() + -(-width // 8) * height:
             return "WBMP"
     return _tga(data)
 
 
 def variant(name: str | None, data: bytes) -> str | None:
-    """Name the variant of a format if it is one that Pillow cannot read, or reads to wrong pixels; None for the others."""
+    """Name the variant of a format if it is one that Pillow cannot read, or reads to wrong pixels;
+    None for the others.
+    """
     try:
         match name:
             case "JPEG":
@@ -139,8 +174,16 @@ def variant(name: str | None, data: bytes) -> str | None:
             case "PCX":
                 bits, planes = data[3], data[65]
                 known = {(1, 1), (1, 2), (1, 4)} | ({(8, 1), (8, 3)} if data[1] == 5 else set())
-                return None if (bits, planes) in known else f"PCX of version {data[1]} with {bits} bits in {planes} planes"
-            case "XPM" if re.search(rb'"[^"\n]{1,8}?\sc\s+#([\da-f]{3}|[\da-f]{9}|[\da-f]{12})["\s]', data[:1_000_000], re.IGNORECASE):
+                return (
+                    None
+                    if (bits, planes) in known
+                    else f"PCX of version {data[1]} with {bits} bits in {planes} planes"
+                )
+            case "XPM" if re.search(
+                rb'"[^"\n]{1,8}?\sc\s+#([\da-f]{3}|[\da-f]{9}|[\da-f]{12})["\s]',
+                data[:1_000_000],
+                re.IGNORECASE,
+            ):
                 return "XPM whose colours have other than 8 bits per channel"
     except (struct.error, IndexError):  # it is cut off, which its decoder says better
         pass
@@ -148,11 +191,17 @@ def variant(name: str | None, data: bytes) -> str | None:
 
 
 def full_palette(data: bytes) -> bytes:
-    """Return a BMP of 4 or 8 bits whose header promises 256 colours. With fewer, Pillow takes some palettes for another depth."""
+    """Return a BMP of 4 or 8 bits whose header promises 256 colours. With fewer, Pillow takes some
+    palettes for another depth.
+    """
     if len(data) < 54 or _u32(data, 14) < 40 or _u32(data, 10) == 14 + _u32(data, 14):
         return data
     bits, colours = int.from_bytes(data[28:30], "little"), _u32(data, 46)
-    return data[:46] + struct.pack("<I", 256) + data[50:] if bits in {4, 8} and colours <= 1 << bits and colours != 256 else data
+    return (
+        data[:46] + struct.pack("<I", 256) + data[50:]
+        if bits in {4, 8} and colours <= 1 << bits and colours != 256
+        else data
+    )
 
 
 def _u32(data: bytes, at: int, order: str = "<") -> int:
@@ -160,9 +209,15 @@ def _u32(data: bytes, at: int, order: str = "<") -> int:
 
 
 def _is_svg(head: bytes) -> bool:
-    text = head.decode("utf-16", "ignore").encode() if head[:2] in {b"\xff\xfe", b"\xfe\xff"} else head.removeprefix(b"\xef\xbb\xbf")
+    text = (
+        head.decode("utf-16", "ignore").encode()
+        if head[:2] in {b"\xff\xfe", b"\xfe\xff"}
+        else head.removeprefix(b"\xef\xbb\xbf")
+    )
     begins = re.match(rb"\s*<(\?xml|!--|!DOCTYPE\s+svg|([\w.-]+:)?svg[\s>/])", text) is not None
-    return begins and re.search(rb"<([\w.-]+:)?svg[\s>/]", text) is not None and b"<html" not in text
+    return (
+        begins and re.search(rb"<([\w.-]+:)?svg[\s>/]", text) is not None and b"<html" not in text
+    )
 
 
 def _in_gzip(data: bytes) -> str | None:
@@ -170,7 +225,9 @@ def _in_gzip(data: bytes) -> str | None:
         inner = zlib.decompressobj(31).decompress(data, _INFLATED)
     except zlib.error:
         return None
-    found = next((name for name, magics in REFUSED.items() if inner.startswith(magics)), None) or recognise(inner)
+    found = next(
+        (name for name, magics in REFUSED.items() if inner.startswith(magics)), None
+    ) or recognise(inner)
     return f"{found} compressed with gzip" if found else None
 
 
@@ -186,31 +243,59 @@ def _jpeg(data: bytes) -> str | None:
             if data[at + 5 : at + 7] == b"\0\0":
                 return "JPEG whose height follows its first scan (DNL)"
             factors = [divmod(data[at + 11 + 3 * layer], 16) for layer in range(data[at + 9])]
-            fractional = any(0 in sides or any(max(sides) % side for side in sides) for sides in zip(*factors, strict=True))
+            fractional = any(
+                0 in sides or any(max(sides) % side for side in sides)
+                for sides in zip(*factors, strict=True)
+            )
             return "JPEG with fractional sampling" if fractional else None
         at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
 
 
 def _jpeg2000(data: bytes) -> str | None:
-    """Refuse what Pillow reads to wrong pixels: the brightest colours of more than 8 bits become 0, and subsampled ones fill a corner."""
+    """Refuse what Pillow reads to wrong pixels: the brightest colours of more than 8 bits become 0,
+    and subsampled ones fill a corner.
+    """
     at = data.find(b"\xff\x4f\xff\x51")
     if at < 0:
         return None
     colours = data.find(b"colr\x01", 0, at)
-    if colours >= 0 and (space := _u32(data, colours + 7, ">")) not in {12, 16, 17, 18}:  # CMYK, sRGB, grey, YCC
+    if colours >= 0 and (space := _u32(data, colours + 7, ">")) not in {
+        12,
+        16,
+        17,
+        18,
+    }:  # CMYK, sRGB, grey, YCC
         return f"JPEG 2000 with colour space number {space}"
     count = struct.unpack_from(">H", data, at + 40)[0]
-    channels = [struct.unpack_from("BBB", data, at + 42 + 3 * index) for index in range(min(count, 64))]
+    channels = [
+        struct.unpack_from("BBB", data, at + 42 + 3 * index) for index in range(min(count, 64))
+    ]
     bits = max(((bits & 0x7F) + 1 for bits, _, _ in channels), default=0)
     if count > 1 and bits > 8:
         return f"JPEG 2000 with {count} channels of {bits} bits"
     steps = [(across, down) for _, across, down in channels]
     whole = steps[:1] == [(1, 1)] and (count == 3 or len(set(steps)) == 1)
-    return None if whole else f"JPEG 2000 with {count} channels sampled at {', '.join(f'{across}×{down}' for across, down in steps)}"
+    return (
+        None
+        if whole
+        else (
+            f"JPEG 2000 with {count} channels sampled at"
+            f" {', '.join(f'{across}×{down}' for across, down in steps)}"
+        )
+    )
 
 
-_PSD_MODES = {0: "bitmap", 1: "grey", 2: "indexed", 3: "RGB", 4: "CMYK", 7: "multichannel", 8: "duotone", 9: "Lab"}
+_PSD_MODES = {
+    0: "bitmap",
+    1: "grey",
+    2: "indexed",
+    3: "RGB",
+    4: "CMYK",
+    7: "multichannel",
+    8: "duotone",
+    9: "Lab",
+}
 
 
 def _psd(data: bytes) -> str | None:
@@ -229,11 +314,24 @@ def _psd(data: bytes) -> str | None:
 def _tga(data: bytes) -> str | None:
     if len(data) < 18:
         return None
-    colormap, kind, _, colours, palette, _, _, width, height, depth, flags = struct.unpack_from("<xBBHHBHHHHBB", data)
-    plausible = (
-        colormap in {0, 1} and kind in {1, 2, 3, 9, 10, 11, 32, 33} and width and height and depth in {8, 15, 16, 24, 32} and flags < 0x40
+    colormap, kind, _, colours, palette, _, _, width, height, depth, flags = struct.unpack_from(
+        "<xBBHHBHHHHBB", data
     )
-    coherent = (palette in {15, 16, 24, 32} and colours > 0) if colormap else (colours == 0 and palette == 0 and kind not in {1, 9})
+    plausible = (
+        colormap in {0, 1}
+        and kind in {1, 2, 3, 9, 10, 11, 32, 33}
+        and width
+        and height
+        and depth in {8, 15, 16, 24, 32}
+        and flags < 0x40
+    )
+    coherent = (
+        (palette in {15, 16, 24, 32} and colours > 0)
+        if colormap
+        else (colours == 0 and palette == 0 and kind not in {1, 9})
+    )
     if not (plausible and coherent):
         return "TGA" if data.endswith(b"TRUEVISION-XFILE.\0") else None
-    return f"TGA of type {kind} with {depth} bits" + (f" and a palette of {palette} bits" if colormap else "")
+    return f"TGA of type {kind} with {depth} bits" + (
+        f" and a palette of {palette} bits" if colormap else ""
+    )

@@ -1,15 +1,18 @@
 """Decode suspects in a process that may die of it.
 
-`IsolatedDecoder` keeps one child process, which decodes one image at a time with the very `decode` that
-workers use, so pixels are the same bit for bit. An image that kills its child, or takes longer than `max_seconds`, is tried once more,
-alone in a brand-new child; if that fails too, the image is a row that says so. The child's memory is bounded, it writes no core file,
-and it dies with its parent: at the end of its standard input, by Linux's parent-death signal, or by its own alarm.
+`IsolatedDecoder` keeps one child process, which decodes one image at a time with the very `decode`
+that workers use, so pixels are the same bit for bit. An image that kills its child, or takes longer
+than `max_seconds`, is tried once more, alone in a brand-new child; if that fails too, the image is
+a row that says so. The child's memory is bounded, it writes no core file,
+and it dies with its parent: at the end of its standard input, by Linux's parent-death signal, or by
+its own alarm.
 
-On the pipe, both ways, a message is two lengths (32 and 64 bits, big-endian), a head in JSON and a body of bytes:
+On the pipe, both ways, a message is two lengths (32 and 64 bits, big-endian), a head in JSON and a
+body of bytes:
 
-    child  → parent   {"ready": true}                                                    no body
-    parent → child    {"recipe": {…}, "limits": {…}}                                     the encoded image
-    child  → parent   {"status": …, "error": …, "width": …, "height": …}                 the pixels, or nothing
+    child  → parent   {"ready": true}                                         no body
+    parent → child    {"recipe": {…}, "limits": {…}}                          the encoded image
+    child  → parent   {"status": …, "error": …, "width": …, "height": …}      the pixels, or nothing
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ _STARTS = 3
 _PIECE = 1 << 20
 _BASE_BYTES = 1 << 30
 _BYTES_PER_PIXEL = 24
-"""What a decoder may use at most: for a 32-bit float image there are the file, the floats, their mask, and the finite ones."""
+"""What a decoder may use at most: for a 32-bit float image there are the file, the floats, their
+mask, and the finite ones.
+"""
 _ALARM_MARGIN = 10.0
 
 
@@ -61,9 +66,11 @@ class _Failed(Exception):  # noqa: N818 - of the child, and caught here
 
 
 class IsolatedDecoder:
-    """Decodes images that are suspected of killing or hanging their decoder. Safe among threads, one image at a time.
+    """Decodes images that are suspected of killing or hanging their decoder. Safe among threads,
+    one image at a time.
 
-    The child is started with the first image and kept between images. Close it, or use this as a context manager.
+    The child is started with the first image and kept between images. Close it, or use this as a
+    context manager.
     """
 
     def __init__(self) -> None:
@@ -77,7 +84,8 @@ class IsolatedDecoder:
             data: the encoded image.
             recipe: how it becomes the model's input.
             limits: all three are kept; `max_seconds` by killing the child.
-            why: why this image is suspected, `crash` or `timeout`; told in the error of one that fails here too.
+            why: why this image is suspected, `crash` or `timeout`; told in the error of one that
+            fails here too.
 
         Returns: as `decode.decode`, or with status `crashed_decoder` or `timeout`.
 
@@ -93,7 +101,11 @@ class IsolatedDecoder:
                 return self._attempt(data, recipe, limits)
             except _Failed as failed:
                 self._discard()
-                return Decoded(None, failed.status, f"{failed.error}, twice in a process of its own (suspected of: {why})")
+                return Decoded(
+                    None,
+                    failed.status,
+                    f"{failed.error}, twice in a process of its own (suspected of: {why})",
+                )
 
     def close(self) -> None:
         """End the child. Closing twice does no harm; decoding again starts another."""
@@ -103,7 +115,12 @@ class IsolatedDecoder:
     def __enter__(self) -> IsolatedDecoder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _attempt(self, data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
@@ -119,7 +136,10 @@ class IsolatedDecoder:
             except _Failed as failed:
                 started.kill()
                 if start == _STARTS - 1:
-                    raise WorkerError(f"the disposable decoder cannot be started, {_STARTS} times running: {failed.error}") from None
+                    raise WorkerError(
+                        f"the disposable decoder cannot be started, {_STARTS} times running:"
+                        f" {failed.error}"
+                    ) from None
             except BaseException:
                 started.kill()
                 raise
@@ -170,10 +190,16 @@ class _Child:
             answer, body = self.receive(deadline)
         except _Failed as failed:
             if failed.status is Status.TIMEOUT:
-                raise _Failed(Status.TIMEOUT, f"decoding took more than {limits.max_seconds:g} s") from None
+                raise _Failed(
+                    Status.TIMEOUT, f"decoding took more than {limits.max_seconds:g} s"
+                ) from None
             raise
-        pixels = np.frombuffer(body, np.uint8).reshape(recipe.size, recipe.size, 3) if body else None
-        return Decoded(pixels, Status(answer["status"]), answer["error"], answer["width"], answer["height"])
+        pixels = (
+            np.frombuffer(body, np.uint8).reshape(recipe.size, recipe.size, 3) if body else None
+        )
+        return Decoded(
+            pixels, Status(answer["status"]), answer["error"], answer["width"], answer["height"]
+        )
 
     def receive(self, deadline: float) -> tuple[dict[str, Any], bytearray]:
         """Read one message. Raises `_Failed` if the child dies or the deadline passes."""
@@ -247,10 +273,17 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         head_size, body_size = _LENGTHS.unpack(lengths)
         head, data = json.loads(requests.read(head_size)), requests.read(body_size)
         limits, recipe = Limits(**head["limits"]), serialization.from_plain(Recipe, head["recipe"])
-        signal.setitimer(signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN)  # for a parent that is gone, or is itself stopped
+        signal.setitimer(
+            signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN
+        )  # for a parent that is gone, or is itself stopped
         decoded = decode(data, recipe, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        answer = {"status": decoded.status, "error": decoded.error, "width": decoded.width, "height": decoded.height}
+        answer = {
+            "status": decoded.status,
+            "error": decoded.error,
+            "width": decoded.width,
+            "height": decoded.height,
+        }
         _answer(answers, answer, b"" if decoded.pixels is None else decoded.pixels.tobytes())
 
 
@@ -263,7 +296,9 @@ def _answer(answers: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
 def _confine(parent: int, address_space: int) -> None:
     """Bound what this process may do to the machine, and tie it to its parent's life."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; a stricter one may be set already
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # macOS has no such limit; a stricter one may be set already
         resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
     processes.end_with(parent)
 

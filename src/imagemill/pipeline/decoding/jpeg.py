@@ -23,7 +23,9 @@ class Header:
     layers: int
     bits: int
     frame: int
-    """The marker of its frame header: 0xC0 baseline, 0xC2 progressive, 0xC9 and 0xCA arithmetic, …"""
+    """The marker of its frame header: 0xC0 baseline, 0xC2 progressive, 0xC9 and 0xCA arithmetic,
+    …
+    """
     orientation: int
 
     @property
@@ -33,7 +35,9 @@ class Header:
 
 
 def read_header(data: bytes) -> Header | None:
-    """Read size, kind and orientation; None where anything is unusual, which leaves it to Pillow."""
+    """Read size, kind and orientation; None where anything is unusual, which leaves it to
+    Pillow.
+    """
     frame: tuple[int, int, int, int, int] | None = None
     exif = xmp = None
     at = 2
@@ -44,7 +48,9 @@ def read_header(data: bytes) -> Header | None:
         if marker == 0xFF:  # padding
             at += 1
             continue
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # markers without a length, none of which belongs here
+        if (
+            marker < 0xC0 or 0xD0 <= marker <= 0xD9
+        ):  # markers without a length, none of which belongs here
             return None
         length = data[at + 2] << 8 | data[at + 3]
         if marker == 0xDA:
@@ -70,7 +76,9 @@ def read_header(data: bytes) -> Header | None:
 
 
 def find_orientation(exif: bytes | None, xmp: bytes | None) -> int:
-    """Read the orientation as Pillow's `getexif` does: from EXIF or else from XMP; 1 where both are silent or broken."""
+    """Read the orientation as Pillow's `getexif` does: from EXIF or else from XMP; 1 where both are
+    silent or broken.
+    """
     found = _exif_orientation(exif) if exif else None
     if found is None and xmp and (match := re.search(rb'tiff:Orientation(="|>)([0-9])', xmp)):
         found = int(match[2])
@@ -78,17 +86,26 @@ def find_orientation(exif: bytes | None, xmp: bytes | None) -> int:
 
 
 def _exif_orientation(exif: bytes) -> int | None:
-    """Read the orientation from an EXIF block; the usual case by hand (1 µs), the rest by Pillow (100 µs)."""
+    """Read the orientation from an EXIF block; the usual case by hand (1 µs), the rest by Pillow
+    (100 µs).
+    """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[6:10])
     if order is not None and len(exif) >= 16:
         start = 6 + struct.unpack_from(order + "I", exif, 10)[0]
         if start + 2 <= len(exif):
             count = struct.unpack_from(order + "H", exif, start)[0]
             tag = struct.pack(order + "H", ORIENTATION)
-            entries = [at for at in range(start + 2, min(start + 2 + 12 * count, len(exif) - 11), 12) if exif[at : at + 2] == tag]
+            entries = [
+                at
+                for at in range(start + 2, min(start + 2 + 12 * count, len(exif) - 11), 12)
+                if exif[at : at + 2] == tag
+            ]
             if not entries and start + 2 + 12 * count <= len(exif):
                 return None
-            if len(entries) == 1 and struct.unpack_from(order + "HI", exif, entries[0] + 2) == (3, 1):
+            if len(entries) == 1 and struct.unpack_from(order + "HI", exif, entries[0] + 2) == (
+                3,
+                1,
+            ):
                 return int(struct.unpack_from(order + "H", exif, entries[0] + 8)[0])
     parsed = Image.Exif()
     try:

@@ -1,12 +1,16 @@
-"""Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB, and what is refused.
+"""Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB,
+and what is refused.
 
-How images become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha is dropped, as published pipelines
-do, unless the recipe has a background colour: then the image is blended onto that colour at full size, before it is resized.
-16-bit grey keeps its high byte, as 16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes (`scaling`).
-Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which turns it as its orientation says, whatever the recipe.
+How images become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha
+is dropped, as published pipelines do, unless the recipe has a background colour: then the image is
+blended onto that colour at full size, before it is resized. 16-bit grey keeps its high byte, as
+16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes
+(`scaling`). Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which
+turns it as its orientation says, whatever the recipe.
 
-Importing this sets up Pillow for the process: its own limit against decompression bombs follows ours (for images within images,
-as in ICO), and its warnings are silenced, because `warnings.catch_warnings` is not safe among threads.
+Importing this sets up Pillow for the process: its own limit against decompression bombs follows
+ours (for images within images, as in ICO), and its warnings are silenced, because
+`warnings.catch_warnings` is not safe among threads.
 """
 
 from __future__ import annotations
@@ -34,22 +38,47 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such image comes."""
+"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such image
+comes.
+"""
 
 FORMATS = (
     *COMMON_FORMATS,
-    *("WEBP", "TIFF", "AVIF", "JPEG2000", "PSD", "ICO", "ICNS", "CUR", "DDS", "QOI", "DIB", "BLP", "DCX", "FLI", "FTEX", "GBR"),
+    *(
+        "WEBP",
+        "TIFF",
+        "AVIF",
+        "JPEG2000",
+        "PSD",
+        "ICO",
+        "ICNS",
+        "CUR",
+        "DDS",
+        "QOI",
+        "DIB",
+        "BLP",
+        "DCX",
+        "FLI",
+        "FTEX",
+        "GBR",
+    ),
     *("IM", "MSP", "PCD", "PCX", "PIXAR", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "SPIDER", "TGA"),
 )
-"""What is decoded: Pillow's raster formats, in the order in which they are tried (those without a magic number last).
+"""What is decoded: Pillow's raster formats, in the order in which they are tried (those without a
+magic number last).
 
-Left out on purpose: EPS, WMF, EMF and PDF (programs to be run, or the system's renderer), BUFR, GRIB, HDF5 and MPEG (Pillow only
-recognises them), FITS (its compressed form inflates without bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that
-other files pass for them).
+Left out on purpose: EPS, WMF, EMF and PDF (programs to be run, or the system's renderer), BUFR,
+GRIB, HDF5 and MPEG (Pillow only recognises them), FITS (its compressed form inflates without
+bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that other files pass for them).
 """
 
-PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"), "JXL": ("pillow_jxl", None, "pillow-jxl-plugin")}
-"""Formats that need a package: its module, what registers it with Pillow (None: importing does), and its name for pip."""
+PLUGINS = {
+    "HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"),
+    "JXL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+}
+"""Formats that need a package: its module, what registers it with Pillow (None: importing does),
+and its name for pip.
+"""
 
 _setup = threading.Lock()
 _registered: set[str] = set()
@@ -67,11 +96,17 @@ class Seen:
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:
-    """Decode and preprocess one image into a place of a batch, and note its size as soon as it is known. May raise anything."""
-    file, orientation, cut = png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
+    """Decode and preprocess one image into a place of a batch, and note its size as soon as it is
+    known. May raise anything.
+    """
+    file, orientation, cut = (
+        png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
+    )
     image = _open(file, limits, seen)
     try:
-        turns_itself = image.format == "TIFF"  # Pillow does it when it loads, and gives the turned size before
+        turns_itself = (
+            image.format == "TIFF"
+        )  # Pillow does it when it loads, and gives the turned size before
         if recipe.exif and not turns_itself and image.format != "PNG":
             orientation = _pillow_orientation(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
@@ -80,8 +115,15 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             png.check_sums(data)
             if cut is not None:
                 raise cut
-        if image.format == "PCX" and image.mode == "L" and data[-769:-768] != b"\x0c" and data[68] != 2:
-            raise Refusal(Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours")  # Pillow takes it for grey
+        if (
+            image.format == "PCX"
+            and image.mode == "L"
+            and data[-769:-768] != b"\x0c"
+            and data[68] != 2
+        ):
+            raise Refusal(
+                Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours"
+            )  # Pillow takes it for grey
         image.load()  # once: after an error the second call is silent and leaves black pixels
         seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
         check_budget(width, height, limits)
@@ -103,7 +145,9 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
 
 
 def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
-    """Find the plugin that reads these bytes, as `Image.open` does, which would hide the reason where there is none."""
+    """Find the plugin that reads these bytes, as `Image.open` does, which would hide the reason
+    where there is none.
+    """
     prefix = data[:16]
     expected = _recognise(data)
     if expected == "TIFF":
@@ -123,17 +167,26 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
             continue
         factory, accept = Image.OPEN[name]
         try:
-            if accept is not None and accept(prefix) is not True:  # a string says that the codec is missing
+            if (
+                accept is not None and accept(prefix) is not True
+            ):  # a string says that the codec is missing
                 continue
             image = factory(io.BytesIO(data), "")
             if min(image.size) > 0:
                 return image
         except (MemoryError, Image.DecompressionBombError):
             raise
-        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # another format, as far as the plugin can tell
+        except (
+            SyntaxError,
+            IndexError,
+            TypeError,
+            struct.error,
+        ) as error:  # another format, as far as the plugin can tell
             if name == expected:
                 reason = error
-        except Exception as error:  # its format, but damaged or not supported; `Image.open` stops here too
+        except (
+            Exception
+        ) as error:  # its format, but damaged or not supported; `Image.open` stops here too
             expected, reason = name, error
             break
     raise _why_not(data, expected, reason, limits, seen)
@@ -163,8 +216,12 @@ def _register(name: str) -> bool:
 
 
 def _recognise(data: bytes) -> str | None:
-    """Name the format by its first bytes or its structure, if they are specific enough to be sure."""
-    return next((name for name, magics in _MAGIC.items() if data.startswith(magics)), None) or recognise(data)
+    """Name the format by its first bytes or its structure, if they are specific enough to be
+    sure.
+    """
+    return next(
+        (name for name, magics in _MAGIC.items() if data.startswith(magics)), None
+    ) or recognise(data)
 
 
 _MAGIC: dict[str, tuple[bytes, ...]] = {
@@ -181,33 +238,52 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     "JXL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"),
     "SGI": (b"\x01\xda",),
     "SUN": (b"\x59\xa6\x6a\x95",),
-    "PCX": tuple(bytes((10, version, 1, bits)) for version in (0, 2, 3, 4, 5) for bits in (1, 2, 4, 8)),
+    "PCX": tuple(
+        bytes((10, version, 1, bits)) for version in (0, 2, 3, 4, 5) for bits in (1, 2, 4, 8)
+    ),
     "XPM": (b"/* XPM */",),
     **REFUSED,
 }
 
 
-def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits: Limits, seen: Seen) -> Refusal:
+def _why_not(
+    data: bytes, expected: str | None, reason: Exception | None, limits: Limits, seen: Seen
+) -> Refusal:
     if expected is None:
         if (name := guess(data)) is not None:
             return _refused(name)
-        return Refusal(Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})")
+        return Refusal(
+            Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})"
+        )
     if expected in PLUGINS:
         _, _, package = PLUGINS[expected]
         if expected not in _registered:
-            return Refusal(Status.UNSUPPORTED, f"{expected} needs a package that is not installed: pip install {package}")
+            return Refusal(
+                Status.UNSUPPORTED,
+                f"{expected} needs a package that is not installed: pip install {package}",
+            )
     elif expected not in FORMATS:
         return _refused(expected)
     elif reason is None:
-        return Refusal(Status.UNSUPPORTED, f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow")
+        return Refusal(
+            Status.UNSUPPORTED,
+            f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow",
+        )
     if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
         check_budget(jpeg.width, jpeg.height, limits)
-        return Refusal(Status.UNSUPPORTED, f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type SOF{jpeg.frame - 0xC0}")
+        return Refusal(
+            Status.UNSUPPORTED,
+            f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type"
+            f" SOF{jpeg.frame - 0xC0}",
+        )
     if expected == "AVIF" and (size := _avif_size(data)) is not None:
         seen.width, seen.height = size
         check_budget(*size, limits)
         if max(size) > 2**15 or size[0] * size[1] > 2**28:
-            return Refusal(Status.UNSUPPORTED, f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels")
+            return Refusal(
+                Status.UNSUPPORTED,
+                f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels",
+            )
     assert reason is not None or expected in PLUGINS
     error = reason or SyntaxError("not identified by its plugin")
     if expected == "XPM" and "cannot read" in str(error):
@@ -215,7 +291,11 @@ def _why_not(data: bytes, expected: str | None, reason: Exception | None, limits
     if expected == "ICNS" and "No 32bit icon resources" in str(error):
         return _refused("ICNS without an icon in 24-bit colour")
     status = judge(error, data)
-    return Refusal(status, f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header: {one_line(error)}")
+    return Refusal(
+        status,
+        f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header:"
+        f" {one_line(error)}",
+    )
 
 
 def _refused(name: str) -> Refusal:
@@ -227,28 +307,38 @@ def _refused(name: str) -> Refusal:
 
 def _pillow_orientation(image: Image.Image) -> int:
     try:
-        found = Image.Image.getexif(image).get(ORIENTATION, 1)  # a plugin's own `getexif` may decode
+        found = Image.Image.getexif(image).get(
+            ORIENTATION, 1
+        )  # a plugin's own `getexif` may decode
     except Exception:  # broken EXIF is no reason to refuse an image
         return 1
     return found if isinstance(found, int) and found in preprocess.TURNS else 1
 
 
 def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
-    """Cut a box out of a loaded image and make it RGB; what is stretched is stretched by the extremes of the whole."""
+    """Cut a box out of a loaded image and make it RGB; what is stretched is stretched by the
+    extremes of the whole.
+    """
     image.info.pop("transparency", None)  # dropped either way, and with a palette Pillow warns
     whole = box == (0, 0, *image.size)
     part: Image.Image = image if whole else image.crop(box)
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(part) >> 8)
     if image.mode in {"I", "F"}:
-        low, high = (0, 0xFFFF) if image.mode == "I" and image.format == "PPM" else extremes([np.asarray(image)])
+        low, high = (
+            (0, 0xFFFF)
+            if image.mode == "I" and image.format == "PPM"
+            else extremes([np.asarray(image)])
+        )
         return _grey(to_8_bits(np.asarray(part), low, high))
     if image.mode in {"La", "RGBa"}:
         part = part.convert("LA" if image.mode == "La" else "RGBA")
     return part.convert("RGB")
 
 
-def _blend(image: Image.Image, box: tuple[int, int, int, int], background: str, file: bytes) -> Image.Image:
+def _blend(
+    image: Image.Image, box: tuple[int, int, int, int], background: str, file: bytes
+) -> Image.Image:
     """Cut a box out of a loaded image and blend it onto a background colour."""
     alpha: Image.Image | None = None
     if image.format == "PNG" and image.mode in {"L", "I;16", "RGB"}:
@@ -265,13 +355,17 @@ def _blend(image: Image.Image, box: tuple[int, int, int, int], background: str, 
 
 
 def _is_opaque(image: Image.Image, box: tuple[int, int, int, int], file: bytes) -> NDArray[Any]:
-    """Compare the pixels of a PNG with its transparent colour, at the bit depth of the file: Pillow compares with 8-bit pixels."""
+    """Compare the pixels of a PNG with its transparent colour, at the bit depth of the file: Pillow
+    compares with 8-bit pixels.
+    """
     bits = png.bit_depth(file)
     key = np.atleast_1d(image.info["transparency"]) & ((1 << bits) - 1)
     pixels = np.asarray(image.crop(box))
     if bits < 8:
         key = key * (255 // ((1 << bits) - 1))
-    elif bits == 16 and image.mode == "RGB":  # decoded to the high bytes; read as little-endian, the low bytes are the high ones
+    elif (
+        bits == 16 and image.mode == "RGB"
+    ):  # decoded to the high bytes; read as little-endian, the low bytes are the high ones
         with Image.open(io.BytesIO(file), formats=["PNG"]) as other:
             other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
             pixels = pixels.astype(np.uint16) << 8 | np.asarray(other.crop(box))
@@ -287,12 +381,15 @@ def _grey(values: NDArray[Any]) -> Image.Image:
 
 
 def prepare(limits: Limits) -> None:
-    """Set what Pillow itself guards against, and keep it quiet; before each image, since others may undo it."""
+    """Set what Pillow itself guards against, and keep it quiet; before each image, since others may
+    undo it.
+    """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     half = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
     if half != Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = half
-    # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time (0.2 µs)
+    # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time
+    # (0.2 µs)
     if not any(entry is _silence for entry in warnings.filters[:3]):
         with _setup:
             filters: Any = warnings.filters  # a list, in spite of its stub
@@ -302,13 +399,20 @@ def prepare(limits: Limits) -> None:
 
 
 def _avif_size(data: bytes) -> tuple[int, int] | None:
-    """Return the largest width and height among the properties of an AVIF, whose decoder does not tell a size that it refuses."""
-    sizes = [struct.unpack_from(">4xII", data, found.end()) for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)]
+    """Return the largest width and height among the properties of an AVIF, whose decoder does not
+    tell a size that it refuses.
+    """
+    sizes = [
+        struct.unpack_from(">4xII", data, found.end())
+        for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)
+    ]
     return max(sizes, default=None, key=lambda size: size[0] * size[1])
 
 
 def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:
-    """Check a WebP's size before Pillow opens it: up to 12.x it makes room for the whole canvas twice by then."""
+    """Check a WebP's size before Pillow opens it: up to 12.x it makes room for the whole canvas
+    twice by then.
+    """
     kind, body = data[12:16], data[20:30]
     if len(body) < 10:
         return

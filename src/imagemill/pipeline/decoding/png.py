@@ -1,7 +1,8 @@
 """PNG files before Pillow reads them: drop the metadata, read the orientation, check the checksums.
 
-Pillow refuses a PNG because of its metadata: a text or colour profile above 1 MB, a wrong checksum, a field that is too short. Viewers
-show such a file, since metadata (most *ancillary* chunks) changes no pixel. So Pillow gets only the chunks that do.
+Pillow refuses a PNG because of its metadata: a text or colour profile above 1 MB, a wrong checksum,
+a field that is too short. Viewers show such a file, since metadata (most *ancillary* chunks)
+changes no pixel. So Pillow gets only the chunks that do.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from imagemill.records import Status
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_INFLATED = 1 << 20
-"""Bytes of a compressed text that are searched for an orientation: programs write it near the start."""
+"""Bytes of a compressed text that are searched for an orientation: programs write it near the
+start.
+"""
 _PIXELS = {b"tRNS", b"acTL", b"fcTL"}
-"""Ancillary chunks that change pixels: transparency, and where the first frame of an animation lies. Dropped if the checksum is wrong."""
+"""Ancillary chunks that change pixels: transparency, and where the first frame of an animation
+lies. Dropped if the checksum is wrong.
+"""
 _RAW_EXIF = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
 
@@ -48,7 +53,9 @@ class Stripped(NamedTuple):
 
 
 def strip(data: bytes, want_orientation: bool) -> Stripped:
-    """Drop the metadata and read the EXIF orientation. Damage to critical chunks is left for the decoder to find."""
+    """Drop the metadata and read the EXIF orientation. Damage to critical chunks is left for the
+    decoder to find.
+    """
     kept: list[memoryview] = []
     view, copied = memoryview(data), 0
     metadata: dict[bytes, bytes] = {}
@@ -64,7 +71,11 @@ def strip(data: bytes, want_orientation: bool) -> Stripped:
             continue
         if chunk.end > len(data):
             if end is not None and chunk.end - 4 > len(data):
-                cut = Refusal(Status.TRUNCATED, f"truncated PNG file: it ends within the {chunk.kind.decode()} chunk at byte {chunk.start}")
+                cut = Refusal(
+                    Status.TRUNCATED,
+                    f"truncated PNG file: it ends within the {chunk.kind.decode()} chunk at byte"
+                    f" {chunk.start}",
+                )
             break  # if the pixels are missing, Pillow says so
         is_sound = _has_right_sum(view, chunk)
         if is_sound and want_orientation:
@@ -80,7 +91,8 @@ def strip(data: bytes, want_orientation: bool) -> Stripped:
 
 
 def check_sums(data: bytes) -> None:
-    """Check what Pillow does not: the checksums of the pixels. A file that ends before them is left to Pillow.
+    """Check what Pillow does not: the checksums of the pixels. A file that ends before them is left
+    to Pillow.
 
     Raises:
         Refusal: a checksum is wrong.
@@ -90,7 +102,10 @@ def check_sums(data: bytes) -> None:
         if chunk.end > len(data):
             return
         if chunk.kind == b"IDAT" and not _has_right_sum(view, chunk):
-            raise Refusal(Status.CORRUPT, f"broken PNG file: wrong checksum of the IDAT chunk at byte {chunk.start}")
+            raise Refusal(
+                Status.CORRUPT,
+                f"broken PNG file: wrong checksum of the IDAT chunk at byte {chunk.start}",
+            )
 
 
 def bit_depth(data: bytes) -> int:
@@ -140,7 +155,9 @@ def _collect(kind: bytes, data: bytes, chunk: _Chunk, metadata: dict[bytes, byte
 
 def _orientation(metadata: dict[bytes, bytes]) -> int:
     exif = metadata.get(b"eXIf")
-    if exif is None and _RAW_EXIF in metadata:  # ImageMagick: a line each with the name and the length, then hexadecimal digits
+    if (
+        exif is None and _RAW_EXIF in metadata
+    ):  # ImageMagick: a line each with the name and the length, then hexadecimal digits
         try:
             exif = bytes.fromhex("".join(metadata[_RAW_EXIF].decode("latin-1").split("\n")[3:]))
         except ValueError:

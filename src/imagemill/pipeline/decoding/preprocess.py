@@ -1,14 +1,18 @@
 """The card's recipe: where the crop lies in an image, and how its pixels become the model's.
 
-The published recipes resize the whole image so that its short side is `resize`, or squash it, and then cut the centre out. Here the
-crop is found first and only it is resampled, with the same filter, at the same scale and at the same place, so that the rest is never
-computed: an image of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way, for tests and benchmarks to compare
-with. (`box` has hard edges: where one falls exactly between two pixels, either may count, here as in Pillow.)
+The published recipes resize the whole image so that its short side is `resize`, or squash it, and
+then cut the centre out. Here the crop is found first and only it is resampled, with the same
+filter, at the same scale and at the same place, so that the rest is never
+computed: an image of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way,
+for tests and benchmarks to compare with. (`box` has hard edges: where one falls exactly between two
+pixels, either may count, here as in Pillow.)
 
-The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it does Pillow's arithmetic, bit for bit,
-in about a sixth of the time (benchmarks/decode.py), and where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by
-one level in 18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear),
-where this flips none. Fast decoding may not change answers, so it is not used.
+The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it
+does Pillow's arithmetic, bit for bit, in about a sixth of the time (benchmarks/decode.py), and
+where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by one level in
+18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3
+(bicubic) or 7 (bilinear), where this flips none. Fast decoding may not change answers, so it is not
+used.
 """
 
 from __future__ import annotations
@@ -57,7 +61,9 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what turns the stored image into the displayed one; 1 and everything else: nothing."""
+"""EXIF orientation → what turns the stored image into the displayed one; 1 and everything else:
+nothing.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +92,9 @@ class Crop:
 def locate(width: int, height: int, recipe: Recipe) -> Crop:
     """Find the crop of an image of this displayed size.
 
-    The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`, `CenterCrop` starts at
-    `int(round((side - size) / 2.0))` and pads a side that is too short with black, the odd pixel at the end.
+    The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`,
+    `CenterCrop` starts at `int(round((side - size) / 2.0))` and pads a side that is too short with
+    black, the odd pixel at the end.
     """
     to_width, to_height = resized(width, height, recipe)
     return Crop(_span(width, to_width, recipe.size), _span(height, to_height, recipe.size))
@@ -109,15 +116,22 @@ def _span(length: int, resized: int, size: int) -> Span:
     if resized < size:
         return Span(0.0, float(length), (size - resized) // 2, resized, resized)
     first = int(round((resized - size) / 2.0))  # noqa: RUF046 - as torchvision spells it
-    return Span(first * length / resized, min(float(length), (first + size) * length / resized), 0, size, resized)
+    return Span(
+        first * length / resized,
+        min(float(length), (first + size) * length / resized),
+        0,
+        size,
+        resized,
+    )
 
 
 def shrink(width: int, height: int, recipe: Recipe) -> int:
     """Say by which power of two (1, 2, 4, 8) a JPEG may be scaled while it is decoded.
 
-    The short side (of a squashed image both sides) stays at least twice the length it is resized to, so that the filter still has the
-    say: scaling to just above the target costs a point of top-1 (docs/performance.md). Without resizing there is nothing to scale, and
-    `nearest` picks pixels that scaling would blend.
+    The short side (of a squashed image both sides) stays at least twice the length it is resized
+    to, so that the filter still has the say: scaling to just above the target costs a point of
+    top-1 (docs/performance.md). Without resizing there is nothing to scale, and `nearest` picks
+    pixels that scaling would blend.
     """
     match recipe.resize:
         case _ if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
@@ -130,7 +144,9 @@ def shrink(width: int, height: int, recipe: Recipe) -> int:
 
 
 def region(crop: Crop, recipe: Recipe, width: int, height: int) -> tuple[int, int, int, int]:
-    """Tell which pixels of the displayed image the crop needs: left, top, right, bottom, with the margin that the filter reaches into."""
+    """Tell which pixels of the displayed image the crop needs: left, top, right, bottom, with the
+    margin that the filter reaches into.
+    """
     left, right = _reach(crop.x, width, recipe)
     top, bottom = _reach(crop.y, height, recipe)
     return left, top, right, bottom
@@ -142,7 +158,9 @@ def _reach(span: Span, length: int, recipe: Recipe) -> tuple[int, int]:
     return max(0, math.floor(span.start - margin)), min(length, math.ceil(span.stop + margin))
 
 
-def turned_region(box: tuple[int, int, int, int], orientation: int, width: int, height: int) -> tuple[int, int, int, int]:
+def turned_region(
+    box: tuple[int, int, int, int], orientation: int, width: int, height: int
+) -> tuple[int, int, int, int]:
     """Translate a box of the displayed image, of this displayed size, into the stored one."""
     left, top, right, bottom = box
     match orientation:
@@ -186,7 +204,9 @@ def resample(
         left, top: where in the whole image the image begins, pixels of the image.
         scale: by how much the image was scaled down when it was decoded.
     """
-    if crop.x.count == 0 or crop.y.count == 0:  # a resize to nothing; torchvision refuses such a recipe
+    if (
+        crop.x.count == 0 or crop.y.count == 0
+    ):  # a resize to nothing; torchvision refuses such a recipe
         out[:] = 0
         return
     shape = (crop.x.count, crop.y.count)
@@ -196,20 +216,32 @@ def resample(
         image = Image.fromarray(image)
     if recipe.resize is None:
         x, y = round(crop.x.start) - left, round(crop.y.start) - top
-        piece = image if (x, y) == (0, 0) and image.size == shape else image.crop((x, y, x + shape[0], y + shape[1]))
+        piece = (
+            image
+            if (x, y) == (0, 0) and image.size == shape
+            else image.crop((x, y, x + shape[0], y + shape[1]))
+        )
     elif recipe.interpolation is Interpolation.NEAREST:
-        piece = Image.fromarray(np.asarray(image)[np.ix_(_nearest(crop.y) - top, _nearest(crop.x) - left)])
+        piece = Image.fromarray(
+            np.asarray(image)[np.ix_(_nearest(crop.y) - top, _nearest(crop.x) - left)]
+        )
     else:
-        piece = image.resize(shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale))
+        piece = image.resize(
+            shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale)
+        )
     if shape == (recipe.size, recipe.size):
         out[:] = np.asarray(piece)
         return
     out[:] = 0
-    out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = np.asarray(piece)
+    out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = (
+        np.asarray(piece)
+    )
 
 
 def _nearest(span: Span) -> NDArray[np.intp]:
-    """Which pixels of the source `nearest` picks, added up as Pillow does it: where two are equally near, its rounding decides."""
+    """Which pixels of the source `nearest` picks, added up as Pillow does it: where two are equally
+    near, its rounding decides.
+    """
     length = round((span.stop - span.start) * span.resized / span.count)
     first = round(span.start * span.resized / length)
     step = length / span.resized
@@ -220,7 +252,9 @@ def _nearest(span: Span) -> NDArray[np.intp]:
     return np.add.accumulate(steps)[first:].astype(np.intp)
 
 
-def _box(crop: Crop, width: int, height: int, left: int, top: int, scale: int) -> tuple[float, float, float, float]:
+def _box(
+    crop: Crop, width: int, height: int, left: int, top: int, scale: int
+) -> tuple[float, float, float, float]:
     """Where the crop lies in an image of this size that begins at (left, top)."""
     return (
         max(0.0, crop.x.start / scale - left),
@@ -230,18 +264,40 @@ def _box(crop: Crop, width: int, height: int, left: int, top: int, scale: int) -
     )
 
 
-def _resample_fast(pixels: NDArray[np.uint8], crop: Crop, recipe: Recipe, out: NDArray[np.uint8], left: int, top: int, scale: int) -> bool:
-    """Resample with `_resample.c`; False where it is not built or not made for this, which leaves it to Pillow."""
+def _resample_fast(
+    pixels: NDArray[np.uint8],
+    crop: Crop,
+    recipe: Recipe,
+    out: NDArray[np.uint8],
+    left: int,
+    top: int,
+    scale: int,
+) -> bool:
+    """Resample with `_resample.c`; False where it is not built or not made for this, which leaves
+    it to Pillow.
+    """
     height, width = pixels.shape[:2]
     to_width, to_height = crop.x.count, crop.y.count
-    # Pillow 13 goes down first where more than twice as many rows as columns are lost; which rule it is changed between its versions.
+    # Pillow 13 goes down first where more than twice as many rows as columns are lost; which rule
+    # it is changed between its versions.
     rows_first = height - to_height > max(0, 2 * (width - to_width))
     fitting = recipe.resize is not None and recipe.interpolation in _VECTORISED
-    if not NATIVE or not fitting or rows_first or (to_height, to_width, 3) != out.shape or not out.flags.c_contiguous:
+    if (
+        not NATIVE
+        or not fitting
+        or rows_first
+        or (to_height, to_width, 3) != out.shape
+        or not out.flags.c_contiguous
+    ):
         return False
     if pixels.strides[1:] != (3, 1):  # turned
         pixels = np.ascontiguousarray(pixels)
-    _resample.resample(pixels, _box(crop, width, height, left, top, scale), recipe.interpolation is Interpolation.BICUBIC, out)
+    _resample.resample(
+        pixels,
+        _box(crop, width, height, left, top, scale),
+        recipe.interpolation is Interpolation.BICUBIC,
+        out,
+    )
     return True
 
 
@@ -262,7 +318,8 @@ def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
-    """Preprocess the published way: resize the whole RGB image, cut its centre out. For comparison only.
+    """Preprocess the published way: resize the whole RGB image, cut its centre out. For comparison
+    only.
 
     Returns: uint8 (size, size, 3).
     """
@@ -272,7 +329,9 @@ def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
     pixels = np.asarray(image)
     for axis in (0, 1):
         lacking = max(0, recipe.size - pixels.shape[axis])
-        pixels = np.pad(pixels, [(lacking // 2, (lacking + 1) // 2) if a == axis else (0, 0) for a in range(3)])
+        pixels = np.pad(
+            pixels, [(lacking // 2, (lacking + 1) // 2) if a == axis else (0, 0) for a in range(3)]
+        )
         first = int(round((pixels.shape[axis] - recipe.size) / 2.0))  # noqa: RUF046 - as torchvision spells it
         pixels = pixels.take(range(first, first + recipe.size), axis=axis)
     return pixels

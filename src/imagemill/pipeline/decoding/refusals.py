@@ -9,9 +9,29 @@ from PIL import Image
 
 from imagemill.records import Limits, Status
 
-_TOO_LARGE = ("Decompressed data too large", "Too much memory used in text chunks", "decompression bomb")
-_CUT = ("truncated", "Truncated", "unexpected end", "not enough", "buffer is not large enough", "EOF", "broken PNG file (chunk b'')")
-_UNSUPPORTED = ("nsupported", "not supported", "nimplemented", "not implemented", "not available", "cannot handle", "Unknown compression")
+_TOO_LARGE = (
+    "Decompressed data too large",
+    "Too much memory used in text chunks",
+    "decompression bomb",
+)
+_CUT = (
+    "truncated",
+    "Truncated",
+    "unexpected end",
+    "not enough",
+    "buffer is not large enough",
+    "EOF",
+    "broken PNG file (chunk b'')",
+)
+_UNSUPPORTED = (
+    "nsupported",
+    "not supported",
+    "nimplemented",
+    "not implemented",
+    "not available",
+    "cannot handle",
+    "Unknown compression",
+)
 
 
 class Refusal(Exception):  # noqa: N818 - not an error of the program but a status
@@ -28,7 +48,8 @@ def check_budget(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise Refusal(
             Status.TOO_LARGE,
-            f"{width}×{height} are {width * height} pixels, more than the budget of {limits.max_pixels} pixels per image",
+            f"{width}×{height} are {width * height} pixels, more than the budget of"
+            f" {limits.max_pixels} pixels per image",
         )
 
 
@@ -40,7 +61,12 @@ def judge(error: BaseException, data: bytes) -> Status:
     if isinstance(error, NotImplementedError) or any(sign in text for sign in _UNSUPPORTED):
         return Status.UNSUPPORTED
     ends = (EOFError, IndexError, struct.error)
-    if isinstance(error, ends) or isinstance(error.__cause__, ends) or any(sign in text for sign in _CUT) or _is_cut(data):
+    if (
+        isinstance(error, ends)
+        or isinstance(error.__cause__, ends)
+        or any(sign in text for sign in _CUT)
+        or _is_cut(data)
+    ):
         return Status.TRUNCATED
     return Status.CORRUPT
 
@@ -77,6 +103,8 @@ def _is_cut(data: bytes) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Say an exception in one line that is the same each time: no addresses, no more than 300 characters."""
+    """Say an exception in one line that is the same each time: no addresses, no more than 300
+    characters.
+    """
     text = re.sub(r"<(\S+)[^<>]* at 0x[0-9a-fA-F]+>", r"<\1>", " ".join(str(error).split()))
     return (text or type(error).__name__)[:300]

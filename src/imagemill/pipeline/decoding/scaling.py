@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def extremes(blocks: Iterable[NDArray[Any]]) -> tuple[float, float]:
-    """Return the lowest and the highest finite value of an image that is given in blocks, as Python numbers; 0 and 0 if there is none."""
+    """Return the lowest and the highest finite value of an image that is given in blocks, as Python
+    numbers; 0 and 0 if there is none.
+    """
     found: list[Any] = []
     for block in blocks:
         ends = [block.min().item(), block.max().item()]
@@ -33,7 +35,9 @@ def extremes(blocks: Iterable[NDArray[Any]]) -> tuple[float, float]:
 
 
 def to_8_bits(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Map integers or floats of an image to 8 bits. The extremes are the image's; values beyond them are clipped."""
+    """Map integers or floats of an image to 8 bits. The extremes are the image's; values beyond
+    them are clipped.
+    """
     if values.dtype.kind != "f" and low >= 0 and high <= 0xFFFF:
         return (values >> 8 if high > 0xFF else values).astype(np.uint8)
     if low >= 0 and high <= 1:

@@ -1,11 +1,13 @@
 """Read the first image of a TIFF file, or say which of its properties is not supported.
 
-TIFF describes its samples by a dozen independent tags. Pillow decodes some combinations to wrong pixels without an error.
-So the tags decide, before anything is decoded, who reads a file:
+TIFF describes its samples by a dozen independent tags. Pillow decodes some combinations to wrong
+pixels without an error. So the tags decide, before anything is decoded, who reads a file:
 
-- Pillow: 8-bit and bilevel images, and those compressed as fax or JPEG, in the combinations that are tested.
-- `_read_samples`: any other layout of integers and floats, if the compression restores bytes (none, LZW, Deflate, PackBits, LZMA, ZSTD).
-  It wraps the strips or tiles as an 8-bit grey TIFF, which Pillow's libtiff decompresses, and interprets the bytes with numpy.
+- Pillow: 8-bit and bilevel images, and those compressed as fax or JPEG, in the combinations that
+  are tested.
+- `_read_samples`: any other layout of integers and floats, if the compression restores bytes (none,
+  LZW, Deflate, PackBits, LZMA, ZSTD). It wraps the strips or tiles as an 8-bit grey TIFF, which
+  Pillow's libtiff decompresses, and interprets the bytes with numpy.
 - Nobody: everything else is `unsupported`, and the error names the property.
   That includes camera raw files, whose first image is a thumbnail.
 """
@@ -36,54 +38,178 @@ MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")
 """The first bytes of TIFF and BigTIFF. Pillow also takes the last two, which are wrong."""
 
 _BYTES_PER_PIXEL = 8
-"""Decoded samples may take this many bytes for each pixel of `max_pixels`: enough for 16-bit RGBA at the limit."""
+"""Decoded samples may take this many bytes for each pixel of `max_pixels`: enough for 16-bit RGBA
+at the limit.
+"""
 _BLOCK_BYTES = 1 << 22
-"""Samples are converted in blocks of rows, so that intermediate arrays stay small beside the image."""
+"""Samples are converted in blocks of rows, so that intermediate arrays stay small beside the
+image.
+"""
 _MAX_DIRECTORIES = 32
 _MAX_VALUES = 1 << 22
 """Strips or tiles of an image: a Python number takes 36 bytes."""
 
 _COMPRESSIONS = {
-    **{1: "none", 2: "CCITT RLE", 3: "CCITT fax 3", 4: "CCITT fax 4", 5: "LZW", 6: "old-style JPEG", 7: "JPEG", 8: "Deflate"},
-    **{9: "JBIG", 10: "JBIG", 22610: "JPEG XR", 32766: "NeXT", 32771: "CCITT RLE/W", 32773: "PackBits", 32809: "ThunderScan"},
-    **{32895: "IT8", 32896: "IT8", 32897: "IT8", 32898: "IT8", 32908: "PixarFilm", 32909: "PixarLog", 32946: "Deflate", 32947: "DCS"},
-    **{33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 33007: "JPEG", 34661: "JBIG", 34676: "SGI Log", 34677: "SGI Log"},
-    **{34712: "JPEG 2000", 34715: "JBIG2", 34887: "LERC", 34892: "lossy JPEG", 34925: "LZMA", 34926: "ZSTD", 34927: "WebP"},
-    **{34933: "PNG", 34934: "JPEG XR", 50000: "ZSTD", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL"},
+    **{
+        1: "none",
+        2: "CCITT RLE",
+        3: "CCITT fax 3",
+        4: "CCITT fax 4",
+        5: "LZW",
+        6: "old-style JPEG",
+        7: "JPEG",
+        8: "Deflate",
+    },
+    **{
+        9: "JBIG",
+        10: "JBIG",
+        22610: "JPEG XR",
+        32766: "NeXT",
+        32771: "CCITT RLE/W",
+        32773: "PackBits",
+        32809: "ThunderScan",
+    },
+    **{
+        32895: "IT8",
+        32896: "IT8",
+        32897: "IT8",
+        32898: "IT8",
+        32908: "PixarFilm",
+        32909: "PixarLog",
+        32946: "Deflate",
+        32947: "DCS",
+    },
+    **{
+        33003: "JPEG 2000",
+        33004: "JPEG 2000",
+        33005: "JPEG 2000",
+        33007: "JPEG",
+        34661: "JBIG",
+        34676: "SGI Log",
+        34677: "SGI Log",
+    },
+    **{
+        34712: "JPEG 2000",
+        34715: "JBIG2",
+        34887: "LERC",
+        34892: "lossy JPEG",
+        34925: "LZMA",
+        34926: "ZSTD",
+        34927: "WebP",
+    },
+    **{
+        34933: "PNG",
+        34934: "JPEG XR",
+        50000: "ZSTD",
+        50001: "WebP",
+        50002: "JPEG XL",
+        52546: "JPEG XL",
+    },
 }
 _CAMERA_COMPRESSIONS = {
-    **{32767: "Sony", 32769: "packed raw", 32770: "Samsung", 34316: "Panasonic", 34713: "Nikon", 65000: "Kodak", 65535: "Pentax"},
+    **{
+        32767: "Sony",
+        32769: "packed raw",
+        32770: "Samsung",
+        34316: "Panasonic",
+        34713: "Nikon",
+        65000: "Kodak",
+        65535: "Pentax",
+    },
 }
 _FAX = {2, 3, 4, 32771}
 _BYTE_CODECS = {1, 5, 8, 32773, 32946, 34925, 50000}
 _PREDICTING = {5, 8, 32946, 34925, 50000}
-"""Compressions that a predictor applies to. With none and PackBits libtiff ignores it and tifffile does not."""
+"""Compressions that a predictor applies to. With none and PackBits libtiff ignores it and tifffile
+does not.
+"""
 
 _PHOTOMETRICS = {
-    **{0: "WhiteIsZero", 1: "BlackIsZero", 2: "RGB", 3: "palette", 4: "transparency mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB"},
-    **{9: "ICCLAB", 10: "ITULAB", 32803: "color filter array", 32844: "LogL", 32845: "LogLUV", 34892: "linear raw", 51177: "depth map"},
+    **{
+        0: "WhiteIsZero",
+        1: "BlackIsZero",
+        2: "RGB",
+        3: "palette",
+        4: "transparency mask",
+        5: "CMYK",
+        6: "YCbCr",
+        8: "CIELAB",
+    },
+    **{
+        9: "ICCLAB",
+        10: "ITULAB",
+        32803: "color filter array",
+        32844: "LogL",
+        32845: "LogLUV",
+        34892: "linear raw",
+        51177: "depth map",
+    },
 }
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _CAMERA_PHOTOMETRICS = {32803, 34892}
 
-_TYPES = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
+_TYPES = {
+    1: "B",
+    3: "H",
+    4: "I",
+    5: "II",
+    6: "b",
+    7: "B",
+    8: "h",
+    9: "i",
+    13: "I",
+    16: "Q",
+    17: "q",
+    18: "Q",
+}
 """The types of tags that hold integers or pairs of them, as `struct` spells them."""
 
 _ARRAYS = {258, 273, 279, 320, 324, 325, 338, 339}
 """Of these tags, those values are read that a cut file still has."""
 _USED = {
-    *(256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 330, 332, 338, 339),
+    *(
+        256,
+        257,
+        258,
+        259,
+        262,
+        266,
+        273,
+        274,
+        277,
+        278,
+        279,
+        284,
+        317,
+        320,
+        322,
+        323,
+        324,
+        325,
+        330,
+        332,
+        338,
+        339,
+    ),
     *(529, 530, 532, 32997, 50706),
 }
 """The tags that are looked at; others may be large."""
 
 _KINDS = {1: "u", 2: "i", 3: "f"}
-_KIND_NAMES = {1: "unsigned", 2: "signed", 3: "float", 4: "undefined", 5: "complex integer", 6: "complex float"}
+_KIND_NAMES = {
+    1: "unsigned",
+    2: "signed",
+    3: "float",
+    4: "undefined",
+    5: "complex integer",
+    6: "complex float",
+}
 _BITS = {"u": {1, 2, 4, 8, 10, 12, 14, 16, 32, 64}, "i": {8, 16, 32, 64}, "f": {16, 32, 64}}
 
 
 def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
-    """Return the first image of a TIFF, loaded and turned as its orientation says, in a mode with 8 bits per channel.
+    """Return the first image of a TIFF, loaded and turned as its orientation says, in a mode with 8
+    bits per channel.
 
     Raises: Refusal, and whatever Pillow raises for a damaged file.
     """
@@ -135,17 +261,31 @@ class _Tags:
         order = "<" if data[:1] == b"I" else ">"
         big = 43 in data[2:4]
         if len(data) < (16 if big else 8):
-            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: it ends in its header, after {len(data)} bytes")
-        return cls.at(data, order, big, struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0])
+            raise Refusal(
+                Status.TRUNCATED,
+                f"truncated TIFF file: it ends in its header, after {len(data)} bytes",
+            )
+        return cls.at(
+            data,
+            order,
+            big,
+            struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0],
+        )
 
     @classmethod
     def at(cls, data: bytes, order: str, big: bool, offset: int) -> _Tags:
-        count_format, entry, offset_format = (order + letters for letters in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")))
+        count_format, entry, offset_format = (
+            order + letters for letters in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I"))
+        )
         start = offset + struct.calcsize(count_format)
         count = struct.unpack_from(count_format, data, offset)[0] if start <= len(data) else 0
         end = start + count * struct.calcsize(entry)
         if not 0 < offset < start <= len(data) or end > len(data):
-            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: its directory at byte {offset} lies beyond the end, {len(data)} bytes")
+            raise Refusal(
+                Status.TRUNCATED,
+                f"truncated TIFF file: its directory at byte {offset} lies beyond the end,"
+                f" {len(data)} bytes",
+            )
         values: dict[int, tuple[int, ...]] = {}
         for tag, kind, length, field in struct.iter_unpack(entry, memoryview(data)[start:end]):
             if tag not in _USED or tag in values or (letter := _TYPES.get(kind)) is None:
@@ -157,10 +297,18 @@ class _Tags:
             if not length:
                 continue
             if length > _MAX_VALUES:
-                raise Refusal(Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}")
+                raise Refusal(
+                    Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}"
+                )
             source, begin = (field, 0) if size <= len(field) else (data, at)
-            values[tag] = struct.unpack_from(f"{order}{length * len(letter)}{letter[0]}", source, begin)
-        following = struct.unpack_from(offset_format, data, end)[0] if end + struct.calcsize(offset_format) <= len(data) else 0
+            values[tag] = struct.unpack_from(
+                f"{order}{length * len(letter)}{letter[0]}", source, begin
+            )
+        following = (
+            struct.unpack_from(offset_format, data, end)[0]
+            if end + struct.calcsize(offset_format) <= len(data)
+            else 0
+        )
         return cls(data, order, big, values, following)
 
     def one(self, tag: int, default: int | None = None) -> int:
@@ -174,7 +322,9 @@ class _Tags:
 
 
 def _refuse_camera_raw(tags: _Tags) -> None:
-    """Refuse camera raw files: their first image is usually a thumbnail, and the photograph needs a raw converter."""
+    """Refuse camera raw files: their first image is usually a thumbnail, and the photograph needs a
+    raw converter.
+    """
     maker = "Canon CR2" if tags.data[8:10] == b"CR" else "DNG" if 50706 in tags.values else None
     waiting, done = [tags.following, *tags.values.get(330, ())], 0
     directory: _Tags | None = tags
@@ -190,7 +340,10 @@ def _refuse_camera_raw(tags: _Tags) -> None:
             except Refusal:  # a later image that is cut off says nothing about the first
                 done += 1
     if maker is not None:
-        raise Refusal(Status.UNSUPPORTED, f"camera raw file ({maker}): raw files are not decoded, export them as JPEG or TIFF")
+        raise Refusal(
+            Status.UNSUPPORTED,
+            f"camera raw file ({maker}): raw files are not decoded, export them as JPEG or TIFF",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +425,9 @@ class _Layout:
         return -(-self.segment_width * (1 if self.planar else self.samples) * self.bits[0] // 8)
 
     def first_missing(self, size: int) -> int | None:
-        """Return the first strip or tile that reaches beyond the end of a file; None if they are all there."""
+        """Return the first strip or tile that reaches beyond the end of a file; None if they are
+        all there.
+        """
         for index, offset in enumerate(self.offsets):
             count = self.counts[index] if index < len(self.counts) else 1
             if offset + count > size:
@@ -285,20 +440,32 @@ class _Layout:
 
 def _check_segments(layout: _Layout) -> None:
     if layout.segment_width < 1 or layout.segment_height < 1:
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: tiles of {layout.segment_width}×{layout.segment_height}")
+        raise Refusal(
+            Status.CORRUPT,
+            f"broken TIFF header: tiles of {layout.segment_width}×{layout.segment_height}",
+        )
     needed = layout.per_plane * layout.planes
     name = "tiles" if layout.tiled else "strips"
     jpeg = layout.compression == 6  # may be a whole JPEG file that tag 513 points to
     if len(layout.offsets) < needed and not jpeg:
-        raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {len(layout.offsets)} {name} where the size needs {needed}")
+        raise Refusal(
+            Status.TRUNCATED,
+            f"truncated TIFF file: {len(layout.offsets)} {name} where the size needs {needed}",
+        )
     if 0 in layout.offsets[:needed] or 0 in layout.counts[:needed]:
         raise Refusal(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
 
 
 def _pillow_is_right(layout: _Layout) -> bool:
-    """Tell whether Pillow reads this layout to the right pixels; `tests/test_tiff.py` compares each of them with tifffile."""
+    """Tell whether Pillow reads this layout to the right pixels; `tests/test_tiff.py` compares each
+    of them with tifffile.
+    """
     bits, photometric, extra = set(layout.bits), layout.photometric, layout.extra
-    if set(layout.formats) != {1} or layout.tags.one(32997, 1) != 1 or layout.tags.data[:4] == b"MM\0+":
+    if (
+        set(layout.formats) != {1}
+        or layout.tags.one(32997, 1) != 1
+        or layout.tags.data[:4] == b"MM\0+"
+    ):
         return False
     if layout.compression == 6:
         return bits == {8} and photometric == 6 and layout.samples == 3 and not layout.planar
@@ -308,9 +475,18 @@ def _pillow_is_right(layout: _Layout) -> bool:
         fits = photometric in ({1, 2} if layout.planar or extra else {0, 1, 2, 5, 6})
         return bits == {8} and fits and extra in {(), (0,), (2,)}
     if bits in ({1}, {4}):
-        fits = layout.compression in _BYTE_CODECS | _FAX if bits == {1} else layout.compression == 32809
+        fits = (
+            layout.compression in _BYTE_CODECS | _FAX
+            if bits == {1}
+            else layout.compression == 32809
+        )
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
-    if layout.planar or layout.fill_order != 1 or layout.predictor not in {1, 2} or layout.compression not in _BYTE_CODECS:
+    if (
+        layout.planar
+        or layout.fill_order != 1
+        or layout.predictor not in {1, 2}
+        or layout.compression not in _BYTE_CODECS
+    ):
         return False
     if layout.predictor == 2 and layout.compression not in _PREDICTING:
         return False
@@ -326,7 +502,9 @@ def _pillow_is_right(layout: _Layout) -> bool:
 
 
 def _jpeg_ycbcr(layout: _Layout) -> bool:
-    """Tell whether YCbCr has the colour matrix and the range that JPEG has, and is not subsampled."""
+    """Tell whether YCbCr has the colour matrix and the range that JPEG has, and is not
+    subsampled.
+    """
     matrix, range_ = (
         [high / low if low else 0 for high, low in zip(values[::2], values[1::2], strict=False)]
         for values in (layout.tags.values.get(529, ()), layout.tags.values.get(532, ()))
@@ -343,17 +521,26 @@ def _refuse_unsupported(layout: _Layout) -> None:
     name = _COMPRESSIONS.get(layout.compression, f"number {layout.compression}")
     photometric = _PHOTOMETRICS.get(layout.photometric, f"number {layout.photometric}")
     bits, kind, depth = layout.bits[0], _KINDS.get(layout.formats[0], ""), layout.tags.one(32997, 1)
-    sample = f"{'/'.join(map(str, dict.fromkeys(layout.bits)))}-bit {_KIND_NAMES.get(layout.formats[0], f'format {layout.formats[0]}')}"
+    sample = (
+        f"{'/'.join(map(str, dict.fromkeys(layout.bits)))}-bit"
+        f" {_KIND_NAMES.get(layout.formats[0], f'format {layout.formats[0]}')}"
+    )
     mixed = len(set(layout.bits)) > 1 or len(set(layout.formats)) > 1
     reason = None
     if layout.compression not in _BYTE_CODECS:
-        detail = f" of {sample} {photometric} samples" if layout.compression in {6, 7, 32809} | _FAX else ""
+        detail = (
+            f" of {sample} {photometric} samples"
+            if layout.compression in {6, 7, 32809} | _FAX
+            else ""
+        )
         reason = f"{name} compression{detail}"
     elif layout.photometric not in _CHANNELS:
         reason = f"photometric interpretation {photometric}"
     elif mixed or bits not in _BITS.get(kind, ()):
         reason = f"{sample} samples"
-    elif (layout.photometric in {6, 8} and (kind, bits) != ("u", 8)) or (layout.photometric == 3 and (kind != "u" or bits > 16)):
+    elif (layout.photometric in {6, 8} and (kind, bits) != ("u", 8)) or (
+        layout.photometric == 3 and (kind != "u" or bits > 16)
+    ):
         reason = f"{sample} {photometric} samples"
     elif layout.photometric == 6 and not _jpeg_ycbcr(layout):
         reason = "YCbCr samples that are subsampled or have a matrix or range other than JPEG's"
@@ -363,12 +550,19 @@ def _refuse_unsupported(layout: _Layout) -> None:
         reason = f"an image depth of {depth}"
     elif layout.predictor != 1 and layout.compression not in _PREDICTING:
         reason = f"predictor {layout.predictor} and compression {name}"
-    elif layout.predictor not in {1, 2, 3} or (layout.predictor == 3 and kind != "f") or (layout.predictor == 2 and bits % 8):
+    elif (
+        layout.predictor not in {1, 2, 3}
+        or (layout.predictor == 3 and kind != "f")
+        or (layout.predictor == 2 and bits % 8)
+    ):
         reason = f"predictor {layout.predictor} and {sample} samples"
     if reason is not None:
         raise Refusal(Status.UNSUPPORTED, f"TIFF with {reason} is not supported")
     if layout.samples < layout.channels:
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: {layout.samples} samples per pixel for {photometric}")
+        raise Refusal(
+            Status.CORRUPT,
+            f"broken TIFF header: {layout.samples} samples per pixel for {photometric}",
+        )
 
 
 # Samples of any layout
@@ -376,16 +570,24 @@ def _refuse_unsupported(layout: _Layout) -> None:
 
 def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
     """Read integers and floats of any layout, by numpy."""
-    pixels_decoded = max(layout.width * layout.height, layout.segment_width * layout.segment_height)  # a tile may be larger than the image
+    pixels_decoded = max(
+        layout.width * layout.height, layout.segment_width * layout.segment_height
+    )  # a tile may be larger than the image
     needed = pixels_decoded * max(1, layout.samples * layout.bits[0] // 8)
     if needed > _BYTES_PER_PIXEL * limits.max_pixels:
         raise Refusal(
             Status.TOO_LARGE,
-            f"{layout.width}×{layout.height} pixels of {layout.samples} {layout.bits[0]}-bit samples are {needed} bytes, "
-            f"more than the budget of {_BYTES_PER_PIXEL} bytes for each of {limits.max_pixels} pixels",
+            f"{layout.width}×{layout.height} pixels of {layout.samples} {layout.bits[0]}-bit"
+            f" samples are {needed} bytes, more than the budget of {_BYTES_PER_PIXEL} bytes for"
+            f" each of {limits.max_pixels} pixels",
         )
     channels = layout.channels
-    alpha = layout.extra[:1] in {(1,), (2,)} and layout.samples > channels and layout.kind != "i" and layout.photometric in {0, 1, 2}
+    alpha = (
+        layout.extra[:1] in {(1,), (2,)}
+        and layout.samples > channels
+        and layout.kind != "i"
+        and layout.photometric in {0, 1, 2}
+    )
     wanted = channels + alpha
     planes = [_decompress(data, layout, plane) for plane in range(wanted if layout.planar else 1)]
     step = max(1, _BLOCK_BYTES // planes[0].width)
@@ -395,7 +597,10 @@ def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
         for start in starts:
             box = (0, start, planes[0].width, min(start + step, layout.height))
             if layout.planar:
-                yield np.concatenate([_samples(np.asarray(plane.crop(box)), layout) for plane in planes[first:last]], axis=2)
+                yield np.concatenate(
+                    [_samples(np.asarray(plane.crop(box)), layout) for plane in planes[first:last]],
+                    axis=2,
+                )
             else:
                 yield _samples(np.asarray(planes[0].crop(box)), layout)[:, :, first:last]
 
@@ -411,16 +616,27 @@ def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
         _to_bytes(layout, lambda: blocks(channels, wanted), pixels[:, :, channels:], step, low=0)
     if layout.photometric == 0:
         np.subtract(255, pixels[:, :, 0], out=pixels[:, :, 0])
-    mode = {5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(layout.photometric) or {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[wanted]
+    mode = {5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(layout.photometric) or {
+        1: "L",
+        2: "LA",
+        3: "RGB",
+        4: "RGBA",
+    }[wanted]
     if alpha and layout.extra[0] == 1:  # the colours are multiplied by alpha already
         mode = mode[:-1] + "a"
     return Image.frombytes(mode, (layout.width, layout.height), pixels.tobytes())
 
 
 def _to_bytes(
-    layout: _Layout, blocks: Callable[[], Iterator[NDArray[Any]]], out: NDArray[np.uint8], step: int, low: float | None = None
+    layout: _Layout,
+    blocks: Callable[[], Iterator[NDArray[Any]]],
+    out: NDArray[np.uint8],
+    step: int,
+    low: float | None = None,
 ) -> None:
-    """Map blocks of samples to 8 bits; `low` is the lowest value where it does not depend on the image."""
+    """Map blocks of samples to 8 bits; `low` is the lowest value where it does not depend on the
+    image.
+    """
     bits = layout.bits[0]
     simple = layout.kind == "u" and bits <= 16
     found: tuple[float, float] = (0, 0)
@@ -441,33 +657,59 @@ def _palette(layout: _Layout) -> NDArray[np.uint8]:
     size = 1 << layout.bits[0]
     table = np.array(layout.tags.values.get(320, ()), np.int64)
     if table.size != 3 * size:
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: a palette of {table.size} numbers where {layout.bits[0]} bits need {3 * size}")
-    return (table.reshape(3, size).T >> (8 if table.max() > 0xFF else 0)).astype(np.uint8)  # some programs write 8-bit palettes
+        raise Refusal(
+            Status.CORRUPT,
+            f"broken TIFF header: a palette of {table.size} numbers where {layout.bits[0]} bits"
+            f" need {3 * size}",
+        )
+    return (table.reshape(3, size).T >> (8 if table.max() > 0xFF else 0)).astype(
+        np.uint8
+    )  # some programs write 8-bit palettes
 
 
 def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
-    """Return the bytes of the rows of one plane, tile beside tile, by Pillow's libtiff: as if they were 8-bit grey pixels."""
+    """Return the bytes of the rows of one plane, tile beside tile, by Pillow's libtiff: as if they
+    were 8-bit grey pixels.
+    """
     segments = slice(plane * layout.per_plane, (plane + 1) * layout.per_plane)
     offsets, counts = layout.offsets[segments], layout.counts[segments]
     row = layout.segment_row_bytes
     if layout.compression == 1:  # sizes are known, and the tag with the counts is often wrong
         last = layout.height - (layout.per_plane // layout.across - 1) * layout.segment_height
-        rows = [last if index >= layout.per_plane - layout.across else layout.segment_height for index in range(layout.per_plane)]
+        rows = [
+            last if index >= layout.per_plane - layout.across else layout.segment_height
+            for index in range(layout.per_plane)
+        ]
         counts = tuple(row * count for count in rows)
     elif len(counts) != len(offsets):
-        raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {len(counts)} sizes for {len(offsets)} strips or tiles")
+        raise Refusal(
+            Status.TRUNCATED,
+            f"truncated TIFF file: {len(counts)} sizes for {len(offsets)} strips or tiles",
+        )
     for offset, count in zip(offsets, counts, strict=True):
         if offset + count > len(data):
-            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {count} bytes at byte {offset} lie beyond the end, {len(data)} bytes")
+            raise Refusal(
+                Status.TRUNCATED,
+                f"truncated TIFF file: {count} bytes at byte {offset} lie beyond the end,"
+                f" {len(data)} bytes",
+            )
     width = layout.across * row
-    tags: dict[int, tuple[int, ...]] = {256: (width,), 257: (layout.height,), 258: (8,), 259: (layout.compression,), 262: (1,)}
+    tags: dict[int, tuple[int, ...]] = {
+        256: (width,),
+        257: (layout.height,),
+        258: (8,),
+        259: (layout.compression,),
+        262: (1,),
+    }
     tags |= {266: (layout.fill_order,), 277: (1,)}
     if layout.tiled:
         tags |= {322: (row,), 323: (layout.segment_height,), 324: offsets, 325: counts}
     else:
         tags |= {273: offsets, 278: (layout.segment_height,), 279: counts}
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(_with_directory(data, tags)), "")
-    image.im = Image.new("L", image.size).im  # or Pillow does it, and takes these bytes for pixels, of which it has a limit
+    image.im = Image.new(
+        "L", image.size
+    ).im  # or Pillow does it, and takes these bytes for pixels, of which it has a limit
     image.load()
     return image
 
@@ -477,31 +719,62 @@ def _with_directory(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
     at = len(data)
     arrays, entries = [], []
     for tag, values in sorted(tags.items()):
-        entries.append(struct.pack("<HHII", tag, 4, len(values), values[0] if len(values) == 1 else at))
+        entries.append(
+            struct.pack("<HHII", tag, 4, len(values), values[0] if len(values) == 1 else at)
+        )
         if len(values) > 1:
             arrays.append(struct.pack(f"<{len(values)}I", *values))
             at += len(arrays[-1])
-    return b"".join((struct.pack("<4sI", b"II*\0", at), data[8:], *arrays, struct.pack("<H", len(entries)), *entries, bytes(4)))
+    return b"".join(
+        (
+            struct.pack("<4sI", b"II*\0", at),
+            data[8:],
+            *arrays,
+            struct.pack("<H", len(entries)),
+            *entries,
+            bytes(4),
+        )
+    )
 
 
 def _samples(rows: NDArray[np.uint8], layout: _Layout) -> NDArray[Any]:
-    """Interpret bytes of rows as samples: (rows, width, samples in a plane), in native byte order."""
+    """Interpret bytes of rows as samples: (rows, width, samples in a plane), in native byte
+    order.
+    """
     bits, kind = layout.bits[0], layout.kind
     per_pixel = 1 if layout.planar else layout.samples
     rows = rows.reshape(len(rows), layout.across, -1)
     shape = (*rows.shape[:2], layout.segment_width, per_pixel)
     if bits % 8:
         count = layout.segment_width * per_pixel
-        single = np.unpackbits(rows, axis=2)[:, :, : count * bits].reshape(*rows.shape[:2], count, bits)
-        values: NDArray[Any] = (single @ (1 << np.arange(bits - 1, -1, -1)).astype(np.uint16)).reshape(shape)
+        single = np.unpackbits(rows, axis=2)[:, :, : count * bits].reshape(
+            *rows.shape[:2], count, bits
+        )
+        values: NDArray[Any] = (
+            single @ (1 << np.arange(bits - 1, -1, -1)).astype(np.uint16)
+        ).reshape(shape)
     elif layout.predictor == 3:
         size = bits // 8
-        summed = np.add.accumulate(rows.reshape(*rows.shape[:2], -1, per_pixel), axis=2, dtype=np.uint8)
-        planes = summed.reshape(*rows.shape[:2], size, -1)  # all first bytes, all second bytes, …, the most significant first
-        values = np.ascontiguousarray(planes.swapaxes(2, 3)).view(f">f{size}").reshape(shape).astype(f"f{size}")
+        summed = np.add.accumulate(
+            rows.reshape(*rows.shape[:2], -1, per_pixel), axis=2, dtype=np.uint8
+        )
+        planes = summed.reshape(
+            *rows.shape[:2], size, -1
+        )  # all first bytes, all second bytes, …, the most significant first
+        values = (
+            np.ascontiguousarray(planes.swapaxes(2, 3))
+            .view(f">f{size}")
+            .reshape(shape)
+            .astype(f"f{size}")
+        )
     else:
         size = bits // 8
-        whole = np.ascontiguousarray(rows).view(f"{layout.order}u{size}").reshape(shape).astype(f"u{size}", copy=False)
+        whole = (
+            np.ascontiguousarray(rows)
+            .view(f"{layout.order}u{size}")
+            .reshape(shape)
+            .astype(f"u{size}", copy=False)
+        )
         if layout.predictor == 2:
             whole = np.add.accumulate(whole, axis=2, dtype=whole.dtype)
         values = whole.view(f"{kind}{size}")

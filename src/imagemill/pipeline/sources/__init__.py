@@ -60,7 +60,9 @@ _READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv"
 
 
 def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
-    """The source arguments as they are frozen: absolute paths, URLs, `@` and that of a list; braces expanded. Raises: UsageError."""
+    """The source arguments as they are frozen: absolute paths, URLs, `@` and that of a list; braces
+    expanded. Raises: UsageError.
+    """
     return tuple(_absolute(item) for argument in arguments for item in _expanded(argument))
 
 
@@ -85,10 +87,15 @@ def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ..
     pairs: list[tuple[str, str]] = []
     for pair in moved:
         if not all(pair):
-            raise UsageError(f"--moved {'='.join(pair)}: write --moved OLD=NEW, with a path or URL on both sides.")
+            raise UsageError(
+                f"--moved {'='.join(pair)}: write --moved OLD=NEW, with a path or URL on both"
+                " sides."
+            )
         old, new = (_place(side.removeprefix("@")) for side in pair)
         if any(old == other for other, _ in pairs):
-            raise UsageError(f"--moved {'='.join(pair)}: {pair[0]} is given twice. Give one new place.")
+            raise UsageError(
+                f"--moved {'='.join(pair)}: {pair[0]} is given twice. Give one new place."
+            )
         pairs.append((old, new))
     return tuple(pairs)
 
@@ -96,7 +103,9 @@ def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ..
 def _place(location: str) -> str:
     if storage.is_file_url(location):
         location = _local_path(location)
-    return location.rstrip("/") if storage.is_url(location) else os.path.abspath(location).rstrip("/")  # noqa: PTH100
+    if not storage.is_url(location):
+        location = os.path.abspath(location)  # noqa: PTH100 - links stay as they were given
+    return location.rstrip("/")
 
 
 def relocated(source: str, access: Access) -> str:
@@ -105,11 +114,17 @@ def relocated(source: str, access: Access) -> str:
         return source
     at = "@" if source.startswith("@") else ""
     location, column = split_column(source.removeprefix("@"))
-    return at + os.fsdecode(access.at(os.fsencode(location))) + (f"#{column}" if column is not None else "")
+    return (
+        at
+        + os.fsdecode(access.at(os.fsencode(location)))
+        + (f"#{column}" if column is not None else "")
+    )
 
 
 def _url(url: str, *, is_list: bool) -> str:
-    """A URL as it is frozen: as it was given, without a slash at the end of a place in an object store."""
+    """A URL as it is frozen: as it was given, without a slash at the end of a place in an object
+    store.
+    """
     scheme, _, rest = url.partition("://")
     if storage.names_password(url):
         raise UsageError(f"source {scheme}://…@{rest.partition('@')[2]}: {storage.NO_PASSWORDS}")
@@ -118,18 +133,25 @@ def _url(url: str, *, is_list: bool) -> str:
     if storage.is_object(url):
         return url.rstrip("/")
     if scheme not in ("http", "https"):
-        raise UsageError(f"source {url}: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}.")
+        raise UsageError(
+            f"source {url}: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}."
+        )
     path = rest.partition("?")[0].partition("#")[0].lower()
     if not is_list and (path.endswith(("/", *_READ_IN_PIECES)) or "/" not in path):
         raise UsageError(
-            f"source {url}: only single images are read over {scheme}. Download it, or list its images' URLs in a file: @FILE."
+            f"source {url}: only single images are read over {scheme}. Download it, or list its"
+            " images' URLs in a file: @FILE."
         )
     return url
 
 
 def _expanded(argument: str) -> list[str]:
-    """`{000..099}` and `{a,b}` as WebDataset and shells write them; a name that is there as it stands is taken as it stands."""
-    if not storage.is_url(argument.removeprefix("@")) and os.path.lexists(argument.removeprefix("@")):
+    """`{000..099}` and `{a,b}` as WebDataset and shells write them; a name that is there as it
+    stands is taken as it stands.
+    """
+    if not storage.is_url(argument.removeprefix("@")) and os.path.lexists(
+        argument.removeprefix("@")
+    ):
         return [argument]
     pieces: list[list[str]] = []
     count, end = 1, 0
@@ -140,14 +162,22 @@ def _expanded(argument: str) -> list[str]:
         else:
             step = 1 if int(last) >= int(first) else -1
             if abs(int(last) - int(first)) >= _MOST_EXPANDED:
-                raise UsageError(f"source {argument}: {match[0]} means more than {_MOST_EXPANDED:,} sources. Give a list: @FILE.")
+                raise UsageError(
+                    f"source {argument}: {match[0]} means more than {_MOST_EXPANDED:,} sources."
+                    " Give a list: @FILE."
+                )
             width = len(first) if first.startswith("0") or last.startswith("0") else 0
-            choices = [str(number).zfill(width) for number in range(int(first), int(last) + step, step)]
+            choices = [
+                str(number).zfill(width) for number in range(int(first), int(last) + step, step)
+            ]
         count *= len(choices)
         pieces += [[argument[end : match.start()]], choices]
         end = match.end()
     if count > _MOST_EXPANDED:
-        raise UsageError(f"source {argument}: means {count:,} sources, more than {_MOST_EXPANDED:,}. Give a list: @FILE.")
+        raise UsageError(
+            f"source {argument}: means {count:,} sources, more than {_MOST_EXPANDED:,}. Give a"
+            " list: @FILE."
+        )
     return ["".join(parts) for parts in product(*pieces, [argument[end:]])]
 
 
@@ -162,8 +192,8 @@ def open_all(
     Args:
         sources: as `resolve` spells them.
         output: a folder that is left out of what they list: the job's own.
-        aside: a folder in which a source may keep what it learnt while listing, for the processes that fetch; the plan's. None: it must
-            learn it again.
+        aside: a folder in which a source may keep what it learnt while listing, for the processes
+            that fetch; the plan's. None: it must learn it again.
         access: where the sources are now, and how they are asked for. They keep their names.
     """
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
@@ -182,22 +212,29 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
             os.stat(path)  # noqa: PTH116
         except OSError as error:
             raise _cannot_read(source, error) from error
-    interruptible.heard_all(partial(_look, user_agent=access.user_agent), urls, 16)  # thousands may have come of one pair of braces
+    interruptible.heard_all(
+        partial(_look, user_agent=access.user_agent), urls, 16
+    )  # thousands may have come of one pair of braces
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
-    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or an image.")
+    return SourceError(
+        f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or an"
+        " image."
+    )
 
 
 def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
-    """See that sources which are single files are images, and lists are text. Reads at most the first bytes of each.
+    """See that sources which are single files are images, and lists are text. Reads at most the
+    first bytes of each.
 
     Args:
         sources: as `resolve` spells them.
         all_files: whether a file of any kind counts as an image.
 
     Raises:
-        UsageError: a file is of another kind. The message says how to give it. SourceError: it cannot be read.
+        UsageError: a file is of another kind. The message says how to give it. SourceError: it
+        cannot be read.
     """
     interruptible.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
 
@@ -207,7 +244,9 @@ def _check_kind(source: str, all_files: bool) -> None:
     is_list = source.startswith("@")
     if is_list and location.lower().endswith(".parquet"):
         return  # its reader judges it
-    if not is_list and (all_files or is_opened(source) or PurePosixPath(location).suffix.lower() in IMAGE_SUFFIXES):
+    if not is_list and (
+        all_files or is_opened(source) or PurePosixPath(location).suffix.lower() in IMAGE_SUFFIXES
+    ):
         return
     name = shown(os.fsencode(source))
     if storage.is_object(location):
@@ -226,7 +265,10 @@ def _check_kind(source: str, all_files: bool) -> None:
             if not stat.S_ISREG(found.st_mode):
                 if is_list:
                     return  # a pipe can be read only once
-                raise UsageError(f"source {name} is not a regular file. Give a folder, an image file, or a list: @FILE.")
+                raise UsageError(
+                    f"source {name} is not a regular file. Give a folder, an image file, or a list:"
+                    " @FILE."
+                )
             with open(location, "rb") as file:  # noqa: PTH123 - as it was given
                 head = file.read(kinds.HEAD_BYTES)
         except OSError as error:
@@ -238,12 +280,17 @@ def _check_kind(source: str, all_files: bool) -> None:
 
 
 def _head_of_object(url: str) -> bytes | None:
-    """The first bytes of an object; None: it is a prefix, or may not be read, of which `check` and the rows speak."""
+    """The first bytes of an object; None: it is a prefix, or may not be read, of which `check` and
+    the rows speak.
+    """
     bucket, key = storage.split(url)
     if not key:
         return None
     try:
-        return storage.open_store(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES) or None
+        return (
+            storage.open_store(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES)
+            or None
+        )
     except OSError:
         return None
 
@@ -251,7 +298,9 @@ def _head_of_object(url: str) -> bytes | None:
 def is_opened(source: str) -> bool:
     """Whether a source is an archive or a table by its name, so that its content is listed."""
     location, _ = split_column(source)
-    return location.lower().endswith((".parquet", ".zip")) or TAR_SUFFIXES.search(source) is not None
+    return (
+        location.lower().endswith((".parquet", ".zip")) or TAR_SUFFIXES.search(source) is not None
+    )
 
 
 def can_be_read_again(source: str) -> bool:
@@ -269,20 +318,25 @@ def _look(url: str, user_agent: str | None) -> None:
         http.look(url, user_agent)
 
 
-def _open(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
+def _open(
+    position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access
+) -> Source:
     location, column = split_column(source.removeprefix("@"))
     if source.startswith("@"):
         if is_table(location):
             return TableSource(position, os.fsencode(location), column, access)
         return ListSource(position, os.fsencode(source[1:]), access)
-    if location.lower().endswith(".parquet") and not os.path.isdir(access.at(os.fsencode(location))):  # noqa: PTH112 - a URL is none
+    at = access.at(os.fsencode(location))
+    if location.lower().endswith(".parquet") and not os.path.isdir(at):  # noqa: PTH112
         return ParquetSource(position, os.fsencode(location), column, access)
     opened = _open_here(position, relocated(source, access), skip, aside, access)
     opened.name = shown(os.fsencode(source))
     return opened
 
 
-def _open_here(position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access) -> Source:
+def _open_here(
+    position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access
+) -> Source:
     """Open a source where it is now."""
     if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
         return ZipSource(position, os.fsencode(source))
@@ -313,7 +367,9 @@ def named_path(source: str, path: bytes) -> bytes:
 
 
 def as_line(resolved: Sequence[str], position: int, path: bytes) -> bytes | None:
-    """Return the line of a list that means this image of a source; None if it is inside an archive or table, which no line can name."""
+    """Return the line of a list that means this image of a source; None if it is inside an archive
+    or table, which no line can name.
+    """
     source = resolved[position]
     if isinstance(_open(0, source, None, None, AS_GIVEN), ZipSource | TarSource | ParquetSource):
         return None

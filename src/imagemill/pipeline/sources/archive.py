@@ -1,4 +1,6 @@
-"""What archives have in common: which members are planned, and bytes that are opened when they are first read."""
+"""What archives have in common: which members are planned, and bytes that are opened when they are
+first read.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,16 @@ _KEPT_OPEN = 4
 
 
 def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
-    """Whether a member is planned, by its path; what is left out is counted. A folder that `--exclude` names is closed, as on a disk."""
+    """Whether a member is planned, by its path; what is left out is counted. A folder that
+    `--exclude` names is closed, as on a disk.
+    """
     wanted = matcher(filters)
 
     @lru_cache(_FOLDERS_REMEMBERED)
     def is_closed(folder: bytes) -> bool:
-        return any(not wanted(folder[: slash.end()]) for slash in re.finditer(rb"(?<=[^/])/", folder))
+        return any(
+            not wanted(folder[: slash.end()]) for slash in re.finditer(rb"(?<=[^/])/", folder)
+        )
 
     def chosen(path: bytes) -> bool:
         if is_hidden(path):
@@ -45,9 +51,11 @@ def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
 
 
 class LazyBlob:
-    """A blob that the first read opens, in whatever process that is, and that is opened anew after an error. For many threads.
+    """A blob that the first read opens, in whatever process that is, and that is opened anew after
+    an error. For many threads.
 
-    A job may have thousands of archives; a process keeps the last few open, which is enough for images that come in plan order.
+    A job may have thousands of archives; a process keeps the last few open, which is enough for
+    images that come in plan order.
     """
 
     _kept: ClassVar[deque[weakref.ref[LazyBlob]]] = deque()
@@ -60,12 +68,17 @@ class LazyBlob:
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Read `length` bytes from `offset`; fewer only where the blob ends. Raises: BadImage."""
-        return retried(lambda: self._read_at(offset, length), "the archive was listed but is gone, or its link leads nowhere")
+        return retried(
+            lambda: self._read_at(offset, length),
+            "the archive was listed but is gone, or its link leads nowhere",
+        )
 
     def _read_at(self, offset: int, length: int) -> bytes:
         blob = self._blob or self._open()
         try:
-            return blob.read_at(offset, min(length, blob.size - offset)) if offset < blob.size else b""
+            return (
+                blob.read_at(offset, min(length, blob.size - offset)) if offset < blob.size else b""
+            )
         except OSError:
             self._blob = None
             raise
@@ -79,7 +92,8 @@ class LazyBlob:
             self._kept.append(weakref.ref(self))
             while len(self._kept) > _KEPT_OPEN:
                 if (oldest := self._kept.popleft()()) is not None and oldest is not self:
-                    oldest._blob = None  # not closed: other threads may be reading from it, the last of them closes it
+                    # not closed: other threads may be reading from it, the last of them closes it
+                    oldest._blob = None
         return blob
 
 

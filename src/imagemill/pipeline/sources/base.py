@@ -13,11 +13,14 @@ from typing import Literal, Protocol
 from imagemill.records import Entry, Filters
 
 IMAGE_SUFFIXES = frozenset(
-    """.apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .emf .fit .fits .flc .fli .ftu .gbr .gif .heic .heif .hif .icns .ico .im .j2c .j2k
-    .jfif .jif .jng .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .jxl .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb
-    .rgba .sgi .svg .tga .tif .tiff .vda .vst .webp .wmf .xbm .xpm""".split()
+    """.apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .emf .fit .fits .flc .fli .ftu .gbr .gif
+    .heic .heif .hif .icns .ico .im .j2c .j2k .jfif .jif .jng .jp2 .jpc .jpe .jpeg .jpf .jpg
+    .jpx .jxl .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi .ras .rgb .rgba
+    .sgi .svg .tga .tif .tiff .vda .vst .webp .wmf .xbm .xpm""".split()
 )
-"""Suffixes that make an entry an image, lower case; whether it can be read is another matter and becomes its row."""
+"""Suffixes that make an entry an image, lower case; whether it can be read is another matter and
+becomes its row.
+"""
 
 
 @dataclass(slots=True)
@@ -30,7 +33,9 @@ class Skipped:
     archive_notes: list[str] = field(default_factory=list)
     """What users should know of archives, a line each."""
     broken_links: int = 0
-    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is not mounted."""
+    """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is
+    not mounted.
+    """
     first_broken_link: str = ""
     empty_sources: int = 0
     """Sources that hold no image, beside others that do."""
@@ -50,10 +55,21 @@ class Skipped:
         """Return a line for each thing that a listing did not find and that a user would miss."""
         found = list(self.archive_notes)
         if self.broken_links:
-            links = "1 link leads nowhere" if self.broken_links == 1 else f"{self.broken_links:,} links lead nowhere"
-            found.append(f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the images there are left out")
+            links = (
+                "1 link leads nowhere"
+                if self.broken_links == 1
+                else f"{self.broken_links:,} links lead nowhere"
+            )
+            found.append(
+                f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the"
+                " images there are left out"
+            )
         if self.empty_sources:
-            sources = "1 source holds" if self.empty_sources == 1 else f"{self.empty_sources:,} sources hold"
+            sources = (
+                "1 source holds"
+                if self.empty_sources == 1
+                else f"{self.empty_sources:,} sources hold"
+            )
             found.append(f"note: {sources} no images, first: {self.first_empty_source}")
         return found
 
@@ -66,12 +82,14 @@ class Source(Protocol):
 
     @property
     def ordered(self) -> bool | Literal["whole"]:
-        """Whether entries come ordered by the components of their paths as bytes; `whole`: by their whole paths as bytes; False: in an
-        order of the source's own."""
+        """Whether entries come ordered by the components of their paths as bytes; `whole`: by their
+        whole paths as bytes; False: in an order of the source's own.
+        """
         ...
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """List the images in bounded memory and in the same order each time, counting what is left out.
+        """List the images in bounded memory and in the same order each time, counting what is left
+        out.
 
         Raises: SourceError.
         """
@@ -90,13 +108,17 @@ class Source(Protocol):
 
 
 def wanted_suffix(name: bytes, filters: Filters) -> str | None:
-    """The suffix of a member that is no image, for `Skipped.by_suffix`; None: it is one, or all files are wanted."""
+    """The suffix of a member that is no image, for `Skipped.by_suffix`; None: it is one, or all
+    files are wanted.
+    """
     suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
     return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
 
 
 def is_hidden(path: bytes) -> bool:
-    """Whether a member of an archive or store, or a folder it lies in, is hidden: its name begins with a dot."""
+    """Whether a member of an archive or store, or a folder it lies in, is hidden: its name begins
+    with a dot.
+    """
     return any(part.startswith(b".") and part not in (b".", b"..") for part in path.split(b"/"))
 
 
@@ -106,13 +128,18 @@ def shown(name: bytes) -> str:
 
 
 def matcher(filters: Filters) -> Callable[[bytes], bool]:
-    """Whether a path is wanted. A pattern with a slash is held against the whole relative path, else against the name; `*` crosses slashes.
+    """Whether a path is wanted. A pattern with a slash is held against the whole relative path,
+    else against the name; `*` crosses slashes.
 
-    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about it.
+    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about
+    it.
     """
 
     def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
-        return [("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/")))) for pattern in patterns]
+        return [
+            ("/" in pattern.rstrip("/"), re.compile(fnmatch.translate(pattern.rstrip("/"))))
+            for pattern in patterns
+        ]
 
     include, exclude = compiled(filters.include), compiled(filters.exclude)
 

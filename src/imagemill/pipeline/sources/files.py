@@ -1,4 +1,6 @@
-"""Reading one file of a file system: retried where the error may pass, a reason where it does not."""
+"""Reading one file of a file system: retried where the error may pass, a reason where it does
+not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,18 @@ from collections.abc import Callable
 
 from imagemill.records import BadImage, Status
 
-_PASSING_ERRORS = frozenset((errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.ENFILE, errno.EMFILE))
+_PASSING_ERRORS = frozenset(
+    (
+        errno.EIO,
+        errno.EAGAIN,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EBUSY,
+        errno.EINTR,
+        errno.ENFILE,
+        errno.EMFILE,
+    )
+)
 _RETRY_DELAYS_S = (0.05, 0.2, 0.8)
 _RETRY_SECONDS = 5.0
 
@@ -21,11 +34,14 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
     Raises:
         BadImage: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
     """
-    return retried(lambda: _read(path, max_bytes), "the file was listed but is gone, or its link leads nowhere")
+    return retried(
+        lambda: _read(path, max_bytes), "the file was listed but is gone, or its link leads nowhere"
+    )
 
 
 def retried(read: Callable[[], bytes], gone: str) -> bytes:
-    """Call `read` until it succeeds, for about a second while its errors may pass by themselves; `gone` is what a `missing` row says.
+    """Call `read` until it succeeds, for about a second while its errors may pass by themselves;
+    `gone` is what a `missing` row says.
 
     Raises:
         BadImage: `missing`, or `read_error`.
@@ -35,13 +51,17 @@ def retried(read: Callable[[], bytes], gone: str) -> bytes:
         try:
             return read()
         except OSError as error:
-            is_early = time.monotonic() - begun < _RETRY_SECONDS  # an object store has been tried again for long when it fails
+            is_early = (
+                time.monotonic() - begun < _RETRY_SECONDS
+            )  # an object store has been tried again for long when it fails
             if delay_s is not None and is_early and error.errno in _PASSING_ERRORS:
                 time.sleep(delay_s)
                 continue
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise BadImage(Status.MISSING, gone) from error
-            raise BadImage(Status.READ_ERROR, f"cannot be read: {error.strerror or error}") from error
+            raise BadImage(
+                Status.READ_ERROR, f"cannot be read: {error.strerror or error}"
+            ) from error
     raise AssertionError("unreachable")
 
 
@@ -51,10 +71,16 @@ def _read(path: bytes, max_bytes: int) -> bytes:
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
-            kind = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(found.st_mode), "a device")
+            kind = {
+                stat.S_IFDIR: "a folder",
+                stat.S_IFIFO: "a FIFO",
+                stat.S_IFSOCK: "a socket",
+            }.get(stat.S_IFMT(found.st_mode), "a device")
             raise BadImage(Status.READ_ERROR, f"is {kind}, not a regular file")
         if found.st_size > max_bytes:
-            raise BadImage(Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(
+                Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}"
+            )
         with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
             return file.readall()
     finally:

@@ -1,4 +1,6 @@
-"""A folder of images, or one image file: recursive, in a stable order, links followed without loops."""
+"""A folder of images, or one image file: recursive, in a stable order, links followed without
+loops.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ _NAMES_IN_MEMORY = 10_000
 _FOLDER, _LINK, _OTHER = b"d", b"l", b"o"
 """What the folder that lists an entry says of it, without a look at the entry itself."""
 _LEADS_NOWHERE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP))
-"""Errors of a link that ends in nothing. Any other error says that something is there and cannot be reached now."""
+"""Errors of a link that ends in nothing. Any other error says that something is there and cannot be
+reached now.
+"""
 _PERMIT = "Give it permission"
 _CHECK_DISK = "Check the disk or the mount"
 _REMEDIES = {
     errno.EACCES: _PERMIT,
     errno.EPERM: _PERMIT,
     errno.ENOENT: "It was removed or moved meanwhile: run the command again",
-    errno.ENAMETOOLONG: "Its path is longer than the system allows: give a folder below it as a source of its own",
+    errno.ENAMETOOLONG: (
+        "Its path is longer than the system allows: give a folder below it as a source of its own"
+    ),
     errno.EIO: _CHECK_DISK,
     errno.ESTALE: _CHECK_DISK,
     errno.ENOTCONN: _CHECK_DISK,
@@ -44,7 +50,9 @@ _UNTYPEABLE = re.compile(r"['\udc80-\udcff]")
 
 
 class FolderSource:
-    """See the module's docstring. `root` is absolute; `skip` is a folder that is never entered: the job's own output."""
+    """See the module's docstring. `root` is absolute; `skip` is a folder that is never entered: the
+    job's own output.
+    """
 
     ordered = True
 
@@ -60,7 +68,9 @@ class FolderSource:
         try:
             found = os.stat(self._root)  # noqa: PTH116
         except OSError as error:
-            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. Give a folder or an image.") from error
+            raise SourceError(
+                f"source {self.name} cannot be read: {error.strerror}. Give a folder or an image."
+            ) from error
         if not stat.S_ISDIR(found.st_mode):
             yield Entry(self._position, b"", found.st_size)
             return
@@ -75,10 +85,18 @@ class FolderSource:
         return read_file(self._prefix + path if path else self._root, max_bytes)
 
     def _walk(
-        self, root: os.stat_result, filters: Filters, skipped: Skipped, wanted: Callable[[bytes], bool]
+        self,
+        root: os.stat_result,
+        filters: Filters,
+        skipped: Skipped,
+        wanted: Callable[[bytes], bool],
     ) -> Iterator[tuple[bytes, int, bool]]:
-        """Yield (path, size, whether it is the first image of a folder right below the root), sorted by name in each folder."""
-        levels = [(b"", (root.st_dev, root.st_ino), self._names(b""))]  # a stack of our own: folders may lie deeper than calls
+        """Yield (path, size, whether it is the first image of a folder right below the root),
+        sorted by name in each folder.
+        """
+        levels = [
+            (b"", (root.st_dev, root.st_ino), self._names(b""))
+        ]  # a stack of our own: folders may lie deeper than calls
         outside = self._folders_above()
         fresh = False
         while levels:
@@ -96,12 +114,16 @@ class FolderSource:
             found: os.stat_result | None = None
             try:
                 found = os.stat(self._prefix + path)  # noqa: PTH116
-            except OSError as error:  # of a file, or what is named like an image, its row says so; a folder would be lost with its images
+            except OSError as error:
+                # A file, or what is named like an image, gets a row that says so. A folder
+                # would be lost with its images.
                 may_be_folder = kind == _FOLDER or (kind == _LINK and suffix not in IMAGE_SUFFIXES)
                 if may_be_folder and wanted(path + b"/"):
                     if kind == _FOLDER or error.errno not in _LEADS_NOWHERE:
                         what = (
-                            "folder {} cannot be listed" if kind == _FOLDER else "link {}, which may lead to a folder, cannot be followed"
+                            "folder {} cannot be listed"
+                            if kind == _FOLDER
+                            else "link {}, which may lead to a folder, cannot be followed"
                         )
                         raise self._not_listed(path, error, what) from error
                     if not filters.all_files:
@@ -110,7 +132,11 @@ class FolderSource:
             inside = found is not None and stat.S_ISDIR(found.st_mode)
             if suffix in IMAGE_SUFFIXES or (filters.all_files and not inside):
                 if wanted(path):
-                    yield path, found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1, fresh and len(levels) > 1
+                    yield (
+                        path,
+                        found.st_size if found is not None and stat.S_ISREG(found.st_mode) else -1,
+                        fresh and len(levels) > 1,
+                    )
                     fresh = fresh and len(levels) == 1
                 else:
                     skipped.by_filter += 1
@@ -124,7 +150,9 @@ class FolderSource:
                     levels.append((path, identity, self._names(path)))
 
     def _folders_above(self) -> set[tuple[int, int]]:
-        """Identities of the folders that the source lies in: a link to one of them would lead to its neighbours, and back to it."""
+        """Identities of the folders that the source lies in: a link to one of them would lead to
+        its neighbours, and back to it.
+        """
         found = set()
         for folder in Path(os.fsdecode(os.path.realpath(self._root))).parents:
             with contextlib.suppress(OSError):
@@ -139,19 +167,28 @@ class FolderSource:
         except OSError as error:
             raise self._not_listed(folder, error) from error
 
-    def _not_listed(self, folder: bytes, error: OSError, what: str = "folder {} cannot be listed") -> SourceError:
-        """Return the error for a folder, or a link that may lead to one: without it the images there would be lost."""
+    def _not_listed(
+        self, folder: bytes, error: OSError, what: str = "folder {} cannot be listed"
+    ) -> SourceError:
+        """Return the error for a folder, or a link that may lead to one: without it the images
+        there would be lost.
+        """
         where, pattern = shown(self._prefix + folder), os.fsdecode(folder)
         remedy = _REMEDIES.get(error.errno or 0, "Fix the cause and run the command again")
         if len(where) > _LONGEST_SHOWN:
             where, otherwise = f"{where[:_LONGEST_SHOWN]}…", ", or leave it out with --exclude"
         else:
-            otherwise = f", or leave it out with --exclude '{_UNTYPEABLE.sub('?', glob.escape(pattern))}/'" if folder else ""
+            otherwise = (
+                f", or leave it out with --exclude '{_UNTYPEABLE.sub('?', glob.escape(pattern))}/'"
+                if folder
+                else ""
+            )
         return SourceError(f"{what.format(where)}: {error.strerror or error}. {remedy}{otherwise}.")
 
 
 def _sorted_names(folder: bytes) -> Iterable[bytes]:
-    """Return a record for each entry of a folder, `NAME\\0KIND`, sorted by the bytes of the names, which hold no NUL.
+    """Return a record for each entry of a folder, `NAME\\0KIND`, sorted by the bytes of the names,
+    which hold no NUL.
 
     Above 10,000 of them sorted runs go to one temporary file and are merged from there.
     """
@@ -164,7 +201,9 @@ def _sorted_names(folder: bytes) -> Iterable[bytes]:
 
 
 def _kind(entry: os.DirEntry[bytes]) -> bytes:
-    """Return what an entry is; an entry whose file system does not say, and cannot be asked, counts as a link: it may lead anywhere."""
+    """Return what an entry is; an entry whose file system does not say, and cannot be asked, counts
+    as a link: it may lead anywhere.
+    """
     try:
         if entry.is_dir(follow_symlinks=False):
             return _FOLDER

@@ -1,11 +1,14 @@
-"""Random access to a gzip file: an index of places where unpacking can begin, made once, while its archive is listed.
+"""Random access to a gzip file: an index of places where unpacking can begin, made once, while its
+archive is listed.
 
-The index is indexed_gzip's: some 32 KiB for each place. Every 1 to 16 MiB of what comes out there is one, by the size of the file, so that
-the index of a file of up to 4 GiB stays below some 10 MiB. It is kept beside the plan with a checksum of its own, for the processes that
-fetch; where it lacks or is damaged they make it again as far as they need it.
+The index is indexed_gzip's: some 32 KiB for each place. Every 1 to 16 MiB of what comes out there
+is one, by the size of the file, so that the index of a file of up to 4 GiB stays below some 10 MiB.
+It is kept beside the plan with a checksum of its own, for the processes that fetch; where it lacks
+or is damaged they make it again as far as they need it.
 
-indexed_gzip reads over broken and missing ends of a file without a word. So who lists reads by the standard library, and who fetches
-compares the checksum of each image with the one that was then found.
+indexed_gzip reads over broken and missing ends of a file without a word. So who lists reads by the
+standard library, and who fetches compares the checksum of each image with the one that was then
+found.
 """
 
 from __future__ import annotations
@@ -26,14 +29,17 @@ _BLOCKS_KEPT = 4
 _READ_BYTES = 2**18
 _HEADER = struct.Struct("<8sQL")
 _HEADER_MAGIC = b"imgzidx1"
-"""Of a kept index: this, the size of its gzip file, the CRC-32 of what follows, which is indexed_gzip's own format."""
+"""Of a kept index: this, the size of its gzip file, the CRC-32 of what follows, which is
+indexed_gzip's own format.
+"""
 
 
 class GzipBlob:
-    """What a gzip file unpacks to, as a blob. Safe to read from many threads, one of which unpacks at a time.
+    """What a gzip file unpacks to, as a blob. Safe to read from many threads, one of which unpacks
+    at a time.
 
-    Unpacking (some 200 MB/s) is far faster than decoding what comes of it, so one handle and its lock serve all threads; a handle for each
-    would hold its own copy of the index.
+    Unpacking (some 200 MB/s) is far faster than decoding what comes of it, so one handle and its
+    lock serve all threads; a handle for each would hold its own copy of the index.
 
     Args:
         blob: the gzip file.
@@ -50,7 +56,9 @@ class GzipBlob:
         self._file = _Remembering(blob)
         self._block_bytes = _spacing(blob)
         self._blocks = OrderedDict[int, bytes]()
-        self._unpacker = indexed_gzip._IndexedGzipFile(fileobj=self._file, spacing=self._block_bytes, readbuf_size=_READ_BYTES)
+        self._unpacker = indexed_gzip._IndexedGzipFile(
+            fileobj=self._file, spacing=self._block_bytes, readbuf_size=_READ_BYTES
+        )
         if index is not None and (kept := _read_index(index, blob)) is not None:
             self._unpacker.import_index(fileobj=io.BytesIO(kept))
 
@@ -67,7 +75,9 @@ class GzipBlob:
         return b"".join(pieces)
 
     def _block(self, number: int) -> bytes:
-        """One block. It begins near a place of the index, and images that follow each other share it."""
+        """One block. It begins near a place of the index, and images that follow each other share
+        it.
+        """
         import indexed_gzip
 
         with self._lock:
@@ -76,7 +86,10 @@ class GzipBlob:
                     self._unpacker.seek(number * self._block_bytes)
                     at_end = self._unpacker.tell() < number * self._block_bytes
                     block = b"" if at_end else self._unpacker.read(self._block_bytes)
-                except (OSError, indexed_gzip.NotCoveredError) as error:  # its own errors are OSErrors too
+                except (
+                    OSError,
+                    indexed_gzip.NotCoveredError,
+                ) as error:  # its own errors are OSErrors too
                     if self._file.error is not None:
                         raise self._file.error from error
                     raise zlib.error("its gzip data are damaged") from error
@@ -116,7 +129,9 @@ def keep_index(blob: Blob, end: int, path: Path) -> None:
     """
     import indexed_gzip
 
-    unpacker = indexed_gzip._IndexedGzipFile(fileobj=BlobFile(blob), spacing=_spacing(blob), readbuf_size=_READ_BYTES)
+    unpacker = indexed_gzip._IndexedGzipFile(
+        fileobj=BlobFile(blob), spacing=_spacing(blob), readbuf_size=_READ_BYTES
+    )
     unpacker.seek(end)
     index = io.BytesIO()
     unpacker.export_index(fileobj=index)
@@ -132,7 +147,11 @@ def _read_index(path: Path, blob: Blob) -> bytes | None:
     except OSError:
         return None
     index = data[_HEADER.size :]
-    return index if data[: _HEADER.size] == _HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(index)) else None
+    return (
+        index
+        if data[: _HEADER.size] == _HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(index))
+        else None
+    )
 
 
 def _spacing(blob: Blob) -> int:

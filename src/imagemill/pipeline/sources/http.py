@@ -1,7 +1,9 @@
-"""One image from the web: a GET over a connection that is kept, tried again where the error may pass.
+"""One image from the web: a GET over a connection that is kept, tried again where the error may
+pass.
 
-Redirects are followed, a few, never from https to http. Proxies are taken from the environment (`HTTPS_PROXY`, `NO_PROXY`, …),
-certificates are always verified. A user name and password come from `~/.netrc` alone: in a URL they would be written into every row.
+Redirects are followed, a few, never from https to http. Proxies are taken from the environment
+(`HTTPS_PROXY`, `NO_PROXY`, …), certificates are always verified. A user name and password come from
+`~/.netrc` alone: in a URL they would be written into every row.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """When an image is given up: before the 60 s of --max-seconds are over, so that an outage is a row and not a dead worker."""
+    """When an image is given up: before the 60 s of --max-seconds are over, so that an outage is a
+    row and not a dead worker.
+    """
 
     tries: int = 6
     seconds: float = 35.0
@@ -94,10 +98,15 @@ def look(url: str, user_agent: str | None) -> None:
     try:
         _patiently(url, None, PROBING, user_agent)
     except BadImage as bad:
-        raise SourceError(f"source {url} cannot be read: {bad.error.removeprefix('cannot be read: ')}. Look at the address.") from bad
+        raise SourceError(
+            f"source {url} cannot be read: {bad.error.removeprefix('cannot be read: ')}. Look at"
+            " the address."
+        ) from bad
 
 
-def fetch(url: str, max_bytes: int, patience: Patience | None = None, user_agent: str | None = None) -> bytes:
+def fetch(
+    url: str, max_bytes: int, patience: Patience | None = None, user_agent: str | None = None
+) -> bytes:
     """Read what is at a URL.
 
     Args:
@@ -107,7 +116,8 @@ def fetch(url: str, max_bytes: int, patience: Patience | None = None, user_agent
         user_agent: what the requests call themselves; None: imagemill and its version.
 
     Raises:
-        BadImage: `missing` (404, 410), `too_large`, `truncated` where each try ended early, or `read_error`.
+        BadImage: `missing` (404, 410), `too_large`, `truncated` where each try ended early, or
+        `read_error`.
     """
     return _patiently(url, max_bytes, patience or PATIENCE, user_agent)
 
@@ -121,7 +131,9 @@ class _Again(Exception):  # noqa: N818 - not an error yet
         self.wait_s = wait_s
 
 
-def _patiently(url: str, max_bytes: int | None, patience: Patience, user_agent: str | None) -> bytes:
+def _patiently(
+    url: str, max_bytes: int | None, patience: Patience, user_agent: str | None
+) -> bytes:
     begun = time.monotonic()
     failures = 0
     while True:
@@ -132,13 +144,18 @@ def _patiently(url: str, max_bytes: int | None, patience: Patience, user_agent: 
             pause_s = patience.pause_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)  # noqa: S311 - threads that failed together
             pause_s = min(max(pause_s, problem.wait_s), patience.longest_pause_s)
             if failures >= patience.tries or time.monotonic() + pause_s - begun > patience.seconds:
-                text = f"cannot be read: {problem}, after {failures} {'tries' if failures > 1 else 'try'}"
+                text = (
+                    f"cannot be read: {problem}, after {failures}"
+                    f" {'tries' if failures > 1 else 'try'}"
+                )
                 raise BadImage(problem.status, text) from problem
             time.sleep(pause_s)
 
 
 def _get(url: str, max_bytes: int | None, patience: Patience, user_agent: str | None) -> bytes:
-    """One try, redirects followed. With no `max_bytes` nothing is read but the headers. Raises: BadImage, _Again."""
+    """One try, redirects followed. With no `max_bytes` nothing is read but the headers. Raises:
+    BadImage, _Again.
+    """
     for _ in range(_REDIRECTS + 1):
         with _answer(url, patience, user_agent) as answer:
             goal = answer.headers.get("Location")
@@ -154,9 +171,15 @@ def _get(url: str, max_bytes: int | None, patience: Patience, user_agent: str | 
 
 
 @contextmanager
-def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[urllib3.BaseHTTPResponse]:
+def _answer(
+    url: str, patience: Patience, user_agent: str | None
+) -> Iterator[urllib3.BaseHTTPResponse]:
     """A server's answer, its body not yet read. Raises: BadImage, _Again."""
-    headers = {"User-Agent": user_agent or f"imagemill/{__version__}", "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"}
+    headers = {
+        "User-Agent": user_agent or f"imagemill/{__version__}",
+        "Accept": "image/*,*/*;q=0.8",
+        "Accept-Encoding": "identity",
+    }
     answer = None
     try:
         parts = urlsplit(url)
@@ -176,7 +199,10 @@ def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[ur
     except ProtocolError as error:
         cut = next((inner for inner in error.args if isinstance(inner, IncompleteRead)), None)
         if cut is not None:
-            text = f"the connection was cut after {cut.partial} of {cut.partial + (cut.expected or 0)} bytes"
+            text = (
+                f"the connection was cut after {cut.partial} of {cut.partial + (cut.expected or 0)}"
+                " bytes"
+            )
             raise _Again(Status.TRUNCATED, text) from error
         raise _Again(Status.READ_ERROR, _reason(error)) from error
     except (SSLError, LocationParseError) as error:
@@ -184,13 +210,18 @@ def _answer(url: str, patience: Patience, user_agent: str | None) -> Iterator[ur
     except ValueError as error:
         raise BadImage(Status.READ_ERROR, f"cannot be read: {error}") from error
     except NewConnectionError as error:  # which counts as a timeout
-        raise _Again(Status.READ_ERROR, f"no connection: {getattr(error.__cause__, 'strerror', None) or error}") from error
+        raise _Again(
+            Status.READ_ERROR,
+            f"no connection: {getattr(error.__cause__, 'strerror', None) or error}",
+        ) from error
     except TimeoutError as error:
         raise _Again(Status.READ_ERROR, "no answer in time") from error
     except (HTTPError, OSError) as error:
         raise _Again(Status.READ_ERROR, _reason(error)) from error
     finally:
-        if answer is not None:  # a connection whose body was read to its end has gone back by itself, and is kept
+        if (
+            answer is not None
+        ):  # a connection whose body was read to its end has gone back by itself, and is kept
             answer.close()
             answer.release_conn()  # a closed one leaves its place to the next
 
@@ -199,7 +230,11 @@ def _redirected(url: str, goal: str) -> str:
     goal = urljoin(url, goal)
     scheme = urlsplit(goal).scheme
     if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
-        raise BadImage(Status.READ_ERROR, f"cannot be read: redirected from {urlsplit(url).scheme} to {scheme}, which is not followed")
+        raise BadImage(
+            Status.READ_ERROR,
+            f"cannot be read: redirected from {urlsplit(url).scheme} to {scheme}, which is not"
+            " followed",
+        )
     return goal
 
 
@@ -207,17 +242,23 @@ def _judge(answer: urllib3.BaseHTTPResponse) -> None:
     """Pass an answer that holds what was asked for. Raises: BadImage, _Again."""
     if 200 <= answer.status < 300:
         return
-    name = next((status.phrase for status in HTTPStatus if status == answer.status), answer.reason or "")
+    name = next(
+        (status.phrase for status in HTTPStatus if status == answer.status), answer.reason or ""
+    )
     text = f"the server answers {answer.status} {name}".rstrip()
     if answer.status in _PASSING:
         raise _Again(Status.READ_ERROR, text, _retry_after(answer.headers.get("Retry-After")))
-    raise BadImage(Status.MISSING if answer.status in _GONE else Status.READ_ERROR, f"cannot be read: {text}")
+    raise BadImage(
+        Status.MISSING if answer.status in _GONE else Status.READ_ERROR, f"cannot be read: {text}"
+    )
 
 
 def _body(answer: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
     announced = answer.headers.get("Content-Length") or ""
     if announced.isdigit() and int(announced) > max_bytes:
-        raise BadImage(Status.TOO_LARGE, f"has {announced} bytes, more than --max-bytes {max_bytes}")
+        raise BadImage(
+            Status.TOO_LARGE, f"has {announced} bytes, more than --max-bytes {max_bytes}"
+        )
     pieces, got = [], 0
     while piece := answer.read(_CHUNK):
         pieces.append(piece)
@@ -241,13 +282,24 @@ def _retry_after(value: str | None) -> float:
 
 @functools.cache
 def _pool(proxy: str | None) -> urllib3.PoolManager:
-    """The connections of this process; threads wait where there are as many to one host as there may be."""
+    """The connections of this process; threads wait where there are as many to one host as there
+    may be.
+    """
     trusted = ssl.create_default_context()
     if proxy is None:
-        return urllib3.PoolManager(_HOSTS, maxsize=CONNECTIONS_PER_HOST, block=True, ssl_context=trusted)
+        return urllib3.PoolManager(
+            _HOSTS, maxsize=CONNECTIONS_PER_HOST, block=True, ssl_context=trusted
+        )
     named = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
     headers = urllib3.make_headers(proxy_basic_auth=named) if named else None
-    return urllib3.ProxyManager(proxy, _HOSTS, proxy_headers=headers, maxsize=CONNECTIONS_PER_HOST, block=True, ssl_context=trusted)
+    return urllib3.ProxyManager(
+        proxy,
+        _HOSTS,
+        proxy_headers=headers,
+        maxsize=CONNECTIONS_PER_HOST,
+        block=True,
+        ssl_context=trusted,
+    )
 
 
 def _proxy(scheme: str, host: str) -> str | None:
@@ -261,7 +313,9 @@ def _proxy(scheme: str, host: str) -> str | None:
 
 @functools.cache
 def _netrc_file() -> dict[str, str]:
-    """`user:password` by host, of `$NETRC`, else `~/.netrc`; not its default entry, which would tell a password to any server."""
+    """`user:password` by host, of `$NETRC`, else `~/.netrc`; not its default entry, which would
+    tell a password to any server.
+    """
     home = userdirs.home()
     file = os.environ.get("NETRC") or (home and home / ".netrc")
     if file is None:
@@ -270,7 +324,11 @@ def _netrc_file() -> dict[str, str]:
         hosts = netrc.netrc(os.fspath(file)).hosts
     except (OSError, netrc.NetrcParseError):
         return {}
-    return {host: f"{login}:{password}" for host, (login, _, password) in hosts.items() if host != "default"}
+    return {
+        host: f"{login}:{password}"
+        for host, (login, _, password) in hosts.items()
+        if host != "default"
+    }
 
 
 def _reason(error: BaseException) -> str:

@@ -1,6 +1,8 @@
-"""A list of images, `@FILE`: one path or URL a line, in the list's order. Relative paths are relative to the list's own folder.
+"""A list of images, `@FILE`: one path or URL a line, in the list's order. Relative paths are
+relative to the list's own folder.
 
-The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the web; its relative paths then mean objects and pages there.
+The list itself may lie in an object store (`@s3://bucket/list.txt`) or on the web; its relative
+paths then mean objects and pages there.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from imagemill.system import storage
 
 
 class ListSource:
-    """See the module's docstring. Each line is planned, whatever its suffix: the list has chosen. Empty lines are passed over.
+    """See the module's docstring. Each line is planned, whatever its suffix: the list has chosen.
+    Empty lines are passed over.
 
-    A line that starts with a double quote is a JSON string, for names that hold a line break; `failed.txt` of a job is such a list.
+    A line that starts with a double quote is a JSON string, for names that hold a line break;
+    `failed.txt` of a job is such a list.
     """
 
     ordered = False
@@ -36,24 +40,35 @@ class ListSource:
         try:
             with locations.open_text(self.name, self._file, self._access, "\n") as lines:
                 for number, line in enumerate(lines, 1):
-                    path = self._path(line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number)
+                    path = self._path(
+                        line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number
+                    )
                     if not path:
                         continue
                     if storage.names_password(path):
-                        raise SourceError(f"source {self.name}, line {number}: {storage.NO_PASSWORDS}")
+                        raise SourceError(
+                            f"source {self.name}, line {number}: {storage.NO_PASSWORDS}"
+                        )
                     try:
                         storage.beside(self._file, path)
                     except ValueError as error:
-                        raise SourceError(f"source {self.name}, line {number}: {shown(path)} cannot be read: {error}.") from error
+                        raise SourceError(
+                            f"source {self.name}, line {number}: {shown(path)} cannot be read:"
+                            f" {error}."
+                        ) from error
                     if wanted(path):
                         yield Entry(self._position, path, -1)
                     else:
                         skipped.by_filter += 1
         except UnicodeError as error:
-            raise SourceError(f"source {self.name} cannot be read: {error}. Save it as UTF-8.") from error
+            raise SourceError(
+                f"source {self.name} cannot be read: {error}. Save it as UTF-8."
+            ) from error
         except OSError as error:
             what = "Give a text file with one path or URL a line."
-            raise SourceError(f"source {self.name} cannot be read: {error.strerror}. {what}") from error
+            raise SourceError(
+                f"source {self.name} cannot be read: {error.strerror}. {what}"
+            ) from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """See `Source.fetch`."""
@@ -61,12 +76,16 @@ class ListSource:
 
     def _path(self, line: bytes, number: int) -> bytes:
         if b"\0" in line:
-            raise SourceError(f"source {self.name}, line {number}: has a NUL byte, which no path can hold. Write one path or URL a line.")
+            raise SourceError(
+                f"source {self.name}, line {number}: has a NUL byte, which no path can hold. Write"
+                " one path or URL a line."
+            )
         if not line.startswith(b'"'):
             return line
         try:
             return os.fsencode(json.loads(line))
         except (ValueError, TypeError) as error:
             raise SourceError(
-                f"source {self.name}, line {number}: starts with a quote but is no JSON string. Quote it, or write it plain."
+                f"source {self.name}, line {number}: starts with a quote but is no JSON string."
+                " Quote it, or write it plain."
             ) from error

@@ -1,4 +1,6 @@
-"""Whatever a line of a list or a cell of a table may name: a path, a URL of the web, an object in a store."""
+"""Whatever a line of a list or a cell of a table may name: a path, a URL of the web, an object in a
+store.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
     """Read an image's encoded bytes, called from many threads at once.
 
     Args:
-        location: an absolute path, or a URL: `http`, `https` or of an object store. `storage.beside` makes it of a relative one.
+        location: an absolute path, or a URL: `http`, `https` or of an object store.
+        `storage.beside` makes it of a relative one.
         max_bytes: a longer one is `too_large`; no more than this is read.
         access: where it is now, and how it is asked for.
 
@@ -51,11 +54,15 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
         from imagemill.pipeline.sources import objects
 
         return objects.fetch(url, max_bytes)
-    raise BadImage(Status.READ_ERROR, f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}")
+    raise BadImage(
+        Status.READ_ERROR,
+        f"cannot be read: {scheme} is none of http, https, {', '.join(storage.SCHEMES)}",
+    )
 
 
 def open_text(name: str, location: bytes, access: Access, newline: str) -> TextIO:
-    """Open a list for reading it line by line, wherever it lies. Bytes that are not UTF-8 come as surrogate escapes.
+    """Open a list for reading it line by line, wherever it lies. Bytes that are not UTF-8 come as
+    surrogate escapes.
 
     Args:
         name: of the source, for errors.
@@ -71,7 +78,12 @@ def open_text(name: str, location: bytes, access: Access, newline: str) -> TextI
         head = raw.peek(kinds.HEAD_BYTES)[: kinds.HEAD_BYTES]
         kinds.refuse_list(name, head)
         encoding = kinds.encoding_of(head)
-        return io.TextIOWrapper(raw, encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict", newline=newline)
+        return io.TextIOWrapper(
+            raw,
+            encoding,
+            "surrogateescape" if encoding.startswith("utf-8") else "strict",
+            newline=newline,
+        )
     except BaseException:
         raw.close()
         raise
@@ -83,6 +95,8 @@ def _open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
     if not storage.is_url(location):
         return open(location, "rb")  # noqa: PTH123 - the caller closes it
     try:
-        return io.BufferedReader(io.BytesIO(fetch(location, _LONGEST_LIST, Access(user_agent=user_agent))))
+        return io.BufferedReader(
+            io.BytesIO(fetch(location, _LONGEST_LIST, Access(user_agent=user_agent)))
+        )
     except BadImage as bad:
         raise OSError(errno.EIO, bad.error) from bad

@@ -1,4 +1,6 @@
-"""Images in an object store: `s3://bucket/prefix`, listed as it comes in the order of the keys' bytes, or one object."""
+"""Images in an object store: `s3://bucket/prefix`, listed as it comes in the order of the keys'
+bytes, or one object.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the 
 
 
 class ObjectSource:
-    """See the module's docstring. `url` ends without a slash; it is an image where there is such an object, else what lies below it."""
+    """See the module's docstring. `url` ends without a slash; it is an image where there is such an
+    object, else what lies below it.
+    """
 
     ordered: Literal["whole"] = "whole"
 
@@ -30,7 +34,9 @@ class ObjectSource:
         self._position = position
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. A source that is itself an object is planned whatever its suffix."""
+        """See `Source.entries`. A source that is itself an object is planned whatever its
+        suffix.
+        """
         try:
             size = _look(self._url, None)
             if size is not None:
@@ -64,7 +70,9 @@ class ObjectSource:
 
 
 class _Folders:
-    """Whether the folders in which a key lies are open to the filters; keys of one folder come one after another."""
+    """Whether the folders in which a key lies are open to the filters; keys of one folder come one
+    after another.
+    """
 
     def __init__(self, wanted: Callable[[bytes], bool]) -> None:
         self._wanted = wanted
@@ -74,13 +82,17 @@ class _Folders:
         folder = path.rpartition(b"/")[0]
         if folder != self._last[0]:
             parts = folder.split(b"/")
-            is_open = all(self._wanted(b"/".join(parts[:depth]) + b"/") for depth in range(1, len(parts) + 1))
+            is_open = all(
+                self._wanted(b"/".join(parts[:depth]) + b"/") for depth in range(1, len(parts) + 1)
+            )
             self._last = (folder, is_open)
         return self._last[1]
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
-    """Read one object, by one request. Raises: BadImage; what an outage leaves is a `read_error`."""
+    """Read one object, by one request. Raises: BadImage; what an outage leaves is a
+    `read_error`.
+    """
     bucket, key = storage.split(url)
     try:
         return storage.open_store(bucket).read(key, max_bytes)
@@ -89,7 +101,9 @@ def fetch(url: str, max_bytes: int) -> bytes:
     except OSError as error:
         if error.errno == errno.EFBIG:
             size = str(error.strerror).partition(",")[0]
-            raise BadImage(Status.TOO_LARGE, f"{size}, more than --max-bytes {max_bytes}") from error
+            raise BadImage(
+                Status.TOO_LARGE, f"{size}, more than --max-bytes {max_bytes}"
+            ) from error
         raise BadImage(Status.READ_ERROR, f"cannot be read: {error.strerror}") from error
 
 
@@ -103,7 +117,9 @@ def look(url: str) -> None:
 
 def cannot_read(url: str, error: OSError) -> SourceError:
     """What to say of a source that cannot be read."""
-    return SourceError(f"source {url} cannot be read: {error.strerror}. {_REMEDIES.get(error.errno or 0, _REMEDY)}")
+    return SourceError(
+        f"source {url} cannot be read: {error.strerror}. {_REMEDIES.get(error.errno or 0, _REMEDY)}"
+    )
 
 
 def _look(url: str, patience: storage.Patience | None) -> int | None:
@@ -118,5 +134,8 @@ def _look(url: str, patience: storage.Patience | None) -> int | None:
     if not size and next(storage.open_store(url, patience).list(), None) is not None:
         return None
     if size is None:
-        raise SourceError(f"source {url} cannot be read: there is no such object, and none below it. {_REMEDIES[errno.ENOENT]}")
+        raise SourceError(
+            f"source {url} cannot be read: there is no such object, and none below it."
+            f" {_REMEDIES[errno.ENOENT]}"
+        )
     return size

@@ -1,14 +1,18 @@
-"""A Parquet file with images in it, `FILE.parquet` or `FILE.parquet#COLUMN`: one image a row, as bytes in a column.
+"""A Parquet file with images in it, `FILE.parquet` or `FILE.parquet#COLUMN`: one image a row, as
+bytes in a column.
 
-The column is a struct with `bytes` and `path`, as 🤗 datasets write it, or plain binary. A row's path is its number, and behind a slash
-the name that the table has for it: `00000017/cat.jpg`. Its locator says row group, row in it, and the checksum of the footer it was
+The column is a struct with `bytes` and `path`, as 🤗 datasets write it, or plain binary. A row's
+path is its number, and behind a slash the name that the table has for it: `00000017/cat.jpg`. Its
+locator says row group, row in it, and the checksum of the footer it was
 listed from: from another table no image is read under these names.
 
-Parquet can be read forward only, within a row group. So one is read forward in batches of some 4 MiB, the last of which are kept for the
-threads that lag behind, and whoever begins in its middle, after a restart or with a stolen shard, decodes what lies before: at most one
-row group once, 0.6 s for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). In memory are, for at most two row groups
-of at most two tables, a page, its dictionary and 32 MiB of images; how large a page is was the writer's choice. From afar a large row
-group may take longer than an image's --max-seconds to reach the middle of: then these must be more, or the row groups smaller.
+Parquet can be read forward only, within a row group. So one is read forward in batches of some 4
+MiB, the last of which are kept for the threads that lag behind, and whoever begins in its middle,
+after a restart or with a stolen shard, decodes what lies before: at most one row group once, 0.6 s
+for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). In memory are, for at most
+two row groups of at most two tables, a page, its dictionary and 32 MiB of images; how large a page
+is was the writer's choice. From afar a large row group may take longer than an image's
+--max-seconds to reach the middle of: then these must be more, or the row groups smaller.
 """
 
 from __future__ import annotations
@@ -39,7 +43,10 @@ from imagemill.pipeline.sources.files import retried
 from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
-_KNOWN_NAMES = "image img images image photo jpg jpeg png webp bytes image_bytes img_bytes image_data data content".split()
+_KNOWN_NAMES = (
+    "image img images image photo jpg jpeg png webp bytes image_bytes img_bytes image_data data"
+    " content".split()
+)
 """Names that a column of images goes by."""
 _LOCATOR = struct.Struct(">III")
 """Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
@@ -62,7 +69,9 @@ class ParquetSource:
 
     ordered = False
 
-    def __init__(self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN) -> None:
+    def __init__(
+        self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
+    ) -> None:
         self.name = shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
@@ -70,7 +79,9 @@ class ParquetSource:
         self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. Reads the footer, and the names where the table has them; the sizes are not known."""
+        """See `Source.entries`. Reads the footer, and the names where the table has them; the sizes
+        are not known.
+        """
         wanted = matcher(filters)
         with opening(self.name, self._access.at(self._location)) as opened:
             column = image_column(opened.file.schema_arrow, self.name, self._column)
@@ -82,29 +93,40 @@ class ParquetSource:
                     path = b"%08d" % row + (b"/" + name if name else b"")
                     row += 1
                     if wanted(path):
-                        yield Entry(self._position, path, -1, locator=_LOCATOR.pack(group, number, opened.checksum))
+                        yield Entry(
+                            self._position,
+                            path,
+                            -1,
+                            locator=_LOCATOR.pack(group, number, opened.checksum),
+                        )
                     else:
                         skipped.by_filter += 1
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         """See `Source.fetch`. Where the table holds a path and no bytes, the image lies there."""
-        return retried(lambda: self._fetch(path, locator, max_bytes), "the table was listed but is gone")
+        return retried(
+            lambda: self._fetch(path, locator, max_bytes), "the table was listed but is gone"
+        )
 
     def _fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         group, row, checksum = _LOCATOR.unpack(locator)
-        image = _TABLES.of(self._access.at(self._location), self._column, self.name).image(group, row, checksum)
+        image = _TABLES.of(self._access.at(self._location), self._column, self.name).image(
+            group, row, checksum
+        )
         if image is None:
             name = path.partition(b"/")[2]
             if not name:
                 raise BadImage(Status.MISSING, "the table has neither bytes nor a path in this row")
             return locations.fetch_beside(self._location, name, max_bytes, self._access)
         if image.size > max_bytes:
-            raise BadImage(Status.TOO_LARGE, f"has {image.size} bytes, more than --max-bytes {max_bytes}")
+            raise BadImage(
+                Status.TOO_LARGE, f"has {image.size} bytes, more than --max-bytes {max_bytes}"
+            )
         data: bytes = image.to_pybytes()
         return data
 
 
-# ── which column ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── which column ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +145,8 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
     Args:
         schema: of the table, a `pyarrow.Schema`.
         name: of the source, for messages.
-        asked: the column that the user named; None: the one that 🤗 datasets noted as images, else the one whose type and name fit.
+        asked: the column that the user named; None: the one that 🤗 datasets noted as images, else
+        the one whose type and name fit.
 
     Raises:
         SourceError: there is none, or several.
@@ -131,26 +154,45 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
     kinds = {field.name: plain_type(field.type) for field in schema}
     held = ", ".join(f"{column} ({told(kind)})" for column, kind in kinds.items())
     if len(kinds) < len(schema):
-        raise SourceError(f"source {name} has two columns of one name, which cannot be told apart: {', '.join(schema.names)}.")
+        raise SourceError(
+            f"source {name} has two columns of one name, which cannot be told apart:"
+            f" {', '.join(schema.names)}."
+        )
     if asked is not None and asked not in kinds:
         raise SourceError(f"source {name}: the table has no column {asked!r}. Its columns: {held}.")
-    fitting = [asked] if asked is not None else _noted_as_images(schema) or [key for key, kind in kinds.items() if has_bytes(kind)]
+    fitting = (
+        [asked]
+        if asked is not None
+        else _noted_as_images(schema) or [key for key, kind in kinds.items() if has_bytes(kind)]
+    )
     if not fitting:
-        fitting = [column for column in _KNOWN_NAMES if column in kinds][:1]  # for what is to be said about its type
+        fitting = [column for column in _KNOWN_NAMES if column in kinds][
+            :1
+        ]  # for what is to be said about its type
     if not fitting:
         raise SourceError(
-            f"source {name} has no column of image bytes. Its columns: {held}. A column of paths is read with @{name}#COLUMN."
+            f"source {name} has no column of image bytes. Its columns: {held}. A column of paths is"
+            f" read with @{name}#COLUMN."
         )
     known = [column for column in fitting if column in _KNOWN_NAMES]
     if len(fitting) > 1 and len(known) != 1 and "image" not in known:
-        raise SourceError(f"source {name} has several columns that may be images: {', '.join(fitting)}. Name one: {name}#{fitting[0]}.")
+        raise SourceError(
+            f"source {name} has several columns that may be images: {', '.join(fitting)}. Name one:"
+            f" {name}#{fitting[0]}."
+        )
     chosen = fitting[0] if len(fitting) == 1 else "image" if "image" in known else known[0]
     kind = kinds[chosen]
     bare = name.removesuffix(f"#{asked}") if asked is not None else name
     if is_text(kind):
-        raise SourceError(f"source {name}: column {chosen!r} holds text, not the bytes of images. If these are paths: @{bare}#{chosen}.")
+        raise SourceError(
+            f"source {name}: column {chosen!r} holds text, not the bytes of images. If these are"
+            f" paths: @{bare}#{chosen}."
+        )
     if not has_bytes(kind):
-        raise SourceError(f"source {name}: column {chosen!r} holds {told(kind)}, not the bytes of images. Its columns: {held}.")
+        raise SourceError(
+            f"source {name}: column {chosen!r} holds {told(kind)}, not the bytes of images. Its"
+            f" columns: {held}."
+        )
     if not pa.types.is_struct(kind):
         return ImageColumn(chosen, None)
     has_path = kind.get_field_index("path") >= 0 and is_text(plain_type(kind.field("path").type))
@@ -161,7 +203,11 @@ def _noted_as_images(schema: Any) -> list[str]:
     """The columns that 🤗 datasets call `Image` in what they note about a table."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [column for column, feature in features.items() if feature.get("_type") == "Image" and column in schema.names]
+        return [
+            column
+            for column, feature in features.items()
+            if feature.get("_type") == "Image" and column in schema.names
+        ]
     except (KeyError, ValueError, TypeError, AttributeError):
         return []
 
@@ -175,12 +221,19 @@ def plain_type(kind: Any) -> Any:
 
 def is_text(kind: Any) -> bool:
     """Whether a type is text, of whatever width."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def is_bytes(kind: Any) -> bool:
     """Whether a type is bytes, of whatever width."""
-    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    tests = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
     return any(test(kind) for test in tests)
 
 
@@ -193,14 +246,20 @@ def has_bytes(kind: Any) -> bool:
 
 def told(kind: Any) -> str:
     """A type for people."""
-    return f"struct of {', '.join(field.name for field in kind)}" if pa.types.is_struct(kind) else str(kind)
+    return (
+        f"struct of {', '.join(field.name for field in kind)}"
+        if pa.types.is_struct(kind)
+        else str(kind)
+    )
 
 
-# ── an open table ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── an open table ─────────────────────────────────────────────────────────────────────────────────
 
 
 class OpenTable:
-    """A Parquet file opened for reading forward; nothing of it is mapped or read ahead. Raises: OSError, ArrowException."""
+    """A Parquet file opened for reading forward; nothing of it is mapped or read ahead. Raises:
+    OSError, ArrowException.
+    """
 
     def __init__(self, location: bytes) -> None:
         if storage.is_url(location):
@@ -212,7 +271,9 @@ class OpenTable:
                 raise OSError(errno.EINVAL, "is not a regular file")
             self._bytes = pa.OSFile(location)
         self.checksum = self._footer_checksum()
-        """CRC-32 of the footer, which names the places, sizes and bounds of everything in the file."""
+        """CRC-32 of the footer, which names the places, sizes and bounds of everything in the
+        file.
+        """
         self.file: Any = pq.ParquetFile(self._bytes, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
     def __enter__(self) -> OpenTable:
@@ -233,19 +294,29 @@ class OpenTable:
         return zlib.crc32(self._bytes.read(length))
 
     def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
-        """One column of one row group, `rows` at a time, as arrays of bytes without struct, dictionary or extension."""
-        for batch in self.file.iter_batches(batch_size=rows, row_groups=[group], columns=[column], use_threads=False):
-            array = batch.column(column if column in batch.schema.names else column.rpartition(".")[0])  # `a` also brings a column `a.b`
+        """One column of one row group, `rows` at a time, as arrays of bytes without struct,
+        dictionary or extension.
+        """
+        for batch in self.file.iter_batches(
+            batch_size=rows, row_groups=[group], columns=[column], use_threads=False
+        ):
+            array = batch.column(
+                column if column in batch.schema.names else column.rpartition(".")[0]
+            )  # `a` also brings a column `a.b`
             if pa.types.is_struct(array.type):
                 (array,) = array.flatten()
             if isinstance(array.type, pa.BaseExtensionType):
                 array = array.storage
             if pa.types.is_dictionary(array.type):
                 array = array.dictionary_decode()
-            yield array if is_bytes(array.type) else array.cast(pa.large_binary())  # text that is not UTF-8 stays as it is
+            yield (
+                array if is_bytes(array.type) else array.cast(pa.large_binary())
+            )  # text that is not UTF-8 stays as it is
 
     def values(self, group: int, column: str) -> Iterator[bytes | None]:
-        """The values of one column of one row group, as many as the footer says. Raises: OSError, ArrowException."""
+        """The values of one column of one row group, as many as the footer says. Raises: OSError,
+        ArrowException.
+        """
         left = self.file.metadata.row_group(group).num_rows
         for array in self.batches(group, column, _LISTED_ROWS):
             yield from array.to_pylist()
@@ -255,7 +326,9 @@ class OpenTable:
 
 
 class _BlobReader(storage.BlobFile):
-    """A blob for Arrow: without the copies that `io.RawIOBase` makes, and with failures that cannot be taken for damage."""
+    """A blob for Arrow: without the copies that `io.RawIOBase` makes, and with failures that cannot
+    be taken for damage.
+    """
 
     def read(self, size: int = -1) -> bytes:
         """See `io.RawIOBase.read`; no less than asked for, unless the blob ends."""
@@ -267,11 +340,16 @@ class _BlobReader(storage.BlobFile):
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Have failures of a store be none that may pass by themselves: its client has tried for long enough."""
+    """Have failures of a store be none that may pass by themselves: its client has tried for long
+    enough.
+    """
     try:
         yield
     except OSError as error:
-        raise OSError(errno.EPROTO if error.errno in (None, errno.EIO) else error.errno, error.strerror or str(error)) from error
+        raise OSError(
+            errno.EPROTO if error.errno in (None, errno.EIO) else error.errno,
+            error.strerror or str(error),
+        ) from error
 
 
 @contextlib.contextmanager
@@ -282,12 +360,18 @@ def opening(name: str, location: bytes) -> Iterator[OpenTable]:
             yield opened
     except (OSError, pa.ArrowException) as error:
         what = "cannot be read" if _is_failure(error) else "is damaged"
-        raise SourceError(f"source {name} {what}: {_reason(error)}. Give a whole Parquet file, or leave it out.") from error
+        raise SourceError(
+            f"source {name} {what}: {_reason(error)}. Give a whole Parquet file, or leave it out."
+        ) from error
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether reading failed, and what was read is not at fault: Arrow's own complaints have no number."""
-    return isinstance(error, pa.ArrowMemoryError) or (isinstance(error, OSError) and error.errno is not None)
+    """Whether reading failed, and what was read is not at fault: Arrow's own complaints have no
+    number.
+    """
+    return isinstance(error, pa.ArrowMemoryError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -296,13 +380,17 @@ def _reason(error: BaseException) -> str:
 
 
 class _RowGroup:
-    """The images of one row group, read forward as far as was asked for; the last few batches are kept."""
+    """The images of one row group, read forward as far as was asked for; the last few batches are
+    kept.
+    """
 
     def __init__(self, opened: OpenTable, group: int, column: str) -> None:
         self._opened, self._group, self._column = opened, group, column
         about = opened.file.metadata.row_group(group)
         sizes = [
-            about.column(leaf).total_uncompressed_size for leaf in range(about.num_columns) if about.column(leaf).path_in_schema == column
+            about.column(leaf).total_uncompressed_size
+            for leaf in range(about.num_columns)
+            if about.column(leaf).path_in_schema == column
         ]
         self._batch_rows = min(max(_BATCH_BYTES * about.num_rows // max(sum(sizes), 1), 1), 1_024)
         self._damage: str | None = None
@@ -314,9 +402,13 @@ class _RowGroup:
         self._next = 0
 
     def at(self, row: int) -> Any:
-        """One image as an Arrow buffer; None where it is null. Raises: BadImage where the table is damaged; OSError, ArrowException."""
+        """One image as an Arrow buffer; None where it is null. Raises: BadImage where the table is
+        damaged; OSError, ArrowException.
+        """
         if self._kept and row < self._kept[0][0]:
-            self._begin()  # a thread that lags behind by more than is kept, or whoever asks in an order of their own
+            # a thread that lags behind by more than is kept, or whoever asks in an order of their
+            # own
+            self._begin()
         while row >= self._next:
             if self._damage is not None:
                 raise BadImage(Status.CORRUPT, self._damage)
@@ -325,9 +417,18 @@ class _RowGroup:
             except (OSError, pa.ArrowException) as error:
                 if _is_failure(error):
                     raise
-                batch, self._damage = None, f"the table is damaged from row {self._next} of row group {self._group} on: {_reason(error)}"
+                batch, self._damage = (
+                    None,
+                    (
+                        f"the table is damaged from row {self._next} of row group {self._group} on:"
+                        f" {_reason(error)}"
+                    ),
+                )
             if batch is None:
-                self._damage = self._damage or f"the table is damaged: row group {self._group} ends after {self._next} rows"
+                self._damage = (
+                    self._damage
+                    or f"the table is damaged: row group {self._group} ends after {self._next} rows"
+                )
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)
@@ -338,7 +439,9 @@ class _RowGroup:
 
 
 class _Table:
-    """One table as this process reads it. Safe to use from many threads, which are served in the order of their rows."""
+    """One table as this process reads it. Safe to use from many threads, which are served in the
+    order of their rows.
+    """
 
     def __init__(self, location: bytes, column: str | None, name: str) -> None:
         self._location, self._asked, self._name = location, column, name
@@ -351,27 +454,37 @@ class _Table:
         self._failed: tuple[float, tuple[int, str]] | None = None
 
     def image(self, group: int, row: int, checksum: int) -> Any:
-        """The bytes in one row as an Arrow buffer; None where it is null. Raises: BadImage; OSError where reading failed."""
+        """The bytes in one row as an Arrow buffer; None where it is null. Raises: BadImage; OSError
+        where reading failed.
+        """
         asked = time.monotonic()
         with self._turn((group, row, threading.get_ident())):
             if self._failed is not None and self._failed[0] > asked:
-                raise OSError(*self._failed[1])  # or all who waited would try in turn, each as long as a store is waited for
+                raise OSError(
+                    *self._failed[1]
+                )  # or all who waited would try in turn, each as long as a store is waited for
             try:
                 return self._row_group(group, checksum).at(row)
             except (OSError, pa.ArrowException, SourceError) as error:
                 self._opened = None
                 self._groups.clear()
                 if not _is_failure(error):
-                    raise BadImage(Status.READ_ERROR, f"the table was changed since it was listed: {_reason(error)}") from error
-                self._failed = (time.monotonic(), (getattr(error, "errno", None) or errno.ENOMEM, f"the table: {_reason(error)}"))
+                    raise BadImage(
+                        Status.READ_ERROR,
+                        f"the table was changed since it was listed: {_reason(error)}",
+                    ) from error
+                self._failed = (
+                    time.monotonic(),
+                    (getattr(error, "errno", None) or errno.ENOMEM, f"the table: {_reason(error)}"),
+                )
                 raise OSError(*self._failed[1]) from error
 
     @contextlib.contextmanager
     def _turn(self, place: tuple[int, int, int]) -> Iterator[None]:
         """Wait until nobody else reads and none of those who wait wants an earlier row.
 
-        A plain lock is unfair: of eight threads that did nothing but fetch, one fell behind what is kept every 400 rows, and the row group
-        was begun anew.
+        A plain lock is unfair: of eight threads that did nothing but fetch, one fell behind what is
+        kept every 400 rows, and the row group was begun anew.
         """
         with self._changed:
             heapq.heappush(self._waiting, place)
@@ -391,9 +504,14 @@ class _Table:
             self._column = ""
             self._opened = OpenTable(self._location)
         if self._opened.checksum != checksum:
-            raise BadImage(Status.READ_ERROR, "the table was replaced since it was listed: its footer is another")
+            raise BadImage(
+                Status.READ_ERROR,
+                "the table was replaced since it was listed: its footer is another",
+            )
         if not self._column:
-            self._column = image_column(self._opened.file.schema_arrow, self._name, self._asked).data
+            self._column = image_column(
+                self._opened.file.schema_arrow, self._name, self._asked
+            ).data
         if group not in self._groups:
             self._groups[group] = _RowGroup(self._opened, group, self._column)
         self._groups.move_to_end(group)

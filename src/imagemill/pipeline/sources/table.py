@@ -1,7 +1,9 @@
-"""A list of images in a table, `@FILE.csv`, `@FILE.tsv` or `@FILE.parquet`: a path or URL in each row of one column.
+"""A list of images in a table, `@FILE.csv`, `@FILE.tsv` or `@FILE.parquet`: a path or URL in each
+row of one column.
 
-`@FILE.csv#COLUMN` names the column. Relative paths are relative to the table's own folder, as in a list of lines. CSV is UTF-8 with a
-header; bytes that are not UTF-8 stay as they are, for names that are not either. An empty cell is a `missing` row: none is lost.
+`@FILE.csv#COLUMN` names the column. Relative paths are relative to the table's own folder, as in a
+list of lines. CSV is UTF-8 with a header; bytes that are not UTF-8 stay as they are, for names that
+are not either. An empty cell is a `missing` row: none is lost.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
 SEPARATORS = {b".csv": ",", b".tsv": "\t"}
-_KNOWN_NAMES = "path file_path filepath file filename file_name image_path image_file img_path url image_url uri image".split()
+_KNOWN_NAMES = (
+    "path file_path filepath file filename file_name image_path image_file img_path url image_url"
+    " uri image".split()
+)
 """Names that a column of paths goes by; the first that is there is taken."""
 _COLUMN = re.compile(r"(.+?\.(?:parquet|csv|tsv))#(.+)", re.IGNORECASE | re.DOTALL)
 
 
 def split_column(location: str) -> tuple[str, str | None]:
-    """`FILE.parquet#COLUMN` as file and column; what has no such ending, or is there with it, is a file alone."""
+    """`FILE.parquet#COLUMN` as file and column; what has no such ending, or is there with it, is a
+    file alone.
+    """
     match = _COLUMN.fullmatch(location)
     if match is None or (not storage.is_url(location) and os.path.lexists(location)):
         return location, None
@@ -50,7 +57,9 @@ class TableSource:
 
     ordered = False
 
-    def __init__(self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN) -> None:
+    def __init__(
+        self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
+    ) -> None:
         self.name = "@" + shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
@@ -61,14 +70,18 @@ class TableSource:
         """See `Source.entries`. The order is the table's; sizes are not known."""
         wanted = matcher(filters)
         suffix = self._location[-4:].lower()
-        cells = self._from_text(SEPARATORS[suffix]) if suffix in SEPARATORS else self._from_parquet()
+        cells = (
+            self._from_text(SEPARATORS[suffix]) if suffix in SEPARATORS else self._from_parquet()
+        )
         for row, cell in enumerate(cells, 1):
             if not cell:
                 yield Entry(self._position, b"", -1, locator=b"%d" % row)
             elif storage.names_password(cell):
                 raise SourceError(f"source {self.name}, row {row}: {storage.NO_PASSWORDS}")
             elif why := self._refusal(cell):
-                raise SourceError(f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}.")
+                raise SourceError(
+                    f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}."
+                )
             elif wanted(cell):
                 yield Entry(self._position, cell, -1)
             else:
@@ -89,30 +102,41 @@ class TableSource:
         return None
 
     def _from_text(self, separator: str) -> Iterator[bytes]:
-        """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed over."""
+        """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed
+        over.
+        """
         try:
             with locations.open_text(self.name, self._location, self._access, "") as lines:
                 reader = csv.reader(lines, delimiter=separator, strict=True)
                 header = next(reader, None)
                 if not header:
-                    raise SourceError(f"source {self.name} is empty. Its first line must name its columns.")
+                    raise SourceError(
+                        f"source {self.name} is empty. Its first line must name its columns."
+                    )
                 place = header.index(self._chosen(header))
                 for cells in reader:
                     if not cells:
                         continue
                     if len(cells) != len(header):
                         raise SourceError(
-                            f"source {self.name}, line {reader.line_num}: has {len(cells)} cells, the header names {len(header)} columns. "
-                            "Mend the line; cells that hold a separator are quoted."
+                            f"source {self.name}, line {reader.line_num}: has {len(cells)} cells,"
+                            f" the header names {len(header)} columns. Mend the line; cells that"
+                            " hold a separator are quoted."
                         )
                     yield cells[place].encode("utf-8", "surrogateescape")
         except csv.Error as error:
-            raise SourceError(f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Mend the line.") from error
+            raise SourceError(
+                f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Mend the"
+                " line."
+            ) from error
         except UnicodeError as error:
-            raise SourceError(f"source {self.name} cannot be read: {error}. Save it as UTF-8.") from error
+            raise SourceError(
+                f"source {self.name} cannot be read: {error}. Save it as UTF-8."
+            ) from error
         except OSError as error:
             raise SourceError(
-                f"source {self.name} cannot be read: {error.strerror or error}. Give a table with a column of paths."
+                f"source {self.name} cannot be read: {error.strerror or error}. Give a table with a"
+                " column of paths."
             ) from error
 
     def _from_parquet(self) -> Iterator[bytes | None]:
@@ -124,8 +148,15 @@ class TableSource:
             column = self._chosen(schema.names)
             kind = parquet.plain_type(schema.field(column).type)
             if not parquet.is_text(kind) and not parquet.is_bytes(kind):
-                hint = f" If these are images: {self.name.removeprefix('@')}." if parquet.has_bytes(kind) else ""
-                raise SourceError(f"source {self.name}: column {column!r} holds {parquet.told(kind)}, not paths.{hint}")
+                hint = (
+                    f" If these are images: {self.name.removeprefix('@')}."
+                    if parquet.has_bytes(kind)
+                    else ""
+                )
+                raise SourceError(
+                    f"source {self.name}: column {column!r} holds {parquet.told(kind)}, not"
+                    f" paths.{hint}"
+                )
             for group in range(opened.file.metadata.num_row_groups):
                 yield from opened.values(group, column)
 
@@ -136,16 +167,27 @@ class TableSource:
             found = self._column
         elif len(columns) == 1:
             found = columns[0]
-            if PurePosixPath(found).suffix.lower() in IMAGE_SUFFIXES or "/" in found or ";" in found or "\t" in found:
+            if (
+                PurePosixPath(found).suffix.lower() in IMAGE_SUFFIXES
+                or "/" in found
+                or ";" in found
+                or "\t" in found
+            ):
                 raise SourceError(
-                    f"source {self.name}: its first line, {held}, looks like no column's name. The first line must name the columns, "
-                    "set apart by commas in .csv and by tabs in .tsv; a plain list of paths is named .txt."
+                    f"source {self.name}: its first line, {held}, looks like no column's name. The"
+                    " first line must name the columns, set apart by commas in .csv and by tabs in"
+                    " .tsv; a plain list of paths is named .txt."
                 )
         else:
             found = next((name for name in _KNOWN_NAMES if name in columns), "")
         if not found:
-            raise SourceError(f"source {self.name} has several columns: {held}. Name the one of the paths: {self.name}#{columns[0]}.")
+            raise SourceError(
+                f"source {self.name} has several columns: {held}. Name the one of the paths:"
+                f" {self.name}#{columns[0]}."
+            )
         if columns.count(found) != 1:
             how_often = "has no column" if found not in columns else "has several columns"
-            raise SourceError(f"source {self.name}: the table {how_often} {found!r}. Its columns: {held}.")
+            raise SourceError(
+                f"source {self.name}: the table {how_often} {found!r}. Its columns: {held}."
+            )
         return found

@@ -1,8 +1,10 @@
-"""A tar archive, read in place, plain or packed by gzip: ustar, GNU and PAX headers; a WebDataset shard is one.
+"""A tar archive, read in place, plain or packed by gzip: ustar, GNU and PAX headers; a WebDataset
+shard is one.
 
-One pass over the headers lists it; an image is then read from where it lies. Nothing is ever extracted: names with `..` or a leading
-slash are names and nothing else. The standard library's reader is not used: it ends without a word at a header it cannot read, so that a
-damaged archive would be a short one, and holds every member in memory.
+One pass over the headers lists it; an image is then read from where it lies. Nothing is ever
+extracted: names with `..` or a leading slash are names and nothing else. The standard library's
+reader is not used: it ends without a word at a header it cannot read, so that a damaged archive
+would be a short one, and holds every member in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ _LARGEST = 2**60
 """Size of a member: a header can say more than any file system holds."""
 _LINK_WINDOW = 16_384
 _LOCATOR = struct.Struct("<BQQLL")
-"""Ours: _PLAIN or _PACKED, where the data begin, their length, the CRC-32 of the header before them and, if packed, of themselves."""
+"""Ours: _PLAIN or _PACKED, where the data begin, their length, the CRC-32 of the header before them
+and, if packed, of themselves.
+"""
 _PLAIN, _PACKED, _READ_ERROR, _UNSUPPORTED = range(4)
 """First byte of a locator; after the last two comes the error that the row is to have."""
 _ABOUT_THE_NEXT = (b"L", b"K", b"x", b"X", b"g")
@@ -66,7 +70,9 @@ class _Member:
 
 
 class TarSource:
-    """See the module's docstring. `location` is a path or URL, `aside` a folder for the index of a packed one, see `sources.open_all`."""
+    """See the module's docstring. `location` is a path or URL, `aside` a folder for the index of a
+    packed one, see `sources.open_all`.
+    """
 
     ordered = False
 
@@ -82,14 +88,17 @@ class TarSource:
         return gz.GzipBlob(blob, self._index) if blob.read_at(0, 2) == gz.MAGIC else blob
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. In the order of the archive. A packed one is unpacked for it, and where `aside` is given its index kept."""
+        """See `Source.entries`. In the order of the archive. A packed one is unpacked for it, and
+        where `aside` is given its index kept.
+        """
         try:
             blob = open_blob(self._location)
             magic = blob.read_at(0, 6)
             for other, name in _OTHER_PACKERS.items():
                 if magic.startswith(other):
                     raise SourceError(
-                        f"source {self.name} is packed by {name}, which has no random access. Unpack it to .tar, or pack it by gzip."
+                        f"source {self.name} is packed by {name}, which has no random access."
+                        " Unpack it to .tar, or pack it by gzip."
                     )
             is_packed = magic.startswith(gz.MAGIC)
             headers = _Headers(self.name, blob, is_packed)
@@ -100,11 +109,19 @@ class TarSource:
                 raise
             self._keep_index(blob, headers)
             if headers.garbage:
-                skipped.archive_notes.append(f"note: source {self.name}: trailing garbage after {headers.garbage} was ignored.")
+                skipped.archive_notes.append(
+                    f"note: source {self.name}: trailing garbage after {headers.garbage} was"
+                    " ignored."
+                )
         except EOFError as error:
-            raise SourceError(f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}") from error
+            raise SourceError(
+                f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}"
+            ) from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise SourceError(f"source {self.name} is damaged: its gzip data cannot be unpacked: {error}. {GET_IT_AGAIN}") from error
+            raise SourceError(
+                f"source {self.name} is damaged: its gzip data cannot be unpacked: {error}."
+                f" {GET_IT_AGAIN}"
+            ) from error
         except OSError as error:
             raise cannot_read(self.name, error, "a tar archive") from error
 
@@ -124,7 +141,12 @@ class TarSource:
                 size, locator = earlier[member.link]
             elif not locator:
                 crc = headers.checksum(member)
-                size, locator = member.size, _LOCATOR.pack(_PACKED if headers.is_packed else _PLAIN, *(member.start, member.size), *crc)
+                size, locator = (
+                    member.size,
+                    _LOCATOR.pack(
+                        _PACKED if headers.is_packed else _PLAIN, *(member.start, member.size), *crc
+                    ),
+                )
             if size >= 0:
                 earlier[member.name] = (size, locator)
                 if len(earlier) > _LINK_WINDOW:
@@ -141,8 +163,14 @@ class TarSource:
             return b""
         to = repr(shown(member.link))
         why = {
-            b"1": f"is a hard link to {to}, which is not among the {_LINK_WINDOW:,} members before it. Pack with --hard-dereference",
-            b"2": f"is a symbolic link to {to}: such links are not followed in an archive. Pack with --dereference",
+            b"1": (
+                f"is a hard link to {to}, which is not among the {_LINK_WINDOW:,} members before"
+                " it. Pack with --hard-dereference"
+            ),
+            b"2": (
+                f"is a symbolic link to {to}: such links are not followed in an archive. Pack with"
+                " --dereference"
+            ),
             b"3": "is a device, not a file",
             b"4": "is a device, not a file",
             b"6": "is a FIFO, not a file",
@@ -151,9 +179,14 @@ class TarSource:
         return bytes([_READ_ERROR]) + why.encode()
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the locator says it
-        """See `Source.fetch`. One read: the header lies before the data, and must still be the one that was listed."""
+        """See `Source.fetch`. One read: the header lies before the data, and must still be the one
+        that was listed.
+        """
         if locator[0] in (_READ_ERROR, _UNSUPPORTED):
-            raise BadImage(Status.READ_ERROR if locator[0] == _READ_ERROR else Status.UNSUPPORTED, locator[1:].decode())
+            raise BadImage(
+                Status.READ_ERROR if locator[0] == _READ_ERROR else Status.UNSUPPORTED,
+                locator[1:].decode(),
+            )
         kind, start, size, header_crc, crc = _LOCATOR.unpack(locator)
         if size > max_bytes:
             raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
@@ -164,17 +197,28 @@ class TarSource:
         if len(data) < _BLOCK:
             raise BadImage(Status.TRUNCATED, "the archive ends before it")
         if zlib.crc32(data[:_BLOCK]) != header_crc:
-            raise BadImage(Status.CORRUPT, "its header is not where it was: the archive was changed since it was listed")
+            raise BadImage(
+                Status.CORRUPT,
+                "its header is not where it was: the archive was changed since it was listed",
+            )
         if len(data) < _BLOCK + size:
-            raise BadImage(Status.TRUNCATED, f"the archive ends {_BLOCK + size - len(data)} bytes before it does")
+            raise BadImage(
+                Status.TRUNCATED,
+                f"the archive ends {_BLOCK + size - len(data)} bytes before it does",
+            )
         data = data[_BLOCK:]
         if kind == _PACKED and zlib.crc32(data) != crc:
-            raise BadImage(Status.CORRUPT, "its checksum is not the one that was found when the archive was listed")
+            raise BadImage(
+                Status.CORRUPT,
+                "its checksum is not the one that was found when the archive was listed",
+            )
         return data
 
 
 class _Headers:
-    """The members of an archive, one after another, and where we are in it. Raises: SourceError, OSError."""
+    """The members of an archive, one after another, and where we are in it. Raises: SourceError,
+    OSError.
+    """
 
     def __init__(self, name: str, blob: Blob, is_packed: bool) -> None:
         self._name = name
@@ -184,7 +228,9 @@ class _Headers:
         self._file = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if is_packed else file
         self.at = 0
         self.garbage = ""
-        """What garbage follows, known at the end: the gzip data, or the end of the archive. Empty: there is none."""
+        """What garbage follows, known at the end: the gzip data, or the end of the archive. Empty:
+        there is none.
+        """
 
     def __iter__(self) -> Iterator[_Member]:
         common: dict[bytes, bytes] = {}
@@ -210,36 +256,48 @@ class _Headers:
                     own |= fields
                 continue
             own = {}
-            end = self.at + (0 if member.kind in _WITHOUT_DATA else -(-member.size // _BLOCK) * _BLOCK)
+            end = self.at + (
+                0 if member.kind in _WITHOUT_DATA else -(-member.size // _BLOCK) * _BLOCK
+            )
             yield member
             self._go_to(end, member)
         if self.at == 0:
             raise SourceError(f"source {self._name} is empty, and no tar archive. Get it again.")
 
     def _pass_over_garbage(self) -> None:
-        """Read what follows the end and is no header. A header behind it shows that an archive is damaged there. Raises: SourceError."""
+        """Read what follows the end and is no header. A header behind it shows that an archive is
+        damaged there. Raises: SourceError.
+        """
         start = self.at - _BLOCK
         while block := self._block(_END_BLOCKS):
             self.at += len(block)
             if block[257:262] == b"ustar" and _is_header(block):
-                raise self._damaged(f"at byte {start:,} there should be a header, and the next one is at byte {self.at - _BLOCK:,}")
+                raise self._damaged(
+                    f"at byte {start:,} there should be a header, and the next one is at byte"
+                    f" {self.at - _BLOCK:,}"
+                )
         self.garbage = self.garbage or f"the end of the archive, at byte {start:,},"
 
     def _block(self, ended: int) -> bytes:
         """Read the next block, `b""` at the end. Raises: OSError, EOFError, zlib.error.
 
-        Garbage after gzip data is ignored, as by gzip and tar, but only after the end of the tar. Elsewhere it may hide members.
+        Garbage after gzip data is ignored, as by gzip and tar, but only after the end of the tar.
+        Elsewhere it may hide members.
         """
         try:
             return self._file.read(_BLOCK)
         except gzip.BadGzipFile as error:
-            if ended < _END_BLOCKS or not str(error).startswith("Not a gzipped file"):  # not a wrong checksum
+            if ended < _END_BLOCKS or not str(error).startswith(
+                "Not a gzipped file"
+            ):  # not a wrong checksum
                 raise
             self.garbage = "its gzip data"
             return b""
 
     def checksum(self, member: _Member) -> tuple[int, int]:
-        """CRC-32 of a member's header and, if the archive is packed, of its data: they have to be unpacked anyway."""
+        """CRC-32 of a member's header and, if the archive is packed, of its data: they have to be
+        unpacked anyway.
+        """
         crc = 0
         if self.is_packed:
             while self.at < member.start + member.size:
@@ -256,7 +314,10 @@ class _Headers:
         if block[257:263] == b"ustar\0" and block[345] != 0:
             name = _until_nul(block[345:500]) + b"/" + name
         if kind not in _ABOUT_THE_NEXT:
-            name, link = fields.get(b"GNU.sparse.name", fields.get(b"path", name)), fields.get(b"linkpath", link)
+            name, link = (
+                fields.get(b"GNU.sparse.name", fields.get(b"path", name)),
+                fields.get(b"linkpath", link),
+            )
         size = _number(block[124:136])
         if kind not in _ABOUT_THE_NEXT and b"size" in fields:
             size = int(fields[b"size"]) if _DECIMAL.fullmatch(fields[b"size"]) else -1
@@ -277,7 +338,9 @@ class _Headers:
     def _fields(self, member: _Member) -> dict[bytes, bytes]:
         """The fields that a PAX header or a long name gives to what follows."""
         if member.size > _LONGEST_HEADER:
-            raise self._damaged(f"at byte {member.start - _BLOCK:,} a header says that it has {member.size:,} bytes")
+            raise self._damaged(
+                f"at byte {member.start - _BLOCK:,} a header says that it has {member.size:,} bytes"
+            )
         data = self._exactly(-(-member.size // _BLOCK) * _BLOCK, "a long header")[: member.size]
         if member.kind in (b"L", b"K"):
             return {b"path" if member.kind == b"L" else b"linkpath": _until_nul(data)}
@@ -286,7 +349,9 @@ class _Headers:
             record = _PAX_RECORD.match(data, at)
             length = int(record[1]) if record else 0
             if record is None or not record.end() - at < length <= len(data) - at:
-                raise self._damaged(f"at byte {member.start + at:,} a PAX header has no sensible record")
+                raise self._damaged(
+                    f"at byte {member.start + at:,} a PAX header has no sensible record"
+                )
             name, _, value = data[record.end() : at + length - 1].partition(b"=")
             if name in (b"path", b"linkpath", b"size") or name.startswith(b"GNU.sparse."):
                 fields[name] = value
@@ -315,7 +380,10 @@ class _Headers:
 
     def _no_header(self, block: bytes) -> SourceError:
         if self.at <= _BLOCK:
-            return SourceError(f"source {self._name} is no tar archive: it does not begin with a header. Give one, or its folder.")
+            return SourceError(
+                f"source {self._name} is no tar archive: it does not begin with a header. Give one,"
+                " or its folder."
+            )
         if len(block) < _BLOCK:
             return self._cut("a header")
         return self._damaged(f"at byte {self.at - _BLOCK:,} there should be a header, and is none")
@@ -324,11 +392,16 @@ class _Headers:
         return SourceError(f"source {self._name} is damaged: {why}. {GET_IT_AGAIN}")
 
     def _cut(self, what: str) -> SourceError:
-        return SourceError(f"source {self._name} is cut short: it ends at byte {self.at:,}, inside {what}. {GET_IT_AGAIN}")
+        return SourceError(
+            f"source {self._name} is cut short: it ends at byte {self.at:,}, inside {what}."
+            f" {GET_IT_AGAIN}"
+        )
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether a block's checksum is right, as signed or unsigned bytes: there were writers of both."""
+    """Whether a block's checksum is right, as signed or unsigned bytes: there were writers of
+    both.
+    """
     if len(block) < _BLOCK:
         return False
     told, counted = _number(block[148:156]), block[:148] + b" " * 8 + block[156:]
@@ -336,7 +409,9 @@ def _is_header(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """A number in octal digits, or in base 256 where its first bit is set; -1 for what is neither."""
+    """A number in octal digits, or in base 256 where its first bit is set; -1 for what is
+    neither.
+    """
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = _until_nul(field).strip()

@@ -1,7 +1,9 @@
-"""A zip archive, read in place: its directory streams by once, and an image is found again by what the directory said of it.
+"""A zip archive, read in place: its directory streams by once, and an image is found again by what
+the directory said of it.
 
-Nothing is ever extracted: names with `..`, backslashes or a leading slash are names and nothing else. A name that is there twice is two
-images. The standard library's reader is not used, because it holds every member of the directory in memory.
+Nothing is ever extracted: names with `..`, backslashes or a leading slash are names and nothing
+else. A name that is there twice is two images. The standard library's reader is not used, because
+it holds every member of the directory in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
 _LOCATOR = struct.Struct("<QQQLHHB")
-"""Ours: offset of the local header, compressed and uncompressed size, CRC-32, method, flags, whether it is a symbolic link."""
+"""Ours: offset of the local header, compressed and uncompressed size, CRC-32, method, flags,
+whether it is a symbolic link.
+"""
 
 _LONGEST_COMMENT = 65_535
 _DIRECTORY_BLOCK_BYTES = 2**18
@@ -39,17 +43,30 @@ _LOCAL_EXTRA_BYTES = 64
 """Read along with a member's header: most writers put 0 to 36 bytes of extra fields there."""
 _LZMA_MEMORY_BYTES = 2**28
 _WRAP = 2**32
-"""Writers without zip64, such as the Finder of macOS, keep only the low 32 bits of larger offsets and sizes."""
+"""Writers without zip64, such as the Finder of macOS, keep only the low 32 bits of larger offsets
+and sizes.
+"""
 
 _ENCRYPTED_FLAGS = 0x0001 | 0x0040 | 0x2000
 _PATCH_FLAG = 0x0020
 _END_MARKER_FLAG = 0x0002
 _DEFLATE, _BZIP2, _LZMA = 8, 12, 14
-_METHODS = {1: "Shrink", 6: "Implode", 9: "Deflate64", 20: "Zstandard", 93: "Zstandard", 95: "xz", 98: "PPMd", 99: "AES encryption"}
+_METHODS = {
+    1: "Shrink",
+    6: "Implode",
+    9: "Deflate64",
+    20: "Zstandard",
+    93: "Zstandard",
+    95: "xz",
+    98: "PPMd",
+    99: "AES encryption",
+}
 _UNIX, _DOS_FOLDER = 3, 0x10
-_ENCODINGS = """utf-8 cp437 cp850 cp852 cp857 cp862 cp866 cp874 cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1258 cp932 cp949 gb18030
-    big5 mac_roman""".split()
-"""Encodings of names: UTF-8, and the code pages that tools on Windows, DOS and macOS use by default."""
+_ENCODINGS = """utf-8 cp437 cp850 cp852 cp857 cp862 cp866 cp874 cp1250 cp1251 cp1252 cp1253
+    cp1254 cp1255 cp1256 cp1258 cp932 cp949 gb18030 big5 mac_roman""".split()
+"""Encodings of names: UTF-8, and the code pages that tools on Windows, DOS and macOS use by
+default.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,9 @@ class _Directory:
     modulo: int
     """Members are counted modulo this: old writers let the count of 16 bits run over."""
     prefix: int
-    """Bytes before the archive, such as the program of one that unpacks itself; offsets do not count them."""
+    """Bytes before the archive, such as the program of one that unpacks itself; offsets do not
+    count them.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +110,9 @@ class ZipSource:
         self._location = location
         self._blob = LazyBlob(lambda: open_blob(location))
         self._wraps = 0
-        """How often the offset of the last member that was read had wrapped around 32 bits. Its neighbours are likely to be near it."""
+        """How often the offset of the last member that was read had wrapped around 32 bits. Its
+        neighbours are likely to be near it.
+        """
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """See `Source.entries`. In the order of the directory."""
@@ -101,25 +122,43 @@ class ZipSource:
             for member in self._members(blob, self._directory(blob)):
                 if not member.is_folder and chosen(member.name):
                     sizes = (member.stored_bytes, member.bytes, member.crc)
-                    locator = _LOCATOR.pack(member.offset, *sizes, member.method, member.flags, member.is_link)
-                    yield Entry(self._position, member.name, member.bytes if member.bytes < 2**63 else -1, locator=locator)
+                    locator = _LOCATOR.pack(
+                        member.offset, *sizes, member.method, member.flags, member.is_link
+                    )
+                    yield Entry(
+                        self._position,
+                        member.name,
+                        member.bytes if member.bytes < 2**63 else -1,
+                        locator=locator,
+                    )
         except OSError as error:
             raise cannot_read(self.name, error, "a zip archive") from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. One read, or two where the member's header is longer than most; more where its offset has wrapped."""
+        """See `Source.fetch`. One read, or two where the member's header is longer than most; more
+        where its offset has wrapped.
+        """
         offset, stored_bytes, size, crc, method, flags, is_link = _LOCATOR.unpack(locator)
         _refuse(method, flags, is_link)
-        if max(size, stored_bytes - stored_bytes // 8) > max_bytes:  # what cannot be made smaller grows by far less than an eighth
-            raise BadImage(Status.TOO_LARGE, f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}")
+        if (
+            max(size, stored_bytes - stored_bytes // 8) > max_bytes
+        ):  # what cannot be made smaller grows by far less than an eighth
+            raise BadImage(
+                Status.TOO_LARGE,
+                f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}",
+            )
         stored = self._stored(path, offset, stored_bytes)
         data = _unpacked(stored, size, method, flags)
         if zlib.crc32(data) != crc:
-            raise BadImage(Status.CORRUPT, "its checksum differs from the one in the archive's directory")
+            raise BadImage(
+                Status.CORRUPT, "its checksum differs from the one in the archive's directory"
+            )
         return data
 
     def _stored(self, path: bytes, offset: int, stored_bytes: int) -> bytes:
-        """Return the bytes of a member as they are stored, from the first place that its offset may mean. Raises: BadImage."""
+        """Return the bytes of a member as they are stored, from the first place that its offset may
+        mean. Raises: BadImage.
+        """
         wraps = self._wraps
         stored = self._stored_at(path, offset + wraps * _WRAP, stored_bytes)
         if isinstance(stored, bytes):
@@ -136,7 +175,9 @@ class ZipSource:
         raise first
 
     def _stored_at(self, path: bytes, offset: int, stored_bytes: int) -> bytes | BadImage:
-        """Return the bytes of the member whose header is at `offset`, or why there is no such header. Raises: BadImage."""
+        """Return the bytes of the member whose header is at `offset`, or why there is no such
+        header. Raises: BadImage.
+        """
         guess = _LOCAL.size + len(path) + _LOCAL_EXTRA_BYTES + stored_bytes
         data = self._blob.read_at(offset, guess)
         if len(data) < _LOCAL.size:
@@ -152,17 +193,28 @@ class ZipSource:
         if not _is_same_name(data[_LOCAL.size : _LOCAL.size + name_bytes], path):
             return BadImage(Status.CORRUPT, _NOT_HERE)
         if len(data) < start + stored_bytes:
-            raise BadImage(Status.TRUNCATED, f"the archive ends {start + stored_bytes - len(data)} bytes before it does")
+            raise BadImage(
+                Status.TRUNCATED,
+                f"the archive ends {start + stored_bytes - len(data)} bytes before it does",
+            )
         return data[start : start + stored_bytes]
 
     def _directory(self, blob: Blob) -> _Directory:
         """Find the central directory from the end of the archive. Raises: SourceError, OSError."""
         tail_at = max(0, blob.size - _END.size - _LONGEST_COMMENT)
         tail = blob.read_at(tail_at, blob.size - tail_at)
-        ends = [match.start() for match in re.finditer(b"PK\5\6", tail) if match.start() + _END.size <= len(tail)]
+        ends = [
+            match.start()
+            for match in re.finditer(b"PK\5\6", tail)
+            if match.start() + _END.size <= len(tail)
+        ]
         if not ends:
-            raise SourceError(f"source {self.name} is no zip archive, or is cut short: its directory is missing. {GET_IT_AGAIN}")
-        # The last one whose comment ends where the archive does; a comment may itself hold the signature, and rubbish may follow.
+            raise SourceError(
+                f"source {self.name} is no zip archive, or is cut short: its directory is missing."
+                f" {GET_IT_AGAIN}"
+            )
+        # The last one whose comment ends where the archive does; a comment may itself hold the
+        # signature, and rubbish may follow.
         closed = [at for at in ends if at + _END.size + _END.unpack_from(tail, at)[-1] == len(tail)]
         at = closed[-1] if closed else ends[-1]
         _, disk, first_disk, _, members, size, start, _ = _END.unpack_from(tail, at)
@@ -173,36 +225,53 @@ class ZipSource:
             modulo = 2**64
         if disk or first_disk:
             raise SourceError(
-                f"source {self.name} is volume {disk + 1} of an archive in several. Join them first: `zip -s 0 FIRST.zip --out WHOLE.zip`."
+                f"source {self.name} is volume {disk + 1} of an archive in several. Join them"
+                " first: `zip -s 0 FIRST.zip --out WHOLE.zip`."
             )
         if size > directory_end:
-            raise self._damaged(f"it should have {size:,} bytes, {directory_end:,} lie before its end")
+            raise self._damaged(
+                f"it should have {size:,} bytes, {directory_end:,} lie before its end"
+            )
         if found is None and (directory_end - size - start) % _WRAP == 0:
             start = directory_end - size  # the offset of a directory beyond 4 GiB may have wrapped
         for prefix in (directory_end - size - start, 0):
             at = prefix + start
-            if prefix >= 0 and at <= directory_end and (members == 0 or blob.read_at(at, 4) == b"PK\1\2"):
+            if (
+                prefix >= 0
+                and at <= directory_end
+                and (members == 0 or blob.read_at(at, 4) == b"PK\1\2")
+            ):
                 break
         else:
             raise self._damaged(f"nothing of it lies at byte {start:,}")
         if prefix and (blob.read_at(0, 4) == b"PK\3\4" or _ends_with_header(blob, prefix)):
-            # A program may lie in front of an archive. If another archive does, that is the one which was asked for.
+            # A program may lie in front of an archive. If another archive does, that is the one
+            # which was asked for.
             raise SourceError(
-                f"source {self.name} is cut short: its directory is missing; the last one there is of an archive within it. {GET_IT_AGAIN}"
+                f"source {self.name} is cut short: its directory is missing; the last one there is"
+                f" of an archive within it. {GET_IT_AGAIN}"
             )
         return _Directory(at, size, members, modulo, prefix)
 
     def _end_64(self, blob: Blob, end: int) -> tuple[int, tuple[int, ...]] | None:
-        """The zip64 end record that belongs to the end record at `end`: where it lies and its fields; None where there is none."""
+        """The zip64 end record that belongs to the end record at `end`: where it lies and its
+        fields; None where there is none.
+        """
         locator_at = end - _END_64_LOCATOR.size
-        signature, disk, record_at, disks = _END_64_LOCATOR.unpack(blob.read_at(locator_at, _END_64_LOCATOR.size))
+        signature, disk, record_at, disks = _END_64_LOCATOR.unpack(
+            blob.read_at(locator_at, _END_64_LOCATOR.size)
+        )
         if signature != b"PK\6\7":
             return None
         if disk or disks > 1:
             raise SourceError(
-                f"source {self.name} is one volume of an archive in {disks}. Join them first: `zip -s 0 FIRST.zip --out WHOLE.zip`."
+                f"source {self.name} is one volume of an archive in {disks}. Join them first: `zip"
+                " -s 0 FIRST.zip --out WHOLE.zip`."
             )
-        for at in (record_at, locator_at - _END_64.size):  # the latter where something was put in front of the archive
+        for at in (
+            record_at,
+            locator_at - _END_64.size,
+        ):  # the latter where something was put in front of the archive
             record = blob.read_at(at, _END_64.size) if 0 <= at <= locator_at - _END_64.size else b""
             if record[:4] == b"PK\6\6":
                 return at, _END_64.unpack(record)
@@ -218,8 +287,28 @@ class ZipSource:
             if head[:4] == b"PK\5\5":
                 break  # a digital signature ends the directory
             if len(head) < _CENTRAL.size or head[:4] != b"PK\1\2":
-                raise self._damaged(f"member {count + 1:,} of it, at byte {file.tell() - len(head):,}, is none")
-            _, made_by, _, flags, method, _, _, crc, packed, size, names, extras, comments, _, _, outside, offset = _CENTRAL.unpack(head)
+                raise self._damaged(
+                    f"member {count + 1:,} of it, at byte {file.tell() - len(head):,}, is none"
+                )
+            (
+                _,
+                made_by,
+                _,
+                flags,
+                method,
+                _,
+                _,
+                crc,
+                packed,
+                size,
+                names,
+                extras,
+                comments,
+                _,
+                _,
+                outside,
+                offset,
+            ) = _CENTRAL.unpack(head)
             rest = file.read(names + extras + comments)
             left -= _CENTRAL.size + len(rest)
             if len(rest) < names + extras + comments or left < 0:
@@ -228,13 +317,26 @@ class ZipSource:
             packed, size, offset = _widened(extra, packed, size, offset)
             unix_mode = outside >> 16 if made_by >> 8 == _UNIX else 0
             is_folder = name.endswith(b"/") or bool(outside & _DOS_FOLDER and not size)
-            yield _Member(name, offset + directory.prefix, packed, size, crc, method, flags, is_folder, stat.S_ISLNK(unix_mode))
+            yield _Member(
+                name,
+                offset + directory.prefix,
+                packed,
+                size,
+                crc,
+                method,
+                flags,
+                is_folder,
+                stat.S_ISLNK(unix_mode),
+            )
             count += 1
         if count % directory.modulo != directory.members:
             raise self._damaged(f"it holds {count:,} members and should hold {directory.members:,}")
 
     def _damaged(self, why: str) -> SourceError:
-        return SourceError(f"source {self.name}: the directory of the zip archive is damaged: {why}. {GET_IT_AGAIN}")
+        return SourceError(
+            f"source {self.name}: the directory of the zip archive is damaged: {why}."
+            f" {GET_IT_AGAIN}"
+        )
 
 
 def _widened(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, int, int]:
@@ -243,20 +345,32 @@ def _widened(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, in
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            field = iter(struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4))
-            size, packed, offset = (next(field, value) if value == 0xFFFFFFFF else value for value in (size, packed, offset))
+            field = iter(
+                struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4)
+            )
+            size, packed, offset = (
+                next(field, value) if value == 0xFFFFFFFF else value
+                for value in (size, packed, offset)
+            )
             break
         at += 4 + length
-    return packed, size, min(offset, 2**63)  # beyond the end of every archive, also when a prefix is added
+    return (
+        packed,
+        size,
+        min(offset, 2**63),
+    )  # beyond the end of every archive, also when a prefix is added
 
 
-_NOT_HERE = "it is not where the archive's directory says, or the archive was changed since it was listed"
+_NOT_HERE = (
+    "it is not where the archive's directory says, or the archive was changed since it was listed"
+)
 
 
 def _is_same_name(local: bytes, central: bytes) -> bool:
     """Return whether the names in a member's header and in the directory are the same name.
 
-    Some writers use `\\` in one and `/` in the other, or two encodings, such as UTF-8 and the code page of the machine.
+    Some writers use `\\` in one and `/` in the other, or two encodings, such as UTF-8 and the code
+    page of the machine.
     """
     return local == central or not _spellings(local).isdisjoint(_spellings(central))
 
@@ -271,39 +385,63 @@ def _spellings(name: bytes) -> set[str]:
 
 
 def _ends_with_header(blob: Blob, end: int) -> bool:
-    """Return whether a member's header ends at `end`, so that what follows is the data of that member."""
+    """Return whether a member's header ends at `end`, so that what follows is the data of that
+    member.
+    """
     data = blob.read_at(max(0, end - _LONGEST_COMMENT), min(end, _LONGEST_COMMENT))
-    headers = (match.start() for match in re.finditer(b"PK\3\4", data) if match.start() + _LOCAL.size <= len(data))
-    return any(at + _LOCAL.size + sum(_LOCAL.unpack_from(data, at)[-2:]) == len(data) for at in headers)
+    headers = (
+        match.start()
+        for match in re.finditer(b"PK\3\4", data)
+        if match.start() + _LOCAL.size <= len(data)
+    )
+    return any(
+        at + _LOCAL.size + sum(_LOCAL.unpack_from(data, at)[-2:]) == len(data) for at in headers
+    )
 
 
 def _refuse(method: int, flags: int, is_link: bool) -> None:
     """Raises: BadImage for a member that cannot be had, whatever its bytes are."""
     if is_link:
-        raise BadImage(Status.READ_ERROR, "is a symbolic link in the archive: such links are not followed")
+        raise BadImage(
+            Status.READ_ERROR, "is a symbolic link in the archive: such links are not followed"
+        )
     if flags & _ENCRYPTED_FLAGS:
-        raise BadImage(Status.UNSUPPORTED, "is encrypted. Unpack the archive with its password and give the folder")
+        raise BadImage(
+            Status.UNSUPPORTED,
+            "is encrypted. Unpack the archive with its password and give the folder",
+        )
     if flags & _PATCH_FLAG or method not in (0, _DEFLATE, _BZIP2, _LZMA):
         name = "patch data" if flags & _PATCH_FLAG else _METHODS.get(method, "unknown")
         raise BadImage(
             Status.UNSUPPORTED,
-            f"is packed by method {method} ({name}); stored, Deflate, bzip2 and LZMA can be read. Unpack the archive and give the folder",
+            f"is packed by method {method} ({name}); stored, Deflate, bzip2 and LZMA can be read."
+            " Unpack the archive and give the folder",
         )
 
 
 def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
-    """Unpack a member; never more than its `size` and one byte, whatever it would become. Raises: BadImage."""
+    """Unpack a member; never more than its `size` and one byte, whatever it would become. Raises:
+    BadImage.
+    """
     if method == 0:
         if len(stored) != size:
-            raise BadImage(Status.CORRUPT, f"is stored in {len(stored)} bytes, the archive's directory says {size}")
+            raise BadImage(
+                Status.CORRUPT,
+                f"is stored in {len(stored)} bytes, the archive's directory says {size}",
+            )
         return stored
     try:
         data, is_whole = _DECOMPRESS[method](stored, size, flags)
     except (zlib.error, OSError, EOFError, lzma.LZMAError) as error:
         too_large = isinstance(error, lzma.LZMAError) and "emory" in str(error)
-        raise BadImage(Status.TOO_LARGE if too_large else Status.CORRUPT, f"cannot be unpacked: {error}") from error
+        raise BadImage(
+            Status.TOO_LARGE if too_large else Status.CORRUPT, f"cannot be unpacked: {error}"
+        ) from error
     if len(data) > size:
-        raise BadImage(Status.CORRUPT, f"unpacks to more than the {size} bytes that the archive's directory says")
+        raise BadImage(
+            Status.CORRUPT,
+            f"unpacks to more than the {size} bytes that the archive's directory says",
+        )
     if len(data) < size:
         status = Status.CORRUPT if is_whole else Status.TRUNCATED
         raise BadImage(status, f"unpacks to {len(data)} bytes, the archive's directory says {size}")
@@ -321,11 +459,17 @@ def _bunzip2(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:  # noq
 
 
 def _unlzma(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:
-    """The zip form of LZMA has a version and the length of the properties where an .lzma file has its sizes."""
+    """The zip form of LZMA has a version and the length of the properties where an .lzma file has
+    its sizes.
+    """
     told = 2**64 - 1 if flags & _END_MARKER_FLAG else size
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_BYTES)
     data = unpacker.decompress(stored[4:9] + struct.pack("<Q", told) + stored[9:], size + 1)
     return data, unpacker.eof
 
 
-_DECOMPRESS: dict[int, Callable[[bytes, int, int], tuple[bytes, bool]]] = {_DEFLATE: _inflate, _BZIP2: _bunzip2, _LZMA: _unlzma}
+_DECOMPRESS: dict[int, Callable[[bytes, int, int], tuple[bytes, bool]]] = {
+    _DEFLATE: _inflate,
+    _BZIP2: _bunzip2,
+    _LZMA: _unlzma,
+}

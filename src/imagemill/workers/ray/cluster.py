@@ -1,4 +1,6 @@
-"""The `Machines` of `--engine ray`: a cluster's nodes, and how this process comes to it and leaves it."""
+"""The `Machines` of `--engine ray`: a cluster's nodes, and how this process comes to it and leaves
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +26,40 @@ _log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
 _LOOPBACK = "127.0.0.2"
-"""Where a cluster that is started here listens: Ray turns 127.0.0.1 into the machine's address in its network, for all to reach."""
+"""Where a cluster that is started here listens: Ray turns 127.0.0.1 into the machine's address in
+its network, for all to reach.
+"""
 _OBJECT_STORE_BYTES = 2**28
-"""Of a cluster that is started here; only models pass through it, and its one node has them already."""
+"""Of a cluster that is started here; only models pass through it, and its one node has them
+already.
+"""
 
 
 def load_ray() -> Any:
     """Import Ray with its usage statistics off. Raises: UsageError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it advises to set this, on stderr, at each start
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+    )  # else it advises to set this, on stderr, at each start
     try:
         return importlib.import_module("ray")
     except ImportError as error:
-        raise UsageError("--engine ray needs a package that is not installed. Type: pip install 'imagemill[ray]'") from error
+        raise UsageError(
+            "--engine ray needs a package that is not installed. Type: pip install 'imagemill[ray]'"
+        ) from error
 
 
 class Cluster:
-    """The `Machines` of `--engine ray`: the cluster that RAY_ADDRESS names, or that runs on this machine, or one that is started here.
+    """The `Machines` of `--engine ray`: the cluster that RAY_ADDRESS names, or that runs on this
+    machine, or one that is started here.
 
     Args:
         say: takes a line for the user.
         allow_mixed: whether nodes may differ in what decides the last bits of answers.
 
     Raises:
-        UsageError: Ray is not installed, or RAY_ADDRESS makes no sense. DeviceError: the cluster cannot be reached.
+        UsageError: Ray is not installed, or RAY_ADDRESS makes no sense. DeviceError: the cluster
+        cannot be reached.
     """
 
     def __init__(self, say: Callable[[str], None], *, allow_mixed: bool = False) -> None:
@@ -62,14 +74,16 @@ class Cluster:
             self._connect()
             if before is not None:
                 with contextlib.suppress(ValueError):  # not the main thread: nobody has changed it
-                    signal.signal(signal.SIGTERM, before)  # a cluster that is started here takes it for itself
+                    signal.signal(
+                        signal.SIGTERM, before
+                    )  # a cluster that is started here takes it for itself
 
     def _connect(self) -> None:
         address = os.environ.get("RAY_ADDRESS", "")
         if "://" in address:
             raise UsageError(
-                f"RAY_ADDRESS {address}: imagemill must run on a machine of the cluster. Type it there (`ray exec` does), with HOST:PORT, "
-                "or without RAY_ADDRESS."
+                f"RAY_ADDRESS {address}: imagemill must run on a machine of the cluster. Type it"
+                " there (`ray exec` does), with HOST:PORT, or without RAY_ADDRESS."
             )
         if address not in ("", "local", "auto"):
             _refuse_deaf(address)
@@ -88,13 +102,21 @@ class Cluster:
                 if address:
                     raise _no_cluster(address) from error
             except RuntimeError as error:  # other versions of Python or Ray than the cluster's
-                raise DeviceError(f"Ray cluster {address or 'of this machine'}: {' '.join(str(error).split())}") from error
+                raise DeviceError(
+                    f"Ray cluster {address or 'of this machine'}: {' '.join(str(error).split())}"
+                ) from error
         cores = len(devices.usable_cores())
-        here: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
+        here: dict[str, Any] = {
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
         if sys.platform == "linux":
             here["_node_ip_address"] = _LOOPBACK
         self.ray.init(address="local", num_cpus=cores, **here, **quiet)
-        self._say(f"no Ray cluster was named: one was started on this machine, for this job, with {cores} CPUs")
+        self._say(
+            f"no Ray cluster was named: one was started on this machine, for this job, with {cores}"
+            " CPUs"
+        )
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
         """See `Machines.devices`: those of all nodes, in the order of the nodes' names."""
@@ -107,12 +129,15 @@ class Cluster:
         if not self._places:
             offered = "; ".join(f"{node.name}: {offer(node)}" for node in nodes) or "it has no node"
             raise DeviceError(
-                f"--devices {spec}: no node of the Ray cluster offers that ({offered}). Start nodes that do (`ray start --num-cpus N`, "
+                f"--devices {spec}: no node of the Ray cluster offers that ({offered}). Start nodes"
+                " that do (`ray start --num-cpus N`, "
                 """`--num-gpus N`, `--resources '{"ipu": N}'`), or wait for them: `ray status`."""
             )
         hosts = len({place.node.id for place in self._places.values()})
         self._say(f"Ray: {len(self._places)} workers on {hosts} of {len(nodes)} nodes")
-        return tuple(place.device(int(name.rpartition("#")[2])) for name, place in self._places.items())
+        return tuple(
+            place.device(int(name.rpartition("#")[2])) for name, place in self._places.items()
+        )
 
     def nodes(self) -> list[Node]:
         """The live nodes, by name."""
@@ -121,19 +146,39 @@ class Cluster:
         except Exception as error:  # whatever a cluster that goes down comes up with
             told = " ".join(str(error).split())
             raise DeviceError(
-                f"the Ray cluster does not answer: {told}. Repeat the command once it does: finished parts are kept."
+                f"the Ray cluster does not answer: {told}. Repeat the command once it does:"
+                " finished parts are kept."
             ) from error
         found = []
         for item in every:
             if item["Alive"]:
                 name = item.get("NodeName") or item["NodeManagerAddress"]
-                found.append(Node(item["NodeID"], f"{name} ({item['NodeID'][:8]})", item["Resources"]))
+                found.append(
+                    Node(item["NodeID"], f"{name} ({item['NodeID'][:8]})", item["Resources"])
+                )
         return sorted(found, key=lambda node: node.name)
 
-    def crew(self, job: Job, paths: JobPaths, chosen: Sequence[DeviceSpec], left: Sequence[Shard], plan_nonce: str) -> Crew:
+    def crew(
+        self,
+        job: Job,
+        paths: JobPaths,
+        chosen: Sequence[DeviceSpec],
+        left: Sequence[Shard],
+        plan_nonce: str,
+    ) -> Crew:
         """See `Machines.crew`."""
         begun = [Seat(device, self._places[device.name]) for device in chosen]
-        return RayCrew(self, job, paths, begun, left, plan_nonce, self._asked, self._say, allow_mixed=self._allow_mixed)
+        return RayCrew(
+            self,
+            job,
+            paths,
+            begun,
+            left,
+            plan_nonce,
+            self._asked,
+            self._say,
+            allow_mixed=self._allow_mixed,
+        )
 
     def close(self) -> None:
         """See `Machines.close`."""
@@ -149,14 +194,18 @@ class _NoFolders(list[str]):
 
 
 def _without_working_directory() -> Any:
-    """Return a configuration with which Ray does not put our working directory on the `sys.path` of its workers."""
+    """Return a configuration with which Ray does not put our working directory on the `sys.path` of
+    its workers.
+    """
     config: Any = importlib.import_module("ray.job_config").JobConfig()
     config._py_driver_sys_path = _NoFolders()
     return config
 
 
 def _refuse_deaf(address: str) -> None:
-    """Look whether anything listens there: Ray itself would try for minutes. Raises: DeviceError."""
+    """Look whether anything listens there: Ray itself would try for minutes. Raises:
+    DeviceError.
+    """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
@@ -165,11 +214,16 @@ def _refuse_deaf(address: str) -> None:
 
 
 def _no_cluster(address: str) -> DeviceError:
-    return DeviceError(f"RAY_ADDRESS {address}: no Ray cluster answers there. Look with `ray status --address {address}`.")
+    return DeviceError(
+        f"RAY_ADDRESS {address}: no Ray cluster answers there. Look with `ray status --address"
+        f" {address}`."
+    )
 
 
 def _send_messages_to_the_log() -> None:
-    """What Ray has to say of workers that died it prints to stdout, where exactly one JSON object may be."""
+    """What Ray has to say of workers that died it prints to stdout, where exactly one JSON object
+    may be.
+    """
     module: Any = importlib.import_module("ray._private.worker")
 
     def to_the_log(data: Mapping[str, Any], *_: object, **__: object) -> None:

@@ -1,7 +1,9 @@
-"""One device on a node of a cluster: checks the node, fetches what it lacks, and supervises the worker there. It knows nothing of Ray.
+"""One device on a node of a cluster: checks the node, fetches what it lacks, and supervises the
+worker there. It knows nothing of Ray.
 
-The launcher, on another machine, asks: `prepare` once, then `turn` again and again. A turn carries the launcher's words to the worker and
-what the worker says back, and ends as soon as there is something to tell.
+The launcher, on another machine, asks: `prepare` once, then `turn` again and again. A turn carries
+the launcher's words to the worker and what the worker says back, and ends as soon as there is
+something to tell.
 """
 
 from __future__ import annotations
@@ -40,13 +42,22 @@ _LOOKS, _LOOK_S = 5, 1.0
 _SAMPLED = 3
 _END_S = 2.0
 UNITS = "vector units"
-"""Key of `identity` whose value is compared between nodes, not with the launcher's machine, which may have no worker."""
+"""Key of `identity` whose value is compared between nodes, not with the launcher's machine, which
+may have no worker.
+"""
 
 
 def identity(backends: Sequence[str]) -> dict[str, str]:
-    """What of this machine decides the last bits of an answer: versions by name, and the processor's vector units."""
+    """What of this machine decides the last bits of an answer: versions by name, and the
+    processor's vector units.
+    """
     found = {"imagemill": __version__, "decoder": DECODER}
-    for name in ("pillow", "simplejpeg", "numpy", *(library for backend in backends for library in _LIBRARIES.get(backend, ()))):
+    for name in (
+        "pillow",
+        "simplejpeg",
+        "numpy",
+        *(library for backend in backends for library in _LIBRARIES.get(backend, ())),
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -107,16 +118,22 @@ class Restart:
 class Report:
     """What came of one turn."""
 
-    heard: tuple[protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died, ...]
+    heard: tuple[
+        protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died, ...
+    ]
     told: Told
 
 
 def sample(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
-    """A few images, spread over the shards, as this machine reads them; those that it cannot read are left out."""
+    """A few images, spread over the shards, as this machine reads them; those that it cannot read
+    are left out.
+    """
     folder = JobPaths.of(job.output).plan
     opened = sources.open_all(job.sources, aside=folder, access=job.access)
     found = []
-    for shard in {shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])}.values():
+    for shard in {
+        shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])
+    }.values():
         row = plan.read(folder, shard)[0]
         try:
             data = opened[row.source].fetch(row.path, row.locator, job.limits.max_bytes)
@@ -127,13 +144,21 @@ def sample(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
 
 
 def model_files(job: Job) -> tuple[ModelFile, ...]:
-    """The files that the job's model consists of, the one that is compiled first. Raises: ModelError."""
+    """The files that the job's model consists of, the one that is compiled first. Raises:
+    ModelError.
+    """
     file = Path(job.model_file)
     beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else [file.with_name(bundle.DATA)]
     try:
-        return tuple(ModelFile(path.name, bundle.sha256(path)) for path in (file, *(path for path in beside if path.is_file())))
+        return tuple(
+            ModelFile(path.name, bundle.sha256(path))
+            for path in (file, *(path for path in beside if path.is_file()))
+        )
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}. Get the model again with imagemill get-model.") from error
+        raise ModelError(
+            f"{file} cannot be read: {error.strerror}. Get the model again with imagemill"
+            " get-model."
+        ) from error
 
 
 class Station:
@@ -141,7 +166,8 @@ class Station:
 
     Args:
         order: what to do.
-        contents: the model's files, in the order's order, where this machine turned out to lack them.
+        contents: the model's files, in the order's order, where this machine turned out to lack
+        them.
 
     Raises:
         ImagemillError: the node is not fit for the job; says which, why, and what to do.
@@ -162,7 +188,9 @@ class Station:
         if self._job is not None:
             self._worker = Supervisor(self._job, self._device)
 
-    def turn(self, messages: Sequence[Lease | protocol.Pause | protocol.Stop | Restart], seconds: float) -> Report:
+    def turn(
+        self, messages: Sequence[Lease | protocol.Pause | protocol.Stop | Restart], seconds: float
+    ) -> Report:
         """Pass messages on to the worker; return as soon as it said something, or after so long."""
         assert self._worker is not None
         assert self._job is not None
@@ -204,20 +232,32 @@ class Station:
         remedy = (
             "See that the node has the store's endpoint and credentials in its environment."
             if self._paths.url
-            else "Give an --output on storage that all nodes share, under the same path, or in an object store (s3://…)."
+            else (
+                "Give an --output on storage that all nodes share, under the same path, or in an"
+                " object store (s3://…)."
+            )
         )
-        raise OutputError(f"--output {self._paths.output} on node {self._order.node} is not what it is on the launcher's: {why}. {remedy}")
+        raise OutputError(
+            f"--output {self._paths.output} on node {self._order.node} is not what it is on the"
+            f" launcher's: {why}. {remedy}"
+        )
 
     def _check_sources(self) -> None:
         job, node = self._order.job, self._order.node
-        remedy = "Put it on storage that all nodes share, under the same path, or into an object store (s3://…)."
+        remedy = (
+            "Put it on storage that all nodes share, under the same path, or into an object store"
+            " (s3://…)."
+        )
         try:
             sources.check(job.sources, job.access)
         except SourceError as error:
             raise SourceError(f"node {node}: {error} {remedy}") from error
         opened = sources.open_all(job.sources, aside=self._paths.plan, access=job.access)
         for image in self._order.samples:
-            differs = f"source {job.sources[image.source]} on node {node} is not what it is on the launcher's"
+            differs = (
+                f"source {job.sources[image.source]} on node {node} is not what it is on the"
+                " launcher's"
+            )
             name = sources.shown(image.path) or "it"
             try:
                 data = opened[image.source].fetch(image.path, image.locator, job.limits.max_bytes)
@@ -230,7 +270,9 @@ class Station:
         """The device with cores of this node."""
         usable = devices.usable_cores()
         if self._order.cpus >= len(usable):
-            return replace(device, cores=devices.split_cores(usable, self._order.processes)[self._order.index])
+            return replace(
+                device, cores=devices.split_cores(usable, self._order.processes)[self._order.index]
+            )
         return replace(device, cores=tuple(usable[: len(device.cores)]), floating=True)
 
     # The model.
@@ -240,14 +282,18 @@ class Station:
         job, files = self._order.job, self._order.model
         if _holds(Path(job.model_file).parent, files):
             return job
-        key = hashlib.sha256("\n".join(f"{file.name} {file.sha256}" for file in files).encode()).hexdigest()
+        key = hashlib.sha256(
+            "\n".join(f"{file.name} {file.sha256}" for file in files).encode()
+        ).hexdigest()
         folder = delivered(key)
         with in_turn(folder.with_name(f"{key}.lock")):
             if not _holds(folder, files):
                 if not contents:
                     return None
                 self._write(folder, contents)
-        return replace(job, model_file=str(folder / files[0].name), cache_dir=str(folder / "compiled"))
+        return replace(
+            job, model_file=str(folder / files[0].name), cache_dir=str(folder / "compiled")
+        )
 
     def _write(self, folder: Path, contents: Sequence[memoryview]) -> None:
         make_folder(folder)
@@ -255,7 +301,8 @@ class Station:
             found = hashlib.sha256(content).hexdigest()
             if found != file.sha256:
                 raise ModelError(
-                    f"{file.name} came to node {self._order.node} with the sha256 {found}, the job's is {file.sha256}. Repeat the command."
+                    f"{file.name} came to node {self._order.node} with the sha256 {found}, the"
+                    f" job's is {file.sha256}. Repeat the command."
                 )
             write_whole(folder / file.name, content)
 
@@ -268,7 +315,14 @@ def _holds(folder: Path, files: Sequence[ModelFile]) -> bool:
         return False
 
 
-def refuse_other(name: str, found: Mapping[str, str], expected: Mapping[str, str], than: str, *, allow_mixed: bool) -> None:
+def refuse_other(
+    name: str,
+    found: Mapping[str, str],
+    expected: Mapping[str, str],
+    than: str,
+    *,
+    allow_mixed: bool,
+) -> None:
     """Compare what decides the answers of a node with those of another machine.
 
     Args:
@@ -288,9 +342,13 @@ def refuse_other(name: str, found: Mapping[str, str], expected: Mapping[str, str
         remedy = (
             "Leave one of them out, or add --allow-mixed."
             if key == UNITS
-            else f"Install the same on both{'' if key == 'imagemill' else ', or add --allow-mixed'}."
+            else (
+                f"Install the same on both{'' if key == 'imagemill' else ', or add --allow-mixed'}."
+            )
         )
-        raise DeviceError(f"node {name} has {key} {other}, {than} has {value}: their answers may differ. {remedy}")
+        raise DeviceError(
+            f"node {name} has {key} {other}, {than} has {value}: their answers may differ. {remedy}"
+        )
 
 
 def failed(error: ImagemillError) -> protocol.Failed:

@@ -1,15 +1,18 @@
-"""The workers of a Ray cluster: one actor per device of every node, each of which supervises the same worker process as a local run has.
+"""The workers of a Ray cluster: one actor per device of every node, each of which supervises the
+same worker process as a local run has.
 
-    launcher ── Lease ──► RayCrew ── turn(Lease) ──► actor: Station ── Lease ──► worker process: run_shards
-             ◄── Done ──          ◄── Report ──                     ◄── Done ──
+    launcher ── Lease ─► RayCrew ── turn(Lease) ─► actor: Station ── Lease ─► worker: run_shards
+             ◄── Done ─          ◄── Report ──                    ◄── Done ─
 
-Ray says which nodes there are, starts an actor where its node has room for it, tells when an actor or a node is gone, and carries the model
-to the nodes. Shards are dealt by the launcher: each actor has one question outstanding, which is answered as soon as its worker says
-something; a lease goes out when a worker has begun its last one, so a slow node never holds more than that.
+Ray says which nodes there are, starts an actor where its node has room for it, tells when an actor
+or a node is gone, and carries the model to the nodes. Shards are dealt by the launcher: each actor
+has one question outstanding, which is answered as soon as its worker says something; a lease goes
+out when a worker has begun its last one, so a slow node never holds more than that.
 
-Ray's own restarts of actors are not used: they bring back an actor that knows nothing, and hide why the first one died. Here a lost actor
-is a lost worker: its leases go back, and a new one is started on the node if Ray says that this is alive. What a lost worker may have
-committed unseen is committed once more, and replaces itself.
+Ray's own restarts of actors are not used: they bring back an actor that knows nothing, and hide why
+the first one died. Here a lost actor is a lost worker: its leases go back, and a new one is started
+on the node if Ray says that this is alive. What a lost worker may have committed unseen is
+committed once more, and replaces itself.
 """
 
 from __future__ import annotations
@@ -48,11 +51,15 @@ WITHOUT_WORKERS_S = 300.0
 """How long a job waits for a node when it has lost the last one."""
 _NODES_EVERY_S = 1.0
 _UNPLACED_S = 15.0
-"""So long Ray may take to start an actor before it is said, and before the others begin without it."""
+"""So long Ray may take to start an actor before it is said, and before the others begin without
+it.
+"""
 _CHECKS_S = 120.0
 """So long the others wait for a node's checks, which may have a model sent to it."""
 _SILENT_S = 120.0
-"""After so long without an answer an actor that should answer within a second or so counts as lost."""
+"""After so long without an answer an actor that should answer within a second or so counts as
+lost.
+"""
 _TURN_S = 0.2
 _TURNS_PER_S = 1_000
 """Answers that the launcher's machine takes in a second: above 200 workers turns become longer."""
@@ -64,7 +71,9 @@ _OF_NODES = ("node has died", "node was terminated", "node is dead", "not alive"
 
 
 def _actor_class() -> type:
-    """What runs on the nodes. A class that is made in a function travels by value, so a node without imagemill can say that it has none."""
+    """What runs on the nodes. A class that is made in a function travels by value, so a node
+    without imagemill can say that it has none.
+    """
 
     class Worker:
         def hello(self, backends: tuple[str, ...]) -> dict[str, str]:
@@ -72,7 +81,9 @@ def _actor_class() -> type:
             import os
             import sys
 
-            os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, and not the user's: a worker's own are set by who starts it
+            os.environ.pop(
+                "OMP_NUM_THREADS", None
+            )  # Ray's, and not the user's: a worker's own are set by who starts it
             try:
                 from imagemill.workers.ray import node_agent
             except ImportError as error:
@@ -81,12 +92,16 @@ def _actor_class() -> type:
             return node_agent.identity(backends)
 
         def prepare(self, order: Any, *contents: Any) -> Any:
-            """Check the node and start the worker. Returns: whether the model's contents are wanted first; or what failed."""
+            """Check the node and start the worker. Returns: whether the model's contents are wanted
+            first; or what failed.
+            """
             from imagemill.errors import ImagemillError
             from imagemill.workers.ray import node_agent
 
             try:
-                self.station = node_agent.Station(order, [memoryview(content) for content in contents])
+                self.station = node_agent.Station(
+                    order, [memoryview(content) for content in contents]
+                )
             except ImagemillError as error:
                 return node_agent.failed(error)
             return self.station.lacks_model
@@ -221,11 +236,17 @@ class RayCrew:
         return self._after_checks(heard)
 
     def _after_checks(self, heard: list[Heard]) -> list[Heard]:
-        """What was heard; but nothing before the nodes of the first workers were checked, so that none gets a lease before."""
+        """What was heard; but nothing before the nodes of the first workers were checked, so that
+        none gets a lease before.
+        """
         for name in list(self._unchecked):
             seat = self._seats.get(name)
             patience_s = _UNPLACED_S if seat and seat.step is _Step.HELLO else _CHECKS_S
-            if seat is None or seat.step is _Step.TURN or time.monotonic() - seat.asked_at > patience_s:
+            if (
+                seat is None
+                or seat.step is _Step.TURN
+                or time.monotonic() - seat.asked_at > patience_s
+            ):
                 self._unchecked.remove(name)
         self._held += heard
         if self._unchecked:
@@ -264,7 +285,11 @@ class RayCrew:
         if self._is_over:
             return
         self._is_over = True
-        calls = [seat.actor.end.remote(at_once=at_once) for seat in self._seats.values() if seat.step is not _Step.HELLO]
+        calls = [
+            seat.actor.end.remote(at_once=at_once)
+            for seat in self._seats.values()
+            if seat.step is not _Step.HELLO
+        ]
         if calls:
             self._ray.wait(calls, num_returns=len(calls), timeout=seconds)
 
@@ -300,8 +325,14 @@ class RayCrew:
             return
         self._nodes_at = now + _NODES_EVERY_S
         taken = {seat.place.key for seat in self._seats.values()}
-        for place in (place for node in self._cluster.nodes() for place in places(node, self._asked)):
-            if place.key not in taken and place.node.id not in self._unfit and len(self._seats) < self._most:
+        for place in (
+            place for node in self._cluster.nodes() for place in places(node, self._asked)
+        ):
+            if (
+                place.key not in taken
+                and place.node.id not in self._unfit
+                and len(self._seats) < self._most
+            ):
                 name = self._numbers.setdefault(place.key, self._free_name(place.kind))
                 if name in self._seats:
                     name = self._numbers[place.key] = self._free_name(place.kind)
@@ -310,19 +341,30 @@ class RayCrew:
                 yield Heard(name, Joined(seat.device))
         for seat in self._seats.values():
             name = seat.device.name
-            if seat.step is _Step.HELLO and now - seat.asked_at > _UNPLACED_S and name not in self._unplaced:
+            if (
+                seat.step is _Step.HELLO
+                and now - seat.asked_at > _UNPLACED_S
+                and name not in self._unplaced
+            ):
                 self._unplaced.add(name)
-                self._say(f"waiting for Ray to place {name} on node {seat.place.node.name}: its resources are in use, see `ray status`")
+                self._say(
+                    f"waiting for Ray to place {name} on node {seat.place.node.name}: its resources"
+                    " are in use, see `ray status`"
+                )
         if self._seats:
             self._alone_since = None
             return
         if self._alone_since is None:
             self._alone_since = now
-            self._say(f"no node of the Ray cluster is left for a worker: waiting for one, {WITHOUT_WORKERS_S:g} s at most")
+            self._say(
+                "no node of the Ray cluster is left for a worker: waiting for one,"
+                f" {WITHOUT_WORKERS_S:g} s at most"
+            )
         if now - self._alone_since > WITHOUT_WORKERS_S:
             raise WorkerError(
-                f"no node of the Ray cluster was there for a worker for {WITHOUT_WORKERS_S:g} s. Start nodes (`ray status` lists them), "
-                "then repeat the command: finished parts are kept."
+                f"no node of the Ray cluster was there for a worker for {WITHOUT_WORKERS_S:g} s."
+                " Start nodes (`ray status` lists them), then repeat the command: finished parts"
+                " are kept."
             )
 
     def _free_name(self, kind: str) -> str:
@@ -341,11 +383,23 @@ class RayCrew:
         try:
             answer = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
-            raise WorkerError(f"{name} on node {seat.place.node.name}: unexpected {' '.join(str(error.cause or error).split())}") from error
+            raise WorkerError(
+                f"{name} on node {seat.place.node.name}: unexpected"
+                f" {' '.join(str(error.cause or error).split())}"
+            ) from error
         except self._ray.exceptions.RayError as error:
             told = " ".join(str(error).split())
-            gone = isinstance(error, self._ray.exceptions.ActorUnavailableError) or any(words in told for words in _OF_NODES)
-            return [self._lost(seat, told, with_node=gone or all(node.id != seat.place.node.id for node in self._cluster.nodes()))]
+            gone = isinstance(error, self._ray.exceptions.ActorUnavailableError) or any(
+                words in told for words in _OF_NODES
+            )
+            return [
+                self._lost(
+                    seat,
+                    told,
+                    with_node=gone
+                    or all(node.id != seat.place.node.id for node in self._cluster.nodes()),
+                )
+            ]
         if isinstance(answer, protocol.Failed):
             return self._failed(seat, answer)
         if seat.step is _Step.TURN:
@@ -373,11 +427,15 @@ class RayCrew:
                 f"{found['python']} -m pip install 'imagemill[ray]=={self._identity['imagemill']}'"
             )
         versions = {key: value for key, value in self._identity.items() if key != node_agent.UNITS}
-        node_agent.refuse_other(name, found, versions, "this machine", allow_mixed=self._allow_mixed)
+        node_agent.refuse_other(
+            name, found, versions, "this machine", allow_mixed=self._allow_mixed
+        )
         if not self._units_of:
             self._identity[node_agent.UNITS], self._units_of = found[node_agent.UNITS], name
         units = {node_agent.UNITS: self._identity[node_agent.UNITS]}
-        node_agent.refuse_other(name, found, units, f"node {self._units_of}", allow_mixed=self._allow_mixed)
+        node_agent.refuse_other(
+            name, found, units, f"node {self._units_of}", allow_mixed=self._allow_mixed
+        )
 
     def _order(self, seat: Seat) -> node_agent.Order:
         place = seat.place
@@ -395,10 +453,15 @@ class RayCrew:
         )
 
     def _delivery(self) -> list[Any]:
-        """The model's files in Ray's object store, put there when the first node lacks them: each node fetches them from there once."""
+        """The model's files in Ray's object store, put there when the first node lacks them: each
+        node fetches them from there once.
+        """
         if self._contents is None:
             folder = os.path.dirname(self._job.model_file)  # noqa: PTH120
-            self._contents = [self._ray.put(np.fromfile(os.path.join(folder, file.name), np.uint8)) for file in self._model]  # noqa: PTH118
+            self._contents = [
+                self._ray.put(np.fromfile(f"{folder}/{file.name}", np.uint8))
+                for file in self._model
+            ]
         return self._contents
 
     def _failed(self, seat: Seat, what: protocol.Failed) -> list[Heard]:
@@ -419,15 +482,27 @@ class RayCrew:
         Args:
             seat: its own.
             told: by Ray.
-            with_node: whether its node is gone too, or out of sight; Ray may take half a minute to know which.
+            with_node: whether its node is gone too, or out of sight; Ray may take half a minute to
+            know which.
 
         Raises: WorkerError: on a node that is there actors are lost again and again as they start.
         """
         name, node = seat.device.name, seat.place.node
-        self._ray.kill(seat.actor)  # where it is only out of sight: it must not go on beside its successor
+        self._ray.kill(
+            seat.actor
+        )  # where it is only out of sight: it must not go on beside its successor
         del self._seats[name]
         if not seat.ready:
             self._failed_starts[seat.place.key] += 1
             if self._failed_starts[seat.place.key] >= START_TRIES and not with_node:
-                raise WorkerError(f"{name} on node {node.name} was lost {START_TRIES} times running as it started (last: {told})")
-        return Heard(name, Lost(f"node {node.name}{' is gone or out of sight' if with_node else ''}: {told}", with_node))
+                raise WorkerError(
+                    f"{name} on node {node.name} was lost {START_TRIES} times running as it started"
+                    f" (last: {told})"
+                )
+        return Heard(
+            name,
+            Lost(
+                f"node {node.name}{' is gone or out of sight' if with_node else ''}: {told}",
+                with_node,
+            ),
+        )

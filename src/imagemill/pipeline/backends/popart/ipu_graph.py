@@ -1,11 +1,12 @@
-"""A bundle's graph as PopART wants it: cut where normalisation ends, of one batch size, with the wanted outputs alone.
+"""A bundle's graph as PopART wants it: cut where normalisation ends, of one batch size, with the
+wanted outputs alone.
 
     pixels ─ Cast, Transpose, Sub, Div ─► normalised ═╪═► normalised ─ Conv … Gemm ─► logits
                   on the host, as a table             cut        what the IPU computes
 
-What lies before the cut turns each byte into one number that depends on its channel alone. So the host needs no arithmetic but a table of
-3 × 256 numbers, made here by running that very piece of the graph: the same numbers as everywhere else, bit for bit, before they are
-rounded to fp16.
+What lies before the cut turns each byte into one number that depends on its channel alone. So the
+host needs no arithmetic but a table of 3 × 256 numbers, made here by running that very piece of the
+graph: the same numbers as everywhere else, bit for bit, before they are rounded to fp16.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Cut:
     """The graph behind the cut, and what stands in for the graph before it."""
 
     model: bytes
-    """A whole ONNX file: one float32 input, (batch, 3, size, size) or (batch, size, size, 3), and the wanted outputs in their order."""
+    """A whole ONNX file: one float32 input, (batch, 3, size, size) or (batch, size, size, 3), and
+    the wanted outputs in their order.
+    """
     opset: int
     convolutions: tuple[str, ...]
     """Names of the outputs of all convolutions."""
@@ -57,38 +60,64 @@ def cut(model_file: Path, card: Card, batch_size: int, outputs: Sequence[str]) -
         outputs: `logits`, and `embedding` where it is wanted.
 
     Raises:
-        ModelError: PopART cannot read such a model, or its normalisation is not one that the host can do.
+        ModelError: PopART cannot read such a model, or its normalisation is not one that the host
+        can do.
     """
     import onnx
     from onnx import TensorProto, helper, shape_inference
 
     remedy = "Use --devices cpu."
     if card.normalised is None:
-        raise ModelError(f"{card.name} cannot run on an IPU: its card names no tensor where normalisation ends (`normalised`). {remedy}")
+        raise ModelError(
+            f"{card.name} cannot run on an IPU: its card names no tensor where normalisation ends"
+            f" (`normalised`). {remedy}"
+        )
     try:
         model = onnx.load(str(model_file), load_external_data=False)
     except Exception as error:  # protobuf's classes share no public base
-        raise ModelError(f"{model_file} cannot be read: {str(error).strip() or type(error).__name__}") from error
+        raise ModelError(
+            f"{model_file} cannot be read: {str(error).strip() or type(error).__name__}"
+        ) from error
     if any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise ModelError(f"{card.name} cannot run on an IPU: PopART reads models of up to 2 GiB, and its weights are more. {remedy}")
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        raise ModelError(
+            f"{card.name} cannot run on an IPU: PopART reads models of up to 2 GiB, and its weights"
+            f" are more. {remedy}"
+        )
+    opset = next(
+        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0
+    )
     before = _between(model.graph, card.input, [card.normalised], card.name)
     after = _between(model.graph, card.normalised, outputs, card.name)
     foreign = sorted({node.domain for node in after if node.domain not in ("", "ai.onnx")})
     if opset not in OPSETS or foreign or model.functions or model.graph.sparse_initializer:
         what = f"operators of {', '.join(foreign)}" if foreign else f"opset {opset}"
         raise ModelError(
-            f"{card.name} cannot run on an IPU: it has {what}, PopART reads opset {OPSETS[0]} to {OPSETS[-1]}. "
-            f"Export it anew with opset {OPSETS[-1]}, or use --devices cpu."
+            f"{card.name} cannot run on an IPU: it has {what}, PopART reads opset {OPSETS[0]} to"
+            f" {OPSETS[-1]}. Export it anew with opset {OPSETS[-1]}, or use --devices cpu."
         )
     size = card.recipe.size
     pixels = helper.make_tensor_value_info(card.input, TensorProto.UINT8, ["n", size, size, 3])
-    channels_last, order, table = _table(_model(model, before, pixels, [card.normalised], None), card, size)
+    channels_last, order, table = _table(
+        _model(model, before, pixels, [card.normalised], None), card, size
+    )
     shape = [batch_size, size, size, 3] if channels_last else [batch_size, 3, size, size]
-    small = _model(model, after, helper.make_tensor_value_info(card.normalised, TensorProto.FLOAT, shape), outputs, batch_size)
+    small = _model(
+        model,
+        after,
+        helper.make_tensor_value_info(card.normalised, TensorProto.FLOAT, shape),
+        outputs,
+        batch_size,
+    )
     # A cast to float32 of what is float32 would stay one when all else becomes float16.
-    if casts := [node for node in small.graph.node if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT]:
-        types = {value.name: value.type.tensor_type.elem_type for value in shape_inference.infer_shapes(small).graph.value_info}
+    if casts := [
+        node
+        for node in small.graph.node
+        if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT
+    ]:
+        types = {
+            value.name: value.type.tensor_type.elem_type
+            for value in shape_inference.infer_shapes(small).graph.value_info
+        }
         types[card.normalised] = TensorProto.FLOAT
         for node in casts:
             if types.get(node.input[0]) == TensorProto.FLOAT:
@@ -98,10 +127,17 @@ def cut(model_file: Path, card: Card, batch_size: int, outputs: Sequence[str]) -
     return Cut(small.SerializeToString(), opset, convolutions, channels_last, order, table)
 
 
-def _between(graph: onnx.GraphProto, start: str, ends: Sequence[str], name: str) -> list[onnx.NodeProto]:
-    """The nodes that make `ends` of `start`, in the graph's order. Raises: ModelError where other inputs are needed for it."""
+def _between(
+    graph: onnx.GraphProto, start: str, ends: Sequence[str], name: str
+) -> list[onnx.NodeProto]:
+    """The nodes that make `ends` of `start`, in the graph's order. Raises: ModelError where other
+    inputs are needed for it.
+    """
     makers = {output: node for node in graph.node for output in node.output}
-    weights = {tensor.name for tensor in (*graph.initializer, *(value.values for value in graph.sparse_initializer))}
+    weights = {
+        tensor.name
+        for tensor in (*graph.initializer, *(value.values for value in graph.sparse_initializer))
+    }
     wanted, seen = list(ends), {start}
     while wanted:
         tensor = wanted.pop()
@@ -109,13 +145,20 @@ def _between(graph: onnx.GraphProto, start: str, ends: Sequence[str], name: str)
             continue
         seen.add(tensor)
         if tensor not in makers:
-            raise ModelError(f"{name} cannot run on an IPU: its {', '.join(ends)} cannot be had from {start!r} alone. Use --devices cpu.")
+            raise ModelError(
+                f"{name} cannot run on an IPU: its {', '.join(ends)} cannot be had from {start!r}"
+                " alone. Use --devices cpu."
+            )
         wanted += makers[tensor].input
     return [node for node in graph.node if seen.intersection(node.output) - {start}]
 
 
 def _model(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], start: onnx.ValueInfoProto, ends: Sequence[str], batch_size: int | None
+    model: onnx.ModelProto,
+    nodes: list[onnx.NodeProto],
+    start: onnx.ValueInfoProto,
+    ends: Sequence[str],
+    batch_size: int | None,
 ) -> onnx.ModelProto:
     from onnx import TensorProto, helper
 
@@ -132,10 +175,14 @@ def _model(
     weights = [tensor for tensor in model.graph.initializer if tensor.name in used]
     graph = helper.make_graph(nodes, model.graph.name or "model", [start], outputs, weights)
     opsets = [entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    return helper.make_model(graph, producer_name="imagemill", ir_version=IR_VERSION, opset_imports=opsets)
+    return helper.make_model(
+        graph, producer_name="imagemill", ir_version=IR_VERSION, opset_imports=opsets
+    )
 
 
-def _table(head: onnx.ModelProto, card: Card, size: int) -> tuple[bool, tuple[int, int, int], NDArray[np.float32]]:
+def _table(
+    head: onnx.ModelProto, card: Card, size: int
+) -> tuple[bool, tuple[int, int, int], NDArray[np.float32]]:
     """Find out what the graph before the cut does to bytes, by running it. Returns: see `Cut`."""
     from onnx.reference import ReferenceEvaluator
 
@@ -166,7 +213,7 @@ def _table(head: onnx.ModelProto, card: Card, size: int) -> tuple[bool, tuple[in
     found = run(noise)
     if found.shape != expected.shape or (found != expected).any():
         raise ModelError(
-            f"{card.name} cannot run on an IPU: {card.normalised!r}, where its normalisation ends, is not made of each byte by itself. "
-            "Use --devices cpu."
+            f"{card.name} cannot run on an IPU: {card.normalised!r}, where its normalisation ends,"
+            " is not made of each byte by itself. Use --devices cpu."
         )
     return channels_last, (order[0], order[1], order[2]), table

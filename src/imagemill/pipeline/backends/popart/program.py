@@ -1,23 +1,27 @@
-"""What runs on an IPU: the program that the PopART session starts with the Poplar SDK's own interpreter.
+"""What runs on an IPU: the program that the PopART session starts with the Poplar SDK's own
+interpreter.
 
-That is Python 3.6 to 3.8, so nothing newer is used here than 3.6 can read, and nothing but the standard library, NumPy and popart.
+That is Python 3.6 to 3.8, so nothing newer is used here than 3.6 can read, and nothing but the
+standard library, NumPy and popart.
 
     python program.py                   looks whether popart can be had, says so and ends
-    python program.py        FD PARENT  FD: a file that both sides map; PARENT: the process to die with, 0: none
+    python program.py        FD PARENT  FD: a file that both sides map; PARENT: the process to die
+                                        with, 0: none
 
-Each message is one line of JSON, on standard input and what was standard output; all that popart prints goes to standard error.
+Each message is one line of JSON, on standard input and what was standard output; all that popart
+prints goes to standard error.
 
-    session                                    program
-                                             ◄ {"here": {"popart": version, …}}     as soon as popart is imported
-    {"model_bytes": …, …}                    ►                                      once, see `_prepare`; the file holds the ONNX model
-                                             ◄ {"ready": [classes, features]}       compiled; the file now holds the slots
-    {"run": slot}                            ►                                      the slot's input is filled; answered in order
-                                             ◄ {"done": slot}                       its outputs are filled
-    end of file                              ►                                      ends; so does any message it does not know
-                                             ◄ {"error": kind, "text": …}           it ends; kind: device, model, memory, lost
+    session                   program
+                            ◄ {"here": {"popart": version, …}}  as soon as popart is imported
+    {"model_bytes": …, …}   ►                once, see `_prepare`; the file holds the ONNX model
+                            ◄ {"ready": [classes, features]}  compiled; the file holds the slots
+    {"run": slot}           ►                the slot's input is filled; answered in order
+                            ◄ {"done": slot}  its outputs are filled
+    end of file             ►                ends; so does any message it does not know
+                            ◄ {"error": kind, "text": …}  kind: device, model, memory, lost
 
-A slot is the input of one step, `slot_shape` of `type`, and then each output as float32 (steps × batch, width), each of them beginning at
-a multiple of 64 bytes. Slots lie one behind the other.
+A slot is the input of one step, `slot_shape` of `type`, and then each output as float32 (steps ×
+batch, width), each of them beginning at a multiple of 64 bytes. Slots lie one behind the other.
 """
 
 import json
@@ -29,8 +33,13 @@ import sys
 import time
 from typing import Any, Dict, List, Tuple
 
-# This file's folder comes first where modules are looked for, and holds a popart.py that is not popart.
-sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.curdir) != os.path.dirname(os.path.abspath(__file__))]
+# This file's folder comes first where modules are looked for, and holds a popart.py that is not
+# popart.
+sys.path[:] = [
+    path
+    for path in sys.path
+    if os.path.abspath(path or os.curdir) != os.path.dirname(os.path.abspath(__file__))
+]
 
 ALIGNMENT = 64
 
@@ -69,7 +78,9 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux); elsewhere the closed pipe ends it after its step."""
+    """Have the kernel kill this process when the thread that started it ends (Linux); elsewhere the
+    closed pipe ends it after its step.
+    """
     if parent and sys.platform == "linux":
         import ctypes
 
@@ -87,8 +98,13 @@ def _load() -> Tuple[Any, Dict[str, str]]:
         raise Failure("device", "%s cannot import popart: %s" % (sys.executable, error))
     if not hasattr(popart, "InferenceSession"):
         where = getattr(popart, "__file__", None) or "somewhere"
-        raise Failure("device", "the popart in %s is not Graphcore's: it has no InferenceSession" % where)
-    versions = {"popart": str(getattr(popart, "__version__", "unknown")), "popart_python": platform.python_version()}
+        raise Failure(
+            "device", "the popart in %s is not Graphcore's: it has no InferenceSession" % where
+        )
+    versions = {
+        "popart": str(getattr(popart, "__version__", "unknown")),
+        "popart_python": platform.python_version(),
+    }
     versions["popart_numpy"] = numpy.__version__
     return popart, versions
 
@@ -111,7 +127,11 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
         say({"ready": widths})
         for line in lines:
             message = _order(line)
-            if message is None or set(message) != {"run"} or message["run"] not in range(len(slots)):
+            if (
+                message is None
+                or set(message) != {"run"}
+                or message["run"] not in range(len(slots))
+            ):
                 raise Failure("lost", "the program was told what it does not know: %s" % line[:200])
             x, outputs = slots[message["run"]]
             try:
@@ -119,7 +139,9 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
             except Exception as error:
                 raise Failure("lost", "%s: %s" % (type(error).__name__, error))
             for goal, name in zip(outputs, output_ids):
-                goal[...] = anchors[name].reshape(goal.shape)  # copied: anchors are used again by the next step
+                goal[...] = anchors[name].reshape(
+                    goal.shape
+                )  # copied: anchors are used again by the next step
             say({"done": message["run"]})
 
 
@@ -137,7 +159,9 @@ def _order(line: str) -> Any:
 
 
 def _acquire(popart: Any, patience_s: float) -> Any:
-    """Attach to any IPU that is free. One whose process has just died may take its time to come free."""
+    """Attach to any IPU that is free. One whose process has just died may take its time to come
+    free.
+    """
     deadline = time.time() + patience_s
     while True:
         try:
@@ -151,14 +175,19 @@ def _acquire(popart: Any, patience_s: float) -> Any:
         time.sleep(0.2)
 
 
-def _prepare(popart: Any, device: Any, descriptor: int, order: Dict[str, Any]) -> Tuple[Any, str, Dict[str, Any], List[str]]:
+def _prepare(
+    popart: Any, device: Any, descriptor: int, order: Dict[str, Any]
+) -> Tuple[Any, str, Dict[str, Any], List[str]]:
     """Compile.
 
-    The order has model_bytes, opset, convolutions (their outputs), memory_proportion (null: popart's own), half, slot_shape (steps, batch,
-    …), slots (how many), cache (a folder, or null) and synthetic; and patience_s, see `_acquire`.
+    The order has model_bytes, opset, convolutions (their outputs), memory_proportion (null:
+    popart's own), half, slot_shape (steps, batch, …), slots (how many), cache (a folder, or null)
+    and synthetic; and patience_s, see `_acquire`.
     """
     model = os.pread(descriptor, order["model_bytes"], 0)
-    builder = popart.Builder(model, opsets={"ai.onnx": order["opset"], "ai.onnx.ml": 1, "ai.graphcore": 1})
+    builder = popart.Builder(
+        model, opsets={"ai.onnx": order["opset"], "ai.onnx.ml": 1, "ai.graphcore": 1}
+    )
     input_id, output_ids = builder.getInputTensorIds()[0], list(builder.getOutputTensorIds())
     if order["memory_proportion"] is not None:
         for convolution in order["convolutions"]:
@@ -166,21 +195,27 @@ def _prepare(popart: Any, device: Any, descriptor: int, order: Dict[str, Any]) -
     graph = popart.GraphTransformer(builder.getModelProto())
     if order["half"]:
         graph.convertFloatsToHalfs()
-    flow = popart.DataFlow(order["slot_shape"][0], {name: popart.AnchorReturnType("All") for name in output_ids})
+    flow = popart.DataFlow(
+        order["slot_shape"][0], {name: popart.AnchorReturnType("All") for name in output_ids}
+    )
     options = popart.SessionOptions()
     modes = popart.SyntheticDataMode
     options.syntheticDataMode = modes.RandomNormal if order["synthetic"] else modes.Off
     if order["cache"]:
         options.enableEngineCaching = True
         options.cachePath = order["cache"]
-    session = popart.InferenceSession(fnModel=graph.getModelProto(), dataFlow=flow, deviceInfo=device, userOptions=options)
+    session = popart.InferenceSession(
+        fnModel=graph.getModelProto(), dataFlow=flow, deviceInfo=device, userOptions=options
+    )
     session.prepareDevice()
     anchors = session.initAnchorArrays()
     session.weightsFromHost()
     return session, input_id, anchors, output_ids
 
 
-def _map(descriptor: int, order: Dict[str, Any], images: int, widths: List[int]) -> List[Tuple[Any, List[Any]]]:
+def _map(
+    descriptor: int, order: Dict[str, Any], images: int, widths: List[int]
+) -> List[Tuple[Any, List[Any]]]:
     """Make the file as large as the slots are, and return their input and outputs as arrays."""
     import numpy
 
@@ -194,11 +229,15 @@ def _map(descriptor: int, order: Dict[str, Any], images: int, widths: List[int])
     slots = []
     for slot in range(order["slots"]):
         at = slot * sum(sizes)
-        x = numpy.frombuffer(memory, kind, int(numpy.prod(shape)), at).reshape(shape[1:] if shape[0] == 1 else shape)
+        x = numpy.frombuffer(memory, kind, int(numpy.prod(shape)), at).reshape(
+            shape[1:] if shape[0] == 1 else shape
+        )
         outputs = []
         for size, width in zip(sizes, widths):
             at += size
-            outputs.append(numpy.frombuffer(memory, numpy.float32, images * width, at).reshape(images, width))
+            outputs.append(
+                numpy.frombuffer(memory, numpy.float32, images * width, at).reshape(images, width)
+            )
         slots.append((x, outputs))
     return slots
 

@@ -1,14 +1,16 @@
 """Graphcore IPUs by PopART, one a process.
 
     this process                                        program.py, on the Poplar SDK's own Python
-    batches ─ table ─► slot's input ── run(slot) ────►  session.run: batches_per_step batches at once
+    batches ─ table ─► slot's input ── run(slot) ───►  session.run: batches_per_step batches at once
     outputs ◄───────── slot's outputs ◄─ done(slot) ──  anchors copied
 
-Two slots lie in a file that both processes map: one is filled and emptied here while the IPU is at the other. What is said is told in
-program.py. fp16 means that everything behind the card's normalisation boundary, its input and outputs included, is computed in it.
+Two slots lie in a file that both processes map: one is filled and emptied here while the IPU is at
+the other. What is said is told in program.py. fp16 means that everything behind the card's
+normalisation boundary, its input and outputs included, is computed in it.
 
-Environment: `IMAGEMILL_POPART_PYTHON`, the interpreter of the SDK (else `python3`, as found on the PATH), and
-`IMAGEMILL_POPART_MEMORY_PROPORTION`, how much of a tile's memory each convolution may use while it computes (else PopART's own choice).
+Environment: `IMAGEMILL_POPART_PYTHON`, the interpreter of the SDK (else `python3`, as found on the
+PATH), and `IMAGEMILL_POPART_MEMORY_PROPORTION`, how much of a tile's memory each convolution may
+use while it computes (else PopART's own choice).
 """
 
 from __future__ import annotations
@@ -53,14 +55,17 @@ _ALIGNMENT: Final = 64
 _LOOK_S: Final = 120.0
 _CLOSE_S: Final = 10.0
 _REMEDY: Final = (
-    "Install Graphcore's Poplar SDK, source the enable.sh of its poplar and of its popart folder in this shell, "
-    f"and name the Python that its popart wheel is installed for: export {PYTHON_VARIABLE}=/path/to/python3."
+    "Install Graphcore's Poplar SDK, source the enable.sh of its poplar and of its popart folder"
+    " in this shell, and name the Python that its popart wheel is installed for: export"
+    f" {PYTHON_VARIABLE}=/path/to/python3."
 )
 
 
 @dataclass(slots=True)
 class _Step:
-    """The batches of one run of the IPU. Every batch has its place, whether an image of it is filled or not."""
+    """The batches of one run of the IPU. Every batch has its place, whether an image of it is
+    filled or not.
+    """
 
     slot: int
     batches: list[Batch] = field(default_factory=list)
@@ -88,18 +93,35 @@ class PopartSession:
         cut = ipu_graph.cut(Path(job.model_file), job.card, job.batch_size, outputs)
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
-        shape = (self._steps, job.batch_size, *((size, size, 3) if cut.channels_last else (3, size, size)))
+        shape = (
+            self._steps,
+            job.batch_size,
+            *((size, size, 3) if cut.channels_last else (3, size, size)),
+        )
         self._process: subprocess.Popen[bytes] | None = None
-        with tempfile.TemporaryFile() if not hasattr(os, "memfd_create") else os.fdopen(os.memfd_create("imagemill-ipu"), "w+b") as file:
+        with (
+            tempfile.TemporaryFile()
+            if not hasattr(os, "memfd_create")
+            else os.fdopen(os.memfd_create("imagemill-ipu"), "w+b")
+        ) as file:
             file.write(cut.model)
             file.flush()
             parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
             self._process = _start(str(file.fileno()), str(parent), descriptors=(file.fileno(),))
             try:
                 self.versions: dict[str, str] = self._answer("here")
-                order = {"model_bytes": len(cut.model), "opset": cut.opset, "convolutions": cut.convolutions}
+                order = {
+                    "model_bytes": len(cut.model),
+                    "opset": cut.opset,
+                    "convolutions": cut.convolutions,
+                }
                 order |= {"memory_proportion": proportion, "half": half, "cache": _cache(job)}
-                order |= {"slot_shape": shape, "slots": SLOTS, "synthetic": job.synthetic, "patience_s": PATIENCE_S}
+                order |= {
+                    "slot_shape": shape,
+                    "slots": SLOTS,
+                    "synthetic": job.synthetic,
+                    "patience_s": PATIENCE_S,
+                }
                 self._say(order)
                 self._slots = _map(file, shape, self._table.dtype, self._answer("ready"))
             except BaseException:
@@ -107,7 +129,13 @@ class PopartSession:
                     self._process.kill()  # it may be compiling, which takes minutes
                 self.close()
                 raise
-        _log.info("compiled %s for %s: %d batches of %d a step", job.model_file, device.name, self._steps, job.batch_size)
+        _log.info(
+            "compiled %s for %s: %d batches of %d a step",
+            job.model_file,
+            device.name,
+            self._steps,
+            job.batch_size,
+        )
 
     @staticmethod
     def found(kind: str) -> Found:  # noqa: ARG004 - the question that all sessions are asked
@@ -124,11 +152,24 @@ class PopartSession:
             return Found((), f"{_python()} did not import popart within {_LOOK_S:.0f} s. {_REMEDY}")
         message = _parsed(said)
         if "here" not in message:
-            return Found((), f"{message.get('text') or f'{_python()} ended with exit code {process.returncode}'}. {_REMEDY}")
-        return Found((f"PopART {message['here']['popart']} of {_python()}; each process attaches to an IPU that is free",))
+            ended = f"{_python()} ended with exit code {process.returncode}"
+            return Found(
+                (),
+                f"{message.get('text') or ended}. {_REMEDY}",
+            )
+        return Found(
+            (
+                (
+                    f"PopART {message['here']['popart']} of {_python()}; each process attaches to"
+                    " an IPU that is free"
+                ),
+            )
+        )
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
-        """See `Session.stream`. A step is run when it has all its batches, or none comes any more."""
+        """See `Session.stream`. A step is run when it has all its batches, or none comes any
+        more.
+        """
         free, busy = deque(range(SLOTS)), deque[_Step]()
         step: _Step | None = None
         try:
@@ -153,14 +194,18 @@ class PopartSession:
                 yield from self._finish(busy)
         finally:
             with contextlib.suppress(ImagemillError):
-                for late in busy:  # the stream was broken off: what the program still says belongs to no other
+                for late in (
+                    busy
+                ):  # the stream was broken off: what the program still says belongs to no other
                     if late.is_run:
                         self._answer("done")
 
     def _normalise(self, pixels: NDArray[np.uint8], goal: NDArray[Any]) -> None:
         for channel, colour in enumerate(self._order):
             place = goal[..., channel] if self._channels_last else goal[:, channel]
-            np.take(self._table[channel], pixels[..., colour], out=place, mode="clip")  # `raise` would buffer it
+            np.take(
+                self._table[channel], pixels[..., colour], out=place, mode="clip"
+            )  # `raise` would buffer it
 
     def _run(self, step: _Step) -> None:
         if step.is_run:
@@ -177,7 +222,9 @@ class PopartSession:
         found = []
         for place, batch in enumerate(step.batches):
             rows = slice(place * count, place * count + batch.filled)
-            found.append((batch, Outputs(*(values[rows].copy() for values in self._slots[step.slot][1]))))
+            found.append(
+                (batch, Outputs(*(values[rows].copy() for values in self._slots[step.slot][1])))
+            )
         yield from found  # only now, when the slot may be filled again
 
     # The program.
@@ -190,7 +237,9 @@ class PopartSession:
             self._process.stdin.flush()
 
     def _answer(self, wanted: str) -> Any:
-        """Wait for the program's next message. Raises: ImagemillError, if it is another than the wanted one."""
+        """Wait for the program's next message. Raises: ImagemillError, if it is another than the
+        wanted one.
+        """
         if self._process is None:
             raise DeviceError(f"{self._name}: the session is closed")
         assert self._process.stdout is not None
@@ -200,18 +249,29 @@ class PopartSession:
         code = self._end()
         kind, text = message.get("error"), str(message.get("text", ""))
         if kind == "device":
-            remedy = _REMEDY if "popart" in text else "Ask for fewer with --devices ipu:N; gc-monitor shows which are taken, and by whom."
+            remedy = (
+                _REMEDY
+                if "popart" in text
+                else (
+                    "Ask for fewer with --devices ipu:N; gc-monitor shows which are taken, and by"
+                    " whom."
+                )
+            )
             raise DeviceError(f"{self._name}: {text}. {remedy}")
         if kind == "model":
             raise ModelError(f"{self._model} cannot be compiled for {self._name}: {text}")
         if kind == "memory":
             given = os.environ.get(MEMORY_VARIABLE)
             raise ModelError(
-                f"{self._model} in batches of {self._shape[0]} does not fit into the memory of {self._name}: {text}. "
-                f"Use a smaller --batch-size, or {'lower' if given else 'set'} {MEMORY_VARIABLE}{f', now {given}' if given else ' to 0.3'}."
+                f"{self._model} in batches of {self._shape[0]} does not fit into the memory of"
+                f" {self._name}: {text}. Use a smaller --batch-size, or"
+                f" {'lower' if given else 'set'}"
+                f" {MEMORY_VARIABLE}{f', now {given}' if given else ' to 0.3'}."
             )
         how = text or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
-        raise DeviceLostError(f"{self._name}: its program died ({how}). What it said last is in its log.")
+        raise DeviceLostError(
+            f"{self._name}: its program died ({how}). What it said last is in its log."
+        )
 
     def _end(self) -> int:
         """Close the program's input, which ends it, and wait for that. Returns its exit code."""
@@ -242,14 +302,28 @@ def _python() -> str:
 
 def _start(*arguments: str, descriptors: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     """Start the program. Raises: DeviceError."""
-    ours = str(Path(__file__).resolve().parents[2])  # where our libraries may be, which are of another Python
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != ours]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS")}
+    ours = str(
+        Path(__file__).resolve().parents[2]
+    )  # where our libraries may be, which are of another Python
+    paths = [
+        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != ours
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS")
+    }
     if paths:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [_python(), "-u", str(_PROGRAM), *arguments]
     try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=descriptors, env=environment)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=descriptors,
+            env=environment,
+        )
     except OSError as error:
         raise DeviceError(f"{_python()} cannot be started: {error.strerror}. {_REMEDY}") from error
 
@@ -266,14 +340,18 @@ def _parsed(line: bytes) -> dict[str, Any]:
 def _map(
     file: IO[bytes], shape: tuple[int, ...], kind: np.dtype[Any], widths: list[int]
 ) -> list[tuple[NDArray[Any], list[NDArray[np.float32]]]]:
-    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as program.py tells."""
+    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as
+    program.py tells.
+    """
     images = shape[0] * shape[1]
     memory = mmap.mmap(file.fileno(), 0)
     slots, at = [], 0
 
     def array(dtype: Any, *dimensions: int) -> NDArray[Any]:
         nonlocal at
-        made: NDArray[Any] = np.frombuffer(memory, dtype, int(np.prod(dimensions)), at).reshape(dimensions)
+        made: NDArray[Any] = np.frombuffer(memory, dtype, int(np.prod(dimensions)), at).reshape(
+            dimensions
+        )
         at += -(-made.nbytes // _ALIGNMENT) * _ALIGNMENT
         return made
 
