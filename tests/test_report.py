@@ -697,7 +697,7 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(
     wanted = {
         "0.jpg": "is gone",
         "1.jpg": "has changed",
-        "2.jpg": "no image format",
+        "2.jpg": "not a known image format",
         "crash.jpg": "SIGSEGV",
         "hang.jpg": "than 1 s",
     }
