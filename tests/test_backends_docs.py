@@ -29,8 +29,8 @@ def test_a_backend_is_one_file_and_one_line(
     shutil.copytree(
         helpers.SOURCE_ROOT / "imagemill", package, ignore=shutil.ignore_patterns("__pycache__")
     )
-    (package / "sessions" / "colour.py").write_text(file)
-    registry = package / "sessions" / "__init__.py"
+    (package / "pipeline" / "backends" / "colour.py").write_text(file)
+    registry = package / "pipeline" / "backends" / "__init__.py"
     before = registry.read_text()
     assert before.count(LAST_LINE) == 1
     registry.write_text(before.replace(LAST_LINE, line + LAST_LINE))

@@ -103,7 +103,14 @@ def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["worker", "measuring.worker", "trial_process", "preflight", "images.isolated"]
+    "module",
+    [
+        "workers.worker",
+        "bench.worker",
+        "tuning.trial_process",
+        "runner.preflight",
+        "pipeline.decoding.isolated",
+    ],
 )
 def test_no_child_executes_a_module_of_the_working_directory(
     module: str, trapped: Path, tmp_path: Path
@@ -161,7 +168,7 @@ def test_the_user_s_pythonpath_reaches_every_child(
 
 
 def test_every_process_is_started_by_child_command() -> None:
-    """Whoever adds a new child process to the package starts it with `child.command`, or this test
+    """Whoever adds a new child process to the package starts it with `processes.command`, or this test
     fails. PopART has another Python.
     """
     package = helpers.SOURCE_ROOT / "imagemill"
@@ -179,7 +186,6 @@ def test_every_process_is_started_by_child_command() -> None:
                 )
             if isinstance(node, ast.ImportFrom) and node.module in MODULES:
                 assert not STARTERS & {alias.name for alias in node.names}, file
-    assert ("sessions/popart.py", "command") in found
-    assert {start for file, start in found if file != "sessions/popart.py"} == {"child.command"}, (
-        found
-    )
+    popart = "pipeline/backends/popart/session.py"
+    assert (popart, "command") in found
+    assert {start for file, start in found if file != popart} == {"processes.command"}, found
