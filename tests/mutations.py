@@ -179,7 +179,7 @@ def reference(data: bytes) -> Reference:
 
 
 def displayed(image: Image.Image) -> Image.Image:
-    """Map to 8-bit RGB as docs/design.md says."""
+    """Map to 8-bit RGB as docs/formats.md says."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
         return Image.fromarray((values >> 8).astype(np.uint8))
