@@ -16,7 +16,14 @@ from imagemill.runner import model
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
 DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
-FROM_GRAPHCORE = (helpers.PROJECT / "docs" / "from-graphcore.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    [
+        helpers.PROJECT / "README.md",
+        helpers.PROJECT / "CONTRIBUTING.md",
+        helpers.PROJECT / "benchmarks" / "README.md",
+        *(helpers.PROJECT / "docs").glob("*.md"),
+    ]
+)
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -87,20 +94,34 @@ def test_the_files_and_tests_of_the_design_exist() -> None:
         assert any((root / path).is_file() for root in roots), path
 
 
-@pytest.mark.parametrize("text", [README, FROM_GRAPHCORE])
-def test_every_line_that_can_be_typed_parses(text: str) -> None:
-    """Every `imagemill …` in a fenced block is taken by the parser."""
-    typed = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in re.findall(
-            r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.MULTILINE
-        ):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(helpers.PROJECT)))
+def test_every_command_of_a_page_parses(page: Path) -> None:
+    """Every `imagemill …` in a fenced block is accepted by the parser."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+        for line in re.findall(r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.M):
             words = re.split(r" {2,}| +#", line)[0].split()
-            if not {"[", "DIR", "NAME"} & {word[0] if word[0] == "[" else word for word in words}:
-                typed.append(words)
-    assert typed
-    for words in typed:
-        assert cli._parser().parse_args(words).call, words
+            if not any(word[0] == "[" or word in ("DIR", "NAME", "…") for word in words):
+                assert cli._parser().parse_args(words).call, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(helpers.PROJECT)))
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """Files exist in the project, and anchors are headings of their page."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text("utf-8")):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M) if anchor else []
+        slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+        assert not anchor or anchor in slugs, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(helpers.PROJECT)))
+def test_prose_is_at_most_100_columns_wide(page: Path) -> None:
+    """Except tables, quotations, images and code."""
+    prose = re.sub(r"^ *```.*?^ *```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    long = [line for line in prose.splitlines() if len(line) > 100]
+    assert [line for line in long if not line.lstrip().startswith(("|", ">", "!["))] == []
 
 
 def test_the_table_of_columns_is_the_schema() -> None:
