@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--models-dir")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--devices", default="cpu")
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--kinds", nargs="+", choices=("whole", "resumed"), default=("whole", "resumed")
@@ -199,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="imagemill-eta-") as temporary:
         folder = Path(temporary) / "images"
         folder.mkdir()
-        links(folder, asked.images, asked.images)
+        links(folder, asked.images, asked.count)
         source = (
             served(folder, asked.latency, Path(temporary) / "urls.txt")
             if asked.latency

@@ -1,6 +1,6 @@
 """Change the code at random, one change at a time, and see whether a test notices.
 
-    python benchmarks/mutate_code.py --module ledger,leases,layout --count 60 --seed 1 --results
+    python benchmarks/mutate_code.py --module ledger,leases,paths --count 60 --seed 1 --results
     mutants.jsonl
 
 A guarantee holds as long as a test fails without it. This script changes one comparison, condition,
@@ -48,22 +48,23 @@ SLOW = (
 )
 """As `pytest -k`: leaves out tests that take seconds and that faster ones back up."""
 MODULES: dict[str, tuple[str, str]] = {
-    "ledger": ("ledger.py", "test_ledger.py"),
-    "leases": ("leases.py", "test_leases.py test_crew.py"),
-    "launcher": ("launcher.py", "test_crew.py"),
-    "sink": ("sink.py", "test_sink.py"),
-    "layout": ("layout.py", "test_layout.py test_sink.py"),
-    "feed": ("images/feed.py", "test_feed.py"),
-    "plan": ("plan.py", "test_plan.py"),
-    "decode": ("images/decode.py", "test_resample.py test_decode.py"),
-    "zip": ("sources/zip.py", "test_sources_zip.py"),
-    "tar": ("sources/tar.py", "test_sources_tar.py"),
-    "gz": ("sources/gz.py", "test_sources_tar.py"),
-    "parquet": ("sources/parquet.py", "test_sources_parquet.py"),
-    "checkpoint": ("models/checkpoint.py", "test_checkpoint.py"),
-    "pickled": ("models/pickled.py", "test_checkpoint.py"),
-    "freezing": (
-        "freezing.py",
+    "ledger": ("job/ledger.py", "test_ledger.py"),
+    "leases": ("workers/leases.py", "test_leases.py test_crew.py"),
+    "launcher": ("workers/launcher.py", "test_crew.py"),
+    "sink": ("pipeline/sink.py", "test_sink.py"),
+    "paths": ("job/paths.py", "test_layout.py test_sink.py"),
+    "files": ("system/files.py", "test_layout.py test_sink.py"),
+    "feed": ("pipeline/feed.py", "test_feed.py"),
+    "plan": ("job/plan.py", "test_plan.py"),
+    "decode": ("pipeline/decoding/decode.py", "test_resample.py test_decode.py"),
+    "zip": ("pipeline/sources/zip.py", "test_sources_zip.py"),
+    "tar": ("pipeline/sources/tar.py", "test_sources_tar.py"),
+    "gz": ("pipeline/sources/gz.py", "test_sources_tar.py"),
+    "parquet": ("pipeline/sources/parquet.py", "test_sources_parquet.py"),
+    "checkpoint": ("models/checkpoints/checkpoint.py", "test_checkpoint.py"),
+    "pickled": ("models/checkpoints/pickled.py", "test_checkpoint.py"),
+    "freeze": (
+        "runner/freeze.py",
         (
             "test_freezing.py"
             " test_run.py::test_settings_that_make_no_sense_are_refused_before_anything_is_written"
@@ -337,6 +338,19 @@ class Project:
             os._exit(code)
 
 
+def check_paths(names: list[str]) -> None:
+    """Exit with a message if a module or one of its tests does not exist."""
+    for name in names:
+        module, tests = MODULES[name]
+        wanted = [(ROOT / "src" / "imagemill" / module, "")]
+        for test in tests.split():
+            file, _, function = test.partition("::")
+            wanted.append((ROOT / "tests" / file, function and f"def {function}("))
+        for path, text in wanted:
+            if not path.is_file() or text not in path.read_text(encoding="utf-8"):
+                sys.exit(f"{name}: no {text} {path.relative_to(ROOT)}; change MODULES here")
+
+
 def shown(mutant: Mutant) -> str:
     """Format a change as a diff without context."""
     name = f"src/imagemill/{MODULES[mutant.module][0]}"
@@ -374,6 +388,7 @@ def main() -> int:
     for name in names:
         if name not in MODULES:
             parser.error(f"--module {name}: not known. Known: {', '.join(MODULES)}")
+    check_paths(names)
 
     known = {}
     if options.results.exists():

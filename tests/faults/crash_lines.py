@@ -1,25 +1,29 @@
-"""Runs one small job per place of the code, its worker or launcher killed as it first reaches that
-place, and looks at the end of each.
+"""Runs one small job per place of the code. Its worker or launcher is killed as it first reaches
+that place, and the end of each job is checked.
 
-    python tests/faults/crash_lines.py record worker FOLDER          print the places, in the order
-    in which a job comes by them python tests/faults/crash_lines.py crash worker FOLDER PLACE…
-    kill at each, print it when the job came to the right end python tests/faults/crash_lines.py
-    record launcher FOLDER        the same for the launcher, from freezing the job to closing its
-    ledger
+    python tests/faults/crash_lines.py record worker FOLDER         print the places to kill at
+    python tests/faults/crash_lines.py crash worker FOLDER PLACE…   kill at each, and print it
+                                                                    when the job ended well
+    python tests/faults/crash_lines.py record launcher FOLDER       the same for the launcher
 
-A place is `sink.py:69`, a line about to be executed, or `layout.py:124 return`, a function about to
-return. The workers are processes that really die of SIGKILL; only, they are forked from this one
-instead of started anew, because importing their libraries some 300 times would take longer than
-everything else. FOLDER holds `models` and `images`.
+A place is `pipeline/sink.py:69`, a line about to be executed, or `system/files.py:124 return`, a
+function about to return. Two kills between which nothing changed outside the process are the same
+kill, so `record` prints one place for each state of the output folder, and all of `EVERY_PLACE`.
+
+The workers are processes that really die of SIGKILL. They are forked from this process, because
+importing their libraries once per place would take longer than everything else. FOLDER holds
+`models` and `images`.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import inspect
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,26 +40,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 
+import imagemill
 import imagemill.pipeline.backends.null
 import imagemill.pipeline.decoding.isolated
 import imagemill.pipeline.feed
 import imagemill.pipeline.run_shards
-import imagemill.pipeline.sink  # noqa: F401 - here, so that no worker has to import them
+import imagemill.pipeline.sink  # here, so that no worker has to import them
 from imagemill.records import Settings, Summary
 from imagemill.runner import run
 from imagemill.workers import supervisor, worker
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
-    "worker": {"shards.py": None, "sink.py": None, "layout.py": {"write_whole", "sync_folder"}},
+    "worker": {
+        "pipeline/run_shards.py": None,
+        "pipeline/sink.py": None,
+        "system/files.py": {"write_whole", "sync_folder"},
+    },
     "launcher": {
-        "running.py": {"_carry_out"},
-        "freezing.py": {"freeze"},
-        "plan.py": {"spool", "flush", "cut", "write_shard", "close"},
-        "ledger.py": {"close"},
-        "layout.py": {"write_whole", "sync_file", "sync_folder", "locked", "sweep", "make_folder"},
+        "runner/run.py": {"_carry_out"},
+        "runner/freeze.py": {"freeze"},
+        "job/plan.py": {"spool", "flush", "cut", "write_shard", "close"},
+        "job/ledger.py": {"close"},
+        "job/paths.py": {"sweep"},
+        "job/lock.py": {"locked"},
+        "system/files.py": {"write_whole", "sync_file", "sync_folder", "make_folder"},
     },
 }
 """Process and file → the functions whose places count; None: all of them."""
+EVERY_PLACE = "pipeline/run_shards.py"
+"""The file between whose lines a worker sends messages, which the output folder does not show."""
+PACKAGE = Path(imagemill.__file__).parent
 
 
 class Forked:
@@ -107,8 +121,10 @@ class Forked:
 def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> None:
     """Call `visit` with each place as it is reached, on every thread."""
 
+    prefix = f"{PACKAGE}{os.sep}"
+
     def local(frame: FrameType, event: str, _: object) -> Any:
-        name = Path(frame.f_code.co_filename).name
+        name = frame.f_code.co_filename.removeprefix(prefix)
         if event == "line":
             visit(f"{name}:{frame.f_lineno}")
         elif event == "return":
@@ -117,12 +133,8 @@ def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> N
 
     def tracer(frame: FrameType, _event: str, _: object) -> Any:
         code = frame.f_code
-        folder, _, name = code.co_filename.rpartition("/")
-        if (
-            not folder.endswith("imagemill")
-            or name not in places
-            or not code.co_flags & inspect.CO_OPTIMIZED
-        ):
+        name = code.co_filename.removeprefix(prefix)
+        if name not in places or not code.co_flags & inspect.CO_OPTIMIZED:
             return None
         functions = places[name]
         return local if functions is None or code.co_name in functions else None
@@ -141,6 +153,7 @@ def job(folder: Path, output: Path) -> Summary:
         shard_size=4,
         num_workers=1,
         batch_size=4,
+        report=False,
     )
     return run.run(settings)
 
@@ -163,20 +176,46 @@ def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], 
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def check_names(places: dict[str, set[str] | None]) -> None:
+    """Raise if a file or function to kill in does not exist."""
+    for name, functions in places.items():
+        tree = ast.parse((PACKAGE / name).read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        if missing := (functions or set()) - defined:
+            raise LookupError(f"{name} has no {', '.join(sorted(missing))}; change FUNCTIONS")
+
+
+def state(output: Path) -> frozenset[tuple[object, ...]]:
+    """Return name, identity, size and time of everything in a folder."""
+    found = set()
+    for folder, _, names in os.walk(output):
+        for path in (folder, *(f"{folder}/{name}" for name in names)):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                found.add((path, status.st_ino, status.st_size, status.st_mtime_ns))
+    return frozenset(found)
+
+
 def record(process: str, folder: Path) -> list[str]:
-    """Places in the order in which an undisturbed job comes by them; its output is what the others
-    are held against.
+    """Return the places to kill at, in the order in which an undisturbed job reaches them. The
+    others are compared with its output.
     """
+    check_names(FUNCTIONS[process])
+    output, places = folder / "undisturbed", folder / "places"
     seen: set[str] = set()
-    places = folder / "places"
+    states: set[frozenset[tuple[object, ...]]] = set()
 
     def visit(place: str) -> None:
-        if place not in seen:
-            seen.add(place)
+        if place in seen:
+            return
+        seen.add(place)
+        found = state(output)
+        if found not in states or place.startswith(EVERY_PLACE):
+            states.add(found)
             with places.open("a") as file:
                 file.write(f"{place}\n")
 
-    assert run_traced(process, folder, folder / "undisturbed", visit) == 0
+    assert run_traced(process, folder, output, visit) == 0
     return places.read_text().splitlines()
 
 
@@ -184,7 +223,7 @@ def crash(process: str, folder: Path, place: str) -> None:
     """Raises: AssertionError unless the process was killed there, and the job came to the same end
     as the undisturbed one.
     """
-    name = place.replace(":", "-").replace(" ", "-")
+    name = re.sub(r"[:/ ]", "-", place)
     output, marker = folder / f"out-{name}", folder / f"killed-{name}"
 
     def visit(reached: str) -> None:

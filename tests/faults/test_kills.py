@@ -32,23 +32,28 @@ def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
 def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_the_same_end(
     tmp_path: Path,
 ) -> None:
-    """A worker killed at any line of shards.py, of sink.py or of writing a file whole, or as one of
-    their functions returns: the job is complete, with one row per image, and its parts equal an
+    """A worker killed at any line of run_shards.py, or after any change on disk that sink.py or
+    writing a file makes: the job is complete, with one row per image, and its parts equal an
     undisturbed job's byte for byte.
     """
-    _kill_at_every_place("worker", tmp_path, {"shards.py": 5, "sink.py": 50, "layout.py": 10})
+    _kill_at_every_place(
+        "worker",
+        tmp_path,
+        {"pipeline/run_shards.py": 5, "pipeline/sink.py": 1, "system/files.py": 3},
+    )
 
 
 def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(
     tmp_path: Path,
 ) -> None:
-    """A launcher killed at any line of freezing a job, cutting its plan, carrying it out, closing
-    its ledger or writing a file whole: the same command, repeated, ends as if nothing had been.
+    """A launcher killed after any change on disk that it makes while it freezes a job, cuts its
+    plan, carries it out, closes its ledger or writes a file: the same command, repeated, ends as
+    if nothing had happened.
     """
     _kill_at_every_place(
         "launcher",
         tmp_path,
-        {"running.py": 15, "freezing.py": 10, "plan.py": 30, "ledger.py": 10, "layout.py": 30},
+        {"runner/run.py": 1, "runner/freeze.py": 1, "job/plan.py": 3, "system/files.py": 3},
     )
 
 
