@@ -1393,3 +1393,11 @@ def test_a_repeated_command_makes_the_report_that_an_interruption_left_out(
     assert not report.exists()
     assert imagemill(*command).code == 0
     assert report.exists()
+
+
+def test_each_process_has_its_log(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """launcher.log and one file per device, with the device's cores and rate."""
+    run.run(job(jpegs(80), devices="null:2"))
+    logs = tmp_path / "out" / "logs"
+    assert {path.name for path in logs.iterdir()} == {"launcher.log", "null#0.log", "null#1.log"}
+    assert re.search(r"device null#0, cores \[\d", (logs / "null#0.log").read_text())

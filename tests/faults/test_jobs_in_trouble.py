@@ -4,6 +4,7 @@ not be frozen into the results.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -105,11 +106,28 @@ def test_the_grace_and_a_second_signal_end_the_wait(
     harness.assert_complete(output)
 
 
-def test_a_second_launcher_is_refused(
+def test_a_signal_while_listing_leaves_nothing_in_the_way(
     null_start, null_run, small_jpegs: Path, tmp_path: Path
 ) -> None:
+    """Before the plan is frozen there is nothing to lose: exit 143, and another command may use the
+    same output.
+    """
+    listing, output = tmp_path / "list", tmp_path / "out"
+    os.mkfifo(listing)
+    process = null_start(f"@{listing}", "--output", output)
+    with listing.open("wb"):  # it opens once the launcher reads it, and has no end
+        process.send_signal(signal.SIGTERM)
+        result = helpers.finish(process)
+    assert result.code == 143
+    assert "Traceback" not in result.err
+    assert null_run(small_jpegs, "--output", output).code == 0
+
+
+def test_a_second_launcher_is_refused(
+    null_start, null_run, imagemill, small_jpegs: Path, tmp_path: Path
+) -> None:
     """Two runs on one output: the second says so and exits 1, before the plan is frozen and after;
-    the first does not notice.
+    the first does not notice. `status` may look at it.
     """
     output = tmp_path / "out"
     process = null_start(small_jpegs, "--output", output, env=slow(tmp_path, 0.15))
@@ -117,6 +135,10 @@ def test_a_second_launcher_is_refused(
     early = null_run(small_jpegs, "--output", output)
     helpers.until((output / "job.json").exists, process=process)
     late = null_run(small_jpegs, "--output", output)
+    process.send_signal(signal.SIGSTOP)  # it keeps the lock until we have looked
+    status = imagemill("status", output, "--json").json
+    process.send_signal(signal.SIGCONT)
+    assert (status["images"], status["running"], status["complete"]) == (48, True, False)
     for result in (early, late):
         assert (result.code, result.out) == (1, "")
         assert f"{output} is in use by another imagemill run. Wait for it or stop it" in result.err
