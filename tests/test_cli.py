@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import helpers
+from imagemill import cli
 from imagemill.cli import _told
 from imagemill.records import Summary
 
@@ -400,6 +401,21 @@ def test_a_result_that_cannot_be_printed_is_one_line(
     assert "Traceback" not in err
     assert "cannot be printed" in err
     assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_an_old_spelling_is_looked_for_among_the_arguments_of_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`main` may be called with arguments of its own, whatever the process was started with."""
+    monkeypatch.setattr(sys, "argv", ["pytest", "--model_name", "x"])
+    for given, expected in (
+        (["run", "x", "--output", "y", "--batch_size=6"], "--batch_size is spelt --batch-size"),
+        (["run", "x", "--output", "y", "--bogus"], "unrecognized arguments: --bogus"),
+        (["run"], "the following arguments are required: SOURCE, --output"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(given)
+        assert expected in capsys.readouterr().err
 
 
 def test_an_unknown_option_of_partition_is_the_one_that_is_named(imagemill: CLI) -> None:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):  # replaced by something simpler; else names that it cannot spell are no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parser(arguments).parse_args(arguments)
         with contextlib.suppress(ValueError):  # not the main thread: the signal stays its owner's
             signal.signal(signal.SIGTERM, _terminated)
         code: int = parsed.call(parsed)
@@ -131,10 +131,13 @@ def _terminated(number: int, _frame: object) -> NoReturn:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that speaks in one line, and knows the old spellings."""
+    """An argument parser with one-line errors that knows the flags of Graphcore's example."""
+
+    arguments: Sequence[str] = ()
+    """What the user typed."""
 
     def error(self, message: str) -> NoReturn:
-        for argument in sys.argv[1:]:
+        for argument in self.arguments:
             flag = argument.partition("=")[0]
             at_fault = (
                 not message.startswith("unrecognized arguments") or argument in message.split()
@@ -144,12 +147,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="imagemill",
         description="Classify images in bulk: folders in, one Parquet row per image out.",
         allow_abbrev=False,
     )
+    parser.arguments = arguments
     parser.add_argument("--version", action="version", version=f"imagemill {__version__}")
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser
@@ -158,9 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         name: str, call: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False
-        )
+        sub: _Parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.arguments = arguments
         sub.set_defaults(call=call)
         return sub
 
