@@ -1178,7 +1178,7 @@ def test_a_closed_classifier_says_so(models_dir: Path) -> None:
         ({"precision": "fp8"}, r"--precision fp8: not known"),
         ({"save": "everything"}, r"--save everything: not known"),
         ({"top_k": 0}, r"--top-k 0: must be at least 1"),
-        ({"top_k": "5"}, r"--top-k '5': must be a whole number"),
+        ({"top_k": "5"}, r"--top-k 5: must be a whole number, not str"),
         ({"model": "nothing_like_it"}, r"No model is called nothing_like_it"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 
 import helpers
 from imagemill import cli
-from imagemill.cli import _told
+from imagemill.display.results import format_summary
 from imagemill.records import Summary
 
 CLI = Callable[..., helpers.Result]
@@ -475,4 +475,4 @@ def test_no_part_of_the_work_is_said_to_be_slower_than_the_whole() -> None:
         rates=rates,
         advice="do nothing",
     )
-    assert "images/s: achieved 125.0, decode only 954.4" in _told(summary).splitlines()
+    assert "images/s: achieved 125.0, decode only 954.4" in format_summary(summary).splitlines()

@@ -12,7 +12,7 @@ import helpers
 from imagemill import cli, records
 from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
-from imagemill.runner import model
+from imagemill.runner import settings
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
 DESIGN = (helpers.PROJECT / "docs" / "design.md").read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:
 
 def test_the_default_model_is_the_one_documented() -> None:
     """In the README and the code."""
-    assert f"default `{model.DEFAULT_MODEL}`" in README
+    assert f"default `{settings.DEFAULT_MODEL}`" in README
 
 
 def test_exit_codes_are_documented() -> None:

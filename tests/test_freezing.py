@@ -53,6 +53,7 @@ def other_recipes() -> list[Recipe]:
         "resize": None,
         "interpolation": Interpolation.LANCZOS,
         "exif": not recipe.exif,
+        "background": "#ffffff",
     }
     assert set(changed) == {field.name for field in dataclasses.fields(Recipe)}
     return [replace(recipe, **{name: value}) for name, value in changed.items()]

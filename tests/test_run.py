@@ -566,10 +566,7 @@ def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> N
     """
     listener = Listener()
     run.run(replace(started, max_pixels=1), listener)
-    assert (
-        "--max-pixels was 180,000,000, and is 1 this time: it holds for the images that are left"
-        in listener.said
-    )
+    assert "--max-pixels was 180,000,000 and is now 1, for the remaining images" in listener.said
     assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (
         ["ok"] * 3 + ["too_large"] * 3
     ) * 2
@@ -1089,8 +1086,8 @@ def test_a_model_that_changed_on_disk_is_refused(
             {"max_pixels": 10**20},
             "--max-pixels 100000000000000000000: must be at most 281474976710656.",
         ),
-        ({"shard_size": 2.5}, "--shard-size 2.5: must be a whole number."),
-        ({"num_workers": 257}, "--num-workers 257: must be from 1 to 256."),
+        ({"shard_size": 2.5}, "--shard-size 2.5: must be a whole number, not float."),
+        ({"num_workers": 257}, "--num-workers 257: must be at most 256."),
         ({"max_bad_fraction": 1.5}, "--max-bad-fraction 1.5: must be from 0 to 1."),
         ({"max_bad_fraction": float("nan")}, "--max-bad-fraction nan: must be from 0 to 1."),
         ({"max_seconds": 0.0}, "--max-seconds 0.0: must be more than 0."),

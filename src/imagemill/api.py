@@ -44,14 +44,13 @@ from imagemill.records import (
     Precision,
     Recipe,
     Saved,
-    Settings,
     Shard,
     Status,
     Summary,
 )
 from imagemill.runner import run as runner
-from imagemill.runner.model import DEFAULT_MODEL, resolve_model, with_recipe
-from imagemill.runner.settings import check_settings
+from imagemill.runner.model import resolve_model, with_recipe
+from imagemill.runner.settings import DEFAULT_MODEL, check_settings, make_settings
 from imagemill.tuning import precisions
 from imagemill.tuning.batch_size import resolved
 
@@ -90,17 +89,6 @@ _CHUNK: Final = 2**20
 """Bytes per read of a binary file: some files make room for all that is asked for, however short
 they are.
 """
-_OWN: Final = (
-    "sources",
-    "output",
-    "save",
-    "include",
-    "exclude",
-    "retry_failed",
-    "moved",
-    "progress",
-)
-"""Arguments of `run` that are not passed on as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,32 +185,8 @@ def run(
     Raises:
         ImagemillError: as its branches in `imagemill.errors` say.
     """
-    given = {name: value for name, value in locals().items() if name not in _OWN}
-    retried = () if retry_failed is True else _texts(retry_failed or None)
-    settings = Settings(
-        sources=_texts(sources) or (),
-        output=os.fspath(output),
-        save=_texts(save),
-        include=_texts(include),
-        exclude=_texts(exclude),
-        retry_failed=retried,
-        moved=None if moved is None else tuple((old, os.fspath(new)) for old, new in moved.items()),
-        **{
-            name: os.fspath(value) if isinstance(value, os.PathLike) else value
-            for name, value in given.items()
-        },
-    )
-    return runner.run(settings, observer.Terminal() if progress else None)
-
-
-def _texts(value: PathLike | Sequence[PathLike] | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    return (
-        (os.fspath(value),)
-        if isinstance(value, str | os.PathLike)
-        else tuple(os.fspath(item) for item in value)
-    )
+    given = locals() | {"retry_failed": () if retry_failed is True else retry_failed or None}
+    return runner.run(make_settings(given), observer.Terminal() if progress else None)
 
 
 def load(
@@ -265,19 +229,8 @@ def load(
         UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the
         device cannot be had. BadLogitsError: the model returns NaN or infinity for every image.
     """
-    settings = Settings(
-        sources=(os.curdir,),  # none is read
-        output="",
-        model=None if model is None else os.fspath(model),
-        models_dir=None if models_dir is None else os.fspath(models_dir),
-        precision=precision,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        top_k=top_k,
-        save=_texts(save),
-        labels=None if labels is None else os.fspath(labels),
-        background=background,
-    )
+    given = locals() | {"sources": os.curdir, "output": ""}  # neither is used
+    settings = make_settings(given)
     check_settings(settings)
     chosen = devices.resolve(device)
     if len(chosen) != 1:

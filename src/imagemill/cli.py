@@ -1,4 +1,4 @@
-"""The command line: arguments → Settings → one call; prints; no logic.
+"""The command line: arguments → Settings → one call → print.
 
 Progress and logs go to stderr, the result to stdout; with `--json` stdout holds exactly one JSON
 object.
@@ -12,16 +12,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from imagemill.errors import ImagemillError, Interrupted
+from imagemill.runner.settings import SETTINGS, Setting, make_settings, number
 from imagemill.version import __version__
-
-if TYPE_CHECKING:
-    from imagemill.records import Settings, Summary
-    from imagemill.runner.run import DryRun
 
 _OLD_SPELLINGS = {
     "--batch_size": "--batch-size",
@@ -50,7 +47,6 @@ _OLD_SPELLINGS = {
     "--use_popart": "--devices ipu:N@popart",
 }
 """Flags of Graphcore's example (and near misses) → what says it here."""
-_NAMED_MISSING = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,33 +164,22 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         return sub
 
     sub = command("run", _run, "classify every image of the sources; repeat the command to resume")
-    sub.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help=(
-            "folder (with all below it), image, archive, table, URL, or @LIST: one path or URL a"
-            " line; see docs/sources.md"
-        ),
-    )
-    sub.add_argument(
-        "--output",
-        required=True,
-        metavar="DIR",
-        help="output folder or s3:// URL; new, or of the same job",
-    )
-    _job_options(sub)
+    _add_options(sub, SETTINGS)
+    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command(
         "demo", _demo, "the whole thing on images and a trained model that install with the package"
     )
-    sub.add_argument(
-        "--output",
-        default="imagemill-demo",
-        metavar="DIR",
-        help="output folder (default: %(default)s)",
+    demo = {name: setting for name, setting in SETTINGS.items() if name != "sources"}
+    demo["output"] = demo["output"]._replace(
+        help="output folder (default: %(default)s)", options={"default": "imagemill-demo"}
     )
-    _job_options(sub, "efficientnet_lite0")
+    demo["model"] = demo["model"]._replace(
+        help="model name, bundle folder or wrapped file.onnx (default: %(default)s)",
+        options={"default": "efficientnet_lite0"},
+    )
+    _add_options(sub, demo)
+    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command("status", _status, "how far a job is; safe beside a running one")
     sub.add_argument("dir", metavar="DIR")
@@ -238,11 +223,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("models", _models, "what models can be had and which are here")
-    sub.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="default: $IMAGEMILL_MODELS, else the user's cache folder",
-    )
+    _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
@@ -267,11 +248,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         metavar="N",
         help="also write model_N.onnx; may be repeated",
     )
-    sub.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="default: $IMAGEMILL_MODELS, else the user's cache folder",
-    )
+    _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
 
     sub = command(
         "wrap",
@@ -308,11 +285,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         metavar="N",
         help="further images to compare on (default: %(default)s)",
     )
-    sub.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="default: $IMAGEMILL_MODELS, else the user's cache folder",
-    )
+    _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
@@ -357,7 +330,27 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument(
         "--synthetic", action="store_true", help="compute alone, on images made in memory"
     )
-    _bench_options(sub)
+    shared = "model models_dir devices precision batch_size batches_per_step num_workers limit"
+    options = {name: SETTINGS[name] for name in shared.split()}
+    options["batch_size"] = options["batch_size"]._replace(
+        help="images per batch, or `search` for the fastest size (default: as `run`)",
+        parse=_number_or_search,
+    )
+    options["batches_per_step"] = options["batches_per_step"]._replace(
+        help="batches handed to a device at a time (default: about 2 s of them)"
+    )
+    options["limit"] = options["limit"]._replace(
+        help="the first N images per iteration (default: about 10 s of them)"
+    )
+    _add_options(sub, options)
+    sub.add_argument(
+        "--iterations",
+        type=int,
+        default=3,
+        metavar="N",
+        help="report the median over N iterations (default: %(default)s)",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -459,353 +452,57 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _batch_size(text: str) -> int | str:
-    return text if text == "search" else int(text)
+def _add_options(sub: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
+    for name, setting in settings.items():
+        is_option = setting.flag.startswith("-")
+        options: dict[str, Any] = {
+            "dest": name if is_option else None,
+            "help": setting.help,
+            "metavar": setting.metavar if is_option else setting.flag,
+            "type": setting.parse,
+        }
+        given = {key: value for key, value in options.items() if value is not None}
+        sub.add_argument(setting.flag if is_option else name, **given, **setting.options)
 
 
-_batch_size.__name__ = "number"
+def _number_or_search(text: str) -> int | str | None:
+    return text if text == "search" else number(text)
 
 
-def _bench_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--model",
-        metavar="NAME",
-        help="model name, bundle folder or wrapped file.onnx (default: resnext101_32x4d)",
-    )
-    sub.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="default: $IMAGEMILL_MODELS, else the user's cache folder",
-    )
-    sub.add_argument("--devices", metavar="SPEC", help="as for `run` (default: auto)")
-    sub.add_argument("--precision", metavar="P", help="as for `run` (default: auto)")
-    sub.add_argument(
-        "--batch-size",
-        type=_batch_size,
-        metavar="N",
-        help="images per batch, or `search` for the fastest size (default: as `run`)",
-    )
-    sub.add_argument(
-        "--batches-per-step",
-        type=int,
-        metavar="N",
-        help="batches handed to a device at a time (default: about 2 s of them)",
-    )
-    sub.add_argument(
-        "--num-workers",
-        type=int,
-        metavar="N",
-        help="decoding threads per device (default: as `run`)",
-    )
-    sub.add_argument(
-        "--iterations",
-        type=int,
-        default=3,
-        metavar="N",
-        help="the median over them is reported (default: %(default)s)",
-    )
-    sub.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="the first N images per iteration (default: about 10 s of them)",
-    )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _job_options(sub: argparse.ArgumentParser, model: str = "resnext101_32x4d") -> None:
-    def number(text: str) -> int | None:
-        return None if text == "auto" else int(text)
-
-    number.__name__ = "number"
-
-    def moved(text: str) -> tuple[str, str]:
-        old, equals, new = text.partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(f"{text}: write OLD=NEW")
-        return old, new
-
-    sub.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"model name, bundle folder or wrapped file.onnx (default: {model})",
-    )
-    sub.add_argument(
-        "--models-dir",
-        metavar="DIR",
-        help="default: $IMAGEMILL_MODELS, else the user's cache folder",
-    )
-    sub.add_argument(
-        "--devices",
-        metavar="SPEC",
-        help="auto, cpu, cpu:N (processes), cuda:I,J (ids), ipu:N; joined by + (default: auto)",
-    )
-    sub.add_argument(
-        "--precision", metavar="P", help="auto, fp32, fp16, bf16 or int8 (default: auto)"
-    )
-    sub.add_argument(
-        "--batch-size", type=number, metavar="N", help="images per batch (default: auto)"
-    )
-    sub.add_argument(
-        "--batches-per-step",
-        type=number,
-        metavar="N",
-        help="batches in flight per device (default: auto)",
-    )
-    sub.add_argument(
-        "--num-workers",
-        type=number,
-        metavar="N",
-        help="decoding threads per device (default: auto, its cores)",
-    )
-    sub.add_argument("--top-k", type=int, metavar="K", help="classes kept per image (default: 5)")
-    sub.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="one label a line, in the order of the classes, instead of the model's own",
-    )
-    sub.add_argument(
-        "--save",
-        action="append",
-        metavar="WHAT",
-        help="also keep `logits` or `embedding`; may be repeated",
-    )
-    sub.add_argument(
-        "--shard-size", type=number, metavar="N", help="images per part file (default: auto)"
-    )
-    sub.add_argument(
-        "--include", action="append", metavar="GLOB", help="plan only these; may be repeated"
-    )
-    sub.add_argument(
-        "--exclude", action="append", metavar="GLOB", help="leave these out; may be repeated"
-    )
-    sub.add_argument(
-        "--all-files",
-        action="store_true",
-        default=None,
-        help="plan every file, whatever its suffix",
-    )
-    sub.add_argument("--limit", type=int, metavar="N", help="plan the first N images only")
-    sub.add_argument(
-        "--preprocess",
-        choices=["card", "center-crop"],
-        help="the model's own recipe, or the centre cropped without resizing",
-    )
-    sub.add_argument(
-        "--background",
-        metavar="COLOR",
-        help=(
-            "blend transparent images onto this colour: white, #rrggbb, … (default: drop alpha, as"
-            " published pipelines do)"
-        ),
-    )
-    sub.add_argument(
-        "--max-pixels",
-        type=int,
-        metavar="N",
-        help="larger images become a too_large row, undecoded",
-    )
-    sub.add_argument(
-        "--max-bytes", type=int, metavar="N", help="larger files become a too_large row, unread"
-    )
-    sub.add_argument(
-        "--max-seconds",
-        type=float,
-        metavar="S",
-        help="images that take longer become a timeout row",
-    )
-    sub.add_argument("--dry-run", action="store_true", help="list and count, write nothing")
-    sub.add_argument(
-        "--retry-failed",
-        nargs="?",
-        const="",
-        metavar="STATUS,…",
-        help="compute shards with failed images again (default: any status)",
-    )
-    sub.add_argument(
-        "--max-bad-fraction",
-        type=float,
-        metavar="F",
-        help="stop once more than this fraction of all images is bad",
-    )
-    sub.add_argument(
-        "--moved",
-        type=moved,
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help=(
-            "read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated"
-        ),
-    )
-    sub.add_argument(
-        "--user-agent",
-        metavar="TEXT",
-        help="sent to web servers (default: imagemill and its version)",
-    )
-    sub.add_argument(
-        "--grace",
-        type=float,
-        default=20.0,
-        metavar="S",
-        help="seconds to finish shards in hand when stopped (default: 20)",
-    )
-    sub.add_argument(
-        "--engine",
-        default="local",
-        choices=["local", "ray"],
-        help="workers on this machine, or on a Ray cluster",
-    )
-    sub.add_argument(
-        "--allow-mixed",
-        action="store_true",
-        help="allow backends whose answers differ in the last bits",
-    )
-    sub.add_argument("--log-dir", metavar="DIR", help="default: logs/ in the output folder")
-    sub.add_argument(
-        "--no-preflight",
-        dest="preflight",
-        action="store_false",
-        help="do not look at a sample of a new job's images as it starts",
-    )
-    sub.add_argument(
-        "--no-report", dest="report", action="store_false", help="write no report.html at the end"
-    )
-    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-
-
-def _settings(parsed: argparse.Namespace, sources: Sequence[str], **changes: Any) -> Settings:
-    from imagemill.records import Settings
-
-    retry = parsed.retry_failed
-    values: dict[str, Any] = {
-        "sources": tuple(sources),
-        "output": parsed.output,
-        "save": tuple(parsed.save) if parsed.save else None,
-        "include": tuple(parsed.include) if parsed.include else None,
-        "exclude": tuple(parsed.exclude) if parsed.exclude else None,
-        "retry_failed": None if retry is None else tuple(filter(None, retry.split(","))),
-        "grace_s": parsed.grace,
-        "moved": tuple(parsed.moved) or None,
-    }
-    same = """
-        model models_dir devices precision batch_size batches_per_step num_workers top_k
-        shard_size all_files limit preprocess labels background max_pixels max_bytes
-        max_seconds dry_run         max_bad_fraction engine allow_mixed log_dir report
-        preflight user_agent
-    """.split()
-    values |= {name: getattr(parsed, name) for name in same}
-    return Settings(**(values | changes))
+_number_or_search.__name__ = "number"  # in argparse's messages
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    return _carry_out(_settings(parsed, parsed.sources), as_json=parsed.json)
+    from imagemill.display import observer, results
+    from imagemill.runner import run
+
+    settings = make_settings(vars(parsed))
+    if settings.dry_run:
+        found = run.dry_run(settings)
+        for note in found.notes:
+            _log(note)
+        print(_as_json(found) if parsed.json else results.format_dry_run(found))
+    else:
+        summary = run.run(settings, observer.Terminal())
+        print(_as_json(summary) if parsed.json else results.format_summary(summary))
+    return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:
     from importlib.resources import as_file, files
 
-    with as_file(files("imagemill") / "data" / "demo") as images:
-        code = _carry_out(
-            _settings(parsed, [str(images)], model=parsed.model or "efficientnet_lite0"),
-            as_json=parsed.json,
-        )
-        if not parsed.json and not parsed.dry_run:
-            _show_rows(Path(parsed.output))
-    return code
-
-
-def _carry_out(settings: Settings, *, as_json: bool) -> int:
-    from imagemill.display import observer
-    from imagemill.runner import run
-    from imagemill.system import serialization
-
-    if settings.dry_run:
-        found = run.dry_run(settings)
-        for note in found.notes:
-            _say(note)
-        if as_json:
-            print(json.dumps(serialization.to_plain(found)))
-        else:
-            skipped = _format_skipped(found)
-            print(
-                f"{found.images:,} images, shards of {found.shard_size:,}"
-                + (f"; skipped: {skipped}" if skipped else "")
-            )
-        return 0
-    summary = run.run(settings, observer.Terminal())
-    print(json.dumps(serialization.to_plain(summary)) if as_json else _told(summary))
-    return 0
-
-
-def _told(summary: Summary) -> str:
-    """The aggregate for people."""
-    from imagemill.display.text import statuses
-
-    lines = [f"{summary.images:,} images: {summary.ok:,} ok, {summary.failed:,} failed"]
-    if summary.failed:
-        lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
-    if skipped := _format_skipped(summary):
-        lines.append(f"skipped: {skipped}")
-    if summary.images_per_second:
-        lines.append(
-            f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s,"
-            f" {summary.model} in {summary.precision}"
-        )
-        for device in summary.devices:
-            restarts = (
-                f", {device.restarts} restart{'s' if device.restarts > 1 else ''}"
-                if device.restarts
-                else ""
-            )
-            lines.append(
-                f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f}"
-                f" images/s{restarts}"
-            )
-        believable = {
-            name: rate for name, rate in summary.rates.items() if rate >= summary.rates["achieved"]
-        }  # else of a job too short
-        rates = ", ".join(
-            f"{name.replace('_', ' ')} {rate:,.1f}" for name, rate in believable.items()
-        )
-        lines.append(
-            f"bounded by {summary.bottleneck}: {summary.advice}"
-            if summary.bottleneck
-            else f"bottleneck: {summary.advice}"
-        )
-        lines.append(f"images/s: {rates}")
-    if any(device.name.partition("#")[0] == "null" for device in summary.devices):
-        lines.append("note: the null device computes nothing: its predictions are made up")
-    lines.append(f"results: {summary.output}/predictions")
-    return "\n".join(lines)
-
-
-def _format_skipped(found: Summary | DryRun) -> str:
-    from imagemill.runner import listing
-
-    return listing.format_skipped(
-        found.skipped_by_suffix,
-        found.skipped_hidden,
-        found.skipped_by_filter,
-        found.skipped_broken_links,
-    )
-
-
-def _show_rows(output: Path) -> None:
-    """Print the demo's rows, as anybody would read them."""
+    from imagemill.display import results
     from imagemill.job import ledger
     from imagemill.job.paths import JobPaths
 
-    print()
-    for row in ledger.rows(
-        JobPaths(output.absolute()), ["path", "status", "label", "probability", "error"]
-    ):
-        answer = (
-            f"{row['probability']:6.1%}  {row['label']}"
-            if row["status"] == "ok"
-            else f"{row['status']}: {row['error']}"
-        )
-        print(f"  {row['path']:<34} {answer}")
+    with as_file(files("imagemill") / "data" / "demo") as images:
+        parsed.sources = [str(images)]
+        code = _run(parsed)
+    if not parsed.json and not parsed.dry_run:
+        columns = ["path", "status", "label", "probability", "error"]
+        rows = ledger.rows(JobPaths(Path(parsed.output).absolute()), columns)
+        print(f"\n{results.format_rows(rows)}")
+    return code
 
 
 def _open_job(folder: str) -> Any:
@@ -821,66 +518,32 @@ def _open_job(folder: str) -> Any:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from imagemill.display.text import statuses
+    from imagemill.display import results
     from imagemill.job import inspect
-    from imagemill.system import serialization
 
     found = inspect.status(*_open_job(parsed.dir))
-    if parsed.json:
-        print(json.dumps(serialization.to_plain(found)))
-        return 0
-    state = (
-        "finished"
-        if found.complete
-        else "running"
-        if found.running
-        else "not finished: repeat the run command to resume"
-    )
-    print(
-        f"{found.done:,} of {found.images:,} images ({found.shards_done:,} of {found.shards:,}"
-        f" shards), {state}"
-    )
-    if found.failed_by_status:
-        print(f"failed: {statuses(dict(found.failed_by_status))}")
+    print(_as_json(found) if parsed.json else results.format_status(found))
     return 0
 
 
 def _verify(parsed: argparse.Namespace) -> int:
+    from imagemill.display import results
     from imagemill.job import inspect
 
     paths, frozen = _open_job(parsed.dir)
     problems, moved = inspect.verify(paths, frozen, quarantine=parsed.quarantine)
     found = [{"shard": p.shard, "path": paths.shown(p.path), "problem": p.what} for p in problems]
+    aside = [paths.shown(path) for path in moved]
     if parsed.json:
-        aside = [paths.shown(path) for path in moved]
-        print(
-            json.dumps(
-                {"sound": not found, "images": frozen.images, "problems": found, "moved": aside}
-            )
-        )
+        report = {"sound": not found, "images": frozen.images, "problems": found, "moved": aside}
+        print(json.dumps(report))
     else:
-        missing = [
-            problem
-            for problem in found
-            if problem["problem"] == "is missing" and problem["shard"] is not None
-        ]
-        for problem in found:
-            if problem not in missing[_NAMED_MISSING:]:
-                print(f"{problem['path']} {problem['problem']}")
-        if len(missing) > _NAMED_MISSING:
-            print(f"… and {len(missing) - _NAMED_MISSING:,} more parts are missing: repeat the run")
-        for path in moved:
-            print(f"moved to {paths.shown(path)}")
+        print(results.format_problems(found, aside, frozen.images))
         if any(problem.damaged for problem in problems) and not parsed.quarantine:
-            _say(
-                f"to mend it, imagemill verify --quarantine {parsed.dir} moves what is damaged"
-                " aside; then repeat the run"
+            _log(
+                f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"
+                " damaged parts to another folder, then repeat the run"
             )
-        print(
-            f"{len(found)} problem{'s' if len(found) > 1 else ''}"
-            if found
-            else f"complete and sound: {frozen.images:,} images, one row each"
-        )
     return 1 if found else 0
 
 
@@ -890,7 +553,7 @@ def _export(parsed: argparse.Namespace) -> int:
     paths, frozen = _open_job(parsed.dir)
     columns = parsed.columns.split(",") if parsed.columns else None
     form = export.Form(parsed.to)
-    pieces = export.export(paths, frozen, form, columns=columns, partial=parsed.partial, say=_say)
+    pieces = export.export(paths, frozen, form, columns=columns, partial=parsed.partial, say=_log)
     if parsed.output:
         export.write(pieces, Path(parsed.output))
     else:
@@ -908,19 +571,11 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _devices(parsed: argparse.Namespace) -> int:
+    from imagemill.display import results
     from imagemill.pipeline.backends import devices
 
     offers = devices.offers()
-    if parsed.json:
-        print(json.dumps({"devices": offers}))
-    else:
-        for offer in offers:
-            print(
-                f"{offer['devices']:<8} {offer['what']}"
-                + (": not usable" if offer["missing"] else "")
-            )
-            for note in [offer["missing"], *offer["notes"]] if offer["missing"] else offer["notes"]:
-                print(f"{'':<8} {note}")
+    print(json.dumps({"devices": offers}) if parsed.json else results.format_devices(offers))
     return 0
 
 
@@ -931,6 +586,7 @@ def _models_dir(parsed: argparse.Namespace) -> Path:
 
 
 def _models(parsed: argparse.Namespace) -> int:
+    from imagemill.display import results
     from imagemill.models import registry
     from imagemill.system import serialization
 
@@ -938,24 +594,13 @@ def _models(parsed: argparse.Namespace) -> int:
     rows = registry.listing(folder)
     if parsed.json:
         print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
-        return 0
-    print(f"{'name':<42} {'top-1':>6} {'parameters':>11} {'licence':<14} here")
-    for row in rows:
-        here = (
-            ""
-            if row.bytes_on_disk is None
-            else f"{row.bytes_on_disk / 2**20:,.0f} MiB, {row.origin}"
-        )
-        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
-        print(f"{row.name:<42} {top1:>6} {row.parameters / 1e6:>9.1f} M {row.licence:<14} {here}")
-    for bare, meant in registry.ALIASES.items():
-        print(f"{bare} means {meant}")
+    else:
+        print(results.format_models(rows, registry.ALIASES))
     return 0
 
 
 def _get_model(parsed: argparse.Namespace) -> int:
     from imagemill.display.terminal import DownloadProgress
-    from imagemill.display.text import tell
     from imagemill.models import registry
 
     made = registry.get(
@@ -965,7 +610,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         url=parsed.url,
         random_seed=parsed.random_weights,
         batch_sizes=tuple(parsed.batch_size),
-        say=lambda message: tell(f"imagemill: {message}"),
+        say=_log,
         progress=DownloadProgress(),
     )
     print(made.dir)
@@ -985,7 +630,7 @@ def _wrap(parsed: argparse.Namespace) -> int:
         Path(parsed.file), given, Path(parsed.output) if parsed.output else None
     )
     for line in checked.lines:
-        _say(line)
+        _log(line)
     print(written)
     return 0
 
@@ -994,14 +639,10 @@ def _quantize(parsed: argparse.Namespace) -> int:
     from imagemill.display.terminal import DownloadProgress
     from imagemill.models import bundle, registry
     from imagemill.pipeline.backends import devices
-    from imagemill.system import serialization
     from imagemill.tuning import precisions
 
-    def say(message: str) -> None:
-        print(f"imagemill: {message}", file=sys.stderr, flush=True)
-
     found = registry.resolve(
-        parsed.model, _models_dir(parsed), say=say, progress=DownloadProgress()
+        parsed.model, _models_dir(parsed), say=_log, progress=DownloadProgress()
     )
     bundle.verify_hash(found)
     report = precisions.quantize_bundle(
@@ -1010,33 +651,23 @@ def _quantize(parsed: argparse.Namespace) -> int:
         chosen=devices.resolve("cpu"),
         calibration=parsed.calibration,
         held_out=parsed.held_out,
-        say=say,
+        say=_log,
     )
-    print(
-        json.dumps(serialization.to_plain(report))
-        if parsed.json
-        else "\n".join(precisions.report_lines(report))
-    )
+    print(_as_json(report) if parsed.json else "\n".join(precisions.report_lines(report)))
     return 0
-
-
-def _say(message: str) -> None:
-    print(f"imagemill: {message}", file=sys.stderr, flush=True)
 
 
 def _partition(parsed: argparse.Namespace) -> int:
     from imagemill import partition
-    from imagemill.system import serialization
 
     link = partition.Link(parsed.link) if parsed.link else None
-    made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, _say)
-    print(json.dumps(serialization.to_plain(made)) if parsed.json else partition.told(made))
+    made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, _log)
+    print(_as_json(made) if parsed.json else partition.format_partitioned(made))
     return 0
 
 
 def _bench(parsed: argparse.Namespace) -> int:
     from imagemill import bench
-    from imagemill.system import serialization
 
     same = (
         "synthetic model models_dir devices precision batch_size batches_per_step num_workers"
@@ -1045,9 +676,21 @@ def _bench(parsed: argparse.Namespace) -> int:
     settings = bench.BenchSettings(
         sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}
     )
-    report = bench.run(settings, _say)
-    print(json.dumps(serialization.to_plain(report)) if parsed.json else bench.told(report))
+    report = bench.run(settings, _log)
+    print(_as_json(report) if parsed.json else bench.told(report))
     return 0
+
+
+def _as_json(record: object) -> str:
+    from imagemill.system import serialization
+
+    return json.dumps(serialization.to_plain(record))
+
+
+def _log(message: str) -> None:
+    from imagemill.display import text
+
+    text.tell(f"imagemill: {message}")
 
 
 if __name__ == "__main__":

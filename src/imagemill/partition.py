@@ -284,8 +284,8 @@ def _is_regular(path: bytes) -> bool:
         return False
 
 
-def told(made: Partitioned) -> str:
-    """The outcome for people."""
+def format_partitioned(made: Partitioned) -> str:
+    """Return the outcome as text for people."""
     least, most = min(made.partitions), max(made.partitions)
     size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
     what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[

@@ -28,7 +28,7 @@ from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
 from imagemill.runner import run as runner
-from imagemill.runner.model import DEFAULT_MODEL
+from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
 from imagemill.tuning import batch_size, precisions, quantize
 from imagemill.version import __version__
@@ -93,18 +93,12 @@ def check(settings: BenchSettings) -> None:
             "give a SOURCE to measure decoding and computing, or --synthetic to measure computing"
             " alone."
         )
-    for name in ("iterations", "batch_size", "batches_per_step", "num_workers", "limit"):
-        value = getattr(settings, name)
-        if isinstance(value, int) and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1.")
-    if isinstance(settings.batch_size, str) and settings.batch_size != SEARCH:
-        raise UsageError(
-            f"--batch-size {settings.batch_size}: must be a number of images, or `search`."
-        )
-    if settings.precision not in (None, "auto", *Precision):
-        raise UsageError(
-            f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}."
-        )
+    if settings.iterations < 1:
+        raise UsageError(f"--iterations {settings.iterations}: must be at least 1.")
+    if settings.batch_size != SEARCH:
+        check_setting("batch_size", settings.batch_size)
+    for name in ("batches_per_step", "num_workers", "limit", "precision"):
+        check_setting(name, getattr(settings, name))
 
 
 def _batch_size(settings: BenchSettings) -> int | None:

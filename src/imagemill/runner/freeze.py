@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 from imagemill.job.documents import _FORMAT, Frozen, read_frozen
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.runner.model import with_recipe
+from imagemill.runner.settings import limits_of
 
 
 def freeze(
@@ -131,7 +132,7 @@ def _job(
         num_workers=settings.num_workers or 0,
         top_k=top_k,
         save=save,
-        limits=_limits(settings, Limits()),
+        limits=limits_of(settings, Limits()),
         plan_id=plan_id(resolved, filters, settings.limit, shard_size),
         answer_id=answer_id(card, prepared, backend_of(chosen, settings.allow_mixed), top_k, save),
         cache_dir=str(model.dir.absolute() / "compiled"),
@@ -165,7 +166,7 @@ def _prepare(
         entries,
         images,
         chosen=chosen,
-        limits=_limits(settings, Limits()),
+        limits=limits_of(settings, Limits()),
         access=access_of(settings),
         say=watcher.say,
     )
@@ -190,15 +191,6 @@ def answer_id(
         backend,
         top_k,
         list(save),
-    )
-
-
-def _limits(settings: Settings, otherwise: Limits) -> Limits:
-    return Limits(
-        *(
-            getattr(settings, name) or getattr(otherwise, name)
-            for name in ("max_pixels", "max_bytes", "max_seconds")
-        )
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill import records
+from imagemill.display.results import format_skipped
 from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
@@ -148,28 +149,9 @@ def _open_them(resolved: Sequence[str], pattern: str) -> str:
     return "Archives and tables inside an archive are not opened. Unpack it."
 
 
-def format_skipped(
-    by_suffix: Mapping[str, int], hidden: int, by_filter: int, broken_links: int
-) -> str:
-    """Return what a listing left out as one line, such as `2 .txt, 1 hidden`; empty if nothing."""
-    parts = [f"{count:,} {suffix or '(no suffix)'}" for suffix, count in sorted(by_suffix.items())]
-    others = {
-        "hidden": hidden,
-        "by --include or --exclude": by_filter,
-        f"broken link{'s' * (broken_links != 1)}": broken_links,
-    }
-    return ", ".join(parts + [f"{count:,} {what}" for what, count in others.items() if count])
-
-
 def access_of(settings: Settings) -> Access:
     """Return how the sources of these settings are read. Raises: UsageError."""
-    agent = settings.user_agent
-    if agent is not None and not (agent.strip() and agent.isascii() and agent.isprintable()):
-        raise UsageError(
-            f"--user-agent {agent!r}: must be printable ASCII characters on one line, not only"
-            " spaces."
-        )
-    return Access(sources.resolve_moved(settings.moved or ()), agent)
+    return Access(sources.resolve_moved(settings.moved or ()), settings.user_agent)
 
 
 def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> None:

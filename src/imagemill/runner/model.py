@@ -18,9 +18,7 @@ from imagemill.records import (
     Card,
     Settings,
 )
-from imagemill.runner.settings import parse_colour
-
-DEFAULT_MODEL = "resnext101_32x4d"
+from imagemill.runner.settings import DEFAULT_MODEL, parse_colour
 
 
 def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,103 +14,41 @@ from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.records import (
-    DeviceSpec,
-    Settings,
-)
-from imagemill.runner.freeze import _limits
+from imagemill.records import DeviceSpec, Settings
 from imagemill.runner.listing import access_of
 from imagemill.runner.model import describe_labels, identify, is_local, resolve_model
-from imagemill.runner.settings import flag_of, parse_colour
+from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 
 
 def resume(
     settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher
 ) -> Frozen:
-    """The frozen job with what may differ today. Raises: JobMismatchError, naming both values of
-    what may not.
+    """Return a frozen job with the settings that may change.
+
+    Raises:
+        JobMismatchError: a setting that must not change differs. The message names both values.
     """
-    job, access = frozen.job, access_of(settings)
-    asked_sources = sources.resolve(settings.sources)
-    if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
-        asked_sources = job.sources  # they may be given where they were, or where they are now
-    selection: list[
-        tuple[str, object, object]
-    ] = [  # a flag that is absent selects too: without --limit all images are meant
-        ("SOURCE", list(job.sources), list(asked_sources)),
-        ("--include", sorted(frozen.filters.include), sorted(settings.include or ())),
-        ("--exclude", sorted(frozen.filters.exclude), sorted(settings.exclude or ())),
-        ("--all-files", frozen.filters.all_files, bool(settings.all_files)),
-        ("--limit", frozen.limit, settings.limit),
-    ]
-    for flag, was, asked in selection:
-        if asked != was:
-            how = f"Add {_spelt(flag, was)}" if was else f"Leave out {flag}"
-            if flag == "SOURCE":
-                how = (
-                    "If the sources have moved, add --moved OLD=NEW. Give the same sources in the"
-                    " same order"
-                )
-            elif was and asked:
-                how = f"Write {_spelt(flag, was)}"
-            raise _mismatch(
-                settings, _spelt(flag, was), _spelt(flag, asked), f"{how} to continue this job"
-            )
-    pairs: list[tuple[str, object, object]] = [
-        ("--shard-size", frozen.shard_size, settings.shard_size),
-        ("--top-k", job.top_k, settings.top_k),
-        ("--save", sorted(job.save), settings.save and sorted(settings.save)),
-        (
-            "--precision",
-            job.precision.value,
-            None if settings.precision == "auto" else settings.precision,
-        ),
-        ("backend", frozen.backend, backend_of(chosen, settings.allow_mixed)),
-        (
-            "--preprocess",
-            "center-crop" if job.card.recipe.resize is None else "card",
-            settings.preprocess,
-        ),
-        (
-            "--background",
-            job.card.recipe.background,
-            settings.background and parse_colour(settings.background),
-        ),
-    ]
-    if settings.model is not None and not is_local(settings) and settings.model != job.card.name:
-        pairs.append(("--model", job.card.name, settings.model))  # before anything is downloaded
-    elif settings.model is not None:
-        card = resolve_model(replace(settings, labels=None), watcher).card
-        pairs.append(("--model", identify(job.card), identify(card)))
-    if settings.labels is not None:
-        pairs.append(
-            (
-                "--labels",
-                describe_labels(job.card.labels),
-                describe_labels(bundle.read_labels(Path(settings.labels))),
-            )
+    for name, was, asked in _compare(settings, frozen, chosen, watcher):
+        effect = SETTINGS[name].effect_on(frozen.backend)
+        is_given = asked is not None or effect is Effect.LISTING
+        if asked == was or not is_given or effect is Effect.NOTHING:
+            continue
+        flag = "backend" if name == "devices" else SETTINGS[name].flag
+        if effect is Effect.LIMITS:
+            watcher.say(f"{flag} was {was:,} and is now {asked:,}, for the remaining images")
+            continue
+        remedy = _remedy(flag, was, asked) if effect is Effect.LISTING else "Leave it out"
+        raise JobMismatchError(
+            f"{settings.output} was started with {_format_flag(flag, was)}, now"
+            f" {_format_flag(flag, asked)} is asked for. {remedy} to continue this job, or give"
+            " another --output."
         )
-    for flag, was, asked in pairs:
-        if asked is not None and asked != was:
-            raise _mismatch(
-                settings,
-                _spelt(flag, was),
-                _spelt(flag, asked),
-                "Leave it out to continue this job",
-            )
-    limits = _limits(settings, job.limits)
-    for name in ("max_pixels", "max_bytes", "max_seconds"):
-        was, now = getattr(job.limits, name), getattr(limits, name)
-        if was != now:
-            watcher.say(
-                f"{flag_of(name)} was {was:,}, and is {now:,} this time: it holds for the images"
-                " that are left"
-            )
+    job = frozen.job
     job = replace(
         job,
         output=JobPaths.of(settings.output).output,
-        limits=limits,
-        access=access,
+        limits=limits_of(settings, job.limits),
+        access=access_of(settings),
         batch_size=settings.batch_size or job.batch_size,
         batches_per_step=settings.batches_per_step or job.batches_per_step,
         num_workers=settings.num_workers or job.num_workers,
@@ -119,15 +57,56 @@ def resume(
     return replace(frozen, job=job)
 
 
-def _mismatch(settings: Settings, was: str, asked: str, remedy: str) -> JobMismatchError:
-    return JobMismatchError(
-        f"{settings.output} was started with {was}, now {asked} is asked for. {remedy}, or give"
-        " another --output."
-    )
+def _compare(
+    settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher
+) -> Iterator[tuple[str, object, object]]:
+    """Yield each frozen setting, its value then, and the value asked for now (None: not given).
+
+    The settings that are cheap to compare come first: the last ones may read or wrap a model.
+    """
+    job, filters, recipe = frozen.job, frozen.filters, frozen.job.card.recipe
+    asked_sources, access = sources.resolve(settings.sources), access_of(settings)
+    if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
+        asked_sources = job.sources  # they may be given at their old or at their new place
+    yield "sources", list(job.sources), list(asked_sources)
+    yield "include", sorted(filters.include), sorted(settings.include or ())
+    yield "exclude", sorted(filters.exclude), sorted(settings.exclude or ())
+    yield "all_files", filters.all_files, bool(settings.all_files)
+    yield "limit", frozen.limit, settings.limit
+    yield "shard_size", frozen.shard_size, settings.shard_size
+    yield "top_k", job.top_k, settings.top_k
+    yield "save", sorted(job.save), settings.save and sorted(settings.save)
+    asked_precision = None if settings.precision == "auto" else settings.precision
+    yield "precision", job.precision.value, asked_precision
+    yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)
+    preprocess = "center-crop" if recipe.resize is None else "card"
+    yield "preprocess", preprocess, settings.preprocess
+    background = settings.background and parse_colour(settings.background)
+    yield "background", recipe.background, background
+    if settings.model is not None and not is_local(settings) and settings.model != job.card.name:
+        yield "model", job.card.name, settings.model  # before anything is downloaded
+    elif settings.model is not None:
+        card = resolve_model(replace(settings, labels=None), watcher).card
+        yield "model", identify(job.card), identify(card)
+    if settings.labels is not None:
+        labels = bundle.read_labels(Path(settings.labels))
+        yield "labels", describe_labels(job.card.labels), describe_labels(labels)
+    yield "max_pixels", job.limits.max_pixels, settings.max_pixels
+    yield "max_bytes", job.limits.max_bytes, settings.max_bytes
+    yield "max_seconds", job.limits.max_seconds, settings.max_seconds
 
 
-def _spelt(flag: str, value: object) -> str:
-    """Return a flag as you would type it."""
+def _remedy(flag: str, was: object, asked: object) -> str:
+    if flag == "SOURCE":
+        moved = "If the sources have moved, add --moved OLD=NEW"
+        return f"{moved}. Give the same sources in the same order"
+    if not was:
+        return f"Leave out {flag}"
+    return f"{'Write' if asked else 'Add'} {_format_flag(flag, was)}"
+
+
+def _format_flag(flag: str, value: object) -> str:
+    """Return a flag with its value as you would type it."""
     if not value:
         return f"no {flag}"
     if value is True:

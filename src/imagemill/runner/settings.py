@@ -1,76 +1,123 @@
-"""Check what the user asked for, before anything is listed, downloaded or written."""
+"""The settings of a job, each declared once: flag, help, bounds and effect.
+
+The options of the command line, the keywords of the Python API, the check of their values and the
+comparison on resume derive from `SETTINGS`. Only light modules are imported here, so that
+`imagemill --help` stays fast.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from imagemill.errors import UsageError
-from imagemill.pipeline import sources
-from imagemill.records import (
-    Engine,
-    Precision,
-    Saved,
-    Settings,
-    Status,
-)
-from imagemill.runner.listing import access_of
 
+if TYPE_CHECKING:
+    from imagemill.records import Limits, Settings
+
+DEFAULT_MODEL = "resnext101_32x4d"
 MAX_COUNT = 2**48
-"""Of whatever is counted: beyond all images there are, and what a byte or an address takes of it
-still fits into 64 bits.
-"""
+"""Upper bound for counts; keeps their products with byte sizes below 2**63."""
+MAX_THREADS = 256
 
 
-def check_settings(settings: Settings) -> None:
-    """Settings that can be judged alone. Raises: UsageError."""
-    for name in ("batch_size", "top_k", "shard_size", "limit", "max_pixels", "max_bytes"):
-        value = getattr(settings, name)
-        if value is not None and not isinstance(value, int):
-            raise UsageError(f"{flag_of(name)} {value!r}: must be a whole number.")
-        if value is not None and value < 1:
-            raise UsageError(f"{flag_of(name)} {value}: must be at least 1.")
-        if value is not None and value > MAX_COUNT:
-            raise UsageError(f"{flag_of(name)} {value}: must be at most {MAX_COUNT}.")
-    for name in ("num_workers", "batches_per_step"):
-        value = getattr(settings, name)
-        if value is not None and not 1 <= value <= 256:
-            raise UsageError(f"{flag_of(name)} {value}: must be from 1 to 256.")
-    if settings.max_bad_fraction is not None and not 0 <= settings.max_bad_fraction <= 1:
-        raise UsageError(f"--max-bad-fraction {settings.max_bad_fraction}: must be from 0 to 1.")
-    if not settings.grace_s >= 0:
-        raise UsageError(f"--grace {settings.grace_s}: must be at least 0.")
-    if settings.max_seconds is not None and not settings.max_seconds > 0:  # NaN neither
-        raise UsageError(f"--max-seconds {settings.max_seconds}: must be more than 0.")
-    for flag, values, known in (
-        ("--save", settings.save, list(Saved)),
-        ("--retry-failed", settings.retry_failed, list(Status)),
-    ):
-        for value in values or ():
-            if value not in known or value == Status.OK:
-                hint = (
-                    " Write --retry-failed=STATUS, with an equals sign, or alone and last."
-                    if flag == "--retry-failed"
-                    else ""
-                )
-                raise UsageError(
-                    f"{flag} {value}: not known. Known:"
-                    f" {', '.join(item for item in known if item != Status.OK)}.{hint}"
-                )
-    if settings.precision not in (None, "auto", *Precision):
-        raise UsageError(
-            f"--precision {settings.precision}: not known. Known: auto, {', '.join(Precision)}."
+class Effect(Enum):
+    """What a setting decides, and therefore how it may change when a job is resumed."""
+
+    LISTING = "listing"
+    """Which images are planned: must be repeated, because leaving it out selects other images."""
+    ANSWERS = "answers"
+    """Results, or how they are cut into parts: may be left out, but must not differ."""
+    LIMITS = "limits"
+    """Which images are readable: may change, for the remaining images, with a note."""
+    NOTHING = "nothing"
+    """Speed, display and the like: may change silently."""
+
+
+class Setting(NamedTuple):
+    """The declaration of one field of `Settings`."""
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    effect: Effect | Callable[[str], Effect] = Effect.NOTHING
+    """What it decides; a function if that depends on the backend, which it is given."""
+    parse: Callable[[str], object] | None = None
+    """Converts the text of the command line; None keeps the text."""
+    find_problem: Callable[[Any], str | None] = lambda _: None
+    """Returns what is wrong with a value, or None."""
+    is_list: bool = False
+    options: Mapping[str, Any] = {}
+    """Further arguments of `ArgumentParser.add_argument`."""
+
+    def effect_on(self, backend: str) -> Effect:
+        """Return what the setting decides on a backend."""
+        return self.effect if isinstance(self.effect, Effect) else self.effect(backend)
+
+
+def number(text: str) -> int | None:
+    """Return a number as an int, and `auto` as None."""
+    return None if text == "auto" else int(text)
+
+
+def _parse_moved(text: str) -> tuple[str, str]:
+    from argparse import ArgumentTypeError
+
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise ArgumentTypeError(f"{text}: write OLD=NEW")
+    return old, new
+
+
+def _parse_statuses(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _count(most: int = MAX_COUNT) -> Callable[[Any], str | None]:
+    def find_problem(value: object) -> str | None:
+        if not isinstance(value, int):
+            return f"must be a whole number, not {type(value).__name__}."
+        return (
+            "must be at least 1."
+            if value < 1
+            else f"must be at most {most}."
+            if value > most
+            else None
         )
-    if settings.engine not in list(Engine):
-        raise UsageError(f"--engine {settings.engine}: not known. Known: {', '.join(Engine)}.")
-    if settings.background is not None:
-        parse_colour(settings.background)
-    if not settings.sources:
-        raise UsageError("give at least one SOURCE: a folder or an image.")
-    sources.resolve(settings.sources)
-    access_of(settings)
+
+    return find_problem
 
 
-def flag_of(name: str) -> str:
-    """Return the flag of the command line that sets a field of `Settings`."""
-    return "--" + name.replace("_", "-")
+def _between(bounds: str, is_inside: Callable[[Any], bool]) -> Callable[[Any], str | None]:
+    def find_problem(value: object) -> str | None:
+        try:
+            return None if is_inside(value) else f"must be {bounds}."
+        except TypeError:
+            return f"must be a number, not {type(value).__name__}."
+
+    return find_problem
+
+
+def _one_of(*words: str, enum: str = "", hint: str = "") -> Callable[[Any], str | None]:
+    """Return a check that a value is one of some words, or in an enumeration of `records`."""
+
+    def find_problem(value: object) -> str | None:
+        from imagemill import records
+
+        known = [*words, *(getattr(records, enum) if enum else ())]
+        if records.Status.OK in known:
+            known.remove(records.Status.OK)  # is not a failure
+        return None if value in known else f"not known. Known: {', '.join(known)}.{hint}"
+
+    return find_problem
+
+
+def _find_problem_of_user_agent(agent: str) -> str | None:
+    if agent.strip() and agent.isascii() and agent.isprintable():
+        return None
+    return "must be printable ASCII characters on one line, not only spaces."
 
 
 def parse_colour(text: str) -> str:
@@ -88,3 +135,283 @@ def parse_colour(text: str) -> str:
             f"--background {text}: must be opaque. Give a name such as white, or #rrggbb."
         )
     return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+_APPEND = {"action": "append"}
+_YES = {"action": "store_true"}
+_NO = {"action": "store_false"}
+_NO_STATUS = " Write --retry-failed=STATUS, with an equals sign, or alone and last."
+
+SETTINGS: Mapping[str, Setting] = {
+    "sources": Setting(
+        "SOURCE",
+        "folder (searched recursively), image, archive, table, URL, or @LIST with one path or URL"
+        " per line; see docs/sources.md",
+        effect=Effect.LISTING,
+        is_list=True,
+        options={"nargs": "+"},
+    ),
+    "output": Setting(
+        "--output",
+        "output folder or s3:// URL; new, or of the same job",
+        "DIR",
+        options={"required": True},
+    ),
+    "model": Setting(
+        "--model",
+        f"model name, bundle folder or wrapped file.onnx (default: {DEFAULT_MODEL})",
+        "NAME",
+        Effect.ANSWERS,
+    ),
+    "models_dir": Setting(
+        "--models-dir", "default: $IMAGEMILL_MODELS, else the user's cache folder", "DIR"
+    ),
+    "devices": Setting(
+        "--devices",
+        "auto, cpu, cpu:N (processes), cuda:I,J (ids), ipu:N; joined by + (default: auto)",
+        "SPEC",
+        Effect.ANSWERS,  # by its backend: any devices of the same backend may continue a job
+    ),
+    "precision": Setting(
+        "--precision",
+        "auto, fp32, fp16, bf16 or int8 (default: auto)",
+        "P",
+        Effect.ANSWERS,
+        find_problem=_one_of("auto", enum="Precision"),
+    ),
+    "batch_size": Setting(
+        "--batch-size",
+        "images per batch (default: auto)",
+        "N",
+        parse=number,
+        find_problem=_count(),
+    ),
+    "batches_per_step": Setting(
+        "--batches-per-step",
+        "batches in flight per device (default: auto)",
+        "N",
+        parse=number,
+        find_problem=_count(MAX_THREADS),
+    ),
+    "num_workers": Setting(
+        "--num-workers",
+        "decoding threads per device (default: auto, one per core)",
+        "N",
+        parse=number,
+        find_problem=_count(MAX_THREADS),
+    ),
+    "top_k": Setting(
+        "--top-k",
+        "classes kept per image (default: 5)",
+        "K",
+        Effect.ANSWERS,
+        parse=int,
+        find_problem=_count(),
+    ),
+    "labels": Setting(
+        "--labels",
+        "file with one label per line, in the order of the classes (default: the model's own)",
+        "FILE",
+        Effect.ANSWERS,
+    ),
+    "save": Setting(
+        "--save",
+        "also keep `logits` or `embedding`; may be repeated",
+        "WHAT",
+        Effect.ANSWERS,
+        find_problem=_one_of(enum="Saved"),
+        is_list=True,
+        options=_APPEND,
+    ),
+    "shard_size": Setting(
+        "--shard-size",
+        "images per part file (default: auto)",
+        "N",
+        Effect.ANSWERS,
+        parse=number,
+        find_problem=_count(),
+    ),
+    "include": Setting(
+        "--include",
+        "process only matching images; may be repeated",
+        "GLOB",
+        Effect.LISTING,
+        is_list=True,
+        options=_APPEND,
+    ),
+    "exclude": Setting(
+        "--exclude",
+        "skip matching images and folders; may be repeated",
+        "GLOB",
+        Effect.LISTING,
+        is_list=True,
+        options=_APPEND,
+    ),
+    "all_files": Setting(
+        "--all-files",
+        "process every file, whatever its suffix",
+        effect=Effect.LISTING,
+        options={**_YES, "default": None},
+    ),
+    "limit": Setting(
+        "--limit",
+        "process only the first N images",
+        "N",
+        Effect.LISTING,
+        parse=int,
+        find_problem=_count(),
+    ),
+    "preprocess": Setting(
+        "--preprocess",
+        "card: the model's own preprocessing (default), or center-crop: crop without resizing",
+        "HOW",
+        Effect.ANSWERS,
+        find_problem=_one_of("card", "center-crop"),
+    ),
+    "background": Setting(
+        "--background",
+        "blend transparent images onto this colour: white, #rrggbb, … (default: drop alpha, as"
+        " published pipelines do)",
+        "COLOR",
+        Effect.ANSWERS,
+        find_problem=lambda text: parse_colour(text) and None,
+    ),
+    "max_pixels": Setting(
+        "--max-pixels",
+        "larger images are not decoded and become too_large rows",
+        "N",
+        Effect.LIMITS,
+        parse=int,
+        find_problem=_count(),
+    ),
+    "max_bytes": Setting(
+        "--max-bytes",
+        "larger files are not read and become too_large rows",
+        "N",
+        Effect.LIMITS,
+        parse=int,
+        find_problem=_count(),
+    ),
+    "max_seconds": Setting(
+        "--max-seconds",
+        "images that take longer become timeout rows",
+        "S",
+        Effect.LIMITS,
+        parse=float,
+        find_problem=_between("more than 0", lambda value: value > 0),
+    ),
+    "dry_run": Setting("--dry-run", "list and count images, write nothing", options=_YES),
+    "retry_failed": Setting(
+        "--retry-failed",
+        "compute shards with failed images again (default: any status)",
+        "STATUS,…",
+        parse=_parse_statuses,
+        find_problem=_one_of(enum="Status", hint=_NO_STATUS),
+        is_list=True,
+        options={"nargs": "?", "const": ()},
+    ),
+    "max_bad_fraction": Setting(
+        "--max-bad-fraction",
+        "stop if more than this fraction of all images fails",
+        "F",
+        parse=float,
+        find_problem=_between("from 0 to 1", lambda value: 0 <= value <= 1),
+    ),
+    "moved": Setting(
+        "--moved",
+        "read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated",
+        "OLD=NEW",
+        parse=_parse_moved,
+        is_list=True,
+        options=_APPEND,
+    ),
+    "user_agent": Setting(
+        "--user-agent",
+        "sent to web servers (default: imagemill and its version)",
+        "TEXT",
+        find_problem=_find_problem_of_user_agent,
+    ),
+    "grace_s": Setting(
+        "--grace",
+        "seconds to finish shards in progress when stopped (default: %(default)s)",
+        "S",
+        parse=float,
+        find_problem=_between("at least 0", lambda value: value >= 0),
+        options={"default": 20.0},
+    ),
+    "engine": Setting(
+        "--engine",
+        "where workers run: local, this machine (default), or ray, a Ray cluster",
+        "NAME",
+        find_problem=_one_of(enum="Engine"),
+        options={"default": "local"},
+    ),
+    "allow_mixed": Setting(
+        "--allow-mixed", "allow backends whose results differ in the last bits", options=_YES
+    ),
+    "log_dir": Setting("--log-dir", "default: logs/ in the output folder", "DIR"),
+    "preflight": Setting(
+        "--no-preflight", "do not try a sample of a new job's images at the start", options=_NO
+    ),
+    "report": Setting("--no-report", "write no report.html at the end", options=_NO),
+}
+"""Field of `Settings` → its declaration, in the order of `--help`."""
+
+
+def make_settings(given: Mapping[str, Any]) -> Settings:
+    """Return the settings in a mapping of names to values, such as parsed arguments or keywords.
+
+    Paths become strings, and for settings that are lists a single value becomes a list of one.
+    Names that are not settings are ignored.
+    """
+    from imagemill.records import Settings
+
+    return Settings(
+        **{
+            name: _as_plain(given[name], is_list=setting.is_list)
+            for name, setting in SETTINGS.items()
+            if name in given
+        }
+    )
+
+
+def _as_plain(value: Any, *, is_list: bool) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not is_list or value is None:
+        return value
+    if isinstance(value, str | bytes):
+        return (value,)
+    if isinstance(value, Mapping):
+        value = value.items()
+    return tuple(_as_plain(item, is_list=isinstance(item, tuple)) for item in value)
+
+
+def check_settings(settings: Settings) -> None:
+    """Check settings before anything is listed, downloaded or written. Raises: UsageError."""
+    from imagemill.pipeline import sources
+
+    for name in SETTINGS:
+        check_setting(name, getattr(settings, name))
+    if not settings.sources:
+        raise UsageError("give at least one SOURCE: a folder or an image.")
+    sources.resolve(settings.sources)
+    sources.resolve_moved(settings.moved or ())
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Check the value of one setting; None is always fine. Raises: UsageError."""
+    setting = SETTINGS[name]
+    for item in () if value is None else value if setting.is_list else (value,):
+        if problem := setting.find_problem(item):
+            shown = item if str(item).strip() and str(item).isprintable() else repr(item)
+            raise UsageError(f"{setting.flag} {shown}: {problem}")
+
+
+def limits_of(settings: Settings, otherwise: Limits) -> Limits:
+    """Return the limits in the settings, completed with other ones."""
+    from dataclasses import replace
+
+    names = ("max_pixels", "max_bytes", "max_seconds")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    return replace(otherwise, **given)

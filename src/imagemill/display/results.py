@@ -1,0 +1,155 @@
+"""The results of commands as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from imagemill.display.text import statuses
+
+if TYPE_CHECKING:
+    from imagemill.job.inspect import JobStatus
+    from imagemill.models.registry import Row
+    from imagemill.records import Summary
+    from imagemill.runner.run import DryRun
+
+_MAX_MISSING = 10
+"""Missing parts that `imagemill verify` names one by one."""
+
+
+def format_summary(summary: Summary) -> str:
+    """Return the figures of a finished job."""
+    lines = [f"{summary.images:,} images: {summary.ok:,} ok, {summary.failed:,} failed"]
+    if summary.failed:
+        lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
+    if skipped := _format_skipped_of(summary):
+        lines.append(f"skipped: {skipped}")
+    if summary.images_per_second:
+        lines += _format_speed(summary)
+    if any(device.name.partition("#")[0] == "null" for device in summary.devices):
+        lines.append("note: the null device computes nothing: its predictions are made up")
+    lines.append(f"results: {summary.output}/predictions")
+    return "\n".join(lines)
+
+
+def format_skipped(
+    by_suffix: Mapping[str, int], hidden: int, by_filter: int, broken_links: int
+) -> str:
+    """Return what a listing left out as one line, such as `2 .txt, 1 hidden`; empty if nothing."""
+    parts = [f"{count:,} {suffix or '(no suffix)'}" for suffix, count in sorted(by_suffix.items())]
+    others = {
+        "hidden": hidden,
+        "by --include or --exclude": by_filter,
+        f"broken link{'s' * (broken_links != 1)}": broken_links,
+    }
+    return ", ".join(parts + [f"{count:,} {what}" for what, count in others.items() if count])
+
+
+def _format_skipped_of(found: Summary | DryRun) -> str:
+    return format_skipped(
+        found.skipped_by_suffix,
+        found.skipped_hidden,
+        found.skipped_by_filter,
+        found.skipped_broken_links,
+    )
+
+
+def _format_count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _format_speed(summary: Summary) -> Iterator[str]:
+    yield (
+        f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s,"
+        f" {summary.model} in {summary.precision}"
+    )
+    for device in summary.devices:
+        restarts = f", {_format_count(device.restarts, 'restart')}" if device.restarts else ""
+        yield (
+            f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f}"
+            f" images/s{restarts}"
+        )
+    what = f"bounded by {summary.bottleneck}" if summary.bottleneck else "bottleneck"
+    yield f"{what}: {summary.advice}"
+    # In a job of a few images an estimate may be lower than what was achieved: leave it out.
+    rates = [
+        f"{name.replace('_', ' ')} {rate:,.1f}"
+        for name, rate in summary.rates.items()
+        if rate >= summary.rates["achieved"]
+    ]
+    yield f"images/s: {', '.join(rates)}"
+
+
+def format_dry_run(found: DryRun) -> str:
+    """Return what a job would process."""
+    skipped = _format_skipped_of(found)
+    shards = f"{found.images:,} images, shards of {found.shard_size:,}"
+    return f"{shards}; skipped: {skipped}" if skipped else shards
+
+
+def format_rows(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a line per row: path, and probability and label or the error."""
+    return "\n".join(
+        f"  {row['path']:<34} {row['probability']:6.1%}  {row['label']}"
+        if row["status"] == "ok"
+        else f"  {row['path']:<34} {row['status']}: {row['error']}"
+        for row in rows
+    )
+
+
+def format_status(found: JobStatus) -> str:
+    """Return how far a job is."""
+    state = "running" if found.running else "not finished: repeat the run command to resume"
+    lines = [
+        f"{found.done:,} of {found.images:,} images ({found.shards_done:,} of {found.shards:,}"
+        f" shards), {'finished' if found.complete else state}"
+    ]
+    if found.failed_by_status:
+        lines.append(f"failed: {statuses(dict(found.failed_by_status))}")
+    return "\n".join(lines)
+
+
+def format_problems(
+    problems: Sequence[Mapping[str, Any]], moved: Iterable[str], images: int
+) -> str:
+    """Return what `imagemill verify` found, and where it moved damaged parts."""
+    missing = [
+        problem
+        for problem in problems
+        if problem["problem"] == "is missing" and problem["shard"] is not None
+    ]
+    unnamed = missing[_MAX_MISSING:]
+    lines = [f"{found['path']} {found['problem']}" for found in problems if found not in unnamed]
+    if unnamed:
+        lines.append(f"… and {len(unnamed):,} more parts are missing: repeat the run")
+    lines += [f"moved to {path}" for path in moved]
+    lines.append(
+        _format_count(len(problems), "problem")
+        if problems
+        else f"complete and sound: {images:,} images, one row each"
+    )
+    return "\n".join(lines)
+
+
+def format_devices(offers: Iterable[Mapping[str, Any]]) -> str:
+    """Return the devices of this machine, with the reason if one is not usable."""
+    lines = []
+    for offer in offers:
+        missing = offer["missing"]
+        lines.append(f"{offer['devices']:<8} {offer['what']}{': not usable' if missing else ''}")
+        notes = [missing, *offer["notes"]] if missing else offer["notes"]
+        lines += [f"{'':<8} {note}" for note in notes]
+    return "\n".join(lines)
+
+
+def format_models(rows: Iterable[Row], aliases: Mapping[str, str]) -> str:
+    """Return the table of models."""
+    lines = [f"{'name':<42} {'top-1':>6} {'parameters':>11} {'licence':<14} here"]
+    for row in rows:
+        size = row.bytes_on_disk
+        here = "" if size is None else f"{size / 2**20:,.0f} MiB, {row.origin}"
+        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
+        parameters = f"{row.parameters / 1e6:>9.1f} M"
+        lines.append(f"{row.name:<42} {top1:>6} {parameters} {row.licence:<14} {here}")
+    lines += [f"{alias} means {name}" for alias, name in aliases.items()]
+    return "\n".join(lines)
