@@ -1,0 +1,107 @@
+"""Every setting is declared once, and all that derives from the declarations agrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import helpers
+from imagemill import cli
+from imagemill.errors import UsageError
+from imagemill.records import Settings
+from imagemill.runner.settings import SETTINGS, Effect, Setting, check_setting, make_settings
+
+DOCUMENTS = "\n".join(
+    path.read_text(encoding="utf-8")
+    for path in (helpers.PROJECT / "README.md", *(helpers.PROJECT / "docs").glob("*.md"))
+)
+
+
+def test_every_field_of_settings_is_declared() -> None:
+    """And nothing else is."""
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(Settings)}
+
+
+def test_a_command_without_options_means_the_defaults() -> None:
+    """The command line and the Python API start from the same settings."""
+    parsed = cli._parser().parse_args(["run", "a", "b", "--output", "out"])
+    assert make_settings(vars(parsed)) == Settings(sources=("a", "b"), output="out")
+
+
+def test_every_flag_sets_its_setting() -> None:
+    """As `imagemill run` is typed."""
+    words = (
+        "run a --output out --model m --models-dir d --devices cpu --precision fp32 --batch-size 1"
+        " --batches-per-step auto --num-workers 2 --top-k 3 --labels l --save logits"
+        " --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
+        " --preprocess card --background white --max-pixels 6 --max-bytes 7 --max-seconds 8"
+        " --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
+        " --user-agent me --grace 9 --engine ray --allow-mixed --log-dir logs --no-preflight"
+        " --no-report"
+    ).split()
+    assert {setting.flag for setting in SETTINGS.values() if setting.flag.startswith("-")} <= {
+        word.partition("=")[0] for word in words
+    }
+    assert make_settings(vars(cli._parser().parse_args(words))) == Settings(
+        ("a",),
+        "out",
+        *("m", "d", "cpu", "fp32", 1, None, 2, 3, ("logits", "embedding"), 4),
+        *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True),
+        *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, False, False),
+        *((("old", "new"),), "me"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("sources", "a", ("a",)),
+        ("sources", [Path("a"), "b"], ("a", "b")),
+        ("output", Path("out"), "out"),
+        ("model", Path("m.onnx"), "m.onnx"),
+        ("moved", {"old": Path("new")}, (("old", "new"),)),
+        ("retry_failed", (), ()),
+        ("save", None, None),
+    ],
+)
+def test_keywords_are_taken_in_every_usual_form(name: str, given: Any, expected: Any) -> None:
+    """Paths become strings, and one value a list of one."""
+    settings = make_settings({"sources": "x", "output": "y", name: given, "progress": True})
+    assert getattr(settings, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_workers", "2", "--num-workers 2: must be a whole number, not str."),
+        ("max_seconds", "2", "--max-seconds 2: must be a number, not str."),
+        ("grace_s", -1, "--grace -1: must be at least 0."),
+        ("preprocess", "crop", "--preprocess crop: not known. Known: card, center-crop."),
+        ("user_agent", "\n", r"--user-agent '\n': must be printable ASCII characters"),
+    ],
+)
+def test_a_value_of_the_python_api_is_checked_as_a_flag_is(
+    name: str, value: Any, message: str
+) -> None:
+    """Types too, which the command line has parsed."""
+    with pytest.raises(UsageError) as caught:
+        check_setting(name, value)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_a_setting_decides_may_depend_on_the_backend() -> None:
+    """Such as a batch size that changes results on one backend only."""
+    setting = Setting(
+        "--x", "", effect=lambda name: Effect.ANSWERS if name == "gpu" else Effect.NOTHING
+    )
+    assert setting.effect_on("gpu") is Effect.ANSWERS
+    assert setting.effect_on("cpu") is Effect.NOTHING
+
+
+@pytest.mark.parametrize("flag", [setting.flag for setting in SETTINGS.values()])
+def test_every_flag_is_documented(flag: str) -> None:
+    """In the README or in docs/."""
+    assert flag in DOCUMENTS
