@@ -23,7 +23,9 @@ def test_a_backend_is_one_file_and_one_line(
     """The page's example, put into a copy of the package: `--devices` knows it, two processes run a
     job on it, each part names it.
     """
-    file, line = re.findall(r"```python\n(.*?)```", TEXT.partition("## How do I add a backend?")[2], re.DOTALL)
+    file, line = re.findall(
+        r"```python\n(.*?)```", TEXT.partition("## How do I add a backend?")[2], re.DOTALL
+    )
     assert line.count("\n") == 1
     package = tmp_path / "src" / "imagemill"
     shutil.copytree(

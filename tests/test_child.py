@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,10 +168,16 @@ def test_the_user_s_pythonpath_reaches_every_child(
     )
 
 
-def test_every_process_is_started_by_child_command() -> None:
-    """Whoever adds a new child process to the package starts it with `processes.command`, or this test
-    fails. PopART has another Python.
+def test_children_find_the_package_and_nothing_inside_it() -> None:
+    """A child's first PYTHONPATH entry is the folder of the package, not the package itself, whose
+    `records.py` or `job` would then be top-level modules.
     """
+    first = processes.environment()["PYTHONPATH"].split(os.pathsep)[0]
+    assert Path(first) == helpers.SOURCE_ROOT
+
+
+def test_every_process_is_started_by_child_command() -> None:
+    """Every child process is started with `processes.command`. PopART alone has another Python."""
     package = helpers.SOURCE_ROOT / "imagemill"
     found = []
     for file in sorted(package.rglob("*.py")):
@@ -188,4 +195,5 @@ def test_every_process_is_started_by_child_command() -> None:
                 assert not STARTERS & {alias.name for alias in node.names}, file
     popart = "pipeline/backends/popart/session.py"
     assert (popart, "command") in found
-    assert {start for file, start in found if file != popart} == {"processes.command"}, found
+    starts = {start for file, start in found if file != popart}
+    assert starts == {"processes.command"}, found

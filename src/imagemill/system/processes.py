@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+"""The folder that holds the package `imagemill`; it must be on a child's `sys.path`."""
 _PR_SET_PDEATHSIG = 1
 _SHORTAGES = (
     "start new thread",
@@ -43,8 +45,7 @@ def environment() -> dict[str, str]:
     """The child's environment: ours, with this package importable and numeric libraries kept from
     starting threads of their own.
     """
-    package_home = str(Path(__file__).resolve().parents[1])
-    paths = [package_home, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return (
         {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         | os.environ

@@ -40,6 +40,7 @@ from imagemill.pipeline.backends.base import Found, refuse_other_shapes
 from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.system import processes
 
 _log = logging.getLogger(__name__)
 
@@ -302,11 +303,11 @@ def _python() -> str:
 
 def _start(*arguments: str, descriptors: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     """Start the program. Raises: DeviceError."""
-    ours = str(
-        Path(__file__).resolve().parents[2]
-    )  # where our libraries may be, which are of another Python
+    # The package's folder may hold libraries too, which belong to another Python.
     paths = [
-        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != ours
+        path
+        for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if path not in ("", processes.PACKAGE_PARENT)
     ]
     environment = {
         name: value
