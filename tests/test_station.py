@@ -124,7 +124,7 @@ def test_a_station_commits_the_parts_of_a_local_run(
     assert one.turn((), 0.0).told.rows == 4
     one._worker._process.kill()  # type: ignore[union-attr]
     (died,) = heard(one, Died)
-    assert (died.how, died.ready, died.timed_out) == ("signal SIGKILL", True, ())
+    assert (died.how, died.ready, died.timed_out) == ("was killed by SIGKILL", True, ())
     assert "null#0.log" in died.last_words
     heard(one, protocol.Ready, Restart())
     for shard in left()[1:]:

@@ -17,6 +17,7 @@ from batches import make_job
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Bundle, Clock, DeviceSpec, Lease, Limits, Receipt, Shard
+from imagemill.system import processes
 from imagemill.workers import protocol, supervisor
 from imagemill.workers.supervisor import STALLED_S, Supervisor
 
@@ -32,7 +33,7 @@ class Worker:
     pid, returncode = 4711, None
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        socket, notes = (os.dup(int(number)) for number in command[-3:-1])
+        socket, notes = (os.dup(int(number)) for number in (command[-3], command[-1]))
         self.connection, self.board = Connection(socket), Noteboard(notes)
         os.close(notes)
         self.killed = False
@@ -66,18 +67,18 @@ def watched(
 ) -> Iterator[tuple[Supervisor, Worker]]:
     """A supervisor, and the worker that it watches, which is ready and has a shard to compute."""
     (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(supervisor.subprocess, "Popen", Worker)
+    monkeypatch.setattr(processes.subprocess, "Popen", Worker)
     watching = Supervisor(
         make_job(tiny, output=str(tmp_path), limits=Limits(max_seconds=LIMIT_S)),
         DeviceSpec("null#0", "null", "null", (0,)),
     )
-    worker: Any = watching._process
+    worker: Any = watching._child._process
     worker.connection.send(protocol.Ready(worker.pid))
     assert [type(message) for message in watching.hear()] == [protocol.Ready]
     watching.send(Lease(SHARD))
     watching.watch()
     yield watching, worker
-    watching.kill()
+    watching.close()
 
 
 def wait(
@@ -165,7 +166,7 @@ def test_a_worker_is_killed_for_the_images_that_take_too_long(
     worker.connection.close()
     (died,) = watching.hear()
     assert (died.how, died.ready, died.noted, died.timed_out) == (
-        "signal SIGKILL",
+        "was killed by SIGKILL",
         True,
         (7, 8, 9),
         (7,),

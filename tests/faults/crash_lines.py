@@ -48,7 +48,8 @@ import imagemill.pipeline.run_shards
 import imagemill.pipeline.sink  # here, so that no worker has to import them
 from imagemill.records import Settings, Summary
 from imagemill.runner import run
-from imagemill.workers import supervisor, worker
+from imagemill.system import processes
+from imagemill.workers import worker
 
 FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
     "worker": {
@@ -273,7 +274,7 @@ def main(arguments: Sequence[str]) -> int:
             ImportError
         ):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
-    supervisor.subprocess = SimpleNamespace(
+    processes.subprocess = SimpleNamespace(
         Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )  # type: ignore[assignment]
     if mode == "record":

@@ -29,8 +29,8 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(
     assert result.code == 1
     log = tmp_path / "out" / "logs" / "null#0.log"
     message = (
-        "imagemill: null#0 could not start 3 times running (last: signal SIGKILL). The last lines"
-        f" of {log}:\n"
+        "imagemill: worker null#0 failed to start 3 times in a row; the last time it was killed by"
+        f" SIGKILL. The last lines of {log}:\n"
     )
     assert message in result.err
     assert result.err.endswith("the driver is not loaded\n")
@@ -68,8 +68,8 @@ def test_ten_deaths_without_a_commit_end_the_job(
     )
     assert result.code == 1
     assert (
-        "imagemill: workers died 10 times without finishing one shard (last: signal SIGKILL). The"
-        " last lines of" in result.err
+        "imagemill: workers died 10 times without finishing a shard; the last one was killed by"
+        " SIGKILL. The last lines of" in result.err
     )
     assert (tmp_path / "out" / "logs" / "null#0.log").read_text().count("here it ends") == 10
     assert harness.assert_sound_so_far(tmp_path / "out") == 3

@@ -1,4 +1,4 @@
-"""What is said to the processes that measure, and what they answer."""
+"""Messages between `imagemill bench` and the processes that measure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from imagemill.records import DeviceSpec, Job, Lease
 
 # parent                        process that measures
 # Begin ───────────────────────►
-#       ◄─────────────────────── Ready, or wire.Failed
+#       ◄─────────────────────── Ready, or Failed
 # Compute, Decode ─────────────►
-#       ◄─────────────────────── Measured, or wire.Failed
-# wire.Stop ───────────────────►
+#       ◄─────────────────────── Measured, or Failed
+# Stop ────────────────────────►
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Turn these shards into batches, and throw them away."""
+    """Decode these shards into batches and discard them."""
 
     job: Job
     leases: tuple[Lease, ...]
@@ -48,7 +48,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one order took."""
+    """How long one order took."""
 
     images: int
     begun_s: float
@@ -61,5 +61,5 @@ class Measured:
 
     @property
     def images_per_second(self) -> float:
-        """Its own rate."""
+        """Rate of this process."""
         return self.images / (self.ended_s - self.begun_s)

@@ -1,69 +1,33 @@
-"""The child process that measures: the session and the feed of `imagemill.workers.worker`, on the
-same cores, each alone.
+"""The child process that measures one device.
 
-Started by `measuring.crew` with the arguments SOCKET PARENT_PID; ends with its parent, whatever
-ends that.
+It runs the session and the feed of `imagemill.workers.worker` separately, on the same cores. It is
+started by `imagemill.bench.pool`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
-import signal
-import sys
 import time
-import warnings
 from collections.abc import Iterator
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from imagemill import errors
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
-from imagemill.errors import ImagemillError
 from imagemill.records import DeviceSpec, Job
 from imagemill.system import processes
-from imagemill.workers import protocol
+from imagemill.system.processes import Stop
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
     from imagemill.records import Batch
 
-_log = logging.getLogger("imagemill.bench.worker")
 _DISTINCT_BATCHES = 4
 
 
 def main() -> int:
-    """Carry out orders until bench says stop, or is gone."""
-    socket, bench = (int(argument) for argument in sys.argv[1:3])
-    processes.end_with(bench)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # bench decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    warnings.simplefilter("ignore")
-    connection = Connection(socket)
-    try:
-        _work(connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return 1
-    except ImagemillError as error:
-        _fail(connection, error)
-        return 1
-    except Exception as error:
-        _log.exception("unexpected")
-        _fail(
-            connection,
-            ImagemillError(
-                processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"
-            ),
-        )
-        return 1
-    return 0
+    """Carry out orders until the parent sends `Stop` or is gone."""
+    return processes.run_child(_work)
 
 
 def _work(connection: Connection) -> None:
@@ -78,7 +42,7 @@ def _work(connection: Connection) -> None:
     batches = _synthetic(begin.job)
     gc.freeze()
     connection.send(Ready(session.backend, session.versions))
-    while not isinstance(order := connection.recv(), protocol.Stop):
+    while not isinstance(order := connection.recv(), Stop):
         match order:
             case Compute(count):
                 connection.send(_compute(session, islice(batches, count)))
@@ -90,9 +54,7 @@ def _work(connection: Connection) -> None:
 
 
 def _synthetic(job: Job) -> Iterator[Batch]:
-    """Full batches of noise, without end: a few of them in turn, so that making them takes no
-    time.
-    """
+    """Yield full batches of noise without end; a few are repeated, so making them takes no time."""
     import numpy as np
 
     from imagemill.records import Batch
@@ -127,9 +89,3 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
         ended = time.monotonic()
     spent = clock.read()
     return Measured(images, begun, ended, spent.read, spent.decode)
-
-
-def _fail(connection: Connection, error: ImagemillError) -> None:
-    kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
-    with contextlib.suppress(OSError):
-        connection.send(protocol.Failed(kind, str(error)))

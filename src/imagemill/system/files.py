@@ -111,9 +111,9 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
 
 
 def appending(path: Path) -> BinaryIO:
-    """Open a file to append to. Raises: OutputError."""
+    """Open a file to append to and to read. Raises: OutputError."""
     try:
-        return path.open("ab")
+        return path.open("a+b")
     except OSError as error:
         raise cannot_write(path, error) from error
 

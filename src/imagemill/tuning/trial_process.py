@@ -14,21 +14,14 @@ Trial ───────────────────────►
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import warnings
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from imagemill import errors
-from imagemill.errors import ImagemillError, WorkerError
+from imagemill.errors import WorkerError
 from imagemill.system import processes
+from imagemill.system.processes import Child, ChildError
 from imagemill.tuning.trial import Record, Say, Trial, carry_out
 
 
@@ -53,15 +46,6 @@ class Found:
     records: Mapping[str, Record] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The end: an error for the user."""
-
-    kind: str
-    """Class name in `imagemill.errors`."""
-    message: str
-
-
 def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
     """`carry_out` in a process of its own; started once more, decoding in disposable processes, if
     it dies or hangs.
@@ -71,90 +55,46 @@ def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
     """
     try:
         return _attempt_in_child(trial, say)
-    except _DiedError as died:
+    except ChildError as died:
         say(
             f"the trial process {died}: starting it again, each image decoded in a process of"
             " its own"
         )
     try:
         return _attempt_in_child(replace(trial, isolate=True), say)
-    except _DiedError as died:
+    except ChildError as died:
         raise WorkerError(
-            f"the process that measures precisions {died}, twice. Use --precision fp32."
+            f"the process that measures precisions {died}, twice. Use --precision fp32. The last"
+            f" lines of its log:\n{died.log_tail}"
         ) from died
 
 
-class _DiedError(Exception):
-    """The child is gone without an answer; says how."""
-
-
 def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
-    ours, theirs = Pipe()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            processes.command("imagemill.tuning.trial_process", theirs.fileno(), os.getpid()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            pass_fds=(theirs.fileno(),),
-            env=processes.environment(),
-        )
-        theirs.close()
-        try:
-            ours.send(trial)
-            return _listen(ours, say)
-        except (EOFError, OSError):
-            code = process.wait()
-            how = (
-                f"was killed by {signal.Signals(-code).name}"
-                if code < 0
-                else f"ended with code {code}"
-            )
-            log.seek(0)
-            last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise _DiedError(": ".join([how, *last])) from None
-        finally:
-            process.kill()
-            process.wait()
-            ours.close()
-
-
-def _listen(connection: Connection, say: Say) -> dict[str, Record]:
-    patience_s: float | None = None
-    while True:
-        if not connection.poll(patience_s):
-            raise _DiedError(f"said nothing for {patience_s:g} s while decoding")
-        match connection.recv():
-            case Said(line):
-                say(line)
-            case At(patience):
-                patience_s = patience
-            case Found(records):
-                return dict(records)
-            case Failed(kind, message):
-                known = getattr(errors, kind, ImagemillError)
-                raise known(message)
+    with contextlib.closing(Child("imagemill.tuning.trial_process")) as child:
+        child.send(trial)
+        patience_s: float | None = None
+        while True:
+            match child.receive(patience_s):
+                case Said(line):
+                    say(line)
+                case At(patience):
+                    patience_s = patience
+                case Found(records):
+                    return dict(records)
 
 
 def main() -> int:
     """Be the child."""
-    socket, parent = (int(argument) for argument in sys.argv[1:3])
-    processes.end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    warnings.simplefilter("ignore")
-    connection = Connection(socket)
+    return processes.run_child(_work)
+
+
+def _work(connection: Connection) -> None:
     trial = connection.recv()
     assert isinstance(trial, Trial)
     processes.keep_to(trial.cores)
-    try:
-        found = carry_out(
-            trial,
-            lambda line: connection.send(Said(line)),
-            lambda patience_s: connection.send(At(patience_s)),
-        )
-        connection.send(Found(found))
-    except ImagemillError as error:
-        kind = type(error).__name__
-        connection.send(Failed(kind if hasattr(errors, kind) else "ImagemillError", str(error)))
-    return 0
+    found = carry_out(
+        trial,
+        lambda line: connection.send(Said(line)),
+        lambda patience_s: connection.send(At(patience_s)),
+    )
+    connection.send(Found(found))

@@ -31,10 +31,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from imagemill import errors
-from imagemill.errors import ImagemillError, Interrupted, WorkerError
+from imagemill.errors import Interrupted, WorkerError
 from imagemill.pipeline.stopwatch import total
 from imagemill.records import Clock, DeviceSpec, Lease, Progress, Receipt, Shard, Throughput
+from imagemill.system.processes import Failed
 from imagemill.workers import protocol
 from imagemill.workers.leases import Leases
 from imagemill.workers.pool import Crew, Died, Heard, Joined, Lost
@@ -192,9 +192,9 @@ class Launcher:
                 worker.idle = True
             case protocol.Done(receipt, clock):
                 self._committed(worker, receipt, clock)
-            case protocol.Failed(kind, text):
-                _log.error("%s: %s", worker.device.name, text)
-                raise getattr(errors, kind, ImagemillError)(text)
+            case Failed() as failed:
+                _log.error("%s: %s", worker.device.name, failed.message)
+                raise failed.error()
             case Died() as died:
                 self._bury(worker, died)
             case Lost() as lost:
@@ -254,7 +254,7 @@ class Launcher:
         """Take back the leases of a dead worker, mark its suspects, and have it started again."""
         name = worker.device.name
         _log.warning(
-            "%s (pid %d) died of %s, %d shards in hand",
+            "%s (pid %d) %s, %d shards in flight",
             name,
             died.pid,
             died.how,
@@ -279,7 +279,10 @@ class Launcher:
         if worker.ready and not lost.with_machine:
             self._deaths_since_commit += 1
             self._refuse_endless_deaths(
-                name, lost.why, "See the logs of Ray on that machine.", ready=True
+                name,
+                f"was lost ({lost.why})",
+                "See the logs of Ray on that machine.",
+                ready=True,
             )
         for lease in reversed(worker.leases.values()):
             self._leases.lost(lease)
@@ -294,11 +297,12 @@ class Launcher:
     def _refuse_endless_deaths(self, name: str, how: str, last_words: str, *, ready: bool) -> None:
         if self._failed_starts >= START_TRIES or self._deaths_since_commit >= DEATHS_WITHOUT_COMMIT:
             what = (
-                f"workers died {DEATHS_WITHOUT_COMMIT} times without finishing one shard"
+                f"workers died {DEATHS_WITHOUT_COMMIT} times without finishing a shard; the last"
+                " one"
                 if ready
-                else f"{name} could not start {START_TRIES} times running"
+                else f"worker {name} failed to start {START_TRIES} times in a row; the last time it"
             )
-            raise WorkerError(f"{what} (last: {how}). {last_words}")
+            raise WorkerError(f"{what} {how}. {last_words}")
 
     # Signals.
 

@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from imagemill.records import DeviceSpec, Job, Lease
+from imagemill.system.processes import Stop
 from imagemill.workers import protocol
 from imagemill.workers.pool import Heard, Told
 from imagemill.workers.supervisor import Supervisor
@@ -64,7 +65,7 @@ class LocalCrew:
     def end(self) -> None:
         """See `Crew.end`."""
         for worker in self._workers.values():
-            worker.send(protocol.Stop())
+            worker.send(Stop())
         deadline = time.monotonic() + _END_S
         for worker in self._workers.values():
             worker.wait(max(0.0, deadline - time.monotonic()))
@@ -72,7 +73,7 @@ class LocalCrew:
     def kill(self) -> None:
         """See `Crew.kill`."""
         for worker in self._workers.values():
-            worker.kill()
+            worker.close()
 
     def _start(self, device: DeviceSpec) -> Supervisor:
         return Supervisor(self._job, device)

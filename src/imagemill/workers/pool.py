@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from imagemill.records import Clock, DeviceSpec, Lease
+from imagemill.system.processes import Failed
 from imagemill.workers import protocol
 
 
@@ -24,7 +25,7 @@ class Died:
 
     pid: int
     how: str
-    """`signal SIGKILL`, `exit code 1`."""
+    """The end of a sentence about it: `was killed by SIGKILL`, `ended with exit code 1`."""
     ready: bool
     """Whether its session had been compiled."""
     noted: tuple[int, ...]
@@ -63,7 +64,7 @@ class Heard:
         | protocol.Want
         | protocol.Idle
         | protocol.Done
-        | protocol.Failed
+        | Failed
         | Died
         | Lost
         | Joined

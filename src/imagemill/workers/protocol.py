@@ -51,22 +51,8 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """End."""
-
-
-@dataclass(frozen=True, slots=True)
 class Done:
     """A part was committed."""
 
     receipt: Receipt
     clock: Clock
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """An error for the user, which ends the job."""
-
-    kind: str
-    """Class name in `imagemill.errors`."""
-    message: str

@@ -13,21 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from multiprocessing import Pipe
-from pathlib import Path
 
-from imagemill.errors import WorkerError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import heartbeat
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system import files, processes
+from imagemill.system.processes import Child, Failed, Stop
 from imagemill.workers import protocol
 from imagemill.workers.pool import Died, Told
 
@@ -42,7 +36,6 @@ waited for less.
 """
 _UNWATCHED_S = 10.0
 """This process was itself stopped (Ctrl-Z) if it has not looked for so long."""
-_LOG_LINES = 12
 
 
 class Supervisor:
@@ -69,47 +62,31 @@ class Supervisor:
         self._ticked_at = self._watched_at = time.monotonic()
         self._hangs: str | None = None
         self._alive_at = time.monotonic()
-        self.connection, theirs = Pipe()
         self._notes = heartbeat.shared_file()
         self._board = Noteboard(self._notes.fileno())
         self._board.clear()
-        fds = (theirs.fileno(), self._notes.fileno())
-        with contextlib.ExitStack() as undone:
-            undone.callback(self._notes.close)
-            undone.callback(self.connection.close)
-            try:
-                with files.appending(self._log_file) as log:
-                    self._process = subprocess.Popen(
-                        processes.command("imagemill.workers.worker", *fds, os.getpid()),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        pass_fds=fds,
-                        process_group=0,
-                        env=processes.environment(),
-                    )
-            except OSError as error:
-                raise WorkerError(
-                    f"no process can be started for {device.name}: {error.strerror}"
-                    f" ({sys.executable})."
-                ) from error
-            finally:
-                theirs.close()
-            undone.pop_all()
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._notes)
+            log = undo.enter_context(files.appending(self._log_file))
+            self._child = Child(
+                "imagemill.workers.worker",
+                self._notes.fileno(),
+                log=log,
+                inherited=(self._notes.fileno(),),
+            )
+            undo.pop_all()
+        self.connection = self._child.connection
         self.send(protocol.Begin(job, device))
 
-    def send(self, message: protocol.Begin | Lease | protocol.Pause | protocol.Stop) -> None:
+    def send(self, message: protocol.Begin | Lease | protocol.Pause | Stop) -> None:
         """Tell the process something. Where it is dead already, `hear` will say so."""
         if isinstance(message, Lease):
             self._in_hand.add(message.shard.number)
-        with contextlib.suppress(OSError):
-            self.connection.send(message)
+        self._child.send(message)
 
     def hear(
         self,
-    ) -> Iterator[
-        protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died
-    ]:
+    ) -> Iterator[protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | Failed | Died]:
         """What the process has said and was not heard yet, last of all that it died."""
         try:
             while self.connection.poll():
@@ -126,7 +103,7 @@ class Supervisor:
 
     def watch(self) -> None:
         """Kill the process where it hangs; call this some times a second."""
-        if self._process.returncode is not None:
+        if self._child.is_reaped:
             return
         self._kill_hanging()
         self._kill_stalled()
@@ -138,31 +115,21 @@ class Supervisor:
 
     def wait(self, seconds: float) -> None:
         """Wait for the process to end by itself."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=seconds)
+        self._child.wait(seconds)
 
-    def kill(self) -> None:
-        """End the process, if it is not dead yet, and let go of what belongs to it."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        self.connection.close()
+    def close(self) -> None:
+        """Kill the process if it still runs, and release what belongs to it."""
+        self._child.close()
         self._notes.close()
 
     def _bury(self) -> Died:
-        code = self._reap()
+        reason = self._child.reap()
         noted = tuple(sorted({note.index for note in self._board.notes()})) if self._ready else ()
         self._notes.close()
-        how = self._hangs or (f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}")
-        last_words = f"The last lines of {self._log_file}:\n{_tail(self._log_file)}"
-        return Died(self._process.pid, how, self._ready, noted, self._timed_out, last_words)
-
-    def _reap(self) -> int:
-        self.connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout=5)
-        self._process.kill()
-        return self._process.wait()
+        log = f"The last lines of {self._log_file}:\n{self._child.log_tail()}"
+        return Died(
+            self._child.pid, self._hangs or reason, self._ready, noted, self._timed_out, log
+        )
 
     def _kill_hanging(self) -> None:
         if not self._ready or self._timed_out:
@@ -181,7 +148,7 @@ class Supervisor:
                 self._limit_s,
             )
             self._timed_out = hanging
-            self._process.kill()
+            self._child.kill()
 
     def _kill_stalled(self) -> None:
         now = time.monotonic()
@@ -196,7 +163,7 @@ class Supervisor:
                 len(self._in_hand),
             )
             self._alive_at = now
-            self._process.kill()
+            self._child.kill()
 
     def _kill_asleep(self) -> None:
         """Kill a process that should start or work, but waits for something that never comes, such
@@ -204,7 +171,7 @@ class Supervisor:
         """
         now = time.monotonic()
         is_due = (self._in_hand and not self._board.notes()) if self._ready else True
-        ticks = processes.cpu_ticks(self._process.pid) if is_due else None
+        ticks = processes.cpu_ticks(self._child.pid) if is_due else None
         was_stopped = now - self._watched_at > _UNWATCHED_S
         self._watched_at = now
         if ticks is None or ticks != self._ticks or was_stopped:
@@ -212,26 +179,9 @@ class Supervisor:
         elif now - self._ticked_at > WITHOUT_CPU_S:
             doing = "working" if self._ready else "starting"
             self._hangs = (
-                f"no CPU time used for {WITHOUT_CPU_S:.0f} s while {doing}: killed; limits:"
+                f"used no CPU time for {WITHOUT_CPU_S:.0f} s while {doing} and was killed; limits:"
                 f" {processes.limits()}"
             )
-            _log.warning("%s: %s", self.device.name, self._hangs)
+            _log.warning("%s %s", self.device.name, self._hangs)
             self._ticked_at = now
-            self._process.kill()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return str(number)
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
-            lines = file.read().decode("utf-8", "backslashreplace").splitlines()
-    except OSError as error:
-        return f"  (no log: {error.strerror})"
-    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+            self._child.kill()

@@ -1,28 +1,23 @@
 """The child process of one device: a session, and run_shards over its leases.
 
-Started by its supervisor with the arguments SOCKET NOTEBOARD LAUNCHER_PID; ends with it, whatever
+Started by its supervisor with the arguments SOCKET PARENT_PID NOTEBOARD; ends with it, whatever
 ends it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import platform
-import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from imagemill import errors
-from imagemill.errors import DeviceLostError, ImagemillError
 from imagemill.pipeline.heartbeat import Noteboard
 from imagemill.records import Lease
 from imagemill.system import processes
+from imagemill.system.processes import Stop
 from imagemill.workers import protocol
 
 _log = logging.getLogger("imagemill.workers.worker")
@@ -30,46 +25,11 @@ _log = logging.getLogger("imagemill.workers.worker")
 
 def main() -> int:
     """Run one worker until the launcher stops it, or is gone."""
-    socket, notes, launcher = (int(argument) for argument in sys.argv[1:4])
-    processes.end_with(launcher)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    warnings.simplefilter(
-        "ignore"
-    )  # what libraries have to say about an image is its row's business
-    connection = Connection(socket)
-    try:
-        return _work(connection, Noteboard(notes))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        _log.warning("the launcher is gone")
-        return 1
-    except DeviceLostError as error:
-        _log.error("%s", error)
-        return 1  # the launcher starts it again, as after any other death
-    except ImagemillError as error:
-        _log.error("%s", error)
-        _fail(connection, error)
-        return 1
-    except MemoryError:
-        traceback.print_exc()
-        return 1  # as if the kernel had killed it: the launcher restarts and divides
-    except Exception as error:
-        _log.exception("unexpected")
-        _fail(
-            connection,
-            ImagemillError(
-                processes.shortage(error) or f"unexpected {type(error).__name__}: {error}"
-            ),
-        )
-        return 1
+    return processes.run_child(_work)
 
 
-def _work(connection: Connection, board: Noteboard) -> int:
+def _work(connection: Connection) -> None:
+    board = Noteboard(int(sys.argv[3]))
     begin = connection.recv()
     assert isinstance(begin, protocol.Begin)
     if not begin.device.floating:
@@ -112,7 +72,6 @@ def _work(connection: Connection, board: Noteboard) -> int:
             images / seconds if seconds else 0.0,
         )
     session.close()
-    return 0
 
 
 class _Inbox:
@@ -129,7 +88,7 @@ class _Inbox:
         message = self._connection.recv()
         while isinstance(message, protocol.Pause):
             message = self._connection.recv()
-        if isinstance(message, protocol.Stop):
+        if isinstance(message, Stop):
             return False
         assert isinstance(message, Lease)
         self._first = message
@@ -144,21 +103,11 @@ class _Inbox:
         while True:
             self._connection.send(protocol.Want())
             message = self._connection.recv()
-            if isinstance(message, protocol.Stop):
+            if isinstance(message, Stop):
                 raise EOFError
             if isinstance(message, protocol.Pause):
                 return
             yield message
-
-
-def _fail(connection: Connection, error: ImagemillError) -> None:
-    kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "ImagemillError"
-    with contextlib.suppress(OSError):
-        is_limit = kind == "ModelError" and (
-            processes.is_memory_limited() or processes.shortage(error)
-        )
-        note = f" (Limits: {processes.limits()}.)" if is_limit else ""
-        connection.send(protocol.Failed(kind, f"{error}{note}"))
 
 
 def _decoder_versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill.errors import DeviceError, ImagemillError, ModelError, OutputError, SourceError
+from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
 from imagemill.job import plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
@@ -26,6 +26,7 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadImage, DeviceSpec, Job, Lease, Shard
 from imagemill.system import cpu
 from imagemill.system.files import delivered, in_turn, make_folder, write_whole
+from imagemill.system.processes import Failed, Stop
 from imagemill.version import __version__
 from imagemill.workers import protocol
 from imagemill.workers.pool import Died, Told
@@ -119,7 +120,7 @@ class Report:
     """What came of one turn."""
 
     heard: tuple[
-        protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | protocol.Failed | Died, ...
+        protocol.Ready | protocol.Want | protocol.Idle | protocol.Done | Failed | Died, ...
     ]
     told: Told
 
@@ -189,7 +190,7 @@ class Station:
             self._worker = Supervisor(self._job, self._device)
 
     def turn(
-        self, messages: Sequence[Lease | protocol.Pause | protocol.Stop | Restart], seconds: float
+        self, messages: Sequence[Lease | protocol.Pause | Stop | Restart], seconds: float
     ) -> Report:
         """Pass messages on to the worker; return as soon as it said something, or after so long."""
         assert self._worker is not None
@@ -207,14 +208,14 @@ class Station:
     def end(self) -> None:
         """All is done: let the worker end by itself."""
         if self._worker is not None:
-            self._worker.send(protocol.Stop())
+            self._worker.send(Stop())
             self._worker.wait(_END_S)
         self.close()
 
     def close(self) -> None:
         """End the worker, and put its log beside the results."""
         if self._worker is not None:
-            self._worker.kill()
+            self._worker.close()
         store.publish_logs(self._paths, self._paths.device_log(self._order.device.name).name)
 
     # What is checked before the first lease.
@@ -349,8 +350,3 @@ def refuse_other(
         raise DeviceError(
             f"node {name} has {key} {other}, {than} has {value}: their answers may differ. {remedy}"
         )
-
-
-def failed(error: ImagemillError) -> protocol.Failed:
-    """An error as it travels."""
-    return protocol.Failed(type(error).__name__, str(error))

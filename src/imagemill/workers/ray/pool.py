@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imagemill import errors
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
 from imagemill.job import store
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Lease, Shard
+from imagemill.system.processes import Failed
 from imagemill.workers import protocol
 from imagemill.workers.pool import Heard, Joined, Lost, Told
 from imagemill.workers.ray import node_agent
@@ -96,6 +96,7 @@ def _actor_class() -> type:
             first; or what failed.
             """
             from imagemill.errors import ImagemillError
+            from imagemill.system.processes import Failed
             from imagemill.workers.ray import node_agent
 
             try:
@@ -103,18 +104,18 @@ def _actor_class() -> type:
                     order, [memoryview(content) for content in contents]
                 )
             except ImagemillError as error:
-                return node_agent.failed(error)
+                return Failed.of(error)
             return self.station.lacks_model
 
         def turn(self, messages: Any, seconds: float) -> Any:
             """See `Station.turn`."""
             from imagemill.errors import ImagemillError
-            from imagemill.workers.ray import node_agent
+            from imagemill.system.processes import Failed
 
             try:
                 return self.station.turn(messages, seconds)
             except ImagemillError as error:
-                return node_agent.failed(error)
+                return Failed.of(error)
 
         def end(self, *, at_once: bool) -> None:
             """See `Station.end` and `Station.close`."""
@@ -400,7 +401,7 @@ class RayCrew:
                     or all(node.id != seat.place.node.id for node in self._cluster.nodes()),
                 )
             ]
-        if isinstance(answer, protocol.Failed):
+        if isinstance(answer, Failed):
             return self._failed(seat, answer)
         if seat.step is _Step.TURN:
             seat.told = answer.told
@@ -412,7 +413,7 @@ class RayCrew:
             try:
                 self._compare(seat, answer)
             except ImagemillError as error:
-                return self._failed(seat, node_agent.failed(error))
+                return self._failed(seat, Failed.of(error))
             self._ask(seat, "prepare", self._order(seat))
         elif answer:
             self._ask(seat, "prepare", self._order(seat), *self._delivery())
@@ -464,7 +465,7 @@ class RayCrew:
             ]
         return self._contents
 
-    def _failed(self, seat: Seat, what: protocol.Failed) -> list[Heard]:
+    def _failed(self, seat: Seat, what: Failed) -> list[Heard]:
         """A node is not fit, or a worker came to an end that restarting would not mend."""
         node = seat.place.node
         text = what.message if node.name in what.message else f"node {node.name}: {what.message}"
@@ -474,7 +475,7 @@ class RayCrew:
             self._ray.kill(seat.actor)
             del self._seats[seat.device.name]
             return []
-        raise getattr(errors, what.kind, ImagemillError)(text)
+        raise Failed(what.kind, text).error()
 
     def _lost(self, seat: Seat, told: str, *, with_node: bool) -> Heard:
         """An actor is gone. A new one is started when Ray next says that its node is alive.
