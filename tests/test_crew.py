@@ -391,3 +391,16 @@ def test_progress_counts_answers_before_they_are_committed(
     assert found[11] == (10, 10, 10, 1)
     assert found[13] == (10, 17, 3, 1)
     assert (seen[-1].rows, seen[-1].devices["null#0"], seen[-1].leased["null#0"]) == (20, 20, 0)
+
+
+def test_progress_of_an_earlier_tick_stays_as_it_was(
+    simulated_time: Callable[[Simulated], None],
+) -> None:
+    """Counters that a display keeps do not change when a worker dies later."""
+    crew = Simulated({"null#0": 1.0})
+    simulated_time(crew)
+    seen: list[records.Progress] = []
+    crew.at(5.5, lambda: crew.die("null#0"))
+    Launcher(crew, [device(0)], shards(10), on_tick=seen.append).run()
+    assert [seen[0].restarts, seen[-1].restarts] == [{"null#0": 0}, {"null#0": 1}]
+    assert seen[0].failed_by_status is not seen[-1].failed_by_status

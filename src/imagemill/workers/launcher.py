@@ -382,11 +382,11 @@ class Launcher:
             clocks.append(told.clock)
         return Progress(
             rows=sum(self._outcome.devices.values()),
-            failed_by_status=self._failed_by_status,
+            failed_by_status=self._failed_by_status.copy(),
             devices=devices,
             leased=leased,
             clock=total(clocks),
-            restarts=self._outcome.restarts,
+            restarts=self._outcome.restarts.copy(),
             since_first_lease_s=time.monotonic() - self._first_lease if self._first_lease else 0.0,
             ready=sum(worker.ready for worker in self._workers.values()),
         )
