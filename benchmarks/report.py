@@ -118,7 +118,7 @@ def make_job(folder: Path, count: int) -> Path:
         images=count,
         shard_size=shard_size,
     )
-    paths.job.write_bytes(serialization.dumps(frozen))
+    paths.job.write_bytes(serialization.encode(frozen))
     for path in (*paths.plan.iterdir(), *paths.predictions.iterdir()):
         path.unlink()
     entries = (
@@ -144,7 +144,7 @@ def make_job(folder: Path, count: int) -> Path:
         tally.images, tally.images - tally.failed, tally.failed, tally.failed_by_status, {}, len(shards), 0, 0.0, None, "null", "fp32",
         None, (), str(output), machine=devices.machine(),
     )  # fmt: skip
-    paths.summary.write_bytes(serialization.dumps(summary))
+    paths.summary.write_bytes(serialization.encode(summary))
     return output
 
 

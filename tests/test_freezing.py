@@ -30,7 +30,6 @@ from imagemill.records import (
     Settings,
 )
 from imagemill.runner import freeze, model, resume, run
-from imagemill.runner.settings import SETTINGS, Effect
 from imagemill.tuning.precisions import Prepared
 from tiny import LABELS, TINY_CARD
 
@@ -54,7 +53,7 @@ def other_recipes() -> list[Recipe]:
         "resize": None,
         "interpolation": Interpolation.LANCZOS,
         "exif": not recipe.exif,
-        "background": "#ffffff",
+        "background": "#ff0000",
     }
     assert set(changed) == {field.name for field in dataclasses.fields(Recipe)}
     return [replace(recipe, **{name: value}) for name, value in changed.items()]
@@ -147,25 +146,6 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
         Watcher(),
     )
     assert resumed == replace(before, job=replace(before.job, **frozen))
-
-
-def test_whatever_a_setting_decides_is_compared_on_resume(
-    job: Callable[..., Settings], jpegs: Callable[..., Path], tmp_path: Path
-) -> None:
-    """The listing, answers and limits; settings that decide nothing are not frozen."""
-    settings = job(jpegs(1))
-    run.run(settings)
-    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert frozen is not None
-    (tmp_path / "labels.txt").write_text("\n".join(LABELS))
-    given = replace(settings, model="tiny", labels=str(tmp_path / "labels.txt"))
-    compared = resume._compare(given, frozen, devices.resolve("null"), Watcher())
-    deciding = [
-        name
-        for name, setting in SETTINGS.items()
-        if setting.effect_on(frozen.backend) is not Effect.NOTHING
-    ]
-    assert sorted(name for name, *_ in compared) == sorted(deciding)
 
 
 @pytest.mark.parametrize(

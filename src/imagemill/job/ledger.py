@@ -165,7 +165,7 @@ def close(
             )
         parts[path.name] = record
         failed.update(record.failed_by_status)
-    store.write(paths, paths.manifest, serialization.dumps(Manifest(plan_id, answer_id, parts)))
+    store.write(paths, paths.manifest, serialization.encode(Manifest(plan_id, answer_id, parts)))
     listed = 0
 
     def lines() -> Iterator[bytes]:

@@ -96,7 +96,7 @@ def freeze(
         plan_nonce=store.publish_plan(paths),
     )
     try:
-        store.write(paths, paths.job, serialization.dumps(frozen), create=True)
+        store.write(paths, paths.job, serialization.encode(frozen), create=True)
     except FileExistsError:
         there = read_frozen(paths)
         if (

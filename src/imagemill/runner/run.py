@@ -221,7 +221,7 @@ def _carry_out(
         ),
         preflight=lookout.found,
     )
-    store.write(paths, paths.summary, serialization.dumps(summary))
+    store.write(paths, paths.summary, serialization.encode(summary))
     if settings.report:
         report.attempt(paths, frozen, watcher.say)
     if frozen.job.card.origin.get("source") == "random":

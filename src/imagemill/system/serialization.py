@@ -1,81 +1,76 @@
-"""Records to plain JSON values and back, led by the records' own type hints."""
+"""Records as JSON documents, checked against the records' own type hints when they are read."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-import types
-import typing
-from collections.abc import Mapping
-from enum import Enum
+import re
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
+
+from imagemill.errors import ImagemillError
 
 T = TypeVar("T")
 
 
+def encode(value: Any) -> bytes:
+    """Return a record as indented JSON that ends in a newline.
+
+    The JSON is ASCII: file names that are not UTF-8 become escapes.
+    """
+    return (json.dumps(to_plain(value), indent=2) + "\n").encode("ascii")
+
+
+def decode(
+    data: bytes, kind: type[T], where: str, error: type[ImagemillError], remedy: str = ""
+) -> T:
+    """Return the record that a JSON document holds. Unknown keys are ignored.
+
+    Args:
+        data: the document.
+        kind: the record's class.
+        where: the file's name, for the message.
+        error: the class to raise.
+        remedy: what the user can do, one sentence.
+
+    Raises:
+        ImagemillError: of class `error`. The data is not JSON, or a key is missing or has a value
+        of the wrong type. The message names the file and the key.
+    """
+    try:
+        return from_plain(kind, json.loads(data))
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{where} cannot be read: {problem}. {remedy}".rstrip()) from problem
+
+
 def to_plain(value: Any) -> Any:
-    """Turn a record into dicts, lists, strings and numbers."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    """Return a record as dicts, lists, strings and numbers."""
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=str)
 
 
 def from_plain(kind: type[T], value: Any) -> T:
-    """Make the record `kind` from what `to_plain` gave. Raises: TypeError, ValueError, KeyError
-    where it does not fit.
+    """Return the record that `to_plain` turned into `value`.
+
+    Raises:
+        ValueError: a key is missing or has a value of the wrong type, for example
+        "limits.max_pixels: expected `int`, got `str`".
     """
-    return typing.cast("T", _convert(kind, value))
+    try:
+        return msgspec.convert(value, kind, str_keys=True, dec_hook=_make_path)
+    except msgspec.ValidationError as error:
+        raise ValueError(_key_first(str(error))) from None
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(
-        kind, vars(__import__("sys").modules[kind.__module__]) | {"np": Any, "NDArray": Any}
-    )
+def _make_path(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        options = [option for option in arguments if option is not type(None)]
-        fitting = [
-            option
-            for option in options
-            if isinstance(value, list | tuple) == str(option).startswith("tuple[")
-        ]
-        return _convert((fitting or options)[0], value)
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return tuple(_convert(arguments[0], item) for item in value)
-        return tuple(_convert(option, item) for option, item in zip(arguments, value, strict=True))
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{kind.__name__} is not an object")
-        hints = _hints(kind)
-        return kind(
-            **{name: _convert(hints[name], item) for name, item in value.items() if name in hints}
-        )
-    if isinstance(kind, type) and issubclass(kind, Enum | Path):
-        return kind(value)
-    return value
-
-
-def dumps(value: Any) -> bytes:
-    """A record as indented JSON, ending in a newline; names that are not UTF-8 survive as
-    escapes.
-    """
-    return (json.dumps(to_plain(value), indent=2) + "\n").encode("ascii")
+def _key_first(message: str) -> str:
+    """Rewrite msgspec's "Expected … - at `$.key`" as "key: expected …"."""
+    found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", message, re.DOTALL)
+    text, key = found.groups() if found else (message, "")
+    text = text[:1].lower() + text[1:]
+    return f"{key}: {text}" if key else text

@@ -10,6 +10,7 @@ where the job gains more than the trial costs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,7 +246,7 @@ def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) 
     if not isinstance(libraries, Mapping) or libraries.get("openvino") != now:
         return None
     if _without_background(record.get("recipe")) != _without_background(
-        serialization.to_plain(bundle.card.recipe)
+        json.loads(serialization.encode(bundle.card.recipe))
     ):
         return None
     if record.get("instruction_set") != trial.instruction_set(flags):

@@ -248,7 +248,7 @@ class _Run:
             "held_out": {"id": identity(self._rest, trial.held_out, trial.bundle)},
             "versions": quantize.versions(),
             "instruction_set": instruction_set(),
-            "recipe": serialization.to_plain(trial.bundle.card.recipe),
+            "recipe": json.loads(serialization.encode(trial.bundle.card.recipe)),
         }
         self._calibrated_on = identity(self._first, calibration, trial.bundle)
 
