@@ -26,6 +26,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
 from imagemill.runner import run, summarise
+from imagemill.version import __version__
 from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
 
@@ -576,6 +577,27 @@ def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> N
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
 
 
+def test_a_job_is_not_continued_with_another_decoder(
+    started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer id never stands for images that were decoded in two ways."""
+    was, before = run.DECODER, helpers.rows(tmp_path / "out")
+    monkeypatch.setattr(run, "DECODER", "other/9")
+    monkeypatch.setattr(run, "__version__", "99.0")
+    with pytest.raises(JobMismatchError) as caught:
+        run.run(unsaid(started))
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == (
+        f"{tmp_path}/out was started with decoder {was} (imagemill {__version__}), this is decoder"
+        " other/9 (imagemill 99.0). Images may be decoded differently. Continue with imagemill"
+        f" {__version__}, or give another --output."
+    )
+    assert helpers.rows(tmp_path / "out") == before
+    monkeypatch.undo()
+    run.run(unsaid(started))
+    assert problems(tmp_path / "out") == []
+
+
 def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.Begin]:
     """Run a job; returns what its workers were told as they started."""
     messages: list[protocol.Begin] = []
@@ -965,7 +987,8 @@ def test_a_start_that_was_cut_short_is_started_anew(
         b"null",
         b'{"format": 99}',
         b'{"format": 1}',
-        b'{"format": 1, "job": []}',
+        b'{"format": 2}',
+        b'{"format": 2, "job": []}',
         b"\xff",
     ],
 )
@@ -977,7 +1000,7 @@ def test_a_damaged_job_is_one_clear_error(
     with pytest.raises(
         OutputError,
         match=(
-            r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|99),"
+            r"out/job\.json (cannot be read: .+\. Give another --output\.|has format (None|1|99),"
             r" this version of)"
         ),
     ):

@@ -17,7 +17,7 @@ from imagemill.records import (
 )
 from imagemill.system import serialization
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,10 @@ class Frozen:
     """Of the quantised variant that the job runs in; None where it runs in the bundle's own
     weights.
     """
+    decoder: str = ""
+    """Identity of the decoder, `DECODER` of the version that froze the job. A part of `answer_id`:
+    another decoder gives other pixels.
+    """
     versions: Mapping[str, str] = field(default_factory=dict)
     plan_nonce: str = ""
     """Which plan in an object store is this job's; see `home`."""
@@ -59,7 +63,7 @@ def read_frozen(paths: JobPaths) -> Frozen | None:
         if written != _FORMAT:
             raise OutputError(
                 f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads"
-                f" {_FORMAT}."
+                f" format {_FORMAT}. Use the version that wrote it, or give another --output."
             )
         return serialization.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):

@@ -92,6 +92,7 @@ def freeze(
         skipped_broken_links=skipped.broken_links,
         backend=backend_of(chosen, settings.allow_mixed),
         variant_sha256=prepared.sha256,
+        decoder=DECODER,
         versions={"imagemill": __version__},
         plan_nonce=store.publish_plan(paths),
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from imagemill import records, report
 from imagemill.display import observer
-from imagemill.errors import Interrupted, SourceError, UsageError
+from imagemill.errors import Interrupted, JobMismatchError, SourceError, UsageError
 from imagemill.job import documents, ledger, lock, plan, store
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import refuse_foreign
@@ -22,6 +22,7 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of
+from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
@@ -33,6 +34,7 @@ from imagemill.records import (
 from imagemill.runner import freeze, listing, model, preflight, resume, summarise
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
+from imagemill.version import __version__
 from imagemill.workers.launcher import Launcher, Outcome
 from imagemill.workers.machines import Machines, connect
 
@@ -151,6 +153,7 @@ def _carry_out(
     if is_resumed:
         listing.check_moved(frozen.job.sources, frozen.job.access, paths.plan)
     if left and is_resumed:
+        _check_decoder(frozen)
         try:
             sources.check(
                 frozen.job.sources, frozen.job.access
@@ -229,6 +232,19 @@ def _carry_out(
             f"note: {frozen.job.card.name} has random weights: its predictions mean nothing"
         )
     return summary
+
+
+def _check_decoder(frozen: documents.Frozen) -> None:
+    """Raise JobMismatchError if this version decodes images differently from the one that froze
+    the job: one answer id would stand for two kinds of answers.
+    """
+    if frozen.decoder != DECODER:
+        began = frozen.versions.get("imagemill", "another version")
+        raise JobMismatchError(
+            f"{frozen.job.output} was started with decoder {frozen.decoder} (imagemill {began}),"
+            f" this is decoder {DECODER} (imagemill {__version__}). Images may be decoded"
+            f" differently. Continue with imagemill {began}, or give another --output."
+        )
 
 
 def dry_run(settings: Settings) -> DryRun:
