@@ -12,8 +12,8 @@ really took, from the launch of the workers to their end. Each round is a whole 
 stopped at --stop-at
 and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU
 time that other processes took meanwhile (Linux): beside other work the errors tell of that work
-too. `preflight` is what the preflight cost, as a share of the job's CPU time, and `foretold` the
-time that it said the job would take, over the time from the first lease to the last commit. With
+too. `preflight` is the time that the preflight estimated, over the time from the first lease to the
+last commit. With
 --latency the images come from a server of this process's that takes its time for each, log-normal
 around so many seconds: such a job is bounded by reading, and hardly minds what else the machine
 does.
@@ -220,14 +220,11 @@ def main() -> None:
                 if kind == "resumed":
                     with contextlib.suppress(Interrupted):
                         run.run(settings, Recorder(stop_at=asked.stop_at))
-                recorder, before_s = Recorder(), our_cpu_s()
+                recorder = Recorder()
                 summary = run.run(settings, recorder)
                 report.append({"run": kind} | judged(recorder))
-                if (said := summary.preflight) is not None:
-                    report[-1]["preflight"] = round(said.cpu_s / (our_cpu_s() - before_s), 4)
-                    report[-1]["foretold"] = said.seconds and round(
-                        said.seconds / summary.seconds, 3
-                    )
+                if (estimated := summary.preflight) is not None and estimated.seconds:
+                    report[-1]["preflight"] = round(estimated.seconds / summary.seconds, 3)
                 if not asked.json:
                     print(json.dumps(report[-1]), flush=True)
     if asked.json:

@@ -40,7 +40,6 @@ def at(
     clock: Clock | None = None,
     failed: Mapping[str, int] | None = None,
     restarts: int = 0,
-    sampling: bool = False,
 ) -> Progress:
     """A progress as the launcher tells it; one device where `rows` is a number."""
     devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
@@ -53,7 +52,6 @@ def at(
         restarts=dict.fromkeys(devices, restarts),
         since_first_lease_s=seconds,
         ready=ready,
-        sampling=sampling,
     )
 
 
@@ -169,24 +167,6 @@ def test_a_stall_makes_the_time_longer_and_is_said() -> None:
     assert lefts[-1] > 3 * before.left_s
     assert "no answer for 2m10s" in clauses(pace.add(at(190, 600)))
     assert not any("no answer" in clause for clause in clauses(pace.add(at(191, 610))))
-
-
-def test_what_came_beside_a_preflight_is_not_taken_for_the_pace() -> None:
-    """While it runs, and until there are two seconds of answers after it, nothing is said; then
-    what came since is all that counts.
-    """
-    pace = Pace(4_000, 0)
-    for tenth in range(51):
-        estimate = pace.add(at(tenth / 10, 2 * tenth, sampling=True))
-        assert (estimate.rate, estimate.left_s) == (None, None)
-    for tenth in range(1, 31):
-        estimate = pace.add(at(5 + tenth / 10, 100 + 4 * tenth))
-        if estimate.rate is None:
-            assert tenth < 22
-        else:
-            assert estimate.rate == pytest.approx(40)
-            assert estimate.left_s == pytest.approx((4_000 - 100 - 4 * tenth) / 40)
-    assert estimate.rate is not None
 
 
 def test_work_lost_to_a_death_is_work_to_do_again() -> None:

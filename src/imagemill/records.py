@@ -466,26 +466,24 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What was foretold of a new job as it started."""
+    """Estimates for a new job, from a sample of its images and its first seconds."""
 
-    looked_at: int
-    """Images, spread evenly over the plan."""
+    sampled: int
+    """Images in the sample, chosen at random from the plan."""
     unreadable: Mapping[str, int]
-    """Of these, by status."""
+    """Unreadable images in the sample, by status."""
     unreadable_low: float
-    """Share of the whole job's images, lower and upper bound of the 95 % Wilson interval."""
+    """Share of unreadable images in the whole job: lower bound of the 95 % Wilson interval."""
     unreadable_high: float
+    """Upper bound of the same interval."""
     decode_only: float | None
-    """images/s of all decoding threads."""
-    cpu_s: float
-    """What looking cost, CPU seconds; 0 where the process that looked did not end by itself."""
+    """images/s of all decoding threads, measured in one process beside the starting workers."""
     images_per_second: float | None = None
-    """This and all below: None where the job ended before they could be said."""
+    """This and all below: None if the job ended before its rate was known."""
     seconds: float | None = None
-    """From the first lease to the last answer."""
-    bottleneck: str | None = None
+    """Estimated time from the first lease to the last result."""
     result_bytes: int | None = None
-    """Of all parts."""
+    """Estimated size of all parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -600,5 +598,3 @@ class Progress:
     since_first_lease_s: float
     ready: int
     """Devices whose session is compiled."""
-    sampling: bool = False
-    """A preflight takes some of the cores' time; the launcher itself does not know of it."""

@@ -66,13 +66,6 @@ class _Count:
         self._rows: list[int] = []
         self._last = 0
         self._lost = 0
-        self._undisturbed_s = -1.0
-
-    def disturbed(self, now_s: float) -> None:
-        """Something that ends soon takes of the device's time: no rate is taken from what comes
-        until then.
-        """
-        self._undisturbed_s = now_s
 
     def add(self, now_s: float, rows: int) -> None:
         """Note the count. One that became less has lost work to a death; to do it again takes its
@@ -108,11 +101,10 @@ class _Count:
         or something else took of the device's time. Where the next step is overdue, the rate is
         what it would be had it come now.
         """
-        first = bisect_right(self._times, self._undisturbed_s)
-        if first >= len(self._times) or self._times[-1] - self._times[first] < _TELLING_S:
+        if not self._times or self._times[-1] - self._times[0] < _TELLING_S:
             return None
-        window_s = max(_WINDOW_S, _WINDOW_SHARE * (self._times[-1] - self._times[first]))
-        base = max(first, bisect_right(self._times, self._times[-1] - window_s) - 1)
+        window_s = max(_WINDOW_S, _WINDOW_SHARE * (self._times[-1] - self._times[0]))
+        base = max(0, bisect_right(self._times, self._times[-1] - window_s) - 1)
         rows = self._rows[-1] - self._rows[base]
         seconds = self._times[-1] - self._times[base]
         overdue = (rows + self.lump) / max(now_s - self._times[base], 1e-9)
@@ -144,8 +136,6 @@ class Pace:
         for name, rows in progress.devices.items():
             count = self._counts.setdefault(name, _Count())
             count.add(now_s, rows)
-            if progress.sampling:
-                count.disturbed(now_s)
             rates[name] = count.rate(now_s)
         through = sum(progress.devices.values())
         left = max(0, self._total - self._resumed - through)

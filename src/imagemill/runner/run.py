@@ -27,7 +27,6 @@ from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
     Progress,
-    Receipt,
     Settings,
     Summary,
 )
@@ -179,15 +178,11 @@ def _carry_out(
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.images, resumed)
     try:
-        with preflight.Lookout(frozen.job, sampled, chosen, watcher.say) as lookout:
+        with preflight.Sampler(frozen.job, sampled, chosen, watcher.say) as sampler:
 
             def tick(progress: Progress) -> None:
-                lookout(progress)
-                shown(replace(progress, sampling=lookout.sampling))
-
-            def on_receipt(receipt: Receipt) -> None:
-                lookout.receipt(receipt)
-                guard(receipt)
+                sampler(progress)
+                shown(progress)
 
             if left:
                 launcher = Launcher(
@@ -198,7 +193,7 @@ def _carry_out(
                     grace_s=settings.grace_s,
                     on_tick=tick,
                     say=watcher.say,
-                    on_receipt=on_receipt,
+                    on_receipt=guard,
                 )
                 outcome = launcher.run()
     finally:
@@ -222,7 +217,7 @@ def _carry_out(
         summarise.summarise(
             frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)
         ),
-        preflight=lookout.found,
+        preflight=sampler.found,
     )
     store.write(paths, paths.summary, serialization.encode(summary))
     if settings.report:
