@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,7 +104,13 @@ def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["worker", "measuring.worker", "trial_process", "images.isolated"]
+    "module",
+    [
+        "workers.worker",
+        "bench.worker",
+        "tuning.trial_process",
+        "pipeline.decoding.isolated",
+    ],
 )
 def test_no_child_executes_a_module_of_the_working_directory(
     module: str, trapped: Path, tmp_path: Path
@@ -160,10 +167,16 @@ def test_the_user_s_pythonpath_reaches_every_child(
     )
 
 
-def test_every_process_is_started_by_child_command() -> None:
-    """Whoever adds a new child process to the package starts it with `child.command`, or this test
-    fails. PopART has another Python.
+def test_children_find_the_package_and_nothing_inside_it() -> None:
+    """A child's first PYTHONPATH entry is the folder of the package, not the package itself, whose
+    `records.py` or `job` would then be top-level modules.
     """
+    first = processes.environment()["PYTHONPATH"].split(os.pathsep)[0]
+    assert Path(first) == helpers.SOURCE_ROOT
+
+
+def test_every_process_is_started_by_child_command() -> None:
+    """Only `processes.Child` starts child processes; PopART alone has another Python."""
     package = helpers.SOURCE_ROOT / "imagemill"
     found = []
     for file in sorted(package.rglob("*.py")):
@@ -179,7 +192,9 @@ def test_every_process_is_started_by_child_command() -> None:
                 )
             if isinstance(node, ast.ImportFrom) and node.module in MODULES:
                 assert not STARTERS & {alias.name for alias in node.names}, file
-    assert ("sessions/popart.py", "command") in found
-    assert {start for file, start in found if file != "sessions/popart.py"} == {"child.command"}, (
-        found
-    )
+    assert set(found) <= {
+        ("system/processes.py", "command"),
+        ("runner/preflight.py", "processes.command"),
+        ("pipeline/backends/popart/session.py", "command"),
+    }
+    assert ("system/processes.py", "command") in found
