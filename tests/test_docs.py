@@ -166,7 +166,9 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
     """The list in docs/design.md is that of `JobPaths`."""
     paths = JobPaths(tmp_path)
     told = {
-        line.split()[0] for line in block_after(DESIGN, "## The output folder").splitlines() if line
+        line.split()[0]
+        for line in block_after(DESIGN, "## What is in the output folder?").splitlines()
+        if line
     }
     ours = [
         paths.job,
