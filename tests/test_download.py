@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import random
 import socket
 import ssl
 import sys
@@ -23,10 +24,11 @@ import trustme
 
 from imagemill.errors import DownloadError, UsageError
 from imagemill.models.checkpoints import download
+from imagemill.system.retry import RetryPolicy
 
 BODY = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(BODY).hexdigest()
-QUICK = download.Patience(timeout_s=0.4, attempts=4, backoff_s=0.01)
+QUICK = RetryPolicy(silence_s=0.4, attempts=4, pause_s=0.01)
 
 
 class Server:
@@ -150,7 +152,7 @@ def test_a_download_is_whole_checked_and_counted(server: Server, tmp_path: Path)
         sha256_prefix=DIGEST[:8],
         size=len(BODY),
         progress=lambda *at: seen.append(at),
-        patience=QUICK,
+        policy=QUICK,
     )
     assert digest == DIGEST
     assert target.read_bytes() == BODY
@@ -171,8 +173,7 @@ def test_a_cut_or_stalled_connection_is_continued(
         serve(**{key: value for key, value in fault.items() if key == "etag"}),
     ]
     assert (
-        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK)
-        == DIGEST
+        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], policy=QUICK) == DIGEST
     )
     assert (tmp_path / "w").read_bytes() == BODY
     assert len(server.requests) == 2
@@ -189,10 +190,10 @@ def test_a_download_that_gave_up_is_continued_by_the_next_call(
     with pytest.raises(
         DownloadError, match="200000 bytes are kept; the same command continues there"
     ):
-        download.fetch(server.url, tmp_path / "w", patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", policy=QUICK)
     assert names(tmp_path) == ["w.partial", "w.partial.json"]
     server.script = [serve()]
-    assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch(server.url, tmp_path / "w", policy=QUICK) == DIGEST
     assert server.requests[-1]["Range"] == "bytes=200000-"
     assert names(tmp_path) == ["w"]
 
@@ -206,15 +207,14 @@ def test_a_file_that_changed_meanwhile_is_not_glued_together(
     """
     old = bytes(len(BODY))
     server.script = [serve(old, cut=200_000, etag='"old"', ranges=ranges), serve(ranges=ranges)]
-    assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch(server.url, tmp_path / "w", policy=QUICK) == DIGEST
 
 
 def test_a_file_glued_from_two_versions_gets_another_chance(server: Server, tmp_path: Path) -> None:
     """A server without ETags that changed the file: the sum is wrong once, then right."""
     server.script = [serve(bytes(len(BODY)), cut=200_000, etag=None), serve(etag=None)]
     assert (
-        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], patience=QUICK)
-        == DIGEST
+        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], policy=QUICK) == DIGEST
     )
     assert [request.get("Range") for request in server.requests] == [None, "bytes=200000-", None]
 
@@ -223,16 +223,16 @@ def test_another_url_does_not_continue_a_part(server: Server, tmp_path: Path) ->
     """A part belongs to the URL it came from."""
     server.script = [serve(bytes(len(BODY)), cut=1000, etag=None), status(404)]
     with pytest.raises(DownloadError):
-        download.fetch(server.url, tmp_path / "w", patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", policy=QUICK)
     server.script = [serve()]
-    assert download.fetch(server.url + "?2", tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch(server.url + "?2", tmp_path / "w", policy=QUICK) == DIGEST
 
 
 def test_a_wrong_body_is_removed_and_named(server: Server, tmp_path: Path) -> None:
     """Both sums are in the message, and what to do; nothing stays."""
     server.script = [serve(b"<html>Please log in</html>")]
     with pytest.raises(DownloadError) as caught:
-        download.fetch(server.url, tmp_path / "w", sha256_prefix="29e315fa", patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", sha256_prefix="29e315fa", policy=QUICK)
     text = str(caught.value)
     assert "sent the wrong file: its sha256 is " in text
     assert "it should begin with 29e315fa" in text
@@ -248,20 +248,20 @@ def test_a_wrong_size_is_refused_before_it_is_loaded(server: Server, tmp_path: P
     limit.
     """
     with pytest.raises(DownloadError, match=f"announces {len(BODY)} bytes instead of 5"):
-        download.fetch(server.url, tmp_path / "w", size=5, patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", size=5, policy=QUICK)
     server.script = [serve(length=False)]
     with pytest.raises(DownloadError, match="bytes instead of 5"):
-        download.fetch(server.url, tmp_path / "w", size=5, patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", size=5, policy=QUICK)
     with pytest.raises(DownloadError, match="instead of at most 1000"):
-        download.fetch(server.url, tmp_path / "w", max_bytes=1000, patience=QUICK)
+        download.fetch(server.url, tmp_path / "w", max_bytes=1000, policy=QUICK)
     assert names(tmp_path) == []
 
 
 def test_404_is_final(server: Server, tmp_path: Path) -> None:
     """One request, one clear error, nothing left."""
     server.script = [status(404)]
-    with pytest.raises(DownloadError, match=r"answers 404 Not Found\. Fetch .* some other way"):
-        download.fetch(server.url, tmp_path / "w", patience=QUICK)
+    with pytest.raises(DownloadError, match=r"answers 404 Not Found\. Get .* some other way"):
+        download.fetch(server.url, tmp_path / "w", policy=QUICK)
     assert len(server.requests) == 1
     assert names(tmp_path) == []
 
@@ -270,7 +270,7 @@ def test_404_is_final(server: Server, tmp_path: Path) -> None:
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path, code: int) -> None:
     """503, then 200: a whole file."""
     server.script = [status(code), status(code), serve()]
-    assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch(server.url, tmp_path / "w", policy=QUICK) == DIGEST
     assert len(server.requests) == 3
 
 
@@ -280,6 +280,7 @@ def test_waits_double_and_the_server_may_ask_for_longer(
     """Backoff is exponential and bounded; Retry-After is honoured up to that bound."""
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(random, "uniform", lambda _, high: high)
     server.script = [
         status(503),
         status(503),
@@ -291,7 +292,7 @@ def test_waits_double_and_the_server_may_ask_for_longer(
     download.fetch(
         server.url,
         tmp_path / "w",
-        patience=download.Patience(timeout_s=5, attempts=6, backoff_s=1, longest_wait_s=30),
+        policy=RetryPolicy(silence_s=5, attempts=6, pause_s=1, longest_pause_s=30),
     )
     assert waits == [1, 2, 4, 8, 30]
 
@@ -303,7 +304,7 @@ def test_a_home_that_never_answers_is_one_clear_error(server: Server, tmp_path: 
         download.fetch(
             server.url,
             tmp_path / "w",
-            patience=download.Patience(timeout_s=0.2, attempts=2, backoff_s=0.01),
+            policy=RetryPolicy(silence_s=0.2, attempts=2, pause_s=0.01),
         )
     assert "w" not in names(tmp_path)
 
@@ -318,13 +319,12 @@ def offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"waits {seconds} s for another attempt")
 
     monkeypatch.setattr(time, "sleep", wait)
-    monkeypatch.setattr(download, "CONNECT_S", 0.3)
 
 
 def unreachable(url: str, folder: Path) -> str:
     """The error of a download from a server that cannot be reached."""
     with pytest.raises(DownloadError, match="cannot be downloaded: ") as caught:
-        download.fetch(url, folder / "w", patience=download.Patience(timeout_s=60))
+        download.fetch(url, folder / "w", policy=RetryPolicy(connect_s=0.3, silence_s=60))
     assert "imagemill get-model NAME --from FILE" in str(caught.value)
     assert names(folder) == []
     return str(caught.value)
@@ -421,7 +421,7 @@ def test_a_server_that_was_reached_is_asked_again(
 
     monkeypatch.setattr(socket, "create_connection", sometimes)
     server.script = [before, serve()]
-    assert download.fetch(server.url, tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch(server.url, tmp_path / "w", policy=QUICK) == DIGEST
 
 
 @pytest.mark.parametrize(
@@ -437,9 +437,7 @@ def test_a_redirect_to_a_file_is_not_followed(server: Server, tmp_path: Path) ->
     """Redirects stay within http and https."""
     server.script = [status(302, Location="file:///etc/passwd")]
     with pytest.raises(DownloadError):
-        download.fetch(
-            server.url, tmp_path / "w", patience=download.Patience(timeout_s=1, attempts=1)
-        )
+        download.fetch(server.url, tmp_path / "w", policy=RetryPolicy(silence_s=1, attempts=1))
     assert names(tmp_path) == []
 
 
@@ -448,7 +446,7 @@ def test_proxies_come_from_the_environment(
 ) -> None:
     """With http_proxy set the request goes there, whatever the host."""
     monkeypatch.setenv("http_proxy", server.url.rsplit("/", 1)[0])
-    assert download.fetch("http://weights.invalid/w", tmp_path / "w", patience=QUICK) == DIGEST
+    assert download.fetch("http://weights.invalid/w", tmp_path / "w", policy=QUICK) == DIGEST
     assert server.requests[0]["Host"] == "weights.invalid"
 
 
@@ -463,7 +461,7 @@ def test_a_full_disk_is_named_as_such(server: Server, tmp_path: Path) -> None:
     """An error of the disk is not taken for one of the network."""
     (tmp_path / "file").write_text("")
     with pytest.raises(DownloadError, match="cannot be written: "):
-        download.fetch(server.url, tmp_path / "file" / "w", patience=QUICK)
+        download.fetch(server.url, tmp_path / "file" / "w", policy=QUICK)
 
 
 @pytest.fixture
@@ -479,7 +477,7 @@ def tls_server(server: Server) -> Server:
 def test_an_unknown_certificate_is_refused(tls_server: Server, tmp_path: Path) -> None:
     """TLS certificates are checked: a server nobody vouches for sends nothing that is kept."""
     with pytest.raises(DownloadError, match="certificate"):
-        download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK)
+        download.fetch(tls_server.url, tmp_path / "weights.bin", policy=QUICK)
     assert tls_server.requests == []
     assert list(tmp_path.iterdir()) == []
 
@@ -492,7 +490,7 @@ def test_a_trusted_certificate_is_accepted(
     """
     with tls_server.authority.cert_pem.tempfile() as trusted:
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
-        assert download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK) == DIGEST
+        assert download.fetch(tls_server.url, tmp_path / "weights.bin", policy=QUICK) == DIGEST
 
 
 def test_a_redirect_from_https_to_http_is_refused(
@@ -510,5 +508,5 @@ def test_a_redirect_from_https_to_http_is_refused(
     with tls_server.authority.cert_pem.tempfile() as trusted:
         monkeypatch.setenv("SSL_CERT_FILE", trusted)
         with pytest.raises(DownloadError, match="from https to http"):
-            download.fetch(tls_server.url, tmp_path / "weights.bin", patience=QUICK)
+            download.fetch(tls_server.url, tmp_path / "weights.bin", policy=QUICK)
     assert not (tmp_path / "weights.bin").exists()

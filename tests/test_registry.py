@@ -25,11 +25,11 @@ import pth_files
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle, registry
 from imagemill.models.architectures import resnext
-from imagemill.models.checkpoints import download
 from imagemill.records import Bundle, Interpolation, Recipe
+from imagemill.system.retry import RetryPolicy
 
 LITE = "efficientnet_lite0"
-QUICK = download.Patience(timeout_s=5, attempts=2, backoff_s=0.01)
+QUICK = RetryPolicy(silence_s=5, attempts=2, pause_s=0.01)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -263,7 +263,7 @@ def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
     arrays = {resnext.cadene_name(name): array for name, array in model.random(0).items()}
     pth_files.write_legacy(folder / "resnext101_32x4d-29e315fa.pth", arrays, python2=True)
     address = f"{url}/resnext101_32x4d-29e315fa.pth"
-    made = registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), patience=QUICK)
+    made = registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), policy=QUICK)
     assert sorted(path.name for path in made.dir.iterdir()) == [
         "card.json",
         "model.onnx",
@@ -295,7 +295,7 @@ def test_a_published_name_with_the_wrong_bytes_is_refused(
     monkeypatch.setenv("IMAGEMILL_MIRROR", url)
     for by_hand in (None, f"{url}/download.pytorch.org/models/{place.name}"):
         with pytest.raises(DownloadError, match="should begin with 7cdf4587"):
-            registry.get("resnext50_32x4d.tv_in1k", models, url=by_hand, patience=QUICK)
+            registry.get("resnext50_32x4d.tv_in1k", models, url=by_hand, policy=QUICK)
     assert [path for path in models.rglob("*") if path.is_file()] == []
     assert Quiet.asked == ["/download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth"] * 2
 
@@ -309,7 +309,7 @@ def test_what_is_no_checkpoint_is_removed_after_the_download(
     with pytest.raises(
         CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"
     ):
-        registry.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", patience=QUICK)
+        registry.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", policy=QUICK)
     assert [path for path in models.rglob("*") if path.is_file()] == []
 
 

@@ -23,6 +23,7 @@ from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import BadImage, Entry, Status
+from imagemill.system.retry import RetryPolicy
 
 
 def entries(
@@ -325,7 +326,7 @@ def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
     not retried.
     """
     fill(tmp_path, {"a.jpg": b"abc"})
-    monkeypatch.setattr(files, "_RETRY_DELAYS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(files, "_READING", RetryPolicy(attempts=4, pause_s=0.0))
     calls: list[int] = []
     read = files._read
 

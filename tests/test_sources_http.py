@@ -36,6 +36,8 @@ from imagemill.pipeline.sources.locations import fetch
 from imagemill.records import BadImage, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
+from imagemill.system.http import CONNECTIONS_PER_HOST, netrc_passwords
+from imagemill.system.retry import RetryPolicy
 from imagemill.version import __version__
 
 sys.path.insert(0, str(Path(__file__).with_name("faults")))
@@ -43,8 +45,8 @@ import harness
 
 CLI = Callable[..., helpers.Result]
 Jobs = Callable[..., Settings]
-HASTY = http.Patience(
-    tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.3, connect_s=2.0, silence_s=0.4
+HASTY = RetryPolicy(
+    attempts=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.3, connect_s=2.0, silence_s=0.4
 )
 BODY = bytes(range(256)) * 40
 
@@ -133,20 +135,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", "/nowhere")
-    for cached in (http._pool, http._netrc_file):
+    for cached in (http.client, netrc_passwords):
         cached.cache_clear()
     serving = Server()
     serving.files["a.jpg"] = BODY
     yield serving
     serving.close()
-    for cached in (http._pool, http._netrc_file):
+    for cached in (http.client, netrc_passwords):
         cached.cache_clear()
     gc.collect()
 
 
-def bad(url: str, max_bytes: int = 100_000, patience: http.Patience = HASTY) -> BadImage:
+def bad(url: str, max_bytes: int = 100_000, policy: RetryPolicy = HASTY) -> BadImage:
     with pytest.raises(BadImage) as caught:
-        http.fetch(url, max_bytes, patience)
+        http.fetch(url, max_bytes, policy)
     assert "\n" not in caught.value.error
     return caught.value
 
@@ -271,7 +273,7 @@ def test_nobody_there_says_so() -> None:
     """A refused connection, and a host that nobody knows by an address nobody has."""
     assert (
         bad("http://127.0.0.1:1/a.jpg").error
-        == "cannot be read: no connection: Connection refused, after 3 tries"
+        == "cannot be read: 127.0.0.1 cannot be reached: Connection refused, after 3 tries"
     )
     assert bad("http://[::1/a.jpg").status == Status.READ_ERROR
     assert bad("http://127.0.0.1:99999/a.jpg").status == Status.READ_ERROR
@@ -295,9 +297,9 @@ def test_retry_after_is_obeyed_within_bounds(server: Server) -> None:
         True,
         True,
     ]
-    impatient = http.Patience(tries=9, seconds=0.2, longest_pause_s=60)
+    impatient = RetryPolicy(attempts=9, seconds=0.2, longest_pause_s=60)
     server.paths.clear()
-    assert bad(f"{server.url}/a.jpg", patience=impatient).error.endswith("after 1 try")
+    assert bad(f"{server.url}/a.jpg", policy=impatient).error.endswith("after 1 try")
 
 
 def test_redirects_are_followed_a_few(server: Server) -> None:
@@ -368,7 +370,7 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
         serve(handler, number)
 
     server.rule = rule
-    patient = http.Patience()
+    patient = http.READING
     with ThreadPoolExecutor(32) as pool:
         assert (
             list(
@@ -376,8 +378,8 @@ def test_connections_are_kept_and_bounded(server: Server) -> None:
             )
             == [BODY] * 64
         )
-    assert 2 <= most <= http.CONNECTIONS_PER_HOST
-    assert len(server.connections) <= http.CONNECTIONS_PER_HOST
+    assert 2 <= most <= CONNECTIONS_PER_HOST
+    assert len(server.connections) <= CONNECTIONS_PER_HOST
 
 
 @pytest.mark.parametrize(
@@ -388,10 +390,10 @@ def test_failures_use_up_no_connections(server: Server, worst: Callable[[Handler
     """After more failures than there may be connections, of images too large as well, the next
     image is had, without waiting.
     """
-    patience = http.Patience(tries=1, seconds=5)
-    for _ in range(2 * http.CONNECTIONS_PER_HOST):
+    patience = RetryPolicy(attempts=1, seconds=5)
+    for _ in range(2 * CONNECTIONS_PER_HOST):
         server.rule = lambda handler, number: worst(handler)
-        assert "Pool" not in bad(f"{server.url}/a.jpg", patience=patience).error
+        assert "Pool" not in bad(f"{server.url}/a.jpg", policy=patience).error
         server.rule = serve
         assert bad(f"{server.url}/a.jpg", 10, patience).status == Status.TOO_LARGE
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), patience) == BODY
@@ -416,7 +418,7 @@ def test_certificates_are_verified(
     assert server.paths == []
     authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
-    http._pool.cache_clear()
+    http.client.cache_clear()
     assert http.fetch(f"{server.url}/a.jpg", len(BODY), HASTY) == BODY
     server.rule = lambda handler, number: send(handler, 302, Location=f"{plain}/a.jpg")
     assert (
@@ -518,9 +520,7 @@ def test_a_source_that_is_not_there_ends_the_job_before_it_begins(
             "run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
         )
         assert (result.code, len(result.err.splitlines())) == (1, 1)
-        assert (
-            "cannot be read: the server answers 404 Not Found. Look at the address." in result.err
-        )
+        assert "cannot be read: the server answers 404 Not Found. Check the address." in result.err
         assert not (tmp_path / "out").exists()
     check([f"{server.url}/a.jpg"])
 
@@ -541,7 +541,7 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     (tmp_path / "urls.txt").write_text("".join(f"{server.url}/{name}\n" for name in some_jpegs))
     hook = """
     def hasty(module):
-        module.PATIENCE = module.Patience(tries=2, seconds=1, pause_s=0.01)
+        module.READING = module.RetryPolicy(attempts=2, seconds=1, pause_s=0.01)
     after_import("imagemill.pipeline.sources.http", hasty)
     """
     env: Mapping[str, str] = harness.hooks(

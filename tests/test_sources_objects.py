@@ -26,6 +26,7 @@ from imagemill.pipeline.sources.objects import ObjectSource
 from imagemill.records import BadImage, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
+from imagemill.system.retry import RetryPolicy
 from s3 import Bucket, FaultProxy
 
 sys.path.insert(0, str(Path(__file__).with_name("faults")))
@@ -48,7 +49,7 @@ TINY = (
 )
 HASTY = """
     def hasty(module):
-        module.READING = module.Patience(tries=3, seconds=1, pause_s=0.01, longest_pause_s=0.05, connect_s=1, silence_s=1)
+        module.READING = module.RetryPolicy(attempts=3, seconds=1, pause_s=0.01, longest_pause_s=0.05, connect_s=1, silence_s=1)
         module.PROBING = module.READING
     after_import("imagemill.system.storage", hasty)
 """
@@ -281,7 +282,7 @@ def test_a_listing_that_breaks_off_is_no_short_listing(
     """Where the second page of a listing is refused, there is an error and not a plan with the
     first page alone.
     """
-    monkeypatch.setattr(storage, "READING", storage.Patience(tries=2, seconds=1, pause_s=0.01))
+    monkeypatch.setattr(storage, "READING", RetryPolicy(attempts=2, seconds=1, pause_s=0.01))
     url = s3.fill({f"{number}.jpg": b"x" for number in range(5)}, "p/")
 
     def rule(request: faults.Request) -> faults.Fault | None:
@@ -373,7 +374,7 @@ def test_odd_keys_are_listed_page_by_page(
     """An odd key on the second page costs no key before or after it, also if the connection breaks
     at each page.
     """
-    monkeypatch.setattr(storage, "READING", storage.Patience(tries=3, seconds=5, pause_s=0.01))
+    monkeypatch.setattr(storage, "READING", RetryPolicy(attempts=3, seconds=5, pause_s=0.01))
     keys = [
         "p/0.jpg",
         "p/1.jpg",

@@ -25,10 +25,11 @@ import s3 as faults
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
 from imagemill.system import storage
+from imagemill.system.retry import RetryPolicy
 from s3 import Bucket, FaultProxy
 
-HASTY = storage.Patience(
-    tries=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5
+HASTY = RetryPolicy(
+    attempts=3, seconds=5.0, pause_s=0.01, longest_pause_s=0.05, connect_s=1.0, silence_s=0.5
 )
 KEYS = (
     "a b.jpg",

@@ -12,8 +12,7 @@ import pytest
 import helpers
 from imagemill.errors import UsageError
 from imagemill.models import bundle
-from imagemill.pipeline.sources import http
-from imagemill.system import userdirs
+from imagemill.system import http, userdirs
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
@@ -107,8 +106,8 @@ def test_nothing_else_needs_a_home_directory(
     """
     with pytest.raises(UsageError, match=r"~/models: cannot find the home directory. Set HOME"):
         userdirs.expand("~/models")
-    http._netrc_file.cache_clear()
-    assert http._netrc_file() == {}
+    http.netrc_passwords.cache_clear()
+    assert http.netrc_passwords() == {}
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     with pytest.raises(
         UsageError, match=r"no temporary folder can be used either \(No such file or directory\)"

@@ -260,7 +260,7 @@ def publish_logs(paths: JobPaths, pattern: str = "*.log", *, hasty: bool = False
     for path in sorted(paths.logs.glob(pattern)):
         try:
             _store(paths.url).put(
-                paths.key(path), path.read_bytes(), patience=storage.PARTING if hasty else None
+                paths.key(path), path.read_bytes(), policy=storage.CLOSING if hasty else None
             )
         except OSError as error:
             _log.warning("%s could not be put into %s: %s", path, paths.url, reason(error))

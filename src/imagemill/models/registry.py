@@ -16,17 +16,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import efficientnet_lite, resnext
-from imagemill.models.checkpoints import checkpoint, download
+from imagemill.models.checkpoints import checkpoint
 from imagemill.models.custom import wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe
 from imagemill.system import userdirs
+
+if TYPE_CHECKING:
+    from imagemill.models.checkpoints import download
+    from imagemill.system.retry import RetryPolicy
 
 Array = NDArray[Any]
 Say = Callable[[str], None]
@@ -266,7 +270,7 @@ def get(
     batch_sizes: tuple[int, ...] = (),
     say: Say = _silent,
     progress: download.Progress | None = None,
-    patience: download.Patience | None = None,
+    policy: RetryPolicy | None = None,
 ) -> Bundle:
     """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it
     lacks.
@@ -282,7 +286,7 @@ def get(
         batch_sizes: sizes to write `model_N.onnx` for.
         say: takes one line at a time: licences, downloads, what was found.
         progress: called with bytes so far and in all while downloading.
-        patience: of the download.
+        policy: timeouts and attempts of the download; None: `download.DOWNLOADING`.
 
     Raises:
         UsageError: the name is unknown, or arguments contradict each other.
@@ -320,7 +324,7 @@ def get(
             random_seed,
             say,
             progress,
-            patience or download.Patience(),
+            policy,
         )
     for size in batch_sizes:
         bundles.freeze(found, size)
@@ -553,7 +557,7 @@ def _make(
     random_seed: int | None,
     say: Say,
     progress: download.Progress | None,
-    patience: download.Patience,
+    policy: RetryPolicy | None,
 ) -> Bundle:
     entry = published(name)
     if random_seed is not None:
@@ -564,10 +568,12 @@ def _make(
     elif url is None and entry is not None and entry.home.startswith("package:"):
         weights = _from_package(entry)
     else:
+        from imagemill.models.checkpoints import download  # urllib3 takes 0.1 s to import
+
         home = url or download.mirrored(entry.home if entry else "")
         say(f"{name}: downloading {home}")
         weights = _from_url(
-            name, architecture, models_dir, home, url is not None, say, progress, patience
+            name, architecture, models_dir, home, url is not None, say, progress, policy
         )
     made = _bundle(name, architecture, weights, models_dir)
     if "NC" in made.card.licence.split("-"):
@@ -655,12 +661,14 @@ def _from_url(
     by_hand: bool,
     say: Say,
     progress: download.Progress | None,
-    patience: download.Patience,
+    policy: RetryPolicy | None,
 ) -> _Weights:
+    from imagemill.models.checkpoints import download
+
     entry = published(name)
     target = models_dir / ".downloads" / name
     prefix = entry.sha256_prefix if entry else None
-    digest = download.fetch(url, target, sha256_prefix=prefix, progress=progress, patience=patience)
+    digest = download.fetch(url, target, sha256_prefix=prefix, progress=progress, policy=policy)
     try:
         arrays = checkpoint.read(target, say)
     except CheckpointError as error:

@@ -19,10 +19,9 @@ import io
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
@@ -31,6 +30,7 @@ from urllib.parse import unquote_to_bytes
 
 from imagemill.errors import UsageError
 from imagemill.system import interruptible, userdirs
+from imagemill.system.retry import Attempts, RetryPolicy
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -47,37 +47,14 @@ control character.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """When an object store is given up."""
-
-    tries: int = 10
-    seconds: float = 35.0
-    """After so long no further try is begun."""
-    pause_s: float = 0.1
-    """Before the second try; doubles with each, more or less by chance."""
-    longest_pause_s: float = 5.0
-    connect_s: float = 5.0
-    silence_s: float | None = 15.0
-    """A connection without a byte for so long counts as dead; None: not before the whole request
-    is.
-    """
-    request_s: float = 3_600.0
-    """For one request from its beginning to its end."""
-
-
-READING = Patience()
-"""Given up before the 60 s of --max-seconds are over, so that an outage is a row and not a dead
-worker.
-"""
-PROBING = Patience(tries=4, seconds=8.0, connect_s=3.0, silence_s=5.0)
-"""For the question whether something is there, asked before anything begins: whoever mistyped an
-address should not wait long.
-"""
-WRITING = Patience(seconds=90.0, silence_s=None, request_s=120.0)
-"""While an upload is under way the other side is silent by right."""
-PARTING = Patience(tries=1, seconds=2.0, connect_s=2.0, silence_s=None, request_s=4.0)
-"""For logs, when the user has asked for the end."""
+READING = RetryPolicy(attempts=10, seconds=35.0, pause_s=0.1, longest_pause_s=5.0)
+"""Ends before the 60 s of --max-seconds do, so that an outage is a row and not a dead worker."""
+PROBING = replace(READING, attempts=4, seconds=8.0, connect_s=3.0, silence_s=5.0)
+"""To find out whether something exists, before anything starts: a mistyped address fails soon."""
+WRITING = replace(READING, seconds=90.0, silence_s=None, request_s=120.0)
+"""Servers are silent while they receive an upload."""
+CLOSING = replace(READING, attempts=1, seconds=2.0, connect_s=2.0, silence_s=None, request_s=4.0)
+"""For logs, after the user has asked for the end."""
 
 
 class Blob(Protocol):
@@ -160,10 +137,10 @@ class Store(Protocol):
         data: bytes | memoryview,
         *,
         create: bool = False,
-        patience: Patience | None = None,
+        policy: RetryPolicy | None = None,
     ) -> None:
         """Write one object; others see all of it or nothing. With `create` only where none is
-        there; `patience` is else `WRITING`.
+        there; `policy` is else `WRITING`.
 
         Raises: FileExistsError: `create`, and it is there. OSError: it could not be written, after
         some tries.
@@ -251,7 +228,7 @@ def local_path(url: bytes) -> bytes:
     return unquote_to_bytes(path)
 
 
-def open_store(url: str, patience: Patience | None = None) -> Store:
+def open_store(url: str, policy: RetryPolicy | None = None) -> Store:
     """Open a place in an object store; nothing is asked of it yet.
 
     Credentials, region and endpoint come from the standard variables of the environment
@@ -259,7 +236,7 @@ def open_store(url: str, patience: Patience | None = None) -> Store:
 
     Args:
         url: `s3://bucket/prefix`; `gs://` and `az://` come with the library and are not tested.
-        patience: when to give up listing and reading; None: as `READING` says.
+        policy: when to give up listing and reading; None: as `READING` says.
 
     Raises:
         UsageError: the URL makes no sense, or a package is missing.
@@ -270,7 +247,7 @@ def open_store(url: str, patience: Patience | None = None) -> Store:
         raise UsageError(
             f"{url}: is no place in an object store. Write it like s3://bucket/prefix."
         )
-    return _ObjectStore(f"{scheme}://{bucket}", prefix, patience or READING)
+    return _ObjectStore(f"{scheme}://{bucket}", prefix, policy or READING)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -297,16 +274,16 @@ def open_blob(location: bytes) -> Blob:
 class _ObjectStore:
     """A `Store` by obstore."""
 
-    def __init__(self, bucket: str, prefix: str, patience: Patience) -> None:
+    def __init__(self, bucket: str, prefix: str, policy: RetryPolicy) -> None:
         self.url = f"{bucket}/{prefix}" if prefix else bucket
         self._bucket = bucket
         self._prefix = prefix + "/" if prefix else ""
-        self._patience = patience
-        _client(bucket, patience, _environment())
+        self._policy = policy
+        _client(bucket, policy, _environment())
 
     @property
     def _reader(self) -> ObjectStore:
-        return _client(self._bucket, self._patience, _environment())
+        return _client(self._bucket, self._policy, _environment())
 
     def list(self, below: str = "") -> Iterator[tuple[str, int]]:
         """See `Store.list`."""
@@ -339,7 +316,7 @@ class _ObjectStore:
     def _paths(self, start: str) -> Iterator[tuple[str, int]]:
         folder = start.rpartition("/")[0] or None  # the library lists folder by folder
         last: str | None = None
-        chunks, tries = None, _Tries(self._patience)
+        chunks, attempts = None, Attempts(self._policy)
         while True:
             try:
                 with _told(self.url):
@@ -348,7 +325,7 @@ class _ObjectStore:
                     )
                     chunk = interruptible.heard(partial(next, chunks, None))
             except ConnectionResetError as error:
-                tries.again_after(error)
+                _pause_or_raise(error, attempts)
                 chunks = None
                 continue
             except _OddKeyError:
@@ -358,7 +335,7 @@ class _ObjectStore:
                 return
             if chunk is None:
                 return
-            tries = _Tries(self._patience)
+            attempts = Attempts(self._policy)
             for found in chunk:
                 if found["path"].startswith(start) and found["path"] != last:
                     yield found["path"], found["size"]
@@ -369,12 +346,12 @@ class _ObjectStore:
         object `a/` only shows a folder.
         """
         client, bucket = (
-            _exact_client(self._patience, _environment()),
+            _exact_client(self._policy, _environment()),
             self._bucket.partition("://")[2],
         )
         while True:
             ask = partial(client.list_objects_v2, Bucket=bucket, Prefix=start, StartAfter=after)
-            page = _uncut(ask, self.url, self._patience)
+            page = _uncut(ask, self.url, self._policy)
             for found in page.get("Contents", ()):
                 after = found["Key"]
                 if found["Size"] or not after.endswith("/"):
@@ -391,7 +368,7 @@ class _ObjectStore:
 
         def exact() -> bytes:
             client, bucket = (
-                _exact_client(self._patience, _environment()),
+                _exact_client(self._policy, _environment()),
                 self._bucket.partition("://")[2],
             )
             answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
@@ -404,7 +381,7 @@ class _ObjectStore:
             return data
 
         if self._is_s3 and _ODD_KEY.search(key):
-            return _uncut(exact, f"{self.url}/{key}", self._patience)
+            return _uncut(exact, f"{self.url}/{key}", self._policy)
 
         def whole() -> bytes:
             answer = self._reader.get(self._path(key))
@@ -414,11 +391,11 @@ class _ObjectStore:
                 )
             return bytes(answer.bytes())
 
-        return _uncut(whole, f"{self.url}/{key}", self._patience)
+        return _uncut(whole, f"{self.url}/{key}", self._policy)
 
     def open(self, key: str) -> Blob:
         """See `Store.open`."""
-        return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._patience)
+        return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._policy)
 
     def put(
         self,
@@ -426,11 +403,11 @@ class _ObjectStore:
         data: bytes | memoryview,
         *,
         create: bool = False,
-        patience: Patience | None = None,
+        policy: RetryPolicy | None = None,
     ) -> None:
         """See `Store.put`."""
         with _told(f"{self.url}/{key}"):
-            client = _client(self._bucket, patience or WRITING, _environment())
+            client = _client(self._bucket, policy or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
             interruptible.heard(
                 lambda: client.put(self._path(key), data, mode=mode, use_multipart=False),
@@ -450,9 +427,9 @@ class _ObjectBlob:
     for by its entity tag.
     """
 
-    def __init__(self, client: ObjectStore, url: str, path: str, patience: Patience) -> None:
+    def __init__(self, client: ObjectStore, url: str, path: str, policy: RetryPolicy) -> None:
         self._client = client
-        self._patience = patience
+        self._policy = policy
         self._url = url
         self._path = path
         with _told(url):
@@ -469,7 +446,7 @@ class _ObjectBlob:
         return _uncut(
             lambda: bytes(self._client.get(self._path, options=options).bytes()),
             self._url,
-            self._patience,
+            self._policy,
         )
 
     def close(self) -> None:
@@ -484,39 +461,27 @@ class _PassingError(ConnectionResetError):
     """boto3 failed in a way that may pass by itself."""
 
 
-class _Tries:
-    """Counts the tries that are ours: the library repeats requests, but not all that were cut when
-    part of the answer was there.
+def _pause_or_raise(error: OSError, attempts: Attempts) -> None:
+    """Sleep before the next attempt, or raise the error if there is none.
+
+    obstore repeats requests itself, but not all that were cut while the answer was being read.
     """
-
-    def __init__(self, patience: Patience) -> None:
-        self._patience = patience
-        self._begun = time.monotonic()
-        self._made = 0
-
-    def again_after(self, error: OSError) -> None:
-        """Wait a little, or raise the error where patience is at its end."""
-        self._made += 1
-        if (
-            self._made >= self._patience.tries
-            or time.monotonic() - self._begun > self._patience.seconds
-        ):
-            if isinstance(error, _PassingError):
-                raise OSError(
-                    errno.EIO, f"{error.strerror}, after {self._made} tries", error.filename
-                ) from error
-            raise error
-        time.sleep(min(self._patience.pause_s * 2**self._made, self._patience.longest_pause_s))
+    if attempts.pause():
+        return
+    if isinstance(error, _PassingError):
+        text = f"{error.strerror}, after {attempts.failures} tries"
+        raise OSError(errno.EIO, text, error.filename) from error
+    raise error
 
 
-def _uncut(read: Callable[[], T], url: str, patience: Patience) -> T:
-    tries = _Tries(patience)
+def _uncut(read: Callable[[], T], url: str, policy: RetryPolicy) -> T:
+    attempts = Attempts(policy)
     while True:
         try:
             with _told(url):
                 return interruptible.heard(read)
         except ConnectionResetError as error:
-            tries.again_after(error)
+            _pause_or_raise(error, attempts)
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
@@ -532,7 +497,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(maxsize=256)
 def _client(
-    bucket: str, patience: Patience, environment: tuple[tuple[str, str], ...]
+    bucket: str, policy: RetryPolicy, environment: tuple[tuple[str, str], ...]
 ) -> ObjectStore:
     """The one client of this process for a bucket, with its connections. Raises: UsageError."""
     try:
@@ -548,22 +513,22 @@ def _client(
         "allow_http": any(
             endpoint.startswith("http://") for endpoint in endpoints
         ),  # whoever wrote that meant it
-        "connect_timeout": timedelta(seconds=patience.connect_s),
-        "timeout": timedelta(seconds=patience.request_s),
+        "connect_timeout": timedelta(seconds=policy.connect_s),
+        "timeout": timedelta(seconds=policy.request_s),
         "user_agent": f"imagemill/{__version__}",
     }
-    if patience.silence_s is not None:
-        options["read_timeout"] = timedelta(seconds=patience.silence_s)
+    if policy.silence_s is not None:
+        options["read_timeout"] = timedelta(seconds=policy.silence_s)
     try:
         return from_url(
             bucket,
             client_options=options,
             retry_config={
-                "max_retries": patience.tries - 1,
-                "retry_timeout": timedelta(seconds=patience.seconds),
+                "max_retries": policy.attempts - 1,
+                "retry_timeout": timedelta(seconds=policy.seconds),
                 "backoff": {
-                    "init_backoff": timedelta(seconds=patience.pause_s),
-                    "max_backoff": timedelta(seconds=patience.longest_pause_s),
+                    "init_backoff": timedelta(seconds=policy.pause_s),
+                    "max_backoff": timedelta(seconds=policy.longest_pause_s),
                     "base": 2,
                 },
             },
@@ -576,7 +541,7 @@ def _client(
 
 
 @functools.lru_cache(maxsize=16)
-def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) -> Any:
+def _exact_client(policy: RetryPolicy, environment: tuple[tuple[str, str], ...]) -> Any:
     """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region
     and credentials. Raises: UsageError.
     """
@@ -601,9 +566,9 @@ def _exact_client(patience: Patience, environment: tuple[tuple[str, str], ...]) 
         or "us-east-1",
         config=Config(
             user_agent=f"imagemill/{__version__}",
-            connect_timeout=patience.connect_s,
-            read_timeout=patience.silence_s or patience.request_s,
-            retries={"total_max_attempts": 1, "mode": "standard"},  # `_Tries` counts them
+            connect_timeout=policy.connect_s,
+            read_timeout=policy.silence_s or policy.request_s,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # `Attempts` counts them
             s3={"addressing_style": "path"},
             signature_version=UNSIGNED if is_public else None,
         ),

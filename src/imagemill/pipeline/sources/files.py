@@ -7,10 +7,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable
 
 from imagemill.records import BadImage, Status
+from imagemill.system.retry import Attempts, RetryPolicy
 
 _PASSING_ERRORS = frozenset(
     (
@@ -24,8 +24,8 @@ _PASSING_ERRORS = frozenset(
         errno.EMFILE,
     )
 )
-_RETRY_DELAYS_S = (0.05, 0.2, 0.8)
-_RETRY_SECONDS = 5.0
+_READING = RetryPolicy(attempts=5, seconds=5.0, pause_s=0.1)
+"""About a second. An object store that fails has been tried for longer, and is not tried again."""
 
 
 def read_file(path: bytes, max_bytes: int) -> bytes:
@@ -46,23 +46,18 @@ def retried(read: Callable[[], bytes], gone: str) -> bytes:
     Raises:
         BadImage: `missing`, or `read_error`.
     """
-    begun = time.monotonic()
-    for delay_s in (*_RETRY_DELAYS_S, None):
+    attempts = Attempts(_READING)
+    while True:
         try:
             return read()
         except OSError as error:
-            is_early = (
-                time.monotonic() - begun < _RETRY_SECONDS
-            )  # an object store has been tried again for long when it fails
-            if delay_s is not None and is_early and error.errno in _PASSING_ERRORS:
-                time.sleep(delay_s)
+            if error.errno in _PASSING_ERRORS and attempts.pause():
                 continue
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise BadImage(Status.MISSING, gone) from error
             raise BadImage(
                 Status.READ_ERROR, f"cannot be read: {error.strerror or error}"
             ) from error
-    raise AssertionError("unreachable")
 
 
 def _read(path: bytes, max_bytes: int) -> bytes:

@@ -13,6 +13,7 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import storage
+from imagemill.system.retry import RetryPolicy
 
 _REMEDIES = {
     errno.ENOENT: "Look at the names of bucket and key.",
@@ -122,16 +123,16 @@ def cannot_read(url: str, error: OSError) -> SourceError:
     )
 
 
-def _look(url: str, patience: storage.Patience | None) -> int | None:
+def _look(url: str, policy: RetryPolicy | None) -> int | None:
     """Bytes of an object, or None: other objects are below it. Raises: SourceError, OSError."""
     size = None
     bucket, key = storage.split(url)
     if key:
         try:
-            size = storage.open_store(bucket, patience).open(key).size
+            size = storage.open_store(bucket, policy).open(key).size
         except (FileNotFoundError, PermissionError):
             size = None  # whoever may not see an object may yet list what is below
-    if not size and next(storage.open_store(url, patience).list(), None) is not None:
+    if not size and next(storage.open_store(url, policy).list(), None) is not None:
         return None
     if size is None:
         raise SourceError(
