@@ -1,10 +1,10 @@
-"""A tar archive, read in place, plain or packed by gzip: ustar, GNU and PAX headers; a WebDataset
-shard is one.
+"""A tar archive, read in place, plain or compressed with gzip: ustar, GNU and PAX headers. A
+WebDataset shard is one.
 
-One pass over the headers lists it; an image is then read from where it lies. Nothing is ever
-extracted: names with `..` or a leading slash are names and nothing else. The standard library's
-reader is not used: it ends without a word at a header it cannot read, so that a damaged archive
-would be a short one, and holds every member in memory.
+One pass over the headers lists it, and an image is then read from its position. Nothing is ever
+extracted: names with `..` or a leading slash are only names. The standard library reads the
+headers, and `_Member` makes an error of every header that it would pass over in silence, so that a
+damaged archive is never a short one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import gzip
 import io
 import re
 import struct
+import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, Self, cast
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import gz
@@ -28,51 +28,50 @@ from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
 SUFFIXES = re.compile(r"\.(tar|tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
-"""Of the sources that are tar archives, or are told that they cannot be read as one."""
+"""Of the sources that are tar archives, or that an error says cannot be read as one."""
 
 _OTHER_PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = 512
 _END_BLOCKS = 2
 """Empty blocks that end an archive. A single one may be a header that was lost."""
 _READ_BYTES = 2**20
-_LONGEST_HEADER = 2**24
-"""Of a PAX header or a long name; names are a few KiB at most, the rest is extended attributes."""
-_LARGEST = 2**60
-"""Size of a member: a header can say more than any file system holds."""
+_MAX_LONG_HEADER = 2**24
+"""Bytes of a PAX header or a long name; names have a few KiB, the rest is extended attributes."""
+_MAX_MEMBER = 2**60
+"""Bytes of a member: a header can name more than any file system holds."""
 _LINK_WINDOW = 16_384
 _LOCATOR = struct.Struct("<BQQLL")
-"""Ours: _PLAIN or _PACKED, where the data begin, their length, the CRC-32 of the header before them
-and, if packed, of themselves.
+"""_PLAIN or _PACKED, offset and length of the data, the CRC-32 of the header before them and, if
+packed, of the data.
 """
 _PLAIN, _PACKED, _READ_ERROR, _UNSUPPORTED = range(4)
-"""First byte of a locator; after the last two comes the error that the row is to have."""
-_ABOUT_THE_NEXT = (b"L", b"K", b"x", b"X", b"g")
-"""Type flags of headers that say something of the member after them: long names and PAX fields."""
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
-_KINDS = (*_ABOUT_THE_NEXT, *_WITHOUT_DATA, b"D", b"V", b"M")
-"""Type flags that mean something here; the others are files."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """One member as its headers describe it."""
-
-    name: bytes
-    kind: bytes
-    """The type flag; `0` for all that is a file."""
-    start: int
-    """Of its data."""
-    size: int
-    header_crc: int
-    link: bytes
-    """Where it links to."""
-    is_sparse: bool = False
+"""First byte of a locator. After the last two comes the error of the row."""
+_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_LONG_HEADERS = (*_LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_IGNORED = (tarfile.DIRTYPE, b"D", b"V")
+"""Folders, GNU's folder listings and volume labels."""
+_NO_FILES = {
+    tarfile.LNKTYPE: (
+        "is a hard link to {!r}, which is not among the {:,} members before it. Pack with"
+        " --hard-dereference"
+    ),
+    tarfile.SYMTYPE: (
+        "is a symbolic link to {!r}: such links are not followed in an archive. Pack with"
+        " --dereference"
+    ),
+    tarfile.CHRTYPE: "is a device, not a file",
+    tarfile.BLKTYPE: "is a device, not a file",
+    tarfile.FIFOTYPE: "is a FIFO, not a file",
+    b"M": "continues a file of another volume. Join the volumes first",
+}
+"""Members that have no bytes to read, and the error of their rows."""
+_DECIMAL = re.compile(r"[0-9]{1,20}")
+_DOT_SLASH = re.compile(rb"^(?:\./+)+(?=.)", re.DOTALL)
+_PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
 
 
 class TarSource:
-    """See the module's docstring. `location` is a path or URL, `aside` a folder for the index of a
-    packed one, see `sources.open_all`.
-    """
+    """A tar archive at a path or URL; the index of a packed one is kept in the folder `aside`."""
 
     ordered = False
 
@@ -100,83 +99,54 @@ class TarSource:
                         f"source {self.name} is packed by {name}, which has no random access."
                         " Unpack it to .tar, or pack it by gzip."
                     )
-            is_packed = magic.startswith(gz.MAGIC)
-            headers = _Headers(self.name, blob, is_packed)
+            stream = _Stream(self.name, blob, magic.startswith(gz.MAGIC))
             try:
-                yield from self._entries(headers, filters, skipped)
+                yield from self._entries(stream, filters, skipped)
             except GeneratorExit:  # --limit: the rest is not wanted
-                self._keep_index(blob, headers)
+                self._keep_index(blob, stream)
                 raise
-            self._keep_index(blob, headers)
-            if headers.garbage:
+            self._keep_index(blob, stream)
+            if stream.garbage:
                 skipped.archive_notes.append(
-                    f"note: source {self.name}: trailing garbage after {headers.garbage} was"
+                    f"note: source {self.name}: trailing garbage after {stream.garbage} was"
                     " ignored."
                 )
-        except EOFError as error:
-            raise SourceError(
-                f"source {self.name} is cut short: its gzip data have no end. {GET_IT_AGAIN}"
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise SourceError(
-                f"source {self.name} is damaged: its gzip data cannot be unpacked: {error}."
-                f" {GET_IT_AGAIN}"
-            ) from error
         except OSError as error:
             raise cannot_read(self.name, error, "a tar archive") from error
 
-    def _keep_index(self, blob: Blob, headers: _Headers) -> None:
-        if headers.is_packed and self._index is not None:
-            gz.keep_index(blob, headers.at, self._index)
+    def _keep_index(self, blob: Blob, stream: _Stream) -> None:
+        if stream.is_packed and self._index is not None:
+            gz.keep_index(blob, stream.at, self._index)
 
-    def _entries(self, headers: _Headers, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+    def _entries(self, stream: _Stream, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         chosen = chooser(filters, skipped)
         earlier = OrderedDict[bytes, tuple[int, bytes]]()
         """Name → size and locator of the last members that are files, for hard links."""
-        for member in headers:
-            if member.kind in (b"5", b"D", b"V") or member.name.endswith(b"/"):
+        for member in _members(stream):
+            name, link = _bare(member.name), _bare(member.linkname)
+            if member.type in _IGNORED or name.endswith(b"/"):
                 continue
-            size, locator = -1, self._refusal(member)
-            if member.kind == b"1" and member.link in earlier:
-                size, locator = earlier[member.link]
-            elif not locator:
-                crc = headers.checksum(member)
-                size, locator = (
-                    member.size,
-                    _LOCATOR.pack(
-                        _PACKED if headers.is_packed else _PLAIN, *(member.start, member.size), *crc
-                    ),
-                )
+            size, locator = -1, b""
+            if member.issparse():
+                error = b"is stored as a sparse file. Pack without --sparse"
+                locator = bytes([_UNSUPPORTED]) + error
+            elif member.type == tarfile.LNKTYPE and link in earlier:
+                size, locator = earlier[link]
+            elif member.type in _NO_FILES:
+                error = _NO_FILES[member.type].format(shown(link), _LINK_WINDOW).encode()
+                locator = bytes([_READ_ERROR]) + error
+            else:
+                size, start = member.size, member.offset_data
+                kind, crc = _PLAIN, 0
+                if stream.is_packed:  # it has to be unpacked anyway
+                    kind, crc = _PACKED, stream.checksum(start + size, member)
+                locator = _LOCATOR.pack(kind, start, size, member.header_crc, crc)
             if size >= 0:
-                earlier[member.name] = (size, locator)
+                earlier[name] = (size, locator)
                 if len(earlier) > _LINK_WINDOW:
                     earlier.popitem(last=False)
-            if chosen(member.name):
-                yield Entry(self._position, member.name, size, locator=locator)
-
-    @staticmethod
-    def _refusal(member: _Member) -> bytes:
-        """The locator of a member that cannot be had; empty for one that can."""
-        if member.is_sparse:
-            return bytes([_UNSUPPORTED]) + b"is stored as a sparse file. Pack without --sparse"
-        if member.kind == b"0":
-            return b""
-        to = repr(shown(member.link))
-        why = {
-            b"1": (
-                f"is a hard link to {to}, which is not among the {_LINK_WINDOW:,} members before"
-                " it. Pack with --hard-dereference"
-            ),
-            b"2": (
-                f"is a symbolic link to {to}: such links are not followed in an archive. Pack with"
-                " --dereference"
-            ),
-            b"3": "is a device, not a file",
-            b"4": "is a device, not a file",
-            b"6": "is a FIFO, not a file",
-            b"M": "continues a file of another volume. Join the volumes first",
-        }[member.kind]
-        return bytes([_READ_ERROR]) + why.encode()
+            if chosen(name):
+                yield Entry(self._position, name, size, locator=locator)
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the locator says it
         """See `Source.fetch`. One read: the header lies before the data, and must still be the one
@@ -215,9 +185,9 @@ class TarSource:
         return data
 
 
-class _Headers:
-    """The members of an archive, one after another, and where we are in it. Raises: SourceError,
-    OSError.
+class _Stream:
+    """The bytes of an archive in one pass forwards, as `tarfile` reads them; and what is wrong with
+    them. Raises: SourceError, OSError.
     """
 
     def __init__(self, name: str, blob: Blob, is_packed: bool) -> None:
@@ -226,208 +196,190 @@ class _Headers:
         self.is_packed = is_packed
         file = io.BufferedReader(BlobFile(blob), _READ_BYTES)
         self._file = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if is_packed else file
+        self._ahead = b""
+        self._crc = 0
         self.at = 0
+        self.is_short = False
+        """Whether the last read met the end."""
+        self.empty_blocks = 0
+        """Since the last header."""
         self.garbage = ""
-        """What garbage follows, known at the end: the gzip data, or the end of the archive. Empty:
-        there is none.
-        """
+        """What garbage follows: the gzip data, or the end of the archive. Empty: there is none."""
 
-    def __iter__(self) -> Iterator[_Member]:
-        common: dict[bytes, bytes] = {}
-        own: dict[bytes, bytes] = {}
-        ended = 0  # how many empty blocks there were; two are the end
-        while block := self._block(ended):
-            self.at += len(block)
-            if not block.strip(b"\0"):
-                ended += 1
-                continue
-            if not _is_header(block):
-                if ended < _END_BLOCKS:
-                    raise self._no_header(block)
-                self._pass_over_garbage()
-                return
-            ended = 0
-            member = self._member(block, common | own)
-            if member.kind in _ABOUT_THE_NEXT:
-                fields = self._fields(member)
-                if member.kind == b"g":
-                    common |= fields
-                else:
-                    own |= fields
-                continue
-            own = {}
-            end = self.at + (
-                0 if member.kind in _WITHOUT_DATA else -(-member.size // _BLOCK) * _BLOCK
-            )
-            yield member
-            self._go_to(end, member)
-        if self.at == 0:
-            raise SourceError(f"source {self._name} is empty, and no tar archive. Get it again.")
+    def tell(self) -> int:
+        return self.at
 
-    def _pass_over_garbage(self) -> None:
-        """Read what follows the end and is no header. A header behind it shows that an archive is
-        damaged there. Raises: SourceError.
+    def read(self, size: int) -> bytes:
+        """Read `size` bytes; fewer only at the end."""
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+        else:
+            data = self._read(size)
+        self._crc = zlib.crc32(data, self._crc) if self.is_packed else 0
+        self.at += len(data)
+        self.is_short = len(data) < size
+        return data
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except EOFError as error:
+            raise SourceError(
+                f"source {self._name} is cut short: its gzip data have no end. {GET_IT_AGAIN}"
+            ) from error
+        except (gzip.BadGzipFile, zlib.error) as error:
+            # Garbage after gzip data is ignored, as by gzip and tar, but only after the end of the
+            # tar. Elsewhere it may hide members.
+            if self.empty_blocks >= _END_BLOCKS and str(error).startswith("Not a gzipped file"):
+                self.garbage = "its gzip data"
+                return b""
+            raise self.damaged(f"its gzip data cannot be unpacked: {error}") from error
+
+    def unread(self, data: bytes) -> None:
+        """Give bytes back that were just read."""
+        self._ahead = data
+        self.at -= len(data)
+
+    def go_to(self, position: int, member: _Member) -> None:
+        """Go forwards to a position inside a member or at its end."""
+        if self.is_packed:
+            while self.at < position and self.read(min(position - self.at, _READ_BYTES)):
+                pass
+        else:
+            self.at = min(position, self._size)
+            self._file.seek(self.at)
+        if self.at < position:
+            raise self.cut(f"member {shown(_bare(member.name))}")
+
+    def checksum(self, end: int, member: _Member) -> int:
+        """Read a member's data, and return their CRC-32."""
+        self._crc = 0
+        self.go_to(end, member)
+        return self._crc
+
+    def pass_over_garbage(self) -> None:
+        """Read what follows the end and is not a header. A header after it shows that the archive
+        is damaged there.
         """
         start = self.at - _BLOCK
-        while block := self._block(_END_BLOCKS):
-            self.at += len(block)
+        while block := self.read(_BLOCK):
             if block[257:262] == b"ustar" and _is_header(block):
-                raise self._damaged(
+                raise self.damaged(
                     f"at byte {start:,} there should be a header, and the next one is at byte"
                     f" {self.at - _BLOCK:,}"
                 )
         self.garbage = self.garbage or f"the end of the archive, at byte {start:,},"
 
-    def _block(self, ended: int) -> bytes:
-        """Read the next block, `b""` at the end. Raises: OSError, EOFError, zlib.error.
-
-        Garbage after gzip data is ignored, as by gzip and tar, but only after the end of the tar.
-        Elsewhere it may hide members.
-        """
-        try:
-            return self._file.read(_BLOCK)
-        except gzip.BadGzipFile as error:
-            if ended < _END_BLOCKS or not str(error).startswith(
-                "Not a gzipped file"
-            ):  # not a wrong checksum
-                raise
-            self.garbage = "its gzip data"
-            return b""
-
-    def checksum(self, member: _Member) -> tuple[int, int]:
-        """CRC-32 of a member's header and, if the archive is packed, of its data: they have to be
-        unpacked anyway.
-        """
-        crc = 0
-        if self.is_packed:
-            while self.at < member.start + member.size:
-                piece = self._file.read(min(member.start + member.size - self.at, _READ_BYTES))
-                if not piece:
-                    raise self._cut(f"member {shown(member.name)}")
-                crc = zlib.crc32(piece, crc)
-                self.at += len(piece)
-        return member.header_crc, crc
-
-    def _member(self, block: bytes, fields: dict[bytes, bytes]) -> _Member:
-        """What a header and the fields of the PAX headers and long names before it say."""
-        name, kind, link = _until_nul(block[:100]), block[156:157], _until_nul(block[157:257])
-        if block[257:263] == b"ustar\0" and block[345] != 0:
-            name = _until_nul(block[345:500]) + b"/" + name
-        if kind not in _ABOUT_THE_NEXT:
-            name, link = (
-                fields.get(b"GNU.sparse.name", fields.get(b"path", name)),
-                fields.get(b"linkpath", link),
-            )
-        size = _number(block[124:136])
-        if kind not in _ABOUT_THE_NEXT and b"size" in fields:
-            size = int(fields[b"size"]) if _DECIMAL.fullmatch(fields[b"size"]) else -1
-        if not 0 <= size <= _LARGEST:
-            raise self._damaged(f"at byte {self.at - _BLOCK:,} a header has no sensible size")
-        is_sparse = kind == b"S" or b"GNU.sparse.major" in fields or b"GNU.sparse.map" in fields
-        if kind == b"S":
-            self._pass_over_sparse_map(block)
-        kind = kind if kind in _KINDS else b"0"
-        return _Member(_bare(name), kind, self.at, size, zlib.crc32(block), _bare(link), is_sparse)
-
-    def _pass_over_sparse_map(self, block: bytes) -> None:
-        more = block[482]
-        while more:
-            block = self._exactly(_BLOCK, "a sparse file's map")
-            more = block[504]
-
-    def _fields(self, member: _Member) -> dict[bytes, bytes]:
-        """The fields that a PAX header or a long name gives to what follows."""
-        if member.size > _LONGEST_HEADER:
-            raise self._damaged(
-                f"at byte {member.start - _BLOCK:,} a header says that it has {member.size:,} bytes"
-            )
-        data = self._exactly(-(-member.size // _BLOCK) * _BLOCK, "a long header")[: member.size]
-        if member.kind in (b"L", b"K"):
-            return {b"path" if member.kind == b"L" else b"linkpath": _until_nul(data)}
-        fields, at = {}, 0
-        while at < len(data) and data[at] != 0:
-            record = _PAX_RECORD.match(data, at)
-            length = int(record[1]) if record else 0
-            if record is None or not record.end() - at < length <= len(data) - at:
-                raise self._damaged(
-                    f"at byte {member.start + at:,} a PAX header has no sensible record"
-                )
-            name, _, value = data[record.end() : at + length - 1].partition(b"=")
-            if name in (b"path", b"linkpath", b"size") or name.startswith(b"GNU.sparse."):
-                fields[name] = value
-            at += length
-        return fields
-
-    def _exactly(self, length: int, what: str) -> bytes:
-        data = self._file.read(length)
-        self.at += len(data)
-        if len(data) < length:
-            raise self._cut(what)
-        return data
-
-    def _go_to(self, end: int, member: _Member) -> None:
-        """Pass over what is left of a member's data."""
-        if self.is_packed:
-            while self.at < end and (piece := self._file.read(min(end - self.at, _READ_BYTES))):
-                self.at += len(piece)
-        elif end <= self._size:
-            self._file.seek(end)
-            self.at = end
-        else:
-            self.at = self._size
-        if self.at < end:
-            raise self._cut(f"member {shown(member.name)}")
-
-    def _no_header(self, block: bytes) -> SourceError:
+    def no_header(self) -> SourceError:
+        """Return the error for the block just read, which should be a header."""
+        if self.at == 0:
+            return SourceError(f"source {self._name} is empty, and no tar archive. Get it again.")
         if self.at <= _BLOCK:
             return SourceError(
                 f"source {self._name} is no tar archive: it does not begin with a header. Give one,"
                 " or its folder."
             )
-        if len(block) < _BLOCK:
-            return self._cut("a header")
-        return self._damaged(f"at byte {self.at - _BLOCK:,} there should be a header, and is none")
+        if self.is_short:
+            return self.cut("a header")
+        return self.damaged(f"at byte {self.at - _BLOCK:,} there should be a header, and is none")
 
-    def _damaged(self, why: str) -> SourceError:
+    def damaged(self, why: str) -> SourceError:
         return SourceError(f"source {self._name} is damaged: {why}. {GET_IT_AGAIN}")
 
-    def _cut(self, what: str) -> SourceError:
+    def cut(self, what: str) -> SourceError:
         return SourceError(
             f"source {self._name} is cut short: it ends at byte {self.at:,}, inside {what}."
             f" {GET_IT_AGAIN}"
         )
 
 
+class _Member(tarfile.TarInfo):
+    """A member of an archive. Damage that `tarfile` passes over raises SourceError."""
+
+    header_crc: int
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Self:
+        stream: _Stream = archive.fileobj
+        block = stream.read(_BLOCK)
+        if not block:
+            if stream.at == 0:
+                raise stream.no_header()
+            raise tarfile.EmptyHeaderError  # type: ignore[attr-defined]
+        if not block.strip(b"\0"):
+            stream.empty_blocks += 1
+            raise tarfile.EOFHeaderError  # type: ignore[attr-defined]
+        try:
+            member = cls.frombuf(block, archive.encoding, archive.errors)
+        except tarfile.HeaderError as error:
+            if stream.empty_blocks < _END_BLOCKS:
+                raise stream.no_header() from error
+            stream.pass_over_garbage()
+            raise tarfile.EmptyHeaderError from error  # type: ignore[attr-defined]
+        stream.empty_blocks = 0
+        if block[257:263] != b"ustar\0":  # GNU tar has times where ustar has the start of a name
+            name = block[:100].partition(b"\0")[0]
+            member.name = name.decode(archive.encoding, archive.errors)
+        member.offset = stream.at - _BLOCK
+        member.header_crc = zlib.crc32(block)
+        if not 0 <= member.size <= _MAX_MEMBER:
+            raise stream.damaged(f"at byte {member.offset:,} a header has no sensible size")
+        if member.type in _LONG_HEADERS:
+            member._check_long_header(stream)
+        return cast("Self", member._proc_member(archive))  # type: ignore[attr-defined]
+
+    def _check_long_header(self, stream: _Stream) -> None:
+        if self.size > _MAX_LONG_HEADER:
+            raise stream.damaged(
+                f"at byte {self.offset:,} a header says that it has {self.size:,} bytes"
+            )
+        start = stream.at
+        blocks = stream.read(-(-self.size // _BLOCK) * _BLOCK)
+        if stream.is_short:
+            raise stream.cut("a long header")
+        stream.unread(blocks)
+        data, at = blocks[: self.size], 0
+        while self.type not in _LONG_NAMES and at < len(data) and data[at] != 0:
+            record = _PAX_RECORD.match(data, at)
+            length = int(record[1]) if record else 0
+            if record is None or not record.end() - at < length <= len(data) - at:
+                raise stream.damaged(f"at byte {start + at:,} a PAX header has no sensible record")
+            at += length
+
+
+def _members(stream: _Stream) -> Iterator[_Member]:
+    """Yield the members of an archive, holding one at a time in memory."""
+    try:
+        archive = tarfile.TarFile(
+            fileobj=cast("BinaryIO", stream),
+            tarinfo=_Member,
+            ignore_zeros=True,  # archives that were appended to each other
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        while (member := cast("_Member | None", archive.next())) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
+            if not _DECIMAL.fullmatch(member.pax_headers.get("size", "0")):
+                raise stream.damaged(
+                    f"at byte {member.offset_data - _BLOCK:,} a header has no sensible size"
+                )
+            end = archive.offset
+            yield member
+            stream.go_to(end, member)
+    except (tarfile.TarError, ValueError, LookupError, RecursionError) as error:
+        if stream.is_short:
+            raise stream.cut("a header") from error
+        raise stream.damaged(f"before byte {stream.at:,} a header makes no sense") from error
+
+
 def _is_header(block: bytes) -> bool:
-    """Whether a block's checksum is right, as signed or unsigned bytes: there were writers of
-    both.
-    """
-    if len(block) < _BLOCK:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
         return False
-    told, counted = _number(block[148:156]), block[:148] + b" " * 8 + block[156:]
-    return told == sum(counted) or told == sum(counted) - 256 * sum(byte > 127 for byte in counted)
+    return True
 
 
-def _number(field: bytes) -> int:
-    """A number in octal digits, or in base 256 where its first bit is set; -1 for what is
-    neither.
-    """
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = _until_nul(field).strip()
-    return int(digits or b"0", 8) if _OCTAL.fullmatch(digits) else -1
-
-
-def _until_nul(field: bytes) -> bytes:
-    return field.partition(b"\0")[0]
-
-
-def _bare(name: bytes) -> bytes:
-    """A name without the `./` that `tar -c .` puts before it."""
-    return _HERE.sub(b"", name)
-
-
-_OCTAL = re.compile(rb"[0-7]*")
-_DECIMAL = re.compile(rb"[0-9]{1,20}")
-_HERE = re.compile(rb"^(?:\./+)+(?=.)", re.DOTALL)
-_PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
+def _bare(name: str) -> bytes:
+    """Return a name without the `./` that `tar -c .` puts before it."""
+    return _DOT_SLASH.sub(b"", name.encode("utf-8", "surrogateescape"))
