@@ -220,7 +220,7 @@ def test_what_neither_explains_is_writing_and_starting() -> None:
             (500, 200, 140),
             {"threads": 1},
             (
-                "more decoding workers: there are 1 for 2 cores, see --num-workers",
+                "more decoding threads (--num-workers): there are 1 for 2 cores",
                 "more cores",
                 "smaller images",
             ),
@@ -229,11 +229,8 @@ def test_what_neither_explains_is_writing_and_starting() -> None:
             (500, 200, 140),
             {"read_share": 0.8},
             (
-                (
-                    "more decoding workers, so that more reads are under way: there are 2, see"
-                    " --num-workers"
-                ),
-                "storage that answers faster",
+                "more decoding threads (--num-workers), which read more images at once: there are 2",
+                "faster storage",
             ),
         ),
         (

@@ -23,7 +23,7 @@ import helpers
 from imagemill.display import observer, terminal
 from imagemill.display import pace as pace_module
 from imagemill.display.pace import Estimate, Pace
-from imagemill.display.text import clauses, failures
+from imagemill.display.text import failure_parts, format_lines, job_parts
 from imagemill.records import Clock, Progress
 from imagemill.runner import run
 
@@ -107,7 +107,7 @@ def test_any_course_gives_numbers_or_nothing(
         assert estimate.rate is None or 0 < estimate.rate < float("inf")
         assert estimate.left_s is None or 0 <= estimate.left_s < float("inf")
         assert estimate.done == resumed + rows
-        assert terminal.text(at(now_s, rows), estimate, 80, 16)
+        assert format_lines(at(now_s, rows), estimate, 80, 16)
 
 
 def test_resumed_images_count_as_done_but_into_no_rate() -> None:
@@ -123,7 +123,7 @@ def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
     pace = Pace(100, 0)
     for seconds, rows, ready, state in [
         (0.0, 0, 0, "starting"),
-        (5.0, 0, 1, "first images under way"),
+        (5.0, 0, 1, "first images in progress"),
         (6.0, 4, 1, "running"),
         (7.9, 40, 1, "running"),
     ]:
@@ -165,8 +165,8 @@ def test_a_stall_makes_the_time_longer_and_is_said() -> None:
     assert before.left_s is not None
     assert lefts[-1] is not None
     assert lefts[-1] > 3 * before.left_s
-    assert "no answer for 2m10s" in clauses(pace.add(at(190, 600)))
-    assert not any("no answer" in clause for clause in clauses(pace.add(at(191, 610))))
+    assert "no result for 2m10s" in job_parts(pace.add(at(190, 600)))
+    assert not any("no result" in part for part in job_parts(pace.add(at(191, 610))))
 
 
 def test_work_lost_to_a_death_is_work_to_do_again() -> None:
@@ -210,7 +210,7 @@ def test_its_memory_does_not_grow_with_the_job() -> None:
     """
     pace = Pace(10**7, 0)
     estimate = fed(pace, ((0.2 * number, 4 * number) for number in range(1, 20_001)))
-    assert len(pace._counts["cpu#0"]._times) <= pace_module._POINTS
+    assert len(pace._counts["cpu#0"]._times) <= pace_module._MAX_POINTS
     assert estimate.rate == pytest.approx(20)
 
 
@@ -302,19 +302,19 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devi
     devices are bounded, the rest is summed up.
     """
     now, estimate = large(devices)
-    lines = terminal.text(now, estimate, width, 16)
+    lines = format_lines(now, estimate, width, 16)
     assert max(map(len, lines)) <= width
     said = re.sub(r",\n", ", ", "\n".join(lines))
     for kind, count in MANY_KINDS.items():
         assert f"{count:,} {kind}" in said
-    for clause in (
+    for part in (
         "images/s, ",
         " left",
         "bounded by decode",
         "1,675 failed: 1,200 truncated",
         f"{1_000_000 + 90_000:,} saved",
     ):
-        assert clause in said
+        assert part in said
     shown = [line for line in lines if "#" in line]
     named = re.findall(r"cuda#\d+", "\n".join(shown))
     assert len(shown) <= 16
@@ -329,7 +329,7 @@ def test_restarts_are_shown() -> None:
     """Of the device they happened to; at 80 columns too."""
     for count, text in ((0, ""), (1, ", 1 restart"), (12, ", 12 restarts")):
         now, estimate = large(2, count)
-        line = next(line for line in terminal.text(now, estimate, 80, 16) if "cuda#1" in line)
+        line = next(line for line in format_lines(now, estimate, 80, 16) if "cuda#1" in line)
         assert line.endswith(f"images/s{text}")
         assert len(line) <= 80
 
@@ -337,7 +337,7 @@ def test_restarts_are_shown() -> None:
 @pytest.mark.parametrize(
     ("course", "failed", "expected"),  # of 1,000 images after 100 that were resumed
     [
-        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first images under way"),
+        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first images in progress"),
         ([(1.0, 0), (11.0, 500)], {}, "600 of 1,100 (54 %)"),
         ([(1.0, 50), (10.0, 500)], {}, "600 of 1,100 (54 %), 50.0 images/s, 10s left"),
         (
@@ -353,10 +353,10 @@ def test_a_line_says_how_far_how_fast_and_how_long(
 ) -> None:
     """For log files: everything in one line."""
     estimate = fed(Pace(1_100, 100), course)
-    assert ", ".join([*clauses(estimate), *failures(failed)]) == expected
+    assert ", ".join([*job_parts(estimate), *failure_parts(failed)]) == expected
     if failed:
         assert (
-            terminal.text(at(10.0, 500, failed=failed), estimate, 80, 16)[-2]
+            format_lines(at(10.0, 500, failed=failed), estimate, 80, 16)[-2]
             == "3 failed: 2 corrupt, 1 empty"
         ), "not a line of its own"
 
@@ -371,7 +371,7 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     now = [1000.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
     stream = StringIO()
-    display = terminal.PlainProgress(10**6, 0, stream)
+    display = terminal.PlainDisplay(10**6, 0, stream)
     display(at(0.0, 0, ready=0))
     assert stream.getvalue() == ""
     for second in range(1, 31):
@@ -384,6 +384,43 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     lines = stream.getvalue().splitlines()
     assert 60 < len(lines) < 200
     assert all(line.isprintable() for line in lines)
+
+
+def test_the_last_line_of_a_log_file_is_the_end_state() -> None:
+    """However soon after another line the job ends, its last line says how far it came."""
+    stream = StringIO()
+    display = terminal.PlainDisplay(10, 0, stream)
+    display(at(1.0, 4))
+    display(at(2.0, 10, failed={"empty": 1}))
+    display.close()
+    display.close()
+    assert stream.getvalue().splitlines() == [
+        "4 of 10 (40 %)",
+        "10 of 10 (100 %), 1 failed: 1 empty",
+    ]
+    unused = terminal.PlainDisplay(10, 10, stream)
+    unused.close()
+    assert stream.getvalue().count("\n") == 2
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_download_shows_how_far_it_is(is_live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has one line renewed in place. A log file has the first line and the end state.
+    Bytes of an earlier attempt count into no rate.
+    """
+    now = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    stream = StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_live)
+    display = terminal.DownloadDisplay(stream)
+    for second, mebibytes in [(0, 10), (2, 14), (4, 18), (5, 20)]:
+        now[0] = 100.0 + second
+        display(mebibytes * 2**20, 20 * 2**20)
+    lines = re.split(r"\n|\r\x1b\[K", stream.getvalue().strip("\r\n"))
+    assert lines[0].endswith("10.0 of 20.0 MiB (50%), 0.0 MiB/s")
+    assert lines[-1].endswith("20.0 of 20.0 MiB (100%), 2.0 MiB/s, 0s left")
+    assert [line.endswith("2.0 MiB/s, 3s left") for line in lines].count(True) == is_live
+    assert stream.getvalue().count("\n") == (1 if is_live else 2)
 
 
 def on_terminal(

@@ -608,7 +608,7 @@ def _models(parsed: argparse.Namespace) -> int:
 def _get_model(parsed: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from imagemill.display.terminal import DownloadProgress
+    from imagemill.display.terminal import DownloadDisplay
     from imagemill.models import registry
 
     made = registry.get(
@@ -619,7 +619,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         random_seed=parsed.random_weights,
         batch_sizes=tuple(parsed.batch_size),
         say=_log,
-        progress=DownloadProgress(),
+        progress=DownloadDisplay(),
     )
     print(made.dir)
     return 0
@@ -646,13 +646,13 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    from imagemill.display.terminal import DownloadProgress
+    from imagemill.display.terminal import DownloadDisplay
     from imagemill.models import bundle, registry
     from imagemill.pipeline.backends import devices
     from imagemill.tuning import precisions
 
     found = registry.resolve(
-        parsed.model, _models_dir(parsed), say=_log, progress=DownloadProgress()
+        parsed.model, _models_dir(parsed), say=_log, progress=DownloadDisplay()
     )
     bundle.verify_hash(found)
     report = precisions.quantize_bundle(
@@ -687,7 +687,7 @@ def _bench(parsed: argparse.Namespace) -> int:
         sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}
     )
     report = bench.run(settings, _log)
-    print(_as_json(report) if parsed.json else bench.told(report))
+    print(_as_json(report) if parsed.json else bench.format_report(report))
     return 0
 
 
@@ -700,7 +700,7 @@ def _as_json(record: object) -> str:
 def _log(message: str) -> None:
     from imagemill.display import text
 
-    text.tell(f"imagemill: {message}")
+    text.print_line(f"imagemill: {message}")
 
 
 if __name__ == "__main__":

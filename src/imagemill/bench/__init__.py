@@ -1,5 +1,5 @@
-"""`imagemill bench`: how fast this machine computes, decodes, and does both; which one bounds a
-job, and what to change.
+"""`imagemill bench` measures how fast this machine computes, decodes and does both, and judges what
+bounds a job.
 
 settings ─► measure.run ─► one process per device, rounds of compute | decode | end to end
          ─► verdict ─► report
@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from imagemill.bench.measure import run
 from imagemill.bench.records import BenchReport, BenchSettings, Rates
-from imagemill.bench.verdict import told
+from imagemill.bench.verdict import format_report
 
-__all__ = ["BenchReport", "BenchSettings", "Rates", "run", "told"]
+__all__ = ["BenchReport", "BenchSettings", "Rates", "format_report", "run"]

@@ -1,6 +1,4 @@
-"""From three rates to a verdict: which one bounds the job, and what to change; and the report for
-people.
-"""
+"""What bounds a job, judged from its three rates, what to change, and the report as text."""
 
 from __future__ import annotations
 
@@ -13,16 +11,16 @@ if TYPE_CHECKING:
     from imagemill.bench.records import BenchReport, Rates
 
 WRITE_BOUND_BELOW = 0.8
-"""Below this share of the rate that computing and decoding allow together, something else bounds
-the job.
+"""If a job reaches less than this share of the rate that computing and decoding allow together,
+writing or starting bounds it.
 """
 CLOSE = 1.25
-"""Rates within this factor of each other are called balanced in the advice."""
+"""If two rates are within this factor of each other, the advice names both."""
 
 
 def together(compute: float, decode: float, *, shared_cores: bool) -> float:
-    """The rate that both stages allow, images/s: on the same cores their times add up, else the
-    slower one sets it.
+    """Return the rate that both stages allow, images/s. On the same cores their times add up, else
+    the slower one decides.
     """
     return 1 / (1 / compute + 1 / decode) if shared_cores else min(compute, decode)
 
@@ -39,21 +37,21 @@ def judge(
     cores: int,
     shared_cores: bool,
 ) -> tuple[str, tuple[str, ...]]:
-    """Say what bounds a job and what to change.
+    """Return what bounds a job, and what to change.
 
     Args:
-        compute: images/s of the session alone.
+        compute: images/s of inference alone.
         decode: images/s of reading and decoding alone.
-        achieved: images/s from files to committed parts.
-        read_share: of the time of reading and decoding, the part that reading takes.
-        precision: of the session.
-        hardware: precisions that the processor computes faster than fp32, fastest last.
+        achieved: images/s from files to saved parts.
+        read_share: share of reading in the time of reading and decoding.
+        precision: precision of the inference.
+        hardware: precisions that the CPU computes faster than fp32, fastest last.
         threads: decoding threads of all devices.
         cores: CPU cores of all devices.
         shared_cores: whether computing and decoding use the same cores.
 
     Returns:
-        `compute`, `decode`, `read` or `write`; and pieces of advice, most promising first.
+        `compute`, `decode`, `read` or `write`, and advice, most promising first.
     """
     allowed = together(compute, decode, shared_cores=shared_cores)
     decoding = "read" if read_share > 0.5 else "decode"
@@ -64,7 +62,7 @@ def judge(
         )
         return "write", (
             f"{share}: larger shards, a faster disk, or fewer --save columns",
-            "more images: short jobs mostly start and end",
+            "more images: a short job spends most of its time on starting and ending",
         )
     bound = "compute" if compute <= decode else decoding
     advice = {
@@ -89,7 +87,7 @@ def _faster_compute(precision: Precision, hardware: Sequence[Precision]) -> list
 
 def _faster_decode(threads: int, cores: int) -> list[str]:
     more = (
-        [f"more decoding workers: there are {threads} for {cores} cores, see --num-workers"]
+        [f"more decoding threads (--num-workers): there are {threads} for {cores} cores"]
         if threads < cores
         else []
     )
@@ -99,15 +97,15 @@ def _faster_decode(threads: int, cores: int) -> list[str]:
 def _faster_read(threads: int) -> list[str]:
     return [
         (
-            f"more decoding workers, so that more reads are under way: there are {threads}, see"
-            " --num-workers"
+            f"more decoding threads (--num-workers), which read more images at once: there are"
+            f" {threads}"
         ),
-        "storage that answers faster",
+        "faster storage",
     ]
 
 
-def told(report: BenchReport) -> str:
-    """The report for people."""
+def format_report(report: BenchReport) -> str:
+    """Return the report as text."""
     count = report.settings.iterations
     lines = [
         (
@@ -129,5 +127,5 @@ def told(report: BenchReport) -> str:
                 f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()
             ]
     if report.bound:
-        lines.append(f"bounded by {report.bound}; what would help: {'; '.join(report.advice)}")
+        lines.append(f"bounded by {report.bound}. To speed it up: {'; '.join(report.advice)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a caller hears of a job while it runs, and what its log keeps."""
+"""Watchers, which receive the messages and the progress of a job, and the log file of a job."""
 
 from __future__ import annotations
 
@@ -12,67 +12,70 @@ from imagemill.records import Progress
 
 
 class Watcher:
-    """What a caller may want to hear while a job runs; this one wants nothing."""
+    """Receives the messages and the progress of a job. This base class ignores them."""
 
     def say(self, message: str) -> None:
-        """One line for the user."""
+        """Receive one line for the user."""
 
     def download(self, done: int, total: int | None) -> None:
-        """A model is being downloaded: bytes so far, and in all where known."""
+        """Receive the bytes of a model downloaded so far, and in all; None if that is not
+        known.
+        """
 
-    def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for those who override it
-        """The job starts: `resumed` of `total` images are done. Returns what is told of the
-        progress.
+    def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:  # noqa: ARG002 - for subclasses
+        """Return a function that receives the progress of a job that starts now.
+
+        Of its `total` images, `resumed` are done already.
         """
         return lambda _: None
 
     def end(self) -> None:
-        """The workers are gone."""
+        """End the display, after the last worker ended."""
 
 
 class Terminal(Watcher):
-    """Says everything on stderr."""
+    """Prints messages and progress to stderr."""
 
     def __init__(self) -> None:
-        self._downloading = terminal.DownloadProgress()
+        self._downloading = terminal.DownloadDisplay()
 
     def say(self, message: str) -> None:
-        """See `Watcher.say`."""
-        text.tell(f"imagemill: {message}")
+        """Print the line."""
+        text.print_line(f"imagemill: {message}")
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
-        """See `Watcher.begin`."""
-        self._display = terminal.display(total, resumed)
+        """Start the display that fits the place where stderr goes."""
+        self._display = terminal.make_display(total, resumed)
         return self._display
 
     def download(self, done: int, total: int | None) -> None:
-        """See `Watcher.download`."""
+        """Show how far the download is."""
         self._downloading(done, total)
 
     def end(self) -> None:
-        """See `Watcher.end`."""
+        """Close the display."""
         self._display.close()
 
 
 class _LogFile(logging.FileHandler):
-    """A log that goes without what it cannot write: a full disk is told once, by what needs it, and
-    ends no job for a line of log.
+    """A log file that drops what it cannot write, so that a full disk does not end a job for the
+    sake of a log line.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # of opening it
             super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging calls
-        """Say nothing."""
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - overrides logging.Handler
+        """Ignore the error."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 
 
-class logging_to:  # noqa: N801 - reads as the verb it is
-    """Send this package's log to a file, and nowhere else, for a while."""
+class logging_to:  # noqa: N801 - named for its use: `with logging_to(path)`
+    """A context in which this package logs to a file, and nowhere else."""
 
     def __init__(self, path: Path) -> None:
         self._handler = _LogFile(path, delay=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imagemill.display.text import statuses
+from imagemill.display.text import format_statuses
 
 if TYPE_CHECKING:
     from imagemill.job.inspect import JobStatus
@@ -21,7 +21,7 @@ def format_summary(summary: Summary) -> str:
     """Return the figures of a finished job."""
     lines = [f"{summary.images:,} images: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
-        lines[0] += f" ({statuses(dict(summary.failed_by_status))})"
+        lines[0] += f" ({format_statuses(dict(summary.failed_by_status))})"
     if skipped := _format_skipped_of(summary):
         lines.append(f"skipped: {skipped}")
     if summary.images_per_second:
@@ -105,7 +105,7 @@ def format_status(found: JobStatus) -> str:
         f" shards), {'finished' if found.complete else state}"
     ]
     if found.failed_by_status:
-        lines.append(f"failed: {statuses(dict(found.failed_by_status))}")
+        lines.append(f"failed: {format_statuses(dict(found.failed_by_status))}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,7 @@
-"""What a run shows while it runs: a live display on a terminal or in a notebook, plain lines
-elsewhere.
+"""Displays of a running job: a live one on a terminal or in a notebook, plain lines elsewhere.
 
-`Pace` turns what the launcher tells into rates and the time that is left; every display shows its
-`Estimate`. Everything goes to stderr, in ASCII, so that no encoding of a log can spoil it.
+`Pace` turns the launcher's `Progress` into an `Estimate`, and every display shows the same text of
+it. Everything goes to stderr, in ASCII, which every encoding of a log can hold.
 """
 
 from __future__ import annotations
@@ -11,97 +10,103 @@ import importlib
 import os
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from abc import ABC, abstractmethod
+from typing import Any, TextIO, final
 
 from imagemill.display.pace import Estimate, Pace
-from imagemill.display.text import clauses, device_lines, duration, failures, packed, tell
+from imagemill.display.text import format_duration, format_line, format_lines, print_line
 from imagemill.records import Progress
 
-_PLAIN_EVERY_S = 10.0
-_PLAIN_AT_MOST_EVERY_S = 600.0
-_PLAIN_SHARE = 0.05
-"""Of the time so far, after which a log file gets its next line: a night's job leaves some hundred
-of them.
+_PLAIN_S = 10.0
+"""Between lines in a log file at first. Later a line comes after `_PLAIN_SHARE` more of the time so
+far, so a job of a night leaves some hundred lines.
 """
-_DEVICES = 16
-"""Lines of devices at most."""
-_NOTEBOOK_WIDTH = 110
-"""Columns, in the font of a notebook's output."""
-_WIDE = 100
-"""Columns from which on the whole job has one line."""
-_AROUND = 8
+_MAX_PLAIN_S = 600.0
+_PLAIN_SHARE = 0.05
+_MAX_DEVICE_LINES = 16
+_NOTEBOOK_COLUMNS = 110
+"""Width of the output of a notebook's cell, in its font."""
+_RESERVED_LINES = 8
 """Lines of a terminal that are kept free of devices."""
 
 
-# ── how fast, and how long ────────────────────────────────────────────────────────────────────────
+class Display(ABC):
+    """Shows the progress of one job. Call it with every `Progress`, then close it."""
 
-
-# ── as text ───────────────────────────────────────────────────────────────────────────────────────
-
-
-# ── displays ──────────────────────────────────────────────────────────────────────────────────────
-
-
-class Display(Protocol):
-    """Shows the progress of one invocation."""
+    def __init__(self, total: int, resumed: int) -> None:
+        self._pace = Pace(total, resumed)
 
     def __call__(self, progress: Progress) -> None:
-        """Show it, if it is time to."""
+        """Show the progress, if it is time to."""
+        self.show(progress, self._pace.add(progress))
 
-    def close(self) -> None:
-        """The workers are gone."""
+    @abstractmethod
+    def show(self, progress: Progress, estimate: Estimate) -> None:
+        """Show the progress and what `Pace` estimates from it, if it is time to."""
+
+    def close(self) -> None:  # noqa: B027 - a notebook's display has nothing to end
+        """End the display, after the last progress."""
 
 
-class PlainProgress:
-    """A line now and then, for log files: often at first, rarely later."""
+@final
+class PlainDisplay(Display):
+    """Lines for log files, frequent at first and rare later. The last one is the end state."""
 
     def __init__(self, total: int, resumed: int, stream: TextIO | None = None) -> None:
-        self._pace = Pace(total, resumed)
+        super().__init__(total, resumed)
         self._stream = stream or sys.stderr
-        self._begun = self._next = time.monotonic()
+        self._begun_s = self._next_s = time.monotonic()
+        self._printed = self._latest = ""
 
-    def __call__(self, progress: Progress) -> None:
-        """See `Display`."""
-        estimate = self._pace.add(progress)
-        now = time.monotonic()
-        if now < self._next or not progress.since_first_lease_s:
+    def show(self, progress: Progress, estimate: Estimate) -> None:
+        """Print a line if the last one is long enough ago."""
+        if not progress.since_first_lease_s:
             return
-        self._next = now + min(
-            _PLAIN_AT_MOST_EVERY_S, max(_PLAIN_EVERY_S, _PLAIN_SHARE * (now - self._begun))
-        )
-        tell(", ".join([*clauses(estimate), *failures(progress.failed_by_status)]), self._stream)
+        self._latest = format_line(progress, estimate)
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            wait_s = max(_PLAIN_S, _PLAIN_SHARE * (now_s - self._begun_s))
+            self._next_s = now_s + min(_MAX_PLAIN_S, wait_s)
+            self._print()
 
     def close(self) -> None:
-        """See `Display`."""
+        """Print the end state."""
+        if self._latest != self._printed:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = self._latest
+        print_line(self._latest, self._stream)
 
 
-class LiveProgress:
-    """A display that renews itself in place: a bar, the whole job, then the devices."""
+@final
+class TerminalDisplay(Display):
+    """A display that rich redraws in place: a bar, the whole job, then the devices."""
 
     def __init__(self, total: int, resumed: int) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._pace = Pace(total, resumed)
+        super().__init__(total, resumed)
         self._console = Console(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()
 
-    def __call__(self, progress: Progress) -> None:
-        """See `Display`."""
+    def show(self, progress: Progress, estimate: Estimate) -> None:
+        """Hand the new text to rich, which draws it four times a second."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        estimate = self._pace.add(progress)
         width, height = self._console.size
-        lines = text(progress, estimate, width, min(_DEVICES, max(1, height - _AROUND)))
-        bar = Table.grid(expand=True)  # a bar of its own would not end its line
+        device_lines = min(_MAX_DEVICE_LINES, max(1, height - _RESERVED_LINES))
+        lines = format_lines(progress, estimate, width, device_lines)
+        bar = Table.grid(expand=True)  # outside a table a bar does not end its line
         bar.add_row(
             ProgressBar(
-                total=max(estimate.total, 1),
-                completed=estimate.done,
+                max(estimate.total, 1),
+                estimate.done,
                 complete_style="green",
                 finished_style="green",
             )
@@ -111,113 +116,70 @@ class LiveProgress:
         )
 
     def close(self) -> None:
-        """See `Display`."""
+        """Remove the display."""
         self._live.stop()
 
 
-class NotebookProgress:
-    """The same text below a notebook's cell, renewed in place."""
+@final
+class NotebookDisplay(Display):
+    """The same text below a notebook's cell, renewed in place once a second.
+
+    rich needs ipywidgets for this, which many notebook servers do not have.
+    """
 
     def __init__(self, total: int, resumed: int) -> None:
-        self._pace = Pace(total, resumed)
-        self._handle: Any = None
-        self._next = 0.0
+        super().__init__(total, resumed)
+        display = importlib.import_module("IPython.display").display
+        self._handle: Any = display({"text/plain": "starting"}, raw=True, display_id=True)
+        self._next_s = 0.0
 
-    def __call__(self, progress: Progress) -> None:
-        """See `Display`."""
-        estimate = self._pace.add(progress)
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + 1.0
-        shown = {"text/plain": "\n".join(text(progress, estimate, _NOTEBOOK_WIDTH, _DEVICES))}
-        if self._handle is None:
-            self._handle = importlib.import_module("IPython.display").display(
-                shown, raw=True, display_id=True
-            )
-        else:
-            self._handle.update(shown, raw=True)
-
-    def close(self) -> None:
-        """See `Display`."""
+    def show(self, progress: Progress, estimate: Estimate) -> None:
+        """Replace the text if it is a second old."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + 1.0
+            lines = format_lines(progress, estimate, _NOTEBOOK_COLUMNS, _MAX_DEVICE_LINES)
+            self._handle.update({"text/plain": "\n".join(lines)}, raw=True)
 
 
-class DownloadProgress:
-    """How far a download is: one line renewed in place on a terminal, a line now and then
-    elsewhere.
+@final
+class DownloadDisplay:
+    """One line about a download: renewed in place on a terminal, now and then elsewhere.
+
+    Call it with the bytes so far and in all; None if the size is not known. Bytes of an earlier
+    attempt count as done, but not into the rate.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._begun = self._next = time.monotonic()
-        self._first: int | None = None
+        self._first: tuple[float, int] | None = None
+        self._next_s = 0.0
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show it, if it is time to. `done` and `total` are bytes; what an earlier try left counts
-        as done, but not into the rate.
-        """
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._begun = done, now
-        live = self._stream.isatty()
-        finished = done == total
-        if now < self._next and not (live and finished):
+        """Print the line, if it is time to or the download is complete."""
+        now_s, is_live = time.monotonic(), self._stream.isatty()
+        self._first = self._first or (now_s, done)
+        if now_s < self._next_s and done != total:
             return
-        self._next = now + (0.2 if live else _PLAIN_EVERY_S)
-        rate = (done - self._first) / max(now - self._begun, 1e-3)
-        of_all = (
-            f" of {total / 2**20:,.1f} MiB ({100 * done / max(total, 1):.0f} %)"
-            if total
-            else " MiB"
-        )
-        left = f", {duration((total - done) / rate)} left" if total and rate else ""
-        text = f"{done / 2**20:,.1f}{of_all}, {rate / 2**20:,.1f} MiB/s{left}"
-        tell(
-            f"\r\x1b[K{text}" if live else text,
-            self._stream,
-            end="\n" if finished or not live else "",
-        )
+        self._next_s = now_s + (0.2 if is_live else _PLAIN_S)
+        rate = (done - self._first[1]) / max(now_s - self._first[0], 1e-3)
+        size = f" of {total / 2**20:,.1f} MiB ({done / total:.0%})" if total else " MiB"
+        left = f", {format_duration((total - done) / rate)} left" if total and rate else ""
+        line = f"{done / 2**20:,.1f}{size}, {rate / 2**20:,.1f} MiB/s{left}"
+        end = "" if is_live and done != total else "\n"
+        print_line(f"\r\x1b[K{line}" if is_live else line, self._stream, end)
 
 
-def text(progress: Progress, estimate: Estimate, width: int, most: int) -> list[str]:
-    """The whole display but its bar, in lines of at most `width` columns.
-
-    Args:
-        progress: as the launcher tells it.
-        estimate: what `Pace` makes of it.
-        width: columns, at least some 60.
-        most: lines of devices at most.
-    """
-    done, *pace = clauses(estimate)
-    parts = (
-        [[done, f"{estimate.saved:,} saved", *pace]]
-        if width >= _WIDE
-        else [[done, f"{estimate.saved:,} saved"], pace]
-    )
-    said = [
-        line for part in parts for line in packed(part, width)
-    ]  # in parts, so that no figure that gets longer moves the others
-    return (
-        said
-        + packed(failures(progress.failed_by_status), width)
-        + device_lines(progress, estimate, width, most)
-    )
-
-
-def display(total: int, resumed: int) -> Display:
-    """The display that fits where stderr goes."""
+def make_display(total: int, resumed: int) -> Display:
+    """Return the display that fits the place where stderr goes."""
     if in_notebook():
-        return NotebookProgress(total, resumed)
-    if (
-        sys.stderr is not None
-        and sys.stderr.isatty()
-        and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
-    ):
-        return LiveProgress(total, resumed)
-    return PlainProgress(total, resumed)
+        return NotebookDisplay(total, resumed)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if is_terminal and os.environ.get("TERM", "") not in ("", "dumb", "unknown"):
+        return TerminalDisplay(total, resumed)
+    return PlainDisplay(total, resumed)
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel."""
+    """Return whether this process is the kernel of a notebook."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None

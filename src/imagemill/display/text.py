@@ -1,4 +1,4 @@
-"""Numbers, durations and failures as text for people."""
+"""Numbers, durations, failures and progress as text."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TextIO
 
-from imagemill.display.pace import _STILL_S, Estimate
+from imagemill.display.pace import Estimate
 from imagemill.records import Progress
 
+_STALLED_S = 30.0
+"""From this time on without any result, the display says so."""
+_ONE_LINE_COLUMNS = 100
+"""In a display of this width, the state of the whole job takes one line, else two."""
 
-def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Print to stderr, or `stream`. Where nobody reads it any more the job goes on: what it has to
-    say is in its log.
+
+def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print to stderr, or to `stream`. If its reader is gone, the text is dropped and the job goes
+    on: the log holds every message too.
     """
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=stream or sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: 42s, 3m07s, 2h05m."""
+def format_duration(seconds: float) -> str:
+    """Return seconds for people, such as `42s`, `3m07s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -29,53 +34,75 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def statuses(failed: Mapping[str, int]) -> str:
-    """Failures by kind, most frequent first."""
+def format_statuses(failed: Mapping[str, int]) -> str:
+    """Return failures by status, most frequent first, such as `2 corrupt, 1 empty`."""
     return ", ".join(
         f"{count:,} {status}"
         for status, count in sorted(failed.items(), key=lambda item: (-item[1], item[0]))
     )
 
 
-def clauses(estimate: Estimate) -> list[str]:
-    """What is to be said of the whole job, the most important first."""
+def job_parts(estimate: Estimate) -> list[str]:
+    """Return the state of the whole job in parts, the most important first, such as
+    `600 of 1,100 (54 %)`, `50.0 images/s` and `10s left`.
+    """
     share = 100 * estimate.done // max(estimate.total, 1)
-    said = [f"{estimate.done:,} of {estimate.total:,} ({share} %)"]
+    parts = [f"{estimate.done:,} of {estimate.total:,} ({share} %)"]
     if estimate.state != "running":
-        said.append(estimate.state)
+        parts.append(estimate.state)
     elif estimate.rate is not None and estimate.left_s is not None:
-        said += [f"{estimate.rate:,.1f} images/s", f"{duration(estimate.left_s)} left"]
-    if estimate.still_s >= _STILL_S:
-        said.append(f"no answer for {duration(estimate.still_s)}")
+        parts += [f"{estimate.rate:,.1f} images/s", f"{format_duration(estimate.left_s)} left"]
+    if estimate.stalled_s >= _STALLED_S:
+        parts.append(f"no result for {format_duration(estimate.stalled_s)}")
     if estimate.bottleneck and estimate.state == "running":
-        said.append(f"bounded by {estimate.bottleneck}")
-    return said
+        parts.append(f"bounded by {estimate.bottleneck}")
+    return parts
 
 
-def failures(failed: Mapping[str, int]) -> list[str]:
-    """What is to be said of the images without an answer; nothing where there are none."""
+def failure_parts(failed: Mapping[str, int]) -> list[str]:
+    """Return the failures in parts, such as `3 failed: 2 corrupt` and `1 empty`."""
     if not failed:
         return []
-    first, *rest = statuses(failed).split(", ")
+    first, *rest = format_statuses(failed).split(", ")
     return [f"{sum(failed.values()):,} failed: {first}", *rest]
 
 
-def packed(said: Iterable[str], width: int) -> list[str]:
-    """Clauses as lines of at most `width` columns, broken between clauses."""
+def format_line(progress: Progress, estimate: Estimate) -> str:
+    """Return job and failures in one line, for log files."""
+    return ", ".join([*job_parts(estimate), *failure_parts(progress.failed_by_status)])
+
+
+def format_lines(
+    progress: Progress, estimate: Estimate, width: int, max_device_lines: int
+) -> list[str]:
+    """Return everything a live display shows below its bar, in lines of at most `width` columns
+    (at least 60).
+    """
+    done, *pace = job_parts(estimate)
+    saved = [done, f"{estimate.saved:,} saved"]
+    # In fixed groups, so that a figure that gets longer does not move the others.
+    groups = [saved + pace] if width >= _ONE_LINE_COLUMNS else [saved, pace]
+    groups.append(failure_parts(progress.failed_by_status))
+    lines = [line for parts in groups for line in wrap_parts(parts, width)]
+    return lines + device_lines(progress, estimate, width, max_device_lines)
+
+
+def wrap_parts(parts: Iterable[str], width: int) -> list[str]:
+    """Join parts by commas into lines of at most `width` columns, broken between parts."""
     lines: list[str] = []
-    for clause in said:
-        if lines and len(lines[-1]) + 2 + len(clause) <= width - 1:
-            lines[-1] += f", {clause}"
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width - 1:
+            lines[-1] += f", {part}"
         else:
             if lines:
                 lines[-1] += ","
-            lines.append(clause)
+            lines.append(part)
     return lines
 
 
-def device_lines(progress: Progress, estimate: Estimate, width: int, most: int) -> list[str]:
-    """A line per device, several beside each other where there is room, at most `most` lines; what
-    all others make together.
+def device_lines(progress: Progress, estimate: Estimate, width: int, max_lines: int) -> list[str]:
+    """Return a cell for each device, several on a line if there is room, in at most `max_lines`
+    lines. If there are more devices, the last line sums up the others.
     """
     names = list(progress.devices)
     longest = max(map(len, names), default=0)
@@ -89,14 +116,12 @@ def device_lines(progress: Progress, estimate: Estimate, width: int, most: int) 
     cell_width = max(map(len, cells), default=0) + 2
     across = max(1, min(width // cell_width, -(-len(cells) // 4)))
     rest: list[str] = []
-    if len(cells) > most * across:
-        room = max(1, most - 1) * across
+    if len(cells) > max_lines * across:
+        room = max(1, max_lines - 1) * across
         others = names[room:]
-        made, speed_of = (
-            sum(progress.devices[name] for name in others),
-            sum(estimate.devices.get(name) or 0.0 for name in others),
-        )
-        rest = [f"  and {len(others):,} more: {made:,} images, {speed_of:,.1f} images/s"]
+        images = sum(progress.devices[name] for name in others)
+        rate = sum(estimate.devices.get(name) or 0.0 for name in others)
+        rest = [f"  and {len(others):,} more: {images:,} images, {rate:,.1f} images/s"]
         cells = cells[:room]
     down = -(-len(cells) // across)
     rows = [

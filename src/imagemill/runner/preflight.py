@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Final
 
 from imagemill.display.pace import Pace
-from imagemill.display.text import duration, statuses
+from imagemill.display.text import format_duration, format_statuses
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
@@ -170,7 +170,7 @@ class Sampler:
                 else None
             ),
         )
-        count = f"{bad.total()} unreadable ({statuses(bad)})" if bad else "all readable"
+        count = f"{bad.total()} unreadable ({format_statuses(bad)})" if bad else "all readable"
         share = f"{100 * low:.1f} to {100 * high:.1f} %" if bad else f"at most {100 * high:.1f} %"
         self._notify(f"preflight: {len(sampled)} of {self._images:,} images sampled, {count}")
         self._notify(f"preflight: estimated unreadable images: {share} (95 % confidence)")
@@ -192,7 +192,7 @@ class Sampler:
         )
         results = f", results {decimal(size)}" if size else ""
         self._notify(
-            f"preflight: estimated time {duration(seconds)} at {estimate.rate:,.1f}"
+            f"preflight: estimated time {format_duration(seconds)} at {estimate.rate:,.1f}"
             f" images/s{results}"
         )
 
