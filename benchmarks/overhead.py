@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from imagemill import bench
-from imagemill.job import documents, ledger, plan
+from imagemill.job import ledger, plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import read, top_k
 from imagemill.pipeline.backends import devices, open_session
@@ -76,8 +77,7 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
 
 def sink_alone(output: Path, folder: Path) -> float:
     """CPU seconds of writing the rows of a finished job once more, elsewhere."""
-    frozen = documents.read_frozen(JobPaths(output))
-    assert frozen is not None
+    frozen = OpenJob.open(output).frozen
     job, clock = frozen.job, Stopwatch()
     session = open_session(job, devices.resolve("null")[0], clock)
     leases = map(Lease, plan.shards(JobPaths(output).plan))

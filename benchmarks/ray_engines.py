@@ -180,8 +180,8 @@ def run_pool(source: str, output: str, model: str) -> None:
     import ray
 
     from imagemill.display import observer
-    from imagemill.job import plan
     from imagemill.job.paths import JobPaths
+    from imagemill.job.store import open_store
     from imagemill.pipeline.backends import devices
     from imagemill.records import Settings
     from imagemill.runner import freeze
@@ -191,14 +191,16 @@ def run_pool(source: str, output: str, model: str) -> None:
     settings = Settings(
         sources=(source,), output=output, model=model, precision="fp32", devices="cpu"
     )
-    chosen, paths = devices.resolve("cpu"), JobPaths.of(output)
+    chosen, store = devices.resolve("cpu"), open_store(JobPaths.of(output))
+    paths = store.paths
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
     watcher = observer.Watcher()
-    frozen = freeze.freeze(settings, paths, chosen, resolve_model(settings, watcher), watcher)
+    opened = freeze.freeze(settings, store, chosen, resolve_model(settings, watcher), watcher)
+    frozen = opened.frozen
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    count = len(plan.shards(paths.plan))
+    count = len(opened.shards)
     found = ray.data.range(count, override_num_blocks=count).map_batches(
         Shards,
         fn_constructor_kwargs={"job": frozen.job, "device": chosen[0]},

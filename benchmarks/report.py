@@ -37,7 +37,8 @@ import harness  # noqa: E402
 import helpers  # noqa: E402
 import sample_images  # noqa: E402
 from imagemill import records  # noqa: E402
-from imagemill.job import documents, ledger, plan  # noqa: E402
+from imagemill.job import plan  # noqa: E402
+from imagemill.job.open_job import OpenJob  # noqa: E402
 from imagemill.job.paths import JobPaths  # noqa: E402
 from imagemill.pipeline import sources  # noqa: E402
 from imagemill.pipeline.backends import devices  # noqa: E402
@@ -109,8 +110,7 @@ def make_job(folder: Path, count: int) -> Path:
         Settings((f"@{small}",), str(output), model="null", devices="null", report=False)
     )  # job.json, to be stretched
     paths = JobPaths(output)
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
+    frozen = OpenJob.open(output).frozen
     shard_size = plan.auto_shard_size(count, 1)
     frozen = replace(
         frozen,
@@ -132,14 +132,7 @@ def make_job(folder: Path, count: int) -> Path:
     receipts = [
         part.commit() for shard in shards for part in sink.write(*answers(shard, f"@{source}"))
     ]
-    tally = ledger.close(
-        paths,
-        shards,
-        partial(sources.as_line, frozen.job.sources),
-        frozen.job.plan_id,
-        frozen.job.answer_id,
-        receipts,
-    )
+    tally = OpenJob.open(output).close(receipts, partial(sources.as_line, frozen.job.sources))
     summary = Summary(
         tally.images, tally.images - tally.failed, tally.failed, tally.failed_by_status, {}, len(shards), 0, 0.0, None, "null", "fp32",
         None, (), str(output), machine=devices.machine(),

@@ -112,15 +112,17 @@ def parts(folder: Path, _: int) -> None:
 def committed(folder: Path, _: int) -> None:
     """What a resumed start asks: which parts are there."""
     from imagemill.job import ledger, plan
+    from imagemill.job.store import open_store
 
     paths = _paths(folder)
     every = plan.shards(paths.plan)
-    assert len(ledger.committed(paths, every)) == len(every)
+    assert len(ledger.committed(open_store(paths), every)) == len(every)
 
 
 def close(folder: Path, images: int) -> None:
     """Closing the ledger of a job that this launcher has run to its end, receipts in hand."""
     from imagemill.job import ledger, plan
+    from imagemill.job.store import open_store
     from imagemill.records import Receipt
 
     paths = _paths(folder)
@@ -128,7 +130,7 @@ def close(folder: Path, images: int) -> None:
     receipts = [Receipt(shard.number, shard.count, 0, 50_000, 1.0, "0" * 64) for shard in every]
     assert (
         ledger.close(
-            paths, every, lambda _, path: b"/photos/" + path, "plan", "answer", receipts
+            open_store(paths), every, _job(folder), receipts, lambda _, path: b"/photos/" + path
         ).images
         == images
     )
@@ -137,32 +139,30 @@ def close(folder: Path, images: int) -> None:
 def reread(folder: Path, images: int) -> None:
     """Closing it where all parts are of earlier launches: each is read."""
     from imagemill.job import ledger, plan
+    from imagemill.job.store import open_store
 
     paths = _paths(folder)
-    job = _job(folder)
-    assert (
-        ledger.close(
-            paths,
-            plan.shards(paths.plan),
-            lambda _, path: b"/photos/" + path,
-            job.plan_id,
-            job.answer_id,
-            (),
-        ).images
-        == images
+    tally = ledger.close(
+        open_store(paths),
+        plan.shards(paths.plan),
+        _job(folder),
+        (),
+        lambda _, path: b"/photos/" + path,
     )
+    assert tally.images == images
 
 
 def verify(folder: Path, _: int) -> None:
     """`imagemill verify`: every byte."""
     from imagemill.job import ledger, plan
+    from imagemill.job.store import open_store
 
     paths = _paths(folder)
-    job = _job(folder)
+    every = plan.shards(paths.plan)
     found = [
-        p
-        for p in ledger.verify(paths, plan.shards(paths.plan), job.plan_id, job.answer_id)
-        if p.shard is not None
+        problem
+        for problem in ledger.verify(open_store(paths), every, _job(folder))
+        if problem.shard is not None
     ]
     assert not found, found[:3]
 

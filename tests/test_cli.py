@@ -79,7 +79,7 @@ def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path
     assert (new.code, new.json) == (0, json.loads((tmp_path / "out" / "summary.json").read_bytes()))
     again = imagemill(*command)
     assert (again.code, again.json["resumed_shards"], again.json["images"]) == (0, 1, 5)
-    assert "finished already: 5 images" in again.err
+    assert "already finished: 5 images" in again.err
     for result in (dry, new, again):
         assert result.out.count("\n") == 1
 
@@ -265,7 +265,7 @@ def test_names_that_no_terminal_can_show_do_no_harm(
     imagemill: CLI, jpegs: Folders, tmp_path: Path
 ) -> None:
     """An output folder whose name is not UTF-8, printed on a terminal that knows ASCII alone: exit
-    0, and the rows are there.
+    0, and the rows exist.
     """
     out = os.path.join(os.fsencode(tmp_path), b"out-\xff\xc3\xbc")
     env = helpers.environment(

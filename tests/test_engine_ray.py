@@ -18,8 +18,8 @@ import pytest
 
 import helpers
 import sample_images
-from imagemill.job import documents, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Bundle, Settings
@@ -174,7 +174,7 @@ def test_two_nodes_give_the_local_engines_rows_bit_for_bit(
     assert [result.json[name] for name in counts] == [local.json[name] for name in counts]
     assert [device["name"] for device in result.json["devices"]] == ["cpu#0", "cpu#1"]
     assert sum(device["images"] for device in result.json["devices"]) == 43
-    ours, theirs = (documents.read_frozen(JobPaths(tmp_path / name)) for name in ("ray", "local"))
+    ours, theirs = (OpenJob.open(tmp_path / name).frozen for name in ("ray", "local"))
     assert ours is not None
     assert theirs is not None
     assert (ours.devices, ours.backend, ours.job.answer_id, ours.job.plan_id) == (
@@ -199,8 +199,7 @@ def test_the_photographs_on_two_nodes(
     ray_run: Run, photographs: Path, photographs_run: Any, lite0: Bundle, tmp_path: Path
 ) -> None:
     """All of them, by a trained model: the rows of a local run, bit for bit."""
-    planned = documents.read_frozen(JobPaths(photographs_run.output))
-    assert planned is not None
+    planned = OpenJob.open(photographs_run.output).frozen
     more = (
         "--model",
         "efficientnet_lite0",

@@ -22,8 +22,9 @@ import pytest
 import helpers
 import sample_images
 from imagemill.errors import OutputError, PartError, UsageError
-from imagemill.job import documents, export
+from imagemill.job import export
 from imagemill.job.export import Form
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 from imagemill.runner import run
@@ -69,9 +70,7 @@ def finished(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def exported(output: Path, form: Form, **options: Any) -> str:
-    frozen = documents.read_frozen(JobPaths(output))
-    assert frozen is not None
-    return b"".join(export.export(JobPaths(output), frozen, form, **options)).decode()
+    return b"".join(export.export(OpenJob.open(output), form, **options)).decode()
 
 
 def test_json_lines_hold_every_row_as_it_is(finished: Path) -> None:
@@ -183,17 +182,13 @@ def test_an_unfinished_job_is_refused_unless_partial(
     (out / "summary.json").unlink()
     with pytest.raises(
         OutputError,
-        match=(
-            rf"^{out} is not finished: 8 of 11 rows are there. Repeat the run command .* --partial"
-        ),
+        match=(rf"^{out} is not finished: 8 of 11 rows exist. Repeat the run command .* --partial"),
     ):
         exported(out, Form.CSV)
     said: list[str] = []
     rows = exported(out, Form.JSONL, columns=["index"], partial=True, say=said.append).splitlines()
     assert [json.loads(row)["index"] for row in rows] == [0, 1, 2, 6, 7, 8, 9, 10]
-    assert said == [
-        f"{out} is not finished: 8 of 11 rows are there, which are exported in plan order"
-    ]
+    assert said == [f"{out} is not finished: 8 of 11 rows exist, which are exported in plan order"]
 
 
 def test_a_damaged_part_is_one_message_and_no_file(
@@ -268,8 +263,6 @@ def test_a_reader_that_has_enough_ends_it_cleanly(
     than a pipe holds.
     """
     out = copy_of(finished)
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
     many = pa.concat_tables([pq.read_table(JobPaths(out).part(0))] * 2_000)
     pq.write_table(many, JobPaths(out).part(0))
     command = [sys.executable, "-W", "error", "-m", "imagemill", "export", str(out), "--to", "csv"]
@@ -291,12 +284,10 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
     out = copy_of(finished)
     path = JobPaths(out).part(0)
     pq.write_table(pa.concat_tables([pq.read_table(path)] * 1_000), path)
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
+    job = OpenJob.open(out)
     for form in Form:
         pieces = [
-            piece.count(b"\n")
-            for piece in export.export(JobPaths(out), frozen, form, columns=["index", "logits"])
+            piece.count(b"\n") for piece in export.export(job, form, columns=["index", "logits"])
         ]
         assert max(pieces) == 1_024
         assert sum(pieces) == 3_000 + 8 + (form is Form.CSV)
@@ -304,15 +295,10 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
 
 def test_a_job_of_other_columns_says_which(finished: Path) -> None:
     """What the job saves decides what can be asked for."""
-    frozen = documents.read_frozen(JobPaths(finished))
-    assert frozen is not None
+    job = OpenJob.open(finished)
+    frozen = replace(job.frozen, job=replace(job.frozen.job, save=()))
     with pytest.raises(UsageError, match="no column 'logits'"):
-        export.export(
-            JobPaths(finished),
-            replace(frozen, job=replace(frozen.job, save=())),
-            Form.CSV,
-            columns=["logits"],
-        )
+        export.export(replace(job, frozen=frozen), Form.CSV, columns=["logits"])
 
 
 def test_a_part_under_another_ones_name_is_not_exported(
@@ -339,4 +325,4 @@ def test_a_job_without_its_plan_is_not_exported_as_an_empty_one(
     for command in (("export", out, "--to", "csv"), ("report", out), ("status", out)):
         result = imagemill(*command)
         assert (result.code, result.out) == (1, "")
-        assert "plan does not hold the 11 images of job.json. Start anew" in result.err
+        assert "plan does not hold the 11 images of job.json. Start again" in result.err

@@ -14,8 +14,7 @@ import pytest
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import OutputError
-from imagemill.job import documents
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
@@ -136,8 +135,7 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     """Each of what may change changes itself alone; what is not said comes from job.json."""
     settings = job(jpegs(1))
     run.run(settings)
-    before = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert before is not None
+    before = OpenJob.open(tmp_path / "out").frozen
     chosen = devices.resolve("null")
     resumed = resume.resume(
         Settings(sources=settings.sources, output=settings.output, **said),
@@ -167,8 +165,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
 ) -> None:
     """Of a resumed job, before a worker is started."""
     run.run(job(jpegs(1)))
-    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert frozen is not None
+    frozen = OpenJob.open(tmp_path / "out").frozen
     model.verify_model(frozen)
     gone = replace(
         frozen.job,

@@ -17,7 +17,6 @@ import pytest
 import helpers
 from imagemill.errors import OutputError
 from imagemill.job import lock
-from imagemill.job import paths as job_paths
 from imagemill.job.paths import JobPaths
 from imagemill.system import files, userdirs
 
@@ -167,7 +166,7 @@ def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_
         if len(waits) == 3:
             os.close(looking)
 
-    monkeypatch.setattr(job_paths, "time", SimpleNamespace(sleep=wait))
+    monkeypatch.setattr(lock, "time", SimpleNamespace(sleep=wait))
     with lock.locked(paths):
         assert lock.is_locked(paths)
     assert waits == [0.01, 0.05, 0.2]

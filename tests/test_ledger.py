@@ -22,8 +22,9 @@ import helpers
 import sample_images
 from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
-from imagemill.job import documents, inspect, ledger
+from imagemill.job import ledger
 from imagemill.job.lock import locked
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 from imagemill.runner import run
@@ -59,9 +60,7 @@ def out(finished: Settings, copy_of: Copy) -> Path:
 
 
 def found(out: Path) -> list[tuple[int | None, str]]:
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
-    return [(problem.shard, problem.what) for problem in inspect.verify(JobPaths(out), frozen)[0]]
+    return [(problem.shard, problem.what) for problem in OpenJob.open(out).verify()[0]]
 
 
 def part(out: Path, number: int) -> Path:
@@ -205,10 +204,8 @@ def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> N
     for record in plain["parts"].values():
         record["sha256"] = "0" * 64
     manifest.write_text(json.dumps(plain | {name: "feedfeedfeedfeed"}))
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
     before = helpers.parts(out)
-    problems, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
+    problems, moved = OpenJob.open(out).verify(quarantine=True)
     assert [(problem.shard, problem.what) for problem in problems] == [
         (None, "belongs to another job")
     ]
@@ -222,9 +219,7 @@ def test_damage_to_one_part_is_told_beside_that_of_others(out: Path) -> None:
     part(out, 1).write_bytes(b"rubbish")
     rewrite(part(out, 2), lambda table: table.slice(1))
     assert [shard for shard, _ in found(out)] == [0, 1, 2]
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
-    assert [problem.damaged for problem in inspect.verify(JobPaths(out), frozen)[0]] == [
+    assert [problem.damaged for problem in OpenJob.open(out).verify()[0]] == [
         False,
         True,
         True,
@@ -240,8 +235,7 @@ def test_another_shards_part_is_found(out: Path) -> None:
 
 def test_a_part_of_another_job_is_found(out: Path) -> None:
     """Its answer id gives it away, and both are named."""
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
+    frozen = OpenJob.open(out).frozen
     rewrite(
         part(out, 1),
         lambda table: table.replace_schema_metadata(
@@ -256,7 +250,7 @@ def test_a_part_of_another_job_is_found(out: Path) -> None:
 def test_an_extra_part_is_found(out: Path) -> None:
     """A part that no shard of the plan wants would be read by every tool."""
     shutil.copy(part(out, 0), part(out, 4))
-    assert found(out) == [(4, "is of no shard of the plan")]
+    assert found(out) == [(4, "does not belong to any shard of this plan")]
 
 
 def test_an_unfinished_job_is_not_sound(out: Path) -> None:
@@ -335,9 +329,7 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
     shutil.copy(part(out, 2), part(out, 9))
     part(out, 3).unlink()
     before = helpers.parts(out)
-    paths, frozen = JobPaths(out), documents.read_frozen(JobPaths(out))
-    assert frozen is not None
-    problems, moved = inspect.verify(paths, frozen, quarantine=True)
+    problems, moved = OpenJob.open(out).verify(quarantine=True)
     assert [problem.shard for problem in problems] == [9, 0, 3]
     assert sorted(path.name.split(".")[0] for path in moved) == ["part-000000", "part-000009"]
     assert all(path.parent == out / "quarantine" and path.is_file() for path in moved)
@@ -355,13 +347,11 @@ def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
 def test_quarantine_waits_for_no_running_job(out: Path) -> None:
     """Parts are not moved under the feet of a run."""
     part(out, 0).write_bytes(b"rubbish")
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
     with (
         locked(JobPaths(out)),
         pytest.raises(OutputError, match="is in use by another imagemill run"),
     ):
-        inspect.verify(JobPaths(out), frozen, quarantine=True)
+        OpenJob.open(out).verify(quarantine=True)
     assert part(out, 0).is_file()
 
 
@@ -423,10 +413,8 @@ def test_status_counts_what_is_there(out: Path) -> None:
     counted.
     """
     part(out, 0).unlink()
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
     before = sorted(path for path in out.rglob("*"))
-    status = inspect.status(JobPaths(out), frozen)
+    status = OpenJob.open(out).status()
     assert (status.images, status.done, status.shards, status.shards_done) == (10, 7, 4, 3)
     assert (status.failed_by_status, status.running, status.complete) == (
         {"empty": 1},
@@ -434,7 +422,7 @@ def test_status_counts_what_is_there(out: Path) -> None:
         False,
     )
     with locked(JobPaths(out)):
-        assert inspect.status(JobPaths(out), frozen).running
+        assert OpenJob.open(out).status().running
     assert sorted(path for path in out.rglob("*")) == before
 
 
@@ -449,7 +437,7 @@ def test_a_plan_that_lost_images_is_found(out: Path) -> None:
 
 def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     """As any other tool computes it."""
-    manifest = ledger.read_manifest(JobPaths(out))
+    manifest = ledger.read_manifest(OpenJob.open(out).store)
     assert manifest is not None
     assert {name: record.sha256 for name, record in manifest.parts.items()} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -494,7 +482,7 @@ def test_failed_images_are_named_where_a_line_can_name_them(
     assert run.run(settings, Listener()).failed == 7
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
     assert said == [
-        "4 failed images lie in archives or tables: not in failed.txt, but --retry-failed takes"
+        "4 failed images are in archives or tables: not in failed.txt, but --retry-failed processes"
         " them again"
     ]
     assert found(tmp_path / "out") == SOUND
@@ -514,11 +502,9 @@ def test_rows_that_a_reader_would_take_for_the_jobs_are_found(
     copy.parent.mkdir(exist_ok=True)
     copy.write_bytes(part(out, 1).read_bytes())
     assert found(out) == [
-        (None, "is no part of this job, and its rows would be read with the others")
+        (None, "is not a part of this job, but readers of the folder would read its rows too")
     ]
-    frozen = documents.read_frozen(JobPaths(out))
-    assert frozen is not None
-    _, moved = inspect.verify(JobPaths(out), frozen, quarantine=True)
+    _, moved = OpenJob.open(out).verify(quarantine=True)
     assert len(moved) == 1
     assert not copy.exists()
     run.run(Settings(sources=finished.sources, output=str(out)))
@@ -588,27 +574,27 @@ def test_rows_come_with_the_columns_that_were_asked_for(out: Path) -> None:
     """In that order, from all parts in plan order; a part without such a column is one clear error,
     as is one that is another's.
     """
-    paths = JobPaths(out)
-    found_rows = list(ledger.rows(paths, ["status", "index"]))
+    store = OpenJob.open(out).store
+    found_rows = list(ledger.rows(store, ["status", "index"]))
     assert [list(row) for row in found_rows] == [["status", "index"]] * 10
     assert [row["index"] for row in found_rows] == list(range(10))
     with pytest.raises(
         PartError,
         match=(
-            r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine`, then repeat"
-            r" the run"
+            r"part-000000\.parquet is damaged: .*Run `imagemill verify --quarantine .*out`, then"
+            r" repeat the run"
         ),
     ):
-        list(ledger.rows(paths, ["nothing"]))
+        list(ledger.rows(store, ["nothing"]))
     part(out, 2).write_bytes(b"rubbish")
     with pytest.raises(
         PartError,
-        match=r"part-000002\.parquet is damaged: .*[^.]\. Run `imagemill verify --quarantine`",
+        match=r"part-000002\.parquet is damaged: .*[^.]\. Run `imagemill verify --quarantine .*out`",
     ):
-        list(ledger.tables(paths, [2], ["index"]))
+        list(ledger.tables(store, [2], ["index"]))
     shutil.copy(part(out, 0), part(out, 1))
     with pytest.raises(
         PartError,
         match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify",
     ):
-        list(ledger.rows(paths, ["index"]))
+        list(ledger.rows(store, ["index"]))

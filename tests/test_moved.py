@@ -19,8 +19,8 @@ import sample_images
 from archive_files import pack, tar
 from imagemill import run
 from imagemill.errors import JobMismatchError, SourceError, UsageError
-from imagemill.job import documents, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.records import Access, Settings
 from imagemill.runner import run as runner
@@ -91,8 +91,7 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     summary = runner.run(job(*given, moved=((str(old), f"{new}/"),), **OPTIONS), listener)
     assert 0 < summary.resumed_shards < summary.shards
     assert helpers.rows(output) == rows
-    frozen = documents.read_frozen(JobPaths.of(str(output)))
-    assert frozen is not None
+    frozen = OpenJob.open(str(output)).frozen
     assert (frozen.job.plan_id, frozen.job.access) == (plan_id, Access())
     (new / "folder" / "9.jpg").write_bytes(sample_images.jpeg())
     finished = runner.run(job(*given, moved=((str(old), str(new)),), **OPTIONS), listener)
@@ -237,8 +236,7 @@ def test_nodes_of_a_cluster_read_where_the_sources_are_now(
     old = jpegs(4)
     runner.run(job(old, **OPTIONS))
     new = old.rename(tmp_path / "new")
-    frozen = documents.read_frozen(JobPaths.of(str(tmp_path / "out")))
-    assert frozen is not None
+    frozen = OpenJob.open(str(tmp_path / "out")).frozen
     shards = plan.shards(tmp_path / "out" / "plan")
     assert node_agent.sample(frozen.job, shards) == ()
     moved = pickle.loads(pickle.dumps(replace(frozen.job, access=Access(((str(old), str(new)),)))))

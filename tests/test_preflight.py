@@ -17,7 +17,8 @@ import helpers
 import sample_images
 from faults import harness
 from imagemill.display import observer
-from imagemill.job import documents, plan
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.records import Clock, DeviceSpec, Progress, Settings, Summary
 from imagemill.runner import preflight, run
@@ -96,8 +97,7 @@ def carried_out(settings: Settings) -> tuple[Summary, list[str]]:
 def sampler_of(settings: Settings, messages: list[str]) -> Sampler:
     """A sampler over a finished job, as if it were new."""
     paths = JobPaths.of(settings.output)
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
+    frozen = OpenJob.open(paths.root).frozen
     return Sampler(frozen.job, plan.shards(paths.plan), CPU, messages.append)
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 import helpers
 import sample_images
 from imagemill import records
-from imagemill.job import documents, plan
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.feed import Feed
@@ -129,8 +130,7 @@ class Bench:
     """The stages of a worker, in this process: one compiled model for many orders of leases."""
 
     def __init__(self, reference: Finished) -> None:
-        frozen = documents.read_frozen(JobPaths(reference.output))
-        assert frozen is not None
+        frozen = OpenJob.open(reference.output).frozen
         self.frozen = frozen
         self.session = open_session(
             replace(frozen.job, batch_size=5),

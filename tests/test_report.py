@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import helpers
 import sample_images
-from imagemill.job import documents, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
-from imagemill.runner import freeze, run
+from imagemill.runner import run
 from imagemill.workers.timeline import BUCKETS, Timeline
 from s3 import Bucket
 from tiny import CLASSES, TINY_CARD
@@ -307,8 +306,7 @@ def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
     """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on
     the page.
     """
-    frozen = documents.read_frozen(JobPaths(reported.output))
-    assert frozen is not None
+    frozen = OpenJob.open(reported.output).frozen
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
     job, card = frozen.job, frozen.job.card
     named = (
@@ -715,15 +713,12 @@ def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(
         tmp_path / "source", {"a.jpg": sample_images.jpeg(), "b.jpg": sample_images.jpeg(seed=1)}
     )
     run.run(job(source))
-    paths = JobPaths(tmp_path / "out")
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
-    shards = plan.shards(paths.plan)
-    found = figures.gather(paths, shards, frozen.job.card.labels, 0)
+    opened = OpenJob.open(tmp_path / "out")
+    found = figures.gather(opened)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
-        hanging = freeze.replace(frozen.job, sources=(url,))
-        made = thumbnails.make(paths, hanging, shards, found.sample, seconds=0.3)
+        frozen = replace(opened.frozen, job=replace(opened.frozen.job, sources=(url,)))
+        made = thumbnails.make(replace(opened, frozen=frozen), found.sample, seconds=0.3)
     assert {made[told.index].reason for told in found.sample} == {
         "it could not be had within 0.3 s for all"
     }

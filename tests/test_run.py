@@ -21,8 +21,8 @@ import helpers
 import sample_images
 from imagemill.display import observer
 from imagemill.errors import JobMismatchError, OutputError, SourceError, TooManyBadError, UsageError
-from imagemill.job import documents, inspect, ledger, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job import documents, ledger, plan
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
 from imagemill.runner import run, summarise
@@ -46,10 +46,7 @@ class Listener(observer.Watcher):
 
 
 def problems(output: Path) -> list[ledger.Problem]:
-    paths = JobPaths(output)
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
-    return inspect.verify(paths, frozen)[0]
+    return OpenJob.open(output).verify()[0]
 
 
 # ── the photographs ───────────────────────────────────────────────────────────────────────────────
@@ -346,8 +343,7 @@ def test_sub_folders_are_dealt_to_as_many_devices(
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
     run.run(job(folder, devices="null:3", shard_size=10), listener)
-    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert frozen is not None
+    frozen = OpenJob.open(tmp_path / "out").frozen
     assert frozen.groups == 3
     assert [(s.group, s.count) for s in plan.shards(tmp_path / "out" / "plan")] == [
         (0, 10),
@@ -616,8 +612,7 @@ def test_what_was_frozen_need_not_be_said_again(
     started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model, devices, batch size and the rest come from job.json."""
-    before = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert before is not None
+    before = OpenJob.open(tmp_path / "out").frozen
     (begin,) = begun(unsaid(started), monkeypatch)
     assert begin.job == before.job
     assert (begin.job.card.name, begin.job.batch_size, begin.device.kind) == ("tiny", 4, "null")
@@ -631,8 +626,7 @@ def test_what_may_differ_may_be_changed(
     """Devices, batch size and decoding threads change no answer: what is said now holds for what is
     left, and all else stays as it was.
     """
-    before = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert before is not None
+    before = OpenJob.open(tmp_path / "out").frozen
     changes: dict[str, Any] = {"batch_size": 1, "num_workers": 2, "batches_per_step": 3}
     first, second = begun(
         unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch
@@ -806,7 +800,7 @@ def test_a_finished_job_says_so_and_names_new_images(
     listener = Listener()
     summary = run.run(settings, listener)
     assert listener.said == [
-        f"finished already: 5 images in {tmp_path}/out/predictions",
+        f"already finished: 5 images in {tmp_path}/out/predictions",
         (
             "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg,"
             " 006.jpg. Run them into another --output."
@@ -867,7 +861,7 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
         run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
     with pytest.raises(
-        OutputError, match=r"thesis\.doc is a file, or lies below one\. Give a folder\."
+        OutputError, match=r"thesis\.doc is a file, or is inside one\. Give a folder\."
     ):
         run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
 
@@ -1016,7 +1010,7 @@ def test_a_job_that_cannot_be_read_is_not_taken_for_none(
     """The system refuses to read job.json: one clear error, and nothing is started beside it."""
     (tmp_path / "out" / "job.json").mkdir(parents=True)
     with pytest.raises(
-        OutputError, match=r"out/job\.json cannot be read: Is a directory\. Give another --output\."
+        OutputError, match=r"out/job\.json cannot be read: Is a directory\. Fix the cause and run"
     ):
         run.run(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["job.json"]
@@ -1167,7 +1161,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
     """summary.json holds the fields that the design names, and rates that add up."""
     summary = run.run(job(jpegs(20), devices="null:2", shard_size=3))
     on_disk = json.loads((tmp_path / "out" / "summary.json").read_bytes())
-    assert documents.read_summary(JobPaths(tmp_path / "out")) == summary
+    assert documents.read_summary(OpenJob.open(tmp_path / "out").store) == summary
     named = """images ok failed failed_by_status skipped_by_suffix shards resumed_shards seconds images_per_second model precision
         bottleneck devices""".split()
     assert set(named) <= set(on_disk)
@@ -1361,8 +1355,7 @@ def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     """The Python API gives records, not dicts; enumerations come back as themselves from disk."""
     summary = run.run(job(jpegs(1)))
     assert isinstance(summary, Summary)
-    frozen = documents.read_frozen(JobPaths(Path(summary.output)))
-    assert frozen is not None
+    frozen = OpenJob.open(Path(summary.output)).frozen
     assert frozen.job.precision is Precision.FP32
     assert frozen.job.card.labels == LABELS
 

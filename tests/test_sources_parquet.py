@@ -609,8 +609,8 @@ def test_failed_rows_of_a_table_are_told_and_retried(
     result = imagemill(*arguments)
     assert result.json["failed_by_status"] == {"empty": 1, "missing": 1, "not_an_image": 1}
     assert (
-        "imagemill: 2 failed images lie in archives or tables: not in failed.txt, but"
-        " --retry-failed takes them again" in result.err
+        "imagemill: 2 failed images are in archives or tables: not in failed.txt, but"
+        " --retry-failed processes them again" in result.err
     )
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/bad.jpg\n"
     (tmp_path / "late.jpg").write_bytes(sample_images.jpeg())

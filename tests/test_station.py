@@ -15,7 +15,8 @@ import pytest
 import helpers
 import sample_images
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
-from imagemill.job import documents, plan
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.records import DeviceSpec, Lease, Settings, Shard
 from imagemill.runner import run
@@ -55,8 +56,7 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
     (tmp_path / "done").mkdir()
     for part in paths.predictions.iterdir():
         part.rename(tmp_path / "done" / part.name)
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
+    frozen = OpenJob.open(paths.root).frozen
     files.write_whole(paths.launch, b"the launch")
 
     def make(**changes: Any) -> Order:

@@ -24,8 +24,7 @@ import helpers
 import sample_images
 from imagemill import api, cli
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
-from imagemill.job import documents
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, evaluate, registry
 from imagemill.models.custom import onnx_card, wrap
 from imagemill.models.custom.graph import assemble, examine
@@ -769,8 +768,7 @@ def test_a_squashing_recipe_survives_cards_and_jobs(
         save=("logits",),
     )
     run.run(settings)
-    frozen = documents.read_frozen(JobPaths(tmp_path / "out"))
-    assert frozen is not None
+    frozen = OpenJob.open(tmp_path / "out").frozen
     assert frozen.job.card.recipe == made.card.recipe
     rows = helpers.rows(tmp_path / "out")
     with api.load(str(made.dir), precision="fp32", save="logits") as opened:

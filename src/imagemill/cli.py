@@ -22,6 +22,8 @@ from imagemill.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path  # takes 4 ms to import, which `--help` can do without
 
+    from imagemill.job.open_job import OpenJob
+
 _OLD_SPELLINGS = {
     "--batch_size": "--batch-size",
     "--batches_per_step": "--batches-per-step",
@@ -495,52 +497,45 @@ def _demo(parsed: argparse.Namespace) -> int:
 
     from imagemill.display import results
     from imagemill.job import ledger
-    from imagemill.job.paths import JobPaths
 
     with as_file(files("imagemill") / "data" / "demo") as images:
         parsed.sources = [str(images)]
         code = _run(parsed)
     if not parsed.json and not parsed.dry_run:
         columns = ["path", "status", "label", "probability", "error"]
-        rows = ledger.rows(JobPaths.of(parsed.output), columns)
+        rows = ledger.rows(_open_job(parsed.output).store, columns)
         print(f"\n{results.format_rows(rows)}")
     return code
 
 
-def _open_job(folder: str) -> Any:
-    from imagemill.errors import OutputError
-    from imagemill.job import documents
-    from imagemill.job.paths import JobPaths
+def _open_job(output: str) -> OpenJob:
+    from imagemill.job.open_job import OpenJob
 
-    paths = JobPaths.of(folder)
-    frozen = documents.read_frozen(paths)
-    if frozen is None:
-        raise OutputError(f"{folder} is not an imagemill job: it has no job.json.")
-    return paths, frozen
+    return OpenJob.open(output)
 
 
 def _status(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
-    from imagemill.job import inspect
 
-    found = inspect.status(*_open_job(parsed.dir))
+    found = _open_job(parsed.dir).status()
     print(_as_json(found) if parsed.json else results.format_status(found))
     return 0
 
 
 def _verify(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
-    from imagemill.job import inspect
 
-    paths, frozen = _open_job(parsed.dir)
-    problems, moved = inspect.verify(paths, frozen, quarantine=parsed.quarantine)
-    found = [{"shard": p.shard, "path": paths.shown(p.path), "problem": p.what} for p in problems]
-    aside = [paths.shown(path) for path in moved]
+    job = _open_job(parsed.dir)
+    problems, moved = job.verify(quarantine=parsed.quarantine)
+    shown = job.paths.shown
+    found = [{"shard": p.shard, "path": shown(p.path), "problem": p.what} for p in problems]
+    aside = [shown(path) for path in moved]
+    images = job.frozen.images
     if parsed.json:
-        report = {"sound": not found, "images": frozen.images, "problems": found, "moved": aside}
+        report = {"sound": not found, "images": images, "problems": found, "moved": aside}
         print(json.dumps(report))
     else:
-        print(results.format_problems(found, aside, frozen.images))
+        print(results.format_problems(found, aside, images))
         if any(problem.damaged for problem in problems) and not parsed.quarantine:
             _log(
                 f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"
@@ -554,10 +549,10 @@ def _export(parsed: argparse.Namespace) -> int:
 
     from imagemill.job import export
 
-    paths, frozen = _open_job(parsed.dir)
+    job = _open_job(parsed.dir)
     columns = parsed.columns.split(",") if parsed.columns else None
     form = export.Form(parsed.to)
-    pieces = export.export(paths, frozen, form, columns=columns, partial=parsed.partial, say=_log)
+    pieces = export.export(job, form, columns=columns, partial=parsed.partial, say=_log)
     if parsed.output:
         export.write(pieces, Path(parsed.output))
     else:
@@ -568,9 +563,9 @@ def _export(parsed: argparse.Namespace) -> int:
 def _report(parsed: argparse.Namespace) -> int:
     from imagemill import report
 
-    paths, frozen = _open_job(parsed.dir)
-    report.write(paths, frozen)
-    print(paths.shown(paths.report))
+    job = _open_job(parsed.dir)
+    report.write(job)
+    print(job.paths.shown(job.paths.report))
     return 0
 
 

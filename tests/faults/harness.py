@@ -19,8 +19,7 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 import helpers
-from imagemill.job import documents, inspect, ledger, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe
 
@@ -140,18 +139,14 @@ def assert_complete(output: Path) -> pa.Table:
     """Every planned image has exactly one row, `verify` finds nothing, and nothing half-written
     lies about. Returns the rows.
     """
-    paths = JobPaths(output)
-    frozen = documents.read_frozen(paths)
-    assert frozen is not None
-    problems, _ = inspect.verify(paths, frozen)
+    job = OpenJob.open(output)
+    problems, _ = job.verify()
     assert not problems, problems
     rows = helpers.table(output)
-    planned = [
-        row.index for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)
-    ]
+    planned = [row.index for shard in job.shards for row in job.rows(shard)]
     counts = Counter(rows["index"].to_pylist())
     assert counts == Counter(planned), (counts - Counter(planned), Counter(planned) - counts)
-    assert len(planned) == frozen.images
+    assert len(planned) == job.frozen.images
     left = [str(path) for path in output.rglob("*.tmp")]
     assert not left, left
     return rows
@@ -174,15 +169,9 @@ def assert_sound_so_far(output: Path) -> int:
     """Whatever parts there are, each is whole and its shard's. Returns how many there are; for
     looking at a job between two deaths.
     """
-    paths = JobPaths(output)
-    frozen = documents.read_frozen(paths)
-    if frozen is None:
+    job = OpenJob.find(str(output))
+    if job is None:
         return 0
-    shards = plan.shards(paths.plan)
-    problems = [
-        p
-        for p in ledger.verify(paths, shards, frozen.job.plan_id, frozen.job.answer_id)
-        if p.damaged
-    ]
+    problems = [problem for problem in job.verify()[0] if problem.damaged]
     assert not problems, problems
-    return len(paths.parts())
+    return len(job.store.parts())

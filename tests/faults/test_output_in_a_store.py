@@ -90,7 +90,7 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
             in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
         )
         repeated = null_run(small_jpegs, "--output", s3.url + "/job", env=env)
-        assert (repeated.code, "finished already" in repeated.err) == (0, True), repeated
+        assert (repeated.code, "already finished" in repeated.err) == (0, True), repeated
 
 
 def test_a_launcher_killed_in_mid_write_leaves_no_half_object(

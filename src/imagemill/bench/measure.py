@@ -22,8 +22,7 @@ from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
-from imagemill.job import documents, plan
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
@@ -229,7 +228,9 @@ def _with_sources(
     limit = settings.limit or max(
         _FEWEST_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
-    job, batch_sizes = _with_batch_size(_frozen_job(folder / "first"), settings, chosen, say)
+    job, batch_sizes = _with_batch_size(
+        OpenJob.open(folder / "first").frozen.job, settings, chosen, say
+    )
     measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
     with Crew(job, chosen) as crew:
@@ -307,21 +308,14 @@ def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings
     )
 
 
-def _frozen_job(output: Path) -> Job:
-    frozen = documents.read_frozen(JobPaths(output))
-    assert frozen is not None
-    return frozen.job
-
-
 def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Decode]:
     """The shards of a finished run, dealt to the devices one after the other."""
-    shards = plan.shards(JobPaths(output).plan)
-    job = _frozen_job(output)
+    opened = OpenJob.open(output)
     dealt = {
-        device.name: tuple(map(Lease, shards[position :: len(chosen)]))
+        device.name: tuple(map(Lease, opened.shards[position :: len(chosen)]))
         for position, device in enumerate(chosen)
     }
-    return {name: Decode(job, leases) for name, leases in dealt.items() if leases}
+    return {name: Decode(opened.frozen.job, leases) for name, leases in dealt.items() if leases}
 
 
 class _Relay(observer.Watcher):

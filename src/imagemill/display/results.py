@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from imagemill.display.text import format_statuses
 
 if TYPE_CHECKING:
-    from imagemill.job.inspect import JobStatus
+    from imagemill.job.open_job import JobStatus
     from imagemill.models.registry import Row
     from imagemill.records import Summary
     from imagemill.runner.run import DryRun

@@ -7,23 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from imagemill.errors import OutputError
-from imagemill.job import plan, store
-from imagemill.job.paths import JobPaths
-from imagemill.records import (
-    Filters,
-    Job,
-    Shard,
-    Summary,
-)
-from imagemill.system import serialization
+from imagemill.job.store import Store
+from imagemill.records import Filters, Job, Summary
+from imagemill.system import files, serialization
 
-_FORMAT = 2
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """`job.json`: the job as it was frozen. Written last of what a start writes, so its presence
-    says that the plan is whole.
+    """`job.json`: the job as it was frozen.
+
+    A start writes it last, so if it exists, the plan is complete.
     """
 
     format: int
@@ -40,63 +35,45 @@ class Frozen:
     skipped_by_filter: int
     backend: str
     variant_sha256: str | None = None
-    """Of the quantised variant that the job runs in; None where it runs in the bundle's own
-    weights.
-    """
+    """Hash of the quantised variant; None if the job uses the model's own weights."""
     decoder: str = ""
     """Identity of the decoder, `DECODER` of the version that froze the job. A part of `answer_id`:
     another decoder gives other pixels.
     """
     versions: Mapping[str, str] = field(default_factory=dict)
     plan_nonce: str = ""
-    """Which plan in an object store is this job's; see `home`."""
+    """Which plan in an object store belongs to this job."""
     skipped_broken_links: int = 0
 
 
-def read_frozen(paths: JobPaths) -> Frozen | None:
-    """The frozen job of an output folder; None where there is none. Raises: OutputError where it
-    cannot be read.
+def read_frozen(store: Store) -> Frozen | None:
+    """Return the frozen job in a store; None if there is none. Raises: OutputError if it cannot be
+    read.
     """
+    shown = store.paths.shown(store.paths.job)
     try:
-        plain = json.loads(store.read(paths, paths.job))
+        plain = json.loads(store.read(store.paths.job))
         written = plain.get("format") if isinstance(plain, dict) else None
-        if written != _FORMAT:
+        if written != FORMAT:
             raise OutputError(
-                f"{paths.shown(paths.job)} has format {written}, this version of imagemill reads"
-                f" format {_FORMAT}. Use the version that wrote it, or give another --output."
+                f"{shown} has format {written}, this version of imagemill reads format {FORMAT}."
+                " Use the version that wrote it, or give another --output."
             )
         return serialization.from_plain(Frozen, plain)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        remedy = "Repeat the command once the store answers, or give" if paths.url else "Give"
         raise OutputError(
-            f"{paths.shown(paths.job)} cannot be read: {store.reason(error)}. {remedy} another"
-            " --output."
+            f"{shown} cannot be read: {files.reason(error)}. Fix the cause and run the command"
+            " again, or give another --output."
         ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(
-            f"{paths.shown(paths.job)} cannot be read: {error}. Give another --output."
-        ) from error
+        raise OutputError(f"{shown} cannot be read: {error}. Give another --output.") from error
 
 
-def planned(paths: JobPaths, frozen: Frozen) -> list[Shard]:
-    """The shards of a frozen job's plan. Raises: OutputError, where the plan is not there, damaged
-    or another one.
-    """
-    store.fetch_plan(paths, frozen.plan_nonce)
-    shards = plan.shards(paths.plan)
-    if sum(shard.count for shard in shards) != frozen.images:
-        raise OutputError(
-            f"{paths.shown(paths.plan)} does not hold the {frozen.images} images of job.json. Start"
-            " anew in another --output."
-        )
-    return shards
-
-
-def read_summary(paths: JobPaths) -> Summary | None:
-    """The summary of a finished job, or None."""
+def read_summary(store: Store) -> Summary | None:
+    """Return the summary of a finished job, or None."""
     try:
-        return serialization.from_plain(Summary, json.loads(store.read(paths, paths.summary)))
+        return serialization.from_plain(Summary, json.loads(store.read(store.paths.summary)))
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -1,5 +1,6 @@
-"""A job's rows as text, in plan order: CSV or JSON lines, made part by part and column by column,
-in memory that one part bounds.
+"""A job's rows as text, in plan order: CSV or JSON lines.
+
+The text is made part by part and column by column, so memory does not grow with the job.
 """
 
 from __future__ import annotations
@@ -15,85 +16,75 @@ import pyarrow.compute as pc
 import pyarrow.csv as pv
 
 from imagemill.errors import OutputError, UsageError
-from imagemill.job import documents, ledger, store
+from imagemill.job import ledger
 from imagemill.job.columns import COLUMNS
-from imagemill.job.documents import Frozen
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.system import files
 
 _ROWS = 1_024
-"""Made into text at a time: with 21,000 logits a row some 300 MB, and never beyond the 2 GB of an
-Arrow string array.
+"""Converted at a time. With 21,000 logits per row this takes about 300 MB, and stays below the 2 GB
+limit of an Arrow string array.
 """
 _LINE_BREAKS = {ord(mark): f"\\u{ord(mark):04x}" for mark in "\u0085\u2028\u2029"}
-"""Line breaks to Unicode and so to some readers of JSON lines, but not to JSON."""
+"""Line breaks to Unicode, and so to some readers of JSON lines, but not to JSON."""
 
 
 class Form(StrEnum):
-    """What rows are exported as."""
+    """A format that rows are exported in."""
 
     CSV = "csv"
     JSONL = "jsonl"
 
 
 def export(
-    paths: JobPaths,
-    frozen: Frozen,
+    job: OpenJob,
     form: Form,
     *,
     columns: Sequence[str] | None = None,
     partial: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[bytes]:
-    """Turn a job's rows into text.
+    """Return a job's rows as text.
 
     Args:
-        paths: of the output.
-        frozen: the job.
-        form: CSV, with a header, text quoted, a null as an empty cell and lists as JSON in one; or
-        one JSON object a line.
-        columns: which ones, in this order; None: all.
-        partial: take what is committed of a job that is not finished.
-        say: told how much lacks then.
+        form: CSV has a header and quoted text; a null is an empty cell, a list is JSON in one
+        cell. JSON lines have one object per line.
+        columns: the columns, in this order; None: all.
+        partial: export the committed rows of an unfinished job.
+        say: called with a message about missing rows.
 
     Returns:
-        the text in pieces, UTF-8. Numbers have as many digits as it takes to read the same float32
-        again.
+        the text in pieces, UTF-8. Numbers have enough digits to read the same float32 again.
 
     Raises:
-        UsageError: a column is not known. OutputError: the job is not finished, or its plan is
-            damaged. PartError, while iterating: a part is damaged.
+        UsageError: unknown column. OutputError: the job is not finished, or its plan is damaged.
+        PartError: a part is damaged; raised while iterating.
     """
-    known = [*COLUMNS, *(saved.value for saved in frozen.job.save)]
+    known = [*COLUMNS, *(saved.value for saved in job.frozen.job.save)]
     if unknown := [name for name in columns or () if name not in known]:
         raise UsageError(
             f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has"
             f" {', '.join(known)}."
         )
-    shards = documents.planned(paths, frozen)
-    done = ledger.committed(paths, shards)
-    if len(done) < len(shards) or not store.exists(paths, paths.summary):
-        rows = sum(shard.count for shard in shards if shard.number in done)
-        lacking = (
-            f"{paths.output} is not finished: {rows:,} of {sum(shard.count for shard in shards):,}"
-            " rows are there"
+    done = job.committed()
+    if len(done) < len(job.shards) or not job.store.exists(job.paths.summary):
+        rows = sum(shard.count for shard in job.shards if shard.number in done)
+        unfinished = (
+            f"{job.paths.output} is not finished: {rows:,} of {job.frozen.images:,} rows exist"
         )
         if not partial:
             raise OutputError(
-                f"{lacking}. Repeat the run command to resume it, or add --partial for these rows."
+                f"{unfinished}. Repeat the run command to resume it, or add --partial for these"
+                " rows."
             )
-        say(f"{lacking}, which are exported in plan order")
+        say(f"{unfinished}, which are exported in plan order")
     chosen = list(dict.fromkeys(columns or known))
-    tables = ledger.tables(
-        paths, [shard.number for shard in shards if shard.number in done], chosen
-    )
+    tables = ledger.tables(job.store, sorted(done), chosen)
     return _csv(tables, chosen) if form is Form.CSV else _json_lines(tables, chosen)
 
 
 def write(pieces: Iterable[bytes], file: Path) -> None:
-    """Write an export to a file, which appears whole or not at all. Raises: OutputError, and what
-    making the pieces raises.
-    """
+    """Write an export to a file, which appears whole or not at all. Raises: OutputError."""
     if file.exists() and not file.is_file():
         raise OutputError(
             f"--output {file} is not a regular file. Name a file, or leave it out for standard"
@@ -114,8 +105,9 @@ def _csv(tables: Iterable[Any], columns: Sequence[str]) -> Iterator[bytes]:
 
 
 def _cells(array: Any, *, alone: bool) -> Any:
-    """A column as CSV knows it: lists as JSON. Where it is `alone` a null is `""`, for readers pass
-    over empty lines.
+    """Return a column for CSV, with lists as JSON.
+
+    In a column that is `alone`, a null becomes `""`, because readers skip empty lines.
     """
     if pa.types.is_nested(array.type):
         array = pc.if_else(array.is_valid(), _json(array), pa.scalar(None, pa.string()))
@@ -134,7 +126,7 @@ def _batches(tables: Iterable[Any]) -> Iterator[Any]:
 
 
 def _objects(names: Sequence[str], values: Sequence[Any]) -> Any:
-    """JSON objects with these members, as a string array."""
+    """Return JSON objects with these members, as a string array."""
     pieces: list[Any] = []
     for name, array in zip(names, values, strict=True):
         pieces += [pa.scalar((", " if pieces else "{") + json.dumps(name) + ": "), _json(array)]
@@ -142,9 +134,9 @@ def _objects(names: Sequence[str], values: Sequence[Any]) -> Any:
 
 
 def _json(array: Any) -> Any:
-    """Each value of a column as JSON, a string array without nulls.
+    """Return each value of a column as JSON: a string array without nulls.
 
-    Built by Arrow, column by column: some 20 times as fast as a dict a row.
+    Arrow builds it column by column, which is about 20 times as fast as a dict per row.
     """
     kind = array.type
     if pa.types.is_struct(kind):

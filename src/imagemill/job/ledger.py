@@ -1,5 +1,7 @@
-"""The ledger: plan against parts. Which shards are committed, what is in them, and the proof that
-every image has exactly one row.
+"""The ledger: compares the parts with the plan.
+
+It knows which shards are committed and what is in them, and proves that every image has exactly one
+row.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagemill.errors import PartError
-from imagemill.job import plan, store
-from imagemill.job.paths import JobPaths
-from imagemill.records import Receipt, Shard, Status
+from imagemill.job import plan
+from imagemill.job.store import Store
+from imagemill.records import Job, Receipt, Shard, Status
 from imagemill.system import serialization
 
 _ANSWER_ID = b"imagemill.answer_id"
@@ -28,14 +30,15 @@ _SHARD = b"imagemill.shard"
 
 
 AsLine = Callable[[int, bytes], bytes | None]
-"""From a source's position and a path in it to the line of a list that means this image; None if no
-line can.
+"""Takes a source's position and a path in it.
+
+Returns the line of a list that names this image; None if no line can.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """One line of `manifest.json`."""
+    """What `manifest.json` says of one part."""
 
     rows: int
     failed_by_status: Mapping[str, int]
@@ -45,7 +48,7 @@ class PartRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`manifest.json`: what the closed ledger found, part by part. Rebuildable from the parts."""
+    """`manifest.json`: what each part of a finished job holds. It can be rebuilt from the parts."""
 
     plan_id: str
     answer_id: str
@@ -60,49 +63,32 @@ class Tally:
     images: int
     failed_by_status: Mapping[str, int] = field(default_factory=dict)
     unlisted: int = 0
-    """Rows whose status is not ok and that `failed.txt` cannot name: they lie in archives or
-    tables.
-    """
+    """Failed images that `failed.txt` cannot name, because they are in archives or tables."""
 
     @property
     def failed(self) -> int:
-        """Rows whose status is not ok."""
+        """How many images have a status other than ok."""
         return sum(self.failed_by_status.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that `verify` found wrong."""
+    """Something wrong that `verify` found."""
 
     shard: int | None
     path: Path
     what: str
     damaged: bool = False
-    """Whether the file is there but not to be trusted; `verify --quarantine` moves such files
-    aside.
-    """
+    """The file exists but cannot be trusted; `verify --quarantine` moves it away."""
 
 
-def committed(paths: JobPaths, shards: Iterable[Shard]) -> set[int]:
-    """Shards whose part is on disk. A part appears whole or not at all, so its name suffices."""
-    return store.parts(paths).keys() & {shard.number for shard in shards}
+def committed(store: Store, shards: Iterable[Shard]) -> set[int]:
+    """Return the shards whose part exists. A part appears whole, so its name is enough."""
+    return store.parts().keys() & {shard.number for shard in shards}
 
 
-def shards_with(paths: JobPaths, shards: Iterable[Shard], statuses: Iterable[str]) -> set[int]:
-    """Committed shards that hold a row of one of these statuses; with none given, of any but ok."""
-    wanted = set(statuses)
-    present = store.parts(paths)
-    found = set()
-    for shard in shards:
-        if shard.number in present:
-            failed = examine(paths, shard.number).failed_by_status
-            if failed and (not wanted or wanted & failed.keys()):
-                found.add(shard.number)
-    return found
-
-
-def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> PartRecord:
-    """What a part holds. With the receipt of its commit nothing is read again.
+def examine(store: Store, shard: int, receipt: Receipt | None = None) -> PartRecord:
+    """Return what a part holds. Nothing is read if the receipt of its commit is given.
 
     Raises:
         PartError: the part cannot be read.
@@ -110,147 +96,122 @@ def examine(paths: JobPaths, shard: int, receipt: Receipt | None = None) -> Part
     if receipt is not None:
         return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
     try:
-        data = store.read(paths, paths.part(shard))
+        data = store.read(store.paths.part(shard))
         statuses = Counter(
             pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)[
                 "status"
             ].to_pylist()
         )
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(paths, paths.part(shard), error) from error
+        raise _part_error(
+            store, store.paths.part(shard), f"is damaged: {_first_line(error)}"
+        ) from error
     rows = statuses.total()
     statuses.pop(Status.OK.value, None)
     return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
 
 
 def close(
-    paths: JobPaths,
-    shards: Sequence[Shard],
-    as_line: AsLine,
-    plan_id: str,
-    answer_id: str,
-    receipts: Iterable[Receipt],
+    store: Store, shards: Sequence[Shard], job: Job, receipts: Iterable[Receipt], as_line: AsLine
 ) -> Tally:
-    """Prove that every shard has its part with one row per image, write the manifest and the list
-    of failed images.
-
-    Args:
-        paths: of the job.
-        shards: of the plan.
-        as_line: spells failed images for `failed.txt`.
-        plan_id: of the job, for the manifest.
-        answer_id: of the job: parts of another one are refused.
-        receipts: of the parts committed by this invocation, which need not be read again.
-
-    Raises:
-        PartError: a part is missing, damaged, of another job, or has another number of rows than
-        its shard.
+    """Prove that every shard has its part with one row per image; write the manifest and the list
+    of failed images. The arguments are those of `OpenJob.close`.
     """
     by_shard = {receipt.shard: receipt for receipt in receipts}
     parts: dict[str, PartRecord] = {}
     failed: Counter[str] = Counter()
     for shard in shards:
-        path = paths.part(shard.number)
-        shown = paths.shown(path)
-        if shard.number not in by_shard and (problem := _foreign(paths, shard, answer_id)):
-            raise PartError(
-                f"{shown} {problem}. Run `imagemill verify --quarantine {paths.output}`, then"
-                " repeat the run."
-            )
-        record = examine(paths, shard.number, by_shard.get(shard.number))
+        path = store.paths.part(shard.number)
+        if shard.number not in by_shard and (problem := _check_schema(store, shard, job.answer_id)):
+            raise _part_error(store, path, problem)
+        record = examine(store, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
-            raise PartError(
-                f"{shown} has {record.rows} rows, its shard has {shard.count} images. Run"
-                " `imagemill verify --quarantine`."
+            raise _part_error(
+                store, path, f"has {record.rows} rows, its shard has {shard.count} images"
             )
         parts[path.name] = record
         failed.update(record.failed_by_status)
-    store.write(paths, paths.manifest, serialization.encode(Manifest(plan_id, answer_id, parts)))
+    store.write(
+        store.paths.manifest, serialization.encode(Manifest(job.plan_id, job.answer_id, parts))
+    )
     listed = 0
 
     def lines() -> Iterator[bytes]:
         nonlocal listed
-        for line in failed_paths(paths, shards, parts, as_line):
+        for line in failed_paths(store, shards, parts, as_line):
             listed += 1
             yield line
 
-    store.write(paths, paths.failed_list, lines())
+    store.write(store.paths.failed_list, lines())
     return Tally(
         sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed
     )
 
 
-def _opened(paths: JobPaths, path: Path) -> pa.NativeFile:
-    """A part to read. Raises: OSError."""
-    return pa.BufferReader(store.read(paths, path)) if paths.url else pa.OSFile(os.fsencode(path))
-
-
-def _damaged(paths: JobPaths, path: Path, error: Exception) -> PartError:
-    told = str(error).splitlines()[0]
+def _part_error(store: Store, path: Path, problem: str) -> PartError:
     return PartError(
-        f"{paths.shown(path)} is damaged: {told}. Run `imagemill verify --quarantine`, then repeat"
-        " the run."
+        f"{store.paths.shown(path)} {problem}. Run `imagemill verify --quarantine"
+        f" {store.paths.output}`, then repeat the run."
     )
 
 
-def check_sizes(paths: JobPaths) -> None:
-    """Compare the sizes of a closed job's parts with the manifest's: quick, where `verify` reads
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def check_sizes(store: Store) -> None:
+    """Compare the sizes of a finished job's parts with the manifest. This is quick; `verify` reads
     everything. Raises: PartError.
     """
-    manifest = read_manifest(paths)
-    sizes = store.sizes(paths) if manifest else {}
+    manifest = read_manifest(store)
+    sizes = store.sizes() if manifest else {}
     for name, recorded in manifest.parts.items() if manifest else ():
         if (found := sizes.get(name)) is not None and found != recorded.bytes:
-            raise PartError(
-                f"{paths.shown(paths.predictions / name)} has {found:,} bytes, {recorded.bytes:,}"
-                f" were committed. Run `imagemill verify --quarantine {paths.output}`, then repeat"
-                " the run."
+            raise _part_error(
+                store,
+                store.paths.predictions / name,
+                f"has {found:,} bytes, {recorded.bytes:,} were committed",
             )
 
 
-def rows(paths: JobPaths, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of all parts on disk, in plan order, part by part. Raises: PartError."""
-    for table in tables(paths, store.parts(paths), columns):
+def rows(store: Store, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all existing parts, in plan order. Raises: PartError."""
+    for table in tables(store, store.parts(), columns):
         yield from table.to_pylist()
 
 
-def tables(paths: JobPaths, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of committed shards, part by part, with these columns in this order. Raises:
-    PartError.
-    """
+def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield one table per committed shard, with these columns in this order. Raises: PartError."""
     for shard in shards:
-        path = paths.part(shard)
+        path = store.paths.part(shard)
         try:
-            with _opened(paths, path) as file:
+            with store.open(path) as file:
                 table = pq.read_table(file, columns=list(columns), use_threads=False).select(
                     list(columns)
                 )
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise _damaged(paths, path, error) from error
-        if what := _misnamed(table.schema.metadata, shard):
-            raise PartError(
-                f"{paths.shown(path)} {what}. Run `imagemill verify --quarantine {paths.output}`,"
-                " then repeat the run."
-            )
+            raise _part_error(store, path, f"is damaged: {_first_line(error)}") from error
+        if what := _check_shard_number(table.schema.metadata, shard):
+            raise _part_error(store, path, what)
         yield table
 
 
 def failed_paths(
-    paths: JobPaths, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine
+    store: Store, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine
 ) -> Iterator[bytes]:
-    """Full path or URL of each image without an answer, one a line, as `@FILE` reads them: a name
-    with a line break is a JSON string.
+    """Yield the full path or URL of each failed image, one a line, as `@FILE` reads them.
 
-    Images inside archives and tables are left out: no line can name them.
+    A name with a line break becomes a JSON string. Images inside archives and tables are left out,
+    because no line can name them.
     """
     for shard in shards:
-        path = paths.part(shard.number)
+        path = store.paths.part(shard.number)
         if parts[path.name].failed_by_status:
-            with _opened(paths, path) as file:
+            with store.open(path) as file:
                 statuses = pq.read_table(file, columns=["status"], use_threads=False)[
                     "status"
                 ].to_pylist()
-            for row, status in zip(plan.read(paths.plan, shard), statuses, strict=True):
+            for row, status in zip(plan.read(store.paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
                     full = as_line(row.source, row.path)
                     if full is None:
@@ -261,10 +222,10 @@ def failed_paths(
                     ) + b"\n"
 
 
-def read_manifest(paths: JobPaths) -> Manifest | None:
-    """The manifest, or None where there is none or it cannot be read: it can be rebuilt."""
+def read_manifest(store: Store) -> Manifest | None:
+    """Return the manifest; None if it is missing or cannot be read, because it can be rebuilt."""
     try:
-        return _manifest(json.loads(store.read(paths, paths.manifest)))
+        return _manifest(json.loads(store.read(store.paths.manifest)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -277,62 +238,72 @@ def _manifest(plain: dict[str, object]) -> Manifest:
     return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
 
 
-def verify(
-    paths: JobPaths, shards: Sequence[Shard], plan_id: str, answer_id: str
-) -> Iterator[Problem]:
-    """Read everything and yield what is wrong: nothing missing, nothing twice, nothing foreign, not
-    one byte changed.
+def _unrecognised(store: Store) -> list[Path]:
+    """Return Parquet files in `predictions/` that are not parts, but that readers of the folder
+    would read too.
     """
-    manifest = read_manifest(paths)
+    known = {path.name for path in store.parts().values()}
+    names = sorted(
+        name for name in store.sizes() if name.endswith(".parquet") and name not in known
+    )
+    return [store.paths.predictions / name for name in names if not Path(name).name.startswith(".")]
+
+
+def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]:
+    """Read all parts and yield every problem: missing, duplicated, mismatched or unrecognised parts
+    and rows, and any changed byte.
+    """
+    manifest = read_manifest(store)
     if manifest is None:
         yield Problem(
             None,
-            paths.manifest,
+            store.paths.manifest,
             "is missing or cannot be read: the job is not finished, or else repeating the run"
             " rebuilds it",
         )
-    elif (manifest.plan_id, manifest.answer_id) != (plan_id, answer_id):
-        yield Problem(None, paths.manifest, "belongs to another job")
+    elif (manifest.plan_id, manifest.answer_id) != (job.plan_id, job.answer_id):
+        yield Problem(None, store.paths.manifest, "belongs to another job")
         manifest = None
-    present = store.parts(paths)
+    present = store.parts()
     expected = {shard.number for shard in shards}
     for number, path in present.items():
         if number not in expected:
-            yield Problem(number, path, "is of no shard of the plan", damaged=True)
-    for path in store.strangers(paths):
+            yield Problem(number, path, "does not belong to any shard of this plan", damaged=True)
+    for path in _unrecognised(store):
         yield Problem(
             None,
             path,
-            "is no part of this job, and its rows would be read with the others",
+            "is not a part of this job, but readers of the folder would read its rows too",
             damaged=True,
         )
     for shard in shards:
-        path = paths.part(shard.number)
+        path = store.paths.part(shard.number)
         if shard.number not in present:
             yield Problem(shard.number, path, "is missing")
             continue
         recorded = manifest.parts.get(path.name) if manifest else None
-        if what := _unsound(path, shard, answer_id, paths, recorded):
+        if what := _find_damage(store, shard, job.answer_id, recorded):
             yield Problem(shard.number, path, what, damaged=True)
-    if not store.exists(paths, paths.summary):
-        yield Problem(None, paths.summary, "is missing: the job is not finished")
+    if not store.exists(store.paths.summary):
+        yield Problem(None, store.paths.summary, "is missing: the job is not finished")
 
 
-def _unsound(
-    path: Path, shard: Shard, answer_id: str, paths: JobPaths, recorded: PartRecord | None
+def _find_damage(
+    store: Store, shard: Shard, answer_id: str, recorded: PartRecord | None
 ) -> str | None:
-    """What is wrong with one part, or None."""
+    """Return what is wrong with one part, or None."""
+    path = store.paths.part(shard.number)
     try:
-        data = store.read(paths, path)
+        data = store.read(path)
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        if what := _foreign_metadata(file.schema_arrow.metadata, shard, answer_id):
+        if what := _check_metadata(file.schema_arrow.metadata, shard, answer_id):
             return what
         table = file.read(use_threads=False)
         table.validate(full=True)
     except (OSError, pa.ArrowException) as error:
-        return f"cannot be read: {str(error).splitlines()[0]}"
+        return f"cannot be read: {_first_line(error)}"
     if table.num_rows != shard.count:
         return f"has {table.num_rows} rows, its shard has {shard.count} images"
     indices = table["index"].to_pylist()
@@ -343,7 +314,9 @@ def _unsound(
             if twice
             else "has other images than its shard, or another order"
         )
-    planned = [row.path.decode("utf-8", "backslashreplace") for row in plan.read(paths.plan, shard)]
+    planned = [
+        row.path.decode("utf-8", "backslashreplace") for row in plan.read(store.paths.plan, shard)
+    ]
     if table["path"].to_pylist() != planned:
         return "has other paths than the plan"
     for status, why, label in zip(
@@ -356,18 +329,18 @@ def _unsound(
     return None
 
 
-def _foreign(paths: JobPaths, shard: Shard, answer_id: str) -> str | None:
+def _check_schema(store: Store, shard: Shard, answer_id: str) -> str | None:
     try:
-        with _opened(paths, paths.part(shard.number)) as file:
+        with store.open(store.paths.part(shard.number)) as file:
             metadata = pq.read_schema(file).metadata
     except FileNotFoundError:
         return "is missing"
     except (OSError, pa.ArrowException) as error:
-        return f"cannot be read: {str(error).splitlines()[0]}"
-    return _foreign_metadata(metadata, shard, answer_id)
+        return f"cannot be read: {_first_line(error)}"
+    return _check_metadata(metadata, shard, answer_id)
 
 
-def _foreign_metadata(
+def _check_metadata(
     metadata: Mapping[bytes, bytes] | None, shard: Shard, answer_id: str
 ) -> str | None:
     metadata = metadata or {}
@@ -375,27 +348,30 @@ def _foreign_metadata(
         return (
             f"has answer id {metadata.get(_ANSWER_ID, b'none').decode()}, the job has {answer_id}"
         )
-    return _misnamed(metadata, shard.number)
+    return _check_shard_number(metadata, shard.number)
 
 
-def _misnamed(metadata: Mapping[bytes, bytes] | None, shard: int) -> str | None:
+def _check_shard_number(metadata: Mapping[bytes, bytes] | None, shard: int) -> str | None:
     metadata = metadata or {}
     if metadata.get(_SHARD) != str(shard).encode():
         return f"is shard {metadata.get(_SHARD, b'none').decode()} under another shard's name"
     return None
 
 
-def quarantine(paths: JobPaths, problems: Iterable[Problem]) -> list[Path]:
-    """Move damaged parts aside, and with them the summary and manifest that vouched for them.
-    Returns where they went.
+def quarantine(store: Store, problems: Iterable[Problem]) -> list[Path]:
+    """Move damaged parts to `quarantine/`, and remove the summary and manifest that list them.
+    Return where the parts are now.
     """
     moved = []
     for problem in problems:
         if problem.damaged:
-            goal = paths.quarantine / f"{problem.path.stem}.{time.time_ns()}{problem.path.suffix}"
-            store.move(paths, problem.path, goal)
+            goal = (
+                store.paths.quarantine
+                / f"{problem.path.stem}.{time.time_ns()}{problem.path.suffix}"
+            )
+            store.move(problem.path, goal)
             moved.append(goal)
     if moved:
-        store.remove(paths, paths.summary)
-        store.remove(paths, paths.manifest)
+        store.remove(store.paths.summary)
+        store.remove(store.paths.manifest)
     return moved

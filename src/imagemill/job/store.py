@@ -1,302 +1,105 @@
-"""Where a job's results live: the output folder, or an object store that a folder on this machine
-stands for.
+"""Where a job's results are kept: a folder, or an object store.
 
-Every reader and writer of results goes through here and names them by their paths below
-`JobPaths.root`. In an object store each result is one object of the same name, written by one PUT,
-so that others see all of it or nothing.
-
-Two launchers may freeze a job in one store at the same moment, from two machines that share no
-lock. So the files of a plan carry a nonce there (`plan/plan-00000-00000-NONCE.parquet`), and
-`job.json`, which names the nonce, is only written where none is: the first to write it has frozen
-the job, the other one takes that job up. From then on they do each other no harm: a part that is
-computed twice replaces itself.
+Everything that reads or writes results goes through a `Store` and names them by their paths below
+`JobPaths.root`. `open_store` is the only place that chooses between the two kinds.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
-import os
-import re
-import secrets
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from imagemill.errors import OutputError
-from imagemill.job.paths import JobPaths
-from imagemill.system import files, storage
+from imagemill.job.folder_store import FolderStore
+from imagemill.job.object_store import ObjectStore
 
 if TYPE_CHECKING:
-    from imagemill.system.storage import Store
+    import pyarrow as pa
 
-_log = logging.getLogger(__name__)
-
-_NONCED = re.compile(r"(.+)-([0-9a-f]{16})(\.[^./]+)")
-_NONCE_BYTES = 8
+    from imagemill.job.paths import JobPaths
 
 
-@functools.cache
-def _store(url: str) -> Store:
-    return storage.open_store(url)
+class Store(Protocol):
+    """The results of one job, in one place. Each result is visible to others whole or not at all.
 
-
-def foreign(paths: JobPaths) -> str | None:
-    """The key of something in an object store's output that no start of ours has left; None: it is
-    free. Raises: OutputError.
+    Errors of the storage become `OutputError`, except where a method says otherwise.
     """
-    try:
-        keys = (
-            key
-            for key, _ in _store(paths.url).list()
-            if not any(map(files.is_system_file, key.split("/")))
-        )
-        return next(
-            (key for key in keys if not key.startswith((f"{paths.plan.name}/", "logs/"))), None
-        )
-    except OSError as error:
-        raise OutputError(
-            f"--output {paths.url} cannot be listed: {reason(error)}. Check its name, endpoint and"
-            " credentials."
-        ) from error
+
+    @property
+    def paths(self) -> JobPaths:
+        """The names of all results."""
+        ...
+
+    @property
+    def share_hint(self) -> str:
+        """What to do if another machine does not see the same results, one sentence."""
+        ...
+
+    def read(self, path: Path) -> bytes:
+        """Return a whole result. Raises: OSError, FileNotFoundError."""
+        ...
+
+    def open(self, path: Path) -> pa.NativeFile:
+        """Return a result as a file for Arrow. Raises: OSError."""
+        ...
+
+    def exists(self, path: Path) -> bool:
+        """Return whether a result exists. Raises: OSError if the store does not answer."""
+        ...
+
+    def write(
+        self, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False
+    ) -> None:
+        """Write a result, at once or in pieces.
+
+        Raises:
+            FileExistsError: `create` is set, and an object store has the result already. In a
+            folder the lock makes sure that nobody else creates it.
+        """
+        ...
+
+    def remove(self, path: Path) -> None:
+        """Remove a result if it exists."""
+        ...
+
+    def move(self, path: Path, goal: Path) -> None:
+        """Give a result another name below the root."""
+        ...
+
+    def parts(self) -> dict[int, Path]:
+        """Return every part by shard number, whatever its content."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file in `predictions/`, by its path there."""
+        ...
+
+    def check_unused(self) -> None:
+        """Raise OutputError if the place holds anything that an earlier start has not left."""
+        ...
+
+    def publish_plan(self) -> str:
+        """Make the plan on this machine visible to others. Return its nonce, empty in a folder."""
+        ...
+
+    def forget_plan(self, nonce: str) -> None:
+        """Remove a published plan because another launcher froze the job first."""
+        ...
+
+    def fetch_plan(self, nonce: str) -> None:
+        """Bring the frozen job's plan to this machine if it is not here yet."""
+        ...
+
+    def publish_logs(self, pattern: str = "*.log", *, hasty: bool = False) -> None:
+        """Copy logs of this machine to the results. A failure is only logged.
+
+        Args:
+            pattern: of the logs' names.
+            hasty: give up early, because the user waits for the end.
+        """
+        ...
 
 
-def read(paths: JobPaths, path: Path) -> bytes:
-    """A whole result. Raises: OSError, FileNotFoundError."""
-    return _store(paths.url).read(paths.key(path)) if paths.url else path.read_bytes()
-
-
-def exists(paths: JobPaths, path: Path) -> bool:
-    """Whether a result is there. Raises: OSError where the store does not answer."""
-    if not paths.url:
-        return path.is_file()
-    key = paths.key(path)
-    return any(found == key for found, _ in _store(paths.url).list(key))
-
-
-def write(
-    paths: JobPaths, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False
-) -> None:
-    """Write a result so that others see all of it or nothing.
-
-    Args:
-        paths: of the job.
-        path: below its root.
-        data: at once, or in pieces.
-        create: in an object store, only where it is not there yet.
-
-    Raises:
-        FileExistsError: `create`, and it is there. OutputError: it cannot be written.
-    """
-    if not paths.url:
-        files.write_whole(path, data)
-        return
-    whole = bytes(data) if isinstance(data, bytes | memoryview) else b"".join(data)
-    try:
-        _store(paths.url).put(paths.key(path), whole, create=create)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {paths.shown(path)}: {reason(error)}. Repeat the command once the store"
-            " answers: finished parts are kept."
-        ) from error
-
-
-def remove(paths: JobPaths, path: Path) -> None:
-    """Remove a result, if it is there. Raises: OutputError."""
-    try:
-        if paths.url:
-            _store(paths.url).remove(paths.key(path))
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot remove {paths.shown(path)}: {reason(error)}. Change its permissions and repeat"
-            " the command."
-        ) from error
-
-
-def move(paths: JobPaths, path: Path, goal: Path) -> None:
-    """Move a result to another name below the root. Raises: OutputError."""
-    try:
-        if paths.url:
-            _store(paths.url).put(paths.key(goal), read(paths, path))
-            _store(paths.url).remove(paths.key(path))
-        else:
-            files.make_folder(goal.parent)
-            path.replace(goal)
-    except OSError as error:
-        raise OutputError(
-            f"cannot move {paths.shown(path)} to {paths.shown(goal)}: {reason(error)}."
-        ) from error
-
-
-def parts(paths: JobPaths) -> dict[int, Path]:
-    """Every part there is, by shard number, whatever its content. Raises: OutputError."""
-    if not paths.url:
-        return paths.parts()
-    folder = f"{paths.predictions.name}/"
-    try:
-        return paths.parts_among(
-            key.removeprefix(folder) for key, _ in _store(paths.url).list(folder)
-        )
-    except OSError as error:
-        raise _unlisted(paths, error) from error
-
-
-def _unlisted(paths: JobPaths, error: OSError) -> OutputError:
-    folder = paths.shown(paths.predictions)
-    return OutputError(
-        f"{folder}/ cannot be listed: {reason(error)}. Repeat the command once the store answers."
-    )
-
-
-def sizes(paths: JobPaths) -> dict[str, int]:
-    """Bytes of every file in `predictions/`, by name; those in folders by their path. Raises:
-    OutputError.
-    """
-    if paths.url:
-        folder = f"{paths.predictions.name}/"
-        try:
-            return {key.removeprefix(folder): size for key, size in _store(paths.url).list(folder)}
-        except OSError as error:
-            raise _unlisted(paths, error) from error
-    found = {}
-    for folder, _, names in os.walk(paths.predictions):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                path = Path(folder, name)
-                found[str(path.relative_to(paths.predictions))] = path.lstat().st_size
-    return found
-
-
-def strangers(paths: JobPaths) -> list[Path]:
-    """Parquet files in `predictions/` that are no parts, and that whoever reads the folder would
-    read. Raises: OutputError.
-    """
-    known = {path.name for path in parts(paths).values()}
-    names = sorted(name for name in sizes(paths) if name.endswith(".parquet") and name not in known)
-    return [paths.predictions / name for name in names if not Path(name).name.startswith(".")]
-
-
-def publish_plan(paths: JobPaths) -> str:
-    """Put the plan, as it lies in the folder on this machine, into the store. Returns: its nonce;
-    empty where the output is a folder.
-    """
-    if not paths.url:
-        return ""
-    nonce = secrets.token_hex(_NONCE_BYTES)
-    for path in sorted(paths.plan.iterdir()):
-        if not path.name.startswith("."):
-            write(paths, path.with_name(f"{path.stem}-{nonce}{path.suffix}"), path.read_bytes())
-    files.write_whole(paths.plan_nonce, nonce.encode())
-    return nonce
-
-
-def forget_plan(paths: JobPaths, nonce: str) -> None:
-    """Take back a plan that another launcher was quicker than."""
-    for key in _plan_keys(paths, nonce):
-        with contextlib.suppress(OSError):
-            _store(paths.url).remove(key)
-
-
-def fetch_plan(paths: JobPaths, nonce: str) -> None:
-    """Have the frozen job's plan in the folder on this machine, whoever else wants it there at the
-    same time. Raises: OutputError.
-    """
-    if paths.url and _here(paths) != nonce:
-        with files.in_turn(paths.fetching):
-            _fetch_plan(paths, nonce)
-
-
-def _fetch_plan(paths: JobPaths, nonce: str) -> None:
-    if _here(paths) == nonce:
-        return
-    files.make_folder(paths.plan)
-    paths.plan_nonce.unlink(missing_ok=True)
-    for path in paths.plan.iterdir():
-        path.unlink()
-    try:
-        for key, name in _plan_keys(paths, nonce).items():
-            files.write_whole(paths.plan / name, _store(paths.url).read(key))
-    except OSError as error:
-        raise OutputError(
-            f"the plan in {paths.url} cannot be read: {reason(error)}. Repeat the command once the"
-            " store answers."
-        ) from error
-    files.write_whole(paths.plan_nonce, nonce.encode())
-
-
-def _here(paths: JobPaths) -> str | None:
-    try:
-        return paths.plan_nonce.read_text()
-    except OSError:
-        return None
-
-
-def _plan_keys(paths: JobPaths, nonce: str) -> dict[str, str]:
-    """Key in the store → name in the plan's folder, of one plan's files."""
-    folder = f"{paths.plan.name}/"
-    found = {}
-    for key, _ in _store(paths.url).list(folder):
-        if (match := _NONCED.fullmatch(key.removeprefix(folder))) and match[2] == nonce:
-            found[key] = match[1] + match[3]
-    return found
-
-
-def publish_logs(paths: JobPaths, pattern: str = "*.log", *, hasty: bool = False) -> None:
-    """Put the logs beside the results. They are no result: where that fails, the log of this
-    machine says so, and the others stay there.
-
-    Args:
-        paths: of the job.
-        pattern: of the logs' names.
-        hasty: whether the user waits for the end.
-    """
-    if not paths.url or paths.log_dir:
-        return
-    for path in sorted(paths.logs.glob(pattern)):
-        try:
-            _store(paths.url).put(
-                paths.key(path), path.read_bytes(), policy=storage.CLOSING if hasty else None
-            )
-        except OSError as error:
-            _log.warning("%s could not be put into %s: %s", path, paths.url, reason(error))
-            return
-
-
-def reason(error: OSError) -> str:
-    """Why something could not be read or written, without a full stop."""
-    return " ".join((error.strerror or str(error) or type(error).__name__).split()).rstrip(".")
-
-
-def refuse_foreign(paths: JobPaths) -> None:
-    """Raises: OutputError if the folder holds something that no start of ours has left."""
-    if paths.url:
-        if key := foreign(paths):
-            raise OutputError(
-                f"--output {paths.url} is not empty and not an imagemill job (it holds {key!r})."
-                " Give a new prefix."
-            )
-        return
-    try:
-        names = {entry.name for entry in paths.root.iterdir()}
-        others = sorted(name for name in names - paths.ours() if not files.is_system_file(name))
-    except FileNotFoundError:
-        files.missing_goal(paths.root)
-        return
-    except NotADirectoryError as error:
-        raise OutputError(
-            f"--output {paths.root} is a file, or lies below one. Give a folder."
-        ) from error
-    except OSError as error:
-        raise OutputError(
-            f"--output {paths.root} cannot be looked into: {error.strerror}. Give another --output."
-        ) from error
-    if others:
-        raise OutputError(
-            f"--output {paths.root} is not empty and not an imagemill job (it holds {others[0]!r})."
-            " Give a new folder."
-        )
+def open_store(paths: JobPaths) -> Store:
+    """Return the store of a job. Nothing is read yet. Raises: UsageError for a malformed URL."""
+    return ObjectStore(paths) if paths.url else FolderStore(paths)

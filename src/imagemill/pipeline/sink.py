@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from imagemill.job import store
 from imagemill.job.columns import _COLUMNS, _TOP_K
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import Store, open_store
 from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
 
 
@@ -38,7 +38,7 @@ class Part:
 
     shard: Shard
     table: pa.Table
-    paths: JobPaths
+    store: Store
     since: float
 
     def commit(self) -> Receipt:
@@ -57,7 +57,7 @@ class Part:
         )
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()
-        store.write(self.paths, self.paths.part(self.shard.number), memoryview(data))
+        self.store.write(self.store.paths.part(self.shard.number), memoryview(data))
         statuses = Counter(self.table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
         rows = self.table.num_rows
@@ -83,7 +83,7 @@ class Sink:
 
     def __init__(self, job: Job, backend: str, versions: dict[str, str]) -> None:
         self._job = job
-        self._paths = JobPaths.of(job.output)
+        self._store = open_store(JobPaths.of(job.output))
         self._labels = pa.array(job.card.labels, pa.string())
         self._open: dict[int, _Open] = {}
         self._metadata = {
@@ -116,7 +116,7 @@ class Sink:
                 opened.saved.setdefault(saved, []).append(values[slots])
             if len(opened.rows) == shard.count:
                 del self._open[shard.number]
-                yield Part(shard, self._table(opened), self._paths, opened.since)
+                yield Part(shard, self._table(opened), self._store, opened.since)
             start = end
 
     def _table(self, opened: _Open) -> pa.Table:

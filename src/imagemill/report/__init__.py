@@ -13,22 +13,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from imagemill.errors import Interrupted
-from imagemill.job import documents, ledger, store
+from imagemill.job import documents
 
 if TYPE_CHECKING:
-    from imagemill.job.documents import Frozen
-    from imagemill.job.paths import JobPaths
+    from imagemill.job.open_job import OpenJob
 
 _log = logging.getLogger(__name__)
 
 
-def write(paths: JobPaths, frozen: Frozen) -> int:
+def write(job: OpenJob) -> int:
     """Write `report.html` from what is committed; a job that is not finished gets a page that says
     so.
 
     Args:
-        paths: of the output.
-        frozen: the job.
+        job: finished or not.
 
     Returns:
         the page's size, bytes.
@@ -42,34 +40,28 @@ def write(paths: JobPaths, frozen: Frozen) -> int:
         thumbnails,
     )  # Jinja and Pillow are of no use to other commands
 
-    shards = documents.planned(paths, frozen)
-    done = ledger.committed(paths, shards)
-    found = figures.gather(
-        paths,
-        [s for s in shards if s.number in done],
-        frozen.job.card.labels,
-        int(frozen.job.plan_id, 16),
-    )
+    found = figures.gather(job)
     shown = [*found.most_certain, *found.least_certain, *found.sample]
-    made = thumbnails.make(paths, frozen.job, shards, shown)
-    summary = documents.read_summary(paths) if len(done) == len(shards) else None
-    html = page.render(paths, frozen, summary, found, made)
-    store.write(paths, paths.report, html)
+    made = thumbnails.make(job, shown)
+    is_complete = found.images == job.frozen.images
+    summary = documents.read_summary(job.store) if is_complete else None
+    html = page.render(job, summary, found, made)
+    job.store.write(job.paths.report, html)
     return len(html)
 
 
-def attempt(paths: JobPaths, frozen: Frozen, say: Callable[[str], None]) -> None:
+def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
     """Write the report of a job that has just finished. Where that fails the job is no less
     finished: there is a note instead.
     """
     try:
-        write(paths, frozen)
-        say(f"report: {paths.shown(paths.report)}")
+        write(job)
+        say(f"report: {job.paths.shown(job.paths.report)}")
     except Interrupted:
         raise
     except Exception as error:
         _log.warning("no report", exc_info=True)
         say(
             f"note: no report could be made ({error}). The results are whole; `imagemill report"
-            f" {paths.output}` tries again."
+            f" {job.paths.output}` tries again."
         )

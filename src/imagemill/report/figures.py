@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imagemill.job import ledger
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.records import Shard, Status
 
 BINS = 20
@@ -133,18 +133,11 @@ def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed: int) -> Figures:
-    """Read the parts of these shards.
-
-    Args:
-        paths: of the output.
-        shards: the committed ones, in plan order.
-        labels: one per class.
-        seed: decides the random sample.
-
-    Raises:
-        PartError: a part is damaged.
-    """
+def gather(job: OpenJob) -> Figures:
+    """Return the figures of a job's committed parts. Raises: PartError if a part is damaged."""
+    done = job.committed()
+    shards = [shard for shard in job.shards if shard.number in done]
+    labels, seed = job.frozen.job.card.labels, int(job.frozen.job.plan_id, 16)
     images = 0
     statuses: Counter[str] = Counter()
     counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))
@@ -157,7 +150,7 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     failed: dict[str, _Least] = {}
     metadata: Mapping[bytes, bytes] = {}
     for shard, table in zip(
-        shards, ledger.tables(paths, [shard.number for shard in shards], _COUNTED), strict=True
+        shards, ledger.tables(job.store, [shard.number for shard in shards], _COUNTED), strict=True
     ):
         metadata = metadata or table.schema.metadata or {}
         images += table.num_rows
@@ -189,7 +182,7 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     )
     chosen_failed = {status: sorted(found.indices.tolist()) for status, found in failed.items()}
     told = _told(
-        paths,
+        job,
         shards,
         {*apart, *chosen_sample, *(index for found in chosen_failed.values() for index in found)},
     )
@@ -222,14 +215,14 @@ def gather(paths: JobPaths, shards: Sequence[Shard], labels: Sequence[str], seed
     )
 
 
-def _told(paths: JobPaths, shards: Sequence[Shard], indices: Iterable[int]) -> dict[int, Told]:
+def _told(job: OpenJob, shards: Sequence[Shard], indices: Iterable[int]) -> dict[int, Told]:
     """The rows of some images, by index."""
     firsts = [shard.first for shard in shards]
     by_shard: dict[int, list[int]] = {}
     for index in sorted(indices):
         by_shard.setdefault(bisect_right(firsts, index) - 1, []).append(index)
     found = {}
-    tables = ledger.tables(paths, [shards[position].number for position in by_shard], _TOLD)
+    tables = ledger.tables(job.store, [shards[position].number for position in by_shard], _TOLD)
     for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
         shard = shards[position]
         for row in table.take([index - shard.first for index in wanted]).to_pylist():

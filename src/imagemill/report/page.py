@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from imagemill.errors import ImagemillError
 from imagemill.job.documents import Frozen
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Summary
 from imagemill.report import charts, thumbnails
@@ -40,8 +40,7 @@ _UNSEEN = re.compile(
 
 
 def render(
-    paths: JobPaths,
-    frozen: Frozen,
+    job: OpenJob,
     summary: Summary | None,
     figures: Figures,
     thumbnails_made: Mapping[int, thumbnails.Thumbnail],
@@ -49,12 +48,12 @@ def render(
     """The page as UTF-8.
 
     Args:
-        paths: of the output.
-        frozen: the job.
+        job: the job.
         summary: None where the job is not finished.
         figures: what the parts say.
         thumbnails_made: by index, of every image that the gallery shows.
     """
+    frozen = job.frozen
     style, script = (
         Markup((_HERE / name).read_text(encoding="utf-8"))  # noqa: S704 - our own files
         for name in ("page.css", "page.js")
@@ -97,7 +96,7 @@ def render(
             devices=devices,
             pieces=charts.PIECES,
             gate=_gate(frozen),
-            provenance=_provenance(paths, frozen, summary, figures),
+            provenance=_provenance(job, summary, figures),
         )
     )
     return text.encode("utf-8")
@@ -243,9 +242,10 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _provenance(
-    paths: JobPaths, frozen: Frozen, summary: Summary | None, figures: Figures
+    opened: OpenJob, summary: Summary | None, figures: Figures
 ) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Heading → name and value: a text, or several."""
+    frozen = opened.frozen
     job, card, recipe = frozen.job, frozen.job.card, frozen.job.card.recipe
     resize = (
         "none"
@@ -279,7 +279,7 @@ def _provenance(
         (
             "Job",
             [
-                ("output", paths.output),
+                ("output", opened.paths.output),
                 ("started", _moment(frozen.created)),
                 ("plan id", job.plan_id),
                 ("answer id", job.answer_id),

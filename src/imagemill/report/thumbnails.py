@@ -13,7 +13,7 @@ import io
 import queue
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,10 @@ from PIL import Image
 
 from imagemill.errors import ImagemillError
 from imagemill.job import plan
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.records import BadImage, Job, Shard, Status
+from imagemill.records import BadImage, Status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,18 +65,14 @@ class _Fetched:
 
 
 def make(
-    paths: JobPaths,
-    job: Job,
-    shards: Sequence[Shard],
+    job: OpenJob,
     images: Sequence[Told],
     seconds: float = SECONDS,
 ) -> dict[int, Thumbnail]:
     """Make a thumbnail of each of these images.
 
     Args:
-        paths: of the output.
-        job: the frozen job, whose recipe the images are prepared by.
-        shards: all of the plan.
+        job: the job, whose recipe the images are prepared by.
         images: rows whose status is ok.
         seconds: for all of them.
 
@@ -85,12 +81,13 @@ def make(
     """
     made: dict[int, Thumbnail] = {}
     deadline = time.monotonic() + seconds
+    limits = job.frozen.job.limits
     limits = replace(
-        job.limits,
-        max_bytes=min(job.limits.max_bytes, _FETCHED_BYTES),
-        max_seconds=min(job.limits.max_seconds, _DECODING_S),
+        limits,
+        max_bytes=min(limits.max_bytes, _FETCHED_BYTES),
+        max_seconds=min(limits.max_seconds, _DECODING_S),
     )
-    fetching = _Fetching(paths, job, shards, images, limits.max_bytes)
+    fetching = _Fetching(job, images, limits.max_bytes)
     with IsolatedDecoder() as decoder, contextlib.closing(fetching):
         while len(made) < len(images) and (fetched := fetching.next(deadline)):
             told = fetched.told
@@ -98,7 +95,7 @@ def make(
                 made[told.index] = Thumbnail(reason=fetched.reason)
                 continue
             try:
-                decoded = decoder.decode(fetched.data, job.card.recipe, limits)
+                decoded = decoder.decode(fetched.data, job.frozen.job.card.recipe, limits)
             except ImagemillError as error:
                 made[told.index] = Thumbnail(reason=str(error))
                 continue
@@ -131,21 +128,15 @@ class _Fetching:
     answers.
     """
 
-    def __init__(
-        self,
-        paths: JobPaths,
-        job: Job,
-        shards: Sequence[Shard],
-        images: Iterable[Told],
-        max_bytes: int,
-    ) -> None:
-        self._opened = sources.open_all(job.sources, aside=paths.plan, access=job.access)
+    def __init__(self, job: OpenJob, images: Iterable[Told], max_bytes: int) -> None:
+        frozen = job.frozen.job
+        self._opened = sources.open_all(frozen.sources, aside=job.paths.plan, access=frozen.access)
         self._max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[Told, plan.PlannedRow]] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[_Fetched] = queue.SimpleQueue()
         self._room = threading.Semaphore(_FETCHERS)
         self._closed = False
-        rows = _planned(paths, shards, images)
+        rows = _planned(job, images)
         for told, row in rows:
             self._wanted.put((told, row))
         for _ in range(min(_FETCHERS, len(rows))):
@@ -194,17 +185,14 @@ class _Fetching:
         return _Fetched(told, data, resized=row.size >= 0 and len(data) != row.size)
 
 
-def _planned(
-    paths: JobPaths, shards: Sequence[Shard], images: Iterable[Told]
-) -> list[tuple[Told, plan.PlannedRow]]:
-    """Images with their rows of the plan, which know them byte for byte."""
-    by_number: Mapping[int, Shard] = {shard.number: shard for shard in shards}
+def _planned(job: OpenJob, images: Iterable[Told]) -> list[tuple[Told, plan.PlannedRow]]:
+    """Return images with their rows of the plan, which know them byte for byte."""
     by_shard: dict[int, list[Told]] = {}
     for told in images:
         by_shard.setdefault(told.shard, []).append(told)
     found = []
     for number, here in by_shard.items():
-        shard = by_number[number]
-        rows = plan.read(paths.plan, shard)
+        shard = job.shards[number]
+        rows = job.rows(shard)
         found += [(told, rows[told.index - shard.first]) for told in here]
     return found

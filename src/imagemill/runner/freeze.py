@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from imagemill import records
 from imagemill.display.observer import Watcher
-from imagemill.job import plan, store
+from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import Store
 from imagemill.pipeline import sources
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
@@ -32,7 +34,7 @@ from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.tuning.precisions import Prepared
-from imagemill.job.documents import _FORMAT, Frozen, read_frozen
+from imagemill.job.documents import FORMAT, Frozen, read_frozen
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.runner.model import with_recipe
 from imagemill.runner.settings import limits_of
@@ -40,17 +42,18 @@ from imagemill.runner.settings import limits_of
 
 def freeze(
     settings: Settings,
-    paths: JobPaths,
+    store: Store,
     chosen: Sequence[DeviceSpec],
     model: Bundle,
     watcher: Watcher,
-) -> Frozen:
-    """List the sources, cut the plan, resolve what was left to us, and write it all down.
+) -> OpenJob:
+    """List the sources, cut the plan, resolve automatic settings and write `job.json`.
 
     Raises:
-        FileExistsError: in an object store, where another launcher was quicker. Whatever listing,
-        quantising and writing raise.
+        FileExistsError: another launcher has frozen a job in this object store meanwhile.
+        ImagemillError: of listing, quantising or writing.
     """
+    paths = store.paths
     paths.plan_nonce.unlink(missing_ok=True)
     files.clear_folder(paths.plan)
     filters = filters_of(settings)
@@ -77,7 +80,7 @@ def freeze(
         _job(settings, paths, chosen, model, prepared, shard_size, filters), chosen
     )
     frozen = Frozen(
-        format=_FORMAT,
+        format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         job=job,
         devices=settings.devices or "auto",
@@ -94,18 +97,17 @@ def freeze(
         variant_sha256=prepared.sha256,
         decoder=DECODER,
         versions={"imagemill": __version__},
-        plan_nonce=store.publish_plan(paths),
+        plan_nonce=store.publish_plan(),
     )
     try:
-        store.write(paths, paths.job, serialization.encode(frozen), create=True)
+        store.write(paths.job, serialization.encode(frozen), create=True)
     except FileExistsError:
-        there = read_frozen(paths)
-        if (
-            there is None or there.plan_nonce != frozen.plan_nonce
-        ):  # else it is ours: only the answer to the first try was lost
-            store.forget_plan(paths, frozen.plan_nonce)
+        existing = read_frozen(store)
+        if existing is None or existing.plan_nonce != frozen.plan_nonce:
+            store.forget_plan(frozen.plan_nonce)
             raise
-    return replace(frozen, job=replace(job, access=access))
+        # Otherwise it is our own job: only the answer to the first try was lost.
+    return OpenJob(store, replace(frozen, job=replace(job, access=access)))
 
 
 def _job(

@@ -14,14 +14,13 @@ from imagemill import records
 from imagemill.display.results import format_skipped
 from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
-from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import AS_GIVEN, Access, Settings, is_below
 from imagemill.system import storage
 
 if TYPE_CHECKING:
-    from imagemill.job.documents import Frozen
+    from imagemill.job.open_job import OpenJob
 
 _NAMED = 10
 _SHARD_SUFFIXES = {
@@ -194,10 +193,11 @@ def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> N
         )
 
 
-def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
-    """How many images the sources hold that the plan does not, and the first of their names; both
-    are read in order, side by side.
+def new_in_source(job: OpenJob) -> tuple[int, list[str]]:
+    """Return how many images the sources hold that the plan does not, and the first of their
+    names. Sources and plan are read in order, side by side.
     """
+    frozen = job.frozen
     ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
     if ordered != [
         source.ordered for source in sources.open_all(frozen.job.sources, access=frozen.job.access)
@@ -220,13 +220,13 @@ def new_in_source(frozen: Frozen, paths: JobPaths) -> tuple[int, list[str]]:
             ]
             yield (row.source, place), row.path
 
-    planned = keyed(
-        row for shard in plan.shards(paths.plan) for row in plan.read(paths.plan, shard)
-    )
+    planned = keyed(row for shard in job.shards for row in job.rows(shard))
     count, names = 0, list[str]()
     next_planned = next(planned, None)
     for key, path in keyed(
-        entries(frozen.job.sources, frozen.filters, Skipped(), paths.root, access=frozen.job.access)
+        entries(
+            frozen.job.sources, frozen.filters, Skipped(), job.paths.root, access=frozen.job.access
+        )
     ):
         while next_planned is not None and next_planned[0] < key:
             next_planned = next(planned, None)

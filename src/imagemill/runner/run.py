@@ -1,6 +1,6 @@
-"""One job, readable top to bottom: open or resume → plan → launch → close.
+"""The course of one job, top to bottom: freeze or resume → launch → close.
 
-`run` is all that the command line and the Python API call.
+The command line and the Python API call `run`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from imagemill import records, report
 from imagemill.display import observer
 from imagemill.errors import Interrupted, JobMismatchError, SourceError, UsageError
-from imagemill.job import documents, ledger, lock, plan, store
+from imagemill.job import documents, ledger, lock, plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
-from imagemill.job.store import refuse_foreign
+from imagemill.job.store import open_store
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
@@ -42,7 +43,7 @@ _NAMED_NEW = 10
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What `--dry-run` found; nothing was written."""
+    """What `--dry-run` found."""
 
     images: int
     shard_size: int
@@ -53,19 +54,20 @@ class DryRun:
     """Paths of the first images."""
     skipped_broken_links: int = 0
     notes: tuple[str, ...] = ()
-    """What a run would say of broken links and empty sources."""
+    """Messages of a run about broken links and empty sources."""
 
 
 def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
-    """Classify every image of the sources, one row each, resuming what an earlier call began.
+    """Classify every image of the sources, one row each. Resume the job if an earlier call began
+    it.
 
     Returns:
         the summary, also written to `summary.json`.
 
     Raises:
-        UsageError: settings that make no sense, or that contradict the frozen job. DeviceError,
-        ModelError, SourceError: before anything was written. OutputError, WorkerError,
-        TooManyBadError, Interrupted: the job can be resumed.
+        UsageError: invalid settings, or settings that contradict the frozen job.
+        DeviceError, ModelError, SourceError: before anything was written.
+        OutputError, WorkerError, TooManyBadError, Interrupted: the job can be resumed.
     """
     watcher = watcher or observer.Watcher()
     check_settings(settings)
@@ -76,51 +78,51 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
 
 
 def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> Summary:
-    paths = JobPaths.of(settings.output, settings.log_dir)
-    frozen = documents.read_frozen(paths)
-    if frozen and frozen.job.log_dir and not settings.log_dir:
-        paths = replace(paths, log_dir=Path(frozen.job.log_dir))
-    chosen = machines.devices(settings.devices or (frozen.devices if frozen else "auto"))
+    opened = OpenJob.find(settings.output, settings.log_dir)
+    store = opened.store if opened else open_store(_paths_of(settings))
+    asked = settings.devices or (opened.frozen.devices if opened else "auto")
+    chosen = machines.devices(asked)
     backend_of(chosen, settings.allow_mixed)
-    if frozen is None:
+    if opened is None:
         devices.check_precision(settings.precision, chosen)
-        refuse_foreign(paths)
-        _check_sources(settings, paths)
+        store.check_unused()
+        _check_sources(settings)
+        listing.refuse_empty(settings, store.paths.root)
         with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
+    paths = store.paths
     with lock.locked(paths):
-        frozen = documents.read_frozen(
-            paths
-        )  # again: another launcher may have frozen it before we held the lock
+        # Another launcher may have frozen the job before this one held the lock.
+        opened = opened or OpenJob.find(settings.output, settings.log_dir)
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             files.make_folder(folder)
         hasty = False
         try:
             with observer.logging_to(paths.launcher_log):
-                if frozen is None:
+                if opened is None:
                     try:
-                        frozen = freeze.freeze(settings, paths, chosen, with_model, watcher)
-                        return _carry_out(settings, frozen, paths, machines, chosen, watcher)
+                        opened = freeze.freeze(settings, store, chosen, with_model, watcher)
+                        return _carry_out(settings, opened, machines, chosen, watcher)
                     except FileExistsError:
                         # In an object store, a launcher on another machine was faster.
-                        frozen = documents.read_frozen(paths)
-                        assert frozen is not None
-                resumed = resume.resume(settings, frozen, chosen, watcher)
-                return _carry_out(
-                    settings, resumed, paths, machines, chosen, watcher, is_resumed=True
-                )
+                        opened = OpenJob.open(settings.output)
+                resumed = resume.resume(settings, opened.frozen, chosen, watcher)
+                opened = OpenJob(store, resumed)
+                return _carry_out(settings, opened, machines, chosen, watcher, is_resumed=True)
         except (KeyboardInterrupt, Interrupted):
             hasty = True
             raise
         finally:
-            store.publish_logs(paths, hasty=hasty)
+            store.publish_logs(hasty=hasty)
 
 
-def _check_sources(settings: Settings, paths: JobPaths) -> None:
-    """See that the sources of a new job exist, are of a kind that is read, and hold an image.
-    Raises: SourceError, UsageError.
-    """
+def _paths_of(settings: Settings) -> JobPaths:
+    return JobPaths.of(settings.output, settings.log_dir)
+
+
+def _check_sources(settings: Settings) -> None:
+    """Raise SourceError or UsageError if a source does not exist or is of an unknown kind."""
     resolved = sources.resolve(settings.sources)
     access = listing.access_of(settings)
     sources.check(resolved, access)
@@ -128,57 +130,45 @@ def _check_sources(settings: Settings, paths: JobPaths) -> None:
         [sources.relocated(source, access) for source in resolved],
         all_files=bool(settings.all_files),
     )
-    listing.refuse_empty(settings, paths.root)
 
 
 def _carry_out(
     settings: Settings,
-    frozen: documents.Frozen,
-    paths: JobPaths,
+    opened: OpenJob,
     machines: Machines,
     chosen: Sequence[DeviceSpec],
     watcher: observer.Watcher,
     *,
     is_resumed: bool = False,
 ) -> Summary:
-    """Launch what is left of a frozen job and close its ledger."""
-    shards = documents.planned(paths, frozen)
-    done = ledger.committed(paths, shards)
+    """Process the remaining shards of a job, close its ledger and write its summary."""
+    store, paths, frozen = opened.store, opened.paths, opened.frozen
+    job = frozen.job
+    done = opened.committed()
     if settings.retry_failed is not None:
-        again = ledger.shards_with(paths, shards, settings.retry_failed)
+        again = opened.shards_with(settings.retry_failed)
         watcher.say(f"retrying {len(again)} of {len(done)} finished shards")
         done -= again
-    left = [shard for shard in shards if shard.number not in done]
+    left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
-        listing.check_moved(frozen.job.sources, frozen.job.access, paths.plan)
+        listing.check_moved(job.sources, job.access, paths.plan)
     if left and is_resumed:
-        _check_decoder(frozen)
-        try:
-            sources.check(
-                frozen.job.sources, frozen.job.access
-            )  # or every image left would become a `missing` row
-        except SourceError as error:
-            raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
-        model.verify_model(
-            frozen
-        )  # of a new job it was done before; where nothing is left it does not matter
-    if not left and (summary := documents.read_summary(paths)):
-        ledger.check_sizes(paths)
-        if settings.report and not store.exists(paths, paths.report):  # it was interrupted
-            report.attempt(paths, frozen, watcher.say)
-        return _report_finished(frozen, paths, summary, watcher)
-    store.remove(paths, paths.summary)
-    resumed = sum(shard.count for shard in shards if shard.number in done)
+        _check_remaining(frozen)
+    if not left and (summary := documents.read_summary(store)):
+        ledger.check_sizes(store)
+        if settings.report and not store.exists(paths.report):  # it was interrupted
+            report.attempt(opened, watcher.say)
+        return _report_finished(opened, summary, watcher)
+    store.remove(paths.summary)
+    resumed = sum(shard.count for shard in opened.shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.images:,} images are done")
-    guard = summarise.bad_fraction_guard(
-        settings.max_bad_fraction, frozen.images, paths, shards, done
-    )
+    guard = summarise.bad_fraction_guard(settings.max_bad_fraction, opened, done)
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.images, resumed)
     try:
-        with preflight.Sampler(frozen.job, sampled, chosen, watcher.say) as sampler:
+        with preflight.Sampler(job, sampled, chosen, watcher.say) as sampler:
 
             def tick(progress: Progress) -> None:
                 sampler(progress)
@@ -186,7 +176,7 @@ def _carry_out(
 
             if left:
                 launcher = Launcher(
-                    machines.crew(frozen.job, paths, chosen, left, frozen.plan_nonce),
+                    machines.crew(job, paths, chosen, left, frozen.plan_nonce),
                     chosen,
                     left,
                     groups=frozen.groups,
@@ -198,35 +188,39 @@ def _carry_out(
                 outcome = launcher.run()
     finally:
         watcher.end()
-    paths.sweep()  # once more: workers that died have left their temporary files
-    job = frozen.job
-    tally = ledger.close(
-        paths,
-        shards,
-        partial(sources.as_line, job.sources),
-        job.plan_id,
-        job.answer_id,
-        outcome.receipts,
-    )
+    paths.sweep()  # workers that died have left temporary files
+    tally = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
     if tally.unlisted:
         watcher.say(
-            f"{tally.unlisted:,} failed images lie in archives or tables: not in failed.txt, but"
-            " --retry-failed takes them again"
+            f"{tally.unlisted:,} failed images are in archives or tables: not in failed.txt, but"
+            " --retry-failed processes them again"
         )
     summary = replace(
-        summarise.summarise(
-            frozen, paths, shards, done, outcome, tally, (*chosen, *outcome.joined)
-        ),
+        summarise.summarise(opened, done, outcome, tally, (*chosen, *outcome.joined)),
         preflight=sampler.found,
     )
-    store.write(paths, paths.summary, serialization.encode(summary))
+    store.write(paths.summary, serialization.encode(summary))
     if settings.report:
-        report.attempt(paths, frozen, watcher.say)
-    if frozen.job.card.origin.get("source") == "random":
-        watcher.say(
-            f"note: {frozen.job.card.name} has random weights: its predictions mean nothing"
-        )
+        report.attempt(opened, watcher.say)
+    if job.card.origin.get("source") == "random":
+        watcher.say(f"note: {job.card.name} has random weights: its predictions mean nothing")
     return summary
+
+
+def _check_remaining(frozen: documents.Frozen) -> None:
+    """Check that the remaining images of a resumed job can be processed as the first ones were.
+    A new job was checked before it was frozen; on a finished job none of this matters.
+
+    Raises:
+        JobMismatchError: another decoder. SourceError, without which every remaining image would
+        become a `missing` row. OutputError, ModelError: the model is missing or changed.
+    """
+    _check_decoder(frozen)
+    try:
+        sources.check(frozen.job.sources, frozen.job.access)
+    except SourceError as error:
+        raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
+    model.verify_model(frozen)
 
 
 def _check_decoder(frozen: documents.Frozen) -> None:
@@ -243,20 +237,14 @@ def _check_decoder(frozen: documents.Frozen) -> None:
 
 
 def dry_run(settings: Settings) -> DryRun:
-    """List the sources and say what a job would be; nothing is written to the output."""
+    """List the sources and return what a job would be. Nothing is written to the output."""
     check_settings(settings)
     with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
         chosen = machines.devices(settings.devices or "auto")
-    paths = JobPaths.of(settings.output, settings.log_dir)
-    if documents.read_frozen(paths) is None:
-        refuse_foreign(paths)
-    resolved = sources.resolve(settings.sources)
-    access = listing.access_of(settings)
-    sources.check(resolved, access)
-    sources.check_kinds(
-        [sources.relocated(source, access) for source in resolved],
-        all_files=bool(settings.all_files),
-    )
+    store = open_store(_paths_of(settings))
+    if documents.read_frozen(store) is None:
+        store.check_unused()
+    _check_sources(settings)
     skipped = Skipped()
     first: list[str] = []
 
@@ -268,16 +256,15 @@ def dry_run(settings: Settings) -> DryRun:
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         listed = plan.spool(
-            noting(listing.listing(settings, skipped, paths.root)), Path(folder) / "listing"
+            noting(listing.listing(settings, skipped, store.paths.root)), Path(folder) / "listing"
         )
     if not listed.images:
         raise listing.no_images(settings, skipped)
     shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
-    by_suffix = dict(sorted(skipped.by_suffix.items()))
     return DryRun(
         images=listed.images,
         shard_size=shard_size,
-        skipped_by_suffix=by_suffix,
+        skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
         skipped_hidden=skipped.hidden,
         skipped_by_filter=skipped.by_filter,
         first=tuple(first),
@@ -286,15 +273,14 @@ def dry_run(settings: Settings) -> DryRun:
     )
 
 
-def _report_finished(
-    frozen: documents.Frozen, paths: JobPaths, summary: Summary, watcher: observer.Watcher
-) -> Summary:
-    """Nothing is left to do: say so, and name what is new in the sources since."""
-    watcher.say(f"finished already: {summary.images:,} images in {paths.shown(paths.predictions)}")
+def _report_finished(opened: OpenJob, summary: Summary, watcher: observer.Watcher) -> Summary:
+    """Say that the job is finished, and name images that are new in the sources since."""
+    paths = opened.paths
+    watcher.say(f"already finished: {summary.images:,} images in {paths.shown(paths.predictions)}")
     try:
-        count, names = listing.new_in_source(frozen, paths)
+        count, names = listing.new_in_source(opened)
     except (SourceError, UsageError) as error:
-        watcher.say(f"what is new in the source is not known: {error}")
+        watcher.say(f"images that are new in the source are not known: {error}")
         count, names = 0, []
     if count:
         more = f" and {count - len(names):,} more" if count > len(names) else ""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from imagemill.errors import TooManyBadError
-from imagemill.job import ledger
-from imagemill.job.documents import Frozen
-from imagemill.job.paths import JobPaths
+from imagemill.job.ledger import Tally
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
@@ -16,23 +15,20 @@ from imagemill.records import (
     DeviceSummary,
     Job,
     Receipt,
-    Shard,
     Summary,
 )
 from imagemill.workers.launcher import Outcome
 
 
 def bad_fraction_guard(
-    fraction: float | None, images: int, paths: JobPaths, shards: Sequence[Shard], done: set[int]
+    fraction: float | None, job: OpenJob, done: set[int]
 ) -> Callable[[Receipt], None]:
-    """Ends the job once more than `fraction` of all its images are known to be bad."""
+    """Return a function that takes receipts and ends the job once more than `fraction` of all its
+    images have failed. Its error is TooManyBadError.
+    """
     if fraction is None:
         return lambda _: None
-    bad = sum(
-        sum(ledger.examine(paths, s.number).failed_by_status.values())
-        for s in shards
-        if s.number in done
-    )
+    images, bad = job.frozen.images, job.failed_by_status(done).total()
 
     def check() -> None:
         if bad > fraction * images:
@@ -52,15 +48,14 @@ def bad_fraction_guard(
 
 
 def summarise(
-    frozen: Frozen,
-    paths: JobPaths,
-    shards: Sequence[Shard],
+    job: OpenJob,
     done: set[int],
     outcome: Outcome,
-    tally: ledger.Tally,
+    tally: Tally,
     chosen: Sequence[DeviceSpec],
 ) -> Summary:
-    """The summary of a closed ledger; `outcome` is what this invocation added."""
+    """Return the summary of a finished job; `outcome` is what this invocation added."""
+    frozen = job.frozen
     rows = sum(outcome.devices.values())
     seconds = outcome.seconds
 
@@ -78,7 +73,7 @@ def summarise(
         failed=tally.failed,
         failed_by_status=tally.failed_by_status,
         skipped_by_suffix=frozen.skipped_by_suffix,
-        shards=len(shards),
+        shards=len(job.shards),
         resumed_shards=len(done),
         seconds=round(seconds, 3),
         images_per_second=rate(rows),
@@ -95,7 +90,7 @@ def summarise(
             )
             for d in chosen
         ),
-        output=paths.output,
+        output=job.paths.output,
         rates=rates,
         advice=advice,
         skipped_hidden=frozen.skipped_hidden,

@@ -110,6 +110,20 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
 
 
+def reason(error: OSError) -> str:
+    """Return why something could not be read or written, on one line without a full stop."""
+    return " ".join((error.strerror or str(error) or type(error).__name__).split()).rstrip(".")
+
+
+@contextlib.contextmanager
+def output_errors(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn an OSError in the block into an OutputError: what failed, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{what}: {reason(error)}. {remedy}".rstrip()) from error
+
+
 def appending(path: Path) -> BinaryIO:
     """Open a file to append to and to read. Raises: OutputError."""
     try:

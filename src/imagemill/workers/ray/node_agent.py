@@ -17,15 +17,16 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
-from imagemill.job import plan, store
+from imagemill.job import plan
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import open_store
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadImage, DeviceSpec, Job, Lease, Shard
 from imagemill.system import cpu
-from imagemill.system.files import delivered, in_turn, make_folder, write_whole
+from imagemill.system.files import delivered, in_turn, make_folder, reason, write_whole
 from imagemill.system.processes import Failed, Stop
 from imagemill.version import __version__
 from imagemill.workers import protocol
@@ -177,9 +178,10 @@ class Station:
     def __init__(self, order: Order, contents: Sequence[memoryview] = ()) -> None:
         self._order = order
         self._paths = JobPaths.of(order.job.output, order.job.log_dir)
+        self._store = open_store(self._paths)
         self._worker: Supervisor | None = None
         self._check_output()
-        store.fetch_plan(self._paths, order.plan_nonce)
+        self._store.fetch_plan(order.plan_nonce)
         self._check_sources()
         make_folder(self._paths.logs)
         self._device = self._fitted(order.device)
@@ -216,31 +218,23 @@ class Station:
         """End the worker, and put its log beside the results."""
         if self._worker is not None:
             self._worker.close()
-        store.publish_logs(self._paths, self._paths.device_log(self._order.device.name).name)
+        self._store.publish_logs(self._paths.device_log(self._order.device.name).name)
 
     # What is checked before the first lease.
 
     def _check_output(self) -> None:
         for look in range(_LOOKS):
             try:
-                if store.read(self._paths, self._paths.launch).decode() == self._order.launch:
+                if self._store.read(self._paths.launch).decode() == self._order.launch:
                     return
                 why = "it holds another launch"
             except OSError as error:
-                why = store.reason(error)
+                why = reason(error)
             if look + 1 < _LOOKS:
                 time.sleep(_LOOK_S)
-        remedy = (
-            "See that the node has the store's endpoint and credentials in its environment."
-            if self._paths.url
-            else (
-                "Give an --output on storage that all nodes share, under the same path, or in an"
-                " object store (s3://…)."
-            )
-        )
         raise OutputError(
             f"--output {self._paths.output} on node {self._order.node} is not what it is on the"
-            f" launcher's: {why}. {remedy}"
+            f" launcher's: {why}. {self._store.share_hint}"
         )
 
     def _check_sources(self) -> None:

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imagemill.errors import DeviceError, ImagemillError, WorkerError
-from imagemill.job import store
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import open_store
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Lease, Shard
 from imagemill.system.processes import Failed
@@ -171,7 +171,7 @@ class RayCrew:
         self._cluster = cluster
         self._ray = cluster.ray
         self._job = job
-        self._paths = paths
+        self._store = open_store(paths)
         self._first = seats
         self._plan_nonce = plan_nonce
         self._asked = asked
@@ -205,7 +205,7 @@ class RayCrew:
         self._identity = node_agent.identity(self._backends)
         self._samples = node_agent.sample(self._job, self._left) if self._left else ()
         self._model = node_agent.model_files(self._job)
-        store.write(self._paths, self._paths.launch, self._launch.encode())
+        self._store.write(self._store.paths.launch, self._launch.encode())
         for seat in self._first:
             self._numbers[seat.place.key] = seat.device.name
         begun = self._first[:most]
@@ -280,7 +280,7 @@ class RayCrew:
             self._ray.kill(seat.actor)
         self._seats.clear()
         with contextlib.suppress(ImagemillError):  # where the storage is gone, this is the least
-            store.remove(self._paths, self._paths.launch)
+            self._store.remove(self._store.paths.launch)
 
     def _end(self, *, at_once: bool, seconds: float) -> None:
         if self._is_over:

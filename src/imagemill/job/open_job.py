@@ -1,0 +1,160 @@
+"""The open job: one object that every command passes on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from imagemill.errors import OutputError
+from imagemill.job import documents, ledger, lock, plan
+from imagemill.job.documents import Frozen
+from imagemill.job.paths import JobPaths
+from imagemill.job.store import Store, open_store
+from imagemill.records import Receipt, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """How far a job has got."""
+
+    images: int
+    done: int
+    shards: int
+    shards_done: int
+    failed_by_status: Mapping[str, int]
+    running: bool
+    complete: bool
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A frozen job with its store and its plan."""
+
+    store: Store
+    frozen: Frozen
+
+    @classmethod
+    def find(cls, output: str, log_dir: str | None = None) -> OpenJob | None:
+        """Return the job in an output folder or object store; None if there is none.
+
+        Args:
+            output: a path or URL.
+            log_dir: where this start keeps its logs; None: where the job keeps them.
+
+        Raises:
+            OutputError: `job.json` cannot be read.
+        """
+        store = open_store(JobPaths.of(output, log_dir))
+        frozen = documents.read_frozen(store)
+        if frozen is None:
+            return None
+        if frozen.job.log_dir and not log_dir:
+            store = open_store(JobPaths.of(output, frozen.job.log_dir))
+        return cls(store, frozen)
+
+    @classmethod
+    def open(cls, output: str | os.PathLike[str]) -> OpenJob:
+        """Return the job in an output. Raises: OutputError if it is none, or cannot be read."""
+        job = cls.find(os.fspath(output))
+        if job is None:
+            raise OutputError(f"{output} is not an imagemill job: it has no job.json.")
+        return job
+
+    @property
+    def paths(self) -> JobPaths:
+        """The names of the job's files."""
+        return self.store.paths
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The shards of the plan, in order. Raises: OutputError if the plan is missing, damaged or
+        of another job.
+        """
+        shards = self._read_shards()
+        if sum(shard.count for shard in shards) != self.frozen.images:
+            raise OutputError(
+                f"{self.paths.shown(self.paths.plan)} does not hold the {self.frozen.images} images"
+                " of job.json. Start again in another --output."
+            )
+        return shards
+
+    def _read_shards(self) -> list[Shard]:
+        self.store.fetch_plan(self.frozen.plan_nonce)
+        return plan.shards(self.paths.plan)
+
+    def rows(self, shard: Shard) -> list[plan.PlannedRow]:
+        """Return the plan's rows of a shard."""
+        return plan.read(self.paths.plan, shard)
+
+    def committed(self) -> set[int]:
+        """Return the shards whose part exists now."""
+        return ledger.committed(self.store, self.shards)
+
+    def failed_by_status(self, shards: Iterable[int]) -> Counter[str]:
+        """Count failed images in committed shards. Raises: PartError if a part is damaged."""
+        failed: Counter[str] = Counter()
+        for number in shards:
+            failed.update(ledger.examine(self.store, number).failed_by_status)
+        return failed
+
+    def shards_with(self, statuses: Collection[str]) -> set[int]:
+        """Return committed shards with a row of one of these statuses; of any failure if empty."""
+        found = ((number, self.failed_by_status([number])) for number in self.committed())
+        return {
+            number
+            for number, failed in found
+            if failed and (not statuses or not failed.keys().isdisjoint(statuses))
+        }
+
+    def close(self, receipts: Iterable[Receipt], as_line: ledger.AsLine) -> ledger.Tally:
+        """Prove that every image has one row; write the manifest and `failed.txt`.
+
+        Args:
+            receipts: of the parts that were committed just now and need not be read again.
+            as_line: returns a failed image as a line of a list, for `failed.txt`.
+
+        Raises:
+            PartError: a part is missing, damaged, mismatched or of another length than its shard.
+        """
+        return ledger.close(self.store, self.shards, self.frozen.job, receipts, as_line)
+
+    def status(self) -> JobStatus:
+        """Return how far the job has got. Reads only, so it is safe while the job runs."""
+        done = self.committed()
+        return JobStatus(
+            images=self.frozen.images,
+            done=sum(shard.count for shard in self.shards if shard.number in done),
+            shards=len(self.shards),
+            shards_done=len(done),
+            failed_by_status=dict(sorted(self.failed_by_status(sorted(done)).items())),
+            running=lock.is_locked(self.paths),
+            complete=len(done) == len(self.shards) and self.store.exists(self.paths.summary),
+        )
+
+    def verify(self, *, quarantine: bool = False) -> tuple[list[ledger.Problem], list[Path]]:
+        """Check all parts against the plan; with `quarantine`, move damaged ones away.
+
+        Returns:
+            the problems, none if the job is complete and sound; and where damaged parts are now.
+
+        Raises:
+            OutputError: `quarantine` is set while the job runs, or the plan cannot be read.
+        """
+        shards = self._read_shards()
+        problems = list(ledger.verify(self.store, shards, self.frozen.job))
+        if sum(shard.count for shard in shards) != self.frozen.images:
+            problems.append(
+                ledger.Problem(
+                    None,
+                    self.paths.plan,
+                    f"does not hold the {self.frozen.images} images of job.json",
+                )
+            )
+        if not quarantine:
+            return problems, []
+        with lock.locked(self.paths):
+            return problems, ledger.quarantine(self.store, problems)
