@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from imagemill.job.open_job import OpenJob
 
-_OLD_SPELLINGS = {
+_OLD_FLAGS = {
     "--batch_size": "--batch-size",
     "--batches_per_step": "--batches-per-step",
     "--data_dir": "the SOURCE argument of `imagemill run` (or `partition --data-dir`)",
@@ -32,7 +32,7 @@ _OLD_SPELLINGS = {
     "--data_sub_dir": "the SOURCE argument of `imagemill run`",
     "--device_iterations": "--batches-per-step",
     "--half_partials": "--precision",
-    "--hide_output": "nothing: logs are files, see --log-dir",
+    "--hide_output": "nothing (logs are files, see --log-dir)",
     "--log_path": "--log-dir",
     "--log-path": "--log-dir",
     "--micro_batch_size": "--batch-size",
@@ -41,44 +41,44 @@ _OLD_SPELLINGS = {
     "--model-name": "the NAME argument of `imagemill get-model` (or `run --model`)",
     "--model_path": "--models-dir",
     "--model-path": "--models-dir",
-    "--nohide_output": "nothing: logs are files, see --log-dir",
+    "--nohide_output": "nothing (logs are files, see --log-dir)",
     "--num_ipus": "--devices ipu:N",
     "--num-ipus": "--devices ipu:N",
     "--num_workers": "--num-workers",
     "--num_of_partitions": "--partitions",
     "--pretrained-model-path": "get-model --from FILE",
-    "--report_hw_cycle_count": "nothing: `imagemill bench` measures rates",
+    "--report_hw_cycle_count": "nothing (`imagemill bench` measures rates)",
     "--use_popart": "--devices ipu:N@popart",
 }
-"""Flags of Graphcore's example (and near misses) → what says it here."""
+"""Flags of Graphcore's example, and similar ones → what to write instead."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. A mistake of the user's is one line on stderr, never
-    a traceback.
+    """Run one command and return its exit code.
+
+    Expected errors are one line on stderr, never a traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # OpenBLAS sends SIGINT if it cannot start its threads; none is needed here
-    with contextlib.suppress(
-        AttributeError
-    ):  # replaced by something simpler; else names that it cannot spell are no reason to fail
+    # OpenBLAS sends SIGINT if it cannot start its threads; this process needs none of them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # A file name that the terminal cannot show must not end the command. A replaced stdout may
+    # have no `reconfigure`.
+    with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         parsed = _parser(arguments).parse_args(arguments)
-        with contextlib.suppress(ValueError):  # not the main thread: the signal stays its owner's
+        with contextlib.suppress(ValueError):  # only the main thread can set a signal handler
             signal.signal(signal.SIGTERM, _terminated)
         code: int = parsed.call(parsed)
-        if sys.stdout is not None:  # closed by the caller
+        if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except ImagemillError as error:
         print(f"imagemill: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("imagemill: interrupted. Repeat the command to go on.", file=sys.stderr)
+        print("imagemill: interrupted. Run the same command again to continue.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # of stdout, printing the result: whoever read it has enough
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         _drop_stdout()
         return 0
     except OSError as error:
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_stdout()
         print(
             f"imagemill: the result cannot be printed: {error.strerror}. The job itself is not"
-            " harmed.",
+            " affected.",
             file=sys.stderr,
         )
         return 1
@@ -118,16 +118,14 @@ def _is_stdout_at_fault() -> bool:
 
 
 def _drop_stdout() -> None:
-    """Have nothing more go to stdout, so that the interpreter's own flush at exit finds no
-    fault.
-    """
+    """Send stdout to /dev/null, so that the interpreter's flush at exit does not fail."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminated(number: int, _frame: object) -> NoReturn:
-    """SIGTERM outside the launcher's loop, which has a handler of its own."""
-    raise Interrupted("terminated. Nothing is lost: repeat the command.", 128 + number)
+    """Handle SIGTERM outside the launcher's loop, which has its own handler."""
+    raise Interrupted("terminated. Run the same command again to continue.", 128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,8 +140,8 @@ class _Parser(argparse.ArgumentParser):
             at_fault = (
                 not message.startswith("unrecognized arguments") or argument in message.split()
             )
-            if at_fault and flag in _OLD_SPELLINGS and flag not in self._option_string_actions:
-                message = f"{flag} is spelt {_OLD_SPELLINGS[flag]} here"
+            if at_fault and flag in _OLD_FLAGS and flag not in self._option_string_actions:
+                message = f"unknown option {flag}; use instead: {_OLD_FLAGS[flag]}"
         self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
 
 
@@ -167,12 +165,14 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub.set_defaults(call=call)
         return sub
 
-    sub = command("run", _run, "classify every image of the sources; repeat the command to resume")
+    sub = command(
+        "run", _run, "classify all images of the sources; run the same command again to resume"
+    )
     _add_options(sub, SETTINGS)
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command(
-        "demo", _demo, "the whole thing on images and a trained model that install with the package"
+        "demo", _demo, "classify the sample images with the model that comes with the package"
     )
     demo = {name: setting for name, setting in SETTINGS.items() if name != "sources"}
     demo["output"] = demo["output"]._replace(
@@ -185,64 +185,70 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_options(sub, demo)
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
-    sub = command("status", _status, "how far a job is; safe beside a running one")
+    sub = command("status", _status, "show the progress of a job, which may be running")
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("verify", _verify, "exit 0 only if the job is complete and sound")
+    sub = command(
+        "verify", _verify, "check all results; exit 0 only if the job is complete and undamaged"
+    )
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument(
         "--quarantine",
         action="store_true",
-        help="move damaged parts aside, so that `run` computes them again",
+        help="move damaged parts to another folder, so that `run` computes them again",
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("export", _export, "the rows of a job in plan order, as CSV or JSON lines")
+    sub = command(
+        "export",
+        _export,
+        "write all rows of a job as CSV or JSON lines, in the order of its images",
+    )
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument(
         "--to",
         required=True,
         choices=["csv", "jsonl"],
-        help="csv: lists are JSON in a cell; jsonl: one JSON object a line",
+        help="csv: lists are JSON in a cell; jsonl: one JSON object per line",
     )
-    sub.add_argument("--output", metavar="FILE", help="default: standard output")
+    sub.add_argument("--output", metavar="FILE", help="output file (default: standard output)")
     sub.add_argument(
-        "--columns", metavar="A,B,…", help="these columns, in this order (default: all)"
+        "--columns", metavar="A,B,…", help="columns to write, in this order (default: all)"
     )
     sub.add_argument(
         "--partial",
         action="store_true",
-        help="of a job that is not finished: the rows that are there",
+        help="if the job is not finished, write the existing rows",
     )
 
     sub = command(
         "report",
         _report,
-        "write DIR/report.html again: figures, speed, failures and images of a job on one page",
+        "write DIR/report.html again: results, speed, failures and sample images of a job",
     )
     sub.add_argument("dir", metavar="DIR")
 
-    sub = command("devices", _devices, "what this machine offers and what each would be used for")
+    sub = command("devices", _devices, "list the devices of this machine")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("models", _models, "what models can be had and which are here")
+    sub = command("models", _models, "list all models, and which are on this machine")
     _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command(
-        "get-model", _get_model, "fetch a published model, or build one from a file, as a bundle"
-    )
-    sub.add_argument("name", metavar="NAME", help="see `imagemill models`")
+    sub = command("get-model", _get_model, "download a published model, or build one from a file")
+    sub.add_argument("name", metavar="NAME", help="name of the model; see `imagemill models`")
     sub.add_argument(
         "--from",
         dest="from_file",
         metavar="FILE",
-        help="build from this .pth or .safetensors file, download nothing",
+        help="build from this .pth or .safetensors file instead of downloading",
     )
-    sub.add_argument("--url", metavar="URL", help="download from here instead of the model's home")
     sub.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="random weights, for measuring"
+        "--url", metavar="URL", help="download from this URL instead of the publisher's"
+    )
+    sub.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="use random weights, to measure speed"
     )
     sub.add_argument(
         "--batch-size",
@@ -250,22 +256,21 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="N",
-        help="also write model_N.onnx; may be repeated",
+        help="also write model_N.onnx for batches of N; may be repeated",
     )
     _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
 
     sub = command(
         "wrap",
         _wrap,
-        "make any ONNX classifier usable: write the card that says how images are prepared, and"
-        " try it",
+        "make an ONNX classifier usable: describe its preprocessing in a card, and test it",
     )
     _wrap_options(sub)
 
     sub = command(
         "quantize",
         _quantize,
-        "make the int8 variant of a model and measure its agreement with fp32",
+        "make the int8 variant of a model and compare its results with fp32",
     )
     sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
     sub.add_argument(
@@ -273,21 +278,21 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="SOURCE",
-        help="images like those to be classified; may be repeated",
+        help="images similar to those to be classified; may be repeated",
     )
     sub.add_argument(
         "--calibration",
         type=int,
         default=300,
         metavar="N",
-        help="images to calibrate on (default: %(default)s)",
+        help="number of calibration images (default: %(default)s)",
     )
     sub.add_argument(
         "--held-out",
         type=int,
         default=1000,
         metavar="N",
-        help="further images to compare on (default: %(default)s)",
+        help="number of further images to compare on (default: %(default)s)",
     )
     _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -295,44 +300,44 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub = command(
         "partition",
         _partition,
-        "cut a folder of images into one sub-folder per device; nothing is dropped",
+        "divide a folder of images into sub-folders, one per device",
     )
     sub.add_argument(
-        "--data-dir", required=True, metavar="DIR", help="folder of images, taken with all below it"
+        "--data-dir", required=True, metavar="DIR", help="folder of images (searched recursively)"
     )
     sub.add_argument(
         "--partitions",
         type=int,
         required=True,
         metavar="N",
-        help="how many sub-folders; their sizes differ by at most one",
+        help="number of sub-folders; their sizes differ by at most one image",
     )
     sub.add_argument(
         "--output",
         required=True,
         metavar="DIR",
-        help="where they are made; repeat the command to make what lacks",
+        help="output folder; run the same command again to continue",
     )
     sub.add_argument(
         "--link",
         choices=["hard", "symbolic", "copy"],
-        help="default: hard, else symbolic where that is impossible",
+        help="default: hard, or symbolic if hard links are impossible",
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
         "bench",
         _bench,
-        "measure decoding, computing and both; says what bounds a job and what to change",
+        "measure decoding, inference and both; show the bottleneck and how to remove it",
     )
     sub.add_argument(
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help="images to measure with, as for `run`; leave it out with --synthetic",
+        help="images to measure with, as for `run`; none with --synthetic",
     )
     sub.add_argument(
-        "--synthetic", action="store_true", help="compute alone, on images made in memory"
+        "--synthetic", action="store_true", help="measure inference only, on images made in memory"
     )
     shared = "model models_dir devices precision batch_size batches_per_step num_workers limit"
     options = {name: SETTINGS[name] for name in shared.split()}
@@ -363,21 +368,21 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "file",
         metavar="FILE",
-        help="file.onnx; its card becomes file.card.json beside it, for `run --model file.onnx`",
+        help="file.onnx; writes file.card.json beside it, for `run --model file.onnx`",
     )
     sub.add_argument(
         "--mean",
         type=float,
         nargs=3,
         metavar=colours,
-        help="subtracted, red green blue whatever --color (default: 0 0 0)",
+        help="mean to subtract; red green blue, whatever --color is (default: 0 0 0)",
     )
     sub.add_argument(
         "--std",
         type=float,
         nargs=3,
         metavar=colours,
-        help="divided by, red green blue whatever --color (default: 1 1 1)",
+        help="divisor; red green blue, whatever --color is (default: 1 1 1)",
     )
     sub.add_argument(
         "--scale",
@@ -388,7 +393,7 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--layout",
         metavar="NCHW|NHWC",
-        help="order of the input's dimensions (default: as the file's shape shows it)",
+        help="order of the input's dimensions (default: from the file)",
     )
     sub.add_argument(
         "--color", metavar="RGB|BGR", help="order of the model's channels (default: RGB)"
@@ -397,20 +402,20 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         metavar="N",
-        help="height and width of the input (default: as the file says)",
+        help="height and width of the input (default: from the file)",
     )
     sub.add_argument(
         "--resize",
         metavar="N|WxH|none",
         help=(
-            "short side to N, squash to WxH, or none (default: size / 0.875; with --crop none:"
-            " squash)"
+            "resize the short side to N, or both sides to WxH, or none (default: size / 0.875;"
+            " with --crop none: both sides to size)"
         ),
     )
     sub.add_argument(
         "--crop",
         metavar="center|none",
-        help="cut the centre out of the resized image, or take all of it (default: center)",
+        help="use the centre of the resized image, or all of it (default: center)",
     )
     sub.add_argument(
         "--interpolation",
@@ -420,39 +425,39 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--exif",
         action=argparse.BooleanOptionalAction,
-        help="turn images as their EXIF says (default: yes)",
+        help="rotate images as their EXIF orientation says (default: yes)",
     )
     sub.add_argument(
         "--scores",
         metavar="KIND",
         help=(
-            "logits (default), softmax: probabilities already, or sigmoid: each class has one of"
-            " its own"
+            "output of the model: logits (default), softmax (probabilities), or sigmoid (one"
+            " independent probability per class)"
         ),
     )
     sub.add_argument(
         "--labels",
         metavar="FILE",
-        help="one label a line, in the order of the classes (default: their numbers)",
+        help="file with one label per line, in the order of the classes (default: numbers)",
     )
     sub.add_argument(
         "--logits",
         metavar="TENSOR",
-        help="output that holds the scores (default: the only one of their shape)",
+        help="output with the scores (default: the only one of that shape)",
     )
     sub.add_argument(
         "--embedding",
         metavar="TENSOR",
-        help="features for `run --save embedding` (default: what the last layer reads)",
+        help="features for `run --save embedding` (default: the input of the last layer)",
     )
-    sub.add_argument("--licence", metavar="NAME", help="of the weights (default: unknown)")
+    sub.add_argument("--licence", metavar="NAME", help="licence of the weights (default: unknown)")
     sub.add_argument(
-        "--name", metavar="NAME", help="as results name the model (default: the file's name)"
+        "--name", metavar="NAME", help="name of the model in results (default: the file's name)"
     )
     sub.add_argument(
         "--output",
         metavar="DIR",
-        help="make a bundle there instead, for `run --model DIR` on any machine",
+        help="make a bundle folder instead, for `run --model DIR` on any machine",
     )
 
 
