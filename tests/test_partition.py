@@ -244,11 +244,11 @@ def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(
 
     monkeypatch.setattr(os, "link", no_link)
     said: list[str] = []
-    made = partition(str(source), 2, str(tmp_path / "out"), say=said.append)
+    made = partition(str(source), 2, str(tmp_path / "out"), log=said.append)
     assert made.link is Link.SYMBOLIC
     assert said == [
-        "note: no hard links can be made here (Invalid cross-device link): symbolic links instead;"
-        " --link copy makes copies"
+        "note: hard links are impossible here (Invalid cross-device link): making symbolic links"
+        " instead; --link copy makes copies"
     ]
     assert (tmp_path / "out" / "1" / "003.jpg").read_bytes() == b"003.jpg"
     with pytest.raises(OutputError) as caught:
@@ -449,7 +449,7 @@ def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
     helpers.fill(tmp_path / "all", {"1.jpg": b"x", "2.jpg": b"x"})
     (tmp_path / "all" / "disk").symlink_to("/mnt/not mounted")
     said: list[str] = []
-    partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), say=said.append)
+    partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), log=said.append)
     first = f"{tmp_path}/all/disk"
     assert said == [
         f"note: 1 link leads nowhere, first: {first}. If its disk is not mounted, the images there"

@@ -1,11 +1,12 @@
-"""Cut a folder of images into one sub-folder per device: `imagemill partition`.
+"""Divide a folder of images into one sub-folder per device: `imagemill partition`.
 
-    OUTPUT/0 … OUTPUT/N-1                 runs of the listing, whose lengths differ by at most one;
-    an image keeps its relative path OUTPUT/.imagemill-partition.json      what it is a partition
-    of; written first, so that an interrupted one is known as ours
+    OUTPUT/0 … OUTPUT/N-1              consecutive images of the listing, in equal numbers plus or
+                                       minus one; an image keeps its relative path
+    OUTPUT/.imagemill-partition.json   the data folder and N; written first, so that an interrupted
+                                       partition is recognised
 
-What an image is, and their order, is the folder source's own: `imagemill run OUTPUT` classifies
-what `imagemill run DATA_DIR` would. The listing is held in memory, some 200 bytes an image.
+The folder source lists the images: `imagemill run OUTPUT` classifies the same images as `imagemill
+run DATA_DIR`. The listing is held in memory, about 200 bytes per image.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from imagemill.records import Filters
 from imagemill.system import files
 
 MARKER = ".imagemill-partition.json"
-MOST_PARTITIONS = 512
+MAX_PARTITIONS = 512
 _TEMPORARY = b".imagemill-partition.tmp"
 _NO_HARD_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Link(StrEnum):
-    """How an image gets into its partition."""
+    """How an image is put into its partition."""
 
     HARD = "hard"
     SYMBOLIC = "symbolic"
@@ -46,67 +47,67 @@ class Link(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Partitioned:
-    """What was made of a folder."""
+    """The outcome of `partition`."""
 
     output: str
     images: int
     partitions: tuple[int, ...]
-    """Images of each sub-folder."""
+    """Number of images in each sub-folder."""
     made: int
-    """Links or copies that this call made; the others were there already."""
+    """Links or copies that this call made; the others existed already."""
     link: Link
-    """What was made in the end: `symbolic` also where hard links were impossible."""
+    """Kind of links; `symbolic` also if hard links were impossible."""
     skipped_by_suffix: Mapping[str, int]
     skipped_hidden: int
     folders: int
-    """Folders that are named like images: they are entered, but not images themselves."""
+    """Folders with names like images: they are searched, but are not images themselves."""
 
 
 def partition(
-    data_dir: str, partitions: int, output: str, link: Link | None = None, say: Say = lambda _: None
+    data_dir: str, partitions: int, output: str, link: Link | None = None, log: Log = lambda _: None
 ) -> Partitioned:
-    """Deal the images of a folder, and of all below it, to sub-folders; repeat it at will.
+    """Distribute the images of a folder, searched recursively, to sub-folders.
 
-    A repeated call makes what lacks and mends what is not as it should be, and changes nothing
-    else. Each file appears whole or not at all. What is no regular file (a link that leads nowhere,
-    a FIFO) becomes a symbolic link, so that its row can say what is wrong.
+    The same call again continues an interrupted one: it makes missing files, replaces wrong ones
+    and changes nothing else. Each file appears whole or not at all. A path that is not a regular
+    file (a broken link, a FIFO) becomes a symbolic link, so that its row can say what is wrong.
 
     Args:
         data_dir: the folder.
-        partitions: how many sub-folders, 1 to 512.
-        output: where they are made; new, empty, or a partition of the same images into as many.
-        link: None makes hard links, or symbolic ones (and says so) where the file system has no
-        hard links to there.
-        say: takes one line at a time.
+        partitions: number of sub-folders, 1 to 512.
+        output: the output folder; new, empty, or a partition of the same images into as many.
+        link: None makes hard links, or symbolic ones if hard links are impossible.
+        log: is called with one line at a time.
 
     Raises:
-        UsageError: arguments that make no sense. SourceError: no images. OutputError: the output is
-        foreign or cannot be written.
+        UsageError: wrong arguments.
+        SourceError: there are no images.
+        OutputError: the output is not a partition of these images, or cannot be written.
     """
-    if not 1 <= partitions <= MOST_PARTITIONS:
-        raise UsageError(f"--partitions {partitions}: must be from 1 to {MOST_PARTITIONS}.")
+    if not 1 <= partitions <= MAX_PARTITIONS:
+        raise UsageError(f"--partitions {partitions}: must be from 1 to {MAX_PARTITIONS}.")
     source, target = Path(data_dir).absolute(), Path(output).absolute()
     if source.is_file():
         raise UsageError(f"--data-dir {data_dir} is a file. Give a folder.")
     if source.exists() and target.exists() and source.samefile(target):
         raise UsageError(f"--output {output} is the data folder itself. Give another folder.")
-    _refuse_foreign(target, source, partitions)
+    _check_output(target, source, partitions)
     images, skipped, folders = _images(source, target)
     if not images:
         raise SourceError(f"--data-dir {data_dir} holds no images. Give a folder that does.")
     for note in skipped.notes():
-        say(note)
+        log(note)
     least, more = divmod(len(images), partitions)
     ends = [number * least + min(number, more) for number in range(partitions + 1)]
     shares = [images[start:end] for start, end in pairwise(ends)]
-    _refuse_stale(target, shares)
+    _check_partitions(target, shares)
     files.make_folder(target)
     marker = {
         "data_dir": os.fsencode(source).decode("utf-8", "backslashreplace"),
         "partitions": partitions,
     }
     files.write_whole(target / MARKER, json.dumps(marker).encode())
-    maker = _Maker(link, say)
+    maker = _Maker(link, log)
     for number, share in enumerate(shares):
         files.make_folder(target / str(number))
         for path in share:
@@ -122,8 +123,8 @@ def partition(
 
 
 def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
-    """The relative paths of the images in listing order, what was skipped, and how many folders are
-    named like images.
+    """Return the paths of the images in listing order, what was skipped, and how many folders have
+    names like images.
     """
     skipped = Skipped()
     skip = target.stat() if target.is_dir() else None
@@ -137,14 +138,14 @@ def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
     return images, skipped, folders
 
 
-def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
-    """Raises: OutputError unless the output is new, empty, or a partition of the same folder into
-    as many.
+def _check_output(target: Path, source: Path, partitions: int) -> None:
+    """Raise OutputError unless the output is new, empty, or a partition of the same folder into as
+    many sub-folders.
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"--output {target} is a file. Give a folder.")
     files.missing_goal(target)
-    found_names = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 - names are all that is wanted
+    found_names = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 - only names are needed
     names = sorted(name for name in found_names if not files.is_system_file(name))
     if not names:
         return
@@ -166,23 +167,23 @@ def _refuse_foreign(target: Path, source: Path, partitions: int) -> None:
             f"--output {target} holds {found[0]} in {found[1]} partitions, now {asked[0]} in"
             f" {asked[1]} is asked for. Remove it, or give another folder."
         )
-    foreign = [
+    unrecognised = [
         name
         for name in names
         if name != MARKER
         and not name.startswith(f".{MARKER}")
         and name not in map(str, range(partitions))
     ]
-    if foreign:
+    if unrecognised:
         raise OutputError(
-            f"--output {target} also holds {foreign[0]!r}, which `imagemill partition` did not"
+            f"--output {target} also holds {unrecognised[0]!r}, which `imagemill partition` did not"
             " make. Move it away."
         )
 
 
-def _refuse_stale(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
-    """Raises: OutputError if a partition holds a file that is not its own: the images changed since
-    it was made.
+def _check_partitions(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
+    """Raise OutputError if a partition holds a file of another one, because images were added or
+    removed since.
     """
     for number, share in enumerate(shares):
         folder = os.fsencode(target / str(number))
@@ -197,9 +198,7 @@ def _refuse_stale(target: Path, shares: Sequence[Sequence[bytes]]) -> None:
 
 
 def _files(folder: bytes) -> Iterator[bytes]:
-    """Relative paths of everything below that is no folder, but for our own temporary files, which
-    are removed.
-    """
+    """Yield the relative paths of all files in a folder, and remove our temporary files."""
     for place, _, names in os.walk(folder):
         for name in names:
             path = os.path.join(place, name)  # noqa: PTH118
@@ -207,25 +206,23 @@ def _files(folder: bytes) -> Iterator[bytes]:
                 os.unlink(path)  # noqa: PTH108
             elif not files.is_system_file(os.fsdecode(name)):
                 yield os.path.relpath(path, folder)
-        # links to folders are listed by os.walk among the folders: they cannot be ours
+        # os.walk lists links to folders as folders; `partition` makes none
 
 
 class _Maker:
-    """Makes links or copies, and remembers when hard links turn out to be impossible."""
+    """A maker of links or copies, which changes to symbolic links if hard links are impossible."""
 
-    def __init__(self, link: Link | None, say: Say) -> None:
+    def __init__(self, link: Link | None, log: Log) -> None:
         self.link = link or Link.HARD
         self.made = 0
         self._may_fall_back = link is None
-        self._say = say
+        self._log = log
 
     def make(self, source: bytes, target: bytes) -> None:
-        """Make one image appear at `target`, unless it is there as it should be. Raises:
-        OutputError.
-        """
+        """Link or copy one image to `target`, unless it is there already. Raises: OutputError."""
         try:
             kind = self.link if _is_regular(source) else Link.SYMBOLIC
-            if self._is_there(source, target, kind):
+            if self._exists(source, target, kind):
                 return
             os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
             self._put(source, target, kind)
@@ -255,14 +252,14 @@ class _Maker:
                     f"cannot make {shown(target)} a hard link to {shown(source)}: {error.strerror}."
                     " Use --link symbolic or --link copy."
                 ) from error
-            self._say(
-                f"note: no hard links can be made here ({error.strerror}): symbolic links instead;"
-                " --link copy makes copies"
+            self._log(
+                f"note: hard links are impossible here ({error.strerror}): making symbolic links"
+                " instead; --link copy makes copies"
             )
             self.link = Link.SYMBOLIC
             self._put(source, target, Link.SYMBOLIC)
 
-    def _is_there(self, source: bytes, target: bytes, kind: Link) -> bool:
+    def _exists(self, source: bytes, target: bytes, kind: Link) -> bool:
         try:
             found = os.lstat(target)
         except FileNotFoundError:
@@ -285,7 +282,7 @@ def _is_regular(path: bytes) -> bool:
 
 
 def format_partitioned(made: Partitioned) -> str:
-    """Return the outcome as text for people."""
+    """Return the outcome as text."""
     least, most = min(made.partitions), max(made.partitions)
     size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
     what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[
