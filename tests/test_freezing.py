@@ -152,7 +152,7 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
         ({"source": "url"}, "`imagemill get-model tiny`"),
         (
             {"source": "onnx", "file": "/nets/net.onnx"},
-            "repeat the command with --model /nets/net.onnx",
+            "run the command again with --model /nets/net.onnx",
         ),
     ],
 )
@@ -174,6 +174,6 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     )
     with pytest.raises(
         OutputError,
-        match=rf"the job's model {tmp_path}/gone\.onnx is gone\. Bring it back: {remedy}\.",
+        match=rf"the job's model {tmp_path}/gone\.onnx is missing\. Bring it back: {remedy}\.",
     ):
         model.verify_model(replace(frozen, job=gone))

@@ -1,8 +1,7 @@
-"""The Python API: `run`, a whole job in one call, and `load`, a classifier for `predict` and
-`stream`.
+"""The Python API: `run` processes a whole job, `load` opens a classifier.
 
-Both go the way of the command line: the same decoding, preprocessing, sessions and ranking, so
-answers are the same, bit for bit.
+Both use the decoding, preprocessing, sessions and ranking of the command line, so results are the
+same, bit for bit.
 """
 
 from __future__ import annotations
@@ -82,18 +81,18 @@ or (H, W), grey.
 
 _PIXELS: Final = "Give uint8 (H, W, 3), RGB, or (H, W), grey, or a Pillow image"
 _BAD: Final = "imagemill_bad"
-"""Attribute of a Pillow image that could not be decoded. Its next `load` may succeed silently, with
-made-up pixels.
+"""Attribute that marks a Pillow image as undecodable: its next `load` may silently succeed with
+wrong pixels.
 """
 _CHUNK: Final = 2**20
-"""Bytes per read of a binary file: some files make room for all that is asked for, however short
-they are.
+"""Bytes per read of a binary file: some files allocate a buffer of the requested size even if they
+are short.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One class of an image's most probable ones."""
+    """One of the most probable classes of an image."""
 
     class_id: int
     label: str
@@ -102,24 +101,24 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What became of one image: the columns of a job's row."""
+    """The result of one image, with the columns of a job's row."""
 
     status: Status
     error: str | None
-    """One line; None where status is ok."""
+    """One line; None if status is ok."""
     class_id: int | None
-    """Of the most probable class; None, as label and probability, where status is not ok."""
+    """The most probable class; None, like label and probability, if status is not ok."""
     label: str | None
     probability: float | None
     top_k: tuple[Answer, ...]
-    """Most probable first, ties by class id; empty where status is not ok."""
+    """Most probable first, ties by class id; empty if status is not ok."""
     width: int | None
-    """Of the image as displayed; None where not known."""
+    """Of the image as displayed; None if unknown."""
     height: int | None
     logits: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
-    """float32 (classes,), where `load(save=["logits"])` asks for it and status is ok."""
+    """float32 (classes,) with `load(save=["logits"])` if status is ok."""
     embedding: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
-    """float32 (features,), where `load(save=["embedding"])` asks for it and status is ok."""
+    """float32 (features,) with `load(save=["embedding"])` if status is ok."""
 
 
 def run(
@@ -158,32 +157,34 @@ def run(
     user_agent: str | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Classify every image of the sources, one row each; the same call again resumes what an
-    earlier one began.
+    """Classify every image of the sources and write one row for each.
 
-    Keywords mean what the flags of `imagemill run` of the same name mean; None leaves them unsaid.
-    It may be called from any thread; in the main thread Ctrl-C ends the job in good order while it
-    runs, and signal handlers are put back as they were.
+    The same call again resumes an interrupted job. It needs the same `include`, `exclude`,
+    `all_files` and `limit` as the first call: without them it would select other images.
 
-    A call that resumes a job needs the same `include`, `exclude`, `all_files` and `limit` as the
-    first call. Without them it would mean other images, and is refused.
+    Keywords have the meaning of the `imagemill run` options with the same name. None means that an
+    option is not given. You can call it from any thread. In the main thread, Ctrl-C ends the job
+    cleanly, and your signal handlers are restored afterwards.
 
     Args:
-        sources: folders, images, lists, archives, … as on the command line, one or several.
+        sources: one or several folders, images, lists, archives, … as on the command line.
         output: the output folder.
-        retry_failed: True computes shards with failed images again; or the statuses that count as
-        failed.
+        retry_failed: True computes all shards with failed images again. Statuses select failures.
+        grace_s: seconds to finish shards in progress when stopped, as `--grace`.
+        report: False writes no report, as `--no-report`.
+        preflight: False tries no sample of the images, as `--no-preflight`.
+        moved: old place of a source → its place now, as `--moved OLD=NEW`.
+        engine: `local`, or `ray` for a Ray cluster: the connected one, else see docs/scaling.md.
         progress: show on stderr what the command line shows.
-        moved: where sources were → where they are now, as `--moved OLD=NEW`.
-        user_agent: sent to web servers.
-        engine: `local`, or `ray` for the nodes of a Ray cluster: the one that is connected to
-        already, else as docs/scaling.md says.
 
     Returns:
-        what `summary.json` holds.
+        The content of `summary.json`.
 
     Raises:
-        ImagemillError: as its branches in `imagemill.errors` say.
+        ImagemillError: with the subclasses in `imagemill.errors`.
+
+    Example:
+        >>> imagemill.run("photos", "out", model="efficientnet_lite0").ok
     """
     given = locals() | {"retry_failed": () if retry_failed is True else retry_failed or None}
     return runner.run(make_settings(given), observer.Terminal() if progress else None)
@@ -207,27 +208,30 @@ def load(
     """Open a classifier in this process. Close it, or use it in a `with` statement.
 
     Args:
-        model: name, bundle folder, or ONNX file with its card; None: the command line's default.
-        What lacks is fetched.
-        device: one device, as `--devices` spells it: `cpu`, …
-        precision: `fp32`, `bf16`, `int8`, or `auto`, which takes a faster one than fp32 where the
-            model's card holds an accepted verdict on it. Nothing is measured or quantised here;
-            `imagemill quantize` does that.
-        models_dir: None: `$IMAGEMILL_MODELS`, else the user's cache folder.
-        labels: a file with one label a line, instead of the model's own.
+        model: name, bundle folder, or ONNX file with its card; default: as the command line. A
+            missing model is downloaded.
+        device: one device, as in `--devices`: `cpu`, …
+        precision: `fp32`, `bf16`, `int8`, or `auto`. `auto` uses a faster precision than fp32 if
+            an accuracy check of this model has accepted it. `imagemill quantize` makes the check.
+        models_dir: default: `$IMAGEMILL_MODELS`, else the user's cache folder.
+        labels: file with one label per line; default: the model's own labels.
         top_k: classes kept per image.
-        save: `logits`, `embedding`: also keep these.
-        batch_size: images per batch, which changes no answer; None: as the command line.
-        num_workers: decoding threads; None: one a core.
-        background: blend transparent images onto this colour (`white`, `#rrggbb`, …); None: drop
-        alpha, as published pipelines do.
-        limits: budgets of one image; its `max_seconds` is not kept here, where nothing can be
-        ended.
-        progress: show on stderr how far a download is, and what is said on the way.
+        save: also keep `logits` or `embedding`.
+        batch_size: images per batch; does not affect results on CPUs.
+        num_workers: decoding threads; default: one per core.
+        background: blend transparent images onto this colour (`white`, `#rrggbb`, …); default: drop
+            alpha, as published pipelines do.
+        limits: limits of one image. `max_seconds` is ignored: a thread cannot be stopped.
+        progress: show downloads and messages on stderr.
 
     Raises:
-        UsageError: an argument that makes no sense. ModelError, DeviceError: the model or the
-        device cannot be had. BadLogitsError: the model returns NaN or infinity for every image.
+        UsageError: an argument is wrong.
+        ModelError, DeviceError: the model or the device is not available.
+        BadLogitsError: the model returns NaN or infinity for every image.
+
+    Example:
+        >>> with imagemill.load("efficientnet_lite0") as classifier:
+        ...     classifier.predict("photo.jpg")[0].label
     """
     given = locals() | {"sources": os.curdir, "output": ""}  # neither is used
     settings = make_settings(given)
@@ -279,11 +283,11 @@ def load(
 
 
 class Classifier:
-    """An open model; made by `load`.
+    """An open model, returned by `load`.
 
-    Several threads may use it, and several streams may be open, at once. They share the device and
-    the decoding threads. A forked child cannot use it and must load its own. An image that crashes
-    its decoder ends this process, which `run` would survive.
+    Several threads and open streams can use it at the same time. They share the device and the
+    decoding threads. A forked child must load its own. An image that crashes its decoder ends this
+    process, unlike with `run`.
     """
 
     def __init__(self, job: Job, opener: Callable[[], Session], ahead: int) -> None:
@@ -293,7 +297,7 @@ class Classifier:
         self._device = _Device(opener)
         limits = replace(
             job.limits, max_bytes=2**62
-        )  # kept here, for what is encoded: pixels have no such size
+        )  # checked here, for encoded images only: pixels have no encoded size
         self._feed = Feed(job.card, limits, job.batch_size, job.num_workers, None, Stopwatch())
         self._is_open = True
 
@@ -309,7 +313,7 @@ class Classifier:
 
     @property
     def precision(self) -> str:
-        """What it computes in: `fp32`, `bf16` or `int8`."""
+        """The precision in use: `fp32`, `bf16` or `int8`."""
         return self._job.precision.value
 
     def __enter__(self) -> Classifier:
@@ -324,11 +328,10 @@ class Classifier:
         self.close()
 
     def close(self) -> None:
-        """Release the device and the decoding threads. Does nothing the second time, and in a
-        forked child.
+        """Release the device and the decoding threads.
 
-        A call of another thread that still runs, and a stream that is still open, end with
-        `UsageError`.
+        Calls in other threads and open streams end with `UsageError`. Closing twice, or in a
+        forked child, does nothing.
         """
         if self._is_open and os.getpid() == self._process:
             self._is_open = False
@@ -336,20 +339,19 @@ class Classifier:
             self._device.close()
 
     def predict(self, items: Item | Iterable[Item]) -> list[Prediction]:
-        """Classify images and return a list.
+        """Return a prediction for each image, in order.
 
-        Apart from the list it needs the memory of `stream`, however many images a generator gives.
+        Apart from the returned list, it needs as little memory as `stream`.
 
         Args:
             items: one image or many: paths, encoded bytes, binary files, Pillow images, or pixels,
-            uint8 (H, W, 3), RGB, or (H, W), grey.
+                uint8 (H, W, 3), RGB, or (H, W), grey.
 
         Returns:
-            a prediction per image, in order. Whatever is wrong with an image is the status of its
-            prediction, not an error.
+            One prediction per image. A bad image is a status of its prediction, not an error.
 
         Raises:
-            UsageError: an item is no image at all, such as a number or a text file (in a list or
+            UsageError: an item is not an image, such as a number or a text file (in a list or
                 tuple this is found before anything is computed); or the classifier is closed, or
                 was opened in another process.
             BadLogitsError: the model returned an array of the wrong shape.
@@ -362,21 +364,19 @@ class Classifier:
         return list(self.stream(items))
 
     def stream(self, items: Item | Iterable[Item]) -> Iterator[Prediction]:
-        """Classify images one after the other, in bounded memory: yield a prediction per image, in
-        order, while images still come.
+        """Yield a prediction for each image, in order and in bounded memory, while images arrive.
 
-        The iterable is read in the thread that asks for the next prediction, and a bounded number
-        of images ahead of it: 2 batches and 2 images per decoding thread are decoded ahead, and on
-        a CPU 4 batches per core computed ahead. All but paths are read as they are taken, so the
-        iterable may close a file or reuse an array before it gives the next one.
+        The iterable is read in the thread that asks for the next prediction. At most 2 batches and
+        2 images per decoding thread are decoded ahead, and on a CPU 4 batches per core computed
+        ahead. All items but paths are read at once, so the iterable may close a file or reuse an
+        array before it yields the next item.
 
         Args:
-            items: as `predict` takes them.
+            items: as for `predict`.
 
         Raises:
-            UsageError, BadLogitsError: as `predict` does. An error for an item that is no image,
-                and whatever the iterable itself raises, comes after the predictions of the images
-                before it.
+            UsageError, BadLogitsError: as `predict` does. An error of an item, or of the iterable
+                itself, is raised after the predictions of the images before it.
         """
         self._check_usable()
         return self._stream(_several(items))
@@ -393,7 +393,7 @@ class Classifier:
             while waiting:
                 yield from self._answers(*waiting.popleft())
         except (CancelledError, RuntimeError):
-            self._check_usable()  # the threads refuse work because of close()
+            self._check_usable()  # close() makes the threads refuse work
             raise
         finally:
             for _, future in (
@@ -409,8 +409,8 @@ class Classifier:
             self._check_usable()
 
     def _images(self, items: Iterable[Any], failed: list[Exception]) -> Iterator[PlannedImage]:
-        """Take items until they end or raise; what they raise is kept in `failed`, so that the
-        images before it get their answers.
+        """Yield items as planned images until they end or raise. An exception is kept in `failed`,
+        so that the images before it get their predictions.
         """
         shard = Shard(0, 0, 0, 0, "", 0)
         try:
@@ -418,7 +418,7 @@ class Classifier:
                 yield PlannedImage(
                     number, shard, "", b"item %d" % number, -1, self._fetcher(number, item)
                 )
-        except Exception as error:  # the caller's own; it is raised again
+        except Exception as error:  # the caller's; `_stream` raises it again
             failed.append(error)
 
     def _check_usable(self) -> None:
@@ -458,7 +458,7 @@ class Classifier:
             )
 
     def _fetcher(self, number: int, item: Any) -> Callable[[], bytes]:
-        """Return what gives a decoding thread the encoded bytes of an item. Raises: UsageError."""
+        """Return a function that returns the encoded bytes of an item. Raises: UsageError."""
         if isinstance(item, str | os.PathLike):
             return partial(_read_path, os.fspath(item), self._job.limits.max_bytes)
         _check_type(number, item)
@@ -468,8 +468,8 @@ class Classifier:
             return partial(_refuse, bad.status, bad.error, bad.width, bad.height)
 
     def _encoded(self, number: int, item: Any) -> bytes:
-        """Read an item that is no path. Pixels become PPM, so that they are prepared as every image
-        is. Raises: BadImage, UsageError.
+        """Return the encoded bytes of an item that is not a path. Pixels become PPM, so that they
+        are prepared like every image. Raises: BadImage, UsageError.
         """
         limits, recipe = self._job.limits, self._job.card.recipe
         if isinstance(item, bytes | bytearray | memoryview):
@@ -479,7 +479,7 @@ class Classifier:
         if isinstance(item, np.ndarray):
             height, width = item.shape[:2]
             _check_size(width, height, limits)
-            return _ppm(np.asarray(item))  # of a masked array, what lies under its mask
+            return _ppm(np.asarray(item))  # of a masked array, the values under its mask
         return _read_binary(number, item, limits.max_bytes)
 
 
@@ -487,12 +487,11 @@ _Work: TypeAlias = "SimpleQueue[tuple[Batch, Future[Outputs]] | None]"
 
 
 class _Device:
-    """A thread that opens a session and computes the batches of all callers, in the order in which
-    they come.
+    """A thread that opens a session and computes the batches of all callers in turn.
 
-    Callers never run in each other's way: none waits for another's iterable, and one that is
-    interrupted leaves no half-read session. The session is a local variable of that thread, because
-    a forked child does not destroy those. OpenVINO's destructor would hang there.
+    Callers do not affect each other: none waits for another's iterable, and an interrupted caller
+    leaves no half-read session. The session is a local variable of the thread, because a forked
+    child does not destroy those: OpenVINO's destructor would hang there.
     """
 
     def __init__(self, opener: Callable[[], Session]) -> None:
@@ -508,7 +507,7 @@ class _Device:
         opened.result()
 
     def submit(self, batch: Batch) -> Future[Outputs]:
-        """Have a batch computed. Raises: RuntimeError after `close`."""
+        """Return the future outputs of a batch. Raises: RuntimeError after `close`."""
         future: Future[Outputs] = Future()
         with self._lock:
             if not self._is_open:
@@ -517,7 +516,7 @@ class _Device:
         return future
 
     def close(self) -> None:
-        """Compute what was submitted, then close the session."""
+        """Compute the submitted batches, then close the session."""
         with self._lock:
             self._is_open = False
         self._stop()
@@ -532,11 +531,11 @@ def _stop(work: _Work, thread: threading.Thread) -> None:
 
 
 def _compute(opener: Callable[[], Session], work: _Work, opened: Future[None]) -> None:
-    """Run a device's thread: every batch gets outputs or an error, until None comes."""
+    """Compute batches until None arrives: each gets outputs or an error."""
     session: Session | None = None
     try:
         session = opener()
-    except BaseException as error:  # the caller's, who waits for it
+    except BaseException as error:  # raised in the thread that waits for `opened`
         opened.set_exception(error)
         return
     opened.set_result(None)
@@ -547,7 +546,7 @@ def _compute(opener: Callable[[], Session], work: _Work, opened: Future[None]) -
             for _, outputs in session.stream(_submitted(first, work, taken)):
                 taken.popleft().set_result(outputs)
         except BaseException as error:  # as above
-            session = None  # one that failed is not used again
+            session = None  # a failed session is not used again
             for future in {first[1], *taken}:
                 if not future.done():
                     future.set_exception(error)
@@ -559,8 +558,8 @@ def _compute(opener: Callable[[], Session], work: _Work, opened: Future[None]) -
 def _submitted(
     first: tuple[Batch, Future[Outputs]], work: _Work, taken: deque[Future[Outputs]]
 ) -> Iterator[Batch]:
-    """Yield batches as long as some wait, and note in `taken` whose they are. Then it ends, so that
-    the session returns them all.
+    """Yield the waiting batches, and append their futures to `taken`. Then end, so that the session
+    returns all of them.
     """
     coming: tuple[Batch, Future[Outputs]] | None = first
     while coming is not None:
@@ -572,12 +571,12 @@ def _submitted(
             coming = work.get_nowait()
         except Empty:
             return
-    work.put(None)  # for `_compute`; nothing comes behind it
+    work.put(None)  # for `_compute`; nothing follows it
 
 
 def _several(items: Any) -> Iterable[Any]:
-    """Put a single item into a list. Files, arrays and strings can be iterated over, which is not
-    what is meant.
+    """Return items, a single one in a list. Files, arrays and strings are iterable, but single
+    items.
     """
     single = isinstance(items, str | os.PathLike | bytes | bytearray | memoryview | Image.Image)
     single = single or callable(getattr(items, "read", None))
@@ -586,7 +585,7 @@ def _several(items: Any) -> Iterable[Any]:
 
 
 def _check_type(number: int, item: Any) -> None:
-    """Raises: UsageError, if an item is no image whatever it holds."""
+    """Raise UsageError if an item cannot be an image."""
     if isinstance(item, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return
     if isinstance(item, np.ndarray):
@@ -636,7 +635,7 @@ def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
 
 
 def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
-    """Read a file from where it stands to its end, and no more than a byte too many."""
+    """Read a file from its position to its end, but at most one byte more than allowed."""
     chunks: list[bytes] = []
     left = max_bytes + 1
     while left > 0:

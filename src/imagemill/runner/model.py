@@ -1,6 +1,4 @@
-"""Which model a job runs: found or fetched, with the labels and the preprocessing that the settings
-give.
-"""
+"""The model of a job: found or downloaded, with the labels and preprocessing of the settings."""
 
 from __future__ import annotations
 
@@ -22,11 +20,12 @@ from imagemill.runner.settings import DEFAULT_MODEL, parse_colour
 
 
 def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
-    """The bundle that the settings mean, fetched where it lacks, with the labels that they give.
+    """Return the bundle that the settings name, with their labels; download it if it is missing.
 
     Raises:
-        UsageError: there is no such model, or it cannot give what is to be saved. ClassCountError:
-        the labels do not fit. ModelError.
+        UsageError: there is no such model, or it has no output that is to be saved.
+        ClassCountError: the number of labels differs from the number of classes.
+        ModelError: the model cannot be downloaded or read.
     """
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     found = registry.resolve(
@@ -52,7 +51,7 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
 
 
 def with_recipe(model: Bundle, settings: Settings) -> Bundle:
-    """Return the bundle with the preprocessing that the settings change."""
+    """Return the bundle with the preprocessing of the settings."""
     recipe = model.card.recipe
     if settings.preprocess == "center-crop":
         recipe = replace(recipe, resize=None)
@@ -62,14 +61,12 @@ def with_recipe(model: Bundle, settings: Settings) -> Bundle:
 
 
 def identify(card: Card) -> str:
-    """A model for people, and for telling it from others: of a wrapped one its own card counts
-    too.
-    """
+    """Return a text that identifies a model. For a wrapped model it depends on its card, too."""
     return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
 
 
 def describe_labels(labels: Sequence[str]) -> str:
-    """A list of labels for people, and for telling it from others."""
+    """Return a text that identifies a list of labels."""
     digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
     return (
         f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})"
@@ -79,9 +76,9 @@ def describe_labels(labels: Sequence[str]) -> str:
 
 
 def is_local(settings: Settings) -> bool:
-    """Whether the model that the settings name is on disk."""
+    """Return whether the model that the settings name is on disk."""
     if str(settings.model).endswith(".onnx"):
-        return True  # to be wrapped, if it is not; nothing is downloaded for it
+        return True  # nothing is downloaded, even if it has to be wrapped
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     return any(
         bundle.is_bundle(folder)
@@ -90,15 +87,18 @@ def is_local(settings: Settings) -> bool:
 
 
 def verify_model(frozen: Frozen) -> None:
-    """Compare the model's files with what the job was frozen with. Raises: OutputError,
-    ModelError.
+    """Check that the model's files are those that the job was frozen with.
+
+    Raises:
+        OutputError: the model file is missing.
+        ModelError: a file has changed.
     """
     job = frozen.job
     if not Path(job.model_file).is_file():
         remedy = f"`imagemill get-model {job.card.name}`"
         if job.card.origin.get("source") == "onnx":
-            remedy = f"repeat the command with --model {job.card.origin.get('file')}"
-        raise OutputError(f"the job's model {job.model_file} is gone. Bring it back: {remedy}.")
+            remedy = f"run the command again with --model {job.card.origin.get('file')}"
+        raise OutputError(f"the job's model {job.model_file} is missing. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
     if frozen.variant_sha256 is not None:
         from imagemill.tuning import precisions
