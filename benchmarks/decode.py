@@ -14,6 +14,7 @@ import argparse
 import io
 import itertools
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +23,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
 from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
+from reference import reference_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +47,7 @@ except ImportError:
 
 
 def pillow(data: bytes, recipe: Recipe) -> np.ndarray:
-    return preprocess.by_the_book(Image.open(io.BytesIO(data)), recipe)
+    return reference_pixels(Image.open(io.BytesIO(data)), recipe)
 
 
 def imagemill(data: bytes, recipe: Recipe) -> np.ndarray:

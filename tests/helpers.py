@@ -20,6 +20,10 @@ import pyarrow.parquet as pq
 import imagemill
 
 SOURCE_ROOT = Path(imagemill.__file__).resolve().parents[1]
+FAULTY_DECODERS = os.pathsep.join(
+    map(str, (Path(__file__).with_name("faulty_decoders"), SOURCE_ROOT, Path(__file__).parent))
+)
+"""PYTHONPATH of processes whose decoders crash or hang if an image asks for it."""
 PROJECT = Path(__file__).resolve().parents[1]
 
 

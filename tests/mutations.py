@@ -21,9 +21,10 @@ import tifffile
 from PIL import Image, ImageOps
 
 import encoded
-from imagemill.pipeline.decoding import pillow, preprocess
+from imagemill.pipeline.decoding import pillow
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
+from reference import reference_pixels
 
 RECIPE = Recipe(size=64, resize=None)
 """Larger than the samples: every pixel is compared."""
@@ -175,7 +176,7 @@ def reference(data: bytes) -> Reference:
         warnings.catch_warnings(action="ignore"),
     ):  # broken EXIF: displayed as stored
         image = ImageOps.exif_transpose(image)
-    return Reference(name, preprocess.by_the_book(displayed(image), RECIPE))
+    return Reference(name, reference_pixels(displayed(image), RECIPE))
 
 
 def displayed(image: Image.Image) -> Image.Image:

@@ -21,7 +21,6 @@ import sample_images
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
-from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 from imagemill.records import Bundle, Settings
 from imagemill.runner import run
 from imagemill.workers.ray.nodes import Node, places
@@ -375,7 +374,7 @@ def test_an_image_that_kills_its_decoder_is_a_row_on_a_cluster_too(
         "005b.jpg": sample_images.jpeg() + b"imagemill-test-crash"
     }
     folder, out = helpers.fill(tmp_path / "images", files), tmp_path / "out"
-    with cluster(env={FAULTS_VARIABLE: "1"}) as nodes:
+    with cluster(env={"PYTHONPATH": helpers.FAULTY_DECODERS}) as nodes:
         env = nodes.environment(IMAGEMILL_MODELS=str(models_dir))
         result = helpers.finish(
             start(

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import sample_images
-from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
+from reference import reference_pixels
 
 RECIPE, LIMITS = Recipe(size=32, resize=None), Limits()
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
@@ -34,7 +34,7 @@ def check(data: bytes, expected: np.ndarray, tolerance: int = 0) -> None:
     decoded = decode(data, RECIPE, LIMITS)
     assert decoded.status is Status.OK, (decoded.status, decoded.error)
     assert decoded.pixels is not None
-    reference = preprocess.by_the_book(
+    reference = reference_pixels(
         Image.fromarray(np.ascontiguousarray(expected).astype(np.uint8)), RECIPE
     )
     assert np.abs(decoded.pixels.astype(int) - reference).max() <= tolerance

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+import helpers
 import sample_images
 from imagemill.errors import WorkerError
-from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Interpolation, Limits, Recipe, Status
 from imagemill.system import processes
@@ -31,7 +32,7 @@ CRASH, HANG, OOM = b"imagemill-test-crash", b"imagemill-test-hang", b"imagemill-
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedDecoder]:
-    monkeypatch.setenv(FAULTS_VARIABLE, "1")
+    monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
     with IsolatedDecoder() as decoder:
         yield decoder
 
@@ -175,7 +176,7 @@ time.sleep(600)
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
-        env={**os.environ, FAULTS_VARIABLE: "1"},
+        env={**os.environ, "PYTHONPATH": helpers.FAULTY_DECODERS},
     ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())

@@ -771,9 +771,7 @@ def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     """The trial is started again with every image decoded in a disposable process, and judges by
     the others.
     """
-    from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
-
-    monkeypatch.setenv(FAULTS_VARIABLE, "1")
+    monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     said: list[str] = []
     found = trial_process.in_child(

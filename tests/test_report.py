@@ -26,7 +26,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import helpers
 import sample_images
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE, decode
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
 from imagemill.runner import run
@@ -681,7 +681,7 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(
     (source / "1.jpg").write_bytes(sample_images.jpeg(90, 50, seed=50))
     (source / "2.jpg").write_bytes(b"text")
     result = helpers.imagemill_cli(
-        "report", tmp_path / "out", env=helpers.environment(**{FAULTS_VARIABLE: "1"})
+        "report", tmp_path / "out", env=helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
     )
     assert (result.code, result.out) == (0, f"{tmp_path / 'out' / 'report.html'}\n"), result
     shown = opened(tmp_path / "out" / "report.html")

@@ -15,9 +15,9 @@ from PIL import Image
 
 import sample_images
 import tiff_files
-from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
+from reference import reference_pixels
 
 RECIPE, LIMITS = Recipe(size=33, resize=None), Limits()
 CASES = Path(__file__).parent / "cases"
@@ -28,7 +28,7 @@ def answer(data: bytes) -> Decoded:
 
 
 def cropped(pixels: np.ndarray) -> np.ndarray:
-    return preprocess.by_the_book(
+    return reference_pixels(
         Image.fromarray(
             np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8))
         ),

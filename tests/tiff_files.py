@@ -18,9 +18,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
+from reference import reference_pixels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -356,7 +356,7 @@ def compare(cell: Cell) -> str:
     if decoded.status is not Status.OK or decoded.pixels is None:
         expected = decoded.status is Status.UNSUPPORTED and not cell.must_be_read
         return "unsupported" if expected else f"{decoded.status}: {decoded.error}"
-    reference = preprocess.by_the_book(Image.fromarray(shown(data)), _RECIPE)
+    reference = reference_pixels(Image.fromarray(shown(data)), _RECIPE)
     apart = int(np.abs(decoded.pixels.astype(int) - reference).max())
     return "ok" if apart <= (cell.photometric == "cielab") else f"{apart} levels apart"
 

@@ -11,7 +11,6 @@ import pytest
 
 import helpers
 import sample_images
-from imagemill.pipeline.decoding.decode import FAULTS_VARIABLE
 
 HANGING_READ = """
 if WORKER:
@@ -63,7 +62,7 @@ def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(
     data = sample_images.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
     with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
     without = helpers.fill(tmp_path / "without", good())
-    env = helpers.environment(**{FAULTS_VARIABLE: "1"})
+    env = helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
     arguments = ("--max-seconds", "0.5", "--num-workers", "2", "--json")
     result = null_run(with_it, "--output", tmp_path / "out", *arguments, env=env)
     assert result.code == 0, result
@@ -84,7 +83,7 @@ def test_every_image_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
         for seed in range(6)
     }
     source = helpers.fill(tmp_path / "source", deadly)
-    env = helpers.environment(**{FAULTS_VARIABLE: "1"})
+    env = helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
     result = null_run(
         source,
         "--output",

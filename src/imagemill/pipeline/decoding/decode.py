@@ -23,9 +23,6 @@ Importing this sets up Pillow for the process, see `pillow`.
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,13 +35,6 @@ from imagemill.records import Decoded, Limits, Recipe, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-__all__ = ["FAULTS_VARIABLE", "decode", "decode_into"]
-
-FAULTS_VARIABLE = "IMAGEMILL_TEST_DECODER_FAULTS"
-"""For tests only. Where this is set, an image that contains `imagemill-test-crash` ends the process
-by SIGSEGV, `imagemill-test-hang` sleeps for ever, and `imagemill-test-oom` runs out of memory.
-"""
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
@@ -79,8 +69,6 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         )
     seen = pillow.Seen()
     try:
-        if FAULTS_VARIABLE in os.environ:
-            _fault(data)
         pillow.prepare(limits)
         jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None
         if jpeg is not None:
@@ -133,17 +121,3 @@ def _shrunk(crop: preprocess.Crop, factor: int) -> preprocess.Crop:
         for span in (crop.x, crop.y)
     )
     return preprocess.Crop(x, y)
-
-
-def _fault(data: bytes) -> None:
-    """Fail as tests ask for; see FAULTS_VARIABLE."""
-    if b"imagemill-test-crash" in data:
-        os.kill(os.getpid(), signal.SIGSEGV)
-        time.sleep(60)  # the signal may take another thread first
-    if b"imagemill-test-hang" in data:
-        while True:
-            time.sleep(3600)
-    if b"imagemill-test-oom" in data:
-        [
-            np.empty(1 << doubling, np.uint8) for doubling in range(20, 63)
-        ]  # never written to, so it costs address space only

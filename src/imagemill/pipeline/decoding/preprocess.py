@@ -1,18 +1,16 @@
-"""The card's recipe: where the crop lies in an image, and how its pixels become the model's.
+"""A card's recipe: where the crop is in an image, and how its pixels become the model's input.
 
-The published recipes resize the whole image so that its short side is `resize`, or squash it, and
-then cut the centre out. Here the crop is found first and only it is resampled, with the same
-filter, at the same scale and at the same place, so that the rest is never
-computed: an image of 1×4000 does not become one of 256×1024000. `by_the_book` is the published way,
-for tests and benchmarks to compare with. (`box` has hard edges: where one falls exactly between two
-pixels, either may count, here as in Pillow.)
+Published recipes resize the whole image so that its short side is `resize`, or squash it, and then
+cut the centre out. Here the crop is found first, and only its pixels are resampled, with the same
+filter, scale and position. So the rest is never computed: an image of 1×4000 does not become one of
+256×1024000. (`box` has hard edges: if one falls exactly between two pixels, either may count, as in
+Pillow.)
 
-The resampler is Pillow's, within a level or two of `by_the_book`; where `_resample.c` was built it
-does Pillow's arithmetic, bit for bit, in about a sixth of the time (benchmarks/decode.py), and
-where it was not, Pillow does. cykooz-resizer, the same filters in SIMD code, is off by one level in
-18 % of the values; on 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3
-(bicubic) or 7 (bilinear), where this flips none. Fast decoding may not change answers, so it is not
-used.
+Pixels differ from the published way by one or two levels at most. If `_resample.c` was built, it
+does Pillow's arithmetic, bit for bit, in about a sixth of the time (benchmarks/decode.py); else
+Pillow does. cykooz-resizer, the same filters in SIMD code, is off by one level in 18 % of the
+values. On 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or
+7 (bilinear); this flips none.
 """
 
 from __future__ import annotations
@@ -314,24 +312,4 @@ def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
         pixels = pixels[:, ::-1]
     if orientation in {3, 4, 7, 8}:
         pixels = pixels[::-1]
-    return pixels
-
-
-def by_the_book(image: Image.Image, recipe: Recipe) -> NDArray[np.uint8]:
-    """Preprocess the published way: resize the whole RGB image, cut its centre out. For comparison
-    only.
-
-    Returns: uint8 (size, size, 3).
-    """
-    image = image.convert("RGB")
-    if recipe.resize is not None:
-        image = image.resize(resized(*image.size, recipe), FILTERS[recipe.interpolation])
-    pixels = np.asarray(image)
-    for axis in (0, 1):
-        lacking = max(0, recipe.size - pixels.shape[axis])
-        pixels = np.pad(
-            pixels, [(lacking // 2, (lacking + 1) // 2) if a == axis else (0, 0) for a in range(3)]
-        )
-        first = int(round((pixels.shape[axis] - recipe.size) / 2.0))  # noqa: RUF046 - as torchvision spells it
-        pixels = pixels.take(range(first, first + recipe.size), axis=axis)
     return pixels
