@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle
 from imagemill.models.architectures import graph
+from imagemill.models.custom import wrap
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
 CARD = Card(
@@ -122,17 +123,14 @@ def test_a_card_that_lacks_fields_names_them(tiny: Bundle) -> None:
         bundle.load(tiny.dir)
 
 
-def test_a_missing_or_cut_model_is_found_at_loading(tiny: Bundle) -> None:
-    """No ONNX library is needed to see that the file ends too early."""
+def test_a_missing_or_cut_model_is_found(tiny: Bundle) -> None:
+    """A missing file when the bundle is opened, a cut or empty one by its hash."""
     model = tiny.dir / "model.onnx"
     whole = model.read_bytes()
-    for length in (1, len(whole) // 2, len(whole) - 1):
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
         model.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match="damaged or not ONNX"):
-            bundle.load(tiny.dir)
-    model.write_bytes(b"")
-    with pytest.raises(ModelError, match="is empty"):
-        bundle.load(tiny.dir)
+        with pytest.raises(ModelError, match=r"has the sha256 .* Remove .* and get the model again"):
+            bundle.verify_hash(bundle.load(tiny.dir))
     model.unlink()
     with pytest.raises(ModelError, match=r"model\.onnx is missing"):
         bundle.load(tiny.dir)
@@ -184,8 +182,8 @@ def test_weights_beyond_the_limit_lie_beside_the_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.onnx\.data has the sha256"):
         bundle.verify_hash(split)
     (split.dir / "model.onnx.data").unlink()
-    with pytest.raises(ModelError, match="which holds its weights, is not a file beside it"):
-        bundle.load(split.dir)
+    with pytest.raises(ModelError, match=r"model\.onnx\.data cannot be read: No such file"):
+        bundle.verify_hash(split)
 
 
 def test_frozen_copies_have_a_fixed_batch_and_are_made_once(tiny: Bundle) -> None:
@@ -263,15 +261,12 @@ def stranger(location: str, where: str) -> onnx.ModelProto:
 def test_external_data_outside_the_folder_is_refused(
     tiny: Bundle, location: str, where: str
 ) -> None:
-    """Absolute paths, dots and links, wherever in the model they hide; before an ONNX library sees
-    the file.
-    """
+    """Absolute paths, dots and links, wherever in the model they hide, before they are opened."""
     (tiny.dir.parent / "secret").write_bytes(bytes(16))
     (tiny.dir / "link").symlink_to(tiny.dir.parent / "secret")
     (tiny.dir / "linked").symlink_to(tiny.dir.parent)
-    (tiny.dir / "model.onnx").write_bytes(stranger(location, where).SerializeToString())
     with pytest.raises(ModelError, match="refused: ") as caught:
-        bundle.load(tiny.dir)
+        wrap.external_files(tiny.dir / "x.onnx", stranger(location, where))
     assert repr(location) in str(caught.value)
 
 
@@ -280,8 +275,8 @@ def test_external_data_inside_the_folder_is_accepted(tiny: Bundle, where: str) -
     """Sub-folders included."""
     (tiny.dir / "sub").mkdir()
     (tiny.dir / "sub" / "w.bin").write_bytes(bytes(16))
-    (tiny.dir / "model.onnx").write_bytes(stranger("sub/w.bin", where).SerializeToString())
-    bundle.check_external_data(tiny.dir / "model.onnx")
+    model = stranger("sub/w.bin", where)
+    assert wrap.external_files(tiny.dir / "x.onnx", model) == ["sub/w.bin"]
 
 
 def test_models_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

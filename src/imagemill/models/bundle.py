@@ -1,13 +1,13 @@
 """Bundles: a model on disk.
 
-    DIR/model.onnx         the graph and, up to 2 GiB, its weights DIR/model.onnx.data    the
-    weights of larger models DIR/card.json          everything else that is known about it; written
-    last, so a folder without it is no bundle yet DIR/model_6.onnx       a copy whose batch is
-    frozen to 6
+    DIR/model.onnx         the graph and, up to 2 GiB, its weights
+    DIR/model.onnx.data    the weights of larger models
+    DIR/card.json          everything else that is known about it; written last, so a folder
+                           without it is not a bundle yet
+    DIR/model_6.onnx       a copy whose batch is frozen to 6
 
-An ONNX file may name other files to read weights from. `check_external_data` refuses names that
-lead out of the folder; it walks over the file's bytes as they lie on disk, so that a foreign file
-is looked at before any ONNX library opens it.
+The hash in the card covers the model. An ONNX file may name other files to read weights from: the
+models made here name `model.onnx.data` only, and `custom.wrap` checks the files of users.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import resources
@@ -38,6 +38,11 @@ DATA_SHA256: Final = "model.onnx.data.sha256"
 """Key in the ONNX file's metadata, so that the hash of `model.onnx` covers the weights beside
 it.
 """
+_DATA_HASH: Final = re.compile(DATA_SHA256.encode() + rb"\x12\x40([0-9a-f]{64})")
+"""That key and its value as protobuf writes them, near the end of the file: metadata follow the
+graph.
+"""
+_TAIL_BYTES: Final = 4_096
 EXTERNAL_FROM: Final = 2**31 - 2**24
 """Bytes of weights from which they go into a file of their own: a protobuf message ends at 2
 GiB.
@@ -130,8 +135,8 @@ def load(folder: Path) -> Bundle:
     """Open a bundle; its weights are not read, see `verify_hash`.
 
     Raises:
-        ModelError: the card or the model is missing or damaged, the card's values make no sense
-        together, or the model refers to files outside the folder.
+        ModelError: the model is missing, the card is missing or damaged, or its values make no
+        sense together.
     """
     remedy = f"Remove {folder} and get the model again with imagemill get-model."
     try:
@@ -157,7 +162,6 @@ def load(folder: Path) -> Bundle:
         )
     if not (folder / MODEL).is_file():
         raise ModelError(f"{folder / MODEL} is missing, though {CARD} describes it. {remedy}")
-    check_external_data(folder / MODEL)
     return Bundle(folder, card)
 
 
@@ -168,8 +172,11 @@ def verify_hash(bundle: Bundle) -> None:
         ModelError: names both sums; the model changed on disk since it was made.
     """
     _compare(bundle.dir / MODEL, bundle.card.sha256)
-    if expected := _metadata(bundle.dir / MODEL).get(DATA_SHA256):
-        _compare(bundle.dir / DATA, expected)
+    with (bundle.dir / MODEL).open("rb") as file:
+        file.seek(max(0, (bundle.dir / MODEL).stat().st_size - _TAIL_BYTES))
+        data_hash = _DATA_HASH.search(file.read())
+    if data_hash:
+        _compare(bundle.dir / DATA, data_hash[1].decode())
 
 
 def _compare(file: Path, expected: str) -> None:
@@ -368,147 +375,3 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-# ── external data ─────────────────────────────────────────────────────────────────────────────────
-
-# Which fields of which ONNX messages can hold a tensor, from onnx.proto: message → field number →
-# message.
-_FIELDS: Final[Mapping[str, Mapping[int, str]]] = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
-    "Function": {7: "Node", 11: "Attribute"},
-    "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
-    "Sparse": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "Entry"},
-    "Entry": {},
-}
-_METADATA: Final[Mapping[str, Mapping[int, str]]] = {"Model": {14: "Entry"}, "Entry": {}}
-_DEEPEST: Final = 100
-"""Nesting at which protobuf itself gives up."""
-
-
-def check_external_data(file: Path) -> None:
-    """Refuse an ONNX file whose weights lie outside its own folder; nothing but the file itself is
-    opened.
-
-    Raises:
-        ModelError: a location is absolute, leads out of the folder (links followed), or is no
-        regular file; or the file is damaged.
-    """
-    folder = file.parent.resolve()
-
-    def entry(key: bytes, value: bytes) -> None:
-        if key != b"location":
-            return
-        location = value.decode("utf-8", "backslashreplace")
-        parts = location.replace("\\", "/").split("/")
-        if (
-            location.startswith(("/", "\\"))
-            or ".." in parts
-            or ":" in location
-            or "\0" in location
-            or not location
-        ):
-            raise ModelError(
-                f"{file} refused: it wants weights from {location!r}, outside its folder. Use a"
-                " model that you trust."
-            )
-        target = (folder / location).resolve()
-        if not target.is_relative_to(folder):
-            raise ModelError(
-                f"{file} refused: {location!r}, where it wants weights from, links to outside its"
-                " folder."
-            )
-        if not target.is_file():
-            raise ModelError(
-                f"{file} is incomplete: {location}, which holds its weights, is not a file beside"
-                " it. Copy it there."
-            )
-
-    _visit(file, _FIELDS, entry)
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    """Read an ONNX file's metadata, without its weights."""
-    found: dict[str, str] = {}
-    _visit(
-        file,
-        _METADATA,
-        lambda key, value: found.update(
-            {key.decode("utf-8", "replace"): value.decode("utf-8", "replace")}
-        ),
-    )
-    return found
-
-
-def _visit(
-    file: Path, messages: Mapping[str, Mapping[int, str]], entry: Callable[[bytes, bytes], None]
-) -> None:
-    """Call `entry` with every key and value that `messages` lead to. Raises: ModelError."""
-    try:
-        with file.open("rb") as opened:
-            if opened.seek(0, os.SEEK_END) == 0:
-                raise ModelError(f"{file} is empty. Get the model again with imagemill get-model.")
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _walk(data, 0, len(data), "Model", messages, entry, 0)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ModelError(
-            f"{file} is damaged or not ONNX: {error}. Get the model again with imagemill get-model."
-        ) from error
-
-
-def _walk(
-    data: mmap.mmap,
-    at: int,
-    end: int,
-    message: str,
-    messages: Mapping[str, Mapping[int, str]],
-    entry: Callable[[bytes, bytes], None],
-    depth: int,
-) -> None:
-    """Visit every key and value of every `Entry` that is found in one protobuf message."""
-    if depth > _DEEPEST:
-        raise ValueError(f"messages are nested deeper than {_DEEPEST}")
-    texts: dict[int, list[bytes]] = {1: [], 2: []}
-    while at < end:
-        tag, at = _varint(data, at, end)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            _, at = _varint(data, at, end)
-            continue
-        if wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        elif wire == 2:
-            length, at = _varint(data, at, end)
-            if at + length > end:
-                raise ValueError(f"it ends inside a field of {length} bytes")
-            if inner := messages[message].get(number):
-                _walk(data, at, at + length, inner, messages, entry, depth + 1)
-            elif message == "Entry" and number in texts:
-                texts[number].append(data[at : at + length])
-            at += length
-        else:
-            raise ValueError(f"it has a field of wire type {wire}")
-        if at > end:
-            raise ValueError("it ends inside a number")
-    if texts[1] or texts[2]:  # protobuf takes the last of repeated texts; here every one counts
-        for key in texts[1] or [b""]:
-            for value in texts[2] or [b""]:
-                entry(key, value)
-
-
-def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < end and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value & (2**64 - 1), at
-        shift += 7
-    raise ValueError("it ends inside a number, or holds one that is too long")

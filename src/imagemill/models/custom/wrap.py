@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import evaluate
-from imagemill.models.custom.graph import Plan, all_nodes, assemble, examine
+from imagemill.models.custom.graph import Plan, assemble, examine
 from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
 from imagemill.system import files
@@ -111,7 +111,6 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
             f" {beside.name} is not there. Make one: `imagemill wrap {file}`, see its --help; or"
             " write it by hand (docs/models.md)."
         )
-    bundles.check_external_data(file)
     card = read_card(beside)
     key = _key(file, card)
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem)[:100].lstrip(".-") or "model"
@@ -144,29 +143,65 @@ def _build_whole(
 
 def _key(file: Path, card: OnnxCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
-    graph = _parsed(file).graph
-    held = [
-        attribute.t
-        for node in all_nodes(graph)
-        for attribute in node.attribute
-        if attribute.HasField("t")
-    ]
-    names = {
-        entry.value
-        for tensor in (*graph.initializer, *held)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in sorted(names))]
+    names = external_files(file, _parsed(file))
+    sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in names)]
     return hashlib.sha256(
         json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()
     ).hexdigest()
+
+
+def external_files(file: Path, model: onnx.ModelProto) -> list[str]:
+    """Return the names of the files that an ONNX file reads weights from.
+
+    Raises:
+        ModelError: a name is absolute, leads out of the file's folder (links followed), or is not a
+            regular file.
+    """
+    folder = file.parent.resolve()
+    names = {
+        entry.value
+        for tensor in _tensors(model)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in sorted(names):
+        parts = name.replace("\\", "/").split("/")
+        if not name or not parts[0] or ".." in parts or ":" in name or "\0" in name:
+            raise ModelError(
+                f"{file} refused: it wants weights from {name!r}, outside its folder. Use a model"
+                " that you trust."
+            )
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder):
+            raise ModelError(
+                f"{file} refused: {name!r}, where it wants weights from, links to outside its"
+                " folder."
+            )
+        if not target.is_file():
+            raise ModelError(
+                f"{file} is incomplete: {name}, which holds its weights, is not a file beside it."
+                " Copy it there."
+            )
+    return sorted(names)
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor inside a protobuf message."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in (value,) if hasattr(value, "ListFields") else value:
+                yield from _tensors(inner)
 
 
 def _parsed(file: Path) -> onnx.ModelProto:
     """The file's graph, without weights that lie beside it. Raises: ModelError."""
     import onnx
 
+    if file.stat().st_size == 0:
+        raise ModelError(f"{file} is empty. Export it again.")
     try:
         return onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own
@@ -179,9 +214,9 @@ def _build(
     """Wrap a file into a bundle folder and run it once. `labels_file` names the labels in an
     error.
     """
-    bundles.check_external_data(file)
     key = key or _key(file, card)
     model = _parsed(file)
+    external_files(file, model)
     import onnx
 
     onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
