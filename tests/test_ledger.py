@@ -9,7 +9,9 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +24,7 @@ import helpers
 import sample_images
 from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
-from imagemill.job import ledger
+from imagemill.job import documents, ledger
 from imagemill.job.lock import locked
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -258,31 +260,49 @@ def test_an_unfinished_job_is_not_sound(out: Path) -> None:
     (out / "summary.json").unlink()
     (out / "manifest.json").unlink()
     assert [what for _, what in found(out)] == [
-        (
-            "is missing or cannot be read: the job is not finished, or else repeating the run"
-            " rebuilds it"
-        ),
+        "is missing: the job is not finished",
         "is missing: the job is not finished",
     ]
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json"])
 @pytest.mark.parametrize(
-    "content",
+    ("key", "value", "problem"),
     [
-        b"",
-        b"[]",
-        b"{}",
-        b'{"parts": [], "plan_id": "", "answer_id": ""}',
-        b'{"parts": {"part-000000.parquet": 5}}',
+        (None, b"", "Expecting value: line 1 column 1 (char 0)"),
+        (None, b"[]", "expected `object`, got `array`"),
+        (None, b"{}", "object missing required field `"),
+        ("plan_id images", 1.5, ": expected `"),
+        ("parts devices", 7, ": expected `"),
     ],
 )
-def test_a_damaged_manifest_is_found(out: Path, content: bytes) -> None:
-    """Whatever is in it."""
-    (out / "manifest.json").write_bytes(content)
-    assert [what for _, what in found(out)][:1] == [
-        "is missing or cannot be read: the job is not finished, or else repeating the run"
-        " rebuilds it"
-    ]
+def test_a_damaged_document_is_found_and_written_again(
+    finished: Settings, out: Path, name: str, key: str | None, value: Any, problem: str
+) -> None:
+    """`verify` names file, key and types, and repeating the run writes the document again."""
+    path = out / name
+    sound = json.loads(path.read_bytes())
+    if key is None:
+        path.write_bytes(value)
+    else:
+        key = key.split()[name == "summary.json"]
+        path.write_text(json.dumps(sound | {key: value}))
+        problem = key + problem
+    (what,) = [what for _, what in found(out)]
+    assert what.startswith(f"cannot be read: {problem}")
+    assert what.endswith(". Repeat the run to write it again")
+    (out / "summary.json").unlink(missing_ok=True)
+    run.run(replace(finished, output=str(out)))
+    assert found(out) == SOUND
+
+
+def test_a_damaged_summary_is_written_again(finished: Settings, out: Path) -> None:
+    """The repeated run takes the job for unfinished and closes it."""
+    before = helpers.parts(out)
+    (out / "summary.json").write_text('{"images": "many"}')
+    run.run(replace(finished, output=str(out)))
+    assert found(out) == SOUND
+    assert helpers.parts(out) == before
 
 
 @examples(max_examples=60)
@@ -437,7 +457,7 @@ def test_a_plan_that_lost_images_is_found(out: Path) -> None:
 
 def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     """As any other tool computes it."""
-    manifest = ledger.read_manifest(OpenJob.open(out).store)
+    manifest = documents.read_manifest(OpenJob.open(out).store)
     assert manifest is not None
     assert {name: record.sha256 for name, record in manifest.parts.items()} == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()

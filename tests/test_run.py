@@ -1004,6 +1004,32 @@ def test_a_damaged_job_is_one_clear_error(
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("images", "12", "images: expected `int`, got `str`"),
+        ("job limits max_pixels", "many", "job.limits.max_pixels: expected `int`, got `str`"),
+        ("filters include", [1], "filters.include[0]: expected `str`, got `int`"),
+        ("job limits", None, "job.limits: expected `object`, got `null`"),
+    ],
+)
+def test_a_value_of_the_wrong_type_in_job_json_is_named(
+    started: Settings, tmp_path: Path, path: str, value: Any, problem: str
+) -> None:
+    """With file, key and both types, before anything is done."""
+    file = tmp_path / "out" / "job.json"
+    plain = json.loads(file.read_bytes())
+    *parents, key = path.split()
+    place = plain
+    for parent in parents:
+        place = place[parent]
+    place[key] = value
+    file.write_text(json.dumps(plain))
+    with pytest.raises(OutputError) as caught:
+        run.run(unsaid(started))
+    assert str(caught.value) == f"{file} cannot be read: {problem}. Give another --output."
+
+
 def test_a_job_that_cannot_be_read_is_not_taken_for_none(
     job: Jobs, jpegs: Folders, tmp_path: Path
 ) -> None:

@@ -1,17 +1,24 @@
-"""The documents of a job folder: `job.json` and `summary.json`."""
+"""The documents of a job folder: `job.json`, `manifest.json` and `summary.json`.
+
+They are checked when they are read. An error names the file and the key.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 from imagemill.errors import OutputError
 from imagemill.job.store import Store
 from imagemill.records import Filters, Job, Summary
 from imagemill.system import files, serialization
 
+T = TypeVar("T")
+
 FORMAT = 2
+"""Of `job.json`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +53,80 @@ class Frozen:
     skipped_broken_links: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PartRecord:
+    """What `manifest.json` says of one part."""
+
+    rows: int
+    failed_by_status: Mapping[str, int]
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`manifest.json`: what each part of a finished job holds. It can be rebuilt from the parts."""
+
+    plan_id: str
+    answer_id: str
+    parts: Mapping[str, PartRecord]
+    """By file name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    format: Any = None
+
+
 def read_frozen(store: Store) -> Frozen | None:
-    """Return the frozen job in a store; None if there is none. Raises: OutputError if it cannot be
-    read.
+    """Return the frozen job in a store; None if there is none.
+
+    Raises:
+        OutputError: it cannot be read, has another format, or a value has the wrong type.
     """
-    shown = store.paths.shown(store.paths.job)
+    path = store.paths.job
+    shown, remedy = store.paths.shown(path), "Give another --output."
+    data = _read(store, path)
+    if data is None:
+        return None
+    header = serialization.decode(data, _Header, shown, OutputError, remedy)
+    if header.format != FORMAT:
+        raise OutputError(
+            f"{shown} has format {header.format}, this version of imagemill reads format {FORMAT}."
+            " Use the version that wrote it, or give another --output."
+        )
+    return serialization.decode(data, Frozen, shown, OutputError, remedy)
+
+
+def read_summary(store: Store) -> Summary | None:
+    """Return the summary of a finished job; None if there is none. Raises: OutputError if it cannot
+    be read.
+    """
+    return _read_rebuildable(store, store.paths.summary, Summary)
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """Return the manifest of a finished job; None if there is none. Raises: OutputError if it
+    cannot be read.
+    """
+    return _read_rebuildable(store, store.paths.manifest, Manifest)
+
+
+def _read_rebuildable(store: Store, path: Path, kind: type[T]) -> T | None:
+    data = _read(store, path)
+    if data is None:
+        return None
+    remedy = "Repeat the run to write it again."
+    return serialization.decode(data, kind, store.paths.shown(path), OutputError, remedy)
+
+
+def _read(store: Store, path: Path) -> bytes | None:
     try:
-        plain = json.loads(store.read(store.paths.job))
-        written = plain.get("format") if isinstance(plain, dict) else None
-        if written != FORMAT:
-            raise OutputError(
-                f"{shown} has format {written}, this version of imagemill reads format {FORMAT}."
-                " Use the version that wrote it, or give another --output."
-            )
-        return serialization.from_plain(Frozen, plain)
+        return store.read(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise OutputError(
-            f"{shown} cannot be read: {files.reason(error)}. Fix the cause and run the command"
-            " again, or give another --output."
+            f"{store.paths.shown(path)} cannot be read: {files.reason(error)}. Fix the cause and"
+            " run the command again, or give another --output."
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise OutputError(f"{shown} cannot be read: {error}. Give another --output.") from error
-
-
-def read_summary(store: Store) -> Summary | None:
-    """Return the summary of a finished job, or None."""
-    try:
-        return serialization.from_plain(Summary, json.loads(store.read(store.paths.summary)))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None

@@ -14,16 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill.errors import PartError
-from imagemill.job import plan
+from imagemill.errors import OutputError, PartError
+from imagemill.job import documents, plan
+from imagemill.job.documents import Manifest, PartRecord
 from imagemill.job.store import Store
 from imagemill.records import Job, Receipt, Shard, Status
 from imagemill.system import serialization
+
+T = TypeVar("T")
 
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
@@ -34,26 +37,6 @@ AsLine = Callable[[int, bytes], bytes | None]
 
 Returns the line of a list that names this image; None if no line can.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class PartRecord:
-    """What `manifest.json` says of one part."""
-
-    rows: int
-    failed_by_status: Mapping[str, int]
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """`manifest.json`: what each part of a finished job holds. It can be rebuilt from the parts."""
-
-    plan_id: str
-    answer_id: str
-    parts: Mapping[str, PartRecord]
-    """By file name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +146,14 @@ def check_sizes(store: Store) -> None:
     """Compare the sizes of a finished job's parts with the manifest. This is quick; `verify` reads
     everything. Raises: PartError.
     """
-    manifest = read_manifest(store)
-    sizes = store.sizes() if manifest else {}
-    for name, recorded in manifest.parts.items() if manifest else ():
+    try:
+        manifest = documents.read_manifest(store)
+    except OutputError:
+        manifest = None  # `verify` reports it
+    if manifest is None:
+        return
+    sizes = store.sizes()
+    for name, recorded in manifest.parts.items():
         if (found := sizes.get(name)) is not None and found != recorded.bytes:
             raise _part_error(
                 store,
@@ -222,22 +210,6 @@ def failed_paths(
                     ) + b"\n"
 
 
-def read_manifest(store: Store) -> Manifest | None:
-    """Return the manifest; None if it is missing or cannot be read, because it can be rebuilt."""
-    try:
-        return _manifest(json.loads(store.read(store.paths.manifest)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _manifest(plain: dict[str, object]) -> Manifest:
-    parts = plain["parts"]
-    if not isinstance(parts, dict):
-        raise TypeError("parts is not an object")
-    records = {name: serialization.from_plain(PartRecord, record) for name, record in parts.items()}
-    return Manifest(str(plain["plan_id"]), str(plain["answer_id"]), records)
-
-
 def _unrecognised(store: Store) -> list[Path]:
     """Return Parquet files in `predictions/` that are not parts, but that readers of the folder
     would read too.
@@ -253,14 +225,9 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
     """Read all parts and yield every problem: missing, duplicated, mismatched or unrecognised parts
     and rows, and any changed byte.
     """
-    manifest = read_manifest(store)
+    manifest, problem = _try_reading(documents.read_manifest, store, store.paths.manifest)
     if manifest is None:
-        yield Problem(
-            None,
-            store.paths.manifest,
-            "is missing or cannot be read: the job is not finished, or else repeating the run"
-            " rebuilds it",
-        )
+        yield Problem(None, store.paths.manifest, problem)
     elif (manifest.plan_id, manifest.answer_id) != (job.plan_id, job.answer_id):
         yield Problem(None, store.paths.manifest, "belongs to another job")
         manifest = None
@@ -284,8 +251,19 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
         recorded = manifest.parts.get(path.name) if manifest else None
         if what := _find_damage(store, shard, job.answer_id, recorded):
             yield Problem(shard.number, path, what, damaged=True)
-    if not store.exists(store.paths.summary):
-        yield Problem(None, store.paths.summary, "is missing: the job is not finished")
+    summary, problem = _try_reading(documents.read_summary, store, store.paths.summary)
+    if summary is None:
+        yield Problem(None, store.paths.summary, problem)
+
+
+def _try_reading(
+    read: Callable[[Store], T | None], store: Store, path: Path
+) -> tuple[T | None, str]:
+    """Return a document, or None and what is wrong with it."""
+    try:
+        return read(store), "is missing: the job is not finished"
+    except OutputError as error:
+        return None, str(error).removeprefix(f"{store.paths.shown(path)} ").rstrip(".")
 
 
 def _find_damage(

@@ -6,6 +6,7 @@ The command line and the Python API call `run`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,13 @@ from pathlib import Path
 
 from imagemill import records, report
 from imagemill.display import observer
-from imagemill.errors import Interrupted, JobMismatchError, SourceError, UsageError
+from imagemill.errors import (
+    Interrupted,
+    JobMismatchError,
+    OutputError,
+    SourceError,
+    UsageError,
+)
 from imagemill.job import documents, ledger, lock, plan
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -37,6 +44,8 @@ from imagemill.system import files, serialization
 from imagemill.version import __version__
 from imagemill.workers.launcher import Launcher, Outcome
 from imagemill.workers.machines import Machines, connect
+
+_log = logging.getLogger(__name__)
 
 _NAMED_NEW = 10
 
@@ -154,7 +163,7 @@ def _carry_out(
         listing.check_moved(job.sources, job.access, paths.plan)
     if left and is_resumed:
         _check_remaining(frozen)
-    if not left and (summary := documents.read_summary(store)):
+    if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
             report.attempt(opened, watcher.say)
@@ -205,6 +214,15 @@ def _carry_out(
     if job.card.origin.get("source") == "random":
         watcher.say(f"note: {job.card.name} has random weights: its predictions mean nothing")
     return summary
+
+
+def _read_summary(opened: OpenJob) -> Summary | None:
+    """Return the summary, or None if it must be written again."""
+    try:
+        return documents.read_summary(opened.store)
+    except OutputError as error:
+        _log.warning("%s", error)
+        return None
 
 
 def _check_remaining(frozen: documents.Frozen) -> None:
