@@ -57,12 +57,15 @@ def from_plain(kind: type[T], value: Any) -> T:
         "limits.max_pixels: expected `int`, got `str`".
     """
     try:
-        return msgspec.convert(value, kind, str_keys=True, dec_hook=_make_path)
+        return msgspec.convert(value, kind, str_keys=True, dec_hook=_convert_special)
     except msgspec.ValidationError as error:
         raise ValueError(_key_first(str(error))) from None
 
 
-def _make_path(kind: type, value: Any) -> Any:
+def _convert_special(kind: type, value: Any) -> Any:
+    """Return a value of a type that msgspec does not know: a path, or anything (`object`)."""
+    if kind is object:
+        return value
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise ValueError(f"expected `{kind.__name__}`, got `{type(value).__name__}`")
