@@ -160,7 +160,7 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(
         OutputError,
-        match=r"plan-00000-00000\.parquet is damaged: .* start anew in another --output",
+        match=r"plan-00000-00000\.parquet is damaged: .* start again in another --output",
     ):
         plan.shards(folder)
     with pytest.raises(OutputError, match="is damaged"):

@@ -1,3 +1,4 @@
-"""The job folder on disk: its paths, documents, plan, parts and ledger. Nothing here runs a
-model.
+"""A job on disk: the open job, its store, paths, documents, plan and ledger.
+
+Nothing here runs a model.
 """

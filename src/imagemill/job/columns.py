@@ -23,4 +23,4 @@ _COLUMNS = [
 ]
 
 COLUMNS = tuple(field.name for field in _COLUMNS)
-"""Of every part, in order; those that `--save` adds come after."""
+"""The columns of every part, in order. Columns of `--save` follow them."""

@@ -14,16 +14,16 @@ from imagemill.job.paths import JobPaths
 from imagemill.system.files import cannot_write, make_folder
 
 _LOCK_DELAYS_S = (0.01, 0.05, 0.2)
-"""Waits for a lock that `is_locked` may hold for a moment, from another process."""
+"""Delays between tries: `is_locked` in another process may hold the lock for a moment."""
 
 
 @contextlib.contextmanager
 def locked(paths: JobPaths) -> Iterator[None]:
-    """Hold the output folder against a second launcher; the kernel lets go of it however this
+    """Keep other launchers out of the output folder. The kernel releases the lock however this
     process ends.
 
     Raises:
-        OutputError: another launcher holds it, or it cannot be written to.
+        OutputError: another launcher holds the lock, or the folder cannot be written to.
     """
     make_folder(paths.root)
     try:
@@ -50,7 +50,7 @@ def locked(paths: JobPaths) -> Iterator[None]:
 
 
 def is_locked(paths: JobPaths) -> bool:
-    """Whether a launcher is at work on this folder now."""
+    """Return whether a launcher is using this folder now."""
     try:
         handle = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

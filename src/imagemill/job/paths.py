@@ -1,7 +1,7 @@
-"""Every path of the output folder is spelt here, and files appear whole or not at all.
+"""The paths of a job's files. No other module spells them.
 
-Where the output is an object store, a folder in the user's cache stands for it: plan and logs are
-worked on there, and `home` reads and writes the results, under the same names, in the store.
+If the output is an object store, a folder in the user's cache holds plan and logs while they are
+written. `ObjectStore` keeps the results under the same names in the store.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PART_SUFFIX = ".parquet"
 
 @dataclass(frozen=True, slots=True)
 class JobPaths:
-    """The output folder of one job."""
+    """The output folder of one job, or the local folder of a job in an object store."""
 
     root: Path
     log_dir: Path | None = None
     url: str = ""
-    """Of the object store that `root` stands for; empty: `root` is the output itself."""
+    """Where the results are in an object store; empty: they are in `root`."""
 
     @classmethod
     def of(cls, output: str, log_dir: str | None = None) -> JobPaths:
-        """What `--output` and `--log-dir` name: a folder, or an object store's URL."""
+        """Return the paths of a job, from the values of `--output` and `--log-dir`."""
         logs = Path(log_dir).absolute() if log_dir else None
         if not storage.is_url(output):
             return cls(Path(output).absolute(), logs)
@@ -42,106 +42,98 @@ class JobPaths:
 
     @property
     def output(self) -> str:
-        """For people, and for `job.json`: the absolute path or the URL."""
+        """The absolute path or the URL, as messages and `job.json` show it."""
         return self.url or str(self.root)
 
     def key(self, path: Path) -> str:
-        """The key below `url` that a path below `root` has."""
+        """Return the key below `url` of a path below `root`."""
         return path.relative_to(self.root).as_posix()
 
     def shown(self, path: Path) -> str:
-        """A path below `root` for people."""
-        return (
-            f"{self.url}/{self.key(path)}"
-            if self.url and path.is_relative_to(self.root)
-            else str(path)
-        )
+        """Return a path as messages show it: below the URL if it is below `root`."""
+        return f"{self.output}/{self.key(path)}" if path.is_relative_to(self.root) else str(path)
 
     @property
     def job(self) -> Path:
-        """The frozen job; written last of all that a start writes, so its presence says that plan
-        and choices are whole.
-        """
+        """The frozen job. A start writes it last, so if it exists, the plan is complete."""
         return self.root / "job.json"
 
     @property
     def plan(self) -> Path:
-        """Folder of the listing."""
+        """The folder of the listing."""
         return self.root / "plan"
 
     @property
     def spool(self) -> Path:
-        """The listing while it is not yet cut into shards."""
+        """The listing before it is cut into shards."""
         return self.plan / ".listing.arrow.tmp"
 
     @property
     def plan_nonce(self) -> Path:
-        """Which plan of an object store lies in `plan` now."""
+        """The nonce of the plan of an object store that `plan` holds now."""
         return self.root / "plan.nonce"
 
     @property
     def predictions(self) -> Path:
-        """Folder of the parts: the data set, and the ledger."""
+        """The folder of the parts, which are both the results and the ledger."""
         return self.root / "predictions"
 
     @property
     def quarantine(self) -> Path:
-        """Folder that `verify --quarantine` moves damaged parts to."""
+        """The folder that `verify --quarantine` moves damaged parts to."""
         return self.root / "quarantine"
 
     @property
     def logs(self) -> Path:
-        """Folder with one log per process."""
+        """The folder of the logs, one per process."""
         return self.log_dir or self.root / "logs"
 
     @property
     def launcher_log(self) -> Path:
-        """The launcher's own log."""
+        """The launcher's log."""
         return self.logs / "launcher.log"
 
     @property
     def summary(self) -> Path:
-        """Written when the ledger closes."""
+        """The summary, written when the job is complete."""
         return self.root / "summary.json"
 
     @property
     def manifest(self) -> Path:
-        """The sha256 of every part; rebuildable."""
+        """The sha256 of every part. It can be rebuilt from the parts."""
         return self.root / "manifest.json"
 
     @property
     def failed_list(self) -> Path:
-        """Paths of the images that have no answer, one a line, fit to be a source again."""
+        """The paths of failed images, one a line: a list that can be a source again."""
         return self.root / "failed.txt"
 
     @property
     def report(self) -> Path:
-        """One self-contained page."""
+        """The report, one self-contained page."""
         return self.root / "report.html"
 
     @property
     def launch(self) -> Path:
-        """Written by a launcher whose workers are on other machines, so that these can tell whether
-        they see the same folder.
-        """
+        """A file by which workers on other machines check that they see the same output."""
         return self.root / f".launch{_TEMPORARY_SUFFIX}"
 
     @property
     def fetching(self) -> Path:
-        """Lock of those who fetch a plan from an object store to this machine."""
+        """The lock of processes that fetch a plan from an object store to this machine."""
         return self.root / ".fetching"
 
     @property
     def lock(self) -> Path:
-        """Held by the launcher as long as it lives."""
+        """The lock that the launcher holds while it runs."""
         return self.root / ".lock"
 
     def part(self, shard: int) -> Path:
-        """The one file that shard `shard` becomes; its name depends on the shard alone."""
+        """Return the file of a shard's part. Its name depends on the shard alone."""
         return self.predictions / f"{_PART_PREFIX}{shard:06d}{_PART_SUFFIX}"
 
     def parts(self) -> dict[int, Path]:
-        """Every part on disk by shard number, whatever its content; temporary and foreign files are
+        """Return every part in the folder by shard number, whatever its content. Other files are
         left out.
         """
         with contextlib.suppress(FileNotFoundError), os.scandir(self.predictions) as entries:
@@ -149,7 +141,7 @@ class JobPaths:
         return {}
 
     def parts_among(self, names: Iterable[str]) -> dict[int, Path]:
-        """Those of the names in `predictions/` that are a part's, by shard number, in order."""
+        """Return the parts among names of files in `predictions/`, ordered by shard number."""
         found = {}
         for name in names:
             digits = name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)
@@ -158,18 +150,18 @@ class JobPaths:
         return dict(sorted(found.items()))
 
     def device_log(self, device: str) -> Path:
-        """The log of one device process."""
+        """Return the log of a worker process."""
         return self.logs / f"{device}.log"
 
     def ours(self) -> set[str]:
-        """Names that a start which was cut short may have left behind."""
+        """Return the names that an interrupted start may have left in the folder."""
         left = {path.name for path in self.root.glob(f".{self.job.name}.*{_TEMPORARY_SUFFIX}")}
         return left | {
             path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)
         }
 
     def sweep(self) -> None:
-        """Remove what a killed process left half-written. Only for the holder of the lock, before
+        """Remove temporary files of killed processes. Only for the holder of the lock, while no
         workers run.
         """
         for folder in (self.root, self.plan, self.predictions):

@@ -1,8 +1,8 @@
 """The plan: the frozen listing of a job's images, cut into shards, in listing order.
 
-A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`, in
-which every row group is one shard; so the shards are known from the files' footers, and a worker
-reads the rows of its shard alone. Neither writing nor reading holds the whole listing in memory.
+A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`.
+Every row group is one shard. So the shards are known from the files' footers, and a worker reads
+only the rows of its shard. The whole listing is never in memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _SPOOL_SCHEMA = pa.schema(
 )
 _SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 200
-"""A writer keeps some 8 KiB about each until the file is closed, and a reader reads as much."""
-_SMALLEST_SHARD, _LARGEST_SHARD, _MOST_SHARDS = 32, 1_024, 10_000
+"""A writer keeps about 8 KiB per shard until the file is closed, and a reader reads as much."""
+_MIN_SHARD_SIZE, _MAX_SHARD_SIZE, _MAX_SHARDS = 32, 1_024, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +57,22 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What spooling a listing returns."""
+    """The counts of a spooled listing."""
 
     images: int
     groups: int
 
 
 def auto_shard_size(images: int, devices: int) -> int:
-    """Images in a shard: an eighth of a device's share, between 32 and 1,024, larger above ten
-    million images.
+    """Return how many images a shard has: an eighth of a device's share, between 32 and 1,024.
+    Above ten million images shards are larger.
     """
-    size = min(max(images // (8 * devices), _SMALLEST_SHARD), _LARGEST_SHARD)
-    return max(size, -(-images // _MOST_SHARDS))
+    size = min(max(images // (8 * devices), _MIN_SHARD_SIZE), _MAX_SHARD_SIZE)
+    return max(size, -(-images // _MAX_SHARDS))
 
 
 def spool(entries: Iterable[Entry], path: Path) -> Listing:
-    """Write a listing as it comes to the file `path`, in memory that does not grow with it.
+    """Write a listing to the file `path` as it arrives. Memory does not grow with it.
 
     Raises:
         OutputError: it cannot be written.
@@ -113,8 +113,8 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
 
 
 def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None:
-    """Cut a spooled listing into shards below `folder`; with `by_group` shards also end where a
-    group ends.
+    """Cut a spooled listing into shards in `folder`. With `by_group`, shards also end where a group
+    ends.
 
     Files are named `plan-GGGGG-NNNNN.parquet` by group and order, so that sorting the names gives
     the listing order.
@@ -180,7 +180,7 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
 
 
 def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple[int, pa.Table]]:
-    """The listing in order, as tables each of one group."""
+    """Yield the listing in order, as tables of one group each."""
     for number in range(reader.num_record_batches):
         table = pa.Table.from_batches([reader.get_batch(number)])
         if not by_group:
@@ -195,7 +195,7 @@ def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple
 
 
 def shards(folder: Path) -> list[Shard]:
-    """Every shard of the plan, in order, read from the footers of its files.
+    """Return every shard of the plan, in order, from the footers of its files.
 
     Raises:
         OutputError: a plan file is damaged or missing.
@@ -207,10 +207,7 @@ def shards(folder: Path) -> list[Shard]:
             with pa.OSFile(os.fsencode(path)) as file:
                 metadata = pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
-            raise OutputError(
-                f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another"
-                " --output."
-            ) from error
+            raise _damaged(path, error) from error
         group = int(path.name.split("-")[1])
         for row_group in range(metadata.num_row_groups):
             count = metadata.row_group(row_group).num_rows
@@ -219,16 +216,19 @@ def shards(folder: Path) -> list[Shard]:
     return found
 
 
+def _damaged(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"{path} is damaged: {error}. The plan cannot be rebuilt; start again in another --output."
+    )
+
+
 def read(folder: Path, shard: Shard) -> list[PlannedRow]:
-    """The rows of one shard. Raises: OutputError."""
+    """Return the rows of one shard. Raises: OutputError."""
     path = folder / shard.plan_file
     try:
         with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened) as file:
             table = file.read_row_group(shard.row_group)
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(
-            f"{path} is damaged: {error}. The plan cannot be rebuilt; start anew in another"
-            " --output."
-        ) from error
+        raise _damaged(path, error) from error
     columns = (table[name].to_pylist() for name in SCHEMA.names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]
