@@ -1075,7 +1075,7 @@ def test_a_forked_child_is_told_to_load_its_own(models_dir: Path) -> None:
     """
     program = """
 import itertools, os, signal, sys
-import imagemill, images
+import imagemill, sample_images
 
 with imagemill.load("tiny", precision="fp32") as opened:
     answers = opened.stream(itertools.repeat(sample_images.jpeg()))
@@ -1136,7 +1136,7 @@ def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) ->
 def test_a_classifier_that_nobody_closes_does_not_keep_its_process(models_dir: Path) -> None:
     """With a stream open or not."""
     program = """
-import itertools, imagemill, images
+import itertools, imagemill, sample_images
 opened = imagemill.load("tiny", precision="fp32")
 answers = opened.stream(itertools.repeat(sample_images.jpeg()))
 assert next(answers).status == "ok"
