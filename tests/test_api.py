@@ -540,6 +540,17 @@ def test_a_bad_image_costs_its_own_prediction(small: imagemill.Classifier, name:
     assert columns(found[0]) == columns(found[3])
 
 
+def test_a_limit_of_the_user_in_pillow_is_left_alone(
+    small: imagemill.Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicting does not change it, whatever limit the classifier has."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_345_678)
+    data = sample_images.encode(sample_images.photograph(40, 30), "PNG")
+    image = Image.open(io.BytesIO(data))
+    assert [found.status for found in small.predict([data, image])] == ["ok", "ok"]
+    assert Image.MAX_IMAGE_PIXELS == 12_345_678
+
+
 def test_the_size_of_a_bad_pillow_image_is_the_displayed_one(small: imagemill.Classifier) -> None:
     """As it is for a file."""
     data = (

@@ -129,7 +129,9 @@ def test_a_missing_or_cut_model_is_found(tiny: Bundle) -> None:
     whole = model.read_bytes()
     for length in (0, 1, len(whole) // 2, len(whole) - 1):
         model.write_bytes(whole[:length])
-        with pytest.raises(ModelError, match=r"has the sha256 .* Remove .* and get the model again"):
+        with pytest.raises(
+            ModelError, match=r"has the sha256 .* Remove .* and get the model again"
+        ):
             bundle.verify_hash(bundle.load(tiny.dir))
     model.unlink()
     with pytest.raises(ModelError, match=r"model\.onnx is missing"):

@@ -668,7 +668,7 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
     bad: tuple[Status, str] | None = vars(image).get(_BAD)
     if bad is None:
         try:
-            pillow.prepare(limits)
+            pillow.prepare()
             image.load()
             orientation = _orientation(image) if recipe.exif else 1
             return _encode_image(

@@ -25,6 +25,7 @@ from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources, top_k
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.decoding.pillow import limit_pillow
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
@@ -414,6 +415,7 @@ class _Run:
                     "crash" if trial.isolate else None,
                 )
 
+        limit_pillow(trial.limits)
         with Feed(trial.bundle.card, trial.limits, 1, len(trial.cores), None, Stopwatch()) as feed:
             self._at(patience_s)
             for batch in feed.batches(images()):

@@ -37,6 +37,7 @@ def _work(connection: Connection) -> None:
     # Only now, with the affinity set, are the libraries imported that count the cores they find.
     from imagemill.pipeline import top_k
     from imagemill.pipeline.backends import open_session
+    from imagemill.pipeline.decoding.pillow import limit_pillow
     from imagemill.pipeline.feed import Feed
     from imagemill.pipeline.run_shards import run_shards
     from imagemill.pipeline.sink import Sink
@@ -49,6 +50,7 @@ def _work(connection: Connection) -> None:
     )
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
     board.clear()
+    limit_pillow(job.limits)
     session = open_session(job, device, clock)
     top_k.check_model(session.stream, job)
     clock.add("compute", -clock.read().compute)  # random images are no part of the job's rates

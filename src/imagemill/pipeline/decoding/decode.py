@@ -17,8 +17,6 @@ The contract:
 
     bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample)
                           └─► all else: pillow ──────────────┘   ─► pixels
-
-Importing this sets up Pillow for the process, see `pillow`.
 """
 
 from __future__ import annotations
@@ -69,7 +67,7 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         )
     seen = pillow.Seen()
     try:
-        pillow.prepare(limits)
+        pillow.prepare()
         jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None
         if jpeg is not None:
             seen.width, seen.height = preprocess.turned_size(

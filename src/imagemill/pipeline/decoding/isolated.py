@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding.decode import decode
+from imagemill.pipeline.decoding.pillow import limit_pillow
 from imagemill.records import Decoded, Limits, Recipe, Status
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
@@ -190,6 +191,7 @@ def _serve(connection: Any) -> None:
         data = connection.recv_bytes()
         # The alarm is for a parent that is itself stopped.
         signal.setitimer(signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN)
+        limit_pillow(limits)
         decoded = decode(data, recipe, limits)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(decoded)

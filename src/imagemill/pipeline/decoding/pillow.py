@@ -8,9 +8,8 @@ blended onto that colour at full size, before it is resized. 16-bit grey keeps i
 (`scaling`). Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which
 turns it as its orientation says, whatever the recipe.
 
-Importing this sets up Pillow for the process: its own limit against decompression bombs follows
-ours (for images within images, as in ICO), and its warnings are silenced, because
-`warnings.catch_warnings` is not safe among threads.
+Pillow's warnings are silenced for the process, because `warnings.catch_warnings` is not safe among
+threads, and a user's `-W error` would make them errors of images.
 """
 
 from __future__ import annotations
@@ -380,16 +379,20 @@ def _grey(values: NDArray[Any]) -> Image.Image:
 # Budgets
 
 
-def prepare(limits: Limits) -> None:
-    """Set what Pillow itself guards against, and keep it quiet; before each image, since others may
-    undo it.
+def limit_pillow(limits: Limits) -> None:
+    """Apply `max_pixels` to what Pillow opens by itself: images inside images, as in ICO.
+
+    For processes of our own. In a user's process Pillow keeps the limit that it has there.
+    """
+    Image.MAX_IMAGE_PIXELS = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
+
+
+def prepare() -> None:
+    """Make errors of truncated images errors and silence warnings, before each image: code of
+    others may undo it.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    half = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
-    if half != Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = half
-    # catch_warnings, pytest's for one, takes the filter away with it; so it is looked for each time
-    # (0.2 µs)
+    # catch_warnings, pytest's for one, removes the filter; so look for it each time (0.2 µs)
     if not any(entry is _silence for entry in warnings.filters[:3]):
         with _setup:
             filters: Any = warnings.filters  # a list, in spite of its stub
