@@ -158,7 +158,7 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     if expected == "WEBP":
         _check_webp(data, limits, seen)
     reason: Exception | None = None
-    for name in _candidates(expected):
+    for name in _candidates(expected, data):
         if name not in Image.OPEN and name not in COMMON_FORMATS:
             with _setup:
                 Image.init()
@@ -191,12 +191,16 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     raise _why_not(data, expected, reason, limits, seen)
 
 
-def _candidates(expected: str | None) -> tuple[str, ...]:
+def _candidates(expected: str | None, data: bytes) -> tuple[str, ...]:
     if expected in PLUGINS:
         return (expected,) if _register(expected) else ()
     if expected is not None and expected not in FORMATS:
         return ()
-    return FORMATS if expected is None else (expected,)
+    if expected is not None:
+        return (expected,)
+    # Pillow takes every text that begins with "BM" for a BMP, whose header is then far too long.
+    is_text = data[:2] == b"BM" and int.from_bytes(data[14:18], "little") >= 2**16
+    return tuple(name for name in FORMATS if name != "BMP" or not is_text)
 
 
 def _register(name: str) -> bool:
