@@ -258,9 +258,9 @@ def test_thumbnails_are_their_images(reported: Reported, opened: Pages) -> None:
             assert pixels is not None
             seen[page.visible(row["path"])] = pixels.astype(int)
     shown = opened(reported.report)
-    shown = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
-    assert len(shown) == 96
-    for card in shown:
+    gallery = [card for part in ("most", "least", "sample") for card in cards(shown, part)]
+    assert len(gallery) == 96
+    for card in gallery:
         pixels = np.asarray(
             Image.open(io.BytesIO(base64.b64decode(card["image"].partition(",")[2]))), int
         )
@@ -279,7 +279,7 @@ def test_any_cut_into_shards_gives_the_same_figures(
 ) -> None:
     """Heaps and sample are kept part by part; they are what the whole at once would give."""
     keys = np.random.default_rng(seed).integers(0, 9, 137).astype(np.float64)
-    kept, whole = figures._Least(11), figures._Least(11)
+    kept, whole = figures._Smallest(11), figures._Smallest(11)
     for start in range(0, 137, size):
         kept.offer(keys[start : start + size], np.arange(start, min(start + size, 137)))
     whole.offer(keys, np.arange(137))
@@ -303,15 +303,13 @@ def test_the_random_sample_is_uniform() -> None:
 
 
 def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
-    """Model and its hash, licence and origin, ids, settings, sources, versions and machine are on
+    """Model and its hash, licence and origin, settings, sources, versions and machine are on
     the page.
     """
     frozen = OpenJob.open(reported.output).frozen
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
-    job, card = frozen.job, frozen.job.card
+    card = frozen.job.card
     named = (
-        job.plan_id,
-        job.answer_id,
         card.sha256,
         card.licence,
         str(reported.source),
@@ -348,7 +346,7 @@ def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
     assert helpers.imagemill_cli("report", output).code == 0
     shown = opened(output / "report.html")
     assert shown.locator("section:has(> #gate) tbody").inner_text().split("\t") == [
-        "int8", "passed: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %", "2.31 ×"
+        "int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %", "2.31 ×"
     ]  # fmt: skip
     assert not opened(reported.report).locator("#gate").count()
 
@@ -395,7 +393,7 @@ def test_a_job_that_is_not_finished_says_so(
     (tmp_path / "out" / "summary.json").unlink()
     run.run(settings)
     assert (
-        "Nothing was left to compute"
+        "no images were left to compute"
         in opened(tmp_path / "out" / "report.html").locator("section:has(> #speed)").inner_text()
     )
 
@@ -694,7 +692,7 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(
     assert reasons.keys() == {"0.jpg", "1.jpg", "2.jpg", "crash.jpg", "hang.jpg"}
     wanted = {
         "0.jpg": "is gone",
-        "1.jpg": "has changed",
+        "1.jpg": "changed after",
         "2.jpg": "not a known image format",
         "crash.jpg": "SIGSEGV",
         "hang.jpg": "than 1 s",
@@ -720,7 +718,7 @@ def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(
         frozen = replace(opened.frozen, job=replace(opened.frozen.job, sources=(url,)))
         made = thumbnails.make(replace(opened, frozen=frozen), found.sample, seconds=0.3)
     assert {made[told.index].reason for told in found.sample} == {
-        "it could not be had within 0.3 s for all"
+        "not ready within 0.3 s for all thumbnails"
     }
 
 
@@ -746,8 +744,8 @@ def test_a_report_that_cannot_be_made_is_a_note(
     (tmp_path / "out" / "summary.json").unlink()
     result = imagemill(*arguments)
     assert result.code == 0
-    assert "note: no report could be made (cannot write" in result.err
-    assert f"`imagemill report {tmp_path / 'out'}` tries again" in result.err
+    assert "note: the report could not be written (cannot write" in result.err
+    assert f"`imagemill report {tmp_path / 'out'}` to try again" in result.err
     assert (tmp_path / "out" / "summary.json").is_file()
     failed = imagemill("report", tmp_path / "out")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed

@@ -1,9 +1,9 @@
-"""`report.html`: one self-contained page about a job, for people. See `docs/report.md`.
+"""`report.html`, a self-contained page about a job (docs/report.md).
 
-figures.py      the parts → figures, in one pass
-thumbnails.py   images → small JPEGs, fetched and decoded again
-charts.py       numbers → what the template draws
-page.py         all of it → HTML, by page.html.j2, page.css and page.js
+figures.py      figures from the parts, in one pass
+thumbnails.py   small JPEGs of images, fetched and decoded again
+charts.py       scales and lines for the template to draw
+page.py         the HTML, from page.html.j2, page.css and page.js
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 def write(job: OpenJob) -> int:
-    """Write `report.html` from what is committed; a job that is not finished gets a page that says
-    so.
+    """Write `report.html` from the finished parts. The page says whether the job is finished.
 
     Args:
         job: finished or not.
 
     Returns:
-        the page's size, bytes.
+        the size of the page in bytes.
 
     Raises:
         PartError: a part is damaged. OutputError: the plan is, or the page cannot be written.
@@ -51,8 +50,8 @@ def write(job: OpenJob) -> int:
 
 
 def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
-    """Write the report of a job that has just finished. Where that fails the job is no less
-    finished: there is a note instead.
+    """Write the report of a job that has just finished. If that fails, the user gets a note and the
+    job is still finished.
     """
     try:
         write(job)
@@ -62,6 +61,6 @@ def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
     except Exception as error:
         _log.warning("no report", exc_info=True)
         say(
-            f"note: no report could be made ({error}). The results are whole; `imagemill report"
-            f" {job.paths.output}` tries again."
+            f"note: the report could not be written ({error}). The results are complete. Run"
+            f" `imagemill report {job.paths.output}` to try again."
         )

@@ -1,4 +1,4 @@
-"""Numbers → what the template draws: scales with round ends, lines, and shares of a bar."""
+"""Scales, lines and shares of a bar, computed from numbers for the template to draw."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from imagemill.records import Clock, DeviceSummary, Throughput
 
 WIDTH, HEIGHT = 1000.0, 100.0
-"""Of a drawing's own coordinates; the page stretches them."""
+"""Size of a chart in its own coordinates, which the page stretches."""
 _TICKS = 4
 _LINES = 6
-"""Devices that have a line of their own; of more, all lines look alike."""
+"""If there are more devices than this, all their lines look alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,9 @@ class Line:
 
     name: str
     style: str
-    """Class that the style sheet knows it by."""
+    """Its class in the style sheet."""
     path: str
-    """In SVG's words."""
+    """An SVG path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,13 @@ class RateChart:
 
     lines: tuple[Line, ...]
     ticks: tuple[float, ...]
-    """Of the vertical axis, from the top to 0."""
+    """Labels of the vertical axis, from the top to 0."""
     times: tuple[float, ...]
-    """Of the horizontal axis, seconds."""
+    """Labels of the horizontal axis, seconds."""
     names: tuple[str, ...]
-    """Columns of the table."""
+    """Columns of the table below the chart."""
     rows: tuple[tuple[float, float, tuple[float, ...]], ...]
-    """From, to (seconds), and images/s of each column."""
+    """From and to, in seconds, and images/s of each column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class Share:
     name: str
     style: str
     start: float
-    """Per cent."""
+    """Percent of the bar."""
     width: float
 
 
 def ceiling(value: float) -> float:
-    """The smallest number that is not below the value, and whose quarter is round; 1 for 0."""
+    """Return the smallest number not below the value whose quarter is round; 1 for 0."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -65,7 +65,7 @@ def ceiling(value: float) -> float:
 
 
 def rates(throughput: Throughput, seconds: float) -> RateChart | None:
-    """The chart of a run's throughput; None where nothing was committed."""
+    """Return the chart of a job's throughput; None if no image was saved."""
     buckets = max((len(counts) for counts in throughput.images), default=0)
     if not buckets or seconds <= 0:
         return None
@@ -119,24 +119,22 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
 
 PIECES: Mapping[str, tuple[str, str]] = {
     "starved": ("waiting for images", "c1"),
-    "compute": ("waiting for the session", "c0"),
+    "compute": ("waiting for the model", "c0"),
     "write": ("writing results", "c2"),
     "other": ("starting and the rest", "rest"),
 }
-"""What a worker's time is made of: field of `Clock` → name, and the class that the style sheet
-knows it by.
-"""
+"""The pieces of a worker's time: field of `Clock` → name and class in the style sheet."""
 
 
 def shares(device: DeviceSummary, seconds: float) -> tuple[Share, ...]:
-    """Where a worker's time went, from the first lease to the last commit of all."""
+    """Return where a worker's time went, of the time from the first lease to the last commit."""
     clock = device.clock or Clock()
     spent = {name: getattr(clock, name) for name in ("starved", "compute", "write")}
     whole = max(seconds, sum(spent.values()), 1e-9)
     spent["other"] = max(0.0, whole - sum(spent.values()))
     found, start = [], 0.0
-    for name, (told, style) in PIECES.items():
+    for name, (label, style) in PIECES.items():
         width = 100 * spent[name] / whole
-        found.append(Share(told, style, round(start, 3), round(width, 3)))
+        found.append(Share(label, style, round(start, 3), round(width, 3)))
         start += width
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The figures of a report: one pass over the parts, in memory that no number of images changes."""
+"""The figures of a report, from one pass over the parts. Memory does not depend on their number."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from imagemill.job.open_job import OpenJob
 from imagemill.records import Shard, Status
 
 BINS = 20
-"""Of the histogram of probabilities."""
+"""Number of bins in the histogram of probabilities."""
 CLASSES = 20
-"""Most frequent classes that are named."""
-SURE_IMAGES, SAMPLED = 24, 48
-"""Images in each of the two ends of the gallery, and in the sample."""
+"""Number of classes that the report lists, the most frequent ones."""
+CERTAIN_IMAGES = 24
+"""Images in the gallery that are most certain; as many are least certain."""
+SAMPLE_IMAGES = 48
 EXAMPLES = 8
-"""Failed images that are named, of each status."""
-_COUNTED = ("status", "class_id", "probability")
-_TOLD = (
+"""Failed images that are listed for each status."""
+_COUNT_COLUMNS = ("status", "class_id", "probability")
+_ROW_COLUMNS = (
     "index",
     "source",
     "path",
@@ -52,8 +53,8 @@ class ClassCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One image that the report names: its row."""
+class ImageRow:
+    """The row of one image that the report shows."""
 
     index: int
     shard: int
@@ -72,7 +73,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the parts say."""
+    """All figures that the parts contain."""
 
     images: int
     ok: int
@@ -82,26 +83,26 @@ class Figures:
     """The most frequent ones, at most `CLASSES`."""
     classes_seen: int
     other_images: int
-    """Images of the classes that are not named."""
+    """Images of the classes that are not listed."""
     other_probability: float
-    """Their mean probability; 0 where there are none."""
+    """Their mean probability; 0 if there are none."""
     probabilities: tuple[int, ...]
     """Images per bin of their top-1 probability; `BINS` bins of equal width from 0 to 1."""
     mean_probability: float | None
-    examples: Mapping[str, tuple[Told, ...]]
+    examples: Mapping[str, tuple[ImageRow, ...]]
     """Failed images by status, in plan order."""
-    most_certain: tuple[Told, ...]
-    least_certain: tuple[Told, ...]
-    sample: tuple[Told, ...]
-    """At random, in plan order, of the images that are in neither of the two."""
+    most_certain: tuple[ImageRow, ...]
+    least_certain: tuple[ImageRow, ...]
+    sample: tuple[ImageRow, ...]
+    """Other images, chosen at random, in plan order."""
     backend: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of the libraries that decided the answers."""
+    """Versions of the libraries that decided the results."""
 
 
-class _Least:
-    """The `count` images with the smallest keys seen so far; of equal keys, the ones that come
-    first in the plan.
+class _Smallest:
+    """The `count` images with the smallest keys seen so far. Of equal keys, the first ones in the
+    plan are kept.
     """
 
     def __init__(self, count: int) -> None:
@@ -121,7 +122,7 @@ class _Least:
 
 
 def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """A pseudo-random key for each index, the same whenever and in whatever order it is asked for.
+    """Return a pseudo-random key for each index, which depends on index and seed only.
 
     The finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
     OOPSLA 2014).
@@ -143,14 +144,16 @@ def gather(job: OpenJob) -> Figures:
     counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))
     bins = np.zeros(BINS, np.int64)
     most, least, sample = (
-        _Least(SURE_IMAGES),
-        _Least(SURE_IMAGES),
-        _Least(2 * SURE_IMAGES + SAMPLED),
+        _Smallest(CERTAIN_IMAGES),
+        _Smallest(CERTAIN_IMAGES),
+        _Smallest(2 * CERTAIN_IMAGES + SAMPLE_IMAGES),
     )
-    failed: dict[str, _Least] = {}
+    failed: dict[str, _Smallest] = {}
     metadata: Mapping[bytes, bytes] = {}
     for shard, table in zip(
-        shards, ledger.tables(job.store, [shard.number for shard in shards], _COUNTED), strict=True
+        shards,
+        ledger.tables(job.store, [shard.number for shard in shards], _COUNT_COLUMNS),
+        strict=True,
     ):
         metadata = metadata or table.schema.metadata or {}
         images += table.num_rows
@@ -171,20 +174,24 @@ def gather(job: OpenJob) -> Figures:
         sample.offer(shuffled(indices, seed), indices)
         for status in here.keys() - {Status.OK.value}:
             lost = shard.first + np.flatnonzero(pc.equal(table["status"], status).to_numpy())
-            failed.setdefault(status, _Least(EXAMPLES)).offer(shuffled(lost, seed), lost)
+            failed.setdefault(status, _Smallest(EXAMPLES)).offer(shuffled(lost, seed), lost)
     ok = statuses.pop(Status.OK.value, 0)
-    ends = min(SURE_IMAGES, ok // 3)
+    ends = min(CERTAIN_IMAGES, ok // 3)
     chosen_most = most.indices[:ends].tolist()
     chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
-    apart = {*chosen_most, *chosen_least}
+    ends_shown = {*chosen_most, *chosen_least}
     chosen_sample = sorted(
-        [index for index in sample.indices.tolist() if index not in apart][:SAMPLED]
+        [index for index in sample.indices.tolist() if index not in ends_shown][:SAMPLE_IMAGES]
     )
     chosen_failed = {status: sorted(found.indices.tolist()) for status, found in failed.items()}
-    told = _told(
+    rows = _read_rows(
         job,
         shards,
-        {*apart, *chosen_sample, *(index for found in chosen_failed.values() for index in found)},
+        {
+            *ends_shown,
+            *chosen_sample,
+            *(index for found in chosen_failed.values() for index in found),
+        },
     )
     named = [
         int(class_id)
@@ -205,29 +212,33 @@ def gather(job: OpenJob) -> Figures:
         probabilities=tuple(bins.tolist()),
         mean_probability=float(sums.sum() / ok) if ok else None,
         examples={
-            status: tuple(told[index] for index in found) for status, found in chosen_failed.items()
+            status: tuple(rows[index] for index in found) for status, found in chosen_failed.items()
         },
-        most_certain=tuple(told[index] for index in chosen_most),
-        least_certain=tuple(told[index] for index in chosen_least),
-        sample=tuple(told[index] for index in chosen_sample),
+        most_certain=tuple(rows[index] for index in chosen_most),
+        least_certain=tuple(rows[index] for index in chosen_least),
+        sample=tuple(rows[index] for index in chosen_sample),
         backend=metadata.get(b"imagemill.backend", b"").decode(),
         versions=json.loads(metadata.get(b"imagemill.versions", b"{}")),
     )
 
 
-def _told(job: OpenJob, shards: Sequence[Shard], indices: Iterable[int]) -> dict[int, Told]:
-    """The rows of some images, by index."""
+def _read_rows(
+    job: OpenJob, shards: Sequence[Shard], indices: Iterable[int]
+) -> dict[int, ImageRow]:
+    """Return the rows of some images, by index."""
     firsts = [shard.first for shard in shards]
     by_shard: dict[int, list[int]] = {}
     for index in sorted(indices):
         by_shard.setdefault(bisect_right(firsts, index) - 1, []).append(index)
     found = {}
-    tables = ledger.tables(job.store, [shards[position].number for position in by_shard], _TOLD)
+    tables = ledger.tables(
+        job.store, [shards[position].number for position in by_shard], _ROW_COLUMNS
+    )
     for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
         shard = shards[position]
         for row in table.take([index - shard.first for index in wanted]).to_pylist():
             top_k = tuple(
                 (answer["label"], answer["probability"]) for answer in row.pop("top_k") or ()
             )
-            found[row["index"]] = Told(shard=shard.number, top_k=top_k, **row)
+            found[row["index"]] = ImageRow(shard=shard.number, top_k=top_k, **row)
     return found

@@ -1,8 +1,8 @@
-"""The page: figures and thumbnails → HTML that needs nothing but itself.
+"""The page: one HTML file made of figures and thumbnails, which loads nothing.
 
-Whatever comes from outside (names, labels, errors) is text: Jinja escapes every value, the script
-is the same for every job and holds no value, and the page's own policy lets nothing run but that
-script, whose hash it names, and nothing be loaded at all.
+Names, labels and errors from outside are shown as text. Jinja escapes every value, and the script
+is the same for every job and holds no value. The page's content security policy runs only that
+script, by its hash, and loads nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from imagemill.version import __version__
 
 _HERE = Path(__file__).parent
 _LONGEST = 400
-"""Characters of any one value; more would make the page as large as a hostile job wishes."""
+"""Characters of any one value. Without a limit a hostile job could make the page very large."""
 _SOURCES = 20
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
 )
-"""Characters that cannot be seen, or that turn the direction of what is around them."""
+"""Invisible characters, and those that change the direction of the text around them."""
 
 
 def render(
@@ -45,13 +45,13 @@ def render(
     figures: Figures,
     thumbnails_made: Mapping[int, thumbnails.Thumbnail],
 ) -> bytes:
-    """The page as UTF-8.
+    """Return the page as UTF-8.
 
     Args:
         job: the job.
-        summary: None where the job is not finished.
-        figures: what the parts say.
-        thumbnails_made: by index, of every image that the gallery shows.
+        summary: None if the job is not finished.
+        figures: the figures of the parts.
+        thumbnails_made: those of all images in the gallery, by index.
     """
     frozen = job.frozen
     style, script = (
@@ -103,7 +103,7 @@ def render(
 
 
 def visible(value: Any) -> Any:
-    """A value as the page shows it: text of bounded length in which nothing is unseen."""
+    """Return a value as the page shows it: of bounded length, with invisible characters escaped."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return "" if value is None else value
     if len(value) > _LONGEST:
@@ -138,12 +138,12 @@ def _count(value: int) -> str:
 
 
 def _moment(when: str) -> str:
-    """A moment in UTC for people."""
+    """Return a moment in UTC for people."""
     return f"{when[:16].replace('T', ' ')} UTC"
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    """A share for people. What is not all is not called 100 %, and what is something not 0 %."""
+    """Return a share for people. Only all of it is 100 %, and only nothing is 0 %."""
     if share in (0, 1):
         return f"{100 * share:.0f} %"
     least = 10.0**-digits
@@ -169,8 +169,8 @@ def _seconds(value: float) -> str:
 
 
 def _policy(style: str, script: str) -> str:
-    """What the browser lets the page do: show its own images, style and script, load nothing, send
-    nothing.
+    """Return a content security policy that allows the page's own images, style and script, and
+    neither loads nor sends anything.
     """
     return Markup(
         "default-src 'none'; img-src data:; style-src '{}'; script-src '{}'; base-uri 'none';"
@@ -183,16 +183,16 @@ def _hash(text: str) -> str:
 
 
 def _data_uri(jpeg: bytes) -> str:
-    """Of one thumbnail. Not to be shortened, as other texts are."""
+    """Return a thumbnail as a data URI, as markup so that it is not shortened."""
     return Markup("data:image/jpeg;base64,") + base64.b64encode(jpeg).decode()
 
 
 def _classes(figures: Figures) -> list[tuple[int, str, int]]:
-    """Classes of the gallery's images by label: id, label, images there."""
+    """Return the classes in the gallery, sorted by label: id, label, number of images."""
     found: dict[int, tuple[str, int]] = {}
-    for told in (*figures.most_certain, *figures.least_certain, *figures.sample):
-        assert told.class_id is not None
-        found[told.class_id] = (str(told.label), found.get(told.class_id, ("", 0))[1] + 1)
+    for image in (*figures.most_certain, *figures.least_certain, *figures.sample):
+        assert image.class_id is not None
+        found[image.class_id] = (str(image.label), found.get(image.class_id, ("", 0))[1] + 1)
     return sorted(
         ((class_id, *rest) for class_id, rest in found.items()),
         key=lambda item: (item[1].casefold(), item[0]),
@@ -200,8 +200,8 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
 
 
 def _gate(frozen: Frozen) -> list[dict[str, Any]]:
-    """What is known of faster precisions: as the job was frozen with, and as the bundle knows now
-    what the job itself has found out.
+    """Return what is known about faster precisions, from the frozen job and from the model's
+    bundle, where the job itself may have added to it.
     """
     job = frozen.job
     records = job.card.notes.get("variants")
@@ -244,7 +244,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 def _provenance(
     opened: OpenJob, summary: Summary | None, figures: Figures
 ) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Heading → name and value: a text, or several."""
+    """Return headings with their names and values; a value is one text or several."""
     frozen = opened.frozen
     job, card, recipe = frozen.job, frozen.job.card, frozen.job.card.recipe
     resize = (
@@ -254,7 +254,7 @@ def _provenance(
         if isinstance(recipe.resize, int)
         else "{} × {}"
     )
-    left_out = {
+    skipped = {
         "of another type": sum(frozen.skipped_by_suffix.values()),
         "hidden": frozen.skipped_hidden,
         "by filters": frozen.skipped_by_filter,
@@ -281,13 +281,11 @@ def _provenance(
             [
                 ("output", opened.paths.output),
                 ("started", _moment(frozen.created)),
-                ("plan id", job.plan_id),
-                ("answer id", job.answer_id),
                 ("sources", named),
                 ("filters", filters or ["none"]),
                 (
-                    "left out",
-                    [f"{count:,} {why}" for why, count in left_out.items() if count] or ["nothing"],
+                    "skipped",
+                    [f"{count:,} {why}" for why, count in skipped.items() if count] or ["nothing"],
                 ),
                 (
                     "page made",
@@ -318,7 +316,7 @@ def _provenance(
                     resize.format(*recipe.resize) if isinstance(recipe.resize, tuple) else resize,
                 ),
                 ("interpolation", recipe.interpolation.value),
-                ("turned as EXIF says", "yes" if recipe.exif else "no"),
+                ("EXIF orientation applied", "yes" if recipe.exif else "no"),
                 ("background of transparent images", recipe.background or "none: alpha is dropped"),
                 ("scores", card.scores.value),
             ],
@@ -365,7 +363,7 @@ def _provenance(
                 else [
                     (
                         "machine",
-                        "not known: the job is not finished, or an older version ran it",
+                        "not known: the job is not finished",
                     )
                 ]
             ),
