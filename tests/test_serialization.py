@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_a_record_survives_the_round_trip():
     assert serialization.decode(data, Document, "job.json", OutputError) == DOCUMENT
     assert data.isascii()
     assert data.endswith(b"}\n")
+
+
+def test_free_form_values_are_kept():
+    """Notes of a model card hold any JSON value."""
+    notes = {"variants": {"int8": [1, "damaged", None]}}
+
+    @dataclass(frozen=True, slots=True)
+    class Noted:
+        notes: Mapping[str, object]
+
+    assert serialization.from_plain(Noted, {"notes": notes}) == Noted(notes)
 
 
 def test_values_of_the_wrong_type_are_refused():
