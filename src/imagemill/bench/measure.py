@@ -1,8 +1,8 @@
-"""Measuring: rounds of compute only, decode only and end to end, interleaved, so that they meet the
-machine in the same state.
+"""Measure compute only, decode only and end to end, in turn, so that all meet the machine in the
+same state.
 
-Compute only and decode only run the session and the feed that `imagemill run` runs, in processes
-like its workers; end to end is `run` itself, into a temporary folder.
+Compute only and decode only use the session and the feed of `imagemill run`, in processes like its
+workers. End to end is `run` itself, into a temporary folder.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from imagemill.tuning import batch_size, precisions, quantize
 from imagemill.version import __version__
 
 COMPUTE_S = 2.0
-"""How long one iteration of compute only should take where `--batches-per-step` does not say."""
+"""Length of an iteration of compute only without `--batches-per-step`."""
 END_TO_END_S = 10.0
-"""How long one iteration end to end should take where `--limit` does not say."""
-_MOST_IN_FLIGHT = 256
-_FEWEST_IMAGES = 64
+"""Length of an iteration end to end without `--limit`."""
+_MAX_IN_FLIGHT = 256
+_MIN_IMAGES = 64
 _LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
 _FLAGS = (
     "avx2",
@@ -57,15 +57,15 @@ Say = Callable[[str], None]
 
 
 def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
-    """Measure what the settings ask for.
+    """Return the rates that the settings ask for, and what bounds a job.
 
     Args:
         settings: either `synthetic`, or at least one source.
-        say: takes one line of progress at a time.
+        say: receives one line of progress at a time.
 
     Raises:
-        UsageError: settings that make no sense. DeviceError, ModelError, SourceError: what is asked
-        for is not to be had. WorkerError: a measuring process died.
+        UsageError: the settings make no sense together. DeviceError, ModelError, SourceError: a
+        device, the model or a source is not available. WorkerError: a measuring process died.
     """
     check(settings)
     chosen = devices.resolve(settings.devices or "auto")
@@ -74,14 +74,14 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
             return _synthetic(settings, chosen, say)
         with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
             return _with_sources(settings, chosen, Path(folder), say)
-    except Interrupted as stopped:  # whose message speaks of the job that was being measured
+    except Interrupted as stopped:  # its message is about the measured job
         raise Interrupted(
             "measuring was stopped, and has no result.", stopped.exit_code
         ) from stopped
 
 
 def check(settings: BenchSettings) -> None:
-    """Settings that can be judged alone. Raises: UsageError."""
+    """Raise a UsageError if the settings make no sense together."""
     if settings.synthetic and settings.sources:
         raise UsageError(
             f"--synthetic needs no images, but {settings.sources[0]} was given. Leave one of them"
@@ -135,7 +135,7 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
         rounds = []
         for number in range(1, settings.iterations + 1):
             rounds.append(crew.measure(orders))
-            say(f"iteration {number} of {settings.iterations}: {_in_all(rounds[-1]):,.1f} images/s")
+            say(f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s")
         versions = crew.versions
     images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
@@ -168,7 +168,7 @@ def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[Devic
         precision=precision,
         variant=file.stem,
         batch_size=_batch_size(settings) or 0,
-        batches_per_step=min(settings.batches_per_step or 0, _MOST_IN_FLIGHT),
+        batches_per_step=min(settings.batches_per_step or 0, _MAX_IN_FLIGHT),
         num_workers=settings.num_workers or 0,
         top_k=5,
         save=(),
@@ -208,8 +208,8 @@ def _precision(
 def _compute_orders(
     settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]
 ) -> dict[str, Compute]:
-    """Warm every device up; then as many batches as were asked for, or as take about
-    `COMPUTE_S`.
+    """Return how many batches each device computes per iteration, after warming them up: the
+    number asked for, or as many as take about `COMPUTE_S`.
     """
     crew.warm_up()
     if settings.batches_per_step:
@@ -223,10 +223,10 @@ def _compute_orders(
 def _with_sources(
     settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say
 ) -> BenchReport:
-    say("a first short run, to warm up and to see how long an iteration takes")
-    first = _first_run(settings, folder, min(settings.limit or _FEWEST_IMAGES, _FEWEST_IMAGES), say)
+    say("a short first run, to warm up and to find the length of an iteration")
+    first = _first_run(settings, folder, min(settings.limit or _MIN_IMAGES, _MIN_IMAGES), say)
     limit = settings.limit or max(
-        _FEWEST_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
+        _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
     job, batch_sizes = _with_batch_size(
         OpenJob.open(folder / "first").frozen.job, settings, chosen, say
@@ -241,19 +241,19 @@ def _with_sources(
             decoded.append(crew.measure(_decode_orders(output, chosen)))
             computed.append(crew.measure(orders))
             rates = (
-                f"compute {_in_all(computed[-1]):,.1f}, decode {_in_all(decoded[-1]):,.1f}, end to"
+                f"compute {_total(computed[-1]):,.1f}, decode {_total(decoded[-1]):,.1f}, end to"
                 f" end {_achieved(achieved[-1]):,.1f}"
             )
             say(f"iteration {number} of {settings.iterations}: {rates} images/s")
         versions = crew.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
-    read = sum(found.read_s for found in _all(decoded))
+    read = sum(found.read_s for found in _flatten(decoded))
     hardware = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
     bound, advice = judge(
         compute_only.median,
         decode_only.median,
         end_to_end.median,
-        read_share=read / (sum(found.decode_s for found in _all(decoded)) + read),
+        read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
         precision=job.precision,
         hardware=[one for one in hardware if one in devices.precisions(chosen)],
         threads=sum(job.num_workers or len(device.cores) for device in chosen),
@@ -282,7 +282,7 @@ def _with_sources(
 
 
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
-    first = runner.run(_run_settings(settings, folder / "first", limit), _Relay(say))
+    first = runner.run(_run_settings(settings, folder / "first", limit), _Forwarder(say))
     if not first.ok:
         raise SourceError(
             f"none of the first {first.images} images of {', '.join(settings.sources)} can be read."
@@ -294,7 +294,7 @@ def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> S
 def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
     same = ("sources", "model", "models_dir", "devices", "precision", "num_workers")
     in_flight = (
-        min(settings.batches_per_step, _MOST_IN_FLIGHT) if settings.batches_per_step else None
+        min(settings.batches_per_step, _MAX_IN_FLIGHT) if settings.batches_per_step else None
     )
     asked = {name: getattr(settings, name) for name in same}
     return Settings(
@@ -309,44 +309,44 @@ def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings
 
 
 def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Decode]:
-    """The shards of a finished run, dealt to the devices one after the other."""
+    """Return the shards of a finished run, distributed to the devices in turn."""
     opened = OpenJob.open(output)
-    dealt = {
+    by_device = {
         device.name: tuple(map(Lease, opened.shards[position :: len(chosen)]))
         for position, device in enumerate(chosen)
     }
-    return {name: Decode(opened.frozen.job, leases) for name, leases in dealt.items() if leases}
+    return {name: Decode(opened.frozen.job, leases) for name, leases in by_device.items() if leases}
 
 
-class _Relay(observer.Watcher):
-    """Passes on what a run has to say."""
+class _Forwarder(observer.Watcher):
+    """Forwards the messages of a run."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
 
     def say(self, message: str) -> None:
-        """See `Watcher.say`."""
+        """Forward the message."""
         self._say(message)
 
 
 # Rates.
 
 
-def _in_all(found: Mapping[str, Measured]) -> float:
-    """Images/s of all devices together, from the first one's start to the last one's end."""
+def _total(found: Mapping[str, Measured]) -> float:
+    """Return images/s of all devices, from the first one's start to the last one's end."""
     images = sum(one.images for one in found.values())
     return images / (
         max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values())
     )
 
 
-def _all(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:
+def _flatten(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:
     return [one for found in rounds for one in found.values()]
 
 
 def _rates(rounds: Sequence[Mapping[str, Measured]]) -> Rates:
     per_device = {name: [found[name].images_per_second for found in rounds] for name in rounds[0]}
-    return _over([_in_all(found) for found in rounds], per_device)
+    return _summarise_rates([_total(found) for found in rounds], per_device)
 
 
 def _achieved(summary: Summary) -> float:
@@ -359,10 +359,10 @@ def _summarised(runs: Sequence[Summary]) -> Rates:
         name: [d.images_per_second or 0.0 for one in runs for d in one.devices if d.name == name]
         for name in names
     }
-    return _over([_achieved(one) for one in runs], per_device)
+    return _summarise_rates([_achieved(one) for one in runs], per_device)
 
 
-def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> Rates:
+def _summarise_rates(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> Rates:
     of_devices = {name: round(median(found), 3) for name, found in per_device.items()}
     return Rates(
         round(median(rates), 3),
@@ -377,8 +377,8 @@ def _over(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> 
 
 
 def machine() -> dict[str, object]:
-    """What the figures belong to: `cpu`, `cores` by number, `quota` in cores' worth of time (None:
-    no limit), vector `flags`.
+    """Return what the figures depend on: `cpu`, usable `cores`, `quota` in cores (None if there is
+    no limit), and vector `flags`.
     """
     flags = cpu.flags()
     return {
