@@ -49,8 +49,8 @@ SLOW = (
 """As `pytest -k`: leaves out tests that take seconds and that faster ones back up."""
 MODULES: dict[str, tuple[str, str]] = {
     "ledger": ("job/ledger.py", "test_ledger.py"),
-    "leases": ("workers/leases.py", "test_leases.py test_crew.py"),
-    "launcher": ("workers/launcher.py", "test_crew.py"),
+    "leases": ("workers/leases.py", "test_leases.py test_worker_pool.py"),
+    "launcher": ("workers/launcher.py", "test_worker_pool.py"),
     "sink": ("pipeline/sink.py", "test_sink.py"),
     "paths": ("job/paths.py", "test_layout.py test_sink.py"),
     "files": ("system/files.py", "test_layout.py test_sink.py"),

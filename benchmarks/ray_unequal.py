@@ -28,9 +28,9 @@ from ray_engines import links  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
 from imagemill.runner import run  # noqa: E402
 from imagemill.workers.leases import Leases  # noqa: E402
-from imagemill.workers.pool import Heard, Lost  # noqa: E402
+from imagemill.workers.pool import Event, Lost  # noqa: E402
 from imagemill.workers.protocol import Done  # noqa: E402
-from imagemill.workers.ray.pool import RayCrew  # noqa: E402
+from imagemill.workers.ray.pool import RayPool  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
 
 _COLUMNS = 60
@@ -43,33 +43,33 @@ class Notes:
 
     def __init__(self) -> None:
         self.hands: dict[str, list[tuple[float, int]]] = {}
-        """Moments at which the number of shards in hand changed."""
+        """Moments at which the number of shards in flight changed."""
         self.waiting: list[tuple[float, int]] = []
 
     def watch(self) -> None:
-        """Listen in between the launcher and its crew, and at the dealer's."""
-        answer, wait, deal = RayCrew.answer, RayCrew.wait, Leases.next
+        """Record what passes between the launcher, its pool and its leases."""
+        send, receive, lease_next = RayPool.send, RayPool.receive, Leases.next
         notes = self
 
-        def answering(crew: RayCrew, device: str, message: object) -> None:
+        def sending(pool: RayPool, device: str, message: object) -> None:
             if isinstance(message, Lease):
                 notes._change(device, time.monotonic(), 1)
-            answer(crew, device, message)
+            send(pool, device, message)
 
-        def waiting(crew: RayCrew, seconds: float) -> list[Heard]:
-            found = list(wait(crew, seconds))
+        def receiving(pool: RayPool, seconds: float) -> list[Event]:
+            found = list(receive(pool, seconds))
             for one in found:
                 if isinstance(one.message, Done):
                     notes._change(one.device, time.monotonic(), -1)
                 assert not isinstance(one.message, Lost), one
             return found
 
-        def dealing(leases: Leases, *arguments: object) -> Lease | None:
-            lease = deal(leases, *arguments)
+        def leasing(leases: Leases, *arguments: object) -> Lease | None:
+            lease = lease_next(leases, *arguments)
             notes.waiting.append((time.monotonic(), leases.waiting))
             return lease
 
-        RayCrew.answer, RayCrew.wait, Leases.next = answering, waiting, dealing
+        RayPool.send, RayPool.receive, Leases.next = sending, receiving, leasing
 
     def _change(self, device: str, now: float, by: int) -> None:
         hand = self.hands.setdefault(device, [])
@@ -152,7 +152,7 @@ def main() -> int:
         f"{summary.images} images in shards of {asked.shard_size}, {last - first:.1f} s,"
         f" {width:.2f} s a column"
     )
-    print("a figure: so many shards in hand; a dot: none")
+    print("a figure: so many shards in flight; a dot: none")
     for device, hand in sorted(notes.hands.items()):
         shown = ""
         for column in range(_COLUMNS):
@@ -170,7 +170,7 @@ def main() -> int:
         most = max(count for _, count in notes.hands[device])
         print(
             f"{named[device]}: idle {idle:.3f} s of {none_left - first:.1f} s while shards"
-            f" remained; at most {most} shards in hand"
+            f" remained; at most {most} shards in flight"
         )
     return 0
 

@@ -19,7 +19,7 @@ from imagemill.records import Bundle, DeviceSpec, Job, Precision
 CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 
 
-class FakeCrews:
+class FakePools:
     """Stands in for the processes that measure: makes `rates[size]` images/s, and counts who is
     there.
     """
@@ -30,7 +30,7 @@ class FakeCrews:
         self.opened: list[int] = []
         self.open = 0
 
-    def __call__(self, job: Job, chosen: Any, patience_s: float | None = None) -> _FakeCrew:
+    def __call__(self, job: Job, chosen: Any, patience_s: float | None = None) -> _FakePool:
         assert (
             job.cache_dir is None
         )  # or each size that is tried would leave a compiled model behind
@@ -39,11 +39,11 @@ class FakeCrews:
         if job.batch_size not in self.rates:
             raise self.error
         self.open += 1
-        return _FakeCrew(self, job.batch_size)
+        return _FakePool(self, job.batch_size)
 
 
-class _FakeCrew:
-    def __init__(self, family: FakeCrews, size: int) -> None:
+class _FakePool:
+    def __init__(self, family: FakePools, size: int) -> None:
         self.family, self.size = family, size
 
     def warm_up(self, batches: int) -> None: ...
@@ -61,9 +61,9 @@ class _FakeCrew:
 
 def fakes(
     monkeypatch: pytest.MonkeyPatch, rates: Mapping[int, float], error: Exception | None = None
-) -> FakeCrews:
-    family = FakeCrews(rates, error)
-    monkeypatch.setattr(batch_search, "Crew", family)
+) -> FakePools:
+    family = FakePools(rates, error)
+    monkeypatch.setattr(batch_search, "MeasuringPool", family)
     return family
 
 
@@ -116,9 +116,9 @@ def test_the_search_goes_on_while_it_gains(
 def test_on_a_gpu_batches_may_be_larger(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 512."""
     fakes(monkeypatch, {2**step: 100 * 2.0**step for step in range(12)})
-    monkeypatch.setattr(_FakeCrew, "orders", lambda self, seconds, fewest: {"cuda#0": Compute(8)})
+    monkeypatch.setattr(_FakePool, "orders", lambda self, seconds, fewest: {"cuda#0": Compute(8)})
     monkeypatch.setattr(
-        _FakeCrew,
+        _FakePool,
         "measure",
         lambda self, orders: {"cuda#0": Measured(8 * self.size, 0.0, 8 / 2.0**0.5)},
     )
@@ -195,4 +195,4 @@ def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> N
     with pytest.raises(
         WorkerError, match=r"the process that measures null#0 sent no message for 0\.001 s"
     ):
-        pool.Crew(make_job(tiny), devices.resolve("null"), patience_s=0.001)
+        pool.MeasuringPool(make_job(tiny), devices.resolve("null"), patience_s=0.001)

@@ -262,7 +262,7 @@ def test_a_worker_and_then_its_actor_killed(
     assert sum(device["restarts"] for device in result.json["devices"]) == 2
     assert f"(pid {first}) was killed by SIGKILL" in log(out)
     assert re.search(
-        r"null#\d is lost, \d shards in hand: node 127\.0\.0\.\d+ \([0-9a-f]{8}\): The actor died",
+        r"null#\d is lost, \d shards in flight: node 127\.0\.0\.\d+ \([0-9a-f]{8}\): The actor died",
         log(out),
     )
     assert not helpers.running(second), "a worker must end with its actor"
@@ -286,7 +286,7 @@ def test_a_node_killed_and_another_one_joining(
     nodes.remove(fresh)
     assert result.code == 0, result.err
     assert re.search(
-        r"null#\d is lost, \d shards in hand: node doomed \([0-9a-f]{8}\) is gone or out of"
+        r"null#\d is lost, \d shards in flight: node doomed \([0-9a-f]{8}\) is gone or out of"
         r" sight: ",
         log(out),
     )
@@ -306,7 +306,7 @@ def test_the_last_node_killed(
     if LAUNCHER:
         def impatient(module):
             module.WITHOUT_WORKERS_S = 3.0
-        after_import("imagemill.workers.ray.pool", impatient)
+        after_import("imagemill.workers.ray.placement", impatient)
     """
     with cluster(num_cpus=0) as nodes:
         only = nodes.add()
@@ -367,7 +367,7 @@ def test_the_driver_killed(
 def test_an_image_that_kills_its_decoder_is_a_row_on_a_cluster_too(
     tmp_path: Path, models_dir: Path, start: Start
 ) -> None:
-    """Found by the noteboard on its node, decoded alone by the next worker, named; its neighbours
+    """Found by the heartbeat on its node, decoded alone by the next worker, named; its neighbours
     are ok.
     """
     files = {f"{seed:03d}.jpg": sample_images.jpeg(48, 40, seed=seed) for seed in range(10)} | {

@@ -29,6 +29,7 @@ from imagemill.records import (
     Batch,
     Card,
     Decoded,
+    IsolationReason,
     Limits,
     PlannedImage,
     Recipe,
@@ -235,11 +236,11 @@ def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
     each time, images or failures.
     """
     with heartbeat.shared_file() as file:
-        board = heartbeat.Noteboard(file.fileno())
+        board = heartbeat.Heartbeat(file.fileno())
         with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
             kinds = "oooo" + "m" * 64
             signs = [
-                board.pulse
+                board.batches
                 for _ in feed.batches(image(number, kind) for number, kind in enumerate(kinds))
             ]
     assert signs == [1, 2, 3, 4]
@@ -251,33 +252,33 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
     """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so
     here its decoding is not timed.
     """
-    seen: dict[str, list[heartbeat.Note]] = {}
+    seen: dict[str, list[heartbeat.ActiveImage]] = {}
 
     class Alone:
         def decode(self, data: bytes, recipe: Recipe, limits: Limits, why: str) -> Decoded:
-            seen[f"alone for a {why}"] = board.notes()
+            seen[f"alone for a {why}"] = board.active_images()
             return decoding(data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8))
 
         def close(self) -> None:
             seen["closed"] = []
 
     def fetch(number: int) -> bytes:
-        seen[f"read {number}"] = board.notes()
+        seen[f"read {number}"] = board.active_images()
         return b"o%d" % number
 
     monkeypatch.setattr(feed_module, "IsolatedDecoder", Alone)
     with heartbeat.shared_file() as file:
-        board = heartbeat.Noteboard(file.fileno())
-        board.clear()
-        suspects = {7: None, 8: "crash", 9: "hung_read"}
+        board = heartbeat.Heartbeat(file.fileno())
+        board.reset()
+        reasons = {7: None, 8: IsolationReason.CRASH, 9: IsolationReason.HUNG_READ}
         images = [
             PlannedImage(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why)
-            for n, why in suspects.items()
+            for n, why in reasons.items()
         ]  # type: ignore[misc]
         with Feed(CARD, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
             (batch,) = feed.batches(images)
             assert "closed" not in seen
-        assert board.notes() == []
+        assert board.active_images() == []
     assert {
         name: [(note.index, note.since_ns > 0) for note in notes] for name, notes in seen.items()
     } == {

@@ -1,6 +1,4 @@
-"""What the disposable decoder promises: the suspect dies, nothing else does, and the answer is the
-same.
-"""
+"""The isolated decoder: only its child dies of an image, and its answers are those of `decode`."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import sample_images
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.records import Interpolation, Limits, Recipe, Status
+from imagemill.records import Interpolation, IsolationReason, Limits, Recipe, Status
 from imagemill.system import processes
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ def test_same_answer_as_in_process(decoder: IsolatedDecoder, recipe: Recipe, nam
         "png": sample_images.encode(sample_images.photograph(70, 50), "PNG"),
         "cut": sample_images.half(whole),
     }[name]
-    here, there = decode(data, recipe, LIMITS), decoder.decode(data, recipe, LIMITS, "crash")
+    here, there = decode(data, recipe, LIMITS), decoder.decode(data, recipe, LIMITS)
     assert (there.status, there.error, there.width, there.height) == (
         here.status,
         here.error,
@@ -89,10 +87,10 @@ def test_same_answer_as_in_process(decoder: IsolatedDecoder, recipe: Recipe, nam
 
 
 def test_the_child_is_kept_between_images(decoder: IsolatedDecoder) -> None:
-    """A suspect that proves innocent costs no new process."""
-    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
+    """A quarantined image that can be decoded costs no new process."""
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
     first = child_pid(decoder)
-    decoder.decode(b"text", Recipe(), LIMITS, "crash")
+    decoder.decode(b"text", Recipe(), LIMITS)
     assert child_pid(decoder) == first
 
 
@@ -100,39 +98,45 @@ def test_a_crashing_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that kills its decoder twice is `crashed_decoder`, named with its signal; the next is
     decoded.
     """
-    decoded = decoder.decode(sample_images.jpeg() + CRASH, Recipe(), LIMITS, "crash")
+    decoded = decoder.decode(sample_images.jpeg() + CRASH, Recipe(), LIMITS)
     assert decoded.pixels is None
     assert decoded.status is Status.CRASHED_DECODER
     assert (
         decoded.error
-        == "the decoder was killed by SIGSEGV, twice in a process of its own (suspected of: crash)"
+        == "the decoder was killed by SIGSEGV, twice in a process of its own (quarantined for: crash)"
     )
-    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
+    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS).status is Status.OK
 
 
 def test_a_hanging_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that is not done within `max_seconds`, twice, is `timeout`, and its child is gone."""
-    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, IsolationReason.TIMEOUT)
     pid = child_pid(decoder)
     began = time.monotonic()
     decoded = decoder.decode(
-        sample_images.jpeg() + HANG, Recipe(), Limits(20_000_000, 2**24, 0.5), "timeout"
+        sample_images.jpeg() + HANG,
+        Recipe(),
+        Limits(20_000_000, 2**24, 0.5),
+        IsolationReason.TIMEOUT,
     )
     assert time.monotonic() - began < 20
     assert decoded.status is Status.TIMEOUT
     assert (
         decoded.error
-        == "decoding took more than 0.5 s, twice in a process of its own (suspected of: timeout)"
+        == "decoding took more than 0.5 s, twice in a process of its own (quarantined for: timeout)"
     )
     assert not alive(pid)
-    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "timeout").status is Status.OK
+    assert (
+        decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, IsolationReason.TIMEOUT).status
+        is Status.OK
+    )
 
 
 def test_a_greedy_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that wants more memory than a child may have is `too_large`; the child's address space is
     bounded.
     """
-    decoded = decoder.decode(sample_images.jpeg() + OOM, Recipe(), LIMITS, "crash")
+    decoded = decoder.decode(sample_images.jpeg() + OOM, Recipe(), LIMITS)
     assert decoded.status is Status.TOO_LARGE
     assert decoded.error == "not enough memory to decode it"
 
@@ -141,14 +145,14 @@ def test_a_child_killed_from_outside_is_replaced(decoder: IsolatedDecoder) -> No
     """The kernel may kill the child for its memory, or a person may: the image at hand is tried
     again and is ok.
     """
-    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
     os.kill(child_pid(decoder), signal.SIGKILL)
-    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash").status is Status.OK
+    assert decoder.decode(sample_images.jpeg(), Recipe(), LIMITS).status is Status.OK
 
 
 def test_close_ends_the_child(decoder: IsolatedDecoder) -> None:
     """After `close` nothing of it runs; closing twice does no harm."""
-    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
     pid = child_pid(decoder)
     decoder.close()
     decoder.close()
@@ -167,10 +171,10 @@ import sample_images
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Limits, Recipe
 decoder = IsolatedDecoder()
-decoder.decode(sample_images.jpeg(), Recipe(), Limits(), "crash")
+decoder.decode(sample_images.jpeg(), Recipe(), Limits())
 print(decoder._child._process.pid, flush=True)
 if {busy}:
-    decoder.decode(b"{HANG.decode()}", Recipe(), Limits(), "crash")
+    decoder.decode(b"{HANG.decode()}", Recipe(), Limits())
 time.sleep(600)
 """
     with subprocess.Popen(
@@ -195,7 +199,7 @@ def test_a_child_that_cannot_start_is_an_error(
         WorkerError,
         match="failed to start 3 times in a row; the last time it ended with exit code 1",
     ):
-        decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, "crash")
+        decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
 
 
 def test_the_child_loads_no_heavy_library() -> None:

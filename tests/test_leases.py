@@ -5,8 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.records import Lease, Shard
+from imagemill.records import IsolationReason, Lease, Shard
 from imagemill.workers.leases import Leases
+
+CRASH, TIMEOUT = IsolationReason.CRASH, IsolationReason.TIMEOUT
 
 
 def shards(count: int, groups: int = 1) -> list[Shard]:
@@ -29,7 +31,7 @@ def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
     """Where sub-folders are dealt; a device that came later has none of its own and helps from the
     beginning.
     """
-    leases = Leases(shards(6, groups=2), dealt=True)
+    leases = Leases(shards(6, groups=2), by_group=True)
     assert [leases.next(1).shard.number for _ in range(3)] == [3, 4, 5]  # type: ignore[union-attr]
     assert leases.next(1).shard.number == 0  # type: ignore[union-attr]
     assert leases.next(7).shard.number == 1  # type: ignore[union-attr]
@@ -40,22 +42,22 @@ def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
     leases = Leases(shards(3))
     lease = leases.next(0)
     assert lease is not None
-    leases.give_back(lease, noted=(3, 25), timed_out=())
+    leases.return_dead(lease, active=(3, 25), timed_out=())
     again = leases.next(0)
-    assert again == Lease(lease.shard, {3: "crash"})
+    assert again == Lease(lease.shard, {3: CRASH})
 
 
 def test_an_image_that_hangs_alone_too_is_given_up() -> None:
     """First it is suspected of hanging its decoder, then its very reading hangs."""
     leases = Leases(shards(1))
-    for expected in ({4: "timeout"}, {4: "hung_read"}):
+    for expected in ({4: TIMEOUT}, {4: IsolationReason.HUNG_READ}):
         lease = leases.next(0)
         assert lease is not None
-        leases.give_back(lease, noted=(4,), timed_out=(4,))
+        leases.return_dead(lease, active=(4,), timed_out=(4,))
         assert (
-            leases._alone[-1].suspects == expected
-            if leases._alone
-            else leases._queues[0][0].suspects == expected
+            leases._isolated[-1].quarantined == expected
+            if leases._isolated
+            else leases._queues[0][0].quarantined == expected
         )
 
 
@@ -66,7 +68,7 @@ def test_a_shard_in_hand_at_two_deaths_is_alone() -> None:
         lease = leases.next(0)
         assert lease is not None
         assert (lease.shard.number, lease.isolate) == (0, False)
-        leases.give_back(lease)
+        leases.return_dead(lease)
     other = Lease(shards(3)[2])
     assert leases.next(0, [other]) is None
     alone = leases.next(0)
@@ -84,11 +86,11 @@ def test_lost_nodes_weigh_half_of_deaths() -> None:
     for _ in range(3):
         lease = leases.next(0)
         assert lease is not None
-        leases.lost(lease)
+        leases.return_lost(lease)
     lease = leases.next(0)
     assert lease is not None
     assert (lease.shard.number, lease.isolate) == (0, False)
-    leases.lost(lease)
+    leases.return_lost(lease)
     assert leases.next(0).isolate  # type: ignore[union-attr]
 
 
@@ -97,17 +99,17 @@ def test_a_commit_clears_a_shards_name() -> None:
     leases = Leases(shards(1))
     lease = leases.next(0)
     assert lease is not None
-    leases.give_back(lease)
+    leases.return_dead(lease)
     again = leases.next(0)
     assert again is not None
-    leases.committed(0)
+    leases.commit(0)
     assert leases.remaining == 0
     for _ in range(3):  # the second loss would be enough if the death still counted
-        leases.lost(again)
+        leases.return_lost(again)
         taken = leases.next(0)
         assert taken is not None
         assert not taken.isolate
-    leases.lost(again)
+    leases.return_lost(again)
     assert leases.next(0).isolate  # type: ignore[union-attr]
 
 
@@ -118,21 +120,21 @@ def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
     leases = Leases(shards(1))
     lease = leases.next(0)
     assert lease is not None
-    leases.give_back(lease, noted=(4, 5), timed_out=(4,))
+    leases.return_dead(lease, active=(4, 5), timed_out=(4,))
     again = leases.next(0)
     assert again is not None
-    assert again.suspects == {4: "timeout", 5: "crash"}
-    leases.give_back(again, noted=(4, 5))
+    assert again.quarantined == {4: TIMEOUT, 5: CRASH}
+    leases.return_dead(again, active=(4, 5))
     alone = leases.next(0)
-    assert alone == Lease(lease.shard, {4: "timeout", 5: "crash"}, isolate=True)
+    assert alone == Lease(lease.shard, {4: TIMEOUT, 5: CRASH}, isolate=True)
 
 
 def test_a_lost_worker_leaves_the_suspects_that_were_known() -> None:
     """What earlier deaths told of a shard's images is not lost with a node."""
     leases = Leases(shards(1))
     leases.next(0)
-    leases.lost(Lease(shards(1)[0], {4: "timeout"}))
-    assert leases.next(0) == Lease(shards(1)[0], {4: "timeout"})
+    leases.return_lost(Lease(shards(1)[0], {4: TIMEOUT}))
+    assert leases.next(0) == Lease(shards(1)[0], {4: TIMEOUT})
 
 
 @given(
@@ -154,15 +156,15 @@ def test_every_shard_is_waiting_or_leased_once_whatever_happens(
             hand.append(lease)
         elif act == "commit" and hand:
             done.add(hand[0].shard.number)
-            leases.committed(hand.pop(0).shard.number)
+            leases.commit(hand.pop(0).shard.number)
         elif act in ("die", "lose"):
             for lease in reversed(hand):
-                leases.give_back(lease) if act == "die" else leases.lost(lease)
+                leases.return_dead(lease) if act == "die" else leases.return_lost(lease)
             hand.clear()
         held = [lease.shard.number for hand in hands for lease in hand]
         waiting = [
             lease.shard.number
-            for queue in (leases._alone, *leases._queues.values())
+            for queue in (leases._isolated, *leases._queues.values())
             for lease in queue
         ]
         assert sorted([*held, *waiting, *done]) == list(range(count))

@@ -15,7 +15,7 @@ import pytest
 
 from batches import make_job
 from imagemill.pipeline import heartbeat
-from imagemill.pipeline.heartbeat import Noteboard
+from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.records import Bundle, Clock, DeviceSpec, Lease, Limits, Receipt, Shard
 from imagemill.system import processes
 from imagemill.workers import protocol, supervisor
@@ -26,7 +26,7 @@ LIMIT_S = 60.0
 
 
 class Worker:
-    """In the place of the process: its end of the pipe, its noteboard, and whether it was
+    """In the place of the process: its end of the pipe, its heartbeat, and whether it was
     killed.
     """
 
@@ -34,7 +34,7 @@ class Worker:
 
     def __init__(self, command: list[str], **options: Any) -> None:
         socket, notes = (os.dup(int(number)) for number in (command[-3], command[-1]))
-        self.connection, self.board = Connection(socket), Noteboard(notes)
+        self.connection, self.board = Connection(socket), Heartbeat(notes)
         os.close(notes)
         self.killed = False
 
@@ -74,7 +74,7 @@ def watched(
     )
     worker: Any = watching._child._process
     worker.connection.send(protocol.Ready(worker.pid))
-    assert [type(message) for message in watching.hear()] == [protocol.Ready]
+    assert [type(message) for message in watching.receive()] == [protocol.Ready]
     watching.send(Lease(SHARD))
     watching.watch()
     yield watching, worker
@@ -116,15 +116,15 @@ def test_a_slow_session_is_left_alone(
     for number in range(5):
         wait(watching, clock, STALLED_S - 1)
         if sign == "batch":
-            worker.board.beat()
+            worker.board.mark_batch()
         elif sign == "commit":
             watching.send(Lease(SHARD))
             worker.connection.send(protocol.Done(Receipt(number, 1, 0, 1, 0.0, ""), Clock()))
-            assert len(list(watching.hear())) == 1
+            assert len(list(watching.receive())) == 1
         else:
-            worker.board.at(0, number, timed=False)
+            worker.board.mark_image(0, number, timed=False)
         watching.watch()
-        worker.board.done(0)
+        worker.board.clear_image(0)
     assert not worker.killed
     wait(watching, clock, STALLED_S + 1)
     assert worker.killed
@@ -138,7 +138,7 @@ def test_a_worker_with_nothing_to_do_is_left_alone(
     """
     watching, worker = watched
     worker.connection.send(protocol.Done(Receipt(SHARD.number, 1, 0, 1, 0.0, ""), Clock()))
-    assert len(list(watching.hear())) == 1
+    assert len(list(watching.receive())) == 1
     wait(watching, clock, 5 * STALLED_S)
     assert not worker.killed
     watching.send(Lease(SHARD))
@@ -155,17 +155,17 @@ def test_a_worker_is_killed_for_the_images_that_take_too_long(
     how it died.
     """
     watching, worker = watched
-    worker.board.at(0, 7)
-    worker.board.at(1, 8, timed=False)
+    worker.board.mark_image(0, 7)
+    worker.board.mark_image(1, 8, timed=False)
     wait(watching, clock, LIMIT_S)
-    worker.board.at(2, 9)
+    worker.board.mark_image(2, 9)
     wait(watching, clock, 1)
     assert not worker.killed
     wait(watching, clock, 1)
     assert worker.killed
     worker.connection.close()
-    (died,) = watching.hear()
-    assert (died.how, died.ready, died.noted, died.timed_out) == (
+    (died,) = watching.receive()
+    assert (died.reason, died.ready, died.active, died.timed_out) == (
         "was killed by SIGKILL",
         True,
         (7, 8, 9),
@@ -176,15 +176,15 @@ def test_a_worker_is_killed_for_the_images_that_take_too_long(
 def test_a_worker_that_is_still_starting_is_left_alone(
     watched: tuple[Supervisor, Worker], clock: SimpleNamespace
 ) -> None:
-    """Compiling a model may take any time, and what the noteboard says meanwhile is nobody's."""
+    """Compiling a model may take any time, and what the heartbeat says meanwhile is nobody's."""
     watching, worker = watched
     watching._ready = False
-    worker.board.at(0, 7)
+    worker.board.mark_image(0, 7)
     wait(watching, clock, 2 * STALLED_S)
-    worker.board.done(0)
+    worker.board.clear_image(0)
     wait(watching, clock, 2 * STALLED_S)
     assert not worker.killed
-    worker.board.at(0, 7)
+    worker.board.mark_image(0, 7)
     worker.connection.close()
-    (died,) = watching.hear()
-    assert (died.ready, died.noted, died.timed_out) == (False, (), ())  # type: ignore[union-attr]
+    (died,) = watching.receive()
+    assert (died.ready, died.active, died.timed_out) == (False, (), ())  # type: ignore[union-attr]

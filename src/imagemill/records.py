@@ -55,6 +55,17 @@ class Engine(StrEnum):
     RAY = "ray"
 
 
+class IsolationReason(StrEnum):
+    """Why an image is quarantined, hence decoded in a process of its own."""
+
+    CRASH = "crash"
+    """Its decoder was running when a worker died."""
+    TIMEOUT = "timeout"
+    """Its worker was killed because the image took longer than `--max-seconds`."""
+    HUNG_READ = "hung_read"
+    """It took too long again in quarantine, so reading it hangs: it is not touched again."""
+
+
 class Interpolation(StrEnum):
     """The resampling filter of a recipe, antialiased as Pillow does it (`nearest` alone is not)."""
 
@@ -310,13 +321,11 @@ class Lease:
     """A shard on its way to a worker, with what is known about the images in it."""
 
     shard: Shard
-    suspects: Mapping[int, str] = field(default_factory=dict)
-    """Index → why (`crash` or `timeout`) of images that a decoder was at when a worker died:
-    decoded in a disposable process.
-    """
+    quarantined: Mapping[int, IsolationReason] = field(default_factory=dict)
+    """Index of each image to decode in a process of its own → why."""
     isolate: bool = False
-    """Decode every image of the shard in a disposable process: it brought down more than one
-    worker.
+    """Decode every image of the shard in a process of its own, because more than one worker died
+    with it.
     """
 
 
@@ -333,8 +342,8 @@ class PlannedImage:
     """Bytes when it was listed; -1 where unknown."""
     fetch: Callable[[], bytes]
     """Reads the encoded bytes. Raises `BadImage`."""
-    suspect: str | None = None
-    """Why it must be decoded in a disposable process: `crash` or `timeout`; None: it need not."""
+    isolation: IsolationReason | None = None
+    """Why it must be decoded in a process of its own; None: it need not."""
 
 
 class BadImage(Exception):  # noqa: N818 - not an error of the program but a row of the result

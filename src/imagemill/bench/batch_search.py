@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Final
 
 from imagemill.bench.messages import Compute
-from imagemill.bench.pool import Crew
+from imagemill.bench.pool import MeasuringPool
 from imagemill.errors import ImagemillError, Interrupted
 from imagemill.records import DeviceSpec, Job
 
@@ -74,12 +74,12 @@ class _Search:
         self.size = job.batch_size
         self.rates: dict[int, float] = {}
         """Batch size → images/s, as last measured."""
-        self._crew = self._open(self.size)
+        self._pool = self._open(self.size)
         try:
-            self._orders = _orders(self._crew)
-            self.rates[self.size] = _rate(self._crew, self._orders)
+            self._orders = _orders(self._pool)
+            self.rates[self.size] = _rate(self._pool, self._orders)
         except BaseException:
-            self._crew.close()
+            self._pool.close()
             raise
 
     def __enter__(self) -> _Search:
@@ -91,7 +91,7 @@ class _Search:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._crew.close()
+        self._pool.close()
 
     def improves(self, size: int) -> bool:
         """Compare another size with the best one in alternating rounds, and make it the best one if
@@ -110,7 +110,7 @@ class _Search:
             while len(pairs) < _ROUNDS and (
                 len(pairs) < 3 or time.monotonic() - begun < _COMPARISON_S
             ):
-                pairs.append((_rate(self._crew, self._orders), _rate(other, orders)))
+                pairs.append((_rate(self._pool, self._orders), _rate(other, orders)))
             self.rates |= {
                 self.size: median(best for best, _ in pairs),
                 size: median(tried for _, tried in pairs),
@@ -118,22 +118,23 @@ class _Search:
             gain = median(tried / best for best, tried in pairs) - 1
             if gain < (_MIN_GAIN if size > self.size else -_MIN_GAIN):
                 return False
-            self._crew, self._orders, self.size, other = other, orders, size, self._crew
+            self._pool, self._orders, self.size, other = other, orders, size, self._pool
             return True
         finally:
             other.close()
 
-    def _open(self, size: int) -> Crew:
-        return Crew(replace(self._job, batch_size=size), self._devices, patience_s=_REPLY_TIMEOUT_S)
+    def _open(self, size: int) -> MeasuringPool:
+        job = replace(self._job, batch_size=size)
+        return MeasuringPool(job, self._devices, patience_s=_REPLY_TIMEOUT_S)
 
 
-def _orders(crew: Crew) -> Mapping[str, Compute]:
+def _orders(pool: MeasuringPool) -> Mapping[str, Compute]:
     """Return what one round computes: about `_ROUND_S` seconds, at least one batch for each
     stream.
     """
-    crew.warm_up(1)
-    return crew.orders(_ROUND_S, fewest=1)
+    pool.warm_up(1)
+    return pool.orders(_ROUND_S, fewest=1)
 
 
-def _rate(crew: Crew, orders: Mapping[str, Compute]) -> float:
-    return sum(found.images_per_second for found in crew.measure(orders).values())
+def _rate(pool: MeasuringPool, orders: Mapping[str, Compute]) -> float:
+    return sum(found.images_per_second for found in pool.measure(orders).values())

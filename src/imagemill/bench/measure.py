@@ -17,7 +17,7 @@ from statistics import median
 
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.messages import Compute, Decode, Measured
-from imagemill.bench.pool import Crew
+from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.bench.verdict import judge
 from imagemill.display import observer
@@ -130,13 +130,13 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
         synthetic_job(settings, model, chosen), settings, chosen, say
     )
     say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
-    with Crew(job, chosen) as crew:
-        orders = _compute_orders(settings, crew, chosen)
+    with MeasuringPool(job, chosen) as pool:
+        orders = _compute_orders(settings, pool, chosen)
         rounds = []
         for number in range(1, settings.iterations + 1):
-            rounds.append(crew.measure(orders))
+            rounds.append(pool.measure(orders))
             say(f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s")
-        versions = crew.versions
+        versions = pool.versions
     images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
         model=model.card.name,
@@ -206,15 +206,15 @@ def _precision(
 
 
 def _compute_orders(
-    settings: BenchSettings, crew: Crew, chosen: Sequence[DeviceSpec]
+    settings: BenchSettings, pool: MeasuringPool, chosen: Sequence[DeviceSpec]
 ) -> dict[str, Compute]:
     """Return how many batches each device computes per iteration, after warming them up: the
     number asked for, or as many as take about `COMPUTE_S`.
     """
-    crew.warm_up()
+    pool.warm_up()
     if settings.batches_per_step:
         return {device.name: Compute(settings.batches_per_step) for device in chosen}
-    return crew.orders(COMPUTE_S)
+    return pool.orders(COMPUTE_S)
 
 
 # With images.
@@ -233,19 +233,19 @@ def _with_sources(
     )
     measured = replace(settings, batch_size=job.batch_size)
     computed, decoded, achieved = [], [], []
-    with Crew(job, chosen) as crew:
-        orders = _compute_orders(settings, crew, chosen)
+    with MeasuringPool(job, chosen) as pool:
+        orders = _compute_orders(settings, pool, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
             achieved.append(runner.run(_run_settings(measured, output, limit)))
-            decoded.append(crew.measure(_decode_orders(output, chosen)))
-            computed.append(crew.measure(orders))
+            decoded.append(pool.measure(_decode_orders(output, chosen)))
+            computed.append(pool.measure(orders))
             rates = (
                 f"compute {_total(computed[-1]):,.1f}, decode {_total(decoded[-1]):,.1f}, end to"
                 f" end {_achieved(achieved[-1]):,.1f}"
             )
             say(f"iteration {number} of {settings.iterations}: {rates} images/s")
-        versions = crew.versions
+        versions = pool.versions
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _flatten(decoded))
     hardware = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]

@@ -36,7 +36,7 @@ class _Member:
         return streams * math.ceil(batches / streams)
 
 
-class Crew:
+class MeasuringPool:
     """One process per device, each with its session compiled.
 
     Args:
@@ -69,7 +69,7 @@ class Crew:
             assert isinstance(answer, Ready)
             self.versions |= answer.versions
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> MeasuringPool:
         return self
 
     def __exit__(

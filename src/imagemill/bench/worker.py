@@ -34,7 +34,7 @@ def _work(connection: Connection) -> None:
     begin = connection.recv()
     assert isinstance(begin, Begin)
     processes.keep_to(begin.device.cores)
-    # Only now, with the affinity set, are the libraries imported that count the cores they find.
+    # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline.backends import open_session
     from imagemill.pipeline.stopwatch import Stopwatch
 

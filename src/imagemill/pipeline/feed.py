@@ -18,14 +18,21 @@ from numpy.typing import NDArray
 
 from imagemill.pipeline.decoding.decode import decode, decode_into
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.pipeline.heartbeat import Noteboard
+from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import BadImage, Batch, Card, Decoded, Limits, PlannedImage, Row, Status
+from imagemill.records import (
+    BadImage,
+    Batch,
+    Card,
+    Decoded,
+    IsolationReason,
+    Limits,
+    PlannedImage,
+    Row,
+    Status,
+)
 
 _log = logging.getLogger(__name__)
-
-SUSPECTED_READ = "hung_read"
-"""A suspect whose very reading hung twice: it is not touched again."""
 
 
 class Feed:
@@ -35,8 +42,8 @@ class Feed:
         card: its recipe says what a pixel array is.
         limits: budgets of one image.
         batch_size: places in a batch.
-        workers: decoding threads, at most the slots of a noteboard.
-        board: where the threads note what they are at; None: nowhere.
+        workers: decoding threads, at most `heartbeat.SLOTS`.
+        heartbeat: where the threads mark the images they work on; None: nowhere.
         clock: told what reading and decoding took.
     """
 
@@ -46,14 +53,14 @@ class Feed:
         limits: Limits,
         batch_size: int,
         workers: int,
-        board: Noteboard | None,
+        heartbeat: Heartbeat | None,
         clock: Stopwatch,
     ) -> None:
         self._recipe = card.recipe
         self._limits = limits
         self._batch_size = batch_size
         self._ahead = 2 * batch_size + 2 * workers
-        self._board = board
+        self._heartbeat = heartbeat
         self._clock = clock
         self._slots = itertools.count()
         self._thread = threading.local()
@@ -109,8 +116,8 @@ class Feed:
                 )
             )
             if places.filled == self._batch_size or len(rows) >= 16 * self._batch_size:
-                if self._board is not None:
-                    self._board.beat()
+                if self._heartbeat is not None:
+                    self._heartbeat.mark_batch()
                 yield Batch(*places.batch(), tuple(rows))
                 rows = []
         if rows:
@@ -123,7 +130,7 @@ class Feed:
         """One image on a decoding thread, into `out` or an array of its own: never raises for the
         image's own faults.
         """
-        if image.suspect == SUSPECTED_READ:
+        if image.isolation is IsolationReason.HUNG_READ:
             return Decoded(
                 None,
                 Status.TIMEOUT,
@@ -131,8 +138,8 @@ class Feed:
                 " twice",
             )
         slot = self._thread.slot
-        if self._board is not None:
-            self._board.at(slot, image.index)
+        if self._heartbeat is not None:
+            self._heartbeat.mark_image(slot, image.index)
         begun, cpu_begun = time.perf_counter(), time.thread_time()
         fetched = None
         try:
@@ -145,12 +152,12 @@ class Feed:
                     image.size,
                     len(data),
                 )
-            if image.suspect is not None:
-                if self._board is not None:
-                    self._board.at(
+            if image.isolation is not None:
+                if self._heartbeat is not None:
+                    self._heartbeat.mark_image(
                         slot, image.index, timed=False
                     )  # the disposable process has a clock of its own
-                return self._decode_alone(data, image.suspect)
+                return self._decode_alone(data, image.isolation)
             return (
                 decode(data, self._recipe, self._limits)
                 if out is None
@@ -159,19 +166,19 @@ class Feed:
         except BadImage as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:
-            if self._board is not None:
-                self._board.done(slot)
+            if self._heartbeat is not None:
+                self._heartbeat.clear_image(slot)
             ended, cpu_ended = time.perf_counter(), time.thread_time()
             read, decoding = fetched or (ended, cpu_ended)  # what cannot be read takes its time too
             self._clock.image(
                 read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun
             )
 
-    def _decode_alone(self, data: bytes, why: str) -> Decoded:
+    def _decode_alone(self, data: bytes, reason: IsolationReason) -> Decoded:
         with self._isolated_lock:
             if self._isolated is None:
                 self._isolated = IsolatedDecoder()
-            return self._isolated.decode(data, self._recipe, self._limits, why)
+            return self._isolated.decode(data, self._recipe, self._limits, reason)
 
 
 class _Places:

@@ -1,13 +1,14 @@
-"""Where each decoding thread notes the image it is at, in memory that the launcher reads even after
-the worker has died.
+"""A status block that a worker shares with its supervisor, readable even after the worker has died.
 
-A word of its own counts the batches that the feed has handed on: where it stands still while no
-thread decodes, the session hangs. Others hold how far the worker is: rows that have their answers,
-and the sums of its stopwatch. Each is stored on its own, so a reader may see words of two batches;
-nothing but the display depends on them.
-One slot per thread: index of the image (-1: none) and the monotonic clock when it began, in
-nanoseconds (0: not timed). Both are stored as aligned 64-bit words, one store each, and in an order
-in which a reader in between sees no image with another one's clock.
+- One slot per decoding thread: the index of its image (-1: none) and the monotonic clock when it
+  began, in nanoseconds (0: no time limit).
+- The number of batches that the feed has passed on. If it stands still while no thread decodes, the
+  session hangs.
+- How far the worker is: rows with an answer, and the sums of its stopwatch.
+
+Each value is an aligned 64-bit word, written by one store. A slot's words are written in an order
+that never shows an image with the clock of another. A reader may see other words of two different
+batches; only the display uses them.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from imagemill.records import Clock
 
 SLOTS = 256
 _SUMS = ("read", "decode", "starved", "compute", "write", "decode_wall", "session_cpu")
-_PULSE = 2 * SLOTS
-_ROWS = _PULSE + 1
+_BATCHES = 2 * SLOTS
+_ROWS = _BATCHES + 1
 _CLOCK = _ROWS + 1
 SIZE = 8 * (_CLOCK + len(_SUMS) + 1)
 
 
 def shared_file() -> IO[bytes]:
-    """A file of `SIZE` bytes for a board, in memory where the system can: a full disk must not be
-    met by a write to a mapping (SIGBUS).
+    """Return an open file of `SIZE` bytes, in memory if the system can.
+
+    On a full disk a write to a mapped file would kill the process (SIGBUS).
     """
     if hasattr(os, "memfd_create"):
-        file: IO[bytes] = os.fdopen(os.memfd_create("imagemill-noteboard"), "w+b")
+        file: IO[bytes] = os.fdopen(os.memfd_create("imagemill-heartbeat"), "w+b")
     else:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     file.write(bytes(SIZE))
@@ -43,47 +45,54 @@ def shared_file() -> IO[bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """What one thread was at."""
+class ActiveImage:
+    """An image that a decoding thread is working on."""
 
     index: int
     since_ns: int
+    """Monotonic clock when it began; 0: no time limit."""
 
 
-class Noteboard:
-    """A view of the shared file `descriptor`, which holds `SIZE` bytes."""
+class Heartbeat:
+    """The status block in the shared file `descriptor`, which holds `SIZE` bytes."""
 
     def __init__(self, descriptor: int) -> None:
         self._words = memoryview(mmap.mmap(descriptor, SIZE)).cast("q")
 
-    def clear(self) -> None:
-        """Empty every slot."""
+    def reset(self) -> None:
+        """Clear every slot."""
         for slot in range(SLOTS):
-            self.done(slot)
+            self.clear_image(slot)
 
-    def at(self, slot: int, index: int, *, timed: bool = True) -> None:
-        """Note that thread `slot` begins the image `index`."""
+    def mark_image(self, slot: int, index: int, *, timed: bool = True) -> None:
+        """Mark that thread `slot` begins the image `index`."""
         self._words[2 * slot + 1] = 0
         self._words[2 * slot] = index
         if timed:
             self._words[2 * slot + 1] = time.monotonic_ns()
 
-    def done(self, slot: int) -> None:
-        """Note that thread `slot` is at no image."""
+    def clear_image(self, slot: int) -> None:
+        """Mark that thread `slot` works on no image."""
         self._words[2 * slot + 1] = 0
         self._words[2 * slot] = -1
 
-    def beat(self) -> None:
-        """Count one more batch that is handed on."""
-        self._words[_PULSE] += 1
+    def active_images(self) -> list[ActiveImage]:
+        """Return the images that the threads work on, or worked on when they died."""
+        words = self._words
+        found = (ActiveImage(words[2 * slot], words[2 * slot + 1]) for slot in range(SLOTS))
+        return [image for image in found if image.index >= 0]
+
+    def mark_batch(self) -> None:
+        """Count one more batch that is passed on."""
+        self._words[_BATCHES] += 1
 
     @property
-    def pulse(self) -> int:
-        """How many batches were handed on."""
-        return self._words[_PULSE]
+    def batches(self) -> int:
+        """Number of batches that were passed on."""
+        return self._words[_BATCHES]
 
-    def tell(self, rows: int, clock: Clock) -> None:
-        """Let the launcher see how many rows have their answers, and where the time went."""
+    def publish(self, rows: int, clock: Clock) -> None:
+        """Show the launcher how many rows have an answer, and where the time went."""
         for place, name in enumerate(_SUMS, _CLOCK):
             self._words[place] = int(1e9 * getattr(clock, name))
         self._words[_CLOCK + len(_SUMS)] = clock.images
@@ -91,7 +100,7 @@ class Noteboard:
 
     @property
     def rows(self) -> int:
-        """How many rows have their answers, committed or not."""
+        """Number of rows with an answer, committed or not."""
         return self._words[_ROWS]
 
     @property
@@ -99,8 +108,3 @@ class Noteboard:
         """Where the time went so far."""
         sums = {name: self._words[place] / 1e9 for place, name in enumerate(_SUMS, _CLOCK)}
         return Clock(**sums, images=self._words[_CLOCK + len(_SUMS)])
-
-    def notes(self) -> list[Note]:
-        """What the threads are at, or were when they died."""
-        found = (Note(self._words[2 * slot], self._words[2 * slot + 1]) for slot in range(SLOTS))
-        return [note for note in found if note.index >= 0]

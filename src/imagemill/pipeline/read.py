@@ -8,7 +8,7 @@ from functools import partial
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.sources import open_all
-from imagemill.records import Job, Lease, PlannedImage
+from imagemill.records import IsolationReason, Job, Lease, PlannedImage
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
@@ -20,8 +20,10 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
     for lease in leases:
         for row in plan.read(folder, lease.shard):
             source = opened[row.source]
-            suspect = lease.suspects.get(row.index) or ("crash" if lease.isolate else None)
+            reason = lease.quarantined.get(row.index)
+            if reason is None and lease.isolate:
+                reason = IsolationReason.CRASH
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
             yield PlannedImage(
-                row.index, lease.shard, source.name, row.path, row.size, fetch, suspect
+                row.index, lease.shard, source.name, row.path, row.size, fetch, reason
             )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from imagemill.pipeline.heartbeat import Noteboard
+from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.records import Clock
 
 T = TypeVar("T")
@@ -58,13 +58,13 @@ class Stopwatch:
     """Sums of seconds by name, and counts of images and rows.
 
     Args:
-        board: where the launcher sees them; None: nowhere.
+        heartbeat: where the launcher sees them; None: nowhere.
         on_cpu: the session computes on the CPU, in threads of this process.
     """
 
-    def __init__(self, board: Noteboard | None = None, *, on_cpu: bool = False) -> None:
+    def __init__(self, heartbeat: Heartbeat | None = None, *, on_cpu: bool = False) -> None:
         self._lock = threading.Lock()
-        self._board = board
+        self._heartbeat = heartbeat
         self._on_cpu = on_cpu
         self._process_begun: float | None = None
         self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
@@ -95,8 +95,8 @@ class Stopwatch:
         """Count rows that have their answers. Called by the thread that runs the loop."""
         self._rows += rows
         self._loop_cpu = time.thread_time() - self._loop_begun
-        if self._board is not None:
-            self._board.tell(self._rows, self.read())
+        if self._heartbeat is not None:
+            self._heartbeat.publish(self._rows, self.read())
 
     def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """Pass items on, adding to `name` the time that was spent waiting for each but the first:

@@ -35,6 +35,7 @@ from imagemill.records import (
     Bundle,
     DeviceSpec,
     Entry,
+    IsolationReason,
     Job,
     Limits,
     PlannedImage,
@@ -412,7 +413,7 @@ class _Run:
                     entry.path,
                     entry.size,
                     fetch,
-                    "crash" if trial.isolate else None,
+                    IsolationReason.CRASH if trial.isolate else None,
                 )
 
         limit_pillow(trial.limits)

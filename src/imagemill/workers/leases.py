@@ -1,16 +1,15 @@
-"""Which shard goes to whom next; and what is known about a shard that was in hand when its worker
-died.
+"""Which shard goes to which device next, and what is known about shards whose worker died.
 
-Nothing here knows of processes, machines or time. Every shard that is not committed is either
-waiting here or leased.
+Nothing here knows of processes, machines or time. Every uncommitted shard either waits here or is
+leased.
 
-- Where sub-folders are dealt to devices, a device takes those of its own first; one whose own are
-  gone takes from the longest queue.
-- What a dead worker had in hand comes back to the front of its queue. Images that its decoding
-  threads were at become suspects.
-- A shard that was in hand when workers died twice is leased alone, every image of it decoded in a
-  disposable process. A node that was lost weighs half of that: most are lost for reasons of their
-  own, yet an image that takes all of a node's memory takes the node.
+- If sub-folders are assigned to devices, a device takes shards of its own sub-folder first. When it
+  has none left it takes from the longest queue.
+- A dead worker's shards return to the front of their queue. The images that its decoding threads
+  worked on are quarantined.
+- A shard that was in flight when workers died twice is isolated: it is leased alone, and every
+  image of it is decoded in a process of its own. A lost node counts half. Most nodes are lost for
+  reasons of their own, but an image that takes all of a node's memory takes the node.
 """
 
 from __future__ import annotations
@@ -19,94 +18,96 @@ import logging
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 
-from imagemill.records import Lease, Shard
+from imagemill.records import IsolationReason, Lease, Shard
 
 _log = logging.getLogger(__name__)
 
 _DEATH, _LOSS = 2, 1
-_ALONE_FROM = 4
-"""Weight from which a shard is leased alone: two deaths, four losses, or one death and two
-losses.
-"""
+_ISOLATE_FROM = 4
+"""Blame at which a shard is isolated: two deaths, four losses, or one death and two losses."""
 
 
 class Leases:
-    """Deals shards.
+    """A queue of shards, from which devices take leases.
 
     Args:
-        shards: the ones that are not committed yet.
-        dealt: whether a shard's group says which device, by position, takes it first.
+        shards: the uncommitted ones.
+        by_group: whether a shard's group is the position of the device that takes it first.
     """
 
-    def __init__(self, shards: Sequence[Shard], *, dealt: bool = False) -> None:
-        self._dealt = dealt
+    def __init__(self, shards: Sequence[Shard], *, by_group: bool = False) -> None:
+        self._by_group = by_group
         self._queues: dict[int, deque[Lease]] = {}
         for shard in shards:
             self._queue_of(shard).append(Lease(shard))
-        self._alone: deque[Lease] = deque()
+        self._isolated: deque[Lease] = deque()
         self._blame: Counter[int] = Counter()
         self.remaining = len(shards)
-        """Shards that are not committed, leased or not."""
+        """Number of uncommitted shards, leased or not."""
 
     @property
     def waiting(self) -> int:
-        """Shards that are not leased."""
-        return len(self._alone) + sum(map(len, self._queues.values()))
+        """Number of shards that are not leased."""
+        return len(self._isolated) + sum(map(len, self._queues.values()))
 
-    def next(self, position: int, holds: Collection[Lease] = ()) -> Lease | None:
-        """The next shard for the device at `position`, which has these in hand; None: there is none
-        for it now.
+    def next(self, position: int, in_flight: Collection[Lease] = ()) -> Lease | None:
+        """Return the next lease for a device, or None if there is none for it now.
+
+        Args:
+            position: of the device.
+            in_flight: the leases that the device holds.
         """
-        if any(lease.isolate for lease in holds):
+        if any(lease.isolate for lease in in_flight):
             return None
-        if self._alone:
-            return (
-                None if holds else self._alone.popleft()
-            )  # its hands must be empty: then, at its next question, it takes it
-        own = self._queues.get(position if self._dealt else 0)
+        if self._isolated:
+            # A device that holds leases gets nothing more, so that it soon can take this one.
+            return None if in_flight else self._isolated.popleft()
+        own = self._queues.get(position if self._by_group else 0)
         queue = own or max(self._queues.values(), key=len, default=None)
         return queue.popleft() if queue else None
 
-    def committed(self, shard: int) -> None:
-        """A part was committed."""
+    def commit(self, shard: int) -> None:
+        """Record that a shard was committed."""
         self.remaining -= 1
         self._blame.pop(shard, None)
 
-    def give_back(
-        self, lease: Lease, noted: Collection[int] = (), timed_out: Collection[int] = ()
+    def return_dead(
+        self, lease: Lease, active: Collection[int] = (), timed_out: Collection[int] = ()
     ) -> None:
-        """Take back what a dead worker had in hand.
+        """Take back a lease of a worker that died.
 
         Args:
-            lease: as it was dealt.
-            noted: indices of images that the worker's decoding threads were at.
-            timed_out: those of them for whose sake it was killed.
+            lease: as it was handed out.
+            active: indices of the images that the worker's decoding threads worked on.
+            timed_out: those of them that the worker was killed for.
         """
         shard = lease.shard
-        suspects = dict(lease.suspects)
-        for index in noted:
+        quarantined = dict(lease.quarantined)
+        for index in active:
             if shard.first <= index < shard.first + shard.count:
-                if index in timed_out:
-                    suspects[index] = "hung_read" if suspects.get(index) == "timeout" else "timeout"
+                if index not in timed_out:
+                    quarantined.setdefault(index, IsolationReason.CRASH)
+                elif quarantined.get(index) is IsolationReason.TIMEOUT:
+                    quarantined[index] = IsolationReason.HUNG_READ
                 else:
-                    suspects.setdefault(index, "crash")
-                _log.warning("image %d is suspected: %s", index, suspects[index])
-        self._take(Lease(shard, suspects), _DEATH)
+                    quarantined[index] = IsolationReason.TIMEOUT
+                _log.warning("image %d is quarantined: %s", index, quarantined[index])
+        self._return(Lease(shard, quarantined), _DEATH)
 
-    def lost(self, lease: Lease) -> None:
-        """Take back what was in hand where a worker was lost together with whoever watched it:
-        nothing is known of its last moments.
+    def return_lost(self, lease: Lease) -> None:
+        """Take back a lease of a worker that was lost with its supervisor, so that nothing is known
+        about its end.
         """
-        self._take(Lease(lease.shard, lease.suspects), _LOSS)
+        self._return(Lease(lease.shard, lease.quarantined), _LOSS)
 
-    def _take(self, lease: Lease, weight: int) -> None:
+    def _return(self, lease: Lease, blame: int) -> None:
         number = lease.shard.number
-        self._blame[number] += weight
-        if self._blame[number] >= _ALONE_FROM:
-            _log.warning("shard %d was in hand too often when a worker died: alone now", number)
-            self._alone.append(Lease(lease.shard, lease.suspects, isolate=True))
+        self._blame[number] += blame
+        if self._blame[number] >= _ISOLATE_FROM:
+            _log.warning("shard %d was in flight when several workers died: isolated", number)
+            self._isolated.append(Lease(lease.shard, lease.quarantined, isolate=True))
         else:
             self._queue_of(lease.shard).appendleft(lease)
 
     def _queue_of(self, shard: Shard) -> deque[Lease]:
-        return self._queues.setdefault(shard.group if self._dealt else 0, deque())
+        return self._queues.setdefault(shard.group if self._by_group else 0, deque())

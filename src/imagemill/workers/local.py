@@ -1,4 +1,4 @@
-"""The workers of this machine: one child process per device."""
+"""The worker pool of this machine: one child process per device."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system.processes import Stop
 from imagemill.workers import protocol
-from imagemill.workers.pool import Heard, Told
+from imagemill.workers.pool import Event, WorkerStatus
 from imagemill.workers.supervisor import Supervisor
 
-_END_S = 2.0
+_STOP_S = 2.0
+"""How long workers may take to end by themselves."""
 
 
-class LocalCrew:
-    """See `crew.Crew`.
+class LocalPool:
+    """The `WorkerPool` of `--engine local`.
 
     Args:
         job: the frozen job.
-        devices: one worker process each.
+        devices: get one worker process each.
     """
 
     def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
@@ -29,49 +30,49 @@ class LocalCrew:
         self._devices = devices
         self._workers: dict[str, Supervisor] = {}
 
-    def begin(self, most: int) -> Sequence[DeviceSpec]:
-        """See `Crew.begin`."""
-        begun = self._devices[:most]
-        for device in begun:
+    def start(self, limit: int) -> Sequence[DeviceSpec]:
+        """Implement `WorkerPool.start`."""
+        started = self._devices[:limit]
+        for device in started:
             self._workers[device.name] = self._start(device)
-        return begun
+        return started
 
-    def wait(self, seconds: float) -> Sequence[Heard]:
-        """See `Crew.wait`."""
+    def receive(self, seconds: float) -> Sequence[Event]:
+        """Implement `WorkerPool.receive`."""
         by_connection: dict[Any, Supervisor] = {
             worker.connection: worker for worker in self._workers.values()
         }
-        heard: list[Heard] = []
+        events: list[Event] = []
         for connection in wait(list(by_connection), timeout=seconds):
             assert isinstance(connection, Connection)
             worker = by_connection[connection]
-            heard += [Heard(worker.device.name, message) for message in worker.hear()]
+            events += [Event(worker.device.name, message) for message in worker.receive()]
         for worker in self._workers.values():
             worker.watch()
-        return heard
+        return events
 
-    def answer(self, device: str, message: Lease | protocol.Pause) -> None:
-        """See `Crew.answer`."""
+    def send(self, device: str, message: Lease | protocol.Pause) -> None:
+        """Implement `WorkerPool.send`."""
         self._workers[device].send(message)
 
     def restart(self, device: str) -> None:
-        """See `Crew.restart`."""
+        """Implement `WorkerPool.restart`."""
         self._workers[device] = self._start(self._workers[device].device)
 
-    def told(self, device: str) -> Told:
-        """See `Crew.told`."""
-        return self._workers[device].told()
+    def status(self, device: str) -> WorkerStatus:
+        """Implement `WorkerPool.status`."""
+        return self._workers[device].status()
 
-    def end(self) -> None:
-        """See `Crew.end`."""
+    def stop(self) -> None:
+        """Implement `WorkerPool.stop`."""
         for worker in self._workers.values():
             worker.send(Stop())
-        deadline = time.monotonic() + _END_S
+        deadline = time.monotonic() + _STOP_S
         for worker in self._workers.values():
             worker.wait(max(0.0, deadline - time.monotonic()))
 
     def kill(self) -> None:
-        """See `Crew.kill`."""
+        """Implement `WorkerPool.kill`."""
         for worker in self._workers.values():
             worker.close()
 

@@ -1,6 +1,4 @@
-"""Engines: where the workers of a job are, and who keeps them alive. What they do there is the same
-everywhere.
-"""
+"""The machines that run a job's workers: this one, or a cluster."""
 
 from __future__ import annotations
 
@@ -10,30 +8,30 @@ from typing import Protocol
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Engine, Job, Shard
-from imagemill.workers.local import LocalCrew
-from imagemill.workers.pool import Crew
+from imagemill.workers.local import LocalPool
+from imagemill.workers.pool import WorkerPool
 
 
 class Machines(Protocol):
-    """Whatever has the devices of a job: this machine, or a cluster."""
+    """What an engine provides: devices, and a pool of workers on them."""
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """What a `--devices` argument means there. Raises: UsageError, DeviceError."""
+        """Return the devices that a `--devices` argument names. Raises: UsageError, DeviceError."""
         ...
 
-    def crew(
+    def pool(
         self,
         job: Job,
         paths: JobPaths,
         chosen: Sequence[DeviceSpec],
-        left: Sequence[Shard],
+        remaining: Sequence[Shard],
         plan_nonce: str,
-    ) -> Crew:
-        """Workers for the shards that are left of a frozen job."""
+    ) -> WorkerPool:
+        """Return a pool for the uncommitted shards of a frozen job."""
         ...
 
     def close(self) -> None:
-        """Let go of them."""
+        """Disconnect."""
         ...
 
 
@@ -41,37 +39,38 @@ class ThisMachine:
     """The `Machines` of `--engine local`."""
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """See `Machines.devices`."""
+        """Implement `Machines.devices`."""
         return devices.resolve(spec)
 
-    def crew(
+    def pool(
         self,
         job: Job,
-        paths: JobPaths,  # noqa: ARG002 - a local worker finds them by the job
+        paths: JobPaths,  # noqa: ARG002 - local workers derive them from the job
         chosen: Sequence[DeviceSpec],
-        left: Sequence[Shard],  # noqa: ARG002
-        plan_nonce: str,  # noqa: ARG002 - its plan is here
-    ) -> Crew:
-        """See `Machines.crew`."""
-        return LocalCrew(job, chosen)
+        remaining: Sequence[Shard],  # noqa: ARG002
+        plan_nonce: str,  # noqa: ARG002 - the plan is on this machine
+    ) -> WorkerPool:
+        """Implement `Machines.pool`."""
+        return LocalPool(job, chosen)
 
     def close(self) -> None:
-        """See `Machines.close`."""
+        """Implement `Machines.close`."""
 
 
 def connect(engine: str, say: Callable[[str], None], *, allow_mixed: bool = False) -> Machines:
-    """Have an engine's machines.
+    """Connect to the machines of an engine.
 
     Args:
         engine: `local` or `ray`.
-        say: takes a line for the user.
-        allow_mixed: whether machines may differ in what decides the last bits of answers.
+        say: receives lines for the user.
+        allow_mixed: allow machines that differ in versions or vector units, which may change the
+            last bits of results.
 
     Raises:
         UsageError: Ray is not installed. DeviceError: the cluster cannot be reached.
     """
     if engine == Engine.LOCAL:
         return ThisMachine()
-    from imagemill.workers.ray.cluster import Cluster  # which needs Ray
+    from imagemill.workers.ray.cluster import Cluster  # needs Ray
 
     return Cluster(say, allow_mixed=allow_mixed)

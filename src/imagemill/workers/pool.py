@@ -1,9 +1,8 @@
-"""The workers as the launcher sees them, wherever they are: what it hears of them, and what it can
-tell them.
+"""The worker pool: the launcher's view of its workers, wherever they run.
 
-A crew drives one worker process per device, each under a `Supervisor`: those of this machine
-(`engines.local`), or those of a cluster (`engines.ray_crew`). It deals nothing and decides nothing;
-it carries the words of `wire` to and fro, and tells what befell its workers.
+A pool runs one worker process per device, each under a `Supervisor`: on this machine
+(`workers.local`) or on the nodes of a cluster (`workers.ray.pool`). It forwards the messages of
+`workers.protocol` and reports exits. The launcher makes all scheduling decisions.
 """
 
 from __future__ import annotations
@@ -14,101 +13,86 @@ from typing import Protocol
 
 from imagemill.records import Clock, DeviceSpec, Lease
 from imagemill.system.processes import Failed
-from imagemill.workers import protocol
+from imagemill.workers.protocol import Done, Idle, Pause, Ready, Want
 
 
 @dataclass(frozen=True, slots=True)
 class Died:
-    """A worker's process is gone; who watched it has seen how. It is started again when the crew is
-    told to.
-    """
+    """A worker's process ended, as its supervisor saw. `WorkerPool.restart` starts it again."""
 
     pid: int
-    how: str
+    reason: str
     """The end of a sentence about it: `was killed by SIGKILL`, `ended with exit code 1`."""
     ready: bool
-    """Whether its session had been compiled."""
-    noted: tuple[int, ...]
-    """Indices of the images that its decoding threads were at; none where it was not ready."""
+    """Whether its session was compiled."""
+    active: tuple[int, ...]
+    """Indices of the images that its decoding threads worked on; empty if it was not ready."""
     timed_out: tuple[int, ...]
-    """Those for whose sake it was killed."""
-    last_words: str
-    """The end of its log, for people."""
+    """Those of them that it was killed for."""
+    log_tail: str
+    """The last lines of its log, with a heading."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker is gone together with whoever watched it; the crew has it again as soon as that is
-    possible.
-    """
+    """A worker is gone together with its supervisor. The pool replaces it as soon as it can."""
 
-    why: str
+    reason: str
     with_machine: bool
-    """Its machine is gone too: that says nothing against what the worker did."""
+    """Whether its machine is gone too, so that the worker's own work is not to blame."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A worker is being started on a device that the launcher has not heard of, or not lately."""
+    """A worker is being started on a new device, or again on one that was lost."""
 
     device: DeviceSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """Something that was heard of one device's worker."""
+class Event:
+    """A message from one device's worker, or news about it."""
 
     device: str
-    message: (
-        protocol.Ready
-        | protocol.Want
-        | protocol.Idle
-        | protocol.Done
-        | Failed
-        | Died
-        | Lost
-        | Joined
-    )
+    message: Ready | Want | Idle | Done | Failed | Died | Lost | Joined
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """How far a worker's process is, as its noteboard says."""
+class WorkerStatus:
+    """How far a worker's process is, according to its heartbeat."""
 
     rows: int = 0
-    """That have their answers, committed or not, since the process began."""
+    """Rows with an answer since the process began, committed or not."""
     clock: Clock = field(default_factory=Clock)
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """The workers of one launch."""
 
-    def begin(self, most: int) -> Sequence[DeviceSpec]:
-        """Start at most so many workers, at least one. Returns: their devices."""
+    def start(self, limit: int) -> Sequence[DeviceSpec]:
+        """Start at least one and at most `limit` workers, and return their devices."""
         ...
 
-    def wait(self, seconds: float) -> Sequence[Heard]:
-        """What was heard, in order, as soon as there is something; nothing where nothing was for so
-        long.
-        """
+    def receive(self, seconds: float) -> Sequence[Event]:
+        """Return events in order, as soon as there are any; nothing if none came in `seconds`."""
         ...
 
-    def answer(self, device: str, message: Lease | protocol.Pause) -> None:
-        """Send a lease to a worker that is idle, or either to one that wants one."""
+    def send(self, device: str, message: Lease | Pause) -> None:
+        """Send a lease to an idle worker, or either message to one that sent `Want`."""
         ...
 
     def restart(self, device: str) -> None:
-        """Start a worker again that has died."""
+        """Start the process of a worker that died again."""
         ...
 
-    def told(self, device: str) -> Told:
-        """How far its process is."""
+    def status(self, device: str) -> WorkerStatus:
+        """Return how far a worker's process is."""
         ...
 
-    def end(self) -> None:
-        """All is committed: let the workers end."""
+    def stop(self) -> None:
+        """Let the workers end by themselves, once everything is committed."""
         ...
 
     def kill(self) -> None:
-        """Let no worker outlive this call."""
+        """Kill all workers; none outlives this call."""
         ...

@@ -1,15 +1,16 @@
-"""What launcher and worker say to each other, over one socket pair per worker. Pickled by
-`multiprocessing.connection`.
+"""The messages between launcher and worker, pickled over one socket pair per worker.
 
 launcher                      worker
 Begin ───────────────────────►
       ◄─────────────────────── Ready
       ◄─────────────────────── Want             it has begun its last lease, or has none
-Lease or Pause ──────────────► (at once)        Pause: nothing for now; finish what is in hand
+Lease or Pause ──────────────► (at once)        Pause: no lease for now; finish those in flight
       ◄─────────────────────── Done(receipt)
-      ◄─────────────────────── Idle             paused, and nothing in hand any more
+      ◄─────────────────────── Idle             it was paused, and nothing is in flight any more
 Lease or Stop ───────────────►
-      ◄─────────────────────── Failed           an error that restarting would not mend
+      ◄─────────────────────── Failed           an error that a restart would not fix
+
+`Stop` and `Failed` are those of `system.processes`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from imagemill.records import Clock, DeviceSpec, Job, Receipt
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The first message: what to do and on what."""
+    """The first message: the job and the device."""
 
     job: Job
     device: DeviceSpec
@@ -37,17 +38,17 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A lease is wanted now."""
+    """A request for a lease, answered at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """There is no lease for now."""
+    """The answer that there is no lease for now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Nothing is in hand."""
+    """Nothing is in flight."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,4 @@
-"""When rows were committed, per device: a fixed number of buckets that double their width when the
-job outlasts them.
-"""
+"""When rows were committed, per device, in a fixed number of time buckets."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ _FIRST_S = 0.125
 
 
 class Timeline:
-    """Rows over time. Its size depends on the number of devices alone.
+    """Rows over time. When the job outlasts the buckets, they double their width.
 
     Args:
         devices: their names.
@@ -27,26 +25,23 @@ class Timeline:
         """Spread the rows of a commit evenly over the time that they took.
 
         Args:
-            device: its name.
-            begun_s: since the first lease.
-            ended_s: the same, of the commit.
-            rows: how many.
+            device: its name; it may be new.
+            begun_s: start of the shard, in seconds since the first lease.
+            ended_s: time of the commit, likewise.
+            rows: number of rows.
         """
         begun_s = max(0.0, begun_s)
         ended_s = max(ended_s, begun_s)
         while ended_s >= self._bucket_s * BUCKETS:
             self._merge()
-        buckets = self._rows.setdefault(
-            device, [0.0] * BUCKETS
-        )  # it may have come while the job ran
+        buckets = self._rows.setdefault(device, [0.0] * BUCKETS)
         if ended_s == begun_s:
             buckets[int(begun_s / self._bucket_s)] += rows
             return
         for number in range(int(begun_s / self._bucket_s), int(ended_s / self._bucket_s) + 1):
             start, end = number * self._bucket_s, (number + 1) * self._bucket_s
-            buckets[number] += (
-                rows * max(0.0, min(end, ended_s) - max(start, begun_s)) / (ended_s - begun_s)
-            )
+            overlap_s = max(0.0, min(end, ended_s) - max(start, begun_s))
+            buckets[number] += rows * overlap_s / (ended_s - begun_s)
 
     def _merge(self) -> None:
         self._bucket_s *= 2
@@ -55,17 +50,10 @@ class Timeline:
             self._rows[name] = merged + [0.0] * (BUCKETS - len(merged))
 
     def read(self) -> Throughput:
-        """What there is so far, up to the last bucket that holds a row."""
+        """Return the rows so far, up to the last bucket that has any."""
         used = max(
-            (
-                number + 1
-                for rows in self._rows.values()
-                for number, count in enumerate(rows)
-                if count
-            ),
+            (number for rows in self._rows.values() for number, n in enumerate(rows, 1) if n),
             default=0,
         )
-        images = tuple(
-            tuple(round(count, 1) for count in rows[:used]) for rows in self._rows.values()
-        )
+        images = tuple(tuple(round(n, 1) for n in rows[:used]) for rows in self._rows.values())
         return Throughput(self._bucket_s, tuple(self._rows), images)

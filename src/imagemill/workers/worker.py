@@ -1,7 +1,6 @@
-"""The child process of one device: a session, and run_shards over its leases.
+"""The child process of one device: a session, and `run_shards` over its leases.
 
-Started by its supervisor with the arguments SOCKET PARENT_PID NOTEBOARD; ends with it, whatever
-ends it.
+Its supervisor starts it with one argument, the descriptor of the heartbeat.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
-from imagemill.pipeline.heartbeat import Noteboard
+from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.records import Lease
 from imagemill.system import processes
 from imagemill.system.processes import Stop
@@ -24,17 +23,17 @@ _log = logging.getLogger("imagemill.workers.worker")
 
 
 def main() -> int:
-    """Run one worker until the launcher stops it, or is gone."""
+    """Run one worker until the launcher stops it or is gone."""
     return processes.run_child(_work)
 
 
 def _work(connection: Connection) -> None:
-    board = Noteboard(int(sys.argv[3]))
+    heartbeat = Heartbeat(int(sys.argv[3]))
     begin = connection.recv()
     assert isinstance(begin, protocol.Begin)
     if not begin.device.floating:
         processes.keep_to(begin.device.cores)
-    # Only now, with the affinity set, are the libraries imported that count the cores they find.
+    # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline import top_k
     from imagemill.pipeline.backends import open_session
     from imagemill.pipeline.decoding.pillow import limit_pillow
@@ -43,22 +42,19 @@ def _work(connection: Connection) -> None:
     from imagemill.pipeline.sink import Sink
     from imagemill.pipeline.stopwatch import Stopwatch
 
-    job, device, clock = (
-        begin.job,
-        begin.device,
-        Stopwatch(board, on_cpu=begin.device.kind == "cpu"),
-    )
+    job, device = begin.job, begin.device
+    clock = Stopwatch(heartbeat, on_cpu=device.kind == "cpu")
     _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
-    board.clear()
+    heartbeat.reset()
     limit_pillow(job.limits)
     session = open_session(job, device, clock)
     top_k.check_model(session.stream, job)
-    clock.add("compute", -clock.read().compute)  # random images are no part of the job's rates
+    clock.add("compute", -clock.read().compute)  # the rates exclude the check's random images
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()
     connection.send(protocol.Ready(os.getpid()))
-    with Feed(job.card, job.limits, job.batch_size, workers, board, clock) as feed:
+    with Feed(job.card, job.limits, job.batch_size, workers, heartbeat, clock) as feed:
         images, begun = 0, clock.elapsed()
         inbox = _Inbox(connection)
         while inbox.wait():
@@ -77,8 +73,9 @@ def _work(connection: Connection) -> None:
 
 
 class _Inbox:
-    """The launcher's messages as leases. The first lease of a run is waited for, further ones are
-    asked for.
+    """Turns the launcher's messages into runs of leases.
+
+    A worker waits for the first lease of a run, and asks for each further one.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -86,7 +83,7 @@ class _Inbox:
         self._first: Lease | None = None
 
     def wait(self) -> bool:
-        """Wait for the first lease of a run; False: stop."""
+        """Wait for the first lease of a run; return False if the worker is to stop."""
         message = self._connection.recv()
         while isinstance(message, protocol.Pause):
             message = self._connection.recv()
@@ -97,8 +94,9 @@ class _Inbox:
         return True
 
     def leases(self) -> Iterator[Lease]:
-        """The leases of a run, until the launcher has none for now. It answers at once, so nothing
-        in flight waits for long.
+        """Yield the leases of a run, until the launcher has none for now.
+
+        The launcher answers at once, so images in flight do not wait for long.
         """
         assert self._first is not None
         yield self._first

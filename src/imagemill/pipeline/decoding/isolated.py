@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.decoding.pillow import limit_pillow
-from imagemill.records import Decoded, Limits, Recipe, Status
+from imagemill.records import Decoded, IsolationReason, Limits, Recipe, Status
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
 
@@ -66,15 +66,20 @@ class IsolatedDecoder:
         self._child: Child | None = None
         self._address_space = 0
 
-    def decode(self, data: bytes, recipe: Recipe, limits: Limits, why: str = "crash") -> Decoded:
+    def decode(
+        self,
+        data: bytes,
+        recipe: Recipe,
+        limits: Limits,
+        reason: IsolationReason = IsolationReason.CRASH,
+    ) -> Decoded:
         """Decode one image as `decode.decode` does, in the child.
 
         Args:
             data: the encoded image.
             recipe: how it becomes the model's input.
             limits: all three are kept; `max_seconds` by killing the child.
-            why: the reason for isolating the image, `crash` or `timeout`; part of the error if it
-                fails here too.
+            reason: why the image is quarantined; part of the error if it fails here too.
 
         Returns: as `decode.decode`, or with status `crashed_decoder` or `timeout`.
 
@@ -92,7 +97,7 @@ class IsolatedDecoder:
                 return Decoded(
                     None,
                     failed.status,
-                    f"{failed}, twice in a process of its own (suspected of: {why})",
+                    f"{failed}, twice in a process of its own (quarantined for: {reason})",
                 )
 
     def close(self) -> None:

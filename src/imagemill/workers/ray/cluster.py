@@ -1,6 +1,4 @@
-"""The `Machines` of `--engine ray`: a cluster's nodes, and how this process comes to it and leaves
-it.
-"""
+"""The `Machines` of `--engine ray`: the nodes of a cluster, and our connection to it."""
 
 from __future__ import annotations
 
@@ -18,29 +16,28 @@ from imagemill.errors import DeviceError, UsageError
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Job, Shard
-from imagemill.workers.pool import Crew
+from imagemill.workers.pool import WorkerPool
 from imagemill.workers.ray.nodes import Node, Place, offer, places
-from imagemill.workers.ray.pool import RayCrew, Seat
+from imagemill.workers.ray.placement import Placement, Slot
+from imagemill.workers.ray.pool import RayPool
+from imagemill.workers.ray.provisioning import Provisioning
 
 _log = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
 _LOOPBACK = "127.0.0.2"
-"""Where a cluster that is started here listens: Ray turns 127.0.0.1 into the machine's address in
-its network, for all to reach.
+"""Address of a cluster that is started here. Ray would turn 127.0.0.1 into the machine's address in
+its network, which others can reach.
 """
 _OBJECT_STORE_BYTES = 2**28
-"""Of a cluster that is started here; only models pass through it, and its one node has them
-already.
-"""
+"""Of a cluster that is started here. Only models pass through it, and its one node has them."""
 
 
 def load_ray() -> Any:
     """Import Ray with its usage statistics off. Raises: UsageError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # else it advises to set this, on stderr, at each start
+    # Without this variable Ray advises to set it, on stderr, at each start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -50,15 +47,18 @@ def load_ray() -> Any:
 
 
 class Cluster:
-    """The `Machines` of `--engine ray`: the cluster that RAY_ADDRESS names, or that runs on this
-    machine, or one that is started here.
+    """The `Machines` of `--engine ray`.
+
+    It is the cluster that RAY_ADDRESS names, or the one that runs on this machine, or one that is
+    started here.
 
     Args:
-        say: takes a line for the user.
-        allow_mixed: whether nodes may differ in what decides the last bits of answers.
+        say: receives lines for the user.
+        allow_mixed: allow nodes that differ in versions or vector units, which may change the last
+            bits of results.
 
     Raises:
-        UsageError: Ray is not installed, or RAY_ADDRESS makes no sense. DeviceError: the cluster
+        UsageError: Ray is not installed, or RAY_ADDRESS is invalid. DeviceError: the cluster
         cannot be reached.
     """
 
@@ -73,10 +73,9 @@ class Cluster:
             before = signal.getsignal(signal.SIGTERM)
             self._connect()
             if before is not None:
-                with contextlib.suppress(ValueError):  # not the main thread: nobody has changed it
-                    signal.signal(
-                        signal.SIGTERM, before
-                    )  # a cluster that is started here takes it for itself
+                # Starting a cluster changes the handler, if this is the main thread.
+                with contextlib.suppress(ValueError):
+                    signal.signal(signal.SIGTERM, before)
 
     def _connect(self) -> None:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -86,7 +85,7 @@ class Cluster:
                 " there (`ray exec` does), with HOST:PORT, or without RAY_ADDRESS."
             )
         if address not in ("", "local", "auto"):
-            _refuse_deaf(address)
+            _refuse_unreachable(address)
         _send_messages_to_the_log()
         quiet: dict[str, Any] = {
             "log_to_driver": False,
@@ -119,7 +118,7 @@ class Cluster:
         )
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """See `Machines.devices`: those of all nodes, in the order of the nodes' names."""
+        """Implement `Machines.devices`: those of all nodes, in the order of the nodes' names."""
         self._asked = devices.parse(spec)
         nodes = self.nodes()
         self._places = {}
@@ -140,13 +139,13 @@ class Cluster:
         )
 
     def nodes(self) -> list[Node]:
-        """The live nodes, by name."""
+        """Return the live nodes, sorted by name."""
         try:
             every = self.ray.nodes()
-        except Exception as error:  # whatever a cluster that goes down comes up with
-            told = " ".join(str(error).split())
+        except Exception as error:  # a cluster that shuts down raises anything
+            reason = " ".join(str(error).split())
             raise DeviceError(
-                f"the Ray cluster does not answer: {told}. Repeat the command once it does:"
+                f"the Ray cluster does not answer: {reason}. Repeat the command once it does:"
                 " finished parts are kept."
             ) from error
         found = []
@@ -158,53 +157,48 @@ class Cluster:
                 )
         return sorted(found, key=lambda node: node.name)
 
-    def crew(
+    def pool(
         self,
         job: Job,
         paths: JobPaths,
         chosen: Sequence[DeviceSpec],
-        left: Sequence[Shard],
+        remaining: Sequence[Shard],
         plan_nonce: str,
-    ) -> Crew:
-        """See `Machines.crew`."""
-        begun = [Seat(device, self._places[device.name]) for device in chosen]
-        return RayCrew(
-            self,
-            job,
-            paths,
-            begun,
-            left,
-            plan_nonce,
-            self._asked,
-            self._say,
-            allow_mixed=self._allow_mixed,
+    ) -> WorkerPool:
+        """Implement `Machines.pool`."""
+        backends = tuple(sorted({item.backend for item in self._asked}))
+        provisioning = Provisioning(
+            self.ray, job, remaining, plan_nonce, backends, allow_mixed=self._allow_mixed
         )
+        slots = [Slot(device, self._places[device.name]) for device in chosen]
+        placement = Placement(self.nodes, self._asked, slots, self._say)
+        return RayPool(self, paths, provisioning, placement, slots, self._say)
 
     def close(self) -> None:
-        """See `Machines.close`."""
+        """Implement `Machines.close`."""
         if self._is_ours:
             self.ray.shutdown()
 
 
 class _NoFolders(list[str]):
-    """A list that stays empty."""
+    """A list that stays empty when it is extended."""
 
     def extend(self, _: object) -> None:
         """Add nothing."""
 
 
 def _without_working_directory() -> Any:
-    """Return a configuration with which Ray does not put our working directory on the `sys.path` of
-    its workers.
-    """
+    """Return a configuration that keeps our working directory off its workers' `sys.path`."""
     config: Any = importlib.import_module("ray.job_config").JobConfig()
     config._py_driver_sys_path = _NoFolders()
     return config
 
 
-def _refuse_deaf(address: str) -> None:
-    """Look whether anything listens there: Ray itself would try for minutes. Raises:
-    DeviceError.
+def _refuse_unreachable(address: str) -> None:
+    """Check that something listens at an address, because Ray would try for minutes.
+
+    Raises:
+        DeviceError: nothing does.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -221,14 +215,15 @@ def _no_cluster(address: str) -> DeviceError:
 
 
 def _send_messages_to_the_log() -> None:
-    """What Ray has to say of workers that died it prints to stdout, where exactly one JSON object
-    may be.
+    """Log Ray's messages about dead workers.
+
+    Ray would print them to stdout, which must hold exactly one JSON object.
     """
     module: Any = importlib.import_module("ray._private.worker")
 
     def to_the_log(data: Mapping[str, Any], *_: object, **__: object) -> None:
         for line in data.get("lines", ()):
-            _log.warning("Ray says: %s", " ".join(str(line).split()))
+            _log.warning("Ray: %s", " ".join(str(line).split()))
 
     if hasattr(module, "print_to_stdstream"):
         module.print_to_stdstream = to_the_log

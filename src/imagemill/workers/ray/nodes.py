@@ -1,6 +1,4 @@
-"""The nodes of a Ray cluster, and what a `--devices` argument means on them. Nothing here asks
-Ray.
-"""
+"""The nodes of a Ray cluster, and what a `--devices` argument means on them."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec
 
 _GPUS = ("cuda", "rocm")
-"""Kinds of devices that Ray counts as GPU; cores it counts as CPU, all others as resources of the
-kind's own name.
+"""Kinds of devices that Ray counts as GPU. It counts cores as CPU, and any other kind as a resource
+of that name.
 """
 _ON_CORES = ("cpu", "null")
 
@@ -24,7 +22,7 @@ class Node:
 
     id: str
     name: str
-    """For people: address, or the name it was given, and the beginning of its id."""
+    """For people: its given name or address, and the start of its id."""
     resources: Mapping[str, float]
 
 
@@ -36,22 +34,23 @@ class Place:
     kind: str
     backend: str
     index: int
-    """Which of its kind it is on its node."""
+    """Position among the workers of its kind on the node."""
     order: int
-    """Which of all workers on its node."""
+    """Position among all workers on the node."""
     of: int
-    """How many workers the node has."""
+    """Number of workers on the node."""
     cpus: float
-    """Of the node's, for this worker."""
+    """CPUs of the node for this worker."""
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """Tells it from all others."""
+        """A key that no other place has."""
         return self.node.id, self.kind, self.index
 
     def device(self, number: int) -> DeviceSpec:
-        """The device there, under a name that is its own in the whole cluster. Ray shows a worker
-        its GPU alone, which so is number 0.
+        """Return the device here, with a number that is unique in the cluster.
+
+        Ray shows a worker only its own GPU, which therefore is number 0.
         """
         number_here = 0 if self.kind in (*_ON_CORES, *_GPUS) else self.index
         return DeviceSpec(
@@ -63,7 +62,7 @@ class Place:
         )
 
     def resources(self) -> dict[str, Any]:
-        """What Ray is asked for."""
+        """Return the resources to request from Ray."""
         wanted: dict[str, Any] = {"num_cpus": self.cpus}
         if self.kind in _GPUS:
             wanted["num_gpus"] = 1
@@ -73,11 +72,11 @@ class Place:
 
 
 def places(node: Node, asked: Sequence[devices.Asked]) -> list[Place]:
-    """What a `--devices` argument means on a node: on each the same, as far as it goes.
+    """Return the places that a `--devices` argument means on a node.
 
-    `cpu` is one worker with all CPUs that the node gives Ray, `cpu:N` are N that share them; `cuda`
-    is one worker for each of its GPUs, and `cuda:0,1` for two of them; `ipu:N` are as many of its
-    resource `ipu`, N at most. A node that offers nothing of a kind has none.
+    `cpu` is one worker with all CPUs that the node offers Ray, and `cpu:N` are N workers that share
+    them. `cuda` is one worker for each GPU, and `cuda:0,1` is two of these. `ipu:N` are at most N
+    workers, each with one of the node's resource `ipu`.
     """
     cpus = int(node.resources.get("CPU", 0))
     found: list[tuple[str, str, int]] = []
@@ -102,8 +101,9 @@ def places(node: Node, asked: Sequence[devices.Asked]) -> list[Place]:
 
 
 def _shares(cpus: int, processes: int) -> list[float]:
-    """CPUs of each process: whole ones as even as they go, as Ray wants them; parts of one where
-    there are more processes than CPUs.
+    """Return the CPUs of each process, divided evenly.
+
+    Ray wants whole CPUs; if there are more processes than CPUs each gets a fraction.
     """
     if processes > cpus:
         return [cpus / processes] * processes
@@ -115,7 +115,7 @@ def _shares(cpus: int, processes: int) -> list[float]:
 
 
 def offer(node: Node) -> str:
-    """What a node has, for people."""
+    """Describe what a node offers, for people."""
     counted = {
         name: amount
         for name, amount in node.resources.items()

@@ -23,12 +23,13 @@ from imagemill.runner import run
 from imagemill.system import files
 from imagemill.workers import protocol
 from imagemill.workers.pool import Died
-from imagemill.workers.ray import node_agent
-from imagemill.workers.ray.node_agent import ModelFile, Order, Restart, Station
+from imagemill.workers.ray import node_agent, provisioning
+from imagemill.workers.ray.messages import Assignment, ModelFile, Restart
+from imagemill.workers.ray.node_agent import NodeAgent
 
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
-Orders = Callable[..., Order]
+Orders = Callable[..., Assignment]
 
 DEVICE = DeviceSpec("null#0", "null", "null", (0,))
 
@@ -59,7 +60,7 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
     frozen = OpenJob.open(paths.root).frozen
     files.write_whole(paths.launch, b"the launch")
 
-    def make(**changes: Any) -> Order:
+    def make(**changes: Any) -> Assignment:
         values: dict[str, Any] = {
             "node": "alien (01234567)",
             "job": frozen.job,
@@ -69,21 +70,21 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
             "cpus": 512,
             "launch": "the launch",
             "plan_nonce": "",
-            "model": node_agent.model_files(frozen.job),
-            "samples": node_agent.sample(frozen.job, plan.shards(paths.plan)),
+            "model": provisioning.model_files(frozen.job),
+            "samples": provisioning.sample_images(frozen.job, plan.shards(paths.plan)),
         }
-        return Order(**(values | changes))
+        return Assignment(**(values | changes))
 
     return make
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[..., Station]]:
-    """Makes stations that end with the test."""
-    made: list[Station] = []
+def opened() -> Iterator[Callable[..., NodeAgent]]:
+    """Makes node agents that end with the test."""
+    made: list[NodeAgent] = []
 
-    def make(*arguments: Any) -> Station:
-        made.append(Station(*arguments))
+    def make(*arguments: Any) -> NodeAgent:
+        made.append(NodeAgent(*arguments))
         return made[-1]
 
     yield make
@@ -91,8 +92,8 @@ def opened() -> Iterator[Callable[..., Station]]:
         one.close()
 
 
-def heard(one: Station, wanted: type, *first: Any) -> list[Any]:
-    """Turn until a message of a kind has come; all that was heard."""
+def exchange(one: NodeAgent, wanted: type, *first: Any) -> list[Any]:
+    """Exchange messages until one of a kind has come; return all that came."""
     found: list[Any] = []
     messages = first
 
@@ -100,36 +101,36 @@ def heard(one: Station, wanted: type, *first: Any) -> list[Any]:
         nonlocal messages
         report = one.turn(messages, 0.05)
         messages = ()
-        found.extend(report.heard)
-        return any(isinstance(message, wanted) for message in report.heard)
+        found.extend(report.messages)
+        return any(isinstance(message, wanted) for message in report.messages)
 
     helpers.until(turned)
     return found
 
 
-def test_a_station_commits_the_parts_of_a_local_run(
-    order: Orders, opened: Callable[..., Station], left: Any, tmp_path: Path
+def test_a_node_agent_commits_the_parts_of_a_local_run(
+    order: Orders, opened: Callable[..., NodeAgent], left: Any, tmp_path: Path
 ) -> None:
     """Lease by lease, by the same worker process; a killed one is told of, and started again when
     that is asked for.
     """
     one = opened(order())
-    (ready,) = heard(one, protocol.Ready)
+    (ready,) = exchange(one, protocol.Ready)
     assert isinstance(ready, protocol.Ready)
-    assert [type(message) for message in heard(one, protocol.Want, Lease(left()[0]))] == [
+    assert [type(message) for message in exchange(one, protocol.Want, Lease(left()[0]))] == [
         protocol.Want
     ]
-    ended = heard(one, protocol.Idle, protocol.Pause())
+    ended = exchange(one, protocol.Idle, protocol.Pause())
     assert [message.receipt.shard for message in ended if isinstance(message, protocol.Done)] == [0]
-    assert one.turn((), 0.0).told.rows == 4
-    one._worker._process.kill()  # type: ignore[union-attr]
-    (died,) = heard(one, Died)
-    assert (died.how, died.ready, died.timed_out) == ("was killed by SIGKILL", True, ())
-    assert "null#0.log" in died.last_words
-    heard(one, protocol.Ready, Restart())
+    assert one.turn((), 0.0).status.rows == 4
+    one._worker._child.kill()  # type: ignore[union-attr]
+    (died,) = exchange(one, Died)
+    assert (died.reason, died.ready, died.timed_out) == ("was killed by SIGKILL", True, ())
+    assert "null#0.log" in died.log_tail
+    exchange(one, protocol.Ready, Restart())
     for shard in left()[1:]:
-        heard(one, protocol.Want, Lease(shard))
-        heard(one, protocol.Idle, protocol.Pause())
+        exchange(one, protocol.Want, Lease(shard))
+        exchange(one, protocol.Idle, protocol.Pause())
     one.end()
     parts = {path.name: path.read_bytes() for path in (tmp_path / "out" / "predictions").iterdir()}
     assert parts == {path.name: path.read_bytes() for path in (tmp_path / "done").iterdir()}
@@ -147,11 +148,11 @@ def test_an_output_that_is_another_folder_is_refused(order: Orders, tmp_path: Pa
         rf"--output {tmp_path}/out on node alien \(01234567\) is not what it is on the launcher's"
     )
     with pytest.raises(OutputError, match=rf"{where}: it holds another launch\. {remedy}"):
-        Station(order(launch="a later launch"))
+        NodeAgent(order(launch="a later launch"))
     made = order()
     JobPaths(tmp_path / "out").launch.unlink()
     with pytest.raises(OutputError, match=rf"{where}: No such file or directory\. {remedy}"):
-        Station(made)
+        NodeAgent(made)
 
 
 def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path: Path) -> None:
@@ -165,16 +166,16 @@ def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path:
     kept = (folder / "000.jpg").read_bytes()
     (folder / "000.jpg").write_bytes(sample_images.jpeg(seed=99))
     with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg is another image\. {remedy}"):
-        Station(made)
+        NodeAgent(made)
     (folder / "000.jpg").unlink()
     with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg: .*\. {remedy}"):
-        Station(made)
+        NodeAgent(made)
     (folder / "000.jpg").write_bytes(kept)
     folder.rename(tmp_path / "moved")
     with pytest.raises(
         SourceError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"
     ):
-        Station(made)
+        NodeAgent(made)
 
 
 def test_images_that_the_launcher_cannot_read_are_no_sample(
@@ -184,16 +185,16 @@ def test_images_that_the_launcher_cannot_read_are_no_sample(
     made = order()
     assert len(made.samples) == 3
     (tmp_path / "images" / "000.jpg").unlink()
-    assert [sample.path for sample in node_agent.sample(made.job, left())] == [
+    assert [sample.path for sample in provisioning.sample_images(made.job, left())] == [
         b"004.jpg",
         b"008.jpg",
     ]
 
 
 def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
-    order: Orders, opened: Callable[..., Station], tmp_path: Path
+    order: Orders, opened: Callable[..., NodeAgent], tmp_path: Path
 ) -> None:
-    """It lies in the node's cache by its hash afterwards, where the next station finds it; other
+    """It lies in the node's cache by its hash afterwards, where the next agent finds it; other
     bytes are refused, with both hashes.
     """
     made = order()
@@ -210,7 +211,7 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
             rf" {made.model[0].sha256}\. Repeat"
         ),
     ):
-        Station(there, [memoryview(b"other")])
+        NodeAgent(there, [memoryview(b"other")])
     assert not opened(there, [content]).lacks_model
     (found,) = (tmp_path / "cache" / "imagemill" / "delivered").glob("*/model.onnx")
     assert found.read_bytes() == content
@@ -220,7 +221,7 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
         str(found),
         str(found.parent / "compiled"),
     )  # type: ignore[union-attr]
-    heard(again, protocol.Ready)
+    exchange(again, protocol.Ready)
     found.write_bytes(b"damaged since")
     assert opened(there).lacks_model
 
@@ -234,12 +235,12 @@ def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> Non
     def files(name: str) -> list[str]:
         return [
             file.name
-            for file in node_agent.model_files(replace(job, model_file=str(tmp_path / name)))
+            for file in provisioning.model_files(replace(job, model_file=str(tmp_path / name)))
         ]
 
     assert files("int8-abc.xml") == ["int8-abc.xml", "int8-abc.bin"]
     assert files("big.onnx") == ["big.onnx", "model.onnx.data"]
-    assert node_agent.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[
+    assert provisioning.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[
         1
     ] == ModelFile("int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest())
 
@@ -256,7 +257,7 @@ def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> Non
 )
 def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     order: Orders,
-    opened: Callable[..., Station],
+    opened: Callable[..., NodeAgent],
     monkeypatch: pytest.MonkeyPatch,
     cpus: int,
     processes: int,
@@ -283,7 +284,9 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
     def refuse(
         found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False
     ) -> None:
-        node_agent.refuse_other("b (2)", found, expected, "this machine", allow_mixed=allow_mixed)
+        provisioning.refuse_mismatch(
+            "b (2)", found, expected, "this machine", allow_mixed=allow_mixed
+        )
 
     refuse(ours | {"more": "1"})
     with pytest.raises(
@@ -307,7 +310,7 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
         DeviceError,
         match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\.",
     ):
-        refuse({node_agent.UNITS: "avx2"}, {node_agent.UNITS: "avx512f avx2"})
+        refuse({"vector units": "avx2"}, {"vector units": "avx512f avx2"})
 
 
 def test_what_decides_answers_is_told_of_every_backend() -> None:
@@ -315,13 +318,7 @@ def test_what_decides_answers_is_told_of_every_backend() -> None:
     processor's units.
     """
     found = node_agent.identity(("openvino", "null"))
-    assert {
-        "imagemill",
-        "decoder",
-        "pillow",
-        "simplejpeg",
-        "numpy",
-        "openvino",
-        node_agent.UNITS,
-    } == set(found)
-    assert all(found.values())
+    expected = {"imagemill", "decoder", "pillow", "simplejpeg", "numpy", "openvino"}
+    assert set(found.versions) == expected
+    assert all(found.versions.values())
+    assert found.vector_units

@@ -1,4 +1,4 @@
-"""The launcher and a crew of simulated workers, in simulated time: how shards are dealt where
+"""The launcher and a pool of simulated workers, in simulated time: how shards are dealt where
 workers differ in speed, come and go.
 """
 
@@ -18,7 +18,7 @@ from imagemill.errors import Interrupted, WorkerError
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
 from imagemill.workers import launcher, protocol
 from imagemill.workers.launcher import Launcher
-from imagemill.workers.pool import Died, Heard, Joined, Lost, Told
+from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
 
 IMAGES = 10
 
@@ -46,9 +46,9 @@ class Simulated:
         self.most_in_hand = dict.fromkeys(seconds, 0)
         self.idle_from: dict[str, float] = {}
         self.committed: list[tuple[float, str, int]] = []
-        self.events: list[tuple[float, int, Callable[[], list[Heard]]]] = []
+        self.events: list[tuple[float, int, Callable[[], list[Event]]]] = []
         self.answered: dict[str, int] = {}
-        """Rows that have their answers, as a worker's noteboard says."""
+        """Rows that have their answers, as a worker's heartbeat says."""
         self.failing_starts: list[bool] = []
         """Whether each of the next restarts fails."""
         self._order = itertools.count()
@@ -57,23 +57,23 @@ class Simulated:
         happen.
         """
 
-    def at(self, seconds: float, act: Callable[[], list[Heard]]) -> None:
+    def at(self, seconds: float, act: Callable[[], list[Event]]) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self._order), act))
 
-    def begin(self, most: int) -> Sequence[DeviceSpec]:
-        begun = [device(number) for number in range(len(self.seconds))][:most]
+    def start(self, limit: int) -> Sequence[DeviceSpec]:
+        begun = [device(number) for number in range(len(self.seconds))][:limit]
         for one in begun:
-            self.at(0.0, lambda name=one.name: [Heard(name, protocol.Ready(1))])
+            self.at(0.0, lambda name=one.name: [Event(name, protocol.Ready(1))])
         return begun
 
-    def wait(self, seconds: float) -> Sequence[Heard]:
+    def receive(self, seconds: float) -> Sequence[Event]:
         if not self.events:
             self.now += seconds
             return []
         self.now, _, act = heapq.heappop(self.events)
         return act()
 
-    def answer(self, name: str, message: Lease | protocol.Pause) -> None:
+    def send(self, name: str, message: Lease | protocol.Pause) -> None:
         hand = self.hands[name]
         if isinstance(message, protocol.Pause):
             return
@@ -86,13 +86,13 @@ class Simulated:
     def _work(self, name: str) -> None:
         life = self._working[name]
 
-        def done() -> list[Heard]:
+        def done() -> list[Event]:
             if life != self._working[name]:
                 return []
             lease = self.hands[name].pop(0)
             self.committed.append((self.now, name, lease.shard.number))
             heard = [
-                Heard(
+                Event(
                     name, protocol.Done(Receipt(lease.shard.number, IMAGES, 0, 1, 0.0, ""), Clock())
                 )
             ]
@@ -100,25 +100,25 @@ class Simulated:
                 self._work(name)
             else:
                 self.idle_from[name] = self.now
-                heard.append(Heard(name, protocol.Idle()))
+                heard.append(Event(name, protocol.Idle()))
             return heard
 
         if len(self.hands[name]) == 1:
             self.at(
-                0.0, lambda: [Heard(name, protocol.Want())] if life == self._working[name] else []
+                0.0, lambda: [Event(name, protocol.Want())] if life == self._working[name] else []
             )
         self.at(self.seconds[name], done)
 
-    def lose(self, name: str, *, with_machine: bool = True) -> list[Heard]:
+    def lose(self, name: str, *, with_machine: bool = True) -> list[Event]:
         self._working[name] += 1
         self.hands[name] = []
-        return [Heard(name, Lost("pulled the plug", with_machine))]
+        return [Event(name, Lost("pulled the plug", with_machine))]
 
-    def die(self, name: str, *, ready: bool = True, timed_out: tuple[int, ...] = ()) -> list[Heard]:
+    def die(self, name: str, *, ready: bool = True, timed_out: tuple[int, ...] = ()) -> list[Event]:
         self._working[name] += 1
         self.hands[name] = []
         return [
-            Heard(
+            Event(
                 name,
                 Died(
                     1,
@@ -131,35 +131,35 @@ class Simulated:
             )
         ]
 
-    def join(self, name: str, seconds: float) -> list[Heard]:
+    def join(self, name: str, seconds: float) -> list[Event]:
         self.seconds[name] = seconds
         self.hands[name], self.most_in_hand[name], self._working[name] = (
             [],
             0,
             self._working.get(name, 0) + 1,
         )
-        self.at(0.0, lambda: [Heard(name, protocol.Ready(1))])
-        return [Heard(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
+        self.at(0.0, lambda: [Event(name, protocol.Ready(1))])
+        return [Event(name, Joined(DeviceSpec(name, "null", "null", (0,))))]
 
     def restart(self, name: str) -> None:
         fails = self.failing_starts.pop(0) if self.failing_starts else False
         self.at(
-            0.0, lambda: self.die(name, ready=False) if fails else [Heard(name, protocol.Ready(2))]
+            0.0, lambda: self.die(name, ready=False) if fails else [Event(name, protocol.Ready(2))]
         )
 
-    def told(self, name: str) -> Told:
-        return Told(self.answered.get(name, 0))
+    def status(self, name: str) -> WorkerStatus:
+        return WorkerStatus(self.answered.get(name, 0))
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.ended = True
 
     def kill(self) -> None:
         self.killed = True
 
 
-def run(crew: Simulated, count: int) -> launcher.Outcome:
+def run(pool: Simulated, count: int) -> launcher.Outcome:
     return Launcher(
-        crew, [device(number) for number in range(len(crew.seconds))], shards(count)
+        pool, [device(number) for number in range(len(pool.seconds))], shards(count)
     ).run()
 
 
@@ -167,17 +167,17 @@ def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
     """One is thirty times as fast as the other: the slow one holds two shards at most, the fast one
     works until none is waiting.
     """
-    crew = Simulated({"null#0": 30.0, "null#1": 1.0})
-    outcome = run(crew, 100)
-    assert crew.most_in_hand == {"null#0": 2, "null#1": 2}
-    last_of_fast = max(when for when, name, _ in crew.committed if name == "null#1")
-    others = [when for when, name, _ in crew.committed if name == "null#0"]
-    assert crew.idle_from["null#1"] == last_of_fast, (
+    pool = Simulated({"null#0": 30.0, "null#1": 1.0})
+    outcome = run(pool, 100)
+    assert pool.most_in_hand == {"null#0": 2, "null#1": 2}
+    last_of_fast = max(when for when, name, _ in pool.committed if name == "null#1")
+    others = [when for when, name, _ in pool.committed if name == "null#0"]
+    assert pool.idle_from["null#1"] == last_of_fast, (
         "it was idle only once nothing was left to lease"
     )
     assert sum(when > last_of_fast for when in others) <= 2
     assert last_of_fast >= 100 - 2 - len(others)
-    assert sorted(number for _, _, number in crew.committed) == list(range(100))
+    assert sorted(number for _, _, number in pool.committed) == list(range(100))
     assert outcome.devices == {
         "null#0": IMAGES * len(others),
         "null#1": IMAGES * (100 - len(others)),
@@ -186,9 +186,9 @@ def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
 
 def test_a_device_that_joins_takes_part_and_is_counted() -> None:
     """It is told of like the others: rows, restarts, its place in the timeline."""
-    crew = Simulated({"null#0": 1.0})
-    crew.at(5.5, lambda: crew.join("null#7", 1.0))
-    outcome = run(crew, 40)
+    pool = Simulated({"null#0": 1.0})
+    pool.at(5.5, lambda: pool.join("null#7", 1.0))
+    outcome = run(pool, 40)
     assert [one.name for one in outcome.joined] == ["null#7"]
     assert set(outcome.devices) == {"null#0", "null#7"}
     assert sum(outcome.devices.values()) == 40 * IMAGES
@@ -201,18 +201,18 @@ def test_lost_nodes_never_end_a_job_by_their_number() -> None:
     """Twenty reclaimed before one shard was done, then one that stays: every shard is committed
     once, and restarts are counted.
     """
-    crew = Simulated({"null#0": 1.0})
+    pool = Simulated({"null#0": 1.0})
 
-    def reclaim(left: int) -> list[Heard]:
-        crew.at(0.2, lambda: crew.join("null#0", 1.0))
+    def reclaim(left: int) -> list[Event]:
+        pool.at(0.2, lambda: pool.join("null#0", 1.0))
         if left:
-            crew.at(0.5, lambda: reclaim(left - 1))
-        return crew.lose("null#0")
+            pool.at(0.5, lambda: reclaim(left - 1))
+        return pool.lose("null#0")
 
-    crew.at(0.5, lambda: reclaim(19))
-    outcome = run(crew, 5)
+    pool.at(0.5, lambda: reclaim(19))
+    outcome = run(pool, 5)
     assert outcome.restarts == {"null#0": 20}
-    assert sorted(number for _, _, number in crew.committed) == list(range(5))
+    assert sorted(number for _, _, number in pool.committed) == list(range(5))
 
 
 @pytest.mark.parametrize("how", ["die", "lose"])
@@ -220,16 +220,16 @@ def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> N
     """Whether the process alone dies or who watches it too, as where memory is short: ten times
     without a commit between them.
     """
-    crew = Simulated({"null#0": 1.0})
+    pool = Simulated({"null#0": 1.0})
 
-    def strike() -> list[Heard]:
-        crew.at(0.5, strike)
+    def strike() -> list[Event]:
+        pool.at(0.5, strike)
         if how == "die":
-            return crew.die("null#0")
-        crew.at(0.2, lambda: crew.join("null#0", 1.0))
-        return crew.lose("null#0", with_machine=False)
+            return pool.die("null#0")
+        pool.at(0.2, lambda: pool.join("null#0", 1.0))
+        return pool.lose("null#0", with_machine=False)
 
-    crew.at(0.5, strike)
+    pool.at(0.5, strike)
     with pytest.raises(
         WorkerError,
         match=(
@@ -237,40 +237,40 @@ def test_workers_that_die_on_a_sound_machine_for_ever_end_the_job(how: str) -> N
             r" SIGKILL|lost \(pulled the plug\))\."
         ),
     ):
-        run(crew, 5)
-    assert crew.committed == []
-    assert crew.killed
+        run(pool, 5)
+    assert pool.committed == []
+    assert pool.killed
 
 
-def strikes(crew: Simulated, times: int, every: float, **how: object) -> None:
+def strikes(pool: Simulated, times: int, every: float, **how: object) -> None:
     """Have worker 0 die so many times."""
 
-    def strike(left: int) -> list[Heard]:
+    def strike(left: int) -> list[Event]:
         if left > 1:
-            crew.at(every, lambda: strike(left - 1))
-        return crew.die("null#0", **how)  # type: ignore[arg-type]
+            pool.at(every, lambda: strike(left - 1))
+        return pool.die("null#0", **how)  # type: ignore[arg-type]
 
-    crew.at(every, lambda: strike(times))
+    pool.at(every, lambda: strike(times))
 
 
 def test_any_number_of_deaths_is_survived_if_shards_are_committed_between_them() -> None:
     """A job of many hours may lose many workers: only deaths without a commit between them count
     against it.
     """
-    crew = Simulated({"null#0": 1.0})
-    strikes(crew, 4 * launcher.DEATHS_WITHOUT_COMMIT, 2.5)
-    outcome = run(crew, 100)
+    pool = Simulated({"null#0": 1.0})
+    strikes(pool, 4 * launcher.DEATHS_WITHOUT_COMMIT, 2.5)
+    outcome = run(pool, 100)
     assert outcome.restarts == {"null#0": 4 * launcher.DEATHS_WITHOUT_COMMIT}
-    assert sorted(number for _, _, number in crew.committed) == list(range(100))
+    assert sorted(number for _, _, number in pool.committed) == list(range(100))
 
 
 def test_deaths_for_the_sake_of_an_image_that_hangs_do_not_count() -> None:
     """Each of them is progress: that image is never tried in the same way again."""
-    crew = Simulated({"null#0": 100.0})
-    strikes(crew, 2 * launcher.DEATHS_WITHOUT_COMMIT, 1.0, timed_out=(3,))
-    outcome = run(crew, 2)
+    pool = Simulated({"null#0": 100.0})
+    strikes(pool, 2 * launcher.DEATHS_WITHOUT_COMMIT, 1.0, timed_out=(3,))
+    outcome = run(pool, 2)
     assert outcome.restarts == {"null#0": 2 * launcher.DEATHS_WITHOUT_COMMIT}
-    assert len(crew.committed) == 2
+    assert len(pool.committed) == 2
 
 
 @pytest.mark.parametrize("commits_between", [True, False])
@@ -278,13 +278,13 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
     """Two fail, the third works, and so again and again: the job goes on. A third that fails ends
     it.
     """
-    crew = Simulated({"null#0": 1.0})
-    crew.failing_starts = [True, True, False] * 4
-    strikes(crew, 4, 2.5 if commits_between else 0.1)
-    assert run(crew, 20).restarts == {"null#0": 12}
-    crew = Simulated({"null#0": 1.0})
-    crew.failing_starts = [True, True, True]
-    strikes(crew, 1, 2.5)
+    pool = Simulated({"null#0": 1.0})
+    pool.failing_starts = [True, True, False] * 4
+    strikes(pool, 4, 2.5 if commits_between else 0.1)
+    assert run(pool, 20).restarts == {"null#0": 12}
+    pool = Simulated({"null#0": 1.0})
+    pool.failing_starts = [True, True, True]
+    strikes(pool, 1, 2.5)
     with pytest.raises(
         WorkerError,
         match=(
@@ -292,31 +292,31 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
             r" SIGKILL\. The last lines of its log:$"
         ),
     ):
-        run(crew, 20)
-    assert crew.killed
-    assert not hasattr(crew, "ended"), "workers were let end as if all was committed"
+        run(pool, 20)
+    assert pool.killed
+    assert not hasattr(pool, "ended"), "workers were let end as if all was committed"
 
 
 @pytest.fixture
 def simulated_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[Simulated], None]:
-    """Has the launcher look at the clock of a crew, which shows 1,000 s."""
+    """Has the launcher look at the clock of a pool, which shows 1,000 s."""
 
-    def start(crew: Simulated) -> None:
-        crew.now = 1_000.0
-        monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: crew.now))
+    def simulate(pool: Simulated) -> None:
+        pool.now = 1_000.0
+        monkeypatch.setattr(launcher, "time", SimpleNamespace(monotonic=lambda: pool.now))
 
-    return start
+    return simulate
 
 
 def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_commit(
     simulated_time: Callable[[Simulated], None],
 ) -> None:
     """Starting workers does not count, and workers are let end when all is committed."""
-    crew = Simulated({"null#0": 1.0})
-    simulated_time(crew)
-    outcome = run(crew, 40)
+    pool = Simulated({"null#0": 1.0})
+    simulated_time(pool)
+    outcome = run(pool, 40)
     assert outcome.seconds == 40.0
-    assert crew.ended
+    assert pool.ended
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -326,11 +326,11 @@ def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
     """Nothing more is leased, the wait ends with the last commit and not with the grace, and the
     exit code is the signal's.
     """
-    crew = Simulated({"null#0": 2.0, "null#1": 2.0})
-    simulated_time(crew)
-    crew.at(5.0, lambda: os.kill(os.getpid(), number) or [])
+    pool = Simulated({"null#0": 2.0, "null#1": 2.0})
+    simulated_time(pool)
+    pool.at(5.0, lambda: os.kill(os.getpid(), number) or [])
     lines: list[str] = []
-    runner = Launcher(crew, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
+    runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
     with pytest.raises(
         Interrupted,
         match=rf"stopped by {number.name}: 32 shards are left\. Repeat the command to resume\.",
@@ -338,12 +338,12 @@ def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
         runner.run()
     assert caught.value.exit_code == code
     assert lines == [
-        f"{number.name}: finishing the shards in hand, 20 s at most; a second signal drops them"
+        f"{number.name}: finishing the shards in flight, 20 s at most; a second signal drops them"
     ]
-    assert len(crew.committed) == 8
-    assert crew.now <= 1_008.5
-    assert crew.killed
-    assert not hasattr(crew, "ended")
+    assert len(pool.committed) == 8
+    assert pool.now <= 1_008.5
+    assert pool.killed
+    assert not hasattr(pool, "ended")
 
 
 @pytest.mark.parametrize("how", ["grace", "second signal", "no chance"])
@@ -353,35 +353,35 @@ def test_the_wait_after_a_signal_ends(
     """With the grace, with a second signal, or at once where no shard in hand could be committed in
     time at the rate so far.
     """
-    crew = Simulated({"null#0": 10.0})
-    simulated_time(crew)
+    pool = Simulated({"null#0": 10.0})
+    simulated_time(pool)
     strike = lambda: os.kill(os.getpid(), signal.SIGTERM) or []  # noqa: E731
-    crew.at(1.0 if how != "no chance" else 10.5, strike)
+    pool.at(1.0 if how != "no chance" else 10.5, strike)
     if how == "second signal":
-        crew.at(2.0, strike)
+        pool.at(2.0, strike)
     for tenth in range(150):
-        crew.at(tenth / 10, list)
+        pool.at(tenth / 10, list)
     with pytest.raises(Interrupted):
-        Launcher(crew, [device(0)], shards(4), grace_s=4.0 if how != "no chance" else 1.0).run()
+        Launcher(pool, [device(0)], shards(4), grace_s=4.0 if how != "no chance" else 1.0).run()
     ends = {"grace": (5.0, 5.3), "second signal": (2.0, 2.3), "no chance": (10.5, 10.8)}
-    assert ends[how][0] <= crew.now - 1_000 <= ends[how][1]
-    assert len(crew.committed) == (how == "no chance")
+    assert ends[how][0] <= pool.now - 1_000 <= ends[how][1]
+    assert len(pool.committed) == (how == "no chance")
 
 
 def test_progress_counts_answers_before_they_are_committed(
     simulated_time: Callable[[Simulated], None],
 ) -> None:
-    """A device's rows are those committed and those of its noteboard beyond them; what it has in
+    """A device's rows are those committed and those of its heartbeat beyond them; what it has in
     hand besides is leased.
     """
-    crew = Simulated({"null#0": 10.0})
-    simulated_time(crew)
+    pool = Simulated({"null#0": 10.0})
+    simulated_time(pool)
     seen: list[records.Progress] = []
-    crew.at(1.0, lambda: crew.answered.update({"null#0": 4}) or [])
-    crew.at(12.0, lambda: crew.answered.update({"null#0": 17}) or [])
+    pool.at(1.0, lambda: pool.answered.update({"null#0": 4}) or [])
+    pool.at(12.0, lambda: pool.answered.update({"null#0": 17}) or [])
     for second in range(30):
-        crew.at(second + 0.5, list)
-    Launcher(crew, [device(0)], shards(2), on_tick=seen.append).run()
+        pool.at(second + 0.5, list)
+    Launcher(pool, [device(0)], shards(2), on_tick=seen.append).run()
     found = [
         (one.rows, one.devices["null#0"], one.leased["null#0"], one.ready)
         for one in seen
@@ -397,10 +397,10 @@ def test_progress_of_an_earlier_tick_stays_as_it_was(
     simulated_time: Callable[[Simulated], None],
 ) -> None:
     """Counters that a display keeps do not change when a worker dies later."""
-    crew = Simulated({"null#0": 1.0})
-    simulated_time(crew)
+    pool = Simulated({"null#0": 1.0})
+    simulated_time(pool)
     seen: list[records.Progress] = []
-    crew.at(5.5, lambda: crew.die("null#0"))
-    Launcher(crew, [device(0)], shards(10), on_tick=seen.append).run()
+    pool.at(5.5, lambda: pool.die("null#0"))
+    Launcher(pool, [device(0)], shards(10), on_tick=seen.append).run()
     assert [seen[0].restarts, seen[-1].restarts] == [{"null#0": 0}, {"null#0": 1}]
     assert seen[0].failed_by_status is not seen[-1].failed_by_status

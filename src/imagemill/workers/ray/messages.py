@@ -1,0 +1,103 @@
+"""The messages between the launcher's machine and the actors on the nodes of a Ray cluster.
+
+RayPool                       actor, with a NodeAgent
+hello(backends) ─────────────►
+                ◄───────────── Identity
+prepare(Assignment) ─────────►
+                ◄───────────── Prepared, or Failed    the model is sent with a second `prepare`,
+                                                      if the node lacks it
+turn(messages) ──────────────►
+                ◄───────────── Report, or Failed      as soon as the worker has sent something
+end() ───────────────────────►
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from imagemill.records import DeviceSpec, Job
+from imagemill.system.processes import Failed
+from imagemill.workers.pool import Died, WorkerStatus
+from imagemill.workers.protocol import Done, Idle, Ready, Want
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What decides the last bits of a machine's answers."""
+
+    versions: Mapping[str, str]
+    """Library → version."""
+    vector_units: str
+    """Of the processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One file of the model."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A planned image as the launcher's machine reads it."""
+
+    source: int
+    """Position of its source."""
+    path: bytes
+    locator: bytes
+    sha256: str
+    """Of its encoded bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a node agent needs to know to begin."""
+
+    node: str
+    """Name of its node, for people."""
+    job: Job
+    """The frozen job."""
+    device: DeviceSpec
+    """The number of its `cores` counts; the node chooses which."""
+    index: int
+    """Position among the node's processes."""
+    processes: int
+    """How many processes of this job the node has."""
+    cpus: int
+    """How many CPUs the node offers Ray."""
+    launch: str
+    """The expected content of `JobPaths.launch`."""
+    plan_nonce: str
+    model: tuple[ModelFile, ...]
+    """The file to compile, then the files beside it that it reads."""
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The node passed its checks."""
+
+    lacks_model: bool
+    """Whether the model must be sent before the worker can start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Tells a node agent to start its worker again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The result of one turn."""
+
+    messages: tuple[Ready | Want | Idle | Done | Failed | Died, ...]
+    status: WorkerStatus
+
+
+Answer = Identity | Mapping[str, str] | Prepared | Report | Failed
+"""What an actor may return. Only a node that cannot import imagemill returns a mapping, with the
+keys `missing` and `python`, because it has no records.
+"""

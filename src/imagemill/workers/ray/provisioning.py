@@ -1,0 +1,190 @@
+"""What the nodes of a cluster get from the launcher's machine, and what must be the same on all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imagemill.errors import DeviceError, ModelError
+from imagemill.job import plan
+from imagemill.job.paths import JobPaths
+from imagemill.models import bundle
+from imagemill.pipeline import sources
+from imagemill.records import BadImage, DeviceSpec, Job, Shard
+from imagemill.workers.ray.messages import Assignment, Identity, ModelFile, Sample
+from imagemill.workers.ray.node_agent import identity
+from imagemill.workers.ray.nodes import Place
+
+_SAMPLED = 3
+_VECTOR_UNITS = "vector units"
+
+
+class Provisioning:
+    """Checks nodes, and makes their assignments.
+
+    Args:
+        ray: the module.
+        job: the frozen job.
+        remaining: its uncommitted shards.
+        plan_nonce: of its plan.
+        backends: those that compute.
+        allow_mixed: allow machines that differ in versions or vector units.
+
+    Raises:
+        ModelError: the model cannot be read.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        job: Job,
+        remaining: Sequence[Shard],
+        plan_nonce: str,
+        backends: tuple[str, ...],
+        *,
+        allow_mixed: bool,
+    ) -> None:
+        self.backends = backends
+        self.launch = secrets.token_hex(8)
+        """Content of `JobPaths.launch`, by which a node recognises the output."""
+        self._ray = ray
+        self._job = job
+        self._plan_nonce = plan_nonce
+        self._allow_mixed = allow_mixed
+        self._versions = identity(backends).versions
+        self._reference: tuple[str, str] | None = None
+        """The first node and its vector units. The launcher's machine may have no worker."""
+        self._samples = sample_images(job, remaining) if remaining else ()
+        self._model = model_files(job)
+        self._contents: list[Any] | None = None
+
+    def check(self, node: str, answer: Identity | Mapping[str, str]) -> None:
+        """Compare a node with this machine and the first node.
+
+        Raises:
+            DeviceError: the node lacks imagemill, or its answers may differ.
+        """
+        if not isinstance(answer, Identity):
+            version = self._versions["imagemill"]
+            raise DeviceError(
+                f"node {node} cannot import imagemill ({answer['missing']}). Type there: "
+                f"{answer['python']} -m pip install 'imagemill[ray]=={version}'"
+            )
+        self._refuse_mismatch(node, answer.versions, self._versions, "this machine")
+        if self._reference is None:
+            self._reference = node, answer.vector_units
+        first, units = self._reference
+        self._refuse_mismatch(
+            node, {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}, f"node {first}"
+        )
+
+    def assignment(self, device: DeviceSpec, place: Place) -> Assignment:
+        """Return the assignment for one device."""
+        return Assignment(
+            node=place.node.name,
+            job=self._job,
+            device=device,
+            index=place.order,
+            processes=place.of,
+            cpus=int(place.node.resources.get("CPU", 0)),
+            launch=self.launch,
+            plan_nonce=self._plan_nonce,
+            model=self._model,
+            samples=self._samples,
+        )
+
+    def model_contents(self) -> list[Any]:
+        """Return references to the model's files in Ray's object store.
+
+        They are put there when the first node lacks them, and each node fetches them once.
+        """
+        if self._contents is None:
+            folder = os.path.dirname(self._job.model_file)  # noqa: PTH120
+            self._contents = [
+                self._ray.put(np.fromfile(f"{folder}/{file.name}", np.uint8))
+                for file in self._model
+            ]
+        return self._contents
+
+    def _refuse_mismatch(
+        self, node: str, found: Mapping[str, str], expected: Mapping[str, str], other: str
+    ) -> None:
+        refuse_mismatch(node, found, expected, other, allow_mixed=self._allow_mixed)
+
+
+def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
+    """Return a few images, spread over the shards, as this machine reads them.
+
+    Images that it cannot read are left out.
+    """
+    folder = JobPaths.of(job.output).plan
+    opened = sources.open_all(job.sources, aside=folder, access=job.access)
+    found = []
+    for shard in {
+        shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])
+    }.values():
+        row = plan.read(folder, shard)[0]
+        try:
+            data = opened[row.source].fetch(row.path, row.locator, job.limits.max_bytes)
+        except BadImage:
+            continue
+        found.append(Sample(row.source, row.path, row.locator, hashlib.sha256(data).hexdigest()))
+    return tuple(found[:_SAMPLED])
+
+
+def model_files(job: Job) -> tuple[ModelFile, ...]:
+    """Return the files of the job's model, the one to compile first. Raises: ModelError."""
+    file = Path(job.model_file)
+    beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else [file.with_name(bundle.DATA)]
+    try:
+        return tuple(
+            ModelFile(path.name, bundle.sha256(path))
+            for path in (file, *(path for path in beside if path.is_file()))
+        )
+    except OSError as error:
+        raise ModelError(
+            f"{file} cannot be read: {error.strerror}. Get the model again with imagemill"
+            " get-model."
+        ) from error
+
+
+def refuse_mismatch(
+    node: str,
+    found: Mapping[str, str],
+    expected: Mapping[str, str],
+    other: str,
+    *,
+    allow_mixed: bool,
+) -> None:
+    """Compare what decides the answers of a node with that of another machine.
+
+    Args:
+        node: its name, for people.
+        found: what it has.
+        expected: what the other machine has; further keys of `found` are ignored.
+        other: the other machine, for people.
+        allow_mixed: whether all but the version of imagemill itself may differ.
+
+    Raises:
+        DeviceError: they differ; names both values.
+    """
+    for key, value in expected.items():
+        actual = found.get(key, "none")
+        if actual == value or (allow_mixed and key != "imagemill"):
+            continue
+        if key == _VECTOR_UNITS:
+            remedy = "Leave one of them out, or add --allow-mixed."
+        elif key == "imagemill":
+            remedy = "Install the same on both."
+        else:
+            remedy = "Install the same on both, or add --allow-mixed."
+        raise DeviceError(
+            f"node {node} has {key} {actual}, {other} has {value}: their answers may differ."
+            f" {remedy}"
+        )

@@ -1,0 +1,132 @@
+"""What the workers of a launch have done so far, and the figures made of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from imagemill.pipeline.stopwatch import total
+from imagemill.records import Clock, DeviceSpec, Lease, Progress, Receipt, Throughput
+from imagemill.workers.pool import WorkerStatus
+from imagemill.workers.timeline import Timeline
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The result of a launch."""
+
+    receipts: list[Receipt] = field(default_factory=list)
+    devices: dict[str, int] = field(default_factory=dict)
+    """Committed rows by device."""
+    restarts: dict[str, int] = field(default_factory=dict)
+    clocks: dict[str, Clock] = field(default_factory=dict)
+    seconds: float = 0.0
+    """From the first lease to the last commit."""
+    throughput: Throughput | None = None
+    joined: list[DeviceSpec] = field(default_factory=list)
+    """Devices that joined while it ran."""
+
+
+@dataclass(slots=True)
+class WorkerState:
+    """What the launcher knows about one device and its current process."""
+
+    device: DeviceSpec
+    position: int
+    ready: bool = False
+    idle: bool = False
+    leases: dict[int, Lease] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    rows: int = 0
+    """Committed by this process."""
+
+    def reset(self) -> None:
+        """Start over with a new process."""
+        self.ready = self.idle = False
+        self.leases, self.clock, self.rows = {}, Clock(), 0
+
+
+class Tally:
+    """Counts commits, restarts and time. All times are of one monotonic clock.
+
+    Args:
+        devices: names of the devices that the launch starts with.
+    """
+
+    def __init__(self, devices: Sequence[str]) -> None:
+        zeros = dict.fromkeys(devices, 0)
+        self.outcome = Outcome(devices=zeros.copy(), restarts=zeros)
+        self._timeline = Timeline(devices)
+        self._failed_by_status: Counter[str] = Counter()
+        self._earlier_clocks: dict[str, Clock] = {}
+        """Device → sums over its earlier processes."""
+        self._first_lease: float | None = None
+        self._last_commit = 0.0
+
+    def add_device(self, device: DeviceSpec) -> None:
+        """Count a device that joined."""
+        self.outcome.joined.append(device)
+        self.outcome.devices[device.name] = self.outcome.restarts[device.name] = 0
+
+    def lease(self, now: float) -> None:
+        """Note that a shard was leased."""
+        if self._first_lease is None:
+            self._first_lease = now
+
+    def elapsed(self, now: float) -> float:
+        """Return the seconds since the first lease."""
+        return 0.0 if self._first_lease is None else now - self._first_lease
+
+    def commit(self, worker: WorkerState, receipt: Receipt, clock: Clock, now: float) -> None:
+        """Count a commit."""
+        name = worker.device.name
+        worker.clock = clock
+        worker.rows += receipt.rows
+        self._last_commit = now
+        self.outcome.receipts.append(receipt)
+        self.outcome.devices[name] += receipt.rows
+        elapsed_s = self.elapsed(now)
+        self._timeline.add(name, elapsed_s - receipt.seconds, elapsed_s, receipt.rows)
+        self._failed_by_status.update(receipt.failed_by_status)
+
+    def restart(self, worker: WorkerState) -> None:
+        """Count a restart, keep the time of the process that ended, and reset the worker."""
+        name = worker.device.name
+        self.outcome.restarts[name] += 1
+        earlier = self._earlier_clocks.get(name, Clock())
+        self._earlier_clocks[name] = total((earlier, worker.clock))
+        worker.reset()
+
+    def finish(self, workers: Iterable[WorkerState]) -> Outcome:
+        """Return the outcome, with the figures that are known only at the end."""
+        clocks = {worker.device.name: worker.clock for worker in workers}
+        self.outcome.seconds = max(0.0, self.elapsed(self._last_commit))
+        self.outcome.throughput = self._timeline.read()
+        for name in self.outcome.devices:
+            earlier = self._earlier_clocks.get(name, Clock())
+            self.outcome.clocks[name] = total((earlier, clocks.get(name, Clock())))
+        return self.outcome
+
+    def progress(self, workers: Iterable[tuple[WorkerState, WorkerStatus]], now: float) -> Progress:
+        """Return how far the job is. Its counters are copies, which stay as they are."""
+        devices, leased = dict(self.outcome.devices), dict.fromkeys(self.outcome.devices, 0)
+        clocks, ready = list(self._earlier_clocks.values()), 0
+        for worker, status in workers:
+            name = worker.device.name
+            uncommitted = max(0, status.rows - worker.rows)
+            images = sum(lease.shard.count for lease in worker.leases.values())
+            devices[name] += uncommitted
+            leased[name] = max(0, images - uncommitted)
+            clocks.append(status.clock)
+            ready += worker.ready
+        return Progress(
+            rows=sum(self.outcome.devices.values()),
+            failed_by_status=self._failed_by_status.copy(),
+            devices=devices,
+            leased=leased,
+            clock=total(clocks),
+            restarts=self.outcome.restarts.copy(),
+            since_first_lease_s=self.elapsed(now),
+            ready=ready,
+        )
