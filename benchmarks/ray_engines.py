@@ -149,7 +149,7 @@ class Shards:
         from imagemill.pipeline.stopwatch import Stopwatch
         from imagemill.system import processes
 
-        processes.keep_to(device.cores)
+        processes.pin_to_cores(device.cores)
         self._job, self._clock = job, Stopwatch()
         self._session = open_session(job, device, self._clock)
         self._sink = Sink(job, self._session.backend, self._session.versions)

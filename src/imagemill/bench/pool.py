@@ -1,4 +1,4 @@
-"""The processes that measure, one a device, given their orders together."""
+"""A pool of processes that measure, one per device."""
 
 from __future__ import annotations
 
@@ -37,16 +37,15 @@ class _Member:
 
 
 class MeasuringPool:
-    """One process per device, each with its session compiled.
+    """One process per device, each with a compiled session.
 
     Args:
-        job: what is compiled.
-        devices: for which.
-        patience_s: how long a worker may say nothing; None: for ever.
+        job: names the model to compile.
+        devices: get one process each.
+        patience_s: how long to wait for an answer; None: for ever.
 
     Raises:
-        ImagemillError: what a worker could not do. WorkerError: a worker died, or said nothing for
-        too long.
+        ImagemillError: a process reported it. WorkerError: a process died, or did not answer.
     """
 
     def __init__(
@@ -81,10 +80,10 @@ class MeasuringPool:
         self.close()
 
     def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
-        """Give each device its order, all at once, and wait for all of them.
+        """Give each device its order, all at once, and return the results.
 
         Args:
-            orders: device name → order; devices that are not named stay idle.
+            orders: device name → order; other devices stay idle.
         """
         asked = [member for member in self._members if member.device.name in orders]
         for member in asked:
@@ -97,14 +96,15 @@ class MeasuringPool:
         return found
 
     def warm_up(self, batches: int = 4) -> None:
-        """Compute so many batches on every device, or a few more."""
+        """Compute at least this many batches on every device."""
         self.measure(
             {member.device.name: Compute(member.whole(batches)) for member in self._members}
         )
 
     def orders(self, seconds: float, fewest: int = 8) -> dict[str, Compute]:
-        """See how many batches take every device about so long, and at least `fewest`, by having it
-        compute as many as these.
+        """Return orders that take every device about `seconds`, with at least `fewest` batches.
+
+        Each device's rate is measured on `fewest` batches first.
         """
         tried = self.measure(
             {member.device.name: Compute(member.whole(fewest)) for member in self._members}

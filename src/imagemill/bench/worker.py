@@ -33,7 +33,7 @@ def main() -> int:
 def _work(connection: Connection) -> None:
     begin = connection.recv()
     assert isinstance(begin, Begin)
-    processes.keep_to(begin.device.cores)
+    processes.pin_to_cores(begin.device.cores)
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline.backends import open_session
     from imagemill.pipeline.stopwatch import Stopwatch

@@ -219,7 +219,7 @@ def connect_to_parent() -> Connection:
     The process dies with its parent, leaves SIGINT and SIGTERM to it, and logs to stderr.
     """
     socket, parent = (int(argument) for argument in sys.argv[1:3])
-    end_with(parent)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(
@@ -341,7 +341,7 @@ def cpu_ticks(pid: int) -> int | None:
     return int(fields[11]) + int(fields[12]) + sum(cpu_ticks(int(child)) or 0 for child in children)
 
 
-def keep_to(cores: Iterable[int]) -> None:
+def pin_to_cores(cores: Iterable[int]) -> None:
     """Pin this process to CPU cores, if the system supports it.
 
     Import libraries that count cores after this call.
@@ -351,7 +351,7 @@ def keep_to(cores: Iterable[int]) -> None:
             os.sched_setaffinity(0, cores)
 
 
-def end_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent dies.
 
     Only Linux can. Elsewhere the process ends at its next message, when it finds the socket closed.

@@ -1,8 +1,8 @@
-"""The process that a trial of precisions runs in, and its parent.
+"""Run the accuracy check of precisions in a child process.
 
-An image that kills its decoder does not kill the job, the memory of quantising is given back, and
-heavy libraries stay out of the launcher. A child that dies or hangs is started once more, and then
-decodes every image in a disposable process.
+So an image that kills its decoder does not kill the job, the memory of quantising is freed, and
+heavy libraries stay out of the launcher. If the child dies or hangs it is started once more, and
+then decodes every image in a process of its own.
 
 parent                        child
 Trial ───────────────────────►
@@ -34,24 +34,23 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class At:
-    """How long the parent should wait for the next message."""
+    """How long the parent is to wait for the next message."""
 
     patience_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The end: what was found, by precision, also noted in the card."""
+    """The last message: the result by precision, which is also kept with the model."""
 
     records: Mapping[str, Record] = field(default_factory=dict)
 
 
 def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
-    """`carry_out` in a process of its own; started once more, decoding in disposable processes, if
-    it dies or hangs.
+    """Return what `carry_out` returns, from a child process.
 
     Raises:
-        ImagemillError: as `carry_out`. WorkerError: it died twice.
+        ImagemillError: as `carry_out`. WorkerError: the process died or hung twice.
     """
     try:
         return _attempt_in_child(trial, say)
@@ -84,14 +83,14 @@ def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
 
 
 def main() -> int:
-    """Be the child."""
+    """Run the child process."""
     return processes.run_child(_work)
 
 
 def _work(connection: Connection) -> None:
     trial = connection.recv()
     assert isinstance(trial, Trial)
-    processes.keep_to(trial.cores)
+    processes.pin_to_cores(trial.cores)
     found = carry_out(
         trial,
         lambda line: connection.send(Said(line)),

@@ -32,7 +32,7 @@ def _work(connection: Connection) -> None:
     begin = connection.recv()
     assert isinstance(begin, protocol.Begin)
     if not begin.device.floating:
-        processes.keep_to(begin.device.cores)
+        processes.pin_to_cores(begin.device.cores)
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline import top_k
     from imagemill.pipeline.backends import open_session
@@ -56,9 +56,8 @@ def _work(connection: Connection) -> None:
     connection.send(protocol.Ready(os.getpid()))
     with Feed(job.card, job.limits, job.batch_size, workers, heartbeat, clock) as feed:
         images, begun = 0, clock.elapsed()
-        inbox = _Inbox(connection)
-        while inbox.wait():
-            for receipt in run_shards(inbox.leases(), session, feed, sink, job, clock):
+        while leases := _next_run(connection):
+            for receipt in run_shards(leases, session, feed, sink, job, clock):
                 connection.send(protocol.Done(receipt, clock.read()))
                 images += receipt.rows
             connection.send(protocol.Idle())
@@ -72,42 +71,26 @@ def _work(connection: Connection) -> None:
     session.close()
 
 
-class _Inbox:
-    """Turns the launcher's messages into runs of leases.
+def _next_run(connection: Connection) -> Iterator[Lease] | None:
+    """Wait for a lease and return the run that it begins; None if the worker is to stop."""
+    message = connection.recv()
+    while isinstance(message, protocol.Pause):
+        message = connection.recv()
+    return None if isinstance(message, Stop) else _leases(connection, message)
 
-    A worker waits for the first lease of a run, and asks for each further one.
+
+def _leases(connection: Connection, first: Lease) -> Iterator[Lease]:
+    """Yield the leases of a run, and ask for each further one, until the launcher has none for now.
+
+    The launcher answers at once, so images in flight do not wait for long.
     """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._first: Lease | None = None
-
-    def wait(self) -> bool:
-        """Wait for the first lease of a run; return False if the worker is to stop."""
-        message = self._connection.recv()
-        while isinstance(message, protocol.Pause):
-            message = self._connection.recv()
-        if isinstance(message, Stop):
-            return False
-        assert isinstance(message, Lease)
-        self._first = message
-        return True
-
-    def leases(self) -> Iterator[Lease]:
-        """Yield the leases of a run, until the launcher has none for now.
-
-        The launcher answers at once, so images in flight do not wait for long.
-        """
-        assert self._first is not None
-        yield self._first
-        while True:
-            self._connection.send(protocol.Want())
-            message = self._connection.recv()
-            if isinstance(message, Stop):
-                raise EOFError
-            if isinstance(message, protocol.Pause):
-                return
-            yield message
+    message: Lease | protocol.Pause | Stop = first
+    while isinstance(message, Lease):
+        yield message
+        connection.send(protocol.Want())
+        message = connection.recv()
+    if isinstance(message, Stop):
+        raise EOFError
 
 
 def _decoder_versions() -> dict[str, str]:
