@@ -279,7 +279,7 @@ def test_the_program_ends_at_a_message_that_it_does_not_know(
     session._process.stdin.flush()
     with pytest.raises(
         errors.DeviceLostError,
-        match=re.escape(f"its program died (the program was told what it does not know: {line})"),
+        match=re.escape(f"its program failed (the program was told what it does not know: {line})"),
     ):
         session._answer("done")
     assert {"detached": program} in popart_standin.calls(folder)
@@ -738,7 +738,7 @@ def test_a_program_that_is_killed_costs_a_restart_and_no_row(
     assert killed.code == 0, killed.err
     assert [device["restarts"] for device in killed.json["devices"]] == [1]
     assert (
-        "ipu#0: its program died (signal SIGKILL)"
+        "ipu#0: its program was killed by SIGKILL"
         in (tmp_path / "a" / "logs" / "ipu#0.log").read_text()
     )
     assert (

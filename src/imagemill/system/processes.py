@@ -249,11 +249,13 @@ def run_child(work: Callable[[Connection], object]) -> int:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         _log.warning("the parent process is gone")
         return 1
-    except (DeviceLostError, MemoryError):
-        _log.exception("ending")
+    except MemoryError:
+        _log.exception("out of memory")
         return 1
     except ImagemillError as error:
         _log.error("%s", error)
+        if isinstance(error, DeviceLostError):
+            return 1
         failed = Failed.of(_with_limits(error))
     except Exception as error:
         _log.exception("unexpected")

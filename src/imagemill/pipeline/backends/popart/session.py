@@ -21,7 +21,6 @@ import logging
 import mmap
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import threading
@@ -269,10 +268,8 @@ class PopartSession:
                 f" {'lower' if given else 'set'}"
                 f" {MEMORY_VARIABLE}{f', now {given}' if given else ' to 0.3'}."
             )
-        how = text or (f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
-        raise DeviceLostError(
-            f"{self._name}: its program died ({how}). What it said last is in its log."
-        )
+        how = f"failed ({text})" if text else processes.describe_exit(code)
+        raise DeviceLostError(f"{self._name}: its program {how}. Its last output is in the log.")
 
     def _end(self) -> int:
         """Close the program's input, which ends it, and wait for that. Returns its exit code."""
