@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import helpers
+from imagemill.errors import ImagemillError, UsageError
 from imagemill.system import processes
 
 TRAP = """
@@ -173,6 +175,82 @@ def test_children_find_the_package_and_nothing_inside_it() -> None:
     """
     first = processes.environment()["PYTHONPATH"].split(os.pathsep)[0]
     assert Path(first) == helpers.SOURCE_ROOT
+
+
+KID = b"""
+import os, sys, time
+from imagemill.errors import DeviceLostError, UsageError
+from imagemill.system import processes
+
+def work(connection):
+    order = connection.recv()
+    print("order:", order, file=sys.stderr, flush=True)
+    exec(order)
+    connection.send("done")
+
+def main():
+    return processes.run_child(work)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[processes.Child]:
+    """A child that executes the order it is sent, and then answers."""
+    helpers.fill(tmp_path, {"modules/kid.py": KID})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    with contextlib.closing(processes.Child("kid")) as child:
+        yield child
+
+
+def test_a_child_answers(child: processes.Child) -> None:
+    child.send("pass")
+    assert child.receive(60) == "done"
+
+
+@pytest.mark.parametrize(
+    ("order", "kind", "text"),
+    [
+        ("raise UsageError('wrong')", UsageError, "wrong"),
+        ("raise ValueError('odd')", ImagemillError, "unexpected ValueError: odd"),
+    ],
+)
+def test_an_error_of_a_child_is_raised_in_its_parent(
+    child: processes.Child, order: str, kind: type[ImagemillError], text: str
+) -> None:
+    """With its class if it is one of ours; any other as an unexpected error, not as a traceback."""
+    child.send(order)
+    with pytest.raises(ImagemillError) as raised:
+        child.receive(60)
+    assert (type(raised.value), str(raised.value)) == (kind, text)
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        ("os._exit(3)", "ended with exit code 3"),
+        ("raise MemoryError", "ended with exit code 1"),
+        ("raise DeviceLostError('gone')", "ended with exit code 1"),
+    ],
+)
+def test_the_death_of_a_child_says_how_with_the_end_of_its_log(
+    child: processes.Child, order: str, reason: str
+) -> None:
+    """A lack of memory and a lost device are deaths, after which another child may succeed."""
+    child.send(order)
+    with pytest.raises(processes.ChildError) as raised:
+        child.receive(60)
+    assert str(raised.value) == reason
+    assert f"order: {order}" in raised.value.log_tail
+
+
+def test_a_silent_child_is_noticed_and_closed(child: processes.Child) -> None:
+    """`receive` gives up, and `close` ends a child that does not answer."""
+    child.send("time.sleep(600)")
+    with pytest.raises(processes.ChildError, match=r"^sent no message for 0\.2 s$"):
+        child.receive(0.2)
+    child.close()
+    assert not helpers.running(child.pid)
 
 
 def test_every_process_is_started_by_child_command() -> None:

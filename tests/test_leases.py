@@ -1,4 +1,4 @@
-"""Who gets which shard next, and what becomes of a shard whose worker died."""
+"""Which device gets which shard next, and what happens to a shard whose worker died."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def shards(count: int, groups: int = 1) -> list[Shard]:
     ]
 
 
-def test_shards_are_dealt_in_plan_order() -> None:
+def test_shards_are_leased_in_plan_order() -> None:
     """One after the other, each once, whoever asks."""
     leases = Leases(shards(4))
-    dealt = [leases.next(position) for position in (1, 0, 0, 1)]
-    assert [lease.shard.number for lease in dealt if lease] == [0, 1, 2, 3]
+    taken = [leases.next(position) for position in (1, 0, 0, 1)]
+    assert [lease.shard.number for lease in taken if lease] == [0, 1, 2, 3]
     assert leases.next(0) is None
     assert (leases.waiting, leases.remaining) == (0, 4)
 
 
 def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
-    """Where sub-folders are dealt; a device that came later has none of its own and helps from the
+    """If sub-folders are assigned to devices; a device that joined later has none and helps from the
     beginning.
     """
     leases = Leases(shards(6, groups=2), by_group=True)
@@ -37,7 +37,7 @@ def test_a_device_takes_its_own_sub_folder_first_and_then_helps() -> None:
     assert leases.next(7).shard.number == 1  # type: ignore[union-attr]
 
 
-def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
+def test_a_dead_workers_shard_is_next_with_its_images_quarantined() -> None:
     """The images that its threads were at, in this shard and no other."""
     leases = Leases(shards(3))
     lease = leases.next(0)
@@ -48,7 +48,7 @@ def test_what_a_dead_worker_had_in_hand_is_next_with_its_suspects() -> None:
 
 
 def test_an_image_that_hangs_alone_too_is_given_up() -> None:
-    """First it is suspected of hanging its decoder, then its very reading hangs."""
+    """The first time it is quarantined; the second time reading it hangs."""
     leases = Leases(shards(1))
     for expected in ({4: TIMEOUT}, {4: IsolationReason.HUNG_READ}):
         lease = leases.next(0)
@@ -61,8 +61,8 @@ def test_an_image_that_hangs_alone_too_is_given_up() -> None:
         )
 
 
-def test_a_shard_in_hand_at_two_deaths_is_alone() -> None:
-    """Nothing is dealt beside it, nor it to a worker that has something in hand."""
+def test_a_shard_in_flight_at_two_deaths_is_isolated() -> None:
+    """No other shard is leased beside it, and a worker with leases does not get it."""
     leases = Leases(shards(3))
     for _ in range(2):
         lease = leases.next(0)
@@ -113,7 +113,7 @@ def test_a_commit_clears_a_shards_name() -> None:
     assert leases.next(0).isolate  # type: ignore[union-attr]
 
 
-def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
+def test_a_timeout_stays_the_reason_whatever_the_next_worker_dies_of() -> None:
     """Its worker was killed for its sake, and the next one dies of something else: its status is
     `timeout`, not `crashed_decoder`.
     """
@@ -129,8 +129,8 @@ def test_a_suspect_of_hanging_stays_one_whatever_its_worker_dies_of() -> None:
     assert alone == Lease(lease.shard, {4: TIMEOUT, 5: CRASH}, isolate=True)
 
 
-def test_a_lost_worker_leaves_the_suspects_that_were_known() -> None:
-    """What earlier deaths told of a shard's images is not lost with a node."""
+def test_a_lost_worker_keeps_the_quarantined_images() -> None:
+    """What earlier deaths revealed about a shard's images is not lost with a node."""
     leases = Leases(shards(1))
     leases.next(0)
     leases.return_lost(Lease(shards(1)[0], {4: TIMEOUT}))

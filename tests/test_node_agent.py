@@ -111,7 +111,7 @@ def exchange(one: NodeAgent, wanted: type, *first: Any) -> list[Any]:
 def test_a_node_agent_commits_the_parts_of_a_local_run(
     order: Orders, opened: Callable[..., NodeAgent], left: Any, tmp_path: Path
 ) -> None:
-    """Lease by lease, by the same worker process; a killed one is told of, and started again when
+    """Lease by lease, by the same worker process; a killed one is reported, and started again when
     that is asked for.
     """
     one = opened(order())
@@ -313,7 +313,7 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
         refuse({"vector units": "avx2"}, {"vector units": "avx512f avx2"})
 
 
-def test_what_decides_answers_is_told_of_every_backend() -> None:
+def test_identity_names_what_decides_answers_for_every_backend() -> None:
     """imagemill, the way of decoding, the libraries behind it and the backend's own, and the
     processor's units.
     """

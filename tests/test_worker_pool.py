@@ -1,4 +1,4 @@
-"""The launcher and a pool of simulated workers, in simulated time: how shards are dealt where
+"""The launcher and a pool of simulated workers, in simulated time: how shards are leased where
 workers differ in speed, come and go.
 """
 
@@ -185,7 +185,7 @@ def test_a_fast_worker_is_never_idle_while_shards_remain() -> None:
 
 
 def test_a_device_that_joins_takes_part_and_is_counted() -> None:
-    """It is told of like the others: rows, restarts, its place in the timeline."""
+    """It is reported like the others: rows, restarts, its place in the timeline."""
     pool = Simulated({"null#0": 1.0})
     pool.at(5.5, lambda: pool.join("null#7", 1.0))
     outcome = run(pool, 40)
@@ -350,7 +350,7 @@ def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
 def test_the_wait_after_a_signal_ends(
     simulated_time: Callable[[Simulated], None], how: str
 ) -> None:
-    """With the grace, with a second signal, or at once where no shard in hand could be committed in
+    """With the grace, with a second signal, or at once where no shard in flight could be committed in
     time at the rate so far.
     """
     pool = Simulated({"null#0": 10.0})

@@ -596,11 +596,11 @@ class Progress:
     failed_by_status: Counter[str]
     """Among the committed."""
     devices: dict[str, int]
-    """Rows per device that have their answers, committed or not. Becomes less where a worker dies:
-    what it had in hand is done again.
+    """Rows per device with an answer, committed or not. They decrease when a worker dies, because
+    its shards in flight are done again.
     """
     leased: dict[str, int]
-    """Rows per device that are leased to it and have no answer yet."""
+    """Leased rows per device without an answer yet."""
     clock: Clock
     """Where the time of all devices went."""
     restarts: dict[str, int]
