@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagemill.errors import ImagemillError, Interrupted
-from imagemill.runner.settings import SETTINGS, Setting, make_settings, number
+from imagemill.runner.settings import SETTINGS, Kind, Setting, make_settings, number
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -217,9 +217,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--columns", metavar="A,B,…", help="columns to write, in this order (default: all)"
     )
     sub.add_argument(
-        "--partial",
-        action="store_true",
-        help="if the job is not finished, write the existing rows",
+        "--partial", action="store_true", help="if the job is not finished, write the existing rows"
     )
 
     sub = command(
@@ -268,9 +266,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _wrap_options(sub)
 
     sub = command(
-        "quantize",
-        _quantize,
-        "make the int8 variant of a model and compare its results with fp32",
+        "quantize", _quantize, "make the int8 variant of a model and compare its results with fp32"
     )
     sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
     sub.add_argument(
@@ -298,9 +294,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
-        "partition",
-        _partition,
-        "divide a folder of images into sub-folders, one per device",
+        "partition", _partition, "divide a folder of images into sub-folders, one per device"
     )
     sub.add_argument(
         "--data-dir", required=True, metavar="DIR", help="folder of images (searched recursively)"
@@ -343,7 +337,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     options = {name: SETTINGS[name] for name in shared.split()}
     options["batch_size"] = options["batch_size"]._replace(
         help="images per batch, or `search` for the fastest size (default: as `run`)",
-        parse=_number_or_search,
+        kind=Kind(_number_or_search),
     )
     options["batches_per_step"] = options["batches_per_step"]._replace(
         help="batches handed to a device at a time (default: about 2 s of them)"
@@ -468,7 +462,8 @@ def _add_options(sub: argparse.ArgumentParser, settings: Mapping[str, Setting]) 
             "dest": name if is_option else None,
             "help": setting.help,
             "metavar": setting.metavar if is_option else setting.flag,
-            "type": setting.parse,
+            "type": setting.kind.parse,
+            "action": "append" if setting.kind.is_list and not setting.options else None,
         }
         given = {key: value for key, value in options.items() if value is not None}
         sub.add_argument(setting.flag if is_option else name, **given, **setting.options)

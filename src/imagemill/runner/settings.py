@@ -36,6 +36,19 @@ class Effect(Enum):
     """Speed, display and the like: may change silently."""
 
 
+class Kind(NamedTuple):
+    """The kind of a setting's values."""
+
+    parse: Callable[[str], object] | None = None
+    """Converts the text of the command line; None keeps the text."""
+    find_problem: Callable[[Any], str | None] = lambda _: None
+    """Returns what is wrong with a value, or None."""
+    is_list: bool = False
+
+
+TEXT = Kind()
+
+
 class Setting(NamedTuple):
     """The declaration of one field of `Settings`."""
 
@@ -44,11 +57,7 @@ class Setting(NamedTuple):
     metavar: str | None = None
     effect: Effect | Callable[[str], Effect] = Effect.NOTHING
     """What it decides; a function if that depends on the backend, which it is given."""
-    parse: Callable[[str], object] | None = None
-    """Converts the text of the command line; None keeps the text."""
-    find_problem: Callable[[Any], str | None] = lambda _: None
-    """Returns what is wrong with a value, or None."""
-    is_list: bool = False
+    kind: Kind = TEXT
     options: Mapping[str, Any] = {}
     """Further arguments of `ArgumentParser.add_argument`."""
 
@@ -137,7 +146,10 @@ def parse_colour(text: str) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-_APPEND = {"action": "append"}
+_TEXTS = Kind(is_list=True)
+_COUNT = Kind(int, _count())
+_AUTO = Kind(number, _count())
+_THREADS = Kind(number, _count(MAX_THREADS))
 _YES = {"action": "store_true"}
 _NO = {"action": "store_false"}
 _NO_STATUS = " Write --retry-failed=STATUS, with an equals sign, or alone and last."
@@ -148,7 +160,7 @@ SETTINGS: Mapping[str, Setting] = {
         "folder (searched recursively), image, archive, table, URL, or @LIST with one path or URL"
         " per line; see docs/sources.md",
         effect=Effect.LISTING,
-        is_list=True,
+        kind=_TEXTS,
         options={"nargs": "+"},
     ),
     "output": Setting(
@@ -177,37 +189,19 @@ SETTINGS: Mapping[str, Setting] = {
         "auto, fp32, fp16, bf16 or int8 (default: auto)",
         "P",
         Effect.ANSWERS,
-        find_problem=_one_of("auto", enum="Precision"),
+        Kind(None, _one_of("auto", enum="Precision")),
     ),
-    "batch_size": Setting(
-        "--batch-size",
-        "images per batch (default: auto)",
-        "N",
-        parse=number,
-        find_problem=_count(),
-    ),
+    "batch_size": Setting("--batch-size", "images per batch (default: auto)", "N", kind=_AUTO),
     "batches_per_step": Setting(
-        "--batches-per-step",
-        "batches in flight per device (default: auto)",
-        "N",
-        parse=number,
-        find_problem=_count(MAX_THREADS),
+        "--batches-per-step", "batches in flight per device (default: auto)", "N", kind=_THREADS
     ),
     "num_workers": Setting(
         "--num-workers",
         "decoding threads per device (default: auto, one per core)",
         "N",
-        parse=number,
-        find_problem=_count(MAX_THREADS),
+        kind=_THREADS,
     ),
-    "top_k": Setting(
-        "--top-k",
-        "classes kept per image (default: 5)",
-        "K",
-        Effect.ANSWERS,
-        parse=int,
-        find_problem=_count(),
-    ),
+    "top_k": Setting("--top-k", "classes kept per image (default: 5)", "K", Effect.ANSWERS, _COUNT),
     "labels": Setting(
         "--labels",
         "file with one label per line, in the order of the classes (default: the model's own)",
@@ -219,33 +213,20 @@ SETTINGS: Mapping[str, Setting] = {
         "also keep `logits` or `embedding`; may be repeated",
         "WHAT",
         Effect.ANSWERS,
-        find_problem=_one_of(enum="Saved"),
-        is_list=True,
-        options=_APPEND,
+        Kind(None, _one_of(enum="Saved"), is_list=True),
     ),
     "shard_size": Setting(
-        "--shard-size",
-        "images per part file (default: auto)",
-        "N",
-        Effect.ANSWERS,
-        parse=number,
-        find_problem=_count(),
+        "--shard-size", "images per part file (default: auto)", "N", Effect.ANSWERS, _AUTO
     ),
     "include": Setting(
-        "--include",
-        "process only matching images; may be repeated",
-        "GLOB",
-        Effect.LISTING,
-        is_list=True,
-        options=_APPEND,
+        "--include", "process only matching images; may be repeated", "GLOB", Effect.LISTING, _TEXTS
     ),
     "exclude": Setting(
         "--exclude",
         "skip matching images and folders; may be repeated",
         "GLOB",
         Effect.LISTING,
-        is_list=True,
-        options=_APPEND,
+        _TEXTS,
     ),
     "all_files": Setting(
         "--all-files",
@@ -253,20 +234,13 @@ SETTINGS: Mapping[str, Setting] = {
         effect=Effect.LISTING,
         options={**_YES, "default": None},
     ),
-    "limit": Setting(
-        "--limit",
-        "process only the first N images",
-        "N",
-        Effect.LISTING,
-        parse=int,
-        find_problem=_count(),
-    ),
+    "limit": Setting("--limit", "process only the first N images", "N", Effect.LISTING, _COUNT),
     "preprocess": Setting(
         "--preprocess",
         "card: the model's own preprocessing (default), or center-crop: crop without resizing",
         "HOW",
         Effect.ANSWERS,
-        find_problem=_one_of("card", "center-crop"),
+        Kind(None, _one_of("card", "center-crop")),
     ),
     "background": Setting(
         "--background",
@@ -274,76 +248,67 @@ SETTINGS: Mapping[str, Setting] = {
         " published pipelines do)",
         "COLOR",
         Effect.ANSWERS,
-        find_problem=lambda text: parse_colour(text) and None,
+        Kind(None, lambda text: parse_colour(text) and None),
     ),
     "max_pixels": Setting(
         "--max-pixels",
         "larger images are not decoded and become too_large rows",
         "N",
         Effect.LIMITS,
-        parse=int,
-        find_problem=_count(),
+        _COUNT,
     ),
     "max_bytes": Setting(
         "--max-bytes",
         "larger files are not read and become too_large rows",
         "N",
         Effect.LIMITS,
-        parse=int,
-        find_problem=_count(),
+        _COUNT,
     ),
     "max_seconds": Setting(
         "--max-seconds",
         "images that take longer become timeout rows",
         "S",
         Effect.LIMITS,
-        parse=float,
-        find_problem=_between("more than 0", lambda value: value > 0),
+        Kind(float, _between("more than 0", lambda value: value > 0)),
     ),
     "dry_run": Setting("--dry-run", "list and count images, write nothing", options=_YES),
     "retry_failed": Setting(
         "--retry-failed",
         "compute shards with failed images again (default: any status)",
         "STATUS,…",
-        parse=_parse_statuses,
-        find_problem=_one_of(enum="Status", hint=_NO_STATUS),
-        is_list=True,
+        kind=Kind(_parse_statuses, _one_of(enum="Status", hint=_NO_STATUS), is_list=True),
         options={"nargs": "?", "const": ()},
     ),
     "max_bad_fraction": Setting(
         "--max-bad-fraction",
         "stop if more than this fraction of all images fails",
         "F",
-        parse=float,
-        find_problem=_between("from 0 to 1", lambda value: 0 <= value <= 1),
+        kind=Kind(float, _between("from 0 to 1", lambda value: 0 <= value <= 1)),
     ),
     "moved": Setting(
         "--moved",
         "read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated",
         "OLD=NEW",
-        parse=_parse_moved,
-        is_list=True,
-        options=_APPEND,
+        kind=Kind(_parse_moved, is_list=True),
     ),
     "user_agent": Setting(
         "--user-agent",
         "sent to web servers (default: imagemill and its version)",
         "TEXT",
-        find_problem=_find_problem_of_user_agent,
+        kind=Kind(None, _find_problem_of_user_agent),
     ),
     "grace_s": Setting(
         "--grace",
         "seconds to finish shards in progress when stopped (default: %(default)s)",
         "S",
-        parse=float,
-        find_problem=_between("at least 0", lambda value: value >= 0),
+        kind=Kind(float, _between("at least 0", lambda value: value >= 0)),
         options={"default": 20.0},
     ),
     "engine": Setting(
         "--engine",
         "where workers run: local, this machine (default), or ray, a Ray cluster",
         "NAME",
-        find_problem=_one_of(enum="Engine"),
+        kind=Kind(None, _one_of(enum="Engine")),
         options={"default": "local"},
     ),
     "allow_mixed": Setting(
@@ -368,7 +333,7 @@ def make_settings(given: Mapping[str, Any]) -> Settings:
 
     return Settings(
         **{
-            name: _as_plain(given[name], is_list=setting.is_list)
+            name: _as_plain(given[name], is_list=setting.kind.is_list)
             for name, setting in SETTINGS.items()
             if name in given
         }
@@ -402,8 +367,8 @@ def check_settings(settings: Settings) -> None:
 def check_setting(name: str, value: Any) -> None:
     """Check the value of one setting; None is always fine. Raises: UsageError."""
     setting = SETTINGS[name]
-    for item in () if value is None else value if setting.is_list else (value,):
-        if problem := setting.find_problem(item):
+    for item in () if value is None else value if setting.kind.is_list else (value,):
+        if problem := setting.kind.find_problem(item):
             shown = item if str(item).strip() and str(item).isprintable() else repr(item)
             raise UsageError(f"{setting.flag} {shown}: {problem}")
 
