@@ -34,7 +34,7 @@ if WORKER:
     def slowed(module):
         write = module.write_whole
         module.write_whole = lambda *arguments: (time.sleep(0.2), write(*arguments))[1]
-    after_import("imagemill.job.paths", slowed)
+    after_import("imagemill.system.files", slowed)
 """
 
 

@@ -68,8 +68,6 @@ def _convert_special(kind: type, value: Any) -> Any:
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is object:  # of free-form values, such as the notes of a model card
-        return value
     raise ValueError(f"expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
