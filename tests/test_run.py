@@ -356,8 +356,7 @@ def test_sub_folders_are_dealt_to_as_many_devices(
     assert listener.said == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
     assert listener.said == [
-        "note: the sources have 3 sub-folders for 2 devices: shards are dealt without regard to"
-        " folders"
+        "note: the sources have 3 sub-folders for 2 devices: shards are not assigned by folder"
     ]
 
 
@@ -841,7 +840,7 @@ def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Fol
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
     with pytest.raises(
-        TooManyBadError, match=r"of 12 images are bad, more than --max-bad-fraction 0\.25 allows"
+        TooManyBadError, match=r"of 12 images failed, more than --max-bad-fraction 0\.25 allows"
     ):
         run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
     assert run.run(job(folder)).failed_by_status == {"empty": 6}
@@ -1201,7 +1200,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
     assert on_disk["images_per_second"] == pytest.approx(20 / on_disk["seconds"], rel=0.05)
     assert (on_disk["bottleneck"], on_disk["advice"].partition(":")[0]) == (
         None,
-        "too short to tell what bounded it",
+        "too short to find the bottleneck",
     )
 
 
@@ -1368,7 +1367,7 @@ def test_a_job_of_a_few_seconds_is_too_short_to_tell() -> None:
     sums = clock(starved=1, read=0, decode=3, decode_wall=3, compute=3, write=0)
     assert summarise.judge([sums], 100, 5.0, 2)[0] == "compute"
     found, rates, advice = summarise.judge([sums], 100, 4.9, 2)
-    assert (found, advice) == (None, "too short to tell what bounded it: 4.9 s, less than 5 s")
+    assert (found, advice) == (None, "too short to find the bottleneck: 4.9 s, less than 5 s")
     assert rates["achieved"] == pytest.approx(100 / 4.9, abs=0.001)
 
 

@@ -278,7 +278,7 @@ def test_too_many_bad_images_stop_the_job_early_and_resumably(null_run, tmp_path
     output = tmp_path / "out"
     result = null_run(source, "--output", output, "--max-bad-fraction", "0.05")
     assert result.code == 1
-    assert "14 of 240 images are bad, more than --max-bad-fraction 0.05 allows." in result.err
+    assert "14 of 240 images failed, more than --max-bad-fraction 0.05 allows." in result.err
     assert "repeat the command with a larger fraction, or without it, to resume." in result.err
     kept = helpers.parts(output)
     assert 7 <= len(kept) < 30

@@ -1,4 +1,4 @@
-"""From settings to a frozen job (`job.json`), new or resumed."""
+"""Turn settings into a frozen job: list the sources, cut the plan, write `job.json`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def freeze(
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.say(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
-            " are dealt without regard to folders"
+            " are not assigned by folder"
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
@@ -151,10 +151,9 @@ def _prepare(
     images: int,
     watcher: Watcher,
 ) -> Prepared:
-    """Resolve the precision, on the job's own images where something must be measured."""
-    from imagemill.tuning import (
-        precisions,
-    )  # brings NumPy and the decoder, which a repeated command can do without
+    """Resolve the precision. If it must be measured, the job's own images are used."""
+    # Imports NumPy and the decoder, which a repeated command does not need.
+    from imagemill.tuning import precisions
 
     def entries() -> Iterator[records.Entry]:
         for shard in plan.shards(paths.plan):
@@ -176,14 +175,14 @@ def _prepare(
 
 
 def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_size: int) -> str:
-    """Hash of what decides the listing."""
+    """Return a hash of everything that decides the listing."""
     return _hash(list(resolved), asdict(filters), limit, shard_size)
 
 
 def answer_id(
     card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]
 ) -> str:
-    """Hash of what decides an answer."""
+    """Return a hash of everything that decides a result."""
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
     return _hash(
         weights,

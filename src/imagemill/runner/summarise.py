@@ -1,4 +1,4 @@
-"""The end of a job: what was bad, what bounded it, and the summary."""
+"""The end of a job: failed images, the bottleneck, and the summary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bad_fraction_guard(
     def check() -> None:
         if bad > fraction * images:
             raise TooManyBadError(
-                f"{bad:,} of {images:,} images are bad, more than --max-bad-fraction {fraction:g}"
+                f"{bad:,} of {images:,} images failed, more than --max-bad-fraction {fraction:g}"
                 " allows. See the status and error columns; repeat the command with a larger"
                 " fraction, or without it, to resume."
             )
@@ -106,8 +106,8 @@ def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
 
 
 def _shared_cores(chosen: Sequence[DeviceSpec]) -> int:
-    """How many cores decode and compute; 0 where devices are more than cores, or are on several
-    machines: then that is not known.
+    """Return how many cores decode and compute; 0 if that is not known, because devices are not
+    CPUs or are on several machines.
     """
     cores = [core for device in chosen for core in device.cores]
     return (
@@ -126,18 +126,18 @@ def judge(
     failed: int = 0,
     cores: int = 0,
 ) -> tuple[str | None, dict[str, float], str | None]:
-    """What bounded a run, the rates its clocks suggest (images/s, all devices), and what to change.
+    """Return the bottleneck of a run, the rates that its clocks suggest, and what to change.
 
-    If decoding and computing share the cores, the rate of computing alone follows from the CPU time
-    that the session used.
+    Rates are images/s of all devices. If decoding and computing share the cores, the rate of
+    computing alone follows from the CPU time that the session used.
 
     Args:
         clocks: of the workers.
-        rows: made in `seconds`.
-        seconds: of the run.
-        threads: that decode.
-        failed: rows without an answer, which nobody computed.
-        cores: that decode and compute; 0: the devices compute by themselves, or it is not known.
+        rows: how many rows the run wrote.
+        seconds: how long it took.
+        threads: how many threads decode.
+        failed: how many rows have no result, and so were not computed.
+        cores: how many cores decode and compute; 0: unknown, or the devices compute.
     """
     if not rows or not clocks or not seconds:
         return None, {}, None
@@ -156,7 +156,7 @@ def judge(
             None,
             rates,
             (
-                f"too short to tell what bounded it: {seconds:.1f} s, less than"
+                f"too short to find the bottleneck: {seconds:.1f} s, less than"
                 f" {stopwatch.SHORT_S:g} s"
             ),
         )
