@@ -166,7 +166,7 @@ def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path
                     looking.stdout.readline()
                 return locked(paths)
             module.locked = busily
-        after_import("imagemill.job.paths", busy)
+        after_import("imagemill.job.lock", busy)
     """
     (output / ".lock").touch()
     assert (

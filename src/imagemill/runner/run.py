@@ -185,7 +185,7 @@ def _carry_out(
 
             if left:
                 launcher = Launcher(
-                    machines.pool(job, paths, chosen, left, frozen.plan_nonce),
+                    machines.pool(opened, chosen, left),
                     chosen,
                     left,
                     groups=frozen.groups,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
-from imagemill.records import DeviceSpec, Engine, Job, Shard
+from imagemill.records import DeviceSpec, Engine, Shard
 from imagemill.workers.local import LocalPool
 from imagemill.workers.pool import WorkerPool
 
@@ -20,12 +20,7 @@ class Machines(Protocol):
         ...
 
     def pool(
-        self,
-        job: Job,
-        paths: JobPaths,
-        chosen: Sequence[DeviceSpec],
-        remaining: Sequence[Shard],
-        plan_nonce: str,
+        self, job: OpenJob, chosen: Sequence[DeviceSpec], remaining: Sequence[Shard]
     ) -> WorkerPool:
         """Return a pool for the uncommitted shards of a frozen job."""
         ...
@@ -44,14 +39,12 @@ class ThisMachine:
 
     def pool(
         self,
-        job: Job,
-        paths: JobPaths,  # noqa: ARG002 - local workers derive them from the job
+        job: OpenJob,
         chosen: Sequence[DeviceSpec],
-        remaining: Sequence[Shard],  # noqa: ARG002
-        plan_nonce: str,  # noqa: ARG002 - the plan is on this machine
+        remaining: Sequence[Shard],  # noqa: ARG002 - only a cluster samples their images
     ) -> WorkerPool:
         """Implement `Machines.pool`."""
-        return LocalPool(job, chosen)
+        return LocalPool(job.frozen.job, chosen)
 
     def close(self) -> None:
         """Implement `Machines.close`."""

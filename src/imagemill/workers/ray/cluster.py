@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagemill.errors import DeviceError, UsageError
-from imagemill.job.paths import JobPaths
+from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
-from imagemill.records import DeviceSpec, Job, Shard
+from imagemill.records import DeviceSpec, Shard
 from imagemill.workers.pool import WorkerPool
 from imagemill.workers.ray.nodes import Node, Place, offer, places
 from imagemill.workers.ray.placement import Placement, Slot
@@ -158,21 +158,21 @@ class Cluster:
         return sorted(found, key=lambda node: node.name)
 
     def pool(
-        self,
-        job: Job,
-        paths: JobPaths,
-        chosen: Sequence[DeviceSpec],
-        remaining: Sequence[Shard],
-        plan_nonce: str,
+        self, job: OpenJob, chosen: Sequence[DeviceSpec], remaining: Sequence[Shard]
     ) -> WorkerPool:
         """Implement `Machines.pool`."""
         backends = tuple(sorted({item.backend for item in self._asked}))
         provisioning = Provisioning(
-            self.ray, job, remaining, plan_nonce, backends, allow_mixed=self._allow_mixed
+            self.ray,
+            job.frozen.job,
+            remaining,
+            job.frozen.plan_nonce,
+            backends,
+            allow_mixed=self._allow_mixed,
         )
         slots = [Slot(device, self._places[device.name]) for device in chosen]
         placement = Placement(self.nodes, self._asked, slots, self._say)
-        return RayPool(self, paths, provisioning, placement, slots, self._say)
+        return RayPool(self, job.store, provisioning, placement, slots, self._say)
 
     def close(self) -> None:
         """Implement `Machines.close`."""

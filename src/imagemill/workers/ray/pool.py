@@ -26,8 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from imagemill.errors import ImagemillError, WorkerError
-from imagemill.job.paths import JobPaths
-from imagemill.job.store import open_store
+from imagemill.job.store import Store
 from imagemill.records import DeviceSpec, Lease
 from imagemill.system.processes import Failed
 from imagemill.workers.pool import Event, Joined, Lost, WorkerStatus
@@ -64,7 +63,7 @@ class RayPool:
 
     Args:
         cluster: the cluster.
-        paths: the job's.
+        store: the job's.
         provisioning: checks the nodes.
         placement: finds further devices.
         slots: the devices to start with.
@@ -74,7 +73,7 @@ class RayPool:
     def __init__(
         self,
         cluster: Cluster,
-        paths: JobPaths,
+        store: Store,
         provisioning: Provisioning,
         placement: Placement,
         slots: Sequence[Slot],
@@ -82,7 +81,7 @@ class RayPool:
     ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
-        self._store = open_store(paths)
+        self._store = store
         self._provisioning = provisioning
         self._placement = placement
         self._first = slots
