@@ -245,7 +245,10 @@ def test_what_is_not_a_free_place_in_a_store_is_refused(
         "--output s3://no-such-bucket-here/job cannot be listed: " in missing.err,
     ) == (1, True), missing
     web = null_run(small_jpegs, "--output", "https://example.invalid/job")
-    assert (web.code, "https://example.invalid/job: is no place in an object store" in web.err) == (
+    assert (
+        web.code,
+        "https://example.invalid/job: not a place in an object store" in web.err,
+    ) == (
         2,
         True,
     ), web

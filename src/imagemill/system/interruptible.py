@@ -1,8 +1,7 @@
-"""Waiting for libraries that wait where none of Python's signal handlers runs: Ctrl-C would wait as
-long as they do, which may be minutes.
+"""Run blocking library calls so that Ctrl-C and SIGTERM are handled while they block.
 
-Handlers run in the main thread. So what that one wants is called in other threads, whose end
-neither it nor the end of the process awaits.
+Python runs signal handlers in the main thread, between its instructions, and a library may block
+it for minutes. So the main thread makes such calls in daemon threads, and waits in Python.
 """
 
 from __future__ import annotations
@@ -17,20 +16,17 @@ T = TypeVar("T")
 A = TypeVar("A")
 
 _unfinished: set[threading.Thread] = set()
-"""Threads that are at work on something that must not overtake what comes later."""
+"""Threads whose writes a later write must not overtake."""
 
 
 def heard(call: Callable[[], T], *, writes: bool = False) -> T:
-    """Call, and hear signals meanwhile. A handler that raises ends the wait; what was called then
-    goes on unheard.
+    """Return what a call returns, and handle signals meanwhile.
+
+    A handler that raises ends the wait; the call then continues in its thread.
 
     Args:
-        call: from another thread than the main one it is called right there.
-        writes: whether it changes something, so that the next one that does must wait for it where
-        it was left.
-
-    Returns:
-        what the call returns; raises what it raises.
+        call: outside the main thread it is called directly.
+        writes: whether it changes something. The next call that does waits until it has ended.
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
@@ -52,8 +48,9 @@ def heard(call: Callable[[], T], *, writes: bool = False) -> T:
 
 
 def heard_all(call: Callable[[A], object], items: Iterable[A], at_once: int) -> None:
-    """Call for every item, for so many at once, and hear signals meanwhile; see `heard`. Raises
-    what the first item's call raises.
+    """Call for every item, `at_once` at a time, and handle signals meanwhile.
+
+    Raise the error of the first item whose call failed.
     """
     todo: queue.SimpleQueue[tuple[Future[object], A]] = queue.SimpleQueue()
     answers = []

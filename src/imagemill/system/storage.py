@@ -1,13 +1,13 @@
-"""Bytes at rest, wherever they lie: files opened for reading at any place, by many threads at once.
+"""Files and objects opened for random access by many threads, and object stores.
 
-`open_blob` takes a local path or an object's URL; archives and tables are read through what it
-returns, so that a zip on a disk and a zip in an object store are read by the same lines.
-`open_store` is for whoever lists, reads whole or writes.
+`open_blob` takes a local path or an object's URL. Archives and tables are read through the blob, so
+the same code reads a zip on a disk and a zip in an object store. `open_store` returns a place in an
+object store to list, read and write.
 
-Object stores are spoken to by obstore (Rust's object_store): a GET is one request, threads wait
-outside the interpreter's lock, keys are listed as they come. Its clients live in threads that a
-fork does not copy; imagemill's processes are spawned, each makes its own. obstore refuses keys with
-an empty, `.` or `..` part or a control character, so boto3 lists and reads these.
+obstore (Rust's object_store) makes the requests: a GET is one request, threads wait outside the
+interpreter's lock, and keys are listed as they come. Its clients live in threads that a fork does
+not copy; imagemill's processes are spawned, and each makes its own. obstore refuses keys with an
+empty, `.` or `..` part or a control character, so boto3 lists and reads these.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Blob(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it. Does nothing the second time."""
         ...
 
 
@@ -88,7 +88,7 @@ class LocalBlob:
         self.size = found.st_size
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See `Blob.read_at`."""
+        """Return bytes from an offset; fewer only at the end."""
         pieces = []
         while length > 0 and (piece := os.pread(self._handle, length, offset)):
             pieces.append(piece)
@@ -96,7 +96,7 @@ class LocalBlob:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def close(self) -> None:
-        """See `Blob.close`."""
+        """Close it. Does nothing the second time."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -153,12 +153,12 @@ class Store(Protocol):
 
 
 def is_url(location: str | bytes) -> bool:
-    """Whether a location is a URL and not a path."""
+    """Return whether a location is a URL and not a path."""
     return _URL.match(os.fsencode(location)) is not None
 
 
 def is_object(location: str | bytes) -> bool:
-    """Whether a location is the URL of something in an object store."""
+    """Return whether a location is the URL of something in an object store."""
     return is_url(location) and os.fsdecode(location).partition("://")[0] in SCHEMES
 
 
@@ -169,7 +169,7 @@ NO_PASSWORDS = (
 
 
 def names_password(location: str | bytes) -> bool:
-    """Whether a location is a URL with a user name or password in it."""
+    """Return whether a location is a URL with a user name or password in it."""
     rest = os.fsencode(location).partition(b"://")[2]
     return is_url(location) and b"@" in re.split(rb"[/?#]", rest, maxsplit=1)[0]
 
@@ -236,7 +236,7 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> Store:
 
     Args:
         url: `s3://bucket/prefix`; `gs://` and `az://` come with the library and are not tested.
-        policy: when to give up listing and reading; None: as `READING` says.
+        policy: when to give up listing and reading; None: `READING`.
 
     Raises:
         UsageError: the URL makes no sense, or a package is missing.
@@ -245,13 +245,13 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> Store:
     bucket, _, prefix = rest.rstrip("/").partition("/")
     if scheme not in SCHEMES or not bucket or "//" in f"/{prefix}":
         raise UsageError(
-            f"{url}: is no place in an object store. Write it like s3://bucket/prefix."
+            f"{url}: not a place in an object store. Write it like s3://bucket/prefix."
         )
     return _ObjectStore(f"{scheme}://{bucket}", prefix, policy or READING)
 
 
 def split(url: str) -> tuple[str, str]:
-    """An object's URL as those of its bucket and its key in it."""
+    """Return the URL of an object's bucket, and its key."""
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     return f"{scheme}://{bucket}", key
@@ -286,9 +286,9 @@ class _ObjectStore:
         return _client(self._bucket, self._policy, _environment())
 
     def list(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """See `Store.list`."""
+        """Yield keys and sizes in the order of the keys' bytes."""
         if not self._prefix and self._is_s3:  # obstore would list a key `/a.jpg` as `a.jpg`
-            yield from self._exact_paths(below, "")
+            yield from self._boto3_paths(below, "")
             return
         before: tuple[str, int] | None = None
         for path, size in self._paths(self._prefix + below):
@@ -319,7 +319,7 @@ class _ObjectStore:
         chunks, attempts = None, Attempts(self._policy)
         while True:
             try:
-                with _told(self.url):
+                with _translated_errors(self.url):
                     chunks = chunks or iter(
                         self._reader.list(folder, offset=last, chunk_size=1_000)
                     )
@@ -328,10 +328,10 @@ class _ObjectStore:
                 _pause_or_raise(error, attempts)
                 chunks = None
                 continue
-            except _OddKeyError:
+            except _UnsupportedKeyError:
                 if not self._is_s3:
                     raise
-                yield from self._exact_paths(start, last or "")
+                yield from self._boto3_paths(start, last or "")
                 return
             if chunk is None:
                 return
@@ -341,17 +341,17 @@ class _ObjectStore:
                     yield found["path"], found["size"]
                 last = found["path"]
 
-    def _exact_paths(self, start: str, after: str) -> Iterator[tuple[str, int]]:
+    def _boto3_paths(self, start: str, after: str) -> Iterator[tuple[str, int]]:
         """List the keys after `after` by boto3, which changes none, a page at a time. An empty
         object `a/` only shows a folder.
         """
         client, bucket = (
-            _exact_client(self._policy, _environment()),
+            _boto3_client(self._policy, _environment()),
             self._bucket.partition("://")[2],
         )
         while True:
             ask = partial(client.list_objects_v2, Bucket=bucket, Prefix=start, StartAfter=after)
-            page = _uncut(ask, self.url, self._policy)
+            page = _read_with_retries(ask, self.url, self._policy)
             for found in page.get("Contents", ()):
                 after = found["Key"]
                 if found["Size"] or not after.endswith("/"):
@@ -364,11 +364,11 @@ class _ObjectStore:
                 )
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
-        """See `Store.read`."""
+        """Return one whole object."""
 
         def exact() -> bytes:
             client, bucket = (
-                _exact_client(self._policy, _environment()),
+                _boto3_client(self._policy, _environment()),
                 self._bucket.partition("://")[2],
             )
             answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
@@ -381,7 +381,7 @@ class _ObjectStore:
             return data
 
         if self._is_s3 and _ODD_KEY.search(key):
-            return _uncut(exact, f"{self.url}/{key}", self._policy)
+            return _read_with_retries(exact, f"{self.url}/{key}", self._policy)
 
         def whole() -> bytes:
             answer = self._reader.get(self._path(key))
@@ -391,10 +391,10 @@ class _ObjectStore:
                 )
             return bytes(answer.bytes())
 
-        return _uncut(whole, f"{self.url}/{key}", self._policy)
+        return _read_with_retries(whole, f"{self.url}/{key}", self._policy)
 
     def open(self, key: str) -> Blob:
-        """See `Store.open`."""
+        """Open an object for random access."""
         return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._policy)
 
     def put(
@@ -405,8 +405,8 @@ class _ObjectStore:
         create: bool = False,
         policy: RetryPolicy | None = None,
     ) -> None:
-        """See `Store.put`."""
-        with _told(f"{self.url}/{key}"):
+        """Write one object."""
+        with _translated_errors(f"{self.url}/{key}"):
             client = _client(self._bucket, policy or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
             interruptible.heard(
@@ -415,8 +415,8 @@ class _ObjectStore:
             )
 
     def remove(self, key: str) -> None:
-        """See `Store.remove`."""
-        with _told(f"{self.url}/{key}"):
+        """Remove one object, if it exists."""
+        with _translated_errors(f"{self.url}/{key}"):
             client = _client(self._bucket, WRITING, _environment())
             with contextlib.suppress(FileNotFoundError):
                 interruptible.heard(lambda: client.delete(self._path(key)), writes=True)
@@ -432,33 +432,33 @@ class _ObjectBlob:
         self._policy = policy
         self._url = url
         self._path = path
-        with _told(url):
+        with _translated_errors(url):
             found = interruptible.heard(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See `Blob.read_at`."""
+        """Return bytes from an offset; fewer only at the end."""
         end = min(offset + length, self.size)
         if offset >= end:
             return b""  # a range of nothing is an error to object stores
         options: GetOptions = {"range": (offset, end), "if_match": self._tag}
-        return _uncut(
+        return _read_with_retries(
             lambda: bytes(self._client.get(self._path, options=options).bytes()),
             self._url,
             self._policy,
         )
 
     def close(self) -> None:
-        """See `Blob.close`."""
+        """Close it. Does nothing the second time."""
 
 
-class _OddKeyError(OSError):
+class _UnsupportedKeyError(OSError):
     """obstore met a key that it refuses."""
 
 
-class _PassingError(ConnectionResetError):
-    """boto3 failed in a way that may pass by itself."""
+class _TemporaryError(ConnectionResetError):
+    """A failure of boto3 that another attempt may not meet."""
 
 
 def _pause_or_raise(error: OSError, attempts: Attempts) -> None:
@@ -468,25 +468,25 @@ def _pause_or_raise(error: OSError, attempts: Attempts) -> None:
     """
     if attempts.pause():
         return
-    if isinstance(error, _PassingError):
+    if isinstance(error, _TemporaryError):
         text = f"{error.strerror}, after {attempts.failures} tries"
         raise OSError(errno.EIO, text, error.filename) from error
     raise error
 
 
-def _uncut(read: Callable[[], T], url: str, policy: RetryPolicy) -> T:
+def _read_with_retries(read: Callable[[], T], url: str, policy: RetryPolicy) -> T:
     attempts = Attempts(policy)
     while True:
         try:
-            with _told(url):
+            with _translated_errors(url):
                 return interruptible.heard(read)
         except ConnectionResetError as error:
             _pause_or_raise(error, attempts)
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """What of the environment decides a client: one made before somebody set right a variable must
-    not be used after it.
+    """Return the variables that configure a client. After one was corrected, an older client must
+    not be used.
     """
     return tuple(
         sorted(
@@ -499,7 +499,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 def _client(
     bucket: str, policy: RetryPolicy, environment: tuple[tuple[str, str], ...]
 ) -> ObjectStore:
-    """The one client of this process for a bucket, with its connections. Raises: UsageError."""
+    """Return this process's client for a bucket, with its connections. Raises: UsageError."""
     try:
         from obstore.store import from_url
     except ImportError as error:
@@ -512,7 +512,7 @@ def _client(
     options: ClientConfig = {
         "allow_http": any(
             endpoint.startswith("http://") for endpoint in endpoints
-        ),  # whoever wrote that meant it
+        ),  # an explicit http endpoint is deliberate
         "connect_timeout": timedelta(seconds=policy.connect_s),
         "timeout": timedelta(seconds=policy.request_s),
         "user_agent": f"imagemill/{__version__}",
@@ -541,7 +541,7 @@ def _client(
 
 
 @functools.lru_cache(maxsize=16)
-def _exact_client(policy: RetryPolicy, environment: tuple[tuple[str, str], ...]) -> Any:
+def _boto3_client(policy: RetryPolicy, environment: tuple[tuple[str, str], ...]) -> Any:
     """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region
     and credentials. Raises: UsageError.
     """
@@ -607,7 +607,7 @@ def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
+def _translated_errors(url: str) -> Iterator[None]:
     """Turn the library's errors into the system's, with one line of text."""
     from obstore import exceptions
 
@@ -620,7 +620,7 @@ def _told(url: str) -> Iterator[None]:
     except exceptions.PreconditionError as error:
         raise OSError(errno.ESTALE, "changed while it was being read", url) from error
     except exceptions.InvalidPathError as error:
-        raise _OddKeyError(errno.EINVAL, _reason(error), url) from error
+        raise _UnsupportedKeyError(errno.EINVAL, _reason(error), url) from error
     except (exceptions.BaseError, ValueError) as error:
         text = str(error)
         code = (_STATUS.search(text) or ("", ""))[1][:3]
@@ -633,11 +633,11 @@ def _told(url: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("botocore"):
             raise
-        raise _of_boto3(error, url) from error
+        raise _from_boto3(error, url) from error
 
 
-def _of_boto3(error: Exception, url: str) -> OSError:
-    """Turn an error of boto3 into the system's. What may pass by itself is a
+def _from_boto3(error: Exception, url: str) -> OSError:
+    """Turn an error of boto3 into the system's. A temporary one is a
     ConnectionResetError.
     """
     answer = getattr(error, "response", None)
@@ -648,7 +648,7 @@ def _of_boto3(error: Exception, url: str) -> OSError:
             "ParamValidationError",
             "SSLError",
         )
-        return (_PassingError if is_passing else OSError)(errno.EIO, _reason(error), url)
+        return (_TemporaryError if is_passing else OSError)(errno.EIO, _reason(error), url)
     status, code = (
         answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
         answer.get("Error", {}).get("Code", ""),
@@ -657,7 +657,7 @@ def _of_boto3(error: Exception, url: str) -> OSError:
         f"{status} {next((known.phrase for known in HTTPStatus if known == status), '')} ({code})"
     )
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
-        return _PassingError(errno.EIO, text, url)
+        return _TemporaryError(errno.EIO, text, url)
     return OSError(
         {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}.get(status, errno.EIO), text, url
     )
@@ -686,7 +686,7 @@ _CAUSES = {
 
 
 def _reason(error: Exception) -> str:
-    """One line of the many that the library writes."""
+    """Return an error's text as one line: the libraries write many."""
     text = str(error)
     first = " ".join(text.partition("\n\nDebug source:")[0].split())
     if "169.254.169.254" in first or "Unable to locate credentials" in first:
@@ -724,17 +724,17 @@ class BlobFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return where the next read begins."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """See `io.IOBase.seek`."""
+        """Move to a position and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._blob.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """See `io.RawIOBase.readinto`."""
+        """Fill a buffer; return how many bytes were read."""
         data = self._blob.read_at(self._at, len(buffer))
         buffer[: len(data)] = data
         self._at += len(data)

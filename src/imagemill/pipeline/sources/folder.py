@@ -50,9 +50,7 @@ _UNTYPEABLE = re.compile(r"['\udc80-\udcff]")
 
 
 class FolderSource:
-    """See the module's docstring. `root` is absolute; `skip` is a folder that is never entered: the
-    job's own output.
-    """
+    """A folder, or one file. `root` is absolute; `skip`, the job's output, is never entered."""
 
     ordered = True
 
@@ -64,7 +62,7 @@ class FolderSource:
         self._prefix = os.path.join(root, b"")  # noqa: PTH118 - bytes, for names that are not UTF-8
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. A source that is itself a file is planned whatever its suffix."""
+        """Yield the images. A source that is itself a file is planned whatever its suffix."""
         try:
             found = os.stat(self._root)  # noqa: PTH116
         except OSError as error:
@@ -81,7 +79,7 @@ class FolderSource:
             yield Entry(self._position, path, size, max(group, 0))
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
-        """See `Source.fetch`."""
+        """Return the bytes of one file."""
         return read_file(self._prefix + path if path else self._root, max_bytes)
 
     def _walk(

@@ -63,7 +63,7 @@ class GzipBlob:
             self._unpacker.import_index(fileobj=io.BytesIO(kept))
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """See `Blob.read_at`. Raises: OSError; zlib.error where it cannot be unpacked."""
+        """Return unpacked bytes. Raises: OSError; zlib.error if they cannot be unpacked."""
         pieces = []
         while length > 0:
             number, start = divmod(offset, self._block_bytes)
@@ -100,7 +100,7 @@ class GzipBlob:
             return self._blocks[number]
 
     def close(self) -> None:
-        """See `Blob.close`."""
+        """Close the file."""
         with self._lock:
             self._unpacker.close()
 

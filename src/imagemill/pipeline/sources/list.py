@@ -19,7 +19,7 @@ from imagemill.system import storage
 
 
 class ListSource:
-    """See the module's docstring. Each line is planned, whatever its suffix: the list has chosen.
+    """A list of paths and URLs. Each line is planned, whatever its suffix.
     Empty lines are passed over.
 
     A line that starts with a double quote is a JSON string, for names that hold a line break;
@@ -35,7 +35,7 @@ class ListSource:
         self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. The order is the list's; sizes are not known."""
+        """Yield the lines in the order of the list; their sizes are not known."""
         wanted = matcher(filters)
         try:
             with locations.open_text(self.name, self._file, self._access, "\n") as lines:
@@ -71,7 +71,7 @@ class ListSource:
             ) from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
-        """See `Source.fetch`."""
+        """Return the bytes of the image that a line names."""
         return locations.fetch_beside(self._file, path, max_bytes, self._access)
 
     def _path(self, line: bytes, number: int) -> bytes:

@@ -23,9 +23,7 @@ _REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the 
 
 
 class ObjectSource:
-    """See the module's docstring. `url` ends without a slash; it is an image where there is such an
-    object, else what lies below it.
-    """
+    """An object that is an image, or the images below a prefix. `url` ends without a slash."""
 
     ordered: Literal["whole"] = "whole"
 
@@ -35,9 +33,7 @@ class ObjectSource:
         self._position = position
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. A source that is itself an object is planned whatever its
-        suffix.
-        """
+        """Yield the images. A source that is itself an object is planned whatever its suffix."""
         try:
             size = _look(self._url, None)
             if size is not None:
@@ -48,7 +44,7 @@ class ObjectSource:
             raise cannot_read(self._url, error) from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
-        """See `Source.fetch`."""
+        """Return the bytes of one object."""
         return fetch(f"{self._url}/{os.fsdecode(path)}" if path else self._url, max_bytes)
 
     def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:

@@ -58,7 +58,7 @@ _OPEN_TABLES, _OPEN_ROW_GROUPS = 2, 2
 
 
 class ParquetSource:
-    """See the module's docstring.
+    """A Parquet file whose rows hold images, or paths or URLs of images.
 
     Args:
         position: of the source in the command.
@@ -79,7 +79,7 @@ class ParquetSource:
         self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. Reads the footer, and the names where the table has them; the sizes
+        """Yield the rows. Only the footer is read, and the names if the table has them; the sizes
         are not known.
         """
         wanted = matcher(filters)
@@ -103,7 +103,7 @@ class ParquetSource:
                         skipped.by_filter += 1
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. Where the table holds a path and no bytes, the image lies there."""
+        """Return the bytes of a row's image, in the table or at the path that it holds."""
         return retried(
             lambda: self._fetch(path, locator, max_bytes), "the table was listed but is gone"
         )
@@ -331,7 +331,7 @@ class _BlobReader(storage.BlobFile):
     """
 
     def read(self, size: int = -1) -> bytes:
-        """See `io.RawIOBase.read`; no less than asked for, unless the blob ends."""
+        """Return as many bytes as asked for, unless the blob ends."""
         with _patient():
             data = self._blob.read_at(self._at, size if size >= 0 else self._blob.size - self._at)
         self._at += len(data)

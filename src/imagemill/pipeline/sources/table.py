@@ -46,7 +46,7 @@ def is_table(location: str) -> bool:
 
 
 class TableSource:
-    """See the module's docstring. Each row is planned, whatever its suffix: the table has chosen.
+    """A CSV or Parquet table of paths and URLs. Each row is planned, whatever its suffix.
 
     Args:
         position: of the source in the command.
@@ -67,7 +67,7 @@ class TableSource:
         self._access = access
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. The order is the table's; sizes are not known."""
+        """Yield the rows in the order of the table; their sizes are not known."""
         wanted = matcher(filters)
         suffix = self._location[-4:].lower()
         cells = (
@@ -88,7 +88,7 @@ class TableSource:
                 skipped.by_filter += 1
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. The locator is empty, or the number of a row whose cell is."""
+        """Return the bytes of a row's image. The locator of an empty cell is its row's number."""
         if not path:
             raise BadImage(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
         return locations.fetch_beside(self._location, path, max_bytes, self._access)

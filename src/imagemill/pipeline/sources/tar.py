@@ -87,8 +87,8 @@ class TarSource:
         return gz.GzipBlob(blob, self._index) if blob.read_at(0, 2) == gz.MAGIC else blob
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. In the order of the archive. A packed one is unpacked for it, and
-        where `aside` is given its index kept.
+        """Yield the members in the order of the archive. A compressed one is decompressed
+        for that, and its index is kept if there is a folder for it.
         """
         try:
             blob = open_blob(self._location)
@@ -149,8 +149,8 @@ class TarSource:
                 yield Entry(self._position, name, size, locator=locator)
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the locator says it
-        """See `Source.fetch`. One read: the header lies before the data, and must still be the one
-        that was listed.
+        """Return a member's bytes, by one read. The header before them must still be the one that
+        was listed.
         """
         if locator[0] in (_READ_ERROR, _UNSUPPORTED):
             raise BadImage(

@@ -100,7 +100,7 @@ class _Member:
 
 
 class ZipSource:
-    """See the module's docstring. `location` is a path or URL."""
+    """A zip archive at a path or URL."""
 
     ordered = False
 
@@ -115,7 +115,7 @@ class ZipSource:
         """
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """See `Source.entries`. In the order of the directory."""
+        """Yield the members in the order of the directory."""
         chosen = chooser(filters, skipped)
         try:
             blob = open_blob(self._location)
@@ -135,8 +135,8 @@ class ZipSource:
             raise cannot_read(self.name, error, "a zip archive") from error
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
-        """See `Source.fetch`. One read, or two where the member's header is longer than most; more
-        where its offset has wrapped.
+        """Return a member's bytes. It takes one read, or two if the member's header is longer than
+        most; more if its offset has wrapped.
         """
         offset, stored_bytes, size, crc, method, flags, is_link = _LOCATOR.unpack(locator)
         _refuse(method, flags, is_link)
