@@ -41,31 +41,31 @@ def test_what_the_call_gives_is_given() -> None:
     def bad() -> NoReturn:
         raise KeyError("x")
 
-    assert interruptible.heard(lambda: 7) == 7
+    assert interruptible.run(lambda: 7) == 7
     with pytest.raises(KeyError, match="x"):
-        interruptible.heard(bad)
+        interruptible.run(bad)
     with pytest.raises(KeyError, match="x"):
-        interruptible.heard_all(lambda number: bad() if number == 2 else None, range(4), 2)
+        interruptible.run_all(lambda number: bad() if number == 2 else None, range(4), 2)
 
 
 def test_from_another_thread_it_is_called_right_there() -> None:
     found: list[bool] = []
     thread = threading.Thread(
-        target=lambda: found.append(interruptible.heard(threading.current_thread) is thread)
+        target=lambda: found.append(interruptible.run(threading.current_thread) is thread)
     )
     thread.start()
     thread.join()
     assert found == [True]
-    assert interruptible.heard(threading.current_thread) is not threading.current_thread()
+    assert interruptible.run(threading.current_thread) is not threading.current_thread()
 
 
 @pytest.mark.usefixtures("bell")
 def test_a_signal_ends_the_wait() -> None:
     stop = threading.Event()
     with pytest.raises(Rung):
-        interruptible.heard(lambda: ring_and_wait(stop))
+        interruptible.run(lambda: ring_and_wait(stop))
     with pytest.raises(Rung):
-        interruptible.heard_all(
+        interruptible.run_all(
             lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2
         )
     stop.set()
@@ -81,16 +81,16 @@ def test_a_write_waits_for_one_that_was_left() -> None:
         order.append("older")
 
     with pytest.raises(Rung):
-        interruptible.heard(older, writes=True)
-    assert interruptible.heard(lambda: "read") == "read"
+        interruptible.run(older, writes=True)
+    assert interruptible.run(lambda: "read") == "read"
     threading.Timer(0.2, stop.set).start()
-    interruptible.heard(lambda: order.append("newer"), writes=True)
+    interruptible.run(lambda: order.append("newer"), writes=True)
     assert order == ["older", "newer"]
     assert not interruptible._unfinished
 
 
 def test_all_are_called_each_once() -> None:
     called: list[int] = []
-    interruptible.heard_all(called.append, range(100), 8)
-    interruptible.heard_all(called.append, [], 8)
+    interruptible.run_all(called.append, range(100), 8)
+    interruptible.run_all(called.append, [], 8)
     assert sorted(called) == list(range(100))

@@ -19,7 +19,7 @@ _unfinished: set[threading.Thread] = set()
 """Threads whose writes a later write must not overtake."""
 
 
-def heard(call: Callable[[], T], *, writes: bool = False) -> T:
+def run(call: Callable[[], T], *, writes: bool = False) -> T:
     """Return what a call returns, and handle signals meanwhile.
 
     A handler that raises ends the wait; the call then continues in its thread.
@@ -47,7 +47,7 @@ def heard(call: Callable[[], T], *, writes: bool = False) -> T:
             _unfinished.discard(thread)
 
 
-def heard_all(call: Callable[[A], object], items: Iterable[A], at_once: int) -> None:
+def run_all(call: Callable[[A], object], items: Iterable[A], at_once: int) -> None:
     """Call for every item, `at_once` at a time, and handle signals meanwhile.
 
     Raise the error of the first item whose call failed.

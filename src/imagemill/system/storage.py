@@ -323,7 +323,7 @@ class _ObjectStore:
                     chunks = chunks or iter(
                         self._reader.list(folder, offset=last, chunk_size=1_000)
                     )
-                    chunk = interruptible.heard(partial(next, chunks, None))
+                    chunk = interruptible.run(partial(next, chunks, None))
             except ConnectionResetError as error:
                 _pause_or_raise(error, attempts)
                 chunks = None
@@ -409,7 +409,7 @@ class _ObjectStore:
         with _translated_errors(f"{self.url}/{key}"):
             client = _client(self._bucket, policy or WRITING, _environment())
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
-            interruptible.heard(
+            interruptible.run(
                 lambda: client.put(self._path(key), data, mode=mode, use_multipart=False),
                 writes=True,
             )
@@ -419,7 +419,7 @@ class _ObjectStore:
         with _translated_errors(f"{self.url}/{key}"):
             client = _client(self._bucket, WRITING, _environment())
             with contextlib.suppress(FileNotFoundError):
-                interruptible.heard(lambda: client.delete(self._path(key)), writes=True)
+                interruptible.run(lambda: client.delete(self._path(key)), writes=True)
 
 
 class _ObjectBlob:
@@ -433,7 +433,7 @@ class _ObjectBlob:
         self._url = url
         self._path = path
         with _translated_errors(url):
-            found = interruptible.heard(lambda: client.head(path))
+            found = interruptible.run(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
 
@@ -479,7 +479,7 @@ def _read_with_retries(read: Callable[[], T], url: str, policy: RetryPolicy) -> 
     while True:
         try:
             with _translated_errors(url):
-                return interruptible.heard(read)
+                return interruptible.run(read)
         except ConnectionResetError as error:
             _pause_or_raise(error, attempts)
 

@@ -212,7 +212,7 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
             os.stat(path)  # noqa: PTH116
         except OSError as error:
             raise _cannot_read(source, error) from error
-    interruptible.heard_all(
+    interruptible.run_all(
         partial(_look, user_agent=access.user_agent), urls, 16
     )  # thousands may have come of one pair of braces
 
@@ -236,7 +236,7 @@ def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
         UsageError: a file is of another kind. The message says how to give it. SourceError: it
         cannot be read.
     """
-    interruptible.heard_all(partial(_check_kind, all_files=all_files), sources, 16)
+    interruptible.run_all(partial(_check_kind, all_files=all_files), sources, 16)
 
 
 def _check_kind(source: str, all_files: bool) -> None:

@@ -1,6 +1,4 @@
-"""What archives have in common: which members are planned, and bytes that are opened when they are
-first read.
-"""
+"""What archives share: which members are planned, and blobs that open at their first read."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ _KEPT_OPEN = 4
 
 
 def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
-    """Whether a member is planned, by its path; what is left out is counted. A folder that
-    `--exclude` names is closed, as on a disk.
+    """Return a function that tells by its path whether a member is planned, and counts the others.
+
+    Nothing below a folder that `--exclude` names is planned, as on a disk.
     """
     wanted = matcher(filters)
 
@@ -51,8 +50,9 @@ def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
 
 
 class LazyBlob:
-    """A blob that the first read opens, in whatever process that is, and that is opened anew after
-    an error. For many threads.
+    """A blob that the first read opens, in any process, and that is opened again after an error.
+
+    Safe for many threads.
 
     A job may have thousands of archives; a process keeps the last few open, which is enough for
     images that come in plan order.
@@ -98,7 +98,7 @@ class LazyBlob:
 
 
 def cannot_read(name: str, error: OSError, what: str) -> SourceError:
-    """The one clear message for an archive that cannot be listed."""
+    """Return the error for an archive that cannot be listed."""
     if storage.is_url(name):
         return objects.cannot_read(name, error)
     return SourceError(f"source {name} cannot be read: {error.strerror or error}. Give {what}.")

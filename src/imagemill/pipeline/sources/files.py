@@ -1,6 +1,4 @@
-"""Reading one file of a file system: retried where the error may pass, a reason where it does
-not.
-"""
+"""Read one file of a file system. Temporary errors are retried, others become a row."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from collections.abc import Callable
 from imagemill.records import BadImage, Status
 from imagemill.system.retry import Attempts, RetryPolicy
 
-_PASSING_ERRORS = frozenset(
+_TEMPORARY_ERRORS = frozenset(
     (
         errno.EIO,
         errno.EAGAIN,
@@ -29,7 +27,7 @@ _READING = RetryPolicy(attempts=5, seconds=5.0, pause_s=0.1)
 
 
 def read_file(path: bytes, max_bytes: int) -> bytes:
-    """Read an image's file. Errors that may pass by themselves are retried for about a second.
+    """Return the bytes of an image's file. Temporary errors are retried for about a second.
 
     Raises:
         BadImage: `missing`, `too_large`, or `read_error`, which everything but a regular file is.
@@ -40,8 +38,9 @@ def read_file(path: bytes, max_bytes: int) -> bytes:
 
 
 def retried(read: Callable[[], bytes], gone: str) -> bytes:
-    """Call `read` until it succeeds, for about a second while its errors may pass by themselves;
-    `gone` is what a `missing` row says.
+    """Call `read` until it succeeds, for about a second while its errors are temporary.
+
+    `gone` is the error of a `missing` row.
 
     Raises:
         BadImage: `missing`, or `read_error`.
@@ -51,7 +50,7 @@ def retried(read: Callable[[], bytes], gone: str) -> bytes:
         try:
             return read()
         except OSError as error:
-            if error.errno in _PASSING_ERRORS and attempts.pause():
+            if error.errno in _TEMPORARY_ERRORS and attempts.pause():
                 continue
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise BadImage(Status.MISSING, gone) from error

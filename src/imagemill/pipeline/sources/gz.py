@@ -1,14 +1,13 @@
-"""Random access to a gzip file: an index of places where unpacking can begin, made once, while its
-archive is listed.
+"""Random access to a gzip file, by an index of places where decompression can start.
 
-The index is indexed_gzip's: some 32 KiB for each place. Every 1 to 16 MiB of what comes out there
-is one, by the size of the file, so that the index of a file of up to 4 GiB stays below some 10 MiB.
-It is kept beside the plan with a checksum of its own, for the processes that fetch; where it lacks
-or is damaged they make it again as far as they need it.
+The index is made once, while the archive is listed. It is indexed_gzip's: about 32 KiB for each
+place, and a place every 1 to 16 MiB of decompressed bytes, depending on the size of the file. So
+the index of a file of up to 4 GiB has at most about 10 MiB. It is kept beside the plan, with a
+checksum, for the processes that fetch. If it is missing or damaged, they make it again as far as
+they need it.
 
-indexed_gzip reads over broken and missing ends of a file without a word. So who lists reads by the
-standard library, and who fetches compares the checksum of each image with the one that was then
-found.
+indexed_gzip ignores broken and missing ends of a file. So the standard library reads the file to
+list it, and each fetch compares the checksum of the image with the one found then.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Whatever a line of a list or a cell of a table may name: a path, a URL of the web, an object in a
-store.
-"""
+"""Fetch what a line of a list or a cell of a table names: a path, a URL or an object."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
     """
     location = access.at(location)
     if b"\0" in location:
-        raise BadImage(Status.MISSING, "nothing can lie there: its name has a NUL byte")
+        raise BadImage(Status.MISSING, "its name has a NUL byte, so it cannot exist")
     if not storage.is_url(location):
         return read_file(location, max_bytes)
     if storage.names_password(location):

@@ -105,7 +105,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
 
 
 def look(url: str) -> None:
-    """See that there is an object, or something below. Raises: SourceError."""
+    """Raise SourceError if there is no object at a URL, and none below it."""
     try:
         _look(url, storage.PROBING)
     except OSError as error:
@@ -113,7 +113,7 @@ def look(url: str) -> None:
 
 
 def cannot_read(url: str, error: OSError) -> SourceError:
-    """What to say of a source that cannot be read."""
+    """Return the error for a source that cannot be read."""
     return SourceError(
         f"source {url} cannot be read: {error.strerror}. {_REMEDIES.get(error.errno or 0, _REMEDY)}"
     )
