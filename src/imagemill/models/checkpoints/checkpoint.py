@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from imagemill.errors import CheckpointError
 from imagemill.models.checkpoints import state_dicts
 from imagemill.models.checkpoints.pickled import (
-    Foreign,
     Machine,
     Refused,
     Tensor,
+    Unknown,
     itemsize,
     kind,
     raw_dtype,
@@ -424,13 +424,13 @@ def _found(root: object) -> dict[str, dict[str, Tensor]]:
     } or found
     for path, mapping in mappings:
         for value in mapping.values():
-            if isinstance(value, Foreign) and not found:
+            if isinstance(value, Unknown) and not found:
                 raise Refused(
                     f"{value.refusal}; there is no state dict in it, as"
                     " torch.save(model.state_dict(), FILE) would write"
                 )
             if (
-                isinstance(value, Foreign)
+                isinstance(value, Unknown)
                 and path in found
                 and value.called
                 and not value.full.startswith(_PLAIN)

@@ -3,7 +3,7 @@
 A pickle is a program. It is not given to Python's unpickler here. `Machine` interprets the two
 dozen opcodes that describe plain data, and where the program names something to call, the name is
 looked up in a closed table: nothing is imported, nothing is called. What is made with a name
-outside the table, such as a command's arguments, becomes a `Foreign` value, which only knows this
+outside the table, such as a command's arguments, becomes a `Unknown` value, which only knows this
 name. Every other opcode is refused, and the message says which. What a program can make this module
 allocate is bounded by the size
 of its file: tensors may not be larger than their storage, storages not larger than the file, and it
@@ -61,7 +61,7 @@ class _Name:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Foreign:
+class Unknown:
     """A value that is not made, because the table does not admit the name of its class or
     function.
     """
@@ -146,7 +146,7 @@ class Machine:
             return items
 
         def top(wanted: type) -> Any:
-            if stack and isinstance(stack[-1], Foreign):
+            if stack and isinstance(stack[-1], Unknown):
                 return wanted()  # what it would hold is dropped
             if not stack or type(stack[-1]) is not wanted:
                 raise Refused(f"its pickle wants a {wanted.__name__} where there is none")
@@ -208,13 +208,13 @@ class Machine:
                     items = pop_to_mark()
                     _filled(top(dict), items)
                 elif code == "EMPTY_SET":
-                    stack.append(Foreign("builtins set"))
+                    stack.append(Unknown("builtins set"))
                 elif code == "ADDITEMS":
                     items = pop_to_mark()
                     top(list)
                 elif code == "FROZENSET":
                     items = pop_to_mark()
-                    stack.append(Foreign("builtins frozenset"))
+                    stack.append(Unknown("builtins frozenset"))
                 elif code == "GLOBAL":
                     stack.append(_named(argument))
                 elif code == "STACK_GLOBAL":
@@ -229,11 +229,11 @@ class Machine:
                     for _ in range(1 if code == "NEWOBJ" else 2):
                         pop()  # arguments
                     made = pop()
-                    if not isinstance(made, Foreign):
+                    if not isinstance(made, Unknown):
                         raise Refused(
                             f"its pickle uses the opcode {code} at byte {at} on {kind(made)}"
                         )
-                    stack.append(Foreign(made.full))
+                    stack.append(Unknown(made.full))
                 elif code == "BUILD":
                     pop()  # the module versions that PyTorch hangs onto a state dict; not needed
                     top(dict)
@@ -241,7 +241,7 @@ class Machine:
                     stack.append(self._storage(pop()))
                 elif code == "STOP":
                     result = pop()
-                    if isinstance(result, Foreign):
+                    if isinstance(result, Unknown):
                         raise Refused(result.refusal)
                     if stack or marks:
                         raise Refused("its pickle ends with values left over")
@@ -255,13 +255,13 @@ class Machine:
             raise Refused(f"its pickle is damaged ({str(error)[:200]})") from None
         raise Refused("its pickle has no end")
 
-    def _storage(self, identity: object) -> Storage | Foreign:
+    def _storage(self, identity: object) -> Storage | Unknown:
         """Read the persistent id of a storage: `("storage", type, key, device, elements[,
         view])`.
         """
         match identity:
-            case ("storage", Foreign() as foreign, *_):
-                return foreign
+            case ("storage", Unknown() as unknown, *_):
+                return unknown
             case ("storage", _Name(full=storage_type), str(key), str(), int(count)):
                 start, length = 0, count
             case ("storage", _Name(full=storage_type), str(key), str(), int(count), None):
@@ -300,8 +300,8 @@ class Machine:
         return Storage(key, dtype, count, start, length)
 
 
-def _named(full: Any) -> _Name | Foreign:
-    return _Name(full) if full in _CALLABLES or full in _STORAGES else Foreign(str(full))
+def _named(full: Any) -> _Name | Unknown:
+    return _Name(full) if full in _CALLABLES or full in _STORAGES else Unknown(str(full))
 
 
 def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
@@ -318,8 +318,8 @@ def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
 
 def _built(function: object, arguments: object) -> object:
     """Do what the admitted callables would do."""
-    if isinstance(function, Foreign):
-        return Foreign(function.full, called=True)
+    if isinstance(function, Unknown):
+        return Unknown(function.full, called=True)
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
         raise Refused(f"its pickle calls {kind(function)}")
     match function.full, arguments:
@@ -356,8 +356,8 @@ def _built(function: object, arguments: object) -> object:
             _,
         ):  # a tensor with attributes
             return _built(inner, rest)
-        case _, (Foreign() as foreign, *_):
-            return foreign
+        case _, (Unknown() as unknown, *_):
+            return unknown
     raise Refused(
         f"its pickle calls {function.full.replace(' ', '.')} with arguments that do not fit"
     )
@@ -411,7 +411,7 @@ def kind(value: object) -> str:
         return "a tensor"
     if isinstance(value, _Name):
         return f"the name {value.full.replace(' ', '.')}"
-    if isinstance(value, Foreign):
+    if isinstance(value, Unknown):
         return f"an object of {shown(value.full.replace(' ', '.'))}"
     return f"a value of type {type(value).__name__}"
 

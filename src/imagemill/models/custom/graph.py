@@ -1,7 +1,6 @@
-"""A foreign graph: looked at beside its card (`examine`), then made into what every bundle holds
-(`assemble`).
+"""Compare a custom graph with its card (`examine`), and make it the graph of a bundle (`assemble`).
 
-The foreign graph's tensors keep their names behind a prefix; opset and IR version are kept.
+The graph's tensors keep their names behind a prefix. Opset and IR version are kept.
 """
 
 from __future__ import annotations
@@ -436,7 +435,7 @@ def _constants(graph: onnx.GraphProto) -> tuple[set[str], dict[str, tuple[int, .
 
 
 def assemble(model: onnx.ModelProto, plan: Plan) -> None:
-    """Turn the foreign model into the wrapped one, in place."""
+    """Turn the custom model into the wrapped one, in place."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph, card = model.graph, plan.card

@@ -1,4 +1,4 @@
-"""The card of a foreign ONNX file, `file.card.json`: what such a file does not say itself."""
+"""The card of a custom ONNX file, `file.card.json`: what such a file does not say itself."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Crop(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OnnxCard:
-    """`file.card.json`: what a foreign ONNX file does not say itself. Every key may be left out;
-    None means the default told here.
+    """`file.card.json`: what a custom ONNX file does not say itself. Every key is optional; None
+    means the default named here.
     """
 
     name: str | None = None

@@ -1,12 +1,12 @@
-"""Foreign ONNX files: any classifier, wrapped to what every bundle is.
+"""Wrap a custom ONNX classifier as a bundle.
 
     file.onnx + file.card.json ─► read, checked
         ─► pixels → [BGR] → float → [NCHW] → − mean → ÷ deviation → the external graph
         → `logits` (n, classes), `embedding` (n, features) ─► run once ─► bundle
 
-The card is JSON, written by hand or by `imagemill wrap`; what it does not say has its default
-(`onnx_card`). What is made of the graph is told in `foreign`. A batch that was fixed when the file
-was exported is opened, and the check run tells whether the graph bears it.
+The card is JSON, written by hand or by `imagemill wrap`; `onnx_card` has the defaults. `graph`
+changes the graph. A batch size that was fixed when the file was exported is opened, and a check run
+shows whether the graph allows that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 _WRAPPER: Final = 1
-"""Rises when the wrapping changes, so that bundles of an older one are built anew."""
+"""Version of the wrapping: bundles of another version are built again."""
 _TOLERANCE: Final = 1e-3
 """Between an image's scores beside one neighbour and beside another, as a share of the largest
 score.
@@ -52,7 +52,7 @@ rounded.
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A foreign file that was wrapped, run and found sound."""
+    """A custom file that was wrapped and run without a fault."""
 
     bundle: Bundle
     card: OnnxCard
@@ -62,8 +62,7 @@ class Checked:
 
 
 def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tuple[Path, Checked]:
-    """Check a foreign file by wrapping and running it, and write its card, or a bundle that can be
-    carried anywhere.
+    """Check a custom file by wrapping and running it, and write its card or a portable bundle.
 
     Args:
         file: ONNX.
@@ -94,10 +93,10 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
 
 
 def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
-    """The wrapped bundle of a foreign file, built in the models folder unless it is there.
+    """Return the bundle of a custom file, and build it in the models folder if it is missing.
 
-    Its folder is named by the file and a hash over file and card, so that whatever changes is built
-    anew.
+    The folder's name has the file's name and a hash over file and card, so that a change of either
+    builds another bundle.
 
     Raises:
         UsageError: there is no such file, or no card beside it. ModelError: see `wrap`.

@@ -127,7 +127,7 @@ def _look(url: str, policy: RetryPolicy | None) -> int | None:
         try:
             size = storage.open_store(bucket, policy).open(key).size
         except (FileNotFoundError, PermissionError):
-            size = None  # whoever may not see an object may yet list what is below
+            size = None  # credentials may allow to list but not to read
     if not size and next(storage.open_store(url, policy).list(), None) is not None:
         return None
     if size is None:

@@ -2,17 +2,17 @@
 bytes in a column.
 
 The column is a struct with `bytes` and `path`, as 🤗 datasets write it, or plain binary. A row's
-path is its number, and behind a slash the name that the table has for it: `00000017/cat.jpg`. Its
-locator says row group, row in it, and the checksum of the footer it was
-listed from: from another table no image is read under these names.
+path is its number and, after a slash, its name in the table: `00000017/cat.jpg`. Its locator holds
+row group, row, and the checksum of the footer it was listed from, so that no image of another table
+is read under these names.
 
-Parquet can be read forward only, within a row group. So one is read forward in batches of some 4
-MiB, the last of which are kept for the threads that lag behind, and whoever begins in its middle,
-after a restart or with a stolen shard, decodes what lies before: at most one row group once, 0.6 s
-for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). In memory are, for at most
-two row groups of at most two tables, a page, its dictionary and 32 MiB of images; how large a page
-is was the writer's choice. From afar a large row group may take longer than an image's
---max-seconds to reach the middle of: then these must be more, or the row groups smaller.
+Within a row group Parquet can only be read forward. So a row group is read in batches of about 4
+MiB, and the last batches are kept for threads that are behind. A worker that starts in the middle,
+after a restart or with a stolen shard, decodes the rows before: at most one row group once, 0.6 s
+for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). Memory holds, for at most
+two row groups of at most two tables, a page, its dictionary and 32 MiB of images; the writer of the
+file chose the size of a page. Over a network, reaching the middle of a large row group may take
+longer than --max-seconds. Then raise that limit, or write smaller row groups.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
         SourceError: there is none, or several.
     """
     kinds = {field.name: plain_type(field.type) for field in schema}
-    held = ", ".join(f"{column} ({told(kind)})" for column, kind in kinds.items())
+    held = ", ".join(f"{column} ({format_type(kind)})" for column, kind in kinds.items())
     if len(kinds) < len(schema):
         raise SourceError(
             f"source {name} has two columns of one name, which cannot be told apart:"
@@ -190,8 +190,8 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
         )
     if not has_bytes(kind):
         raise SourceError(
-            f"source {name}: column {chosen!r} holds {told(kind)}, not the bytes of images. Its"
-            f" columns: {held}."
+            f"source {name}: column {chosen!r} holds {format_type(kind)}, not the bytes of images."
+            f" Its columns: {held}."
         )
     if not pa.types.is_struct(kind):
         return ImageColumn(chosen, None)
@@ -244,8 +244,8 @@ def has_bytes(kind: Any) -> bool:
     return is_bytes(kind)
 
 
-def told(kind: Any) -> str:
-    """A type for people."""
+def format_type(kind: Any) -> str:
+    """Return a type's name for messages."""
     return (
         f"struct of {', '.join(field.name for field in kind)}"
         if pa.types.is_struct(kind)

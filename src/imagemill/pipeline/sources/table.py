@@ -154,7 +154,7 @@ class TableSource:
                     else ""
                 )
                 raise SourceError(
-                    f"source {self.name}: column {column!r} holds {parquet.told(kind)}, not"
+                    f"source {self.name}: column {column!r} holds {parquet.format_type(kind)}, not"
                     f" paths.{hint}"
                 )
             for group in range(opened.file.metadata.num_row_groups):
