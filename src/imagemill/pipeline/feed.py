@@ -1,5 +1,6 @@
-"""The feed: images in plan order become batches, decoded by threads, ahead of the session but never
-far.
+"""The feed: threads decode images, which become batches in plan order.
+
+It runs ahead of the session, within a limit.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ class Feed:
     """Decodes images on `workers` threads and packs them into batches of fixed size.
 
     Args:
-        card: its recipe says what a pixel array is.
+        card: its recipe defines the pixels.
         limits: budgets of one image.
         batch_size: places in a batch.
         workers: decoding threads, at most `heartbeat.SLOTS`.
         heartbeat: where the threads mark the images they work on; None: nowhere.
-        clock: told what reading and decoding took.
+        clock: receives the times of reading and decoding.
     """
 
     def __init__(
@@ -127,8 +128,9 @@ class Feed:
         self._thread.slot = next(self._slots)
 
     def _decode(self, image: PlannedImage, out: NDArray[np.uint8] | None) -> Decoded:
-        """One image on a decoding thread, into `out` or an array of its own: never raises for the
-        image's own faults.
+        """Decode one image on a decoding thread, into `out` or a new array.
+
+        Faults of the image are part of the result, never raised.
         """
         if image.isolation is IsolationReason.HUNG_READ:
             return Decoded(
@@ -154,10 +156,9 @@ class Feed:
                 )
             if image.isolation is not None:
                 if self._heartbeat is not None:
-                    self._heartbeat.mark_image(
-                        slot, image.index, timed=False
-                    )  # the disposable process has a clock of its own
-                return self._decode_alone(data, image.isolation)
+                    # `IsolatedDecoder` keeps the time limit itself.
+                    self._heartbeat.mark_image(slot, image.index, timed=False)
+                return self._decode_isolated(data, image.isolation)
             return (
                 decode(data, self._recipe, self._limits)
                 if out is None
@@ -169,12 +170,12 @@ class Feed:
             if self._heartbeat is not None:
                 self._heartbeat.clear_image(slot)
             ended, cpu_ended = time.perf_counter(), time.thread_time()
-            read, decoding = fetched or (ended, cpu_ended)  # what cannot be read takes its time too
+            read, decoding = fetched or (ended, cpu_ended)  # reading failed, which took time too
             self._clock.image(
                 read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun
             )
 
-    def _decode_alone(self, data: bytes, reason: IsolationReason) -> Decoded:
+    def _decode_isolated(self, data: bytes, reason: IsolationReason) -> Decoded:
         with self._isolated_lock:
             if self._isolated is None:
                 self._isolated = IsolatedDecoder()

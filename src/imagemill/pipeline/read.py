@@ -1,4 +1,4 @@
-"""The first stage: leased shards become images that fetch themselves."""
+"""The first stage: leased shards become planned images."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from imagemill.records import IsolationReason, Job, Lease, PlannedImage
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
-    """The images of leased shards, in plan order, each ready to be fetched. Raises: OutputError
-    where the plan is damaged.
+    """Yield the images of leased shards in plan order, ready to be fetched.
+
+    Raises:
+        OutputError: the plan is damaged.
     """
     folder = JobPaths.of(job.output).plan
     opened = open_all(job.sources, aside=folder, access=job.access)

@@ -1,4 +1,4 @@
-"""Where a worker's time goes: a few sums, added to from any thread."""
+"""Sums of where a worker's time goes, which any thread may add to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from imagemill.records import Clock
 T = TypeVar("T")
 
 SHORT_S = 5.0
-"""In less time than this, start-up and the last batch weigh too much for a bottleneck to be
-named.
-"""
+"""In less time than this, start-up and the last batch weigh too much to name a bottleneck."""
 
 
 def total(clocks: Iterable[Clock]) -> Clock:
-    """The sums of several clocks."""
+    """Return the sums of several clocks."""
     every = list(clocks)
     return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
 
@@ -58,7 +56,7 @@ class Stopwatch:
     """Sums of seconds by name, and counts of images and rows.
 
     Args:
-        heartbeat: where the launcher sees them; None: nowhere.
+        heartbeat: publishes them to the launcher; None: nothing does.
         on_cpu: the session computes on the CPU, in threads of this process.
     """
 
@@ -81,8 +79,13 @@ class Stopwatch:
             self._seconds[name] += seconds
 
     def image(self, read_s: float, decode_s: float, decode_wall_s: float, cpu_s: float) -> None:
-        """Count one image: seconds of reading it, CPU seconds and seconds of decoding it, CPU
-        seconds of both.
+        """Count one image.
+
+        Args:
+            read_s: wall time of reading it.
+            decode_s: CPU time of decoding it.
+            decode_wall_s: wall time of decoding it.
+            cpu_s: CPU time of both.
         """
         with self._lock:
             self._seconds["read"] += read_s
@@ -92,19 +95,20 @@ class Stopwatch:
             self._images += 1
 
     def through(self, rows: int) -> None:
-        """Count rows that have their answers. Called by the thread that runs the loop."""
+        """Count rows with an answer. Call it in the thread that runs the loop."""
         self._rows += rows
         self._loop_cpu = time.thread_time() - self._loop_begun
         if self._heartbeat is not None:
             self._heartbeat.publish(self._rows, self.read())
 
     def timing(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items on, adding to `name` the time that was spent waiting for each but the first:
-        until then the way fills up.
+        """Yield items, and add to `name` the time spent waiting for each but the first.
+
+        The wait for the first item is excluded, because the pipeline fills up meanwhile.
         """
         iterator = iter(items)
         is_first = True
-        if self._process_begun is None:  # compiling the model, before, is no work on images
+        if self._process_begun is None:  # excludes the time of compiling the model
             self._process_begun, self._loop_begun = time.process_time(), time.thread_time()
         while True:
             begun = time.perf_counter()
@@ -119,16 +123,15 @@ class Stopwatch:
             yield item
 
     def elapsed(self) -> float:
-        """Seconds since this watch was made."""
+        """Return the seconds since this stopwatch was made."""
         return time.perf_counter() - self._begun
 
     def read(self) -> Clock:
-        """The sums so far."""
+        """Return the sums so far."""
         with self._lock:
             session_cpu = 0.0
-            if (
-                self._on_cpu and self._process_begun is not None
-            ):  # what no other thread of this process has used
+            if self._on_cpu and self._process_begun is not None:
+                # The CPU time of this process that no other thread of ours has used.
                 session_cpu = max(
                     0.0,
                     time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu,
