@@ -38,7 +38,7 @@ def has_parts(output: Path) -> bool:
 def test_sigterm_finishes_what_is_in_hand_within_the_grace(
     null_start, null_run, small_jpegs: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM: the shards in hand are finished, no other is begun, exit 143 with the way to go on;
+    """SIGTERM: the shards in flight are finished, no other is begun, exit 143 with the way to go on;
     repeating the command resumes.
     """
     output = tmp_path / "out"

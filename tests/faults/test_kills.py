@@ -109,7 +109,7 @@ def test_the_image_in_hand_at_a_kill_is_no_worse_off(
     else:
         assert helpers.finish(process).code == 0
         log = (tmp_path / "out" / "logs" / "launcher.log").read_text()
-        assert f"(pid {worker}) died of signal SIGKILL" in log
+        assert f"(pid {worker}) was killed by SIGKILL" in log
     assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
     harness.assert_complete(tmp_path / "out")
     harness.assert_same(tmp_path / "out", tmp_path / "calm")
