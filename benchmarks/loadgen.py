@@ -22,7 +22,7 @@ from typing import Any
 import mlperf_loadgen as lg
 import numpy as np
 
-from imagemill.bench.measure import synthetic_job
+from imagemill.bench.measure import synthetic_session
 from imagemill.bench.records import BenchSettings
 from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices, open_session
@@ -131,10 +131,11 @@ def main() -> int:
     asked = parser.parse_args()
     (device,) = devices.resolve(asked.device)
     settings = BenchSettings(synthetic=True, model=asked.model, precision=asked.precision)
-    job = resolved(
-        synthetic_job(settings, registry.resolve(asked.model, asked.models_dir), [device]), [device]
+    spec = resolved(
+        synthetic_session(settings, registry.resolve(asked.model, asked.models_dir), [device]),
+        [device],
     )
-    driven = Driven(open_session(job, device, Stopwatch()), job.batch_size, job.card.recipe.size)
+    driven = Driven(open_session(spec, device, Stopwatch()), spec.batch_size, spec.card.recipe.size)
     in_order = driven.class_ids(range(IMAGES))  # warms up, too
     begun = time.monotonic()
     driven.class_ids(range(IMAGES))
@@ -147,8 +148,8 @@ def main() -> int:
         for entry in log
     )
     print(
-        f"{job.card.name} in {job.precision} on {device.name} ({device.engine}), batches of"
-        f" {job.batch_size}"
+        f"{spec.card.name} in {spec.precision} on {device.name} ({device.engine}), batches of"
+        f" {spec.batch_size}"
     )
     print(
         f"LoadGen: {float(summary['Samples per second']):,.1f} samples/s, {summary['Result is']};"

@@ -79,15 +79,12 @@ def sink_alone(output: Path, folder: Path) -> float:
     """CPU seconds of writing the rows of a finished job once more, elsewhere."""
     frozen = OpenJob.open(output).frozen
     job, clock = frozen.job, Stopwatch()
-    session = open_session(job, devices.resolve("null")[0], clock)
+    session = open_session(job.session, devices.resolve("null")[0], clock)
     leases = map(Lease, plan.shards(JobPaths(output).plan))
-    with Feed(
-        job.card, job.limits, job.batch_size, len(devices.usable_cores()), None, clock
-    ) as feed:
+    spec, threads = job.session, len(devices.usable_cores())
+    with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, clock) as feed:
         rows = [
-            top_k.top_k(
-                replace(batch, pixels=batch.pixels[:0]), outputs, job.card, job.top_k, job.precision
-            )
+            top_k.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, spec, job.top_k)
             for batch, outputs in session.stream(feed.batches(read.read(leases, job)))
         ]
     files.make_folder(JobPaths(folder).predictions)

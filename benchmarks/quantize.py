@@ -26,7 +26,7 @@ from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Job, Limits, Precision
+from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
 from imagemill.tuning import precisions, quantize, trial
 
 
@@ -77,23 +77,8 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     )
 
     def opened(precision: Precision):
-        job = Job(
-            "",
-            (),
-            str(files[precision]),
-            card,
-            precision,
-            "",
-            given.batch_size,
-            0,
-            0,
-            1,
-            (),
-            Limits(),
-            "",
-            "",
-        )
-        session = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
+        spec = SessionSpec(str(files[precision]), card, precision, given.batch_size)
+        session = open_session(spec, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
         for _ in session.stream([batch] * 4):
             pass
         return session

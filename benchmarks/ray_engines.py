@@ -151,10 +151,15 @@ class Shards:
 
         processes.pin_to_cores(device.cores)
         self._job, self._clock = job, Stopwatch()
-        self._session = open_session(job, device, self._clock)
+        self._session = open_session(job.session, device, self._clock)
         self._sink = Sink(job, self._session.backend, self._session.versions)
         self._feed = Feed(
-            job.card, job.limits, job.batch_size, len(device.cores), None, self._clock
+            job.session.card.recipe,
+            job.limits,
+            job.session.batch_size,
+            len(device.cores),
+            None,
+            self._clock,
         )
 
     def __call__(self, batch: dict) -> dict:

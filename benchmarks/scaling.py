@@ -168,21 +168,16 @@ def verify(folder: Path, _: int) -> None:
 
 
 def _job(folder: Path) -> object:
-    from imagemill.records import Card, Job, Limits, Precision, Recipe
+    from imagemill.records import Card, Job, Limits, Precision, Recipe, SessionSpec
 
     card = Card("null", "null", (), Recipe(), (0, 0, 0), (1, 1, 1), "", "", {})
     return Job(
         str(folder / "job"),
         ("/photos",),
-        "",
-        card,
-        Precision.FP32,
+        SessionSpec("", card, Precision.FP32, 4),
         "model",
-        4,
-        0,
         1,
         5,
-        (),
         Limits(),
         "plan",
         "answer",

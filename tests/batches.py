@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from imagemill.records import Batch, Bundle, Job, Limits, Precision, Row, Shard, Status
+from imagemill.records import Batch, Bundle, Job, Limits, Precision, Row, SessionSpec, Shard, Status
 from tiny import SIZE
 
 _SHARD = Shard(0, 0, 1000, 0, "plan.parquet", 0)
@@ -33,25 +33,14 @@ def batches(count: int, size: int = 3, filled: int | None = None, seed: int = 0)
 
 
 def make_job(model: Bundle, **changes: Any) -> Job:
-    """A job of batches of three, in fp32."""
-    values: dict[str, Any] = {
-        "output": "/nowhere",
-        "sources": (),
-        "model_file": str(model.dir / "model.onnx"),
-        "card": model.card,
-    }
-    values |= {
-        "batch_size": 3,
-        "batches_per_step": 0,
-        "num_workers": 0,
-        "top_k": 5,
-        "save": (),
-        "limits": Limits(),
-    }
-    return Job(
-        **(
-            values
-            | {"precision": Precision.FP32, "variant": "model", "plan_id": "", "answer_id": ""}
-            | changes
-        )
-    )
+    """A job without sources, whose session is `make_spec`'s."""
+    values: dict[str, Any] = {"output": "/nowhere", "sources": (), "variant": "model"}
+    values |= {"session": make_spec(model), "num_workers": 0, "top_k": 5, "limits": Limits()}
+    return Job(**(values | {"plan_id": "", "answer_id": ""} | changes))
+
+
+def make_spec(model: Bundle, **changes: Any) -> SessionSpec:
+    """A session with batches of three, in fp32."""
+    values: dict[str, Any] = {"model_file": str(model.dir / "model.onnx"), "card": model.card}
+    values |= {"precision": Precision.FP32, "batch_size": 3}
+    return SessionSpec(**(values | changes))

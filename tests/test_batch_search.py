@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from batches import make_job
+from batches import make_spec
 from imagemill import bench
 from imagemill.bench import batch_search, pool
 from imagemill.bench.messages import Compute, Measured
 from imagemill.errors import DeviceError, Interrupted, UsageError, WorkerError
 from imagemill.pipeline.backends import devices
-from imagemill.records import Bundle, DeviceSpec, Job, Precision
+from imagemill.records import Bundle, DeviceSpec, Precision, SessionSpec
 
 CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 
@@ -30,16 +30,18 @@ class FakePools:
         self.opened: list[int] = []
         self.open = 0
 
-    def __call__(self, job: Job, chosen: Any, patience_s: float | None = None) -> _FakePool:
+    def __call__(
+        self, spec: SessionSpec, chosen: Any, patience_s: float | None = None
+    ) -> _FakePool:
         assert (
-            job.cache_dir is None
+            spec.cache_dir is None
         )  # or each size that is tried would leave a compiled model behind
         assert patience_s
-        self.opened.append(job.batch_size)
-        if job.batch_size not in self.rates:
+        self.opened.append(spec.batch_size)
+        if spec.batch_size not in self.rates:
             raise self.error
         self.open += 1
-        return _FakePool(self, job.batch_size)
+        return _FakePool(self, spec.batch_size)
 
 
 class _FakePool:
@@ -68,8 +70,8 @@ def fakes(
 
 
 @pytest.fixture
-def job(tiny: Bundle, tmp_path: Path) -> Job:
-    return make_job(
+def spec(tiny: Bundle, tmp_path: Path) -> SessionSpec:
+    return make_spec(
         tiny, batch_size=4, precision=Precision.INT8, cache_dir=str(tmp_path / "compiled")
     )
 
@@ -99,7 +101,7 @@ def test_the_search_goes_on_while_it_gains(
     rates: Mapping[int, float],
     best: int,
     tried: list[int],
-    job: Job,
+    spec: SessionSpec,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the job's size down, else up. No process is left behind, and the line names every size
@@ -107,13 +109,13 @@ def test_the_search_goes_on_while_it_gains(
     """
     family = fakes(monkeypatch, rates)
     lines: list[str] = []
-    size, measured = batch_search.find_batch_size(job, CPU, lines.append)
+    size, measured = batch_search.find_batch_size(spec, CPU, lines.append)
     assert (size, family.opened, family.open) == (best, tried, 0)
     assert measured == {size: pytest.approx(rates[size]) for size in sorted(tried) if size in rates}
     assert lines[-1].startswith(f"batch size {best}; images/s, compute only: ")
 
 
-def test_on_a_gpu_batches_may_be_larger(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_batches_may_be_larger(spec: SessionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to 512."""
     fakes(monkeypatch, {2**step: 100 * 2.0**step for step in range(12)})
     monkeypatch.setattr(_FakePool, "orders", lambda self, seconds, fewest: {"cuda#0": Compute(8)})
@@ -124,29 +126,29 @@ def test_on_a_gpu_batches_may_be_larger(job: Job, monkeypatch: pytest.MonkeyPatc
     )
     assert (
         batch_search.find_batch_size(
-            job, (DeviceSpec("cuda#0", "cuda", "onnxruntime", (0, 1)),), lambda _: None
+            spec, (DeviceSpec("cuda#0", "cuda", "onnxruntime", (0, 1)),), lambda _: None
         )[0]
         == 512
     )
 
 
 def test_a_first_size_that_cannot_be_measured_is_an_error(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    spec: SessionSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = fakes(monkeypatch, {}, WorkerError("it died"))
     with pytest.raises(WorkerError, match="it died"):
-        batch_search.find_batch_size(job, CPU, lambda _: None)
+        batch_search.find_batch_size(spec, CPU, lambda _: None)
     assert family.open == 0
 
 
 @pytest.mark.parametrize("rates", [{}, {4: 100}])
 def test_a_signal_ends_a_search(
-    rates: Mapping[int, float], job: Job, monkeypatch: pytest.MonkeyPatch
+    rates: Mapping[int, float], spec: SessionSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not count as a size that failed, and no process is left."""
     family = fakes(monkeypatch, rates, Interrupted("stop", 143))
     with pytest.raises(Interrupted):
-        batch_search.find_batch_size(job, CPU, lambda _: None)
+        batch_search.find_batch_size(spec, CPU, lambda _: None)
     assert family.open == 0
 
 
@@ -195,4 +197,4 @@ def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> N
     with pytest.raises(
         WorkerError, match=r"the process that measures null#0 sent no message for 0\.001 s"
     ):
-        pool.MeasuringPool(make_job(tiny), devices.resolve("null"), patience_s=0.001)
+        pool.MeasuringPool(make_spec(tiny), devices.resolve("null"), patience_s=0.001)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from batches import make_job
+from batches import make_spec
 from imagemill.records import Bundle, DeviceSpec, Precision
 from imagemill.system import cpu
 from imagemill.tuning import batch_size
@@ -34,6 +34,6 @@ def test_a_size_that_was_asked_for_is_obeyed(tiny: Bundle, monkeypatch: pytest.M
     """The rule only fills in what nobody said."""
     monkeypatch.setattr(cpu, "flags", lambda *_: {"avx2"})
     device = DeviceSpec("cpu#0", "cpu", "openvino", (0, 1))
-    job = make_job(tiny, batch_size=0, precision=Precision.INT8)
+    job = make_spec(tiny, batch_size=0, precision=Precision.INT8)
     assert batch_size.resolved(job, [device]).batch_size == 4
     assert batch_size.resolved(replace(job, batch_size=7), [device]).batch_size == 7

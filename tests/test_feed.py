@@ -27,7 +27,6 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     BadImage,
     Batch,
-    Card,
     Decoded,
     IsolationReason,
     Limits,
@@ -39,7 +38,7 @@ from imagemill.records import (
 
 SIDE = 4
 SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
-CARD = Card("x", "x", (), Recipe(SIDE, None), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
+RECIPE = Recipe(SIDE, None)
 
 
 def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
@@ -62,7 +61,7 @@ def image(number: int, kind: str) -> PlannedImage:
 
 
 def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
-    with Feed(CARD, Limits(), batch_size, workers, None, Stopwatch()) as feed:
+    with Feed(RECIPE, Limits(), batch_size, workers, None, Stopwatch()) as feed:
         for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
             yield Batch(
                 batch.pixels.copy(), batch.filled, batch.rows
@@ -164,7 +163,7 @@ def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
 
     monkeypatch.setattr(feed_module, "decode_into", noting)
     straight = []
-    with Feed(CARD, Limits(), 4, 2, None, Stopwatch()) as feed:
+    with Feed(RECIPE, Limits(), 4, 2, None, Stopwatch()) as feed:
         for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
             for row in batch.rows:
                 if row.slot >= 0:
@@ -193,8 +192,7 @@ def test_real_images_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     data = sample_images.jpeg()
     alone = feed_module.decode(data, Recipe(32), Limits())
-    card = Card("x", "x", (), Recipe(32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "", "-", {})
-    with Feed(card, Limits(), 4, 2, None, Stopwatch()) as feed:
+    with Feed(Recipe(32), Limits(), 4, 2, None, Stopwatch()) as feed:
         (batch,) = feed.batches(
             [PlannedImage(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)]
         )
@@ -224,7 +222,7 @@ def test_reading_ahead_is_bounded() -> None:
         for begun in asked:
             yield image(begun, "o")
 
-    with Feed(CARD, Limits(), 4, 3, None, Stopwatch()) as feed:
+    with Feed(RECIPE, Limits(), 4, 3, None, Stopwatch()) as feed:
         batches = feed.batches(endless())
         for number in range(1, 6):
             next(batches)
@@ -237,7 +235,7 @@ def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
     """
     with heartbeat.shared_file() as file:
         board = heartbeat.Heartbeat(file.fileno())
-        with Feed(CARD, Limits(), 2, 1, board, Stopwatch()) as feed:
+        with Feed(RECIPE, Limits(), 2, 1, board, Stopwatch()) as feed:
             kinds = "oooo" + "m" * 64
             signs = [
                 board.batches
@@ -275,7 +273,7 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
             PlannedImage(n, SHARD, "s", b"a", -1, lambda n=n: fetch(n), why)
             for n, why in reasons.items()
         ]  # type: ignore[misc]
-        with Feed(CARD, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
+        with Feed(RECIPE, Limits(max_seconds=7), 4, 1, board, Stopwatch()) as feed:
             (batch,) = feed.batches(images)
             assert "closed" not in seen
         assert board.active_images() == []
@@ -309,7 +307,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
 
         return PlannedImage(number, SHARD, "s", b"a", -1, fetch)
 
-    with Feed(CARD, Limits(), 2, 1, None, Stopwatch()) as feed:
+    with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
         assert entered.wait(20)
         shutdown = feed._pool.shutdown
@@ -348,7 +346,7 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(feed_module, "decode_into", decodes)
     stopwatch = Stopwatch()
-    with Feed(CARD, Limits(), 4, 1, None, stopwatch) as feed:
+    with Feed(RECIPE, Limits(), 4, 1, None, stopwatch) as feed:
         list(feed.batches(map(reads, range(2))))
     assert (stopwatch.read().read, stopwatch.read().decode, stopwatch.read().images) == (
         6.0,
@@ -365,7 +363,7 @@ def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(
         PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1")
         for number, size in enumerate((2, -1, 3, 0))
     ]
-    with Feed(CARD, Limits(), 4, 1, None, Stopwatch()) as feed:
+    with Feed(RECIPE, Limits(), 4, 1, None, Stopwatch()) as feed:
         list(feed.batches(images))
     assert [record.getMessage() for record in caplog.records] == [
         "b'a2' changed since it was listed: 3 bytes, now 2",

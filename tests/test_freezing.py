@@ -143,7 +143,11 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
         chosen,
         Watcher(),
     )
-    assert resumed == replace(before, job=replace(before.job, **frozen))
+    session = {
+        name: frozen.pop(name) for name in ("batch_size", "batches_per_step") if name in frozen
+    }
+    expected = replace(before.job, session=replace(before.job.session, **session), **frozen)
+    assert resumed == replace(before, job=expected)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,11 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     model.verify_model(frozen)
     gone = replace(
         frozen.job,
-        model_file=str(tmp_path / "gone.onnx"),
-        card=replace(frozen.job.card, origin=origin),
+        session=replace(
+            frozen.job.session,
+            model_file=str(tmp_path / "gone.onnx"),
+            card=replace(frozen.job.session.card, origin=origin),
+        ),
     )
     with pytest.raises(
         OutputError,

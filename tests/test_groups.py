@@ -15,7 +15,7 @@ from imagemill.models.architectures import resnext
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.backends.openvino import fold_constants
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, Card, DeviceSpec, Job, Limits, Precision, Recipe
+from imagemill.records import Batch, Card, DeviceSpec, Precision, Recipe, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import load_openvino
 from imagemill.tuning import quantize
@@ -137,23 +137,8 @@ def test_bf16_answers_are_alike_in_any_batch(
     )
 
     def answers(batch_size: int) -> NDArray[np.float32]:
-        job = Job(
-            "",
-            (),
-            str(network),
-            card,
-            Precision.BF16,
-            "",
-            batch_size,
-            0,
-            0,
-            1,
-            (),
-            Limits(),
-            "",
-            "",
-        )
-        opened = open_session(job, DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
+        spec = SessionSpec(str(network), card, Precision.BF16, batch_size)
+        opened = open_session(spec, DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch())
         batches = []
         for start in range(0, 12, batch_size):
             pixels = np.zeros((batch_size, 224, 224, 3), np.uint8)

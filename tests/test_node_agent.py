@@ -18,7 +18,7 @@ from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
-from imagemill.records import DeviceSpec, Lease, Settings, Shard
+from imagemill.records import DeviceSpec, Job, Lease, Settings, Shard
 from imagemill.runner import run
 from imagemill.system import files
 from imagemill.workers import protocol
@@ -191,6 +191,10 @@ def test_images_that_the_launcher_cannot_read_are_no_sample(
     ]
 
 
+def with_model(job: Job, file: Path) -> Job:
+    return replace(job, session=replace(job.session, model_file=str(file)))
+
+
 def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
     order: Orders, opened: Callable[..., NodeAgent], tmp_path: Path
 ) -> None:
@@ -198,10 +202,8 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
     bytes are refused, with both hashes.
     """
     made = order()
-    content = memoryview(Path(made.job.model_file).read_bytes())
-    there = replace(
-        made, job=replace(made.job, model_file=str(tmp_path / "not here" / "model.onnx"))
-    )
+    content = memoryview(Path(made.job.session.model_file).read_bytes())
+    there = replace(made, job=with_model(made.job, tmp_path / "not here" / "model.onnx"))
     assert opened(there).lacks_model
     wrong = hashlib.sha256(b"other").hexdigest()
     with pytest.raises(
@@ -217,7 +219,7 @@ def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
     assert found.read_bytes() == content
     again = opened(there)
     assert not again.lacks_model
-    assert (again._job.model_file, again._job.cache_dir) == (
+    assert (again._job.session.model_file, again._job.session.cache_dir) == (
         str(found),
         str(found.parent / "compiled"),
     )  # type: ignore[union-attr]
@@ -233,16 +235,13 @@ def test_a_variants_weights_travel_with_it(tmp_path: Path, order: Orders) -> Non
         (tmp_path / name).write_bytes(name.encode())
 
     def files(name: str) -> list[str]:
-        return [
-            file.name
-            for file in provisioning.model_files(replace(job, model_file=str(tmp_path / name)))
-        ]
+        return [file.name for file in provisioning.model_files(with_model(job, tmp_path / name))]
 
     assert files("int8-abc.xml") == ["int8-abc.xml", "int8-abc.bin"]
     assert files("big.onnx") == ["big.onnx", "model.onnx.data"]
-    assert provisioning.model_files(replace(job, model_file=str(tmp_path / "int8-abc.xml")))[
-        1
-    ] == ModelFile("int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest())
+    assert provisioning.model_files(with_model(job, tmp_path / "int8-abc.xml"))[1] == ModelFile(
+        "int8-abc.bin", hashlib.sha256(b"int8-abc.bin").hexdigest()
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
-from batches import batches, make_job
+from batches import batches, make_spec
 from imagemill import errors
 from imagemill.pipeline.backends import BACKENDS, devices, open_session
 from imagemill.pipeline.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession
@@ -30,7 +30,7 @@ def make(
     tiny: Bundle, cores: int = 1, kind: str = "cpu", backend: str = "onnxruntime", **changes: Any
 ) -> OnnxRuntimeSession:
     session = open_session(
-        make_job(tiny, **changes),
+        make_spec(tiny, **changes),
         DeviceSpec(f"{kind}#0", kind, backend, tuple(range(cores))),
         Stopwatch(),
     )
@@ -181,7 +181,7 @@ def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(
     """
     row = PROVIDERS["tensorrt", "cuda"]
     options = row.options(
-        make_job(tiny, precision=precision, cache_dir="/cache"),
+        make_spec(tiny, precision=precision, cache_dir="/cache"),
         DeviceSpec("cuda#3", "cuda", "tensorrt", (0,), 3),
     )
     kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": "/cache"}

@@ -33,7 +33,7 @@ from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.backends.popart import program as popart_program
 from imagemill.pipeline.backends.popart import session as popart_session
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, Bundle, DeviceSpec, Job, Limits, Precision, Saved
+from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved, SessionSpec
 from tiny import CLASSES, SIZE, TINY_CARD, tiny_model
 
 PROGRAM = Path(popart_program.__file__)
@@ -56,22 +56,14 @@ def environment(folder: Path, models_dir: Path, **variables: object) -> dict[str
 
 def opened(model: Bundle, **changes: Any) -> Any:
     values: dict[str, Any] = {
-        "output": "/nowhere",
-        "sources": (),
-        "model_file": str(model.dir / "model.onnx"),
-        "card": model.card,
-    }
-    values |= {
+        "precision": Precision.FP16,
         "batch_size": 3,
         "batches_per_step": 2,
-        "num_workers": 0,
-        "top_k": 5,
-        "save": (),
-        "limits": Limits(),
     }
-    values |= {"precision": Precision.FP16, "variant": "model", "plan_id": "", "answer_id": ""}
     return open_session(
-        Job(**(values | changes)), DeviceSpec("ipu#0", "ipu", "popart", (0,)), Stopwatch()
+        SessionSpec(str(model.dir / "model.onnx"), model.card, **(values | changes)),
+        DeviceSpec("ipu#0", "ipu", "popart", (0,)),
+        Stopwatch(),
     )
 
 
@@ -461,25 +453,10 @@ def test_other_layouts_and_colour_orders_answer_alike(folder: Path, tmp_path: Pa
     model = bundle.load(tmp_path / "bundle")
     given = batches(3, 12)
     session = opened(model)
-    job_on_cpu = {"precision": Precision.FP32, "batches_per_step": 0}
-    values: dict[str, Any] = {
-        "output": "",
-        "sources": (),
-        "model_file": str(model.dir / "model.onnx"),
-        "card": model.card,
-        "batch_size": 3,
-    }
-    values |= {
-        "num_workers": 0,
-        "top_k": 5,
-        "save": (),
-        "limits": Limits(),
-        "variant": "model",
-        "plan_id": "",
-        "answer_id": "",
-    }
     reference = open_session(
-        Job(**(values | job_on_cpu)), DeviceSpec("cpu#0", "cpu", "openvino", (0,)), Stopwatch()
+        SessionSpec(str(model.dir / "model.onnx"), model.card, Precision.FP32, 3),
+        DeviceSpec("cpu#0", "cpu", "openvino", (0,)),
+        Stopwatch(),
     )
     for (_, found), (_, expected) in zip(
         session.stream(given), reference.stream(given), strict=True

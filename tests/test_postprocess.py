@@ -18,12 +18,11 @@ from imagemill.errors import BadLogitsError, ClassCountError
 from imagemill.pipeline.top_k import check_model, to_probabilities, top_k
 from imagemill.records import (
     Batch,
-    Job,
-    Limits,
     Outputs,
     Precision,
     Row,
     Scores,
+    SessionSpec,
     Shard,
     Status,
     TopK,
@@ -33,13 +32,17 @@ from tiny import CLASSES, TINY_CARD
 SHARD = Shard(0, 0, 99, 0, "plan", 0)
 
 
+def spec(scores: Scores = Scores.LOGITS, precision: Precision = Precision.FP32) -> SessionSpec:
+    return SessionSpec("m", replace(TINY_CARD, scores=scores), precision, 2)
+
+
 def ask(scores: Any, k: int = 5, kind: Scores = Scores.LOGITS) -> TopK:
     scores = np.asarray(scores, np.float32)
     rows = tuple(
         Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 1, 1, n) for n in range(len(scores))
     )
     batch = Batch(np.zeros((len(scores), 1, 1, 3), np.uint8), len(scores), rows)
-    return top_k(batch, Outputs(scores), replace(TINY_CARD, scores=kind), k, Precision.FP32)[1]
+    return top_k(batch, Outputs(scores), spec(kind), k)[1]
 
 
 def test_most_probable_first() -> None:
@@ -138,7 +141,7 @@ def test_an_invalid_output_is_the_row_of_its_image_alone(
     scores[1, 4] = bad
     rows = tuple(Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 5, 6, n) for n in range(3))
     batch = Batch(np.zeros((4, 1, 1, 3), np.uint8), 3, rows)
-    found, top = top_k(batch, Outputs(scores), replace(TINY_CARD, scores=kind), 5, precision)
+    found, top = top_k(batch, Outputs(scores), spec(kind, precision), 5)
     assert found.rows == (
         rows[0],
         replace(rows[1], status=Status.INVALID_OUTPUT, error=error, slot=-1),
@@ -160,9 +163,7 @@ def test_an_invalid_embedding_is_an_invalid_output() -> None:
         for n, slot in enumerate(slots)
     )
     batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), 2, rows)
-    found, _ = top_k(
-        batch, Outputs(np.zeros((2, CLASSES), np.float32), embedding), TINY_CARD, 5, Precision.FP32
-    )
+    found, _ = top_k(batch, Outputs(np.zeros((2, CLASSES), np.float32), embedding), spec(), 5)
     assert [(row.status.value, row.slot) for row in found.rows] == [
         ("ok", 0),
         ("empty", -1),
@@ -188,18 +189,9 @@ def check(precision: Precision, is_valid: Callable[[Batch], bool]) -> int:
                 ),
             )
 
-    values: dict[str, Any] = {
-        "output": "",
-        "sources": (),
-        "model_file": "m",
-        "card": TINY_CARD,
-        "variant": "model",
-        "save": (),
-    }
-    numbers = {"batch_size": 2, "batches_per_step": 0, "num_workers": 0, "top_k": 1}
     check_model(
         stream,
-        Job(**values, **numbers, precision=precision, limits=Limits(), plan_id="", answer_id=""),
+        spec(precision=precision),
     )
     return len(asked)
 
@@ -243,7 +235,7 @@ def test_another_number_of_classes_than_labels_names_both() -> None:
     """No label is guessed."""
     with pytest.raises(
         ClassCountError,
-        match=r"^tiny returns 7 classes, its card has 10 labels\. Mend card\.json\.$",
+        match=r"^tiny returns 7 classes, its card has 10 labels\. Fix card\.json\.$",
     ):
         ask(np.zeros((2, 7)))
 
@@ -252,4 +244,4 @@ def test_another_number_of_rows_than_images_is_refused() -> None:
     """Answers are never paired with names by luck."""
     batch = Batch(np.zeros((4, 1, 1, 3), np.uint8), 3, ())
     with pytest.raises(BadLogitsError, match=r"an array of shape \(2, 10\) for a batch of 3"):
-        top_k(batch, Outputs(np.zeros((2, CLASSES), np.float32)), TINY_CARD, 5, Precision.FP32)
+        top_k(batch, Outputs(np.zeros((2, CLASSES), np.float32)), spec(), 5)

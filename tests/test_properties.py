@@ -133,7 +133,7 @@ class Bench:
         frozen = OpenJob.open(reference.output).frozen
         self.frozen = frozen
         self.session = open_session(
-            replace(frozen.job, batch_size=5),
+            replace(frozen.job.session, batch_size=5),
             DeviceSpec("cpu#0", "cpu", "openvino", (0,)),
             Stopwatch(),
         )
@@ -147,7 +147,8 @@ class Bench:
         paths = JobPaths(out)
         for folder in (paths.predictions, paths.plan):
             folder.mkdir(parents=True)
-        job: Job = replace(self.frozen.job, output=str(out), batch_size=5, cache_dir=None)
+        spec = replace(self.frozen.job.session, batch_size=5, cache_dir=None)
+        job: Job = replace(self.frozen.job, output=str(out), session=spec)
         listed = plan.read(
             JobPaths(Path(self.frozen.job.output)).plan,
             plan.shards(JobPaths(Path(self.frozen.job.output)).plan)[0],
@@ -159,7 +160,7 @@ class Bench:
         chosen = list({shard.number: shard for shard in [*chosen, *shards]}.values())
         committed = []
         sink = Sink(job, "openvino", {})
-        with Feed(job.card, job.limits, job.batch_size, 3, None, Stopwatch()) as feed:
+        with Feed(spec.card.recipe, job.limits, 5, 3, None, Stopwatch()) as feed:
             for start in range(0, len(chosen), -(-len(chosen) // calls)):
                 leases: Iterator[Lease] = (
                     Lease(shard) for shard in chosen[start : start + -(-len(chosen) // calls)]

@@ -26,7 +26,17 @@ from imagemill.models import bundle as bundles
 from imagemill.models.architectures import resnext
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, Bundle, Card, DeviceSpec, Entry, Job, Limits, Precision, Recipe
+from imagemill.records import (
+    Batch,
+    Bundle,
+    Card,
+    DeviceSpec,
+    Entry,
+    Limits,
+    Precision,
+    Recipe,
+    SessionSpec,
+)
 from imagemill.system import cpu, serialization
 from imagemill.tuning import gate, precisions, quantize, trial, trial_process
 
@@ -187,23 +197,8 @@ def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) 
     )
 
     def logits(batch_size: int) -> np.ndarray:
-        job = Job(
-            "",
-            (),
-            str(file),
-            bundle.card,
-            Precision.INT8,
-            "",
-            batch_size,
-            0,
-            0,
-            1,
-            (),
-            Limits(),
-            "",
-            "",
-        )
-        session = open_session(job, CPU[0], Stopwatch())
+        spec = SessionSpec(str(file), bundle.card, Precision.INT8, batch_size)
+        session = open_session(spec, CPU[0], Stopwatch())
         batches = [
             Batch(pixels[start : start + batch_size], batch_size, ())
             for start in range(0, 12, batch_size)
@@ -233,7 +228,7 @@ watched = ("socket.", "urllib.", "subprocess.", "os.fork", "os.posix_spawn")
 sys.addaudithook(lambda event, _: event.startswith(watched) and seen.append(event))
 import numpy as np
 from pathlib import Path
-from imagemill.models import quantize
+from imagemill.tuning import quantize
 pixels = [np.zeros((1, {SIZE}, {SIZE}, 3), np.uint8)]
 quantize.save(quantize.quantize(Path({str(tmp_path / "model.onnx")!r}), pixels, 1), Path({str(tmp_path)!r}), "int8-x")
 import nncf.telemetry, openvino

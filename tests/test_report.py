@@ -308,7 +308,7 @@ def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
     """
     frozen = OpenJob.open(reported.output).frozen
     text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
-    card = frozen.job.card
+    card = frozen.job.session.card
     named = (
         card.sha256,
         card.licence,

@@ -614,7 +614,11 @@ def test_what_was_frozen_need_not_be_said_again(
     before = OpenJob.open(tmp_path / "out").frozen
     (begin,) = begun(unsaid(started), monkeypatch)
     assert begin.job == before.job
-    assert (begin.job.card.name, begin.job.batch_size, begin.device.kind) == ("tiny", 4, "null")
+    assert (begin.job.session.card.name, begin.job.session.batch_size, begin.device.kind) == (
+        "tiny",
+        4,
+        "null",
+    )
     assert [row["index"] for row in helpers.rows(tmp_path / "out")] == list(range(12))
     assert problems(tmp_path / "out") == []
 
@@ -1381,8 +1385,8 @@ def test_summary_type_is_what_run_returns(job: Jobs, jpegs: Folders) -> None:
     summary = run.run(job(jpegs(1)))
     assert isinstance(summary, Summary)
     frozen = OpenJob.open(Path(summary.output)).frozen
-    assert frozen.job.precision is Precision.FP32
-    assert frozen.job.card.labels == LABELS
+    assert frozen.job.session.precision is Precision.FP32
+    assert frozen.job.session.card.labels == LABELS
 
 
 @pytest.mark.parametrize("source", ["random", "file"])

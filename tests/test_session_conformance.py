@@ -18,7 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 import popart_standin
-from batches import batches, make_job, rows
+from batches import batches, make_spec, rows
 from faults.harness import children
 from imagemill import errors
 from imagemill.models import bundle
@@ -73,7 +73,7 @@ class Opener:
         self._open: list[Session] = []
 
     def __call__(self, model: Bundle | None = None, **changes: Any) -> Session:
-        job = make_job(model or self._tiny, **({"precision": self.candidate.precision} | changes))
+        job = make_spec(model or self._tiny, **({"precision": self.candidate.precision} | changes))
         device = DeviceSpec(
             f"{self.candidate.kind}#0", self.candidate.kind, self.candidate.backend, (0,)
         )
@@ -261,7 +261,7 @@ def test_a_nan_is_handed_on(opener: Opener, models_dir: Path) -> None:
     bad.pixels[1] = 255
     (first, outputs), (second, nan) = opener(spoilt).stream([good, bad])
     rows = [
-        top_k.top_k(*answer, spoilt.card, 5, Precision.FP32)[0].rows
+        top_k.top_k(*answer, make_spec(spoilt), 5)[0].rows
         for answer in ((first, outputs), (second, nan))
     ]
     statuses = [[row.status.value for row in some if row.status != "empty"] for some in rows]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batches import batches, make_job
+from batches import batches, make_spec
 from helpers import environment
 from imagemill import errors
 from imagemill.pipeline.backends import open_session
@@ -23,7 +23,7 @@ from imagemill.records import Bundle, DeviceSpec, Precision
 
 def make(tiny: Bundle, *, backend: str = "openvino", cores: int = 1, **changes: Any) -> Session:
     return open_session(
-        make_job(tiny, **changes),
+        make_spec(tiny, **changes),
         DeviceSpec("d#0", "cpu", backend, tuple(range(cores))),
         Stopwatch(),
     )
@@ -84,11 +84,11 @@ def test_openvino_compiles_for_the_device_it_was_given(
     assert _device_name(kind, number) == spelt
     device = DeviceSpec(f"{kind}#{number}", kind, "openvino", (0,), number)
     if kind == "cpu":
-        session = open_session(make_job(tiny), device, Stopwatch())
+        session = open_session(make_spec(tiny), device, Stopwatch())
         assert len(list(session.stream(batches(2)))) == 2
     else:
         with pytest.raises(errors.ModelError, match=r"model\.onnx cannot be compiled"):
-            open_session(make_job(tiny), device, Stopwatch())
+            open_session(make_spec(tiny), device, Stopwatch())
 
 
 def test_openvino_is_imported_without_its_telemetry() -> None:

@@ -26,7 +26,18 @@ from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sink as sink_module
 from imagemill.pipeline.sink import Part, Sink
 from imagemill.pipeline.top_k import top_k
-from imagemill.records import Batch, Job, Limits, Outputs, Precision, Row, Saved, Shard, Status
+from imagemill.records import (
+    Batch,
+    Job,
+    Limits,
+    Outputs,
+    Precision,
+    Row,
+    Saved,
+    SessionSpec,
+    Shard,
+    Status,
+)
 from tiny import CLASSES, TINY_CARD
 
 
@@ -34,16 +45,13 @@ def make_job(output: Path, *, top: int = 3, save: tuple[Saved, ...] = ()) -> Job
     values: dict[str, Any] = {
         "output": str(output),
         "sources": ("/s",),
-        "model_file": "m",
-        "card": TINY_CARD,
         "variant": "model",
     }
-    numbers = {"batch_size": 4, "batches_per_step": 0, "num_workers": 0, "top_k": top}
+    numbers = {"num_workers": 0, "top_k": top}
     return Job(
         **values,
         **numbers,
-        precision=Precision.FP32,
-        save=save,
+        session=SessionSpec("m", TINY_CARD, Precision.FP32, 4, save=save),
         limits=Limits(),
         plan_id="p" * 16,
         answer_id="a" * 16,
@@ -84,7 +92,7 @@ def feed(sink: Sink, job: Job, rows: list[Row], batch_rows: int) -> list[Part]:
         )
         outputs = Outputs(logits, logits[:, :4] * 2)
         batch = Batch(np.zeros((batch_rows, 1, 1, 3), np.uint8), len(answered), chosen)
-        parts += list(sink.write(*top_k(batch, outputs, TINY_CARD, job.top_k, job.precision)))
+        parts += list(sink.write(*top_k(batch, outputs, job.session, job.top_k)))
     return parts
 
 

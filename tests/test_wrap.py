@@ -769,7 +769,7 @@ def test_a_squashing_recipe_survives_cards_and_jobs(
     )
     run.run(settings)
     frozen = OpenJob.open(tmp_path / "out").frozen
-    assert frozen.job.card.recipe == made.card.recipe
+    assert frozen.job.session.card.recipe == made.card.recipe
     rows = helpers.rows(tmp_path / "out")
     with api.load(str(made.dir), precision="fp32", save="logits") as opened:
         squashed = [

@@ -36,13 +36,13 @@ from imagemill.pipeline.top_k import check_model, top_k
 from imagemill.records import (
     BadImage,
     Batch,
-    Job,
     Limits,
     Outputs,
     PlannedImage,
     Precision,
     Recipe,
     Saved,
+    SessionSpec,
     Shard,
     Status,
     Summary,
@@ -248,38 +248,31 @@ def load(
             f"`imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
         )
     prepared = precisions.prepare(precision, found, (), tuple, 0, chosen=chosen, say=watcher.say)
-    job = Job(
-        output="",
-        sources=(),
+    spec = SessionSpec(
         model_file=str(prepared.model_file.absolute()),
         card=found.card,
         precision=prepared.precision,
-        variant=prepared.variant,
         batch_size=batch_size or 0,
-        batches_per_step=0,
-        num_workers=num_workers or len(chosen[0].cores),
-        top_k=top_k,
         save=tuple(Saved(item) for item in settings.save or ()),
-        limits=limits or Limits(),
-        plan_id="",
-        answer_id="",
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
-    job = resolved(job, chosen)
+    spec = resolved(spec, chosen)
     ahead = (
         4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8
     )  # twice what sessions have in flight
 
     def opener() -> Session:
-        session = open_session(job, chosen[0], Stopwatch())
+        session = open_session(spec, chosen[0], Stopwatch())
         try:
-            check_model(session.stream, job)
+            check_model(session.stream, spec)
         except BaseException:
             session.close()
             raise
         return session
 
-    return Classifier(job, opener, ahead)
+    return Classifier(
+        spec, opener, ahead, top_k, num_workers or len(chosen[0].cores), limits or Limits()
+    )
 
 
 class Classifier:
@@ -290,31 +283,41 @@ class Classifier:
     process, unlike with `run`.
     """
 
-    def __init__(self, job: Job, opener: Callable[[], Session], ahead: int) -> None:
-        self._job = job
+    def __init__(
+        self,
+        spec: SessionSpec,
+        opener: Callable[[], Session],
+        ahead: int,
+        top_k: int,
+        num_workers: int,
+        limits: Limits,
+    ) -> None:
+        self._spec = spec
+        self._top_k = top_k
+        self._limits = limits
         self._ahead = ahead
         self._process = os.getpid()
         self._device = _Device(opener)
         limits = replace(
-            job.limits, max_bytes=2**62
+            limits, max_bytes=2**62
         )  # checked here, for encoded images only: pixels have no encoded size
-        self._feed = Feed(job.card, limits, job.batch_size, job.num_workers, None, Stopwatch())
+        self._feed = Feed(spec.card.recipe, limits, spec.batch_size, num_workers, None, Stopwatch())
         self._is_open = True
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return self._job.card.name
+        return self._spec.card.name
 
     @property
     def labels(self) -> tuple[str, ...]:
         """One per class, in the order of the logits."""
-        return self._job.card.labels
+        return self._spec.card.labels
 
     @property
     def precision(self) -> str:
         """The precision in use: `fp32`, `bf16` or `int8`."""
-        return self._job.precision.value
+        return self._spec.precision.value
 
     def __enter__(self) -> Classifier:
         return self
@@ -431,8 +434,8 @@ class Classifier:
             raise UsageError("the classifier is closed. Load it again.")
 
     def _predictions(self, batch: Batch, outputs: Outputs) -> Iterator[Prediction]:
-        card, save = self._job.card, self._job.save
-        batch, top = top_k(batch, outputs, card, self._job.top_k, self._job.precision)
+        card, save = self._spec.card, self._spec.save
+        batch, top = top_k(batch, outputs, self._spec, self._top_k)
         for row in batch.rows:
             if row.slot < 0:
                 yield Prediction(row.status, row.error, None, None, None, (), row.width, row.height)
@@ -460,7 +463,7 @@ class Classifier:
     def _fetcher(self, number: int, item: Any) -> Callable[[], bytes]:
         """Return a function that returns the encoded bytes of an item. Raises: UsageError."""
         if isinstance(item, str | os.PathLike):
-            return partial(_read_path, os.fspath(item), self._job.limits.max_bytes)
+            return partial(_read_path, os.fspath(item), self._limits.max_bytes)
         _check_type(number, item)
         try:
             return partial(bytes, self._encoded(number, item))
@@ -471,7 +474,7 @@ class Classifier:
         """Return the encoded bytes of an item that is not a path. Pixels become PPM, so that they
         are prepared like every image. Raises: BadImage, UsageError.
         """
-        limits, recipe = self._job.limits, self._job.card.recipe
+        limits, recipe = self._limits, self._spec.card.recipe
         if isinstance(item, bytes | bytearray | memoryview):
             return _read_buffer(item, limits.max_bytes)
         if isinstance(item, Image.Image):

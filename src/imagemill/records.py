@@ -265,6 +265,28 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionSpec:
+    """What a session compiles, and how."""
+
+    model_file: str
+    """The ONNX or OpenVINO file."""
+    card: Card
+    precision: Precision
+    batch_size: int
+    """Images; 0 until `tuning.batch_size.resolved` has set it."""
+    batches_per_step: int = 0
+    """Maximum number of batches in flight, on an IPU the batches of one step; 0: the session
+    decides.
+    """
+    save: tuple[Saved, ...] = ()
+    """Outputs to keep besides the most probable classes."""
+    cache_dir: str | None = None
+    """Folder for compiled models."""
+    synthetic: bool = False
+    """A benchmark without images: a device may generate its input itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One `imagemill run` as it was frozen; all that a worker needs besides its device and its
     leases.
@@ -273,32 +295,18 @@ class Job:
     output: str
     sources: tuple[str, ...]
     """Absolute paths or URLs; a plan row names its source by position."""
-    model_file: str
-    """The ONNX or OpenVINO file that sessions compile."""
-    card: Card
-    precision: Precision
+    session: SessionSpec
     variant: str
     """Which file of the bundle: `model`, or `int8-<key>`."""
-    batch_size: int
-    """Images; 0 only until `batching` has resolved it."""
-    batches_per_step: int
-    """Batches in flight at most, on an IPU those of one step; 0 leaves it to the session."""
     num_workers: int
     """Decoding threads per device; 0 leaves it to the worker."""
     top_k: int
-    save: tuple[Saved, ...]
     limits: Limits
     plan_id: str
     answer_id: str
-    cache_dir: str | None = None
-    """Where sessions may keep compiled models."""
     log_dir: str | None = None
     access: Access = AS_GIVEN
     """How the sources are read this time; in `job.json` always the default."""
-    synthetic: bool = False
-    """Only the device's own speed is wanted: a session whose device can make up its input may have
-    it do so.
-    """
 
 
 @dataclass(frozen=True, slots=True)

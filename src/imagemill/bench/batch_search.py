@@ -18,7 +18,7 @@ from typing import Final
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.errors import ImagemillError, Interrupted
-from imagemill.records import DeviceSpec, Job
+from imagemill.records import DeviceSpec, SessionSpec
 
 MAX_ON_CPU: Final = 64
 MAX_ON_OTHER_DEVICES: Final = 512
@@ -37,20 +37,20 @@ _log = logging.getLogger(__name__)
 
 
 def find_batch_size(
-    job: Job, devices: Sequence[DeviceSpec], say: Say
+    spec: SessionSpec, devices: Sequence[DeviceSpec], say: Say
 ) -> tuple[int, Mapping[int, float]]:
-    """Measure batch sizes, beginning with the job's own.
+    """Measure batch sizes, beginning with the specification's own.
 
     Returns:
         the fastest size, the smaller one if two differ by less than 1 %; and images/s of every size
         tried, compute only.
 
     Raises:
-        ImagemillError: the job's own size cannot be measured.
+        ImagemillError: the first size cannot be measured.
     """
-    first = job.batch_size
+    first = spec.batch_size
     most = min(MAX_ON_CPU if device.kind == "cpu" else MAX_ON_OTHER_DEVICES for device in devices)
-    with _Search(job, devices) as search:
+    with _Search(spec, devices) as search:
         while search.size > 1 and search.improves(search.size // 2):
             pass
         while search.size >= first and search.size * 2 <= most and search.improves(search.size * 2):
@@ -66,12 +66,12 @@ def find_batch_size(
 class _Search:
     """The best batch size so far, with the processes that compute in it."""
 
-    def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
-        self._job = replace(
-            job, cache_dir=None
+    def __init__(self, spec: SessionSpec, devices: Sequence[DeviceSpec]) -> None:
+        self._spec = replace(
+            spec, cache_dir=None
         )  # compiled models of rejected sizes would only take disk space
         self._devices = devices
-        self.size = job.batch_size
+        self.size = spec.batch_size
         self.rates: dict[int, float] = {}
         """Batch size → images/s, as last measured."""
         self._pool = self._open(self.size)
@@ -124,8 +124,8 @@ class _Search:
             other.close()
 
     def _open(self, size: int) -> MeasuringPool:
-        job = replace(self._job, batch_size=size)
-        return MeasuringPool(job, self._devices, patience_s=_REPLY_TIMEOUT_S)
+        spec = replace(self._spec, batch_size=size)
+        return MeasuringPool(spec, self._devices, patience_s=_REPLY_TIMEOUT_S)
 
 
 def _orders(pool: MeasuringPool) -> Mapping[str, Compute]:

@@ -25,7 +25,15 @@ from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, registry
 from imagemill.pipeline.backends import devices
-from imagemill.records import Bundle, DeviceSpec, Job, Lease, Limits, Precision, Settings, Summary
+from imagemill.records import (
+    Bundle,
+    DeviceSpec,
+    Lease,
+    Precision,
+    SessionSpec,
+    Settings,
+    Summary,
+)
 from imagemill.runner import run as runner
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
@@ -105,17 +113,17 @@ def _batch_size(settings: BenchSettings) -> int | None:
 
 
 def _with_batch_size(
-    job: Job, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say
-) -> tuple[Job, Mapping[str, float]]:
-    """Return the job in its batch size, the rule's if none is given; after a search in the fastest
-    one, with the rates of all sizes.
+    spec: SessionSpec, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say
+) -> tuple[SessionSpec, Mapping[str, float]]:
+    """Return the specification with its own batch size, the rule's, or the fastest one after a
+    search, together with the rates of all sizes.
     """
-    job = batch_size.resolved(job, chosen)
+    spec = batch_size.resolved(spec, chosen)
     if settings.batch_size != SEARCH:
-        return job, {}
+        return spec, {}
     say("finding the fastest batch size")
-    size, rates = find_batch_size(job, chosen, say)
-    return replace(job, batch_size=size), {
+    size, rates = find_batch_size(spec, chosen, say)
+    return replace(spec, batch_size=size), {
         str(tried): round(rate, 2) for tried, rate in rates.items()
     }
 
@@ -126,11 +134,11 @@ def _with_batch_size(
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     model = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
-    job, batch_sizes = _with_batch_size(
-        synthetic_job(settings, model, chosen), settings, chosen, say
+    spec, batch_sizes = _with_batch_size(
+        synthetic_session(settings, model, chosen), settings, chosen, say
     )
-    say(f"compiling {model.card.name} in {job.precision} for {len(chosen)} devices")
-    with MeasuringPool(job, chosen) as pool:
+    say(f"compiling {model.card.name} in {spec.precision} for {len(chosen)} devices")
+    with MeasuringPool(spec, chosen) as pool:
         orders = _compute_orders(settings, pool, chosen)
         rounds = []
         for number in range(1, settings.iterations + 1):
@@ -140,8 +148,8 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
     images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
         model=model.card.name,
-        precision=job.precision.value,
-        batch_size=job.batch_size,
+        precision=spec.precision.value,
+        batch_size=spec.batch_size,
         images_per_iteration=images,
         compute_only=_rates(rounds),
         decode_only=None,
@@ -155,26 +163,17 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
     )
 
 
-def synthetic_job(settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]) -> Job:
-    """What a session needs of a job: everything but images, and the batch size that the settings
-    name.
-    """
+def synthetic_session(
+    settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]
+) -> SessionSpec:
+    """Return the specification of a session that is measured without images."""
     precision, file = _precision(settings.precision, model, chosen)
-    return Job(
-        output="",
-        sources=(),
+    return SessionSpec(
         model_file=str(file.absolute()),
         card=model.card,
         precision=precision,
-        variant=file.stem,
         batch_size=_batch_size(settings) or 0,
         batches_per_step=min(settings.batches_per_step or 0, _MAX_IN_FLIGHT),
-        num_workers=settings.num_workers or 0,
-        top_k=5,
-        save=(),
-        limits=Limits(),
-        plan_id="",
-        answer_id="",
         cache_dir=str(model.dir.absolute() / "compiled"),
         synthetic=True,
     )
@@ -228,12 +227,11 @@ def _with_sources(
     limit = settings.limit or max(
         _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
-    job, batch_sizes = _with_batch_size(
-        OpenJob.open(folder / "first").frozen.job, settings, chosen, say
-    )
-    measured = replace(settings, batch_size=job.batch_size)
+    job = OpenJob.open(folder / "first").frozen.job
+    spec, batch_sizes = _with_batch_size(job.session, settings, chosen, say)
+    measured = replace(settings, batch_size=spec.batch_size)
     computed, decoded, achieved = [], [], []
-    with MeasuringPool(job, chosen) as pool:
+    with MeasuringPool(spec, chosen) as pool:
         orders = _compute_orders(settings, pool, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
@@ -254,16 +252,16 @@ def _with_sources(
         decode_only.median,
         end_to_end.median,
         read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
-        precision=job.precision,
+        precision=spec.precision,
         hardware=[one for one in hardware if one in devices.precisions(chosen)],
         threads=sum(job.num_workers or len(device.cores) for device in chosen),
         cores=len({core for device in chosen for core in device.cores}),
         shared_cores=all(device.kind in ("cpu", "null") for device in chosen),
     )
     return BenchReport(
-        model=job.card.name,
-        precision=job.precision.value,
-        batch_size=job.batch_size,
+        model=spec.card.name,
+        precision=spec.precision.value,
+        batch_size=spec.batch_size,
         images_per_iteration={
             "compute_only": sum(found.images for found in computed[-1].values()),
             "decode_only": sum(found.images for found in decoded[-1].values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imagemill.records import DeviceSpec, Job, Lease
+from imagemill.records import DeviceSpec, Job, Lease, SessionSpec
 
 # parent                        process that measures
 # Begin ───────────────────────►
@@ -19,7 +19,7 @@ from imagemill.records import DeviceSpec, Job, Lease
 class Begin:
     """The first message: what to compile, and for which device."""
 
-    job: Job
+    spec: SessionSpec
     device: DeviceSpec
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import WorkerError
-from imagemill.records import DeviceSpec, Job
+from imagemill.records import DeviceSpec, SessionSpec
 from imagemill.system.processes import Child, ChildError, Stop
 
 
@@ -40,7 +40,7 @@ class MeasuringPool:
     """One process per device, each with a compiled session.
 
     Args:
-        job: names the model to compile.
+        spec: what to compile.
         devices: get one process each.
         patience_s: how long to wait for an answer; None: for ever.
 
@@ -49,16 +49,16 @@ class MeasuringPool:
     """
 
     def __init__(
-        self, job: Job, devices: Sequence[DeviceSpec], patience_s: float | None = None
+        self, spec: SessionSpec, devices: Sequence[DeviceSpec], patience_s: float | None = None
     ) -> None:
         self._members: list[_Member] = []
-        self._batch_size = job.batch_size
+        self._batch_size = spec.batch_size
         self._patience_s = patience_s
         try:
             for device in devices:
                 member = _Member(device, Child("imagemill.bench.worker"))
                 self._members.append(member)
-                member.child.send(Begin(job, device))
+                member.child.send(Begin(spec, device))
             ready = [member.receive(patience_s) for member in self._members]
         except BaseException:
             self.close()

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
-from imagemill.records import DeviceSpec, Job
+from imagemill.records import DeviceSpec, SessionSpec
 from imagemill.system import processes
 from imagemill.system.processes import Stop
 
@@ -38,8 +38,8 @@ def _work(connection: Connection) -> None:
     from imagemill.pipeline.backends import open_session
     from imagemill.pipeline.stopwatch import Stopwatch
 
-    session = open_session(begin.job, begin.device, Stopwatch())
-    batches = _synthetic(begin.job)
+    session = open_session(begin.spec, begin.device, Stopwatch())
+    batches = _synthetic(begin.spec)
     gc.freeze()
     connection.send(Ready(session.backend, session.versions))
     while not isinstance(order := connection.recv(), Stop):
@@ -53,17 +53,18 @@ def _work(connection: Connection) -> None:
     session.close()
 
 
-def _synthetic(job: Job) -> Iterator[Batch]:
+def _synthetic(spec: SessionSpec) -> Iterator[Batch]:
     """Yield full batches of noise without end; a few are repeated, so making them takes no time."""
     import numpy as np
 
     from imagemill.records import Batch
 
-    shape = (job.batch_size, job.card.recipe.size, job.card.recipe.size, 3)
+    size = spec.card.recipe.size
+    shape = (spec.batch_size, size, size, 3)
     noise = np.random.default_rng(0)
     return cycle(
         [
-            Batch(noise.integers(0, 256, shape, np.uint8), job.batch_size, ())
+            Batch(noise.integers(0, 256, shape, np.uint8), spec.batch_size, ())
             for _ in range(_DISTINCT_BATCHES)
         ]
     )
@@ -81,9 +82,9 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
     from imagemill.pipeline.stopwatch import Stopwatch
 
     job, clock = order.job, Stopwatch()
-    with Feed(
-        job.card, job.limits, job.batch_size, job.num_workers or len(device.cores), None, clock
-    ) as feed:
+    threads = job.num_workers or len(device.cores)
+    spec = job.session
+    with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, clock) as feed:
         begun = time.monotonic()
         images = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
         ended = time.monotonic()

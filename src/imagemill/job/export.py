@@ -60,7 +60,7 @@ def export(
         UsageError: unknown column. OutputError: the job is not finished, or its plan is damaged.
         PartError: a part is damaged; raised while iterating.
     """
-    known = [*COLUMNS, *(saved.value for saved in job.frozen.job.save)]
+    known = [*COLUMNS, *(saved.value for saved in job.frozen.job.session.save)]
     if unknown := [name for name in columns or () if name not in known]:
         raise UsageError(
             f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has"

@@ -24,11 +24,11 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     BadImage,
     Batch,
-    Card,
     Decoded,
     IsolationReason,
     Limits,
     PlannedImage,
+    Recipe,
     Row,
     Status,
 )
@@ -40,7 +40,7 @@ class Feed:
     """Decodes images on `workers` threads and packs them into batches of fixed size.
 
     Args:
-        card: its recipe defines the pixels.
+        recipe: defines the pixels.
         limits: budgets of one image.
         batch_size: places in a batch.
         workers: decoding threads, at most `heartbeat.SLOTS`.
@@ -50,14 +50,14 @@ class Feed:
 
     def __init__(
         self,
-        card: Card,
+        recipe: Recipe,
         limits: Limits,
         batch_size: int,
         workers: int,
         heartbeat: Heartbeat | None,
         clock: Stopwatch,
     ) -> None:
-        self._recipe = card.recipe
+        self._recipe = recipe
         self._limits = limits
         self._batch_size = batch_size
         self._ahead = 2 * batch_size + 2 * workers

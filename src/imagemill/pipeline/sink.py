@@ -84,13 +84,13 @@ class Sink:
     def __init__(self, job: Job, backend: str, versions: dict[str, str]) -> None:
         self._job = job
         self._store = open_store(JobPaths.of(job.output))
-        self._labels = pa.array(job.card.labels, pa.string())
+        self._labels = pa.array(job.session.card.labels, pa.string())
         self._open: dict[int, _Open] = {}
         self._metadata = {
             "imagemill.answer_id": job.answer_id,
             "imagemill.plan_id": job.plan_id,
             "imagemill.backend": backend,
-            "imagemill.precision": job.precision.value,
+            "imagemill.precision": job.session.precision.value,
             "imagemill.versions": json.dumps(versions, sort_keys=True),
         }
 
@@ -110,7 +110,7 @@ class Sink:
             opened.rows.extend(rows)
             opened.class_ids.append(top.class_ids[slots])
             opened.probabilities.append(top.probabilities[slots])
-            for saved in self._job.save:
+            for saved in self._job.session.save:
                 values = top.outputs.logits if saved is Saved.LOGITS else top.outputs.embedding
                 assert values is not None
                 opened.saved.setdefault(saved, []).append(values[slots])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import BadLogitsError, ClassCountError
-from imagemill.records import Batch, Card, Job, Outputs, Precision, Scores, Status, TopK
+from imagemill.records import Batch, Outputs, Precision, Scores, SessionSpec, Status, TopK
 
 _TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
 """Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on
@@ -20,17 +20,14 @@ one kind may accept another.
 """
 
 
-def top_k(
-    batch: Batch, outputs: Outputs, card: Card, k: int, precision: Precision
-) -> tuple[Batch, TopK]:
+def top_k(batch: Batch, outputs: Outputs, spec: SessionSpec, k: int) -> tuple[Batch, TopK]:
     """Pick the k most probable classes of each image of a batch.
 
     Args:
         batch: the images.
         outputs: logits float32 (filled, classes); filled may be 0.
-        card: says what the scores are, and how many classes there are.
+        spec: of the session; its card says what the scores are and how many classes there are.
         k: at most this many; fewer if there are fewer classes.
-        precision: of the session, for the message of an invalid output.
 
     Returns:
         the batch, and class ids and probabilities, most probable first; ties in the float32
@@ -41,7 +38,7 @@ def top_k(
         BadLogitsError: the wrong number of rows.
         ClassCountError: another number of classes than labels.
     """
-    scores = outputs.logits
+    scores, card = outputs.logits, spec.card
     if scores.ndim != 2 or len(scores) != batch.filled:
         raise BadLogitsError(
             f"{card.name} returned an array of shape {scores.shape} for a batch of {batch.filled};"
@@ -50,11 +47,11 @@ def top_k(
     if scores.shape[1] != len(card.labels):
         raise ClassCountError(
             f"{card.name} returns {scores.shape[1]} classes, its card has {len(card.labels)}"
-            " labels. Mend card.json."
+            " labels. Fix card.json."
         )
     valid = _valid(outputs)
     if not valid.all():
-        batch = _with_invalid_rows(batch, valid, precision)
+        batch = _with_invalid_rows(batch, valid, spec.precision)
         scores = np.where(
             valid[:, None], scores, np.float32(0)
         )  # these classes are not written; NaN would only cause warnings
@@ -74,25 +71,25 @@ def top_k(
 
 
 def check_model(
-    stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], job: Job
+    stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], spec: SessionSpec
 ) -> None:
     """Run a session on random images, normally on one batch of them.
 
     Args:
-        stream: of a session that was opened for the job.
+        stream: of a session that was opened for the spec.
         job: its card and precision are named in the error.
 
     Raises:
         BadLogitsError: the outputs are NaN or infinity for every one of these images.
     """
-    shape = (job.batch_size, job.card.recipe.size, job.card.recipe.size, 3)
+    shape = (spec.batch_size, spec.card.recipe.size, spec.card.recipe.size, 3)
     rng = np.random.default_rng(0)
     for low, high in _TEST_RANGES:
-        batch = Batch(rng.integers(low, high, shape, np.uint8), job.batch_size, ())
+        batch = Batch(rng.integers(low, high, shape, np.uint8), spec.batch_size, ())
         answers = list(stream([batch]))  # to its end, so that nothing stays in flight
         if any(_valid(outputs).any() for _, outputs in answers):
             return
-    if job.precision is Precision.FP32:
+    if spec.precision is Precision.FP32:
         remedy = (
             "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the"
             " model again, or use another one."
@@ -100,8 +97,8 @@ def check_model(
     else:
         remedy = "Use --precision fp32 and a new --output folder."
     raise BadLogitsError(
-        f"{job.card.name} returns NaN or infinity in {job.precision} for every image: tried on "
-        f"{len(_TEST_RANGES) * job.batch_size} random images before the first of yours. {remedy}"
+        f"{spec.card.name} returns NaN or infinity in {spec.precision} for every image: tried on "
+        f"{len(_TEST_RANGES) * spec.batch_size} random images before the first of yours. {remedy}"
     )
 
 

@@ -138,7 +138,7 @@ def gather(job: OpenJob) -> Figures:
     """Return the figures of a job's committed parts. Raises: PartError if a part is damaged."""
     done = job.committed()
     shards = [shard for shard in job.shards if shard.number in done]
-    labels, seed = job.frozen.job.card.labels, int(job.frozen.job.plan_id, 16)
+    labels, seed = job.frozen.job.session.card.labels, int(job.frozen.job.plan_id, 16)
     images = 0
     statuses: Counter[str] = Counter()
     counts, sums = np.zeros(len(labels), np.int64), np.zeros(len(labels))

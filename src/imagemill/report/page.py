@@ -75,7 +75,7 @@ def render(
             script=script,
             policy=_policy(style, script),
             job=frozen.job,
-            card=frozen.job.card,
+            card=frozen.job.session.card,
             frozen=frozen,
             summary=summary,
             figures=figures,
@@ -204,10 +204,10 @@ def _gate(frozen: Frozen) -> list[dict[str, Any]]:
     bundle, where the job itself may have added to it.
     """
     job = frozen.job
-    records = job.card.notes.get("variants")
+    records = job.session.card.notes.get("variants")
     try:
-        now = bundle.load(Path(job.model_file).parent).card
-        if now.sha256 == job.card.sha256:
+        now = bundle.load(Path(job.session.model_file).parent).card
+        if now.sha256 == job.session.card.sha256:
             records = {
                 **(records if isinstance(records, Mapping) else {}),
                 **_mapping(now.notes.get("variants")),
@@ -231,7 +231,7 @@ def _gate(frozen: Frozen) -> list[dict[str, Any]]:
                     **verdict,
                     "precision": precision,
                     "speedup": speedup,
-                    "used": precision == job.precision,
+                    "used": precision == job.session.precision,
                 }
             )
     return found
@@ -246,7 +246,7 @@ def _provenance(
 ) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Return headings with their names and values; a value is one text or several."""
     frozen = opened.frozen
-    job, card, recipe = frozen.job, frozen.job.card, frozen.job.card.recipe
+    job, card, recipe = frozen.job, frozen.job.session.card, frozen.job.session.card.recipe
     resize = (
         "none"
         if recipe.resize is None
@@ -324,16 +324,16 @@ def _provenance(
         (
             "Settings",
             [
-                ("precision", job.precision.value),
+                ("precision", job.session.precision.value),
                 ("variant", job.variant),
                 ("variant sha256", frozen.variant_sha256 or "that of the model"),
                 ("devices", frozen.devices),
-                ("batch size", str(job.batch_size)),
-                ("batches per step", str(job.batches_per_step or "auto")),
+                ("batch size", str(job.session.batch_size)),
+                ("batches per step", str(job.session.batches_per_step or "auto")),
                 ("decoding threads", str(job.num_workers or "auto")),
                 ("shard size", f"{frozen.shard_size:,}"),
                 ("top-k", str(job.top_k)),
-                ("also saved", ", ".join(job.save) or "nothing"),
+                ("also saved", ", ".join(job.session.save) or "nothing"),
                 (
                     "limits of an image",
                     [

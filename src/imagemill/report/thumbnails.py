@@ -94,7 +94,7 @@ def make(
                 made[image.index] = Thumbnail(reason=fetched.reason)
                 continue
             try:
-                decoded = decoder.decode(fetched.data, job.frozen.job.card.recipe, limits)
+                decoded = decoder.decode(fetched.data, job.frozen.job.session.card.recipe, limits)
             except ImagemillError as error:
                 made[image.index] = Thumbnail(reason=str(error))
                 continue

@@ -25,6 +25,7 @@ from imagemill.records import (
     Job,
     Limits,
     Saved,
+    SessionSpec,
     Settings,
 )
 from imagemill.runner.listing import access_of, check_moved, filters_of, listing, no_images
@@ -76,9 +77,7 @@ def freeze(
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
-    job = batch_size.resolved(
-        _job(settings, paths, chosen, model, prepared, shard_size, filters), chosen
-    )
+    job = _job(settings, paths, chosen, model, prepared, shard_size, filters)
     frozen = Frozen(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,19 +125,24 @@ def _job(
     return Job(
         output=paths.output,
         sources=resolved,
-        model_file=str(prepared.model_file.absolute()),
-        card=card,
-        precision=prepared.precision,
+        session=batch_size.resolved(
+            SessionSpec(
+                model_file=str(prepared.model_file.absolute()),
+                card=card,
+                precision=prepared.precision,
+                batch_size=settings.batch_size or 0,
+                batches_per_step=settings.batches_per_step or 0,
+                save=save,
+                cache_dir=str(model.dir.absolute() / "compiled"),
+            ),
+            chosen,
+        ),
         variant=prepared.variant,
-        batch_size=settings.batch_size or 0,
-        batches_per_step=settings.batches_per_step or 0,
         num_workers=settings.num_workers or 0,
         top_k=top_k,
-        save=save,
         limits=limits_of(settings, Limits()),
         plan_id=plan_id(resolved, filters, settings.limit, shard_size),
         answer_id=answer_id(card, prepared, backend_of(chosen, settings.allow_mixed), top_k, save),
-        cache_dir=str(model.dir.absolute() / "compiled"),
         log_dir=str(paths.logs) if settings.log_dir else None,
     )
 

@@ -93,14 +93,14 @@ def verify_model(frozen: Frozen) -> None:
         OutputError: the model file is missing.
         ModelError: a file has changed.
     """
-    job = frozen.job
-    if not Path(job.model_file).is_file():
-        remedy = f"`imagemill get-model {job.card.name}`"
-        if job.card.origin.get("source") == "onnx":
-            remedy = f"run the command again with --model {job.card.origin.get('file')}"
-        raise OutputError(f"the job's model {job.model_file} is missing. Bring it back: {remedy}.")
-    bundle.verify_hash(Bundle(Path(job.model_file).parent, job.card))
+    file, card = Path(frozen.job.session.model_file), frozen.job.session.card
+    if not file.is_file():
+        remedy = f"`imagemill get-model {card.name}`"
+        if card.origin.get("source") == "onnx":
+            remedy = f"run the command again with --model {card.origin.get('file')}"
+        raise OutputError(f"the job's model {file} is missing. Bring it back: {remedy}.")
+    bundle.verify_hash(Bundle(file.parent, card))
     if frozen.variant_sha256 is not None:
         from imagemill.tuning import precisions
 
-        precisions.verify_variant(Path(job.model_file), frozen.variant_sha256)
+        precisions.verify_variant(file, frozen.variant_sha256)

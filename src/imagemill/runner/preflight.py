@@ -132,7 +132,9 @@ class Sampler:
             folder = JobPaths.of(job.output).plan
             opened = sources.open_all(job.sources, aside=folder, access=job.access)
             with IsolatedDecoder() as decoder:
-                decoder.decode(b"", job.card.recipe, limits)  # starts it before the clock runs
+                decoder.decode(
+                    b"", job.session.card.recipe, limits
+                )  # starts it before the clock runs
                 for index in chosen:
                     if self._stop.is_set():
                         return
@@ -144,7 +146,7 @@ class Sampler:
                         self._statuses.append(bad.status)
                         continue
                     begun_s = time.perf_counter()
-                    status = decoder.decode(data, job.card.recipe, limits).status
+                    status = decoder.decode(data, job.session.card.recipe, limits).status
                     self._decode_s += time.perf_counter() - begun_s
                     self._statuses.append(status)
         except Exception:
@@ -198,12 +200,12 @@ class Sampler:
 
     def _result_bytes(self) -> int | None:
         """Return the estimated size of all parts; None if embeddings of unknown size are saved."""
-        if Saved.EMBEDDING in self._job.save:
+        if Saved.EMBEDDING in self._job.session.save:
             return None
         ok = self._statuses.count(Status.OK) / len(self._statuses)
-        classes = len(self._job.card.labels)
+        classes = len(self._job.session.card.labels)
         # Approximate bytes after compression: of a row, of each of its top-k classes, of each
         # logit, and of a part without rows.
-        logits = 3.7 * classes if Saved.LOGITS in self._job.save else 0.0
+        logits = 3.7 * classes if Saved.LOGITS in self._job.session.save else 0.0
         row = 25 + ok * (9 * min(self._job.top_k, classes) + logits)
         return round(self._images * row + 5_000 * len(self._shards))

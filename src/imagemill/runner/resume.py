@@ -49,8 +49,11 @@ def resume(
         output=JobPaths.of(settings.output).output,
         limits=limits_of(settings, job.limits),
         access=access_of(settings),
-        batch_size=settings.batch_size or job.batch_size,
-        batches_per_step=settings.batches_per_step or job.batches_per_step,
+        session=replace(
+            job.session,
+            batch_size=settings.batch_size or job.session.batch_size,
+            batches_per_step=settings.batches_per_step or job.session.batches_per_step,
+        ),
         num_workers=settings.num_workers or job.num_workers,
         log_dir=settings.log_dir or job.log_dir,
     )
@@ -64,7 +67,8 @@ def _compare(
 
     The settings that are cheap to compare come first: the last ones may read or wrap a model.
     """
-    job, filters, recipe = frozen.job, frozen.filters, frozen.job.card.recipe
+    job, filters, session = frozen.job, frozen.filters, frozen.job.session
+    card, recipe = session.card, session.card.recipe
     asked_sources, access = sources.resolve(settings.sources), access_of(settings)
     if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
         asked_sources = job.sources  # they may be given at their old or at their new place
@@ -75,22 +79,22 @@ def _compare(
     yield "limit", frozen.limit, settings.limit
     yield "shard_size", frozen.shard_size, settings.shard_size
     yield "top_k", job.top_k, settings.top_k
-    yield "save", sorted(job.save), settings.save and sorted(settings.save)
+    yield "save", sorted(session.save), settings.save and sorted(settings.save)
     asked_precision = None if settings.precision == "auto" else settings.precision
-    yield "precision", job.precision.value, asked_precision
+    yield "precision", session.precision.value, asked_precision
     yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)
     preprocess = "center-crop" if recipe.resize is None else "card"
     yield "preprocess", preprocess, settings.preprocess
     background = settings.background and parse_colour(settings.background)
     yield "background", recipe.background, background
-    if settings.model is not None and not is_local(settings) and settings.model != job.card.name:
-        yield "model", job.card.name, settings.model  # before anything is downloaded
+    if settings.model is not None and not is_local(settings) and settings.model != card.name:
+        yield "model", card.name, settings.model  # before anything is downloaded
     elif settings.model is not None:
-        card = resolve_model(replace(settings, labels=None), watcher).card
-        yield "model", identify(job.card), identify(card)
+        asked = resolve_model(replace(settings, labels=None), watcher).card
+        yield "model", identify(card), identify(asked)
     if settings.labels is not None:
         labels = bundle.read_labels(Path(settings.labels))
-        yield "labels", describe_labels(job.card.labels), describe_labels(labels)
+        yield "labels", describe_labels(card.labels), describe_labels(labels)
     yield "max_pixels", job.limits.max_pixels, settings.max_pixels
     yield "max_bytes", job.limits.max_bytes, settings.max_bytes
     yield "max_seconds", job.limits.max_seconds, settings.max_seconds

@@ -211,8 +211,10 @@ def _carry_out(
     store.write(paths.summary, serialization.encode(summary))
     if settings.report:
         report.attempt(opened, watcher.say)
-    if job.card.origin.get("source") == "random":
-        watcher.say(f"note: {job.card.name} has random weights: its predictions mean nothing")
+    if job.session.card.origin.get("source") == "random":
+        watcher.say(
+            f"note: {job.session.card.name} has random weights: its predictions mean nothing"
+        )
     return summary
 
 

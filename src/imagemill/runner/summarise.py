@@ -77,8 +77,8 @@ def summarise(
         resumed_shards=len(done),
         seconds=round(seconds, 3),
         images_per_second=rate(rows),
-        model=frozen.job.card.name,
-        precision=frozen.job.precision.value,
+        model=frozen.job.session.card.name,
+        precision=frozen.job.session.precision.value,
         bottleneck=bottleneck,
         devices=tuple(
             DeviceSummary(

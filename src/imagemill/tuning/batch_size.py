@@ -1,6 +1,4 @@
-"""How many images a batch holds if nobody says: a rule by precision and processor. Results do not
-depend on it, speed does.
-"""
+"""The default batch size: a rule by precision and processor. It affects speed, not results."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Final
 
-from imagemill.records import DeviceSpec, Job, Precision
+from imagemill.records import DeviceSpec, Precision, SessionSpec
 from imagemill.system import cpu
 
 _DEFAULT: Final = 4
@@ -16,12 +14,12 @@ _FP32: Final = 2
 _AMX: Final = 8
 
 
-def resolved(job: Job, devices: Sequence[DeviceSpec]) -> Job:
-    """Return the job with a batch size: its own, or the one the rule gives if it has none (0)."""
+def resolved(spec: SessionSpec, devices: Sequence[DeviceSpec]) -> SessionSpec:
+    """Return the specification with a batch size: its own, or the rule's if it has none (0)."""
     return (
-        job
-        if job.batch_size
-        else replace(job, batch_size=rule(job.precision, devices, cpu.flags()))
+        spec
+        if spec.batch_size
+        else replace(spec, batch_size=rule(spec.precision, devices, cpu.flags()))
     )
 
 

@@ -36,10 +36,10 @@ from imagemill.records import (
     DeviceSpec,
     Entry,
     IsolationReason,
-    Job,
     Limits,
     PlannedImage,
     Precision,
+    SessionSpec,
     Shard,
 )
 from imagemill.system import cpu, serialization
@@ -417,7 +417,9 @@ class _Run:
                 )
 
         limit_pillow(trial.limits)
-        with Feed(trial.bundle.card, trial.limits, 1, len(trial.cores), None, Stopwatch()) as feed:
+        with Feed(
+            trial.bundle.card.recipe, trial.limits, 1, len(trial.cores), None, Stopwatch()
+        ) as feed:
             self._at(patience_s)
             for batch in feed.batches(images()):
                 self._at(patience_s)
@@ -444,28 +446,13 @@ class _Run:
         from imagemill.pipeline.backends import open_session
 
         trial = self._trial
-        job = Job(
-            output="",
-            sources=trial.sources,
-            model_file=str(file),
-            card=trial.bundle.card,
-            precision=precision,
-            variant="",
-            batch_size=trial.batch_size,
-            batches_per_step=0,
-            num_workers=0,
-            top_k=1,
-            save=(),
-            limits=trial.limits,
-            plan_id="",
-            answer_id="",
-        )
+        spec = SessionSpec(str(file), trial.bundle.card, precision, trial.batch_size)
         session = open_session(
-            job, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
+            spec, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
         )
         try:
             if precision is Precision.FP32:
-                top_k.check_model(session.stream, job)
+                top_k.check_model(session.stream, spec)
             yield session
         finally:
             session.close()

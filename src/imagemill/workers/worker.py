@@ -44,17 +44,20 @@ def _work(connection: Connection) -> None:
 
     job, device = begin.job, begin.device
     clock = Stopwatch(heartbeat, on_cpu=device.kind == "cpu")
-    _log.info("device %s, cores %s, precision %s", device.name, list(device.cores), job.precision)
+    _log.info(
+        "device %s, cores %s, precision %s", device.name, list(device.cores), job.session.precision
+    )
     heartbeat.reset()
     limit_pillow(job.limits)
-    session = open_session(job, device, clock)
-    top_k.check_model(session.stream, job)
+    session = open_session(job.session, device, clock)
+    top_k.check_model(session.stream, job.session)
     clock.add("compute", -clock.read().compute)  # the rates exclude the check's random images
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()
     connection.send(protocol.Ready(os.getpid()))
-    with Feed(job.card, job.limits, job.batch_size, workers, heartbeat, clock) as feed:
+    recipe, batch_size = job.session.card.recipe, job.session.batch_size
+    with Feed(recipe, job.limits, batch_size, workers, heartbeat, clock) as feed:
         images, begun = 0, clock.elapsed()
         while leases := _next_run(connection):
             for receipt in run_shards(leases, session, feed, sink, job, clock):

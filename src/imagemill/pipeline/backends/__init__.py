@@ -12,7 +12,7 @@ from typing import Any
 from imagemill.errors import DeviceError
 from imagemill.pipeline.backends.base import Found, Session
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import DeviceSpec, Job, Precision
+from imagemill.records import DeviceSpec, Precision, SessionSpec
 
 _FP32, _FP16, _BF16, _INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
 
@@ -48,8 +48,8 @@ first is meant.
 """
 
 
-def open_session(job: Job, device: DeviceSpec, clock: Stopwatch) -> Session:
-    """Compile the job's model for a device.
+def open_session(spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> Session:
+    """Compile a model for a device and return its session.
 
     Raises:
         DeviceError: no such backend, or its device is not to be had. ModelError: the model cannot
@@ -57,7 +57,7 @@ def open_session(job: Job, device: DeviceSpec, clock: Stopwatch) -> Session:
     """
     if device.backend not in BACKENDS:
         raise DeviceError(f"backend {device.backend} is not known. Known: {', '.join(BACKENDS)}.")
-    session: Session = _class(device.backend)(job, device, clock)
+    session: Session = _class(device.backend)(spec, device, clock)
     return session
 
 

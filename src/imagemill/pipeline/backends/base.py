@@ -27,7 +27,7 @@ class Found:
 
 
 class Session(Protocol):
-    """One compiled model on one device; made from a job, a device and a stopwatch.
+    """One compiled model on one device; made from a `SessionSpec`, a device and a stopwatch.
 
     How many batches are in flight is the session's own business: it may take several before it
     gives the first back. A batch in which no place is filled is passed on without being computed.

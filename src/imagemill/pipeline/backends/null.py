@@ -10,7 +10,7 @@ import numpy as np
 
 from imagemill.pipeline.backends.base import refuse_other_shapes
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Job, Outputs, Saved
+from imagemill.records import Batch, DeviceSpec, Outputs, Saved, SessionSpec
 
 _FEATURES = 8
 
@@ -20,12 +20,12 @@ class NullSession:
 
     backend = "null"
 
-    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:  # noqa: ARG002 - the constructor that all sessions share
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:  # noqa: ARG002 - the constructor that all sessions share
         self.versions: dict[str, str] = {}
-        size = job.card.recipe.size
-        self._shape = (job.batch_size, size, size, 3)
-        self._classes = len(job.card.labels)
-        self._with_embedding = Saved.EMBEDDING in job.save
+        size = spec.card.recipe.size
+        self._shape = (spec.batch_size, size, size, 3)
+        self._classes = len(spec.card.labels)
+        self._with_embedding = Saved.EMBEDDING in spec.save
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from imagemill.errors import DeviceError, ModelError
 from imagemill.pipeline.backends.base import Found, refuse_other_shapes
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Provider:
     name: str
     install: str
     """The line to type for it."""
-    options: Callable[[Job, DeviceSpec], dict[str, Any]] = lambda _job, device: {
+    options: Callable[[SessionSpec, DeviceSpec], dict[str, Any]] = lambda _spec, device: {
         "device_id": device.id
     }
     driver: Callable[[], Found] = lambda: Found(("device 0",))
@@ -55,13 +55,13 @@ class Provider:
     """Providers on the same device that take what this one cannot."""
 
 
-def _tensorrt(job: Job, device: DeviceSpec) -> dict[str, Any]:
+def _tensorrt(spec: SessionSpec, device: DeviceSpec) -> dict[str, Any]:
     options: dict[str, Any] = {
         "device_id": device.id,
-        "trt_fp16_enable": job.precision is Precision.FP16,
+        "trt_fp16_enable": spec.precision is Precision.FP16,
     }
-    if job.cache_dir:
-        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": job.cache_dir}
+    if spec.cache_dir:
+        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": spec.cache_dir}
     return options
 
 
@@ -105,7 +105,7 @@ def _amd() -> Found:
 
 PROVIDERS: dict[tuple[str, str], Provider] = {
     ("onnxruntime", "cpu"): Provider(
-        "CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}
+        "CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
     ),
     ("onnxruntime", "cuda"): Provider(
         "CUDAExecutionProvider",
@@ -125,7 +125,7 @@ PROVIDERS: dict[tuple[str, str], Provider] = {
         "MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd
     ),
     ("onnxruntime", "coreml"): Provider(
-        "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _job, _device: {}
+        "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
     ),
     ("onnxruntime", "directml"): Provider("DmlExecutionProvider", _PIP + "onnxruntime-directml"),
 }
@@ -137,7 +137,7 @@ PROVIDERS: dict[tuple[str, str], Provider] = {
 class OnnxRuntimeSession:
     """See the module's docstring."""
 
-    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
         provider = PROVIDERS[device.backend, device.kind]
         if missing := _missing(provider):
             raise DeviceError(f"{device.name}: {missing}")
@@ -146,27 +146,27 @@ class OnnxRuntimeSession:
         self.backend = device.engine
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._clock = clock
-        size = job.card.recipe.size
-        self._shape = (job.batch_size, size, size, 3)
-        self._input = job.card.input
-        self._names = ["logits", "embedding"] if Saved.EMBEDDING in job.save else ["logits"]
+        size = spec.card.recipe.size
+        self._shape = (spec.batch_size, size, size, 3)
+        self._input = spec.card.input
+        self._names = ["logits", "embedding"] if Saved.EMBEDDING in spec.save else ["logits"]
         # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md).
         # It changes no bit.
         cores = len(device.cores)
         at_work = cores if device.kind == "cpu" else _AT_WORK
-        self._in_flight = job.batches_per_step or 2 * at_work
+        self._in_flight = spec.batches_per_step or 2 * at_work
         at_work = min(at_work, self._in_flight)
-        self._session = _open(onnxruntime, job, device, provider, threads=max(1, cores // at_work))
+        self._session = _open(onnxruntime, spec, device, provider, threads=max(1, cores // at_work))
         self._pool = ThreadPoolExecutor(at_work, "session")
         # Engines are built and memory is taken now, so that whatever is wrong with the model ends
         # the start, not a batch.
         self._widths = [values.shape[1] for values in self._run(np.zeros(self._shape, np.uint8))]
         _log.info(
             "compiled %s for %s: %d batches of %d in flight",
-            job.model_file,
+            spec.model_file,
             device.name,
             self._in_flight,
-            job.batch_size,
+            spec.batch_size,
         )
 
     @staticmethod
@@ -276,7 +276,9 @@ def _unloadable(onnxruntime: Any, library: str) -> str | None:
     return None
 
 
-def _open(onnxruntime: Any, job: Job, device: DeviceSpec, provider: Provider, threads: int) -> Any:
+def _open(
+    onnxruntime: Any, spec: SessionSpec, device: DeviceSpec, provider: Provider, threads: int
+) -> Any:
     """Compile the model; refuses what ONNX Runtime would do silently: go on with the CPU where the
     provider cannot be had.
     """
@@ -287,16 +289,16 @@ def _open(onnxruntime: Any, job: Job, device: DeviceSpec, provider: Provider, th
         "session.intra_op.allow_spinning", "0"
     )  # decoding threads want the same cores
     wanted = [
-        (provider.name, provider.options(job, device)),
+        (provider.name, provider.options(spec, device)),
         *((name, {"device_id": device.id}) for name in provider.then),
     ]
     try:
         session = onnxruntime.InferenceSession(
-            job.model_file, options, providers=wanted, enable_fallback=0
+            spec.model_file, options, providers=wanted, enable_fallback=0
         )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
         raise ModelError(
-            f"{job.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+            f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
         ) from error
     active = session.get_providers()
     if provider.name not in active:

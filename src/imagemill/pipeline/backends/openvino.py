@@ -20,7 +20,7 @@ from imagemill.errors import ModelError
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.backends.base import Found, refuse_other_shapes
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import load_openvino
 
@@ -98,58 +98,58 @@ def _compiled(core: Any, model: Any, name: str, hints: dict[str, Any]) -> Any:
 class OpenVinoSession:
     """See the module's docstring."""
 
-    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
         ov = load_openvino()
         self._ov = ov
         self.backend = device.engine
         self.versions = {"openvino": ov.get_version().split("-")[0]}
         self._clock = clock
-        size = job.card.recipe.size
-        self._shape = (job.batch_size, size, size, 3)
-        self._with_embedding = Saved.EMBEDDING in job.save
+        size = spec.card.recipe.size
+        self._shape = (spec.batch_size, size, size, 3)
+        self._with_embedding = Saved.EMBEDDING in spec.save
         core = ov.Core()
-        if job.cache_dir and _can_be_written(Path(job.cache_dir)):
-            core.set_property({"CACHE_DIR": job.cache_dir})
+        if spec.cache_dir and _can_be_written(Path(spec.cache_dir)):
+            core.set_property({"CACHE_DIR": spec.cache_dir})
         try:
-            model = core.read_model(job.model_file)
-            kept = list(job.card.outputs) if self._with_embedding else ["logits"]
+            model = core.read_model(spec.model_file)
+            kept = list(spec.card.outputs) if self._with_embedding else ["logits"]
             for result in list(model.get_results()):
                 if not set(
                     result.output(0).get_node().input(0).get_source_output().get_names()
                 ) & set(kept):
                     model.remove_result(result)
-            model.reshape({job.card.input: list(self._shape)})
+            model.reshape({spec.card.input: list(self._shape)})
             if device.kind == "cpu" and (
-                channels := openvino_rewrites.wanted(job.precision, cpu.flags())
+                channels := openvino_rewrites.wanted(spec.precision, cpu.flags())
             ):
                 fold_constants(model)
                 openvino_rewrites.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)
-            hints = properties(job.precision, len(device.cores), kind=device.kind)
+            hints = properties(spec.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":
                 hints["ENABLE_CPU_PINNING"] = (
                     False  # else two such processes keep their threads on the same first cores
                 )
             compiled = _compiled(core, model, name, hints)
-            if job.cache_dir:
-                _prune(Path(job.cache_dir))
+            if spec.cache_dir:
+                _prune(Path(spec.cache_dir))
         except RuntimeError as error:
             told = str(error).strip().splitlines()[-1]
             raise ModelError(
-                f"{job.model_file} cannot be compiled: {told}{_smaller(job.batch_size)}"
+                f"{spec.model_file} cannot be compiled: {told}{_smaller(spec.batch_size)}"
             ) from error
         self._logits = compiled.output("logits")
         self._embedding = compiled.output("embedding") if self._with_embedding else None
-        in_flight = job.batches_per_step or 2 * max(
+        in_flight = spec.batches_per_step or 2 * max(
             1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         )
         self._free = deque(compiled.create_infer_request() for _ in range(in_flight))
         _log.info(
             "compiled %s for %s: %d batches of %d in flight",
-            job.model_file,
+            spec.model_file,
             device.name,
             in_flight,
-            job.batch_size,
+            spec.batch_size,
         )
 
     @staticmethod

@@ -166,7 +166,7 @@ class NodeAgent:
     def _with_model(self, contents: Sequence[memoryview]) -> Job | None:
         """Return the job with this machine's path of the model; None if it has no copy."""
         job, files = self._assignment.job, self._assignment.model
-        if _holds(Path(job.model_file).parent, files):
+        if _holds(Path(job.session.model_file).parent, files):
             return job
         key = hashlib.sha256(
             "\n".join(f"{file.name} {file.sha256}" for file in files).encode()
@@ -177,9 +177,10 @@ class NodeAgent:
                 if not contents:
                     return None
                 self._write(folder, contents)
-        return replace(
-            job, model_file=str(folder / files[0].name), cache_dir=str(folder / "compiled")
+        session = replace(
+            job.session, model_file=str(folder / files[0].name), cache_dir=str(folder / "compiled")
         )
+        return replace(job, session=session)
 
     def _write(self, folder: Path, contents: Sequence[memoryview]) -> None:
         make_folder(folder)

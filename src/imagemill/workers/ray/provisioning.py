@@ -105,7 +105,7 @@ class Provisioning:
         They are put there when the first node lacks them, and each node fetches them once.
         """
         if self._contents is None:
-            folder = os.path.dirname(self._job.model_file)  # noqa: PTH120
+            folder = os.path.dirname(self._job.session.model_file)  # noqa: PTH120
             self._contents = [
                 self._ray.put(np.fromfile(f"{folder}/{file.name}", np.uint8))
                 for file in self._model
@@ -140,7 +140,7 @@ def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
 
 def model_files(job: Job) -> tuple[ModelFile, ...]:
     """Return the files of the job's model, the one to compile first. Raises: ModelError."""
-    file = Path(job.model_file)
+    file = Path(job.session.model_file)
     beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else [file.with_name(bundle.DATA)]
     try:
         return tuple(

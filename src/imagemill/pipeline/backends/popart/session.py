@@ -38,7 +38,7 @@ from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, Model
 from imagemill.pipeline.backends.base import Found, refuse_other_shapes
 from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Job, Outputs, Precision, Saved
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
 from imagemill.system import processes
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 PYTHON_VARIABLE: Final = "IMAGEMILL_POPART_PYTHON"
 MEMORY_VARIABLE: Final = "IMAGEMILL_POPART_MEMORY_PROPORTION"
 BATCHES_PER_STEP: Final = 8
-"""Where the job leaves it to the session."""
+"""Used if the specification does not set it."""
 SLOTS: Final = 2
 PATIENCE_S = 10.0
 """How long an IPU is waited for that is not free yet."""
@@ -79,23 +79,23 @@ class _Step:
 class PopartSession:
     """See the module's docstring."""
 
-    def __init__(self, job: Job, device: DeviceSpec, clock: Stopwatch) -> None:
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
         self.backend = device.engine
         self._name = device.name
-        self._model = job.model_file
+        self._model = spec.model_file
         self._clock = clock
-        size = job.card.recipe.size
-        self._shape = (job.batch_size, size, size, 3)
-        self._steps = job.batches_per_step or BATCHES_PER_STEP
-        outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in job.save else [])]
-        half = job.precision is Precision.FP16
+        size = spec.card.recipe.size
+        self._shape = (spec.batch_size, size, size, 3)
+        self._steps = spec.batches_per_step or BATCHES_PER_STEP
+        outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in spec.save else [])]
+        half = spec.precision is Precision.FP16
         proportion = _memory_proportion()
-        cut = ipu_graph.cut(Path(job.model_file), job.card, job.batch_size, outputs)
+        cut = ipu_graph.cut(Path(spec.model_file), spec.card, spec.batch_size, outputs)
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
         shape = (
             self._steps,
-            job.batch_size,
+            spec.batch_size,
             *((size, size, 3) if cut.channels_last else (3, size, size)),
         )
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,11 +115,11 @@ class PopartSession:
                     "opset": cut.opset,
                     "convolutions": cut.convolutions,
                 }
-                order |= {"memory_proportion": proportion, "half": half, "cache": _cache(job)}
+                order |= {"memory_proportion": proportion, "half": half, "cache": _cache(spec)}
                 order |= {
                     "slot_shape": shape,
                     "slots": SLOTS,
-                    "synthetic": job.synthetic,
+                    "synthetic": spec.synthetic,
                     "patience_s": PATIENCE_S,
                 }
                 self._say(order)
@@ -131,10 +131,10 @@ class PopartSession:
                 raise
         _log.info(
             "compiled %s for %s: %d batches of %d a step",
-            job.model_file,
+            spec.model_file,
             device.name,
             self._steps,
-            job.batch_size,
+            spec.batch_size,
         )
 
     @staticmethod
@@ -373,11 +373,11 @@ def _memory_proportion() -> float | None:
     return share
 
 
-def _cache(job: Job) -> str | None:
+def _cache(spec: SessionSpec) -> str | None:
     """Where PopART keeps what it compiled; None where nothing can be written."""
-    if not job.cache_dir:
+    if not spec.cache_dir:
         return None
-    folder = Path(job.cache_dir) / "popart"
+    folder = Path(spec.cache_dir) / "popart"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
