@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Scores
 
 ENOUGH: Final = 1_000
@@ -68,17 +69,6 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     )
 
 
-def probabilities(logits: NDArray[Any], scores: Scores) -> NDArray[np.float64]:
-    """Turn a model's scores into probabilities, float64 (n, classes)."""
-    values = np.asarray(logits, np.float64)
-    if scores is Scores.SOFTMAX:
-        return values  # the model's last layer has made them probabilities already
-    if scores is Scores.SIGMOID:
-        return np.asarray(0.5 * (1.0 + np.tanh(0.5 * values)))
-    powers = np.exp(values - values.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
 def judge(
     reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
 ) -> Verdict:
@@ -119,15 +109,15 @@ def judge(
         np.where(finite[:, None], candidate, 0),
     )
     rows = np.arange(images)
-    top = reference.argmax(axis=1)  # ties by class id, as in the results
-    same = both & (candidate.argmax(axis=1) == top)
-    before = probabilities(reference, scores)
-    after = probabilities(candidate, scores)
+    before, after = to_probabilities(reference, scores), to_probabilities(candidate, scores)
+    top = most_probable(before, 1)[:, 0]
+    same = both & (most_probable(after, 1)[:, 0] == top)
     sure = np.zeros(images, bool)
     if classes > 1:
         two = np.partition(before, classes - 2, axis=1)[:, -2:]
         sure = known & (two[:, 1] - two[:, 0] > SURE)
-    difference = np.where(both, np.abs(before[rows, top] - after[rows, top]), 1.0)
+    change = before[rows, top].astype(np.float64) - after[rows, top]
+    difference = np.where(both, np.abs(change), 1.0)
     agreed = int(same.sum())
     low, high = wilson(agreed, images)
     strange = int((~finite).sum())  # fp32's are finite in all of these
