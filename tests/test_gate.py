@@ -163,7 +163,7 @@ def test_answers_of_different_shapes_are_an_error(shape: tuple[int, ...]) -> Non
 
 
 def test_the_telling_names_every_figure() -> None:
-    text = gate.told(gate.judge(*answers(980, 1000)))
+    text = gate.format_verdict(gate.judge(*answers(980, 1000)))
     assert "0.9800 of 1,000 held-out images (95 % interval 0.9693 to 0.9870)" in text
     assert "20 flips among the 1,000 where fp32 was sure" in text
 

@@ -23,7 +23,9 @@ import helpers
 import sample_images
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
+from imagemill.models import variants
 from imagemill.models.architectures import resnext
+from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
@@ -37,7 +39,7 @@ from imagemill.records import (
     Recipe,
     SessionSpec,
 )
-from imagemill.system import cpu, serialization
+from imagemill.system import cpu
 from imagemill.tuning import gate, precisions, quantize, trial, trial_process
 
 SIZE = 32
@@ -137,24 +139,25 @@ def entries_of(folder: Path) -> list[Entry]:
 
 def record(
     bundle: Bundle, *, accepted: bool = True, images: int = 1000, **changes: Any
-) -> dict[str, Any]:
-    """What the card would keep of bf16 or, with a file, of int8."""
+) -> PrecisionRecord:
+    """What the bundle would keep of bf16."""
     agree = images if accepted else images // 2
     reference = np.eye(6, dtype=np.float32)[np.zeros(images, int)] * 9
     candidate = reference.copy()
     candidate[agree:] = 9 - candidate[agree:]
     verdict = gate.judge(reference, candidate)
-    return {
-        "verdict": serialization.to_plain(verdict),
-        "accepted": verdict.accepted,
-        "versions": quantize.versions(),
-        "instruction_set": trial.instruction_set(),
-        "group_channels": (
-            0 if "file" in changes else openvino_rewrites.wanted(Precision.BF16, cpu.flags())
+    return replace(
+        PrecisionRecord(
+            verdict, "id", quantize.versions(), trial.instruction_set(), bundle.card.recipe
         ),
-        "recipe": serialization.to_plain(bundle.card.recipe),
-        "speedup": 3.0,
-    } | changes
+        **(
+            {
+                "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
+                "speedup": 3.0,
+            }
+            | changes
+        ),
+    )
 
 
 # The model.
@@ -261,33 +264,58 @@ def test_the_key_changes_with_all_that_decides_a_variant(monkeypatch: pytest.Mon
     assert len(keys | {quantize.key("a", "c", plain)}) == 6
 
 
-# The card.
+# precisions.json
 
 
-def test_noting_a_verdict_keeps_what_the_card_held(tmp_path: Path) -> None:
+def test_a_verdict_is_written_beside_the_others_and_not_to_the_card(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
-    quantize.note(bundle, {"bf16": {"accepted": False}})
-    quantize.note(bundle, {"int8": {"accepted": True}})  # by a caller that has not seen the first
-    now = bundles.load(tmp_path)
-    assert now.card.notes["keep"] == "this"
-    assert quantize.variants(now) == {"bf16": {"accepted": False}, "int8": {"accepted": True}}
+    card = (tmp_path / "card.json").read_bytes()
+    bf16, int8 = record(bundle), record(bundle, accepted=False, file="int8-a.xml")
+    variants.write(tmp_path, bf16=bf16)
+    variants.write(tmp_path, int8=int8)  # by a caller that has not seen the first
+    assert variants.read(tmp_path) == variants.Precisions(int8, bf16)
+    assert (tmp_path / "card.json").read_bytes() == card
 
 
-@pytest.mark.parametrize("name", ["../model.xml", "/etc/passwd", "int8-a.onnx", "", None, 7])
-def test_a_card_cannot_point_to_a_file_elsewhere(tmp_path: Path, name: object) -> None:
-    assert quantize.variant_file(make_bundle(tmp_path), {"file": name, "sha256": "x"}) is None
+def test_precisions_json_is_checked_when_it_is_read(tmp_path: Path) -> None:
+    """A wrong type is one error with file, key and remedy."""
+    bundle = make_bundle(tmp_path)
+    assert variants.read(tmp_path) == variants.Precisions()
+    variants.write(tmp_path, bf16=record(bundle))
+    file = tmp_path / "precisions.json"
+    file.write_text(file.read_text().replace('"images": 1000', '"images": "many"'))
+    with pytest.raises(ModelError) as caught:
+        precisions.choose(bundle, 10)
+    assert str(caught.value) == (
+        f"{file} cannot be read: bf16.verdict.images: expected `int`, got `str`. Remove it;"
+        " `imagemill quantize` writes it again."
+    )
+
+
+def test_a_new_model_in_the_folder_drops_the_verdicts(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path)
+    variants.write(tmp_path, bf16=record(bundle))
+    bundles.write(tmp_path, bundle.card, onnx.load(tmp_path / "model.onnx"))
+    assert variants.read(tmp_path) == variants.Precisions()
+
+
+@pytest.mark.parametrize("name", ["../model.xml", "/etc/passwd", "int8-a.onnx", "", None])
+def test_a_record_cannot_point_to_a_file_elsewhere(tmp_path: Path, name: str | None) -> None:
+    known = record(make_bundle(tmp_path), file=name, sha256="x")
+    assert variants.int8_file(tmp_path, known) is None
 
 
 def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     (tmp_path / "int8-a.xml").write_bytes(b"graph")
     (tmp_path / "int8-a.bin").write_bytes(b"weights")
-    known = {"file": "int8-a.xml", "sha256": quantize.digest(tmp_path / "int8-a.xml")}
-    assert quantize.variant_file(bundle, known) == tmp_path / "int8-a.xml"
+    sha256 = variants.digest(tmp_path / "int8-a.xml")
+    known = record(bundle, file="int8-a.xml", sha256=sha256)
+    assert variants.int8_file(tmp_path, known) == tmp_path / "int8-a.xml"
     (tmp_path / "int8-a.bin").write_bytes(b"Weights")
-    assert quantize.variant_file(bundle, known) is None
+    assert variants.int8_file(tmp_path, known) is None
     (tmp_path / "int8-a.bin").unlink()
-    assert quantize.variant_file(bundle, known) is None
+    assert variants.int8_file(tmp_path, known) is None
 
 
 # Picking images.
@@ -341,25 +369,22 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
         bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
     )
     int8 = first.precisions["int8"]
-    assert int8["accepted"] is False
-    assert int8["verdict"]["reason"].startswith("too few images: ")
-    assert int8["calibration"]["images"] == 20
-    assert int8["verdict"]["images"] == first.images - 20
-    assert len(int8["tried"]) == 1
-    assert (
-        json.loads((tmp_path / "card.json").read_text())["notes"]["variants"]["int8"]["file"]
-        == int8["file"]
-    )
-    assert (tmp_path / int8["file"]).is_file()
+    assert int8.verdict.accepted is False
+    assert int8.verdict.reason.startswith("too few images: ")
+    assert int8.calibration.images == 20
+    assert int8.verdict.images == first.images - 20
+    assert len(int8.tried) == 1
+    assert json.loads((tmp_path / "precisions.json").read_text())["int8"]["file"] == int8.file
+    assert (tmp_path / int8.file).is_file()
     assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few images")
-    before = (tmp_path / int8["file"]).stat().st_mtime_ns
+    before = (tmp_path / int8.file).stat().st_mtime_ns
     said.clear()
     again = precisions.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
     )
     assert again == first
     assert said[0] == "int8 was measured on these very images already"
-    assert (tmp_path / int8["file"]).stat().st_mtime_ns == before
+    assert (tmp_path / int8.file).stat().st_mtime_ns == before
 
 
 def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
@@ -368,14 +393,14 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     bundle = make_bundle(tmp_path)
     report = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
     int8 = report.precisions["int8"]
-    assert int8["accepted"] is True
-    assert int8["verdict"]["images"] == 1000
+    assert int8.verdict.accepted is True
+    assert int8.verdict.images == 1000
     monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
-    assert prepared.model_file == tmp_path / int8["file"]
-    assert prepared.variant == f"int8-{int8['key']}"
-    assert prepared.lines == (f"int8 is used: {int8['verdict']['reason']}",)
+    assert prepared.model_file == tmp_path / int8.file
+    assert prepared.variant == f"int8-{int8.key}"
+    assert prepared.lines == (f"int8 is used: {int8.verdict.reason}",)
     precisions.verify_variant(prepared.model_file, prepared.sha256)
     prepared.model_file.with_suffix(".bin").write_bytes(b"changed")
     with pytest.raises(ModelError, match="is not the file that the job was started with"):
@@ -396,13 +421,13 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(
     int8 = precisions.quantize_bundle(
         bundle, [str(colours)], chosen=CPU, calibration=50
     ).precisions["int8"]
-    assert [item["preset"] for item in int8["tried"]][:2] == ["performance", "mixed"]
-    assert max(item["agreement"] for item in int8["tried"][:2]) < 0.9
-    assert int8["accepted"] is True
-    assert int8["ignored"] == ["first/WithoutBiases", "second/WithoutBiases"]
+    assert [item.preset for item in int8.tried][:2] == ["performance", "mixed"]
+    assert max(item.agreement for item in int8.tried[:2]) < 0.9
+    assert int8.verdict.accepted is True
+    assert int8.ignored == ("first/WithoutBiases", "second/WithoutBiases")
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
-        f"int8-{int8['key']}.bin",
-        f"int8-{int8['key']}.xml",
+        f"int8-{int8.key}.bin",
+        f"int8-{int8.key}.xml",
     ]
 
 
@@ -431,9 +456,9 @@ def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models
         calibration=0,
         held_out=12,
     )
-    verdict = trial.carry_out(asked)["bf16"]["verdict"]
-    assert verdict["images"] == 9
-    assert verdict["agreement"] > 0.5
+    verdict = trial.carry_out(asked)["bf16"].verdict
+    assert verdict.images == 9
+    assert verdict.agreement > 0.5
 
 
 def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
@@ -446,13 +471,13 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
         for file in sorted((colours / "0").iterdir())[:count]:
             (folder / file.name).write_bytes(file.read_bytes())
     kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
-    assert not kept["int8"]["accepted"]
+    assert not kept["int8"].verdict.accepted
     said: list[str] = []
     precisions.quantize_bundle(
         bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append
     )
-    assert "int8: the card keeps its verdict on more images, and what it was made on" in said
-    assert quantize.variants(bundles.load(bundle.dir))["int8"] == kept["int8"]
+    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in said
+    assert variants.read(bundle.dir).int8 == kept["int8"]
 
 
 def test_few_images_take_nothing_from_a_verdict_on_enough(
@@ -469,23 +494,23 @@ def test_few_images_take_nothing_from_a_verdict_on_enough(
     few = precisions.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
     )
-    assert few.precisions["int8"]["verdict"]["reason"].startswith("too few images: ")
-    assert "int8: the card keeps its verdict on more images, and what it was made on" in said
+    assert few.precisions["int8"].verdict.reason.startswith("too few images: ")
+    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in said
     assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(
         few
     )
-    assert quantize.variants(bundles.load(tmp_path))["int8"] == accepted
+    assert variants.read(tmp_path).int8 == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
-        f"int8-{accepted['key']}.bin",
-        f"int8-{accepted['key']}.xml",
+        f"int8-{accepted.key}.bin",
+        f"int8-{accepted.key}.xml",
     ]
 
-    (tmp_path / accepted["file"]).with_suffix(".bin").write_bytes(b"changed")
+    (tmp_path / accepted.file).with_suffix(".bin").write_bytes(b"changed")
     again = precisions.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
     )
-    assert quantize.variants(bundles.load(tmp_path))["int8"] == again.precisions["int8"]
-    assert (tmp_path / again.precisions["int8"]["file"]).is_file()
+    assert variants.read(tmp_path).int8 == again.precisions["int8"]
+    assert (tmp_path / again.precisions["int8"].file).is_file()
 
 
 # What a job gets.
@@ -700,8 +725,7 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
         {"versions": {"openvino": "2020.1"}},
         {"instruction_set": "other"},
         {"group_channels": 7},
-        {"recipe": {"size": 64}},
-        {"verdict": None},
+        {"recipe": Recipe(size=64)},
         {"accepted": False},
     ],
     ids=lambda change: next(iter(change)),
@@ -710,30 +734,26 @@ def test_a_verdict_of_other_circumstances_does_not_count(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     bundle = make_bundle(tmp_path)
-    accepted = quantize.note(bundle, {"bf16": record(bundle)})
-    assert precisions.choose(accepted, 10).precision is Precision.BF16
-    other = quantize.note(bundle, {"bf16": record(bundle, **change)})
-    assert precisions.choose(other, 10).precision is Precision.FP32
+    variants.write(tmp_path, bf16=record(bundle))
+    assert precisions.choose(bundle, 10).precision is Precision.BF16
+    variants.write(tmp_path, bf16=record(bundle, **change))
+    assert precisions.choose(bundle, 10).precision is Precision.FP32
 
 
 def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
-    """A verdict of before there was a background, or with another one, still counts: the arithmetic
-    is the same.
-    """
+    """A verdict without a background, or with another one, counts: the arithmetic is the same."""
     bundle = make_bundle(tmp_path)
-    plain = serialization.to_plain(bundle.card.recipe)
-    older = {name: value for name, value in plain.items() if name != "background"}
-    for recipe in (plain, older, plain | {"background": "#000000"}):
-        noted = quantize.note(bundle, {"bf16": record(bundle, recipe=recipe)})
-        on_white = replace(
-            noted, card=replace(noted.card, recipe=replace(noted.card.recipe, background="#ffffff"))
-        )
+    plain = bundle.card.recipe
+    on_white = replace(bundle, card=replace(bundle.card, recipe=replace(plain, background="#fff")))
+    for recipe in (plain, replace(plain, background="#000000")):
+        variants.write(tmp_path, bf16=record(bundle, recipe=recipe))
         assert precisions.choose(on_white, 10).precision is Precision.BF16
 
 
 def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
-    choice = precisions.choose(quantize.note(bundle, {"bf16": record(bundle, speedup=0.8)}), 10)
+    variants.write(tmp_path, bf16=replace(record(bundle), speedup=0.8))
+    choice = precisions.choose(bundle, 10)
     assert choice.precision is Precision.FP32
     assert (
         "bf16 is not used: it answers as fp32 does but makes only 0.80 times its images/s"
@@ -745,10 +765,10 @@ def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(
     tmp_path: Path, everything_pays: None
 ) -> None:
     bundle = make_bundle(tmp_path)
-    few = quantize.note(bundle, {"bf16": record(bundle, accepted=False, images=100)})
-    assert Precision.BF16 in precisions.choose(few, 10**6).worth_trying
-    enough = quantize.note(bundle, {"bf16": record(bundle, accepted=False)})
-    assert Precision.BF16 not in precisions.choose(enough, 10**6).worth_trying
+    variants.write(tmp_path, bf16=record(bundle, accepted=False, images=100))
+    assert Precision.BF16 in precisions.choose(bundle, 10**6).worth_trying
+    variants.write(tmp_path, bf16=record(bundle, accepted=False))
+    assert Precision.BF16 not in precisions.choose(bundle, 10**6).worth_trying
 
 
 # The child.
@@ -772,7 +792,7 @@ def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     found = trial_process.in_child(
         small_trial(make_bundle(tmp_path / "bundle"), folder), said.append
     )
-    assert found["bf16"]["verdict"]["images"] == 12
+    assert found["bf16"].verdict.images == 12
     assert said[0].startswith("the trial process was killed by SIG")
 
 

@@ -26,8 +26,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import helpers
 import sample_images
 from imagemill.job.open_job import OpenJob
+from imagemill.models import variants
 from imagemill.pipeline.decoding.decode import decode
-from imagemill.records import Clock, DeviceSummary, Limits, Settings, Throughput
+from imagemill.records import Clock, DeviceSummary, Limits, Recipe, Settings, Throughput
 from imagemill.report import charts, figures, page, thumbnails
 from imagemill.runner import run
 from imagemill.workers.timeline import BUCKETS, Timeline
@@ -324,31 +325,27 @@ def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
         assert value in text, value
 
 
-def test_the_gate_s_figures_are_shown_where_a_precision_was_judged(
+def test_the_accuracy_check_is_shown_if_a_precision_was_judged(
     reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
 ) -> None:
     """Verdict, agreement, interval and speed-up of each faster precision that the card knows."""
     output = copy_of(reported.output)
     job = json.loads((output / "job.json").read_bytes())
-    verdict = {
-        "images": 1000,
-        "agreement": 0.978,
-        "wilson_low": 0.967,
-        "wilson_high": 0.9855,
-        "accepted": True,
-        "reason": "<b>it agrees</b>",
-    }
-    job["job"]["card"]["notes"]["variants"] = {
-        "int8": {"verdict": verdict, "speedup": 2.31},
-        "bf16": "damaged",
-    }
+    session = job["job"]["session"]
+    model = shutil.copytree(Path(session["model_file"]).parent, output.parent / "model")
+    session["model_file"] = str(model / "model.onnx")
     (output / "job.json").write_text(json.dumps(job))
+    verdict = variants.Verdict(
+        1000, 0.978, 0.967, 0.9855, 900, 3, 0.01, accepted=True, reason="<b>it agrees</b>"
+    )
+    record = variants.PrecisionRecord(verdict, "id", {}, "avx2", Recipe(), speedup=2.31)
+    variants.write(model, int8=record)
     assert helpers.imagemill_cli("report", output).code == 0
     shown = opened(output / "report.html")
-    assert shown.locator("section:has(> #gate) tbody").inner_text().split("\t") == [
+    assert shown.locator("section:has(> #accuracy) tbody").inner_text().split("\t") == [
         "int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %", "2.31 ×"
     ]  # fmt: skip
-    assert not opened(reported.report).locator("#gate").count()
+    assert not opened(reported.report).locator("#accuracy").count()
 
 
 def test_speed_is_shown_per_device(reported: Reported, opened: Pages) -> None:

@@ -206,10 +206,8 @@ def table(found: list[Peer]) -> str:
 
 def int8_file(model_dir: Path) -> Path | None:
     try:
-        name = json.loads((model_dir / "card.json").read_text())["notes"]["variants"]["int8"][
-            "file"
-        ]
-    except KeyError:
+        name = json.loads((model_dir / "precisions.json").read_text())["int8"]["file"]
+    except (FileNotFoundError, TypeError):
         return None
     return model_dir / name
 

@@ -23,7 +23,7 @@ from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, registry, variants
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
     Bundle,
@@ -37,7 +37,7 @@ from imagemill.records import (
 from imagemill.runner import run as runner
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
-from imagemill.tuning import batch_size, precisions, quantize
+from imagemill.tuning import batch_size, precisions
 from imagemill.version import __version__
 
 COMPUTE_S = 2.0
@@ -194,7 +194,7 @@ def _precision(
     precision = Precision(asked)
     if precision is not Precision.INT8:
         return precision, model.dir / bundle.MODEL
-    file = quantize.variant_file(model, quantize.variants(model).get(precision.value, {}))
+    file = variants.int8_file(model.dir, variants.read(model.dir).int8)
     if file is None:
         name = model.card.name
         raise UsageError(

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from imagemill.errors import ImagemillError
 from imagemill.job.documents import Frozen
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle
+from imagemill.models import bundle, variants
 from imagemill.records import Summary
 from imagemill.report import charts, thumbnails
 from imagemill.report.figures import BINS, Figures
@@ -95,7 +95,7 @@ def render(
             else None,
             devices=devices,
             pieces=charts.PIECES,
-            gate=_gate(frozen),
+            accuracy=_accuracy(frozen),
             provenance=_provenance(job, summary, figures),
         )
     )
@@ -199,46 +199,27 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
     )
 
 
-def _gate(frozen: Frozen) -> list[dict[str, Any]]:
-    """Return what is known about faster precisions, from the frozen job and from the model's
-    bundle, where the job itself may have added to it.
+def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
+    """Return the verdicts on faster precisions in the model's bundle; none if the bundle is gone or
+    holds another model.
     """
-    job = frozen.job
-    records = job.session.card.notes.get("variants")
+    session = frozen.job.session
+    folder = Path(session.model_file).parent
     try:
-        now = bundle.load(Path(job.session.model_file).parent).card
-        if now.sha256 == job.session.card.sha256:
-            records = {
-                **(records if isinstance(records, Mapping) else {}),
-                **_mapping(now.notes.get("variants")),
-            }
+        if bundle.load(folder).card.sha256 != session.card.sha256:
+            return []
+        records = variants.read(folder).named()
     except (ImagemillError, OSError):
-        pass
-    found = []
-    for precision, record in _mapping(records).items():
-        verdict = _mapping(_mapping(record).get("verdict"))
-        if {
-            "images",
-            "agreement",
-            "wilson_low",
-            "wilson_high",
-            "reason",
-            "accepted",
-        } <= verdict.keys():
-            speedup = _mapping(record).get("speedup")
-            found.append(
-                {
-                    **verdict,
-                    "precision": precision,
-                    "speedup": speedup,
-                    "used": precision == job.session.precision,
-                }
-            )
-    return found
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+        return []
+    return [
+        {
+            "verdict": record.verdict,
+            "precision": precision,
+            "speedup": record.speedup,
+            "used": precision == session.precision,
+        }
+        for precision, record in records.items()
+    ]
 
 
 def _provenance(

@@ -4,13 +4,13 @@ calibration did not see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.models.variants import Verdict
 from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Scores
 
@@ -24,28 +24,6 @@ TOO_FEW: Final = "too few images"
 """How the reason of such a verdict starts."""
 _Z95: Final = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the gate found."""
-
-    images: int
-    agreement: float
-    """Share of the images whose top-1 is fp32's; 0 without images."""
-    wilson_low: float
-    """Of the agreement's 95 % interval."""
-    wilson_high: float
-    sure: int
-    """Images of which fp32 was sure, see `SURE`."""
-    flips_where_sure: int
-    """How many of these have another top-1."""
-    mean_probability_difference: float
-    """Mean over the images of |p − p′|: the probability of fp32's top-1 class, as fp32 gives it and
-    as the candidate does.
-    """
-    accepted: bool
-    reason: str
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -151,8 +129,8 @@ def judge(
     )
 
 
-def told(verdict: Verdict) -> str:
-    """A verdict's figures, in one line for people."""
+def format_verdict(verdict: Verdict) -> str:
+    """Return a verdict's figures in one line."""
     return (
         f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.images:,} held-out images"
         f" (95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}),"

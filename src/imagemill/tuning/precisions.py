@@ -1,8 +1,8 @@
-"""Which precision a job runs in, and which file of its bundle: promise 6.
+"""The precision that a job runs in, and the model file for it.
 
 `prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the
-verdicts that the bundle's card keeps, and have `trial` make those that are missing: `auto` only
-where the job gains more than the trial costs.
+verdicts in the bundle's `precisions.json` and let `trial` measure missing ones. `auto` does so only
+if the job saves more time than the accuracy check takes.
 
     auto       int8 if accepted ─► else bf16 if accepted ─► else fp32; each step is said
     explicit   obeyed; its figures are said
@@ -10,21 +10,22 @@ where the job gains more than the trial costs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
+from imagemill.models import variants
+from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, openvino_rewrites
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Entry, Limits, Precision
-from imagemill.system import cpu, serialization
+from imagemill.system import cpu
 from imagemill.tuning import gate, quantize, trial, trial_process
-from imagemill.tuning.trial import Record, Say, Trial
+from imagemill.tuning.trial import Say, Trial
 
 CALIBRATION: Final = 300
 """Images that int8 is calibrated on."""
@@ -42,7 +43,7 @@ _FEWEST: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the card allows a job that asks for `auto`."""
+    """What the bundle's verdicts allow a job that asks for `auto`."""
 
     precision: Precision
     variant: str
@@ -80,10 +81,7 @@ class Report:
     bundle: str
     images: int
     """That the sources hold."""
-    precisions: Mapping[str, Record] = field(default_factory=dict)
-    """Precision → what the card now keeps: `file`, `key`, `preset`, `verdict`, `accepted`,
-    `speedup`, …
-    """
+    precisions: Mapping[str, PrecisionRecord] = field(default_factory=dict)
 
 
 def _silent(_: str) -> None:
@@ -170,7 +168,7 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
     if sha256 is None:
         return
     try:
-        found = quantize.digest(model_file)
+        found = variants.digest(model_file)
     except OSError as error:
         raise ModelError(
             f"{model_file}, which the job was started with, cannot be read: {error.strerror}. Start"
@@ -184,7 +182,7 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
 
 
 def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice:
-    """Pick the fastest precision that the card's verdicts allow; nothing is measured.
+    """Pick the fastest precision that the bundle's verdicts allow; nothing is measured.
 
     A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file
     is whole.
@@ -199,28 +197,26 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
     worth: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
         record = usable(bundle, precision, flags)
-        verdict = record.get("verdict", {}) if record else {}
-        if record and record.get("accepted") is True:
-            speedup = record.get("speedup")
-            if isinstance(speedup, int | float) and speedup < _WORTH_USING:
+        if record and record.verdict.accepted:
+            if record.speedup is not None and record.speedup < _WORTH_USING:
                 reasons.append(
-                    f"{precision} is not used: it answers as fp32 does but makes only {speedup:.2f}"
-                    " times its images/s"
+                    f"{precision} is not used: it answers as fp32 does but makes only"
+                    f" {record.speedup:.2f} times its images/s"
                 )
                 continue
-            reasons.append(f"{precision} is used: {verdict.get('reason')}")
+            reasons.append(f"{precision} is used: {record.verdict.reason}")
             return replace(
                 _chosen(bundle, precision, record),
                 reasons=tuple(reasons),
                 worth_trying=tuple(worth),
             )
-        if record and verdict.get("images", 0) >= gate.ENOUGH:
-            reasons.append(f"{precision} is not used: {verdict.get('reason')}")
+        if record and record.verdict.images >= gate.ENOUGH:
+            reasons.append(f"{precision} is not used: {record.verdict.reason}")
         elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
         elif record and not trial.pays(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
-                f"{precision} is not used: {verdict.get('reason')}; `imagemill quantize` on more"
+                f"{precision} is not used: {record.verdict.reason}; `imagemill quantize` on more"
                 " images decides"
             )
         elif not trial.pays(precision, images, CALIBRATION, HELD_OUT):
@@ -236,44 +232,38 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
     )
 
 
-def usable(bundle: Bundle, precision: Precision, flags: set[str] | None = None) -> Record | None:
-    """The card's record of a precision if it counts here and now, else None; see `choose`."""
-    record = quantize.variants(bundle).get(precision.value)
-    if record is None or not isinstance(record.get("verdict"), Mapping):
-        return None
-    libraries = record.get("versions")
-    now = quantize.versions().get("openvino")
-    if not isinstance(libraries, Mapping) or libraries.get("openvino") != now:
-        return None
-    if _without_background(record.get("recipe")) != _without_background(
-        json.loads(serialization.encode(bundle.card.recipe))
+def usable(
+    bundle: Bundle, precision: Precision, flags: set[str] | None = None
+) -> PrecisionRecord | None:
+    """Return the bundle's record of a precision if it counts on this machine, else None.
+
+    It counts if it is of this recipe, OpenVINO version and kind of processor, and its int8 file is
+    unchanged. A record holds for any background: a background changes few images and none of the
+    arithmetic.
+
+    Raises:
+        ModelError: `precisions.json` cannot be read.
+    """
+    flags = cpu.flags() if flags is None else flags
+    record = variants.read(bundle.dir).get(precision)
+    if (
+        record is None
+        or record.versions.get("openvino") != quantize.versions().get("openvino")
+        or replace(record.recipe, background=None) != replace(bundle.card.recipe, background=None)
+        or record.instruction_set != trial.instruction_set(flags)
+        or record.group_channels != openvino_rewrites.wanted(precision, flags)
     ):
         return None
-    if record.get("instruction_set") != trial.instruction_set(flags):
-        return None
-    if record.get("group_channels", 0) != openvino_rewrites.wanted(
-        precision, cpu.flags() if flags is None else flags
-    ):
-        return None
-    if precision is Precision.INT8 and quantize.variant_file(bundle, record) is None:
+    if precision is Precision.INT8 and variants.int8_file(bundle.dir, record) is None:
         return None
     return record
 
 
-def _without_background(recipe: object) -> object:
-    """A verdict holds for any background: it changes few images, and none of the arithmetic."""
-    return (
-        {name: value for name, value in recipe.items() if name != "background"}
-        if isinstance(recipe, Mapping)
-        else recipe
-    )
-
-
-def _chosen(bundle: Bundle, precision: Precision, record: Mapping[str, Any]) -> Choice:
-    if precision is not Precision.INT8:
+def _chosen(bundle: Bundle, precision: Precision, record: PrecisionRecord) -> Choice:
+    if record.file is None:
         return Choice(precision, "model", bundle.dir / bundles.MODEL)
-    name = str(record["file"])
-    return Choice(precision, name.removesuffix(".xml"), bundle.dir / name, str(record["sha256"]))
+    variant = record.file.removesuffix(".xml")
+    return Choice(precision, variant, bundle.dir / record.file, record.sha256)
 
 
 def _automatic(
@@ -285,17 +275,24 @@ def _automatic(
     choice = choose(base.bundle, images)
     if choice.worth_trying:
         some, _ = thin(entries(), _wanted(base))
+        known = variants.read(base.bundle.dir)
         say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
         try:
             trial_process.in_child(
-                replace(base, entries=tuple(some), precisions=choice.worth_trying, images=images),
+                replace(
+                    base,
+                    entries=tuple(some),
+                    precisions=choice.worth_trying,
+                    images=images,
+                    known=known,
+                ),
                 say,
             )
         except Interrupted:
             raise
         except ImagemillError as error:
             say(f"no faster precision could be tried: {error}")
-        choice = choose(_reloaded(base.bundle), images)
+        choice = choose(base.bundle, images)
     for reason in choice.reasons:
         say(reason)
     if choice.precision is Precision.FP32:
@@ -306,7 +303,7 @@ def _automatic(
 def _explicit(
     precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say
 ) -> Choice:
-    """See `prepare`. The card's verdict is told; where there is none, a short trial makes one."""
+    """Choose a precision that was asked for; a short accuracy check makes a missing verdict."""
     bundle = base.bundle
     record = usable(bundle, precision)
     if record is None and images == 0:
@@ -319,24 +316,19 @@ def _explicit(
         some, _ = thin(entries(), _wanted(quick))
         record = trial_process.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
     elif record is not None:
-        say(f"{precision}: {told(record)}")
+        say(f"{precision}: {format_record(record)}")
     if record is None:
         say(
             f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name}"
             " --images SOURCE` does that"
         )
         return Choice(precision, "model", bundle.dir / bundles.MODEL)
-    if not record["accepted"]:
+    if not record.verdict.accepted:
         say(
             f"{precision} is used because it was asked for; `auto` would not use it:"
-            f" {record['verdict']['reason']}"
+            f" {record.verdict.reason}"
         )
     return _chosen(bundle, precision, record)
-
-
-def _reloaded(bundle: Bundle) -> Bundle:
-    """The card's notes as they are now, with the recipe that the job uses."""
-    return replace(bundle, card=replace(bundle.card, notes=bundles.load(bundle.dir).card.notes))
 
 
 def _wanted(base: Trial) -> int:
@@ -381,8 +373,8 @@ def quantize_bundle(
     """Make the int8 variant of a bundle and measure it, and bf16 where the processor has it,
     against fp32.
 
-    The verdicts are kept in the bundle's card, whatever they are. The same call again measures
-    nothing anew.
+    The verdicts are written to the bundle's `precisions.json`, whatever they are. Repeating the
+    call measures nothing again.
 
     Args:
         bundle: the model.
@@ -434,13 +426,13 @@ def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
         yield from source.entries(filters, skipped)
 
 
-def told(record: Mapping[str, Any]) -> str:
-    """A record's figures in one line for people."""
-    verdict = gate.Verdict(**{name: record["verdict"][name] for name in gate.Verdict.__slots__})
-    faster = f"; {record['speedup']:.2f} × the images/s of fp32" if record.get("speedup") else ""
+def format_record(record: PrecisionRecord) -> str:
+    """Return a record's figures in one line."""
+    verdict = record.verdict
+    faster = f"; {record.speedup:.2f} × the images/s of fp32" if record.speedup else ""
     return (
         f"{'accepted' if verdict.accepted else 'not accepted'} ({verdict.reason}):"
-        f" {gate.told(verdict)}{faster}"
+        f" {gate.format_verdict(verdict)}{faster}"
     )
 
 
@@ -448,15 +440,15 @@ def report_lines(report: Report) -> list[str]:
     """A report for people."""
     lines = []
     for precision, record in report.precisions.items():
-        lines.append(f"{precision}: {told(record)}")
-        for item in record.get("tried", ()):
-            but = f", {len(item['ignored'])} layers in fp32" if item["ignored"] else ""
+        lines.append(f"{precision}: {format_record(record)}")
+        for item in record.tried:
+            but = f", {len(item.ignored)} layers in fp32" if item.ignored else ""
             lines.append(
-                f"  tried preset {item['preset']}{but}: agreement {item['agreement']:.4f}, lower"
-                f" bound {item['wilson_low']:.4f}"
+                f"  tried preset {item.preset}{but}: agreement {item.agreement:.4f}, lower bound"
+                f" {item.wilson_low:.4f}"
             )
-        if record.get("kept") is False:
+        if not record.kept:
             lines.append("  not kept: what was accepted before, on more images, stays")
-        elif "file" in record:
-            lines.append(f"  kept {record['file']} in {report.bundle}")
+        elif record.file:
+            lines.append(f"  kept {record.file} in {report.bundle}")
     return lines

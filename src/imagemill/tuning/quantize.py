@@ -1,8 +1,4 @@
-"""int8 variants of a bundle: made by NNCF's post-training quantisation, kept beside the model,
-described in its card.
-
-    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so a .xml is never without its
-    weights DIR/card.json                notes.variants.int8: file, key, calibration, verdict, …
+"""int8 models by NNCF's post-training quantisation.
 
 Constants are folded before quantising: the shape arithmetic around the weights of grouped
 convolutions otherwise keeps all of them in fp32, 29 % of the time of resnext101_32x4d
@@ -12,14 +8,13 @@ convolutions otherwise keeps all of them in fp32, 29 % of the time of resnext101
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -27,15 +22,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import ModelError, OutputError
-from imagemill.models import bundle as bundles
+from imagemill.errors import ModelError
 from imagemill.pipeline.backends import openvino_rewrites
-from imagemill.records import Bundle
 from imagemill.system import files
 from imagemill.system.openvino_library import load_openvino
 
-VARIANTS: Final = "variants"
-"""Key in a card's notes: precision → what is known of it."""
 _LAYERS: Final = ("Convolution", "GroupConvolution", "MatMul")
 _FQ_INPUTS: Final = 5
 _GROUP_CHANNELS: Final = 16
@@ -191,18 +182,6 @@ def save(model: Any, folder: Path, name: str) -> Path:
     return target
 
 
-def remove(model_file: Path) -> None:
-    """Remove a variant's files, the .xml first."""
-    for suffix in (".xml", ".bin"):
-        model_file.with_suffix(suffix).unlink(missing_ok=True)
-
-
-def digest(model_file: Path) -> str:
-    """Return one sha256 over a variant's .xml and .bin, in hexadecimal."""
-    sums = [bundles.sha256(model_file.with_suffix(suffix)) for suffix in (".xml", ".bin")]
-    return hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
 def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
     """Run a model once and tell which kernel each convolution ran as.
 
@@ -338,68 +317,3 @@ def _noise(values: NDArray[Any], ranges: Sequence[Any]) -> float:
     power = (x**2).sum(axis=axes)
     heard = power > 0
     return float(((error**2).sum(axis=axes)[heard] / power[heard]).mean()) if heard.any() else 0.0
-
-
-# ── what the card knows ───────────────────────────────────────────────────────────────────────────
-
-
-def variants(bundle: Bundle) -> dict[str, dict[str, Any]]:
-    """What the card says of faster precisions: precision → record. Damaged entries are left out."""
-    kept = bundle.card.notes.get(VARIANTS)
-    return (
-        {str(name): dict(record) for name, record in kept.items() if isinstance(record, Mapping)}
-        if isinstance(kept, Mapping)
-        else {}
-    )
-
-
-def variant_file(bundle: Bundle, record: Mapping[str, Any]) -> Path | None:
-    """The file of an int8 record if it is there, whole and unchanged; else None."""
-    name = record.get("file")
-    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".xml"):
-        return None
-    file = bundle.dir / name
-    try:
-        return file if digest(file) == record.get("sha256") else None
-    except OSError:
-        return None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a bundle against others that would quantise it; they wait. The kernel lets go of it
-    however this process ends.
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder."
-        ) from error
-    try:
-        with contextlib.suppress(
-            OSError
-        ):  # some network file systems have no locks: then the last to finish wins
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def note(bundle: Bundle, records: Mapping[str, Mapping[str, Any]]) -> Bundle:
-    """Put what was found about precisions into the card, beside what it holds already; the card
-    appears whole.
-
-    Raises:
-        ModelError: the card cannot be read or written.
-    """
-    now = bundles.load(bundle.dir)
-    card = replace(now.card, notes={**now.card.notes, VARIANTS: {**variants(now), **records}})
-    try:
-        files.write_whole(bundle.dir / bundles.CARD, bundles.card_json(card).encode())
-    except OutputError as error:
-        raise ModelError(
-            f"{bundle.dir / bundles.CARD} cannot be written. Make room or rights there, or use"
-            " --precision fp32."
-        ) from error
-    return Bundle(bundle.dir, card)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,14 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
+from imagemill.models import variants
+from imagemill.models.variants import (
+    Attempt,
+    Calibration,
+    PrecisionRecord,
+    Precisions,
+    Verdict,
+)
 from imagemill.pipeline import sources, top_k
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.decoding import DECODER
@@ -39,6 +47,7 @@ from imagemill.records import (
     Limits,
     PlannedImage,
     Precision,
+    Recipe,
     SessionSpec,
     Shard,
 )
@@ -46,8 +55,6 @@ from imagemill.system import cpu, serialization
 from imagemill.tuning import gate, quantize
 
 Say = Callable[[str], None]
-Record = dict[str, Any]
-"""What the card keeps of one precision."""
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
@@ -98,6 +105,8 @@ class Trial:
     isolate: bool = False
     """Decode every image in a disposable process."""
     access: Access = AS_GIVEN
+    known: Precisions = field(default_factory=Precisions)
+    """The bundle's records when the trial was asked for."""
 
 
 def instruction_set(flags: set[str] | None = None) -> str:
@@ -189,8 +198,8 @@ def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
 
 def carry_out(
     trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None
-) -> dict[str, Record]:
-    """Try the precisions in turn and note each verdict in the bundle's card.
+) -> dict[str, PrecisionRecord]:
+    """Try the precisions in turn and write each verdict to the bundle's `precisions.json`.
 
     Held in memory: the calibration and held-out images, 150 KB each at 224×224, and fp32's answers
     to the latter.
@@ -209,17 +218,16 @@ def carry_out(
         BadLogitsError: fp32 itself returns NaN for every image.
     """
     at(None)
-    with quantize.locked(trial.bundle.dir):
-        now = bundles.load(trial.bundle.dir)
-        if trial.images is not None and now.card.notes != trial.bundle.card.notes:
-            # another process noted something while this one waited: the caller looks again
-            return {}
+    with variants.locked(trial.bundle.dir):
+        now = variants.read(trial.bundle.dir)
+        if trial.images is not None and now != trial.known:
+            return {}  # another process wrote verdicts while this one waited: the caller reads them
         return _Run(trial, now, say, at).carry_out()
 
 
 def calibration_pixels(trial: Trial) -> list[NDArray[np.uint8]]:
     """Decode what a trial would calibrate on: uint8 (1, size, size, 3) each."""
-    return _Run(trial, trial.bundle, lambda _: None, lambda _: None).calibration_pixels()
+    return _Run(trial, Precisions(), lambda _: None, lambda _: None).calibration_pixels()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,16 +235,16 @@ class _Candidate:
     scheme: quantize.Scheme
     file: Path
     key: str
-    verdict: gate.Verdict
+    verdict: Verdict
     rate: float
     """images/s, compute only."""
 
 
 class _Run:
-    """One trial under the bundle's lock; `now` is the card as it lies on disk."""
+    """One trial under the bundle's lock; `now` is the bundle's `precisions.json`."""
 
     def __init__(
-        self, trial: Trial, now: Bundle, say: Say, at: Callable[[float | None], None]
+        self, trial: Trial, now: Precisions, say: Say, at: Callable[[float | None], None]
     ) -> None:
         self._trial, self._now, self._say, self._at = trial, now, say, at
         self._onnx = trial.bundle.dir / bundles.MODEL
@@ -246,17 +254,12 @@ class _Run:
             [trial.entries[place] for place in first],
             [trial.entries[place] for place in rest],
         )
-        self._common: Record = {
-            "held_out": {"id": identity(self._rest, trial.held_out, trial.bundle)},
-            "versions": quantize.versions(),
-            "instruction_set": instruction_set(),
-            "recipe": json.loads(serialization.encode(trial.bundle.card.recipe)),
-        }
+        self._held_out = identity(self._rest, trial.held_out, trial.bundle)
         self._calibrated_on = identity(self._first, calibration, trial.bundle)
 
-    def carry_out(self) -> dict[str, Record]:
+    def carry_out(self) -> dict[str, PrecisionRecord]:
         trial = self._trial
-        records = {}
+        records: dict[str, PrecisionRecord] = {}
         for precision in trial.precisions:
             if reused := self._noted(precision):
                 self._say(f"{precision} was measured on these very images already")
@@ -275,58 +278,61 @@ class _Run:
         for precision in wanted:
             judge = partial(self._judge, precision, held_out, reference)
             record = self._int8(pixels, judge) if precision is Precision.INT8 else self._bf16(judge)
-            faster = record["images_per_second"]
-            record |= {
-                "fp32_images_per_second": round(rate, 2),
-                "speedup": round(faster / rate, 2) if faster and rate else None,
-            }
-            records[precision.value] = record
-            if self._says_less(precision, record):
+            faster = record.images_per_second
+            records[precision.value] = record = replace(
+                record,
+                fp32_images_per_second=round(rate, 2),
+                speedup=round(faster / rate, 2) if faster and rate else None,
+                kept=not self._says_less(precision, record),
+            )
+            if not record.kept:
                 self._say(
-                    f"{precision}: the card keeps its verdict on more images, and what it was"
+                    f"{precision}: the bundle keeps its verdict on more images, and what it was"
                     " made on"
                 )
-                record["kept"] = False
-                if precision is Precision.INT8:
-                    self._remove_unnamed(self._trial.bundle.dir / record["file"])
+                if record.file:
+                    self._remove_unnamed(self._trial.bundle.dir / record.file)
                 continue
-            self._now = quantize.note(self._now, {precision.value: record})
-            if record["accepted"] and trial.images is not None:
+            self._now = variants.write(trial.bundle.dir, **{precision.value: record})
+            if record.verdict.accepted and trial.images is not None:
                 break
         return records
 
     def calibration_pixels(self) -> list[NDArray[np.uint8]]:
         return list(self._pixels(self._first, self._trial.calibration))
 
-    def _says_less(self, precision: Precision, record: Record) -> bool:
+    def _says_less(self, precision: Precision, record: PrecisionRecord) -> bool:
         """Whether a record on too few images would take the place of one that holds here and was
         accepted, or rests on more of them.
         """
-        before = quantize.variants(self._now).get(precision.value, {})
-        held_out = before.get("verdict", {}).get("images", 0)
-        counts = before.get("accepted") is True or held_out > record["verdict"]["images"]
-        counts = counts and all(
-            before.get(name) == record[name] for name in ("versions", "instruction_set", "recipe")
+        before = self._now.get(precision)
+        if before is None or not record.verdict.reason.startswith(gate.TOO_FEW):
+            return False
+        return (
+            (before.verdict.accepted or before.verdict.images > record.verdict.images)
+            and _circumstances(before) == _circumstances(record)
+            and (precision is not Precision.INT8 or self._has_file(before))
         )
-        if precision is Precision.INT8 and counts:
-            counts = quantize.variant_file(self._now, before) is not None
-        return counts and record["verdict"]["reason"].startswith(gate.TOO_FEW)
 
-    def _noted(self, precision: Precision) -> Record | None:
-        """The card's record if it is of the same images, versions and processor, and its file is
-        whole.
+    def _has_file(self, record: PrecisionRecord) -> bool:
+        return variants.int8_file(self._trial.bundle.dir, record) is not None
+
+    def _noted(self, precision: Precision) -> PrecisionRecord | None:
+        """Return the bundle's record if it is of the same images, versions and processor, and its
+        file is unchanged.
         """
-        record = quantize.variants(self._now).get(precision.value)
-        if record is None or any(record.get(name) != value for name, value in self._common.items()):
+        record = self._now.get(precision)
+        now = (quantize.versions(), instruction_set(), self._trial.bundle.card.recipe)
+        if record is None or record.held_out != self._held_out or _circumstances(record) != now:
             return None
-        if record.get("group_channels", 0) != openvino_rewrites.wanted(precision, cpu.flags()):
+        if record.group_channels != openvino_rewrites.wanted(precision, cpu.flags()):
             return None
-        if precision is Precision.INT8:
-            calibration = record.get("calibration")
-            if not isinstance(calibration, Mapping) or calibration.get("id") != self._calibrated_on:
-                return None
-            if quantize.variant_file(self._now, record) is None:
-                return None
+        if precision is Precision.INT8 and (
+            record.calibration is None
+            or record.calibration.id != self._calibrated_on
+            or not self._has_file(record)
+        ):
+            return None
         return record
 
     def _worth_it(
@@ -477,32 +483,33 @@ class _Run:
         pixels: Sequence[NDArray[np.uint8]],
         reference: NDArray[np.float32],
         file: Path,
-    ) -> tuple[gate.Verdict, float]:
+    ) -> tuple[Verdict, float]:
         answers, rate = self._answers(precision, file, pixels)
         verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
-        self._say(f"{precision}: {gate.told(verdict)}")
+        self._say(f"{precision}: {gate.format_verdict(verdict)}")
         return verdict, rate
 
     # Precisions.
 
-    def _bf16(self, judge: Callable[[Path], tuple[gate.Verdict, float]]) -> Record:
-        verdict, rate = judge(self._onnx)
-        verdict_and_rate = {
-            "verdict": asdict(verdict),
-            "accepted": verdict.accepted,
-            "images_per_second": round(rate, 2),
-        }
-        return {
-            **self._common,
-            "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
-            **verdict_and_rate,
-        }
+    def _record(self, verdict: Verdict, rate: float) -> PrecisionRecord:
+        return PrecisionRecord(
+            verdict,
+            self._held_out,
+            quantize.versions(),
+            instruction_set(),
+            self._trial.bundle.card.recipe,
+            images_per_second=round(rate, 2),
+        )
+
+    def _bf16(self, judge: Callable[[Path], tuple[Verdict, float]]) -> PrecisionRecord:
+        channels = openvino_rewrites.wanted(Precision.BF16, cpu.flags())
+        return replace(self._record(*judge(self._onnx)), group_channels=channels)
 
     def _int8(
         self,
         pixels: Sequence[NDArray[np.uint8]],
-        judge: Callable[[Path], tuple[gate.Verdict, float]],
-    ) -> Record:
+        judge: Callable[[Path], tuple[Verdict, float]],
+    ) -> PrecisionRecord:
         """Quantise until the gate accepts or the attempts are used up; keep the best."""
         tried: list[_Candidate] = []
         kept: _Candidate | None = None
@@ -525,29 +532,25 @@ class _Run:
             if tried[-1].verdict.accepted or tried[-1].verdict.reason.startswith(gate.TOO_FEW):
                 break
         assert kept is not None
-        verdict = kept.verdict
-        return {
-            "file": kept.file.name,
-            "key": kept.key,
-            "sha256": quantize.digest(kept.file),
-            "preset": kept.scheme.preset,
-            "ignored": list(kept.scheme.ignored),
-            "calibration": {"id": self._calibrated_on, "images": len(pixels)},
-            **self._common,
-            "verdict": asdict(verdict),
-            "accepted": verdict.accepted,
-            "images_per_second": round(kept.rate, 2),
-            "tried": [
-                {
-                    "preset": item.scheme.preset,
-                    "ignored": list(item.scheme.ignored),
-                    "agreement": item.verdict.agreement,
-                    "wilson_low": item.verdict.wilson_low,
-                    "images_per_second": round(item.rate, 2),
-                }
+        return replace(
+            self._record(kept.verdict, kept.rate),
+            file=kept.file.name,
+            key=kept.key,
+            sha256=variants.digest(kept.file),
+            preset=kept.scheme.preset,
+            ignored=kept.scheme.ignored,
+            calibration=Calibration(self._calibrated_on, len(pixels)),
+            tried=tuple(
+                Attempt(
+                    item.scheme.preset,
+                    item.scheme.ignored,
+                    item.verdict.agreement,
+                    item.verdict.wilson_low,
+                    round(item.rate, 2),
+                )
                 for item in tried
-            ],
-        }
+            ),
+        )
 
     def _scheme(
         self, best: _Candidate | None, number: int, pixels: Sequence[NDArray[np.uint8]]
@@ -568,7 +571,7 @@ class _Run:
         self,
         scheme: quantize.Scheme,
         pixels: Sequence[NDArray[np.uint8]],
-        judge: Callable[[Path], tuple[gate.Verdict, float]],
+        judge: Callable[[Path], tuple[Verdict, float]],
     ) -> _Candidate:
         but = f", {len(scheme.ignored)} sensitive layers in fp32" if scheme.ignored else ""
         self._say(f"int8: quantising on {len(pixels):,} images, preset {scheme.preset}{but}")
@@ -583,10 +586,13 @@ class _Run:
         return _Candidate(scheme, file, key, verdict, rate)
 
     def _remove_unnamed(self, file: Path) -> None:
-        """Remove an attempt's files, unless the card names them: jobs may be running from those."""
-        named = {record.get("file") for record in quantize.variants(self._now).values()}
-        if file.name not in named:
-            quantize.remove(file)
+        """Remove an attempt's files, unless the bundle's record names them: jobs may use them."""
+        if self._now.int8 is None or file.name != self._now.int8.file:
+            variants.remove(file)
+
+
+def _circumstances(record: PrecisionRecord) -> tuple[Mapping[str, str], str, Recipe]:
+    return record.versions, record.instruction_set, record.recipe
 
 
 def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:

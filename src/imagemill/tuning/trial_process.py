@@ -20,9 +20,10 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 from imagemill.errors import WorkerError
+from imagemill.models.variants import PrecisionRecord
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
-from imagemill.tuning.trial import Record, Say, Trial, carry_out
+from imagemill.tuning.trial import Say, Trial, carry_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,10 @@ class At:
 class Found:
     """The last message: the result by precision, which is also kept with the model."""
 
-    records: Mapping[str, Record] = field(default_factory=dict)
+    records: Mapping[str, PrecisionRecord] = field(default_factory=dict)
 
 
-def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
+def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, PrecisionRecord]:
     """Return what `carry_out` returns, from a child process.
 
     Raises:
@@ -68,7 +69,7 @@ def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, Record]:
         ) from died
 
 
-def _attempt_in_child(trial: Trial, say: Say) -> dict[str, Record]:
+def _attempt_in_child(trial: Trial, say: Say) -> dict[str, PrecisionRecord]:
     with contextlib.closing(Child("imagemill.tuning.trial_process")) as child:
         child.send(trial)
         patience_s: float | None = None

@@ -1,0 +1,197 @@
+"""The accuracy verdicts of a bundle's faster precisions, and its int8 files.
+
+    DIR/precisions.json          what was measured, by precision; `imagemill quantize` replaces it
+    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so each .xml has its weights
+
+Verdicts are not part of `card.json`, which is the model's identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from imagemill.errors import ModelError, OutputError
+from imagemill.models import bundle as bundles
+from imagemill.records import Recipe
+from imagemill.system import files, serialization
+
+PRECISIONS: Final = "precisions.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The result of an accuracy check against fp32."""
+
+    images: int
+    agreement: float
+    """Share of the images with fp32's top-1 class; 0 without images."""
+    wilson_low: float
+    """Lower bound of the agreement's 95 % interval."""
+    wilson_high: float
+    sure: int
+    """Number of images of which fp32 was sure: its two largest probabilities lie far apart."""
+    flips_where_sure: int
+    """Number of these images with another top-1 class."""
+    mean_probability_difference: float
+    """Mean over the images of |p − p′|: the probability of fp32's top-1 class in fp32 and in the
+    candidate.
+    """
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One way of quantising that was tried."""
+
+    preset: str
+    ignored: tuple[str, ...]
+    """Layers that stay in fp32."""
+    agreement: float
+    wilson_low: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The images that int8 was calibrated on."""
+
+    id: str
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionRecord:
+    """What a bundle keeps of one faster precision."""
+
+    verdict: Verdict
+    held_out: str
+    """Identity of the images of the accuracy check."""
+    versions: Mapping[str, str]
+    """Versions of the libraries that decide the answers."""
+    instruction_set: str
+    recipe: Recipe
+    group_channels: int = 0
+    """Width that narrow groups of convolutions are merged to; 0: they are not."""
+    images_per_second: float = 0.0
+    """Compute only; 0 if the images were too few to measure it."""
+    fp32_images_per_second: float = 0.0
+    speedup: float | None = None
+    """Over fp32, compute only."""
+    file: str | None = None
+    """Name of the int8 file; this and all below are set for int8 only."""
+    key: str | None = None
+    sha256: str | None = None
+    """Of the int8 files, see `digest`."""
+    preset: str | None = None
+    ignored: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    tried: tuple[Attempt, ...] = ()
+    kept: bool = True
+    """False if the bundle keeps an older record instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Precisions:
+    """`precisions.json`."""
+
+    int8: PrecisionRecord | None = None
+    bf16: PrecisionRecord | None = None
+
+    def get(self, precision: str) -> PrecisionRecord | None:
+        """Return the record of a precision, or None."""
+        found: PrecisionRecord | None = getattr(self, precision, None)
+        return found
+
+    def named(self) -> Mapping[str, PrecisionRecord]:
+        """Return the records by precision."""
+        both = {"int8": self.int8, "bf16": self.bf16}
+        return {name: record for name, record in both.items() if record is not None}
+
+
+def read(folder: Path) -> Precisions:
+    """Read a bundle's `precisions.json`; it is empty if there is no such file.
+
+    Raises:
+        ModelError: the file cannot be read, or a value has the wrong type.
+    """
+    file = folder / PRECISIONS
+    remedy = "Remove it; `imagemill quantize` writes it again."
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return Precisions()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
+    return serialization.decode(data, Precisions, str(file), ModelError, remedy)
+
+
+def write(folder: Path, **records: PrecisionRecord) -> Precisions:
+    """Add records to a bundle's `precisions.json`, which is replaced as a whole.
+
+    Raises:
+        ModelError: the file cannot be read or written.
+    """
+    found = replace(read(folder), **records)
+    try:
+        files.write_whole(folder / PRECISIONS, serialization.encode(found))
+    except OutputError as error:
+        raise ModelError(
+            f"{folder / PRECISIONS} cannot be written. Make room or rights there, or use"
+            " --precision fp32."
+        ) from error
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a bundle against other processes that would quantise it; they wait.
+
+    The kernel releases the lock when this process ends.
+
+    Raises:
+        ModelError: the folder cannot be opened.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ModelError(
+            f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder."
+        ) from error
+    try:
+        # Some network file systems have no locks: there, the last process to finish wins.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def digest(model_file: Path) -> str:
+    """Return one sha256 of an int8 model's .xml and .bin, in hexadecimal."""
+    sums = [bundles.sha256(model_file.with_suffix(suffix)) for suffix in (".xml", ".bin")]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def int8_file(folder: Path, record: PrecisionRecord | None) -> Path | None:
+    """Return the file of an int8 record if it exists and is unchanged; else None."""
+    name = record.file if record else None
+    if name is None or Path(name).name != name or not name.endswith(".xml"):
+        return None
+    try:
+        return folder / name if record and digest(folder / name) == record.sha256 else None
+    except OSError:
+        return None
+
+
+def remove(model_file: Path) -> None:
+    """Remove an int8 model's files, the .xml first."""
+    for suffix in (".xml", ".bin"):
+        model_file.with_suffix(suffix).unlink(missing_ok=True)
