@@ -16,7 +16,7 @@ import pytest
 import helpers
 from imagemill import bench
 from imagemill.bench import measure
-from imagemill.bench.measure import machine, synthetic_job
+from imagemill.bench.measure import machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.verdict import judge, together
@@ -158,7 +158,7 @@ def test_every_device_is_measured_on_its_own_cores(tiny: Bundle) -> None:
     """A bench worker stays on the cores of its device, as the worker of a run does."""
     cores = devices.usable_cores()
     chosen = devices.resolve(f"null:{len(cores)}")
-    with MeasuringPool(synthetic_job(settings(), tiny, chosen), chosen) as pool:
+    with MeasuringPool(synthetic_session(settings(), tiny, chosen), chosen) as pool:
         pool.measure({device.name: Compute(1) for device in chosen})
         found = [os.sched_getaffinity(member.child.pid) for member in pool._members]
     assert found == [{core} for core in cores]
@@ -300,7 +300,7 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
 def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> None:
     """No wait for an answer that will not come, and no figure of the others alone."""
     chosen = devices.resolve("null:2")
-    with MeasuringPool(synthetic_job(settings(), tiny, chosen), chosen) as pool:
+    with MeasuringPool(synthetic_session(settings(), tiny, chosen), chosen) as pool:
         pool._members[1].child.kill()
         with pytest.raises(
             WorkerError, match=r"the process that measures null#1 was killed by SIGKILL"
@@ -315,7 +315,7 @@ def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_
     chosen = devices.resolve("cpu")
     with (
         pytest.raises(ModelError, match=r"model\.onnx cannot be compiled"),
-        MeasuringPool(synthetic_job(settings(), broken, chosen), chosen),
+        MeasuringPool(synthetic_session(settings(), broken, chosen), chosen),
     ):
         pass
 
