@@ -11,7 +11,7 @@ ImagemillError                exit 1: one clear line, never a traceback
 ├── DeviceError               a device or backend that was asked for is not there
 │   └── DeviceLostError       it was there, and its program died; a job starts the worker again
 ├── SourceError               a source as a whole cannot be listed
-├── OutputError               the output folder is foreign, locked, full or read-only
+├── OutputError               the output is not a job, locked, full or read-only
 │   └── PartError             a part is damaged, missing, or belongs to another job
 ├── WorkerError               workers die and restarting does not help
 └── TooManyBadError           --max-bad-fraction was exceeded
@@ -75,7 +75,7 @@ class SourceError(ImagemillError):
 
 
 class OutputError(ImagemillError):
-    """The output folder is foreign, locked, full or read-only."""
+    """The output is not a job, locked, full or read-only."""
 
 
 class PartError(OutputError):
