@@ -98,7 +98,7 @@ def test_no_socket_leaves_the_machine(
         "imagemill": len(commands),
         "imagemill.workers.worker": 3,
         "imagemill.pipeline.decoding.isolated": 2,
-        "popart_program.py": 1,
+        "program.py": 1,
     }
     assert programs == started
 

@@ -119,6 +119,12 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
+def start(command: Sequence[str], **options: Any) -> Any:
+    """Fork a worker; start any other child, such as a worker's isolated decoder, as a process."""
+    is_worker = "imagemill.workers.worker" in command
+    return (Forked if is_worker else subprocess.Popen)(command, **options)
+
+
 def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> None:
     """Call `visit` with each place as it is reached, on every thread."""
 
@@ -274,9 +280,11 @@ def main(arguments: Sequence[str]) -> int:
             ImportError
         ):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
-    processes.subprocess = SimpleNamespace(
-        Popen=Forked, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
-    )  # type: ignore[assignment]
+    processes.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=start,
+        DEVNULL=subprocess.DEVNULL,
+        TimeoutExpired=subprocess.TimeoutExpired,
+    )
     if mode == "record":
         apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder))))
     for place in places:
