@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from imagemill.errors import ModelError, UsageError
-from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
-from imagemill.system import userdirs
+from imagemill.records import Bundle, Card, Recipe, Scores
+from imagemill.system import serialization, userdirs
 
 if TYPE_CHECKING:
     import onnx
@@ -140,19 +139,18 @@ def load(folder: Path) -> Bundle:
     """
     remedy = f"Remove {folder} and get the model again with imagemill get-model."
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
+        data = (folder / CARD).read_bytes()
     except FileNotFoundError:
         raise ModelError(
             f"{folder} is not a model bundle: it has no {CARD}. Make one with imagemill get-model."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ModelError(f"{folder / CARD} cannot be read: {error}. {remedy}") from error
-    try:
-        card = _card(json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ModelError(
-            f"{folder / CARD} is damaged: {type(error).__name__}: {error}. {remedy}"
-        ) from error
+    card = serialization.decode(data, Card, str(folder / CARD), ModelError, remedy)
+    size, resize = card.recipe.size, card.recipe.resize
+    sides = resize if isinstance(resize, tuple) else (resize,)
+    if any(side is not None and side < 1 for side in (size, *sides)):
+        raise ModelError(f"{folder / CARD}: recipe says size {size}, resize {resize}. {remedy}")
     if problem := cropped_beyond(card.recipe):
         raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
     if len(card.labels) == 1 and card.scores is Scores.LOGITS:
@@ -200,75 +198,6 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def card_json(card: Card) -> str:
-    """Spell a card as `card.json` holds it."""
-    return json.dumps(asdict(card), indent=2, ensure_ascii=False, default=dict) + "\n"
-
-
-def _card(values: Any) -> Card:
-    """Check every field's type: a card may have been edited by hand."""
-    if not isinstance(values, dict):
-        raise TypeError("it is not a JSON object")
-    if missing := [f.name for f in fields(Card) if f.name not in values]:
-        raise KeyError(f"it lacks {', '.join(missing)}")
-
-    def text(name: str) -> str:
-        if not isinstance(values[name], str):
-            raise TypeError(f"{name} is not text")
-        return str(values[name])
-
-    def texts(name: str) -> tuple[str, ...]:
-        if not isinstance(values[name], list) or not all(
-            isinstance(item, str) for item in values[name]
-        ):
-            raise TypeError(f"{name} is not a list of texts")
-        return tuple(values[name])
-
-    def colour(name: str) -> tuple[float, float, float]:
-        red, green, blue = (float(item) for item in values[name])
-        return red, green, blue
-
-    def mapping(name: str) -> dict[str, Any]:
-        if not isinstance(values[name], dict):
-            raise TypeError(f"{name} is not an object")
-        return dict(values[name])
-
-    recipe = mapping("recipe")
-    size, resize = recipe["size"], recipe["resize"]
-    sides = resize if isinstance(resize, list) else [] if resize is None else [resize]
-    if any(type(side) is not int or side < 1 for side in (size, *sides)) or (
-        isinstance(resize, list) and len(resize) != 2
-    ):
-        raise ValueError(f"recipe says size {size!r}, resize {resize!r}")
-    if isinstance(resize, list):
-        resize = (resize[0], resize[1])
-    if type(recipe["exif"]) is not bool:
-        raise TypeError("recipe.exif is neither true nor false")
-    return Card(
-        name=text("name"),
-        architecture=text("architecture"),
-        labels=texts("labels"),
-        recipe=Recipe(
-            size=size,
-            resize=resize,
-            interpolation=Interpolation(recipe["interpolation"]),
-            exif=recipe["exif"],
-        ),
-        mean=colour("mean"),
-        std=colour("std"),
-        sha256=text("sha256"),
-        licence=text("licence"),
-        origin=mapping("origin"),
-        parameters=int(values["parameters"]),
-        scores=Scores(values["scores"]),
-        input=text("input"),
-        normalised=None if values["normalised"] is None else text("normalised"),
-        outputs=texts("outputs"),
-        top1=None if values["top1"] is None else float(values["top1"]),
-        notes=mapping("notes"),
-    )
-
-
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -298,7 +227,7 @@ def write(
             file.write(model.SerializeToString())
         card = replace(card, sha256=sha256(folder / MODEL))
         with _replacing(folder / CARD) as file:
-            file.write(card_json(card).encode())
+            file.write(serialization.encode(card))
     except OSError as error:
         raise ModelError(
             f"{folder} cannot be written: {error.strerror}. Make room or rights there, or choose"

@@ -31,7 +31,7 @@ from imagemill.models import evaluate
 from imagemill.models.custom.graph import Plan, assemble, examine
 from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
 from imagemill.records import Bundle, Card, Scores
-from imagemill.system import files
+from imagemill.system import files, serialization
 
 if TYPE_CHECKING:
     import onnx
@@ -228,7 +228,7 @@ def _build(
     labels = _labels(plan, classes, labels_file)
     outputs = ("logits", "embedding") if has_embedding else ("logits",)
     final = replace(made.card, labels=labels, outputs=outputs)
-    files.write_whole(folder / bundles.CARD, bundles.card_json(final).encode())
+    files.write_whole(folder / bundles.CARD, serialization.encode(final))
     told = replace(
         plan.card, logits=card.logits
     )  # what was found by itself stays open, for the next export of the file
