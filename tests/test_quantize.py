@@ -395,7 +395,7 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     int8 = report.precisions["int8"]
     assert int8.verdict.accepted is True
     assert int8.verdict.images == 1000
-    monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
+    monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file == tmp_path / int8.file
@@ -519,10 +519,10 @@ def test_few_images_take_nothing_from_a_verdict_on_enough(
 @pytest.fixture
 def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the model were slow and the processor had every unit."""
-    monkeypatch.setattr(trial, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(trial, "is_worthwhile", lambda *_, **__: True)
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
     monkeypatch.setattr(cpu, "unit", lambda *_: "any")
-    monkeypatch.setattr(precisions, "_WORTH_USING", 0.0)
+    monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
 
 
 def auto(bundle: Bundle, folder: Path, images: int = 1400) -> precisions.Prepared:
@@ -623,9 +623,9 @@ def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None
     image.
     """
     for precision in (Precision.INT8, Precision.BF16):
-        assert not trial.pays(precision, 1_400, 300, 1000)
-        assert trial.pays(precision, 10_000, 300, 1000, rate=12.5)
-        assert not trial.pays(precision, 10_000, 300, 1000, rate=5_000)
+        assert not trial.is_worthwhile(precision, 1_400, 300, 1000)
+        assert trial.is_worthwhile(precision, 10_000, 300, 1000, rate=12.5)
+        assert not trial.is_worthwhile(precision, 10_000, 300, 1000, rate=5_000)
 
 
 def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
@@ -766,9 +766,9 @@ def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(
 ) -> None:
     bundle = make_bundle(tmp_path)
     variants.write(tmp_path, bf16=record(bundle, accepted=False, images=100))
-    assert Precision.BF16 in precisions.choose(bundle, 10**6).worth_trying
+    assert Precision.BF16 in precisions.choose(bundle, 10**6).candidates
     variants.write(tmp_path, bf16=record(bundle, accepted=False))
-    assert Precision.BF16 not in precisions.choose(bundle, 10**6).worth_trying
+    assert Precision.BF16 not in precisions.choose(bundle, 10**6).candidates
 
 
 # The child.

@@ -1,5 +1,5 @@
-"""The gate of promise 6: whether a faster precision answers as fp32 does, judged on images that its
-calibration did not see.
+"""The acceptance test of a faster precision: does it agree with fp32 on images that its
+calibration did not see?
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Scores
 
 ENOUGH: Final = 1_000
-"""Held-out images that a verdict needs."""
+"""Minimum number of held-out images for an accepted verdict."""
 BAR: Final = 0.95
-"""What the lower bound of the 95 % Wilson interval of the agreement must reach."""
+"""Minimum lower bound of the agreement's 95 % Wilson interval."""
 SURE: Final = 0.1
-"""fp32 is sure of an image where its two largest probabilities are further apart than this."""
+"""fp32 is sure of an image if its two largest probabilities differ by more than this."""
 TOO_FEW: Final = "too few images"
-"""How the reason of such a verdict starts."""
+"""Start of the reason if there are too few images."""
 _Z95: Final = 1.959963984540054
 """The normal distribution's 97.5 % quantile."""
 
@@ -50,7 +50,7 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
 def judge(
     reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
 ) -> Verdict:
-    """Judge a candidate by fp32's answers to the same images.
+    """Return the verdict on a candidate, compared with fp32 on the same images.
 
     Args:
         reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n

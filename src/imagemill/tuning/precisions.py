@@ -32,7 +32,7 @@ CALIBRATION: Final = 300
 HELD_OUT: Final = gate.ENOUGH
 _SPARE: Final = 1.25
 """Images picked for each that is needed, since some cannot be read."""
-_WORTH_USING: Final = 1.05
+_MIN_SPEEDUP: Final = 1.05
 """Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
 """An explicit precision is judged on one image in so many, so that its figures cost little beside
@@ -53,7 +53,7 @@ class Choice:
     """See `Prepared.sha256`."""
     reasons: tuple[str, ...] = ()
     """Why, and why not the faster ones; one line each."""
-    worth_trying: tuple[Precision, ...] = ()
+    candidates: tuple[Precision, ...] = ()
     """Faster ones without a verdict, whose trial may pay."""
 
 
@@ -198,7 +198,7 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
     for precision in (Precision.INT8, Precision.BF16):
         record = usable(bundle, precision, flags)
         if record and record.verdict.accepted:
-            if record.speedup is not None and record.speedup < _WORTH_USING:
+            if record.speedup is not None and record.speedup < _MIN_SPEEDUP:
                 reasons.append(
                     f"{precision} is not used: it answers as fp32 does but makes only"
                     f" {record.speedup:.2f} times its images/s"
@@ -208,18 +208,18 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
             return replace(
                 _chosen(bundle, precision, record),
                 reasons=tuple(reasons),
-                worth_trying=tuple(worth),
+                candidates=tuple(worth),
             )
         if record and record.verdict.images >= gate.ENOUGH:
             reasons.append(f"{precision} is not used: {record.verdict.reason}")
         elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
-        elif record and not trial.pays(precision, images, CALIBRATION, HELD_OUT):
+        elif record and not trial.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
                 f"{precision} is not used: {record.verdict.reason}; `imagemill quantize` on more"
                 " images decides"
             )
-        elif not trial.pays(precision, images, CALIBRATION, HELD_OUT):
+        elif not trial.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
                 f"{precision} is not used: {images:,} images are too few for trying it to pay;"
                 " `imagemill quantize` measures whether it answers as fp32 does, and keeps the"
@@ -273,16 +273,16 @@ def _automatic(
     precision.
     """
     choice = choose(base.bundle, images)
-    if choice.worth_trying:
+    if choice.candidates:
         some, _ = thin(entries(), _wanted(base))
         known = variants.read(base.bundle.dir)
-        say(f"measuring whether {' or '.join(choice.worth_trying)} would save time")
+        say(f"measuring whether {' or '.join(choice.candidates)} would save time")
         try:
             trial_process.in_child(
                 replace(
                     base,
                     entries=tuple(some),
-                    precisions=choice.worth_trying,
+                    precisions=choice.candidates,
                     images=images,
                     known=known,
                 ),

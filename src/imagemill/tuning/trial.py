@@ -1,5 +1,5 @@
-"""One trial of faster precisions against fp32: decode, calibrate, judge, note the verdicts in the
-bundle's card.
+"""The accuracy check of faster precisions: decode, calibrate, compare with fp32, and write the
+verdicts to the bundle's `precisions.json`.
 
 `trial_process` runs it in a process of its own.
 """
@@ -132,7 +132,7 @@ def gained_images(images: int, speedup: float) -> float:
     return images * (1 - 1 / speedup)
 
 
-def pays(
+def is_worthwhile(
     precision: Precision,
     images: int,
     calibration: int,
@@ -141,7 +141,7 @@ def pays(
     rate: float = 0.0,
     speedup: float | None = None,
 ) -> bool:
-    """Tell whether a job gains more from a precision than trying it costs.
+    """Return whether a job saves more time with a precision than its accuracy check takes.
 
     Args:
         precision: bf16 or int8.
@@ -269,7 +269,7 @@ class _Run:
             return records
         pixels = self.calibration_pixels() if Precision.INT8 in wanted else []
         if trial.images is not None and not (
-            wanted := self._worth_it(wanted, pixels, trial.images)
+            wanted := self._worthwhile(wanted, pixels, trial.images)
         ):
             return records
         held_out = list(self._pixels(self._rest, trial.held_out))
@@ -335,7 +335,7 @@ class _Run:
             return None
         return record
 
-    def _worth_it(
+    def _worthwhile(
         self, wanted: Sequence[Precision], pixels: Sequence[NDArray[np.uint8]], images: int
     ) -> list[Precision]:
         """Measure for some seconds, and keep the precisions that pay. bf16 is measured, not
@@ -355,7 +355,9 @@ class _Run:
         kept = [
             p
             for p in wanted
-            if pays(p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p])
+            if is_worthwhile(
+                p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p]
+            )
         ]
         for precision, speedup in speedups.items():
             if precision in kept:
