@@ -240,8 +240,8 @@ class _Candidate:
     """images/s, compute only."""
 
 
-class _Run:
-    """One trial under the bundle's lock; `now` is the bundle's `precisions.json`."""
+class _Measurements:
+    """The images of one trial, decoded, and the answers and rates of its precisions."""
 
     def __init__(
         self, trial: Trial, now: Precisions, say: Say, at: Callable[[float | None], None]
@@ -256,6 +256,119 @@ class _Run:
         )
         self._held_out = identity(self._rest, trial.held_out, trial.bundle)
         self._calibrated_on = identity(self._first, calibration, trial.bundle)
+
+    def _rate(self, precision: Precision, pixels: Sequence[NDArray[np.uint8]]) -> float:
+        """images/s, compute only."""
+        self._at(None)
+        batches = list(self._batches(pixels))
+        with self._session(precision, self._onnx) as session:
+            for _ in session.stream(batches[:_WARM_UP]):
+                pass
+            begun, done = time.perf_counter(), 0
+
+            def enough() -> Iterator[Batch]:
+                while time.perf_counter() - begun < _PROBE_S:
+                    yield from batches[:_WARM_UP]
+
+            for batch, _ in session.stream(enough()):
+                done += batch.filled
+            return done / (time.perf_counter() - begun)
+
+    # Images.
+
+    def _pixels(self, entries: Sequence[Entry], wanted: int) -> Iterator[NDArray[np.uint8]]:
+        """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
+        trial = self._trial
+        patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
+        opened = sources.open_all(trial.sources, access=trial.access)
+        nowhere = Shard(0, 0, len(entries), 0, "", 0)
+
+        def images() -> Iterator[PlannedImage]:
+            for index, entry in enumerate(_nearly_in_order(entries)):
+                fetch = partial(
+                    opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes
+                )
+                name = opened[entry.source].name
+                yield PlannedImage(
+                    index,
+                    nowhere,
+                    name,
+                    entry.path,
+                    entry.size,
+                    fetch,
+                    IsolationReason.CRASH if trial.isolate else None,
+                )
+
+        limit_pillow(trial.limits)
+        with Feed(
+            trial.bundle.card.recipe, trial.limits, 1, len(trial.cores), None, Stopwatch()
+        ) as feed:
+            self._at(patience_s)
+            for batch in feed.batches(images()):
+                self._at(patience_s)
+                if batch.filled and wanted > 0:
+                    wanted -= 1
+                    yield (
+                        batch.pixels.copy()
+                    )  # it is kept for long, whatever becomes of the feed's buffer
+                if wanted <= 0:
+                    return
+
+    def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[Batch]:
+        """Fixed-size batches, the last one padded."""
+        size = self._trial.batch_size
+        for start in range(0, len(pixels), size):
+            some = pixels[start : start + size]
+            padding = [np.zeros_like(some[0])] * (size - len(some))
+            yield Batch(np.concatenate([*some, *padding]), len(some), ())
+
+    # Answers.
+
+    @contextlib.contextmanager
+    def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
+        from imagemill.pipeline.backends import open_session
+
+        trial = self._trial
+        spec = SessionSpec(str(file), trial.bundle.card, precision, trial.batch_size)
+        session = open_session(
+            spec, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
+        )
+        try:
+            if precision is Precision.FP32:
+                top_k.check_model(session.stream, spec)
+            yield session
+        finally:
+            session.close()
+
+    def _answers(
+        self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]
+    ) -> tuple[NDArray[np.float32], float]:
+        """Logits, float32 (n, classes), and images/s; 0 where there are too few images to tell."""
+        with self._session(precision, file) as session:
+            for _ in session.stream(islice(self._batches(pixels), _WARM_UP)):
+                pass
+            begun = time.perf_counter()
+            logits = [outputs.logits for _, outputs in session.stream(self._batches(pixels))]
+            seconds = time.perf_counter() - begun
+        if not logits:
+            return np.zeros((0, len(self._trial.bundle.card.labels)), np.float32), 0.0
+        return np.concatenate(logits), len(pixels) / seconds if seconds > _LONG_ENOUGH_S else 0.0
+
+    def _judge(
+        self,
+        precision: Precision,
+        pixels: Sequence[NDArray[np.uint8]],
+        reference: NDArray[np.float32],
+        file: Path,
+    ) -> tuple[Verdict, float]:
+        answers, rate = self._answers(precision, file, pixels)
+        verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
+        self._say(f"{precision}: {gate.format_verdict(verdict)}")
+        return verdict, rate
+
+
+class _Run(_Measurements):
+    """One trial under the bundle's lock; `now` is the bundle's `precisions.json`."""
 
     def carry_out(self) -> dict[str, PrecisionRecord]:
         trial = self._trial
@@ -381,115 +494,6 @@ class _Run:
                     " take longer than it saves"
                 )
         return kept
-
-    def _rate(self, precision: Precision, pixels: Sequence[NDArray[np.uint8]]) -> float:
-        """images/s, compute only."""
-        self._at(None)
-        batches = list(self._batches(pixels))
-        with self._session(precision, self._onnx) as session:
-            for _ in session.stream(batches[:_WARM_UP]):
-                pass
-            begun, done = time.perf_counter(), 0
-
-            def enough() -> Iterator[Batch]:
-                while time.perf_counter() - begun < _PROBE_S:
-                    yield from batches[:_WARM_UP]
-
-            for batch, _ in session.stream(enough()):
-                done += batch.filled
-            return done / (time.perf_counter() - begun)
-
-    # Images.
-
-    def _pixels(self, entries: Sequence[Entry], wanted: int) -> Iterator[NDArray[np.uint8]]:
-        """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
-        trial = self._trial
-        patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
-        opened = sources.open_all(trial.sources, access=trial.access)
-        nowhere = Shard(0, 0, len(entries), 0, "", 0)
-
-        def images() -> Iterator[PlannedImage]:
-            for index, entry in enumerate(_nearly_in_order(entries)):
-                fetch = partial(
-                    opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes
-                )
-                name = opened[entry.source].name
-                yield PlannedImage(
-                    index,
-                    nowhere,
-                    name,
-                    entry.path,
-                    entry.size,
-                    fetch,
-                    IsolationReason.CRASH if trial.isolate else None,
-                )
-
-        limit_pillow(trial.limits)
-        with Feed(
-            trial.bundle.card.recipe, trial.limits, 1, len(trial.cores), None, Stopwatch()
-        ) as feed:
-            self._at(patience_s)
-            for batch in feed.batches(images()):
-                self._at(patience_s)
-                if batch.filled and wanted > 0:
-                    wanted -= 1
-                    yield (
-                        batch.pixels.copy()
-                    )  # it is kept for long, whatever becomes of the feed's buffer
-                if wanted <= 0:
-                    return
-
-    def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[Batch]:
-        """Fixed-size batches, the last one padded."""
-        size = self._trial.batch_size
-        for start in range(0, len(pixels), size):
-            some = pixels[start : start + size]
-            padding = [np.zeros_like(some[0])] * (size - len(some))
-            yield Batch(np.concatenate([*some, *padding]), len(some), ())
-
-    # Answers.
-
-    @contextlib.contextmanager
-    def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
-        from imagemill.pipeline.backends import open_session
-
-        trial = self._trial
-        spec = SessionSpec(str(file), trial.bundle.card, precision, trial.batch_size)
-        session = open_session(
-            spec, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
-        )
-        try:
-            if precision is Precision.FP32:
-                top_k.check_model(session.stream, spec)
-            yield session
-        finally:
-            session.close()
-
-    def _answers(
-        self, precision: Precision, file: Path, pixels: Sequence[NDArray[np.uint8]]
-    ) -> tuple[NDArray[np.float32], float]:
-        """Logits, float32 (n, classes), and images/s; 0 where there are too few images to tell."""
-        with self._session(precision, file) as session:
-            for _ in session.stream(islice(self._batches(pixels), _WARM_UP)):
-                pass
-            begun = time.perf_counter()
-            logits = [outputs.logits for _, outputs in session.stream(self._batches(pixels))]
-            seconds = time.perf_counter() - begun
-        if not logits:
-            return np.zeros((0, len(self._trial.bundle.card.labels)), np.float32), 0.0
-        return np.concatenate(logits), len(pixels) / seconds if seconds > _LONG_ENOUGH_S else 0.0
-
-    def _judge(
-        self,
-        precision: Precision,
-        pixels: Sequence[NDArray[np.uint8]],
-        reference: NDArray[np.float32],
-        file: Path,
-    ) -> tuple[Verdict, float]:
-        answers, rate = self._answers(precision, file, pixels)
-        verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
-        self._say(f"{precision}: {gate.format_verdict(verdict)}")
-        return verdict, rate
 
     # Precisions.
 
