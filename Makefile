@@ -10,7 +10,7 @@ PATH   := $(BIN):$(PATH)
 export PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-large check format bench clean
+.PHONY: help demo test test-unit test-large check format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ demo: $(BASE)  ## install imagemill and classify the images that ship with it
 
 test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest $(PARALLEL)
+
+test-unit: $(DEV)  ## the tests that start no process: under a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large'
 
 test-large: $(DEV)  ## the tests that take gigabytes or many minutes
 	$(BIN)/python -m pytest -m large

@@ -21,6 +21,7 @@ import sample_images
 from imagemill.models import bundle, registry
 from imagemill.records import Bundle, Settings
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
+from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
 from tiny import TINY_CARD, Finished, tiny_model
 
 settings.register_profile(

@@ -81,6 +81,7 @@ def columns(prediction: imagemill.Prediction) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.process
 def test_importing_is_cheap() -> None:
     """`import imagemill` brings none of the libraries; what is exported is there when it is
     touched, and nothing else is.
@@ -129,6 +130,7 @@ def test_run_takes_every_setting() -> None:
         assert keywords[name] == settings[name], name
 
 
+@pytest.mark.process
 def test_a_run_is_the_command_line_s(jpegs: Callable[..., Path], tmp_path: Path) -> None:
     """The same rows, the same summary; again it resumes; a different setting is refused as
     there.
@@ -158,6 +160,7 @@ def test_a_run_is_the_command_line_s(jpegs: Callable[..., Path], tmp_path: Path)
         imagemill.run(tmp_path / "nowhere", tmp_path / "other", model="tiny", devices="null")
 
 
+@pytest.mark.process
 def test_a_run_leaves_signals_alone_and_works_in_threads(
     jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -182,6 +185,7 @@ def test_a_run_leaves_signals_alone_and_works_in_threads(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.process
 def test_progress_is_shown_when_it_is_asked_for(
     jpegs: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +198,7 @@ def test_progress_is_shown_when_it_is_asked_for(
     assert "already finished" in err
 
 
+@pytest.mark.process
 def test_predictions_are_the_rows_of_a_run(
     classifier: imagemill.Classifier, lite0: Any, tmp_path: Path
 ) -> None:
@@ -1080,6 +1085,7 @@ def test_a_session_that_fails_is_opened_again(
         assert [item.status for item in opened.predict(items)] == ["ok"] * 100
 
 
+@pytest.mark.process
 def test_a_forked_child_is_told_to_load_its_own(models_dir: Path) -> None:
     """At once, and not by hanging: each use says so, closing does nothing, the child ends by
     itself, and its own classifier works.
@@ -1144,6 +1150,7 @@ def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) ->
     helpers.until(lambda: device_threads() <= before)
 
 
+@pytest.mark.process
 def test_a_classifier_that_nobody_closes_does_not_keep_its_process(models_dir: Path) -> None:
     """With a stream open or not."""
     program = """
@@ -1216,6 +1223,7 @@ def test_own_labels(models_dir: Path, tmp_path: Path) -> None:
         imagemill.load("tiny", labels=tmp_path / "two.txt")
 
 
+@pytest.mark.process
 def test_saved_embeddings_are_the_published_implementations(tmp_path: Path) -> None:
     """`--save embedding`, all the way from a checkpoint to Parquet: what torchvision hands to its
     classifier, and its logits.
@@ -1254,6 +1262,7 @@ def test_the_layer_of_the_api_is_as_documented() -> None:
         assert getattr(api, name).__doc__, name
 
 
+@pytest.mark.process
 def test_the_documentation_s_examples_run(
     lite0: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

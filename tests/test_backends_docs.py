@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 import helpers
 from imagemill.pipeline.backends import BACKENDS
+
+pytestmark = pytest.mark.process
 
 TEXT = (helpers.PROJECT / "docs" / "backends.md").read_text(encoding="utf-8")
 LAST_LINE = '    "null": Backend('

@@ -162,6 +162,7 @@ def short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_search, "_ROUND_S", 0.01)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("short_rounds")
 def test_bench_reports_every_size_and_measures_in_the_fastest(jpegs: Callable[..., Path]) -> None:
     """With images and without; without `search` nothing is looked for."""
@@ -183,6 +184,7 @@ def test_bench_reports_every_size_and_measures_in_the_fastest(jpegs: Callable[..
     ).batch_sizes
 
 
+@pytest.mark.process
 def test_another_word_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"--batch-size fastest: must be a number of images, or `search`"
@@ -192,6 +194,7 @@ def test_another_word_is_refused() -> None:
         )
 
 
+@pytest.mark.process
 def test_a_process_that_measures_and_says_nothing_is_given_up(tiny: Bundle) -> None:
     """Its start alone takes longer than this patience."""
     with pytest.raises(

@@ -138,6 +138,7 @@ def test_with_images_three_rates_and_a_verdict(
     assert report["advice"]
 
 
+@pytest.mark.process
 def test_nothing_is_left_behind(
     jpegs: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_nothing_is_left_behind(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.process
 def test_every_device_is_measured_on_its_own_cores(tiny: Bundle) -> None:
     """A bench worker stays on the cores of its device, as the worker of a run does."""
     cores = devices.usable_cores()
@@ -250,6 +252,7 @@ def test_the_advice_fits_the_bound(
 # What goes wrong.
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -288,6 +291,7 @@ def test_mistakes_are_told_before_anything_is_measured(
     assert str(caught.value) == message
 
 
+@pytest.mark.process
 def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
     """A decode rate of broken images would be a lie."""
     folder = helpers.fill(
@@ -297,6 +301,7 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
         bench.run(settings(sources=(str(folder),)))
 
 
+@pytest.mark.process
 def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> None:
     """No wait for an answer that will not come, and no figure of the others alone."""
     chosen = devices.resolve("null:2")
@@ -308,6 +313,7 @@ def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> 
             pool.measure({device.name: Compute(1) for device in chosen})
 
 
+@pytest.mark.process
 def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_path: Path) -> None:
     """A model that cannot be compiled is one clear ModelError from the worker's process."""
     broken = Bundle(tmp_path, tiny.card)

@@ -22,6 +22,8 @@ sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
 import harness
 
+pytestmark = pytest.mark.process
+
 SLOW_READS = """
 if WORKER:
     def slowed(module):

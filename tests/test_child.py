@@ -16,6 +16,8 @@ import helpers
 from imagemill.errors import ImagemillError, UsageError
 from imagemill.system import processes
 
+pytestmark = pytest.mark.process
+
 TRAP = """
 import os
 with open(os.environ["SPRUNG"], "a") as file:

@@ -17,6 +17,8 @@ from imagemill import cli
 from imagemill.display.results import format_summary
 from imagemill.records import Summary
 
+pytestmark = pytest.mark.process
+
 CLI = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
 TINY = ("--model", "tiny", "--devices", "null")

@@ -140,6 +140,7 @@ NVIDIA = (
 )
 
 
+@pytest.mark.process
 def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
     """Asked of the driver itself, so that no toolkit is needed and CUDA_VISIBLE_DEVICES counts."""
     assert ask(NVIDIA, stub_driver(tmp_path / "two", 2)) == "('Stub GPU 0', 'Stub GPU 1') None"
@@ -214,6 +215,7 @@ def found(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(devices.sessions, "look_for", lambda _backend, _kind: Found(names))
 
 
+@pytest.mark.process
 def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cuda` is all of them, `cuda:I,J` these; `ipu:N` is so many; names carry the id, and the
     engine tells backends apart.
@@ -234,6 +236,7 @@ def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
@@ -251,6 +254,7 @@ def test_an_id_that_is_not_here_or_taken_is_refused(
         devices.resolve(spec)
 
 
+@pytest.mark.process
 def test_a_library_that_fails_at_looking_is_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -268,6 +272,7 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(
     assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "setting", "message"),
     [
@@ -318,6 +323,7 @@ def test_a_precision_is_one_that_all_devices_compute_in(
         devices.check_precision(setting, devices.resolve(spec))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "all_compute"),
     [
@@ -403,6 +409,7 @@ def test_usable_cores_are_the_affinity_cut_to_the_limit(
     assert devices.usable_cores() == expected
 
 
+@pytest.mark.process
 def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every offer that is usable names a `--devices` argument that resolves; every other one says
     what is missing.

@@ -35,7 +35,10 @@ Start = Callable[..., Any]
 Run = Callable[..., helpers.Result]
 Folders = Callable[..., Path]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [
+    pytest.mark.ecosystem,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 from imagemill.runner import run
 
+pytestmark = pytest.mark.process
+
 CLI = Callable[..., helpers.Result]
 HOSTILE = (
     "=1+1.jpg",

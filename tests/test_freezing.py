@@ -58,6 +58,7 @@ def other_recipes() -> list[Recipe]:
     return [replace(recipe, **{name: value}) for name, value in changed.items()]
 
 
+@pytest.mark.process
 def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, precision, variant, each part of the recipe, kind of scores, labels, decoder,
     backend, columns: parts that differ in one of them are never taken for the same job's.

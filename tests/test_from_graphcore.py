@@ -23,6 +23,8 @@ import pth_files
 import sample_images
 from golden import recipe
 
+pytestmark = pytest.mark.process
+
 IMAGES = 30
 """Not a multiple of eight: the example would drop six."""
 DEVICES = 8

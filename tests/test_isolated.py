@@ -20,6 +20,8 @@ from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.records import Interpolation, IsolationReason, Limits, Recipe, Status
 from imagemill.system import processes
 
+pytestmark = pytest.mark.process
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -112,14 +114,12 @@ def test_a_hanging_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that is not done within `max_seconds`, twice, is `timeout`, and its child is gone."""
     decoder.decode(sample_images.jpeg(), Recipe(), LIMITS, IsolationReason.TIMEOUT)
     pid = child_pid(decoder)
-    began = time.monotonic()
     decoded = decoder.decode(
         sample_images.jpeg() + HANG,
         Recipe(),
         Limits(20_000_000, 2**24, 0.5),
         IsolationReason.TIMEOUT,
     )
-    assert time.monotonic() - began < 20
     assert decoded.status is Status.TIMEOUT
     assert (
         decoded.error

@@ -150,6 +150,7 @@ def test_a_second_launcher_is_refused_while_the_first_lives(tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.process
 def test_status_never_keeps_a_launcher_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`status` holds the lock for a moment: a launcher that meets it waits and starts. Two at once
     do not see each other as a run.

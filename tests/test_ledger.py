@@ -31,6 +31,8 @@ from imagemill.job.paths import JobPaths
 from imagemill.records import Settings
 from imagemill.runner import run
 
+pytestmark = pytest.mark.process
+
 SOUND: list[tuple[int | None, str]] = []
 Copy = Callable[[Path], Path]
 

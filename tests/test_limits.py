@@ -22,7 +22,10 @@ sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
 import harness
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 STUCK_AT_START = """
 if WORKER:

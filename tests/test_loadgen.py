@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import helpers
+
+pytestmark = pytest.mark.process
 
 
 def test_loadgen_calls_both_modes_valid(models_dir: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import pytest
 import helpers
 from faults.harness import assert_complete
 
+pytestmark = pytest.mark.process
+
 MIXED = "cpu:1@openvino+cpu:1@onnxruntime"
 
 

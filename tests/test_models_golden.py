@@ -24,6 +24,8 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 import recipe  # noqa: E402
 
+pytestmark = pytest.mark.process
+
 MODELS = {
     "cadene_resnext101_32x4d": 5e-3,
     "timm_resnext101_32x4d": 5e-3,

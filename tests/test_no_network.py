@@ -15,6 +15,8 @@ import pytest
 import helpers
 from imagemill.records import Bundle
 
+pytestmark = pytest.mark.process
+
 HOOK = """
 import json, os, sys
 

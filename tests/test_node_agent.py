@@ -27,6 +27,8 @@ from imagemill.workers.ray import node_agent, provisioning
 from imagemill.workers.ray.messages import Assignment, ModelFile, Restart
 from imagemill.workers.ray.node_agent import NodeAgent
 
+pytestmark = pytest.mark.process
+
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
 Orders = Callable[..., Assignment]

@@ -36,6 +36,8 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved, SessionSpec
 from tiny import CLASSES, SIZE, TINY_CARD, tiny_model
 
+pytestmark = pytest.mark.process
+
 PROGRAM = Path(popart_program.__file__)
 TOLERANCE = 0.02
 

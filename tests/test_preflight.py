@@ -25,6 +25,8 @@ from imagemill.runner import preflight, run
 from imagemill.runner.preflight import Sampler
 from imagemill.system import serialization
 
+pytestmark = pytest.mark.process
+
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
 CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)

@@ -468,6 +468,7 @@ def on_terminal(
     return text, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("columns", [80, 160])
 def test_a_terminal_gets_a_live_display(
     tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path, columns: int
@@ -486,6 +487,7 @@ def test_a_terminal_gets_a_live_display(
     assert "null#0" not in lines[-1]
 
 
+@pytest.mark.process
 def test_no_color_is_obeyed(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """NO_COLOR: still renewed in place, without one colour."""
     text, lines = on_terminal(
@@ -496,6 +498,7 @@ def test_no_color_is_obeyed(tiny: Any, models_dir: Path, slow_folder: Path, tmp_
     assert any("null#1" in line for line in lines)
 
 
+@pytest.mark.process
 def test_a_dumb_terminal_gets_plain_lines(
     tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path
 ) -> None:
@@ -505,6 +508,7 @@ def test_a_dumb_terminal_gets_plain_lines(
     assert any(re.match(r"\d+ of 96 \(\d+ %\)", line) for line in lines), text
 
 
+@pytest.mark.process
 def test_answers_are_counted_before_their_shard_is_committed(
     models_dir: Path, slow_folder: Path, tmp_path: Path
 ) -> None:
@@ -537,6 +541,7 @@ def test_answers_are_counted_before_their_shard_is_committed(
     assert max(one.clock.decode for one in seen) > 0
 
 
+@pytest.mark.ecosystem
 def test_an_image_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
     """In a kernel the display is an output of the cell that is renewed in place, and nothing goes
     to stderr but what is said.

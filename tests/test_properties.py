@@ -29,6 +29,8 @@ from imagemill.records import Bundle, DeviceSpec, Job, Lease, Settings, Shard
 from imagemill.runner import run
 from tiny import Finished
 
+pytestmark = pytest.mark.process
+
 COUNT = 24
 
 

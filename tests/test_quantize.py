@@ -42,6 +42,8 @@ from imagemill.records import (
 from imagemill.system import cpu
 from imagemill.tuning import gate, precisions, quantize, trial, trial_process
 
+pytestmark = pytest.mark.process
+
 SIZE = 32
 COLOURS = ((1, -1, -1), (-1, 1, -1), (-1, -1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1))
 CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0,)),)

@@ -18,6 +18,8 @@ from imagemill.records import Settings
 from imagemill.runner import run
 from tiny import Finished
 
+pytestmark = pytest.mark.ecosystem
+
 
 @pytest.fixture(scope="module")
 def output(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -30,6 +30,8 @@ from imagemill.version import __version__
 from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
 
+pytestmark = pytest.mark.process
+
 Jobs = Callable[..., Settings]
 Folders = Callable[..., Path]
 CLI = Callable[..., helpers.Result]

@@ -29,6 +29,8 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
 from tiny import CLASSES, SIZE
 
+pytestmark = pytest.mark.process
+
 
 def nothing(_monkeypatch: pytest.MonkeyPatch, _folder: Path) -> None:
     """This session needs no preparation."""

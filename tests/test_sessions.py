@@ -91,6 +91,7 @@ def test_openvino_compiles_for_the_device_it_was_given(
             open_session(make_spec(tiny), device, Stopwatch())
 
 
+@pytest.mark.process
 def test_openvino_is_imported_without_its_telemetry() -> None:
     """`import openvino` sends an event of its own; the module that does so is kept out."""
     program = (

@@ -78,6 +78,7 @@ def test_members_are_those_that_the_standard_library_finds(
     assert read(path) == expected
 
 
+@pytest.mark.process
 def test_numbers_in_base_256_fields_of_pax_headers_and_old_headers_are_understood(
     tmp_path: Path,
 ) -> None:

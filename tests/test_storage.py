@@ -300,6 +300,7 @@ def test_threads_share_one_client(s3: Bucket, s3_faults: FaultProxy) -> None:
         assert list(pool.map(lambda _: place.read("a"), range(16))) == [b"x"] * 16
 
 
+@pytest.mark.process
 def test_a_missing_package_is_named_with_the_line_to_type(tmp_path: Path) -> None:
     """Without the extra everything else works, and a URL says what to install."""
     program = (

@@ -42,6 +42,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / f"imagemill-{os.geteuid()}"
 
 
+@pytest.mark.process
 def test_commands_work_without_a_home_directory(tmp_path: Path) -> None:
     """`demo` makes its model and classifies; the model is in a private folder below the temporary
     directory.

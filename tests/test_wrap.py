@@ -456,6 +456,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
     ]
 
 
+@pytest.mark.process
 def test_a_wrapped_model_can_be_quantised(
     exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
 ) -> None:
@@ -651,6 +652,7 @@ def test_what_cannot_be_wrapped_says_why(
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
 
 
+@pytest.mark.process
 def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Path) -> None:
     """Every probability would be 1.0: nothing is written, and `sigmoid` is named; with it the job
     runs.
@@ -675,6 +677,7 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
     assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
 
 
+@pytest.mark.process
 def test_a_wrapped_model_that_answers_nan_for_one_image_answers_the_others(
     jpegs: Any, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 import helpers
 from archive_files import KINDS, pack
 
+pytestmark = pytest.mark.process
+
 SLOW = """
 if WORKER:
     def slow(module):

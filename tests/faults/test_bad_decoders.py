@@ -12,6 +12,8 @@ import pytest
 import helpers
 import sample_images
 
+pytestmark = pytest.mark.process
+
 HANGING_READ = """
 if WORKER:
     def patch(module):

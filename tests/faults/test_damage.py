@@ -16,6 +16,8 @@ import pytest
 import helpers
 import sample_images
 
+pytestmark = pytest.mark.process
+
 
 def change(edit: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     def act(part: Path) -> None:

@@ -16,6 +16,8 @@ import pytest
 import helpers
 import sample_images
 
+pytestmark = pytest.mark.process
+
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0, reason="only root may mount a file system and become another user"
 )

@@ -9,6 +9,8 @@ import pytest
 
 import helpers
 
+pytestmark = pytest.mark.process
+
 
 def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(
     null_run, small_jpegs: Path, tmp_path: Path

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("length", range(1, 9))
 def test_files_of_any_length_can_be_mutated(length: int) -> None:

@@ -12,6 +12,8 @@ import pytest
 import helpers
 import sample_images
 
+pytestmark = pytest.mark.process
+
 SCRIPT = Path(__file__).with_name("crash_lines.py")
 
 
