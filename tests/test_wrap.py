@@ -753,6 +753,7 @@ def test_constants_are_not_taken_for_a_batch(tmp_path: Path) -> None:
     assert "open now" in wrap.wrap(tmp_path / "small.onnx", {})[1].lines[-1]
 
 
+@pytest.mark.process
 def test_a_squashing_recipe_survives_cards_and_jobs(
     exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
 ) -> None:
@@ -799,6 +800,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.process
 def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_path: Path) -> None:
     """Before anything begins; its logits can be saved all the same, and a tensor named by hand
     too.
