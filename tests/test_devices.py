@@ -212,10 +212,9 @@ def test_a_device_that_is_not_here_ends_the_run_before_anything_is_listed(
 
 def found(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Every accelerator that is looked for is here, under these names."""
-    monkeypatch.setattr(devices.sessions, "look_for", lambda _backend, _kind: Found(names))
+    monkeypatch.setattr(devices, "look_for", lambda _backend, _kind: Found(names))
 
 
-@pytest.mark.process
 def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cuda` is all of them, `cuda:I,J` these; `ipu:N` is so many; names carry the id, and the
     engine tells backends apart.
@@ -236,7 +235,6 @@ def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
@@ -254,7 +252,6 @@ def test_an_id_that_is_not_here_or_taken_is_refused(
         devices.resolve(spec)
 
 
-@pytest.mark.process
 def test_a_library_that_fails_at_looking_is_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -263,7 +260,7 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(
     def broken(_backend: str, _kind: str) -> Found:
         raise OSError("libfoo.so: version GLIBC_9.9 not found")
 
-    monkeypatch.setattr(devices.sessions, "look_for", broken)
+    monkeypatch.setattr(devices, "look_for", broken)
     with pytest.raises(
         DeviceError,
         match=r"Looking for NVIDIA GPUs by onnxruntime failed: OSError: libfoo\.so: version",
@@ -272,7 +269,6 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(
     assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "setting", "message"),
     [
@@ -323,7 +319,6 @@ def test_a_precision_is_one_that_all_devices_compute_in(
         devices.check_precision(setting, devices.resolve(spec))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("spec", "all_compute"),
     [
@@ -409,7 +404,6 @@ def test_usable_cores_are_the_affinity_cut_to_the_limit(
     assert devices.usable_cores() == expected
 
 
-@pytest.mark.process
 def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every offer that is usable names a `--devices` argument that resolves; every other one says
     what is missing.
