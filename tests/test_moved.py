@@ -24,7 +24,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.records import Access, Settings
 from imagemill.runner import run as runner
-from imagemill.workers.ray import node_agent
+from imagemill.workers.ray import provisioning
 from s3 import Bucket
 from test_run import Listener
 
@@ -167,7 +167,7 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
     for _ in range(2):
         runner.run(job(*given, moved=((f"{s3.url}/old", str(folder)),), **OPTIONS), listener)
         assert helpers.rows(tmp_path / "out") == rows
-    assert not any("are new in the source" in line for line in listener.said)
+    assert not any("new in the source since" in line for line in listener.said)
 
 
 def test_without_moved_the_command_says_that_it_exists(
@@ -238,7 +238,7 @@ def test_nodes_of_a_cluster_read_where_the_sources_are_now(
     new = old.rename(tmp_path / "new")
     frozen = OpenJob.open(str(tmp_path / "out")).frozen
     shards = plan.shards(tmp_path / "out" / "plan")
-    assert node_agent.sample(frozen.job, shards) == ()
+    assert provisioning.sample_images(frozen.job, shards) == ()
     moved = pickle.loads(pickle.dumps(replace(frozen.job, access=Access(((str(old), str(new)),)))))
-    assert len(node_agent.sample(moved, shards)) == 2
+    assert len(provisioning.sample_images(moved, shards)) == 2
     sources.check(moved.sources, moved.access)

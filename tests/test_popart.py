@@ -99,16 +99,16 @@ class Steps:
     """The recorded way, each step to be taken, left out or taken otherwise."""
 
     def __init__(self, popart: Any, tiny: Bundle) -> None:
-        self.popart = popart_session
+        self.popart = popart
         model = ipu_graph.cut(tiny.dir / "model.onnx", tiny.card, 3, ["logits"]).model
-        self.builder = popart_session.Builder(
+        self.builder = popart.Builder(
             model, opsets={"ai.onnx": 11, "ai.onnx.ml": 1, "ai.graphcore": 1}
         )
-        self.graph = popart_session.GraphTransformer(self.builder.getModelProto())
+        self.graph = popart.GraphTransformer(self.builder.getModelProto())
         self.graph.convertFloatsToHalfs()
-        self.device = popart_session.DeviceManager().acquireAvailableDevice(1)
-        self.flow = popart_session.DataFlow(1, {"logits": popart_session.AnchorReturnType("All")})
-        self.options = popart_session.SessionOptions()
+        self.device = popart.DeviceManager().acquireAvailableDevice(1)
+        self.flow = popart.DataFlow(1, {"logits": popart.AnchorReturnType("All")})
+        self.options = popart.SessionOptions()
         self.x = np.zeros((3, 3, SIZE, SIZE), np.float16)
 
     def session(self) -> Any:

@@ -112,7 +112,8 @@ def test_a_signal_while_listing_leaves_nothing_in_the_way(
     listing, output = tmp_path / "list", tmp_path / "out"
     os.mkfifo(listing)
     process = null_start(f"@{listing}", "--output", output)
-    with listing.open("wb"):  # it opens once the launcher reads it, and has no end
+    with listing.open("wb"):  # it opens once the launcher opens it, and has no end
+        time.sleep(0.3)  # by then the launcher waits for the first line
         process.send_signal(signal.SIGTERM)
         result = helpers.finish(process)
     assert result.code == 143

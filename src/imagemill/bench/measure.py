@@ -102,6 +102,10 @@ def check(settings: BenchSettings) -> None:
         )
     if settings.iterations < 1:
         raise UsageError(f"--iterations {settings.iterations}: must be at least 1.")
+    if isinstance(settings.batch_size, str) and settings.batch_size != SEARCH:
+        raise UsageError(
+            f"--batch-size {settings.batch_size}: must be a number of images, or `{SEARCH}`."
+        )
     if settings.batch_size != SEARCH:
         check_setting("batch_size", settings.batch_size)
     for name in ("batches_per_step", "num_workers", "limit", "precision"):
