@@ -10,8 +10,7 @@ from imagemill.display.text import format_statuses
 if TYPE_CHECKING:
     from imagemill.job.open_job import JobStatus
     from imagemill.models.registry import Row
-    from imagemill.records import Summary
-    from imagemill.runner.run import DryRun
+    from imagemill.records import DryRun, Summary
 
 _MAX_MISSING = 10
 """Missing parts that `imagemill verify` names one by one."""

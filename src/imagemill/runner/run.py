@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
+    DryRun,
     Progress,
     Settings,
     Summary,
@@ -48,22 +49,6 @@ from imagemill.workers.machines import Machines, connect
 _log = logging.getLogger(__name__)
 
 _NAMED_NEW = 10
-
-
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """What `--dry-run` found."""
-
-    images: int
-    shard_size: int
-    skipped_by_suffix: Mapping[str, int]
-    skipped_hidden: int
-    skipped_by_filter: int
-    first: tuple[str, ...]
-    """Paths of the first images."""
-    skipped_broken_links: int = 0
-    notes: tuple[str, ...] = ()
-    """Messages of a run about broken links and empty sources."""
 
 
 def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:

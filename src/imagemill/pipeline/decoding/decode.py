@@ -28,7 +28,7 @@ import simplejpeg
 
 from imagemill.pipeline.decoding import pillow, preprocess
 from imagemill.pipeline.decoding.jpeg import Header, read_header
-from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
 from imagemill.records import Decoded, Limits, Recipe, Status
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
             Status.TOO_LARGE,
             f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per image",
         )
-    seen = pillow.Seen()
+    seen = Seen()
     try:
         pillow.prepare()
         jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None

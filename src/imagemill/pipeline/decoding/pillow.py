@@ -20,7 +20,6 @@ import re
 import struct
 import threading
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from PIL import Image, ImageFile
 from imagemill.pipeline.decoding import png, preprocess, tiff
 from imagemill.pipeline.decoding.formats import REFUSED, full_palette, guess, recognise, variant
 from imagemill.pipeline.decoding.jpeg import ORIENTATION, read_header
-from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Recipe, Status
 
@@ -84,14 +83,6 @@ _registered: set[str] = set()
 _silence: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 Image.preinit()
-
-
-@dataclass(slots=True)
-class Seen:
-    """What was learnt of an image before it failed."""
-
-    width: int | None = None
-    height: int | None = None
 
 
 def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], seen: Seen) -> None:

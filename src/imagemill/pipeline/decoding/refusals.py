@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 
 from PIL import Image
 
@@ -32,6 +33,14 @@ _UNSUPPORTED = (
     "cannot handle",
     "Unknown compression",
 )
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was learnt of an image before it failed."""
+
+    width: int | None = None
+    height: int | None = None
 
 
 class Refusal(Exception):  # noqa: N818 - not an error of the program but a status

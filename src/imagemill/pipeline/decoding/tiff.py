@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from imagemill.pipeline.decoding import preprocess
-from imagemill.pipeline.decoding.refusals import Refusal, check_budget, one_line
+from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Status
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from imagemill.pipeline.decoding.pillow import Seen
 
 MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")
 """The first bytes of TIFF and BigTIFF. Pillow also takes the last two, which are wrong."""
