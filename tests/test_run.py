@@ -632,11 +632,12 @@ def test_what_may_differ_may_be_changed(
     left, and all else stays as it was.
     """
     before = OpenJob.open(tmp_path / "out").frozen
+    logs = str(tmp_path / "logs")
     changes: dict[str, Any] = {"batch_size": 1, "num_workers": 2, "batches_per_step": 3}
-    first, second = begun(
-        unsaid(started, devices="null:2", log_dir=str(tmp_path / "logs"), **changes), monkeypatch
-    )
-    assert first.job == second.job == replace(before.job, log_dir=str(tmp_path / "logs"), **changes)
+    first, second = begun(unsaid(started, devices="null:2", log_dir=logs, **changes), monkeypatch)
+    session = replace(before.job.session, batch_size=1, batches_per_step=3)
+    expected = replace(before.job, log_dir=logs, num_workers=2, session=session)
+    assert first.job == second.job == expected
     assert [one.device.name for one in (first, second)] == ["null#0", "null#1"]
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
     assert problems(tmp_path / "out") == []
