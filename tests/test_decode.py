@@ -358,6 +358,7 @@ for name, data in bombs.items():
 """
 
 
+@pytest.mark.process
 def test_bombs_are_refused_undecoded() -> None:
     """Of every format, an image beyond the pixel budget is `too_large` at the cost of reading its
     header: memory stays as it was.
