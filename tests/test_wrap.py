@@ -469,7 +469,7 @@ def test_a_wrapped_model_can_be_quantised(
         made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1
     )
     assert (made.dir / report.precisions["int8"].file).is_file()
-    assert report.precisions["int8"]["verdict"]["images"] == 20
+    assert report.precisions["int8"].verdict.images == 20
     settings = Settings(
         (str(folder),),
         str(tmp_path / "out"),
