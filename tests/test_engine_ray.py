@@ -688,8 +688,8 @@ def test_usage_statistics_are_off_unless_the_user_turns_them_on(
     environment.
     """
     program = (
-        "from imagemill.workers.machines import ray; ray.load_ray(); from ray._common.usage import"
-        " usage_lib as u; print(u.usage_stats_enabled())"
+        "from imagemill.workers.ray.cluster import load_ray; load_ray();"
+        " from ray._common.usage import usage_lib as u; print(u.usage_stats_enabled())"
     )
     env = {
         name: value
