@@ -64,7 +64,7 @@ def test_a_job_names_what_bounded_it_and_so_does_its_display(
     """
     for name, value in harness.hooks(tmp_path / "hooks", hook).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(stopwatch, "SHORT_S", 0.2)
+    monkeypatch.setattr(stopwatch, "SHORT_S", 0.05)
     pace, shown = Pace(48, 0), []
 
     class Watcher(observer.Watcher):

@@ -298,7 +298,8 @@ def test_rows_are_made_in_pieces(finished: Path, copy_of: Callable[[Path], Path]
 def test_a_job_of_other_columns_says_which(finished: Path) -> None:
     """What the job saves decides what can be asked for."""
     job = OpenJob.open(finished)
-    frozen = replace(job.frozen, job=replace(job.frozen.job, save=()))
+    session = replace(job.frozen.job.session, save=())
+    frozen = replace(job.frozen, job=replace(job.frozen.job, session=session))
     with pytest.raises(UsageError, match="no column 'logits'"):
         export.export(replace(job, frozen=frozen), Form.CSV, columns=["logits"])
 

@@ -5,6 +5,7 @@ straight into it where nothing does.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import threading
 import time
@@ -356,9 +357,10 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With both sizes; one whose size was not known, or is the same, is not."""
+    monkeypatch.setattr(logging.getLogger("imagemill"), "propagate", True)  # a run turns it off
     images = [
         PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1")
         for number, size in enumerate((2, -1, 3, 0))
