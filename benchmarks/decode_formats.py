@@ -71,7 +71,10 @@ def serve() -> None:
     """Decode what arrives, and answer with the CPU seconds that it took."""
     import time
 
-    from imagemill.pipeline.decoding.decode import decode
+    try:
+        from imagemill.pipeline.decoding.decode import decode
+    except ModuleNotFoundError:  # versions until November 2026
+        from imagemill.images.decode import decode
     from imagemill.records import Limits, Recipe
 
     while True:
