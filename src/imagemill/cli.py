@@ -58,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Expected errors are one line on stderr, never a traceback.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # this process runs nothing but this command
+        from imagemill.system.without_pandas import hide_pandas
+
+        hide_pandas()
+        arguments = sys.argv[1:]
+    arguments = list(arguments)
     # OpenBLAS sends SIGINT if it cannot start its threads; this process needs none of them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # A file name that the terminal cannot show must not end the command. A replaced stdout may

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.records import Lease
-from imagemill.system import processes
+from imagemill.system import processes, without_pandas
 from imagemill.system.processes import Stop
 from imagemill.workers import protocol
 
@@ -33,6 +33,7 @@ def _work(connection: Connection) -> None:
     assert isinstance(begin, protocol.Begin)
     if not begin.device.floating:
         processes.pin_to_cores(begin.device.cores)
+    without_pandas.hide_pandas()
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline import top_k
     from imagemill.pipeline.backends import open_session
