@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,9 +52,9 @@ def test_modules_in_the_working_directory_are_never_executed(
     """`demo`, which is a `run`, `bench` and `quantize` work in a folder of files named like
     modules, and no process executes one.
     """
-    environment = helpers.environment(
-        SPRUNG=str(tmp_path / "sprung"), IMAGEMILL_MODELS=str(models_dir)
-    )
+    models = tmp_path / "models"  # of its own, because `quantize` adds to a model
+    shutil.copytree(models_dir / "tiny", models / "tiny")
+    environment = helpers.environment(SPRUNG=str(tmp_path / "sprung"), IMAGEMILL_MODELS=str(models))
     script = (
         helpers.fill(
             tmp_path / "bin",
