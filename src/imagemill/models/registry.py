@@ -279,7 +279,7 @@ def get(
         name: a published name, `resnext101_32x4d`, or an architecture followed by a dot and any
         word for weights of one's own.
         models_dir: one folder per model.
-        from_file: a checkpoint at hand instead of a download; recorded with its sha256, `verified`
+        from_file: a local checkpoint instead of a download; recorded with its sha256, `verified`
         if that is the published one.
         url: another place to download from. Where a hash is published for `name`, it must match.
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.

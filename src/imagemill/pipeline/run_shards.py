@@ -6,7 +6,7 @@
 A worker process runs it over the leases that its launcher sends; an engine of another kind would
 run the very same one. Order is the plan's from end to end. Nothing here waits for anything but the
 stage before it, so batches may span shards and nothing drains between them; when the leases end,
-what is in hand is finished and handed on.
+what is in flight is finished and handed on.
 """
 
 from __future__ import annotations

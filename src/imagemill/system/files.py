@@ -64,7 +64,7 @@ def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
-    except BaseException:  # of whoever makes the pieces
+    except BaseException:  # raised by the iterable of pieces
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

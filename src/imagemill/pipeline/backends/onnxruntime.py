@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _PIP = "pip install "
 _LONGEST = 400
 _AT_WORK = 2
-"""Batches that a device other than the CPU has in hand: one computes while the next one's pixels
+"""Batches that a device other than the CPU has in flight: one computes while the next one's pixels
 come.
 """
 

@@ -227,7 +227,7 @@ def _smaller(batch_size: int) -> str:
 
 def _can_be_written(folder: Path) -> bool:
     """Make a folder. A models folder may be another user's, or read-only: then models are compiled
-    anew at each start.
+    again at each start.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -484,7 +484,7 @@ class _Table:
         """Wait until nobody else reads and none of those who wait wants an earlier row.
 
         A plain lock is unfair: of eight threads that did nothing but fetch, one fell behind what is
-        kept every 400 rows, and the row group was begun anew.
+        kept every 400 rows, and the row group was begun again.
         """
         with self._changed:
             heapq.heappush(self._waiting, place)
