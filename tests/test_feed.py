@@ -360,7 +360,12 @@ def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With both sizes; one whose size was not known, or is the same, is not."""
-    monkeypatch.setattr(logging.getLogger("imagemill"), "propagate", True)  # a run turns it off
+    # Its own handler and level: a run in this process, or a library, may have changed its parents'.
+    logger = logging.getLogger("imagemill.pipeline.feed")
+    caplog.set_level(logging.WARNING, logger.name)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "disabled", False)
     images = [
         PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1")
         for number, size in enumerate((2, -1, 3, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import struct
@@ -581,3 +582,18 @@ print(summary.ok)
     assert "96" in lines[0]
     assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
+
+
+def test_the_logger_is_as_it_was_after_runs_that_overlapped(tmp_path: Path) -> None:
+    """Whichever ends first."""
+    logger = logging.getLogger("imagemill")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    first, second = (observer.logging_to(tmp_path / name) for name in "ab")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    logger.info("for the second")
+    second.__exit__()
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+    assert "for the second" in (tmp_path / "b").read_text()
+    assert not (tmp_path / "a").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +76,14 @@ class _LogFile(logging.FileHandler):
 
 
 class logging_to:  # noqa: N801 - named for its use: `with logging_to(path)`
-    """A context in which this package logs to a file, and nowhere else."""
+    """A context in which this package logs to a file, and nowhere else.
+
+    Contexts may overlap; when the last one ends, the logger is as it was before the first.
+    """
+
+    _lock = threading.Lock()
+    _open = 0
+    _before = (logging.NOTSET, True)
 
     def __init__(self, path: Path) -> None:
         self._handler = _LogFile(path, delay=True)
@@ -85,13 +93,20 @@ class logging_to:  # noqa: N801 - named for its use: `with logging_to(path)`
 
     def __enter__(self) -> None:
         logger = logging.getLogger("imagemill")
-        self._before = (logger.level, logger.propagate)
-        logger.addHandler(self._handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+        with logging_to._lock:
+            if not logging_to._open:
+                logging_to._before = (logger.level, logger.propagate)
+            logging_to._open += 1
+            logger.addHandler(self._handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
 
     def __exit__(self, *_: object) -> None:
         logger = logging.getLogger("imagemill")
-        logger.removeHandler(self._handler)
-        logger.level, logger.propagate = self._before
+        with logging_to._lock:
+            logging_to._open -= 1
+            logger.removeHandler(self._handler)
+            if not logging_to._open:
+                level, logger.propagate = logging_to._before
+                logger.setLevel(level)
         self._handler.close()
