@@ -8,7 +8,7 @@ disposable decoder. A launcher that is dead is started again, as an operator wou
 kill one quiet run finishes the job. Then there must be exactly one row per image, and every part
 must equal the undisturbed job's byte for byte. Reading is slowed down (from outside) so that there
 is something to kill. The last line is the result; the seed and every kill are printed before, so
-that a failure can be told about.
+that a failure can be reported.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 
 Runs a job over links to the images of DIR, and takes down at every tick what the display would
 show: `progress.Pace`, fed as the display feeds it. At each moment the prediction of the whole time
-is the time so far plus what is said to be left; its error is told as a share of the time that it
+is the time so far plus the time left as displayed; its error is a share of the time that the run
 really took, from the launch of the workers to their end. Each round is a whole run and one that is
 stopped at --stop-at
 and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU
@@ -103,16 +103,18 @@ def our_cpu_s() -> float:
 def judged(recorder: Recorder) -> dict[str, object]:
     """The worst error from the first tenth on, and its course."""
     took_s = recorder.took_s
-    told = [
+    estimates = [
         (seen.at_s, (seen.at_s + seen.left_s - took_s) / took_s)
         for seen in recorder.ticks
         if seen.left_s is not None
     ]
-    late = [(at_s, error) for at_s, error in told if at_s >= took_s / 10]
+    late = [(at_s, error) for at_s, error in estimates if at_s >= took_s / 10]
     worst = max(late, key=lambda item: abs(item[1]))
-    times = [at_s for at_s, _ in told]
+    times = [at_s for at_s, _ in estimates]
     course = {
-        f"{tenth:.1f}": round(told[min(bisect_left(times, tenth * took_s), len(told) - 1)][1], 3)
+        f"{tenth:.1f}": round(
+            estimates[min(bisect_left(times, tenth * took_s), len(estimates) - 1)][1], 3
+        )
         for tenth in TENTHS
     }
     rates = {

@@ -41,7 +41,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Watched:
-    """What /proc said last of one process."""
+    """The last reading of /proc of one process."""
 
     peak_kib: int = 0
     cpu_s: float = 0.0

@@ -6,7 +6,7 @@ while shards remain.
 
 Two raylets, of one core each. Beside the second node's worker, --load processes do nothing but
 count on its core, so that it gets a part of it. Every lease, and every moment in which a worker had
-nothing in hand, is noted by the launcher; the timeline shows both.
+no shard, is noted by the launcher; the timeline shows both.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Notes:
         hand.append((now, (hand[-1][1] if hand else 0) + by))
 
     def idle_s(self, device: str, until: float) -> float:
-        """Seconds in which a device had nothing in hand, from its first lease on, while shards were
+        """Seconds in which a device had no shard, from its first lease on, while shards were
         waiting.
         """
         changes = [*self.hands[device], (until, 0)]

@@ -120,7 +120,7 @@ def committed(folder: Path, _: int) -> None:
 
 
 def close(folder: Path, images: int) -> None:
-    """Closing the ledger of a job that this launcher has run to its end, receipts in hand."""
+    """Closing the ledger of a job that this launcher has run to its end, with its receipts."""
     from imagemill.job import ledger, plan
     from imagemill.job.store import open_store
     from imagemill.records import Receipt

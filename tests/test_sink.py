@@ -293,7 +293,7 @@ def test_shard_numbers_have_at_least_six_digits(tmp_path: Path) -> None:
                 " command."
             ),
         ),
-        (errno.EIO, "Repeat the command once the cause is mended: finished parts are kept."),
+        (errno.EIO, "Fix the cause and run the command again: finished parts are kept."),
     ],
 )
 def test_a_write_that_fails_leaves_nothing_behind(

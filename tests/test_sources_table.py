@@ -119,14 +119,18 @@ def test_whatever_the_csv_module_writes_is_read_back(
         (
             "path,n\na.jpg,1\nb,c.jpg,2\n",
             "",
-            "line 3: has 3 cells, the header names 2 columns. Mend the line",
+            "line 3: has 3 cells, the header names 2 columns. Correct the line",
         ),
         ("path,n\na.jpg,1\nb\n", "", "line 3: has 1 cells, the header names 2 columns."),
-        ('path,n\n"a.jpg,1\nb,2\n', "", "cannot be read: unexpected end of data. Mend the line."),
+        (
+            'path,n\n"a.jpg,1\nb,2\n',
+            "",
+            "cannot be read: unexpected end of data. Correct the line.",
+        ),
         (
             'path,n\n"a"b.jpg,1\n',
             "",
-            "line 2: cannot be read: ',' expected after '\"'. Mend the line.",
+            "line 2: cannot be read: ',' expected after '\"'. Correct the line.",
         ),
         (
             "path,n\n" + "x" * 200_000 + ",1\n",

@@ -7,7 +7,7 @@ over rounds; medians and ratios.
 Two environments are usual: `--python`, an interpreter with what requirements.txt says, and
 `--imagemill-python`, one with imagemill; each defaults to the one this runs in. --work-dir keeps
 the images and the peers' int8 models for the next time. The bundle's own int8 variant must be there
-(`imagemill quantize`), else what needs it is left out, and said.
+(`imagemill quantize`), else what needs it is left out, with a note.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ timm's package does not carry the script itself; this follows its loop, options 
 256, two loading processes, top-1, everything kept until the end). fp32, or bf16 as its `--amp
 --amp-dtype bfloat16`. Weights are random: speed does not depend on them.
 
-timm imports torchvision; where the torch at hand was built apart from it, its compiled operators do
+timm imports torchvision; where PyTorch was built apart from it, its compiled operators do
 not load. timm uses none of them on this path (the transforms are Pillow's), so their names alone
 are declared before the import.
 """

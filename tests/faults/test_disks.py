@@ -243,7 +243,7 @@ def test_a_file_size_limit_is_one_clear_error(null_run, small_jpegs: Path, tmp_p
     one_clear_error(
         result,
         "cannot write ",
-        "File too large. Repeat the command once the cause is mended: finished parts are kept.",
+        "File too large. Fix the cause and run the command again: finished parts are kept.",
     )
     assert harness.assert_sound_so_far(tmp_path / "out") == 0
     assert null_run(small_jpegs, "--output", tmp_path / "out").code == 0

@@ -34,7 +34,7 @@ def run_shards(
         feed: decoding threads; turns images into batches.
         sink: gathers rows until a shard is whole.
         job: the frozen job.
-        clock: told where the time went.
+        clock: records where the time went.
 
     Yields:
         a receipt for each part, after it is durably on disk; in the order of the leases.

@@ -106,7 +106,7 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
             "The folder may not be written to. Give another --output, or change its permissions and"
             " repeat the command."
         ),
-    }.get(error.errno or 0, "Repeat the command once the cause is mended: finished parts are kept.")
+    }.get(error.errno or 0, "Fix the cause and run the command again: finished parts are kept.")
     return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
 
 

@@ -116,8 +116,8 @@ def wanted_suffix(name: bytes, filters: Filters) -> str | None:
 
 
 def is_hidden(path: bytes) -> bool:
-    """Whether a member of an archive or store, or a folder it lies in, is hidden: its name begins
-    with a dot.
+    """Whether a member of an archive or store, or one of the folders above it, is hidden: its name
+    begins with a dot.
     """
     return any(part.startswith(b".") and part not in (b".", b"..") for part in path.split(b"/"))
 

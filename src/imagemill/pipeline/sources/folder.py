@@ -148,8 +148,8 @@ class FolderSource:
                     levels.append((path, identity, self._names(path)))
 
     def _folders_above(self) -> set[tuple[int, int]]:
-        """Identities of the folders that the source lies in: a link to one of them would lead to
-        its neighbours, and back to it.
+        """Identities of the folders above the source: a link to one of them would lead to its
+        neighbours, and back to it.
         """
         found = set()
         for folder in Path(os.fsdecode(os.path.realpath(self._root))).parents:

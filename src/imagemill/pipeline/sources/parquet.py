@@ -155,7 +155,7 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
     held = ", ".join(f"{column} ({format_type(kind)})" for column, kind in kinds.items())
     if len(kinds) < len(schema):
         raise SourceError(
-            f"source {name} has two columns of one name, which cannot be told apart:"
+            f"source {name} has two columns of one name, so neither can be chosen:"
             f" {', '.join(schema.names)}."
         )
     if asked is not None and asked not in kinds:
@@ -168,7 +168,7 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
     if not fitting:
         fitting = [column for column in _KNOWN_NAMES if column in kinds][
             :1
-        ]  # for what is to be said about its type
+        ]  # the error names its type
     if not fitting:
         raise SourceError(
             f"source {name} has no column of image bytes. Its columns: {held}. A column of paths is"
@@ -406,8 +406,7 @@ class _RowGroup:
         damaged; OSError, ArrowException.
         """
         if self._kept and row < self._kept[0][0]:
-            # a thread that lags behind by more than is kept, or whoever asks in an order of their
-            # own
+            # a thread that is further behind than what is kept, or rows in another order
             self._begin()
         while row >= self._next:
             if self._damage is not None:

@@ -120,14 +120,14 @@ class TableSource:
                     if len(cells) != len(header):
                         raise SourceError(
                             f"source {self.name}, line {reader.line_num}: has {len(cells)} cells,"
-                            f" the header names {len(header)} columns. Mend the line; cells that"
+                            f" the header names {len(header)} columns. Correct the line; cells that"
                             " hold a separator are quoted."
                         )
                     yield cells[place].encode("utf-8", "surrogateescape")
         except csv.Error as error:
             raise SourceError(
-                f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Mend the"
-                " line."
+                f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Correct"
+                " the line."
             ) from error
         except UnicodeError as error:
             raise SourceError(

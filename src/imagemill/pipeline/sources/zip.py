@@ -1,5 +1,5 @@
-"""A zip archive, read in place: its directory streams by once, and an image is found again by what
-the directory said of it.
+"""A zip archive, read in place: its directory is streamed once, and an image is found again by its
+directory entry.
 
 Nothing is ever extracted: names with `..`, backslashes or a leading slash are names and nothing
 else. A name that is there twice is two images. The standard library's reader is not used, because
@@ -462,9 +462,9 @@ def _unlzma(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:
     """The zip form of LZMA has a version and the length of the properties where an .lzma file has
     its sizes.
     """
-    told = 2**64 - 1 if flags & _END_MARKER_FLAG else size
+    declared = 2**64 - 1 if flags & _END_MARKER_FLAG else size
     unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_BYTES)
-    data = unpacker.decompress(stored[4:9] + struct.pack("<Q", told) + stored[9:], size + 1)
+    data = unpacker.decompress(stored[4:9] + struct.pack("<Q", declared) + stored[9:], size + 1)
     return data, unpacker.eof
 
 

@@ -18,7 +18,7 @@ from imagemill.workers.ray.nodes import Node, Place, places
 WITHOUT_WORKERS_S = 300.0
 """How long a job waits for a node after it has lost the last one."""
 UNPLACED_S = 15.0
-"""How long Ray may take to start an actor before the user is told, and before the others begin
+"""How long Ray may take to start an actor before the user is informed, and before the others begin
 without it.
 """
 
