@@ -30,9 +30,9 @@ CLI = Callable[..., helpers.Result]
 
 
 @pytest.fixture(autouse=True)
-def _no_open_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_open_tables() -> None:
     """Each test begins as a process does: with no table open."""
-    monkeypatch.setattr(parquet, "_TABLES", parquet._Tables())
+    parquet._table.cache_clear()
 
 
 def hf_table(rows: list[tuple[bytes | None, str | None]], column: str = "image") -> pa.Table:
@@ -329,7 +329,7 @@ def test_any_order_from_any_number_of_threads_gives_the_same_bytes(
 def test_reading_forward_reads_each_byte_once(
     deep: tuple[Path, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight threads that fetch in roughly rising order never begin a row group anew, and what is
+    """Eight threads that fetch in roughly rising order never begin a row group again, and what is
     kept stays within its bound.
     """
     begun: list[int] = []
@@ -346,7 +346,9 @@ def test_reading_forward_reads_each_byte_once(
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda entry: source.fetch(entry.path, entry.locator, 2**20), entries))
     assert begun == [0, 1, 2]
-    (table,) = parquet._TABLES._tables.values()
+    assert parquet._table.cache_info().currsize == 1
+    table = parquet._table(os.fsencode(file), None, str(file))
+    assert parquet._table.cache_info().currsize == 1
     assert list(table._groups) == [1, 2]
     for group in table._groups.values():
         assert sum(kept.nbytes for _, kept in group._kept) <= parquet._KEPT_BYTES
@@ -440,7 +442,7 @@ def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
             content[random_bytes.randrange(len(content))] ^= 1 << random_bytes.randrange(8)
         file = tmp_path / f"{number % 8}.parquet"
         file.write_bytes(content)
-        parquet._TABLES._tables.clear()
+        parquet._table.cache_clear()
         try:
             for entry in listed(file):
                 try:
@@ -487,7 +489,7 @@ def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None
         Status.READ_ERROR,
         "the table was replaced since it was listed: its footer is another",
     )
-    parquet._TABLES._tables.clear()
+    parquet._table.cache_clear()
     file.write_text("no table at all")
     assert refusal(file, entries[0])[0] is Status.READ_ERROR
     os.replace(tmp_path / "aside.parquet", file)

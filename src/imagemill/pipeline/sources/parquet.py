@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import heapq
 import json
 import os
@@ -110,9 +111,9 @@ class ParquetSource:
 
     def _fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         group, row, checksum = _LOCATOR.unpack(locator)
-        image = _TABLES.of(self._access.at(self._location), self._column, self.name).image(
-            group, row, checksum
-        )
+        with _OPENING:  # so that threads that fetch at once share one table
+            table = _table(self._access.at(self._location), self._column, self.name)
+        image = table.image(group, row, checksum)
         if image is None:
             name = path.partition(b"/")[2]
             if not name:
@@ -519,23 +520,10 @@ class _Table:
         return self._groups[group]
 
 
-class _Tables:
-    """The tables that this process has open: few, however many are sources of its job."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tables: OrderedDict[tuple[bytes, str | None], _Table] = OrderedDict()
-
-    def of(self, location: bytes, column: str | None, name: str) -> _Table:
-        """The table at a location, opened with the first image that is asked of it."""
-        with self._lock:
-            key = (location, column)
-            if key not in self._tables:
-                self._tables[key] = _Table(location, column, name)
-            self._tables.move_to_end(key)
-            if len(self._tables) > _OPEN_TABLES:
-                self._tables.popitem(last=False)
-            return self._tables[key]
+_OPENING = threading.Lock()
 
 
-_TABLES = _Tables()
+@functools.lru_cache(maxsize=_OPEN_TABLES)
+def _table(location: bytes, column: str | None, name: str) -> _Table:
+    """Return a table, opened when the first image is fetched. A process keeps few open."""
+    return _Table(location, column, name)
