@@ -24,7 +24,7 @@ import numpy as np
 
 from imagemill.bench.measure import synthetic_session
 from imagemill.bench.records import BenchSettings
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, resolve
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.backends.base import Session
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -132,7 +132,7 @@ def main() -> int:
     (device,) = devices.resolve(asked.device)
     settings = BenchSettings(synthetic=True, model=asked.model, precision=asked.precision)
     spec = resolved(
-        synthetic_session(settings, registry.resolve(asked.model, asked.models_dir), [device]),
+        synthetic_session(settings, resolve.resolve(asked.model, asked.models_dir), [device]),
         [device],
     )
     driven = Driven(open_session(spec, device, Stopwatch()), spec.batch_size, spec.card.recipe.size)

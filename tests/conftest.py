@@ -18,7 +18,7 @@ from PIL import Image
 
 import helpers
 import sample_images
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, get
 from imagemill.records import Bundle, Settings
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
 from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
@@ -66,7 +66,7 @@ def tiny(models_dir: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def lite0(models_dir: Path) -> Bundle:
     """EfficientNet-Lite0 with its trained weights, from the installed package."""
-    return registry.get("efficientnet_lite0", models_dir)
+    return get.get("efficientnet_lite0", models_dir)
 
 
 @pytest.fixture(scope="session")

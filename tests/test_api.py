@@ -32,7 +32,7 @@ import imagemill
 import sample_images
 from imagemill import api
 from imagemill.errors import ModelError
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, get
 from imagemill.pipeline.backends.null import NullSession
 from imagemill.records import Limits, Recipe, Settings
 from pth_files import write_legacy
@@ -1230,7 +1230,7 @@ def test_saved_embeddings_are_the_published_implementations(tmp_path: Path) -> N
     """
     name = "torchvision_resnext50_32x4d"
     checkpoint = write_legacy(tmp_path / "weights.pth", arrays_of(name))
-    made = registry.get("resnext50_32x4d.golden", tmp_path / "models", from_file=checkpoint)
+    made = get.get("resnext50_32x4d.golden", tmp_path / "models", from_file=checkpoint)
     assert made.card.recipe == Recipe()
     folder = helpers.fill(
         tmp_path / "in",

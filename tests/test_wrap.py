@@ -25,7 +25,8 @@ import sample_images
 from imagemill import api, cli
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle, evaluate, registry
+from imagemill.models import bundle, evaluate
+from imagemill.models import resolve as models_resolve
 from imagemill.models.custom import onnx_card, wrap
 from imagemill.models.custom.graph import assemble, examine
 from imagemill.pipeline.backends.devices import resolve
@@ -463,7 +464,7 @@ def test_a_wrapped_model_can_be_quantised(
     """int8 is made and judged as for any bundle, and `auto` goes on working."""
     file = exported("torchscript")
     wrap.wrap(file, IMAGENET)
-    made = registry.resolve(str(file), tmp_path / "models")
+    made = models_resolve.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
     report = precisions.quantize_bundle(
         made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1

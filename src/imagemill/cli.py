@@ -593,15 +593,15 @@ def _models_dir(parsed: argparse.Namespace) -> Path:
 
 def _models(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
-    from imagemill.models import registry
+    from imagemill.models import listing, published
     from imagemill.system import serialization
 
     folder = _models_dir(parsed)
-    rows = registry.listing(folder)
+    rows = listing.listing(folder)
     if parsed.json:
         print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
     else:
-        print(results.format_models(rows, registry.ALIASES))
+        print(results.format_models(rows, published.ALIASES))
     return 0
 
 
@@ -609,9 +609,9 @@ def _get_model(parsed: argparse.Namespace) -> int:
     from pathlib import Path
 
     from imagemill.display.terminal import DownloadDisplay
-    from imagemill.models import registry
+    from imagemill.models import get
 
-    made = registry.get(
+    made = get.get(
         parsed.name,
         _models_dir(parsed),
         from_file=Path(parsed.from_file) if parsed.from_file else None,
@@ -647,13 +647,11 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
 def _quantize(parsed: argparse.Namespace) -> int:
     from imagemill.display.terminal import DownloadDisplay
-    from imagemill.models import bundle, registry
+    from imagemill.models import bundle, resolve
     from imagemill.pipeline.backends import devices
     from imagemill.tuning import precisions
 
-    found = registry.resolve(
-        parsed.model, _models_dir(parsed), say=_log, progress=DownloadDisplay()
-    )
+    found = resolve.resolve(parsed.model, _models_dir(parsed), say=_log, progress=DownloadDisplay())
     bundle.verify_hash(found)
     report = precisions.quantize_bundle(
         found,

@@ -23,7 +23,7 @@ from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle, registry, variants
+from imagemill.models import bundle, resolve, variants
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
     Bundle,
@@ -137,7 +137,7 @@ def _with_batch_size(
 
 def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    model = registry.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
+    model = resolve.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
     spec, batch_sizes = _with_batch_size(
         synthetic_session(settings, model, chosen), settings, chosen, say
     )

@@ -9,7 +9,7 @@ from imagemill.display.text import format_statuses
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import JobStatus
-    from imagemill.models.registry import Row
+    from imagemill.models.listing import Row
     from imagemill.records import DryRun, Summary
 
 _MAX_MISSING = 10

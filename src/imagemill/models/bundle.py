@@ -127,6 +127,25 @@ def is_bundle(folder: Path) -> bool:
     return (folder / CARD).is_file()
 
 
+def describe_origin(card: Card) -> str:
+    """Return in words what a bundle was made from."""
+    origin = card.origin
+    match origin.get("source"):
+        case "random":
+            return f"random weights, seed {origin.get('seed')}: its predictions mean nothing"
+        case "file":
+            text = f"from the file {origin.get('file')}"
+        case "url":
+            text = f"from {origin.get('url')}"
+        case "onnx":
+            text = f"wrapped from {origin.get('file')}"
+        case "package":
+            text = f"from the package {origin.get('package')}"
+        case other:
+            text = f"from {other}"
+    return text + (", hash verified" if origin.get("verified") else ", hash not verified")
+
+
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 
 

