@@ -606,14 +606,14 @@ def decomposed_softmax() -> onnx.ModelProto:
         (small(inputs=("x", "z")), {}, r"has 2 inputs \(x, z\); an image fills one"),
         (small(shape=("n", 192)), {}, r"takes an input of shape \(n, 192\); a batch of images has four dimensions"),
         (small(opset=[helper.make_opsetid("", 6)]), {}, r"has opset 6, 7 is the oldest"),
-        (head(turned("Softmax", axis=1)), {}, r"ends in a Softmax, so its scores are probabilities already.* Add --scores softmax"),
+        (head(turned("Softmax", axis=1)), {"scores": "logits"}, r"ends in a Softmax, so its scores are probabilities already, not logits\. Leave --scores logits out"),
         (
             head(turned("Fancy", domain="com.acme"), opset=[helper.make_opsetid("", 13), helper.make_opsetid("com.acme", 1)]),
             {},
             r"uses the operator com\.acme::Fancy, which is not ONNX's own",
         ),
         (head(turned("Log"), mean=-1.0), {}, r"returns NaN or infinity \(logits\) for random images"),
-        (head(turned("Softmax", axis=1)), {"scores": "sigmoid"}, r"ends in a Softmax, .* Add --scores softmax"),
+        (head(turned("Softmax", axis=1)), {"scores": "sigmoid"}, r"ends in a Softmax, .* not sigmoid\. Leave --scores sigmoid out"),
         (small(classes=1), {}, r"returns one score per image, and a softmax over one class is 1\.0 .* Add --scores sigmoid"),
         (small(classes=1), {"scores": "softmax", "scale": 255}, r"returns one score per image, .* Add --scores sigmoid"),
         (small(outputs={"embedding": ["n", "k"]}, classes=1), {}, r"returns one score per image, .* Add --scores sigmoid"),
@@ -989,3 +989,31 @@ def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
     (tmp_path / "y.card.json").write_text(onnx_card.card_text(card))
     assert onnx_card.read_card(tmp_path / "y.card.json") == card, "what is written is read back"
+
+
+def test_a_read_card_says_where_its_values_came_from() -> None:
+    """One line per value; flags replace what files say; control characters are escaped."""
+    card = onnx_card.OnnxCard(size=40, labels=("a\x1b[2J", *"bcdefg"), exif=False)
+    found = onnx_card.ReadCard(
+        card, {"labels": "metadata: names", "size": "metadata: imgsz", "exif": "default"}
+    )
+    changed = found.with_values({"size": "50x40", "mean": (0.5, 0.5, 0.485), "std": None})
+    assert changed.lines() == (
+        "size: 50x40 (--size)",
+        "exif: no (default)",
+        "mean: 0.5 0.5 0.485 (--mean)",
+        "labels: 7: a\\x1b[2J, b, c, d, e, … (metadata: names)",
+    )
+    with pytest.raises(UsageError, match=r"^--size is 0; it must be a number of pixels"):
+        found.with_values({"size": 0})
+
+
+def test_softmax_and_sigmoid_are_detected(tmp_path: Path) -> None:
+    """A graph that ends in one needs no --scores."""
+    for kind in ("Softmax", "Sigmoid"):
+        file = saved(head(turned(kind)), tmp_path, f"{kind}.onnx")
+        wrap.wrap(file, {})
+        made = wrap.bundle_for(file, tmp_path / "models", silent)
+        assert made.card.scores is Scores.SOFTMAX, "probabilities already"
+    wrap.wrap(saved(small(), tmp_path), {})
+    assert wrap.bundle_for(tmp_path / "small.onnx", tmp_path / "m", silent).card.scores == "logits"

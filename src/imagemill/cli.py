@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from imagemill.errors import ImagemillError, Interrupted
 from imagemill.runner.settings import SETTINGS, Kind, Setting, make_settings, number
@@ -363,12 +363,50 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def _wrap_options(sub: argparse.ArgumentParser) -> None:
-    colours = ("R", "G", "B")
     sub.add_argument(
         "file",
         metavar="FILE",
         help="file.onnx; writes file.card.json beside it, for `run --model file.onnx`",
     )
+    _preprocessing_options(sub)
+    sub.add_argument(
+        "--layout",
+        metavar="NCHW|NHWC",
+        help="order of the input's dimensions (default: from the file)",
+    )
+    sub.add_argument(
+        "--logits",
+        metavar="TENSOR",
+        help=(
+            "output with the scores (default: found by shape and name); none: the model has no"
+            " scores, only an embedding"
+        ),
+    )
+    sub.add_argument(
+        "--embedding",
+        metavar="TENSOR",
+        help="features for `run --save embedding` (default: the input of the last layer)",
+    )
+    sub.add_argument(
+        "--name", metavar="NAME", help="name of the model in results (default: the file's name)"
+    )
+    sub.add_argument(
+        "--output",
+        metavar="DIR",
+        help="make a bundle folder instead, for `run --model DIR` on any machine",
+    )
+
+
+_PREPROCESSING: Final = (
+    *("size", "resize", "crop", "fill", "interpolation", "exif"),
+    *("color", "scale", "mean", "std", "scores", "labels", "licence"),
+)
+"""Flags of `_preprocessing_options`; each is a field of `onnx_card.OnnxCard`."""
+
+
+def _preprocessing_options(sub: argparse.ArgumentParser) -> None:
+    """Add the flags that say how an image becomes the model's input and what its scores mean."""
+    colours = ("R", "G", "B")
     sub.add_argument(
         "--mean",
         type=float,
@@ -390,31 +428,33 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
         help="range of the pixels that --mean and --std apply to: 0 to 1 (default) or 0 to 255",
     )
     sub.add_argument(
-        "--layout",
-        metavar="NCHW|NHWC",
-        help="order of the input's dimensions (default: from the file)",
-    )
-    sub.add_argument(
         "--color", metavar="RGB|BGR", help="order of the model's channels (default: RGB)"
     )
     sub.add_argument(
         "--size",
-        type=int,
-        metavar="N",
-        help="height and width of the input (default: from the file)",
+        type=_number_or_text,
+        metavar="N|WxH",
+        help="width and height of the input (default: from the file)",
     )
     sub.add_argument(
         "--resize",
-        metavar="N|WxH|none",
+        type=_number_or_text,
+        metavar="N|WxH|pad|none",
         help=(
-            "resize the short side to N, or both sides to WxH, or none (default: size / 0.875;"
-            " with --crop none: both sides to size)"
+            "resize the short side to N, or both sides to WxH, or fit the image into the input and"
+            " fill the rest (pad), or none (default: size / 0.875; with --crop none: both sides to"
+            " size)"
         ),
     )
     sub.add_argument(
         "--crop",
         metavar="center|none",
         help="use the centre of the resized image, or all of it (default: center)",
+    )
+    sub.add_argument(
+        "--fill",
+        metavar="#RRGGBB",
+        help="colour around an image smaller than the input (default: #000000)",
     )
     sub.add_argument(
         "--interpolation",
@@ -430,8 +470,8 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
         "--scores",
         metavar="KIND",
         help=(
-            "output of the model: logits (default), softmax (probabilities), or sigmoid (one"
-            " independent probability per class)"
+            "output of the model: logits, softmax (probabilities), or sigmoid (one independent"
+            " probability per class) (default: as the graph ends, else logits)"
         ),
     )
     sub.add_argument(
@@ -439,25 +479,16 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file with one label per line, in the order of the classes (default: numbers)",
     )
-    sub.add_argument(
-        "--logits",
-        metavar="TENSOR",
-        help="output with the scores (default: the only one of that shape)",
-    )
-    sub.add_argument(
-        "--embedding",
-        metavar="TENSOR",
-        help="features for `run --save embedding` (default: the input of the last layer)",
-    )
     sub.add_argument("--licence", metavar="NAME", help="licence of the weights (default: unknown)")
-    sub.add_argument(
-        "--name", metavar="NAME", help="name of the model in results (default: the file's name)"
-    )
-    sub.add_argument(
-        "--output",
-        metavar="DIR",
-        help="make a bundle folder instead, for `run --model DIR` on any machine",
-    )
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
+def _preprocessing(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return what the flags of `_preprocessing_options` say, by field of OnnxCard."""
+    return {name: getattr(parsed, name) for name in _PREPROCESSING}
 
 
 def _add_options(sub: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
@@ -630,12 +661,8 @@ def _wrap(parsed: argparse.Namespace) -> int:
 
     from imagemill.models.custom import wrap
 
-    resize = int(parsed.resize) if parsed.resize and parsed.resize.isdecimal() else parsed.resize
-    names = (
-        "mean std scale layout color size crop interpolation exif scores labels logits embedding"
-        " licence name".split()
-    )
-    given = {name: getattr(parsed, name) for name in names} | {"resize": resize}
+    names = ("layout", "logits", "embedding", "name")
+    given = _preprocessing(parsed) | {name: getattr(parsed, name) for name in names}
     written, checked = wrap.wrap(
         Path(parsed.file), given, Path(parsed.output) if parsed.output else None
     )

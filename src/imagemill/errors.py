@@ -22,6 +22,21 @@ Interrupted                   exit 130 or 143: stopped by a signal, resumable
 from __future__ import annotations
 
 
+def printable(value: object, limit: int = 200) -> str:
+    """Return a value from outside as a message shows it: on one line, control characters escaped,
+    and cut after `limit` characters.
+
+    Example:
+        >>> printable("a\\nb")
+        'a\\\\nb'
+    """
+    text = str(value)
+    cut = text[:limit] + "…" if len(text) > limit else text
+    return "".join(
+        item if item.isprintable() else item.encode("unicode_escape").decode() for item in cut
+    )
+
+
 class ImagemillError(Exception):
     """The base of all of them: its text is one clear message for the user."""
 

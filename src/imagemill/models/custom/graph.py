@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models.custom.onnx_card import Color, Crop, Layout, OnnxCard, squashed
+from imagemill.models.custom.onnx_card import Color, Crop, Layout, OnnxCard, box
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Plan:
     """ONNX's number of the input's element type."""
     batch: int | None
     """To which the file's batch is fixed; None: it is open."""
+    scores: Scores
+    """As the card says, else as the graph ends."""
     logits: str
     classes: int | None
     """As the file declares them; None: it leaves them open."""
@@ -159,11 +161,12 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
             f"{name} ends in a Softmax over one class, which is 1.0 for every image. Export it"
             " without, for --scores sigmoid."
         )
-    if ends_in is not None and card.scores is not Scores.SOFTMAX and card.scores != ends_in.lower():
-        said = ends_in.lower()
+    found = Scores.LOGITS if ends_in is None else Scores(ends_in.lower())
+    scores = found if card.scores is None else card.scores
+    if ends_in is not None and scores not in (Scores.SOFTMAX, found):
         raise UsageError(
-            f"{name} ends in a {ends_in}, so its scores are probabilities already, not logits. Add"
-            f" --scores {said}."
+            f"{name} ends in a {ends_in}, so its scores are probabilities already, not {scores}."
+            f" Leave --scores {scores} out."
         )
     features = _features(name, model.graph, producers, logits, card.embedding)
     batch = dims[0] if isinstance(dims[0], int) else None
@@ -175,6 +178,7 @@ def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
         entry.name,
         kind,
         batch,
+        scores,
         logits,
         classes,
         ends_in,
@@ -265,6 +269,8 @@ def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> Onn
     sides = {side for side in (height, width) if isinstance(side, int)}
     if len(sides) > 1:
         raise ModelError(f"{name} takes images of {width}×{height}; only square ones can be fed.")
+    if isinstance(card.size, str) or str(card.resize).startswith("pad"):
+        raise UsageError(f"{name}: --size WxH and --resize pad cannot be wrapped yet.")
     size = card.size or next(iter(sides), None)
     if size is None:
         raise UsageError(
@@ -299,7 +305,7 @@ def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> Onn
 
 def _recipe(card: OnnxCard) -> Recipe:
     size = card.size
-    assert size is not None
+    assert isinstance(size, int)
     resize: int | tuple[int, int] | None
     if card.crop is Crop.NONE:
         resize = (size, size)
@@ -314,7 +320,7 @@ def _recipe(card: OnnxCard) -> Recipe:
     elif isinstance(card.resize, int):
         resize = card.resize
     else:
-        resize = None if card.resize == "none" else squashed(card.resize)
+        resize = None if card.resize == "none" else box(card.resize)
     recipe = Recipe(size=size, resize=resize, interpolation=card.interpolation, exif=card.exif)
     if problem := bundles.cropped_beyond(recipe):
         raise UsageError(

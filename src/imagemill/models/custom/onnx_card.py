@@ -1,22 +1,39 @@
-"""The card of a custom ONNX file, `file.card.json`: what such a file does not say itself."""
+"""The card of a custom ONNX file, `file.card.json`: how an image becomes the model's input, and
+what its scores mean.
+
+A card is written by hand or by `imagemill wrap`. The readers of model folders and of ONNX metadata
+return one too, as a `ReadCard`, which also says where each value came from.
+"""
 
 from __future__ import annotations
 
-import json
 import re
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-import numpy as np
+import msgspec
+from msgspec import Meta
 
-from imagemill.errors import ModelError, UsageError
+from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.records import Interpolation, Scores
 
 SUFFIX: Final = ".card.json"
+MAX_SIDE: Final = 65_535
+"""Pixels. Larger than the input of any model, and a bound for hostile files."""
+_MAX_BYTES: Final = 64 * 2**20
+"""Of a card. A million labels fit."""
+_BOX: Final = r"[1-9]\d{0,4}x[1-9]\d{0,4}"
+_SHOWN_LABELS: Final = 5
+
+Pixels = Annotated[int, Meta(gt=0, le=MAX_SIDE)]
+Number = Annotated[float, Meta(ge=-1e9, le=1e9)]
+Positive = Annotated[float, Meta(gt=0, le=1e9)]
+Name = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+\Z")]
 
 
 class Layout(StrEnum):
@@ -42,52 +59,135 @@ class Crop(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OnnxCard:
-    """`file.card.json`: what a custom ONNX file does not say itself. Every key is optional; None
-    means the default named here.
+    """`file.card.json`: what a custom ONNX file does not say itself.
+
+    Every key is optional. None means the default named here. The descriptions in the annotations
+    are what an error message says about a wrong value.
     """
 
-    name: str | None = None
+    name: Annotated[Name | None, Meta(description="a text of one line")] = None
     """As results name the model; default: the file's name without `.onnx`."""
-    size: int | None = None
-    """Height and width of the input, pixels; needed only where the file leaves them open."""
-    resize: int | str | None = None
-    """Length of the short side after resizing; or `WxH`, squashed; or `none`. Default: size /
-    0.875, and size × size where crop is none.
+    size: Annotated[
+        Pixels | Annotated[str, Meta(pattern=rf"^{_BOX}\Z")] | None,
+        Meta(description='a number of pixels, or a text such as "320x240" (width, height)'),
+    ] = None
+    """Width and height of the input, pixels: a number, or `WxH`. Needed only if the file leaves
+    them open.
+    """
+    resize: Annotated[
+        Pixels | Annotated[str, Meta(pattern=rf"^(none|pad|(pad )?{_BOX})\Z")] | None,
+        Meta(
+            description=(
+                'a number of pixels, a text such as "224x224" (width, height), "pad",'
+                ' "pad 224x224", or "none"'
+            )
+        ),
+    ] = None
+    """Length of the short side after resizing; `WxH`: squashed to that; `pad`: fitted into the
+    input without changing the ratio of the sides, the rest is filled; `pad WxH`: fitted into that
+    box; or `none`. Default: size / 0.875, and the size itself if crop is none.
     """
     crop: Crop = Crop.CENTER
+    fill: Annotated[
+        Annotated[str, Meta(pattern=r"^#[0-9a-fA-F]{6}\Z")] | None,
+        Meta(description='a colour such as "#ffffff"'),
+    ] = None
+    """Colour of the borders around an image smaller than the input; default: black."""
     interpolation: Interpolation = Interpolation.BILINEAR
-    exif: bool = True
+    exif: Annotated[bool, Meta(description="true or false")] = True
     """Whether images are turned as their EXIF orientation says."""
     layout: Layout | None = None
     """Default: as the file's input shape shows it; needed where it does not."""
     color: Color = Color.RGB
-    scale: int | None = None
+    scale: Annotated[typing.Literal[1, 255] | None, Meta(description="1 or 255")] = None
     """1: pixels are divided by 255, and mean and std are on the scale 0 to 1 (the default); 255:
     they are not.
     """
-    mean: tuple[float, float, float] | None = None
+    mean: Annotated[
+        tuple[Number, Number, Number] | None,
+        Meta(description="three numbers: red, green, blue"),
+    ] = None
     """Of red, green and blue, in this order whatever `color` says; default: 0 0 0."""
-    std: tuple[float, float, float] | None = None
+    std: Annotated[
+        tuple[Positive, Positive, Positive] | None,
+        Meta(description="three numbers above 0: red, green, blue"),
+    ] = None
     """As `mean`; default: 1 1 1."""
-    scores: Scores = Scores.LOGITS
+    scores: Scores | None = None
     """`logits`: a softmax is still to come; `softmax`: they are probabilities already; `sigmoid`:
-    each class has one of its own, which is applied unless the graph ends in it.
+    each class has one of its own, which is applied unless the graph ends in it. Default: `softmax`
+    or `sigmoid` if the graph ends in one, else `logits`.
     """
-    labels: tuple[str, ...] | str | None = None
+    labels: Annotated[
+        tuple[str, ...] | str | None, Meta(description="a list of texts, or a file's name")
+    ] = None
     """One per class, or the name of a text file beside the card with one a line; default: the
     classes' numbers.
     """
-    logits: str | None = None
-    """Name of the output with the scores; needed where several could be meant."""
-    embedding: str | None = None
-    """Name of the tensor with the features; default: what the last matrix or 1×1 convolution reads,
-    where that is plain.
+    logits: Annotated[Name | None, Meta(description="a text of one line")] = None
+    """Name of the output with the scores; needed if several could be meant. `none`: the model has
+    no scores, only an embedding.
     """
-    licence: str = "unknown"
+    embedding: Annotated[Name | None, Meta(description="a text of one line")] = None
+    """Name of the tensor with the features; default: what the last matrix or 1×1 convolution reads,
+    if that is unambiguous.
+    """
+    licence: Annotated[Name, Meta(description="a text of one line")] = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCard:
+    """A card that was read from a model's own files, and where its values came from."""
+
+    card: OnnxCard
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Name of a field of the card → where its value came from, for example
+    `{"labels": "config.json: id2label"}`.
+    """
+
+    def with_values(self, given: Mapping[str, Any], origin: str | None = None) -> ReadCard:
+        """Return the card with other values, for example those of the command line.
+
+        Args:
+            given: fields of OnnxCard by name. None leaves the value as it is.
+            origin: where they came from; None: from the flag of each field's name.
+
+        Raises:
+            UsageError: a value that its field cannot have.
+
+        Example:
+            >>> ReadCard(OnnxCard()).with_values({"size": 224}).lines()
+            ('size: 224 (--size)',)
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        card = changed(self.card, chosen)
+        origins = {name: origin or f"--{name}" for name in chosen}
+        return ReadCard(card, {**self.origins, **origins})
+
+    def lines(self) -> tuple[str, ...]:
+        """Return one line per value whose origin is known, in the order of the card's fields."""
+        return tuple(
+            f"{item.name}: {_shown(getattr(self.card, item.name))} ({self.origins[item.name]})"
+            for item in fields(OnnxCard)
+            if item.name in self.origins
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a value of a card as one short line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        more = ", …" if len(value) > _SHOWN_LABELS else ""
+        first = ", ".join(printable(item, 40) for item in value[:_SHOWN_LABELS])
+        return f"{len(value):,}: {first}{more}"
+    if isinstance(value, tuple):
+        return " ".join(f"{item:g}" for item in value)
+    return printable(value)
 
 
 def card_file(file: Path) -> Path:
-    """Where the card of an ONNX file is looked for."""
+    """Return where the card of an ONNX file is looked for."""
     return file.with_suffix(SUFFIX)
 
 
@@ -96,94 +196,84 @@ def read_card(path: Path) -> OnnxCard:
 
     Raises:
         ModelError: it cannot be read, is no JSON object, or a key is unknown or has a value that it
-        cannot have; names it.
+        cannot have. The message names the key.
     """
+    remedy = "Correct it, or make it with `imagemill wrap`."
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = msgspec.json.decode(_read_bounded(path))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(
-            f"{path} cannot be read: {reason}. Mend it, or make it with `imagemill wrap`."
-        ) from error
+        raise ModelError(f"{path} cannot be read: {reason}. {remedy}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} is not a JSON object. Mend it, or make it with `imagemill wrap`.")
-    known = [field.name for field in fields(OnnxCard)]
+        raise ModelError(f"{path} is not a JSON object. {remedy}")
+    known = [item.name for item in fields(OnnxCard)]
     if unknown := [key for key in values if key not in known]:
-        raise ModelError(f"{path} has the unknown key {unknown[0]!r}. Known: {', '.join(known)}.")
+        raise ModelError(
+            f"{path} has the unknown key {printable(unknown[0])!r}. Known: {', '.join(known)}."
+        )
     try:
-        card = OnnxCard(**{name: _value(name, value) for name, value in values.items()})
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {error}. Mend it, or make it with `imagemill wrap`.") from error
+        card = OnnxCard(**{name: checked(name, value) for name, value in values.items()})
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(card.labels, str):
         card = replace(card, labels=bundles.read_labels(path.parent / card.labels))
     return card
 
 
+def _read_bounded(path: Path) -> bytes:
+    with path.open("rb") as opened:
+        data = opened.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES:,} bytes")
+    return data
+
+
 def card_text(card: OnnxCard) -> str:
-    """Spell a card as its file holds it, keys at their default included."""
-    return json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+    """Return a card as its file holds it, keys at their default included."""
+    return msgspec.json.format(msgspec.json.encode(asdict(card)), indent=2).decode() + "\n"
 
 
-_CHOICES: Final[Mapping[str, type[StrEnum]]] = {
-    "crop": Crop,
-    "interpolation": Interpolation,
-    "layout": Layout,
-    "color": Color,
-    "scores": Scores,
-}
+_TYPES: Final[Mapping[str, Any]] = typing.get_type_hints(OnnxCard, include_extras=True)
 
 
-def _value(name: str, value: Any) -> Any:
-    """One value of a card as OnnxCard holds it. Raises: ValueError, naming the key, the value and
-    what could stand there.
+def checked(name: str, value: object) -> Any:
+    """Return the value as the field `name` of OnnxCard holds it.
+
+    Raises:
+        ValueError: the field cannot have this value. The message names the field, the value and
+        what it must be, for example "scale is 256; it must be 1 or 255".
     """
-    if value is None and getattr(OnnxCard(), name) is None:
+    kind = _TYPES[name]
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        shown = printable(repr(value), 80)
+    if typing.get_origin(kind) is Annotated:
+        raise ValueError(f"{name} is {shown}; it must be {kind.__metadata__[-1].description}")
+    (choices,) = [
+        item
+        for item in (kind, *typing.get_args(kind))
+        if isinstance(item, type) and issubclass(item, StrEnum)
+    ]
+    raise ValueError(f"{name} is {shown}; known: {', '.join(choices)}")
+
+
+def box(text: str) -> tuple[int, int] | None:
+    """Return width and height of a text such as "224x224"; None if it is not one."""
+    if not re.fullmatch(_BOX, text):
         return None
-    if (kind := _CHOICES.get(name)) is not None:
-        if value not in list(kind):
-            raise ValueError(f"{name} is {value!r}; known: {', '.join(kind)}")
-        return kind(value)
-    numbers = isinstance(value, list | tuple) and all(type(item) in (int, float) for item in value)
-    good, wanted = {
-        "size": (type(value) is int and value > 0, "a number of pixels"),
-        "resize": (
-            (type(value) is int and value > 0)
-            or (isinstance(value, str) and (value == "none" or squashed(value) is not None)),
-            'a number of pixels, a text such as "224x224" (width, height), or "none"',
-        ),
-        "exif": (type(value) is bool, "true or false"),
-        "scale": (value in (1, 255) and type(value) is int, "1 or 255"),
-        "mean": (
-            numbers and len(value) == 3 and bool(np.isfinite(value).all()),
-            "three numbers: red, green, blue",
-        ),
-        "std": (
-            numbers and len(value) == 3 and all(0 < item < float("inf") for item in value),
-            "three numbers above 0: red, green, blue",
-        ),
-        "labels": (
-            isinstance(value, str)
-            or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)),
-            "a list of texts, or a file's name",
-        ),
-    }.get(name, (isinstance(value, str) and value != "", "a text"))
-    if not good:
-        raise ValueError(f"{name} is {value!r}; it must be {wanted}")
-    return tuple(value) if isinstance(value, list) else value
-
-
-def squashed(text: str) -> tuple[int, int] | None:
-    """Width and height of a text such as "224x224"; None if it is none."""
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    return (int(found[1]), int(found[2])) if found else None
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
 def changed(card: OnnxCard, given: Mapping[str, Any]) -> OnnxCard:
-    """A card with what the command line says. Raises: UsageError."""
+    """Return a card with the values that the command line gives; None leaves a value as it is.
+
+    Raises:
+        UsageError: a value that its field cannot have.
+    """
     try:
-        return replace(
-            card,
-            **{name: _value(name, value) for name, value in given.items() if value is not None},
-        )
+        values = {name: checked(name, value) for name, value in given.items() if value is not None}
     except ValueError as error:
         raise UsageError(f"--{error}.") from error
+    return replace(card, **values)

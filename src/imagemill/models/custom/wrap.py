@@ -243,8 +243,8 @@ def _bundle_card(plan: Plan, key: str) -> Card:
     # are.
     scores = (
         Scores.SOFTMAX
-        if card.scores is Scores.SIGMOID and plan.ends_in == "Sigmoid"
-        else card.scores
+        if plan.scores is Scores.SIGMOID and plan.ends_in == "Sigmoid"
+        else plan.scores
     )
     return Card(
         name=card.name or file.stem,
@@ -346,7 +346,7 @@ def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
     """Compare scores (n, classes) with what the card says they are. Returns notes. Raises:
     UsageError.
     """
-    name, kind, classes = plan.file.name, plan.card.scores, scores.shape[1]
+    name, kind, classes = plan.file.name, plan.scores, scores.shape[1]
     if classes == 1 and kind is not Scores.SIGMOID:
         raise UsageError(
             f"{name} returns one score per image, and a softmax over one class is 1.0 for every"
@@ -390,7 +390,7 @@ def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
 
 
 def _found(plan: Plan, classes: int, features: int) -> tuple[str, ...]:
-    lines = [f"{plan.logits}: {plan.card.scores}, {classes:,} classes"]
+    lines = [f"{plan.logits}: {plan.scores}, {classes:,} classes"]
     if features and plan.features:
         lines.append(f"embedding: {plan.features.tensor}, {features:,} features")
     else:
