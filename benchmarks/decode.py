@@ -66,7 +66,7 @@ def _crop(
     box = tuple(value / scale for value in (crop.x.start, crop.y.start, crop.x.stop, crop.y.stop))
     return np.asarray(
         image.resize(
-            (recipe.size, recipe.size),
+            (recipe.width, recipe.height),
             preprocess.FILTERS[recipe.interpolation],
             box=box,
             reducing_gap=gap,
@@ -116,7 +116,7 @@ def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
         cykooz_resizer.PixelType.U8x3,
         pixels[top:bottom, left:right].tobytes(),
     )
-    result = cykooz_resizer.ImageData(recipe.size, recipe.size, cykooz_resizer.PixelType.U8x3)
+    result = cykooz_resizer.ImageData(recipe.width, recipe.height, cykooz_resizer.PixelType.U8x3)
     bicubic = recipe.interpolation is Interpolation.BICUBIC
     kind = cykooz_resizer.FilterType.catmull_rom if bicubic else cykooz_resizer.FilterType.bilinear
     box = cykooz_resizer.CropBox(
@@ -127,7 +127,7 @@ def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
     )
     options = cykooz_resizer.ResizeOptions(cykooz_resizer.ResizeAlg.convolution(kind), False, box)
     cykooz_resizer.Resizer().resize(source, result, options)
-    return np.frombuffer(result.get_buffer(), np.uint8).reshape(recipe.size, recipe.size, 3)
+    return np.frombuffer(result.get_buffer(), np.uint8).reshape(recipe.height, recipe.width, 3)
 
 
 def opencv_area(data: bytes, recipe: Recipe) -> np.ndarray:
@@ -140,7 +140,7 @@ def opencv_area(data: bytes, recipe: Recipe) -> np.ndarray:
         slice(round(crop.x.start), round(crop.x.stop)),
     )
     return cv2.resize(
-        pixels[rows, columns], (recipe.size, recipe.size), interpolation=cv2.INTER_AREA
+        pixels[rows, columns], (recipe.width, recipe.height), interpolation=cv2.INTER_AREA
     )
 
 

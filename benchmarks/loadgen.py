@@ -28,7 +28,7 @@ from imagemill.models import bundle, resolve
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.backends.base import Session
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch
+from imagemill.records import Batch, Recipe
 from imagemill.tuning.batch_size import resolved
 
 IMAGES = 64
@@ -42,9 +42,10 @@ machine speeds up.
 class Driven:
     """A session as LoadGen's system under test, over a library of noise."""
 
-    def __init__(self, session: Session, batch_size: int, side: int) -> None:
+    def __init__(self, session: Session, batch_size: int, recipe: Recipe) -> None:
         self.session, self.size = session, batch_size
-        self.library = np.random.default_rng(0).integers(0, 256, (IMAGES, side, side, 3), np.uint8)
+        shape = (IMAGES, recipe.height, recipe.width, 3)
+        self.library = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         self.failures: list[Exception] = []
 
     def class_ids(self, indices: Sequence[int]) -> list[int]:
@@ -135,7 +136,7 @@ def main() -> int:
         synthetic_session(settings, resolve.resolve(asked.model, asked.models_dir), [device]),
         [device],
     )
-    driven = Driven(open_session(spec, device, Stopwatch()), spec.batch_size, spec.card.recipe.size)
+    driven = Driven(open_session(spec, device, Stopwatch()), spec.batch_size, spec.card.recipe)
     in_order = driven.class_ids(range(IMAGES))  # warms up, too
     begun = time.monotonic()
     driven.class_ids(range(IMAGES))

@@ -71,7 +71,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
         Precision.BF16: folder / "model.onnx",
         Precision.INT8: int8,
     }
-    shape = (given.batch_size, card.recipe.size, card.recipe.size, 3)
+    shape = (given.batch_size, card.recipe.height, card.recipe.width, 3)
     batch = Batch(
         np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), given.batch_size, ()
     )
@@ -112,11 +112,10 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
 def calibration_pixels(
     given: argparse.Namespace, bundle, cores: tuple[int, ...]
 ) -> list[np.ndarray]:
-    size = bundle.card.recipe.size
     if given.images is None:
-        rng = np.random.default_rng(0)
+        rng, recipe = np.random.default_rng(0), bundle.card.recipe
         return [
-            rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+            rng.integers(0, 256, (1, recipe.height, recipe.width, 3), dtype=np.uint8)
             for _ in range(given.calibration)
         ]
     source = sources.resolve(given.images)

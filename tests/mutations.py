@@ -26,7 +26,7 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
 from reference import reference_pixels
 
-RECIPE = Recipe(size=64, resize=None)
+RECIPE = Recipe(64, 64, resize=None)
 """Larger than the samples: every pixel is compared."""
 LIMITS = Limits(max_pixels=1_000_000)
 JPEG_TOLERANCE = 3

@@ -26,7 +26,7 @@ CARD = Card(
     name="tiny",
     architecture="tiny",
     labels=("cat", "dög"),
-    recipe=Recipe(size=8, resize=None, interpolation=Interpolation.BICUBIC, exif=False),
+    recipe=Recipe(8, 8, None, interpolation=Interpolation.BICUBIC, exif=False),
     mean=(1.0, 2.0, 3.0),
     std=(4.0, 5.0, 6.0),
     sha256="",
@@ -91,7 +91,7 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
         ({"labels": [1, 2]}, r"labels\[0\]: expected `str`, got `int`"),
         (
             {"recipe": {"size": 0, "resize": None, "interpolation": "bilinear", "exif": True}},
-            "recipe says size 0",
+            "recipe says height 0, width 0, resize None",
         ),
         (
             {"recipe": {"size": 8, "resize": None, "interpolation": "magic", "exif": True}},
@@ -114,6 +114,15 @@ def test_a_damaged_card_is_one_clear_error(tiny: Bundle, change: object, message
         bundle.load(tiny.dir)
     assert "imagemill get-model" in str(caught.value)
     assert str(tiny.dir) in str(caught.value)
+
+
+def test_a_card_of_an_older_version_is_read(tiny: Bundle) -> None:
+    """Recipes had one `size`, which is height and width today."""
+    path = tiny.dir / "card.json"
+    recipe = {"size": 9, "resize": 9, "interpolation": "bicubic", "exif": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": recipe}))
+    expected = Recipe(9, 9, 9, interpolation=Interpolation.BICUBIC)
+    assert bundle.load(tiny.dir).card.recipe == expected
 
 
 def test_a_card_that_lacks_a_field_names_it(tiny: Bundle) -> None:
@@ -360,12 +369,18 @@ def test_label_files_that_could_shift_classes_are_refused(
             r"has one label and the scores are logits: .* Change scores to \"sigmoid\"\.",
         ),
         (
-            {"recipe": Recipe(size=224, resize=223)},
+            {"recipe": Recipe(224, 224, 223)},
             r"resize 223 is smaller than the model's input of 224x224, .* black borders",
         ),
         (
-            {"recipe": Recipe(size=224, resize=(300, 200))},
+            {"recipe": Recipe(224, 224, (300, 200))},
             r"resize 300x200 is smaller than the model's input of 224x224",
+        ),
+        ({"recipe": Recipe(100, 300, 99)}, r"resize 99 is smaller than .* input of 300x100"),
+        ({"recipe": Recipe(fill="white")}, r"recipe\.fill is 'white'\. Write #rrggbb"),
+        (
+            {"recipe": Recipe(pad=True)},
+            r"recipe\.pad needs a width and a height .*, and recipe\.resize is 256\.",
         ),
     ],
 )

@@ -39,7 +39,7 @@ from imagemill.records import (
 
 SIDE = 4
 SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
-RECIPE = Recipe(SIDE, None)
+RECIPE = Recipe(SIDE, SIDE, None)
 
 
 def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
@@ -130,7 +130,7 @@ def test_nobody_writes_to_a_place_that_is_settled(
     """
     settled: list[NDArray[np.uint8]] = []
     window: deque[tuple[str, NDArray[np.uint8] | None]] = deque()
-    places, coming, rows = feed_module._Places(batch_size, SIDE), iter(kinds), 0
+    places, coming, rows = feed_module._Places(batch_size, SIDE, SIDE), iter(kinds), 0
     while True:
         for kind in itertools.islice(coming, ahead - len(window)):
             window.append((kind, places.take(len(window))))
@@ -192,8 +192,8 @@ def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.Mon
 def test_real_images_are_decoded_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     data = sample_images.jpeg()
-    alone = feed_module.decode(data, Recipe(32), Limits())
-    with Feed(Recipe(32), Limits(), 4, 2, None, Stopwatch()) as feed:
+    alone = feed_module.decode(data, Recipe(32, 32), Limits())
+    with Feed(Recipe(32, 32), Limits(), 4, 2, None, Stopwatch()) as feed:
         (batch,) = feed.batches(
             [PlannedImage(0, SHARD, "s", b"a", -1, lambda: data) for _ in range(3)]
         )

@@ -17,7 +17,7 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
 from reference import reference_pixels
 
-RECIPE, LIMITS = Recipe(size=32, resize=None), Limits()
+RECIPE, LIMITS = Recipe(32, 32, None), Limits()
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 PIXELS = np.asarray(sample_images.photograph(40, 36))
 FTYP = b"\0\0\0\x18ftyp"

@@ -20,6 +20,7 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
 from imagemill.records import (
     Card,
+    Centre,
     Interpolation,
     Limits,
     Precision,
@@ -48,7 +49,11 @@ def answer_id(
 def other_recipes() -> list[Recipe]:
     recipe = TINY_CARD.recipe
     changed: dict[str, Any] = {
-        "size": recipe.size + 1,
+        "height": recipe.height + 1,
+        "width": recipe.width + 1,
+        "pad": True,
+        "fill": "#ffffff",
+        "centre": Centre.TRANSFORMERS,
         "resize": None,
         "interpolation": Interpolation.LANCZOS,
         "exif": not recipe.exif,

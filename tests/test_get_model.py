@@ -147,7 +147,7 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
     assert made.dir == models / LITE
     assert made.card.origin["verified"] is True
     assert str(made.card.origin["sha256"]).startswith("57934424")
-    assert made.card.recipe == Recipe(size=224, resize=256, interpolation=Interpolation.BICUBIC)
+    assert made.card.recipe == Recipe(224, 224, 256, interpolation=Interpolation.BICUBIC)
     assert (made.card.mean, made.card.std) == ((127, 127, 127), (128, 128, 128))
     assert made.card.parameters == 4_652_008
     assert made.card.labels[0] == "tench"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LIMITS = Limits(max_pixels=20_000_000, max_bytes=2**24, max_seconds=30.0)
-SQUASHED = Recipe(32, (48, 40), Interpolation.LANCZOS)
+SQUASHED = Recipe(24, 32, (48, 40), interpolation=Interpolation.LANCZOS)
 CRASH, HANG, OOM = b"imagemill-test-crash", b"imagemill-test-hang", b"imagemill-test-oom"
 
 
@@ -61,7 +61,7 @@ def gone_within(pid: int, seconds: float) -> bool:
     "recipe",
     [
         Recipe(),
-        Recipe(size=100, resize=None, interpolation=Interpolation.BICUBIC, exif=False),
+        Recipe(100, 100, resize=None, interpolation=Interpolation.BICUBIC, exif=False),
         SQUASHED,
     ],
 )

@@ -169,7 +169,7 @@ def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> Non
     with pytest.raises(
         errors.ModelError, match=r"onnxruntime cannot compute a batch of 3: .*INVALID_ARGUMENT"
     ):
-        make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, size=SIZE + 8)))
+        make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, height=SIZE + 8)))
 
 
 @pytest.mark.parametrize(("precision", "half"), [(Precision.FP32, False), (Precision.FP16, True)])

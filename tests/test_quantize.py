@@ -101,7 +101,7 @@ def make_bundle(folder: Path, **options: float) -> Bundle:
         name="colours",
         architecture="colours",
         labels=tuple("red green blue cyan magenta yellow".split()),
-        recipe=Recipe(size=SIZE, resize=None),
+        recipe=Recipe(SIZE, SIZE, None),
         mean=(127.0,) * 3,
         std=(128.0,) * 3,
         sha256="",
@@ -349,7 +349,7 @@ def test_thinning_keeps_enough_evenly_and_never_much_more(listed: int, wanted: i
 def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     entries = [Entry(0, b"a", 1), Entry(0, b"b", 2)]
-    other = replace(bundle, card=replace(bundle.card, recipe=Recipe(size=64)))
+    other = replace(bundle, card=replace(bundle.card, recipe=Recipe(64, 64)))
     ids = {
         trial.identity(entries, 2, bundle),
         trial.identity(entries[:1], 2, bundle),
@@ -727,7 +727,7 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
         {"versions": {"openvino": "2020.1"}},
         {"instruction_set": "other"},
         {"group_channels": 7},
-        {"recipe": Recipe(size=64)},
+        {"recipe": Recipe(64, 64)},
         {"accepted": False},
     ],
     ids=lambda change: next(iter(change)),

@@ -15,9 +15,10 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Interpolation, Limits, Recipe
 
 RECIPES = [
-    Recipe(224, 256, Interpolation.BILINEAR),
-    Recipe(224, 256, Interpolation.BICUBIC),
-    Recipe(32, 33, Interpolation.BICUBIC),
+    Recipe(224, 224, 256, interpolation=Interpolation.BILINEAR),
+    Recipe(224, 224, 256, interpolation=Interpolation.BICUBIC),
+    Recipe(32, 32, 33, interpolation=Interpolation.BICUBIC),
+    Recipe(50, 90, (90, 60), True, "#7f0102", interpolation=Interpolation.BICUBIC),
 ]
 
 
@@ -42,7 +43,7 @@ def test_any_image_is_resampled_as_pillow_does_it(
     if harsh:
         pixels = np.where(pixels > 127, np.uint8(255), np.uint8(0))
     crop = preprocess.locate(width, height, recipe)
-    fast, slow = (np.empty((recipe.size, recipe.size, 3), np.uint8) for _ in range(2))
+    fast, slow = (np.empty((recipe.height, recipe.width, 3), np.uint8) for _ in range(2))
     preprocess.resample(pixels, crop, recipe, fast)
     preprocess.resample(Image.fromarray(pixels), crop, recipe, slow)
     assert np.array_equal(fast, slow)

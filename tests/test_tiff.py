@@ -19,7 +19,7 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
 from reference import reference_pixels
 
-RECIPE, LIMITS = Recipe(size=33, resize=None), Limits()
+RECIPE, LIMITS = Recipe(33, 33, None), Limits()
 CASES = Path(__file__).parent / "cases"
 
 

@@ -506,7 +506,7 @@ def test_a_card_by_hand_says_only_what_differs(
     )
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert made.card.labels == ("ä", "b", "c", "d", "e", "f", "g")
-    assert made.card.recipe.size == 40
+    assert made.card.recipe.height == made.card.recipe.width == 40
     assert made.card.recipe.resize == 46, "40 / 0.875"
     assert (made.card.mean, made.card.std) == ((0, 0, 0), (255, 255, 255)), "pixels from 0 to 1"
 
@@ -843,7 +843,7 @@ def test_resize_and_crop_become_the_recipe(
     file = saved(small(), tmp_path)
     wrap.wrap(file, given)
     recipe = wrap.bundle_for(file, tmp_path / "models", silent).card.recipe
-    assert (recipe.size, recipe.resize, recipe.interpolation) == (
+    assert (recipe.height, recipe.resize, recipe.interpolation) == (
         8,
         resize,
         given.get("interpolation", "bilinear"),

@@ -361,7 +361,7 @@ def compare(cell: Cell) -> str:
     return "ok" if apart <= (cell.photometric == "cielab") else f"{apart} levels apart"
 
 
-_RECIPE = Recipe(size=33, resize=None)
+_RECIPE = Recipe(33, 33, None)
 
 
 def by_hand(

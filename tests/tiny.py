@@ -123,7 +123,7 @@ TINY_CARD = Card(
     name="tiny",
     architecture="tiny",
     labels=LABELS,
-    recipe=Recipe(size=SIZE, resize=36),
+    recipe=Recipe(SIZE, SIZE, 36),
     mean=(123.0, 117.0, 104.0),
     std=(58.0, 58.0, 58.0),
     sha256="",

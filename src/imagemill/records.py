@@ -77,6 +77,17 @@ class Interpolation(StrEnum):
     LANCZOS = "lanczos"
 
 
+class Centre(StrEnum):
+    """How the centre is found when the number of pixels to remove or to add is odd."""
+
+    TORCHVISION = "torchvision"
+    """A crop begins at `int(round((side - size) / 2.0))`; the odd pixel of a border is at the
+    end.
+    """
+    TRANSFORMERS = "transformers"
+    """A crop begins at `(side - size) // 2`; the odd pixel of a border is at the beginning."""
+
+
 class Scores(StrEnum):
     """What the numbers that a model returns are."""
 
@@ -98,12 +109,23 @@ class Recipe:
     layer.
     """
 
-    size: int = 224
-    """Height and width of the model's input, pixels."""
+    height: int = 224
+    """Of the model's input, pixels."""
+    width: int = 224
+    """Of the model's input, pixels."""
     resize: int | tuple[int, int] | None = 256
-    """Length of the short side after resizing, pixels; or width and height that the image is
-    squashed to, whatever its shape; None: it is not resized. The centre of the result is cut out.
+    """Length of the short side after resizing, pixels; or width and height of a box that the image
+    is resized to; None: it is not resized. Then the centre is cut out, and what is smaller than the
+    input gets a border.
     """
+    pad: bool = False
+    """With a box: the image keeps its ratio and is fitted inside the box, instead of being squashed
+    to it.
+    """
+    fill: str = "#000000"
+    """Colour of the border, as `#rrggbb`."""
+    centre: Centre = Centre.TORCHVISION
+    """Which pixels are the centre."""
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: bool = True
     """Whether images are turned as their EXIF orientation says."""
@@ -135,10 +157,10 @@ class Card:
     """How many trained numbers the published model has."""
     scores: Scores = Scores.LOGITS
     input: str = "pixels"
-    """Name of the graph's input: uint8 (n, size, size, 3), RGB."""
+    """Name of the graph's input: uint8 (n, height, width, 3), RGB."""
     normalised: str | None = None
-    """Name of the tensor where normalisation ends: float32 (n, 3, size, size), or (n, size, size,
-    3) where the model wants it so.
+    """Name of the tensor where normalisation ends: float32 (n, 3, height, width), or (n, height,
+    width, 3) where the model wants it so.
     """
     outputs: tuple[str, ...] = ("logits", "embedding")
     top1: float | None = None
@@ -372,7 +394,7 @@ class Decoded:
     """One image after decoding and preprocessing."""
 
     pixels: NDArray[np.uint8] | None
-    """uint8 (size, size, 3), RGB; None where error is set."""
+    """uint8 (height, width, 3), RGB; None where error is set."""
     status: Status = Status.OK
     error: str | None = None
     width: int | None = None
@@ -402,7 +424,9 @@ class Batch:
     """A fixed-size batch. Images that could not be decoded take no place in it, only a row."""
 
     pixels: NDArray[np.uint8]
-    """uint8 (batch size, size, size, 3), RGB, C-contiguous; places from `filled` on are padding."""
+    """uint8 (batch size, height, width, 3), RGB, C-contiguous; places from `filled` on are
+    padding.
+    """
     filled: int
     rows: tuple[Row, ...]
     """In plan order; at least `filled` of them."""

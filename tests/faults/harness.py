@@ -35,7 +35,7 @@ def null_bundle(models_dir: Path, *, classes: int = 1000, size: int = 32) -> Pat
         name="null",
         architecture="none",
         labels=tuple(f"class {number}" for number in range(classes)),
-        recipe=Recipe(size=size, resize=size + 4),
+        recipe=Recipe(size, size, size + 4),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         sha256="",

@@ -59,8 +59,7 @@ def _synthetic(spec: SessionSpec) -> Iterator[Batch]:
 
     from imagemill.records import Batch
 
-    size = spec.card.recipe.size
-    shape = (spec.batch_size, size, size, 3)
+    shape = (spec.batch_size, spec.card.recipe.height, spec.card.recipe.width, 3)
     noise = np.random.default_rng(0)
     return cycle(
         [

@@ -41,6 +41,7 @@ _DATA_HASH: Final = re.compile(DATA_SHA256.encode() + rb"\x12\x40([0-9a-f]{64})"
 """That key and its value as protobuf writes them, near the end of the file: metadata follow the
 graph.
 """
+_COLOUR: Final = re.compile("#[0-9a-fA-F]{6}")
 _TAIL_BYTES: Final = 4_096
 EXTERNAL_FROM: Final = 2**31 - 2**24
 """Bytes of weights from which they go into a file of their own: a protobuf message ends at 2
@@ -108,12 +109,18 @@ def cropped_beyond(recipe: Recipe) -> str | None:
     always add black borders; else None.
     """
     resize = recipe.resize
-    if resize is None or min(resize if isinstance(resize, tuple) else (resize,)) >= recipe.size:
+    width, height = recipe.width, recipe.height
+    if resize is None or recipe.pad:
+        return None
+    if isinstance(resize, int):
+        if resize >= min(width, height):
+            return None
+    elif resize[0] >= width and resize[1] >= height:
         return None
     shown = resize if isinstance(resize, int) else f"{resize[0]}x{resize[1]}"
     return (
-        f"resize {shown} is smaller than the model's input of {recipe.size}x{recipe.size}, so every"
-        " image would get black borders"
+        f"resize {shown} is smaller than the model's input of {width}x{height}, so every image"
+        " would get black borders"
     )
 
 
@@ -166,11 +173,21 @@ def load(folder: Path) -> Bundle:
     except OSError as error:
         raise ModelError(f"{folder / CARD} cannot be read: {error}. {remedy}") from error
     card = serialization.decode(data, Card, str(folder / CARD), ModelError, remedy)
-    size, resize = card.recipe.size, card.recipe.resize
+    recipe, resize = card.recipe, card.recipe.resize
     sides = resize if isinstance(resize, tuple) else (resize,)
-    if any(side is not None and side < 1 for side in (size, *sides)):
-        raise ModelError(f"{folder / CARD}: recipe says size {size}, resize {resize}. {remedy}")
-    if problem := cropped_beyond(card.recipe):
+    if any(side is not None and side < 1 for side in (recipe.height, recipe.width, *sides)):
+        raise ModelError(
+            f"{folder / CARD}: recipe says height {recipe.height}, width {recipe.width}, resize"
+            f" {resize}. {remedy}"
+        )
+    if not _COLOUR.fullmatch(recipe.fill):
+        raise ModelError(f"{folder / CARD}: recipe.fill is {recipe.fill!r}. Write #rrggbb there.")
+    if recipe.pad and not isinstance(resize, tuple):
+        raise ModelError(
+            f"{folder / CARD}: recipe.pad needs a width and a height to fit images into, and"
+            f" recipe.resize is {resize}. Write [width, height] there."
+        )
+    if problem := cropped_beyond(recipe):
         raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
     if len(card.labels) == 1 and card.scores is Scores.LOGITS:
         raise ModelError(

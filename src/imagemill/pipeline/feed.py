@@ -90,7 +90,7 @@ class Feed:
         images.
         """
         window: deque[tuple[PlannedImage, Future[Decoded], NDArray[np.uint8] | None]] = deque()
-        places = _Places(self._batch_size, self._recipe.size)
+        places = _Places(self._batch_size, self._recipe.height, self._recipe.width)
         coming = iter(images)
         rows: list[Row] = []
         while True:
@@ -192,12 +192,12 @@ class _Places:
 
     Args:
         batch_size: places in a batch.
-        side: of an image.
+        height, width: of an image, pixels.
     """
 
-    def __init__(self, batch_size: int, side: int) -> None:
+    def __init__(self, batch_size: int, height: int, width: int) -> None:
         self._size = batch_size
-        self._shape = (batch_size, side, side, 3)
+        self._shape = (batch_size, height, width, 3)
         self._batches: deque[NDArray[np.uint8]] = deque()
         self._taken = 0
         self._astray = False
@@ -205,7 +205,7 @@ class _Places:
         """Places of the first batch that are settled."""
 
     def take(self, before: int) -> NDArray[np.uint8] | None:
-        """Give the next image a place, uint8 (side, side, 3), or None: it needs its own array.
+        """Give the next image a place, uint8 (height, width, 3), or None: it needs its own array.
         `before` others are not settled yet.
         """
         if self._astray:

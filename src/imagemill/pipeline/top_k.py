@@ -94,7 +94,7 @@ def check_model(
     Raises:
         BadLogitsError: the outputs are NaN or infinity for every one of these images.
     """
-    shape = (spec.batch_size, spec.card.recipe.size, spec.card.recipe.size, 3)
+    shape = (spec.batch_size, spec.card.recipe.height, spec.card.recipe.width, 3)
     rng = np.random.default_rng(0)
     for low, high in _TEST_RANGES:
         batch = Batch(rng.integers(low, high, shape, np.uint8), spec.batch_size, ())

@@ -24,7 +24,7 @@ from imagemill.errors import ImagemillError
 from imagemill.job.documents import Frozen
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, variants
-from imagemill.records import Summary
+from imagemill.records import Recipe, Summary
 from imagemill.report import charts, thumbnails
 from imagemill.report.figures import BINS, Figures
 from imagemill.version import __version__
@@ -222,19 +222,22 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
     ]
 
 
+def _resize(recipe: Recipe) -> str:
+    """Return how images are resized, in words."""
+    if recipe.resize is None:
+        return "none"
+    if isinstance(recipe.resize, int):
+        return f"{recipe.resize} (short side)"
+    how = "fitted into" if recipe.pad else "squashed to"
+    return f"{how} {recipe.resize[0]} × {recipe.resize[1]}"
+
+
 def _provenance(
     opened: OpenJob, summary: Summary | None, figures: Figures
 ) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Return headings with their names and values; a value is one text or several."""
     frozen = opened.frozen
     job, card, recipe = frozen.job, frozen.job.session.card, frozen.job.session.card.recipe
-    resize = (
-        "none"
-        if recipe.resize is None
-        else f"{recipe.resize} (short side)"
-        if isinstance(recipe.resize, int)
-        else "{} × {}"
-    )
     skipped = {
         "of another type": sum(frozen.skipped_by_suffix.values()),
         "hidden": frozen.skipped_hidden,
@@ -291,11 +294,9 @@ def _provenance(
                 ("parameters", f"{card.parameters:,}" if card.parameters else "not known"),
                 ("published top-1", f"{card.top1:g} %" if card.top1 is not None else "not known"),
                 ("classes", f"{len(card.labels):,}"),
-                ("input", f"{recipe.size} × {recipe.size} pixels, RGB"),
-                (
-                    "resize",
-                    resize.format(*recipe.resize) if isinstance(recipe.resize, tuple) else resize,
-                ),
+                ("input", f"{recipe.width} × {recipe.height} pixels, RGB"),
+                ("resize", _resize(recipe)),
+                ("border", recipe.fill),
                 ("interpolation", recipe.interpolation.value),
                 ("EXIF orientation applied", "yes" if recipe.exif else "no"),
                 ("background of transparent images", recipe.background or "none: alpha is dropped"),

@@ -39,7 +39,7 @@ def decode(
         of the wrong type. The message names the file and the key.
     """
     try:
-        return from_plain(kind, json.loads(data))
+        return from_plain(kind, json.loads(data, object_hook=_rename_size))
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} cannot be read: {problem}. {remedy}".rstrip()) from problem
 
@@ -60,6 +60,15 @@ def from_plain(kind: type[T], value: Any) -> T:
         return msgspec.convert(value, kind, str_keys=True, dec_hook=_convert_special)
     except msgspec.ValidationError as error:
         raise ValueError(_key_first(str(error))) from None
+
+
+def _rename_size(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object, with `height` and `width` if it is a recipe of imagemill 0.1: that had
+    one `size`. Without this the key would be ignored, and the defaults would be used.
+    """
+    if {"size", "resize", "interpolation", "exif"} <= value.keys():
+        value["height"] = value["width"] = value.pop("size")
+    return value
 
 
 def _convert_special(kind: type, value: Any) -> Any:

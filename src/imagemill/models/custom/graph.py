@@ -207,7 +207,7 @@ def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, .
         )
     return (
         f"input {TensorProto.DataType.Name(kind).lower()} {shown}, {card.layout}, {card.color}",
-        f"images: {how}, the central {recipe.size}×{recipe.size} cut out; values fed: {values}",
+        f"images: {how}, the central {recipe.width}×{recipe.height} cut out; values fed: {values}",
     )
 
 
@@ -321,7 +321,7 @@ def _recipe(card: OnnxCard) -> Recipe:
         resize = card.resize
     else:
         resize = None if card.resize == "none" else box(card.resize)
-    recipe = Recipe(size=size, resize=resize, interpolation=card.interpolation, exif=card.exif)
+    recipe = Recipe(size, size, resize, interpolation=card.interpolation, exif=card.exif)
     if problem := bundles.cropped_beyond(recipe):
         raise UsageError(
             f"--{problem}. Give a --resize of at least {size}, or leave it out; --crop none takes"

@@ -273,8 +273,8 @@ def _bundle_card(plan: Plan, key: str) -> Card:
 
 def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
     """Answers to two made-up images, and to the second of them twice. Raises: ModelError."""
-    size = plan.recipe.size
-    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
+    shape = (2, plan.recipe.height, plan.recipe.width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     pixels[1] //= 2
     try:
         return evaluate.answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])

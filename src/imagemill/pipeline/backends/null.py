@@ -22,8 +22,8 @@ class NullSession:
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:  # noqa: ARG002 - the constructor that all sessions share
         self.versions: dict[str, str] = {}
-        size = spec.card.recipe.size
-        self._shape = (spec.batch_size, size, size, 3)
+        recipe = spec.card.recipe
+        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._classes = len(spec.card.labels)
         self._with_embedding = Saved.EMBEDDING in spec.save
 

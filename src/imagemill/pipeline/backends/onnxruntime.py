@@ -146,8 +146,8 @@ class OnnxRuntimeSession:
         self.backend = device.engine
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._clock = clock
-        size = spec.card.recipe.size
-        self._shape = (spec.batch_size, size, size, 3)
+        recipe = spec.card.recipe
+        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._input = spec.card.input
         self._names = ["logits", "embedding"] if Saved.EMBEDDING in spec.save else ["logits"]
         # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md).

@@ -104,8 +104,8 @@ class OpenVinoSession:
         self.backend = device.engine
         self.versions = {"openvino": ov.get_version().split("-")[0]}
         self._clock = clock
-        size = spec.card.recipe.size
-        self._shape = (spec.batch_size, size, size, 3)
+        recipe = spec.card.recipe
+        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._with_embedding = Saved.EMBEDDING in spec.save
         core = ov.Core()
         if spec.cache_dir and _can_be_written(Path(spec.cache_dir)):

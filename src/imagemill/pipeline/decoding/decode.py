@@ -12,8 +12,9 @@ The contract:
   scripts (EPS, WMF, PDF) are refused.
 - Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size
   its RGB is Pillow's, bit for bit), scaled in the DCT only while its short side stays at least
-  twice the target. What simplejpeg refuses, even if recoverable, Pillow decides on, so that an
-  image that Pillow reads is ok, and one that it does not read has Pillow's reason.
+  twice the target, and with a box both sides. What simplejpeg refuses, even if
+  recoverable, Pillow decides on, so that an image that Pillow reads is ok, and one that it does not
+  read has Pillow's reason.
 
     bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample)
                           └─► all else: pillow ──────────────┘   ─► pixels
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
     """Decode and preprocess one image. Safe among threads; the heavy parts release the GIL.
 
-    Returns: `pixels` is a new uint8 (size, size, 3) array, or None with status and error; `width`
-    and `height` are known as soon as the header can be read, even if the rest cannot.
+    Returns: `pixels` is a new uint8 (height, width, 3) array, or None with status and error;
+    `width` and `height` are known as soon as the header can be read, even if the rest cannot.
     """
-    return decode_into(data, recipe, limits, np.empty((recipe.size, recipe.size, 3), np.uint8))
+    return decode_into(data, recipe, limits, np.empty((recipe.height, recipe.width, 3), np.uint8))
 
 
 def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
@@ -52,7 +53,7 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         recipe: how it becomes the model's input.
         limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a
         process.
-        out: uint8 (size, size, 3), any strides. Whether or not the image is ok, it may have been
+        out: uint8 (height, width, 3), any strides. Whether or not the image is ok, it may have been
         written to.
 
     Returns: as `decode`, with `pixels` being `out`.
@@ -89,7 +90,9 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
 
 def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint8]) -> bool:
     """Decode with simplejpeg; False where it refuses, which leaves it to Pillow."""
-    factor = preprocess.shrink(jpeg.width, jpeg.height, recipe)
+    orientation = jpeg.orientation if recipe.exif else 1
+    displayed = preprocess.turned_size(jpeg.width, jpeg.height, orientation)
+    factor = preprocess.shrink(*displayed, recipe)
     stored = (-(-jpeg.width // factor), -(-jpeg.height // factor))
     try:
         pixels = simplejpeg.decode_jpeg(
@@ -101,8 +104,7 @@ def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint
         return False
     if pixels.shape != (stored[1], stored[0], 3):
         return False
-    orientation = jpeg.orientation if recipe.exif else 1
-    crop = preprocess.locate(*preprocess.turned_size(jpeg.width, jpeg.height, orientation), recipe)
+    crop = preprocess.locate(*displayed, recipe)
     width, height = preprocess.turned_size(*stored, orientation)
     box = preprocess.region(_shrunk(crop, factor), recipe, width, height)
     left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)

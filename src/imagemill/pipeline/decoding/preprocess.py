@@ -1,10 +1,10 @@
 """A card's recipe: where the crop is in an image, and how its pixels become the model's input.
 
-Published recipes resize the whole image so that its short side is `resize`, or squash it, and then
-cut the centre out. Here the crop is found first, and only its pixels are resampled, with the same
-filter, scale and position. So the rest is never computed: an image of 1×4000 does not become one of
-256×1024000. (`box` has hard edges: if one falls exactly between two pixels, either may count, as in
-Pillow.)
+Published recipes resize the whole image so that its short side is `resize`, or squash it, or fit it
+into a box, and then cut the centre out. Here the crop is found first, and only its pixels are
+resampled, with the same filter, scale and position. So the rest is never computed: an image of
+1×4000 does not become one of 256×1024000. (`box` has hard edges: if one falls exactly between two
+pixels, either may count, as in Pillow.)
 
 Pixels differ from the published way by one or two levels at most. If `_resample.c` was built, it
 does Pillow's arithmetic, bit for bit, in about a sixth of the time (benchmarks/decode.py); else
@@ -15,6 +15,7 @@ values. On 328 photographs (2026-11-22) that flips the top-1 of EfficientNet-Lit
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from imagemill.records import Interpolation
+from imagemill.records import Centre, Interpolation
 
 try:
     from imagemill.pipeline.decoding import _resample
@@ -72,7 +73,7 @@ class Span:
     stop: float
     """Where the crop lies in the source, pixels of the source; within 0 and its length."""
     first: int
-    """Of the result, the first pixel that shows the source; those before are black padding."""
+    """Of the result, the first pixel that shows the source; those before are the border."""
     count: int
     """How many pixels of the result show the source."""
     resized: int = 0
@@ -88,32 +89,45 @@ class Crop:
 
 
 def locate(width: int, height: int, recipe: Recipe) -> Crop:
-    """Find the crop of an image of this displayed size.
-
-    The arithmetic is torchvision's: `Resize(int)` makes the long side `int(resize * long / short)`,
-    `CenterCrop` starts at `int(round((side - size) / 2.0))` and pads a side that is too short with
-    black, the odd pixel at the end.
+    """Return the crop of an image of this displayed size. `Centre` says which pixels it begins
+    at.
     """
     to_width, to_height = resized(width, height, recipe)
-    return Crop(_span(width, to_width, recipe.size), _span(height, to_height, recipe.size))
+    return Crop(
+        _span(width, to_width, recipe.width, recipe.centre),
+        _span(height, to_height, recipe.height, recipe.centre),
+    )
 
 
 def resized(width: int, height: int, recipe: Recipe) -> tuple[int, int]:
-    """Width and height of the whole image after resizing."""
+    """Return width and height of the whole image after resizing.
+
+    As in torchvision's `Resize(int)` and in transformers, the long side becomes `int(resize * long
+    / short)`. As in timm's `ResizeKeepRatio(longest=1)`, both sides of an image that is fitted into
+    a box are divided by the same ratio and rounded.
+    """
     match recipe.resize:
         case None:
             return width, height
         case int(side):
             longer = int(side * max(width, height) / min(width, height))
             return (side, longer) if width <= height else (longer, side)
+        case (box_width, box_height) if recipe.pad:
+            ratio = max(width / box_width, height / box_height)
+            # timm refuses an image that is so thin that one side would be rounded to 0.
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
         case squashed:
             return squashed
 
 
-def _span(length: int, resized: int, size: int) -> Span:
+def _span(length: int, resized: int, size: int, centre: Centre) -> Span:
     if resized < size:
-        return Span(0.0, float(length), (size - resized) // 2, resized, resized)
-    first = int(round((resized - size) / 2.0))  # noqa: RUF046 - as torchvision spells it
+        missing = size - resized
+        before = missing // 2 if centre is Centre.TORCHVISION else (missing + 1) // 2
+        return Span(0.0, float(length), before, resized, resized)
+    extra = resized - size
+    # `round` as torchvision spells it: halves go to the even neighbour.
+    first = round(extra / 2.0) if centre is Centre.TORCHVISION else extra // 2
     return Span(
         first * length / resized,
         min(float(length), (first + size) * length / resized),
@@ -124,20 +138,21 @@ def _span(length: int, resized: int, size: int) -> Span:
 
 
 def shrink(width: int, height: int, recipe: Recipe) -> int:
-    """Say by which power of two (1, 2, 4, 8) a JPEG may be scaled while it is decoded.
+    """Return the power of two (1, 2, 4, 8) by which a JPEG of this displayed size may be scaled
+    while it is decoded.
 
-    The short side (of a squashed image both sides) stays at least twice the length it is resized
-    to, so that the filter still has the say: scaling to just above the target costs a point of
-    top-1 (docs/performance.md). Without resizing there is nothing to scale, and `nearest` picks
-    pixels that scaling would blend.
+    The short side stays at least twice the length it is resized to, and with a box both sides do.
+    So the filter still decides: scaling to just above the target costs a point of top-1
+    (docs/performance.md). Without resizing there is nothing to scale, and `nearest` picks pixels
+    that scaling would blend.
     """
-    match recipe.resize:
-        case _ if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
-            return 1
-        case int(side):
-            times = min(width, height) // side
-        case to_width, to_height:
-            times = min(width // to_width, height // to_height)
+    if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
+        return 1
+    if isinstance(recipe.resize, int):
+        times = min(width, height) // recipe.resize
+    else:
+        to_width, to_height = resized(width, height, recipe)
+        times = min(width // to_width, height // to_height)
     return next((factor for factor in (8, 4, 2) if times >= factor * 2), 1)
 
 
@@ -198,15 +213,39 @@ def resample(
     Args:
         image: RGB, as Pillow's or uint8 (H, W, 3); the displayed image, or a part of it.
         crop: as `locate` found it for the whole image at full size.
-        out: uint8 (size, size, 3); written in full, padding included.
+        out: uint8 (height, width, 3); written in full, the border included.
         left, top: where in the whole image the image begins, pixels of the image.
         scale: by how much the image was scaled down when it was decoded.
     """
-    if (
-        crop.x.count == 0 or crop.y.count == 0
-    ):  # a resize to nothing; torchvision refuses such a recipe
-        out[:] = 0
+    shape = (crop.x.count, crop.y.count)
+    if shape != (recipe.width, recipe.height):
+        # The border is drawn, and what it surrounds is resampled as if it were the whole input.
+        out[:] = _rgb(recipe.fill)
+        inner = np.empty((crop.y.count, crop.x.count, 3), np.uint8)
+        _resample_whole(image, crop, recipe, inner, left, top, scale)
+        rows = slice(crop.y.first, crop.y.first + crop.y.count)
+        out[rows, crop.x.first : crop.x.first + crop.x.count] = inner
         return
+    _resample_whole(image, crop, recipe, out, left, top, scale)
+
+
+@functools.cache
+def _rgb(colour: str) -> tuple[int, int, int]:
+    """Return the three bytes of `#rrggbb`."""
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue
+
+
+def _resample_whole(
+    image: Image.Image | NDArray[np.uint8],
+    crop: Crop,
+    recipe: Recipe,
+    out: NDArray[np.uint8],
+    left: int,
+    top: int,
+    scale: int,
+) -> None:
+    """Resample the crop into all of `out`, which has no border."""
     shape = (crop.x.count, crop.y.count)
     if isinstance(image, np.ndarray):
         if _resample_fast(image, crop, recipe, out, left, top, scale):
@@ -227,13 +266,7 @@ def resample(
         piece = image.resize(
             shape, FILTERS[recipe.interpolation], box=_box(crop, *image.size, left, top, scale)
         )
-    if shape == (recipe.size, recipe.size):
-        out[:] = np.asarray(piece)
-        return
-    out[:] = 0
-    out[crop.y.first : crop.y.first + shape[1], crop.x.first : crop.x.first + shape[0]] = (
-        np.asarray(piece)
-    )
+    out[:] = np.asarray(piece)
 
 
 def _nearest(span: Span) -> NDArray[np.intp]:

@@ -36,14 +36,14 @@ class Cut:
     """The graph behind the cut, and what stands in for the graph before it."""
 
     model: bytes
-    """A whole ONNX file: one float32 input, (batch, 3, size, size) or (batch, size, size, 3), and
-    the wanted outputs in their order.
+    """A whole ONNX file: one float32 input, (batch, 3, height, width) or (batch, height, width, 3),
+    and the wanted outputs in their order.
     """
     opset: int
     convolutions: tuple[str, ...]
     """Names of the outputs of all convolutions."""
     channels_last: bool
-    """Whether the input is (batch, size, size, 3)."""
+    """Whether the input is (batch, height, width, 3)."""
     order: tuple[int, int, int]
     """The input's channel k is made of this one of R, G and B."""
     table: NDArray[np.float32]
@@ -95,12 +95,12 @@ def cut(model_file: Path, card: Card, batch_size: int, outputs: Sequence[str]) -
             f"{card.name} cannot run on an IPU: it has {what}, PopART reads opset {OPSETS[0]} to"
             f" {OPSETS[-1]}. Export it anew with opset {OPSETS[-1]}, or use --devices cpu."
         )
-    size = card.recipe.size
-    pixels = helper.make_tensor_value_info(card.input, TensorProto.UINT8, ["n", size, size, 3])
+    height, width = card.recipe.height, card.recipe.width
+    pixels = helper.make_tensor_value_info(card.input, TensorProto.UINT8, ["n", height, width, 3])
     channels_last, order, table = _table(
-        _model(model, before, pixels, [card.normalised], None), card, size
+        _model(model, before, pixels, [card.normalised], None), card
     )
-    shape = [batch_size, size, size, 3] if channels_last else [batch_size, 3, size, size]
+    shape = [batch_size, height, width, 3] if channels_last else [batch_size, 3, height, width]
     small = _model(
         model,
         after,
@@ -181,7 +181,7 @@ def _model(
 
 
 def _table(
-    head: onnx.ModelProto, card: Card, size: int
+    head: onnx.ModelProto, card: Card
 ) -> tuple[bool, tuple[int, int, int], NDArray[np.float32]]:
     """Find out what the graph before the cut does to bytes, by running it. Returns: see `Cut`."""
     from onnx.reference import ReferenceEvaluator
@@ -192,9 +192,10 @@ def _table(
         (values,) = evaluator.run(None, {card.input: pixels})
         return np.asarray(values, np.float32)
 
-    count = -(-256 // (size * size))
-    every_byte = np.resize(np.arange(256, dtype=np.uint8), (count, size, size))
-    black = np.zeros((count, size, size, 3), np.uint8)
+    height, width = card.recipe.height, card.recipe.width
+    count = -(-256 // (height * width))
+    every_byte = np.resize(np.arange(256, dtype=np.uint8), (count, height, width))
+    black = np.zeros((count, height, width, 3), np.uint8)
     dark = run(black)
     channels_last = dark.shape == black.shape
     axis = 3 if channels_last else 1

@@ -84,8 +84,8 @@ class PopartSession:
         self._name = device.name
         self._model = spec.model_file
         self._clock = clock
-        size = spec.card.recipe.size
-        self._shape = (spec.batch_size, size, size, 3)
+        height, width = spec.card.recipe.height, spec.card.recipe.width
+        self._shape = (spec.batch_size, height, width, 3)
         self._steps = spec.batches_per_step or BATCHES_PER_STEP
         outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in spec.save else [])]
         half = spec.precision is Precision.FP16
@@ -96,7 +96,7 @@ class PopartSession:
         shape = (
             self._steps,
             spec.batch_size,
-            *((size, size, 3) if cut.channels_last else (3, size, size)),
+            *((height, width, 3) if cut.channels_last else (3, height, width)),
         )
         self._process: subprocess.Popen[bytes] | None = None
         with (
