@@ -18,6 +18,7 @@ from PIL import Image
 
 import helpers
 import sample_images
+from hub_server import hub  # noqa: F401 - a fixture
 from imagemill.models import bundle, get
 from imagemill.records import Bundle, Settings
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures

@@ -1,0 +1,588 @@
+"""Repositories of the Hugging Face Hub, by name: `hf:owner/name[@revision]`.
+
+    name ─► listing of one commit ─► the few files that are needed ─► checked ─► a folder
+
+`huggingface_hub` talks to the Hub: it knows tokens, mirrors (`HF_ENDPOINT`) and the cache that
+other programs share (`HF_HOME`). The listing is kept in the models folder, and so are links to the
+files. So the next run asks nobody, and a branch that moves does not change a model that is in
+use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from imagemill.errors import DownloadError, ModelError, UsageError, printable
+from imagemill.system import files, interruptible, serialization
+from imagemill.system.retry import Attempts, RetryPolicy
+from imagemill.version import __version__
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+"""Takes one line for the user."""
+Progress = Callable[[int, int | None], None]
+"""Called with bytes so far and in all (None if unknown)."""
+
+PREFIX: Final = "hf:"
+_PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_NAME: Final = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]{{0,199}}))?"
+)
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_FOLDER: Final = ".hub"
+"""In the models folder: listings, and links to the files."""
+_TEXTS: Final = ("config.json", "preprocessor_config.json", "processor_config.json")
+_MAX_TEXT_BYTES: Final = 64 * 2**20
+"""A list of 10⁶ labels has some 30 MiB."""
+_MAX_BYTES: Final = 16 * 2**30
+_MAX_FILES: Final = 100_000
+_RETRYING: Final = RetryPolicy(attempts=3, pause_s=1.0)
+_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository, as the Hub lists it."""
+
+    size: int
+    """Bytes."""
+    sha256: str | None = None
+    """Of the content; None if the Hub keeps the file in Git itself."""
+    blob: str | None = None
+    """Git's hash of a file that it keeps itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository holds at one commit."""
+
+    repo: str
+    commit: str
+    licence: str
+    """As the model card states it; `unknown` if it does not."""
+    files: Mapping[str, HubFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The files of one commit that a model is made from, on disk."""
+
+    folder: Path
+    """Holds regular files under the names of the repository."""
+    repo: str
+    revision: str
+    """Branch, tag or commit that was asked for; `main` by default."""
+    commit: str
+    licence: str
+    sha256s: dict[str, str]
+    """Of every file, by name; the weights come last."""
+
+    @property
+    def name(self) -> str:
+        """The name that always means these files: `hf:owner/name@commit`."""
+        return f"{PREFIX}{self.repo}@{self.commit}"
+
+    @property
+    def origin(self) -> dict[str, str | bool]:
+        """What a card says about where the model comes from."""
+        weights = list(self.sha256s)[-1]
+        return {
+            "source": "hub",
+            "repository": self.repo,
+            "revision": self.revision,
+            "commit": self.commit,
+            "file": weights,
+            "sha256": self.sha256s[weights],
+            "verified": True,
+        }
+
+
+Choose = Callable[[str, Mapping[str, HubFile]], list[str]]
+"""From a repository's name and files to the names of those that are needed, the weights last."""
+
+
+def is_hub_name(model: str) -> bool:
+    """Return whether a model is named as a repository of the Hub."""
+    return model.startswith(PREFIX)
+
+
+def parse_name(name: str) -> tuple[str, str]:
+    """Return repository and revision of `hf:owner/name[@revision]`.
+
+    Raises:
+        UsageError: it is no such name.
+    """
+    found = _NAME.fullmatch(name.removeprefix(PREFIX))
+    if found is None or ".." in name or "--" in found["repo"]:
+        raise UsageError(
+            f"{name!r} does not name a repository of the Hugging Face Hub. Write"
+            " hf:owner/name, or hf:owner/name@revision with a branch, tag or commit."
+        )
+    return found["repo"], found["revision"] or "main"
+
+
+def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
+    """Return the files of a classifier: its configuration, and the best weights that there are.
+
+    ONNX comes first, because it says everything about the network, then safetensors, then PyTorch's
+    pickles, which imagemill reads without executing anything.
+
+    Raises:
+        ModelError: the repository has no such weights.
+    """
+    texts = [name for name in _TEXTS if name in names]
+    for name in ("onnx/model.onnx", "model.onnx"):
+        if name in names:
+            return [*texts, *_onnx_data(name, names), name]
+    if "model.safetensors" in names:
+        return [*texts, "model.safetensors"]
+    if "model.safetensors.index.json" in names:
+        shard = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+        shards = sorted(name for name in names if shard.fullmatch(name))
+        return [*texts, "model.safetensors.index.json", *shards]
+    graphs = [name for name in names if re.fullmatch(r"(onnx/)?[\w.-]+\.onnx", name)]
+    if len(graphs) == 1:
+        return [*texts, *_onnx_data(graphs[0], names), graphs[0]]
+    if "pytorch_model.bin" in names:
+        return [*texts, "pytorch_model.bin"]
+    found = printable(", ".join(sorted(graphs or names)) or "nothing", 300)
+    if graphs:
+        raise ModelError(
+            f"hf:{repo} has several ONNX files and none is called model.onnx: {found}. Download the"
+            " one you want and use it with --model FILE.onnx."
+        )
+    raise ModelError(
+        f"hf:{repo} has no model.onnx, model.safetensors or pytorch_model.bin. It holds: {found}."
+    )
+
+
+def _onnx_data(graph: str, names: Mapping[str, HubFile]) -> list[str]:
+    """Return the files that hold an ONNX file's weights, by the names that exporters give them."""
+    return sorted(
+        name for name in names if re.fullmatch(re.escape(graph) + r"[._]data(_\d+)?", name)
+    )
+
+
+def snapshot(
+    name: str,
+    models_dir: Path,
+    say: Say,
+    progress: Progress | None = None,
+    *,
+    choose: Choose = classifier_files,
+    refresh: bool = False,
+) -> Snapshot:
+    """Return the files of a repository, downloaded if they are not on disk.
+
+    The first call asks the Hub which commit the revision means, and remembers it. Later calls use
+    that commit and ask nobody.
+
+    Args:
+        name: `hf:owner/name` or `hf:owner/name@revision`.
+        models_dir: what was found out is kept in its folder `.hub`.
+        say: takes one line at a time.
+        progress: called with bytes so far and in all while downloading.
+        choose: which of the repository's files are needed.
+        refresh: ask the Hub again which commit the revision means.
+
+    Raises:
+        UsageError: the name is wrong, or the package huggingface_hub is not installed.
+        DownloadError: no such repository or revision, no access, no connection, or wrong bytes.
+        ModelError: the repository does not hold the files that are needed.
+    """
+    repo, revision = parse_name(name)
+    home = _home(repo, models_dir)
+    note = _note(home, revision)
+    noted = _noted(note)
+    listing, is_new = noted, False
+    if listing is None or refresh:
+        try:
+            listing, is_new = _ask_hub(repo, revision), True
+        except _UnreachableError as error:
+            listing = noted or _cached(repo, revision, choose)
+            if listing is None:
+                raise
+            say(f"{error} Going on with the commit that is on disk.")
+    chosen = choose(repo, listing.files)
+    _check_sizes(repo, chosen, listing)
+    folder = home / listing.commit
+    missing = [each for each in chosen if not _is_here(folder / each, listing.files[each])]
+    branch = "" if revision == listing.commit else f" of {revision}"
+    commit = f"commit {listing.commit[:12]}{branch}"
+    say(f"{PREFIX}{repo}: {commit}, {_licence(listing.licence)}")
+    if missing:
+        _download(listing, missing, folder, say, progress)
+    if is_new:
+        files.write_whole(note, serialization.encode(listing))
+    _warn_of_code(repo, folder, say)
+    sums = {each: listing.files[each].sha256 or _sha256(folder / each) for each in chosen}
+    return Snapshot(folder, repo, revision, listing.commit, listing.licence, sums)
+
+
+def is_here(name: str, models_dir: Path) -> bool:
+    """Return whether a repository was downloaded before, so that using it asks nobody."""
+    repo, revision = parse_name(name)
+    return _note(_home(repo, models_dir), revision).is_file()
+
+
+def _home(repo: str, models_dir: Path) -> Path:
+    return models_dir / _FOLDER / repo.replace("/", "--")
+
+
+def _note(home: Path, revision: str) -> Path:
+    return home / f"{urllib.parse.quote(revision, safe='')}.json"
+
+
+def _licence(licence: str) -> str:
+    restricted = re.search(r"(^|-)nc(-|$)", licence.lower()) is not None
+    return f"licence {licence}{': not for commercial use' if restricted else ''}"
+
+
+def _noted(note: Path) -> Listing | None:
+    """Return the listing of an earlier call; None if there is none, or it is damaged."""
+    try:
+        return serialization.decode(note.read_bytes(), Listing, str(note), ModelError)
+    except (OSError, ModelError):
+        return None
+
+
+def _check_sizes(repo: str, chosen: list[str], listing: Listing) -> None:
+    for name in chosen:
+        size = listing.files[name].size
+        most = _MAX_TEXT_BYTES if name.endswith(".json") else _MAX_BYTES
+        if size > most:
+            raise ModelError(
+                f"hf:{repo}: {name} has {size:,} bytes, at most {most:,} are read. Use another"
+                " repository."
+            )
+
+
+def _is_here(path: Path, file: HubFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size
+
+
+def _warn_of_code(repo: str, folder: Path, say: Say) -> None:
+    """Say that a repository's own Python code is not used."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        config = json.loads((folder / "config.json").read_bytes())
+        if isinstance(config, dict) and "auto_map" in config:
+            say(
+                f"{PREFIX}{repo}: its own Python code (auto_map in config.json) is not downloaded"
+                " and not run"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ── the Hub ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _library() -> Any:
+    """Import huggingface_hub with its telemetry off, unless the user turns it on.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    variable = "HF_HUB_DISABLE_TELEMETRY"
+    asked = variable in os.environ
+    os.environ.setdefault(variable, "1")
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise UsageError(
+            "hf: names need a package that is not installed. Type: pip install 'imagemill[hub]'"
+        ) from error
+    finally:
+        if not asked:
+            del os.environ[variable]
+    if not asked:
+        constants.HF_HUB_DISABLE_TELEMETRY = True
+    return huggingface_hub
+
+
+def _ask_hub(repo: str, revision: str) -> Listing:
+    """Return what the Hub says about a revision."""
+    api = _library().HfApi(library_name="imagemill", library_version=__version__)
+
+    def ask() -> Listing:
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+        return _listing(repo, info)
+
+    return _call(repo, revision, ask)
+
+
+def _listing(repo: str, info: Any) -> Listing:
+    """Return the Hub's answer as a listing. Raises: ValueError."""
+    commit, siblings = info.sha, info.siblings or []
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise ValueError(f"it names the commit {commit!r}")
+    if len(siblings) > _MAX_FILES:
+        raise ValueError(f"it lists {len(siblings):,} files")
+    found = {}
+    for entry in siblings:
+        size, lfs = entry.size, entry.lfs
+        sha256 = lfs.sha256 if lfs else None
+        if not isinstance(size, int) or size < 0:
+            continue
+        if sha256 is not None and not _SHA256.fullmatch(sha256):
+            raise ValueError(f"it gives {sha256!r} as the sha256 of {entry.rfilename!r}")
+        found[entry.rfilename] = HubFile(size, sha256, None if lfs else entry.blob_id)
+    licence = info.card_data.get("license") if info.card_data else None
+    return Listing(repo, commit, _plain(licence) or "unknown", found)
+
+
+def _plain(licence: object) -> str:
+    return licence if isinstance(licence, str) and re.fullmatch(r"[\w. +-]{1,80}", licence) else ""
+
+
+def _cached(repo: str, revision: str, choose: Choose) -> Listing | None:
+    """Return what the Hub's cache holds of a revision; None if files are missing from it.
+
+    Other programs may have filled it, such as `hf download`.
+    """
+    hub = _library()
+    path = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(path, str):
+        return None
+    folder = Path(path).parent
+    if not _COMMIT.fullmatch(folder.name):
+        return None
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            etag = file.resolve().name
+            found[file.relative_to(folder).as_posix()] = HubFile(
+                file.stat().st_size, etag if _SHA256.fullmatch(etag) else None
+            )
+    readme = folder / "README.md"
+    text = readme.read_bytes()[:8192].decode("utf-8", "replace") if readme.is_file() else ""
+    stated = re.search(r"^license: *(\S+) *$", text, re.M)
+    try:
+        choose(repo, found)
+    except ModelError:
+        return None
+    return Listing(repo, folder.name, _plain(stated[1] if stated else "") or "unknown", found)
+
+
+def _download(
+    listing: Listing, missing: list[str], folder: Path, say: Say, progress: Progress | None
+) -> None:
+    """Fetch files through the Hub's cache, check them, and link them into `folder`."""
+    hub = _library()
+    repo, commit = listing.repo, listing.commit
+    cached = {name: hub.try_to_load_from_cache(repo, name, revision=commit) for name in missing}
+    absent = [name for name in missing if not isinstance(cached[name], str)]
+    total = sum(listing.files[name].size for name in absent)
+    if absent:
+        say(f"{PREFIX}{repo}: downloading {', '.join(absent)} ({total / 2**20:,.1f} MiB)")
+    done = 0
+    for name in missing:
+        bar = _bar(done, total, progress)
+        path = Path(
+            _call(
+                repo,
+                commit,
+                lambda name=name, bar=bar: hub.hf_hub_download(  # type: ignore[misc]
+                    repo,
+                    name,
+                    revision=commit,
+                    library_name="imagemill",
+                    library_version=__version__,
+                    tqdm_class=bar,
+                ),
+            )
+        )
+        _check(repo, name, path, listing.files[name])
+        _link(path, folder / name)
+        done += listing.files[name].size if name in absent else 0
+
+
+def _check(repo: str, name: str, path: Path, file: HubFile) -> None:
+    """Compare a file of the cache with the listing; a damaged one is removed from the cache."""
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
+    size = path.stat().st_size
+    if not file.sha256:  # as Git hashes a file
+        digest.update(b"blob %d\0" % size)
+    with path.open("rb") as opened:
+        while piece := opened.read(2**20):
+            digest.update(piece)
+    found, expected = digest.hexdigest(), file.sha256 or file.blob
+    if size == file.size and (expected is None or found == expected):
+        return
+    with contextlib.suppress(OSError):
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    what = f"{size:,} bytes instead of {file.size:,}"
+    if size == file.size:
+        what = f"the hash {found} instead of {expected}"
+    raise DownloadError(
+        f"hf:{repo}: {name} is damaged: it has {what}. It was removed from the cache. Run the"
+        " command again to download it."
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, or a copy if it is on another file system.
+
+    A symbolic link will not do: ONNX refuses to read weights through one.
+    """
+    making = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        making.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), making)
+        except OSError:
+            shutil.copyfile(source, making)
+        making.replace(target)
+        making.unlink(missing_ok=True)  # renaming does nothing if both are the same file
+    except OSError as error:
+        raise ModelError(
+            f"{target} cannot be written: {error.strerror or error}. Make room or rights there, or"
+            " choose another folder with --models-dir."
+        ) from error
+
+
+def _bar(done: int, total: int, progress: Progress | None) -> type:
+    """Return a class that huggingface_hub uses as tqdm, and that reports to `progress`."""
+
+    class Bar:
+        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
+            self.n = initial
+
+        def update(self, count: float | None = 1) -> None:
+            self.n += int(count or 0)
+            if progress is not None:
+                progress(min(done + self.n, total), total)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, _: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    return Bar
+
+
+# ── its errors ────────────────────────────────────────────────────────────────────────────────────
+
+
+class _UnreachableError(DownloadError):
+    """The Hub did not answer, or must not be asked."""
+
+
+def _call(repo: str, revision: str, call: Callable[[], T]) -> T:
+    """Return what a call of huggingface_hub returns; repeat it after errors that may pass.
+
+    Raises:
+        DownloadError: one line, whatever the library raised.
+    """
+    attempts = Attempts(_RETRYING)
+    while True:
+        try:
+            with _quiet():
+                return interruptible.run(call, writes=True)
+        except Exception as error:
+            cause = _cause(error)
+            if not _is_temporary(cause) or not attempts.pause():
+                raise _translated(repo, revision, cause) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's warnings off the terminal: errors are reported in our own words."""
+    import warnings
+
+    logging = _library().logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error that a "not in the cache either" error hides."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_temporary(error: BaseException) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    # httpx's; a name that is not known, or nobody who listens, will be so in a second, too.
+    return type(error).__name__ in (
+        "ReadTimeout", "ReadError", "RemoteProtocolError", "WriteError", "PoolTimeout"
+    )  # fmt: skip
+
+
+def _translated(repo: str, revision: str, error: BaseException) -> DownloadError:
+    """Return the line for an error of the library."""
+    from huggingface_hub import constants, errors
+
+    where = f"{PREFIX}{repo}"
+    page = f"{constants.ENDPOINT}/{repo}"
+    login = "log in with `hf auth login`, or set HF_TOKEN"
+    status = _status(error)
+    if isinstance(error, errors.GatedRepoError):
+        return DownloadError(
+            f"{where} is gated: its owner wants you to accept conditions. Accept them at {page},"
+            f" then {login}."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DownloadError(
+            f"{where} has no revision {revision}. {page} lists its branches and tags."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        answer = f" ({status})" if status else ""
+        return DownloadError(
+            f"{where} does not exist or is private{answer}. Check the name at {page}. If it is"
+            f" private, {login}."
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _UnreachableError(
+            f"{where} at {revision} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or"
+            f" fill the cache on a machine with a connection: hf download {repo}."
+        )
+    text = _one_line(error)
+    if status is None and (type(error).__module__ or "").startswith("httpx"):
+        return _UnreachableError(
+            f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}. Check the connection;"
+            " HF_ENDPOINT names a mirror."
+        )
+    return DownloadError(f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}.")
+
+
+def _one_line(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    text = re.sub(r"^\[Errno \d+\] ", "", " ".join(text.split()))
+    return printable(text, 300).rstrip(".")
