@@ -35,9 +35,10 @@ Progress = Callable[[int, int | None], None]
 
 PREFIX: Final = "hf:"
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
-_NAME: Final = re.compile(
+NAME: Final = re.compile(
     rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9][\w./-]{{0,199}}))?"
 )
+"""What follows `hf:`."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _FOLDER: Final = ".hub"
@@ -123,7 +124,7 @@ def parse_name(name: str) -> tuple[str, str]:
     Raises:
         UsageError: it is no such name.
     """
-    found = _NAME.fullmatch(name.removeprefix(PREFIX))
+    found = NAME.fullmatch(name.removeprefix(PREFIX))
     if found is None or ".." in name or "--" in found["repo"]:
         raise UsageError(
             f"{name!r} does not name a repository of the Hugging Face Hub. Write"

@@ -1,16 +1,25 @@
-"""Find the model that `run --model` means."""
+"""Find the model that `run --model` means.
+
+what is typed                            where the model is
+hf:owner/name[@revision]                 a repository of the Hugging Face Hub
+net.onnx                                 an ONNX file
+resnext101_32x4d, a name of your own     the models folder, or its publisher
+folder                                   a bundle, or a folder of transformers or timm
+"""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from imagemill.errors import DownloadError, UsageError
+from imagemill.errors import DownloadError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models import published
+from imagemill.models import hub, published
 from imagemill.models.custom import wrap
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
@@ -23,6 +32,10 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 """Takes one line for the user."""
 
+_WEIGHTS: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".th")
+"""Suffixes of files with weights alone."""
+_HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
+
 
 def _silent(_: str) -> None:
     """Say nothing."""
@@ -31,12 +44,18 @@ def _silent(_: str) -> None:
 def resolve(
     model: str, models_dir: Path, *, say: Say = _silent, progress: download.Progress | None = None
 ) -> Bundle:
-    """Find the bundle that `run --model` means: a name on disk, a bundle's folder, an ONNX file
-    with its card, or a published name, which is fetched.
+    """Return the bundle that `run --model` means; make it if it is not in the models folder.
+
+    Args:
+        model: the name of a model on disk, a bundle's folder, an ONNX file, a model folder, a
+            repository of the Hub as `hf:owner/name`, or a published name.
+        models_dir: one folder per model.
+        say: takes one line at a time.
+        progress: called with bytes so far and in all while downloading.
 
     Raises:
-        UsageError: it is none of them.
-        ModelError: as `get`.
+        UsageError: it is none of them. The message says what may have been meant.
+        ModelError: as `get`, `hub.snapshot` and `wrap.bundle_for`.
     """
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
@@ -48,10 +67,18 @@ def resolve(
         return found
     if bundles.is_bundle(path):
         return bundles.load(path)
-    if path.is_dir() and published.find(model) is None:
+    if published.find(model) is not None:
+        return _published(model, models_dir, say, progress)
+    if path.is_dir():
         raise UsageError(
             f"--model {model} is a folder, but not a model bundle: it has no {bundles.CARD}."
         )
+    raise UsageError(_unknown(model, path, models_dir))
+
+
+def _published(
+    model: str, models_dir: Path, say: Say, progress: download.Progress | None
+) -> Bundle:
     try:
         return get(model, models_dir, say=say, progress=progress)
     except DownloadError as error:
@@ -62,6 +89,43 @@ def resolve(
         raise DownloadError(
             f"{error} {', '.join(names)} {verb} installed: use --model {names[0]}."
         ) from error
+
+
+def _unknown(model: str, path: Path, models_dir: Path) -> str:
+    """Return what to type instead of a model that does not exist."""
+    shown = printable(model)
+    if page := _HUB_PAGE.fullmatch(model):
+        name = "/".join(page[1].strip("/").split("/")[:2])
+        return f"--model {shown} is a web page. Type: --model {hub.PREFIX}{printable(name)}"
+    if path.is_file():
+        if path.suffix.lower() in _WEIGHTS:
+            name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-") or "mine"
+            return (
+                f"--model {shown} is a file with weights. Make a model of it: imagemill get-model"
+                f" {name} --from {printable(shlex.quote(model))}, then use --model {name}."
+            )
+        return f"--model {shown} is a file, but not ONNX: its name does not end in .onnx."
+    if path.suffix.lower() in _WEIGHTS:
+        return f"--model {shown}: there is no such file."
+    if hub.NAME.fullmatch(model):
+        return (
+            f"--model {shown} is not a folder. If you mean the repository of the Hugging Face Hub,"
+            f" type: --model {hub.PREFIX}{shown}"
+        )
+    if "/" in model or "\\" in model or model.startswith("."):
+        return f"--model {shown}: there is no such folder or file."
+    names = dict.fromkeys((*_names(models_dir), *published.ALIASES, *published.PUBLISHED))
+    near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.6)
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"No model is called {shown}.{meant} `imagemill models` lists the names; a folder, a file"
+        " that ends in .onnx, or hf:owner/name works, too."
+    )
+
+
+def _names(models_dir: Path) -> list[str]:
+    """Return the names of the models in the models folder."""
+    return [row.name for row in listing(models_dir) if row.origin is not None]
 
 
 def _installed(models_dir: Path) -> list[str]:
