@@ -307,7 +307,10 @@ def test_models_and_devices_speak_json(imagemill: CLI) -> None:
     rows = {row["name"]: row for row in models.json["models"]}
     assert rows["efficientnet_lite0"]["licence"] == "Apache-2.0"
     assert rows["tiny"]["bytes_on_disk"] > 0
-    assert imagemill("models").out.startswith("name ")
+    assert imagemill("models").out.startswith("In the models folder ")
+    assert [row["name"] for row in imagemill("models", "WSL", "--json").json["models"]] == [
+        name for name in rows if "_wsl_" in name or "_swsl_" in name
+    ]
     assert imagemill("devices", "--json").json["devices"][0]["devices"] == "cpu"
     assert imagemill("devices").out.startswith("cpu ")
 

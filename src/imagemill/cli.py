@@ -235,7 +235,10 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub = command("devices", _devices, "list the devices of this machine")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("models", _models, "list all models, and which are on this machine")
+    sub = command("models", _models, "list the models, and how each can run on this machine")
+    sub.add_argument(
+        "word", nargs="?", metavar="WORD", help="only models whose name, family or origin has it"
+    )
     _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -623,16 +626,17 @@ def _models_dir(parsed: argparse.Namespace) -> Path:
 
 
 def _models(parsed: argparse.Namespace) -> int:
-    from imagemill.display import results
-    from imagemill.models import listing, published
+    from imagemill.display import models
+    from imagemill.models import listing
     from imagemill.system import serialization
 
     folder = _models_dir(parsed)
-    rows = listing.listing(folder)
+    rows = [row for row in listing.listing(folder) if row.matches(parsed.word or "")]
     if parsed.json:
         print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
     else:
-        print(results.format_models(rows, published.ALIASES))
+        missing = listing.missing_extras()
+        print(models.format_models(rows, str(folder), parsed.word, missing=missing))
     return 0
 
 

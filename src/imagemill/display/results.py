@@ -9,7 +9,6 @@ from imagemill.display.text import format_statuses
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import JobStatus
-    from imagemill.models.listing import Row
     from imagemill.records import DryRun, Summary
 
 _MAX_MISSING = 10
@@ -138,17 +137,4 @@ def format_devices(offers: Iterable[Mapping[str, Any]]) -> str:
         lines.append(f"{offer['devices']:<8} {offer['what']}{': not usable' if missing else ''}")
         notes = [missing, *offer["notes"]] if missing else offer["notes"]
         lines += [f"{'':<8} {note}" for note in notes]
-    return "\n".join(lines)
-
-
-def format_models(rows: Iterable[Row], aliases: Mapping[str, str]) -> str:
-    """Return the table of models."""
-    lines = [f"{'name':<42} {'top-1':>6} {'parameters':>11} {'licence':<14} here"]
-    for row in rows:
-        size = row.bytes_on_disk
-        here = "" if size is None else f"{size / 2**20:,.0f} MiB, {row.origin}"
-        top1 = "" if row.top1 is None else f"{row.top1:.2f}"
-        parameters = f"{row.parameters / 1e6:>9.1f} M"
-        lines.append(f"{row.name:<42} {top1:>6} {parameters} {row.licence:<14} {here}")
-    lines += [f"{alias} means {name}" for alias, name in aliases.items()]
     return "\n".join(lines)

