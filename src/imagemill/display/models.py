@@ -118,14 +118,20 @@ def _table(
         yield heading.name
     for line in lines:
         if is_wide:
-            first, *others = wrap_parts(line.parts, width - indent) or [""]
+            first, *others = _wrap(line.parts, width - indent) or [""]
             yield f"  {line.name:<{names}}{_aligned(line.cells, sizes)}  {first}".rstrip()
             yield from (" " * indent + other for other in others)
         else:
             yield f"  {line.name}"
             parts = [cell.strip() for cell in line.cells if cell] + list(line.parts)
-            yield from (f"    {part}" for part in wrap_parts(parts, width - 4))
+            yield from (f"    {part}" for part in _wrap(parts, width - 4))
 
 
 def _aligned(cells: Sequence[str], sizes: Sequence[int]) -> str:
     return "".join(f"  {cell:<{size}}" for cell, size in zip(cells, sizes, strict=True))
+
+
+def _wrap(parts: Sequence[str], width: int) -> list[str]:
+    """Join parts by commas into lines, broken between parts if possible, else between words."""
+    lines = wrap_parts(parts, width)
+    return [piece for line in lines for piece in textwrap.wrap(line, width - 1)]
