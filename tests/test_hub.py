@@ -16,6 +16,7 @@ import pytest
 from hub_server import TOKEN, Handler, Hub, Repo
 from imagemill.errors import DownloadError, ModelError, UsageError
 from imagemill.models import hub as hubs
+from imagemill.models import hub_library
 from imagemill.system.retry import RetryPolicy
 
 pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
@@ -28,7 +29,7 @@ WEIGHTS = b"safetensors" * 1000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hubs, "_RETRYING", RetryPolicy(attempts=3, pause_s=0.01))
+    monkeypatch.setattr(hub_library, "_RETRYING", RetryPolicy(attempts=3, pause_s=0.01))
 
 
 @pytest.fixture
@@ -50,7 +51,9 @@ def fill_cache(*names: str) -> None:
     import huggingface_hub
 
     for name in names:
-        huggingface_hub.hf_hub_download("owner/vit", name, tqdm_class=hubs._bar(0, 0, None))
+        huggingface_hub.hf_hub_download(
+            "owner/vit", name, tqdm_class=hub_library.make_bar(0, 0, None)
+        )
 
 
 def refused(models: Path, name: str = "hf:owner/vit", kind: type[Exception] = DownloadError) -> str:
@@ -156,6 +159,24 @@ def test_files_of_the_cache_are_not_fetched_again(hub: Hub, models: Path) -> Non
     hub.requests.clear()
     fetch(models)
     assert hub.requests == ["GET /api/models/owner/vit/revision/main"]
+
+
+def test_a_folder_of_the_cache_is_the_repository(hub: Hub, models: Path) -> None:
+    """As `huggingface_hub.snapshot_download` returns it: full of links."""
+    repo = hub.repos["owner/vit"] = vit()
+    repo.files["README.md"] = b"---\ntags:\n- timm\nlicense: mit\n---\n# vit\n"
+    fill_cache(*repo.files)
+    hub.stop()
+    folder = hub.home / "hub" / "models--owner--vit" / "snapshots" / repo.commit
+    lines: list[str] = []
+    found = hubs.cached_snapshot(folder, models, lines.append)
+    assert found is not None
+    assert (found.repo, found.commit, found.licence) == ("owner/vit", repo.commit, "mit")
+    assert (found.folder / "onnx" / "model.onnx").read_bytes() == ONNX
+    assert not (found.folder / "onnx" / "model.onnx").is_symlink()
+    assert lines == [f"hf:owner/vit: commit {repo.commit[:12]}, licence mit"]
+    assert hubs.cached_snapshot(models, models, lines.append) is None
+    assert hubs.cached_snapshot(folder / "onnx", models, lines.append) is None
 
 
 def test_a_half_filled_cache_is_no_model(

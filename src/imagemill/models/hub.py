@@ -17,21 +17,19 @@ import os
 import re
 import shutil
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from imagemill.errors import DownloadError, ModelError, UsageError, printable
-from imagemill.system import files, interruptible, serialization
-from imagemill.system.retry import Attempts, RetryPolicy
+from imagemill.models import hub_library
+from imagemill.models.hub_library import Progress
+from imagemill.system import files, serialization
 from imagemill.version import __version__
 
-T = TypeVar("T")
 Say = Callable[[str], None]
 """Takes one line for the user."""
-Progress = Callable[[int, int | None], None]
-"""Called with bytes so far and in all (None if unknown)."""
 
 PREFIX: Final = "hf:"
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -41,6 +39,9 @@ NAME: Final = re.compile(
 """What follows `hf:`."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_CACHE_FOLDER: Final = re.compile(
+    rf"/models--(?P<owner>{_PART}?)--(?P<name>{_PART})/snapshots/[0-9a-f]{{40}}$"
+)
 _FOLDER: Final = ".hub"
 """In the models folder: listings, and links to the files."""
 _TEXTS: Final = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -48,7 +49,6 @@ _MAX_TEXT_BYTES: Final = 64 * 2**20
 """A list of 10⁶ labels has some 30 MiB."""
 _MAX_BYTES: Final = 16 * 2**30
 _MAX_FILES: Final = 100_000
-_RETRYING: Final = RetryPolicy(attempts=3, pause_s=1.0)
 _TIMEOUT_S: Final = 10.0
 
 
@@ -210,7 +210,7 @@ def snapshot(
     if listing is None or refresh:
         try:
             listing, is_new = _ask_hub(repo, revision), True
-        except _UnreachableError as error:
+        except hub_library.UnreachableError as error:
             listing = noted or _cached(repo, revision, choose)
             if listing is None:
                 raise
@@ -229,6 +229,37 @@ def snapshot(
     _warn_of_code(repo, folder, say)
     sums = {each: listing.files[each].sha256 or _sha256(folder / each) for each in chosen}
     return Snapshot(folder, repo, revision, listing.commit, listing.licence, sums)
+
+
+def cached_snapshot(
+    folder: Path, models_dir: Path, say: Say, *, choose: Choose = classifier_files
+) -> Snapshot | None:
+    """Return the snapshot that a folder of the Hub's cache is, as `snapshot_download` returns it.
+
+    Such a folder holds links, which ONNX does not follow. Asks nobody.
+
+    Returns:
+        None if the folder is not one of the cache.
+
+    Raises:
+        ModelError: the folder does not hold the files that are needed.
+    """
+    found = _CACHE_FOLDER.search(folder.absolute().as_posix())
+    if found is None:
+        return None
+    repo = f"{found['owner']}/{found['name']}"
+    listing = _listing_of(folder, repo)
+    chosen = choose(repo, listing.files)
+    _check_sizes(repo, chosen, listing)
+    target = _home(repo, models_dir) / listing.commit
+    for name in chosen:
+        if not _is_here(target / name, listing.files[name]):
+            _check(repo, name, folder / name, listing.files[name])
+            _link(folder / name, target / name)
+    say(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {_licence(listing.licence)}")
+    _warn_of_code(repo, target, say)
+    sums = {each: listing.files[each].sha256 or _sha256(target / each) for each in chosen}
+    return Snapshot(target, repo, listing.commit, listing.commit, listing.licence, sums)
 
 
 def is_here(name: str, models_dir: Path) -> bool:
@@ -292,39 +323,15 @@ def _sha256(path: Path) -> str:
 # ── the Hub ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _library() -> Any:
-    """Import huggingface_hub with its telemetry off, unless the user turns it on.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    variable = "HF_HUB_DISABLE_TELEMETRY"
-    asked = variable in os.environ
-    os.environ.setdefault(variable, "1")
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError as error:
-        raise UsageError(
-            "hf: names need a package that is not installed. Type: pip install 'imagemill[hub]'"
-        ) from error
-    finally:
-        if not asked:
-            del os.environ[variable]
-    if not asked:
-        constants.HF_HUB_DISABLE_TELEMETRY = True
-    return huggingface_hub
-
-
 def _ask_hub(repo: str, revision: str) -> Listing:
     """Return what the Hub says about a revision."""
-    api = _library().HfApi(library_name="imagemill", library_version=__version__)
+    api = hub_library.load().HfApi(library_name="imagemill", library_version=__version__)
 
     def ask() -> Listing:
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
         return _listing(repo, info)
 
-    return _call(repo, revision, ask)
+    return hub_library.call(repo, revision, ask)
 
 
 def _listing(repo: str, info: Any) -> Listing:
@@ -356,13 +363,20 @@ def _cached(repo: str, revision: str, choose: Choose) -> Listing | None:
 
     Other programs may have filled it, such as `hf download`.
     """
-    hub = _library()
+    hub = hub_library.load()
     path = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not _COMMIT.fullmatch(Path(path).parent.name):
         return None
-    folder = Path(path).parent
-    if not _COMMIT.fullmatch(folder.name):
+    listing = _listing_of(Path(path).parent, repo)
+    try:
+        choose(repo, listing.files)
+    except ModelError:
         return None
+    return listing
+
+
+def _listing_of(folder: Path, repo: str) -> Listing:
+    """Return what a folder of the Hub's cache holds. Its links name the hashes."""
     found = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file():
@@ -373,10 +387,6 @@ def _cached(repo: str, revision: str, choose: Choose) -> Listing | None:
     readme = folder / "README.md"
     text = readme.read_bytes()[:8192].decode("utf-8", "replace") if readme.is_file() else ""
     stated = re.search(r"^license: *(\S+) *$", text, re.M)
-    try:
-        choose(repo, found)
-    except ModelError:
-        return None
     return Listing(repo, folder.name, _plain(stated[1] if stated else "") or "unknown", found)
 
 
@@ -384,7 +394,7 @@ def _download(
     listing: Listing, missing: list[str], folder: Path, say: Say, progress: Progress | None
 ) -> None:
     """Fetch files through the Hub's cache, check them, and link them into `folder`."""
-    hub = _library()
+    hub = hub_library.load()
     repo, commit = listing.repo, listing.commit
     cached = {name: hub.try_to_load_from_cache(repo, name, revision=commit) for name in missing}
     absent = [name for name in missing if not isinstance(cached[name], str)]
@@ -393,9 +403,9 @@ def _download(
         say(f"{PREFIX}{repo}: downloading {', '.join(absent)} ({total / 2**20:,.1f} MiB)")
     done = 0
     for name in missing:
-        bar = _bar(done, total, progress)
+        bar = hub_library.make_bar(done, total, progress)
         path = Path(
-            _call(
+            hub_library.call(
                 repo,
                 commit,
                 lambda name=name, bar=bar: hub.hf_hub_download(  # type: ignore[misc]
@@ -457,133 +467,3 @@ def _link(source: Path, target: Path) -> None:
             f"{target} cannot be written: {error.strerror or error}. Make room or rights there, or"
             " choose another folder with --models-dir."
         ) from error
-
-
-def _bar(done: int, total: int, progress: Progress | None) -> type:
-    """Return a class that huggingface_hub uses as tqdm, and that reports to `progress`."""
-
-    class Bar:
-        def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
-            self.n = initial
-
-        def update(self, count: float | None = 1) -> None:
-            self.n += int(count or 0)
-            if progress is not None:
-                progress(min(done + self.n, total), total)
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __getattr__(self, _: str) -> Callable[..., None]:
-            return lambda *_, **__: None
-
-    return Bar
-
-
-# ── its errors ────────────────────────────────────────────────────────────────────────────────────
-
-
-class _UnreachableError(DownloadError):
-    """The Hub did not answer, or must not be asked."""
-
-
-def _call(repo: str, revision: str, call: Callable[[], T]) -> T:
-    """Return what a call of huggingface_hub returns; repeat it after errors that may pass.
-
-    Raises:
-        DownloadError: one line, whatever the library raised.
-    """
-    attempts = Attempts(_RETRYING)
-    while True:
-        try:
-            with _quiet():
-                return interruptible.run(call, writes=True)
-        except Exception as error:
-            cause = _cause(error)
-            if not _is_temporary(cause) or not attempts.pause():
-                raise _translated(repo, revision, cause) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the library's warnings off the terminal: errors are reported in our own words."""
-    import warnings
-
-    logging = _library().logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error that a "not in the cache either" error hides."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _is_temporary(error: BaseException) -> bool:
-    status = _status(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    # httpx's; a name that is not known, or nobody who listens, will be so in a second, too.
-    return type(error).__name__ in (
-        "ReadTimeout", "ReadError", "RemoteProtocolError", "WriteError", "PoolTimeout"
-    )  # fmt: skip
-
-
-def _translated(repo: str, revision: str, error: BaseException) -> DownloadError:
-    """Return the line for an error of the library."""
-    from huggingface_hub import constants, errors
-
-    where = f"{PREFIX}{repo}"
-    page = f"{constants.ENDPOINT}/{repo}"
-    login = "log in with `hf auth login`, or set HF_TOKEN"
-    status = _status(error)
-    if isinstance(error, errors.GatedRepoError):
-        return DownloadError(
-            f"{where} is gated: its owner wants you to accept conditions. Accept them at {page},"
-            f" then {login}."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return DownloadError(
-            f"{where} has no revision {revision}. {page} lists its branches and tags."
-        )
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        answer = f" ({status})" if status else ""
-        return DownloadError(
-            f"{where} does not exist or is private{answer}. Check the name at {page}. If it is"
-            f" private, {login}."
-        )
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return _UnreachableError(
-            f"{where} at {revision} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or"
-            f" fill the cache on a machine with a connection: hf download {repo}."
-        )
-    text = _one_line(error)
-    if status is None and (type(error).__module__ or "").startswith("httpx"):
-        return _UnreachableError(
-            f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}. Check the connection;"
-            " HF_ENDPOINT names a mirror."
-        )
-    return DownloadError(f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}.")
-
-
-def _one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = re.sub(r"^\[Errno \d+\] ", "", " ".join(text.split()))
-    return printable(text, 300).rstrip(".")
