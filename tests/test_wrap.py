@@ -28,12 +28,14 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, evaluate
 from imagemill.models import resolve as models_resolve
 from imagemill.models.custom import onnx_card, wrap
-from imagemill.models.custom.graph import assemble, examine
+from imagemill.models.custom.assemble import assemble
+from imagemill.models.custom.graph import examine
 from imagemill.pipeline.backends.devices import resolve
 from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 from imagemill.runner import run
 from imagemill.tuning import precisions
+from onnx_files import head, saved, silent, small, turned
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = Path(__file__).parent / "cases"
@@ -71,10 +73,6 @@ def png(pixels: np.ndarray) -> bytes:
     return sample_images.encode(Image.fromarray(pixels), "PNG")
 
 
-def silent(_: str) -> None:
-    """Say nothing."""
-
-
 @pytest.fixture
 def exported(tmp_path: Path) -> Callable[[str], Path]:
     """Copies a fixture to where a card may be put beside it."""
@@ -83,49 +81,6 @@ def exported(tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copy(FIXTURES / f"{name}.onnx", tmp_path / f"{name}.onnx"))
 
     return copy
-
-
-def small(
-    *,
-    shape: tuple[Any, ...] = ("n", 3, 8, 8),
-    kind: int = TensorProto.FLOAT,
-    classes: int = 3,
-    nodes: list[Any] | None = None,
-    outputs: dict[str, list[Any]] | None = None,
-    inputs: tuple[str, ...] = ("x",),
-    opset: list[Any] | None = None,
-    mean: float | None = None,
-) -> onnx.ModelProto:
-    """A classifier of one matrix over the mean colour, whose tensors have the names that ours have;
-    `nodes` stand after it.
-    """
-    values = (
-        np.random.default_rng(0).normal(size=(3, classes))
-        if mean is None
-        else np.full((3, classes), mean)
-    )
-    weight = numpy_helper.from_array(values.astype(np.float32), "mean")
-    axes = [2, 3] if shape[1] == 3 else [1, 2]
-    body = [
-        helper.make_node("Cast", [inputs[0]], ["std"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["std"], ["pixels"], axes=axes, keepdims=0),
-        helper.make_node("MatMul", ["pixels", "mean"], ["normalised"]),
-        *(nodes or [helper.make_node("Identity", ["normalised"], ["embedding"])]),
-    ]
-    entries = [helper.make_tensor_value_info(name, kind, shape) for name in inputs]
-    exits = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
-        for name, dims in (outputs or {"embedding": ["n", classes]}).items()
-    ]
-    graph = helper.make_graph(body, "small", entries, exits, [weight])
-    return helper.make_model(
-        graph, opset_imports=opset or [helper.make_opsetid("", 13)], ir_version=8
-    )
-
-
-def saved(model: onnx.ModelProto, folder: Path, name: str = "small.onnx") -> Path:
-    onnx.save(model, folder / name)
-    return folder / name
 
 
 def answers_of(
@@ -389,7 +344,7 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
         helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist())
     )
     assert not model.graph.initializer[0].raw_data
-    plan = examine(file, model, onnx_card.OnnxCard(scale=255))
+    plan = examine(file, model, onnx_card.ReadCard(onnx_card.OnnxCard(scale=255)))
     assemble(model, plan)
     made = bundle.write(tmp_path / "large", wrap._bundle_card(plan, "key"), model, external_from=1)
     assert (made.dir / bundle.DATA).is_file()
@@ -413,7 +368,7 @@ def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(
     assert not said
     assert (first.dir / bundle.MODEL).stat().st_mtime_ns == stamp
     wrap.wrap(file, {"exif": False})
-    card = onnx_card.read_card(onnx_card.card_file(file))
+    card = onnx_card.read_card(onnx_card.card_file(file)).card
     assert card.mean == IMAGENET["mean"], "what the second call left unsaid is the first one's"
     second = wrap.bundle_for(file, tmp_path / "models", silent)
     assert second.dir != first.dir
@@ -545,7 +500,8 @@ def test_a_file_without_a_card_names_wrap(
     file = exported("torchscript")
     refused = imagemill("run", jpegs(1), "--output", tmp_path / "out", "--model", file)
     assert refused.code == 2
-    assert f"Make one: `imagemill wrap {file}`" in refused.err
+    assert f"imagemill wrap {file} --mean R G B --std R G B --resize N" in refused.err
+    assert "the file does not say mean, std and resize" in refused.err
     assert (
         "there is no such file"
         in imagemill(
@@ -553,16 +509,6 @@ def test_a_file_without_a_card_names_wrap(
         ).err
     )
     assert not (tmp_path / "out").exists()
-
-
-def head(
-    *nodes: Any, outputs: dict[str, list[Any]] | None = None, **changes: Any
-) -> onnx.ModelProto:
-    return small(nodes=list(nodes), outputs=outputs or {"y": ["n", 3]}, **changes)
-
-
-def turned(kind: str, **attributes: Any) -> Any:
-    return helper.make_node(kind, ["normalised"], ["y"], **attributes)
 
 
 def four_dimensions(classes: int, *last: Any) -> onnx.ModelProto:
@@ -591,11 +537,15 @@ def decomposed_softmax() -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("model", "given", "message"),
     [
-        (small(shape=("n", 1, 8, 8)), {}, r"takes \(n, 1, 8, 8\): neither the second nor the last dimension is 3"),
-        (small(shape=("n", 3, 8, 6)), {}, r"takes images of 6×8; only square ones can be fed"),
-        (small(shape=("n", 3, "h", "w")), {}, r"images of any size\. Add --size N"),
+        (small(shape=("n", 4, 8, 8)), {}, r"takes \(n, 4, 8, 8\): neither the second nor the last dimension is 3"),
+        (small(shape=("n", 3, "h", "w")), {}, r"images of any size\. Add --size N \(or WxH\)"),
+        (small(shape=("n", 3, 8, "w")), {}, r"images of any size\. Add --size N"),
+        (small(shape=("n", 3, 8, "w")), {"size": "9x7"}, r"takes images of wx8, but size is 9x7 \(--size\)"),
+        (small(shape=("n", 3, 5000, 5000)), {}, r"takes images of 5000x5000; at most 16,777,216 pixels can be fed"),
+        (small(shape=("n", 3, "h", "w")), {"size": 5000}, r"size 5000 \(--size\): at most 16,777,216 pixels can be fed"),
+        (small(shape=("n", 1, 8, 8)), {"mean": (0.1, 0.1, 0.2)}, r"--mean 0\.1 0\.1 0\.2: small\.onnx takes grey images.*the same number three times"),
         (small(shape=("n", "c", 8, 8)), {}, r"does not show where the channels are\. Add --layout"),
-        (small(), {"size": 9}, r"takes images of 8×8, --size 9 is asked for"),
+        (small(), {"size": 9}, r"takes images of 8x8, but size is 9 \(--size\)\. Leave --size out"),
         (small(), {"layout": "NHWC"}, r"which is not NHWC with 3 channels"),
         (small(), {"mean": (123, 117, 104)}, r"--mean 123 117 104 is on the scale 0 to 255, --scale is 1: .* Add --scale 255"),
         (small(), {"crop": "none", "resize": 12}, r"--crop none with --resize 12: .* come out as 8x8"),
@@ -887,7 +837,7 @@ def test_labels_that_do_not_fit_name_both_counts(
     onnx_card.card_file(file).write_text('{"labels": ["a", "b"]}')
     with pytest.raises(
         ClassCountError,
-        match=r"^torchscript\.onnx returns 7 classes, its card has 2 labels\. Give the 7-line file",
+        match=r"^torchscript\.onnx returns 7 classes, torchscript\.card\.json has 2 labels\. Give the 7-line file",
     ):
         wrap.bundle_for(file, tmp_path / "models", silent)
     with pytest.raises(
@@ -985,10 +935,12 @@ def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
             "labels.txt": b"a\nb\n",
         },
     )
-    card = onnx_card.read_card(tmp_path / "x.card.json")
+    card = onnx_card.read_card(tmp_path / "x.card.json").card
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
     (tmp_path / "y.card.json").write_text(onnx_card.card_text(card))
-    assert onnx_card.read_card(tmp_path / "y.card.json") == card, "what is written is read back"
+    assert onnx_card.read_card(tmp_path / "y.card.json").card == card, (
+        "what is written is read back"
+    )
 
 
 def test_a_read_card_says_where_its_values_came_from() -> None:

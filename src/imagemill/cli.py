@@ -401,7 +401,7 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
 
 
 _PREPROCESSING: Final = (
-    *("size", "resize", "crop", "fill", "interpolation", "exif"),
+    *("size", "resize", "crop", "fill", "centre", "interpolation", "exif"),
     *("color", "scale", "mean", "std", "scores", "labels", "licence"),
 )
 """Flags of `_preprocessing_options`; each is a field of `onnx_card.OnnxCard`."""
@@ -458,6 +458,14 @@ def _preprocessing_options(sub: argparse.ArgumentParser) -> None:
         "--fill",
         metavar="#RRGGBB",
         help="colour around an image smaller than the input (default: #000000)",
+    )
+    sub.add_argument(
+        "--centre",
+        metavar="LIBRARY",
+        help=(
+            "whose centre to cut out if the number of pixels is odd: torchvision (default) or"
+            " transformers"
+        ),
     )
     sub.add_argument(
         "--interpolation",

@@ -1,65 +1,39 @@
-"""Compare a custom graph with its card (`examine`), and make it the graph of a bundle (`assemble`).
-
-The graph's tensors keep their names behind a prefix. Opset and IR version are kept.
-"""
+"""Compare a custom graph with its card: `examine` makes the plan by which `assemble` wraps it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from imagemill.errors import ModelError, UsageError
+from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models.custom.onnx_card import Color, Crop, Layout, OnnxCard, box
+from imagemill.models.custom.metadata import check_labels
+from imagemill.models.custom.onnx_card import Crop, Layout, OnnxCard, ReadCard, box
+from imagemill.models.custom.outputs import (
+    Dims,
+    Features,
+    Head,
+    all_nodes,
+    dims,
+    find_features,
+    find_head,
+    format_dims,
+    live_nodes,
+)
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:
     import onnx
 
-_PREFIX: Final = "onnx/"
-_OURS: Final = "imagemill/"
+STANDARD_DOMAINS: Final = ("", "ai.onnx")
 _OLDEST_OPSET: Final = 7
 """The first whose arithmetic broadcasts as NumPy does."""
-_DOMAINS: Final = ("", "ai.onnx")
+_MAX_AREA: Final = 2**24
+"""Pixels of an input. A larger one could not be tried in the memory of an ordinary machine."""
 _CROPPED: Final = 0.875
-"""Share of the resized short side that the crop keeps where the card does not say it: 224 of
-256.
-"""
-_PASSED: Final = (
-    "Softmax",
-    "Sigmoid",
-    "LogSoftmax",
-    "Identity",
-    "Cast",
-    "Flatten",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
-    "Dropout",
-)
-"""Operators that may stand between the classifier's last layer and the scores, besides arithmetic
-with a constant.
-"""
-_RESHAPING: Final = ("Identity", "Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze")
-_ARITHMETIC: Final = ("Add", "Sub", "Mul", "Div")
-
-
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Where the embedding is."""
-
-    tensor: str
-    classes: int | None
-    """Rows of the layer that reads it; None where not known."""
-    features: int | None
-    """Its length; None where not known."""
-    asked: bool
-    """Named by the card, not found."""
+"""Share of the resized short side that the crop keeps if the card does not say it: 224 of 256."""
+_SURE: Final = "shape of the input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +41,50 @@ class Plan:
     """How a file is going to be wrapped."""
 
     file: Path
-    card: OnnxCard
+    read: ReadCard
+    """With everything that was left open filled in."""
     recipe: Recipe
     input: str
     type: int
     """ONNX's number of the input's element type."""
+    channels: int
+    """3, or 1: the graph gets grey images."""
     batch: int | None
     """To which the file's batch is fixed; None: it is open."""
+    head: Head
     scores: Scores
     """As the card says, else as the graph ends."""
-    logits: str
-    classes: int | None
-    """As the file declares them; None: it leaves them open."""
-    ends_in: str | None
-    """`Softmax` or `Sigmoid` where that makes the scores."""
+    two_classes: bool
+    """The one score is the second of two classes."""
     features: Features | None
     lines: tuple[str, ...] = ()
+    """What was found, for people."""
+
+    @property
+    def card(self) -> OnnxCard:
+        """The card, with everything that was left open filled in."""
+        return self.read.card
+
+    @property
+    def classes(self) -> int | None:
+        """How many scores the file declares; None: it leaves them open."""
+        return self.head.classes
+
+    @property
+    def bundle_scores(self) -> Scores:
+        """What is left to do with the scores of the wrapped graph. Probabilities are taken as they
+        are, which the card of a bundle calls `softmax`.
+        """
+        if self.scores is not Scores.SIGMOID:
+            return Scores.SOFTMAX if self.two_classes else self.scores
+        if self.head.ends_in == "Sigmoid":
+            return Scores.SOFTMAX
+        return Scores.LOGITS if self.two_classes else Scores.SIGMOID
 
     @property
     def takes_bytes(self) -> bool:
         """Whether the graph normalises by itself."""
-        return self.type == _types()["uint8"]
+        return self.type == input_types()["uint8"]
 
     @property
     def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -97,7 +94,8 @@ class Plan:
         return (a * factor, b * factor, c * factor), (d * factor, e * factor, f * factor)
 
 
-def _types() -> dict[str, int]:
+def input_types() -> dict[str, int]:
+    """Return ONNX's numbers of the element types that an input may have."""
     from onnx import TensorProto
 
     return {
@@ -107,95 +105,324 @@ def _types() -> dict[str, int]:
     }
 
 
-def examine(file: Path, model: onnx.ModelProto, card: OnnxCard) -> Plan:
-    """Compare a file with its card. Raises: UsageError, ModelError."""
-    name = file.name
-    opset = max(
-        (entry.version for entry in model.opset_import if entry.domain in _DOMAINS), default=0
-    )
-    if opset < _OLDEST_OPSET:
-        raise ModelError(
-            f"{name} has opset {opset}, {_OLDEST_OPSET} is the oldest that can be wrapped. Convert"
-            " it: onnx.version_converter."
-        )
-    for node in all_nodes(model.graph):
-        if node.domain not in _DOMAINS:
-            raise ModelError(
-                f"{name} uses the operator {node.domain}::{node.op_type}, which is not ONNX's own."
-                " Export it with standard operators only."
-            )
-    if model.functions:
-        raise ModelError(
-            f"{name} defines functions of its own ({model.functions[0].name}). Inline them first"
-            " (onnx.inliner)."
-        )
+def image_input(name: str, model: onnx.ModelProto) -> onnx.ValueInfoProto:
+    """Return the one input of a graph, whose shape has four dimensions.
+
+    Raises:
+        ModelError: there is none or are several, or it cannot be an image.
+    """
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
-        raise ModelError(
-            f"{name} has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}); an"
-            " image fills one."
-        )
-    entry = inputs[0]
-    kind = entry.type.tensor_type.elem_type
-    dims = _dims(entry)
-    shown = _shown(dims)
-    if kind not in _types().values():
+        listed = ", ".join(printable(value.name, 40) for value in inputs[:10])
+        raise ModelError(f"{name} has {len(inputs)} inputs ({listed}); an image fills one.")
+    kind = inputs[0].type.tensor_type.elem_type
+    if kind not in input_types().values():
         from onnx import TensorProto
 
         raise ModelError(
             f"{name} takes {TensorProto.DataType.Name(kind).lower()}; float32, float16 and uint8"
             " can be fed."
         )
-    if dims is None or len(dims) != 4:
+    shape = dims(inputs[0])
+    if shape is None or len(shape) != 4:
         raise ModelError(
-            f"{name} takes an input of shape {shown}; a batch of images has four dimensions."
+            f"{name} takes an input of shape {format_dims(shape)}; a batch of images has four"
+            " dimensions."
         )
-    card = _filled(file, card, dims, kind)
-    recipe = _recipe(card)
-    logits, classes = _scores(name, model.graph, card.logits)
-    producers = {output: node for node in model.graph.node for output in node.output if output}
-    ends_in = _ending(producers, logits)
-    if classes == 1 and ends_in == "Softmax":
+    return inputs[0]
+
+
+def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
+    """Compare a file with its card.
+
+    Raises:
+        UsageError: the card contradicts the file, or leaves out what the file does not say.
+        ModelError: the file is no classifier that can be wrapped.
+    """
+    name = file.name
+    opset = max(
+        (entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS),
+        default=0,
+    )
+    if opset < _OLDEST_OPSET:
+        raise ModelError(
+            f"{name} has opset {opset}, {_OLDEST_OPSET} is the oldest that can be wrapped. Convert"
+            " it: onnx.version_converter."
+        )
+    if model.functions:
+        raise ModelError(
+            f"{name} defines functions of its own ({printable(model.functions[0].name)}). Inline"
+            " them first (onnx.inliner)."
+        )
+    entry = image_input(name, model)
+    shape = dims(entry)
+    assert shape is not None
+    takes_bytes = entry.type.tensor_type.elem_type == input_types()["uint8"]
+    read, channels = _with_layout(name, read, shape)
+    read = _with_size(name, read, shape)
+    read = _with_normalisation(name, read, channels, takes_bytes=takes_bytes)
+    read, recipe = _with_recipe(read)
+    head = find_head(name, model.graph, read.card.logits)
+    read, scores, two_classes = _with_scores(name, read, head)
+    features = find_features(name, model.graph, head, read.card.embedding)
+    read = _with_outputs(read, head, features)
+    _check_operators(name, model.graph, head, features)
+    if read.card.name is None:
+        read = read.with_values({"name": printable(file.stem) or "model"}, "the file's name")
+    return Plan(
+        file,
+        _with_defaults(read),
+        recipe,
+        entry.name,
+        entry.type.tensor_type.elem_type,
+        channels,
+        shape[0] if isinstance(shape[0], int) else None,
+        head,
+        scores,
+        two_classes,
+        features,
+        _summary(read.card, recipe, entry, channels),
+    )
+
+
+def _check_operators(
+    name: str, graph: onnx.GraphProto, head: Head, features: Features | None
+) -> None:
+    wanted = [tensor for tensor in (head.tensor, features.tensor if features else None) if tensor]
+    for outer in live_nodes(graph, wanted):
+        inner = [node for each in outer.attribute for node in all_nodes(each.g)]
+        for node in (outer, *inner):
+            if node.domain not in STANDARD_DOMAINS:
+                raise ModelError(
+                    f"{name} uses the operator {printable(node.domain)}::{printable(node.op_type)},"
+                    " which is not ONNX's own. Export it with standard operators only."
+                )
+
+
+def _with_layout(name: str, read: ReadCard, shape: Dims) -> tuple[ReadCard, int]:
+    """Fill in the layout, and return it with the number of channels, 3 or 1."""
+    places = {Layout.NCHW: shape[1], Layout.NHWC: shape[3]}
+    for channels in (3, 1):
+        sure = [layout for layout, side in places.items() if side == channels]
+        if sure:
+            break
+    fitting = [layout for layout, side in places.items() if side in (1, 3)]
+    fitting += [layout for layout, side in places.items() if not isinstance(side, int)]
+    layout = read.card.layout
+    if layout is not None:
+        if layout not in fitting:
+            raise UsageError(
+                f"{name} takes {format_dims(shape)}, which is not {layout} with 3 channels or 1."
+                " Give another --layout."
+            )
+        return read, 1 if places[layout] == 1 else 3
+    if not fitting:
+        raise ModelError(
+            f"{name} takes {format_dims(shape)}: neither the second nor the last dimension is 3,"
+            " for red, green and blue, or 1, for grey."
+        )
+    if len(sure) != 1:
+        raise UsageError(
+            f"{name} takes {format_dims(shape)}, which does not show where the channels are. Add"
+            " --layout NCHW or --layout NHWC."
+        )
+    return read.with_values({"layout": sure[0]}, _SURE), channels
+
+
+def _with_size(name: str, read: ReadCard, shape: Dims) -> ReadCard:
+    """Fill in the size of the input."""
+    height, width = shape[2:] if read.card.layout is Layout.NCHW else shape[1:3]
+    if read.card.size is None:
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise UsageError(
+                f"{name} takes {format_dims(shape)}, images of any size. Add --size N (or WxH), the"
+                " one it was trained with."
+            )
+        if height * width > _MAX_AREA:
+            raise ModelError(
+                f"{name} takes images of {width}x{height}; at most {_MAX_AREA:,} pixels can be fed."
+            )
+        size = width if width == height else f"{width}x{height}"
+        return read.with_values({"size": size}, _SURE)
+    found_width, found_height = dimensions(read.card.size)
+    if found_width * found_height > _MAX_AREA:
+        raise UsageError(
+            f"size {read.card.size} ({_origin(read, 'size')}): at most {_MAX_AREA:,} pixels can be"
+            f" fed to {name}."
+        )
+    wrong_width = isinstance(width, int) and width != found_width
+    wrong_height = isinstance(height, int) and height != found_height
+    if wrong_width or wrong_height:
+        raise UsageError(
+            f"{name} takes images of {width}x{height}, but size is {read.card.size}"
+            f" ({_origin(read, 'size')}). Leave --size out, or give the right one."
+        )
+    return read
+
+
+def dimensions(size: int | str) -> tuple[int, int]:
+    """Return width and height of a card's `size`."""
+    if isinstance(size, int):
+        return size, size
+    found = box(size)
+    assert found is not None, "checked when the card was read"
+    return found
+
+
+def _origin(read: ReadCard, field: str) -> str:
+    return read.origins.get(field, "default")
+
+
+def _with_normalisation(name: str, read: ReadCard, channels: int, *, takes_bytes: bool) -> ReadCard:
+    """Fill in scale, mean and std."""
+    card = read.card
+    if takes_bytes:
+        if card.mean is not None or card.std is not None or card.scale == 1:
+            raise UsageError(
+                f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1"
+                " out."
+            )
+        return read if card.scale else read.with_values({"scale": 255}, "the input is uint8")
+    values = {"scale": 1, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    read = read.with_values(
+        {field: value for field, value in values.items() if getattr(card, field) is None},
+        "default",
+    )
+    for field in ("mean", "std"):
+        numbers = getattr(read.card, field)
+        shown = " ".join(f"{value:g}" for value in numbers)
+        if read.card.scale == 1 and max(map(abs, numbers)) > 1:
+            raise UsageError(
+                f"--{field} {shown} is on the scale 0 to 255, --scale is 1: pixels from 0 to 1. Add"
+                " --scale 255."
+            )
+        if channels == 1 and len(set(numbers)) != 1:
+            raise UsageError(
+                f"--{field} {shown}: {name} takes grey images, which have one channel. Give the"
+                " same number three times."
+            )
+    return read
+
+
+def _with_recipe(read: ReadCard) -> tuple[ReadCard, Recipe]:
+    """Fill in how images are resized, and return it as a recipe too."""
+    card = read.card
+    assert card.size is not None
+    width, height = dimensions(card.size)
+    if card.resize is None:
+        chosen = (
+            f"{width}x{height}" if card.crop is Crop.NONE else round(min(width, height) / _CROPPED)
+        )
+        why = "default: size, without a crop" if card.crop is Crop.NONE else "default: size / 0.875"
+        read = read.with_values({"resize": chosen}, why)
+    card = read.card
+    resize: int | tuple[int, int] | None = None
+    padded = False
+    if isinstance(card.resize, int):
+        resize = card.resize
+    elif card.resize is not None:
+        padded = card.resize.startswith("pad")
+        resize = box(card.resize.removeprefix("pad "))
+        if card.resize == "pad":
+            resize = width, height
+    if card.crop is Crop.NONE and resize != (width, height):
+        raise UsageError(
+            f"--crop none with --resize {card.resize}: without a crop every image must come out"
+            f" as {width}x{height}, which is what the model takes. Leave --resize out, or the"
+            " crop in."
+        )
+    recipe = Recipe(
+        height=height,
+        width=width,
+        resize=resize,
+        pad=padded,
+        fill=card.fill or "#000000",
+        centre=card.centre,
+        interpolation=card.interpolation,
+        exif=card.exif,
+    )
+    if problem := bundles.cropped_beyond(recipe):
+        raise UsageError(
+            f"--{problem}. Give a --resize of at least {min(width, height)}, or leave it out;"
+            " --crop none takes the whole image, --resize pad fits it into the input."
+        )
+    return read, recipe
+
+
+def _with_scores(name: str, read: ReadCard, head: Head) -> tuple[ReadCard, Scores, bool]:
+    """Fill in what the scores are, and return it, and whether one score stands for two classes."""
+    if head.tensor is None:
+        if read.card.labels:
+            raise UsageError(
+                f"{name} has no scores ({head.origin}), so it takes no labels"
+                f" ({_origin(read, 'labels')})."
+            )
+        return read, Scores.LOGITS, False
+    if head.labels is not None and read.card.labels is None:
+        labels = check_labels(f"{name}: its ZipMap", head.labels)
+        read = read.with_values({"labels": labels}, "ZipMap")
+    card, ends_in = read.card, head.ends_in
+    two_classes = head.classes == 1 and isinstance(card.labels, tuple) and len(card.labels) == 2
+    if ends_in is not None:
+        found, origin = Scores(ends_in.lower()), f"the graph ends in a {ends_in}"
+    elif two_classes:
+        found, origin = Scores.SIGMOID, "one score, two labels"
+    else:
+        found, origin = Scores.LOGITS, "default: the graph ends without softmax and sigmoid"
+    scores = card.scores or found
+    if head.classes == 1 and ends_in == "Softmax":
         raise UsageError(
             f"{name} ends in a Softmax over one class, which is 1.0 for every image. Export it"
             " without, for --scores sigmoid."
         )
-    found = Scores.LOGITS if ends_in is None else Scores(ends_in.lower())
-    scores = found if card.scores is None else card.scores
     if ends_in is not None and scores not in (Scores.SOFTMAX, found):
         raise UsageError(
             f"{name} ends in a {ends_in}, so its scores are probabilities already, not {scores}."
             f" Leave --scores {scores} out."
         )
-    features = _features(name, model.graph, producers, logits, card.embedding)
-    batch = dims[0] if isinstance(dims[0], int) else None
-    card = replace(card, name=card.name or file.stem, logits=logits)
-    return Plan(
-        file,
-        card,
-        recipe,
-        entry.name,
-        kind,
-        batch,
-        scores,
-        logits,
-        classes,
-        ends_in,
-        features,
-        _told(card, recipe, kind, shown),
-    )
+    if two_classes and scores is Scores.LOGITS:
+        raise UsageError(
+            f"{name} returns one score for two labels, so --scores logits cannot be right: a"
+            " softmax needs a score per class. Leave --scores out."
+        )
+    if card.scores is None:
+        read = read.with_values({"scores": scores}, origin)
+    return read, scores, two_classes
 
 
-def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, ...]:
+def _with_outputs(read: ReadCard, head: Head, features: Features | None) -> ReadCard:
+    read = read.with_values({"logits": head.tensor or "none"}, head.origin)
+    if features is not None:
+        read = read.with_values({"embedding": features.tensor}, features.origin)
+    return read
+
+
+def _with_defaults(read: ReadCard) -> ReadCard:
+    """Return the card with an origin for each of its values."""
+    fields = ["crop", "interpolation", "exif", "color", "centre", "licence"]
+    if read.card.fill is not None:
+        fields.append("fill")
+    return ReadCard(read.card, {**dict.fromkeys(fields, "default"), **read.origins})
+
+
+def _summary(
+    card: OnnxCard, recipe: Recipe, entry: onnx.ValueInfoProto, channels: int
+) -> tuple[str, ...]:
     from onnx import TensorProto
 
-    how = "not resized"
+    size = f"{recipe.width}×{recipe.height}"
     if isinstance(recipe.resize, tuple):
-        how = f"squashed to {recipe.resize[0]}×{recipe.resize[1]}"
+        how = "fitted into" if recipe.pad else "squashed to"
+        how += f" {recipe.resize[0]}×{recipe.resize[1]} ({recipe.interpolation})"
     elif recipe.resize is not None:
-        how = f"short side resized to {recipe.resize}"
-    how += f" ({recipe.interpolation})" if recipe.resize is not None else ""
+        how = f"short side resized to {recipe.resize} ({recipe.interpolation})"
+    else:
+        how = "not resized"
+    if recipe.resize == (recipe.width, recipe.height):
+        then = f", the rest filled with {recipe.fill}" if recipe.pad else ""
+    else:
+        then = f", the central {size} cut out"
     if card.mean is None or card.std is None:
         values = "0 to 255 as they are"
     else:
@@ -203,372 +430,13 @@ def _told(card: OnnxCard, recipe: Recipe, kind: int, shown: str) -> tuple[str, .
         ends = [((0.0 - m) / s, (most - m) / s) for m, s in zip(card.mean, card.std, strict=True)]
         values = ", ".join(
             f"{channel} {low:.4g} to {high:.4g}"
-            for channel, (low, high) in zip("RGB", ends, strict=True)
+            for channel, (low, high) in zip(
+                "RGB" if channels == 3 else ("grey",), ends[:channels], strict=True
+            )
         )
+    kind = TensorProto.DataType.Name(entry.type.tensor_type.elem_type).lower()
+    colours = str(card.color) if channels == 3 else "grey"
     return (
-        f"input {TensorProto.DataType.Name(kind).lower()} {shown}, {card.layout}, {card.color}",
-        f"images: {how}, the central {recipe.width}×{recipe.height} cut out; values fed: {values}",
+        f"input {kind} {format_dims(dims(entry))}, {card.layout}, {colours}",
+        f"images: {how}{then}; values fed: {values}",
     )
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Nodes of a graph and of the graphs inside them."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(
-                attribute.graphs
-            ):
-                yield from all_nodes(inner)
-
-
-def _dims(value: onnx.ValueInfoProto) -> list[int | str] | None:
-    """Dimensions, open ones as a text; None where no shape is declared."""
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape"):
-        return None
-    return [
-        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param or "?"
-        for dim in tensor.shape.dim
-    ]
-
-
-def _shown(dims: list[int | str] | None) -> str:
-    return "unknown" if dims is None else f"({', '.join(map(str, dims))})"
-
-
-def _filled(file: Path, card: OnnxCard, dims: list[int | str], kind: int) -> OnnxCard:
-    """The card with layout, size and scale filled in. Raises: UsageError where it contradicts the
-    file, or the file does not say.
-    """
-    name, shown = file.name, _shown(dims)
-    fitting = [
-        item
-        for item, place in ((Layout.NCHW, 1), (Layout.NHWC, 3))
-        if dims[place] == 3 or not isinstance(dims[place], int)
-    ]
-    if card.layout is not None and card.layout not in fitting:
-        raise UsageError(
-            f"{name} takes {shown}, which is not {card.layout} with 3 channels. Give another"
-            " --layout."
-        )
-    if card.layout is None:
-        sure = [item for item, place in ((Layout.NCHW, 1), (Layout.NHWC, 3)) if dims[place] == 3]
-        if not fitting:
-            raise ModelError(
-                f"{name} takes {shown}: neither the second nor the last dimension is 3, for red,"
-                " green and blue."
-            )
-        if len(sure) != 1:
-            raise UsageError(
-                f"{name} takes {shown}, which does not show where the channels are. Add --layout"
-                " NCHW or --layout NHWC."
-            )
-        card = replace(card, layout=sure[0])
-    height, width = dims[2:] if card.layout is Layout.NCHW else dims[1:3]
-    sides = {side for side in (height, width) if isinstance(side, int)}
-    if len(sides) > 1:
-        raise ModelError(f"{name} takes images of {width}×{height}; only square ones can be fed.")
-    if isinstance(card.size, str) or str(card.resize).startswith("pad"):
-        raise UsageError(f"{name}: --size WxH and --resize pad cannot be wrapped yet.")
-    size = card.size or next(iter(sides), None)
-    if size is None:
-        raise UsageError(
-            f"{name} takes {shown}, images of any size. Add --size N, the one it was trained with."
-        )
-    if sides and size not in sides:
-        raise UsageError(
-            f"{name} takes images of {width}×{height}, --size {size} is asked for. Leave it out."
-        )
-    if kind == _types()["uint8"]:
-        if card.mean is not None or card.std is not None or card.scale == 1:
-            raise UsageError(
-                f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1"
-                " out."
-            )
-        return replace(card, size=size, scale=255)
-    card = replace(
-        card,
-        size=size,
-        scale=card.scale or 1,
-        mean=card.mean or (0.0, 0.0, 0.0),
-        std=card.std or (1.0, 1.0, 1.0),
-    )
-    for flag, values in (("--mean", card.mean), ("--std", card.std)):
-        if card.scale == 1 and max(map(abs, values or ())) > 1:
-            raise UsageError(
-                f"{flag} {' '.join(f'{value:g}' for value in values or ())} is on the scale 0 to"
-                " 255, --scale is 1: pixels from 0 to 1. Add --scale 255."
-            )
-    return card
-
-
-def _recipe(card: OnnxCard) -> Recipe:
-    size = card.size
-    assert isinstance(size, int)
-    resize: int | tuple[int, int] | None
-    if card.crop is Crop.NONE:
-        resize = (size, size)
-        if card.resize not in (None, f"{size}x{size}"):
-            raise UsageError(
-                f"--crop none with --resize {card.resize}: without a crop every image must come out"
-                f" as {size}x{size}, which is what the model takes. Leave --resize out, or the"
-                " crop in."
-            )
-    elif card.resize is None:
-        resize = round(size / _CROPPED)
-    elif isinstance(card.resize, int):
-        resize = card.resize
-    else:
-        resize = None if card.resize == "none" else box(card.resize)
-    recipe = Recipe(size, size, resize, interpolation=card.interpolation, exif=card.exif)
-    if problem := bundles.cropped_beyond(recipe):
-        raise UsageError(
-            f"--{problem}. Give a --resize of at least {size}, or leave it out; --crop none takes"
-            " the whole image."
-        )
-    return recipe
-
-
-def _scores(name: str, graph: onnx.GraphProto, asked: str | None) -> tuple[str, int | None]:
-    """Pick the output that holds the scores: (n, classes), or with further dimensions of 1."""
-
-    def classes(dims: list[int | str] | None) -> tuple[bool, int | None]:
-        if dims is None or len(dims) < 2:
-            return False, None
-        rest = [dim for dim in dims[1:] if dim != 1]
-        if not rest or (len(dims) == 2 and len(rest) == 1):
-            known = rest[0] if rest else 1
-            return True, known if isinstance(known, int) else None
-        return len(rest) == 1 and isinstance(rest[0], int), (
-            rest[0] if isinstance(rest[0], int) else None
-        )
-
-    listed = ", ".join(f"{value.name} {_shown(_dims(value))}" for value in graph.output)
-    if asked is not None:
-        value = next((value for value in graph.output if value.name == asked), None)
-        if value is None:
-            raise UsageError(f"--logits {asked}: {name} has no such output. It has {listed}.")
-        dims = _dims(value)
-        fits, count = classes(dims)
-        if not fits and dims is not None and all(isinstance(dim, int) for dim in dims[1:]):
-            raise UsageError(
-                f"--logits {asked} has the shape {_shown(dims)}; scores are (n, classes)."
-            )
-        return asked, count
-    fitting = [
-        (value.name, classes(_dims(value))[1]) for value in graph.output if classes(_dims(value))[0]
-    ]
-    if len(fitting) != 1:
-        which = "none of its outputs has" if not fitting else f"{len(fitting)} of its outputs have"
-        raise UsageError(
-            f"{name}: {which} the shape of scores, (n, classes): {listed}. Name the right one with"
-            " --logits TENSOR."
-        )
-    return fitting[0]
-
-
-def _ending(producers: Mapping[str, onnx.NodeProto], tensor: str) -> str | None:
-    """`Softmax` or `Sigmoid` where the scores come from one, reshaped at most."""
-    while (node := producers.get(tensor)) is not None:
-        if node.op_type in ("Softmax", "Sigmoid"):
-            return str(node.op_type)
-        if node.op_type not in _RESHAPING:
-            return None
-        tensor = node.input[0]
-    return None
-
-
-def _features(
-    name: str,
-    graph: onnx.GraphProto,
-    producers: Mapping[str, onnx.NodeProto],
-    logits: str,
-    asked: str | None,
-) -> Features | None:
-    """Find the embedding: what the last Gemm, MatMul or 1×1 convolution before the scores reads."""
-    if asked is not None:
-        if asked not in producers:
-            raise UsageError(f"--embedding {asked}: {name} computes no tensor of that name.")
-        return Features(asked, None, None, asked=True)
-    constants, shapes = _constants(graph)
-    tensor = logits
-    while (node := producers.get(tensor)) is not None:
-        moving = [item for item in node.input if item and item not in constants]
-        if node.op_type in ("Gemm", "MatMul", "Conv"):
-            shape = shapes.get(node.input[1])
-            if len(moving) != 1 or moving[0] != node.input[0]:
-                return None
-            attributes = {attribute.name: attribute for attribute in node.attribute}
-            if node.op_type == "Conv":
-                if (
-                    shape is None
-                    or any(side != 1 for side in shape[2:])
-                    or ("group" in attributes and attributes["group"].i != 1)
-                ):
-                    return None
-                return Features(moving[0], shape[0], shape[1], asked=False)
-            if shape is None or len(shape) != 2:
-                return Features(moving[0], None, None, asked=False)
-            turned = node.op_type == "Gemm" and "transB" in attributes and attributes["transB"].i
-            rows, columns = (shape[0], shape[1]) if turned else (shape[1], shape[0])
-            return Features(moving[0], rows, columns, asked=False)
-        if len(moving) != 1 or node.op_type not in (*_PASSED, *_ARITHMETIC):
-            return None
-        tensor = moving[0]
-    return None
-
-
-def _constants(graph: onnx.GraphProto) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Names of the tensors that do not depend on the input, and the shapes of those whose shape is
-    plain to see.
-    """
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    constants = set(shapes)
-    for node in graph.node:
-        if node.op_type == "Constant":
-            constants.add(node.output[0])
-            shapes.update(
-                (node.output[0], tuple(attribute.t.dims))
-                for attribute in node.attribute
-                if attribute.name == "value"
-            )
-        elif node.input and all(item in constants for item in node.input if item):
-            constants.update(node.output)
-            if node.op_type in ("Identity", "Cast") and node.input[0] in shapes:
-                shapes[node.output[0]] = shapes[node.input[0]]
-    return constants, shapes
-
-
-def assemble(model: onnx.ModelProto, plan: Plan) -> None:
-    """Turn the custom model into the wrapped one, in place."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    graph, card = model.graph, plan.card
-    if plan.batch is not None:
-        _open_batch(graph, plan.batch)
-    _rename(graph)
-    for place, tensor in enumerate(graph.initializer):
-        if (
-            not tensor.raw_data and tensor.data_type != TensorProto.STRING
-        ):  # as bundle.write counts and moves them
-            graph.initializer[place].CopyFrom(
-                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
-            )
-    before: list[onnx.NodeProto] = []
-    at = "pixels"
-
-    def node(kind: str, inputs: list[str], output: str, **attributes: object) -> str:
-        before.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def weight(name: str, array: NDArray[Any]) -> str:
-        graph.initializer.append(numpy_helper.from_array(array, _OURS + name))
-        return _OURS + name
-
-    goal = _PREFIX + plan.input
-    steps: list[tuple[str, list[str], str, dict[str, object]]] = []
-    if card.color is Color.BGR:
-        steps.append(
-            (
-                "Gather",
-                [weight("bgr", np.array([2, 1, 0], np.int64))],
-                _OURS + "reordered",
-                {"axis": 3},
-            )
-        )
-    if not plan.takes_bytes:
-        steps.append(("Cast", [], _OURS + "floats", {"to": TensorProto.FLOAT}))
-    if card.layout is Layout.NCHW:
-        steps.append(("Transpose", [], _OURS + "planes", {"perm": [0, 3, 1, 2]}))
-    if not plan.takes_bytes:
-        order = [2, 1, 0] if card.color is Color.BGR else [0, 1, 2]
-        shape = (1, 3, 1, 1) if card.layout is Layout.NCHW else (1, 1, 1, 3)
-        mean, std = (
-            np.array([values[place] for place in order], np.float32).reshape(shape)
-            for values in plan.normalisation
-        )
-        steps.append(("Sub", [weight("mean", mean)], _OURS + "centred", {}))
-        steps.append(("Div", [weight("std", std)], "normalised", {}))
-    for kind, constants, output, attributes in steps:
-        at = node(kind, [at, *constants], output, **attributes)
-    node("Cast", [at], goal, to=plan.type)
-    nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*before, *nodes])
-    wanted: list[tuple[str, str, int | str]] = [("logits", plan.logits, plan.classes or "classes")]
-    if plan.features is not None:
-        wanted.append(("embedding", plan.features.tensor, plan.features.features or "features"))
-    for output, tensor, _ in wanted:
-        graph.node.append(
-            helper.make_node(
-                "Flatten", [_PREFIX + tensor], [_OURS + output], name=_OURS + output, axis=1
-            )
-        )
-        graph.node.append(
-            helper.make_node("Cast", [_OURS + output], [output], name=output, to=TensorProto.FLOAT)
-        )
-    kept = [tensor for tensor in graph.input if tensor.name != goal]
-    for field in (graph.input, graph.output, graph.value_info, graph.quantization_annotation):
-        del field[:]
-    size = card.size
-    graph.input.extend(
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", size, size, 3]), *kept]
-    )
-    graph.output.extend(
-        helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", count])
-        for output, _, count in wanted
-    )
-    others = [entry for entry in model.metadata_props if entry.key != bundles.DATA_SHA256]
-    del model.metadata_props[:]
-    model.metadata_props.extend(others)
-
-
-def _rename(graph: onnx.GraphProto) -> None:
-    """Put the prefix before every tensor's name, those of inner graphs included, so that none
-    clashes with ours.
-    """
-
-    def prefixed(names: Any) -> list[str]:
-        return [_PREFIX + name if name else name for name in names]
-
-    for node in graph.node:
-        for field in (node.input, node.output):
-            names = prefixed(field)
-            del field[:]
-            field.extend(names)
-        node.name = _PREFIX + node.name if node.name else node.name
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else []) + list(
-                attribute.graphs
-            ):
-                _rename(inner)
-    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        value.name = _PREFIX + value.name
-    for sparse in graph.sparse_initializer:
-        sparse.values.name = _PREFIX + sparse.values.name
-
-
-def _open_batch(graph: onnx.GraphProto, batch: int) -> None:
-    """Let reshapes to a fixed batch keep whatever batch comes; whether that was all, the check run
-    tells.
-    """
-    from onnx import numpy_helper
-
-    constants, _ = _constants(graph)
-    known = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            held = [attribute.t for attribute in node.attribute if attribute.name == "value"]
-            known.update(zip(node.output, held, strict=False))
-    for number, node in enumerate(graph.node):
-        if node.op_type != "Reshape" or node.input[1] not in known or node.input[0] in constants:
-            continue
-        shape = numpy_helper.to_array(known[node.input[1]]).copy()
-        if len(shape) > 1 and shape[0] == batch and 0 not in shape:
-            shape[0] = 0  # as the input has it
-            for place, attribute in reversed(list(enumerate(node.attribute))):
-                if attribute.name == "allowzero":
-                    del node.attribute[place]
-            graph.initializer.append(numpy_helper.from_array(shape, f"{_OURS}opened{number}"))
-            node.input[1] = f"{_OURS}opened{number}"

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.records import Interpolation, Scores
+from imagemill.records import Centre, Interpolation, Scores
 
 SUFFIX: Final = ".card.json"
 MAX_SIDE: Final = 65_535
@@ -93,6 +93,8 @@ class OnnxCard:
         Meta(description='a colour such as "#ffffff"'),
     ] = None
     """Colour of the borders around an image smaller than the input; default: black."""
+    centre: Centre = Centre.TORCHVISION
+    """Which pixel a crop or a border begins at if the number of pixels is odd."""
     interpolation: Interpolation = Interpolation.BILINEAR
     exif: Annotated[bool, Meta(description="true or false")] = True
     """Whether images are turned as their EXIF orientation says."""
@@ -164,6 +166,11 @@ class ReadCard:
         origins = {name: origin or f"--{name}" for name in chosen}
         return ReadCard(card, {**self.origins, **origins})
 
+    def with_card(self, other: ReadCard) -> ReadCard:
+        """Return the card with the values of another one, as far as their origin is known."""
+        values = {name: getattr(other.card, name) for name in other.origins}
+        return ReadCard(replace(self.card, **values), {**self.origins, **other.origins})
+
     def lines(self) -> tuple[str, ...]:
         """Return one line per value whose origin is known, in the order of the card's fields."""
         return tuple(
@@ -191,8 +198,8 @@ def card_file(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
-def read_card(path: Path) -> OnnxCard:
-    """Read a card, and the labels that it names.
+def read_card(path: Path) -> ReadCard:
+    """Read a card, and the labels that it names. The origin of its keys is its file name.
 
     Raises:
         ModelError: it cannot be read, is no JSON object, or a key is unknown or has a value that it
@@ -217,7 +224,7 @@ def read_card(path: Path) -> OnnxCard:
         raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(card.labels, str):
         card = replace(card, labels=bundles.read_labels(path.parent / card.labels))
-    return card
+    return ReadCard(card, {name: path.name for name in values if values[name] is not None})
 
 
 def _read_bounded(path: Path) -> bytes:

@@ -1,12 +1,11 @@
 """Wrap a custom ONNX classifier as a bundle.
 
-    file.onnx + file.card.json ─► read, checked
-        ─► pixels → [BGR] → float → [NCHW] → − mean → ÷ deviation → the external graph
-        → `logits` (n, classes), `embedding` (n, features) ─► run once ─► bundle
+    file.onnx ─► `metadata`: what it says itself ─┐
+    file.card.json, flags ─► `onnx_card` ─────────┴► `graph`: the plan ─► `assemble`: the wrapped
+        graph ─► `check`: run once ─► bundle
 
-The card is JSON, written by hand or by `imagemill wrap`; `onnx_card` has the defaults. `graph`
-changes the graph. A batch size that was fixed when the file was exported is opened, and a check run
-shows whether the graph allows that.
+The card is JSON, written by hand or by `imagemill wrap`. A batch size that was fixed when the file
+was exported is opened, and the check run shows whether the graph allows that.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from imagemill.errors import ClassCountError, ModelError, UsageError
+from imagemill.errors import ClassCountError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models import evaluate
-from imagemill.models.custom.graph import Plan, assemble, examine
-from imagemill.models.custom.onnx_card import OnnxCard, card_file, card_text, changed, read_card
-from imagemill.records import Bundle, Card, Scores
+from imagemill.models.custom.assemble import assemble
+from imagemill.models.custom.check import Verdict, judge, run_twice
+from imagemill.models.custom.graph import Plan, examine, image_input, input_types
+from imagemill.models.custom.metadata import read_metadata
+from imagemill.models.custom.onnx_card import OnnxCard, ReadCard, card_file, card_text, read_card
+from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
 
 if TYPE_CHECKING:
@@ -38,16 +36,20 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-_WRAPPER: Final = 1
+_WRAPPER: Final = 2
 """Version of the wrapping: bundles of another version are built again."""
-_TOLERANCE: Final = 1e-3
-"""Between an image's scores beside one neighbour and beside another, as a share of the largest
-score.
-"""
-_NEAR_ONE: Final = 0.05
-"""How far the probabilities of a softmax may be from a sum of 1: those of a quantised one are
-rounded.
-"""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a bundle is made of."""
+
+    file: Path
+    model: onnx.ModelProto
+    """The file's content. It is consumed."""
+    read: ReadCard
+    key: str
+    """Hash of all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
 
     Args:
         file: ONNX.
-        given: fields of OnnxCard by name, None where unsaid: then they are those of the card beside
-            the file, if there is one. `labels` is a file's path.
+        given: fields of OnnxCard by name. None leaves the value of the card beside the file, else
+            of the file's metadata, else the default. `labels` is a file's path.
         output: a folder for a bundle; None writes the card beside the file.
 
     Returns:
@@ -81,13 +83,20 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     beside = card_file(file)
     labels = given.get("labels")
     given = dict(given) | {"labels": None if labels is None else bundles.read_labels(Path(labels))}
-    card = changed(read_card(beside) if beside.is_file() else OnnxCard(), given)
+    model = _parsed(file)
+    read = read_metadata(file.name, model)
+    if beside.is_file():
+        read = read.with_card(read_card(beside))
+    read = read.with_values(given)
+    if labels is not None:
+        read = ReadCard(read.card, {**read.origins, "labels": f"--labels {printable(labels)}"})
+    source = Source(file, model, read, _key(file, model, read.card))
     if output is not None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"--output {output} is there already. Give a new folder.")
-        return output, _build_whole(file, card, output, labels)
+        return output, _build_whole(source, output)
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        checked = _build(file, card, Path(folder) / "bundle", labels)
+        checked = _build(source, Path(folder) / "bundle")
     files.write_whole(beside, card_text(checked.card).encode())
     return beside, checked
 
@@ -99,36 +108,74 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
     builds another bundle.
 
     Raises:
-        UsageError: there is no such file, or no card beside it. ModelError: see `wrap`.
+        UsageError: there is no such file, or it has no card beside it and does not say itself how
+        images are prepared. ModelError: see `wrap`.
     """
     beside = card_file(file)
     if not file.is_file():
         raise UsageError(f"--model {file}: there is no such file.")
-    if not beside.is_file():
+    model = _parsed(file)
+    read = read_metadata(file.name, model)
+    if beside.is_file():
+        read = read.with_card(read_card(beside))
+    elif missing := _missing(file, model, read):
+        flags = " ".join(_ESSENTIAL[name] for name in missing)
+        found = "; ".join(read.lines()) or "nothing"
         raise UsageError(
-            f"--model {file} has no card beside it, which says how images are prepared:"
-            f" {beside.name} is not there. Make one: `imagemill wrap {file}`, see its --help; or"
-            " write it by hand (docs/models.md)."
+            f"--model {file} has no card beside it ({beside.name}), and the file does not say"
+            f" {_listed(missing)}. Its metadata say: {found}. Make the card once, with the values"
+            f" that the model was trained with: imagemill wrap {file} {flags}"
         )
-    card = read_card(beside)
-    key = _key(file, card)
+    return bundle_of(file, model, read, models_dir, say)
+
+
+def bundle_of(
+    file: Path, model: onnx.ModelProto, read: ReadCard, models_dir: Path, say: Say
+) -> Bundle:
+    """Return the bundle of a file and a card, and build it in the models folder if it is missing.
+
+    Args:
+        file: ONNX.
+        model: the file's content, without weights that lie beside it.
+        read: the card, and where its values came from.
+        models_dir: where bundles lie.
+        say: prints a line.
+
+    Raises:
+        UsageError, ClassCountError: the card does not fit the file. ModelError: the file is not a
+        classifier that can be wrapped.
+    """
+    key = _key(file, model, read.card)
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem)[:100].lstrip(".-") or "model"
     folder = models_dir / f"{stem}-{key[:12]}"
     if bundles.is_bundle(folder):
         return bundles.load(folder)
-    say(f"{file.name}: wrapping it, once, into {folder}")
-    for line in _build_whole(file, card, folder, None, key).lines:
-        say(f"{file.name}: {line}")
+    say(f"{printable(file.name)}: wrapping it, once, into {folder}")
+    for line in _build_whole(Source(file, model, read, key), folder).lines:
+        say(f"{printable(file.name)}: {line}")
     return bundles.load(folder)
 
 
-def _build_whole(
-    file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None
-) -> Checked:
+_ESSENTIAL: Final = {"mean": "--mean R G B", "std": "--std R G B", "resize": "--resize N"}
+"""What is never guessed for a file without a card → the flag that says it."""
+
+
+def _missing(file: Path, model: onnx.ModelProto, read: ReadCard) -> list[str]:
+    """Return which essential values the file does not say. A uint8 input needs no normalisation."""
+    kind = image_input(file.name, model).type.tensor_type.elem_type
+    needed = ["resize"] if kind == input_types()["uint8"] else list(_ESSENTIAL)
+    return [name for name in needed if name not in read.origins]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _build_whole(source: Source, folder: Path) -> Checked:
     """As `_build`, but the folder appears whole."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        checked = _build(file, card, making, labels_file, key)
+        checked = _build(source, making)
         making.rename(folder)
     except OSError as error:
         if not bundles.is_bundle(folder):  # another process may have made it meanwhile
@@ -140,9 +187,9 @@ def _build_whole(
     return checked
 
 
-def _key(file: Path, card: OnnxCard) -> str:
+def _key(file: Path, model: onnx.ModelProto, card: OnnxCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
-    names = external_files(file, _parsed(file))
+    names = external_files(file, model)
     sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in names)]
     return hashlib.sha256(
         json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()
@@ -207,45 +254,43 @@ def _parsed(file: Path) -> onnx.ModelProto:
         raise ModelError(f"{file} is damaged or not ONNX: {error}. Export it again.") from error
 
 
-def _build(
-    file: Path, card: OnnxCard, folder: Path, labels_file: str | None, key: str | None = None
-) -> Checked:
-    """Wrap a file into a bundle folder and run it once. `labels_file` names the labels in an
-    error.
-    """
-    key = key or _key(file, card)
-    model = _parsed(file)
-    external_files(file, model)
+def _build(source: Source, folder: Path) -> Checked:
+    """Wrap a file into a bundle folder and run it once."""
     import onnx
 
+    file, model = source.file, source.model
     onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
-    plan = examine(file, model, card)
+    plan = examine(file, model, source.read)
     assemble(model, plan)
-    made = bundles.write(folder, _bundle_card(plan, key), model)
-    del model
-    answers = _run(made, plan)
-    classes, has_embedding, notes = _judge(plan, answers)
-    labels = _labels(plan, classes, labels_file)
-    outputs = ("logits", "embedding") if has_embedding else ("logits",)
-    final = replace(made.card, labels=labels, outputs=outputs)
+    made = bundles.write(folder, _bundle_card(plan, source.key), model)
+    verdict = judge(plan, run_twice(made, plan))
+    outputs = (["logits"] if verdict.classes else []) + (["embedding"] if verdict.features else [])
+    labels = _labels(plan, verdict.classes)
+    final = replace(made.card, labels=labels, outputs=tuple(outputs))
     files.write_whole(folder / bundles.CARD, serialization.encode(final))
-    told = replace(
-        plan.card, logits=card.logits
-    )  # what was found by itself stays open, for the next export of the file
-    size = answers[0]["embedding"].shape[1] if has_embedding else 0
-    return Checked(Bundle(folder, final), told, (*plan.lines, *_found(plan, classes, size), *notes))
+    lines = (*plan.read.lines(), *plan.lines, *_found(plan, verdict), *verdict.notes)
+    return Checked(Bundle(folder, final), _card_to_write(source.read, plan), lines)
+
+
+def _card_to_write(read: ReadCard, plan: Plan) -> OnnxCard:
+    """Return the card for the file beside the model. What was found in the model itself stays open,
+    so that it is found again in the next export.
+    """
+    said = {name for name, origin in read.origins.items() if not origin.startswith("metadata")}
+    card = read.card
+    return replace(
+        plan.card,
+        labels=card.labels if "labels" in said else None,
+        scores=card.scores,
+        logits=card.logits,
+        embedding=card.embedding,
+    )
 
 
 def _bundle_card(plan: Plan, key: str) -> Card:
     card, file = plan.card, plan.file
     mean, std = plan.normalisation
-    # The scores of a graph that ends in a sigmoid are probabilities already, to be taken as they
-    # are.
-    scores = (
-        Scores.SOFTMAX
-        if plan.scores is Scores.SIGMOID and plan.ends_in == "Sigmoid"
-        else plan.scores
-    )
+    outputs = ("logits", "embedding") if plan.features else ("logits",)
     return Card(
         name=card.name or file.stem,
         architecture="onnx",
@@ -262,150 +307,42 @@ def _bundle_card(plan: Plan, key: str) -> Card:
             "verified": False,
             "wrapped": key,
         },
-        scores=scores,
+        scores=plan.bundle_scores,
         normalised=None if plan.takes_bytes else "normalised",
-        outputs=("logits", "embedding") if plan.features else ("logits",),
+        outputs=outputs if plan.head.tensor else ("embedding",),
     )
 
 
-# ── the check run ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _run(made: Bundle, plan: Plan) -> list[dict[str, NDArray[np.float32]]]:
-    """Answers to two made-up images, and to the second of them twice. Raises: ModelError."""
-    shape = (2, plan.recipe.height, plan.recipe.width, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    pixels[1] //= 2
-    try:
-        return evaluate.answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])
-    except Exception as error:  # OpenVINO's front end has kinds of its own
-        reason = str(error).strip().splitlines()[-1].rstrip(".")
-        if plan.batch is None:
-            raise ModelError(
-                f"{plan.file.name} cannot be run on a batch of 2: {reason}. Export it again, with"
-                " an open batch."
-            ) from error
-        raise ModelError(
-            f"{plan.file.name} was exported for batches of {plan.batch} and does not bear others:"
-            f" {reason}. Export it with an open batch: dynamic_axes or dynamic_shapes of"
-            " torch.onnx.export."
-        ) from error
-
-
-def _judge(
-    plan: Plan, answers: list[dict[str, NDArray[np.float32]]]
-) -> tuple[int, bool, tuple[str, ...]]:
-    """Number of classes, whether there is an embedding, and notes. Raises: ModelError,
-    UsageError.
-    """
-    name, scores = plan.file.name, answers[0]["logits"]
-    if scores.shape[0] != 2 or (plan.classes is not None and scores.shape[1] != plan.classes):
-        raise ModelError(
-            f"{name}: {plan.logits} has the shape {scores.shape} for 2 images; scores are (n,"
-            f" {plan.classes or 'classes'})."
-        )
-    valid, valid_again = (_valid(answer) for answer in answers)
-    if not valid.any():
-        bad = next(output for output, values in answers[0].items() if not np.isfinite(values).all())
-        raise ModelError(
-            f"{name} returns NaN or infinity ({bad}) for random images. Check --mean, --std and"
-            " --scale."
-        )
-    again = np.where(valid_again[:, None], answers[1]["logits"], 0)
-    scores = np.where(valid[:, None], scores, 0)
-    slack = _TOLERANCE * max(1e-6, float(np.abs(scores).max()))
-    if (valid_again != valid[1]).any() or float(np.abs(again - scores[1]).max()) > slack:
-        raise ModelError(
-            f"{name} answers differently to one image beside different neighbours, so its answers"
-            " could not be relied on. Export it in evaluation mode, with an open batch."
-        )
-    notes = _judge_scores(plan, scores[valid])
-    if not valid.all():
-        notes.append(
-            "note: it returned NaN or infinity for one of two random images; a job reports such"
-            " images as invalid_output"
-        )
-    has_embedding = plan.features is not None
-    if plan.features is not None and not plan.features.asked:
-        features = plan.features
-        plain = features.classes in (None, scores.shape[1]) and features.features in (
-            None,
-            answers[0]["embedding"].shape[1],
-        )
-        has_embedding = plain and answers[0]["embedding"].shape[0] == len(scores)
-    return scores.shape[1], has_embedding, tuple(notes)
-
-
-def _valid(answer: Mapping[str, NDArray[np.float32]]) -> NDArray[np.bool_]:
-    """Tell for each of two images whether all of its outputs are finite."""
-    rows = [np.isfinite(values).all(axis=1) for values in answer.values() if len(values) == 2]
-    return np.asarray(np.logical_and.reduce(rows))
-
-
-def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
-    """Compare scores (n, classes) with what the card says they are. Returns notes. Raises:
-    UsageError.
-    """
-    name, kind, classes = plan.file.name, plan.scores, scores.shape[1]
-    if classes == 1 and kind is not Scores.SIGMOID:
-        raise UsageError(
-            f"{name} returns one score per image, and a softmax over one class is 1.0 for every"
-            " image. Add --scores sigmoid, which makes the score the probability of that class."
-        )
-    within = bool((scores >= 0).all() and (scores <= 1 + _TOLERANCE).all())
-    sums = scores.sum(axis=1, dtype=np.float64)
-    farthest = float(sums[np.abs(sums - 1).argmax()])
-    if kind is Scores.SOFTMAX:
-        if not within:
-            raise UsageError(
-                f"{name} returns scores from {scores.min():.4g} to {scores.max():.4g}, no"
-                " probabilities. Leave --scores out."
-            )
-        if abs(farthest - 1) > _NEAR_ONE:
-            if plan.ends_in == "Softmax":
-                raise UsageError(
-                    f"{name}: its Softmax is not over the classes: an image's scores sum to"
-                    f" {farthest:.4g}. Correct its axis."
-                )
-            return [
-                f"note: an image's scores sum to {farthest:.4g}, not 1; they are written as"
-                " they are"
-            ]
-    elif within and plan.ends_in is None:
-        if classes > 1 and abs(farthest - 1) < _TOLERANCE:
-            raise UsageError(
-                f"{name}: the scores of each image lie between 0 and 1 and sum to 1, so they are"
-                " probabilities already, not logits. Add --scores softmax."
-            )
-        if classes > 1:
-            return [
-                "note: scores lie between 0 and 1; if they are probabilities already, --scores"
-                " softmax says so"
-            ]
-        return [
-            "note: the score lies between 0 and 1; if it is a probability already, export the model"
-            " without its last step"
-        ]
-    return []
-
-
-def _found(plan: Plan, classes: int, features: int) -> tuple[str, ...]:
-    lines = [f"{plan.logits}: {plan.scores}, {classes:,} classes"]
-    if features and plan.features:
-        lines.append(f"embedding: {plan.features.tensor}, {features:,} features")
+def _found(plan: Plan, verdict: Verdict) -> tuple[str, ...]:
+    """Return what the check run found, for people."""
+    lines = []
+    if verdict.classes:
+        second = "; the score is the probability of the second" if plan.two_classes else ""
+        lines.append(f"{plan.head.tensor}: {plan.scores}, {verdict.classes:,} classes{second}")
+    if verdict.features and plan.features:
+        lines.append(f"embedding: {plan.features.tensor}, {verdict.features:,} features")
     else:
         lines.append("embedding: none found; name its tensor with --embedding if you want one")
     if plan.batch is not None:
         lines.append(f"its batch was fixed to {plan.batch} and is open now")
+    if {"mean", "std"} & {
+        name for name, origin in plan.read.origins.items() if origin == "default"
+    }:
+        lines.append(
+            "note: mean and std were not given; compare with the training program. Most networks"
+            " trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
+        )
     return tuple(lines)
 
 
-def _labels(plan: Plan, classes: int, file: str | None) -> tuple[str, ...]:
+def _labels(plan: Plan, classes: int) -> tuple[str, ...]:
     labels = plan.card.labels
     if labels is None:
         return tuple(str(number) for number in range(classes))
     if len(labels) != classes:
-        where = f"{file} has {len(labels)} lines" if file else f"its card has {len(labels)} labels"
+        origin = plan.read.origins.get("labels", "its card")
+        count = "lines" if origin.startswith("--labels") else "labels"
+        where = f"{origin.removeprefix('--labels ')} has {len(labels)} {count}"
         raise ClassCountError(
             f"{plan.file.name} returns {classes} classes, {where}. Give the {classes}-line file"
             " with --labels."

@@ -1,0 +1,244 @@
+"""Make a custom graph the graph of a bundle.
+
+    pixels uint8 (n, h, w, 3) → [grey | BGR] → float → [NCHW] → − mean → ÷ deviation → the custom
+    graph → `logits` (n, classes), `embedding` (n, features)
+
+The custom graph's tensors keep their names behind a prefix. Opset and IR version are kept. Nodes
+that neither output depends on are dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill.models import bundle as bundles
+from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
+from imagemill.models.custom.onnx_card import Color, Layout
+from imagemill.models.custom.outputs import constant_tensors, inner_graphs, live_nodes
+from imagemill.records import Scores
+
+if TYPE_CHECKING:
+    import onnx
+
+_PREFIX: Final = "onnx/"
+_OURS: Final = "imagemill/"
+_LUMA: Final = (19_595, 38_470, 7_471)
+"""Weights of red, green and blue in Pillow's mode L, in 65,536ths."""
+
+
+def assemble(model: onnx.ModelProto, plan: Plan) -> None:
+    """Turn the custom model into the wrapped one, in place."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    if plan.batch is not None:
+        _open_batch(graph, plan.batch)
+    _keep_what_is_needed(model, plan)
+    _rename(graph)
+    for place, tensor in enumerate(graph.initializer):
+        if (
+            not tensor.raw_data and tensor.data_type != TensorProto.STRING
+        ):  # as bundle.write counts and moves them
+            graph.initializer[place].CopyFrom(
+                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+            )
+    builder = _Builder(model)
+    _normalise(builder, plan)
+    nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*builder.nodes, *nodes])
+    builder.nodes.clear()
+    outputs = _outputs(builder, plan)
+    graph.node.extend(builder.nodes)
+    goal = _PREFIX + plan.input
+    kept = [tensor for tensor in graph.input if tensor.name != goal]
+    for field in (graph.input, graph.output, graph.value_info, graph.quantization_annotation):
+        del field[:]
+    shape = ["n", plan.recipe.height, plan.recipe.width, 3]
+    graph.input.extend([helper.make_tensor_value_info("pixels", TensorProto.UINT8, shape), *kept])
+    graph.output.extend(
+        helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", count])
+        for output, count in outputs
+    )
+    others = [entry for entry in model.metadata_props if entry.key != bundles.DATA_SHA256]
+    del model.metadata_props[:]
+    model.metadata_props.extend(others)
+
+
+class _Builder:
+    """Collects nodes and adds their weights to a graph."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.opset = max(
+            entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS
+        )
+        self._graph = model.graph
+
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: object) -> str:
+        """Add a node of one output, and return the output's name."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def weight(self, name: str, array: NDArray[Any]) -> str:
+        """Add a constant, and return its name."""
+        from onnx import numpy_helper
+
+        self._graph.initializer.append(numpy_helper.from_array(array, _OURS + name))
+        return _OURS + name
+
+
+def _normalise(builder: _Builder, plan: Plan) -> None:
+    """Add the nodes between `pixels` and the custom graph's input."""
+    from onnx import TensorProto
+
+    card, at = plan.card, "pixels"
+    order = [2, 1, 0] if card.color is Color.BGR else [0, 1, 2]
+    if plan.channels == 1:
+        at = _grey(builder, at)
+        order = [0]
+    elif card.color is Color.BGR:
+        indices = builder.weight("bgr", np.array(order, np.int64))
+        at = builder.node("Gather", [at, indices], _OURS + "reordered", axis=3)
+    if not plan.takes_bytes and plan.channels == 3:
+        at = builder.node("Cast", [at], _OURS + "floats", to=TensorProto.FLOAT)
+    if card.layout is Layout.NCHW:
+        at = builder.node("Transpose", [at], _OURS + "planes", perm=[0, 3, 1, 2])
+    if not plan.takes_bytes:
+        shape = (1, -1, 1, 1) if card.layout is Layout.NCHW else (1, 1, 1, -1)
+        mean, std = (
+            np.array([values[place] for place in order], np.float32).reshape(shape)
+            for values in plan.normalisation
+        )
+        at = builder.node("Sub", [at, builder.weight("mean", mean)], _OURS + "centred")
+        at = builder.node("Div", [at, builder.weight("std", std)], "normalised")
+    builder.node("Cast", [at], _PREFIX + plan.input, to=plan.type)
+
+
+def _grey(builder: _Builder, pixels: str) -> str:
+    """Add Pillow's conversion to mode L, (19595 R + 38470 G + 7471 B + 32768) >> 16.
+
+    All numbers stay below 2**24, so int32 and float32 are exact. There is no Div of integers,
+    because OpenVINO's CPU plugin rounds it. The remainder is subtracted first, so that the division
+    is exact in bfloat16 too.
+    """
+    from onnx import TensorProto
+
+    at = builder.node("Cast", [pixels], _OURS + "integers", to=TensorProto.INT32)
+    luma = builder.weight("luma", np.array(_LUMA, np.int32))
+    at = builder.node("Mul", [at, luma], _OURS + "weighted")
+    if builder.opset >= 13:  # before, the axes were an attribute
+        axes = builder.weight("axes", np.array([3], np.int64))
+        at = builder.node("ReduceSum", [at, axes], _OURS + "sum", keepdims=1)
+    else:
+        at = builder.node("ReduceSum", [at], _OURS + "sum", axes=[3], keepdims=1)
+    half = builder.weight("half", np.array(2**15, np.int32))
+    at = builder.node("Add", [at, half], _OURS + "rounded")
+    if builder.opset >= 10:
+        unit = builder.weight("unit", np.array(2**16, np.int32))
+        rest = builder.node("Mod", [at, unit], _OURS + "remainder")
+        at = builder.node("Sub", [at, rest], _OURS + "multiple")
+    at = builder.node("Cast", [at], _OURS + "wide", to=TensorProto.FLOAT)
+    scale = builder.weight("share", np.array(2.0**-16, np.float32))
+    at = builder.node("Mul", [at, scale], _OURS + "grey")
+    return at if builder.opset >= 10 else builder.node("Floor", [at], _OURS + "whole")
+
+
+def _outputs(builder: _Builder, plan: Plan) -> list[tuple[str, int | str]]:
+    """Add the nodes between the custom graph and our outputs; return the outputs' names and
+    lengths.
+    """
+    from onnx import TensorProto
+
+    found: list[tuple[str, int | str]] = []
+    if plan.head.tensor is not None:
+        at = builder.node("Flatten", [_PREFIX + plan.head.tensor], _OURS + "logits", axis=1)
+        if plan.two_classes:
+            score = builder.node("Cast", [at], _OURS + "score", to=TensorProto.FLOAT)
+            at = _two_classes(builder, score, plan)
+        builder.node("Cast", [at], "logits", to=TensorProto.FLOAT)
+        found.append(("logits", 2 if plan.two_classes else plan.classes or "classes"))
+    if plan.features is not None:
+        at = _PREFIX + plan.features.tensor
+        if plan.features.first_token:
+            first = builder.weight("first", np.array(0, np.int64))
+            at = builder.node("Gather", [at, first], _OURS + "token", axis=1)
+        at = builder.node("Flatten", [at], _OURS + "embedding", axis=1)
+        builder.node("Cast", [at], "embedding", to=TensorProto.FLOAT)
+        found.append(("embedding", plan.features.features or "features"))
+    return found
+
+
+def _two_classes(builder: _Builder, score: str, plan: Plan) -> str:
+    """Add [1 - p, p] for a probability, or [0, x] for a logit; its softmax is the same."""
+    if plan.bundle_scores is Scores.LOGITS:
+        zero = builder.weight("zero", np.array(0, np.float32))
+        other = builder.node("Mul", [score, zero], _OURS + "other")
+    else:
+        one = builder.weight("one", np.array(1, np.float32))
+        other = builder.node("Sub", [one, score], _OURS + "other")
+    return builder.node("Concat", [other, score], _OURS + "both", axis=1)
+
+
+def _keep_what_is_needed(model: onnx.ModelProto, plan: Plan) -> None:
+    """Drop the nodes that neither output depends on, such as a ZipMap after the scores."""
+    wanted = [item for item in (plan.head.tensor, plan.features and plan.features.tensor) if item]
+    live = live_nodes(model.graph, wanted)
+    if len(live) < len(model.graph.node):
+        del model.graph.node[:]
+        model.graph.node.extend(live)
+    standard = [entry for entry in model.opset_import if entry.domain in STANDARD_DOMAINS]
+    del model.opset_import[:]
+    model.opset_import.extend(standard)
+
+
+def _rename(graph: onnx.GraphProto) -> None:
+    """Put the prefix before every tensor's name, those of inner graphs included, so that none
+    clashes with ours.
+    """
+
+    def prefixed(names: Any) -> list[str]:
+        return [_PREFIX + name if name else name for name in names]
+
+    for node in graph.node:
+        for field in (node.input, node.output):
+            names = prefixed(field)
+            del field[:]
+            field.extend(names)
+        node.name = _PREFIX + node.name if node.name else node.name
+        for inner in inner_graphs(node):
+            _rename(inner)
+    for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        value.name = _PREFIX + value.name
+    for sparse in graph.sparse_initializer:
+        sparse.values.name = _PREFIX + sparse.values.name
+
+
+def _open_batch(graph: onnx.GraphProto, batch: int) -> None:
+    """Let reshapes to a fixed batch keep whatever batch comes; whether that was all, the check run
+    tells.
+    """
+    from onnx import numpy_helper
+
+    constants, _ = constant_tensors(graph)
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            held = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+            known.update(zip(node.output, held, strict=False))
+    for number, node in enumerate(graph.node):
+        if node.op_type != "Reshape" or node.input[1] not in known or node.input[0] in constants:
+            continue
+        shape = numpy_helper.to_array(known[node.input[1]]).copy()
+        if len(shape) > 1 and shape[0] == batch and 0 not in shape:
+            shape[0] = 0  # as the input has it
+            for place, attribute in reversed(list(enumerate(node.attribute))):
+                if attribute.name == "allowzero":
+                    del node.attribute[place]
+            graph.initializer.append(numpy_helper.from_array(shape, f"{_OURS}opened{number}"))
+            node.input[1] = f"{_OURS}opened{number}"

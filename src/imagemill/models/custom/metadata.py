@@ -1,0 +1,200 @@
+"""What the metadata of an ONNX file say about its labels and preprocessing.
+
+    names, imgsz, task            ultralytics
+    character                     PaddlePaddle (one label a line)
+    labels, classes, …            other exporters
+    Image.BitmapPixelFormat, Image.NominalPixelRange
+                                  ONNX's own keys (Azure Custom Vision, Windows ML)
+    license
+
+Metadata come from strangers: lengths are bounded, nothing is evaluated, and a label with a control
+character is an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from imagemill.errors import ModelError, printable
+from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard, checked
+from imagemill.records import Interpolation
+
+if TYPE_CHECKING:
+    import onnx
+
+MAX_LABELS: Final = 250_000
+"""More than the largest known classifier has (203,094)."""
+MAX_LABEL: Final = 1_000
+"""Characters."""
+_MAX_TEXT: Final = 8 * 2**20
+"""Characters of one value."""
+_REMEDY: Final = "Give the labels with --labels FILE."
+_LABEL_KEYS: Final = (
+    *("names", "character", "labels", "label_names", "class_names", "class_labels"),
+    *("classes", "categories", "id2label"),
+)
+"""In the order in which they are tried."""
+_CONTROL: Final = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
+_STRING: Final = r"""(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+")"""
+_FLAT: Final = re.compile(
+    rf"\s*[\[({{]\s*+(?:(?:(?:\d{{1,7}}|{_STRING})\s*+:\s*+)?+{_STRING}\s*+,?+\s*+)*+[\])}}]\s*"
+)
+"""A Python list, tuple or dict of texts, without anything nested. `ast.literal_eval` may only see
+this: it is slow, or runs out of memory, on deeply nested text.
+"""
+_TASKS: Final = ("classify", "detect", "segment", "semantic", "pose", "obb")
+_RANGES: Final[Mapping[str, tuple[int, float, float]]] = {
+    "NominalRange_0_255": (255, 0.0, 1.0),
+    "Normalized_0_1": (1, 0.0, 1.0),
+    "Normalized_1_1": (1, 0.5, 0.5),
+}
+"""Value of Image.NominalPixelRange → scale, mean and deviation of every channel."""
+
+
+def read_metadata(name: str, model: onnx.ModelProto) -> ReadCard:
+    """Return what the metadata of an ONNX file say.
+
+    Args:
+        name: the file's name, for messages.
+        model: the file's content.
+
+    Raises:
+        ModelError: a known key has a value that makes no sense, or the file is of a task other than
+        classification. The message names the key.
+    """
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def take(key: str, **found: Any) -> None:
+        for item, value in found.items():
+            try:
+                values[item] = checked(item, value)
+            except ValueError as error:
+                raise ModelError(f"{name}: its metadata key {key} is wrong: {error}.") from error
+            origins[item] = f"metadata: {key}"
+
+    for key in _LABEL_KEYS:
+        if (labels := read_labels(name, key, entries.get(key, ""))) is not None:
+            take(key, labels=labels)
+            break
+    if entries.get("imgsz"):
+        take("imgsz", size=_size(name, entries["imgsz"]))
+    if (task := entries.get("task")) in _TASKS and "names" in entries:
+        if task != "classify":
+            raise ModelError(
+                f"{name} was exported for the task {task!r} (metadata: task); imagemill runs"
+                " classifiers only."
+            )
+        if "size" in values:
+            take("task classify", **_ultralytics(values["size"]))
+    if (color := entries.get("Image.BitmapPixelFormat", "")[:3].upper()) in list(Color):
+        take("Image.BitmapPixelFormat", color=color)
+    if (scaling := _RANGES.get(entries.get("Image.NominalPixelRange", ""))) is not None:
+        scale, mean, std = scaling
+        take("Image.NominalPixelRange", scale=scale, mean=(mean,) * 3, std=(std,) * 3)
+    if licence := entries.get("license", "").strip():
+        take("license", licence=printable(licence))
+    return ReadCard(OnnxCard(**values), origins)
+
+
+def _ultralytics(size: int | str) -> dict[str, Any]:
+    """Return the preprocessing of ultralytics' classifiers: `classify_transforms` of its
+    data/augment.py, which resizes the short side of an image to a square input's side, and squashes
+    it to an input that is not square.
+    """
+    values = {
+        "interpolation": Interpolation.BILINEAR,
+        "color": Color.RGB,
+        "scale": 1,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    }
+    return values | {"resize": size, "crop": "center"}
+
+
+def _size(name: str, text: str) -> int | str:
+    """Return the size that `imgsz` says: "224", or "[224, 320]" (height, width)."""
+    sides = (
+        re.findall(r"\d+", text) if re.fullmatch(r"\s*[\[(]?[\d\s,]{1,40}[\])]?\s*", text) else []
+    )
+    if len(sides) not in (1, 2):
+        raise ModelError(
+            f"{name}: its metadata key imgsz is '{printable(text, 80)}', which is not one or two"
+            " numbers."
+        )
+    height, width = int(sides[0]), int(sides[-1])
+    return height if height == width else f"{width}x{height}"
+
+
+def read_labels(name: str, key: str, text: str) -> tuple[str, ...] | None:
+    """Return the labels of a metadata value: a list, or a dict by class number, as JSON or as
+    Python writes it; or several lines, one label a line. None if the value is neither.
+
+    Raises:
+        ModelError: a label is missing, too long, or has a control character, or there are too many.
+
+    Example:
+        >>> read_labels("net.onnx", "names", "{0: 'cat', 1: 'dog'}")
+        ('cat', 'dog')
+    """
+    where = f"{name}: its metadata key {key}"
+    if len(text) > _MAX_TEXT:
+        raise ModelError(f"{where} has {len(text):,} characters, at most {_MAX_TEXT:,} are read.")
+    stripped = text.strip()
+    found: Any
+    if stripped[:1] in ("[", "{", "("):
+        found = _literal(stripped)
+        if isinstance(found, dict):
+            numbered = {str(number): label for number, label in found.items()}
+            found = [numbered.get(str(number)) for number in range(len(numbered))]
+    elif "\n" in stripped:
+        found = [line.strip() for line in stripped.split("\n")]
+    else:
+        return None
+    if not found or not all(isinstance(item, str) for item in found):
+        raise ModelError(
+            f"{where} is not a list of labels, nor labels numbered from 0:"
+            f" '{printable(text, 80)}'. {_REMEDY}"
+        )
+    return check_labels(where, found)
+
+
+def check_labels(where: str, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return labels from a file of a stranger.
+
+    Args:
+        where: the file and the key, for the message.
+        labels: one per class.
+
+    Raises:
+        ModelError: there are too many, or one is blank, too long, or has a control character.
+    """
+    if len(labels) > MAX_LABELS:
+        raise ModelError(f"{where} has {len(labels):,} labels, at most {MAX_LABELS:,} are read.")
+    for number, label in enumerate(labels):
+        if not label.strip() or len(label) > MAX_LABEL or _CONTROL.search(label):
+            raise ModelError(
+                f"{where}: label {number} is '{printable(label, 80)}'. A label has 1 to"
+                f" {MAX_LABEL:,} characters and no control characters. {_REMEDY}"
+            )
+    return tuple(labels)
+
+
+def _literal(text: str) -> Any:
+    """Return a list or dict of texts; None if it is not one."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    if not _FLAT.fullmatch(text):
+        return None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
