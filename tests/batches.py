@@ -20,14 +20,16 @@ def rows(filled: int) -> tuple[Row, ...]:
     )
 
 
-def batches(count: int, size: int = 3, filled: int | None = None, seed: int = 0) -> list[Batch]:
+def batches(
+    count: int, size: int = 3, filled: int | None = None, seed: int = 0, width: int = SIZE
+) -> list[Batch]:
     """Batches of random pixels; `filled` is of the last one, the others are full."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
         places = size if filled is None or number < count - 1 else filled
         made.append(
-            Batch(rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8), places, rows(places))
+            Batch(rng.integers(0, 256, (size, SIZE, width, 3), np.uint8), places, rows(places))
         )
     return made
 

@@ -20,10 +20,10 @@ import helpers
 import sample_images
 from hub_server import hub  # noqa: F401 - a fixture
 from imagemill.models import bundle, get
-from imagemill.records import Bundle, Settings
+from imagemill.records import Bundle, Scores, Settings
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
 from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
-from tiny import TINY_CARD, Finished, tiny_model
+from tiny import HEADLESS_CARD, SIZE, TINY_CARD, WIDE_CARD, Finished, tiny_model
 
 settings.register_profile(
     "imagemill",
@@ -49,13 +49,18 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path)
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with `tiny`, a random classifier of ten classes, and `tiny2`, the same with
-    other weights.
+    """A models folder with `tiny`, a random classifier of ten classes, `tiny2`, the same with
+    other weights, `wide`, whose images are twice as wide as high, `headless`, which has only an
+    embedding, and `tags`, whose classes have a probability each.
     """
     folder = tmp_path_factory.mktemp("models")
     bundle.write(folder / "tiny", TINY_CARD, tiny_model())
     bundle.write(folder / "tiny2", replace(TINY_CARD, name="tiny2"), tiny_model(seed=1))
     bundle.write(folder / "spoilt", replace(TINY_CARD, name="spoilt"), tiny_model(spoil="white"))
+    bundle.write(folder / "wide", WIDE_CARD, tiny_model(width=2 * SIZE))
+    bundle.write(folder / "headless", HEADLESS_CARD, tiny_model(has_head=False))
+    tags = replace(TINY_CARD, name="tags", scores=Scores.SIGMOID)
+    bundle.write(folder / "tags", tags, tiny_model(seed=2))
     return folder
 
 

@@ -60,6 +60,16 @@ def verdict(
 # What is measured.
 
 
+@pytest.mark.parametrize("model", ["wide", "headless"])
+def test_a_model_of_any_shape_is_measured(
+    imagemill: Callable[..., helpers.Result], model: str
+) -> None:
+    """Wider than high, and without classes."""
+    flags = ["--batch-size", 2, "--batches-per-step", 2, "--iterations", 1, "--json"]
+    report = imagemill("bench", "--synthetic", "--model", model, "--devices", "cpu", *flags).json
+    assert report["images_per_iteration"] == {"compute_only": 4}
+
+
 def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(
     imagemill: Callable[..., helpers.Result],
 ) -> None:

@@ -377,6 +377,11 @@ def test_label_files_that_could_shift_classes_are_refused(
             r"resize 300x200 is smaller than the model's input of 224x224",
         ),
         ({"recipe": Recipe(100, 300, 99)}, r"resize 99 is smaller than .* input of 300x100"),
+        ({"labels": ()}, r"has 0 labels, and its outputs are logits, embedding: .* has labels"),
+        (
+            {"outputs": ("embedding",)},
+            r"has \d+ labels, and its outputs are embedding: .* has none",
+        ),
         ({"recipe": Recipe(fill="white")}, r"recipe\.fill is 'white'\. Write #rrggbb"),
         (
             {"recipe": Recipe(pad=True)},

@@ -42,8 +42,9 @@ def answer_id(
     backend: str = "null",
     top: int = 5,
     save: tuple[Saved, ...] = (),
+    min_probability: float | list[float] | None = None,
 ) -> str:
-    return freeze.answer_id(card, prepared, backend, top, save)
+    return freeze.answer_id(card, prepared, backend, top, save, min_probability)
 
 
 def other_recipes() -> list[Recipe]:
@@ -79,6 +80,8 @@ def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch
         answer_id(replace(TINY_CARD, labels=(*LABELS[:-1], "other"))),
         answer_id(backend="openvino"),
         answer_id(top=4),
+        answer_id(min_probability=0.5),
+        answer_id(min_probability=[0.5] * 10),
         answer_id(save=(Saved.LOGITS,)),
         answer_id(save=(Saved.LOGITS, Saved.EMBEDDING)),
     ]

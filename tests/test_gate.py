@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from imagemill.records import Scores
 from imagemill.tuning import gate
+from tiny import TINY_CARD
 
 # Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of
 # SciPy 1.17 gives it.
@@ -177,3 +180,85 @@ def test_near_ties_are_broken_as_in_the_results() -> None:
     verdict = gate.judge(reference, candidate, Scores.SIGMOID)
     assert verdict.accepted
     assert verdict.agreement == 1
+
+
+# ── what an answer is ─────────────────────────────────────────────────────────────────────────────
+
+
+def logit(probabilities: object) -> np.ndarray:
+    values = np.asarray(probabilities, np.float64)
+    return np.log(values / (1 - values)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "agrees"),
+    [
+        # Which of two sure classes comes first does not matter.
+        ([0.99, 0.98, 0.1], [0.98, 0.99, 0.1], True),
+        # A class that appears, or disappears.
+        ([0.9, 0.2, 0.1], [0.9, 0.6, 0.1], False),
+        ([0.9, 0.6, 0.1], [0.9, 0.4, 0.1], False),
+        # Nothing is left of the set, though the most probable class is the same.
+        ([0.6, 0.2, 0.1], [0.4, 0.2, 0.1], False),
+        ([0.4, 0.2, 0.1], [0.6, 0.2, 0.1], False),
+        # No class is present: then the most probable one counts.
+        ([0.4, 0.2, 0.1], [0.3, 0.25, 0.1], True),
+        ([0.4, 0.2, 0.1], [0.3, 0.35, 0.1], False),
+        # One score: present or not.
+        ([0.7], [0.6], True),
+        ([0.7], [0.4], False),
+        ([0.2], [0.4], True),
+    ],
+)
+def test_a_multi_label_model_is_judged_by_its_set_of_classes(
+    before: list[float], after: list[float], agrees: bool
+) -> None:
+    """From probability 0.5. The same if a wrapped graph ends in its sigmoid, so that its scores
+    are probabilities that do not sum to 1.
+    """
+    verdict = gate.judge(logit([before]), logit([after]), Scores.SIGMOID)
+    assert verdict.agreement == agrees
+    assert verdict.compared == "set of classes from probability 0.5"
+    if sum(before) > 1.1:
+        raw = gate.judge(np.float32([before]), np.float32([after]), Scores.SOFTMAX)
+        assert (raw.agreement, raw.compared) == (agrees, verdict.compared)
+    assert "the same set of classes from probability 0.5 as fp32" in gate.format_verdict(verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "sure"),
+    [
+        ([0.9, 0.8, 0.1], True),
+        ([0.9, 0.55, 0.1], False),
+        ([0.3, 0.1, 0.1], True),
+        ([0.3, 0.25, 0.1], False),
+        ([0.3], True),
+        ([0.45], False),
+    ],
+)
+def test_fp32_is_sure_of_a_set_if_no_class_is_near_the_bound(
+    before: list[float], sure: bool
+) -> None:
+    """And of the most probable class, where that counts."""
+    assert gate.judge(logit([before]), logit([before]), Scores.SIGMOID).sure == sure
+
+
+def test_exclusive_probabilities_are_judged_by_the_most_probable_class() -> None:
+    """Also those of a quantised softmax, whose sum is not quite 1, and of a sigmoid that was
+    turned into two classes.
+    """
+    before, after = np.float32([[0.45, 0.35, 0.22]]), np.float32([[0.52, 0.3, 0.2]])
+    verdict = gate.judge(before, after, Scores.SOFTMAX)
+    assert (verdict.agreement, verdict.compared) == (1, "top-1 class")
+    two = gate.judge(np.float32([[0.4, 0.6]]), np.float32([[0.6, 0.4]]), Scores.SOFTMAX)
+    assert (two.agreement, two.compared) == (0, "top-1 class")
+
+
+def test_a_verdict_by_the_rule_of_an_older_version_does_not_count() -> None:
+    """That compared the top-1 class of multi-label models."""
+    scores = np.zeros((1, 3), np.float32)
+    for kind, compared_now in ((Scores.SIGMOID, False), (Scores.LOGITS, True)):
+        card = replace(TINY_CARD, scores=kind)
+        verdict = gate.judge(scores, scores, kind)
+        assert gate.is_current(verdict, card)
+        assert gate.is_current(replace(verdict, compared="top-1 class"), card) is compared_now

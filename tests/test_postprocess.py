@@ -27,7 +27,7 @@ from imagemill.records import (
     Status,
     TopK,
 )
-from tiny import CLASSES, TINY_CARD
+from tiny import CLASSES, HEADLESS_CARD, TINY_CARD
 
 SHARD = Shard(0, 0, 99, 0, "plan", 0)
 
@@ -36,13 +36,13 @@ def spec(scores: Scores = Scores.LOGITS, precision: Precision = Precision.FP32) 
     return SessionSpec("m", replace(TINY_CARD, scores=scores), precision, 2)
 
 
-def ask(scores: Any, k: int = 5, kind: Scores = Scores.LOGITS) -> TopK:
+def ask(scores: Any, k: int = 5, kind: Scores = Scores.LOGITS, min_probability: Any = None) -> TopK:
     scores = np.asarray(scores, np.float32)
     rows = tuple(
         Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 1, 1, n) for n in range(len(scores))
     )
     batch = Batch(np.zeros((len(scores), 1, 1, 3), np.uint8), len(scores), rows)
-    return top_k(batch, Outputs(scores), spec(kind), k)[1]
+    return top_k(batch, Outputs(scores), spec(kind), k, min_probability)[1]
 
 
 def test_most_probable_first() -> None:
@@ -71,6 +71,63 @@ def test_never_more_than_there_are_classes() -> None:
     top = ask(np.random.default_rng(0).normal(size=(3, CLASSES)), 1_000)
     assert top.class_ids.shape == (3, CLASSES)
     assert all(sorted(row) == list(range(CLASSES)) for row in top.class_ids.tolist())
+
+
+def kept(top: TopK) -> list[list[int]]:
+    """The classes of each image, without the padding."""
+    rows = zip(top.class_ids.tolist(), top.counts.tolist(), strict=True)
+    return [ids[:count] for ids, count in rows]
+
+
+def test_only_classes_of_the_minimum_probability_are_kept() -> None:
+    """The bound itself is enough, up to k are kept, and an image may have none. Ties still go by
+    class id.
+    """
+    scores = np.float32([[0.7, 0.1, 0.9, 0.7, 0, 0, 0, 0, 0, 0], [0.1] * CLASSES])
+    assert kept(ask(scores, 5, Scores.SOFTMAX, 0.7)) == [[2, 0, 3], []]
+    assert kept(ask(scores, 2, Scores.SOFTMAX, 0.7)) == [[2, 0], []]
+    assert kept(ask(scores, 5, Scores.SOFTMAX, 0.0)) == [[2, 0, 3, 1, 4], [0, 1, 2, 3, 4]]
+    assert kept(ask(scores, 5, Scores.SOFTMAX)) == [[2, 0, 3, 1, 4], [0, 1, 2, 3, 4]]
+    assert kept(ask(scores[:0], 5, Scores.SOFTMAX, 0.7)) == []
+
+
+def test_each_class_has_its_own_threshold() -> None:
+    """A class that is less probable than another may be kept, and the other one not."""
+    scores = np.float32([[0.7, 0.1, 0.9, 0.7, 0, 0, 0, 0, 0, 0]])
+    thresholds = [0.8, 0.1, 0.95, 0.6, *[0.5] * 6]
+    top = ask(scores, 5, Scores.SOFTMAX, thresholds)
+    assert kept(top) == [[3, 1]]
+    assert top.probabilities[0, :2].tolist() == scores[0, [3, 1]].tolist()
+
+
+@examples(max_examples=60)
+@given(
+    scores=arrays(np.float32, (4, CLASSES), elements=st.floats(-9, 9, width=32)),
+    thresholds=st.one_of(
+        st.floats(0, 1), st.lists(st.floats(0, 1), min_size=CLASSES, max_size=CLASSES)
+    ),
+    k=st.integers(1, CLASSES + 1),
+)
+def test_thresholds_only_leave_classes_out(scores: np.ndarray, thresholds: Any, k: int) -> None:
+    """What is kept is the full list without the classes below their threshold, cut at k."""
+    everything = ask(scores, CLASSES, Scores.SIGMOID)
+    bounds = np.broadcast_to(np.float32(thresholds), CLASSES)
+    top = ask(scores, k, Scores.SIGMOID, thresholds)
+    for row, ids in enumerate(kept(top)):
+        ranked = zip(everything.class_ids[row].tolist(), everything.probabilities[row], strict=True)
+        assert ids == [class_id for class_id, p in ranked if p >= bounds[class_id]][:k]
+
+
+def test_a_network_without_a_head_has_no_classes() -> None:
+    """Its embedding alone says whether an output is valid."""
+    embedding = np.float32([[1, 2], [3, math.nan]])
+    rows = tuple(Row(n, SHARD, "s", f"{n}.jpg", Status.OK, None, 1, 1, n) for n in range(2))
+    batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), 2, rows)
+    outputs = Outputs(np.empty((2, 0), np.float32), embedding)
+    headless = SessionSpec("m", HEADLESS_CARD, Precision.FP32, 2)
+    found, top = top_k(batch, outputs, headless, 0)
+    assert [row.status for row in found.rows] == [Status.OK, Status.INVALID_OUTPUT]
+    assert kept(top) == [[], []]
 
 
 def test_an_empty_batch_has_no_rows() -> None:

@@ -688,6 +688,36 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     assert again.lines[0].startswith("int8: not accepted (too few images")
 
 
+def test_nothing_is_traded_where_agreement_is_not_defined(
+    models_dir: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network without a head: `auto` stays in fp32 and says why, int8 and `quantize` are refused,
+    and bf16 that was asked for is used.
+    """
+    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
+    headless = bundles.load(models_dir / "headless")
+
+    def prepare(setting: str) -> precisions.Prepared:
+        nothing = lambda: pytest.fail("listed")  # noqa: E731
+        return precisions.prepare(setting, headless, [], nothing, 10**6, chosen=CPU)
+
+    why = (
+        "headless has no classes, so it is not defined when a faster precision answers as fp32 does"
+    )
+    assert prepare("auto").precision is Precision.FP32
+    assert prepare("auto").lines == (f"precision fp32: {why}",)
+    assert prepare("bf16").precision is Precision.BF16
+    assert prepare("bf16").lines == (f"precision bf16: {why}",)
+    assert prepare("fp32").lines == ()
+    for refused in (
+        lambda: prepare("int8"),
+        lambda: precisions.quantize_bundle(headless, ["."], chosen=CPU),
+    ):
+        with pytest.raises(UsageError) as caught:
+            refused()
+        assert str(caught.value) == f"int8 is not possible: {why}. Use fp32."
+
+
 def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     fp32 = precisions.prepare("fp32", bundle, [], lambda: pytest.fail("listed"), 10**6, chosen=CPU)

@@ -407,7 +407,8 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(
         )
     )
     shown = opened(tmp_path / "b" / "report.html")
-    assert shown.get_by_text("No image was classified.").count() == 3
+    assert shown.get_by_text("No image has a class.").count() == 2
+    assert shown.get_by_text("No image has a result.").count() == 1
     run.run(
         job(
             helpers.fill(tmp_path / "one", {"x.jpg": sample_images.jpeg()}),

@@ -238,6 +238,37 @@ def test_answers_are_those_of_fp32_within_the_tolerance(opener: Opener) -> None:
         assert np.abs(outputs.embedding - embedding).max() < opener.candidate.tolerance
 
 
+def test_a_model_that_is_wider_than_high_is_computed(opener: Opener, models_dir: Path) -> None:
+    """Height and width are not mixed up: the answers are ONNX's own."""
+    wide = bundle.load(models_dir / "wide")
+    session = opener(wide, save=(Saved.EMBEDDING,))
+    with pytest.raises(errors.ModelError, match=r"compiled for uint8 \(3, 32, 64, 3\)"):
+        list(session.stream(batches(1)))
+    for batch, outputs in session.stream(batches(3, width=2 * SIZE)):
+        assert outputs.logits.shape == (3, CLASSES)
+        assert outputs.embedding is not None
+        if opener.candidate.tolerance is not None:
+            logits, embedding = fp32(wide, batch.pixels)
+            assert np.abs(outputs.logits - logits).max() < opener.candidate.tolerance
+            assert np.abs(outputs.embedding - embedding).max() < opener.candidate.tolerance
+
+
+def test_a_network_without_a_head_gives_its_embedding(opener: Opener, models_dir: Path) -> None:
+    """Asked for or not; the logits have no classes. Images that are not filled have no row."""
+    headless = bundle.load(models_dir / "headless")
+    given = batches(3, filled=2)
+    given[1] = replace(given[1], filled=0, rows=())
+    found = list(opener(headless).stream(given))
+    assert [outputs.logits.shape for _, outputs in found] == [(3, 0), (0, 0), (2, 0)]
+    for batch, outputs in found:
+        assert outputs.embedding is not None
+        assert outputs.embedding.dtype == np.float32
+        if opener.candidate.tolerance is not None:
+            _, embedding = fp32(opener._tiny, batch.pixels)
+            difference = outputs.embedding - embedding[: batch.filled]
+            assert np.abs(difference).max(initial=0) < opener.candidate.tolerance
+
+
 def test_the_embedding_comes_only_where_it_is_saved(opener: Opener) -> None:
     """Nobody pays for a column that nobody wants."""
     ((_, outputs),) = opener().stream(batches(1))

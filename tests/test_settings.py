@@ -35,8 +35,8 @@ def test_every_flag_sets_its_setting() -> None:
     """As `imagemill run` is typed."""
     words = (
         "run a --output out --model m --models-dir d --devices cpu --precision fp32 --batch-size 1"
-        " --batches-per-step auto --num-workers 2 --top-k 3 --labels l --save logits"
-        " --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
+        " --batches-per-step auto --num-workers 2 --top-k 3 --min-probability 0.5 --labels l"
+        " --save logits --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
         " --preprocess card --background white --max-pixels 6 --max-bytes 7 --max-seconds 8"
         " --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
         " --user-agent me --grace 9 --engine ray --allow-mixed --log-dir logs --no-preflight"
@@ -48,7 +48,7 @@ def test_every_flag_sets_its_setting() -> None:
     assert make_settings(vars(cli._parser().parse_args(words))) == Settings(
         ("a",),
         "out",
-        *("m", "d", "cpu", "fp32", 1, None, 2, 3, ("logits", "embedding"), 4),
+        *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), 4),
         *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True),
         *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, False, False),
         *((("old", "new"),), "me"),
@@ -65,6 +65,8 @@ def test_every_flag_sets_its_setting() -> None:
         ("moved", {"old": Path("new")}, (("old", "new"),)),
         ("retry_failed", (), ()),
         ("save", None, None),
+        ("min_probability", Path("t.csv"), "t.csv"),
+        ("min_probability", 0, 0),
     ],
 )
 def test_keywords_are_taken_in_every_usual_form(name: str, given: Any, expected: Any) -> None:
@@ -79,6 +81,9 @@ def test_keywords_are_taken_in_every_usual_form(name: str, given: Any, expected:
         ("num_workers", "2", "--num-workers 2: must be a whole number, not str."),
         ("max_seconds", "2", "--max-seconds 2: must be a number, not str."),
         ("grace_s", -1, "--grace -1: must be at least 0."),
+        ("min_probability", 1.5, "--min-probability 1.5: must be from 0 to 1, or a CSV file."),
+        ("min_probability", float("nan"), "--min-probability nan: must be from 0 to 1"),
+        ("min_probability", [1], "--min-probability [1]: must be a number, not list."),
         ("preprocess", "crop", "--preprocess crop: not known. Known: card, center-crop."),
         ("user_agent", "\n", r"--user-agent '\n': must be printable ASCII characters"),
     ],

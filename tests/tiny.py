@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,19 @@ LABELS = (
 )
 
 
-def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
+def tiny_model(
+    seed: int = 0,
+    spoil: str | None = None,
+    *,
+    height: int = SIZE,
+    width: int = SIZE,
+    has_head: bool = True,
+) -> onnx.ModelProto:
     """A random classifier: uint8 (n, 32, 32, 3) → logits (n, 10) and embedding (n, 32). `spoil`
     puts a NaN where white images meet it, or, if it is "everything", where every image does.
+    Height and width may be other multiples of 32. Without a head the embedding is all.
     """
+    features = 16 * (height // 32) * (width // 16)
     rng = np.random.default_rng(seed)
 
     def constant(name: str, array: Any) -> onnx.TensorProto:
@@ -88,7 +97,7 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
         *(constant(*item) for item in (("low", np.float32(-1)), ("high", np.float32(1)))),
         *(
             constant(*item)
-            for item in (("w3", 3 * weights(CLASSES, 32)), ("b3", weights(CLASSES, 1)[:, 0]))
+            for item in (("w3", 3 * weights(CLASSES, features)), ("b3", weights(CLASSES, 1)[:, 0]))
         ),
     ]
     if spoil:  # log of a negative number where the whole image is white, 2.42 on average
@@ -104,14 +113,17 @@ def tiny_model(seed: int = 0, spoil: str | None = None) -> onnx.ModelProto:
             constant("limit", np.float32([2.411 if spoil == "white" else -9])),
             constant("zero", np.float32([0.0])),
         ]
+    outputs = [
+        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
+        helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", features]),
+    ]
+    if not has_head:
+        del nodes[-1], outputs[0], constants[-2:]
     graph = helper.make_graph(
         nodes,
         "tiny",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", SIZE, SIZE, 3])],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES]),
-            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 32]),
-        ],
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", height, width, 3])],
+        outputs,
         constants,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
@@ -132,6 +144,16 @@ TINY_CARD = Card(
     parameters=3_000,
     normalised="normalised",
 )
+
+
+WIDE_CARD = replace(
+    TINY_CARD,
+    name="wide",
+    recipe=Recipe(SIZE, 2 * SIZE, (2 * SIZE, SIZE), pad=True, fill="#ffffff"),
+)
+"""Of `tiny_model(width=64)`: twice as wide as high, letterbox."""
+HEADLESS_CARD = replace(TINY_CARD, name="headless", labels=(), outputs=("embedding",))
+"""Of `tiny_model(has_head=False)`."""
 
 
 @dataclass(frozen=True)

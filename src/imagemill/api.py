@@ -48,7 +48,13 @@ from imagemill.records import (
     Summary,
 )
 from imagemill.runner import run as runner
-from imagemill.runner.model import resolve_model, with_recipe
+from imagemill.runner import thresholds
+from imagemill.runner.model import (
+    classes_kept,
+    resolve_model,
+    saved_outputs,
+    with_recipe,
+)
 from imagemill.runner.settings import DEFAULT_MODEL, check_settings, make_settings
 from imagemill.tuning import precisions
 from imagemill.tuning.batch_size import resolved
@@ -107,18 +113,22 @@ class Prediction:
     error: str | None
     """One line; None if status is ok."""
     class_id: int | None
-    """The most probable class; None, like label and probability, if status is not ok."""
+    """The most probable class. It is None, like label and probability, if status is not ok, if the
+    model has no classes, or if no class is as probable as `min_probability`.
+    """
     label: str | None
     probability: float | None
     top_k: tuple[Answer, ...]
-    """Most probable first, ties by class id; empty if status is not ok."""
+    """Most probable first, ties by class id; empty if `class_id` is None."""
     width: int | None
     """Of the image as displayed; None if unknown."""
     height: int | None
     logits: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
     """float32 (classes,) with `load(save=["logits"])` if status is ok."""
     embedding: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
-    """float32 (features,) with `load(save=["embedding"])` if status is ok."""
+    """float32 (features,) with `load(save=["embedding"])`, or if the model has no classes, if
+    status is ok.
+    """
 
 
 def run(
@@ -133,6 +143,7 @@ def run(
     batches_per_step: int | None = None,
     num_workers: int | None = None,
     top_k: int | None = None,
+    min_probability: float | PathLike | None = None,
     save: str | Sequence[str] | None = None,
     shard_size: int | None = None,
     include: str | Sequence[str] | None = None,
@@ -197,7 +208,8 @@ def load(
     precision: str = "auto",
     models_dir: PathLike | None = None,
     labels: PathLike | None = None,
-    top_k: int = 5,
+    top_k: int | None = None,
+    min_probability: float | PathLike | None = None,
     save: str | Sequence[str] = (),
     batch_size: int | None = None,
     num_workers: int | None = None,
@@ -215,8 +227,10 @@ def load(
             an accuracy check of this model has accepted it. `imagemill quantize` makes the check.
         models_dir: default: `$IMAGEMILL_MODELS`, else the user's cache folder.
         labels: file with one label per line; default: the model's own labels.
-        top_k: classes kept per image.
-        save: also keep `logits` or `embedding`.
+        top_k: classes kept per image; default: 5.
+        min_probability: keep only classes at least this probable, up to `top_k`: a number from 0 to
+            1, or a CSV file with the columns label and threshold; default: keep all.
+        save: also keep `logits` or `embedding`. Of a model without classes, the embedding is kept.
         batch_size: images per batch; does not affect results on CPUs.
         num_workers: decoding threads; default: one per core.
         background: blend transparent images onto this colour (`white`, `#rrggbb`, …); default: drop
@@ -242,6 +256,8 @@ def load(
     watcher = observer.Terminal() if progress else observer.Watcher()
     found = with_recipe(resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
+    if precision == Precision.INT8:
+        precisions.refuse_int8(found.card)
     if precision == Precision.INT8 and precisions.usable(found, Precision.INT8) is None:
         raise UsageError(
             f"precision int8: {found.card.name} has no int8 variant for this machine. Make it: "
@@ -253,7 +269,7 @@ def load(
         card=found.card,
         precision=prepared.precision,
         batch_size=batch_size or 0,
-        save=tuple(Saved(item) for item in settings.save or ()),
+        save=saved_outputs(settings, found.card),
         cache_dir=str(found.dir.absolute() / "compiled"),
     )
     spec = resolved(spec, chosen)
@@ -271,7 +287,13 @@ def load(
         return session
 
     return Classifier(
-        spec, opener, ahead, top_k, num_workers or len(chosen[0].cores), limits or Limits()
+        spec,
+        opener,
+        ahead,
+        classes_kept(settings, found.card),
+        thresholds.min_probability_of(settings, found.card),
+        num_workers or len(chosen[0].cores),
+        limits or Limits(),
     )
 
 
@@ -289,11 +311,13 @@ class Classifier:
         opener: Callable[[], Session],
         ahead: int,
         top_k: int,
+        min_probability: float | Sequence[float] | None,
         num_workers: int,
         limits: Limits,
     ) -> None:
         self._spec = spec
         self._top_k = top_k
+        self._min_probability = min_probability
         self._limits = limits
         self._ahead = ahead
         self._process = os.getpid()
@@ -311,7 +335,7 @@ class Classifier:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One per class, in the order of the logits."""
+        """One per class, in the order of the logits; empty if the model has no classes."""
         return self._spec.card.labels
 
     @property
@@ -435,13 +459,16 @@ class Classifier:
 
     def _predictions(self, batch: Batch, outputs: Outputs) -> Iterator[Prediction]:
         card, save = self._spec.card, self._spec.save
-        batch, top = top_k(batch, outputs, self._spec, self._top_k)
+        batch, top = top_k(batch, outputs, self._spec, self._top_k, self._min_probability)
         for row in batch.rows:
             if row.slot < 0:
                 yield Prediction(row.status, row.error, None, None, None, (), row.width, row.height)
                 continue
+            count = top.counts[row.slot]
             pairs = zip(
-                top.class_ids[row.slot].tolist(), top.probabilities[row.slot].tolist(), strict=True
+                top.class_ids[row.slot, :count].tolist(),
+                top.probabilities[row.slot, :count].tolist(),
+                strict=True,
             )
             best = tuple(
                 Answer(class_id, card.labels[class_id], probability)
@@ -450,9 +477,9 @@ class Classifier:
             yield Prediction(
                 row.status,
                 None,
-                best[0].class_id,
-                best[0].label,
-                best[0].probability,
+                best[0].class_id if best else None,
+                best[0].label if best else None,
+                best[0].probability if best else None,
                 best,
                 row.width,
                 row.height,

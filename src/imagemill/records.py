@@ -140,7 +140,7 @@ class Card:
     name: str
     architecture: str
     labels: tuple[str, ...]
-    """One per class, in the order of the logits."""
+    """One per class, in the order of the logits; empty for a network without a head."""
     recipe: Recipe
     mean: tuple[float, float, float]
     """RGB mean that the graph subtracts, on the scale 0 to 255."""
@@ -163,9 +163,15 @@ class Card:
     width, 3) where the model wants it so.
     """
     outputs: tuple[str, ...] = ("logits", "embedding")
+    """A network without a head has only `embedding`."""
     top1: float | None = None
     """Published top-1 accuracy on ImageNet, per cent."""
     notes: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has classes. Without a head, its result is the embedding."""
+        return "logits" in self.outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +237,8 @@ class Settings:
     batches_per_step: int | None = None
     num_workers: int | None = None
     top_k: int | None = None
+    min_probability: float | str | None = None
+    """A probability, or the path of a file with one per label."""
     save: tuple[str, ...] | None = None
     shard_size: int | None = None
     include: tuple[str, ...] | None = None
@@ -323,9 +331,12 @@ class Job:
     num_workers: int
     """Decoding threads per device; 0 leaves it to the worker."""
     top_k: int
+    """Classes kept per image; 0 for a network without a head."""
     limits: Limits
     plan_id: str
     answer_id: str
+    min_probability: float | tuple[float, ...] | None = None
+    """Less probable classes are not kept: one number, or one per class; None: all are kept."""
     log_dir: str | None = None
     access: Access = AS_GIVEN
     """How the sources are read this time; in `job.json` always the default."""
@@ -437,21 +448,24 @@ class Outputs:
     """What a session returns for a batch, padding dropped."""
 
     logits: NDArray[np.float32]
-    """float32 (filled, classes)."""
+    """float32 (filled, classes); without classes for a network without a head."""
     embedding: NDArray[np.float32] | None = None
     """float32 (filled, features), where the job saves it."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The k most probable classes of each image of a batch, most probable first, ties by class
-    id.
+    """The most probable classes of each image of a batch, most probable first, ties by class id.
+
+    Of each image, only the first `counts` of the k classes are kept. The others are padding.
     """
 
     class_ids: NDArray[np.int32]
     """int32 (filled, k)."""
     probabilities: NDArray[np.float32]
     """float32 (filled, k)."""
+    counts: NDArray[np.intp]
+    """int (filled,), at most k; less with a minimum probability."""
     outputs: Outputs
 
 

@@ -87,12 +87,13 @@ def format_dry_run(found: DryRun) -> str:
 
 def format_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a line per row: path, and probability and label or the error."""
-    return "\n".join(
-        f"  {row['path']:<34} {row['probability']:6.1%}  {row['label']}"
-        if row["status"] == "ok"
-        else f"  {row['path']:<34} {row['status']}: {row['error']}"
-        for row in rows
-    )
+
+    def result(row: Mapping[str, Any]) -> str:
+        if row["status"] != "ok":
+            return f"{row['status']}: {row['error']}"
+        return "no class" if row["label"] is None else f"{row['probability']:6.1%}  {row['label']}"
+
+    return "\n".join(f"  {row['path']:<34} {result(row)}" for row in rows)
 
 
 def format_status(found: JobStatus) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imagemill.errors import OutputError, PartError
@@ -297,11 +298,21 @@ def _find_damage(
     ]
     if table["path"].to_pylist() != planned:
         return "has other paths than the plan"
-    for status, why, label in zip(
-        *(table[name].to_pylist() for name in ("status", "error", "label")), strict=True
+    columns = (
+        table["status"],
+        table["error"],
+        table["label"],
+        pc.list_value_length(table["top_k"]),
+    )
+    for status, why, label, classes in zip(
+        *(column.to_pylist() for column in columns), strict=True
     ):
-        if (status == Status.OK.value) != (why is None) or (status == Status.OK.value) == (
-            label is None
+        # A network without a head has no classes, and a minimum probability may leave none.
+        is_ok, has_label = status == Status.OK.value, bool(classes)
+        if (
+            is_ok != (why is None)
+            or has_label != (label is not None)
+            or not (is_ok or classes is None)
         ):
             return "has a row whose status, error and answer contradict each other"
     return None

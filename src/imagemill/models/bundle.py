@@ -192,6 +192,12 @@ def load(folder: Path) -> Bundle:
         )
     if problem := cropped_beyond(recipe):
         raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
+    if card.has_head != bool(card.labels):
+        raise ModelError(
+            f"{folder / CARD} has {len(card.labels):,} labels, and its outputs are"
+            f" {', '.join(card.outputs) or 'none'}: a model with `logits` has labels, and one"
+            f" without has none. {remedy}"
+        )
     if len(card.labels) == 1 and card.scores is Scores.LOGITS:
         raise ModelError(
             f"{folder / CARD} has one label and the scores are logits: a softmax over one class is"

@@ -31,20 +31,22 @@ class Verdict:
 
     images: int
     agreement: float
-    """Share of the images with fp32's top-1 class; 0 without images."""
+    """Share of the images with fp32's answer, see `compared`; 0 without images."""
     wilson_low: float
     """Lower bound of the agreement's 95 % interval."""
     wilson_high: float
     sure: int
-    """Number of images of which fp32 was sure: its two largest probabilities lie far apart."""
+    """Number of images of which fp32 was sure: its probabilities lie far from another answer."""
     flips_where_sure: int
-    """Number of these images with another top-1 class."""
+    """Number of these images with another answer."""
     mean_probability_difference: float
     """Mean over the images of |p − p′|: the probability of fp32's top-1 class in fp32 and in the
     candidate.
     """
     accepted: bool
     reason: str
+    compared: str = "top-1 class"
+    """What the answer of an image is: see `gate.agree`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def run_shards(
     batches = clock.timing("starved", feed.batches(read.read(leases, job)))
     for batch, outputs in session.stream(batches):
         clock.through(len(batch.rows))
-        answered, top = top_k.top_k(batch, outputs, job.session, job.top_k)
+        answered, top = top_k.top_k(batch, outputs, job.session, job.top_k, job.min_probability)
         begun = time.perf_counter()
         for part in sink.write(answered, top):
             yield part.commit()

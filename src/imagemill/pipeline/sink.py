@@ -28,6 +28,7 @@ class _Open:
     rows: list[Row] = field(default_factory=list)
     class_ids: list[NDArray[np.int32]] = field(default_factory=list)
     probabilities: list[NDArray[np.float32]] = field(default_factory=list)
+    counts: list[NDArray[np.intp]] = field(default_factory=list)
     saved: dict[Saved, list[NDArray[np.float32]]] = field(default_factory=dict)
     since: float = field(default_factory=time.monotonic)
 
@@ -110,6 +111,7 @@ class Sink:
             opened.rows.extend(rows)
             opened.class_ids.append(top.class_ids[slots])
             opened.probabilities.append(top.probabilities[slots])
+            opened.counts.append(top.counts[slots])
             for saved in self._job.session.save:
                 values = top.outputs.logits if saved is Saved.LOGITS else top.outputs.embedding
                 assert values is not None
@@ -126,25 +128,27 @@ class Sink:
         answered = np.fromiter((row.slot >= 0 for row in rows), bool, len(rows))
         place = np.cumsum(answered) - 1  # of each row among the answered ones
         taken = pa.array(np.where(answered, place, 0), pa.int64(), mask=~answered)
-        k = class_ids.shape[1]
-        ids = pa.array(class_ids.reshape(-1), pa.int32())
+        counts = np.zeros(len(rows), np.intp)  # of classes, of each row
+        counts[answered] = np.concatenate(opened.counts)
+        kept = np.arange(class_ids.shape[1]) < counts[answered][:, None]
+        ids, numbers = pa.array(class_ids[kept]), pa.array(probabilities[kept])
         structs = pa.StructArray.from_arrays(
-            [ids, self._labels.take(ids), pa.array(probabilities.reshape(-1), pa.float32())],
-            fields=list(_TOP_K),
+            [ids, self._labels.take(ids), numbers], fields=list(_TOP_K)
         )
-        offsets = np.concatenate([[0], np.cumsum(answered)]).astype(np.int32) * k
-        first = pa.array(class_ids[:, 0], pa.int32()).take(taken)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        first = pa.array(offsets[:-1], pa.int64(), mask=counts == 0)
+        listed = answered if self._job.session.card.has_head else np.zeros(len(rows), bool)
         columns = [
             pa.array([row.index for row in rows], pa.int64()),
             pa.array([row.source for row in rows], pa.string()),
             pa.array([row.path for row in rows], pa.string()),
             pa.array([row.status.value for row in rows], pa.string()),
             pa.array([_told(row.error) for row in rows], pa.string()),
-            first,
-            self._labels.take(first),
-            pa.array(probabilities[:, 0], pa.float32()).take(taken),
+            ids.take(first),
+            self._labels.take(ids.take(first)),
+            numbers.take(first),
             pa.ListArray.from_arrays(
-                pa.array(offsets, pa.int32()), structs, mask=pa.array(~answered)
+                pa.array(offsets, pa.int32()), structs, mask=pa.array(~listed)
             ),
             pa.array([_side(row.width) for row in rows], pa.int32()),
             pa.array([_side(row.height) for row in rows], pa.int32()),

@@ -4,7 +4,7 @@ infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -20,14 +20,22 @@ one kind may accept another.
 """
 
 
-def top_k(batch: Batch, outputs: Outputs, spec: SessionSpec, k: int) -> tuple[Batch, TopK]:
-    """Pick the k most probable classes of each image of a batch.
+def top_k(
+    batch: Batch,
+    outputs: Outputs,
+    spec: SessionSpec,
+    k: int,
+    min_probability: float | Sequence[float] | None = None,
+) -> tuple[Batch, TopK]:
+    """Return the k most probable classes of each image of a batch.
 
     Args:
         batch: the images.
         outputs: logits float32 (filled, classes); filled may be 0.
         spec: of the session; its card says what the scores are and how many classes there are.
         k: at most this many; fewer if there are fewer classes.
+        min_probability: keeps a class only if its probability, as float32, is at least this; one
+            number, or one per class. None keeps all classes.
 
     Returns:
         the batch, and class ids and probabilities, most probable first; ties in the float32
@@ -56,10 +64,14 @@ def top_k(batch: Batch, outputs: Outputs, spec: SessionSpec, k: int) -> tuple[Ba
             valid[:, None], scores, np.float32(0)
         )  # these classes are not written; NaN would only cause warnings
     probabilities = to_probabilities(scores, card.scores)
-    class_ids = most_probable(probabilities, k)
-    return batch, TopK(
-        class_ids, np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1), outputs
-    )
+    candidates, counts = probabilities, np.full(len(scores), min(k, scores.shape[1]), np.intp)
+    if min_probability is not None:
+        kept = probabilities >= np.asarray(min_probability, np.float32)
+        candidates = np.where(kept, probabilities, np.float32(-1))
+        counts = np.minimum(counts, kept.sum(axis=1))
+    class_ids = most_probable(candidates, k)
+    best = np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1)
+    return batch, TopK(class_ids, best, counts, outputs)
 
 
 def most_probable(probabilities: NDArray[np.float32], k: int) -> NDArray[np.int32]:

@@ -82,6 +82,8 @@ class Figures:
     classes: tuple[ClassCount, ...]
     """The most frequent ones, at most `CLASSES`."""
     classes_seen: int
+    unclassified: int
+    """Images without a class: none of their classes was probable enough, or the model has none."""
     other_images: int
     """Images of the classes that are not listed."""
     other_probability: float
@@ -163,20 +165,23 @@ def gather(job: OpenJob) -> Figures:
         }
         statuses.update(here)
         is_ok = pc.equal(table["status"], Status.OK.value).to_numpy()
-        indices = shard.first + np.flatnonzero(is_ok)
-        class_ids = table["class_id"].filter(is_ok).to_numpy()
-        probabilities = table["probability"].filter(is_ok).to_numpy().astype(np.float64)
+        has_class = pc.is_valid(table["class_id"]).to_numpy()
+        classified = shard.first + np.flatnonzero(has_class)
+        class_ids = table["class_id"].drop_null().to_numpy()
+        probabilities = table["probability"].drop_null().to_numpy().astype(np.float64)
         counts += np.bincount(class_ids, minlength=len(labels))
         sums += np.bincount(class_ids, weights=probabilities, minlength=len(labels))
         bins += np.histogram(probabilities, BINS, (0.0, 1.0))[0]
-        most.offer(-probabilities, indices)
-        least.offer(probabilities, indices)
+        most.offer(-probabilities, classified)
+        least.offer(probabilities, classified)
+        indices = shard.first + np.flatnonzero(is_ok)
         sample.offer(shuffled(indices, seed), indices)
         for status in here.keys() - {Status.OK.value}:
             lost = shard.first + np.flatnonzero(pc.equal(table["status"], status).to_numpy())
             failed.setdefault(status, _Smallest(EXAMPLES)).offer(shuffled(lost, seed), lost)
     ok = statuses.pop(Status.OK.value, 0)
-    ends = min(CERTAIN_IMAGES, ok // 3)
+    classified_images = int(counts.sum())
+    ends = min(CERTAIN_IMAGES, classified_images // 3)
     chosen_most = most.indices[:ends].tolist()
     chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
     ends_shown = {*chosen_most, *chosen_least}
@@ -198,7 +203,7 @@ def gather(job: OpenJob) -> Figures:
         for class_id in np.lexsort((np.arange(len(labels)), -counts))[:CLASSES]
         if counts[class_id]
     ]
-    others = ok - int(counts[named].sum())
+    others = classified_images - int(counts[named].sum())
     return Figures(
         images=images,
         ok=ok,
@@ -207,10 +212,11 @@ def gather(job: OpenJob) -> Figures:
             ClassCount(i, labels[i], int(counts[i]), float(sums[i] / counts[i])) for i in named
         ),
         classes_seen=int(np.count_nonzero(counts)),
+        unclassified=ok - classified_images,
         other_images=others,
         other_probability=float((sums.sum() - sums[named].sum()) / others) if others else 0.0,
         probabilities=tuple(bins.tolist()),
-        mean_probability=float(sums.sum() / ok) if ok else None,
+        mean_probability=float(sums.sum() / classified_images) if classified_images else None,
         examples={
             status: tuple(rows[index] for index in found) for status, found in chosen_failed.items()
         },

@@ -191,7 +191,8 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
     """Return the classes in the gallery, sorted by label: id, label, number of images."""
     found: dict[int, tuple[str, int]] = {}
     for image in (*figures.most_certain, *figures.least_certain, *figures.sample):
-        assert image.class_id is not None
+        if image.class_id is None:
+            continue
         found[image.class_id] = (str(image.label), found.get(image.class_id, ("", 0))[1] + 1)
     return sorted(
         ((class_id, *rest) for class_id, rest in found.items()),
@@ -314,7 +315,16 @@ def _provenance(
                 ("batches per step", str(job.session.batches_per_step or "auto")),
                 ("decoding threads", str(job.num_workers or "auto")),
                 ("shard size", f"{frozen.shard_size:,}"),
-                ("top-k", str(job.top_k)),
+                ("top-k", str(job.top_k) if card.has_head else "the model has no classes"),
+                (
+                    "minimum probability",
+                    "none"
+                    if job.min_probability is None
+                    else f"{job.min_probability:g}"
+                    if isinstance(job.min_probability, float)
+                    else f"{len(job.min_probability):,} thresholds, {min(job.min_probability):g} to"
+                    f" {max(job.min_probability):g}",
+                ),
                 ("also saved", ", ".join(job.session.save) or "nothing"),
                 (
                     "limits of an image",

@@ -28,6 +28,7 @@ from imagemill.records import (
     SessionSpec,
     Settings,
 )
+from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of, check_moved, filters_of, listing, no_images
 from imagemill.system import files, serialization
 from imagemill.tuning import batch_size
@@ -37,7 +38,11 @@ if TYPE_CHECKING:
     from imagemill.tuning.precisions import Prepared
 from imagemill.job.documents import FORMAT, Frozen, read_frozen
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.runner.model import with_recipe
+from imagemill.runner.model import (
+    classes_kept,
+    saved_outputs,
+    with_recipe,
+)
 from imagemill.runner.settings import limits_of
 
 
@@ -120,8 +125,8 @@ def _job(
 ) -> Job:
     card = model.card
     resolved = sources.resolve(settings.sources)
-    save = tuple(sorted({Saved(item) for item in settings.save or ()}, reverse=True))
-    top_k = settings.top_k or 5
+    save, top_k = saved_outputs(settings, card), classes_kept(settings, card)
+    min_probability = thresholds.min_probability_of(settings, card)
     return Job(
         output=paths.output,
         sources=resolved,
@@ -142,7 +147,15 @@ def _job(
         top_k=top_k,
         limits=limits_of(settings, Limits()),
         plan_id=plan_id(resolved, filters, settings.limit, shard_size),
-        answer_id=answer_id(card, prepared, backend_of(chosen, settings.allow_mixed), top_k, save),
+        answer_id=answer_id(
+            card,
+            prepared,
+            backend_of(chosen, settings.allow_mixed),
+            top_k,
+            save,
+            min_probability,
+        ),
+        min_probability=min_probability,
         log_dir=str(paths.logs) if settings.log_dir else None,
     )
 
@@ -184,7 +197,12 @@ def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_
 
 
 def answer_id(
-    card: Card, prepared: Prepared, backend: str, top_k: int, save: Sequence[Saved]
+    card: Card,
+    prepared: Prepared,
+    backend: str,
+    top_k: int,
+    save: Sequence[Saved],
+    min_probability: float | Sequence[float] | None = None,
 ) -> str:
     """Return a hash of everything that decides a result."""
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
@@ -197,6 +215,7 @@ def answer_id(
         backend,
         top_k,
         list(save),
+        min_probability,
     )
 
 

@@ -14,16 +14,19 @@ from imagemill.models import bundle, resolve
 from imagemill.records import (
     Bundle,
     Card,
+    Saved,
     Settings,
 )
-from imagemill.runner.settings import DEFAULT_MODEL, parse_colour
+from imagemill.runner import thresholds
+from imagemill.runner.settings import DEFAULT_MODEL, SETTINGS, parse_colour
 
 
 def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
     """Return the bundle that the settings name, with their labels; download it if it is missing.
 
     Raises:
-        UsageError: there is no such model, or it has no output that is to be saved.
+        UsageError: there is no such model, it has no output that is to be saved, it has no head
+            and the settings ask for classes, or the file of thresholds does not fit.
         ClassCountError: the number of labels differs from the number of classes.
         ModelError: the model cannot be downloaded or read.
     """
@@ -32,6 +35,8 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
         settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download
     )
     card = found.card
+    if not card.has_head:
+        refuse_classes(settings, card)
     for saved in settings.save or ():
         if saved not in card.outputs:
             raise UsageError(
@@ -39,6 +44,7 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
                 f" again with --{saved} TENSOR."
             )
     if settings.labels is None:
+        thresholds.min_probability_of(settings, card)
         return found
     labels = bundle.read_labels(Path(settings.labels))
     if len(labels) != len(card.labels):
@@ -47,7 +53,34 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
             f"{bundle.MODEL} returns {classes} classes, {settings.labels} has {len(labels)} lines. "
             f"Give the {classes}-line file with --labels."
         )
-    return replace(found, card=replace(card, labels=labels))
+    card = replace(card, labels=labels)
+    thresholds.min_probability_of(settings, card)
+    return replace(found, card=card)
+
+
+def refuse_classes(settings: Settings, card: Card) -> None:
+    """Raise UsageError if the settings ask for classes of a network without a head."""
+    for name in ("top_k", "min_probability", "labels"):
+        if (value := getattr(settings, name)) is not None:
+            raise UsageError(
+                f"{SETTINGS[name].flag} {value}: {card.name} has no classes, its result is an"
+                " embedding. Leave it out."
+            )
+
+
+def saved_outputs(settings: Settings, card: Card) -> tuple[Saved, ...]:
+    """Return the outputs to keep: those of the settings, and the embedding of a network without a
+    head.
+    """
+    saved = {Saved(item) for item in settings.save or ()}
+    if not card.has_head:
+        saved.add(Saved.EMBEDDING)
+    return tuple(sorted(saved, reverse=True))
+
+
+def classes_kept(settings: Settings, card: Card) -> int:
+    """Return the number of classes kept per image; 0 for a network without a head."""
+    return (settings.top_k or 5) if card.has_head else 0
 
 
 def with_recipe(model: Bundle, settings: Settings) -> Bundle:

@@ -15,8 +15,14 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.records import DeviceSpec, Settings
+from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
-from imagemill.runner.model import describe_labels, identify, is_local, resolve_model
+from imagemill.runner.model import (
+    describe_labels,
+    identify,
+    is_local,
+    resolve_model,
+)
 from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 
 
@@ -90,8 +96,12 @@ def _compare(
     if settings.model is not None and not is_local(settings) and settings.model != card.name:
         yield "model", card.name, settings.model  # before anything is downloaded
     elif settings.model is not None:
-        asked = resolve_model(replace(settings, labels=None), watcher).card
+        asked = resolve_model(replace(settings, labels=None, min_probability=None), watcher).card
         yield "model", identify(card), identify(asked)
+    if settings.min_probability is not None:
+        was = thresholds.describe(job.min_probability)
+        now = thresholds.min_probability_of(settings, card)
+        yield "min_probability", was, thresholds.describe(now)
     if settings.labels is not None:
         labels = bundle.read_labels(Path(settings.labels))
         yield "labels", describe_labels(card.labels), describe_labels(labels)

@@ -84,6 +84,20 @@ def _parse_statuses(text: str) -> tuple[str, ...]:
     return tuple(filter(None, text.split(",")))
 
 
+def _parse_min_probability(text: str) -> float | str:
+    """Return a number as a float, and anything else, which is a file's path, as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _find_problem_of_min_probability(value: object) -> str | None:
+    if isinstance(value, str):
+        return None  # a file, which is checked with the labels of the model
+    return _between("from 0 to 1, or a CSV file", lambda number: 0 <= number <= 1)(value)
+
+
 def _count(most: int = MAX_COUNT) -> Callable[[Any], str | None]:
     def find_problem(value: object) -> str | None:
         if not isinstance(value, int):
@@ -202,6 +216,14 @@ SETTINGS: Mapping[str, Setting] = {
         kind=_THREADS,
     ),
     "top_k": Setting("--top-k", "classes kept per image (default: 5)", "K", Effect.ANSWERS, _COUNT),
+    "min_probability": Setting(
+        "--min-probability",
+        "keep only classes at least this probable, up to --top-k: a number from 0 to 1, or a CSV"
+        " file with the columns label and threshold (default: keep all)",
+        "P|FILE",
+        Effect.ANSWERS,
+        Kind(_parse_min_probability, _find_problem_of_min_probability),
+    ),
     "labels": Setting(
         "--labels",
         "file with one label per line, in the order of the classes (default: the model's own)",

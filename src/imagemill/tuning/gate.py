@@ -12,14 +12,26 @@ from numpy.typing import NDArray
 
 from imagemill.models.variants import Verdict
 from imagemill.pipeline.top_k import most_probable, to_probabilities
-from imagemill.records import Scores
+from imagemill.records import Card, Scores
 
 ENOUGH: Final = 1_000
 """Minimum number of held-out images for an accepted verdict."""
 BAR: Final = 0.95
 """Minimum lower bound of the agreement's 95 % Wilson interval."""
 SURE: Final = 0.1
-"""fp32 is sure of an image if its two largest probabilities differ by more than this."""
+"""fp32 is sure of an image if no probability would have to change by more than this for another
+answer: its two largest ones differ by more, or all lie further from `PRESENT`.
+"""
+PRESENT: Final = 0.5
+"""Probability from which a multi-label model is taken to see a class. The check must not depend on
+the thresholds of one job, because its verdict is kept for all jobs.
+"""
+TOP_1: Final = "top-1 class"
+SET: Final = f"set of classes from probability {PRESENT:g}"
+_NOT_EXCLUSIVE: Final = 0.05
+"""Probabilities whose sum is further from 1 than this are not those of exclusive classes. Quantised
+softmaxes are within it.
+"""
 TOO_FEW: Final = "too few images"
 """Start of the reason if there are too few images."""
 _Z95: Final = 1.959963984540054
@@ -47,10 +59,67 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     )
 
 
+def is_defined(card: Card) -> bool:
+    """Return whether there is anything to compare: a network without a head has no answers. How
+    far an embedding may move depends on what it is used for.
+    """
+    return card.has_head
+
+
+def is_current(verdict: Verdict, card: Card) -> bool:
+    """Return whether a verdict compares what is compared today. Older versions compared the top-1
+    class of multi-label models, too.
+    """
+    return card.scores is not Scores.SIGMOID or verdict.compared == SET
+
+
+def _is_multi_label(probabilities: NDArray[np.float32], scores: Scores) -> bool:
+    """Return whether each class has a probability of its own. A wrapped graph that ends in its own
+    sigmoid says `softmax`, since its scores are probabilities already, but they do not sum to 1.
+    """
+    if scores is Scores.SOFTMAX:
+        sums = probabilities.sum(axis=1, dtype=np.float64)
+        return bool((np.abs(sums - 1) > _NOT_EXCLUSIVE).any())
+    return scores is Scores.SIGMOID
+
+
+def agree(
+    before: NDArray[np.float32], after: NDArray[np.float32], *, multi_label: bool
+) -> NDArray[np.bool_]:
+    """Return for each image whether two arrays of probabilities, (n, classes), give one answer.
+
+    Exclusive classes: the most probable class is the same. Of a multi-label model the set of
+    classes from probability `PRESENT` is the same; if it is empty, the most probable class, too.
+    The most probable class alone says little there: of several classes near 1, noise decides which
+    comes first. With a single score, it is from `PRESENT` in both or in neither.
+    """
+    is_first_same = most_probable(before, 1)[:, 0] == most_probable(after, 1)[:, 0]
+    if not multi_label:
+        return np.asarray(is_first_same)
+    present = before >= PRESENT
+    is_set_same = (present == (after >= PRESENT)).all(axis=1)
+    return np.asarray(is_set_same & (present.any(axis=1) | is_first_same))
+
+
+def _is_sure(probabilities: NDArray[np.float32], *, multi_label: bool) -> NDArray[np.bool_]:
+    """Return for each image whether every other answer is further away than `SURE`."""
+    images, classes = probabilities.shape
+    is_first_sure = np.zeros(images, bool)
+    if classes > 1:
+        two = np.partition(probabilities, classes - 2, axis=1)[:, -2:]
+        is_first_sure = two[:, 1] - two[:, 0] > SURE
+    if not multi_label:
+        return is_first_sure
+    are_all_sure = (np.abs(probabilities - PRESENT) > SURE).all(axis=1)
+    has_present = (probabilities >= PRESENT).any(axis=1)
+    return np.asarray(are_all_sure & (has_present | is_first_sure | (classes == 1)))
+
+
 def judge(
     reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
 ) -> Verdict:
-    """Return the verdict on a candidate, compared with fp32 on the same images.
+    """Return the verdict on a candidate, compared with fp32 on the same images. `agree` says
+    what is compared.
 
     Args:
         reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n
@@ -76,7 +145,7 @@ def judge(
         known[compared],
         finite[compared],
     )
-    images, classes = reference.shape
+    images = len(reference)
     if images == 0:
         return Verdict(
             0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed"
@@ -89,11 +158,9 @@ def judge(
     rows = np.arange(images)
     before, after = to_probabilities(reference, scores), to_probabilities(candidate, scores)
     top = most_probable(before, 1)[:, 0]
-    same = both & (most_probable(after, 1)[:, 0] == top)
-    sure = np.zeros(images, bool)
-    if classes > 1:
-        two = np.partition(before, classes - 2, axis=1)[:, -2:]
-        sure = known & (two[:, 1] - two[:, 0] > SURE)
+    multi_label = _is_multi_label(before[known], scores)
+    same = both & agree(before, after, multi_label=multi_label)
+    sure = known & _is_sure(before, multi_label=multi_label)
     change = before[rows, top].astype(np.float64) - after[rows, top]
     difference = np.where(both, np.abs(change), 1.0)
     agreed = int(same.sum())
@@ -126,14 +193,15 @@ def judge(
         mean_probability_difference=float(difference.mean()),
         accepted=accepted,
         reason=reason,
+        compared=SET if multi_label else TOP_1,
     )
 
 
 def format_verdict(verdict: Verdict) -> str:
     """Return a verdict's figures in one line."""
     return (
-        f"the same top-1 as fp32 for {verdict.agreement:.4f} of {verdict.images:,} held-out images"
-        f" (95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}),"
+        f"the same {verdict.compared} as fp32 for {verdict.agreement:.4f} of {verdict.images:,}"
+        f" held-out images (95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}),"
         f" {verdict.flips_where_sure:,} flips among the {verdict.sure:,} where fp32 was sure, mean"
         f" probability difference {verdict.mean_probability_difference:.4f}"
     )

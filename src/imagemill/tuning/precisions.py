@@ -22,7 +22,16 @@ from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, openvino_rewrites
 from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import AS_GIVEN, Access, Bundle, DeviceSpec, Entry, Limits, Precision
+from imagemill.records import (
+    AS_GIVEN,
+    Access,
+    Bundle,
+    Card,
+    DeviceSpec,
+    Entry,
+    Limits,
+    Precision,
+)
 from imagemill.system import cpu
 from imagemill.tuning import gate, quantize, trial, trial_process
 from imagemill.tuning.trial import Say, Trial
@@ -118,7 +127,8 @@ def prepare(
         say: takes a line for the user.
 
     Raises:
-        UsageError: the devices do not all compute in it. ModelError, WorkerError: an explicit int8
+        UsageError: the devices do not all compute in it, or int8 of a network without a head,
+        which nothing can judge. ModelError, WorkerError: an explicit int8
         cannot be made; `auto` says so and goes on in fp32.
     """
     lines: list[str] = []
@@ -139,15 +149,34 @@ def prepare(
         access=access,
     )
     devices.check_precision(setting, chosen)
+    if setting == Precision.INT8:
+        refuse_int8(bundle.card)
     if setting in (Precision.FP32, Precision.FP16) or not are_judged(chosen):
         precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
         return Prepared(precision, "model", bundle.dir / bundles.MODEL)
+    if not gate.is_defined(bundle.card):
+        precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
+        tell(f"precision {precision}: {_not_defined(bundle.card)}")
+        return Prepared(precision, "model", bundle.dir / bundles.MODEL, lines=tuple(lines))
     if setting in (None, "auto"):
         choice = _automatic(base, entries, images, tell)
     else:
         choice = _explicit(Precision(setting), base, entries, images, tell)
     return Prepared(
         choice.precision, choice.variant, choice.model_file, choice.sha256, tuple(lines)
+    )
+
+
+def refuse_int8(card: Card) -> None:
+    """Raise UsageError if nothing can show whether int8 answers as fp32 does."""
+    if not gate.is_defined(card):
+        raise UsageError(f"int8 is not possible: {_not_defined(card)}. Use fp32.")
+
+
+def _not_defined(card: Card) -> str:
+    return (
+        f"{card.name} has no classes, so it is not defined when a faster precision answers as fp32"
+        " does"
     )
 
 
@@ -252,6 +281,7 @@ def usable(
         or replace(record.recipe, background=None) != replace(bundle.card.recipe, background=None)
         or record.instruction_set != trial.instruction_set(flags)
         or record.group_channels != openvino_rewrites.wanted(precision, flags)
+        or not gate.is_current(record.verdict, bundle.card)
     ):
         return None
     if precision is Precision.INT8 and variants.int8_file(bundle.dir, record) is None:
@@ -388,9 +418,11 @@ def quantize_bundle(
         say: takes a line for the user.
 
     Raises:
-        UsageError: numbers that make no sense, or sources without images. ModelError, SourceError,
+        UsageError: numbers that make no sense, sources without images, or a network without a
+        head. ModelError, SourceError,
         WorkerError.
     """
+    refuse_int8(bundle.card)
     for name, value in (("--calibration", calibration), ("--held-out", held_out)):
         if not 1 <= value <= 100_000:
             raise UsageError(f"{name} {value}: must be from 1 to 100,000.")

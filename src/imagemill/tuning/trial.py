@@ -226,7 +226,7 @@ def carry_out(
 
 
 def calibration_pixels(trial: Trial) -> list[NDArray[np.uint8]]:
-    """Decode what a trial would calibrate on: uint8 (1, size, size, 3) each."""
+    """Decode what a trial would calibrate on: uint8 (1, height, width, 3) each."""
     return _Run(trial, Precisions(), lambda _: None, lambda _: None).calibration_pixels()
 
 
@@ -277,7 +277,9 @@ class _Measurements:
     # Images.
 
     def _pixels(self, entries: Sequence[Entry], wanted: int) -> Iterator[NDArray[np.uint8]]:
-        """The first `wanted` of the entries that can be decoded, uint8 (1, size, size, 3) each."""
+        """Yield the first `wanted` of the entries that can be decoded, uint8 (1, height, width, 3)
+        each.
+        """
         trial = self._trial
         patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
         opened = sources.open_all(trial.sources, access=trial.access)
@@ -439,6 +441,8 @@ class _Run(_Measurements):
         if record is None or record.held_out != self._held_out or _circumstances(record) != now:
             return None
         if record.group_channels != openvino_rewrites.wanted(precision, cpu.flags()):
+            return None
+        if not gate.is_current(record.verdict, self._trial.bundle.card):
             return None
         if precision is Precision.INT8 and (
             record.calibration is None

@@ -4,12 +4,15 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from imagemill.errors import ModelError
-from imagemill.records import Batch, Outputs
+from imagemill.records import Batch, Outputs, Saved, SessionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,26 @@ class Session(Protocol):
     def close(self) -> None:
         """Let go of the device."""
         ...
+
+
+def names_of_outputs(spec: SessionSpec) -> list[str]:
+    """Return the names of the outputs that a session computes: `logits` if the model has a head;
+    `embedding` if it is saved, or if the model has nothing else.
+    """
+    if not spec.card.has_head:
+        return ["embedding"]
+    return ["logits", "embedding"] if Saved.EMBEDDING in spec.save else ["logits"]
+
+
+def make_outputs(names: Sequence[str], values: Iterable[NDArray[np.float32]]) -> Outputs:
+    """Return the outputs of a batch, float32 (filled, width) each, which have the names of
+    `names_of_outputs`. Without a head, the logits have no classes.
+    """
+    found = dict(zip(names, values, strict=True))
+    embedding = found.get("embedding")
+    if embedding is not None and "logits" not in found:
+        return Outputs(np.empty((len(embedding), 0), np.float32), embedding)
+    return Outputs(found["logits"], embedding)
 
 
 def refuse_other_shapes(batch: Batch, shape: tuple[int, ...]) -> None:

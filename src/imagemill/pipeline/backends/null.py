@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from imagemill.pipeline.backends.base import refuse_other_shapes
+from imagemill.pipeline.backends.base import names_of_outputs, refuse_other_shapes
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Saved, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Outputs, SessionSpec
 
 _FEATURES = 8
 
@@ -25,7 +25,7 @@ class NullSession:
         recipe = spec.card.recipe
         self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._classes = len(spec.card.labels)
-        self._with_embedding = Saved.EMBEDDING in spec.save
+        self._names = names_of_outputs(spec)
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""
@@ -36,13 +36,13 @@ class NullSession:
                 axis=1, dtype=np.uint64
             )
             logits = np.zeros((batch.filled, self._classes), np.float32)
-            for place, weight in enumerate((8.0, 4.0, 2.0, 1.0)):
+            for place, weight in enumerate((8.0, 4.0, 2.0, 1.0) if self._classes else ()):
                 column = (
                     sums // np.uint64(self._classes**place) % np.uint64(self._classes)
                 ).astype(np.intp)
                 logits[np.arange(batch.filled), column] += np.float32(weight)
             embedding = None
-            if self._with_embedding:
+            if "embedding" in self._names:
                 embedding = np.stack(
                     [(sums >> np.uint64(4 * bit)) % np.uint64(16) for bit in range(_FEATURES)],
                     axis=1,

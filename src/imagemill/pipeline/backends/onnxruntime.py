@@ -21,9 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, ModelError
-from imagemill.pipeline.backends.base import Found, refuse_other_shapes
+from imagemill.pipeline.backends.base import (
+    Found,
+    make_outputs,
+    names_of_outputs,
+    refuse_other_shapes,
+)
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +154,7 @@ class OnnxRuntimeSession:
         recipe = spec.card.recipe
         self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._input = spec.card.input
-        self._names = ["logits", "embedding"] if Saved.EMBEDDING in spec.save else ["logits"]
+        self._names = names_of_outputs(spec)
         # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md).
         # It changes no bit.
         cores = len(device.cores)
@@ -212,11 +217,13 @@ class OnnxRuntimeSession:
         self, batch: Batch, future: Future[list[NDArray[np.float32]]] | None
     ) -> tuple[Batch, Outputs]:
         if future is None:
-            return batch, Outputs(*(np.empty((0, width), np.float32) for width in self._widths))
+            empty = (np.empty((0, width), np.float32) for width in self._widths)
+            return batch, make_outputs(self._names, empty)
         begun = time.perf_counter()
         found = future.result()
         self._clock.add("compute", time.perf_counter() - begun)
-        return batch, Outputs(*(np.asarray(values[: batch.filled], np.float32) for values in found))
+        values = (np.asarray(array[: batch.filled], np.float32) for array in found)
+        return batch, make_outputs(self._names, values)
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -18,9 +18,14 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.pipeline.backends import openvino_rewrites
-from imagemill.pipeline.backends.base import Found, refuse_other_shapes
+from imagemill.pipeline.backends.base import (
+    Found,
+    make_outputs,
+    names_of_outputs,
+    refuse_other_shapes,
+)
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import load_openvino
 
@@ -106,17 +111,16 @@ class OpenVinoSession:
         self._clock = clock
         recipe = spec.card.recipe
         self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
-        self._with_embedding = Saved.EMBEDDING in spec.save
+        self._names = names_of_outputs(spec)
         core = ov.Core()
         if spec.cache_dir and _can_be_written(Path(spec.cache_dir)):
             core.set_property({"CACHE_DIR": spec.cache_dir})
         try:
             model = core.read_model(spec.model_file)
-            kept = list(spec.card.outputs) if self._with_embedding else ["logits"]
             for result in list(model.get_results()):
                 if not set(
                     result.output(0).get_node().input(0).get_source_output().get_names()
-                ) & set(kept):
+                ) & set(self._names):
                     model.remove_result(result)
             model.reshape({spec.card.input: list(self._shape)})
             if device.kind == "cpu" and (
@@ -138,8 +142,7 @@ class OpenVinoSession:
             raise ModelError(
                 f"{spec.model_file} cannot be compiled: {told}{_smaller(spec.batch_size)}"
             ) from error
-        self._logits = compiled.output("logits")
-        self._embedding = compiled.output("embedding") if self._with_embedding else None
+        self._ports = [compiled.output(name) for name in self._names]
         in_flight = spec.batches_per_step or 2 * max(
             1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         )
@@ -205,9 +208,7 @@ class OpenVinoSession:
             )  # the request's memory is used again
             return values
 
-        outputs = Outputs(
-            output(self._logits), output(self._embedding) if self._embedding else None
-        )
+        outputs = make_outputs(self._names, map(output, self._ports))
         if request is not None:
             self._free.append(request)
         return batch, outputs

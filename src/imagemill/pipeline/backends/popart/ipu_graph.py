@@ -57,7 +57,7 @@ def cut(model_file: Path, card: Card, batch_size: int, outputs: Sequence[str]) -
         model_file: a bundle's `model.onnx`.
         card: its card; names the tensor where normalisation ends.
         batch_size: to which the batch is fixed.
-        outputs: `logits`, and `embedding` where it is wanted.
+        outputs: names of the wanted outputs, as `names_of_outputs` returns them.
 
     Raises:
         ModelError: PopART cannot read such a model, or its normalisation is not one that the host

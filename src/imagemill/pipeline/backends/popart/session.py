@@ -35,10 +35,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, ModelError, UsageError
-from imagemill.pipeline.backends.base import Found, refuse_other_shapes
+from imagemill.pipeline.backends.base import (
+    Found,
+    make_outputs,
+    names_of_outputs,
+    refuse_other_shapes,
+)
 from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, Saved, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
 from imagemill.system import processes
 
 _log = logging.getLogger(__name__)
@@ -87,10 +92,10 @@ class PopartSession:
         height, width = spec.card.recipe.height, spec.card.recipe.width
         self._shape = (spec.batch_size, height, width, 3)
         self._steps = spec.batches_per_step or BATCHES_PER_STEP
-        outputs = ["logits", *(["embedding"] if Saved.EMBEDDING in spec.save else [])]
+        self._names = names_of_outputs(spec)
         half = spec.precision is Precision.FP16
         proportion = _memory_proportion()
-        cut = ipu_graph.cut(Path(spec.model_file), spec.card, spec.batch_size, outputs)
+        cut = ipu_graph.cut(Path(spec.model_file), spec.card, spec.batch_size, self._names)
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
         shape = (
@@ -222,9 +227,8 @@ class PopartSession:
         found = []
         for place, batch in enumerate(step.batches):
             rows = slice(place * count, place * count + batch.filled)
-            found.append(
-                (batch, Outputs(*(values[rows].copy() for values in self._slots[step.slot][1])))
-            )
+            values = (array[rows].copy() for array in self._slots[step.slot][1])
+            found.append((batch, make_outputs(self._names, values)))
         yield from found  # only now, when the slot may be filled again
 
     # The program.
