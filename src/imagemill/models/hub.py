@@ -45,6 +45,12 @@ _CACHE_FOLDER: Final = re.compile(
 _FOLDER: Final = ".hub"
 """In the models folder: listings, and links to the files."""
 _TEXTS: Final = ("config.json", "preprocessor_config.json", "processor_config.json")
+_GRAPHS: Final = (
+    "onnx/vision_model.onnx",
+    "vision_model.onnx",
+    "onnx/model.onnx",
+    "model.onnx",
+)
 _MAX_TEXT_BYTES: Final = 64 * 2**20
 """A list of 10⁶ labels has some 30 MiB."""
 _MAX_BYTES: Final = 16 * 2**30
@@ -137,13 +143,14 @@ def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
     """Return the files of a classifier: its configuration, and the best weights that there are.
 
     ONNX comes first, because it says everything about the network, then safetensors, then PyTorch's
-    pickles, which imagemill reads without executing anything.
+    pickles, which imagemill reads without executing anything. A repository with a vision tower has
+    both towers in `model.onnx`, which wants texts too.
 
     Raises:
         ModelError: the repository has no such weights.
     """
     texts = [name for name in _TEXTS if name in names]
-    for name in ("onnx/model.onnx", "model.onnx"):
+    for name in _GRAPHS:
         if name in names:
             return [*texts, *_onnx_data(name, names), name]
     if "model.safetensors" in names:
