@@ -64,8 +64,11 @@ class Hub:
     """Files of which the content is sent with one bit flipped."""
     cuts: list[int] = field(default_factory=list)
     """After how many bytes the next answers with a large file end."""
+    stalls: bool = False
+    """A large file's second half does not come."""
     locations: dict[str, str] = field(default_factory=dict)
     """Other addresses that requests for files are redirected to."""
+    released: threading.Event = field(default_factory=threading.Event)
     url: str = ""
     cdn: str = ""
     home: Path = Path()
@@ -78,6 +81,7 @@ class Hub:
         """Answer nobody any more, also on connections that are open."""
         if library := sys.modules.get("huggingface_hub"):
             library.close_session()
+        self.released.set()
         self._httpd.shutdown()
         self._httpd.server_close()
 
@@ -184,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         cut = hub.cuts.pop(0) if hub.cuts and self.command == "GET" else None
+        if hub.stalls:
+            cut = len(body) // 2
         self._send(206 if start else 200, body[start:], headers, cut)
 
     def _refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
@@ -203,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body if cut is None else body[:cut])
+        if cut is not None and self.hub.stalls:
+            self.hub.released.wait(30)
         if cut is not None:
             self.close_connection = True
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import helpers
 from hub_server import TOKEN, Handler, Hub, Repo
 from imagemill.errors import DownloadError, ModelError, UsageError
 from imagemill.models import hub as hubs
@@ -214,6 +218,32 @@ def test_a_truncated_download_resumes(
     ranges = [headers.get("Range") for headers in hub.headers if "localhost" in headers["Host"]]
     assert len(ranges) == 3
     assert ranges == [None, "bytes=2000-", "bytes=3000-"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_download_and_leaves_no_partial_file(
+    hub: Hub, models: Path, number: signal.Signals
+) -> None:
+    """At once, although the server is silent."""
+    hub.repos["owner/vit"] = vit()
+    hub.stalls = True
+    program = (
+        "import signal, sys, pathlib; from imagemill.models import hub;"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+        f"hub.snapshot('hf:owner/vit', pathlib.Path({str(models)!r}), print)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], env=helpers.environment(), stderr=subprocess.PIPE
+    )
+    helpers.until(lambda: any(" /cdn/" in line for line in hub.requests))
+    helpers.until(lambda: list(hub.home.rglob("*.incomplete")))
+    begun = time.monotonic()
+    child.send_signal(number)
+    child.communicate(timeout=20)
+    assert time.monotonic() - begun < 3
+    assert child.returncode in (143, -signal.SIGINT)
+    assert not list(hub.home.rglob("*.incomplete"))
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(

@@ -423,6 +423,7 @@ def _download(
                     library_version=__version__,
                     tqdm_class=bar,
                 ),
+                cleans_up=True,
             )
         )
         _check(repo, name, path, listing.files[name])

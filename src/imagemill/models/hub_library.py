@@ -49,8 +49,16 @@ class UnreachableError(DownloadError):
     """The Hub did not answer, or must not be asked."""
 
 
-def call(repo: str, revision: str, function: Callable[[], T]) -> T:
+def call(repo: str, revision: str, function: Callable[[], T], *, cleans_up: bool = False) -> T:
     """Return what a function of huggingface_hub returns; repeat it after errors that may pass.
+
+    Args:
+        repo: for messages.
+        revision: for messages.
+        function: is called in a thread, so that a name server that does not answer cannot block
+            signals.
+        cleans_up: call it in this thread instead: a signal ends it there, so that it removes its
+            temporary files.
 
     Raises:
         DownloadError: one line, whatever the library raised.
@@ -59,7 +67,7 @@ def call(repo: str, revision: str, function: Callable[[], T]) -> T:
     while True:
         try:
             with _quiet():
-                return interruptible.run(function, writes=True)
+                return function() if cleans_up else interruptible.run(function)
         except Exception as error:
             cause = _cause(error)
             if not _is_temporary(cause) or not attempts.pause():
