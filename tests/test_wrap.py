@@ -344,9 +344,15 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
         helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist())
     )
     assert not model.graph.initializer[0].raw_data
-    plan = examine(file, model, onnx_card.ReadCard(onnx_card.OnnxCard(scale=255)))
+    read = onnx_card.ReadCard(onnx_card.OnnxCard(scale=255))
+    plan = examine(file, model, read)
     assemble(model, plan)
-    made = bundle.write(tmp_path / "large", wrap._bundle_card(plan, "key"), model, external_from=1)
+    made = bundle.write(
+        tmp_path / "large",
+        wrap._bundle_card(plan, wrap.Source(file, model, read, "key")),
+        model,
+        external_from=1,
+    )
     assert (made.dir / bundle.DATA).is_file()
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])

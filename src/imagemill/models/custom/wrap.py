@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -46,10 +46,12 @@ class Source:
 
     file: Path
     model: onnx.ModelProto
-    """The file's content. It is consumed."""
+    """The file's content, as `parse` or `load` returned it. It is consumed."""
     read: ReadCard
     key: str
     """Hash of all of it."""
+    origin: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    """What the bundle's card says about where the model comes from, besides the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     beside = card_file(file)
     labels = given.get("labels")
     given = dict(given) | {"labels": None if labels is None else bundles.read_labels(Path(labels))}
-    model = _parsed(file)
+    model = parse(file)
     read = read_metadata(file.name, model)
     if beside.is_file():
         read = read.with_card(read_card(beside))
@@ -94,7 +96,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     if output is not None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"--output {output} is there already. Give a new folder.")
-        return output, _build_whole(source, output)
+        return output, build(source, output)
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         checked = _build(source, Path(folder) / "bundle")
     files.write_whole(beside, card_text(checked.card).encode())
@@ -114,7 +116,7 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
     beside = card_file(file)
     if not file.is_file():
         raise UsageError(f"--model {file}: there is no such file.")
-    model = _parsed(file)
+    model = parse(file)
     read = read_metadata(file.name, model)
     if beside.is_file():
         read = read.with_card(read_card(beside))
@@ -151,7 +153,7 @@ def bundle_of(
     if bundles.is_bundle(folder):
         return bundles.load(folder)
     say(f"{printable(file.name)}: wrapping it, once, into {folder}")
-    for line in _build_whole(Source(file, model, read, key), folder).lines:
+    for line in build(Source(file, model, read, key), folder).lines:
         say(f"{printable(file.name)}: {line}")
     return bundles.load(folder)
 
@@ -171,8 +173,17 @@ def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _build_whole(source: Source, folder: Path) -> Checked:
-    """As `_build`, but the folder appears whole."""
+def build(source: Source, folder: Path) -> Checked:
+    """Wrap a file into a bundle folder, which appears whole, and run it once.
+
+    Args:
+        source: the file and its card.
+        folder: of the bundle; missing or empty.
+
+    Raises:
+        UsageError: the card does not fit the file. ClassCountError: the labels do not. ModelError:
+        the file is not a classifier that can be wrapped, or the folder cannot be written.
+    """
     making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         checked = _build(source, making)
@@ -184,7 +195,7 @@ def _build_whole(source: Source, folder: Path) -> Checked:
             ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return checked
+    return replace(checked, bundle=replace(checked.bundle, dir=folder))
 
 
 def _key(file: Path, model: onnx.ModelProto, card: OnnxCard) -> str:
@@ -236,14 +247,18 @@ def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
             for inner in (value,) if hasattr(value, "ListFields") else value:
                 yield from _tensors(inner)
 
 
-def _parsed(file: Path) -> onnx.ModelProto:
-    """The file's graph, without weights that lie beside it. Raises: ModelError."""
+def parse(file: Path) -> onnx.ModelProto:
+    """Return a file's graph, without the weights in files beside it.
+
+    Raises:
+        ModelError: the file is empty or damaged.
+    """
     import onnx
 
     if file.stat().st_size == 0:
@@ -251,18 +266,35 @@ def _parsed(file: Path) -> onnx.ModelProto:
     try:
         return onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own
-        raise ModelError(f"{file} is damaged or not ONNX: {error}. Export it again.") from error
+        raise ModelError(
+            f"{file} is damaged or not ONNX: {printable(error)}. Export it again."
+        ) from error
+
+
+def load(file: Path) -> onnx.ModelProto:
+    """Return a file's graph with all weights, also those in files beside it.
+
+    Raises:
+        ModelError: a file is missing, damaged, or outside the folder.
+    """
+    import onnx
+
+    model = parse(file)
+    external_files(file, model)
+    onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
+    return model
 
 
 def _build(source: Source, folder: Path) -> Checked:
-    """Wrap a file into a bundle folder and run it once."""
+    """Wrap a file into a bundle folder, which may be left unfinished, and run it once."""
     import onnx
 
     file, model = source.file, source.model
+    external_files(file, model)
     onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
     plan = examine(file, model, source.read)
     assemble(model, plan)
-    made = bundles.write(folder, _bundle_card(plan, source.key), model)
+    made = bundles.write(folder, _bundle_card(plan, source), model)
     verdict = judge(plan, run_twice(made, plan))
     outputs = (["logits"] if verdict.classes else []) + (["embedding"] if verdict.features else [])
     labels = _labels(plan, verdict.classes)
@@ -287,7 +319,7 @@ def _card_to_write(read: ReadCard, plan: Plan) -> OnnxCard:
     )
 
 
-def _bundle_card(plan: Plan, key: str) -> Card:
+def _bundle_card(plan: Plan, source: Source) -> Card:
     card, file = plan.card, plan.file
     mean, std = plan.normalisation
     outputs = ("logits", "embedding") if plan.features else ("logits",)
@@ -305,7 +337,8 @@ def _bundle_card(plan: Plan, key: str) -> Card:
             "file": str(file.absolute()),
             "sha256": bundles.sha256(file),
             "verified": False,
-            "wrapped": key,
+            **source.origin,
+            "wrapped": source.key,
         },
         scores=plan.bundle_scores,
         normalised=None if plan.takes_bytes else "normalised",
