@@ -220,6 +220,17 @@ def test_a_truncated_download_resumes(
     assert ranges == [None, "bytes=2000-", "bytes=3000-"]
 
 
+def test_progress_counts_the_bytes_of_files_not_those_on_the_network() -> None:
+    """The Hub's other protocol (Xet) reports both, and asks bars for what tqdm has."""
+    counts: list[tuple[int, int | None]] = []
+    bar = hub_library.make_bar(10, 200, lambda *count: counts.append(count))(total=100, unit="B")
+    bar.update(30)
+    bar.update_transfer(20)
+    bar.set_postfix_str(bar.format_dict.get("rate"), refresh=False)
+    bar.update(70)
+    assert counts == [(40, 200), (110, 200)]
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_download_and_leaves_no_partial_file(

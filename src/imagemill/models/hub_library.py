@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from imagemill.errors import DownloadError, UsageError, printable
 from imagemill.system import interruptible
@@ -160,6 +160,9 @@ def make_bar(done: int, total: int, progress: Progress | None) -> type:
     """Return a class that huggingface_hub uses as tqdm, and that reports to `progress`."""
 
     class Bar:
+        total = None
+        format_dict: ClassVar[dict[str, object]] = {}
+
         def __init__(self, *_: object, initial: int = 0, **__: object) -> None:
             self.n = initial
 
@@ -167,6 +170,11 @@ def make_bar(done: int, total: int, progress: Progress | None) -> type:
             self.n += int(count or 0)
             if progress is not None:
                 progress(min(done + self.n, total), total)
+
+        def update_transfer(self, count: float | None = 1) -> None:
+            """Ignore bytes on the network, which are compressed; a class that has this method gets
+            the bytes of the file in `update`.
+            """
 
         def __enter__(self) -> Bar:
             return self
