@@ -37,6 +37,7 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     if plan.batch is not None:
         _open_batch(graph, plan.batch)
     _keep_what_is_needed(model, plan)
+    _pool_globally(graph, max(plan.recipe.height, plan.recipe.width))
     _rename(graph)
     for place, tensor in enumerate(graph.initializer):
         if (
@@ -195,6 +196,20 @@ def _keep_what_is_needed(model: onnx.ModelProto, plan: Plan) -> None:
     standard = [entry for entry in model.opset_import if entry.domain in STANDARD_DOMAINS]
     del model.opset_import[:]
     model.opset_import.extend(standard)
+
+
+def _pool_globally(graph: onnx.GraphProto, side: int) -> None:
+    """Turn average pools with a window larger than the image into global ones.
+
+    transformers' EfficientNet ends in such a pool. OpenVINO does not take it.
+    """
+    for node in graph.node:
+        if node.op_type != "AveragePool":
+            continue
+        values = {item.name: list(item.ints) for item in node.attribute}
+        if min(values["kernel_shape"]) >= side and not any(values.get("pads", ())):
+            node.op_type = "GlobalAveragePool"
+            del node.attribute[:]
 
 
 def _rename(graph: onnx.GraphProto) -> None:
