@@ -149,6 +149,8 @@ def describe_origin(card: Card) -> str:
         case "hub":
             commit = str(origin.get("commit"))[:12]
             text = f"from hf:{origin.get('repository')}@{commit}"
+        case "folder":
+            text = f"from the folder {origin.get('folder')}"
         case "package":
             text = f"from the package {origin.get('package')}"
         case other:

@@ -21,6 +21,7 @@ from imagemill.errors import DownloadError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub, published
 from imagemill.models.custom import wrap
+from imagemill.models.folders import folder
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
 from imagemill.records import Bundle
@@ -55,7 +56,7 @@ def resolve(
 
     Raises:
         UsageError: it is none of them. The message says what may have been meant.
-        ModelError: as `get`, `hub.snapshot` and `wrap.bundle_for`.
+        ModelError: as `get`, `hub.snapshot`, `wrap.bundle_for` and `folder.bundle_for`.
     """
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
@@ -70,9 +71,12 @@ def resolve(
     if published.find(model) is not None:
         return _published(model, models_dir, say, progress)
     if path.is_dir():
-        raise UsageError(
-            f"--model {model} is a folder, but not a model bundle: it has no {bundles.CARD}."
-        )
+        if not (path / folder.CONFIG).is_file():
+            raise UsageError(
+                f"--model {printable(model)} is a folder, but it has neither {bundles.CARD}, as a"
+                f" model bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
+            )
+        return folder.bundle_for(path, models_dir, say)
     raise UsageError(_unknown(model, path, models_dir))
 
 

@@ -1,0 +1,1 @@
+"""Model folders: what a folder of transformers, optimum or timm says becomes a bundle."""

@@ -1,0 +1,212 @@
+"""A model folder becomes a bundle.
+
+config.json, preprocessor_config.json ─► card, and where its values came from ─┐
+model.onnx ────────────────────────────────────────────────────────────────────┴─► bundle
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from imagemill.errors import ModelError, printable
+from imagemill.models import bundle as bundles
+from imagemill.models.custom import wrap
+from imagemill.models.custom.onnx_card import ReadCard
+from imagemill.models.folders import json_file, timm_config, transformers_config
+from imagemill.models.folders.json_file import Document
+from imagemill.records import Bundle
+from imagemill.system import files, serialization
+
+Say = Callable[[str], None]
+"""Takes one line for the user."""
+
+CONFIG: Final = "config.json"
+_GRAPHS: Final = (
+    "onnx/vision_model.onnx",
+    "vision_model.onnx",
+    "onnx/model.onnx",
+    "model.onnx",
+)
+"""In this order. A folder with a vision tower has both towers in `model.onnx`, which wants text."""
+_MAX_GRAPH_BYTES: Final = 2**31
+"""Limit of protobuf. Larger models keep their weights in files beside the graph."""
+_LISTED: Final = 5
+_READER: Final = 1
+"""Version of the reading: bundles of another version are built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a folder holds."""
+
+    folder: Path
+    document: Document
+    """`config.json`."""
+    read: ReadCard
+    architecture: str
+    """As the folder calls it; empty if it does not."""
+    is_timm: bool
+    source: Path
+    """The ONNX file."""
+    unused: tuple[str, ...]
+    """Names of other ONNX files."""
+
+
+def bundle_for(
+    folder: Path,
+    models_dir: Path,
+    say: Say,
+    *,
+    name: str | None = None,
+    origin: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Return the bundle of a model folder, and build it in the models folder if it is missing.
+
+    Without a name the bundle is called like the folder, followed by a hash over weights and card,
+    so that a change of either builds another bundle.
+
+    Args:
+        folder: has `config.json`.
+        models_dir: one folder per model.
+        say: takes one line at a time: each value that was read and where it came from.
+        name: of the bundle.
+        origin: where the folder is from, for the card: `repository`, `commit`, `licence`, …
+        given: fields of OnnxCard by name, which replace what the folder says.
+
+    Raises:
+        UsageError: a given value makes no sense, or a package is missing. ClassCountError: the
+        labels do not fit the network. CheckpointError: the weights are damaged. ModelError: a file
+        is missing, damaged or says something impossible, or the bundle cannot be written.
+    """
+    model = look_into(folder, given or {}, origin or {})
+    key = _key(model)
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", model.read.card.name or "")[:100].lstrip(".-") or "model"
+    home = models_dir / (name or f"{stem}-{key[:12]}")
+    if bundles.is_bundle(home):
+        found = bundles.load(home)
+        if found.card.origin.get("made") != key:
+            raise ModelError(
+                f"{home} holds a model made from other files or values. Remove it, or choose"
+                " another NAME."
+            )
+        return found
+
+    def tell(line: str) -> None:
+        say(f"{printable(folder)}: {line}")
+
+    tell(f"making a model of it, once, in {home}")
+    if model.unused:
+        more = f" and {len(model.unused) - _LISTED} more" if len(model.unused) > _LISTED else ""
+        names = ", ".join(printable(item) for item in model.unused[:_LISTED]) + more
+        tell(f"{model.source.name} is used; not used: {names}")
+    facts = {
+        "source": "folder",
+        "folder": printable(folder.absolute(), 1000),
+        "file": model.source.relative_to(folder).as_posix(),
+        "sha256": bundles.sha256(model.source),
+        "verified": False,
+        **{item: value for item, value in (origin or {}).items() if item != "licence"},
+        "made": key,
+    }
+    return _build(model, home, facts, tell)
+
+
+def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any]) -> Model:
+    """Return what a model folder holds. The weights are not read.
+
+    Raises:
+        ModelError, UsageError: as `bundle_for`.
+    """
+    shown = printable(folder)
+    file = json_file.inside(folder, CONFIG)
+    if file is None:
+        raise ModelError(
+            f"{shown} has no {CONFIG}, so it is no model folder of transformers, optimum or timm."
+        )
+    document = json_file.read(file)
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(given.get("labels"), str):
+        given["labels"] = bundles.read_labels(Path(given["labels"]))
+    if is_timm := timm_config.is_timm(document):
+        read, architecture = timm_config.read_timm(document), timm_config.architecture(document)
+    elif "model_type" in document.values or "architectures" in document.values:
+        read = transformers_config.read_transformers(folder, document, given)
+        architecture = transformers_config.architecture(document)
+    else:
+        raise document.error(
+            "it has neither model_type nor architectures (transformers), nor pretrained_cfg (timm)"
+        )
+    read = read.with_values(given)
+    licence = origin.get("licence")
+    if licence and "licence" not in given:
+        read = read.with_values({"licence": licence}, "the Hub")
+    name = str(origin.get("repository") or folder.absolute().name)
+    read = replace(read, card=replace(read.card, name=read.card.name or printable(name)))
+    source, unused = _source(folder)
+    return Model(folder, document, read, printable(architecture, 100), is_timm, source, unused)
+
+
+def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the file with the weights, and the names of other ONNX files.
+
+    Raises:
+        ModelError: there is none, or it is not clear which one to use, or it is too large.
+    """
+    graphs = [
+        file.relative_to(folder).as_posix()
+        for file in (*sorted(folder.glob("*.onnx")), *sorted(folder.glob("onnx/*.onnx")))
+    ]
+    usual = [name for name in _GRAPHS if name in graphs]
+    listed = ", ".join(printable(name) for name in graphs[:_LISTED])
+    if len(graphs) > 1 and not usual:
+        raise ModelError(
+            f"{printable(folder)} has {len(graphs)} ONNX files, none of which is called model.onnx:"
+            f" {listed}. Rename the one to use."
+        )
+    for name in usual or graphs:
+        file = json_file.inside(folder, name)
+        if file is None:
+            continue
+        size = file.stat().st_size
+        if size >= _MAX_GRAPH_BYTES:
+            raise ModelError(
+                f"{printable(file)} has {size:,} bytes; ONNX files are smaller than"
+                f" {_MAX_GRAPH_BYTES:,}."
+            )
+        return file, tuple(item for item in graphs if item != name)
+    raise ModelError(
+        f"{printable(folder)} has no weights that can be read: no model.onnx or onnx/model.onnx."
+    )
+
+
+def _key(model: Model) -> str:
+    """Return a hash of what decides the bundle."""
+    sums = [bundles.sha256(model.source)]
+    names = wrap.external_files(model.source, wrap.parsed(model.source))
+    sums += [bundles.sha256(model.source.parent / name) for name in names]
+    facts = [_READER, model.architecture, asdict(model.read.card), sums]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+# ── building ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _build(model: Model, home: Path, facts: Mapping[str, Any], say: Say) -> Bundle:
+    """Build the bundle of a folder."""
+    graph = model.source
+    source = wrap.Source(graph, wrap.parsed(graph), model.read, facts["made"])
+    checked = wrap.build_whole(source, home)
+    for line in checked.lines:
+        say(line)
+    card = replace(checked.bundle.card, origin=facts)
+    if model.architecture:
+        card = replace(card, architecture=model.architecture)
+    files.write_whole(home / bundles.CARD, serialization.encode(card))
+    return bundles.load(home)

@@ -1,0 +1,186 @@
+"""How timm prepares an image: `config.json` with `pretrained_cfg`, as an `OnnxCard`.
+
+This follows `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+from msgspec import Meta
+
+from imagemill.models import bundle as bundles
+from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
+from imagemill.models.folders.json_file import MAX_LABELS, Document, check_labels
+from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side, spelled
+from imagemill.records import Centre, Interpolation
+
+_CROPPED: Final = 0.875
+"""timm's default for `crop_pct`."""
+_Shape = tuple[Side, Side, Side]
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """`pretrained_cfg`. None: missing or null."""
+
+    input_size: _Shape | None = None
+    test_input_size: _Shape | None = None
+    fixed_input_size: bool | None = None
+    interpolation: Interpolation | None = None
+    crop_pct: Annotated[float, Meta(ge=0, le=100)] | None = None
+    crop_mode: Literal["center", "squash", "border", ""] | None = None
+    mean: tuple[Number, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    num_classes: Annotated[int, Meta(ge=0, le=MAX_LABELS)] | None = None
+    label_names: tuple[str, ...] | None = None
+    label_descriptions: dict[str, str] | None = None
+    license: str | None = None
+    tag: str | None = None
+    architecture: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelArguments:
+    """`model_args`: how the model was built."""
+
+    img_size: Side | Pair | None = None
+    in_chans: Side | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """`config.json` without `pretrained_cfg`."""
+
+    architecture: str | None = None
+    num_classes: Annotated[int, Meta(ge=0, le=MAX_LABELS)] | None = None
+    label_names: tuple[str, ...] | None = None
+    label_descriptions: dict[str, str] | None = None
+    labels: tuple[str, ...] | None = None
+    model_args: ModelArguments | None = None
+
+
+def is_timm(document: Document) -> bool:
+    """Return whether a `config.json` is timm's."""
+    values = document.values
+    return "pretrained_cfg" in values or ("architecture" in values and "input_size" in values)
+
+
+def architecture(document: Document) -> str:
+    """Return timm's name of the architecture, without the tag; empty if there is none."""
+    name = document.record(Config).architecture or _pretrained(document)[1].architecture or ""
+    return name.partition(".")[0]
+
+
+def read_timm(document: Document) -> ReadCard:
+    """Return what a timm folder's `config.json` says.
+
+    Raises:
+        ModelError: a value makes no sense.
+    """
+    config = document.record(Config)
+    inner, pretrained = _pretrained(document)
+    fields: dict[str, Any] = {"centre": Centre.TORCHVISION}
+    origins: dict[str, str] = {"centre": "timm"}
+
+    def say(*keys: str, **found: Any) -> None:
+        """Take fields over; `keys` are those that they were read from."""
+        said = [key for key in keys if getattr(pretrained, key)]
+        origin = inner.origin(*said) if said else "timm's default"
+        for name, value in found.items():
+            try:
+                fields[name] = checked(name, value)
+            except ValueError as error:
+                raise document.error(f"{inner.prefix}{keys[0]}: {error}") from None
+            origins[name] = origin
+
+    channels, height, width = _input_size(document, config, pretrained)
+    share = pretrained.crop_pct or _CROPPED
+    scaled = math.floor(width / share), math.floor(height / share)
+    if not 1 <= min(scaled) <= max(scaled) <= MAX_SIDE:
+        raise document.error(f"{inner.prefix}crop_pct is {share:g}; it must be about 1")
+    say("input_size", size=width if width == height else spelled((width, height)))
+    resize: int | str = scaled[0]
+    match pretrained.crop_mode:
+        case "squash":
+            resize = spelled(scaled)
+        case "border":
+            resize = f"pad {spelled(scaled)}"
+        case _ if width != height:
+            raise document.error(
+                f"{inner.prefix}input_size is {width}×{height} with crop_mode center, which is"
+                " supported for square inputs only"
+            )
+    say("input_size", "crop_pct", "crop_mode", resize=resize)
+    say("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
+    default_mean, default_std = Mean.IMAGENET.value
+    mean = _per_channel(document, "mean", pretrained.mean or default_mean, channels)
+    say("mean", scale=1, mean=mean)
+    say("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
+    if pretrained.crop_mode == "border":
+        levels = [min(255, max(0, round(255 * item))) for item in mean] * (3 // channels)
+        say("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
+    if pretrained.license:
+        say("license", licence=pretrained.license)
+    count = pretrained.num_classes if config.num_classes is None else config.num_classes
+    if count == 0:
+        say("num_classes", logits="none")
+    else:
+        fields["labels"], origins["labels"] = _labels(document, config, inner, pretrained, count)
+    return ReadCard(OnnxCard(**fields), origins)
+
+
+def _pretrained(document: Document) -> tuple[Document, Pretrained]:
+    """Return `pretrained_cfg`. Old files have its keys at the top."""
+    inner = document.inner("pretrained_cfg") if "pretrained_cfg" in document.values else document
+    return inner, inner.record(Pretrained)
+
+
+def _input_size(document: Document, config: Config, pretrained: Pretrained) -> tuple[int, int, int]:
+    """Return channels, height and width. `model_args` counts as in timm."""
+    channels, height, width = pretrained.input_size or (3, 224, 224)
+    arguments = config.model_args or ModelArguments()
+    if arguments.img_size and pretrained.fixed_input_size:
+        side = arguments.img_size
+        height, width = (side, side) if isinstance(side, int) else side
+    channels = arguments.in_chans or channels
+    if channels not in (1, 3):
+        raise document.error(f"the model takes {channels} channels; images have 3, or 1")
+    return channels, height, width
+
+
+def _per_channel(
+    document: Document, key: str, values: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise document.error(f"{key} has {len(values)} numbers; it must have {channels}, or 1")
+    return values if len(values) == channels else values * channels
+
+
+def _labels(
+    document: Document,
+    config: Config,
+    inner: Document,
+    pretrained: Pretrained,
+    count: int | None,
+) -> tuple[tuple[str, ...] | None, str]:
+    """Return the labels and where they came from.
+
+    A name is replaced by its description if there is one. Without names, 1,000 classes are those of
+    ImageNet-1k, as in timm.
+    """
+    names, place, key = config.label_names or config.labels, document, "label_names"
+    if not names:
+        names, place = pretrained.label_names, inner
+    if not names:
+        if count == 1000:
+            return bundles.imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
+        return None, "the numbers of the classes: config.json has no label_names"
+    if count is not None and count != len(names):
+        raise document.error(f"{key} has {len(names):,} labels; num_classes is {count:,}")
+    descriptions = config.label_descriptions or pretrained.label_descriptions or {}
+    labels = [descriptions.get(name, name) for name in names]
+    keys = (key, "label_descriptions") if descriptions else (key,)
+    return check_labels(place, key, labels), place.origin(*keys)

@@ -1,0 +1,158 @@
+"""What a folder of transformers or optimum says: `config.json` and `preprocessor_config.json`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from imagemill.models.custom.onnx_card import OnnxCard, ReadCard
+from imagemill.models.folders import json_file
+from imagemill.models.folders.json_file import Document, check_labels
+from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
+from imagemill.records import Scores
+
+PREPROCESSOR: Final = "preprocessor_config.json"
+_PROCESSOR: Final = "processor_config.json"
+"""Where transformers 5 puts the same keys, below `image_processor`, if the model has a tokenizer
+too.
+"""
+_HEADLESS: Final = re.compile(r"\w+(?:Model|WithProjection|ForPreTraining)")
+"""Classes of networks without a classifier."""
+_NEEDED: Final = ("resize", "mean", "std")
+"""Flags that replace a processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The keys of `config.json` that are read. None: missing or null."""
+
+    model_type: str | None = None
+    architectures: tuple[str, ...] | None = None
+    id2label: dict[str, str | int] | None = None
+    problem_type: str | None = None
+    image_processor_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Types:
+    """The keys that name the class of a processor."""
+
+    image_processor_type: str | None = None
+    feature_extractor_type: str | None = None
+
+
+def read_transformers(folder: Path, document: Document, given: Mapping[str, Any]) -> ReadCard:
+    """Return what the files of a folder say.
+
+    Args:
+        folder: holds the other files.
+        document: its `config.json`.
+        given: fields of the card that the caller knows. With resize, mean and std no processor is
+            needed.
+
+    Raises:
+        ModelError: a value makes no sense, or the class of the processor is missing or unknown.
+    """
+    config = document.record(Config)
+    if all(given.get(name) is not None for name in _NEEDED):
+        read = ReadCard(OnnxCard())
+    else:
+        preprocessor, name = _processor(folder, document, config)
+        read = read_processor(preprocessor, name)
+    fields, origins = _head(document, config)
+    return ReadCard(replace(read.card, **fields), {**read.origins, **origins})
+
+
+def architecture(document: Document) -> str:
+    """Return the class of the network; empty if there is none."""
+    return next(iter(document.record(Config).architectures or ()), "")
+
+
+def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the outputs of the network are, as fields of a card, and the origins."""
+    name = next(iter(config.architectures or ()), "")
+    if _HEADLESS.fullmatch(name):
+        return {"logits": "none"}, {"logits": document.origin("architectures")}
+    fields: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if config.id2label:
+        fields["labels"] = _labels(document, config.id2label)
+        origins["labels"] = document.origin("id2label")
+    match config.problem_type:
+        case "multi_label_classification":
+            fields["scores"] = Scores.SIGMOID
+            origins["scores"] = document.origin("problem_type")
+        case "single_label_classification" | None:
+            pass
+        case other:
+            raise document.error(
+                f"problem_type is {other[:100]!r}; it must be single_label_classification or"
+                " multi_label_classification"
+            )
+    return fields, origins
+
+
+def _labels(document: Document, found: Mapping[str, str | int]) -> tuple[str, ...]:
+    """Return the labels in the order of the classes."""
+    if len(found) > json_file.MAX_LABELS:
+        raise document.error(
+            f"id2label has {len(found):,} labels; {json_file.MAX_LABELS:,} is the limit"
+        )
+    labels = []
+    for number in range(len(found)):
+        label = found.get(str(number))
+        if label is None:
+            raise document.error(
+                f"id2label has {len(found):,} labels, but none for class {number}: its keys must be"
+                f" 0 to {len(found) - 1}"
+            )
+        labels.append(str(label))
+    return check_labels(document, "id2label", labels)
+
+
+def _processor(folder: Path, document: Document, config: Config) -> tuple[Document, str]:
+    """Return the processor's document, and its name among `PROCESSORS`.
+
+    Raises:
+        ModelError: there is none, or its class is unknown.
+    """
+    flags = "--resize, --mean and --std"
+    if (file := json_file.inside(folder, PREPROCESSOR)) is not None:
+        found = json_file.read(file)
+    elif (file := json_file.inside(folder, _PROCESSOR)) is not None and "image_processor" in (
+        whole := json_file.read(file)
+    ).values:
+        found = whole.inner("image_processor")
+    else:
+        raise document.error(
+            f"{PREPROCESSOR} is missing beside it, so how images are prepared is not known. Copy it"
+            " from where the model is from. If you know the values, type: imagemill get-model NAME"
+            f" --from FOLDER with {flags}"
+        )
+    types = found.record(Types)
+    name, place = types.image_processor_type or types.feature_extractor_type, found
+    if name is None:
+        name, place = config.image_processor_type, document
+    if name is None and config.model_type is not None:
+        if config.model_type in MODEL_TYPES:
+            return found, MODEL_TYPES[config.model_type]
+        raise document.error(
+            f"model_type is {config.model_type[:100]!r}, whose image processor is not known, and"
+            f" {found.file.name} has no image_processor_type. Write it there. Known:"
+            f" {', '.join(PROCESSORS)}, each followed by ImageProcessor"
+        )
+    if name is None:
+        raise found.error(
+            "image_processor_type is missing, and config.json has no model_type. Write one of them"
+        )
+    short = re.sub("(?:ImageProcessor|FeatureExtractor)(?:Fast|Pil)?$", "", name)
+    if short not in PROCESSORS:
+        raise place.error(
+            f"the image processor {name[:100]!r} is not known, so how images are prepared is not"
+            f" either. If you know the values, type: imagemill get-model NAME --from FOLDER with"
+            f" {flags}. Known: {', '.join(PROCESSORS)}, each followed by ImageProcessor"
+        )
+    return found, short
