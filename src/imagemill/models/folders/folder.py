@@ -189,7 +189,7 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
 def _key(model: Model) -> str:
     """Return a hash of what decides the bundle."""
     sums = [bundles.sha256(model.source)]
-    names = wrap.external_files(model.source, wrap.parsed(model.source))
+    names = wrap.external_files(model.source, wrap.parse(model.source))
     sums += [bundles.sha256(model.source.parent / name) for name in names]
     facts = [_READER, model.architecture, asdict(model.read.card), sums]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -201,8 +201,8 @@ def _key(model: Model) -> str:
 def _build(model: Model, home: Path, facts: Mapping[str, Any], say: Say) -> Bundle:
     """Build the bundle of a folder."""
     graph = model.source
-    source = wrap.Source(graph, wrap.parsed(graph), model.read, facts["made"])
-    checked = wrap.build_whole(source, home)
+    source = wrap.Source(graph, wrap.parse(graph), model.read, facts["made"])
+    checked = wrap.build(source, home)
     for line in checked.lines:
         say(line)
     card = replace(checked.bundle.card, origin=facts)
