@@ -183,6 +183,53 @@ def test_control_characters_in_names_of_tensors_are_escaped(tmp_path: Path) -> N
     assert str(caught.value).isprintable()
 
 
+def damaged(how: str) -> onnx.ModelProto:
+    """A model that no exporter writes."""
+    model = small(shape=(1, 3, 8, 8))
+    if how == "cycle":
+        nodes = [helper.make_node("Identity", [old], [new]) for old, new in ("yz", "zy")]
+        return head(*nodes, outputs={"y": ["n", 3]})
+    if how == "no inputs":
+        return head(helper.make_node("Reshape", [], ["y"]))
+    if how == "type":
+        model.graph.input[0].type.tensor_type.elem_type = 99
+    if how == "numbers":
+        model.graph.initializer[0].ClearField("raw_data")
+    if how == "external":
+        model.graph.initializer[0].ClearField("raw_data")
+        model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "data"), ("offset", "999"), ("length", "-5")):
+            entry = model.graph.initializer[0].external_data.add()
+            entry.key, entry.value = key, value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cycle", r"small\.onnx cannot be run on a batch of 2"),
+        ("no inputs", r"small\.onnx cannot be run on a batch of 2"),
+        ("type", r"small\.onnx takes 99; float32, float16 and uint8 can be fed"),
+        ("numbers", r"small\.onnx is damaged: the constant mean has not the numbers"),
+        ("external", r"small\.onnx is damaged, or does not belong to the weights beside it"),
+    ],
+)
+def test_damaged_graphs_are_one_clear_line(how: str, message: str, tmp_path: Path) -> None:
+    """Cycles end, and lies about sizes are found."""
+    (tmp_path / "data").write_bytes(b"short")
+    with pytest.raises(ModelError, match=message) as caught:
+        wrap.wrap(saved(damaged(how), tmp_path), {})
+    assert str(caught.value).isprintable()
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    """Python's protobuf returns them as bytes."""
+    file = tmp_path / "small.onnx"
+    file.write_bytes(small().SerializeToString().replace(b"embedding", b"embed\xff\xffng"))
+    with pytest.raises(ModelError, match=r"small\.onnx is damaged: a name in it is not UTF-8"):
+        wrap.wrap(file, {})
+
+
 def test_the_image_keys_of_onnx_are_the_normalisation(tmp_path: Path) -> None:
     """`Image.BitmapPixelFormat` and `Image.NominalPixelRange`; then only --resize is missing."""
     entries = {"Image.BitmapPixelFormat": "Bgr8", "Image.NominalPixelRange": "Normalized_1_1"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.errors import ModelError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
 from imagemill.models.custom.onnx_card import Color, Layout
@@ -35,17 +36,15 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
 
     graph = model.graph
     if plan.batch is not None:
-        _open_batch(graph, plan.batch)
+        _open_batch(plan.file.name, graph, plan.batch)
     _keep_what_is_needed(model, plan)
     _pool_globally(graph, max(plan.recipe.height, plan.recipe.width))
     _rename(graph)
-    for place, tensor in enumerate(graph.initializer):
-        if (
-            not tensor.raw_data and tensor.data_type != TensorProto.STRING
-        ):  # as bundle.write counts and moves them
-            graph.initializer[place].CopyFrom(
-                numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
-            )
+    for tensor in graph.initializer:
+        if not tensor.raw_data and tensor.data_type != TensorProto.STRING:
+            # as bundle.write counts and moves them
+            array = _array(plan.file.name, tensor)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     builder = _Builder(model)
     _normalise(builder, plan)
     nodes = list(graph.node)
@@ -234,7 +233,21 @@ def _rename(graph: onnx.GraphProto) -> None:
         sparse.values.name = _PREFIX + sparse.values.name
 
 
-def _open_batch(graph: onnx.GraphProto, batch: int) -> None:
+def _array(name: str, tensor: onnx.TensorProto) -> NDArray[Any]:
+    """Return a tensor's numbers. Raises: ModelError."""
+    from onnx import numpy_helper
+
+    try:
+        return np.asarray(numpy_helper.to_array(tensor))
+    except Exception as error:  # onnx's and NumPy's own
+        constant = printable(tensor.name.removeprefix(_PREFIX))
+        raise ModelError(
+            f"{name} is damaged: the constant {constant} has not the numbers that its shape"
+            f" promises ({printable(error)}). Export it again."
+        ) from error
+
+
+def _open_batch(name: str, graph: onnx.GraphProto, batch: int) -> None:
     """Let reshapes to a fixed batch keep whatever batch comes; whether that was all, the check run
     tells.
     """
@@ -247,10 +260,12 @@ def _open_batch(graph: onnx.GraphProto, batch: int) -> None:
             held = [attribute.t for attribute in node.attribute if attribute.name == "value"]
             known.update(zip(node.output, held, strict=False))
     for number, node in enumerate(graph.node):
-        if node.op_type != "Reshape" or node.input[1] not in known or node.input[0] in constants:
+        if node.op_type != "Reshape" or len(node.input) < 2 or node.input[0] in constants:
             continue
-        shape = numpy_helper.to_array(known[node.input[1]]).copy()
-        if len(shape) > 1 and shape[0] == batch and 0 not in shape:
+        if node.input[1] not in known:
+            continue
+        shape = _array(name, known[node.input[1]]).copy()
+        if shape.ndim == 1 and len(shape) > 1 and shape[0] == batch and 0 not in shape:
             shape[0] = 0  # as the input has it
             for place, attribute in reversed(list(enumerate(node.attribute))):
                 if attribute.name == "allowzero":

@@ -120,9 +120,9 @@ def image_input(name: str, model: onnx.ModelProto) -> onnx.ValueInfoProto:
     if kind not in input_types().values():
         from onnx import TensorProto
 
+        kinds = {number: word.lower() for word, number in TensorProto.DataType.items()}
         raise ModelError(
-            f"{name} takes {TensorProto.DataType.Name(kind).lower()}; float32, float16 and uint8"
-            " can be fed."
+            f"{name} takes {kinds.get(kind, kind)}; float32, float16 and uint8 can be fed."
         )
     shape = dims(inputs[0])
     if shape is None or len(shape) != 4:

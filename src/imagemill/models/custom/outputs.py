@@ -261,11 +261,13 @@ def _ends_with(
     made_by: Mapping[str, onnx.NodeProto], tensor: str, kinds: tuple[str, ...]
 ) -> onnx.NodeProto | None:
     """Return the node of one of these kinds that makes a tensor, reshaped at most."""
-    while (node := made_by.get(tensor)) is not None:
+    passed = set()
+    while (node := made_by.get(tensor)) is not None and node.input and tensor not in passed:
         if node.op_type in kinds:
             return node
         if node.op_type not in _RESHAPING:
             return None
+        passed.add(tensor)
         tensor = node.input[0]
     return None
 
@@ -291,11 +293,12 @@ def find_features(
     if head.tensor is None:
         return _of_a_headless_model(name, graph)
     constants, shapes = constant_tensors(graph)
-    tensor = head.tensor
-    while (node := made_by.get(tensor)) is not None:
+    tensor, passed = head.tensor, set()
+    while (node := made_by.get(tensor)) is not None and tensor not in passed:
+        passed.add(tensor)
         moving = [item for item in node.input if item and item not in constants]
         if node.op_type in ("Gemm", "MatMul", "Conv"):
-            if len(moving) != 1 or moving[0] != node.input[0]:
+            if len(moving) != 1 or moving[0] != node.input[0] or len(node.input) < 2:
                 return None
             return _before_the_last_layer(node, moving[0], shapes.get(node.input[1]))
         if len(moving) != 1 or node.op_type not in (*_PASSED, *_ARITHMETIC):
@@ -311,7 +314,7 @@ def _before_the_last_layer(
     attributes = {attribute.name: attribute for attribute in node.attribute}
     if node.op_type == "Conv":
         grouped = "group" in attributes and attributes["group"].i != 1
-        if shape is None or any(side != 1 for side in shape[2:]) or grouped:
+        if shape is None or shape[2:] != (1, 1) or grouped:
             return None
         return Features(tensor, shape[0], shape[1])
     if shape is None or len(shape) != 2:

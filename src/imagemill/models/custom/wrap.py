@@ -264,11 +264,29 @@ def parse(file: Path) -> onnx.ModelProto:
     if file.stat().st_size == 0:
         raise ModelError(f"{file} is empty. Export it again.")
     try:
-        return onnx.load(str(file), load_external_data=False)
+        model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own
         raise ModelError(
             f"{file} is damaged or not ONNX: {printable(error)}. Export it again."
         ) from error
+    if not _is_text(model):
+        raise ModelError(f"{file} is damaged: a name in it is not UTF-8. Export it again.")
+    return model
+
+
+def _is_text(message: Any) -> bool:
+    """Tell whether every text in a protobuf message is UTF-8. Other texts are bytes in Python."""
+    for kind, value in message.ListFields():
+        items = (
+            (value,) if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        )
+        if kind.type == kind.TYPE_STRING:
+            good = all(isinstance(item, str) for item in items)
+        else:
+            good = kind.message_type is None or all(map(_is_text, items))
+        if not good:
+            return False
+    return True
 
 
 def load(file: Path) -> onnx.ModelProto:
@@ -277,21 +295,28 @@ def load(file: Path) -> onnx.ModelProto:
     Raises:
         ModelError: a file is missing, damaged, or outside the folder.
     """
-    import onnx
-
     model = parse(file)
-    external_files(file, model)
-    onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
+    _load_external_data(file, model)
     return model
+
+
+def _load_external_data(file: Path, model: onnx.ModelProto) -> None:
+    from onnx.external_data_helper import load_external_data_for_model
+
+    external_files(file, model)
+    try:
+        load_external_data_for_model(model, str(file.parent))
+    except Exception as error:  # onnx's own
+        raise ModelError(
+            f"{file} is damaged, or does not belong to the weights beside it: {printable(error)}."
+            " Copy both again."
+        ) from error
 
 
 def _build(source: Source, folder: Path) -> Checked:
     """Wrap a file into a bundle folder, which may be left unfinished, and run it once."""
-    import onnx
-
     file, model = source.file, source.model
-    external_files(file, model)
-    onnx.external_data_helper.load_external_data_for_model(model, str(file.parent))
+    _load_external_data(file, model)
     plan = examine(file, model, source.read)
     assemble(model, plan)
     made = bundles.write(folder, _bundle_card(plan, source), model)
