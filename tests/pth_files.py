@@ -7,6 +7,7 @@ wrongly. torch 2.13 reads what they write with `torch.load(weights_only=True)` (
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 import zipfile
@@ -26,6 +27,7 @@ STORAGES = {
     "<i2": "Short",
     "|i1": "Char",
     "|u1": "Byte",
+    "<u2": "BFloat16",  # the upper halves of float32
 }
 
 
@@ -172,4 +174,25 @@ def write_legacy(
         for array in arrays.values():
             file.write(struct.pack("<q", array.size))
             file.write(np.ascontiguousarray(array).tobytes())
+    return path
+
+
+def write_nested(path: Path, root: object) -> Path:
+    """A training program's mappings, with arrays in them, as a zip."""
+    arrays: dict[str, np.ndarray] = {}
+    program = training_state(root, arrays, legacy=False)
+    return write_zip(path, arrays, b"\x80\x02" + program + b".")
+
+
+def write_bfloat16_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Upper halves of float32 as uint16, which safetensors' NumPy side cannot write."""
+    header, position = {}, 0
+    for key, array in arrays.items():
+        offsets = [position, position + array.nbytes]
+        header[key] = {"dtype": "BF16", "shape": array.shape, "data_offsets": offsets}
+        position += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path

@@ -16,7 +16,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from imagemill.errors import CheckpointError
-from imagemill.models.architectures import efficientnet_lite, graph, resnext
+from imagemill.models import architectures
+from imagemill.models.architectures import efficientnet_lite, graph, resnet
 from imagemill.models.checkpoints import checkpoint
 from pth_files import write_legacy, write_zip
 
@@ -37,6 +38,13 @@ FORMATS = {
     "safetensors": lambda path, arrays: save_file(dict(arrays), path) or path,
 }
 PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
     "resnext50_32x4d": 25_028_904,
     "resnext101_32x4d": 44_177_704,
     "resnext101_32x8d": 88_791_336,
@@ -52,8 +60,19 @@ def arrays_of(name: str) -> dict[str, np.ndarray]:
     return {key: recipe.tensor(key, tuple(shape)) for key, shape in keys.items()}
 
 
-def architecture_of(name: str) -> resnext.ResNeXt:
-    return resnext.ARCHITECTURES[name.split("_", 1)[1]]
+def architecture_of(name: str) -> resnet.ResNet:
+    return resnet.ARCHITECTURES[name.split("_", 1)[1]]
+
+
+def built_from(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """The network whose architecture the arrays show."""
+    return onnx_of(architectures.recognise(arrays), arrays)
+
+
+def onnx_of(model: graph.Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
+    recipe = model.recipe
+    prepared = graph.Prepared(recipe.height, recipe.width, model.mean, model.std)
+    return model.build(model.fitted(arrays), prepared)
 
 
 def run_openvino(model: bytes, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +112,7 @@ def built(
     """The model of a legacy `.pth`, through the reader; the other formats read equal arrays."""
     name, arrays = golden
     path = write_legacy(tmp_path_factory.mktemp("golden") / "weights.pth", arrays)
-    model = architecture_of(name).build(checkpoint.read(path))
+    model = built_from(checkpoint.read(path))
     path.unlink()
     return name, model.SerializeToString()
 
@@ -173,7 +192,7 @@ def test_parameter_names_are_the_published_ones(name: str) -> None:
     }
     shapes = architecture_of(name).shapes()
     ours = (
-        {resnext.cadene_name(key): shape for key, shape in shapes.items()}
+        {resnet.cadene_name(key): shape for key, shape in shapes.items()}
         if name.startswith("cadene")
         else shapes
     )
@@ -181,19 +200,19 @@ def test_parameter_names_are_the_published_ones(name: str) -> None:
     assert list(ours) == list(published)
 
 
-@pytest.mark.parametrize("name", resnext.ARCHITECTURES)
+@pytest.mark.parametrize("name", resnet.ARCHITECTURES)
 def test_parameter_counts_equal_the_published(name: str) -> None:
     """The four counts of the publishers' own tables are met to the last digit, and WSL's to the
     million that it states.
     """
-    assert resnext.ARCHITECTURES[name].parameters == PARAMETERS[name]
+    assert resnet.ARCHITECTURES[name].parameters == PARAMETERS[name]
 
 
 def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     """All of them are listed, under the names that the file uses, and the rest beyond twenty is
     counted.
     """
-    model = resnext.ARCHITECTURES["resnext50_32x4d"]
+    model = resnet.ARCHITECTURES["resnext50_32x4d"]
     arrays = {name: np.zeros(shape, np.float32) for name, shape in model.shapes().items()}
     del arrays["bn1.bias"]
     arrays["head.weight"] = np.zeros((2, 2), np.float32)
@@ -201,7 +220,7 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     arrays["fc.weight"] = np.zeros((1000, 2048), np.int64)
     arrays["conv1.weight"][0, 0, 0, 0] = np.nan
     with pytest.raises(CheckpointError) as caught:
-        model.build(arrays)
+        model.fitted(arrays)
     text = str(caught.value)
     assert "The weights do not fit resnext50_32x4d: 5 parameters of" in text
     assert "missing: bn1.bias (64,)" in text
@@ -212,31 +231,31 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     with pytest.raises(
         CheckpointError, match=r"missing: features\.1\.weight \(64,\)(.|\n)*and \d+ more\n"
     ):
-        model.build({"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
+        model.fitted({"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
 
 
 def test_counters_of_batches_are_ignored() -> None:
     """num_batches_tracked may be there for some, all or none; so may numbers of the training beside
     the layers.
     """
-    model = resnext.ARCHITECTURES["resnext50_32x4d"]
+    model = resnet.ARCHITECTURES["resnext50_32x4d"]
     arrays = {
         **model.random(0),
         "bn1.num_batches_tracked": np.array(3),
         "loss": np.float32(0.5).reshape(()),
     }
-    assert model.build(arrays).graph.node[-1].op_type == "Gemm"
+    assert onnx_of(model, arrays).graph.node[-1].op_type == "Gemm"
 
 
 def test_random_weights_are_finite_varied_and_repeatable() -> None:
     """The same seed gives the same weights; logits are finite, and differ between images and
     classes.
     """
-    model = resnext.ARCHITECTURES["resnext50_32x4d"]
+    model = resnet.ARCHITECTURES["resnext50_32x4d"]
     first, again, other = model.random(0), model.random(0), model.random(1)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["conv1.weight"], other["conv1.weight"])
-    logits, _ = run_openvino(model.build(first).SerializeToString(), recipe.pixels())
+    logits, _ = run_openvino(onnx_of(model, first).SerializeToString(), recipe.pixels())
     assert np.isfinite(logits).all()
     assert 0.3 < logits.std(axis=1).min() < logits.std(axis=1).max() < 30
     assert np.abs(logits[0] - logits[1]).max() > 0.05
@@ -250,7 +269,7 @@ def test_efficientnet_lite0_is_built_as_published() -> None:
     assert spec is not None
     assert spec.origin is not None
     arrays = checkpoint.read(next(Path(spec.origin).parent.glob("models/*.pth")))
-    model = efficientnet_lite.EfficientNetLite0()
+    model = efficientnet_lite.EfficientNetLite(0)
     trained = {
         name: array.shape
         for name, array in arrays.items()
@@ -258,7 +277,7 @@ def test_efficientnet_lite0_is_built_as_published() -> None:
     }
     assert trained == model.shapes()
     assert model.parameters == 4_652_008
-    built = model.build(arrays)
+    built = onnx_of(model, arrays)
     onnx.checker.check_model(built, full_check=True)
     convolutions = {
         node.name: {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}

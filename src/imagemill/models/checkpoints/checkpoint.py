@@ -1,7 +1,7 @@
 """Read the arrays of a published checkpoint without PyTorch and without running anything that it
 says.
 
-    read(path) ─► {parameter name: array}      in the order of the file
+    load(path) ─► {parameter name: array}, in the order of the file, and names of classes
 
 Three formats, told apart by their first bytes and never by the suffix: `.safetensors`; the zip form
 of `.pth` (a pickle plus one raw member per storage); and its legacy form (five pickles, then the
@@ -19,6 +19,7 @@ import io
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any, Final
@@ -27,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError
-from imagemill.models.checkpoints import state_dicts
+from imagemill.models.checkpoints import labels, state_dicts
+from imagemill.models.checkpoints.labels import Labels
 from imagemill.models.checkpoints.pickled import (
     Machine,
     Refused,
@@ -62,12 +64,27 @@ _DEEPEST: Final = 3
 """Mappings around a state dict, besides the outermost."""
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a weights file holds."""
+
+    arrays: dict[str, Array]
+    """By name of the parameter, in the order of the file."""
+    labels: Labels | None = None
+    """Names of the classes, if they are saved beside the parameters."""
+
+
 def _silent(_: str) -> None:
     """Say nothing."""
 
 
 def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
-    """Read a checkpoint's parameters by name, in the order of the file.
+    """Read a checkpoint's parameters by name, in the order of the file. See `load`."""
+    return load(path, say).arrays
+
+
+def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
+    """Read a checkpoint's parameters, and the names of its classes.
 
     16-bit floats become float32, other types stay. Arrays may be read-only and may share memory
     where the file shares storages. The state dict may be nested in other mappings, beside anything
@@ -120,13 +137,13 @@ def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
 
 def _read(
     path: Path, file: IO[bytes], head: bytes, size: int, say: Callable[[str], None]
-) -> dict[str, Array]:
+) -> Checkpoint:
     if head[:4] == b"PK\x03\x04":
         return _read_zip(file, size, say)
     if head[:15] == _LEGACY_MAGIC:
         return _read_legacy(file, size, say)
     if len(head) > 8 and head[8:9] == b"{":
-        return state_dicts.choose({"": _read_safetensors(path, size)}, say)
+        return Checkpoint(state_dicts.choose({"": _read_safetensors(path, size)}, say))
     raise Refused(_strange(head, size))
 
 
@@ -180,7 +197,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
 # ── zip .pth ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
+def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> Checkpoint:
     _check_zip_directory(file, size)
     try:
         archive = zipfile.ZipFile(file)
@@ -233,7 +250,8 @@ def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[st
                 raw[storage.key] = np.frombuffer(archive.read(member), raw_dtype(storage.dtype))
             except zipfile.BadZipFile as error:
                 raise Refused(f"{name} is damaged ({error})") from None
-    return {name: _array(tensor, raw) for name, tensor in tensors.items()}
+    arrays = {name: _array(tensor, raw) for name, tensor in tensors.items()}
+    return Checkpoint(arrays, labels.find(root))
 
 
 def _check_zip_directory(file: IO[bytes], size: int) -> None:
@@ -292,7 +310,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 # ── legacy .pth ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict[str, Array]:
+def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> Checkpoint:
     stream = io.BytesIO(file.read(PICKLE_BYTES))
     machine = Machine(size)
     machine.run(stream)  # the magic number, seen already
@@ -341,7 +359,8 @@ def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> dict
         position += 8 + need
     if missing := [key for key in machine.storages if key in needed - passed]:
         raise Refused(f"storage {shown(missing[0])} is missing, which the pickle refers to")
-    return {name: _array(tensor, raw) for name, tensor in tensors.items()}
+    arrays = {name: _array(tensor, raw) for name, tensor in tensors.items()}
+    return Checkpoint(arrays, labels.find(root))
 
 
 # ── tensors ───────────────────────────────────────────────────────────────────────────────────────

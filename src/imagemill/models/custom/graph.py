@@ -36,6 +36,10 @@ _CROPPED: Final = 0.875
 _SURE: Final = "shape of the input"
 
 
+Channels = tuple[float, float, float]
+"""One number for red, green and blue."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a file is going to be wrapped."""
@@ -87,11 +91,9 @@ class Plan:
         return self.type == input_types()["uint8"]
 
     @property
-    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    def normalisation(self) -> tuple[Channels, Channels]:
         """Mean and deviation, RGB, on the scale 0 to 255."""
-        factor = 255.0 if self.card.scale == 1 else 1.0
-        (a, b, c), (d, e, f) = self.card.mean or (0.0, 0.0, 0.0), self.card.std or (1.0, 1.0, 1.0)
-        return (a * factor, b * factor, c * factor), (d * factor, e * factor, f * factor)
+        return normalisation(self.card)
 
 
 def input_types() -> dict[str, int]:
@@ -161,8 +163,8 @@ def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
     takes_bytes = entry.type.tensor_type.elem_type == input_types()["uint8"]
     read, channels = _with_layout(name, read, shape)
     read = _with_size(name, read, shape)
-    read = _with_normalisation(name, read, channels, takes_bytes=takes_bytes)
-    read, recipe = _with_recipe(read)
+    read = with_normalisation(name, read, channels, takes_bytes=takes_bytes)
+    read, recipe = with_recipe(read)
     head = find_head(name, model.graph, read.card.logits)
     read, scores, two_classes = _with_scores(name, read, head)
     features = find_features(name, model.graph, head, read.card.embedding)
@@ -274,8 +276,8 @@ def _origin(read: ReadCard, field: str) -> str:
     return read.origins.get(field, "default")
 
 
-def _with_normalisation(name: str, read: ReadCard, channels: int, *, takes_bytes: bool) -> ReadCard:
-    """Fill in scale, mean and std."""
+def with_normalisation(name: str, read: ReadCard, channels: int, *, takes_bytes: bool) -> ReadCard:
+    """Fill in scale, mean and std. Raises: UsageError."""
     card = read.card
     if takes_bytes:
         if card.mean is not None or card.std is not None or card.scale == 1:
@@ -305,8 +307,15 @@ def _with_normalisation(name: str, read: ReadCard, channels: int, *, takes_bytes
     return read
 
 
-def _with_recipe(read: ReadCard) -> tuple[ReadCard, Recipe]:
-    """Fill in how images are resized, and return it as a recipe too."""
+def normalisation(card: OnnxCard) -> tuple[Channels, Channels]:
+    """Return mean and deviation, RGB, on the scale 0 to 255, of a card whose scale is known."""
+    factor = 255.0 if card.scale == 1 else 1.0
+    (a, b, c), (d, e, f) = card.mean or (0.0, 0.0, 0.0), card.std or (1.0, 1.0, 1.0)
+    return (a * factor, b * factor, c * factor), (d * factor, e * factor, f * factor)
+
+
+def with_recipe(read: ReadCard) -> tuple[ReadCard, Recipe]:
+    """Fill in how images are resized, and return it as a recipe too. Raises: UsageError."""
     card = read.card
     assert card.size is not None
     width, height = dimensions(card.size)

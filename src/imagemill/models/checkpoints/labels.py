@@ -1,0 +1,78 @@
+"""The names of the classes that a training program saved beside the state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from imagemill.models.checkpoints.pickled import Tensor
+
+KEYS: Final = (
+    "class_names",
+    "classes",
+    "CLASSES",
+    "idx_to_class",
+    "idx2class",
+    "id2label",
+    "class_to_idx",
+    "class2idx",
+    "label2id",
+    "label_names",
+    "labels",
+)
+"""Where programs keep them. Of several the first that holds names is used."""
+_DEEPEST: Final = 2
+"""Mappings around the list, besides the outermost: `{"hyper_parameters": {"classes": […]}}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Names of classes, in the order of the scores."""
+
+    key: str
+    """Where they were found: `hyper_parameters/classes`."""
+    names: tuple[str, ...]
+
+
+def find(root: object) -> Labels | None:
+    """Return the names of the classes in what a checkpoint's pickle described; None if there are
+    none.
+    """
+    found: dict[str, Labels] = {}
+    mappings: list[tuple[str, Mapping[Any, Any]]] = [("", root)] if isinstance(root, dict) else []
+    seen = {id(root)}
+    for path, mapping in mappings:  # grows meanwhile
+        for key, value in mapping.items():
+            if not isinstance(key, str) or isinstance(value, Tensor):
+                continue
+            place = f"{path}/{key}" if path else key
+            if key in KEYS and key not in found and (names := _names(value)):
+                found[key] = Labels(place, names)
+            elif isinstance(value, dict) and id(value) not in seen and place.count("/") < _DEEPEST:
+                seen.add(id(value))
+                mappings.append((place, value))
+    return next((found[key] for key in KEYS if key in found), None)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Return the names in a list, a mapping from numbers, or a mapping to numbers; () if it is none
+    of them.
+    """
+    if isinstance(value, dict):
+        pairs = list(value.items())
+        if all(isinstance(name, str) and type(number) is int for name, number in pairs):
+            pairs = [(number, name) for name, number in pairs]
+        numbered = {int(key): name for key, name in pairs if _is_number(key)}
+        if sorted(numbered) != list(range(len(pairs))):
+            return ()
+        value = [numbered[number] for number in range(len(pairs))]
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        return ()
+    return tuple(value)
+
+
+def _is_number(key: object) -> bool:
+    return type(key) is int or (
+        isinstance(key, str) and len(key) < 8 and key.isascii() and key.isdecimal()
+    )
