@@ -52,6 +52,8 @@ class Source:
     """Hash of all of it."""
     origin: Mapping[str, str | int | bool | None] = field(default_factory=dict)
     """What the bundle's card says about where the model comes from, besides the file."""
+    architecture: str = "onnx"
+    """For the bundle's card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +352,7 @@ def _bundle_card(plan: Plan, source: Source) -> Card:
     outputs = ("logits", "embedding") if plan.features else ("logits",)
     return Card(
         name=card.name or file.stem,
-        architecture="onnx",
+        architecture=source.architecture,
         labels=(),
         recipe=plan.recipe,
         mean=mean,

@@ -21,7 +21,6 @@ from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file, timm_config, transformers_config
 from imagemill.models.folders.json_file import Document
 from imagemill.records import Bundle
-from imagemill.system import files, serialization
 
 Say = Callable[[str], None]
 """Takes one line for the user."""
@@ -91,7 +90,7 @@ def bundle_for(
     home = models_dir / (name or f"{stem}-{key[:12]}")
     if bundles.is_bundle(home):
         found = bundles.load(home)
-        if found.card.origin.get("made") != key:
+        if found.card.origin.get("wrapped") != key:
             raise ModelError(
                 f"{home} holds a model made from other files or values. Remove it, or choose"
                 " another NAME."
@@ -113,9 +112,8 @@ def bundle_for(
         "sha256": bundles.sha256(model.source),
         "verified": False,
         **{item: value for item, value in (origin or {}).items() if item != "licence"},
-        "made": key,
     }
-    return _build(model, home, facts, tell)
+    return _build(model, home, key, facts, tell)
 
 
 def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any]) -> Model:
@@ -198,15 +196,12 @@ def _key(model: Model) -> str:
 # ── building ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build(model: Model, home: Path, facts: Mapping[str, Any], say: Say) -> Bundle:
+def _build(model: Model, home: Path, key: str, origin: Mapping[str, Any], say: Say) -> Bundle:
     """Build the bundle of a folder."""
     graph = model.source
-    source = wrap.Source(graph, wrap.parse(graph), model.read, facts["made"])
+    architecture = model.architecture or "onnx"
+    source = wrap.Source(graph, wrap.parse(graph), model.read, key, origin, architecture)
     checked = wrap.build(source, home)
     for line in checked.lines:
         say(line)
-    card = replace(checked.bundle.card, origin=facts)
-    if model.architecture:
-        card = replace(card, architecture=model.architecture)
-    files.write_whole(home / bundles.CARD, serialization.encode(card))
-    return bundles.load(home)
+    return checked.bundle
