@@ -1,0 +1,5 @@
+"""Export the network of a model folder that has no ONNX file, with PyTorch, in a child process."""
+
+from imagemill.models.export.cached import onnx_for
+
+__all__ = ["onnx_for"]
