@@ -92,15 +92,11 @@ FORMS: Mapping[str, Callable[[Path, Arrays], Path]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("family", ["torchvision", "timm", "cadene"])
-def test_a_resnext_with_ten_classes_in_every_form(
-    family: str, half: bool, form: str, tmp_path: Path
-) -> None:
-    """PyTorch's, timm's and Cadene's names, plain and as `{"state_dict": {"module.…"}}`, in fp32
-    and fp16: within 1e-4 of what PyTorch returns for the same weights.
-    """
+FAMILIES = ("torchvision", "timm", "cadene")
+
+
+def ten_classes(family: str, *, half: bool) -> tuple[str, Arrays]:
+    """The case whose logits are wanted, and the checkpoint under the family's names."""
     case = f"{'timm' if family == 'timm' else 'torchvision'}/resnext50_32x4d"
     arrays = arrays_of(case)
     if family == "cadene":
@@ -110,13 +106,41 @@ def test_a_resnext_with_ten_classes_in_every_form(
             name: array.astype(np.float16) if array.dtype == np.float32 else array
             for name, array in arrays.items()
         }
+    return case, arrays
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resnext_with_ten_classes_answers_as_pytorch(
+    family: str, half: bool, tmp_path: Path
+) -> None:
+    """PyTorch's, timm's and Cadene's names as `{"state_dict": {"module.…"}}`, in fp32 and fp16:
+    within 1e-4 of what PyTorch returns for the same weights.
+    """
+    case, arrays = ten_classes(family, half=half)
+    file = pth_files.write_nested(tmp_path / "best.pth", in_state_dict(arrays))
+    read = checkpoint.read(file)
+    file.unlink()
+    assert architectures.recognise(read) == resnet.ResNet(50, 32, 4, classes=10)
+    expected = np.array(CASES[case]["fp16" if half else "logits"])
+    np.testing.assert_allclose(logits_of(case, read), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_of_a_checkpoint_holds_the_same(
+    family: str, half: bool, form: str, tmp_path: Path
+) -> None:
+    """Plain and nested, of both versions of torch.save and of safetensors: bit for bit."""
+    _, arrays = ten_classes(family, half=half)
     file = FORMS[form](tmp_path / form, arrays)
     read = checkpoint.read(file)
     file.unlink()
-    model = architectures.recognise(read)
-    assert model == resnet.ResNet(50, 32, 4, classes=10)
-    expected = np.array(CASES[case]["fp16" if half else "logits"])
-    np.testing.assert_allclose(logits_of(case, read), expected, rtol=0, atol=1e-4)
+    assert architectures.recognise(read) == resnet.ResNet(50, 32, 4, classes=10)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array.astype(read[name].dtype))
+        assert read[name].dtype == (np.int64 if array.dtype == np.int64 else np.float32)
 
 
 def test_bfloat16_is_read_from_both_formats(tmp_path: Path) -> None:

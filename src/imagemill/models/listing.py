@@ -21,6 +21,7 @@ OWN: Final = "own"
 """Family of everything that is not published here."""
 _FAMILIES: Final = {
     "efficientnet_lite": "EfficientNet-Lite",
+    "tf_efficientnet_lite": "EfficientNet-Lite",
     "resnet": "ResNet",
     "wide_resnet": "ResNet",
     "resnext": "ResNeXt",

@@ -26,6 +26,9 @@ _NAMES: Final = 3
 def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> Architecture:
     """Return the architecture of a checkpoint, with the number of classes of its head.
 
+    Other networks may have the same parameters: timm's `resnetblur50` has those of `resnet50`. If
+    the name of the network is known, compare it with that of the result.
+
     Args:
         arrays: name → array, as `checkpoints.checkpoint.read` returns them.
         wanted: name of an architecture that is chosen if several fit.
