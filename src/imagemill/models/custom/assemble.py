@@ -206,7 +206,7 @@ def _pool_globally(graph: onnx.GraphProto, side: int) -> None:
         if node.op_type != "AveragePool":
             continue
         values = {item.name: list(item.ints) for item in node.attribute}
-        if min(values["kernel_shape"]) >= side and not any(values.get("pads", ())):
+        if min(values.get("kernel_shape") or [0]) >= side and not any(values.get("pads", ())):
             node.op_type = "GlobalAveragePool"
             del node.attribute[:]
 
