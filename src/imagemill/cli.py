@@ -490,9 +490,14 @@ def _preprocessing_options(sub: argparse._ActionsContainer) -> None:
     sub.add_argument(
         "--labels",
         metavar="FILE",
-        help="file with one label per line, in the order of the classes (default: numbers)",
+        help=(
+            "file with one label per line, in the order of the classes (default: from the file,"
+            " else numbers)"
+        ),
     )
-    sub.add_argument("--licence", metavar="NAME", help="licence of the weights (default: unknown)")
+    sub.add_argument(
+        "--licence", metavar="NAME", help="licence of the weights (default: from the file)"
+    )
 
 
 def _number_or_text(text: str) -> int | str:

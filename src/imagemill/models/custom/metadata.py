@@ -85,7 +85,7 @@ def read_metadata(name: str, model: onnx.ModelProto) -> ReadCard:
             break
     if entries.get("imgsz"):
         take("imgsz", size=_size(name, entries["imgsz"]))
-    if (task := entries.get("task")) in _TASKS and "names" in entries:
+    if (task := entries.get("task")) in _TASKS and {"names", "imgsz"} & set(entries):
         if task != "classify":
             raise ModelError(
                 f"{name} was exported for the task {task!r} (metadata: task); imagemill runs"

@@ -368,7 +368,8 @@ def _bundle_card(plan: Plan, source: Source) -> Card:
             "wrapped": source.key,
         },
         scores=plan.bundle_scores,
-        normalised=None if plan.takes_bytes else "normalised",
+        # An IPU's host normalises byte by byte, which makes no grey.
+        normalised=None if plan.takes_bytes or plan.channels == 1 else "normalised",
         outputs=outputs if plan.head.tensor else ("embedding",),
     )
 
