@@ -460,6 +460,21 @@ def test_a_network_without_a_head_has_an_embedding_only(
     np.testing.assert_allclose(found["embedding"], whole[:, :length], rtol=1e-6)
 
 
+@pytest.mark.process
+def test_a_job_of_a_network_without_a_head_saves_embeddings(
+    jpegs: Any, imagemill: Any, tmp_path: Path
+) -> None:
+    """`run --model file.onnx`, from the outputs' names alone."""
+    file = saved(headless(last_hidden_state=["n", 2, 4]), tmp_path)
+    wrap.wrap(file, {"resize": 8})
+    arguments = ("--model", file, "--models-dir", tmp_path / "models", "--precision", "fp32")
+    done = imagemill("run", jpegs(2), "--output", tmp_path / "out", *arguments)
+    assert done.code == 0, done.err
+    for row in helpers.rows(tmp_path / "out"):
+        assert row["label"] is None
+        assert len(row["embedding"]) == 4
+
+
 def test_other_networks_without_a_head_are_named(tmp_path: Path) -> None:
     """`--logits none`; if it cannot be seen which output is the embedding, --embedding."""
     file = saved(headless(y=["n", 8]), tmp_path)
@@ -501,6 +516,23 @@ def test_inputs_that_are_not_square(shape: tuple[Any, ...], tmp_path: Path) -> N
     wrap.wrap(file, {"crop": "center", "resize": 7, "centre": "transformers", **given})
     recipe = wrap.bundle_for(file, tmp_path / "models", silent).card.recipe
     assert (recipe.resize, recipe.centre) == (7, Centre.TRANSFORMERS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        (("batch", "num_channels", "height", "width"), "NCHW"),
+        (("batch", 8, 8, "Channels"), "NHWC"),
+    ],
+)
+def test_an_open_dimension_that_is_called_channels(
+    shape: tuple[Any, ...], layout: str, tmp_path: Path
+) -> None:
+    """As optimum exports models: every dimension is open, and has a name."""
+    model = small(shape=("n", 3, 8, 8) if layout == "NCHW" else ("n", 8, 8, 3))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
+    _, checked = wrap.wrap(saved(model, tmp_path), {"size": 8})
+    assert checked.card.layout == layout
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from imagemill.models.custom.outputs import (
     find_features,
     find_head,
     format_dims,
+    inner_graphs,
     live_nodes,
 )
 from imagemill.records import Recipe, Scores
@@ -193,7 +194,7 @@ def _check_operators(
 ) -> None:
     wanted = [tensor for tensor in (head.tensor, features.tensor if features else None) if tensor]
     for outer in live_nodes(graph, wanted):
-        inner = [node for each in outer.attribute for node in all_nodes(each.g)]
+        inner = [node for each in inner_graphs(outer) for node in all_nodes(each)]
         for node in (outer, *inner):
             if node.domain not in STANDARD_DOMAINS:
                 raise ModelError(
@@ -209,6 +210,9 @@ def _with_layout(name: str, read: ReadCard, shape: Dims) -> tuple[ReadCard, int]
         sure = [layout for layout, side in places.items() if side == channels]
         if sure:
             break
+    if not sure:  # an open dimension may say what it is, as in exports of optimum
+        channels = 3
+        sure = [layout for layout, side in places.items() if "channel" in str(side).lower()]
     fitting = [layout for layout, side in places.items() if side in (1, 3)]
     fitting += [layout for layout, side in places.items() if not isinstance(side, int)]
     layout = read.card.layout
