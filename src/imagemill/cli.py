@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from imagemill.errors import ImagemillError, Interrupted
+from imagemill.errors import ImagemillError, Interrupted, UsageError
 from imagemill.runner.settings import SETTINGS, Kind, Setting, make_settings, number
 from imagemill.version import __version__
 
@@ -659,19 +659,34 @@ def _get_model(parsed: argparse.Namespace) -> int:
     from pathlib import Path
 
     from imagemill.display.terminal import DownloadDisplay
-    from imagemill.models import get
+    from imagemill.models import bundle, get, resolve
 
-    made = get.get(
-        parsed.name,
-        _models_dir(parsed),
-        from_file=Path(parsed.from_file) if parsed.from_file else None,
-        url=parsed.url,
-        random_seed=parsed.random_weights,
-        given=_preprocessing(parsed),
-        batch_sizes=tuple(parsed.batch_size),
-        say=_log,
-        progress=DownloadDisplay(),
-    )
+    folder, source = _models_dir(parsed), parsed.from_file
+    if source and resolve.is_folder(source):
+        if parsed.url or parsed.random_weights is not None:
+            raise UsageError("--from, --url and --random-weights exclude each other. Give one.")
+        made = resolve.get_from(
+            parsed.name,
+            source,
+            folder,
+            given=_preprocessing(parsed),
+            say=_log,
+            progress=DownloadDisplay(),
+        )
+        for size in parsed.batch_size:
+            bundle.freeze(made, size)
+    else:
+        made = get.get(
+            parsed.name,
+            folder,
+            from_file=Path(source) if source else None,
+            url=parsed.url,
+            random_seed=parsed.random_weights,
+            given=_preprocessing(parsed),
+            batch_sizes=tuple(parsed.batch_size),
+            say=_log,
+            progress=DownloadDisplay(),
+        )
     print(made.dir)
     return 0
 

@@ -13,9 +13,10 @@ import difflib
 import importlib.util
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from imagemill.errors import DownloadError, UsageError, printable
 from imagemill.models import bundle as bundles
@@ -24,8 +25,8 @@ from imagemill.models.custom import wrap
 from imagemill.models.folders import folder
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
-from imagemill.records import Bundle
-from imagemill.system import userdirs
+from imagemill.records import Bundle, Card
+from imagemill.system import files, serialization, userdirs
 
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
@@ -58,6 +59,8 @@ def resolve(
         UsageError: it is none of them. The message says what may have been meant.
         ModelError: as `get`, `hub.snapshot`, `wrap.bundle_for` and `folder.bundle_for`.
     """
+    if hub.is_hub_name(model):
+        return _from_hub(hub.snapshot(model, models_dir, say, progress), models_dir, say)
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
         return wrap.bundle_for(path, models_dir, say)
@@ -71,13 +74,118 @@ def resolve(
     if published.find(model) is not None:
         return _published(model, models_dir, say, progress)
     if path.is_dir():
-        if not (path / folder.CONFIG).is_file():
-            raise UsageError(
-                f"--model {printable(model)} is a folder, but it has neither {bundles.CARD}, as a"
-                f" model bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
-            )
-        return folder.bundle_for(path, models_dir, say)
+        return _from_folder(path, models_dir, say)
     raise UsageError(_unknown(model, path, models_dir))
+
+
+def get_from(
+    name: str,
+    source: str,
+    models_dir: Path,
+    *,
+    given: Mapping[str, Any],
+    say: Say = _silent,
+    progress: download.Progress | None = None,
+) -> Bundle:
+    """Return the bundle NAME of a model folder or a repository of the Hub; make it if missing.
+
+    Args:
+        name: of the bundle.
+        source: a folder, or `hf:owner/name`. The Hub is asked for the newest commit.
+        models_dir: one folder per model.
+        given: fields of OnnxCard by name, which replace what the folder says; None if not given.
+        say: takes one line at a time.
+        progress: called with bytes so far and in all while downloading.
+
+    Raises:
+        UsageError: the name cannot be used. ModelError: as `resolve`, or NAME is another model.
+    """
+    if not re.fullmatch(NAME, name) or published.find(name) is not None:
+        raise UsageError(
+            f"{printable(name)} is the name of a published model, or not a name. Choose one of"
+            " letters, digits, `_`, `.` and `-`."
+        )
+    if hub.is_hub_name(source):
+        found = hub.snapshot(source, models_dir, say, progress, refresh=True)
+        return _from_hub(found, models_dir, say, name=name, given=given)
+    return _from_folder(userdirs.expand(source), models_dir, say, name=name, given=given)
+
+
+def is_folder(source: str) -> bool:
+    """Return whether `get-model NAME --from SOURCE` is for `get_from`."""
+    return hub.is_hub_name(source) or userdirs.expand(source).is_dir()
+
+
+def is_local(model: str, models_dir: Path) -> bool:
+    """Return whether `resolve` needs no download of a published model."""
+    path = userdirs.expand(model)
+    return (
+        hub.is_hub_name(model)
+        or model.endswith(".onnx")
+        or bundles.is_bundle(models_dir / model)
+        or (path.is_dir() and published.find(model) is None)
+    )
+
+
+def typed(card: Card) -> str | None:
+    """Return what `--model` was when a bundle was made; None if it was the name."""
+    origin = card.origin
+    match origin.get("source"):
+        case "onnx":
+            return str(origin.get("file"))
+        case "folder":
+            return str(origin.get("folder"))
+        case "hub":
+            return f"{hub.PREFIX}{origin.get('repository')}@{origin.get('commit')}"
+    return None
+
+
+def _from_folder(
+    path: Path,
+    models_dir: Path,
+    say: Say,
+    *,
+    name: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Return the bundle of a folder of transformers or timm."""
+    if (cached := hub.cached_snapshot(path, models_dir, say)) is not None:
+        return _from_hub(cached, models_dir, say, name=name, given=given)
+    if not (path / folder.CONFIG).is_file():
+        raise UsageError(
+            f"--model {printable(path)} is a folder, but it has neither {bundles.CARD}, as a model"
+            f" bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
+        )
+    return folder.bundle_for(path, models_dir, say, name=name, given=given)
+
+
+def _from_hub(
+    found: hub.Snapshot,
+    models_dir: Path,
+    say: Say,
+    *,
+    name: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Return the bundle of a repository's files."""
+
+    def tell(line: str) -> None:
+        say(line.replace(printable(found.folder), f"{hub.PREFIX}{found.repo}"))
+
+    origin = {**found.origin, "licence": found.licence}
+    if (found.folder / folder.CONFIG).is_file() or name or given:
+        return folder.bundle_for(
+            found.folder, models_dir, tell, name=name, origin=origin, given=given
+        )
+    made = wrap.bundle_for(found.folder / str(found.origin["file"]), models_dir, tell)
+    card = replace(
+        made.card,
+        name=found.repo,
+        licence=found.licence if made.card.licence == "unknown" else made.card.licence,
+        origin={**found.origin, "wrapped": made.card.origin["wrapped"]},
+    )
+    files.write_whole(made.dir / bundles.CARD, serialization.encode(card))
+    return replace(made, card=card)
 
 
 def _published(

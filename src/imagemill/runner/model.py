@@ -94,8 +94,11 @@ def with_recipe(model: Bundle, settings: Settings) -> Bundle:
 
 
 def identify(card: Card) -> str:
-    """Return a text that identifies a model. For a wrapped model it depends on its card, too."""
-    return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
+    """Return a text that identifies a model. It depends on the card of an ONNX file or a model
+    folder, too.
+    """
+    key = card.origin.get("wrapped") or card.origin.get("made") or card.sha256
+    return f"{card.name} ({str(key)[:12]})"
 
 
 def describe_labels(labels: Sequence[str]) -> str:
@@ -109,14 +112,9 @@ def describe_labels(labels: Sequence[str]) -> str:
 
 
 def is_local(settings: Settings) -> bool:
-    """Return whether the model that the settings name is on disk."""
-    if str(settings.model).endswith(".onnx"):
-        return True  # nothing is downloaded, even if it has to be wrapped
+    """Return whether the model can be found without downloading published weights."""
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    return any(
-        bundle.is_bundle(folder)
-        for folder in (models_dir / str(settings.model), Path(str(settings.model)))
-    )
+    return resolve.is_local(str(settings.model), models_dir)
 
 
 def verify_model(frozen: Frozen) -> None:
@@ -129,8 +127,8 @@ def verify_model(frozen: Frozen) -> None:
     file, card = Path(frozen.job.session.model_file), frozen.job.session.card
     if not file.is_file():
         remedy = f"`imagemill get-model {card.name}`"
-        if card.origin.get("source") == "onnx":
-            remedy = f"run the command again with --model {card.origin.get('file')}"
+        if (typed := resolve.typed(card)) is not None:
+            remedy = f"run the command again with --model {typed}"
         raise OutputError(f"the job's model {file} is missing. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(file.parent, card))
     if frozen.variant_sha256 is not None:
