@@ -184,7 +184,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="output folder (default: %(default)s)", options={"default": "imagemill-demo"}
     )
     demo["model"] = demo["model"]._replace(
-        help="model name, bundle folder or wrapped file.onnx (default: %(default)s)",
+        help="name, folder, file.onnx or hf:owner/name of a model (default: %(default)s)",
         options={"default": "efficientnet_lite0"},
     )
     _add_options(sub, demo)
@@ -278,7 +278,9 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub = command(
         "quantize", _quantize, "make the int8 variant of a model and compare its results with fp32"
     )
-    sub.add_argument("model", metavar="MODEL", help="model name or bundle folder")
+    sub.add_argument(
+        "model", metavar="MODEL", help="name, folder, file.onnx or hf:owner/name of a model"
+    )
     sub.add_argument(
         "--images",
         action="append",

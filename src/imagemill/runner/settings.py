@@ -185,7 +185,7 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "model": Setting(
         "--model",
-        f"model name, bundle folder or wrapped file.onnx (default: {DEFAULT_MODEL})",
+        f"name, folder, file.onnx or hf:owner/name of a model (default: {DEFAULT_MODEL})",
         "NAME",
         Effect.ANSWERS,
     ),
