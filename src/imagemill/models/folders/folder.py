@@ -1,7 +1,9 @@
 """A model folder becomes a bundle.
 
 config.json, preprocessor_config.json ─► card, and where its values came from ─┐
-model.onnx ────────────────────────────────────────────────────────────────────┴─► bundle
+model.onnx, else model.safetensors or pytorch_model.bin ───────────────────────┴─► bundle
+
+Weights without ONNX are used if imagemill builds their network. Otherwise PyTorch exports it once.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill.errors import ModelError, printable
+from imagemill.errors import CheckpointError, ModelError, printable
+from imagemill.models import build
 from imagemill.models import bundle as bundles
+from imagemill.models.architectures import ARCHITECTURES, describe, recognise
+from imagemill.models.checkpoints import checkpoint
 from imagemill.models.custom import wrap
+from imagemill.models.custom.graph import dimensions
 from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file, timm_config, transformers_config
 from imagemill.models.folders.json_file import Document
+from imagemill.models.folders.transformers_config import is_plain_resnet
 from imagemill.records import Bundle
 
 Say = Callable[[str], None]
@@ -33,8 +40,14 @@ _GRAPHS: Final = (
     "model.onnx",
 )
 """In this order. A folder with a vision tower has both towers in `model.onnx`, which wants text."""
+_INDEX: Final = "model.safetensors.index.json"
+"""Says which file holds which parameter, if there are several."""
+_WEIGHTS: Final = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_SHARD: Final = "model-*-of-*.safetensors"
 _MAX_GRAPH_BYTES: Final = 2**31
 """Limit of protobuf. Larger models keep their weights in files beside the graph."""
+_TIMM_WRAPPER: Final = "timm_model."
+"""What transformers puts before the names of timm's parameters."""
 _LISTED: Final = 5
 _READER: Final = 1
 """Version of the reading: bundles of another version are built again."""
@@ -52,7 +65,7 @@ class Model:
     """As the folder calls it; empty if it does not."""
     is_timm: bool
     source: Path
-    """The ONNX file."""
+    """The file with the network: ONNX, else safetensors, their index, or a pickle."""
     unused: tuple[str, ...]
     """Names of other ONNX files."""
 
@@ -107,13 +120,13 @@ def bundle_for(
         tell(f"{model.source.name} is used; not used: {names}")
     facts = {
         "source": "folder",
-        "folder": printable(folder.absolute(), 1000),
+        "folder": str(folder.absolute()),
         "file": model.source.relative_to(folder).as_posix(),
         "sha256": bundles.sha256(model.source),
         "verified": False,
         **{item: value for item, value in (origin or {}).items() if item != "licence"},
     }
-    return _build(model, home, key, facts, tell)
+    return _build(model, home, models_dir, key, facts, tell)
 
 
 def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any]) -> Model:
@@ -168,27 +181,33 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
             f"{printable(folder)} has {len(graphs)} ONNX files, none of which is called model.onnx:"
             f" {listed}. Rename the one to use."
         )
-    for name in usual or graphs:
+    for name in (*(usual or graphs), *_WEIGHTS):
         file = json_file.inside(folder, name)
         if file is None:
             continue
         size = file.stat().st_size
-        if size >= _MAX_GRAPH_BYTES:
+        if file.suffix == ".onnx" and size >= _MAX_GRAPH_BYTES:
             raise ModelError(
                 f"{printable(file)} has {size:,} bytes; ONNX files are smaller than"
                 f" {_MAX_GRAPH_BYTES:,}."
             )
         return file, tuple(item for item in graphs if item != name)
     raise ModelError(
-        f"{printable(folder)} has no weights that can be read: no model.onnx or onnx/model.onnx."
+        f"{printable(folder)} has no weights that can be read: no model.onnx, onnx/model.onnx,"
+        f" {', '.join(_WEIGHTS)}."
     )
 
 
 def _key(model: Model) -> str:
     """Return a hash of what decides the bundle."""
     sums = [bundles.sha256(model.source)]
-    names = wrap.external_files(model.source, wrap.parse(model.source))
-    sums += [bundles.sha256(model.source.parent / name) for name in names]
+    if model.source.suffix == ".onnx":
+        names = wrap.external_files(model.source, wrap.parse(model.source))
+        sums += [bundles.sha256(model.source.parent / name) for name in names]
+    elif model.source.name == _INDEX:
+        shards = sorted(file.name for file in model.folder.glob(_SHARD))
+        found = (json_file.inside(model.folder, name) for name in shards)
+        sums += [bundles.sha256(file) for file in found if file is not None]
     facts = [_READER, model.architecture, asdict(model.read.card), sums]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -196,12 +215,42 @@ def _key(model: Model) -> str:
 # ── building ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _build(model: Model, home: Path, key: str, origin: Mapping[str, Any], say: Say) -> Bundle:
+def _build(
+    model: Model, home: Path, models_dir: Path, key: str, origin: Mapping[str, Any], say: Say
+) -> Bundle:
     """Build the bundle of a folder."""
     graph = model.source
+    if graph.suffix != ".onnx":
+        built = _build_weights(model, home, {**origin, "wrapped": key}, say)
+        if built is not None:
+            return built
+        from imagemill.models import export
+
+        size = model.read.card.size
+        sides = dimensions(size)[::-1] if size is not None else None
+        graph = export.onnx_for(model.folder, models_dir, say, sides)
     architecture = model.architecture or "onnx"
     source = wrap.Source(graph, wrap.parse(graph), model.read, key, origin, architecture)
     checked = wrap.build(source, home)
     for line in checked.lines:
         say(line)
     return checked.bundle
+
+
+def _build_weights(model: Model, home: Path, origin: Mapping[str, Any], say: Say) -> Bundle | None:
+    """Build the bundle from weights of a network that imagemill builds; None: it builds none like
+    that.
+    """
+    wanted = timm_config.plain_architecture(model.document) if model.is_timm else ""
+    is_built = wanted in ARCHITECTURES if model.is_timm else is_plain_resnet(model.document)
+    if not is_built or model.source.name == _INDEX:
+        return None
+    arrays = checkpoint.read(model.source, say)
+    if all(name.startswith(_TIMM_WRAPPER) for name in arrays):
+        arrays = {name.removeprefix(_TIMM_WRAPPER): array for name, array in arrays.items()}
+    try:
+        architecture = recognise(arrays, wanted or None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{printable(model.source)}: {error}") from error
+    say(describe(architecture))
+    return build.build(home, architecture, arrays, model.read, origin, say=say)

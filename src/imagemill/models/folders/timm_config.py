@@ -74,6 +74,18 @@ def architecture(document: Document) -> str:
     return name.partition(".")[0]
 
 
+def plain_architecture(document: Document) -> str:
+    """Return the name of the architecture; empty if it was built with arguments that change it."""
+    arguments = document.values.get("model_args") or {}
+    plain = {"in_chans": 3, "global_pool": "avg"}
+    changed = any(
+        key not in plain or value != plain[key]
+        for key, value in arguments.items()
+        if key not in ("num_classes", "img_size")
+    )
+    return "" if changed else architecture(document)
+
+
 def read_timm(document: Document) -> ReadCard:
     """Return what a timm folder's `config.json` says.
 

@@ -21,6 +21,12 @@ too.
 """
 _HEADLESS: Final = re.compile(r"\w+(?:Model|WithProjection|ForPreTraining)")
 """Classes of networks without a classifier."""
+_PLAIN_RESNET: Final[Mapping[str, object]] = {
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+}
+"""Settings of torchvision's ResNet. They are the defaults of transformers."""
 _NEEDED: Final = ("resize", "mean", "std")
 """Flags that replace a processor."""
 
@@ -69,6 +75,16 @@ def read_transformers(folder: Path, document: Document, given: Mapping[str, Any]
 def architecture(document: Document) -> str:
     """Return the class of the network; empty if there is none."""
     return next(iter(document.record(Config).architectures or ()), "")
+
+
+def is_plain_resnet(document: Document) -> bool:
+    """Return whether the network is the ResNet that imagemill builds, not a variant of it whose
+    parameters have the same shapes.
+    """
+    values = document.values
+    return values.get("model_type") == "resnet" and all(
+        values.get(key, plain) == plain for key, plain in _PLAIN_RESNET.items()
+    )
 
 
 def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str, str]]:
