@@ -243,6 +243,24 @@ def test_the_processor_is_found_by_old_and_new_names(
 
 
 @pytest.mark.parametrize(
+    ("name", "is_headless"),
+    [
+        ("ViTModel", True),
+        ("CLIPVisionModelWithProjection", True),
+        ("Dinov2Model", True),
+        ("ViTForImageClassification", False),
+        ("LevitForImageClassificationWithTeacher", False),
+    ],
+)
+def test_a_network_without_a_classifier_is_known_by_its_class(
+    name: str, is_headless: bool, copied: Callable[..., Path]
+) -> None:
+    card = folders.look_into(copied("vit", architectures=[name]), {}, {}).read.card
+    assert (card.logits == "none") == is_headless
+    assert (card.labels is None) == is_headless
+
+
+@pytest.mark.parametrize(
     ("preprocessor", "config", "message"),
     [
         (

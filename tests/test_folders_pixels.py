@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 import sample_images
-from imagemill.models.custom.onnx_card import OnnxCard, ReadCard, box
+from imagemill.models.custom.graph import with_recipe
+from imagemill.models.custom.onnx_card import Color, ReadCard
 from imagemill.models.folders import timm_config
 from imagemill.models.folders.json_file import Document
 from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
 from imagemill.pipeline.decoding.decode import decode
-from imagemill.records import Limits, Recipe
+from imagemill.records import Limits
 from odd_images import SIZES, odd_image, sampled
 
 GOLDEN = Path(__file__).parent / "golden/processors"
@@ -45,22 +46,6 @@ def kind_of(case: dict[str, Any]) -> str:
     return name.removesuffix("Fast").removesuffix("ImageProcessor")
 
 
-def recipe_of(card: OnnxCard) -> Recipe:
-    width, height = (
-        (card.size, card.size) if isinstance(card.size, int) else box(card.size or "") or (0, 0)
-    )
-    resize = str(card.resize).removeprefix("pad ")
-    return Recipe(
-        height=height,
-        width=width,
-        resize=card.resize if isinstance(card.resize, int) else box(resize),
-        pad=str(card.resize).startswith("pad"),
-        fill=card.fill or "#000000",
-        centre=card.centre,
-        interpolation=card.interpolation,
-    )
-
-
 def read(case: dict[str, Any]) -> ReadCard:
     if "config" in case:
         return timm_config.read_timm(Document(Path("config.json"), case["config"]))
@@ -70,17 +55,17 @@ def read(case: dict[str, Any]) -> ReadCard:
 
 @pytest.mark.parametrize("name", CASES)
 def test_pixels_are_the_librarys(name: str, golden: dict[str, Any]) -> None:
-    card = read(CASES[name]).card
-    recipe = recipe_of(card)
+    found, recipe = with_recipe(read(CASES[name]))
+    is_bgr = found.card.color is Color.BGR
     differences = []
     for number, (width, height) in enumerate(SIZES):
         image = sample_images.encode(Image.fromarray(odd_image(width, height)), "PNG")
         pixels = decode(image, recipe, Limits()).pixels
         assert pixels is not None
         expected = golden[f"{name}/{number}"]
-        found = sampled(pixels[..., ::-1] if card.color == "BGR" else pixels)
-        assert found.shape == expected.shape
-        differences.append(np.abs(found.astype(int) - expected.astype(int)).ravel())
+        ours = sampled(pixels[..., ::-1] if is_bgr else pixels)
+        assert ours.shape == expected.shape
+        differences.append(np.abs(ours.astype(int) - expected.astype(int)).ravel())
     off = np.concatenate(differences)
     assert off.max() <= 1
     if CASES[name].get("library") != "torchvision":  # whose floats are rounded once, not twice

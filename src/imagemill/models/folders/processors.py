@@ -8,7 +8,7 @@ nobody can know which of them the model was trained with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Annotated, Any, Final
@@ -227,6 +227,8 @@ class _Reader:
         said = [key for key in self.used if getattr(self.keys, key) is not None]
         defaults = [key for key in self.used if getattr(self.keys, key) is None]
         self.used = []
+        if not said and not defaults:
+            return f"{self.name}ImageProcessor"
         if not said:
             return f"default of {self.name}ImageProcessor"
         rest = f"; default: {', '.join(defaults)}" if defaults else ""
@@ -277,8 +279,7 @@ class _Reader:
         if self.kind.flips:
             flipped = self.value("do_flip_channel_order", True)
             say(color="BGR" if flipped else "RGB")
-        scale, mean, std = self._normalisation()
-        say(scale=scale, mean=mean, std=std)
+        self._normalisation(say)
         return ReadCard(OnnxCard(**fields), origins)
 
     def _box_or_short(
@@ -349,28 +350,24 @@ class _Reader:
             raise self.document.error("crop_size must have height and width")
         return crop
 
-    def _normalisation(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-        """Return scale, mean and deviation as a card has them, with the rescaling folded in."""
+    def _normalisation(self, say: Callable[..., None]) -> None:
+        """Take over scale, mean and deviation. The rescaling is folded into them."""
         factor, offset = 1.0, 0.0
         if self.value("do_rescale", True):
             factor = self.value("rescale_factor", 1 / 255)
             if self.kind.efficientnet and self.value("rescale_offset", False):
                 offset = 1.0
-        mean: tuple[float, ...]
-        std: tuple[float, ...]
-        mean, std = Mean.NONE.value
-        if self.kind.mean is not Mean.NONE:
-            default_mean, default_std = self.kind.mean.value
-            normalises = self.value("do_normalize", True)
-            deviation = self._three("image_std", default_std)
-            if normalises:
-                mean, std = self._three("image_mean", default_mean), deviation
-            if self.kind.efficientnet and self.value("include_top", True):
-                std = tuple(a * b for a, b in zip(std, deviation, strict=True))
-        mean = tuple(item + offset for item in mean)
-        if abs(factor * 255 - 1) < 1e-6:
-            return 1, mean, std
-        return 255, tuple(item / factor for item in mean), tuple(item / factor for item in std)
+        is_usual = abs(factor * 255 - 1) < 1e-6
+        unit = 1.0 if is_usual else factor
+        say(scale=1 if is_usual else 255)
+        default_mean, default_std = self.kind.mean.value
+        normalises = self.kind.mean is not Mean.NONE and self.value("do_normalize", True)
+        mean = self._three("image_mean", default_mean) if normalises else (0.0, 0.0, 0.0)
+        say(mean=tuple((item + offset) / unit for item in mean))
+        again = self.kind.efficientnet and self.value("include_top", True)
+        divisions = int(normalises) + int(again)
+        std = self._three("image_std", default_std) if divisions else (1.0, 1.0, 1.0)
+        say(std=tuple(item**divisions / unit for item in std))
 
     def _three(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """Return one number per channel."""
