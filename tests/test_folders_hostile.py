@@ -141,6 +141,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "weights above the folder": (external("../outside/secret"), "outside its folder"),
     "weights anywhere": (external("/etc/passwd"), "outside its folder"),
     "weights that are missing": (external("model.onnx_data"), "is not a file beside it"),
+    "weights with control characters": (external("a\x1b[2J\nb"), "is not a file beside it"),
     # JSON
     "nested a million times": (text("config.json", '{"a":' * MILLION), "nested too deeply"),
     "nested in lists": (raw("size", "[" * MILLION), "nested too deeply"),
@@ -237,6 +238,16 @@ def test_a_folders_name_may_hold_control_characters(tmp_path: Path) -> None:
     made = resolve.resolve(str(folder), tmp_path / "models", say=lines.append)
     assert made.card.name == r"a\x1b[2J\nb" and made.dir.parent == tmp_path / "models"
     assert lines and all(line.isprintable() for line in lines)
+
+
+def test_a_fault_in_such_a_folder_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a\x1b[2J\nb"
+    shutil.copytree(FOLDERS / SOUND, folder)
+    for name in ("model.onnx", "preprocessor_config.json", "config.json"):
+        (folder / name).write_bytes(b"\0")
+        with pytest.raises(ModelError) as raised:
+            resolve.resolve(str(folder), tmp_path / "models")
+        assert str(raised.value).isprintable() and name in str(raised.value)
 
 
 def test_a_name_cannot_lead_out_of_the_models_folder(tmp_path: Path) -> None:

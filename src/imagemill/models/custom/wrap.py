@@ -216,7 +216,7 @@ def external_files(file: Path, model: onnx.ModelProto) -> list[str]:
         ModelError: a name is absolute, leads out of the file's folder (links followed), or is not a
             regular file.
     """
-    folder = file.parent.resolve()
+    folder, shown = file.parent.resolve(), printable(file)
     names = {
         entry.value
         for tensor in _tensors(model)
@@ -227,19 +227,19 @@ def external_files(file: Path, model: onnx.ModelProto) -> list[str]:
         parts = name.replace("\\", "/").split("/")
         if not name or not parts[0] or ".." in parts or ":" in name or "\0" in name:
             raise ModelError(
-                f"{file} refused: it wants weights from {name!r}, outside its folder. Use a model"
+                f"{shown} refused: it wants weights from {name!r}, outside its folder. Use a model"
                 " that you trust."
             )
         target = (folder / name).resolve()
         if not target.is_relative_to(folder):
             raise ModelError(
-                f"{file} refused: {name!r}, where it wants weights from, links to outside its"
+                f"{shown} refused: {name!r}, where it wants weights from, links to outside its"
                 " folder."
             )
         if not target.is_file():
             raise ModelError(
-                f"{file} is incomplete: {name}, which holds its weights, is not a file beside it."
-                " Copy it there."
+                f"{shown} is incomplete: {printable(name)}, which holds its weights, is not a file"
+                " beside it. Copy it there."
             )
     return sorted(names)
 
@@ -264,15 +264,17 @@ def parse(file: Path) -> onnx.ModelProto:
     import onnx
 
     if file.stat().st_size == 0:
-        raise ModelError(f"{file} is empty. Export it again.")
+        raise ModelError(f"{printable(file)} is empty. Export it again.")
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own
         raise ModelError(
-            f"{file} is damaged or not ONNX: {printable(error)}. Export it again."
+            f"{printable(file)} is damaged or not ONNX: {printable(error)}. Export it again."
         ) from error
     if not _is_text(model):
-        raise ModelError(f"{file} is damaged: a name in it is not UTF-8. Export it again.")
+        raise ModelError(
+            f"{printable(file)} is damaged: a name in it is not UTF-8. Export it again."
+        )
     return model
 
 
