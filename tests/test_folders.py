@@ -172,6 +172,101 @@ def test_a_model_of_timm_without_names_of_1000_classes_has_imagenets(tmp_path: P
     assert "1,000 classes" in read.origins["labels"]
 
 
+def test_timms_grey_images_have_three_equal_means(tmp_path: Path) -> None:
+    pretrained = {"input_size": [1, 28, 28], "mean": [0.13], "std": [0.31], "crop_mode": "border"}
+    values = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": pretrained}
+    card = folders.timm_config.read_timm(folders.Document(tmp_path / "config.json", values)).card
+    assert card.mean == (0.13,) * 3 and card.std == (0.31,) * 3 and card.fill == "#212121"
+
+
+OLD: dict[str, tuple[dict[str, Any], str, int | str, int | str, str]] = {
+    "vit": ({"size": 224, "image_mean": [0.5] * 3}, "vit", 224, "224x224", "bilinear"),
+    "swin": (
+        {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "resample": 3},
+        "swin",
+        224,
+        "224x224",
+        "bicubic",
+    ),
+    "beit": (
+        {
+            "feature_extractor_type": "BeitFeatureExtractor",
+            "size": 224,
+            "crop_size": 224,
+            "do_center_crop": False,
+            "resample": 2,
+        },
+        "beit",
+        224,
+        "224x224",
+        "bilinear",
+    ),
+    "deit": (
+        {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224},
+        "deit",
+        224,
+        "256x256",
+        "bicubic",
+    ),
+    "convnext": (
+        {
+            "feature_extractor_type": "ConvNextFeatureExtractor",
+            "size": 384,
+            "crop_pct": None,
+            "resample": 3,
+        },
+        "convnext",
+        384,
+        "384x384",
+        "bicubic",
+    ),
+    "resnet": ({"size": 224, "crop_pct": 0.875, "resample": 3}, "resnet", 224, 256, "bicubic"),
+    "clip": (
+        {
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "size": 224,
+            "crop_size": 224,
+            "resample": 3,
+        },
+        "clip",
+        224,
+        224,
+        "bicubic",
+    ),
+    "mobilevit": (
+        {
+            "feature_extractor_type": "MobileViTFeatureExtractor",
+            "size": 288,
+            "crop_size": 256,
+            "resample": 2,
+            "do_flip_channel_order": True,
+        },
+        "mobilevit",
+        256,
+        288,
+        "bilinear",
+    ),
+    "levit": (
+        {"feature_extractor_type": "LevitFeatureExtractor", "size": 224, "resample": 3},
+        "levit",
+        224,
+        256,
+        "bicubic",
+    ),
+}
+"""Files as versions of transformers before 4.26 wrote them: sizes are plain numbers."""
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_files_are_read_as_they_were_meant(name: str, tmp_path: Path) -> None:
+    preprocessor, model_type, size, resize, interpolation = OLD[name]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    document = folders.Document(tmp_path / "config.json", {"model_type": model_type})
+    card = folders.transformers_config.read_transformers(tmp_path, document, {}).card
+    assert (card.size, card.resize, card.interpolation) == (size, resize, interpolation)
+    assert card.color == ("BGR" if name == "mobilevit" else "RGB")
+
+
 # ── which file ────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -132,7 +132,7 @@ def read_timm(document: Document) -> ReadCard:
     say("mean", scale=1, mean=mean)
     say("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
     if pretrained.crop_mode == "border":
-        levels = [min(255, max(0, round(255 * item))) for item in mean] * (3 // channels)
+        levels = [min(255, max(0, round(255 * item))) for item in mean]
         say("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
     if pretrained.license:
         say("license", licence=pretrained.license)
@@ -166,9 +166,10 @@ def _input_size(document: Document, config: Config, pretrained: Pretrained) -> t
 def _per_channel(
     document: Document, key: str, values: tuple[float, ...], channels: int
 ) -> tuple[float, ...]:
+    """Return three numbers, which for grey images are equal."""
     if len(values) not in (1, channels):
         raise document.error(f"{key} has {len(values)} numbers; it must have {channels}, or 1")
-    return values if len(values) == channels else values * channels
+    return values * (3 // len(values))
 
 
 def _labels(
