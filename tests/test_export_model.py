@@ -155,8 +155,7 @@ def test_weights_in_several_files_and_a_network_without_a_head(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     file = export.onnx_for(changed(folder, architectures=["ViTModel"]), tmp_path / "models", print)
-    tokens = answers(file, images())  # the weights have no pooler: the first token is returned
-    assert tokens.shape == (4, 32)
+    tokens = answers(file, images())[:, 0]  # the weights have no pooler
     whole = load_file(GOLDEN / "transformers" / "model.safetensors")
     logits = tokens @ whole["classifier.weight"].T + whole["classifier.bias"]
     golden = np.load(GOLDEN / "transformers.logits.npy")

@@ -58,8 +58,8 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
     """Return the ONNX file of a model folder that has none, and export it if that was not done yet.
 
     The file has one input `pixel_values`, float32 (n, channels, height, width), n open, and one
-    output: `logits` (n, classes), or for a network without a head `image_embeds` or
-    `pooler_output` (n, features).
+    output: `logits` (n, classes), or for a network without a head `image_embeds` (n, features),
+    `pooler_output` (n, features) or `last_hidden_state` (n, tokens, features).
 
     Args:
         folder: has `config.json` of transformers or timm, and safetensors.

@@ -27,8 +27,8 @@ _TOWERS: Final = {
 """Networks of images and text, and the part of each that takes images."""
 _OUTPUTS: Final = ("logits", "image_embeds", "pooler_output")
 """Outputs of transformers, the best first."""
-_FIRST_TOKEN: Final = "embedding"  # noqa: S105 - it is no password
-"""Name of the output if the embedding is the first token of `last_hidden_state`."""
+_TOKENS: Final = "last_hidden_state"
+"""The output (n, tokens, features) of a network without a pooler. `wrap` takes the first token."""
 _USED: Final = ("num_classes", "input_size", "fixed_input_size", "first_conv", "classifier")
 """Keys of timm's `pretrained_cfg` that decide how a network is built. Others say where weights are
 fetched from.
@@ -178,7 +178,7 @@ def _bounded(shards: Sequence[Path]) -> Iterator[None]:
 
 
 class OneOutput(torch.nn.Module):  # type: ignore[misc]
-    """A network with the one output that is exported, (n, classes) or (n, features)."""
+    """A network with the one output that is exported."""
 
     def __init__(self, network: torch.nn.Module, output: str) -> None:
         super().__init__()
@@ -190,8 +190,6 @@ class OneOutput(torch.nn.Module):  # type: ignore[misc]
         found = self.network(pixel_values)
         if isinstance(found, torch.Tensor):
             return found
-        if self.output == _FIRST_TOKEN:
-            return found["last_hidden_state"][:, 0]
         values = found[self.output]
         # transformers' convolutional networks pool to (n, features, 1, 1)
         return values.flatten(1) if values.shape[2:] == (1, 1) else values
@@ -207,7 +205,7 @@ def with_one_output(network: torch.nn.Module, images: torch.Tensor) -> OneOutput
     if isinstance(found, torch.Tensor):
         output = "pooler_output" if network.num_classes == 0 else "logits"
     elif getattr(network, "pooler", network) is None:
-        output = _FIRST_TOKEN
+        output = _TOKENS
     else:
         known = [name for name in _OUTPUTS if found.get(name) is not None]
         if not known:
@@ -218,7 +216,7 @@ def with_one_output(network: torch.nn.Module, images: torch.Tensor) -> OneOutput
         output = known[0]
     one = OneOutput(network, output)
     shape = tuple(one(images).shape)
-    if len(shape) != 2:
+    if len(shape) != (3 if output == _TOKENS else 2):
         raise ModelError(f"its {output} have the shape {shape} for a batch of {len(images)}.")
     one.eval()  # the exporter gives every part the mode of the whole
     return one
