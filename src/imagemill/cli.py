@@ -276,6 +276,47 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _wrap_options(sub)
 
     sub = command(
+        "classes",
+        _classes,
+        "make a model whose classes are your own words, from a CLIP or SigLIP model",
+    )
+    sub.add_argument(
+        "model", metavar="MODEL", help="hf:owner/name, or a folder with onnx/vision_model.onnx"
+    )
+    sub.add_argument(
+        "--labels", required=True, metavar="FILE", help="file with one class per line, in words"
+    )
+    sub.add_argument(
+        "--template",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=(
+            "text that a label is put into, at {}; may be repeated: the texts are averaged; @FILE:"
+            ' one per line (default: "a photo of a {}.")'
+        ),
+    )
+    sub.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of the new model, for `run --model DIR`",
+    )
+    sub.add_argument(
+        "--logit-scale",
+        type=float,
+        metavar="N",
+        help="factor of the cosines, not its logarithm (default: from the model's files)",
+    )
+    sub.add_argument(
+        "--logit-bias",
+        type=float,
+        metavar="N",
+        help="SigLIP only: what is added to the scores (default: from the model's files)",
+    )
+    _add_options(sub, {"models_dir": SETTINGS["models_dir"]})
+
+    sub = command(
         "quantize", _quantize, "make the int8 variant of a model and compare its results with fp32"
     )
     sub.add_argument(
@@ -706,6 +747,32 @@ def _wrap(parsed: argparse.Namespace) -> int:
     for line in checked.lines:
         _log(line)
     print(written)
+    return 0
+
+
+def _classes(parsed: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from imagemill.display.terminal import DownloadDisplay
+    from imagemill.models.zero_shot import classes, prompts, towers
+
+    wanted = prompts.read_prompts(Path(parsed.labels), parsed.template)
+    found = towers.find(
+        parsed.model,
+        _models_dir(parsed),
+        _log,
+        DownloadDisplay(),
+        with_scale=parsed.logit_scale is None,
+    )
+    made = classes.make(
+        found,
+        wanted,
+        Path(parsed.output),
+        _log,
+        logit_scale=parsed.logit_scale,
+        logit_bias=parsed.logit_bias,
+    )
+    print(made.dir)
     return 0
 
 

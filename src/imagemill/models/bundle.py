@@ -151,6 +151,8 @@ def describe_origin(card: Card) -> str:
             text = f"from hf:{origin.get('repository')}@{commit}"
         case "folder":
             text = f"from the folder {origin.get('folder')}"
+        case "words":
+            text = f"classes in words, from {origin.get('model')}"
         case "package":
             text = f"from the package {origin.get('package')}"
         case other:

@@ -129,6 +129,8 @@ def verify_model(frozen: Frozen) -> None:
         remedy = f"`imagemill get-model {card.name}`"
         if (typed := resolve.typed(card)) is not None:
             remedy = f"run the command again with --model {typed}"
+        if card.origin.get("source") == "words":
+            remedy = f"`imagemill classes {card.origin.get('model')}`, with the same labels"
         raise OutputError(f"the job's model {file} is missing. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(file.parent, card))
     if frozen.variant_sha256 is not None:

@@ -1,0 +1,1 @@
+"""Classes in words: a classifier from a CLIP or SigLIP model and a list of labels."""

@@ -1,0 +1,115 @@
+"""The labels and templates of `imagemill classes`, and the prompts that they make."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imagemill.errors import UsageError, printable
+from imagemill.models import bundle as bundles
+
+DEFAULT_TEMPLATE: Final = "a photo of a {}."
+"""The template of CLIP's authors for pictures of things."""
+MAX_PROMPTS: Final = 1_000_000
+"""Labels times templates. A text tower of CLIP's size reads so many in a day."""
+MAX_LABELS: Final = 100_000
+"""ImageNet-21k has 21,843 classes. For 100,000 labels the last layer takes 200 MB or more."""
+MAX_CHARACTERS: Final = 1_000
+"""Of a label or a template. A text tower reads 64 or 77 tokens, about 300 characters."""
+_PLACE: Final = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Labels, and the templates that turn each of them into a text."""
+
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def of(self, template: str) -> list[str]:
+        """Return one text per label, in their order.
+
+        Example:
+            >>> Prompts(("cat", "dog"), ("a photo of a {}.",)).of("a photo of a {}.")
+            ['a photo of a cat.', 'a photo of a dog.']
+        """
+        before, after = template.split(_PLACE)
+        return [f"{before}{label}{after}" for label in self.labels]
+
+
+def read_prompts(labels_file: Path, templates: Sequence[str]) -> Prompts:
+    """Read the labels, and check them and the templates.
+
+    Args:
+        labels_file: one label per line.
+        templates: texts with one `{}` each, or `@FILE` for a file with one per line; if there are
+            none, `DEFAULT_TEMPLATE`.
+
+    Raises:
+        UsageError: a file cannot be read or is empty; a text is there twice, too long, or has
+            control characters; a template has no `{}` or several; there are too many.
+    """
+    labels = bundles.read_labels(labels_file)
+    _check(f"--labels {labels_file}", labels)
+    if len(labels) > MAX_LABELS:
+        raise UsageError(
+            f"--labels {labels_file} has {len(labels):,} labels; at most {MAX_LABELS:,} can be the"
+            " classes of one model. Divide them into several files."
+        )
+    found: list[str] = []
+    for template in templates or (DEFAULT_TEMPLATE,):
+        if template.startswith("@") and _PLACE not in template:
+            found += _read_templates(template)
+        else:
+            found.append(template)
+    _check("--template", found)
+    for template in found:
+        if (places := template.count(_PLACE)) != 1:
+            raise UsageError(
+                f'--template "{printable(template)}" has {places or "no"} places for a label: write'
+                ' {} once where the label goes, for example "a photo of a {}."'
+            )
+    if len(labels) * len(found) > MAX_PROMPTS:
+        raise UsageError(
+            f"{len(labels):,} labels in {len(found):,} templates are more than {MAX_PROMPTS:,}"
+            " texts. Use fewer templates."
+        )
+    return Prompts(labels, tuple(found))
+
+
+def _read_templates(argument: str) -> list[str]:
+    """Return the lines of the file of `--template @FILE` that are not blank."""
+    try:
+        text = Path(argument[1:]).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(
+            f"--template {printable(argument)} cannot be read: {reason}. Give a text file in UTF-8"
+            " with one template per line."
+        ) from error
+    lines = [line for line in text.split("\n") if line.strip()]
+    _check(f"--template {argument}", lines)
+    return lines
+
+
+def _check(origin: str, texts: Sequence[str]) -> None:
+    """Refuse what cannot be told apart or shown on one line."""
+    if not texts:
+        raise UsageError(f"{origin} is empty. Write one per line.")
+    lines: dict[str, int] = {}
+    for number, text in enumerate(texts, 1):
+        shown = printable(text, 60)
+        if any(unicodedata.category(item) in ("Cc", "Cs", "Zl", "Zp") for item in text):
+            raise UsageError(f'{origin}: "{shown}" (line {number}) has control characters.')
+        if len(text) > MAX_CHARACTERS:
+            raise UsageError(
+                f'{origin}: "{shown}" (line {number}) has {len(text):,} characters; at most'
+                f" {MAX_CHARACTERS:,} are read."
+            )
+        if (first := lines.setdefault(text.strip(), number)) != number:
+            raise UsageError(
+                f'{origin}: "{shown}" is there twice (lines {first} and {number}). Delete one.'
+            )
