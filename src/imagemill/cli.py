@@ -247,8 +247,11 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument(
         "--from",
         dest="from_file",
-        metavar="FILE",
-        help="build from this .pth or .safetensors file of your own; NAME is yours to choose",
+        metavar="FILE|FOLDER",
+        help=(
+            "build from your own .pth or .safetensors file, or from a folder of transformers or"
+            " timm; NAME is yours to choose"
+        ),
     )
     sub.add_argument(
         "--url", metavar="URL", help="download from this URL instead of the publisher's"

@@ -88,7 +88,7 @@ def bundle_for(
         folder: has `config.json`.
         models_dir: one folder per model.
         say: takes one line at a time: each value that was read and where it came from.
-        name: of the bundle.
+        name: of the bundle, and of the model in results.
         origin: where the folder is from, for the card: `repository`, `commit`, `licence`, …
         given: fields of OnnxCard by name, which replace what the folder says.
 
@@ -98,6 +98,8 @@ def bundle_for(
         is missing, damaged or says something impossible, or the bundle cannot be written.
     """
     model = look_into(folder, given or {}, origin or {})
+    if name is not None:
+        model = replace(model, read=replace(model.read, card=replace(model.read.card, name=name)))
     key = _key(model)
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", model.read.card.name or "")[:100].lstrip(".-") or "model"
     home = models_dir / (name or f"{stem}-{key[:12]}")
