@@ -97,8 +97,8 @@ def test_auto_is_several_processes_where_cores_are_many(
         ("cpu:0", "cpu:N takes one number from 1 to 512, not 0."),
         ("cpu:513", "cpu:N takes one number from 1 to 512, not 513."),
         ("cpu:1,2", "cpu:N takes one number from 1 to 512, not 1,2."),
-        ("cpu@tensorrt", "cpu has no backend 'tensorrt'. Known: openvino, onnxruntime"),
-        ("cuda:0@openvino", "cuda has no backend 'openvino'. Known: onnxruntime, tensorrt"),
+        ("cpu@tensorrt", "cpu has no backend 'tensorrt'. Known: openvino, torch, onnxruntime"),
+        ("cuda:0@openvino", "cuda has no backend 'openvino'. Known: torch, onnxruntime, tensorrt"),
         ("cuda:0,", "cuda:I,J takes ids from 0 to 511, joined by commas, not 0,."),
         ("gpu:512", "gpu:I,J takes ids from 0 to 511, joined by commas, not 512."),
         ("ipu:1,2", "ipu:N takes one number from 1 to 512, not 1,2."),
@@ -135,7 +135,7 @@ def ask(program: str, env: dict[str, str]) -> str:
 
 
 NVIDIA = (
-    "from imagemill.pipeline.backends.onnxruntime import nvidia; found = nvidia();"
+    "from imagemill.pipeline.backends.nvidia import find_gpus; found = find_gpus();"
     " print(found.devices, found.missing)"
 )
 
@@ -153,29 +153,33 @@ def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
 def test_a_driver_without_its_provider_is_not_enough(
     tmp_path: Path, imagemill: Callable[..., helpers.Result]
 ) -> None:
-    """`devices` names the provider that lacks, and the line to type; `run` ends with the same."""
+    """`devices` names the library that lacks, and the line to type; `run` ends with the same."""
     env = stub_driver(tmp_path / "driver", 1) | {"IMAGEMILL_MODELS": str(tmp_path / "none")}
     offers = {
         offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]
     }
     missing = offers["cuda"]["missing"]
-    assert missing.startswith(
-        f"The installed ONNX Runtime {metadata.version('onnxruntime')} has no"
-        " CUDAExecutionProvider."
-    )
-    assert missing.endswith("pip uninstall -y onnxruntime, then pip install 'imagemill[cuda]'.")
-    ended = imagemill("run", tmp_path, "--output", tmp_path / "out", "--devices", "cuda:0", env=env)
-    assert (ended.code, ended.err) == (
-        1,
-        f"imagemill: --devices cuda:0: {missing} Until then: --devices cpu.\n",
-    )
+    assert missing.startswith(("PyTorch is not installed", "The installed PyTorch has no CUDA"))
+    assert missing.endswith("pip install 'imagemill[torch]'.")
+    for spec in ("cuda:0", "cuda:0@onnxruntime"):
+        if spec.endswith("onnxruntime"):
+            missing = (
+                f"The installed ONNX Runtime {metadata.version('onnxruntime')} has no"
+                " CUDAExecutionProvider. Exactly one of its wheels may be installed: pip uninstall"
+                " -y onnxruntime, then pip install 'imagemill[cuda]'."
+            )
+        ended = imagemill("run", tmp_path, "--output", tmp_path / "out", "--devices", spec, env=env)
+        assert (ended.code, ended.err) == (
+            1,
+            f"imagemill: --devices {spec}: {missing} Until then: --devices cpu.\n",
+        )
 
 
 @pytest.mark.parametrize(
     ("spec", "what", "remedy"),
     [
         (
-            "cuda:0",
+            "cuda:0@onnxruntime",
             "No NVIDIA driver: libcuda.so.1 cannot be loaded",
             "pip install 'imagemill[cuda]'",
         ),
@@ -221,16 +225,16 @@ def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     found(monkeypatch, "one", "two", "three")
     assert [(d.name, d.backend, d.id) for d in devices.resolve("cuda")] == [
-        (f"cuda#{i}", "onnxruntime", i) for i in range(3)
+        (f"cuda#{i}", "torch", i) for i in range(3)
     ]
-    mixed = devices.resolve("cuda:2,0+gpu:1+ipu:2+cuda:1@tensorrt+cpu@onnxruntime")
+    mixed = devices.resolve("cuda:2,0+gpu:1+ipu:2+cuda:1@onnxruntime+cpu@onnxruntime")
     assert [(d.name, d.engine, d.id) for d in mixed] == [
-        ("cuda#2", "onnxruntime:cuda", 2),
-        ("cuda#0", "onnxruntime:cuda", 0),
+        ("cuda#2", "torch:cuda", 2),
+        ("cuda#0", "torch:cuda", 0),
         ("gpu#1", "openvino:gpu", 1),
         ("ipu#0", "popart:ipu", 0),
         ("ipu#1", "popart:ipu", 1),
-        ("cuda#1", "tensorrt:cuda", 1),
+        ("cuda#1", "onnxruntime:cuda", 1),
         ("cpu#0", "onnxruntime", 0),
     ]
 
@@ -240,7 +244,7 @@ def test_accelerators_are_named_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cuda:3", DeviceError, "there is no cuda 3 here; there are: 0 (one), 1 (two), 2 (three)."),
         ("cuda:1,1", UsageError, "cuda 1 is named twice."),
-        ("cuda+cuda:0@tensorrt", UsageError, "cuda 0 is named twice."),
+        ("cuda+cuda:0@onnxruntime", UsageError, "cuda 0 is named twice."),
     ],
 )
 def test_an_id_that_is_not_here_or_taken_is_refused(
@@ -263,7 +267,7 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(
     monkeypatch.setattr(devices, "look_for", broken)
     with pytest.raises(
         DeviceError,
-        match=r"Looking for NVIDIA GPUs by onnxruntime failed: OSError: libfoo\.so: version",
+        match=r"Looking for NVIDIA GPUs by torch failed: OSError: libfoo\.so: version",
     ):
         devices.resolve("cuda:0")
     assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
@@ -324,7 +328,7 @@ def test_a_precision_is_one_that_all_devices_compute_in(
     [
         ("cpu", "fp32 bf16 int8"),
         ("cpu+cpu@onnxruntime", "fp32"),
-        ("gpu+cuda@tensorrt", "fp32 fp16"),
+        ("gpu+cuda", "fp32 fp16"),
     ],
 )
 def test_the_precisions_of_several_devices_are_those_they_share(

@@ -62,6 +62,8 @@ SESSIONS = {
         "popart", "ipu", Precision.FP16, tolerance=0.02, steps=2, prepare=popart_standin.prepare
     ),
     "popart-fp32": Candidate("popart", "ipu", steps=2, prepare=popart_standin.prepare),
+    "torch": Candidate("torch"),
+    "torch-bf16": Candidate("torch", precision=Precision.BF16, tolerance=0.1),
     "null": Candidate("null", "null", tolerance=None, is_queue=False),
 }
 
@@ -92,6 +94,8 @@ def opener(
     request: pytest.FixtureRequest, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Opener]:
     candidate = SESSIONS[request.param]
+    if candidate.backend == "torch":
+        pytest.importorskip("torch", reason="needs torch")
     candidate.prepare(monkeypatch, tmp_path)
     made = Opener(candidate, tiny)
     yield made

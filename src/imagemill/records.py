@@ -276,7 +276,7 @@ class DeviceSpec:
     kind: str
     """`cpu`, `cuda`, `gpu`, `npu`, `ipu`, `null`, …"""
     backend: str
-    """`openvino`, `onnxruntime`, `tensorrt`, `popart`, `null`: a row of `sessions.BACKENDS`."""
+    """`openvino`, `torch`, `onnxruntime`, `popart`, `null`: a row of `sessions.BACKENDS`."""
     cores: tuple[int, ...]
     """CPU cores that the process may use, by number."""
     id: int = 0

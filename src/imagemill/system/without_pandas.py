@@ -7,13 +7,23 @@ pyarrow imports pandas, which NNCF installs, to ask whether a list is a pandas o
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 
 
 class _NoPandas:
+    """Finds pandas, as `importlib.util.find_spec` expects, and fails when it is imported."""
+
     @staticmethod
-    def find_spec(name: str, *_: object) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError("imagemill does without pandas", name=name)
+    def find_spec(name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, _NoPandas) if name == "pandas" else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        raise ModuleNotFoundError("imagemill does without pandas", name=spec.name)
+
+    @staticmethod
+    def exec_module(_module: object) -> None:
+        """Never called."""
 
 
 def hide_pandas() -> None:

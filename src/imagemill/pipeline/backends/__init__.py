@@ -35,6 +35,10 @@ BACKENDS: dict[str, Backend] = {
         {"cpu": (_FP32, _BF16, _INT8), "gpu": (_FP32, _FP16), "npu": (_FP16,)},
         ("cpu",),
     ),
+    "torch": Backend(
+        "torch.session:TorchSession",
+        {"cuda": (_FP32, _FP16, _BF16), "cpu": (_FP32, _BF16)},
+    ),
     "onnxruntime": Backend(
         "onnxruntime:OnnxRuntimeSession",
         dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,)),

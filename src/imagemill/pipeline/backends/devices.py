@@ -325,6 +325,7 @@ def _cpu_offer() -> dict[str, Any]:
         f"cores {', '.join(map(str, cores))}"
         + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
         f"backend openvino: fp32{''.join(f', {one} by {unit}' for one, unit in faster.items())}",
+        "@torch: " + (_look_for("cpu", "torch").missing or "precisions fp32, bf16"),
         "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
         f"--precision auto means {automatic}",
         (

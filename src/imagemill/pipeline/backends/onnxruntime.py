@@ -27,6 +27,7 @@ from imagemill.pipeline.backends.base import (
     names_of_outputs,
     refuse_other_shapes,
 )
+from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
 
@@ -70,32 +71,6 @@ def _tensorrt(spec: SessionSpec, device: DeviceSpec) -> dict[str, Any]:
     return options
 
 
-def nvidia() -> Found:
-    """The GPUs that the NVIDIA driver shows to this process, in the order of their ids."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        here = "" if Path("/dev/nvidiactl").exists() else " and /dev/nvidiactl is not there"
-        return Found(
-            (),
-            f"No NVIDIA driver: libcuda.so.1 cannot be loaded{here}. Install it until `nvidia-smi`"
-            " lists the GPU.",
-        )
-    count, code = ctypes.c_int(), driver.cuInit(0)
-    code = code or driver.cuDeviceGetCount(ctypes.byref(count))
-    if code or not count.value:
-        said = f"answers with error {code}" if code else "shows none"
-        return Found(
-            (), f"No NVIDIA GPU: the driver {said}. See `nvidia-smi` and CUDA_VISIBLE_DEVICES."
-        )
-    names = []
-    for number in range(count.value):
-        name = ctypes.create_string_buffer(100)
-        driver.cuDeviceGetName(name, 100, number)
-        names.append(name.value.decode(errors="backslashreplace") or f"GPU {number}")
-    return Found(tuple(names))
-
-
 def _amd() -> Found:
     nodes = sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/simd_count"))
     gpus = [node.parent.name for node in nodes if node.read_text().strip() != "0"]
@@ -115,14 +90,14 @@ PROVIDERS: dict[tuple[str, str], Provider] = {
     ("onnxruntime", "cuda"): Provider(
         "CUDAExecutionProvider",
         _PIP + "'imagemill[cuda]'",
-        driver=nvidia,
+        driver=find_gpus,
         library="libonnxruntime_providers_cuda.so",
     ),
     ("tensorrt", "cuda"): Provider(
         "TensorrtExecutionProvider",
         _PIP + "'imagemill[cuda]' tensorrt, with the folder of libnvinfer in LD_LIBRARY_PATH",
         _tensorrt,
-        nvidia,
+        find_gpus,
         "libonnxruntime_providers_tensorrt.so",
         ("CUDAExecutionProvider",),
     ),

@@ -1,0 +1,214 @@
+"""Runs a program on an NVIDIA GPU: pinned memory, copies beside the computation, one CUDA graph.
+
+    pinned ─ copy in ─► slot ─► graph input ═ graph ═► graph outputs ─► slot ─ copy out ─► pinned
+           stream 1          stream 2                             stream 3
+
+No GPU has run this module yet. The tests run it on a stand-in for `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imagemill.errors import DeviceLostError
+from imagemill.pipeline.backends.torch.cpu import as_tensor
+from imagemill.pipeline.backends.torch.fusions import FusedConv
+from imagemill.pipeline.backends.torch.operators import Call, Tensor
+from imagemill.pipeline.backends.torch.program import Loaded
+
+SLOTS: Final = 3
+"""Batches in flight: one is copied in, one computes, one is copied out."""
+_WARM_UP: Final = 3
+"""Runs before the graph is captured, in which libraries choose kernels and take workspace."""
+_CLOSE: Final = 0.02
+"""How far cuDNN's fused call may lie from the plain one, as a share of the largest number."""
+
+
+def prepare() -> None:
+    """Make PyTorch's arithmetic on a GPU repeatable, and exactly as wide as the precision says.
+
+    fp32 is never TF32, sums in half precision are not split, and kernels are chosen by rule, not by
+    a stopwatch.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for place in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends.cuda.matmul):
+        place.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def open_card(number: int) -> tuple[Any, str]:
+    """Return PyTorch's interface to GPUs, and how it spells one of them. Tests put a stand-in
+    here.
+    """
+    return torch.cuda, f"cuda:{number}"
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Memory of one batch in flight, and the events that mark its way."""
+
+    pinned: Tensor
+    pixels: Tensor
+    outputs: list[Tensor]
+    found: list[Tensor]
+    """Pinned memory of the outputs."""
+    copied: Any
+    computed: Any
+    done: Any
+
+
+class CudaRunner:
+    """One program on one GPU. All memory is taken when it is made.
+
+    Args:
+        program: loaded on the device.
+        shape: of a batch, uint8.
+        cuda: `torch.cuda`, or a stand-in.
+        device: as PyTorch spells it.
+        in_flight: batches that may be started before the first is finished; 0: three.
+        graph: whether the program's launches are recorded once and replayed.
+    """
+
+    def __init__(
+        self,
+        program: Loaded,
+        shape: Sequence[int],
+        cuda: Any,
+        device: str,
+        in_flight: int = 0,
+        *,
+        graph: bool = True,
+    ) -> None:
+        self.in_flight = in_flight or SLOTS
+        self._cuda, self._program = cuda, program
+        self._streams = [cuda.Stream(device) for _ in range(3)]
+        self._pixels = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
+        with torch.inference_mode(), cuda.stream(self._streams[1]):
+            for _ in range(_WARM_UP):
+                self._outputs = program(self._pixels)
+        cuda.synchronize()
+        self._graph = self._captured() if graph else None
+        self._slots = [self._slot() for _ in range(self.in_flight)]
+        self._free = deque(self._slots)
+
+    def _captured(self) -> Any:
+        graph = self._cuda.CUDAGraph()
+        with (
+            torch.inference_mode(),
+            self._cuda.graph(graph, stream=self._streams[1], capture_error_mode="thread_local"),
+        ):
+            self._outputs = self._program(self._pixels)
+        return graph
+
+    def _slot(self) -> _Slot:
+        def pinned(like: Tensor) -> Tensor:
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._cuda.is_available())
+
+        return _Slot(
+            pinned(self._pixels),
+            torch.empty_like(self._pixels),
+            [torch.empty_like(values) for values in self._outputs],
+            [pinned(values) for values in self._outputs],
+            *(self._cuda.Event(blocking=True) for _ in range(3)),
+        )
+
+    def start(self, pixels: NDArray[np.uint8]) -> _Slot:
+        """Start a batch; returns what `finish` is called with. At most `in_flight` may be
+        started.
+        """
+        slot, (inward, compute, outward) = self._free.popleft(), self._streams
+        slot.pinned.copy_(as_tensor(pixels))
+        with torch.inference_mode(), _Lost(slot):
+            with self._cuda.stream(inward):
+                slot.pixels.copy_(slot.pinned, non_blocking=True)
+                slot.copied.record(inward)
+            with self._cuda.stream(compute):
+                compute.wait_event(slot.copied)
+                self._pixels.copy_(slot.pixels)
+                if self._graph is None:
+                    self._outputs = self._program(self._pixels)
+                else:
+                    self._graph.replay()
+                for goal, values in zip(slot.outputs, self._outputs, strict=True):
+                    goal.copy_(values)
+                slot.computed.record(compute)
+            with self._cuda.stream(outward):
+                outward.wait_event(slot.computed)
+                for pinned, values in zip(slot.found, slot.outputs, strict=True):
+                    pinned.copy_(values, non_blocking=True)
+                slot.done.record(outward)
+        return slot
+
+    def finish(self, ticket: _Slot) -> list[NDArray[np.float32]]:
+        """Return a batch's outputs, which are the caller's own. Waiting occupies no core."""
+        with _Lost(ticket):
+            ticket.done.synchronize()
+        found = [values.numpy().copy() for values in ticket.found]
+        self._free.append(ticket)
+        return found
+
+    def drop(self, ticket: _Slot) -> None:
+        """Wait for a batch whose outputs nobody needs."""
+        self.finish(ticket)
+
+    def close(self) -> None:
+        """Let go of the GPU's memory."""
+        self._graph = None
+        self._slots.clear()
+        self._free.clear()
+        self._outputs = []
+
+
+class _Lost:
+    """Turns an error of the CUDA driver into the loss of the device: after one, a process cannot
+    use the GPU again.
+    """
+
+    def __init__(self, _slot: _Slot) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, torch.AcceleratorError):
+            raise DeviceLostError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+
+
+def with_cudnn(call: Call, given: Sequence[Tensor | None]) -> Call:
+    """Return a convolution with sum and ReLU in one kernel of cuDNN, if cuDNN has one for it and it
+    computes the same; else the call itself.
+
+    Args:
+        call: a step's call.
+        given: example inputs on the GPU.
+    """
+    if not isinstance(call, FusedConv) or call.activation != "Relu" or given[2] is None:
+        return call
+    settings = call.settings
+    if settings.rank != 2 or settings.before != settings.after:
+        return call
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None = None) -> Tensor:
+        rest = (bias, settings.strides, settings.before, settings.dilations, settings.group)
+        if other is None:
+            return torch.cudnn_convolution_relu(x, weight, *rest)
+        return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, *rest)
+
+    try:
+        found, plain = fused(*given), call(*given)
+    except RuntimeError:  # cuDNN has no such kernel
+        return call
+    apart = (found.float() - plain.float()).abs().max()
+    return fused if bool(apart <= _CLOSE * plain.float().abs().max()) else call

@@ -1,0 +1,231 @@
+"""PyTorch on NVIDIA GPUs, and on the CPU so that the same code can be tested anywhere.
+
+PyTorch is imported by the session, in the worker process only: importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagemill.errors import DeviceError, ModelError
+from imagemill.pipeline.backends.base import (
+    Found,
+    make_outputs,
+    names_of_outputs,
+    refuse_other_shapes,
+)
+from imagemill.pipeline.backends.nvidia import find_gpus
+from imagemill.pipeline.stopwatch import Stopwatch
+from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
+
+if TYPE_CHECKING:
+    from imagemill.pipeline.backends.torch.program import Loaded, Program
+
+_log = logging.getLogger(__name__)
+
+_INSTALL: Final = "pip install 'imagemill[torch]'"
+_LONGEST: Final = 400
+_ALTERNATIVE: Final = {"cpu": "--devices cpu", "cuda": "--devices cuda@onnxruntime"}
+
+
+class TorchSession:
+    """A model's graph, computed by PyTorch in batches of one size."""
+
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
+        if missing := _missing(device.kind):
+            raise DeviceError(f"{device.name}: {missing}")
+        import torch
+
+        self.backend = device.engine
+        self.versions = {"torch": str(torch.__version__)}
+        self.recomputed = 0
+        """Images that overflowed fp16 and were computed again in fp32."""
+        self._clock = clock
+        recipe = spec.card.recipe
+        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
+        self._names = names_of_outputs(spec)
+        dtype = {
+            Precision.FP32: torch.float32,
+            Precision.BF16: torch.bfloat16,
+            Precision.FP16: torch.float16,
+        }[spec.precision]
+        program = self._read(spec, device, spec.batch_size)
+        self._widths = [program.shape(name)[1] for name in self._names]
+        self._exact: Loaded | None = None
+        self._cuda: Any = None
+        self._place = "cpu"
+        try:
+            self._open(spec, device, program, dtype)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(self._out_of_memory(device, spec)) from error
+        except RuntimeError as error:
+            raise ModelError(
+                f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+            ) from error
+        _log.info(
+            "compiled %s for %s: %d batches of %d in flight",
+            spec.model_file,
+            device.name,
+            self._runner.in_flight,
+            spec.batch_size,
+        )
+
+    def _read(self, spec: SessionSpec, device: DeviceSpec, batch: int) -> Program:
+        from imagemill.pipeline.backends.torch.operators import Unsupported
+        from imagemill.pipeline.backends.torch.program import read
+
+        other = _ALTERNATIVE[device.kind]
+        try:
+            program = read(
+                Path(spec.model_file), spec.card.input, (batch, *self._shape[1:]), self._names
+            )
+        except Unsupported as error:
+            raise ModelError(
+                f"{spec.model_file}: the torch backend does not know {error}. Use {other}."
+            ) from error
+        except Exception as error:  # onnx's, protobuf's and PyTorch's classes share no other base
+            raise ModelError(
+                f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+            ) from error
+        for name in self._names:
+            if len(shape := program.shape(name)) != 2 or shape[0] != batch:
+                raise ModelError(
+                    f"{spec.model_file} cannot be compiled for {device.name}: its output {name} has"
+                    f" the shape {shape} for {batch} images"
+                )
+        return program
+
+    def _open(self, spec: SessionSpec, device: DeviceSpec, program: Program, dtype: Any) -> None:
+        import torch
+
+        from imagemill.pipeline.backends.torch.cpu import CpuRunner
+        from imagemill.pipeline.backends.torch.program import Loaded
+
+        cores = len(device.cores)
+        if device.kind == "cuda":
+            from imagemill.pipeline.backends.torch import cuda
+
+            cuda.prepare()
+            self._cuda, self._place = cuda.open_card(device.id)
+            self.versions |= _cuda_versions(torch)
+            loaded = Loaded(program, self._place, dtype)
+            self._runner: Any = cuda.CudaRunner(
+                loaded, self._shape, self._cuda, self._place, spec.batches_per_step
+            )
+        else:
+            loaded = Loaded(program, self._place, dtype)
+            self._runner = CpuRunner(loaded, cores, spec.batches_per_step)
+        if spec.precision is Precision.FP16:
+            # One image at a time, so that its neighbours change no bit of it.
+            single = self._read(spec, device, 1)
+            self._exact = Loaded(single, self._place, torch.float32)
+        # Memory is taken now, so that whatever is wrong with the model ends the start, not a batch.
+        self._runner.finish(self._runner.start(np.zeros(self._shape, np.uint8)))
+        if self._exact is not None:
+            self._again(np.zeros(self._shape[1:], np.uint8))
+
+    @staticmethod
+    def found(kind: str) -> Found:
+        """Return the GPUs that the NVIDIA driver shows, if PyTorch is installed."""
+        devices = find_gpus() if kind == "cuda" else Found(("the CPU",))
+        missing = [text for text in (devices.missing, _missing(kind)) if text]
+        return Found((), " ".join(missing)) if missing else devices
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
+        """Yield each batch with its outputs, in order."""
+        busy: deque[tuple[Batch, Any]] = deque()
+        computing = 0
+        try:
+            for batch in batches:
+                refuse_other_shapes(batch, self._shape)
+                while computing == self._runner.in_flight:
+                    first, ticket = busy.popleft()
+                    computing -= ticket is not None
+                    yield self._finish(first, ticket)
+                busy.append((batch, self._runner.start(batch.pixels) if batch.filled else None))
+                computing += batch.filled > 0
+            while busy:
+                yield self._finish(*busy.popleft())
+        finally:
+            for _, ticket in busy:
+                if ticket is not None:
+                    self._runner.drop(ticket)
+
+    def _finish(self, batch: Batch, ticket: Any) -> tuple[Batch, Outputs]:
+        if ticket is None:
+            empty = (np.empty((0, width), np.float32) for width in self._widths)
+            return batch, make_outputs(self._names, empty)
+        begun = time.perf_counter()
+        found = [values[: batch.filled] for values in self._runner.finish(ticket)]
+        if self._exact is not None:
+            self._replace_overflows(batch, found)
+        self._clock.add("compute", time.perf_counter() - begun)
+        return batch, make_outputs(self._names, found)
+
+    def _replace_overflows(self, batch: Batch, found: list[NDArray[np.float32]]) -> None:
+        finite = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in found])
+        for row in np.flatnonzero(~finite):
+            for values, exact in zip(found, self._again(batch.pixels[row]), strict=True):
+                values[row] = exact
+            self.recomputed += 1
+            if self.recomputed.bit_count() == 1:  # 1, 2, 4, 8, …: a few lines, however many
+                _log.warning(
+                    "%d images overflowed fp16 and were computed again in fp32", self.recomputed
+                )
+
+    def _again(self, image: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Return an image's outputs in fp32."""
+        import torch
+
+        assert self._exact is not None
+        with torch.inference_mode():
+            pixels = torch.from_numpy(image[np.newaxis].copy()).to(self._place)
+            return [values.cpu().numpy()[0] for values in self._exact(pixels)]
+
+    def _out_of_memory(self, device: DeviceSpec, spec: SessionSpec) -> str:
+        free, total = self._cuda.mem_get_info(device.id)
+        return (
+            f"{device.name} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, too little for"
+            f" batches of {spec.batch_size}. Free it, or start a new job with a smaller"
+            " --batch-size."
+        )
+
+    def close(self) -> None:
+        """Let go of the device."""
+        if self.recomputed:
+            _log.info("%d images overflowed fp16 in all", self.recomputed)
+        self._runner.close()
+
+
+def _missing(kind: str) -> str | None:
+    """Return what to type if PyTorch is not installed, or without CUDA. It is not imported."""
+    try:
+        here = util.find_spec("torch")
+    except ValueError:  # a module without a spec, such as one that was blocked
+        here = None
+    if here is None or here.origin is None:
+        return f"PyTorch is not installed: {_INSTALL}."
+    if kind == "cuda" and not list(Path(here.origin).parent.glob("lib/*torch_cuda.*")):
+        return f"The installed PyTorch has no CUDA: pip uninstall -y torch, then {_INSTALL}."
+    return None
+
+
+def _cuda_versions(torch: Any) -> dict[str, str]:
+    """Return the versions of NVIDIA's libraries that PyTorch uses."""
+    return {
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
