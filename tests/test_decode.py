@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +338,7 @@ def test_a_pcx_without_its_palette_is_truncated() -> None:
 _DECODE_BOMBS = """
 import resource, sys
 from pathlib import Path
+from typing import Any
 import encoded
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe
@@ -830,13 +832,16 @@ def test_pixel_budget(name: str) -> None:
     assert decode(data, RECIPE, Limits(max_pixels=64 * 48)).status is Status.OK
 
 
-def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image that there is no memory for is `too_large`."""
+@pytest.mark.parametrize(
+    ("owner", "function"), [(decode_module, "read_header"), (simplejpeg, "decode_jpeg")]
+)
+def test_out_of_memory_is_a_row(owner: Any, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that there is no memory for is `too_large`, whichever step needs the memory."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(decode_module, "read_header", fail)
+    monkeypatch.setattr(owner, function, fail)
     decoded = decode(sample_images.jpeg(), RECIPE, LIMITS)
     assert (decoded.status, decoded.error) == (Status.TOO_LARGE, "not enough memory to decode it")
 

@@ -354,6 +354,13 @@ def test_reading_forward_reads_each_byte_once(
         assert sum(kept.nbytes for _, kept in group._kept) <= parquet._KEPT_BYTES
 
 
+def test_an_image_larger_than_what_is_read_at_once(tmp_path: Path) -> None:
+    """It is read whole, as a batch of one row."""
+    image = bytes(parquet._BATCH_BYTES * 2)
+    file = written(tmp_path / "a.parquet", pa.table({"image": [image, b"small"]}))
+    assert [fetched(file, entry) for entry in listed(file)] == [image, b"small"]
+
+
 def test_few_tables_are_open_however_many_are_sources(tmp_path: Path) -> None:
     """A thousand files of a data set hold no more memory, and no more descriptors, than two."""
     before = len(os.listdir("/proc/self/fd"))

@@ -114,8 +114,6 @@ def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint
 
 
 def _shrunk(crop: preprocess.Crop, factor: int) -> preprocess.Crop:
-    if factor == 1:
-        return crop
     x, y = (
         preprocess.Span(span.start / factor, span.stop / factor, span.first, span.count)
         for span in (crop.x, crop.y)
