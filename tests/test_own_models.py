@@ -382,6 +382,16 @@ def test_damaged_weights_leave_no_model(models: Path, tmp_path: Path) -> None:
     assert not models.exists()
 
 
+def test_lite1_comes_from_its_package(models: Path) -> None:
+    """With its own size, 240, and the publisher's margin of 32 pixels."""
+    made = get.get("efficientnet_lite1", models)
+    assert made.card.recipe == Recipe(240, 240, 272, interpolation=Interpolation.BICUBIC)
+    assert made.card.origin["verified"] is True
+    assert made.card.licence == "Apache-2.0"
+    assert made.card.top1 == 76.7
+    assert logits_of(made).shape == (2, 1000)
+
+
 def test_the_package_of_lite2_is_named_if_it_is_missing(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
