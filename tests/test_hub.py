@@ -489,7 +489,12 @@ def test_a_revision_may_be_a_branch_tag_pull_request_or_commit() -> None:
     ("names", "chosen"),
     [
         ("config.json onnx/model.onnx model.onnx", "config.json onnx/model.onnx"),
-        ("model.onnx model.safetensors pytorch_model.bin", "model.onnx"),
+        ("model.onnx pytorch_model.bin", "model.onnx"),
+        (
+            "preprocessor_config.json model.onnx model.safetensors",
+            "preprocessor_config.json model.onnx",
+        ),
+        ("config.json model.onnx model.safetensors", "config.json model.safetensors"),
         ("onnx/model.onnx onnx/vision_model.onnx onnx/text_model.onnx", "onnx/vision_model.onnx"),
         ("onnx/model_quantized.onnx model.safetensors", "model.safetensors"),
         ("resnet18.onnx resnet18.onnx.data", "resnet18.onnx.data resnet18.onnx"),

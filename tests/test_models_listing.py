@@ -148,10 +148,17 @@ def test_labels_from_outside_cannot_move_the_cursor(tmp_path: Path) -> None:
     assert "In the models folder a\\x1bb" in text
 
 
+def test_networks_of_the_hub_are_found_by_their_type(imagemill: CLI) -> None:
+    """Those of which the preprocessing is known."""
+    found = imagemill("models", "Swin")
+    assert "From a folder or as hf:owner/name: swin, swinv2.\n" in found.out
+    assert "From a folder" not in imagemill("models").out
+
+
 def test_a_word_that_no_model_has_is_one_line(imagemill: CLI) -> None:
     """And no error: the list is empty."""
     found = imagemill("models", "nothing like this")
     assert (found.code, found.err) == (0, "")
     assert found.out.startswith(
-        "No name, family, licence or origin of a model contains 'nothing like this'.\n"
+        "No name, family, licence or origin in this list contains 'nothing like this'.\n"
     )

@@ -696,8 +696,9 @@ def _models(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
     else:
-        missing = listing.missing_extras()
-        print(models.format_models(rows, str(folder), parsed.word, missing=missing))
+        types, missing = listing.network_types(parsed.word or ""), listing.missing_extras()
+        text = models.format_models(rows, str(folder), parsed.word, types=types, missing=missing)
+        print(text)
     return 0
 
 

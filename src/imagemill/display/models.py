@@ -36,6 +36,7 @@ def format_models(
     models_dir: str,
     word: str | None = None,
     *,
+    types: Sequence[str] = (),
     missing: Sequence[str] = (),
     width: int | None = None,
 ) -> str:
@@ -45,6 +46,7 @@ def format_models(
         rows: as `listing.listing` returns them, filtered by `word`.
         models_dir: the models folder.
         word: what the rows were filtered by; None: they were not.
+        types: of networks that run from elsewhere, filtered by `word`.
         missing: extras that are not installed.
         width: columns; None: those of the terminal.
     """
@@ -59,9 +61,13 @@ def format_models(
         members = [line for other, line in published if other == family]
         everything = [heading, *(line for _, line in published)]
         lines += [*_table(members, everything, width, heading), ""]
-    if not rows:
-        lines += [f"No name, family, licence or origin of a model contains {word!r}.", ""]
-    return "\n".join([*lines, *textwrap.wrap(_others(missing), min(width - 1, 100))])
+    if not rows and not types:
+        lines += [f"No name, family, licence or origin in this list contains {word!r}.", ""]
+    columns = min(width - 1, 100)
+    if word and types:
+        elsewhere = f"From a folder or as hf:owner/name: {', '.join(types)}."
+        lines += [*textwrap.wrap(elsewhere, columns, break_on_hyphens=False), ""]
+    return "\n".join([*lines, *textwrap.wrap(_others(missing), columns)])
 
 
 def _others(missing: Sequence[str]) -> str:

@@ -144,13 +144,16 @@ def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
 
     ONNX comes first, because it says everything about the network, then safetensors, then PyTorch's
     pickles, which imagemill reads without executing anything. A repository with a vision tower has
-    both towers in `model.onnx`, which wants texts too.
+    both towers in `model.onnx`, which wants texts too. The configuration of a timm repository, which
+    has no `preprocessor_config.json`, describes its safetensors: an ONNX file beside them may want
+    other pixels.
 
     Raises:
         ModelError: the repository has no such weights.
     """
     texts = [name for name in _TEXTS if name in names]
-    for name in _GRAPHS:
+    is_timm = "preprocessor_config.json" not in names and "model.safetensors" in names
+    for name in () if is_timm else _GRAPHS:
         if name in names:
             return [*texts, *_onnx_data(name, names), name]
     if "model.safetensors" in names:

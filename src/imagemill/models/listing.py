@@ -99,6 +99,15 @@ def family_of(architecture: str) -> str:
     return _FAMILIES[names[0]] if names else OWN
 
 
+def network_types(word: str) -> list[str]:
+    """Return the types of networks of transformers that run from a folder or the Hub, if a word is
+    part of their name: `vit` gives `deit`, `vit` and others.
+    """
+    from imagemill.models.folders.processors import MODEL_TYPES
+
+    return sorted(name for name in MODEL_TYPES if word.lower() in name)
+
+
 def missing_extras() -> list[str]:
     """Return those of the extras `hub` and `export` that are not installed."""
     packages = {"hub": ("huggingface_hub",), "export": ("torch", "timm", "transformers")}

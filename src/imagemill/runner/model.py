@@ -97,8 +97,7 @@ def identify(card: Card) -> str:
     """Return a text that identifies a model. It depends on the card of an ONNX file or a model
     folder, too.
     """
-    key = card.origin.get("wrapped") or card.origin.get("made") or card.sha256
-    return f"{card.name} ({str(key)[:12]})"
+    return f"{card.name} ({str(card.origin.get('wrapped', card.sha256))[:12]})"
 
 
 def describe_labels(labels: Sequence[str]) -> str:
