@@ -119,7 +119,8 @@ def bundle_for(
     if model.unused:
         more = f" and {len(model.unused) - _LISTED} more" if len(model.unused) > _LISTED else ""
         names = ", ".join(printable(item) for item in model.unused[:_LISTED]) + more
-        tell(f"{model.source.name} is used; not used: {names}")
+        used = printable(model.source.relative_to(folder))
+        tell(f"{used} is used; not used: {names}")
     facts = {
         "source": "folder",
         "folder": str(folder.absolute()),
@@ -158,7 +159,7 @@ def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any])
         )
     read = read.with_values(given)
     licence = origin.get("licence")
-    if licence and "licence" not in given:
+    if licence and licence != "unknown" and "licence" not in given:
         read = read.with_values({"licence": licence}, "the Hub")
     name = str(origin.get("repository") or folder.absolute().name)
     read = replace(read, card=replace(read.card, name=read.card.name or printable(name)))
