@@ -96,6 +96,27 @@ def test_a_folder_gives_the_librarys_answers(name: str, images: Path, tmp_path: 
             assert found[label] == pytest.approx(probability, abs=WITHIN)
 
 
+@pytest.mark.process
+def test_get_model_names_a_folder_and_takes_flags(images: Path, tmp_path: Path) -> None:
+    """`get-model NAME --from FOLDER` with a flag and labels, then `run --model NAME`."""
+    environment = helpers.environment(IMAGEMILL_MODELS=str(tmp_path / "models"))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join("abcdefghij"))
+    made = helpers.imagemill_cli(
+        "get-model", "mine", "--from", FOLDERS / "timm_border", "--labels", labels,
+        "--fill", "#000000", env=environment,
+    )  # fmt: skip
+    assert made.code == 0 and made.out.strip() == str(tmp_path / "models/mine"), made.err
+    assert "interpolation: bicubic (config.json: pretrained_cfg.interpolation)" in made.err
+    out = tmp_path / "out"
+    finished = helpers.imagemill_cli(
+        "run", images, "--output", out, "--model", "mine", "--devices", "cpu:1", env=environment
+    )
+    assert finished.code == 0, finished.err
+    assert {row["label"] for row in helpers.rows(out)} <= set("abcdefghij")
+    assert bundle.load(tmp_path / "models/mine").card.recipe.fill == "#000000"
+
+
 # ── what is read ──────────────────────────────────────────────────────────────────────────────────
 
 
