@@ -161,14 +161,17 @@ def _step(failed: str) -> Iterator[None]:
     """Turn any error of a library into one line, and log the whole of it."""
     try:
         yield
-    except (ImagemillError, MemoryError):
+    except ImagemillError:
         raise
+    except MemoryError as error:
+        raise ModelError(f"{failed}: out of memory.") from error
     except Exception as error:
         _log.exception("%s", failed)
         raise ModelError(f"{failed}: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
-    """Return an error's kind and the first line of its text, with a full stop."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-    return f"{type(error).__name__}: {printable(line, 300)}".rstrip(": .") + "."
+    """Return an error's kind and the beginning of its text, with a full stop."""
+    return (
+        f"{type(error).__name__}: {printable(' '.join(str(error).split()), 300)}".rstrip(".…") + "."
+    )
