@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from batches import make_spec
+from imagemill.pipeline.backends import nvidia
 from imagemill.records import Bundle, DeviceSpec, Precision
 from imagemill.system import cpu
 from imagemill.tuning import batch_size
@@ -37,3 +38,20 @@ def test_a_size_that_was_asked_for_is_obeyed(tiny: Bundle, monkeypatch: pytest.M
     job = make_spec(tiny, batch_size=0, precision=Precision.INT8)
     assert batch_size.resolved(job, [device]).batch_size == 4
     assert batch_size.resolved(replace(job, batch_size=7), [device]).batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("free", "size"),
+    [(80 * 10**9, 256), (12 * 10**9, 256), (8 * 10**9, 128), (4 * 10**9, 64), (10**9, 16)],
+)
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_batches_of_a_gpu_fit_the_memory_that_is_free(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch, free: int, size: int, backend: str
+) -> None:
+    """Of the fullest of them; where the driver does not tell, a small card is assumed."""
+    devices = [DeviceSpec(f"cuda#{number}", "cuda", backend, (0,), number) for number in (0, 1)]
+    job = make_spec(tiny, batch_size=0)
+    monkeypatch.setattr(nvidia, "free_memory", lambda number: (96 * 10**9, free)[number])
+    assert batch_size.resolved(job, devices).batch_size == size
+    monkeypatch.setattr(nvidia, "free_memory", lambda _number: None)
+    assert batch_size.resolved(job, devices).batch_size == 64

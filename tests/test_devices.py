@@ -98,7 +98,7 @@ def test_auto_is_several_processes_where_cores_are_many(
         ("cpu:513", "cpu:N takes one number from 1 to 512, not 513."),
         ("cpu:1,2", "cpu:N takes one number from 1 to 512, not 1,2."),
         ("cpu@tensorrt", "cpu has no backend 'tensorrt'. Known: openvino, torch, onnxruntime"),
-        ("cuda:0@openvino", "cuda has no backend 'openvino'. Known: torch, onnxruntime, tensorrt"),
+        ("cuda:0@openvino", "cuda has no backend 'openvino'. Known: torch, onnxruntime."),
         ("cuda:0,", "cuda:I,J takes ids from 0 to 511, joined by commas, not 0,."),
         ("gpu:512", "gpu:I,J takes ids from 0 to 511, joined by commas, not 512."),
         ("ipu:1,2", "ipu:N takes one number from 1 to 512, not 1,2."),
@@ -110,21 +110,31 @@ def test_a_misspelt_device_is_wrong_usage_that_names_it(spec: str, message: str)
         devices.resolve(spec)
 
 
-def stub_driver(folder: Path, gpus: int, code: int = 0) -> dict[str, str]:
-    """An environment whose NVIDIA driver shows so many GPUs: a shared library with the three calls
-    that are made, compiled here.
-    """
-    folder.mkdir()
-    (folder / "cuda.c").write_text(
-        f"#include <stdio.h>\nint cuInit(unsigned flags) {{ return {code}; }}\nint"
-        f" cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}\nint cuDeviceGetName(char"
-        ' *name, int size, int number) { return snprintf(name, size, "Stub GPU %d", number) < 0;'
-        " }\n"
-    )
+def compiled(folder: Path, name: str, source: str) -> None:
+    """Make a shared library of C code."""
+    (folder / "code.c").write_text(source)
     compiler = shlex.split(sysconfig.get_config_var("CC"))[0]
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True
+        [compiler, "-shared", "-fPIC", "-o", folder / name, folder / "code.c"], check=True
     )
+
+
+def stub_driver(folder: Path, gpus: int, code: int = 0) -> dict[str, str]:
+    """An environment whose NVIDIA driver shows so many GPUs: a shared library with the calls that
+    are made, compiled here. The UUID of GPU N is N in every byte.
+    """
+    folder.mkdir()
+    source = f"""
+#include <stdio.h>
+#include <string.h>
+int cuInit(unsigned flags) {{ return {code}; }}
+int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}
+int cuDeviceGetName(char *name, int size, int number) {{
+    return snprintf(name, size, "Stub GPU %d", number) < 0;
+}}
+int cuDeviceGetUuid(char *uuid, int number) {{ memset(uuid, number, 16); return 0; }}
+"""
+    compiled(folder, "libcuda.so.1", source)
     return helpers.environment(LD_LIBRARY_PATH=str(folder))
 
 
@@ -138,6 +148,37 @@ NVIDIA = (
     "from imagemill.pipeline.backends.nvidia import find_gpus; found = find_gpus();"
     " print(found.devices, found.missing)"
 )
+
+
+NVML = """
+#include <stdio.h>
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    if (strcmp(uuid, "%s-01010101-0101-0101-0101-010101010101")) return 6;
+    *device = (void *)7;
+    return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *sizes) {
+    if (device != (void *)7) return 2;
+    sizes[0] = 24000000000ULL; sizes[1] = 5000000000ULL; sizes[2] = 19000000000ULL;
+    return 0;
+}
+"""
+"""NVML of one GPU whose UUID is all ones, with 5 of 24 GB free."""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("prefix", ["GPU", "MIG"])
+def test_the_free_memory_of_a_gpu_is_the_drivers_answer(tmp_path: Path, prefix: str) -> None:
+    """Looked up by UUID, for a whole GPU or a part; None if the driver does not tell."""
+    program = "from imagemill.pipeline.backends.nvidia import free_memory as f; print(f(1), f(0))"
+    env = stub_driver(tmp_path / "stub", 2)
+    assert ask(program, env) == "None None"
+    compiled(tmp_path / "stub", "libnvidia-ml.so.1", NVML % prefix)
+    assert ask(program, env) == "5000000000 None"
+    assert ask(program, helpers.environment()) == "None None"
 
 
 @pytest.mark.process
@@ -184,11 +225,6 @@ def test_a_driver_without_its_provider_is_not_enough(
             "pip install 'imagemill[cuda]'",
         ),
         ("cuda", "No NVIDIA driver", "until `nvidia-smi` lists the GPU"),
-        (
-            "cuda:0@tensorrt",
-            "has no TensorrtExecutionProvider",
-            "pip install 'imagemill[cuda]' tensorrt",
-        ),
         ("ipu:1", "popart", "enable.sh"),
         ("gpu:0", "OpenVINO finds no GPU (it finds: CPU)", "Install Intel's compute driver"),
         ("npu", "OpenVINO finds no NPU (it finds: CPU)", "Install Intel's NPU driver"),

@@ -22,7 +22,7 @@ from imagemill import errors
 from imagemill.pipeline.backends import BACKENDS, devices, open_session
 from imagemill.pipeline.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
+from imagemill.records import Batch, Bundle, DeviceSpec, Saved
 from tiny import CLASSES, SIZE
 
 
@@ -45,12 +45,7 @@ def test_every_provider_is_one_that_onnx_runtime_knows() -> None:
     assert {provider.name for provider in PROVIDERS.values()} <= set(
         onnxruntime.get_all_providers()
     )
-    rows = {
-        (backend, kind)
-        for backend in ("onnxruntime", "tensorrt")
-        for kind in BACKENDS[backend].kinds
-    }
-    assert rows == set(PROVIDERS)
+    assert {("onnxruntime", kind) for kind in BACKENDS["onnxruntime"].kinds} == set(PROVIDERS)
 
 
 def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(
@@ -172,21 +167,18 @@ def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> Non
         make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, height=SIZE + 8)))
 
 
-@pytest.mark.parametrize(("precision", "half"), [(Precision.FP32, False), (Precision.FP16, True)])
-def test_tensorrt_computes_in_the_jobs_precision_and_keeps_its_engines(
-    tiny: Bundle, precision: Precision, half: bool
-) -> None:
-    """Told by name, since its own default may change; what it cannot take goes to CUDA on the same
-    device.
-    """
-    row = PROVIDERS["tensorrt", "cuda"]
-    options = row.options(
-        make_spec(tiny, precision=precision, cache_dir="/cache"),
-        DeviceSpec("cuda#3", "cuda", "tensorrt", (0,), 3),
-    )
-    kept = {"trt_engine_cache_enable": True, "trt_engine_cache_path": "/cache"}
-    assert options == {"device_id": 3, "trt_fp16_enable": half} | kept
-    assert row.then == ("CUDAExecutionProvider",)
+def test_cuda_is_told_to_be_exact_and_repeatable(tiny: Bundle) -> None:
+    """Its own defaults compute fp32 in TF32 and choose algorithms by a stopwatch at each start."""
+    device = DeviceSpec("cuda#3", "cuda", "onnxruntime", (0,), 3)
+    assert PROVIDERS["onnxruntime", "cuda"].options(make_spec(tiny), device) == {
+        "device_id": 3,
+        "use_tf32": 0,
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "prefer_nhwc": 1,
+    }
+    session = make(tiny)
+    assert session._session.get_session_options().use_deterministic_compute
+    session.close()
 
 
 def test_a_job_on_onnx_runtime_is_like_any_other(

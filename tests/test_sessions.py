@@ -40,7 +40,7 @@ def test_an_unknown_backend_names_the_known_ones(tiny: Bundle) -> None:
     """A backend is one file and one line in a table; the message lists the table."""
     with pytest.raises(
         errors.DeviceError,
-        match=r"backend tpu is not known\. Known: openvino, torch, onnxruntime, tensorrt, popart, null\.",
+        match=r"backend tpu is not known\. Known: openvino, torch, onnxruntime, popart, null\.",
     ):
         make(tiny, backend="tpu")
 

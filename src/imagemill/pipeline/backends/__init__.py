@@ -43,7 +43,6 @@ BACKENDS: dict[str, Backend] = {
         "onnxruntime:OnnxRuntimeSession",
         dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,)),
     ),
-    "tensorrt": Backend("onnxruntime:TensorRtSession", {"cuda": (_FP32, _FP16)}),
     "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),
 }

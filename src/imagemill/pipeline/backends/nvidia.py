@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from uuid import UUID
 
 from imagemill.pipeline.backends.base import Found
 
@@ -32,3 +33,30 @@ def find_gpus() -> Found:
         driver.cuDeviceGetName(name, 100, number)
         names.append(name.value.decode(errors="backslashreplace") or f"GPU {number}")
     return Found(tuple(names))
+
+
+def free_memory(number: int) -> int | None:
+    """Return the free memory of a GPU in bytes, or None if the driver does not tell.
+
+    Asked of NVML by the GPU's UUID, because NVML counts all GPUs and CUDA only the visible ones.
+    Unlike a question to CUDA, this takes no memory on the GPU.
+    """
+    try:
+        driver, library = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    raw = ctypes.create_string_buffer(16)
+    if driver.cuInit(0) or driver.cuDeviceGetUuid(raw, number) or library.nvmlInit_v2():
+        return None
+    sizes = (ctypes.c_ulonglong * 3)()
+    handle = ctypes.c_void_p()
+    try:
+        for kind in ("GPU", "MIG"):  # a part of a GPU has a UUID of its own
+            name = f"{kind}-{UUID(bytes=raw.raw)}".encode()
+            if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
+                continue
+            if library.nvmlDeviceGetMemoryInfo(handle, sizes) == 0:
+                return int(sizes[1])  # total, free, used
+    finally:
+        library.nvmlShutdown()
+    return None

@@ -29,7 +29,7 @@ from imagemill.pipeline.backends.base import (
 )
 from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Outputs, SessionSpec
 
 _log = logging.getLogger(__name__)
 
@@ -57,18 +57,20 @@ class Provider:
     """The provider's own shared library, below `onnxruntime/capi`, whose loading shows which others
     are missing.
     """
-    then: tuple[str, ...] = ()
-    """Providers on the same device that take what this one cannot."""
 
 
-def _tensorrt(spec: SessionSpec, device: DeviceSpec) -> dict[str, Any]:
-    options: dict[str, Any] = {
+def _cuda(_spec: SessionSpec, device: DeviceSpec) -> dict[str, Any]:
+    """Return what makes CUDA's answers repeatable, and fp32 as wide as its name says.
+
+    By default, matrix products and convolutions of fp32 are TF32 (10 bits instead of 23), and
+    cuDNN's algorithms are chosen by a stopwatch at each start. Tensor cores want channels-last.
+    """
+    return {
         "device_id": device.id,
-        "trt_fp16_enable": spec.precision is Precision.FP16,
+        "use_tf32": 0,
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "prefer_nhwc": 1,
     }
-    if spec.cache_dir:
-        options |= {"trt_engine_cache_enable": True, "trt_engine_cache_path": spec.cache_dir}
-    return options
 
 
 def _amd() -> Found:
@@ -90,16 +92,9 @@ PROVIDERS: dict[tuple[str, str], Provider] = {
     ("onnxruntime", "cuda"): Provider(
         "CUDAExecutionProvider",
         _PIP + "'imagemill[cuda]'",
+        _cuda,
         driver=find_gpus,
         library="libonnxruntime_providers_cuda.so",
-    ),
-    ("tensorrt", "cuda"): Provider(
-        "TensorrtExecutionProvider",
-        _PIP + "'imagemill[cuda]' tensorrt, with the folder of libnvinfer in LD_LIBRARY_PATH",
-        _tensorrt,
-        find_gpus,
-        "libonnxruntime_providers_tensorrt.so",
-        ("CUDAExecutionProvider",),
     ),
     ("onnxruntime", "rocm"): Provider(
         "MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd
@@ -206,15 +201,6 @@ class OnnxRuntimeSession:
         self._session = None
 
 
-class TensorRtSession(OnnxRuntimeSession):
-    """The same; it differs in the provider alone, which its device names."""
-
-    @staticmethod
-    def found(kind: str) -> Found:
-        """See `Found`."""
-        return _found(PROVIDERS["tensorrt", kind])
-
-
 def _found(provider: Provider) -> Found:
     devices = provider.driver()
     missing = [text for text in (devices.missing, _missing(provider)) if text]
@@ -270,10 +256,8 @@ def _open(
     options.add_session_config_entry(
         "session.intra_op.allow_spinning", "0"
     )  # decoding threads want the same cores
-    wanted = [
-        (provider.name, provider.options(spec, device)),
-        *((name, {"device_id": device.id}) for name in provider.then),
-    ]
+    options.use_deterministic_compute = True
+    wanted = [(provider.name, provider.options(spec, device))]
     try:
         session = onnxruntime.InferenceSession(
             spec.model_file, options, providers=wanted, enable_fallback=0

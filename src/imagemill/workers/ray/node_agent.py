@@ -34,7 +34,7 @@ from imagemill.workers.supervisor import Supervisor
 _LIBRARIES: Mapping[str, tuple[str, ...]] = {
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("onnxruntime", "onnxruntime-gpu"),
+    "torch": ("torch",),
 }
 """Backend → the distributions whose versions decide its answers, if they are installed."""
 _LOOKS, _LOOK_S = 5, 1.0
