@@ -200,7 +200,7 @@ def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, na
     with (
         pytest.raises(
             OutputError,
-            match=rf"cannot write {tmp_path}/{name}: Is a directory\. Repeat the command once",
+            match=rf"cannot write {tmp_path}/{name}: Is a directory\. Fix the cause and run the command again",
         ),
         holding,
     ):
