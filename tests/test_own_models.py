@@ -264,9 +264,11 @@ def test_what_is_no_list_of_names_is_not_taken_for_one(root: object) -> None:
 
 
 def test_a_checkpoint_that_holds_itself_ends_the_search() -> None:
-    """Mappings may be nested in themselves."""
+    """Mappings may be nested in themselves, and mention one list many times."""
     root: dict[str, object] = {"classes": ["a"]}
     root["self"] = root
+    root["unnamed"] = root["labels"] = ["a", 1] * 1000
+    root["more"] = {f"m{number}": {"labels": root["labels"]} for number in range(1000)}
     assert saved_labels.find(root) == saved_labels.Labels("classes", ("a",))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import CheckpointError
+from imagemill.errors import CheckpointError, printable
 from imagemill.records import Recipe
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
             and f"{name.removesuffix('num_batches_tracked')}running_var" in shapes
         )
         if name not in shapes and not counter and (arrays[name].ndim or "." in name):
-            problems.append(f"extra: {name} {arrays[name].shape}")
+            problems.append(f"extra: {printable(name, 80)} {arrays[name].shape}")
     if problems:
         lines = problems[:LISTED] + (
             [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []

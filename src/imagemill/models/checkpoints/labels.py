@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from imagemill.models.checkpoints.pickled import Tensor
-
 KEYS: Final = (
     "class_names",
     "classes",
@@ -41,16 +39,20 @@ def find(root: object) -> Labels | None:
     """
     found: dict[str, Labels] = {}
     mappings: list[tuple[str, Mapping[Any, Any]]] = [("", root)] if isinstance(root, dict) else []
-    seen = {id(root)}
+    # A pickle may refer to one list or mapping a million times.
+    entered, tried = {id(root)}, set[int]()
     for path, mapping in mappings:  # grows meanwhile
         for key, value in mapping.items():
-            if not isinstance(key, str) or isinstance(value, Tensor):
+            if not isinstance(key, str) or not isinstance(value, dict | list | tuple):
                 continue
             place = f"{path}/{key}" if path else key
-            if key in KEYS and key not in found and (names := _names(value)):
-                found[key] = Labels(place, names)
-            elif isinstance(value, dict) and id(value) not in seen and place.count("/") < _DEEPEST:
-                seen.add(id(value))
+            if key in KEYS and key not in found and id(value) not in tried:
+                tried.add(id(value))
+                if names := _names(value):
+                    found[key] = Labels(place, names)
+            deep = place.count("/") >= _DEEPEST
+            if isinstance(value, dict) and id(value) not in entered and not deep:
+                entered.add(id(value))
                 mappings.append((place, value))
     return next((found[key] for key in KEYS if key in found), None)
 
