@@ -408,26 +408,7 @@ def test_golden_cases_are_small() -> None:
     assert len(json.dumps(CASES)) < 300_000
 
 
-def test_a_folder_becomes_a_model_of_any_name(models: Path) -> None:
-    """`get-model NAME --from FOLDER`: labels and preprocessing are the folder's own, flags change
-    them.
-    """
-    source = Path(__file__).parent / "fixtures" / "folders" / "convnext_224"
-    said: list[str] = []
-    made = get.get("mine", models, from_file=source, batch_sizes=(2,), say=said.append)
-    assert made.dir == models / "mine"
-    assert made.card.name == "mine"
-    assert resolve.resolve("mine", models) == made
-    assert any("id2label" in line for line in said)
-    assert (made.dir / "model_2.onnx").is_file()
-    assert get.get("mine", models, from_file=source) == made
-    with pytest.raises(ModelError, match="made from other files or values"):
-        get.get("mine", models, from_file=source, given={"interpolation": "nearest"})
-    other = get.get("other", models, from_file=source, given={"interpolation": "nearest"})
-    assert other.card.recipe.interpolation is Interpolation.NEAREST
-    with pytest.raises(UsageError, match="is the name of published weights"):
-        get.get("resnet18.tv_in1k", models, from_file=source)
-    with pytest.raises(UsageError, match=r"is a model already: it has card\.json"):
-        get.get("again", models, from_file=made.dir)
+def test_an_onnx_file_is_no_weights_file(models: Path) -> None:
+    """The message says what to type instead."""
     with pytest.raises(UsageError, match=r"net\.onnx is an ONNX file, which is a model already"):
         get.get("again", models, from_file=Path("net.onnx"))

@@ -252,6 +252,7 @@ def test_weights_that_fit_two_architectures_list_both() -> None:
         ),
         ({"a\x1b[2J": np.zeros(3, np.float32)}, None, r"1 parameters: a\\x1b\[2J"),
         (zeros(resnet.ResNet(18)), "resnet50", "those of resnet18, not of resnet50"),
+        (zeros(resnet.ResNet(18)), "tf_efficientnet_lite0", "those of resnet18, not of tf_"),
         (
             {"conv1.weight": np.zeros((64, 3, 3, 3), np.float32)},
             "resnet18",

@@ -23,7 +23,6 @@ from imagemill.models.checkpoints import checkpoint
 from imagemill.models.checkpoints.checkpoint import Checkpoint
 from imagemill.models.custom.metadata import check_labels
 from imagemill.models.custom.onnx_card import ReadCard
-from imagemill.models.folders import folder
 from imagemill.models.published import Published
 from imagemill.records import Bundle
 
@@ -101,7 +100,7 @@ def get(
         an architecture, or begins with one and a dot, the weights must be of that architecture.
         models_dir: one folder per model.
         from_file: a local checkpoint instead of a download; recorded with its sha256, `verified`
-        if that is the published one. Or a folder of transformers or timm.
+        if that is the published one. `resolve.get_from` is for folders.
         url: another place to download from. If a hash is published for `name`, it must match.
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.
         given: preprocessing, labels (a file's path), scores and licence of your own weights, by
@@ -129,9 +128,7 @@ def get(
     asked = _Asked(name, from_file, url, random_seed, _read_given(given or {}))
     _check_name(asked)
     found = on_disk(name, models_dir, explicit=not asked.is_published)
-    if from_file is not None and from_file.is_dir():
-        found = _from_folder(asked, from_file, models_dir, say)
-    elif found is not None:
+    if found is not None:
         _check_origin(found, asked)
         say(f"{found.card.name} is here: {found.dir} ({bundles.describe_origin(found.card)})")
     else:
@@ -244,18 +241,6 @@ def _sha256(file: Path) -> str:
         raise CheckpointError(
             f"{file}: cannot be read: {error.strerror}. Check the path given with --from."
         ) from error
-
-
-def _from_folder(asked: _Asked, source: Path, models_dir: Path, say: Say) -> Bundle:
-    """Return the bundle of a folder of transformers or timm. Raises: as `folder.bundle_for`."""
-    if asked.name in published.PUBLISHED:
-        raise UsageError(f"{asked.name} is the name of published weights. Give another NAME.")
-    if bundles.is_bundle(source):
-        raise UsageError(
-            f"--from {source} is a model already: it has {bundles.CARD}. Use it as --model"
-            f" {source}."
-        )
-    return folder.bundle_for(source, models_dir, say, name=asked.name, given=asked.given)
 
 
 # ── weights ───────────────────────────────────────────────────────────────────────────────────────

@@ -41,12 +41,14 @@ def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> 
     for model in found:
         if model.name == wanted:
             return model
-    if wanted is not None and wanted in ARCHITECTURES:
+    if wanted is not None and is_known(wanted):
         for model in found:
             raise CheckpointError(
                 f"The weights are those of {model.name}, not of {wanted}. Give another NAME."
             )
-        ARCHITECTURES[wanted].fitted(arrays)  # raises, and lists what does not fit
+        ARCHITECTURES[wanted.removeprefix("tf_")].fitted(
+            arrays
+        )  # raises, and lists what does not fit
     if len(found) == 1:
         return found[0]
     if found:
@@ -62,6 +64,11 @@ def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> 
         f" imagemill builds: {', '.join(ARCHITECTURES)}. Export the model to ONNX, and give"
         " --model file.onnx instead."
     )
+
+
+def is_known(name: str) -> bool:
+    """Return whether a network of this name, as timm and torchvision spell it, can be built."""
+    return name in ARCHITECTURES or name.removeprefix("tf_") in efficientnet_lite.ARCHITECTURES
 
 
 def describe(architecture: Architecture) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Final
 from imagemill.errors import CheckpointError, ModelError, printable
 from imagemill.models import build
 from imagemill.models import bundle as bundles
-from imagemill.models.architectures import ARCHITECTURES, describe, recognise
+from imagemill.models.architectures import describe, is_known, recognise
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.custom import wrap
 from imagemill.models.custom.graph import dimensions
@@ -245,7 +245,7 @@ def _build_weights(model: Model, home: Path, origin: Mapping[str, Any], say: Say
     that.
     """
     wanted = timm_config.plain_architecture(model.document) if model.is_timm else ""
-    is_built = wanted in ARCHITECTURES if model.is_timm else is_plain_resnet(model.document)
+    is_built = is_known(wanted) if model.is_timm else is_plain_resnet(model.document)
     if not is_built or model.source.name == _INDEX:
         return None
     arrays = checkpoint.read(model.source, say)
