@@ -8,6 +8,8 @@ transformers 5.24.0 and timm 1.0.31, on a CPU.
 - `export/transformers`: a ViT of 10 classes with random weights, saved by `save_pretrained`;
 - `export/timm`: a ConvNeXt of 10 classes with random weights, saved by `save_for_hf`;
 - `export/NAME.logits.npy`: float32 (4, 10), the network's own answers to `images()`.
+
+Both prepare an image of 32 × 32 pixels alike: (pixel / 255 - 0.5) / 0.5.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ import numpy as np
 HERE = Path(__file__).parent / "export"
 
 
+def pixels() -> np.ndarray:
+    """Return four random images: uint8 (4, 32, 32, 3)."""
+    return np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+
+
 def images() -> np.ndarray:
-    """Return four random images as networks get them: float32 (4, 3, 32, 32)."""
-    return np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32)
+    """Return these images as networks get them: float32 (4, 3, 32, 32)."""
+    planes = pixels().transpose(0, 3, 1, 2)
+    return np.ascontiguousarray((planes / np.float32(255) - np.float32(0.5)) / np.float32(0.5))
 
 
 def main() -> None:
@@ -43,6 +51,7 @@ def main() -> None:
     vit = transformers.ViTForImageClassification(config)
     arguments = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
     convnext = timm.create_model("convnext_atto", num_classes=10, **arguments)
+    prepared = {"input_size": [3, 32, 32], "crop_pct": 1, "mean": [0.5] * 3, "std": [0.5] * 3}
     for network in (vit, convnext):
         network.eval()
         for name, parameter in network.named_parameters():
@@ -58,14 +67,14 @@ def main() -> None:
     timm.models.save_for_hf(
         convnext,
         HERE / "timm",
-        model_config={"pretrained_cfg": {**convnext.pretrained_cfg, "input_size": [3, 32, 32]}},
+        model_config={"pretrained_cfg": convnext.pretrained_cfg | prepared},
         model_args=arguments,
         safe_serialization=True,
     )
     with torch.no_grad():
-        pixels = torch.from_numpy(images())
-        np.save(HERE / "transformers.logits.npy", vit(pixels).logits.numpy())
-        np.save(HERE / "timm.logits.npy", convnext(pixels).numpy())
+        batch = torch.from_numpy(images())
+        np.save(HERE / "transformers.logits.npy", vit(batch).logits.numpy())
+        np.save(HERE / "timm.logits.npy", convnext(batch).numpy())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any, Final
 from imagemill.errors import ImagemillError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.export.child import Exported, Request
+from imagemill.models.folders import json_file
 from imagemill.system import files
 from imagemill.system.processes import Child, ChildError
 
@@ -37,7 +38,6 @@ INDEX: Final = "model.safetensors.index.json"
 _EXPORTER: Final = 1
 """Version of the exporting: files of another version are exported again."""
 _PLAIN_NAME: Final = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
-_MAX_JSON_BYTES: Final = 32 * 2**20
 _MAX_SIDE: Final = 4_096
 """Pixels. The memory that attention takes grows with the fourth power of the side."""
 _MAX_S: Final = 3_600.0
@@ -72,7 +72,7 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
         weights as safetensors, its network is unknown or does not fit the weights, or the exported
         network answers differently from PyTorch.
     """
-    config = _read_json(folder / CONFIG)
+    config = json_file.read(folder / CONFIG).values
     network, library = _network(folder, config)
     shards = _shards(folder)
     versions = _versions(folder, network, library)
@@ -92,23 +92,6 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
             f" at most {exported.difference:.1g} of the largest"
         )
     return file
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises: ModelError."""
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(_MAX_JSON_BYTES + 1)
-        if len(data) > _MAX_JSON_BYTES:
-            raise ModelError(f"{file} is larger than {_MAX_JSON_BYTES:,} bytes.")
-        values = json.loads(data)
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {files.reason(error)}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {printable(error)}.") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} is not a JSON object.")
-    return values
 
 
 def _network(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -140,7 +123,7 @@ def _shards(folder: Path) -> list[Path]:
             f"{folder} has neither an ONNX file nor {WEIGHTS}, which imagemill exports from."
             f"{instead} Save the model again as safetensors: model.save_pretrained(FOLDER)."
         )
-    places = _read_json(folder / INDEX).get("weight_map")
+    places = json_file.read(folder / INDEX).values.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelError(f"{folder / INDEX}: weight_map names no files.")
     names: set[str] = set()
