@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 
 import helpers
 import pth_files
@@ -21,9 +24,10 @@ from test_hub_run import FOLDERS, files_of, with_config
 pytestmark = pytest.mark.process
 
 CLI = Callable[..., helpers.Result]
+PAGE = (helpers.PROJECT / "docs" / "models.md").read_text("utf-8")
 TABLE = re.findall(
     r"^\| ([^|`][^|]*) \| (`[^|]*`) \|$",
-    (helpers.PROJECT / "docs" / "models.md").read_text("utf-8").partition("\n## ")[0],
+    re.sub(r"\[([^]]*)\]\(#[^)]*\)", r"\1", PAGE.partition("\n## ")[0]),
     re.M,
 )
 """What is had, and what is typed, by row."""
@@ -31,11 +35,14 @@ VIT = FOLDERS / "vit"
 CLIP = Path(__file__).parent / "fixtures" / "zero_shot" / "clip"
 
 
-def fine_tuned(here: Path, hub: Hub) -> None:
+def resnet18() -> dict[str, np.ndarray]:
+    """Random weights for ten classes."""
     arrays = ARCHITECTURES["resnet18"].random(1)
-    for name in ("fc.weight", "fc.bias"):
-        arrays[name] = arrays[name][:10]
-    pth_files.write_zip(here / "best.pth", arrays)
+    return arrays | {name: arrays[name][:10] for name in ("fc.weight", "fc.bias")}
+
+
+def fine_tuned(here: Path, hub: Hub) -> None:
+    pth_files.write_zip(here / "best.pth", resnet18())
     (here / "birds.txt").write_text("\n".join(f"bird {number}" for number in range(10)))
 
 
@@ -44,7 +51,21 @@ def transformers_folder(here: Path, hub: Hub) -> None:
 
 
 def timm_folder(here: Path, hub: Hub) -> None:
-    shutil.copytree(FOLDERS / "timm_squash", here / "FOLDER")
+    config = {
+        "architecture": "resnet18",
+        "num_classes": 10,
+        "label_names": [f"bird {number}" for number in range(10)],
+        "pretrained_cfg": {
+            "input_size": [3, 64, 64],
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        },
+    }
+    (here / "FOLDER").mkdir()
+    (here / "FOLDER" / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(resnet18(), here / "FOLDER" / "model.safetensors")
 
 
 def hub_repository(here: Path, hub: Hub) -> None:
@@ -144,6 +165,7 @@ def test_the_table_is_true(
     labels = {row["label"] for row in rows}
     expected = {
         "a fine-tuned checkpoint": {f"bird {number}" for number in range(10)},
+        "a timm folder": {f"bird {number}" for number in range(10)},
         "an ONNX file from ultralytics": {f"class {number}" for number in range(10)},
         "an ONNX file from PyTorch": {f"class {number}" for number in range(10)},
         "no model, but words": {"a cat", "a dog"},
