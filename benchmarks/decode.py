@@ -109,7 +109,7 @@ def simplejpeg_cykooz(data: bytes, recipe: Recipe) -> np.ndarray:
     pixels = simplejpeg.decode_jpeg(data, "RGB")
     height, width = pixels.shape[:2]
     crop = preprocess.locate(width, height, recipe)
-    left, top, right, bottom = preprocess.region(crop, recipe, width, height)
+    left, top, right, bottom = preprocess.region(crop, recipe)
     source = cykooz_resizer.ImageData(
         right - left,
         bottom - top,

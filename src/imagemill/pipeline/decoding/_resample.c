@@ -1,12 +1,12 @@
 /* Pillow's 8-bit resampling of RGB images, bit for bit, several times as fast.
  *
- * The arithmetic is that of Pillow's `Image.resize(size, BILINEAR | BICUBIC, box=…)`: filter weights in double precision, rounded to 22-bit
- * fixed point; a horizontal pass over the rows that the vertical one will read, rounded to 8 bits; then the vertical pass. (Pillow 13 turns the two about for a source
- * that loses more than twice as many rows as columns; the caller leaves those to Pillow.) Integer sums do not
- * depend on their order, so vector code changes no bit. What differs is the layout: three bytes a pixel, read where the JPEG decoder put
- * them, in place of Pillow's four; and eight rows at once in the horizontal pass, so that one weight serves eight lanes.
+ * The arithmetic is that of Pillow's `Image.resize(size, filter)` of the whole image: filter weights in double precision, rounded to 22-bit
+ * fixed point; one pass along each axis, rounded to 8 bits. Only a part of the result is computed, from the part of the image that it needs.
+ * (Pillow's `box` would do that too, but it is in single precision, which rounds other values.) Integer sums do not depend on their order, so
+ * vector code changes no bit. What differs is the layout: three bytes a pixel, read where the JPEG decoder put them, in place of Pillow's four;
+ * and eight rows at once in the horizontal pass, so that one weight serves eight lanes.
  *
- * Where this module is not built, Pillow itself does the work (preprocess.py), with the same answers.
+ * Where this module is not built, Pillow itself does the work (preprocess.py), a few of whose values differ by a level.
  */
 
 #define Py_LIMITED_API 0x030B0000
@@ -20,6 +20,7 @@
 
 #define PRECISION_BITS (32 - 8 - 2)
 #define LANES 8
+#define PI 3.14159265358979323846
 
 typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t words __attribute__((vector_size(16)));
@@ -45,15 +46,33 @@ typedef struct {
     int count;  /* how many it reads */
 } span;
 
+/* One axis of the whole image, and the part of it that is here. */
+typedef struct {
+    double length;  /* of the whole source */
+    int resized;    /* of the whole result */
+    int skipped;    /* pixels of the result before those that are wanted */
+    int offset;     /* pixels of the source before those that are here */
+} axis;
+
 typedef struct {
     int size;     /* weights kept per output pixel */
     span *spans;  /* per output pixel */
     int32_t *weights;
 } taps;
 
+static double box(double x) { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
+
 static double bilinear(double x) {
     x = fabs(x);
     return x < 1.0 ? 1.0 - x : 0.0;
+}
+
+static double hamming(double x) {
+    x = fabs(x);
+    if (x == 0.0) return 1.0;
+    if (x >= 1.0) return 0.0;
+    x *= PI;
+    return sin(x) / x * (0.54f + 0.46f * cos(x)); /* single precision as in Pillow */
 }
 
 static double bicubic(double x) {
@@ -64,46 +83,65 @@ static double bicubic(double x) {
     return 0.0;
 }
 
+static double sinc(double x) {
+    if (x == 0.0) return 1.0;
+    x *= PI;
+    return sin(x) / x;
+}
+
+static double lanczos(double x) { return x >= -3.0 && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
+
+typedef struct {
+    const char *name;
+    double (*weight)(double);
+    double support;
+} filter;
+
+static const filter filters[] = {
+    {"box", box, 0.5}, {"bilinear", bilinear, 1.0}, {"hamming", hamming, 1.0}, {"bicubic", bicubic, 2.0}, {"lanczos", lanczos, 3.0}, {NULL, NULL, 0.0}};
+
 static void free_taps(taps *t) {
     free(t->spans);
     free(t->weights);
 }
 
-/* The weights of one axis: `from` to `to` of `in_size` source pixels become `out_size`. Returns 0 where memory is short. */
-static int make_taps(taps *t, int in_size, float from, float to, int out_size, int cubic) {
-    double scale = (double)(to - from) / out_size;
+/* The weights of one axis for `count` pixels of the result; the spans count from the first of the `here` pixels that are here. Returns 0 where
+ * memory is short. */
+static int make_taps(taps *t, const axis *a, int here, int count, const filter *f) {
+    double scale = a->length / a->resized;
     double filter_scale = scale < 1.0 ? 1.0 : scale;
-    double support = (cubic ? 2.0 : 1.0) * filter_scale;
-    t->size = (int)ceil(support) * 2 + 1;
-    t->spans = malloc(sizeof(span) * out_size);
-    t->weights = calloc((size_t)out_size * t->size, sizeof(int32_t));
+    double support = f->support * filter_scale;
+    t->size = support < here ? (int)ceil(support) * 2 + 1 : here;
+    if (t->size > here) t->size = here;
+    t->spans = malloc(sizeof(span) * count);
+    t->weights = calloc((size_t)count * t->size, sizeof(int32_t));
     double *exact = malloc(sizeof(double) * t->size);
     if (!t->spans || !t->weights || !exact) {
         free(exact);
         return 0;
     }
-    for (int out = 0; out < out_size; out++) {
-        double center = from + (out + 0.5) * scale;
+    for (int out = 0; out < count; out++) {
+        double center = (a->skipped + out + 0.5) * scale;
         double inverse = 1.0 / filter_scale;
         double sum = 0.0;
         int first = (int)(center - support + 0.5);
-        if (first < 0) first = 0;
+        if (first < a->offset) first = a->offset;
+        if (first > a->offset + here) first = a->offset + here;
         int last = (int)(center + support + 0.5);
-        if (last > in_size) last = in_size;
-        int count = last - first;
-        if (count < 0) count = 0;
-        if (count > t->size) count = t->size;
-        for (int i = 0; i < count; i++) {
-            double place = (i + first - center + 0.5) * inverse;
-            exact[i] = cubic ? bicubic(place) : bilinear(place);
+        if (last > a->offset + here) last = a->offset + here;
+        int taken = last - first;
+        if (taken < 0) taken = 0;
+        if (taken > t->size) taken = t->size;
+        for (int i = 0; i < taken; i++) {
+            exact[i] = f->weight((i + first - center + 0.5) * inverse);
             sum += exact[i];
         }
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < taken; i++) {
             double weight = (sum != 0.0 ? exact[i] / sum : exact[i]) * (1 << PRECISION_BITS);
             t->weights[(size_t)out * t->size + i] = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
         }
-        t->spans[out].first = first;
-        t->spans[out].count = count;
+        t->spans[out].first = first - a->offset;
+        t->spans[out].count = taken;
     }
     free(exact);
     return 1;
@@ -219,21 +257,33 @@ CLONED static void vertical(
     }
 }
 
-/* Both passes, or the one that is needed, as Pillow decides it. Returns 0 where memory is short. */
+/* Both passes, or the one that is needed. Returns 0 where memory is short. */
 static int both(
-    const uint8_t *source, Py_ssize_t stride, int in_width, int in_height, const float *box, int cubic, int width, int height, uint8_t *out) {
-    int across = width != in_width || box[0] != 0 || box[2] != width;
-    int down = height != in_height || box[1] != 0 || box[3] != height;
+    const uint8_t *source, Py_ssize_t stride, int in_width, int in_height, const axis *x, const axis *y, const filter *f, int down_first, int width,
+    int height, uint8_t *out) {
+    int across = x->length != x->resized, down = y->length != y->resized;
     taps x_taps = {0}, y_taps = {0};
     uint8_t *middle = NULL;
-    int32_t *sums = malloc(sizeof(int32_t) * 3 * (size_t)width);
+    int32_t *sums = malloc(sizeof(int32_t) * 3 * (size_t)(in_width > width ? in_width : width));
     void *room = malloc(sizeof(lanes) * ((size_t)in_width + 1));
     lanes *columns = (lanes *)(((uintptr_t)room + sizeof(lanes) - 1) / sizeof(lanes) * sizeof(lanes)); /* malloc aligns to 16 bytes only */
-    int done = sums && room && make_taps(&x_taps, in_width, box[0], box[2], width, cubic) && make_taps(&y_taps, in_height, box[1], box[3], height, cubic);
+    int done = sums && room && make_taps(&x_taps, x, in_width, width, f) && make_taps(&y_taps, y, in_height, height, f);
     if (done) {
-        int top = y_taps.spans[0].first;
-        int bottom = y_taps.spans[height - 1].first + y_taps.spans[height - 1].count;
-        if (across && down) {
+        /* What the passes read of the part that is here. */
+        int left = across ? x_taps.spans[0].first : x->skipped - x->offset;
+        int right = across ? x_taps.spans[width - 1].first + x_taps.spans[width - 1].count : left + width;
+        int top = down ? y_taps.spans[0].first : y->skipped - y->offset;
+        int bottom = down ? y_taps.spans[height - 1].first + y_taps.spans[height - 1].count : top + height;
+        if (across && down && down_first) {
+            Py_ssize_t row_bytes = (Py_ssize_t)(right - left) * 3;
+            middle = malloc((size_t)height * row_bytes + 1);
+            done = middle != NULL;
+            if (done) {
+                vertical(source + left * 3, stride, 0, &y_taps, (int)row_bytes, height, middle, sums);
+                for (int i = 0; i < width; i++) x_taps.spans[i].first -= left;
+                horizontal(middle, row_bytes, right - left, 0, height, &x_taps, width, columns, out);
+            }
+        } else if (across && down) {
             middle = malloc((size_t)(bottom - top) * width * 3 + 1);
             done = middle != NULL;
             if (done) {
@@ -241,11 +291,11 @@ static int both(
                 vertical(middle, (Py_ssize_t)width * 3, top, &y_taps, width * 3, height, out, sums);
             }
         } else if (across) {
-            horizontal(source, stride, in_width, 0, height, &x_taps, width, columns, out);
+            horizontal(source, stride, in_width, top, bottom, &x_taps, width, columns, out);
         } else if (down) {
-            vertical(source, stride, 0, &y_taps, width * 3, height, out, sums);
+            vertical(source + left * 3, stride, 0, &y_taps, width * 3, height, out, sums);
         } else {
-            for (int y = 0; y < height; y++) memcpy(out + (size_t)y * width * 3, source + y * stride, (size_t)width * 3);
+            for (int row = 0; row < height; row++) memcpy(out + (size_t)row * width * 3, source + (top + row) * stride + left * 3, (size_t)width * 3);
         }
     }
     free(middle);
@@ -261,11 +311,24 @@ static int is_rgb(const Py_buffer *view) {
            view->strides[2] == 1 && view->shape[0] < 1 << 24 && view->shape[1] < 1 << 24;
 }
 
-static PyObject *resample(PyObject *Py_UNUSED(self), PyObject *arguments) {
+/* Whether `here` pixels of the source are enough to make `count` of the result. */
+static int is_axis(const axis *a, Py_ssize_t here, Py_ssize_t count) {
+    return a->length > 0 && a->length <= 1 << 24 && a->resized > 0 && a->skipped >= 0 && a->skipped <= a->resized - count && a->offset >= 0 &&
+           a->offset <= 1 << 24 && a->offset + here <= a->length + 1 &&
+           (a->length != a->resized || (a->offset <= a->skipped && a->skipped + count <= a->offset + here));
+}
+
+static PyObject *resample_part(PyObject *Py_UNUSED(self), PyObject *arguments) {
     PyObject *source_object, *out_object;
-    float box[4];
-    int cubic;
-    if (!PyArg_ParseTuple(arguments, "O(ffff)pO", &source_object, box, box + 1, box + 2, box + 3, &cubic, &out_object)) return NULL;
+    axis x, y;
+    const char *name;
+    int down_first;
+    if (!PyArg_ParseTuple(
+            arguments, "O(diii)(diii)spO", &source_object, &x.length, &x.resized, &x.skipped, &x.offset, &y.length, &y.resized, &y.skipped, &y.offset,
+            &name, &down_first, &out_object))
+        return NULL;
+    const filter *f = filters;
+    while (f->name && strcmp(f->name, name)) f++;
     Py_buffer source, out;
     if (PyObject_GetBuffer(source_object, &source, PyBUF_STRIDED_RO) < 0) return NULL;
     if (PyObject_GetBuffer(out_object, &out, PyBUF_STRIDED) < 0) {
@@ -275,13 +338,16 @@ static PyObject *resample(PyObject *Py_UNUSED(self), PyObject *arguments) {
     PyObject *result = NULL;
     if (!is_rgb(&source) || !is_rgb(&out) || out.strides[0] != out.shape[1] * 3) {
         PyErr_SetString(PyExc_ValueError, "source and out must be uint8 (H, W, 3) with packed pixels, out without gaps between rows");
-    } else if (!(box[0] >= 0 && box[1] >= 0 && box[2] <= source.shape[1] && box[3] <= source.shape[0] && box[0] < box[2] && box[1] < box[3])) {
-        PyErr_SetString(PyExc_ValueError, "box must lie within the source and not be empty");
+    } else if (!f->name) {
+        PyErr_Format(PyExc_ValueError, "the filter must not be %s", name);
+    } else if (!is_axis(&x, source.shape[1], out.shape[1]) || !is_axis(&y, source.shape[0], out.shape[0])) {
+        PyErr_SetString(PyExc_ValueError, "the part must lie within the image, and out within the result");
     } else {
         int done;
         Py_BEGIN_ALLOW_THREADS;
         done = both(
-            source.buf, source.strides[0], (int)source.shape[1], (int)source.shape[0], box, cubic, (int)out.shape[1], (int)out.shape[0], out.buf);
+            source.buf, source.strides[0], (int)source.shape[1], (int)source.shape[0], &x, &y, f, down_first, (int)out.shape[1], (int)out.shape[0],
+            out.buf);
         Py_END_ALLOW_THREADS;
         if (done) {
             result = Py_None;
@@ -296,8 +362,9 @@ static PyObject *resample(PyObject *Py_UNUSED(self), PyObject *arguments) {
 }
 
 static PyMethodDef methods[] = {
-    {"resample", resample, METH_VARARGS,
-     "resample(source, box, cubic, out): the box (left, top, right, bottom) of uint8 (H, W, 3) into all of out, uint8 (h, w, 3)."},
+    {"resample_part", resample_part, METH_VARARGS,
+     "resample_part(source, x, y, filter, down_first, out): a part of an image, uint8 (H, W, 3), into all of out, uint8 (h, w, 3), which is a part of the"
+     " resized image. x and y: length of the whole image, its length after resizing, pixels of the result before out, pixels of the image before source."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,7 +1,14 @@
-from typing import Any
-
+import numpy as np
 from numpy.typing import NDArray
 
-def resample(
-    source: NDArray[Any], box: tuple[float, float, float, float], cubic: bool, out: NDArray[Any], /
+Axis = tuple[float, int, int, int]
+
+def resample_part(
+    source: NDArray[np.uint8],
+    x: Axis,
+    y: Axis,
+    filter: str,
+    down_first: bool,
+    out: NDArray[np.uint8],
+    /,
 ) -> None: ...

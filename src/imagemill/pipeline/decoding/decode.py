@@ -106,16 +106,8 @@ def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint
         return False
     crop = preprocess.locate(*displayed, recipe)
     width, height = preprocess.turned_size(*stored, orientation)
-    box = preprocess.region(_shrunk(crop, factor), recipe, width, height)
+    box = preprocess.region(crop, recipe, factor)
     left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)
     part = preprocess.turn(pixels[top:bottom, left:right], orientation)
     preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1], scale=factor)
     return True
-
-
-def _shrunk(crop: preprocess.Crop, factor: int) -> preprocess.Crop:
-    x, y = (
-        preprocess.Span(span.start / factor, span.stop / factor, span.first, span.count)
-        for span in (crop.x, crop.y)
-    )
-    return preprocess.Crop(x, y)

@@ -118,7 +118,7 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
         seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
         check_budget(width, height, limits)
         crop = preprocess.locate(width, height, recipe)
-        box = preprocess.region(crop, recipe, width, height)
+        box = preprocess.region(crop, recipe)
         box_stored = preprocess.turned_region(box, orientation, width, height)
         if recipe.background is not None and image.has_transparency_data:
             part = _blend(image, box_stored, recipe.background, file)

@@ -3,15 +3,13 @@
 Published recipes resize the whole image so that its short side is `resize`, or squash it, or fit it
 into a box, and then cut the centre out. Here the crop is found first, and only its pixels are
 resampled, with the same filter, scale and position. So the rest is never computed: an image of
-1×4000 does not become one of 256×1024000. (`box` has hard edges: if one falls exactly between two
-pixels, either may count, as in Pillow.)
+1×4000 does not become one of 256×1024000.
 
-Pixels differ from the published way by one or two levels at most, and fewer than one in a thousand
-of them differs if the image shrinks. If `_resample.c` was built, it does Pillow's arithmetic, bit
-for bit, in about a sixth of the time (benchmarks/decode.py); else Pillow does. cykooz-resizer, the
-same filters in SIMD code, is off by one level in 18 % of the values. On 328 photographs
-(2026-11-22) that flips the top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear); this flips
-none.
+If `_resample.c` was built, the pixels are those of the published way, bit for bit, in about a sixth
+of the time (benchmarks/decode.py). Else Pillow resamples the crop, and few values differ, by a
+level or two at most, because its `box` is in single precision. cykooz-resizer, the same filters in
+SIMD code, is off by one level in 18 % of the values. On 328 photographs (2026-11-22) that flips the
+top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear); this flips none.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from PIL import Image
 from imagemill.records import Centre, Interpolation
 
 try:
-    from imagemill.pipeline.decoding import _resample
-except ImportError:  # no compiler where it was installed: the same answers, later
-    _resample = None  # type: ignore[assignment]
+    from imagemill.pipeline.decoding._resample import resample_part
+except ImportError:  # no compiler where it was installed, or an older build
+    resample_part = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,8 +47,6 @@ _SUPPORT = {
 """Half the width of the filter, in pixels of the coarser of source and result."""
 _ADDED_UP = 2**20
 """Longest axis over which `nearest` adds up positions one by one."""
-_VECTORISED = (Interpolation.BILINEAR, Interpolation.BICUBIC)
-"""What `_resample.c` knows; the other filters are Pillow's."""
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,15 +66,26 @@ nothing.
 class Span:
     """One axis of the crop."""
 
-    start: float
-    stop: float
-    """Where the crop lies in the source, pixels of the source; within 0 and its length."""
-    first: int
-    """Of the result, the first pixel that shows the source; those before are the border."""
-    count: int
-    """How many pixels of the result show the source."""
-    resized: int = 0
+    length: int
+    """Of the whole axis of the image, pixels."""
+    resized: int
     """Length of the whole axis after resizing."""
+    skipped: int
+    """Pixels of the resized axis before the crop."""
+    count: int
+    """Pixels of the resized axis in the crop."""
+    first: int = 0
+    """Pixels of the border before the crop."""
+
+    @property
+    def start(self) -> float:
+        """Where the crop begins in the image, pixels."""
+        return self.skipped * self.length / self.resized
+
+    @property
+    def stop(self) -> float:
+        """Where the crop ends in the image, pixels."""
+        return (self.skipped + self.count) * self.length / self.resized
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +132,11 @@ def _span(length: int, resized: int, size: int, centre: Centre) -> Span:
     if resized < size:
         missing = size - resized
         before = missing // 2 if centre is Centre.TORCHVISION else (missing + 1) // 2
-        return Span(0.0, float(length), before, resized, resized)
+        return Span(length, resized, 0, resized, before)
     extra = resized - size
     # `round` as torchvision spells it: halves go to the even neighbour.
-    first = round(extra / 2.0) if centre is Centre.TORCHVISION else extra // 2
-    return Span(
-        first * length / resized,
-        min(float(length), (first + size) * length / resized),
-        0,
-        size,
-        resized,
-    )
+    skipped = round(extra / 2.0) if centre is Centre.TORCHVISION else extra // 2
+    return Span(length, resized, skipped, size)
 
 
 def shrink(width: int, height: int, recipe: Recipe) -> int:
@@ -157,19 +158,21 @@ def shrink(width: int, height: int, recipe: Recipe) -> int:
     return next((factor for factor in (8, 4, 2) if times >= factor * 2), 1)
 
 
-def region(crop: Crop, recipe: Recipe, width: int, height: int) -> tuple[int, int, int, int]:
-    """Tell which pixels of the displayed image the crop needs: left, top, right, bottom, with the
-    margin that the filter reaches into.
+def region(crop: Crop, recipe: Recipe, scale: int = 1) -> tuple[int, int, int, int]:
+    """Return the pixels of the displayed image that the crop needs: left, top, right, bottom, with
+    the margin that the filter reaches into. `scale` is by how much the image was scaled down when
+    it was decoded.
     """
-    left, right = _reach(crop.x, width, recipe)
-    top, bottom = _reach(crop.y, height, recipe)
+    left, right = _reach(crop.x, recipe, scale)
+    top, bottom = _reach(crop.y, recipe, scale)
     return left, top, right, bottom
 
 
-def _reach(span: Span, length: int, recipe: Recipe) -> tuple[int, int]:
-    scale = max(1.0, (span.stop - span.start) / span.count)
-    margin = _SUPPORT[recipe.interpolation] * scale + 2 if recipe.resize is not None else 0
-    return max(0, math.floor(span.start - margin)), min(length, math.ceil(span.stop + margin))
+def _reach(span: Span, recipe: Recipe, scale: int) -> tuple[int, int]:
+    start, stop, length = span.start / scale, span.stop / scale, -(-span.length // scale)
+    shrinking = max(1.0, (stop - start) / span.count)
+    margin = _SUPPORT[recipe.interpolation] * shrinking + 2 if recipe.resize is not None else 0
+    return max(0, math.floor(start - margin)), min(length, math.ceil(stop + margin))
 
 
 def turned_region(
@@ -195,7 +198,7 @@ def turned_region(
     return box
 
 
-NATIVE = _resample is not None
+NATIVE = resample_part is not None
 """Whether the vectorised resampler was built."""
 
 
@@ -247,25 +250,17 @@ def _resample_whole(
     scale: int,
 ) -> None:
     """Resample the crop into all of `out`, which has no border."""
-    shape = (crop.x.count, crop.y.count)
-    if isinstance(image, np.ndarray):
-        if _resample_fast(image, crop, recipe, out, left, top, scale):
-            return
-        image = Image.fromarray(image)
     if recipe.resize is None:
-        x, y = round(crop.x.start) - left, round(crop.y.start) - top
-        piece = (
-            image
-            if (x, y) == (0, 0) and image.size == shape
-            else image.crop((x, y, x + shape[0], y + shape[1]))
-        )
+        x, y = crop.x.skipped - left, crop.y.skipped - top
+        out[:] = np.asarray(image)[y : y + crop.y.count, x : x + crop.x.count]
     elif recipe.interpolation is Interpolation.NEAREST:
-        piece = Image.fromarray(
-            np.asarray(image)[np.ix_(_nearest(crop.y) - top, _nearest(crop.x) - left)]
-        )
+        rows, columns = _nearest(crop.y) - top, _nearest(crop.x) - left
+        out[:] = np.asarray(image)[np.ix_(rows, columns)]
+    elif NATIVE:
+        _resample_native(np.asarray(image), crop, recipe, out, left, top, scale)
     else:
-        piece = _resize(image, crop, recipe, _box(crop, *image.size, left, top, scale))
-    out[:] = np.asarray(piece)
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        out[:] = np.asarray(_resize(image, crop, recipe, _box(crop, *image.size, left, top, scale)))
 
 
 def _resize(
@@ -289,20 +284,14 @@ def _down_first(crop: Crop) -> bool:
     This is what Pillow 13 does if the whole image loses more than twice as many rows as columns.
     Asked to resample the crop alone, it would decide by the crop.
     """
-    (width, columns), (height, rows) = (
-        (round((span.stop - span.start) * span.resized / span.count), span.resized)
-        for span in (crop.x, crop.y)
-    )
-    return height - rows > max(0, 2 * (width - columns))
+    return crop.y.length - crop.y.resized > max(0, 2 * (crop.x.length - crop.x.resized))
 
 
 def _nearest(span: Span) -> NDArray[np.intp]:
     """Which pixels of the source `nearest` picks, added up as Pillow does it: where two are equally
     near, its rounding decides.
     """
-    length = round((span.stop - span.start) * span.resized / span.count)
-    first = round(span.start * span.resized / length)
-    step = length / span.resized
+    first, step = span.skipped, span.length / span.resized
     if span.resized > _ADDED_UP:
         return ((np.arange(first, first + span.count) + 0.5) * step).astype(np.intp)
     steps = np.full(first + span.count, step)
@@ -322,7 +311,7 @@ def _box(
     )
 
 
-def _resample_fast(
+def _resample_native(
     pixels: NDArray[np.uint8],
     crop: Crop,
     recipe: Recipe,
@@ -330,30 +319,20 @@ def _resample_fast(
     left: int,
     top: int,
     scale: int,
-) -> bool:
-    """Resample with `_resample.c`; False where it is not built or not made for this, which leaves
-    it to Pillow.
+) -> None:
+    """Resample the crop into all of `out` with `_resample.c`: Pillow's values for the whole image,
+    bit for bit.
     """
-    height, width = pixels.shape[:2]
-    to_width, to_height = crop.x.count, crop.y.count
-    fitting = recipe.resize is not None and recipe.interpolation in _VECTORISED
-    if (
-        not NATIVE
-        or not fitting
-        or _down_first(crop)
-        or (to_height, to_width, 3) != out.shape
-        or not out.flags.c_contiguous
-    ):
-        return False
     if pixels.strides[1:] != (3, 1):  # turned
         pixels = np.ascontiguousarray(pixels)
-    _resample.resample(
-        pixels,
-        _box(crop, width, height, left, top, scale),
-        recipe.interpolation is Interpolation.BICUBIC,
-        out,
+    goal = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+    x, y = (
+        (span.length / scale, span.resized, span.skipped, offset)
+        for span, offset in ((crop.x, left), (crop.y, top))
     )
-    return True
+    resample_part(pixels, x, y, recipe.interpolation.value, _down_first(crop), goal)
+    if goal is not out:
+        out[:] = goal
 
 
 def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
