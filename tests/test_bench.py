@@ -290,6 +290,13 @@ def test_the_advice_fits_the_bound(
                 " --images SOURCE."
             ),
         ),
+        (
+            {"synthetic": True, "devices": "cpu", "precision": "int8", "model": "headless"},
+            (
+                "int8 is not possible: headless has no classes, so it is not defined when a faster"
+                " precision answers as fp32 does. Use fp32."
+            ),
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(

@@ -198,6 +198,7 @@ def _precision(
     precision = Precision(asked)
     if precision is not Precision.INT8:
         return precision, model.dir / bundle.MODEL
+    precisions.refuse_int8(model.card)
     file = variants.int8_file(model.dir, variants.read(model.dir).int8)
     if file is None:
         name = model.card.name
