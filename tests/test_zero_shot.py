@@ -627,7 +627,7 @@ def test_without_tokenizers_the_package_to_install_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert classes(FIXTURES / "clip", labels, tmp_path / "mine") == 2
+    assert classes("hf:owner/clip", labels, tmp_path / "mine") == 2  # nothing is downloaded
     assert_one_line(capsys, "pip install 'imagemill[words]'")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from imagemill.errors import ImagemillError, ModelError, UsageError, printable
 from imagemill.models.custom import wrap
 from imagemill.models.zero_shot.family import Family
-from imagemill.system import interruptible
 from imagemill.system.openvino_library import load_openvino
 
 Ids = NDArray[np.int64]
@@ -41,6 +39,22 @@ class Tokens:
     """Places of the texts that are longer than the model can read."""
 
 
+def load_library() -> Any:
+    """Return the package `tokenizers`.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UsageError(
+            "classes in words need the package tokenizers. Install it: pip install"
+            " 'imagemill[words]'."
+        ) from error
+    return tokenizers
+
+
 def tokenize(folder: Path, family: Family, prompts: Sequence[str]) -> Tokens:
     """Return the token ids of texts.
 
@@ -49,17 +63,11 @@ def tokenize(folder: Path, family: Family, prompts: Sequence[str]) -> Tokens:
         ModelError: `tokenizer.json` is missing, too large or damaged, does not fit the text tower,
             or has no padding token.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise UsageError(
-            "classes in words need the package tokenizers. Install it: pip install"
-            " 'imagemill[words]'."
-        ) from error
+    library = load_library()
     file = folder / "tokenizer.json"
     text = _read(file)
     try:
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = library.Tokenizer.from_str(text)
         token = family.padding_token
         padding = (
             (tokenizer.padding or {}).get("pad_id")
@@ -69,7 +77,7 @@ def tokenize(folder: Path, family: Family, prompts: Sequence[str]) -> Tokens:
         tokenizer.no_padding()
         tokenizer.enable_truncation(family.length)
         texts = [prompt.lower() if family.lowercase else prompt for prompt in prompts]
-        encoded = interruptible.run(lambda: tokenizer.encode_batch(texts))
+        encoded = tokenizer.encode_batch(texts)
     except (KeyboardInterrupt, SystemExit, ImagemillError):
         raise
     except BaseException as error:  # the library's own, which may not be an Exception
@@ -144,7 +152,7 @@ class TextTower:
                 f"{printable(file)} needs the input {printable(min(unknown))}; only"
                 f" {', '.join(_FILLED)} can be filled."
             )
-        self._model = interruptible.run(self._compile)
+        self._model = self._compile()
 
     def _compile(self) -> Any:
         core = load_openvino().Core()
@@ -176,7 +184,7 @@ class TextTower:
                 )
             texts += texts[:1] * ((rows or 0) - len(texts))
             feed = self.feed(texts, length, tokens.padding)
-            found = interruptible.run(partial(self._answer, feed))[: len(places)]
+            found = self._answer(feed)[: len(places)]
             sizes = np.linalg.norm(found, axis=1, keepdims=True)
             if not np.isfinite(sizes).all() or not sizes.all():
                 raise ModelError(

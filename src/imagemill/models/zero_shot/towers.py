@@ -10,6 +10,7 @@ from typing import Final
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import hub
 from imagemill.models.hub_library import Progress
+from imagemill.models.zero_shot.text_tower import load_library
 from imagemill.system import userdirs
 
 Say = Callable[[str], None]
@@ -72,9 +73,11 @@ def find(
         with_scale: whether a file that holds the scale is downloaded too.
 
     Raises:
-        UsageError: there is no such folder. ModelError: the repository has no such towers.
+        UsageError: there is no such folder, or a package is not installed.
+        ModelError: the repository has no such towers.
         DownloadError: it cannot be downloaded.
     """
+    load_library()  # before hundreds of megabytes are downloaded in vain
 
     def choose(repo: str, files: Mapping[str, hub.HubFile]) -> list[str]:
         return hub_files(repo, files, with_scale=with_scale)
