@@ -132,6 +132,10 @@ int cuDeviceGetCount(int *count) {{ *count = {gpus}; return 0; }}
 int cuDeviceGetName(char *name, int size, int number) {{
     return snprintf(name, size, "Stub GPU %d", number) < 0;
 }}
+int cuDeviceGetAttribute(int *value, int attribute, int number) {{
+    *value = attribute == 16 ? 132 : -1;
+    return 0;
+}}
 int cuDeviceGetUuid(char *uuid, int number) {{ memset(uuid, number, 16); return 0; }}
 """
     compiled(folder, "libcuda.so.1", source)
@@ -184,7 +188,10 @@ def test_the_free_memory_of_a_gpu_is_the_drivers_answer(tmp_path: Path, prefix: 
 @pytest.mark.process
 def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
     """Asked of the driver itself, so that no toolkit is needed and CUDA_VISIBLE_DEVICES counts."""
-    assert ask(NVIDIA, stub_driver(tmp_path / "two", 2)) == "('Stub GPU 0', 'Stub GPU 1') None"
+    assert (
+        ask(NVIDIA, stub_driver(tmp_path / "two", 2))
+        == "('Stub GPU 0 (132 SMs)', 'Stub GPU 1 (132 SMs)') None"
+    )
     assert "No NVIDIA GPU: the driver shows none." in ask(NVIDIA, stub_driver(tmp_path / "none", 0))
     assert "No NVIDIA GPU: the driver answers with error 100." in ask(
         NVIDIA, stub_driver(tmp_path / "ill", 1, code=100)

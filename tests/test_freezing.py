@@ -7,20 +7,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import OutputError
+from imagemill.errors import JobMismatchError, OutputError, UsageError
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline import backends
+from imagemill.pipeline.backends import devices, library_versions
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters
 from imagemill.records import (
     Card,
     Centre,
+    DeviceSpec,
     Interpolation,
     Limits,
     Precision,
@@ -43,8 +46,9 @@ def answer_id(
     top: int = 5,
     save: tuple[Saved, ...] = (),
     min_probability: float | list[float] | None = None,
+    fixed: dict[str, str] | None = None,
 ) -> str:
-    return freeze.answer_id(card, prepared, backend, top, save, min_probability)
+    return freeze.answer_id(card, prepared, backend, top, save, min_probability, fixed)
 
 
 def other_recipes() -> list[Recipe]:
@@ -84,11 +88,57 @@ def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch
         answer_id(min_probability=[0.5] * 10),
         answer_id(save=(Saved.LOGITS,)),
         answer_id(save=(Saved.LOGITS, Saved.EMBEDDING)),
+        answer_id(fixed={"batch size": "4"}),
+        answer_id(fixed={"batch size": "8"}),
+        answer_id(fixed={"batch size": "4", "torch": "2.13.0"}),
     ]
     monkeypatch.setattr(freeze, "DECODER", DECODER + "x")
     ids.append(answer_id())
     assert len(set(ids)) == len(ids)
     assert all(len(one) == 16 for one in ids)
+
+
+CARDS = [DeviceSpec(f"cuda#{n}", "cuda", "torch", (0,), n, "A card (8 SMs)") for n in (0, 1)]
+OTHER_CARD = DeviceSpec("cuda#2", "cuda", "torch", (0,), 2, "Another card (8 SMs)")
+
+
+def test_devices_whose_answers_depend_on_them_fix_model_libraries_and_batch_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All but CPUs with OpenVINO or ONNX Runtime, and the null device; `cpu@torch` too."""
+    monkeypatch.setattr(devices, "library_versions", lambda backend: {backend: "1"})
+    assert devices.fixed_facts(CARDS, 256) == {
+        "batch size": "256",
+        "device": "A card (8 SMs)",
+        "torch": "1",
+    }
+    cpu = DeviceSpec("cpu#0", "cpu", "torch", (0,), 0, "A processor")
+    assert devices.fixed_facts([cpu], 4) == {
+        "batch size": "4",
+        "device": "A processor",
+        "torch": "1",
+    }
+    for kind, backend in [("cpu", "openvino"), ("cpu", "onnxruntime"), ("null", "null")]:
+        assert devices.fixed_facts([replace(cpu, kind=kind, backend=backend)], 4) == {}
+    for kind, backend in [("gpu", "openvino"), ("cuda", "onnxruntime"), ("ipu", "popart")]:
+        found = devices.fixed_facts([replace(cpu, kind=kind, backend=backend)], 4)
+        assert found == {"batch size": "4", "device": "A processor", backend: "1"}
+
+
+def test_cards_of_two_models_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their answers differ in the last bits, so mixing them must be asked for."""
+    assert devices.backend_of(CARDS, False) == "torch:cuda"
+    with pytest.raises(
+        UsageError, match=r"mixes A card \(8 SMs\) and Another card .*--allow-mixed"
+    ):
+        devices.backend_of([*CARDS, OTHER_CARD], False)
+    assert devices.backend_of([*CARDS, OTHER_CARD], True) == "torch:cuda"
+
+
+def test_the_installed_libraries_are_named_with_their_versions() -> None:
+    """As far as they are installed."""
+    assert library_versions("openvino") == {"openvino": metadata.version("openvino")}
+    assert library_versions("null") == {}
 
 
 def test_what_decides_no_answer_is_not_in_its_id() -> None:
@@ -193,3 +243,33 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
         match=rf"the job's model {tmp_path}/gone\.onnx is missing\. Bring it back: {remedy}\.",
     ):
         model.verify_model(replace(frozen, job=gone))
+
+
+def test_a_job_that_depends_on_its_batches_is_continued_with_the_same_ones(
+    job: Callable[..., Settings],
+    jpegs: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And with the same libraries on the same device; both values are named. The null device stands
+    in for a GPU.
+    """
+    monkeypatch.setattr(backends, "INDEPENDENT", ())
+    settings = job(jpegs(8), shard_size=4)
+    run.run(settings)
+    (tmp_path / "out" / "predictions" / "part-000001.parquet").unlink()
+    with pytest.raises(
+        JobMismatchError, match="started with --batch-size 4, now --batch-size 5 is asked for"
+    ):
+        run.run(replace(settings, batch_size=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "library_versions", lambda _backend: {"a library": "2"})
+        with pytest.raises(
+            JobMismatchError,
+            match="started with a library none, this is a library 2, whose answers differ",
+        ):
+            run.run(settings)
+    assert run.run(replace(settings, batch_size=None)).complete
+    with monkeypatch.context() as patch:  # nothing is left to be computed
+        patch.setattr(devices, "library_versions", lambda _backend: {"a library": "2"})
+        assert run.run(settings).complete

@@ -281,6 +281,8 @@ class DeviceSpec:
     """CPU cores that the process may use, by number."""
     id: int = 0
     """Which of its kind it is, as the backend counts them."""
+    model: str = ""
+    """Name of the hardware, such as `NVIDIA H100 80GB HBM3 (132 SMs)`; empty if it is not known."""
     floating: bool = False
     """It may use so many cores as `cores` has, whichever these are: others, who are not ours, may
     be at work on the machine.

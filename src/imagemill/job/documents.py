@@ -48,6 +48,10 @@ class Frozen:
     another decoder gives other pixels.
     """
     versions: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """What also decides the last bits of answers, and must stay: batch size, device model and
+    library versions. Empty on CPUs with OpenVINO or ONNX Runtime, where it decides nothing.
+    """
     plan_nonce: str = ""
     """Which plan in an object store belongs to this job."""
     skipped_broken_links: int = 0

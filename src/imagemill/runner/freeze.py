@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ from imagemill.version import __version__
 if TYPE_CHECKING:
     from imagemill.tuning.precisions import Prepared
 from imagemill.job.documents import FORMAT, Frozen, read_frozen
-from imagemill.pipeline.backends.devices import backend_of
+from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.runner.model import (
     classes_kept,
     saved_outputs,
@@ -101,6 +101,7 @@ def freeze(
         variant_sha256=prepared.sha256,
         decoder=DECODER,
         versions={"imagemill": __version__},
+        fixed=fixed_facts(chosen, job.session.batch_size),
         plan_nonce=store.publish_plan(),
     )
     try:
@@ -127,21 +128,22 @@ def _job(
     resolved = sources.resolve(settings.sources)
     save, top_k = saved_outputs(settings, card), classes_kept(settings, card)
     min_probability = thresholds.min_probability_of(settings, card)
+    session = batch_size.resolved(
+        SessionSpec(
+            model_file=str(prepared.model_file.absolute()),
+            card=card,
+            precision=prepared.precision,
+            batch_size=settings.batch_size or 0,
+            batches_per_step=settings.batches_per_step or 0,
+            save=save,
+            cache_dir=str(model.dir.absolute() / "compiled"),
+        ),
+        chosen,
+    )
     return Job(
         output=paths.output,
         sources=resolved,
-        session=batch_size.resolved(
-            SessionSpec(
-                model_file=str(prepared.model_file.absolute()),
-                card=card,
-                precision=prepared.precision,
-                batch_size=settings.batch_size or 0,
-                batches_per_step=settings.batches_per_step or 0,
-                save=save,
-                cache_dir=str(model.dir.absolute() / "compiled"),
-            ),
-            chosen,
-        ),
+        session=session,
         variant=prepared.variant,
         num_workers=settings.num_workers or 0,
         top_k=top_k,
@@ -154,6 +156,7 @@ def _job(
             top_k,
             save,
             min_probability,
+            fixed_facts(chosen, session.batch_size),
         ),
         min_probability=min_probability,
         log_dir=str(paths.logs) if settings.log_dir else None,
@@ -203,8 +206,9 @@ def answer_id(
     top_k: int,
     save: Sequence[Saved],
     min_probability: float | Sequence[float] | None = None,
+    fixed: Mapping[str, str] | None = None,
 ) -> str:
-    """Return a hash of everything that decides a result."""
+    """Return a hash of everything that decides a result; `fixed` is `Frozen.fixed`."""
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
     return _hash(
         weights,
@@ -216,6 +220,7 @@ def answer_id(
         top_k,
         list(save),
         min_probability,
+        *(sorted(fixed.items()) if fixed else ()),
     )
 
 

@@ -89,6 +89,7 @@ def _compare(
     asked_precision = None if settings.precision == "auto" else settings.precision
     yield "precision", session.precision.value, asked_precision
     yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)
+    yield "batch_size", session.batch_size, settings.batch_size
     preprocess = "center-crop" if recipe.resize is None else "card"
     yield "preprocess", preprocess, settings.preprocess
     background = settings.background and parse_colour(settings.background)

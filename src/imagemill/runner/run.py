@@ -147,7 +147,7 @@ def _carry_out(
     if is_resumed:
         listing.check_moved(job.sources, job.access, paths.plan)
     if left and is_resumed:
-        _check_remaining(frozen)
+        _check_remaining(frozen, chosen)
     if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
@@ -212,15 +212,17 @@ def _read_summary(opened: OpenJob) -> Summary | None:
         return None
 
 
-def _check_remaining(frozen: documents.Frozen) -> None:
+def _check_remaining(frozen: documents.Frozen, chosen: Sequence[DeviceSpec]) -> None:
     """Check that the remaining images of a resumed job can be processed as the first ones were.
     A new job was checked before it was frozen; on a finished job none of this matters.
 
     Raises:
-        JobMismatchError: another decoder. SourceError, without which every remaining image would
-        become a `missing` row. OutputError, ModelError: the model is missing or changed.
+        JobMismatchError: another decoder, device or library. SourceError, without which every
+        remaining image would become a `missing` row. OutputError, ModelError: the model is missing
+        or changed.
     """
     _check_decoder(frozen)
+    _check_fixed(frozen, chosen)
     try:
         sources.check(frozen.job.sources, frozen.job.access)
     except SourceError as error:
@@ -239,6 +241,21 @@ def _check_decoder(frozen: documents.Frozen) -> None:
             f" this is decoder {DECODER} (imagemill {__version__}). Images may be decoded"
             f" differently. Continue with imagemill {began}, or give another --output."
         )
+
+
+def _check_fixed(frozen: documents.Frozen, chosen: Sequence[DeviceSpec]) -> None:
+    """Raise JobMismatchError if answers would differ in the last bits, because of another model of
+    the device or another version of a library.
+    """
+    now = devices.fixed_facts(chosen, frozen.job.session.batch_size)
+    for what in sorted(frozen.fixed.keys() | now.keys()):
+        was, found = frozen.fixed.get(what, "none"), now.get(what, "none")
+        if was != found:
+            raise JobMismatchError(
+                f"{frozen.job.output} was started with {what} {was}, this is {what} {found}, whose"
+                " answers differ in the last bits. Continue where it was started, or give another"
+                " --output."
+            )
 
 
 def dry_run(settings: Settings) -> DryRun:

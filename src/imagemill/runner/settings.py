@@ -66,6 +66,12 @@ class Setting(NamedTuple):
         return self.effect if isinstance(self.effect, Effect) else self.effect(backend)
 
 
+def _effect_of_batch_size(backend: str) -> Effect:
+    from imagemill.pipeline.backends import depends_on_batch
+
+    return Effect.ANSWERS if depends_on_batch(backend) else Effect.NOTHING
+
+
 def number(text: str) -> int | None:
     """Return a number as an int, and `auto` as None."""
     return None if text == "auto" else int(text)
@@ -205,7 +211,9 @@ SETTINGS: Mapping[str, Setting] = {
         Effect.ANSWERS,
         Kind(None, _one_of("auto", enum="Precision")),
     ),
-    "batch_size": Setting("--batch-size", "images per batch (default: auto)", "N", kind=_AUTO),
+    "batch_size": Setting(
+        "--batch-size", "images per batch (default: auto)", "N", _effect_of_batch_size, _AUTO
+    ),
     "batches_per_step": Setting(
         "--batches-per-step", "batches in flight per device (default: auto)", "N", kind=_THREADS
     ),

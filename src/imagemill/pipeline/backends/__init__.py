@@ -5,8 +5,9 @@ backend.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 from imagemill.errors import DeviceError
@@ -27,21 +28,28 @@ class Backend:
     """Kinds of devices that it drives → precisions that it computes in there."""
     anywhere: tuple[str, ...] = ()
     """Kinds that every machine has; others are looked for with the class's `found`."""
+    libraries: tuple[str, ...] = ()
+    """Distributions whose versions decide its answers, as far as they are installed."""
 
+
+_NVIDIA = ("nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
 BACKENDS: dict[str, Backend] = {
     "openvino": Backend(
         "openvino:OpenVinoSession",
         {"cpu": (_FP32, _BF16, _INT8), "gpu": (_FP32, _FP16), "npu": (_FP16,)},
         ("cpu",),
+        ("openvino",),
     ),
     "torch": Backend(
         "torch.session:TorchSession",
         {"cuda": (_FP32, _FP16, _BF16), "cpu": (_FP32, _BF16)},
+        libraries=("torch", *_NVIDIA),
     ),
     "onnxruntime": Backend(
         "onnxruntime:OnnxRuntimeSession",
         dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,)),
+        libraries=("onnxruntime", "onnxruntime-gpu", *_NVIDIA),
     ),
     "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),
@@ -49,6 +57,29 @@ BACKENDS: dict[str, Backend] = {
 """Backend → what it is; a further one is one file and one line here. Where none is named, a kind's
 first is meant.
 """
+
+INDEPENDENT = ("openvino", "onnxruntime", "null")
+"""Engines (see `DeviceSpec.engine`) whose answers do not depend on the batch size: their tests
+compare them bit for bit.
+"""
+
+
+def depends_on_batch(backend: str) -> bool:
+    """Return whether answers depend on the batch size and on the model of the device.
+
+    Args:
+        backend: engines, joined by `+`, as a job is frozen with them.
+    """
+    return any(engine not in INDEPENDENT for engine in backend.split("+"))
+
+
+def library_versions(backend: str) -> dict[str, str]:
+    """Return the versions of the installed libraries that decide a backend's answers."""
+    found = {}
+    for name in BACKENDS[backend].libraries:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def open_session(spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> Session:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from imagemill.errors import DeviceError, UsageError
-from imagemill.pipeline.backends import BACKENDS, look_for
+from imagemill.pipeline.backends import BACKENDS, depends_on_batch, library_versions, look_for
 from imagemill.pipeline.backends.base import Found
 from imagemill.records import DeviceSpec, Precision
 from imagemill.system import cpu
@@ -166,10 +166,23 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     shares = split_cores(cores, len(places))
     return tuple(
         DeviceSpec(
-            f"{kind}#{number}", kind, backend, share, 0 if kind in ("cpu", "null") else number
+            f"{kind}#{number}",
+            kind,
+            backend,
+            share,
+            0 if kind in ("cpu", "null") else number,
+            _model(kind, number, found.get((kind, backend), Found())),
         )
         for (kind, backend, number), share in zip(places, shares, strict=True)
     )
+
+
+def _model(kind: str, number: int, found: Found) -> str:
+    """Return the name of a device's hardware."""
+    if kind == "cpu":
+        return cpu.name()
+    names = found.devices
+    return names[number] if number < len(names) else next(iter(names), "")
 
 
 def _parse(spec: str, item: str) -> tuple[str, str, str]:
@@ -355,14 +368,37 @@ def machine() -> dict[str, str]:
     }
 
 
+def fixed_facts(chosen: Sequence[DeviceSpec], batch_size: int) -> dict[str, str]:
+    """Return what decides the last bits of answers besides model, precision and backend.
+
+    It is empty on CPUs with OpenVINO or ONNX Runtime, whose answers depend on none of it. On all
+    other devices these are the model of the device, the versions of the libraries and the batch
+    size.
+    """
+    bound = [device for device in chosen if depends_on_batch(device.engine)]
+    if not bound:
+        return {}
+    facts = {"batch size": str(batch_size)}
+    facts["device"] = ", ".join(sorted({device.model for device in bound}))
+    for backend in sorted({device.backend for device in bound}):
+        facts |= library_versions(backend)
+    return facts
+
+
 def backend_of(chosen: Sequence[DeviceSpec], allow_mixed: bool) -> str:
-    """The backends of the devices, as the answer id names them. Raises: UsageError where several
-    are mixed and that is not allowed.
+    """Return the backends of the devices, as the answer id names them. Raises: UsageError if
+    several backends or models are mixed and that is not allowed.
     """
     backends = sorted({device.engine for device in chosen})
     if len(backends) > 1 and not allow_mixed:
         raise UsageError(
             f"--devices mixes the backends {' and '.join(backends)}, whose answers differ in the"
             " last bits. Add --allow-mixed."
+        )
+    models = sorted({device.model for device in chosen if depends_on_batch(device.engine)})
+    if len(models) > 1 and not allow_mixed:
+        raise UsageError(
+            f"--devices mixes {' and '.join(models)}, whose answers differ in the last bits. Add"
+            " --allow-mixed, or name devices of one model."
         )
     return "+".join(backends)

@@ -8,6 +8,9 @@ from uuid import UUID
 
 from imagemill.pipeline.backends.base import Found
 
+_PROCESSORS = 16
+"""The driver's number for the attribute "multiprocessor count"."""
+
 
 def find_gpus() -> Found:
     """Return the GPUs that the NVIDIA driver shows to this process, in the order of their ids."""
@@ -31,7 +34,10 @@ def find_gpus() -> Found:
     for number in range(count.value):
         name = ctypes.create_string_buffer(100)
         driver.cuDeviceGetName(name, 100, number)
-        names.append(name.value.decode(errors="backslashreplace") or f"GPU {number}")
+        text = name.value.decode(errors="backslashreplace") or f"GPU {number}"
+        processors = ctypes.c_int()  # a part of a GPU has the whole one's name, but fewer of them
+        driver.cuDeviceGetAttribute(ctypes.byref(processors), _PROCESSORS, number)
+        names.append(f"{text} ({processors.value} SMs)")
     return Found(tuple(names))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from multiprocessing.connection import wait
@@ -20,7 +21,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
 from imagemill.models import bundle
 from imagemill.pipeline import sources
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import devices, library_versions
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadImage, DeviceSpec, Job, Lease
 from imagemill.system import cpu
@@ -31,12 +32,6 @@ from imagemill.workers.protocol import Pause
 from imagemill.workers.ray.messages import Assignment, Identity, ModelFile, Report, Restart
 from imagemill.workers.supervisor import Supervisor
 
-_LIBRARIES: Mapping[str, tuple[str, ...]] = {
-    "openvino": ("openvino",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "torch": ("torch",),
-}
-"""Backend → the distributions whose versions decide its answers, if they are installed."""
 _LOOKS, _LOOK_S = 5, 1.0
 """Shared folders may show a new file some seconds late."""
 _END_S = 2.0
@@ -45,16 +40,11 @@ _END_S = 2.0
 def identity(backends: Sequence[str]) -> Identity:
     """Return what decides the last bits of this machine's answers."""
     found = {"imagemill": __version__, "decoder": DECODER}
-    for name in (
-        "pillow",
-        "simplejpeg",
-        "numpy",
-        *(library for backend in backends for library in _LIBRARIES.get(backend, ())),
-    ):
-        try:
+    for name in ("pillow", "simplejpeg", "numpy"):
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    for backend in backends:
+        found |= library_versions(backend)
     return Identity(found, " ".join(cpu.vector_units(cpu.flags())) or "none known")
 
 
