@@ -37,10 +37,12 @@ from imagemill.records import (
     Limits,
     Precision,
     Recipe,
+    Scores,
     SessionSpec,
 )
 from imagemill.system import cpu
 from imagemill.tuning import gate, precisions, quantize, trial, trial_process
+from tiny import WIDE_CARD, tiny_model
 
 pytestmark = pytest.mark.process
 
@@ -686,6 +688,26 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     )
     assert again.model_file == prepared.model_file
     assert again.lines[0].startswith("int8: not accepted (too few images")
+
+
+def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: None) -> None:
+    """Calibrated and judged on images that are wider than high, by its set of classes; the verdict
+    is used.
+    """
+    card = replace(WIDE_CARD, scores=Scores.SIGMOID)
+    bundle = bundles.write(tmp_path / "tags", card, tiny_model(width=2 * SIZE))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(40):
+        sample_images.photograph(60, 50, number).save(folder / f"{number}.png")
+    report = precisions.quantize_bundle(
+        bundle, [str(folder)], chosen=CPU, calibration=10, held_out=30, attempts=1
+    )
+    verdict = report.precisions["int8"].verdict
+    assert verdict.images == 30
+    assert verdict.compared == "set of classes from probability 0.5"
+    assert "the same set of classes from probability 0.5" in precisions.report_lines(report)[0]
+    assert precisions.usable(bundle, Precision.INT8) is not None
 
 
 def test_nothing_is_traded_where_agreement_is_not_defined(
