@@ -144,9 +144,9 @@ def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
 
     ONNX comes first, because it says everything about the network, then safetensors, then PyTorch's
     pickles, which imagemill reads without executing anything. A repository with a vision tower has
-    both towers in `model.onnx`, which wants texts too. The configuration of a timm repository, which
-    has no `preprocessor_config.json`, describes its safetensors: an ONNX file beside them may want
-    other pixels.
+    both towers in `model.onnx`, which wants texts too. The configuration of a timm repository,
+    which has no `preprocessor_config.json`, describes its safetensors: an ONNX file beside them may
+    want other pixels.
 
     Raises:
         ModelError: the repository has no such weights.
