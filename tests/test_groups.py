@@ -11,7 +11,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from imagemill.models.architectures import resnext
+from imagemill.models.architectures import graph, resnet
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.backends.openvino import fold_constants
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -27,9 +27,10 @@ NARROW = [(32, 4, 4), (32, 8, 8), (32, 16, 16), (32, 32, 32)]
 @pytest.fixture
 def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A ResNeXt with one block a stage, whose groups have 4, 8, 16 and 32 channels."""
-    monkeypatch.setitem(resnext.BLOCKS, 14, (1, 1, 1, 1))
-    built = resnext.ResNeXt(14, 32, 4)
-    onnx.save(built.build(built.random(0)), tmp_path / "model.onnx")
+    monkeypatch.setitem(resnet.BLOCKS, 14, (1, 1, 1, 1))
+    built = resnet.ResNet(14, 32, 4)
+    prepared = graph.Prepared(224, 224, built.mean, built.std)
+    onnx.save(built.build(built.random(0), prepared), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 

@@ -24,7 +24,7 @@ import sample_images
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
-from imagemill.models.architectures import resnext
+from imagemill.models.architectures import graph, resnet
 from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -173,9 +173,10 @@ def test_every_grouped_convolution_runs_in_int8(
     """The trap: with constants unfolded, all grouped convolutions would stay in fp32. Four blocks
     of a ResNeXt show it as well as 33.
     """
-    monkeypatch.setitem(resnext.BLOCKS, 14, (1, 1, 1, 1))
-    network = resnext.ResNeXt(14, 32, 4)
-    onnx.save(network.build(network.random(0)), tmp_path / "model.onnx")
+    monkeypatch.setitem(resnet.BLOCKS, 14, (1, 1, 1, 1))
+    network = resnet.ResNet(14, 32, 4)
+    prepared = graph.Prepared(224, 224, network.mean, network.std)
+    onnx.save(network.build(network.random(0), prepared), tmp_path / "model.onnx")
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
     saved = quantize.save(
