@@ -193,9 +193,15 @@ def test_get_model_gives_a_folder_or_a_repository_a_name(
     assert run("colours").code == 0
     assert {row["label"][:6] for row in helpers.rows(tmp_path / "out")} == {"colour"}
     assert "holds a model made from other files or values" in refused(imagemill(*command, env=env))
-    assert "is the name of a published model" in refused(
-        imagemill("get-model", "resnext50_32x4d", "--from", source, env=env)
+    for name, reason in (
+        ("resnext50_32x4d", "is the name of published weights"),
+        ("a/b", "is not a model's name"),
+    ):
+        assert reason in refused(imagemill("get-model", name, "--from", source, env=env))
+    made_already = imagemill(
+        "get-model", "again", "--from", tmp_path / "models" / "colours", env=env
     )
+    assert "is a model already: it has card.json" in refused(made_already)
 
 
 def test_get_model_asks_for_the_newest_commit(

@@ -247,10 +247,10 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument(
         "--from",
         dest="from_file",
-        metavar="FILE|FOLDER",
+        metavar="SOURCE",
         help=(
-            "build from your own .pth or .safetensors file, or from a folder of transformers or"
-            " timm; NAME is yours to choose"
+            "build from your own .pth or .safetensors file, from a folder of transformers or timm,"
+            " or from hf:owner/name; NAME is yours to choose"
         ),
     )
     sub.add_argument(

@@ -100,10 +100,16 @@ def get_from(
     Raises:
         UsageError: the name cannot be used. ModelError: as `resolve`, or NAME is another model.
     """
-    if not re.fullmatch(NAME, name) or published.find(name) is not None:
+    if not re.fullmatch(NAME, name):
         raise UsageError(
-            f"{printable(name)} is the name of a published model, or not a name. Choose one of"
-            " letters, digits, `_`, `.` and `-`."
+            f"{printable(name)} is not a model's name: letters, digits, `_`, `.` and `-` only."
+        )
+    if published.find(name) is not None:
+        raise UsageError(f"{name} is the name of published weights. Give another NAME.")
+    if bundles.is_bundle(userdirs.expand(source)):
+        raise UsageError(
+            f"{printable(source)} is a model already: it has {bundles.CARD}. Use it as --model"
+            f" {printable(source)}."
         )
     if hub.is_hub_name(source):
         found = hub.snapshot(source, models_dir, say, progress, refresh=True)
@@ -153,7 +159,7 @@ def _from_folder(
         return _from_hub(cached, models_dir, say, name=name, given=given)
     if not (path / folder.CONFIG).is_file():
         raise UsageError(
-            f"--model {printable(path)} is a folder, but it has neither {bundles.CARD}, as a model"
+            f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as a model"
             f" bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
         )
     return folder.bundle_for(path, models_dir, say, name=name, given=given)
