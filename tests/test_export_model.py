@@ -294,7 +294,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(
         ({INDEX: b'{"weight_map": {"a": ["b"]}}'}, "is not the name of a safetensors file"),
         ({INDEX: b'{"weight_map": {}}'}, "names no files"),
         ({INDEX: b"{}"}, "names no files"),
-        ({INDEX: b'{"weight_map": {"a": "a.safetensors"}}'}, "is incomplete: a.safetensors"),
+        ({INDEX: b'{"weight_map": {"a": "a.safetensors"}}'}, "weight_map: there is no a.safetensors"),
         ({"pytorch_model.bin": b""}, "pytorch_model.bin is not read here, since a pickle may run"),
         ({}, "neither an ONNX file nor model.safetensors"),
     ],

@@ -25,6 +25,7 @@ from imagemill.errors import ImagemillError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.export.child import Exported, Request
 from imagemill.models.folders import json_file
+from imagemill.models.folders.json_file import Document
 from imagemill.system import files
 from imagemill.system.processes import Child, ChildError
 
@@ -72,11 +73,12 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
         weights as safetensors, its network is unknown or does not fit the weights, or the exported
         network answers differently from PyTorch.
     """
-    config = json_file.read(folder / CONFIG).values
-    network, library = _network(folder, config)
+    document = json_file.read(folder / CONFIG)
+    network, library = _network(document)
     shards = _shards(folder)
     versions = _versions(folder, network, library)
-    request = Request(network, library, _shape(folder, config, size), tuple(map(str, shards)))
+    request = Request(network, library, _shape(document, size), tuple(map(str, shards)))
+    config = document.values
     key = _key(request, config, shards, versions)
     home = models_dir / FOLDER / f"{network}-{key[:12]}"
     file = home / bundles.MODEL
@@ -94,12 +96,13 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
     return file
 
 
-def _network(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+def _network(document: Document) -> tuple[str, str]:
     """Return the name of a network and the library that has it. Raises: ModelError."""
+    config = document.values
     if "quantization_config" in config:
-        raise ModelError(
-            f"{folder / CONFIG}: quantization_config: the weights are quantised, and imagemill"
-            " exports networks in fp32 only. Use the unquantised model."
+        raise document.error(
+            "quantization_config: the weights are quantised, and imagemill exports networks in fp32"
+            " only. Use the unquantised model"
         )
     if "pretrained_cfg" in config:
         network, key, library = config.get("architecture"), "architecture", "timm"
@@ -108,7 +111,7 @@ def _network(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
         network = named[0] if isinstance(named, list) and len(named) == 1 else None
         key, library = "architectures", "transformers"
     if not isinstance(network, str) or not network.isidentifier() or len(network) > 100:
-        raise ModelError(f"{folder / CONFIG}: {key} does not name one network of {library}.")
+        raise document.error(f"{key} does not name one network of {library}")
     return network, library
 
 
@@ -117,24 +120,22 @@ def _shards(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        pickles = [printable(file.name) for file in sorted(folder.glob("*.bin"))]
         instead = f" {pickles[0]} is not read here, since a pickle may run code." if pickles else ""
         raise ModelError(
-            f"{folder} has neither an ONNX file nor {WEIGHTS}, which imagemill exports from."
-            f"{instead} Save the model again as safetensors: model.save_pretrained(FOLDER)."
+            f"{printable(folder)} has neither an ONNX file nor {WEIGHTS}, which imagemill exports"
+            f" from.{instead} Save the model again as safetensors: model.save_pretrained(FOLDER)."
         )
-    places = json_file.read(folder / INDEX).values.get("weight_map")
+    document = json_file.read(folder / INDEX)
+    places = document.values.get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ModelError(f"{folder / INDEX}: weight_map names no files.")
+        raise document.error("weight_map names no files")
     names: set[str] = set()
     for name in places.values():
-        shown = printable(repr(name))
         if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise ModelError(
-                f"{folder / INDEX}: weight_map: {shown} is not the name of a safetensors file."
-            )
+            raise document.error(f"weight_map: {str(name)!r} is not the name of a safetensors file")
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} is incomplete: {name}, named by {INDEX}, is not there.")
+            raise document.error(f"weight_map: there is no {name}. Copy it there")
         names.add(name)
     return [folder / name for name in sorted(names)]
 
@@ -145,25 +146,23 @@ def _versions(folder: Path, network: str, library: str) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("torch", library)}
     except metadata.PackageNotFoundError as error:
         raise UsageError(
-            f"{folder} has no ONNX file, and imagemill does not build {network} itself: exporting"
-            f" it takes PyTorch and {library}, and {error.name} is not installed. Type: pip install"
-            " 'imagemill[export]'"
+            f"{printable(folder)} has no ONNX file, and imagemill does not build {network} itself:"
+            f" exporting it takes PyTorch and {library}, and {error.name} is not installed. Type:"
+            " pip install 'imagemill[export]'"
         ) from error
 
 
-def _shape(
-    folder: Path, config: Mapping[str, Any], size: tuple[int, int] | None
-) -> tuple[int, int, int]:
+def _shape(document: Document, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Return channels, height and width of the input. Raises: ModelError."""
-    vision = config.get("vision_config")
-    places = [config, vision] if isinstance(vision, dict) else [config]
-    cfg = config.get("pretrained_cfg")
+    config = document.values
+    cfg, vision = config.get("pretrained_cfg"), config.get("vision_config")
     if isinstance(cfg, dict):
         shape = cfg.get("input_size")
     else:
-        channels = next((place[key] for place in places if (key := "num_channels") in place), 3)
-        side = next((place[key] for place in places if (key := "image_size") in place), None)
-        shape = [channels, *(side if isinstance(side, list) else [side, side])]
+        stated = config | (vision if isinstance(vision, dict) else {})
+        side = stated.get("image_size")
+        sides = side if isinstance(side, list) else [side, side]
+        shape = [stated.get("num_channels", 3), *sides]
     if size is not None and isinstance(shape, list):
         shape = [*shape[:1], *size]
     if (
@@ -171,9 +170,9 @@ def _shape(
         or len(shape) != 3
         or any(type(side) is not int or not 1 <= side <= _MAX_SIDE for side in shape)
     ):
-        raise ModelError(
-            f"{folder / CONFIG}: the size of the input is {printable(shape, 100)}; expected"
-            f" channels, height and width, from 1 to {_MAX_SIDE:,}."
+        raise document.error(
+            f"the size of the input is {printable(shape, 100)}; expected channels, height and"
+            f" width, from 1 to {_MAX_SIDE:,}"
         )
     channels, height, width = shape
     return channels, height, width
