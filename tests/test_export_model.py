@@ -412,8 +412,11 @@ export.onnx_for(Path(sys.argv[1]), Path(sys.argv[2]), print)
 
 
 @pytest.mark.process
-def test_ctrl_c_ends_the_export_and_leaves_nothing(
-    tmp_path: Path, meddle: Callable[[str], None]
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGINT, b"KeyboardInterrupt"), (signal.SIGTERM, b"Interrupted")]
+)
+def test_a_signal_ends_the_export_and_leaves_nothing(
+    tmp_path: Path, meddle: Callable[[str], None], number: signal.Signals, end: bytes
 ) -> None:
     pid = tmp_path / "pid"
     meddle(WAITING.format(str(pid)))
@@ -425,7 +428,7 @@ def test_ctrl_c_ends_the_export_and_leaves_nothing(
         stderr=subprocess.PIPE,
     )
     helpers.until(lambda: pid.exists() and pid.read_text())
-    process.send_signal(signal.SIGINT)
-    assert b"KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    process.send_signal(number)
+    assert end in process.communicate(timeout=30)[1]
     helpers.until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
     assert not files_in(tmp_path / "models")

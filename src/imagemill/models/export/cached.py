@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill.errors import ImagemillError, ModelError, UsageError, printable
+from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.export.child import Exported, Request
 from imagemill.models.folders import json_file
@@ -197,6 +197,8 @@ def _export(request: Request, config: Mapping[str, Any], home: Path) -> Exported
         log = staging / "log"
         try:
             exported = _run_child(request, staging, log)
+        except Interrupted:
+            raise
         except (ImagemillError, ChildError) as error:
             log = log.replace(home.with_name(f"{home.name}.log"))
             reason = f"its process {error}." if isinstance(error, ChildError) else str(error)
