@@ -332,6 +332,17 @@ def gather_elements(draw: Draw, _: int) -> Case:
     )
 
 
+def scatter_nd(draw: Draw, _: int) -> Case:
+    shape = a_shape(draw, 2, 3)
+    depth = draw(st.integers(1, len(shape)))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    places = list(np.ndindex(*shape[:depth]))
+    chosen = rng.permutation(len(places))[: draw(st.integers(1, min(3, len(places))))]
+    index = ints([places[place] for place in chosen])
+    updates = numbers(draw, (len(index), *shape[depth:]))
+    return Case([numbers(draw, shape), index, updates], variable=draw(st.sampled_from([0, 2])))
+
+
 def expand(draw: Draw, _: int) -> Case:
     shape = a_shape(draw)
     start = tuple(1 if draw(st.booleans()) else side for side in shape)
@@ -381,7 +392,7 @@ def pad(draw: Draw, opset: int) -> Case:
 
 def resize(draw: Draw, opset: int) -> Case:
     x = numbers(draw, (1, 2, draw(st.integers(2, 5)), draw(st.integers(2, 5))))
-    mode = draw(st.sampled_from(["nearest", "linear"]))
+    mode = draw(st.sampled_from(["nearest", "linear", *(["cubic"] if opset >= 11 else [])]))
     scales = np.float32(
         [1, 1, draw(st.sampled_from([0.5, 1, 2, 3])), draw(st.sampled_from([1, 1.5, 2]))]
     )
@@ -397,6 +408,8 @@ def resize(draw: Draw, opset: int) -> Case:
         chosen["nearest_mode"] = draw(
             st.sampled_from(["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
         )
+    if mode == "cubic":
+        chosen |= maybe(draw, cubic_coeff_a=-0.5, exclude_outside=1)
     if draw(st.booleans()):
         return Case([x, None, scales], chosen)
     sizes = [1, 2, draw(st.integers(1, 9)), draw(st.integers(1, 9))]
@@ -673,6 +686,7 @@ CASES: dict[str, tuple[int, Callable[[Draw, int], Case]]] = {
     "Slice": (7, cut),
     "Gather": (7, gather),
     "GatherElements": (11, gather_elements),
+    "ScatterND": (11, scatter_nd),
     "Expand": (8, expand),
     "Tile": (7, tile),
     "Trilu": (14, trilu),
@@ -890,7 +904,7 @@ def test_operators_that_make_constants() -> None:
         ("Relu", {"slope": 2}, "operator Relu with the attribute slope"),
         ("Concat", {}, "operator Concat without the attribute axis"),
         ("Gelu", {"approximate": "cubic"}, "operator Gelu with approximate=cubic"),
-        ("Resize", {"mode": "cubic"}, "operator Resize with mode=cubic"),
+        ("Resize", {"antialias": 1}, "operator Resize with antialias=1"),
         ("Cast", {"to": TensorProto.STRING}, "operator Cast to the element type 8"),
     ],
 )

@@ -219,6 +219,19 @@ def _gather_elements(node: Node) -> Call:
     )
 
 
+@operator("ScatterND")
+def _scatter_nd(node: Node) -> Call:
+    reduction = node.attribute("reduction", "none")
+    node.require(reduction == "none", f"with reduction={reduction}")
+    index = np.asarray(node.host(1))
+    places = [Held(np.ascontiguousarray(index[..., axis])) for axis in range(index.shape[-1])]
+
+    def scatter(x: Tensor, updates: Tensor) -> Tensor:
+        return torch.index_put(x, [place.on(x) for place in places], updates.to(x.dtype))
+
+    return scatter
+
+
 @operator("Expand")
 def _expand(node: Node) -> Call:
     goal = torch.broadcast_shapes(node.shape(), tuple(as_ints(node.host(1))))
@@ -314,16 +327,19 @@ def _resize(node: Node) -> Call:
     rounding = node.attribute("nearest_mode", "round_prefer_floor")
     if node.opset < 11:
         transform, rounding = "asymmetric", "floor"
-    node.ignore("cubic_coeff_a", "exclude_outside", "extrapolation_value")
+    coefficient = node.attribute("cubic_coeff_a", -0.75)
+    outside = bool(node.attribute("exclude_outside", 0))
+    node.ignore("extrapolation_value")
     node.require(not node.attribute("antialias", 0), "with antialias=1")
-    node.require(mode in ("nearest", "linear"), f"with mode={mode}")
+    node.require(mode in ("nearest", "linear", "cubic"), f"with mode={mode}")
+    node.require(not outside or mode == "cubic", f"with exclude_outside=1 and mode={mode}")
     known = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
     node.require(transform in known, f"with coordinate_transformation_mode={transform}")
     node.require(
         rounding in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
         f"with nearest_mode={rounding}",
     )
-    steps: list[tuple[int, Held, Held | None, Held | None]] = []
+    steps: list[Call] = []
     for axis, (length, goal) in enumerate(zip(shape, sizes, strict=True)):
         if scales[axis] == 1 and goal == length:
             continue
@@ -336,25 +352,67 @@ def _resize(node: Node) -> Call:
                 "ceil": np.ceil,
             }
             index = np.clip(roundings[rounding](position), 0, length - 1).astype(np.int64)
-            steps.append((axis, Held(index), None, None))
+            steps.append(_picking(axis, index))
+        elif mode == "linear":
+            steps.append(_blending(axis, np.clip(position, 0, length - 1), length, len(shape)))
         else:
-            position = np.clip(position, 0, length - 1)
-            low = np.floor(position).astype(np.int64)
-            high = np.minimum(low + 1, length - 1)
-            weight = (position - low).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            steps.append((axis, Held(low), Held(high), Held(weight.astype(np.float32))))
+            steps.append(_mixing(axis, _cubic_weights(position, length, coefficient, outside)))
 
     def resize(x: Tensor) -> Tensor:
-        for axis, low, high, weight in steps:
-            first = x.index_select(axis, low.on(x))
-            if high is None or weight is None:
-                x = first
-            else:
-                second = x.index_select(axis, high.on(x))
-                x = torch.lerp(first, second, weight.on(x).to(x.dtype))
+        for step in steps:
+            x = step(x)
         return x
 
     return resize
+
+
+def _picking(axis: int, index: np.ndarray) -> Call:
+    """Return what takes one number for each number of the result."""
+    places = Held(index)
+    return lambda x: x.index_select(axis, places.on(x))
+
+
+def _blending(axis: int, position: np.ndarray, length: int, rank: int) -> Call:
+    """Return what blends two neighbours for each number of the result."""
+    first = np.floor(position).astype(np.int64)
+    share = (position - first).reshape([-1 if other == axis else 1 for other in range(rank)])
+    low, high = Held(first), Held(np.minimum(first + 1, length - 1))
+    weight = Held(share.astype(np.float32))
+
+    def blend(x: Tensor) -> Tensor:
+        pair = (x.index_select(axis, places.on(x)) for places in (low, high))
+        return torch.lerp(*pair, weight.on(x).to(x.dtype))
+
+    return blend
+
+
+def _mixing(axis: int, weights: np.ndarray) -> Call:
+    """Return what makes each number of the result of all numbers along an axis."""
+    matrix = Held(weights.astype(np.float32))
+    return lambda x: torch.matmul(
+        x.movedim(axis, -1), matrix.on(x).to(x.dtype).transpose(0, 1)
+    ).movedim(-1, axis)
+
+
+def _cubic_weights(
+    position: np.ndarray, length: int, coefficient: float, exclude_outside: bool
+) -> np.ndarray:
+    """Return a matrix (new length, length) of Keys' cubic convolution.
+
+    Neighbours beyond the border have the border's number, or no weight.
+    """
+    weights = np.zeros((len(position), length))
+    rows = np.arange(len(position))
+    for offset in (-1, 0, 1, 2):
+        place = np.floor(position) + offset
+        t = np.abs(position - place)
+        near = ((coefficient + 2) * t - (coefficient + 3)) * t * t + 1
+        far = ((t - 5) * t + 8) * t * coefficient - 4 * coefficient
+        share = np.where(t <= 1, near, far)
+        inside = (place >= 0) & (place < length)
+        share = np.where(inside | (not exclude_outside), share, 0)
+        np.add.at(weights, (rows, np.clip(place, 0, length - 1).astype(np.int64)), share)
+    return weights / weights.sum(axis=1, keepdims=True) if exclude_outside else weights
 
 
 def _scales_and_sizes(node: Node) -> tuple[list[float], list[int]]:
