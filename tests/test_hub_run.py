@@ -219,6 +219,24 @@ def test_get_model_asks_for_the_newest_commit(
         hub.repos["tiny/vit"] = Repo(with_config(vit, note="newer"))
 
 
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        (
+            ("preprocessor_config.json",),
+            "hf:tiny/vit/config.json: preprocessor_config.json is missing beside it",
+        ),
+        (("onnx/model.onnx",), "hf:tiny/vit has no model.onnx, model.safetensors or pytorch_model"),
+    ],
+)
+def test_an_incomplete_repository_is_one_line_that_names_it(
+    hub: Hub, run: CLI, vit: dict[str, bytes], missing: tuple[str, ...], line: str
+) -> None:
+    """By its name on the Hub, not by the folder where its files are kept."""
+    hub.repos["tiny/vit"] = Repo({name: vit[name] for name in vit if name not in missing})
+    assert refused(run("hf:tiny/vit")).startswith(line)
+
+
 def test_pytorchs_pickle_is_used_if_nothing_else_is_there(
     hub: Hub, run: CLI, tmp_path: Path
 ) -> None:
@@ -250,5 +268,7 @@ def test_a_pickle_that_would_run_something_is_refused(hub: Hub, run: CLI, tmp_pa
     config = {"architecture": "resnet18", "num_classes": 10, "pretrained_cfg": {}}
     files = {"config.json": json.dumps(config).encode(), "pytorch_model.bin": pickle.dumps(Evil())}
     hub.repos["tiny/evil"] = Repo(files)
-    assert "Nothing in it was run" in refused(run("hf:tiny/evil"))
+    line = refused(run("hf:tiny/evil"))
+    assert line.startswith("hf:tiny/evil/pytorch_model.bin: ")
+    assert "Nothing in it was run" in line
     assert not proof.exists()

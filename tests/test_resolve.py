@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from imagemill.errors import UsageError
 from imagemill.models import resolve
+from tiny import TINY_CARD
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +82,30 @@ def test_a_file_with_weights_is_to_be_made_a_model_of(tmp_path: Path, models_dir
     other.touch()
     with pytest.raises(UsageError, match="is a file, but not ONNX"):
         resolve.resolve(str(other), models_dir)
+
+
+@pytest.mark.parametrize(
+    ("origin", "typed"),
+    [
+        ({"source": "onnx", "file": "/nets/net.onnx"}, "/nets/net.onnx"),
+        ({"source": "folder", "folder": "/nets/vit"}, "/nets/vit"),
+        (
+            {"source": "hub", "repository": "owner/vit", "commit": "0f" * 20},
+            f"hf:owner/vit@{'0f' * 20}",
+        ),
+        ({"source": "file", "file": "best.pth"}, None),
+    ],
+)
+def test_a_model_can_be_asked_for_again(origin: dict[str, str], typed: str | None) -> None:
+    """What to type for a job whose model was deleted; the Hub's commit included."""
+    assert resolve.typed(replace(TINY_CARD, origin=origin)) == typed
+
+
+def test_only_published_models_that_are_not_here_are_downloads(
+    tmp_path: Path, models_dir: Path
+) -> None:
+    """So a job that continues compares what the same name means now."""
+    for model in ("tiny", "hf:owner/name", "net.onnx", str(tmp_path)):
+        assert resolve.is_local(model, models_dir), model
+    for model in ("resnext101_32x4d", "no_such_name"):
+        assert not resolve.is_local(model, models_dir), model

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from imagemill.errors import DownloadError, UsageError, printable
+from imagemill.errors import DownloadError, ImagemillError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub, published
 from imagemill.models.custom import wrap
@@ -173,16 +173,21 @@ def _from_hub(
     name: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Return the bundle of a repository's files."""
+    """Return the bundle of a repository's files. Messages name the repository, not its folder."""
+    place, shown = printable(found.folder), f"{hub.PREFIX}{found.repo}"
 
     def tell(line: str) -> None:
-        say(line.replace(printable(found.folder), f"{hub.PREFIX}{found.repo}"))
+        say(line.replace(place, shown))
 
     origin = {**found.origin, "licence": found.licence}
     if (found.folder / folder.CONFIG).is_file() or name or given:
-        return folder.bundle_for(
-            found.folder, models_dir, tell, name=name, origin=origin, given=given
-        )
+        try:
+            return folder.bundle_for(
+                found.folder, models_dir, tell, name=name, origin=origin, given=given
+            )
+        except ImagemillError as error:
+            error.args = (str(error).replace(place, shown),)
+            raise
     made = wrap.bundle_for(found.folder / str(found.origin["file"]), models_dir, tell)
     card = replace(
         made.card,
