@@ -402,10 +402,14 @@ if "imagemill.models.export.child" in sys.orig_argv:
     time.sleep(600)
 """
 EXPORTING = """
-import sys
+import signal, sys
 from importlib import metadata
 from pathlib import Path
-from imagemill.models import export, resolve
+from imagemill.errors import Interrupted
+from imagemill.models import export
+def end(*_):
+    raise Interrupted("terminated", 143)
+signal.signal(signal.SIGTERM, end)  # as the command line does
 metadata.version = lambda name: "1"
 export.onnx_for(Path(sys.argv[1]), Path(sys.argv[2]), print)
 """
