@@ -39,7 +39,7 @@ def test_every_flag_sets_its_setting() -> None:
         " --save logits --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
         " --preprocess card --background white --max-pixels 6 --max-bytes 7 --max-seconds 8"
         " --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
-        " --user-agent me --grace 9 --engine ray --allow-mixed --log-dir logs --no-preflight"
+        " --user-agent me --grace 9 --engine ray --allow-mixed --allow-inexact --log-dir logs --no-preflight"
         " --no-report"
     ).split()
     assert {setting.flag for setting in SETTINGS.values() if setting.flag.startswith("-")} <= {
@@ -50,7 +50,7 @@ def test_every_flag_sets_its_setting() -> None:
         "out",
         *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), 4),
         *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True),
-        *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, False, False),
+        *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, True, False, False),
         *((("old", "new"),), "me"),
     )
 

@@ -897,6 +897,21 @@ def test_operators_that_make_constants() -> None:
     assert by_hand("Range", [ints(1), ints(8), ints(3)]) == [1, 4, 7]
 
 
+def test_weights_may_be_normalised_by_their_own_statistics() -> None:
+    """Exporters write weight standardisation as a batch norm in training mode. Images may not: each
+    would depend on its neighbours.
+    """
+    weight = np.random.default_rng(0).normal(2, 3, (1, 2, 6)).astype(np.float32)
+    one, zero = np.ones(2, np.float32), np.zeros(2, np.float32)
+    inputs = [weight, one, zero, zero, one]
+    node = Node("BatchNormalization", 15, {"training_mode": 1}, list(map(torch.from_numpy, inputs)))
+    found = bind(node)(*node.values).numpy()
+    expected = (weight - weight.mean(2, keepdims=True)) / weight.std(2, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    with pytest.raises(Unsupported, match="operator BatchNormalization in training mode"):
+        by_torch(model_of("BatchNormalization", 15, Case([*inputs], {"training_mode": 1})), weight)
+
+
 @pytest.mark.parametrize(
     ("kind", "attributes", "message"),
     [

@@ -162,6 +162,7 @@ def run(
     log_dir: PathLike | None = None,
     engine: str = "local",
     allow_mixed: bool = False,
+    allow_inexact: bool = False,
     report: bool = True,
     preflight: bool = True,
     moved: Mapping[str, PathLike] | None = None,

@@ -9,7 +9,8 @@ ImagemillError                exit 1: one clear line, never a traceback
 │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
 │   └── BadLogitsError        a model returns NaN for every image, or a session the wrong shape
 ├── DeviceError               a device or backend that was asked for is not there
-│   └── DeviceLostError       it was there, and its program died; a job starts the worker again
+│   ├── DeviceLostError       it was there, and its program died; a job starts the worker again
+│   └── InexactError          an image's answer depends on its place in a batch or its neighbours
 ├── SourceError               a source as a whole cannot be listed
 ├── OutputError               the output is not a job, locked, full or read-only
 │   └── PartError             a part is damaged, missing, or belongs to another job
@@ -83,6 +84,10 @@ class DeviceLostError(DeviceError):
     """A device's own program died. In a job the worker dies with it and is started again; elsewhere
     it is an error as any other.
     """
+
+
+class InexactError(DeviceError):
+    """An image's answer depends on its place in a batch, on its neighbours or on chance."""
 
 
 class SourceError(ImagemillError):

@@ -258,6 +258,7 @@ class Settings:
     log_dir: str | None = None
     engine: str = "local"
     allow_mixed: bool = False
+    allow_inexact: bool = False
     report: bool = True
     """Whether `report.html` is written at the end."""
     preflight: bool = True
@@ -339,6 +340,8 @@ class Job:
     answer_id: str
     min_probability: float | tuple[float, ...] | None = None
     """Less probable classes are not kept: one number, or one per class; None: all are kept."""
+    allow_inexact: bool = False
+    """Whether answers may depend on an image's place in a batch and on its neighbours."""
     log_dir: str | None = None
     access: Access = AS_GIVEN
     """How the sources are read this time; in `job.json` always the default."""

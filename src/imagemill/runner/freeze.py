@@ -159,6 +159,7 @@ def _job(
             fixed_facts(chosen, session.batch_size),
         ),
         min_probability=min_probability,
+        allow_inexact=settings.allow_inexact,
         log_dir=str(paths.logs) if settings.log_dir else None,
     )
 

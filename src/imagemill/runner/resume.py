@@ -61,6 +61,7 @@ def resume(
             batches_per_step=settings.batches_per_step or job.session.batches_per_step,
         ),
         num_workers=settings.num_workers or job.num_workers,
+        allow_inexact=settings.allow_inexact or job.allow_inexact,
         log_dir=settings.log_dir or job.log_dir,
     )
     return replace(frozen, job=job)

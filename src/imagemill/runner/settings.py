@@ -344,6 +344,11 @@ SETTINGS: Mapping[str, Setting] = {
     "allow_mixed": Setting(
         "--allow-mixed", "allow backends whose results differ in the last bits", options=_YES
     ),
+    "allow_inexact": Setting(
+        "--allow-inexact",
+        "allow devices whose results depend on an image's place in a batch",
+        options=_YES,
+    ),
     "log_dir": Setting("--log-dir", "default: logs/ in the output folder", "DIR"),
     "preflight": Setting(
         "--no-preflight", "do not try a sample of a new job's images at the start", options=_NO

@@ -36,8 +36,9 @@ def _work(connection: Connection) -> None:
     without_pandas.hide_pandas()
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline import top_k
-    from imagemill.pipeline.backends import open_session
+    from imagemill.pipeline.backends import depends_on_batch, open_session
     from imagemill.pipeline.decoding.pillow import limit_pillow
+    from imagemill.pipeline.exactness import check_exactness
     from imagemill.pipeline.feed import Feed
     from imagemill.pipeline.run_shards import run_shards
     from imagemill.pipeline.sink import Sink
@@ -52,6 +53,8 @@ def _work(connection: Connection) -> None:
     limit_pillow(job.limits)
     session = open_session(job.session, device, clock)
     top_k.check_model(session.stream, job.session)
+    if depends_on_batch(device.engine):
+        check_exactness(session.stream, job.session, device.name, allow_inexact=job.allow_inexact)
     clock.add("compute", -clock.read().compute)  # the rates exclude the check's random images
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())

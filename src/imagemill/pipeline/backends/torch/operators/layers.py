@@ -123,13 +123,18 @@ class BatchNorm:
         self.epsilon = node.attribute("epsilon", 1e-5)
         node.ignore("momentum", "is_test", "consumed_inputs")
         node.require(bool(node.attribute("spatial", 1)), "with spatial=0")
-        node.require(not node.attribute("training_mode", 0), "in training mode")
-        node.require(node.outputs == 1, "with more than one output")
+        self.training = bool(node.attribute("training_mode", 0))
+        # Exporters leave it for weights that are normalised; images would depend on neighbours.
+        constant = not node.values[0].is_meta
+        node.require(not self.training or constant, "in training mode")
+        node.require(node.outputs == 1 or self.training, "with more than one output")
 
     def __call__(
         self, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
     ) -> Tensor:
         """Normalise."""
+        if self.training:
+            return F.batch_norm(x, None, None, scale, bias, True, 0.0, self.epsilon)
         return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, self.epsilon)
 
 
