@@ -186,7 +186,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
         raise Refused(f"a tensor's number type is not read here ({error})") from None
     if brain_floats:  # NumPy has no bfloat16, so the library hands such tensors out as bytes only
         wanted = set(brain_floats)
-        for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+        for name, tensor in deserialize(path.read_bytes()):
             if name in wanted:
                 arrays[name] = _from_bfloat16(np.frombuffer(tensor["data"], "<u2")).reshape(
                     tensor["shape"]
