@@ -123,21 +123,29 @@ def _table(
     elif heading:
         yield heading.name
     for line in lines:
-        if is_wide:
-            first, *others = _wrap(line.parts, width - indent) or [""]
-            yield f"  {line.name:<{names}}{_aligned(line.cells, sizes)}  {first}".rstrip()
-            yield from (" " * indent + other for other in others)
-        else:
+        if not is_wide:
             yield f"  {line.name}"
-            parts = [cell.strip() for cell in line.cells if cell] + list(line.parts)
-            yield from (f"    {part}" for part in _wrap(parts, width - 4))
+            cells = [cell.strip() for cell in line.cells if cell]
+            yield from _below([*cells, *line.parts], width)
+            continue
+        row = f"  {line.name:<{names}}{_aligned(line.cells, sizes)}"
+        if any(indent + len(part) >= width for part in line.parts):  # a command stays in one piece
+            yield row.rstrip()
+            yield from _below(line.parts, width)
+            continue
+        first, *others = wrap_parts(line.parts, width - indent) or [""]
+        yield f"{row}  {first}".rstrip()
+        yield from (" " * indent + other for other in others)
+
+
+def _below(parts: Sequence[str], width: int) -> Iterator[str]:
+    """Yield lines below a model's name."""
+    space = " " * 4
+    for part in wrap_parts(parts, width - len(space)):
+        yield from textwrap.wrap(
+            part, width - 1, initial_indent=space, subsequent_indent=space, break_on_hyphens=False
+        )
 
 
 def _aligned(cells: Sequence[str], sizes: Sequence[int]) -> str:
     return "".join(f"  {cell:<{size}}" for cell, size in zip(cells, sizes, strict=True))
-
-
-def _wrap(parts: Sequence[str], width: int) -> list[str]:
-    """Join parts by commas into lines, broken between parts if possible, else between words."""
-    lines = wrap_parts(parts, width)
-    return [piece for line in lines for piece in textwrap.wrap(line, width - 1)]
