@@ -24,9 +24,10 @@ from onnx import TensorProto, helper, numpy_helper
 import helpers
 from batches import batches, make_spec, rows
 from imagemill import errors
-from imagemill.models import bundle
+from imagemill.models import bundle, evaluate
 from imagemill.models.architectures import resnet
 from imagemill.models.custom import wrap
+from imagemill.models.folders import folder as folders
 from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -34,7 +35,7 @@ from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
 from onnx_files import silent
 from test_models_golden import GOLDEN, MODELS, arrays_of, built_from, onnx_of, recipe
 from test_wrap import EXPORTED, FIXTURES, fixture_pixels
-from tiny import SIZE, tiny_model
+from tiny import SIZE, Finished, tiny_model
 
 torch = pytest.importorskip("torch", reason="needs torch")
 import cuda_standin  # noqa: E402
@@ -147,6 +148,43 @@ def with_weights(model: onnx.ModelProto) -> None:
     for entry in list(model.graph.input):
         if entry.name in names:
             model.graph.input.remove(entry)
+
+
+FOLDERS = FIXTURES / "folders"
+
+
+@pytest.mark.parametrize("name", sorted(item.stem for item in FOLDERS.glob("*.json")))
+def test_model_folders_answer_as_onnx_runtime_does(name: str, tmp_path: Path) -> None:
+    """Folders of transformers and timm, in fp32 to the last digits, in bf16 roughly."""
+    made = folders.bundle_for(FOLDERS / name, tmp_path / "models", silent)
+    recipe = made.card.recipe
+    shape = (3, recipe.height, recipe.width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    (expected,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    expected = expected["logits" if made.card.has_head else "embedding"]
+    for precision, within in ((Precision.FP32, 1e-4), (Precision.BF16, 0.05)):
+        session = make(made, precision=precision)
+        ((_, outputs),) = session.stream([Batch(pixels, 3, rows(3))])
+        session.close()
+        found = outputs.logits if made.card.has_head else outputs.embedding
+        np.testing.assert_allclose(found, expected, rtol=0, atol=within * np.abs(expected).max())
+
+
+def test_photographs_get_the_classes_that_openvino_gives(
+    photographs: Path, photographs_run: Finished, lite0: Bundle, tmp_path: Path
+) -> None:
+    """EfficientNet-Lite0 with its trained weights, in fp32: at most one of 328 differs."""
+    environment = helpers.environment(IMAGEMILL_MODELS=str(lite0.dir.parent))
+    arguments = ("--output", tmp_path / "out", "--model", "efficientnet_lite0")
+    done = helpers.imagemill_cli(
+        "run", photographs, *arguments, "--devices", "cpu:2@torch", env=environment
+    )
+    assert done.code == 0, done.err
+    ours, theirs = helpers.by_path(tmp_path / "out"), helpers.by_path(photographs_run.output)
+    assert set(ours) == set(theirs)
+    answered = [path for path, row in theirs.items() if row["status"] == "ok"]
+    assert len(answered) == 328
+    assert sum(ours[path]["class_id"] == theirs[path]["class_id"] for path in answered) >= 327
 
 
 # What it makes of a graph.
