@@ -466,6 +466,14 @@ def save_text(folder: Path, **options: Any) -> None:
     (folder / "onnx" / "text_model.onnx").write_bytes(graph.SerializeToString())
 
 
+def hide_features(folder: Path) -> None:
+    """Let the image tower not declare how long its embeddings are."""
+    file = folder / "onnx" / "vision_model.onnx"
+    graph = onnx.load(file)
+    graph.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "features"
+    file.write_bytes(graph.SerializeToString())
+
+
 def change_external(folder: Path) -> None:
     graph = text_tower_graph()
     tensor = graph.graph.initializer[0]
@@ -541,6 +549,10 @@ def deep(folder: Path) -> None:
         (damage("onnx/text_model.onnx", b"nothing"), "text_model.onnx is damaged or not ONNX"),
         (damage("onnx/vision_model.onnx", b""), "vision_model.onnx is empty"),
         (damage("onnx/model.onnx", b"nothing"), "model.onnx is damaged or not ONNX"),
+        (
+            lambda folder: (save_text(folder, features=20), hide_features(folder)),
+            "vision_model.onnx makes 12 of an image",
+        ),
         (
             lambda folder: save_text(folder, features=20),
             "text_model.onnx makes 20 numbers of a text",

@@ -62,9 +62,10 @@ def refuse_classes(settings: Settings, card: Card) -> None:
     """Raise UsageError if the settings ask for classes of a network without a head."""
     for name in ("top_k", "min_probability", "labels"):
         if (value := getattr(settings, name)) is not None:
+            words = " `imagemill classes` makes classes from words, with CLIP and SigLIP models."
             raise UsageError(
                 f"{SETTINGS[name].flag} {value}: {card.name} has no classes, its result is an"
-                " embedding. Leave it out."
+                f" embedding. Leave it out.{words if name == 'labels' else ''}"
             )
 
 

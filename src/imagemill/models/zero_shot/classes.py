@@ -106,7 +106,12 @@ def make(
         "embedding": last_layer.EMBEDDING,
         "licence": towers.licence,
     }
-    origins = {name: origin for name, origin in card.origins.items() if name not in values}
+    origins = {
+        **{name: origin for name, origin in card.origins.items() if name not in values},
+        "labels": "--labels",
+        "scores": "config.json: model_type",
+        **({"licence": "the Hub"} if towers.licence != "unknown" else {}),
+    }
     origin = {
         **towers.origin,
         "source": "words",
@@ -117,7 +122,8 @@ def make(
     read = ReadCard(replace(card.card, **values), origins)
     made = wrap.build(wrap.Source(towers.image_file, model, read, key, origin), output)
     for line in made.lines:
-        say(line)
+        if not line.endswith(("(--logits)", "(--embedding)")):  # chosen here, not by the user
+            say(line)
     return made.bundle
 
 

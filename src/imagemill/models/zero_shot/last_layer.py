@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, printable
+from imagemill.system.openvino_library import load_openvino
 
 if TYPE_CHECKING:
     import onnx
@@ -20,7 +21,7 @@ LOGITS: Final = "classes/logits"
 
 
 def features(file: Path, model: onnx.ModelProto, output: str) -> int | None:
-    """Return the length of an image tower's embeddings; None if the file does not say it.
+    """Return the length of an image tower's embeddings; None if it is not known before it runs.
 
     Raises:
         ModelError: the tower has no such output, or it is not one embedding per image.
@@ -37,7 +38,17 @@ def features(file: Path, model: onnx.ModelProto, output: str) -> int | None:
             f"{printable(file)}: {output} has {len(dims)} dimensions; it must be (images,"
             " features)."
         )
-    return dims[1].dim_value or None if dims else None
+    return (dims[1].dim_value if dims else 0) or _inferred(file, output)
+
+
+def _inferred(file: Path, output: str) -> int | None:
+    """Return the length that follows from the graph's weights; None if it does not."""
+    try:
+        model = load_openvino().Core().read_model(str(file))
+        last = model.output(output).get_partial_shape()[1]
+    except RuntimeError:  # OpenVINO's own; running the wrapped model will tell what is wrong
+        return None
+    return last.get_length() if last.is_static else None
 
 
 def add(model: onnx.ModelProto, output: str, weights: NDArray[np.float32], bias: float) -> None:
