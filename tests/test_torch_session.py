@@ -507,6 +507,64 @@ def test_the_gpus_path_gives_what_the_cpus_does(
     plain.close()
 
 
+def residual(seed: int) -> onnx.ModelProto:
+    """Two convolutions, a sum and activations, of which cuDNN has two fused with ReLU."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "a": rng.normal(size=(8, 3, 3, 3)),
+        "b": rng.normal(size=(8, 4, 3, 3)) / 6,
+        "c": rng.normal(size=8),
+        "e": rng.normal(size=(8, 8, 1, 1)),
+    }
+    nodes = [
+        node("Conv", "x a c", "0", pads=[1, 1, 1, 1], strides=[2, 2]),
+        node("Relu", "0", "1"),
+        node("Conv", "1 b c", "2", pads=[2, 2, 2, 2], dilations=[2, 2], group=2),
+        node("Add", "1 2", "3"),
+        node("Relu", "3", "4"),
+        node("Conv", "4 e", "5"),
+        node("Sigmoid", "5", "y"),
+    ]
+    return small_graph(nodes, {key: np.float32(value) for key, value in weights.items()}, 8)
+
+
+@pytest.mark.parametrize("result", ["right", "wrong", "missing"])
+def test_cudnns_fused_convolutions_are_used_where_they_are_right(
+    standin: cuda_standin.Cuda, monkeypatch: pytest.MonkeyPatch, result: str
+) -> None:
+    """A kernel that is missing or computes something else is not used."""
+    called = []
+
+    def relu(x: Any, w: Any, b: Any, *settings: Any) -> Any:
+        called.append("relu")
+        if result == "missing":
+            raise RuntimeError("cuDNN has no such engine")
+        return torch.relu(torch.nn.functional.conv2d(x, w, b, *settings)) + (result == "wrong")
+
+    def add_relu(x: Any, w: Any, z: Any, alpha: float, b: Any, *settings: Any) -> Any:
+        called.append("add relu")
+        assert alpha == 1
+        if result == "missing":
+            raise RuntimeError("cuDNN has no such engine")
+        return torch.relu(torch.nn.functional.conv2d(x, w, b, *settings) + z) + (result == "wrong")
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu, raising=False)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu, raising=False)
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    program = program_of(residual(0), x)
+    assert [step.kind for step in program.steps] == ["Conv"] * 3
+    (expected,) = compute(program, x)
+    loaded = Loaded(program, "cpu", torch.float32)
+    with torch.inference_mode():
+        loaded(torch.from_numpy(x), cuda.with_cudnn)
+        assert called[:1] == ["relu"]
+        assert "add relu" in called
+        called.clear()
+        (found,) = loaded(torch.from_numpy(x))
+    assert called == (["relu", "add relu"] if result == "right" else [])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_outputs_of_the_gpus_path_are_the_callers_own(
     tiny: Bundle, standin: cuda_standin.Cuda
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -211,6 +211,19 @@ def _choose_precisions(program: Program) -> None:
             lower.update(step.outputs)
 
 
+@dataclass(slots=True)
+class _Bound:
+    """A step whose values have places in a list."""
+
+    call: Call
+    inputs: list[int]
+    outputs: list[int]
+    casts: list[tuple[int, Any]]
+    """Positions of inputs that are converted, and to which type."""
+    ends: list[int] = field(default_factory=list)
+    """Places whose value nobody needs afterwards."""
+
+
 class Loaded:
     """A program on one device in one precision, ready to be called from any thread.
 
@@ -221,8 +234,7 @@ class Loaded:
     """
 
     def __init__(self, program: Program, device: str, dtype: torch.dtype) -> None:
-        self.steps: list[tuple[Call, list[int], list[int], list[int], list[tuple[int, Any]]]] = []
-        self.kinds = [step.kind for step in program.steps]
+        self.steps: list[_Bound] = []
         self._constants: list[Any] = [None]  # place 0: an absent input
         self._places: dict[tuple[str, torch.dtype | None], int] = {}
         self._program, self._device = program, torch.device(device)
@@ -246,7 +258,7 @@ class Loaded:
             outputs = [self._place(name, None) if name else 0 for name in step.outputs]
             for place in outputs:
                 last.setdefault(place, number)
-            self.steps.append((step.call, inputs, outputs, [], casts))
+            self.steps.append(_Bound(step.call, inputs, outputs, casts))
         self._outputs = [
             self._constant(name, torch.float32, None, 0)
             if program.is_constant(name)
@@ -255,7 +267,7 @@ class Loaded:
         ]
         for place, number in last.items():
             if place not in self._outputs and place:
-                self.steps[number][3].append(place)
+                self.steps[number].ends.append(place)
 
     def _place(self, name: str, width: torch.dtype | None) -> int:
         key = (name, width)
@@ -277,22 +289,31 @@ class Loaded:
             self._constants[place] = value
         return place
 
-    def __call__(self, pixels: Tensor) -> list[Tensor]:
-        """Return the outputs, float32, for uint8 pixels on the program's device."""
+    def __call__(
+        self, pixels: Tensor, choose: Callable[[Call, list[Any]], Call] | None = None
+    ) -> list[Tensor]:
+        """Return the outputs, float32, for uint8 pixels on the program's device.
+
+        Args:
+            pixels: uint8 (batch, height, width, 3).
+            choose: returns what replaces a step's call from now on, given the call and its inputs.
+        """
         values = list(self._constants)
         values[self._input] = pixels
-        for call, inputs, outputs, ends, casts in self.steps:
-            given = [values[place] for place in inputs]
-            for position, width in casts:
+        for step in self.steps:
+            given = [values[place] for place in step.inputs]
+            for position, width in step.casts:
                 given[position] = given[position].to(width)
-            made = call(*given)
+            if choose is not None:
+                step.call = choose(step.call, given)
+            made = step.call(*given)
             if isinstance(made, tuple):
-                for place, value in zip(outputs, made, strict=False):
+                for place, value in zip(step.outputs, made, strict=False):
                     values[place] = value
             else:
-                values[outputs[0]] = made
+                values[step.outputs[0]] = made
             del made, given
-            for place in ends:
+            for place in step.ends:
                 values[place] = None
         return [values[place].float() for place in self._outputs]
 
