@@ -30,6 +30,7 @@ from imagemill.models.custom import wrap
 from imagemill.models.folders import folder as folders
 from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.backends.base import Found
+from imagemill.pipeline.exactness import check_exactness
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
 from onnx_files import silent
@@ -389,6 +390,27 @@ def test_position_neighbours_and_repetition_change_no_bit(
         found.add((outputs.logits[place].tobytes(), outputs.embedding[place].tobytes()))
     session.close()
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_check_of_each_start_passes(tiny: Bundle, precision: Precision, size: int) -> None:
+    """Also for batches of one image."""
+    session = make(tiny, precision=precision, batch_size=size)
+    spec = make_spec(tiny, precision=precision, batch_size=size)
+    check_exactness(session.stream, spec, "cpu#0")
+    session.close()
+
+
+def test_pixels_that_pytorch_does_not_take_are_copied(tiny: Bundle) -> None:
+    """Read-only ones, and a reversed batch of one image."""
+    session = make(tiny, batch_size=1)
+    pixels = batches(1, 1)[0].pixels
+    fixed = pixels.copy()
+    fixed.flags.writeable = False
+    found = session.stream([Batch(given, 1, rows(1)) for given in (pixels, pixels[::-1], fixed)])
+    assert len({outputs.logits.tobytes() for _, outputs in found}) == 1
+    session.close()
 
 
 def broken(tiny: Bundle, folder: Path, kind: str) -> Path:

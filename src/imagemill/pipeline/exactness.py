@@ -41,7 +41,7 @@ def check_exactness(
     mixed = first.copy()
     mixed[half] = other[half]
     tried = [first, first, first[::-1], mixed, np.broadcast_to(first[:1], shape)]
-    batches = (Batch(np.ascontiguousarray(pixels), size, ()) for pixels in tried)
+    batches = (Batch(pixels.copy(order="C"), size, ()) for pixels in tried)
     found = [_bits(outputs) for _, outputs in stream(batches)]
     expected = found[0]
     differences = {

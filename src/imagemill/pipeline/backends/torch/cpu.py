@@ -55,7 +55,8 @@ class CpuRunner:
 
 
 def as_tensor(pixels: NDArray[np.uint8]) -> Any:
-    """Return an array as a tensor without copying it, unless PyTorch would warn because it is
-    read-only.
+    """Return an array as a tensor, copied only if PyTorch does not take it: if it is read-only, or
+    turned around, as a reversed batch of one image is.
     """
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    is_plain = pixels.flags.writeable and min(pixels.strides) > 0
+    return torch.from_numpy(pixels if is_plain else pixels.copy(order="C"))
