@@ -8,9 +8,10 @@ No GPU has run this module yet. The tests run it on a stand-in for `torch.cuda`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -134,7 +135,7 @@ class CudaRunner:
         """
         slot, (inward, compute, outward) = self._free.popleft(), self._streams
         slot.pinned.copy_(as_tensor(pixels))
-        with torch.inference_mode(), _Lost(slot):
+        with torch.inference_mode(), _lost_if_it_fails():
             with self._cuda.stream(inward):
                 slot.pixels.copy_(slot.pinned, non_blocking=True)
                 slot.copied.record(inward)
@@ -157,7 +158,7 @@ class CudaRunner:
 
     def finish(self, ticket: _Slot) -> list[NDArray[np.float32]]:
         """Return a batch's outputs, which are the caller's own. Waiting occupies no core."""
-        with _Lost(ticket):
+        with _lost_if_it_fails():
             ticket.done.synchronize()
         found = [values.numpy().copy() for values in ticket.found]
         self._free.append(ticket)
@@ -175,20 +176,15 @@ class CudaRunner:
         self._outputs = []
 
 
-class _Lost:
-    """Turns an error of the CUDA driver into the loss of the device: after one, a process cannot
-    use the GPU again.
+@contextlib.contextmanager
+def _lost_if_it_fails() -> Iterator[None]:
+    """Turn an error of the CUDA driver into the loss of the device: after one, a process cannot use
+    the GPU again.
     """
-
-    def __init__(self, _slot: _Slot) -> None:
-        pass
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, torch.AcceleratorError):
-            raise DeviceLostError(f"the GPU failed: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise DeviceLostError(f"the GPU failed: {str(error).splitlines()[0]}") from error
 
 
 def with_cudnn(call: Call, given: Sequence[Tensor | None]) -> Call:
