@@ -88,8 +88,8 @@ def make(folder: Path, images: Path) -> dict[str, list[str]]:
                 number * len(files) // 3 : (number + 1) * len(files) // 3
             ]:
                 tar.add(path, Path(name).name)
-                said = tarfile.TarInfo(Path(name).stem + ".json")
-                tar.addfile(said, io.BytesIO())
+                label = tarfile.TarInfo(Path(name).stem + ".json")
+                tar.addfile(label, io.BytesIO())
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     column = pa.array([{"bytes": path.read_bytes(), "path": path.name} for path in files], kind)
     pq.write_table(pa.table({"image": column}), folder / "all.parquet", row_group_size=100)

@@ -122,9 +122,17 @@ def zip_by_hand(
             "<4s6H3L5H2L", b"PK\1\2", 3 << 8, 20, *common, *lengths, member.mode << 16, offset
         )
         directory += member.name + member.extra
-    told = (number if count is None else count) % 65_536
+    reported = (number if count is None else count) % 65_536
     end = struct.pack(
-        "<4s4H2LH", b"PK\5\6", disk, disk, told, told, len(directory), len(body), len(comment)
+        "<4s4H2LH",
+        b"PK\5\6",
+        disk,
+        disk,
+        reported,
+        reported,
+        len(directory),
+        len(body),
+        len(comment),
     )
     return bytes(body + directory) + end + comment
 

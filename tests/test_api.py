@@ -1286,9 +1286,9 @@ def test_the_documented_fields_are_those_of_a_prediction() -> None:
     """In the order of the code."""
     text = (helpers.PROJECT / "docs" / "python.md").read_text(encoding="utf-8")
     table = text.partition("| `Prediction` |")[2].partition("\n\n")[0]
-    told = [
+    reported = [
         name
         for line in table.splitlines()
         for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])
     ]
-    assert told == [item.name for item in dataclasses.fields(imagemill.Prediction)]
+    assert reported == [item.name for item in dataclasses.fields(imagemill.Prediction)]

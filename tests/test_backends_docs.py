@@ -65,11 +65,11 @@ def test_the_table_is_the_registry() -> None:
     table = [
         re.split(r" *\| *", line)[1:-1] for line in TEXT.splitlines() if line.startswith("| `")
     ]
-    told: dict[str, set[str]] = {}
+    reported: dict[str, set[str]] = {}
     for name, typed, *_ in table:
-        kinds = told.setdefault(name.strip("`"), set())
+        kinds = reported.setdefault(name.strip("`"), set())
         kinds |= {re.split("[:@]", word)[0] for word in re.findall(r"`([^`]+)`", typed)}
-    assert told == {name: set(row.kinds) for name, row in BACKENDS.items()}
+    assert reported == {name: set(row.kinds) for name, row in BACKENDS.items()}
     for name, typed, precisions, *_ in table:
         row = BACKENDS[name.strip("`")]
         kinds = {re.split("[:@]", word)[0] for word in re.findall(r"`([^`]+)`", typed)}

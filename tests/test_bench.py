@@ -108,13 +108,13 @@ def test_the_compute_rate_comes_from_the_real_session(
 
 def test_people_get_a_line_per_rate_and_device(imagemill: Callable[..., helpers.Result]) -> None:
     """Without --json: the model, the rate and its spread, the devices; progress goes to stderr."""
-    told = imagemill(*SYNTHETIC, "--devices", "null:2")
-    lines = told.out.splitlines()
+    reported = imagemill(*SYNTHETIC, "--devices", "null:2")
+    lines = reported.out.splitlines()
     assert lines[0] == "tiny in fp32, batches of 6, median of 3 iterations"
     assert lines[1].startswith("compute only")
     assert lines[1].endswith("240 images each)")
     assert [line.split()[0] for line in lines[2:]] == ["null#0", "null#1"]
-    assert told.err.count("iteration ") == 3
+    assert reported.err.count("iteration ") == 3
 
 
 def test_with_images_three_rates_and_a_verdict(

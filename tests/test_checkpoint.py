@@ -218,12 +218,16 @@ def test_a_state_dict_is_found_wherever_it_is_nested(keys: str, form: str, tmp_p
     state: dict[str, Any] = WEIGHTS
     for key in reversed(keys.split()):
         state = clutter() | {key: state}
-    said: list[str] = []
-    assert same(checkpoint.read(write_training_state(form, tmp_path, state), said.append), WEIGHTS)
-    read = checkpoint.read(write_training_state(form, tmp_path, clutter() | WEIGHTS), said.append)
+    messages: list[str] = []
+    assert same(
+        checkpoint.read(write_training_state(form, tmp_path, state), messages.append), WEIGHTS
+    )
+    read = checkpoint.read(
+        write_training_state(form, tmp_path, clutter() | WEIGHTS), messages.append
+    )
     assert read.pop("loss") == 0.25
     assert same(read, WEIGHTS), "not nested at all"
-    assert said == []
+    assert messages == []
 
 
 PREFIXES = [
@@ -280,36 +284,36 @@ def test_averaged_weights_are_used_and_named(
     """Publishers evaluate with the EMA of the weights, and timm loads it; the line says which are
     used and which are not.
     """
-    said: list[str] = []
+    messages: list[str] = []
     assert same(
         checkpoint.read(
             write_training_state("zip", tmp_path, {"optimizer": adam(), "epoch": 3} | state),
-            said.append,
+            messages.append,
         ),
         AVERAGED,
     )
-    assert len(said) == 1
-    assert said[0].startswith("w.pth: the EMA weights are used (")
-    assert line in said[0]
+    assert len(messages) == 1
+    assert messages[0].startswith("w.pth: the EMA weights are used (")
+    assert line in messages[0]
 
 
 def test_averaged_weights_alone_are_used(tmp_path: Path) -> None:
     """There is nothing to choose."""
-    said: list[str] = []
+    messages: list[str] = []
     assert same(
         checkpoint.read(
-            write_training_state("zip", tmp_path, {"model_ema": AVERAGED}), said.append
+            write_training_state("zip", tmp_path, {"model_ema": AVERAGED}), messages.append
         ),
         AVERAGED,
     )
-    assert said == []
+    assert messages == []
 
 
 def test_averaged_weights_that_lack_parameters_are_not_used(tmp_path: Path) -> None:
     """Some programs average trained parameters only, without running statistics, or spell their
     names in their own way.
     """
-    said: list[str] = []
+    messages: list[str] = []
     path = write_training_state(
         "zip",
         tmp_path,
@@ -321,8 +325,8 @@ def test_averaged_weights_that_lack_parameters_are_not_used(tmp_path: Path) -> N
             )
         },
     )
-    assert same(checkpoint.read(path, said.append), WEIGHTS)
-    assert said == [
+    assert same(checkpoint.read(path, messages.append), WEIGHTS)
+    assert messages == [
         "w.pth: the EMA weights ('state_dict/model_ema.*') are not used: they have no"
         " 'conv1.weight'"
     ]
@@ -332,10 +336,10 @@ def test_several_models_are_not_mixed(tmp_path: Path) -> None:
     """The usual key is preferred, and that is said; without one, and for two models under one key,
     the file is refused with both named.
     """
-    said: list[str] = []
+    messages: list[str] = []
     path = write_training_state("zip", tmp_path, {"teacher": AVERAGED, "model": WEIGHTS})
-    assert same(checkpoint.read(path, said.append), WEIGHTS)
-    assert said == ["w.pth: the weights under 'model' are used, not those under 'teacher'"]
+    assert same(checkpoint.read(path, messages.append), WEIGHTS)
+    assert messages == ["w.pth: the weights under 'model' are used, not those under 'teacher'"]
     path = write_training_state("zip", tmp_path, {"student": WEIGHTS, "teacher": AVERAGED})
     with pytest.raises(
         CheckpointError,

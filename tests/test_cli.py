@@ -246,9 +246,9 @@ def test_verify_and_status_speak_json_and_exit_codes(
         [problem["shard"] for problem in bad.json["problems"]],
         len(bad.json["moved"]),
     ) == (1, [1], 1)
-    told = imagemill("verify", out)
-    assert told.code == 1
-    assert "part-000001.parquet is missing\n" in told.out
+    reported = imagemill("verify", out)
+    assert reported.code == 1
+    assert "part-000001.parquet is missing\n" in reported.out
     status = imagemill("status", out, "--json")
     assert (status.code, status.json["done"], status.json["complete"]) == (0, 4, False)
     assert "not finished: repeat the run command to resume" in imagemill("status", out).out

@@ -126,10 +126,10 @@ def test_prose_is_at_most_100_columns_wide(page: Path) -> None:
 
 def test_the_table_of_columns_is_the_schema() -> None:
     """Names in order, types, and which may be null."""
-    told = [(name, kind) for names, kind in columns(README) for name in names]
+    reported = [(name, kind) for names, kind in columns(README) for name in names]
     schema = [(field.name, str(field.type)) for field in columns_module._COLUMNS]
-    assert [name for name, _ in told] == [name for name, _ in schema] + ["logits", "embedding"]
-    assert dict(told)["index"].startswith(dict(schema)["index"])
+    assert [name for name, _ in reported] == [name for name, _ in schema] + ["logits", "embedding"]
+    assert dict(reported)["index"].startswith(dict(schema)["index"])
     kinds = {names[0]: kind for names, kind in columns(README)}
     assert kinds["class_id"].startswith("int32, string, float32")
     assert kinds["source"].startswith("string")
@@ -142,30 +142,30 @@ def test_the_table_of_columns_is_the_schema() -> None:
 def test_every_status_is_documented() -> None:
     """In the order of the code."""
     line = next(line for line in README.splitlines() if line.startswith("| `status` |"))
-    told = [
+    reported = [
         word
         for word in re.findall(
             r"`(\w+)`", line.partition("|")[2].partition("|")[2].rpartition("|")[0]
         )
         if word != "ok"
     ]
-    assert told == [status.value for status in records.Status if status != "ok"]
+    assert reported == [status.value for status in records.Status if status != "ok"]
 
 
 def test_the_fields_of_the_summary_are_those_of_the_design() -> None:
     """Every field that the design names is in the record."""
     paragraph = " ".join(DESIGN.partition("\n`summary.json`: ")[2].partition("\n\n")[0].split())
     head, _, devices = paragraph.partition("`devices` (list: ")
-    told = set(re.findall(r"`(\w+)`(?:,| \()", head)) - {"compute", "decode", "read", "write"}
-    assert len(told) >= 12
-    assert told | {"devices"} <= set(records.Summary.__slots__)
+    reported = set(re.findall(r"`(\w+)`(?:,| \()", head)) - {"compute", "decode", "read", "write"}
+    assert len(reported) >= 12
+    assert reported | {"devices"} <= set(records.Summary.__slots__)
     assert set(re.findall(r"`(\w+)`", devices)) == set(records.DeviceSummary.__slots__)
 
 
 def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None:
     """The list in docs/design.md is that of `JobPaths`."""
     paths = JobPaths(tmp_path)
-    told = {
+    reported = {
         line.split()[0]
         for line in block_after(DESIGN, "## What is in the output folder?").splitlines()
         if line
@@ -183,7 +183,7 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
     spelt = {
         f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours
     }
-    assert {name.rstrip("/") for name in told} == spelt
+    assert {name.rstrip("/") for name in reported} == spelt
 
 
 def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:

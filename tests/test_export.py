@@ -187,10 +187,14 @@ def test_an_unfinished_job_is_refused_unless_partial(
         match=(rf"^{out} is not finished: 8 of 11 rows exist. Repeat the run command .* --partial"),
     ):
         exported(out, Form.CSV)
-    said: list[str] = []
-    rows = exported(out, Form.JSONL, columns=["index"], partial=True, say=said.append).splitlines()
+    messages: list[str] = []
+    rows = exported(
+        out, Form.JSONL, columns=["index"], partial=True, say=messages.append
+    ).splitlines()
     assert [json.loads(row)["index"] for row in rows] == [0, 1, 2, 6, 7, 8, 9, 10]
-    assert said == [f"{out} is not finished: 8 of 11 rows exist, which are exported in plan order"]
+    assert messages == [
+        f"{out} is not finished: 8 of 11 rows exist, which are exported in plan order"
+    ]
 
 
 def test_a_damaged_part_is_one_message_and_no_file(

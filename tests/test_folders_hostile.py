@@ -222,9 +222,9 @@ def test_a_hostile_folder_is_one_clear_line(name: str, tmp_path: Path) -> None:
     lines: list[str] = []
     with pytest.raises((ModelError, UsageError)) as raised:
         resolve.resolve(str(folder), models, say=lines.append)
-    said = str(raised.value)
-    assert message in said
-    assert said.isprintable() and len(said) < 1_200
+    messages = str(raised.value)
+    assert message in messages
+    assert messages.isprintable() and len(messages) < 1_200
     assert all(line.isprintable() for line in lines)
     assert list(tree(tmp_path / "in")) == before
     assert not list(models.iterdir()) and not (tmp_path / "in/executed").exists()

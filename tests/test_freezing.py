@@ -172,7 +172,7 @@ def test_whatever_decides_the_listing_is_in_its_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "frozen"),
+    ("given", "frozen"),
     [
         ({}, {}),
         ({"batch_size": 7}, {"batch_size": 7}),
@@ -188,7 +188,7 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     job: Callable[..., Settings],
     jpegs: Callable[..., Path],
     tmp_path: Path,
-    said: dict[str, Any],
+    given: dict[str, Any],
     frozen: dict[str, Any],
 ) -> None:
     """Each of what may change changes itself alone; what is not said comes from job.json."""
@@ -197,7 +197,7 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     before = OpenJob.open(tmp_path / "out").frozen
     chosen = devices.resolve("null")
     resumed = resume.resume(
-        Settings(sources=settings.sources, output=settings.output, **said),
+        Settings(sources=settings.sources, output=settings.output, **given),
         before,
         chosen,
         Watcher(),

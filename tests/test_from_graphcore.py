@@ -136,15 +136,15 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
     )
     assert logs == [f"cpu#{number}.log" for number in range(DEVICES)]
     assert "sub-folders" not in ran.err
-    told = [
+    reported = [
         re.search(
             r"done: (\d+) images in [\d.]+ s, [\d.]+ images/s",
             (tmp_path / "out" / "logs" / log).read_text(),
         )
         for log in logs
     ]
-    assert all(told)
-    assert sum(int(match[1]) for match in told if match) == IMAGES
+    assert all(reported)
+    assert sum(int(match[1]) for match in reported if match) == IMAGES
     assert len(re.findall(r"[\d.]+ images/s over", ran.out)) == 1
     assert imagemill("verify", "out").out == f"complete and sound: {IMAGES} images, one row each\n"
 

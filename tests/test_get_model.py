@@ -146,8 +146,8 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
         return real(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", guarded)
-    said: list[str] = []
-    made = get.get(LITE, models, say=said.append)
+    messages: list[str] = []
+    made = get.get(LITE, models, say=messages.append)
     assert package not in sys.modules
     assert made.dir == models / LITE
     assert made.card.origin["verified"] is True
@@ -156,20 +156,20 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
     assert (made.card.mean, made.card.std) == ((127, 127, 127), (128, 128, 128))
     assert made.card.parameters == 4_652_008
     assert made.card.labels[0] == "tench"
-    assert said == ["efficientnet_lite0: licence Apache-2.0"]
+    assert messages == ["efficientnet_lite0: licence Apache-2.0"]
     assert resolve.resolve(LITE, models) == made
     assert resolve.resolve(str(made.dir), models / "elsewhere") == made
 
 
 def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     """The same seed is the same bundle; another seed, or a file, is refused under the same name."""
-    said: list[str] = []
-    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), say=said.append)
+    messages: list[str] = []
+    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), say=messages.append)
     assert made.card.origin["source"] == "random"
     assert made.card.origin["seed"] == 3
     assert made.card.origin["verified"] is False
     assert made.card.top1 is None
-    assert "its predictions mean nothing" in said[0]
+    assert "its predictions mean nothing" in messages[0]
     logits = answer(made)
     assert np.isfinite(logits).all()
     assert logits.std() > 0.1
@@ -191,8 +191,8 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     """Its sha256 is in the card, verified is false, its accuracy is not claimed. Under a published
     name the user is told that it is another file.
     """
-    said: list[str] = []
-    made = get.get(f"{LITE}.mine", models, from_file=lite_file, say=said.append)
+    messages: list[str] = []
+    made = get.get(f"{LITE}.mine", models, from_file=lite_file, say=messages.append)
     assert made.card.origin["source"] == "file"
     assert made.card.origin["file"] == "own.pth"
     assert made.card.origin["sha256"] == bundle.sha256(lite_file)
@@ -200,16 +200,17 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     assert made.card.licence == "unknown"
     assert made.card.top1 is None
     assert (
-        f"{LITE}.mine: {LITE}, 1,000 classes, recognised from the weights' names and shapes" in said
+        f"{LITE}.mine: {LITE}, 1,000 classes, recognised from the weights' names and shapes"
+        in messages
     )
     assert get.get(f"{LITE}.mine", models, from_file=lite_file) == made
     with pytest.raises(
         ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"
     ):
         get.get(f"{LITE}.mine", models, random_seed=1)
-    renamed = get.get(LITE, models, from_file=lite_file, say=said.append)
+    renamed = get.get(LITE, models, from_file=lite_file, say=messages.append)
     assert renamed.card.top1 is None
-    assert any("the published sha256 begins with 57934424" in line for line in said)
+    assert any("the published sha256 begins with 57934424" in line for line in messages)
 
 
 def test_a_checkpoint_of_a_training_program_makes_the_same_model(
@@ -227,11 +228,12 @@ def test_a_checkpoint_of_a_training_program_makes_the_same_model(
         {"epoch": 3, "model": plain, "model_ema": averaged}, arrays, legacy=False
     )
     file = pth_files.write_zip(tmp_path / "training.pth", arrays, b"\x80\x02" + program + b".")
-    said: list[str] = []
-    nested = get.get(f"{LITE}.nested", models, from_file=file, say=said.append)
+    messages: list[str] = []
+    nested = get.get(f"{LITE}.nested", models, from_file=file, say=messages.append)
     assert nested.card.sha256 == get.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
     assert (
-        "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')" in said
+        "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')"
+        in messages
     )
 
 
@@ -329,10 +331,10 @@ def test_non_commercial_licences_are_said_aloud(
     entry = published.Published(name, f"{url}/w.pth", None, 80.0, None, Recipe(), "CC-BY-NC-4.0")
     monkeypatch.setattr(published, "PUBLISHED", {**published.PUBLISHED, name: entry})
     (folder / "w.pth").write_bytes(lite_file.read_bytes())
-    said: list[str] = []
-    made = resolve.resolve(name, models, say=said.append)
-    assert f"{name}: licence CC-BY-NC-4.0: not for commercial use" in said
-    assert any("not verified: no hash is published" in line for line in said)
+    messages: list[str] = []
+    made = resolve.resolve(name, models, say=messages.append)
+    assert f"{name}: licence CC-BY-NC-4.0: not for commercial use" in messages
+    assert any("not verified: no hash is published" in line for line in messages)
     assert made.card.origin["published"] == name
     assert made.card.top1 == 80.0
 

@@ -495,15 +495,15 @@ def test_failed_images_are_named_where_a_line_can_name_them(
         shard_size=4,
         report=False,
     )
-    said: list[str] = []
+    messages: list[str] = []
 
     class Listener(observer.Watcher):
         def say(self, message: str) -> None:
-            said.append(message)
+            messages.append(message)
 
     assert run.run(settings, Listener()).failed == 7
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{folder}/a/bad.jpg\n" * 3
-    assert said == [
+    assert messages == [
         "4 failed images are in archives or tables: not in failed.txt, but --retry-failed processes"
         " them again"
     ]

@@ -31,10 +31,10 @@ class Listener(observer.Watcher):
     """Remembers what a run says."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.printed: list[str] = []
 
     def say(self, message: str) -> None:
-        self.said.append(message)
+        self.printed.append(message)
 
 
 def write_empty_table(path: Path) -> None:
@@ -223,7 +223,7 @@ def test_one_empty_source_among_others_is_a_note(job: Jobs, jpegs: Folders, tmp_
         folder.mkdir()
     listener = Listener()
     assert run.run(job(empty[0], jpegs(2)), listener).images == 2
-    assert f"note: 1 source holds no images, first: {empty[0]}" in listener.said
+    assert f"note: 1 source holds no images, first: {empty[0]}" in listener.printed
     found = run.dry_run(job(jpegs(2), *empty, output=str(tmp_path / "out2")))
     assert found.notes == (f"note: 2 sources hold no images, first: {empty[0]}",)
 

@@ -38,6 +38,6 @@ def test_loadgen_calls_both_modes_valid(models_dir: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert "samples/s, VALID" in done.stdout
     assert "64 of 64 answers" in done.stdout
-    told = (tmp_path / "performance" / "mlperf_log_summary.txt").read_text()
-    assert "Scenario : Offline\nMode     : PerformanceOnly\n" in told
-    assert "Result is : VALID" in told
+    reported = (tmp_path / "performance" / "mlperf_log_summary.txt").read_text()
+    assert "Scenario : Offline\nMode     : PerformanceOnly\n" in reported
+    assert "Result is : VALID" in reported

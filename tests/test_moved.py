@@ -167,7 +167,7 @@ def test_sources_in_stores_move_too(s3: Bucket, job: Jobs, tmp_path: Path) -> No
     for _ in range(2):
         runner.run(job(*given, moved=((f"{s3.url}/old", str(folder)),), **OPTIONS), listener)
         assert helpers.rows(tmp_path / "out") == rows
-    assert not any("new in the source since" in line for line in listener.said)
+    assert not any("new in the source since" in line for line in listener.printed)
 
 
 def test_without_moved_the_command_says_that_it_exists(

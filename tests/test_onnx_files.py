@@ -34,7 +34,7 @@ ULTRALYTICS = {
 PIXELS = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
 
 
-def told(model: onnx.ModelProto, **metadata_props: str) -> onnx.ModelProto:
+def reported(model: onnx.ModelProto, **metadata_props: str) -> onnx.ModelProto:
     """Return the model with these metadata."""
     helper.set_model_props(model, metadata_props)
     return model
@@ -58,7 +58,9 @@ def answers(made: Bundle, pixels: np.ndarray = PIXELS) -> dict[str, np.ndarray]:
 @pytest.mark.process
 def test_an_export_of_ultralytics_needs_no_card(jpegs: Any, imagemill: Any, tmp_path: Path) -> None:
     """`run --model file.onnx` right away; each value is printed with its origin."""
-    model = told(head(turned("Softmax"), shape=(1, 3, 8, 8), outputs={"y": [1, 3]}), **ULTRALYTICS)
+    model = reported(
+        head(turned("Softmax"), shape=(1, 3, 8, 8), outputs={"y": [1, 3]}), **ULTRALYTICS
+    )
     file = saved(model, tmp_path, "best.onnx")
     arguments = ("--model", file, "--models-dir", tmp_path / "models", "--precision", "fp32")
     done = imagemill("run", jpegs(3), "--output", tmp_path / "out", *arguments)
@@ -84,7 +86,7 @@ def test_an_export_of_ultralytics_needs_no_card(jpegs: Any, imagemill: Any, tmp_
 def test_an_input_of_ultralytics_that_is_not_square_is_squashed(tmp_path: Path) -> None:
     """As its `classify_transforms` do: `imgsz` is height and width."""
     entries = ULTRALYTICS | {"imgsz": "[8, 12]", "names": "['a', 'b', 'c']"}
-    model = told(head(turned("Softmax"), shape=("n", 3, 8, 12)), **entries)
+    model = reported(head(turned("Softmax"), shape=("n", 3, 8, 12)), **entries)
     made = wrap.bundle_for(saved(model, tmp_path), tmp_path / "models", silent)
     recipe = made.card.recipe
     assert (recipe.width, recipe.height, recipe.resize) == (12, 8, (12, 8))
@@ -93,7 +95,7 @@ def test_an_input_of_ultralytics_that_is_not_square_is_squashed(tmp_path: Path) 
 
 def test_a_detector_of_ultralytics_is_refused(tmp_path: Path) -> None:
     """By the task that it names."""
-    file = saved(told(small(), **ULTRALYTICS | {"task": "detect"}), tmp_path)
+    file = saved(reported(small(), **ULTRALYTICS | {"task": "detect"}), tmp_path)
     with pytest.raises(ModelError, match=r"was exported for the task 'detect' \(metadata: task\)"):
         wrap.wrap(file, {})
 
@@ -115,7 +117,7 @@ def test_labels_are_read_from_metadata(
     entries: dict[str, str], labels: tuple[str, ...], tmp_path: Path
 ) -> None:
     """As PaddlePaddle, ultralytics and others write them. A number of classes is no label."""
-    file = saved(told(small(), **entries), tmp_path)
+    file = saved(reported(small(), **entries), tmp_path)
     assert built(file).card.labels == labels
     assert onnx_card.read_card(onnx_card.card_file(file)).card.labels is None, (
         "the next export may have others"
@@ -124,7 +126,7 @@ def test_labels_are_read_from_metadata(
 
 def test_labels_of_flags_and_cards_replace_those_of_metadata(tmp_path: Path) -> None:
     """The flag before the card, the card before the metadata."""
-    file = saved(told(small(), names="['a', 'b', 'c']"), tmp_path)
+    file = saved(reported(small(), names="['a', 'b', 'c']"), tmp_path)
     onnx_card.card_file(file).write_text('{"color": "BGR"}')
     models = tmp_path / "models"
     assert wrap.bundle_for(file, models, silent).card.labels == ("a", "b", "c")
@@ -166,7 +168,7 @@ def test_hostile_metadata_are_one_clear_line(
     entries: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     """Nothing is executed, nothing is written."""
-    file = saved(told(small(), **entries), tmp_path)
+    file = saved(reported(small(), **entries), tmp_path)
     with pytest.raises((ModelError, UsageError), match=message) as caught:
         wrap.wrap(file, {})
     assert str(caught.value).isprintable()
@@ -233,7 +235,7 @@ def test_names_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
 def test_the_image_keys_of_onnx_are_the_normalisation(tmp_path: Path) -> None:
     """`Image.BitmapPixelFormat` and `Image.NominalPixelRange`; then only --resize is missing."""
     entries = {"Image.BitmapPixelFormat": "Bgr8", "Image.NominalPixelRange": "Normalized_1_1"}
-    file = saved(told(small(), **entries), tmp_path)
+    file = saved(reported(small(), **entries), tmp_path)
     with pytest.raises(
         UsageError,
         match=(

@@ -106,14 +106,14 @@ def test_a_checkpoint_with_ten_classes_classifies_images(
 def test_the_name_is_free_and_found_again(models: Path, tmp_path: Path) -> None:
     """Any name; `run --model` and the listing find it, the same command finds it made."""
     file = checkpoint_file(tmp_path / "w.pth")
-    said: list[str] = []
-    made = get.get("My-birds.v2", models, from_file=file, say=said.append)
+    messages: list[str] = []
+    made = get.get("My-birds.v2", models, from_file=file, say=messages.append)
     assert made.dir == models / "My-birds.v2"
     assert made.card.architecture == "efficientnet_lite0"
-    assert said[0] == (
+    assert messages[0] == (
         "My-birds.v2: efficientnet_lite0, 3 classes, recognised from the weights' names and shapes"
     )
-    assert not any("licence" in line or "verified" in line for line in said)
+    assert not any("licence" in line or "verified" in line for line in messages)
     assert resolve.resolve("My-birds.v2", models) == made
     assert get.get("My-birds.v2", models, from_file=file) == made
     row = next(row for row in listing.listing(models) if row.name == "My-birds.v2")
@@ -172,10 +172,10 @@ def test_a_published_name_is_not_given_to_other_weights(models: Path, tmp_path: 
 def test_labels_come_from_the_flag_else_from_the_checkpoint(models: Path, tmp_path: Path) -> None:
     """`--labels` counts before what the training program saved."""
     file = checkpoint_file(tmp_path / "w.pth", hyper_parameters={"class_names": list(BIRDS)})
-    said: list[str] = []
-    made = get.get("birds", models, from_file=file, say=said.append)
+    messages: list[str] = []
+    made = get.get("birds", models, from_file=file, say=messages.append)
     assert made.card.labels == BIRDS
-    assert "birds: labels: 3: jay, owl, wren (w.pth: hyper_parameters/class_names)" in said
+    assert "birds: labels: 3: jay, owl, wren (w.pth: hyper_parameters/class_names)" in messages
     (tmp_path / "l.txt").write_text("a\nb\nc\n")
     flagged = get.get("b2", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
     assert flagged.card.labels == ("a", "b", "c")
@@ -192,12 +192,12 @@ def test_without_labels_a_thousand_classes_are_imagenets(
     classes: int, expected: tuple[str, ...] | None, line: str, models: Path, tmp_path: Path
 ) -> None:
     """Any other number of classes is numbered, and the user is told."""
-    said: list[str] = []
+    messages: list[str] = []
     file = checkpoint_file(tmp_path / "w.pth", classes)
-    made = get.get("mine", models, from_file=file, say=said.append)
+    made = get.get("mine", models, from_file=file, say=messages.append)
     assert len(made.card.labels) == classes
     assert expected is None or made.card.labels == expected
-    assert any(text.startswith(f"mine: {line}") for text in said)
+    assert any(text.startswith(f"mine: {line}") for text in messages)
 
 
 def test_labels_that_do_not_fit_are_refused_or_left_out(models: Path, tmp_path: Path) -> None:
@@ -211,10 +211,10 @@ def test_labels_that_do_not_fit_are_refused_or_left_out(models: Path, tmp_path: 
     ):
         get.get("birds", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
     assert not (models / "birds").exists()
-    said: list[str] = []
-    made = get.get("birds", models, from_file=file, say=said.append)
+    messages: list[str] = []
+    made = get.get("birds", models, from_file=file, say=messages.append)
     assert made.card.labels == ("0", "1", "2", "3")
-    assert "w.pth: class_names has 3 names for 4 classes, so it is not used" in said
+    assert "w.pth: class_names has 3 names for 4 classes, so it is not used" in messages
     evil = checkpoint_file(tmp_path / "evil.pth", class_names=["a", "b\x1b[2J", "c"])
     with pytest.raises(ModelError, match=r"evil\.pth: class_names: label 1 is 'b\\x1b\[2J'"):
         get.get("evil", models, from_file=evil)
@@ -300,11 +300,11 @@ def test_a_network_without_a_head_has_an_embedding_alone(models: Path, tmp_path:
     """No labels are invented; giving some is an error."""
     weights = {k: v for k, v in LITE.random(5).items() if not k.startswith("_fc.")}
     file = pth_files.write_zip(tmp_path / "w.pth", weights)
-    said: list[str] = []
-    made = get.get("features", models, from_file=file, say=said.append)
+    messages: list[str] = []
+    made = get.get("features", models, from_file=file, say=messages.append)
     assert made.card.labels == ()
     assert made.card.outputs == ("embedding",)
-    assert "features: efficientnet_lite0, no classifier, recognised from" in said[0]
+    assert "features: efficientnet_lite0, no classifier, recognised from" in messages[0]
     (tmp_path / "l.txt").write_text("a\n")
     with pytest.raises(ClassCountError, match="0 classes here, but 1 labels"):
         get.get("f2", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})

@@ -243,10 +243,10 @@ def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(os, "link", no_link)
-    said: list[str] = []
-    made = partition(str(source), 2, str(tmp_path / "out"), log=said.append)
+    messages: list[str] = []
+    made = partition(str(source), 2, str(tmp_path / "out"), log=messages.append)
     assert made.link is Link.SYMBOLIC
-    assert said == [
+    assert messages == [
         "note: hard links are impossible here (Invalid cross-device link): making symbolic links"
         " instead; --link copy makes copies"
     ]
@@ -448,10 +448,10 @@ def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
     """They may have led to a folder of images, which is in no part then."""
     helpers.fill(tmp_path / "all", {"1.jpg": b"x", "2.jpg": b"x"})
     (tmp_path / "all" / "disk").symlink_to("/mnt/not mounted")
-    said: list[str] = []
-    partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), log=said.append)
+    messages: list[str] = []
+    partition(str(tmp_path / "all"), 2, str(tmp_path / "parts"), log=messages.append)
     first = f"{tmp_path}/all/disk"
-    assert said == [
+    assert messages == [
         f"note: 1 link leads nowhere, first: {first}. If its disk is not mounted, the images there"
         " are left out"
     ]

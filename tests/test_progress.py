@@ -305,9 +305,9 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devi
     now, estimate = large(devices)
     lines = format_lines(now, estimate, width, 16)
     assert max(map(len, lines)) <= width
-    said = re.sub(r",\n", ", ", "\n".join(lines))
+    messages = re.sub(r",\n", ", ", "\n".join(lines))
     for kind, count in MANY_KINDS.items():
-        assert f"{count:,} {kind}" in said
+        assert f"{count:,} {kind}" in messages
     for part in (
         "images/s, ",
         " left",
@@ -315,15 +315,15 @@ def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(width: int, devi
         "1,675 failed: 1,200 truncated",
         f"{1_000_000 + 90_000:,} saved",
     ):
-        assert part in said
+        assert part in messages
     shown = [line for line in lines if "#" in line]
     named = re.findall(r"cuda#\d+", "\n".join(shown))
     assert len(shown) <= 16
     assert len(named) == len(set(named))
-    rest = re.search(r"and (\d+) more: ([\d,]+) images", said)
+    rest = re.search(r"and (\d+) more: ([\d,]+) images", messages)
     assert len(named) + (int(rest[1]) if rest else 0) == devices
     assert rest is None or int(rest[2].replace(",", "")) == 100_000 * int(rest[1])
-    assert all(ord(letter) < 128 for letter in said)
+    assert all(ord(letter) < 128 for letter in messages)
 
 
 def test_restarts_are_shown() -> None:
@@ -559,23 +559,23 @@ slow = dict(num_workers=1, devices="null")
 summary = imagemill.run({str(slow_folder)!r}, {str(tmp_path / "out")!r}, model="tiny", progress=True, report=False, **slow)
 print(summary.ok)
 """
-        heard: list[dict[str, Any]] = []
-        client.execute_interactive(code, timeout=60, output_hook=heard.append)
+        outputs: list[dict[str, Any]] = []
+        client.execute_interactive(code, timeout=60, output_hook=outputs.append)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
     shown = [
         message["content"]
-        for message in heard
+        for message in outputs
         if message["msg_type"] in ("display_data", "update_display_data")
     ]
-    said = {
+    messages = {
         message["content"]["name"]: message["content"]["text"]
-        for message in heard
+        for message in outputs
         if message["msg_type"] == "stream"
     }
-    assert not [message for message in heard if message["msg_type"] == "error"], heard
-    assert said["stdout"] == "96\n"
+    assert not [message for message in outputs if message["msg_type"] == "error"], outputs
+    assert messages["stdout"] == "96\n"
     assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     lines = shown[-1]["data"]["text/plain"].splitlines()

@@ -369,9 +369,9 @@ def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
 def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path) -> None:
     """In the child process, as the command does it; the second call measures nothing anew."""
     bundle = make_bundle(tmp_path)
-    said: list[str] = []
+    messages: list[str] = []
     first = precisions.quantize_bundle(
-        bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+        bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=messages.append
     )
     int8 = first.precisions["int8"]
     assert int8.verdict.accepted is False
@@ -383,12 +383,16 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     assert (tmp_path / int8.file).is_file()
     assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few images")
     before = (tmp_path / int8.file).stat().st_mtime_ns
-    said.clear()
+    messages.clear()
     again = precisions.quantize_bundle(
-        bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+        bundles.load(tmp_path),
+        [str(colours / "0")],
+        chosen=CPU,
+        calibration=20,
+        say=messages.append,
     )
     assert again == first
-    assert said[0] == "int8 was measured on these very images already"
+    assert messages[0] == "int8 was measured on these very images already"
     assert (tmp_path / int8.file).stat().st_mtime_ns == before
 
 
@@ -477,11 +481,11 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
             (folder / file.name).write_bytes(file.read_bytes())
     kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
     assert not kept["int8"].verdict.accepted
-    said: list[str] = []
+    messages: list[str] = []
     precisions.quantize_bundle(
-        bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=said.append
+        bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=messages.append
     )
-    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in said
+    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in messages
     assert variants.read(bundle.dir).int8 == kept["int8"]
 
 
@@ -495,12 +499,16 @@ def test_few_images_take_nothing_from_a_verdict_on_enough(
     accepted = precisions.quantize_bundle(
         bundle, [str(colours)], chosen=CPU, calibration=50
     ).precisions["int8"]
-    said: list[str] = []
+    messages: list[str] = []
     few = precisions.quantize_bundle(
-        bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20, say=said.append
+        bundles.load(tmp_path),
+        [str(colours / "0")],
+        chosen=CPU,
+        calibration=20,
+        say=messages.append,
     )
     assert few.precisions["int8"].verdict.reason.startswith("too few images: ")
-    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in said
+    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in messages
     assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(
         few
     )
@@ -638,7 +646,7 @@ def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
 ) -> None:
     monkeypatch.setattr(trial, "_PROBE_S", 0.05)
     monkeypatch.setattr(trial, "_STARTING_S", 1e9)
-    said: list[str] = []
+    messages: list[str] = []
     wanted = trial.Trial(
         make_bundle(tmp_path),
         (str(colours),),
@@ -650,8 +658,8 @@ def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
         1000,
         images=10_000,
     )
-    assert trial.carry_out(wanted, said.append) == {}
-    assert said == [
+    assert trial.carry_out(wanted, messages.append) == {}
+    assert messages == [
         "int8 is not tried: finding out whether it answers as fp32 does would take longer than it"
         " saves"
     ]
@@ -668,10 +676,12 @@ def test_bf16_that_is_slower_than_fp32_is_not_tried(
         "_rate",
         lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision],
     )
-    said: list[str] = []
+    messages: list[str] = []
     wanted = replace(small_trial(make_bundle(tmp_path), colours), images=10**9)
-    assert trial.carry_out(wanted, said.append) == {}
-    assert said == ["bf16 is not tried: it makes 0.55 times the images/s of fp32 on this processor"]
+    assert trial.carry_out(wanted, messages.append) == {}
+    assert messages == [
+        "bf16 is not tried: it makes 0.55 times the images/s of fp32 on this processor"
+    ]
 
 
 def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, here: None) -> None:
@@ -843,12 +853,12 @@ def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     """
     monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
-    said: list[str] = []
+    messages: list[str] = []
     found = trial_process.in_child(
-        small_trial(make_bundle(tmp_path / "bundle"), folder), said.append
+        small_trial(make_bundle(tmp_path / "bundle"), folder), messages.append
     )
     assert found["bf16"].verdict.images == 12
-    assert said[0].startswith("the trial process was killed by SIG")
+    assert messages[0].startswith("the trial process was killed by SIG")
 
 
 def test_a_users_error_crosses_from_the_child_as_itself(

@@ -190,19 +190,19 @@ def test_the_figures_are_those_of_the_rows(reported: Reported, opened: Pages) ->
     rows = reported.rows
     ok = [row for row in rows if row["status"] == "ok"]
     shown = opened(reported.report)
-    told = dict(
+    shown_values = dict(
         zip(
             shown.locator(".figures dt").all_text_contents(),
             shown.locator(".figures dd").all_text_contents(),
             strict=True,
         )
     )
-    assert told["Classified"].startswith(
+    assert shown_values["Classified"].startswith(
         f"{len(ok)}{100 * len(ok) / len(rows):.1f} % of {len(rows)} images"
     )
-    assert told["Failed"].startswith(str(len(rows) - len(ok)))
+    assert shown_values["Failed"].startswith(str(len(rows) - len(ok)))
     counts = Counter(row["class_id"] for row in ok)
-    assert told["Classes seen"].startswith(f"{len(counts)}of {CLASSES}")
+    assert shown_values["Classes seen"].startswith(f"{len(counts)}of {CLASSES}")
     table = [
         line.split("\t")
         for line in shown.locator(".classes tbody").inner_text().splitlines()
@@ -507,11 +507,11 @@ def test_a_policy_lets_nothing_but_its_own_script_run(reported: Reported, browse
         " src='file:///etc/hostname'>"
     )
     shown = browser.new_page()
-    said: list[str] = []
-    shown.on("console", lambda message: said.append(message.text))
+    messages: list[str] = []
+    shown.on("console", lambda message: messages.append(message.text))
     shown.set_content(html.replace("</main>", f"{evil}</main>"))
     assert shown.evaluate("window.harmed") is None
-    assert any("Content Security Policy" in line for line in said)
+    assert any("Content Security Policy" in line for line in messages)
     shown.close()
 
 
@@ -715,7 +715,7 @@ def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
         frozen = replace(opened.frozen, job=replace(opened.frozen.job, sources=(url,)))
         made = thumbnails.make(replace(opened, frozen=frozen), found.sample, seconds=0.3)
-    assert {made[told.index].reason for told in found.sample} == {
+    assert {made[shown_values.index].reason for shown_values in found.sample} == {
         "not ready within 0.3 s for all thumbnails"
     }
 

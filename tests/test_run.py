@@ -41,10 +41,10 @@ class Listener(observer.Watcher):
     """Remembers what a run says."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.printed: list[str] = []
 
     def say(self, message: str) -> None:
-        self.said.append(message)
+        self.printed.append(message)
 
 
 def problems(output: Path) -> list[ledger.Problem]:
@@ -355,9 +355,9 @@ def test_sub_folders_are_dealt_to_as_many_devices(
         (2, 10),
         (2, 3),
     ]
-    assert listener.said == []
+    assert listener.printed == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
-    assert listener.said == [
+    assert listener.printed == [
         "note: the sources have 3 sub-folders for 2 devices: shards are not assigned by folder"
     ]
 
@@ -552,7 +552,7 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(
     after = helpers.parts(tmp_path / "out")
     assert {name: after[name] for name in before} == before
     assert len(after) == 4
-    assert listener.said == ["resuming: 6 of 12 images are done"]
+    assert listener.printed == ["resuming: 6 of 12 images are done"]
     assert (summary.images, summary.shards, summary.resumed_shards) == (12, 4, 2)
     assert sum(device.images for device in summary.devices) == 6
     assert problems(tmp_path / "out") == []
@@ -564,13 +564,13 @@ def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> N
     """
     listener = Listener()
     run.run(replace(started, max_pixels=1), listener)
-    assert "--max-pixels was 180,000,000 and is now 1, for the remaining images" in listener.said
+    assert "--max-pixels was 180,000,000 and is now 1, for the remaining images" in listener.printed
     assert [row["status"] for row in helpers.rows(tmp_path / "out")] == (
         ["ok"] * 3 + ["too_large"] * 3
     ) * 2
     again = Listener()
     run.run(replace(started, retry_failed=()), again)
-    assert not any("max-pixels" in line for line in again.said)
+    assert not any("max-pixels" in line for line in again.printed)
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
 
 
@@ -805,7 +805,7 @@ def test_a_finished_job_says_so_and_names_new_images(
     (tmp_path / "images" / "002.jpg").unlink()
     listener = Listener()
     summary = run.run(settings, listener)
-    assert listener.said == [
+    assert listener.printed == [
         f"already finished: 5 images in {tmp_path}/out/predictions",
         (
             "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg,"

@@ -199,13 +199,18 @@ def test_the_schema_is_what_the_design_says(tmp_path: Path) -> None:
         ("height", "int32", True),
         ("logits", f"fixed_size_list<element: float>[{CLASSES}]", True),
     ]
-    told = {
+    reported = {
         name.decode().removeprefix("imagemill."): value.decode()
         for name, value in schema.metadata.items()
         if b"imagemill" in name
     }
-    assert told["answer_id"] == "a" * 16
-    assert (told["shard"], told["backend"], told["precision"], told["versions"]) == (
+    assert reported["answer_id"] == "a" * 16
+    assert (
+        reported["shard"],
+        reported["backend"],
+        reported["precision"],
+        reported["versions"],
+    ) == (
         "0",
         "null",
         "fp32",

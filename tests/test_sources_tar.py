@@ -444,8 +444,8 @@ def test_garbage_after_gzip_data_is_noted_once(job: Jobs, tmp_path: Path) -> Non
     first, again = Listener(), Listener()
     assert run.run(job(path), first).ok == 1
     run.run(job(path), again)
-    assert ["trailing garbage" in line for line in first.said].count(True) == 1
-    assert not any("trailing garbage" in line for line in again.said)
+    assert ["trailing garbage" in line for line in first.printed].count(True) == 1
+    assert not any("trailing garbage" in line for line in again.printed)
 
 
 @pytest.mark.parametrize("case", damages())
@@ -787,7 +787,7 @@ def test_new_images_of_an_archive_are_named(
     assert run.run(job(folder, path), listener).new_in_source == 3
     assert (
         "3 images are new in the source since the plan was frozen: 001b.jpg, late.jpg, 1.jpg."
-        in listener.said[-1]
+        in listener.printed[-1]
     )
 
 

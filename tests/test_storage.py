@@ -238,10 +238,10 @@ def test_what_does_not_pass_is_the_systems_own_error_in_one_line(
             call()
         assert type(caught.value) is kind
         assert caught.value.strerror is not None
-        told = caught.value.strerror or ""
-    assert re.fullmatch(text if "|" in text else re.escape(text) + r"(, after \d tries)?", told), (
-        told
-    )  # a connection may be lost by itself
+        reported = caught.value.strerror or ""
+    assert re.fullmatch(
+        text if "|" in text else re.escape(text) + r"(, after \d tries)?", reported
+    ), reported  # a connection may be lost by itself
 
 
 def test_nobody_there_is_an_error_in_one_line(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ class Simulated:
                 return []
             lease = self.hands[name].pop(0)
             self.committed.append((self.now, name, lease.shard.number))
-            heard = [
+            outputs = [
                 Event(
                     name, protocol.Done(Receipt(lease.shard.number, IMAGES, 0, 1, 0.0, ""), Clock())
                 )
@@ -100,8 +100,8 @@ class Simulated:
                 self._work(name)
             else:
                 self.idle_from[name] = self.now
-                heard.append(Event(name, protocol.Idle()))
-            return heard
+                outputs.append(Event(name, protocol.Idle()))
+            return outputs
 
         if len(self.hands[name]) == 1:
             self.at(

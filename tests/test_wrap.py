@@ -365,13 +365,13 @@ def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(
     """Named by the file and a hash over file and card; nothing half made stays behind."""
     file = exported("torchscript")
     wrap.wrap(file, IMAGENET)
-    said: list[str] = []
-    first = wrap.bundle_for(file, tmp_path / "models", said.append)
-    assert said
+    messages: list[str] = []
+    first = wrap.bundle_for(file, tmp_path / "models", messages.append)
+    assert messages
     stamp = (first.dir / bundle.MODEL).stat().st_mtime_ns
-    said.clear()
-    assert wrap.bundle_for(file, tmp_path / "models", said.append).dir == first.dir
-    assert not said
+    messages.clear()
+    assert wrap.bundle_for(file, tmp_path / "models", messages.append).dir == first.dir
+    assert not messages
     assert (first.dir / bundle.MODEL).stat().st_mtime_ns == stamp
     wrap.wrap(file, {"exif": False})
     card = onnx_card.read_card(onnx_card.card_file(file)).card
@@ -918,13 +918,13 @@ MODELS_PAGE = (helpers.PROJECT / "docs" / "models.md").read_text(encoding="utf-8
 def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
     """docs/models.md has each once; `imagemill wrap` takes each."""
     table = MODELS_PAGE.partition("| card key, flag |")[2].partition("\n\n")[0]
-    told = [
+    reported = [
         name
         for line in table.splitlines()
         for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])
     ]
     keys = [item.name for item in dataclasses.fields(onnx_card.OnnxCard)]
-    assert sorted(told) == sorted(keys)
+    assert sorted(reported) == sorted(keys)
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main(["wrap", "--help"])
     assert all(f"--{key} " in out.getvalue() or f"--{key}," in out.getvalue() for key in keys)

@@ -350,14 +350,14 @@ def test_batches_lengths_and_masks_do_not_change_an_embedding(name: str, model: 
 def test_padding_is_what_the_tokenizer_config_says(model: Any) -> None:
     folder = model("siglip")
     file = folder / "tokenizer_config.json"
-    said = json.loads(file.read_text())
+    messages = json.loads(file.read_text())
     ids = []
     for changes in (
         {},
         {"pad_token": {"content": "<unk>"}, "padding_side": "left"},
         {"pad_token": None},
     ):
-        file.write_text(json.dumps(said | changes))
+        file.write_text(json.dumps(messages | changes))
         if changes == {"pad_token": None}:
             (folder / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
         family = read_family(folder)
@@ -374,9 +374,9 @@ def test_padding_is_what_the_tokenizer_config_says(model: Any) -> None:
 def test_siglip_reads_lower_case_even_if_its_tokenizer_does_not(model: Any) -> None:
     folder = model("siglip")
     file = folder / "tokenizer.json"
-    said = json.loads(file.read_text())
-    del said["normalizer"]["normalizers"][0]
-    file.write_text(json.dumps(said))
+    messages = json.loads(file.read_text())
+    del messages["normalizer"]["normalizers"][0]
+    file.write_text(json.dumps(messages))
     family = read_family(folder)
     upper, lower = text_tower.tokenize(folder, family, ["A CAT", "a cat"]).ids
     assert upper == lower
@@ -485,9 +485,9 @@ def change_external(folder: Path) -> None:
 
 def change_vocabulary(folder: Path) -> None:
     file = folder / "tokenizer.json"
-    said = json.loads(file.read_text())
-    said["model"]["vocab"]["a</w>"] = 10**9
-    file.write_text(json.dumps(said))
+    messages = json.loads(file.read_text())
+    messages["model"]["vocab"]["a</w>"] = 10**9
+    file.write_text(json.dumps(messages))
 
 
 def damage(name: str, content: bytes) -> Callable[[Path], object]:

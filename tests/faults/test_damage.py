@@ -71,15 +71,15 @@ def test_damage_is_found_moved_aside_and_computed_again(
         (output / "manifest.json").unlink()
     found = imagemill("verify", output)
     assert found.code == 1
-    told = found.out.splitlines()
+    reported = found.out.splitlines()
     for part, (_, what, damaged) in zip(parts, DAMAGES, strict=True):
         expected = (
             "is not the file that was committed: its sha256 differs from the manifest's"
             if with_manifest and damaged
             else what
         )
-        assert any(line.startswith(f"{part} {expected}") for line in told), (part, told)
-    assert len(told) == len(DAMAGES) + 1 + (not with_manifest)
+        assert any(line.startswith(f"{part} {expected}") for line in reported), (part, reported)
+    assert len(reported) == len(DAMAGES) + 1 + (not with_manifest)
 
     found = imagemill("verify", output, "--quarantine", "--json")
     assert found.code == 1

@@ -193,11 +193,11 @@ def test_a_store_that_refuses_writes_ends_the_job_clearly_and_it_goes_on_later(
     )
     result = null_run(small_jpegs, "--output", s3.url + "/job")
     assert result.code == 1
-    told = result.err.splitlines()[-1]
-    assert told.startswith(
+    reported = result.err.splitlines()[-1]
+    assert reported.startswith(
         f"imagemill: cannot write {s3.url}/job/predictions/part-000003.parquet: "
     )
-    assert told.endswith("finished parts are kept.")
+    assert reported.endswith("finished parts are kept.")
     assert len(parts(s3)) >= 3
     s3_faults.rule = lambda _: None
     assert null_run(small_jpegs, "--output", s3.url + "/job").code == 0
