@@ -26,6 +26,8 @@ torch = pytest.importorskip("torch", reason="needs torch")
 from imagemill.pipeline.backends.torch.operators import OPERATORS, Node, Unsupported, bind  # noqa: E402
 from imagemill.pipeline.backends.torch.program import OPSETS, Loaded, from_model  # noqa: E402
 
+pytestmark = pytest.mark.ecosystem
+
 Array = np.ndarray
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -52,6 +52,7 @@ def open_card(number: int) -> tuple[Any, str]:
     """Return PyTorch's interface to GPUs, and how it spells one of them. Tests put a stand-in
     here.
     """
+    torch.cuda.set_device(number)  # else some calls would take memory on card 0
     return torch.cuda, f"cuda:{number}"
 
 
