@@ -54,6 +54,15 @@ def small(
     )
 
 
+def complete(file: Path, **given: Any) -> dict[str, Any]:
+    """Return what `wrap` is given, with plain values for what `run` wants to know."""
+    kind = onnx.load(str(file), load_external_data=False).graph.input[0].type.tensor_type.elem_type
+    plain: dict[str, Any] = {} if given.get("crop") == "none" else {"resize": "none"}
+    if kind != TensorProto.UINT8:
+        plain |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return plain | given
+
+
 def saved(model: onnx.ModelProto, folder: Path, name: str = "small.onnx") -> Path:
     onnx.save(model, folder / name)
     return folder / name

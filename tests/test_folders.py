@@ -161,7 +161,15 @@ def test_a_name_is_the_bundles(tmp_path: Path) -> None:
     made, _ = build(FOLDERS / "vit", tmp_path, name="mine")
     assert made.dir == tmp_path / "models/mine"
     assert resolve.resolve("mine", tmp_path / "models").card.labels == made.card.labels
-    with pytest.raises(ModelError, match="holds a model made from other files or values"):
+    for taken in ("mine.2", "mine.3"):
+        (tmp_path / "models" / taken).mkdir()
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"holds a model made from other files or values\. Remove that folder, or use another"
+            r" name, such as mine\.4\.$"
+        ),
+    ):
         build(FOLDERS / "vit", tmp_path, name="mine", given={"interpolation": "bicubic"})
 
 

@@ -184,7 +184,7 @@ def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
         ),
     ) as caught:
         get.get(LITE, models, random_seed=4)
-    assert "efficientnet_lite0.mine" in str(caught.value)
+    assert f"use another name, such as {LITE}.2." in str(caught.value)
 
 
 def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Path) -> None:

@@ -20,7 +20,7 @@ from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle, evaluate
 from imagemill.models.custom import metadata, onnx_card, wrap
 from imagemill.records import Bundle, Centre, Scores
-from onnx_files import head, saved, silent, small, turned
+from onnx_files import complete, head, saved, silent, small, turned
 
 ULTRALYTICS = {
     "description": "Ultralytics YOLO11n-cls model",
@@ -42,7 +42,7 @@ def reported(model: onnx.ModelProto, **metadata_props: str) -> onnx.ModelProto:
 
 def built(file: Path, **given: Any) -> Bundle:
     """Wrap a file and return its bundle."""
-    wrap.wrap(file, given)
+    wrap.wrap(file, complete(file, **given))
     return wrap.bundle_for(file, file.parent / "models", silent)
 
 
@@ -127,10 +127,11 @@ def test_labels_are_read_from_metadata(
 def test_labels_of_flags_and_cards_replace_those_of_metadata(tmp_path: Path) -> None:
     """The flag before the card, the card before the metadata."""
     file = saved(reported(small(), names="['a', 'b', 'c']"), tmp_path)
-    onnx_card.card_file(file).write_text('{"color": "BGR"}')
+    plain = {"mean": [0, 0, 0], "std": [1, 1, 1], "resize": 8}
+    onnx_card.card_file(file).write_text(json.dumps(plain | {"color": "BGR"}))
     models = tmp_path / "models"
     assert wrap.bundle_for(file, models, silent).card.labels == ("a", "b", "c")
-    onnx_card.card_file(file).write_text('{"labels": ["d", "e", "f"]}')
+    onnx_card.card_file(file).write_text(json.dumps(plain | {"labels": ["d", "e", "f"]}))
     assert wrap.bundle_for(file, models, silent).card.labels == ("d", "e", "f")
     helpers.fill(tmp_path, {"labels.txt": b"g\nh\ni\n"})
     _, checked = wrap.wrap(file, {"labels": str(tmp_path / "labels.txt")})
@@ -155,6 +156,9 @@ def test_labels_of_flags_and_cards_replace_those_of_metadata(tmp_path: Path) -> 
         ({"names": f"['a', 'b', '{'c' * 1001}']"}, r"label 2 is 'c{80}…'"),
         ({"names": "['a', 'b']"}, r"returns 3 classes, metadata: names has 2 labels\. Give the 3-line"),
         ({"names": str([""] * 250_001)}, r"has 250,001 labels, at most 250,000 are read"),
+        ({"names": "cat|dog|owl"}, r"metadata key names is 'cat\|dog\|owl', which is not a list of labels\. Give the labels once: imagemill wrap small\.onnx --labels FILE\. FILE has one label per line, in the order"),
+        ({"classes": "cat,dog,owl"}, r"metadata key classes is 'cat,dog,owl', which is not a list"),
+        ({"character": "a\x1b[2J"}, r"metadata key character is 'a\\x1b\[2J', which is not a list"),
         ({"names": " " * 9_000_000}, r"has 9,000,000 characters, at most 8,388,608 are read"),
         ({"character": "a\x07\nb\nc"}, r"metadata key character: label 0 is 'a\\x07'"),
         ({"imgsz": "huge"}, r"metadata key imgsz is 'huge', which is not one or two numbers"),
@@ -239,13 +243,14 @@ def test_the_image_keys_of_onnx_are_the_normalisation(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
         match=(
-            r"the file does not say resize\. Its metadata say: color: BGR"
+            r"the file does not say resize\. Known: color: BGR"
             r" \(metadata: Image\.BitmapPixelFormat\); scale: 1 .*"
-            r"imagemill wrap .*small\.onnx --resize N$"
+            r"imagemill wrap .*small\.onnx --resize N --labels FILE\. FILE has one label per line,"
         ),
     ):
         wrap.bundle_for(file, tmp_path / "models", silent)
-    made = built(file, resize="none")
+    wrap.wrap(file, {"resize": "none"})
+    made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert (made.card.mean, made.card.std) == ((127.5,) * 3, (127.5,) * 3)
     expected = (PIXELS.mean(axis=(1, 2)) - 127.5) / 127.5
     np.testing.assert_allclose(answers(made)["embedding"], expected[:, ::-1], rtol=0, atol=1e-4)
@@ -258,13 +263,80 @@ def test_a_file_without_a_card_that_takes_bytes_needs_only_a_resize(tmp_path: Pa
         wrap.bundle_for(file, tmp_path / "models", silent)
 
 
-def test_missing_normalisation_is_noted_by_wrap(tmp_path: Path) -> None:
-    """Because a guess costs accuracy silently."""
-    _, checked = wrap.wrap(saved(small(), tmp_path), {})
-    assert any(line.startswith("note: mean and std were not given") for line in checked.lines)
-    assert "mean: 0 0 0 (default)" in checked.lines
-    _, checked = wrap.wrap(tmp_path / "small.onnx", {"mean": (0, 0, 0), "std": (1, 1, 1)})
-    assert not any("were not given" in line for line in checked.lines)
+def test_labels_that_cannot_be_read_are_not_needed_if_others_are_given(tmp_path: Path) -> None:
+    """By a flag, by the card, or by another key; a number counts classes."""
+    helpers.fill(tmp_path, {"labels.txt": b"cat\ndog\nowl\n"})
+    file = saved(reported(small(), names="cat|dog|owl"), tmp_path)
+    assert built(file, labels=str(tmp_path / "labels.txt")).card.labels == ("cat", "dog", "owl")
+    assert built(file).card.labels == ("cat", "dog", "owl"), "the card has them"
+    file = saved(reported(small(), names="a|b|c", classes="['a', 'b', 'c']"), tmp_path, "b.onnx")
+    assert built(file).card.labels == ("a", "b", "c")
+
+
+def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
+    """By `wrap` and by `run`: a table full of numbers is no surprise."""
+    line = "labels: 3: 0, 1, 2 (the classes' numbers; no labels were given)"
+    file = saved(reported(small(), classes="3"), tmp_path)
+    _, checked = wrap.wrap(file, complete(file))
+    assert line in checked.lines
+    messages: list[str] = []
+    wrap.bundle_for(file, tmp_path / "models", messages.append)
+    assert f"small.onnx: {line}" in messages
+    assert onnx_card.read_card(onnx_card.card_file(file)).card.labels is None
+
+
+NOTE = "note: {} not given, so `run` refuses the model. Add the values that it was trained with:"
+
+
+def test_what_nobody_said_is_noted_each_time_and_refused_by_run(tmp_path: Path) -> None:
+    """Because a guess costs accuracy silently. A default never becomes a choice in the card."""
+    file, models = saved(small(), tmp_path), tmp_path / "models"
+    helpers.fill(tmp_path, {"labels.txt": b"a\nb\nc\n"})
+    for given in ({}, {"labels": str(tmp_path / "labels.txt")}, {"interpolation": "bicubic"}):
+        _, checked = wrap.wrap(file, given)
+        assert checked.lines[-1].startswith(NOTE.format("mean, std and resize were"))
+        assert {"mean: 0 0 0 (default)", "resize: 9 (default: size / 0.875)"} < set(checked.lines)
+    chosen = json.loads(onnx_card.card_file(file).read_text())
+    assert {name for name, value in chosen.items() if value is not None} == {
+        *("labels", "interpolation")
+    }
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"neither the file nor its card \(small\.card\.json\) says mean, std and resize\. .*"
+            r"imagemill wrap .*small\.onnx --mean R G B --std R G B --resize N$"
+        ),
+    ):
+        wrap.bundle_for(file, models, silent)
+    _, checked = wrap.wrap(file, {"mean": (0, 0, 0), "std": (1, 1, 1)})
+    assert checked.lines[-1].startswith(NOTE.format("resize was"))
+    with pytest.raises(UsageError, match=r"says resize\. "):
+        wrap.bundle_for(file, models, silent)
+    _, checked = wrap.wrap(file, {"resize": 9})
+    assert not any("not given, so" in line for line in checked.lines)
+    assert wrap.bundle_for(file, models, silent).card.recipe.resize == 9
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"scale": 255, "resize": 8}, None),
+        ({"scale": 255, "mean": (123, 117, 104), "resize": 8}, None),
+        ({"mean": (0, 0, 0), "resize": 8}, "std was"),
+        ({"std": (1, 1, 1), "crop": "none"}, "mean was"),
+        ({"scale": 1, "crop": "none"}, "mean and std were"),
+    ],
+)
+def test_what_run_wants_to_know(given: dict[str, Any], missing: str | None, tmp_path: Path) -> None:
+    """Pixels of scale 255 may be fed as they are; without a crop there is one way to resize."""
+    file = saved(small(), tmp_path)
+    _, checked = wrap.wrap(file, given)
+    if missing is None:
+        assert wrap.bundle_for(file, tmp_path / "models", silent).card.scores is Scores.LOGITS
+        return
+    assert checked.lines[-1].startswith(NOTE.format(missing))
+    with pytest.raises(UsageError, match="neither the file nor its card"):
+        wrap.bundle_for(file, tmp_path / "models", silent)
 
 
 # ── scores ────────────────────────────────────────────────────────────────────────────────────────
@@ -390,8 +462,9 @@ def test_one_score_with_two_labels_becomes_two_classes(
     model = one_score(*nodes, dims=dims)
     model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3], np.int64), "last"))
     file = saved(model, tmp_path)
-    given = {"scores": "softmax"} if kind == "HardSigmoid" else {}
-    _, checked = wrap.wrap(file, given | {"labels": str(tmp_path / "labels.txt")})
+    given: dict[str, Any] = {"scores": "softmax"} if kind == "HardSigmoid" else {}
+    given = complete(file, **given, labels=str(tmp_path / "labels.txt"))
+    _, checked = wrap.wrap(file, given)
     card = checked.bundle.card
     assert card.labels == ("no", "yes")
     made = wrap.bundle_for(file, tmp_path / "models", silent)
@@ -450,7 +523,7 @@ def test_a_network_without_a_head_has_an_embedding_only(
 ) -> None:
     """As transformers exports DINOv2 and the vision tower of CLIP."""
     file = saved(headless(**outputs), tmp_path)
-    _, checked = wrap.wrap(file, {})
+    _, checked = wrap.wrap(file, complete(file))
     assert checked.bundle.card.labels == ()
     assert checked.bundle.card.outputs == ("embedding",)
     assert any(line.startswith("logits: none (the outputs are ") for line in checked.lines)
@@ -468,7 +541,7 @@ def test_a_job_of_a_network_without_a_head_saves_embeddings(
 ) -> None:
     """`run --model file.onnx`, from the outputs' names alone."""
     file = saved(headless(last_hidden_state=["n", 2, 4]), tmp_path)
-    wrap.wrap(file, {"resize": 8})
+    wrap.wrap(file, complete(file, resize=8))
     arguments = ("--model", file, "--models-dir", tmp_path / "models", "--precision", "fp32")
     done = imagemill("run", jpegs(2), "--output", tmp_path / "out", *arguments)
     assert done.code == 0, done.err
@@ -534,7 +607,7 @@ def test_an_open_dimension_that_is_called_channels(
     model = small(shape=("n", 3, 8, 8) if layout == "NCHW" else ("n", 8, 8, 3))
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
     _, checked = wrap.wrap(saved(model, tmp_path), {"size": 8})
-    assert checked.card.layout == layout
+    assert f"layout: {layout} (shape of the input)" in checked.lines
 
 
 @pytest.mark.parametrize(

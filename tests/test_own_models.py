@@ -184,7 +184,7 @@ def test_labels_come_from_the_flag_else_from_the_checkpoint(models: Path, tmp_pa
 @pytest.mark.parametrize(
     ("classes", "expected", "line"),
     [
-        (3, ("0", "1", "2"), "labels: 3: 0, 1, 2 (the classes' numbers; --labels names them)"),
+        (3, ("0", "1", "2"), "labels: 3: 0, 1, 2 (the classes' numbers; no labels were given)"),
         (1000, None, "labels: 1,000: tench, goldfish,"),
     ],
 )

@@ -441,6 +441,7 @@ def foreign(folder: Path, *, opset: int = 11) -> Path:
         "mean": (120, 110, 100),
         "std": (60, 50, 40),
         "color": "BGR",
+        "resize": "none",
         "labels": str(labels),
     }
     made, _ = wrap.wrap(folder / "foreign.onnx", given, folder / "bundle")

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from imagemill.errors import UsageError
-from imagemill.models import resolve
+from imagemill.models import get, mistaken, resolve
+from imagemill.models.custom import wrap
+from onnx_files import saved, small
 from tiny import TINY_CARD
 
 
@@ -69,19 +71,75 @@ def test_what_means_nothing_is_one_line_with_what_to_type(
 
 def test_a_file_with_weights_is_to_be_made_a_model_of(tmp_path: Path, models_dir: Path) -> None:
     """With a name of letters and digits."""
-    for name, suggested in (("birds v2.pth", "birds_v2"), ("-.safetensors", "mine")):
+    for name, suggested in (
+        ("birds v2.pth", "birds_v2"),
+        ("-.safetensors", "mine"),
+        ("checkpoint_best.pth.tar", "checkpoint_best"),
+        ("last.v3.CKPT", "last.v3"),
+        ("resnext101_32x4d.pth", "my-resnext101_32x4d"),
+    ):
         file = tmp_path / name
         file.touch()
         with pytest.raises(UsageError) as caught:
             resolve.resolve(str(file), models_dir)
         assert str(caught.value) == (
             f"--model {file} is a file with weights. Make a model of it: imagemill get-model"
-            f" {suggested} --from {shlex.quote(str(file))}, then use --model {suggested}."
+            f" {suggested} --from {shlex.quote(str(file))} --labels FILE, then use --model"
+            f" {suggested}. FILE has one label per line, in the order of the classes."
         )
     other = tmp_path / "notes.txt"
     other.touch()
     with pytest.raises(UsageError, match="is a file, but not ONNX"):
         resolve.resolve(str(other), models_dir)
+
+
+def made_of_parts(folder: Path, graph: str) -> Path:
+    """Make a folder of optimum with a configuration, and its graph."""
+    file = folder / graph
+    file.parent.mkdir(parents=True)
+    saved(small(), file.parent, file.name)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    return file
+
+
+@pytest.mark.parametrize("graph", ["onnx/model.onnx", "onnx/model_int8.onnx", "model.onnx"])
+def test_a_part_of_a_model_folder_is_refused(
+    graph: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because what `config.json` and its neighbour say would be ignored. Nothing is written."""
+    folder = tmp_path / "my-vit"
+    file = made_of_parts(folder, graph)
+    where = "" if graph == "model.onnx" else " in onnx/"
+    parts = [file] if graph == "model.onnx" else [file, file.parent, folder / "." / "onnx"]
+    for part in parts:
+        with pytest.raises(UsageError) as caught:
+            resolve.resolve(str(part), models_dir)
+        line = f"{folder} has config.json and this network{where}. Use --model {folder}."
+        assert str(caught.value) == line
+        assert mistaken.for_wrap(str(part), {"mean": (0, 0, 0)}) == line
+    monkeypatch.chdir(tmp_path)
+    for place, text in ((tmp_path, f"my-vit/{graph}"), (file.parent, file.name)):
+        monkeypatch.chdir(place)
+        with pytest.raises(UsageError, match=r"Use --model (my-vit|\.+)\.$"):
+            resolve.resolve(text, models_dir)
+    with pytest.raises(UsageError, match=f"Use --from {folder}[.]$"):
+        get.get("vit", models_dir, from_file=file)
+    everything = {"mean": (0, 0, 0), "std": (1, 1, 1), "resize": 8}
+    assert mistaken.for_wrap(str(file), everything) is None, "somebody who knows"
+    wrap.wrap(file, everything)
+    assert mistaken.for_wrap(str(file), {}) is None, "its card can be changed"
+    assert resolve.resolve(str(file), models_dir / "new").card.recipe.resize == 8
+
+
+@pytest.mark.parametrize("config", ["{", '{"learning_rate": 0.1}', "[]", "[" * 10_000])
+def test_another_config_beside_an_onnx_file_is_nothing(
+    config: str, tmp_path: Path, models_dir: Path
+) -> None:
+    """That of a training program, for example."""
+    file = made_of_parts(tmp_path / "net", "net.onnx")
+    (file.parent / "config.json").write_text(config)
+    with pytest.raises(UsageError, match="has no card beside it"):
+        resolve.resolve(str(file), models_dir)
 
 
 @pytest.mark.parametrize(

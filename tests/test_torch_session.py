@@ -33,7 +33,7 @@ from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.exactness import check_exactness
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
-from onnx_files import silent
+from onnx_files import complete, silent
 from test_models_golden import GOLDEN, MODELS, arrays_of, built_from, onnx_of, recipe
 from test_wrap import EXPORTED, FIXTURES, fixture_pixels
 from tiny import SIZE, Finished, tiny_model
@@ -102,7 +102,7 @@ def test_wrapped_files_answer_as_pytorch_did(name: str, tmp_path: Path, models_d
     """
     size, given = EXPORTED[name]
     file = Path(shutil.copy(FIXTURES / f"{name}.onnx", tmp_path))
-    wrap.wrap(file, given)
+    wrap.wrap(file, complete(file, **given))
     made = wrap.bundle_for(file, models_dir, silent)
     session = make(made)
     pixels = fixture_pixels(size)

@@ -35,7 +35,7 @@ from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 from imagemill.runner import run
 from imagemill.tuning import precisions
-from onnx_files import head, saved, silent, small, turned
+from onnx_files import complete, head, saved, silent, small, turned
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = Path(__file__).parent / "cases"
@@ -87,7 +87,7 @@ def answers_of(
     file: Path, models_dir: Path, given: dict[str, Any], size: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Wrap a file and run the bundle by hand."""
-    wrap.wrap(file, given)
+    wrap.wrap(file, complete(file, **given))
     made = wrap.bundle_for(file, models_dir, silent)
     bundle.verify_hash(made)
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [fixture_pixels(size)])
@@ -263,7 +263,7 @@ def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) 
 def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) -> None:
     """A foreign graph may call its tensors as ours are called."""
     file = saved(small(), tmp_path)
-    wrap.wrap(file, {"scale": 255})
+    wrap.wrap(file, complete(file, scale=255))
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     model = onnx.load(str(made.dir / bundle.MODEL))
     onnx.checker.check_model(model, full_check=True)
@@ -288,14 +288,8 @@ def test_models_that_take_bytes_or_halves_are_fed_so(
 ) -> None:
     """uint8 goes in untouched, float16 after normalisation; BGR is turned for both."""
     file = saved(small(kind=kind, shape=shape), tmp_path)
-    wrap.wrap(
-        file,
-        (
-            {"color": "BGR"}
-            if kind == TensorProto.UINT8
-            else {"color": "BGR", "scale": 255, "mean": (10, 20, 30)}
-        ),
-    )
+    bytes_or_halves = {} if kind == TensorProto.UINT8 else {"scale": 255, "mean": (10, 20, 30)}
+    wrap.wrap(file, complete(file, color="BGR", **bytes_or_halves))
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
     (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
@@ -316,7 +310,7 @@ def test_weights_beside_the_file_come_along(tmp_path: Path) -> None:
         size_threshold=0,
     )
     file = tmp_path / "big.onnx"
-    wrap.wrap(file, {})
+    wrap.wrap(file, complete(file))
     first = wrap.bundle_for(file, tmp_path / "models", silent)
     data = bytearray((tmp_path / "big.data").read_bytes())
     data[0] ^= 1
@@ -364,7 +358,7 @@ def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(
 ) -> None:
     """Named by the file and a hash over file and card; nothing half made stays behind."""
     file = exported("torchscript")
-    wrap.wrap(file, IMAGENET)
+    wrap.wrap(file, complete(file, **IMAGENET))
     messages: list[str] = []
     first = wrap.bundle_for(file, tmp_path / "models", messages.append)
     assert messages
@@ -389,7 +383,14 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
 ) -> None:
     """`wrap --output DIR`, then `run --model DIR`."""
     file = exported("dynamo")
-    assert imagemill("wrap", file, "--output", tmp_path / "mine").code == 0
+    flags = (*("--mean", "0", "0", "0", "--std", "1", "1", "1"), "--output", tmp_path / "mine")
+    refused = imagemill("wrap", file, *flags)
+    assert refused.code == 2
+    assert (
+        "--output makes a model that runs as it is, and resize was not given. Add --r"
+        in refused.err
+    )
+    assert imagemill("wrap", file, *flags, "--resize", "none").code == 0
     assert not onnx_card.card_file(file).exists()
     file.unlink()
     done = imagemill(
@@ -424,7 +425,7 @@ def test_a_wrapped_model_can_be_quantised(
 ) -> None:
     """int8 is made and judged as for any bundle, and `auto` goes on working."""
     file = exported("torchscript")
-    wrap.wrap(file, IMAGENET)
+    wrap.wrap(file, complete(file, **IMAGENET))
     made = models_resolve.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
     report = precisions.quantize_bundle(
@@ -462,14 +463,14 @@ def test_a_card_by_hand_says_only_what_differs(
         tmp_path,
         {
             "names.txt": "ä\nb\nc\nd\ne\nf\ng\n".encode(),
-            "torchscript.card.json": b'{"labels": "names.txt"}',
+            "torchscript.card.json": b'{"labels": "names.txt", "scale": 255, "resize": 46, "crop": null}',
         },
     )
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert made.card.labels == ("ä", "b", "c", "d", "e", "f", "g")
     assert made.card.recipe.height == made.card.recipe.width == 40
-    assert made.card.recipe.resize == 46, "40 / 0.875"
-    assert (made.card.mean, made.card.std) == ((0, 0, 0), (255, 255, 255)), "pixels from 0 to 1"
+    assert made.card.recipe.resize == 46
+    assert (made.card.mean, made.card.std) == ((0, 0, 0), (1, 1, 1)), "pixels from 0 to 255"
 
 
 @pytest.mark.parametrize(
@@ -622,14 +623,15 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
         models_dir=str(tmp_path / "models"),
         devices="cpu",
     )
+    plain = {"size": 64, "resize": 73, "scale": 255, "std": [255, 255, 255]}
     for scores in ("logits", "softmax"):
-        onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": scores}))
+        onnx_card.card_file(file).write_text(json.dumps(plain | {"scores": scores}))
         with pytest.raises(
             UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"
         ):
             run.run(settings)
     assert not (tmp_path / "out").exists()
-    onnx_card.card_file(file).write_text(json.dumps({"size": 64, "scores": "sigmoid"}))
+    onnx_card.card_file(file).write_text(json.dumps(plain | {"scores": "sigmoid"}))
     assert run.run(settings).ok == 4
     assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
 
@@ -707,7 +709,7 @@ def test_constants_are_not_taken_for_a_batch(tmp_path: Path) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3], np.int64), "row"))
     model.graph.initializer.append(numpy_helper.from_array(np.float32([1, 2, 3]), "bias"))
     wrap.wrap(saved(model, tmp_path), {})
-    assert "open now" in wrap.wrap(tmp_path / "small.onnx", {})[1].lines[-1]
+    assert "open now" in wrap.wrap(tmp_path / "small.onnx", {})[1].lines[-2]
 
 
 @pytest.mark.process
@@ -716,7 +718,7 @@ def test_a_squashing_recipe_survives_cards_and_jobs(
 ) -> None:
     """In card.json, in job.json, and on its way to a worker and a disposable decoder."""
     file = exported("torchscript")
-    wrap.wrap(file, {"resize": "60x50"})
+    wrap.wrap(file, complete(file, resize="60x50"))
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     assert made.card.recipe.resize == (60, 50)
     assert bundle.load(made.dir).card == made.card
@@ -763,7 +765,7 @@ def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_p
     too.
     """
     file = saved(head(turned("Softplus")), tmp_path)
-    wrap.wrap(file, {})
+    wrap.wrap(file, complete(file))
     settings = Settings(
         (str(jpegs(2)),),
         str(tmp_path / "out"),
@@ -784,7 +786,6 @@ def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_p
 @pytest.mark.parametrize(
     ("given", "resize"),
     [
-        ({}, 9),
         ({"resize": 12}, 12),
         ({"resize": "12x10"}, (12, 10)),
         ({"resize": "none"}, None),
@@ -795,9 +796,9 @@ def test_a_model_without_a_plain_embedding_refuses_to_save_one(jpegs: Any, tmp_p
 def test_resize_and_crop_become_the_recipe(
     given: dict[str, Any], resize: Any, tmp_path: Path
 ) -> None:
-    """As docs/models.md says it; the default keeps seven eighths of the short side."""
+    """As docs/models.md says it."""
     file = saved(small(), tmp_path)
-    wrap.wrap(file, given)
+    wrap.wrap(file, complete(file, **given))
     recipe = wrap.bundle_for(file, tmp_path / "models", silent).card.recipe
     assert (recipe.height, recipe.resize, recipe.interpolation) == (
         8,
@@ -814,7 +815,7 @@ def test_sigmoids_are_applied_once(tmp_path: Path) -> None:
     found = []
     for name, model in (("raw", small()), ("squashed", head(turned("Sigmoid")))):
         file = saved(model, tmp_path, f"{name}.onnx")
-        wrap.wrap(file, {"scores": "sigmoid"})
+        wrap.wrap(file, complete(file, scores="sigmoid"))
         with api.load(file, models_dir=tmp_path / "models", precision="fp32") as opened:
             found.append(
                 {answer.class_id: answer.probability for answer in opened.predict(pixels)[0].top_k}
@@ -840,7 +841,7 @@ def test_labels_that_do_not_fit_name_both_counts(
         ),
     ):
         wrap.wrap(file, {"labels": str(tmp_path / "two.txt")})
-    onnx_card.card_file(file).write_text('{"labels": ["a", "b"]}')
+    onnx_card.card_file(file).write_text('{"labels": ["a", "b"], "scale": 255, "resize": 46}')
     with pytest.raises(
         ClassCountError,
         match=r"^torchscript\.onnx returns 7 classes, torchscript\.card\.json has 2 labels\. Give the 7-line file",
@@ -898,7 +899,7 @@ def test_a_job_is_not_resumed_with_a_changed_card(
 ) -> None:
     """The same file with another recipe is another model."""
     file = exported("torchscript")
-    wrap.wrap(file, {})
+    wrap.wrap(file, complete(file))
     settings = job(jpegs(2), model=str(file), models_dir=str(tmp_path / "models"))
     run.run(settings)
     assert run.run(settings).images == 2
@@ -970,8 +971,8 @@ def test_softmax_and_sigmoid_are_detected(tmp_path: Path) -> None:
     """A graph that ends in one needs no --scores."""
     for kind in ("Softmax", "Sigmoid"):
         file = saved(head(turned(kind)), tmp_path, f"{kind}.onnx")
-        wrap.wrap(file, {})
+        wrap.wrap(file, complete(file))
         made = wrap.bundle_for(file, tmp_path / "models", silent)
         assert made.card.scores is Scores.SOFTMAX, "probabilities already"
-    wrap.wrap(saved(small(), tmp_path), {})
+    wrap.wrap(saved(small(), tmp_path), {"scale": 255, "resize": "none"})
     assert wrap.bundle_for(tmp_path / "small.onnx", tmp_path / "m", silent).card.scores == "logits"

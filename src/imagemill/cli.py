@@ -741,10 +741,13 @@ def _get_model(parsed: argparse.Namespace) -> int:
 def _wrap(parsed: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from imagemill.models import mistaken
     from imagemill.models.custom import wrap
 
     names = ("layout", "logits", "embedding", "name")
     given = _preprocessing(parsed) | {name: getattr(parsed, name) for name in names}
+    if why := mistaken.for_wrap(parsed.file, given):
+        raise UsageError(why)
     written, checked = wrap.wrap(
         Path(parsed.file), given, Path(parsed.output) if parsed.output else None
     )

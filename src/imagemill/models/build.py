@@ -147,7 +147,7 @@ def _labelled(architecture: Architecture, read: ReadCard) -> ReadCard:
         )
     if labels is None:
         numbers = tuple(str(number) for number in range(classes))
-        return read.with_values({"labels": numbers}, "the classes' numbers; --labels names them")
+        return read.with_values({"labels": numbers}, "the classes' numbers; no labels were given")
     if len(labels) != classes:
         raise ClassCountError(
             f"{architecture.name} has {classes:,} classes here, but {len(labels):,} labels were"

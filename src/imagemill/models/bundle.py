@@ -134,6 +134,14 @@ def is_bundle(folder: Path) -> bool:
     return (folder / CARD).is_file()
 
 
+def another_name(folder: Path) -> str:
+    """Return a name that no model in the models folder has: `birds.2` if there is `birds`."""
+    number = 2
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
+    return f"{folder.name}.{number}"
+
+
 def describe_origin(card: Card) -> str:
     """Return in words what a bundle was made from."""
     origin = card.origin

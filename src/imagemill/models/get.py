@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from imagemill.errors import CheckpointError, ModelError, UsageError
-from imagemill.models import architectures, build, published
+from imagemill.models import architectures, build, mistaken, published
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import ARCHITECTURES, resnet
 from imagemill.models.architectures.graph import Architecture
@@ -228,8 +228,8 @@ def _check_origin(found: Bundle, asked: _Asked) -> None:
     if not same:
         raise ModelError(
             f"{found.dir} holds {found.card.name} {bundles.describe_origin(found.card)}; asked for"
-            f" now: {wanted}. Remove that folder, or give the new weights a name of their own, such"
-            f" as {found.card.architecture}.mine."
+            f" now: {wanted}. Remove that folder, or use another name, such as"
+            f" {bundles.another_name(found.dir)}."
         )
 
 
@@ -258,6 +258,8 @@ def _weights(
     if asked.seed is not None:
         return _random(asked, say)
     if asked.file is not None and asked.file.suffix.lower() == ".onnx":
+        if why := mistaken.inside_model_folder(asked.file, "--from "):
+            raise UsageError(why)
         raise UsageError(
             f"--from {asked.file} is an ONNX file, which is a model already: use it as --model"
             f" {asked.file}. If it does not say how images are prepared, `imagemill wrap`"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imagemill.errors import DownloadError, ImagemillError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models import hub, published
+from imagemill.models import hub, mistaken, published
 from imagemill.models.custom import wrap
+from imagemill.models.custom.onnx_card import card_file
 from imagemill.models.folders import folder
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 """Takes one line for the user."""
 
-_WEIGHTS: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".th")
-"""Suffixes of files with weights alone."""
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
 
 
@@ -63,6 +61,8 @@ def resolve(
         return _from_hub(hub.snapshot(model, models_dir, say, progress), models_dir, say)
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
+        if not card_file(path).is_file() and (why := mistaken.inside_model_folder(path)):
+            raise UsageError(why)
         return wrap.bundle_for(path, models_dir, say)
     if (
         re.fullmatch(NAME, model)
@@ -158,6 +158,8 @@ def _from_folder(
     if (cached := hub.cached_snapshot(path, models_dir, say)) is not None:
         return _from_hub(cached, models_dir, say, name=name, given=given)
     if not (path / folder.CONFIG).is_file():
+        if why := mistaken.inside_model_folder(path, "--model " if name is None else "--from "):
+            raise UsageError(why)
         raise UsageError(
             f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as a model"
             f" bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
@@ -221,14 +223,10 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
         name = "/".join(page[1].strip("/").split("/")[:2])
         return f"--model {shown} is a web page. Type: --model {hub.PREFIX}{printable(name)}"
     if path.is_file():
-        if path.suffix.lower() in _WEIGHTS:
-            name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem).strip("_-") or "mine"
-            return (
-                f"--model {shown} is a file with weights. Make a model of it: imagemill get-model"
-                f" {name} --from {printable(shlex.quote(model))}, then use --model {name}."
-            )
+        if path.suffix.lower() in mistaken.WEIGHTS:
+            return f"--model {mistaken.weights_file(path, model)}"
         return f"--model {shown} is a file, but not ONNX: its name does not end in .onnx."
-    if path.suffix.lower() in _WEIGHTS:
+    if path.suffix.lower() in mistaken.WEIGHTS:
         return f"--model {shown}: there is no such file."
     if hub.NAME.fullmatch(model):
         return (

@@ -34,6 +34,10 @@ MAX_LABEL: Final = 1_000
 _MAX_TEXT: Final = 8 * 2**20
 """Characters of one value."""
 _REMEDY: Final = "Give the labels with --labels FILE."
+_WRAP: Final = (
+    "Give the labels once: imagemill wrap {name} --labels FILE. FILE has one label per line, in the"
+    " order of the classes."
+)
 _LABEL_KEYS: Final = (
     *("names", "character", "labels", "label_names", "class_names", "class_labels"),
     *("classes", "categories", "id2label"),
@@ -56,12 +60,13 @@ _RANGES: Final[Mapping[str, tuple[int, float, float]]] = {
 """Value of Image.NominalPixelRange → scale, mean and deviation of every channel."""
 
 
-def read_metadata(name: str, model: onnx.ModelProto) -> ReadCard:
+def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True) -> ReadCard:
     """Return what the metadata of an ONNX file say.
 
     Args:
         name: the file's name, for messages.
         model: the file's content.
+        with_labels: False: others are given, so those of the file are not read.
 
     Raises:
         ModelError: a known key has a value that makes no sense, or the file is of a task other than
@@ -79,10 +84,19 @@ def read_metadata(name: str, model: onnx.ModelProto) -> ReadCard:
                 raise ModelError(f"{name}: its metadata key {key} is wrong: {error}.") from error
             origins[item] = f"metadata: {key}"
 
-    for key in _LABEL_KEYS:
-        if (labels := read_labels(name, key, entries.get(key, ""))) is not None:
+    unread: list[str] = []
+    for key in _LABEL_KEYS if with_labels else ():
+        text = entries.get(key, "")
+        if (labels := read_labels(name, key, text)) is not None:
             take(key, labels=labels)
             break
+        if text.strip() and not text.strip().isdecimal():  # a number counts the classes
+            unread.append(key)
+    if unread and "labels" not in values:
+        raise ModelError(
+            f"{name}: its metadata key {unread[0]} is '{printable(entries[unread[0]], 80)}', which"
+            f" is not a list of labels. {_WRAP.format(name=name)}"
+        )
     if entries.get("imgsz"):
         take("imgsz", size=_size(name, entries["imgsz"]))
     if (task := entries.get("task")) in _TASKS and {"names", "imgsz"} & set(entries):
@@ -160,7 +174,7 @@ def read_labels(name: str, key: str, text: str) -> tuple[str, ...] | None:
     if not found or not all(isinstance(item, str) for item in found):
         raise ModelError(
             f"{where} is not a list of labels, nor labels numbered from 0:"
-            f" '{printable(text, 80)}'. {_REMEDY}"
+            f" '{printable(text, 80)}'. {_WRAP.format(name=name)}"
         )
     return check_labels(where, found)
 

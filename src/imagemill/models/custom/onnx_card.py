@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -61,7 +61,8 @@ class Crop(StrEnum):
 class OnnxCard:
     """`file.card.json`: what a custom ONNX file does not say itself.
 
-    Every key is optional. None means the default named here. The descriptions in the annotations
+    Every key is optional and may be null, which means the default named here. `wrap.bundle_for`
+    wants `mean`, `std` and `resize` from the card or the file. The descriptions in the annotations
     are what an error message says about a wrong value.
     """
 
@@ -218,13 +219,14 @@ def read_card(path: Path) -> ReadCard:
         raise ModelError(
             f"{path} has the unknown key {printable(unknown[0])!r}. Known: {', '.join(known)}."
         )
+    values = {name: value for name, value in values.items() if value is not None}
     try:
         card = OnnxCard(**{name: checked(name, value) for name, value in values.items()})
     except ValueError as error:
         raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(card.labels, str):
         card = replace(card, labels=bundles.read_labels(path.parent / card.labels))
-    return ReadCard(card, {name: path.name for name in values if values[name] is not None})
+    return ReadCard(card, dict.fromkeys(values, path.name))
 
 
 def _read_bounded(path: Path) -> bytes:
@@ -235,9 +237,19 @@ def _read_bounded(path: Path) -> bytes:
     return data
 
 
-def card_text(card: OnnxCard) -> str:
-    """Return a card as its file holds it, keys at their default included."""
-    return msgspec.json.format(msgspec.json.encode(asdict(card)), indent=2).decode() + "\n"
+def card_text(card: OnnxCard, chosen: Collection[str] | None = None) -> str:
+    """Return a card as its file holds it.
+
+    Args:
+        card: its values.
+        chosen: names of the fields that somebody chose. All others are written as null, so that a
+            default never looks like a choice. None: all fields are written.
+    """
+    values = {
+        name: value if chosen is None or name in chosen else None
+        for name, value in asdict(card).items()
+    }
+    return msgspec.json.format(msgspec.json.encode(values), indent=2).decode() + "\n"
 
 
 _TYPES: Final[Mapping[str, Any]] = typing.get_type_hints(OnnxCard, include_extras=True)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,14 @@ from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.check import Verdict, judge, run_twice
 from imagemill.models.custom.graph import Plan, examine, image_input, input_types
 from imagemill.models.custom.metadata import read_metadata
-from imagemill.models.custom.onnx_card import OnnxCard, ReadCard, card_file, card_text, read_card
+from imagemill.models.custom.onnx_card import (
+    Crop,
+    OnnxCard,
+    ReadCard,
+    card_file,
+    card_text,
+    read_card,
+)
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
 
@@ -61,8 +69,6 @@ class Checked:
     """A custom file that was wrapped and run without a fault."""
 
     bundle: Bundle
-    card: OnnxCard
-    """With everything that was left open filled in."""
     lines: tuple[str, ...]
     """What was found, for people."""
 
@@ -88,20 +94,34 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     labels = given.get("labels")
     given = dict(given) | {"labels": None if labels is None else bundles.read_labels(Path(labels))}
     model = parse(file)
-    read = read_metadata(file.name, model)
-    if beside.is_file():
-        read = read.with_card(read_card(beside))
-    read = read.with_values(given)
+    read = _read(file, model, given)
     if labels is not None:
         read = ReadCard(read.card, {**read.origins, "labels": f"--labels {printable(labels)}"})
+    missing = _missing(file, model, read)
     source = Source(file, model, read, _key(file, model, read.card))
     if output is not None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UsageError(f"--output {output} is there already. Give a new folder.")
+        if missing:
+            raise UsageError(
+                f"--output makes a model that runs as it is, and {_listed(missing)}"
+                f" {_were(missing)} not given. Add {_flags(missing, read)}"
+            )
         return output, build(source, output)
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         checked = _build(source, Path(folder) / "bundle")
-    files.write_whole(beside, card_text(checked.card).encode())
+    # What the file says itself stays open, so that it is read again from the next export.
+    said = [name for name, origin in read.origins.items() if not origin.startswith("metadata")]
+    files.write_whole(beside, card_text(read.card, said).encode())
+    if missing:
+        flags = " ".join(_ESSENTIAL[name] for name in missing)
+        note = (
+            f"note: {_listed(missing)} {_were(missing)} not given, so `run` refuses the model. Add"
+            f" the values that it was trained with: imagemill wrap {_quoted(file)} {flags}. Most"
+            " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
+            " --resize 256"
+        )
+        checked = replace(checked, lines=(*checked.lines, note))
     return beside, checked
 
 
@@ -112,23 +132,24 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
     builds another bundle.
 
     Raises:
-        UsageError: there is no such file, or it has no card beside it and does not say itself how
-        images are prepared. ModelError: see `wrap`.
+        UsageError: there is no such file, or neither the file nor its card says how images are
+        prepared. ModelError: see `wrap`.
     """
-    beside = card_file(file)
+    shown, card = printable(file), printable(card_file(file).name)
     if not file.is_file():
-        raise UsageError(f"--model {file}: there is no such file.")
+        raise UsageError(f"--model {shown}: there is no such file.")
     model = parse(file)
-    read = read_metadata(file.name, model)
-    if beside.is_file():
-        read = read.with_card(read_card(beside))
-    elif missing := _missing(file, model, read):
-        flags = " ".join(_ESSENTIAL[name] for name in missing)
+    read = _read(file, model, {})
+    if missing := _missing(file, model, read):
+        lack = (
+            f"neither the file nor its card ({card}) says {_listed(missing)}"
+            if card_file(file).is_file()
+            else f"it has no card beside it ({card}), and the file does not say {_listed(missing)}"
+        )
         found = "; ".join(read.lines()) or "nothing"
         raise UsageError(
-            f"--model {file} has no card beside it ({beside.name}), and the file does not say"
-            f" {_listed(missing)}. Its metadata say: {found}. Make the card once, with the values"
-            f" that the model was trained with: imagemill wrap {file} {flags}"
+            f"--model {shown}: {lack}. Known: {found}. Say it once, with the values that the model"
+            f" was trained with: imagemill wrap {_quoted(file)} {_flags(missing, read)}"
         )
     return bundle_of(file, model, read, models_dir, say)
 
@@ -161,14 +182,45 @@ def bundle_of(
 
 
 _ESSENTIAL: Final = {"mean": "--mean R G B", "std": "--std R G B", "resize": "--resize N"}
-"""What is never guessed for a file without a card → the flag that says it."""
+"""What `run` never guesses → the flag of `wrap` that says it."""
+
+
+def _read(file: Path, model: onnx.ModelProto, given: Mapping[str, Any]) -> ReadCard:
+    """Return what the file's metadata, the card beside it and the given fields say."""
+    beside = card_file(file)
+    card = read_card(beside) if beside.is_file() else ReadCard(OnnxCard())
+    has_labels = given.get("labels") is not None or card.card.labels is not None
+    read = read_metadata(file.name, model, with_labels=not has_labels)
+    return read.with_card(card).with_values(given)
 
 
 def _missing(file: Path, model: onnx.ModelProto, read: ReadCard) -> list[str]:
-    """Return which essential values the file does not say. A uint8 input needs no normalisation."""
+    """Return which essential values nobody has said. A uint8 input needs no normalisation, pixels
+    of scale 255 may be fed as they are, and an image that is not cropped is resized to the input.
+    """
     kind = image_input(file.name, model).type.tensor_type.elem_type
-    needed = ["resize"] if kind == input_types()["uint8"] else list(_ESSENTIAL)
+    is_fed = kind == input_types()["uint8"] or read.card.scale == 255
+    needed = ["resize"] if is_fed else list(_ESSENTIAL)
+    if read.card.crop is Crop.NONE:
+        needed.remove("resize")
     return [name for name in needed if name not in read.origins]
+
+
+def _flags(missing: list[str], read: ReadCard) -> str:
+    """Return the flags of `wrap` that say what is missing, and labels if there are none."""
+    flags = " ".join(_ESSENTIAL[name] for name in missing)
+    if "labels" in read.origins:
+        return flags
+    return f"{flags} --labels FILE. FILE has one label per line, in the order of the classes."
+
+
+def _quoted(file: Path) -> str:
+    """Return a file's path as a shell takes it."""
+    return printable(shlex.quote(str(file)))
+
+
+def _were(names: list[str]) -> str:
+    return "was" if len(names) == 1 else "were"
 
 
 def _listed(names: list[str]) -> str:
@@ -327,25 +379,13 @@ def _build(source: Source, folder: Path) -> Checked:
     verdict = judge(plan, run_twice(made, plan))
     outputs = (["logits"] if verdict.classes else []) + (["embedding"] if verdict.features else [])
     labels = _labels(plan, verdict.classes)
+    read = plan.read
+    if labels and read.card.labels is None:
+        read = read.with_values({"labels": labels}, "the classes' numbers; no labels were given")
     final = replace(made.card, labels=labels, outputs=tuple(outputs))
     files.write_whole(folder / bundles.CARD, serialization.encode(final))
-    lines = (*plan.read.lines(), *plan.lines, *_found(plan, verdict), *verdict.notes)
-    return Checked(Bundle(folder, final), _card_to_write(source.read, plan), lines)
-
-
-def _card_to_write(read: ReadCard, plan: Plan) -> OnnxCard:
-    """Return the card for the file beside the model. What was found in the model itself stays open,
-    so that it is found again in the next export.
-    """
-    said = {name for name, origin in read.origins.items() if not origin.startswith("metadata")}
-    card = read.card
-    return replace(
-        plan.card,
-        labels=card.labels if "labels" in said else None,
-        scores=card.scores,
-        logits=card.logits,
-        embedding=card.embedding,
-    )
+    lines = (*read.lines(), *plan.lines, *_found(plan, verdict), *verdict.notes)
+    return Checked(Bundle(folder, final), lines)
 
 
 def _bundle_card(plan: Plan, source: Source) -> Card:
@@ -388,13 +428,6 @@ def _found(plan: Plan, verdict: Verdict) -> tuple[str, ...]:
         lines.append("embedding: none found; name its tensor with --embedding if you want one")
     if plan.batch is not None:
         lines.append(f"its batch was fixed to {plan.batch} and is open now")
-    if {"mean", "std"} & {
-        name for name, origin in plan.read.origins.items() if origin == "default"
-    }:
-        lines.append(
-            "note: mean and std were not given; compare with the training program. Most networks"
-            " trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-        )
     return tuple(lines)
 
 

@@ -107,8 +107,8 @@ def bundle_for(
         found = bundles.load(home)
         if found.card.origin.get("wrapped") != key:
             raise ModelError(
-                f"{home} holds a model made from other files or values. Remove it, or choose"
-                " another NAME."
+                f"{home} holds a model made from other files or values. Remove that folder, or use"
+                f" another name, such as {bundles.another_name(home)}."
             )
         return found
 
