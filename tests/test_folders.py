@@ -305,12 +305,19 @@ def test_the_fp32_file_is_used_and_the_others_are_named(
     folder = copied("vit")
     for name in ("model_fp16.onnx", "model_quantized.onnx"):
         (folder / "onnx" / name).write_bytes(b"not looked at")
+    (folder / "model.safetensors").write_bytes(b"not looked at")
     made, lines = build(folder, tmp_path)
     assert made.card.origin["file"] == "onnx/model.onnx"
-    assert any(
-        "model.onnx is used; not used: onnx/model_fp16.onnx, onnx/model_quantized.onnx" in line
-        for line in lines
-    )
+    unused = "onnx/model_fp16.onnx, onnx/model_quantized.onnx, model.safetensors are not used"
+    assert f"{folder}: network: onnx/model.onnx ({unused})" in lines
+    for name in ("onnx/model_fp16.onnx", "onnx/model_quantized.onnx"):
+        (folder / name).unlink()
+    _, lines = build(folder, tmp_path / "again", name="mine")
+    assert "mine: network: onnx/model.onnx (model.safetensors is not used)" in lines
+    assert all(line.startswith("mine: ") for line in lines), "the name that the user chose"
+    (folder / "model.safetensors").unlink()
+    _, lines = build(folder, tmp_path / "alone")
+    assert f"{folder}: network: onnx/model.onnx" in lines
 
 
 def test_a_single_file_of_another_name_is_used(copied: Callable[..., Path], tmp_path: Path) -> None:

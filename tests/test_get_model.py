@@ -205,7 +205,7 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     )
     assert get.get(f"{LITE}.mine", models, from_file=lite_file) == made
     with pytest.raises(
-        ModelError, match=r"from the file own\.pth.*asked for now: random weights of seed 1"
+        ModelError, match=r"from your file own\.pth; asked for now: random weights of seed 1"
     ):
         get.get(f"{LITE}.mine", models, random_seed=1)
     renamed = get.get(LITE, models, from_file=lite_file, say=messages.append)
@@ -373,9 +373,9 @@ def test_a_bare_name_and_its_full_name_share_one_download(
         ("resnet51", r"No model is called resnet51\. .* add --from FILE"),
         ("resnext101_32x16d", r"Published for resnext101_32x16d: resnext101_32x16d\.fb_ssl"),
         ("resnext101_32x4d.nobody", r"names no published weights.*resnext101_32x4d\.cadene"),
-        ("../evil", "is not a model's name"),
-        (".hidden", "is not a model's name"),
-        ("", "is not a model's name"),
+        ("../evil", "cannot be the name of a model"),
+        (".hidden", "cannot be the name of a model"),
+        ("", "cannot be the name of a model"),
     ],
 )
 def test_an_unknown_name_lists_what_there_is(name: str, message: str, models: Path) -> None:
@@ -454,7 +454,7 @@ def test_listing_shows_what_is_published_and_what_is_here(models: Path, lite_fil
         path.stat().st_size for path in (models / LITE).iterdir()
     )
     assert rows[f"{LITE}.mine"].verified is False
-    assert rows[f"{LITE}.mine"].origin == "from the file own.pth, hash not verified"
+    assert rows[f"{LITE}.mine"].origin == "from your file own.pth"
     assert rows["resnext50_32x4d.broken"].origin == "damaged"
     cadene = rows["resnext101_32x4d.cadene"]
     assert (cadene.top1, cadene.top5, cadene.licence, cadene.parameters) == (

@@ -122,8 +122,8 @@ def test_a_config_that_lies_about_classes_is_one_line(
     lies = with_config(vit, id2label={str(number): f"c{number}" for number in range(7)})
     hub.repos["tiny/vit"] = Repo(lies)
     assert refused(run("hf:tiny/vit")) == (
-        "model.onnx returns 10 classes, config.json: id2label has 7 labels. Give the 10-line file"
-        " with --labels."
+        "config.json: id2label has 7 labels, but model.onnx has 10 classes. Give one label per"
+        " class, in the order of the classes, with --labels FILE."
     )
 
 
@@ -195,7 +195,7 @@ def test_get_model_gives_a_folder_or_a_repository_a_name(
     assert "holds a model made from other files or values" in refused(imagemill(*command, env=env))
     for name, reason in (
         ("resnext50_32x4d", "is the name of published weights"),
-        ("a/b", "is not a model's name"),
+        ("a/b", "cannot be the name of a model"),
     ):
         assert reason in refused(imagemill("get-model", name, "--from", source, env=env))
     made_already = imagemill(

@@ -65,7 +65,7 @@ def test_every_model_has_a_row_that_says_how_it_can_run(models: Path) -> None:
     assert {row.family for row in rows.values()} >= {"EfficientNet-Lite", "ResNeXt", "own"}
     birds = rows["birds"]
     assert (birds.how, birds.classes, birds.labels) == (How.HERE, 10, TINY_CARD.labels[:3])
-    assert birds.origin == "from the file birds.pth, hash not verified"
+    assert birds.origin == "from your file birds.pth"
     assert birds.bytes_on_disk == sum(file.stat().st_size for file in (models / "birds").iterdir())
     other = rows["owner--name-12ab"]
     assert other.origin == "from hf:owner/name@491b427b45c9, hash verified"
@@ -78,6 +78,32 @@ def test_every_model_has_a_row_that_says_how_it_can_run(models: Path) -> None:
     assert (cadene.bytes_on_disk, cadene.origin, cadene.verified) == (None, None, None)
     assert rows["resnext101_32x4d.gluon_in1k"].alias == "resnext101_32x4d"
     assert rows["efficientnet_lite0"].how is How.INSTALLED
+
+
+@pytest.mark.parametrize(("source", "key"), [("folder", "folder"), ("onnx", "file")])
+def test_models_of_files_and_folders_say_what_to_type(
+    source: str, key: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that `--model` takes, unless it is gone or the model has a name of its own."""
+    path = tmp_path / "my nets" / "vit"
+    path.mkdir(parents=True)
+    origin = {"source": source, key: str(path), "verified": False, "wrapped": "4091f5b9627e" * 5}
+    put(models, "vit-4091f5b9627e", origin=origin)
+    put(models, "mine", origin=origin)
+
+    def rows() -> dict[str, listing.Row]:
+        return {row.name: row for row in listing.listing(models)}
+
+    assert rows()["vit-4091f5b9627e"].typed == str(path)
+    assert rows()["mine"].typed is None
+    monkeypatch.chdir(tmp_path)
+    assert rows()["vit-4091f5b9627e"].typed == "my nets/vit"
+    text = format_models(list(rows().values()), "models", width=300)
+    assert "  --model 'my nets/vit', classes: " in text
+    assert f"  from your {key} {path}, classes: " in text, "of the one with a name"
+    assert "not verified" not in text
+    path.rmdir()
+    assert rows()["vit-4091f5b9627e"].typed is None
 
 
 def test_a_package_that_is_not_installed_is_a_command_to_type(
@@ -134,8 +160,7 @@ def test_without_a_terminal_each_model_is_one_line(models: Path) -> None:
     text = format_models(listing.listing(models), "models", width=1000)
     (line,) = (line for line in text.splitlines() if line.startswith("  birds "))
     assert line.split("  ")[-1] == (
-        "from the file birds.pth, hash not verified, classes: tench, hen, cock, …, licence"
-        f" {TINY_CARD.licence}"
+        f"from your file birds.pth, classes: tench, hen, cock, …, licence {TINY_CARD.licence}"
     )
     assert "downloads 177 MB, or resnext101_32x4d\n" in text
 

@@ -96,7 +96,10 @@ def test_an_input_of_ultralytics_that_is_not_square_is_squashed(tmp_path: Path) 
 def test_a_detector_of_ultralytics_is_refused(tmp_path: Path) -> None:
     """By the task that it names."""
     file = saved(reported(small(), **ULTRALYTICS | {"task": "detect"}), tmp_path)
-    with pytest.raises(ModelError, match=r"was exported for the task 'detect' \(metadata: task\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"for the task 'detect' \(metadata: task\), .* Export a classifier \(yolo…-cls\)\.$",
+    ):
         wrap.wrap(file, {})
 
 
@@ -154,7 +157,7 @@ def test_labels_of_flags_and_cards_replace_those_of_metadata(tmp_path: Path) -> 
         ({"names": "['a', ' ', 'c']"}, r"label 1 is ' '"),
         ({"names": "['a', '\\ud800', 'c']"}, r"label 1 is '\\ud800'"),
         ({"names": f"['a', 'b', '{'c' * 1001}']"}, r"label 2 is 'c{80}…'"),
-        ({"names": "['a', 'b']"}, r"returns 3 classes, metadata: names has 2 labels\. Give the 3-line"),
+        ({"names": "['a', 'b']"}, r"metadata: names has 2 labels, but small\.onnx has 3 classes\. .* with --labels FILE\.$"),
         ({"names": str([""] * 250_001)}, r"has 250,001 labels, at most 250,000 are read"),
         ({"names": "cat|dog|owl"}, r"metadata key names is 'cat\|dog\|owl', which is not a list of labels\. Give the labels once: imagemill wrap small\.onnx --labels FILE\. FILE has one label per line, in the order"),
         ({"classes": "cat,dog,owl"}, r"metadata key classes is 'cat,dog,owl', which is not a list"),
@@ -271,6 +274,24 @@ def test_labels_that_cannot_be_read_are_not_needed_if_others_are_given(tmp_path:
     assert built(file).card.labels == ("cat", "dog", "owl"), "the card has them"
     file = saved(reported(small(), names="a|b|c", classes="['a', 'b', 'c']"), tmp_path, "b.onnx")
     assert built(file).card.labels == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("names", "end"),
+    [
+        ("['cat', 'dog', 'owl']", ", or omit --labels: it names them itself (cat, dog, owl)."),
+        ("cat|dog|owl", " classes."),
+        ("['cat']", " classes."),
+    ],
+)
+def test_too_few_labels_name_those_of_the_file(names: str, end: str, tmp_path: Path) -> None:
+    """If the file has the right number."""
+    helpers.fill(tmp_path, {"two.txt": b"cat\ndog\n"})
+    file = saved(reported(small(), names=names), tmp_path)
+    with pytest.raises(ClassCountError) as caught:
+        wrap.wrap(file, {"labels": str(tmp_path / "two.txt")})
+    assert str(caught.value).startswith(f"{tmp_path}/two.txt has 2 labels, but small.onnx has 3 ")
+    assert str(caught.value).endswith(end)
 
 
 def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
@@ -487,7 +508,9 @@ def test_one_score_with_three_labels_is_refused(tmp_path: Path) -> None:
     """One label, or two, but not more."""
     helpers.fill(tmp_path, {"labels.txt": b"a\nb\nc\n"})
     file = saved(one_score(turned("Sigmoid")), tmp_path)
-    with pytest.raises(ClassCountError, match=r"returns 1 classes, .*labels\.txt has 3 lines"):
+    with pytest.raises(
+        ClassCountError, match=r"labels\.txt has 3 labels, but small\.onnx has 1 class\."
+    ):
         wrap.wrap(file, {"labels": str(tmp_path / "labels.txt")})
 
 

@@ -59,7 +59,7 @@ def test_the_light_graphs_of_onnx_are_wrapped(name: str, tmp_path: Path) -> None
     assert len(card.labels) == 1000
     assert (card.recipe.width, card.recipe.height) == (224, 224)
     assert card.scores is (Scores.LOGITS if name == "densenet121" else Scores.SOFTMAX)
-    assert "its batch was fixed to 1 and is open now" in checked.lines
+    assert "exported for one image at a time; it now takes any number (checked)" in checked.lines
 
 
 def test_all_light_graphs_are_tested() -> None:

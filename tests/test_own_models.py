@@ -122,6 +122,51 @@ def test_the_name_is_free_and_found_again(models: Path, tmp_path: Path) -> None:
     assert logits_of(made).shape == (2, 3)
 
 
+def test_a_name_that_is_published_too_is_noted(models: Path, tmp_path: Path) -> None:
+    """`--model NAME` means the user's weights from then on. Other names need no note."""
+    arrays = ARCHITECTURES["resnet18"].random(1)
+    arrays |= {name: arrays[name][:3] for name in ("fc.weight", "fc.bias")}
+    file = pth_files.write_zip(tmp_path / "w.pth", arrays)
+    messages: list[str] = []
+    made = get.get("resnet18", models, from_file=file, say=messages.append)
+    assert messages[-1] == (
+        f"note: resnet18 is also a published model. Until you remove {made.dir}, the name means"
+        " yours."
+    )
+    messages.clear()
+    get.get("birds", models, from_file=file, say=messages.append)
+    assert not any("also a published model" in line for line in messages)
+
+
+def test_get_model_ends_with_what_to_type(imagemill: Any, tmp_path: Path) -> None:
+    """For people on stderr; stdout has the path alone, for scripts."""
+    file = checkpoint_file(tmp_path / "w.pth")
+    for folder in ("models", "my models"):
+        made = imagemill("get-model", "birds", "--from", file, "--models-dir", folder, cwd=tmp_path)
+        assert made.code == 0, made.err
+        assert made.out == f"{folder}/birds\n"
+        quoted = folder if " " not in folder else f"'{folder}'"
+        assert made.err.splitlines()[-1] == (
+            f"imagemill: Ready: imagemill run SOURCE --output DIR --model birds --models-dir {quoted}"
+        )
+
+
+def test_labels_of_the_file_are_named_if_the_given_ones_do_not_fit(
+    models: Path, tmp_path: Path
+) -> None:
+    """They may be the ones to use."""
+    file = checkpoint_file(tmp_path / "w.pth", class_names=list(BIRDS))
+    (tmp_path / "l.txt").write_text("a\nb\n")
+    with pytest.raises(
+        ClassCountError,
+        match=(
+            r"the file of --labels has 2 labels, but w\.pth has 3 classes\. .*, or omit --labels: it"
+            rf" names them itself \({', '.join(BIRDS)}\)\.$"
+        ),
+    ):
+        get.get("birds", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
+
+
 def test_other_flags_or_labels_are_another_model(models: Path, tmp_path: Path) -> None:
     """Under the same name they are refused, and so is a model without them."""
     file = checkpoint_file(tmp_path / "w.pth")
@@ -142,7 +187,7 @@ def test_other_flags_or_labels_are_another_model(models: Path, tmp_path: Path) -
         ("birds", {}, r"No model is called birds\. .*add --from FILE"),
         ("resnet50", {"given": {"size": 256}}, "--size: only for weights of your own"),
         ("birds", {"random_seed": 0}, "names no architecture.*resnet50.random"),
-        ("-birds", {"random_seed": 0}, "is not a model's name"),
+        ("-birds", {"random_seed": 0}, "cannot be the name of a model"),
     ],
 )
 def test_a_wrong_call_is_a_usage_error(
@@ -207,7 +252,8 @@ def test_labels_that_do_not_fit_are_refused_or_left_out(models: Path, tmp_path: 
     file = checkpoint_file(tmp_path / "w.pth", classes=4, classes_seen=1, class_names=list(BIRDS))
     (tmp_path / "l.txt").write_text("\n".join(BIRDS))
     with pytest.raises(
-        ClassCountError, match=r"has 4 classes here, but 3 labels were given \(--labels\)"
+        ClassCountError,
+        match=r"the file of --labels has 3 labels, but efficientnet_lite0 has 4 classes",
     ):
         get.get("birds", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
     assert not (models / "birds").exists()
@@ -306,7 +352,7 @@ def test_a_network_without_a_head_has_an_embedding_alone(models: Path, tmp_path:
     assert made.card.outputs == ("embedding",)
     assert "features: efficientnet_lite0, no classifier, recognised from" in messages[0]
     (tmp_path / "l.txt").write_text("a\n")
-    with pytest.raises(ClassCountError, match="0 classes here, but 1 labels"):
+    with pytest.raises(ClassCountError, match="has no classes here, its result is an embedding"):
         get.get("f2", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
 
 

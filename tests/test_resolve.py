@@ -6,6 +6,7 @@ import shlex
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_a_file_with_weights_is_to_be_made_a_model_of(tmp_path: Path, models_dir
         )
     other = tmp_path / "notes.txt"
     other.touch()
-    with pytest.raises(UsageError, match="is a file, but not ONNX"):
+    with pytest.raises(UsageError, match="is a text file, not a model"):
         resolve.resolve(str(other), models_dir)
 
 
@@ -129,6 +130,109 @@ def test_a_part_of_a_model_folder_is_refused(
     wrap.wrap(file, everything)
     assert mistaken.for_wrap(str(file), {}) is None, "its card can be changed"
     assert resolve.resolve(str(file), models_dir / "new").card.recipe.resize == 8
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        ("MY-VIT", "No model is called MY-VIT. Did you mean the folder my-vit?"),
+        ("my-vitt", "No model is called my-vitt. Did you mean the folder my-vit?"),
+        ("./MY-VIT", "--model ./MY-VIT: there is no such folder or file. Did you mean the folder ./my-vit?"),
+        ("BEST.onnx", "--model BEST.onnx: there is no such file. Did you mean the file best.onnx?"),
+        ("best", "No model is called best. Did you mean the file best.onnx?"),
+        ("nets/checkpoint.pth", "--model nets/checkpoint.pth: there is no such file. Did you mean the file nets/checkpoint.pth.tar?"),
+        ("nets/Checkpoint", "--model nets/Checkpoint is not a folder. Did you mean the file nets/checkpoint.pth.tar? If you mean the"),
+        ("tinny", "No model is called tinny. Did you mean tiny"),
+        ("photo", "No model is called photo. `imagemill models` lists"),
+        ("nowhere/best.onnx", "--model nowhere/best.onnx: there is no such file."),
+    ],
+)  # fmt: skip
+def test_near_names_of_files_and_folders_are_suggested(
+    model: str, line: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In upper or lower case, with and without a suffix. A folder of images is no model."""
+    made_of_parts(tmp_path / "my-vit", "onnx/model.onnx")
+    for name in ("photos/a.jpg", "nets/checkpoint.pth.tar", "best.onnx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        resolve.resolve(model, models_dir)
+    assert str(caught.value).startswith(line)
+    assert "photos" not in str(caught.value)
+    if model.endswith((".onnx", ".pth")):
+        assert mistaken.for_wrap(model, {}) == line.removeprefix("--model ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("my-vit", "my-vit is a folder: use --model my-vit."),
+        ("my-vit/onnx", "my-vit has config.json and this network in onnx/. Use --model my-vit."),
+        ("photos", "photos is a folder. Give an ONNX file."),
+        ("a b.pth.tar", "a b.pth.tar is a file with weights. Make a model of it: imagemill get-model a_b --from 'a b.pth.tar' --labels FILE, then"),
+        ("hf:owner/name", "hf:owner/name is a name of the Hugging Face Hub: use --model hf:owner/name."),
+        ("gone.onnx", "gone.onnx: there is no such file."),
+    ],
+)  # fmt: skip
+def test_what_wrap_cannot_wrap_is_one_line_with_what_to_type(
+    typed: str, line: str, tmp_path: Path, imagemill: Any
+) -> None:
+    """Exit code 2, and nothing is read as ONNX that is not."""
+    made_of_parts(tmp_path / "my-vit", "onnx/model.onnx")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a b.pth.tar").touch()
+    done = imagemill("wrap", typed, cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith(f"imagemill: {line}")
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("classes.txt", "--model classes.txt is a text file, not a model. A file of labels is given to `imagemill get-model` or `imagemill wrap`: --labels classes.txt."),
+        ("my-vit/config.json", "--model my-vit/config.json describes a model. Give its folder: --model my-vit."),
+        ("NET.ONNX", "--model NET.ONNX: its name must end in .onnx, in small letters. Rename it."),
+        ("net.engine", "--model net.engine is a file, but not a model: a model is an ONNX file (.onnx), a folder, or hf:owner/name."),
+    ],
+)  # fmt: skip
+def test_other_files_are_told_what_to_type(
+    typed: str, line: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only what they are not."""
+    made_of_parts(tmp_path / "my-vit", "onnx/model.onnx")
+    for name in ("classes.txt", "NET.ONNX", "net.engine"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        resolve.resolve(typed, models_dir)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "end"),
+    [
+        ("team/colleague", "net.pth", "for example team_colleague."),
+        ("Ünder wegs", "net.pth", "for example nder_wegs."),
+        ("a/b", "hf:owner/name", "for example a_b."),
+        (".hidden", None, "for example hidden. `imagemill models` lists the published models."),
+        ("timm/resnet50", None, "imagemill get-model my-resnet50 --from hf:timm/resnet50"),
+        ("hf:timm/vit@v1", None, "imagemill get-model vit --from hf:timm/vit@v1"),
+    ],
+)
+def test_a_name_that_no_model_can_have_gets_another_suggested(
+    name: str, source: str | None, end: str, models_dir: Path
+) -> None:
+    """Also if it is that of a repository of the Hub."""
+    with pytest.raises(
+        UsageError, match=r"Choose a name of letters, digits, _, \. and -"
+    ) as caught:
+        if source and source.startswith("hf:"):
+            resolve.get_from(name, source, models_dir, given={})
+        else:
+            get.get(name, models_dir, from_file=Path(source) if source else None)
+    assert str(caught.value).endswith(end)
 
 
 @pytest.mark.parametrize("config", ["{", '{"learning_rate": 0.1}', "[]", "[" * 10_000])

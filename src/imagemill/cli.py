@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from imagemill.errors import ImagemillError, Interrupted, UsageError
+from imagemill.errors import ImagemillError, Interrupted, UsageError, printable
 from imagemill.runner.settings import SETTINGS, Kind, Setting, make_settings, number
 from imagemill.version import __version__
 
@@ -735,7 +735,16 @@ def _get_model(parsed: argparse.Namespace) -> int:
             progress=DownloadDisplay(),
         )
     print(made.dir)
+    _log_ready(parsed.name, parsed.models_dir)
     return 0
+
+
+def _log_ready(model: object, models_dir: str | None = None) -> None:
+    """Log how a model that was made is used. Its path is on stdout, for scripts."""
+    import shlex
+
+    words = ["--model", str(model), *(["--models-dir", models_dir] if models_dir else [])]
+    _log(f"Ready: imagemill run SOURCE --output DIR {printable(shlex.join(words), 1_000)}")
 
 
 def _wrap(parsed: argparse.Namespace) -> int:
@@ -754,6 +763,8 @@ def _wrap(parsed: argparse.Namespace) -> int:
     for line in checked.lines:
         _log(line)
     print(written)
+    if checked.is_complete:
+        _log_ready(parsed.output or parsed.file)
     return 0
 
 
@@ -780,6 +791,7 @@ def _classes(parsed: argparse.Namespace) -> int:
         logit_bias=parsed.logit_bias,
     )
     print(made.dir)
+    _log_ready(parsed.output)
     return 0
 
 

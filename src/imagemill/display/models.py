@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -97,7 +98,7 @@ def _own(row: Row) -> _Line:
     if row.classes and row.classes > len(names):
         names.append("…")
     classes = "" if row.classes is None else f"{row.classes:,} classes"
-    parts = [row.origin or ""]
+    parts = [f"--model {printable(shlex.quote(row.typed))}" if row.typed else row.origin or ""]
     if names:
         parts.append(f"classes: {', '.join(names)}")
     if row.licence != "unknown":
@@ -133,7 +134,7 @@ def _table(
             yield row.rstrip()
             yield from _below(line.parts, width)
             continue
-        first, *others = wrap_parts(line.parts, width - indent) or [""]
+        first, *others = wrap_parts(line.parts, width - indent - 1) or [""]
         yield f"{row}  {first}".rstrip()
         yield from (" " * indent + other for other in others)
 
@@ -141,7 +142,7 @@ def _table(
 def _below(parts: Sequence[str], width: int) -> Iterator[str]:
     """Yield lines below a model's name."""
     space = " " * 4
-    for part in wrap_parts(parts, width - len(space)):
+    for part in wrap_parts(parts, width - len(space) - 1):
         yield from textwrap.wrap(
             part, width - 1, initial_indent=space, subsequent_indent=space, break_on_hyphens=False
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, UsageError
 from imagemill.models import bundle as bundles
+from imagemill.models import mistaken
 from imagemill.models.architectures.graph import Architecture, Prepared
 from imagemill.models.custom.graph import normalisation, with_normalisation, with_recipe
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
@@ -149,10 +150,13 @@ def _labelled(architecture: Architecture, read: ReadCard) -> ReadCard:
         numbers = tuple(str(number) for number in range(classes))
         return read.with_values({"labels": numbers}, "the classes' numbers; no labels were given")
     if len(labels) != classes:
-        raise ClassCountError(
-            f"{architecture.name} has {classes:,} classes here, but {len(labels):,} labels were"
-            f" given ({read.origins.get('labels', 'labels')}). Give one label per class."
-        )
+        origin = read.origins.get("labels", "--labels")
+        if classes == 0:
+            raise ClassCountError(
+                f"{architecture.name} has no classes here, its result is an embedding. Leave the"
+                f" labels out ({origin})."
+            )
+        raise ClassCountError(mistaken.label_count(origin, labels, architecture.name, classes))
     return read
 
 

@@ -143,29 +143,33 @@ def another_name(folder: Path) -> str:
 
 
 def describe_origin(card: Card) -> str:
-    """Return in words what a bundle was made from."""
+    """Return in words what a bundle was made from. The hash of a file of the user's own is nothing
+    to verify.
+    """
     origin = card.origin
     match origin.get("source"):
         case "random":
             return f"random weights, seed {origin.get('seed')}: its predictions mean nothing"
         case "file":
-            text = f"from the file {origin.get('file')}"
+            text = f"from your file {origin.get('file')}"
         case "url":
             text = f"from {origin.get('url')}"
         case "onnx":
-            text = f"wrapped from {origin.get('file')}"
+            return f"from your file {origin.get('file')}"
         case "hub":
             commit = str(origin.get("commit"))[:12]
             text = f"from hf:{origin.get('repository')}@{commit}"
         case "folder":
-            text = f"from the folder {origin.get('folder')}"
+            return f"from your folder {origin.get('folder')}"
         case "words":
-            text = f"classes in words, from {origin.get('model')}"
+            return f"classes in words, from {origin.get('model')}"
         case "package":
             text = f"from the package {origin.get('package')}"
         case other:
             text = f"from {other}"
-    return text + (", hash verified" if origin.get("verified") else ", hash not verified")
+    if origin.get("verified"):
+        return f"{text}, hash verified"
+    return text if origin.get("source") == "file" else f"{text}, no published hash"
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from imagemill.errors import CheckpointError, ModelError, UsageError
-from imagemill.models import architectures, build, mistaken, published
+from imagemill.errors import CheckpointError, ClassCountError, ModelError, UsageError, printable
+from imagemill.models import architectures, build, hub, mistaken, published
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import ARCHITECTURES, resnet
 from imagemill.models.architectures.graph import Architecture
@@ -155,15 +155,27 @@ def _check_name(asked: _Asked) -> None:
     """Raise UsageError if no model can be called so, or flags do not go with it."""
     name = asked.name
     if not re.fullmatch(NAME, name):
-        raise UsageError(
-            f"{name!r} is not a model's name: letters, digits, `_`, `.` and `-` only. imagemill"
-            " models lists what can be had."
-        )
+        raise UsageError(_name_error(asked))
     if asked.is_published and asked.given:
         flags = ", ".join(f"--{flag}" for flag in asked.given)
         raise UsageError(
             f"{flags}: only for weights of your own, given with --from FILE or --url URL."
         )
+
+
+def _name_error(asked: _Asked) -> str:
+    """Return what is wrong with a name, and what to type instead."""
+    text = mistaken.name_error(asked.name)
+    if not asked.is_published:
+        return text
+    if not hub.is_hub_name(asked.name) and not hub.NAME.fullmatch(asked.name):
+        return f"{text} `imagemill models` lists the published models."
+    repository = asked.name.removeprefix(hub.PREFIX)
+    name = mistaken.name_for(repository.partition("@")[0].partition("/")[2])
+    return (
+        f"{text} If you mean the repository of the Hugging Face Hub: imagemill get-model {name}"
+        f" --from {hub.PREFIX}{printable(repository)}"
+    )
 
 
 def _check_known(asked: _Asked) -> None:
@@ -375,6 +387,12 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bun
         raise CheckpointError(f"{weights.place}: {error}") from error
     if entry is not None or asked.url is not None:
         _say_licence(made, entry, say)
+    if published.find(name) is not None and not asked.is_published and known is None:
+        whose = "these random weights" if is_random else "yours"
+        say(
+            f"note: {name} is also a published model. Until you remove {made.dir}, the name means"
+            f" {whose}."
+        )
     return made
 
 
@@ -417,11 +435,26 @@ def _publication(
 
 
 def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
-    """Return the card with the labels that the checkpoint holds, unless it has others."""
-    labels = weights.checkpoint.labels
-    if labels is None or read.card.labels is not None:
+    """Return the card with the labels that the checkpoint holds, unless it has others.
+
+    Raises:
+        ClassCountError: the others do not fit, and those of the checkpoint do.
+    """
+    labels, given, classes = (
+        weights.checkpoint.labels,
+        read.card.labels,
+        weights.architecture.classes,
+    )
+    if labels is None:
         return read
     key = f"{weights.place}: {labels.key}"
+    if given is not None:
+        fits = len(given) == classes or (len(given), classes) == (2, 1)
+        if not fits and len(labels.names) == classes:
+            own = check_labels(key, labels.names)
+            name = printable(weights.place)
+            raise ClassCountError(mistaken.label_count("--labels", given, name, classes, own))
+        return read
     if len(labels.names) != weights.architecture.classes:
         say(
             f"{key} has {len(labels.names):,} names for {weights.architecture.classes:,} classes,"

@@ -5,6 +5,7 @@ run on this machine.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +16,7 @@ from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
 from imagemill.models import published
 from imagemill.models.published import Published
-from imagemill.records import Bundle
+from imagemill.records import Bundle, Card
 
 OWN: Final = "own"
 """Family of everything that is not published here."""
@@ -72,6 +73,8 @@ class Row:
     """Of the whole bundle; None if it is not in the models folder."""
     origin: str | None
     """What the bundle on disk was made from, in words; None if it is not in the models folder."""
+    typed: str | None
+    """What `--model` is for the file or folder that the bundle was made from; None: the name."""
     verified: bool | None
     """Whether its weights had the published hash; None if it is not in the models folder."""
 
@@ -164,8 +167,22 @@ def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: P
         needs=needs,
         bytes_on_disk=_bytes(folder) if is_here else None,
         origin=origin,
+        typed=_typed(name, card) if card else None,
         verified=card.origin.get("verified") is True if card else False if is_here else None,
     )
+
+
+def _typed(name: str, card: Card) -> str | None:
+    """Return the path of the ONNX file or folder that `run --model` made a bundle of. A bundle that
+    somebody gave a name is called by that.
+    """
+    wrapped = str(card.origin.get("wrapped"))
+    key = {"onnx": "file", "folder": "folder"}.get(str(card.origin.get("source")), "")
+    path = Path(str(card.origin.get(key)))
+    if not key or not name.endswith(f"-{wrapped[:12]}") or not path.exists():
+        return None
+    below = os.path.relpath(path)
+    return str(path) if below.startswith("..") else below
 
 
 def _how(entry: Published | None, *, is_here: bool, is_sound: bool) -> tuple[How, str | None]:

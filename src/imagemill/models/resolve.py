@@ -63,6 +63,8 @@ def resolve(
     if model.endswith(".onnx") and not path.is_dir():
         if not card_file(path).is_file() and (why := mistaken.inside_model_folder(path)):
             raise UsageError(why)
+        if not path.is_file():
+            raise UsageError(_unknown(model, path, models_dir))
         return wrap.bundle_for(path, models_dir, say)
     if (
         re.fullmatch(NAME, model)
@@ -101,9 +103,7 @@ def get_from(
         UsageError: the name cannot be used. ModelError: as `resolve`, or NAME is another model.
     """
     if not re.fullmatch(NAME, name):
-        raise UsageError(
-            f"{printable(name)} is not a model's name: letters, digits, `_`, `.` and `-` only."
-        )
+        raise UsageError(mistaken.name_error(name))
     if published.find(name) is not None:
         raise UsageError(f"{name} is the name of published weights. Give another NAME.")
     if bundles.is_bundle(userdirs.expand(source)):
@@ -225,19 +225,21 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
     if path.is_file():
         if path.suffix.lower() in mistaken.WEIGHTS:
             return f"--model {mistaken.weights_file(path, model)}"
-        return f"--model {shown} is a file, but not ONNX: its name does not end in .onnx."
-    if path.suffix.lower() in mistaken.WEIGHTS:
-        return f"--model {shown}: there is no such file."
+        return f"--model {mistaken.other_file(path, model)}"
+    beside = mistaken.near(model)
+    meant = mistaken.did_you_mean(beside)
+    if path.suffix.lower() in (".onnx", *mistaken.WEIGHTS):
+        return f"--model {shown}: there is no such file.{meant}"
     if hub.NAME.fullmatch(model):
         return (
-            f"--model {shown} is not a folder. If you mean the repository of the Hugging Face Hub,"
-            f" type: --model {hub.PREFIX}{shown}"
+            f"--model {shown} is not a folder.{meant} If you mean the repository of the Hugging"
+            f" Face Hub, type: --model {hub.PREFIX}{shown}"
         )
     if "/" in model or "\\" in model or model.startswith("."):
-        return f"--model {shown}: there is no such folder or file."
+        return f"--model {shown}: there is no such folder or file.{meant}"
     names = dict.fromkeys((*_names(models_dir), *published.ALIASES, *published.PUBLISHED))
     near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.6)
-    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    meant = mistaken.did_you_mean(beside + near)
     return (
         f"No model is called {shown}.{meant} `imagemill models` lists the names; a folder, a file"
         " that ends in .onnx, or hf:owner/name works, too."

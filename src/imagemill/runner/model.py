@@ -10,7 +10,7 @@ from pathlib import Path
 from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError
 from imagemill.job.documents import Frozen
-from imagemill.models import bundle, resolve
+from imagemill.models import bundle, mistaken, resolve
 from imagemill.records import (
     Bundle,
     Card,
@@ -48,10 +48,12 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
         return found
     labels = bundle.read_labels(Path(settings.labels))
     if len(labels) != len(card.labels):
-        classes = len(card.labels)
+        numbers = tuple(str(number) for number in range(len(card.labels)))
+        own = None if card.labels == numbers else card.labels
         raise ClassCountError(
-            f"{bundle.MODEL} returns {classes} classes, {settings.labels} has {len(labels)} lines. "
-            f"Give the {classes}-line file with --labels."
+            mistaken.label_count(
+                f"--labels {settings.labels}", labels, card.name, len(card.labels), own
+            )
         )
     card = replace(card, labels=labels)
     thresholds.min_probability_of(settings, card)

@@ -170,14 +170,3 @@ def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
             " without its last step"
         ]
     return []
-
-
-def _found(plan: Plan, classes: int, features: int) -> tuple[str, ...]:
-    lines = [f"{plan.head.tensor}: {plan.scores}, {classes:,} classes"]
-    if features and plan.features:
-        lines.append(f"embedding: {plan.features.tensor}, {features:,} features")
-    else:
-        lines.append("embedding: none found; name its tensor with --embedding if you want one")
-    if plan.batch is not None:
-        lines.append(f"its batch was fixed to {plan.batch} and is open now")
-    return tuple(lines)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from imagemill.errors import ModelError, printable
+from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard, checked
 from imagemill.records import Interpolation
 
@@ -69,8 +69,8 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
         with_labels: False: others are given, so those of the file are not read.
 
     Raises:
-        ModelError: a known key has a value that makes no sense, or the file is of a task other than
-        classification. The message names the key.
+        ModelError: a known key has a value that makes no sense. UsageError: the file is of a task
+        other than classification. The message names the key.
     """
     entries = {entry.key: entry.value for entry in model.metadata_props}
     values: dict[str, Any] = {}
@@ -101,9 +101,9 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
         take("imgsz", size=_size(name, entries["imgsz"]))
     if (task := entries.get("task")) in _TASKS and {"names", "imgsz"} & set(entries):
         if task != "classify":
-            raise ModelError(
-                f"{name} was exported for the task {task!r} (metadata: task); imagemill runs"
-                " classifiers only."
+            raise UsageError(
+                f"{name} was exported for the task {task!r} (metadata: task), and imagemill runs"
+                " classifiers only. Export a classifier (yolo…-cls)."
             )
         if "size" in values:
             take("task classify", **_ultralytics(values["size"]))

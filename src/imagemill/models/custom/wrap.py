@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from imagemill.errors import ClassCountError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
+from imagemill.models import mistaken
 from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.check import Verdict, judge, run_twice
 from imagemill.models.custom.graph import Plan, examine, image_input, input_types
@@ -71,6 +72,8 @@ class Checked:
     bundle: Bundle
     lines: tuple[str, ...]
     """What was found, for people."""
+    is_complete: bool = True
+    """Whether `run` takes it as it is."""
 
 
 def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tuple[Path, Checked]:
@@ -121,7 +124,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
             " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
             " --resize 256"
         )
-        checked = replace(checked, lines=(*checked.lines, note))
+        checked = replace(checked, lines=(*checked.lines, note), is_complete=False)
     return beside, checked
 
 
@@ -374,11 +377,12 @@ def _build(source: Source, folder: Path) -> Checked:
     file, model = source.file, source.model
     _load_external_data(file, model)
     plan = examine(file, model, source.read)
+    own = _own_labels(file.name, model) or plan.head.labels
     assemble(model, plan)
     made = bundles.write(folder, _bundle_card(plan, source), model)
     verdict = judge(plan, run_twice(made, plan))
     outputs = (["logits"] if verdict.classes else []) + (["embedding"] if verdict.features else [])
-    labels = _labels(plan, verdict.classes)
+    labels = _labels(plan, verdict.classes, own)
     read = plan.read
     if labels and read.card.labels is None:
         read = read.with_values({"labels": labels}, "the classes' numbers; no labels were given")
@@ -416,6 +420,15 @@ def _bundle_card(plan: Plan, source: Source) -> Card:
     )
 
 
+def _own_labels(name: str, model: onnx.ModelProto) -> tuple[str, ...] | None:
+    """Return the labels that a file names itself, if they can be read."""
+    try:
+        labels = read_metadata(name, model).card.labels
+    except (ModelError, UsageError):
+        return None
+    return labels if isinstance(labels, tuple) else None
+
+
 def _found(plan: Plan, verdict: Verdict) -> tuple[str, ...]:
     """Return what the check run found, for people."""
     lines = []
@@ -427,20 +440,24 @@ def _found(plan: Plan, verdict: Verdict) -> tuple[str, ...]:
     else:
         lines.append("embedding: none found; name its tensor with --embedding if you want one")
     if plan.batch is not None:
-        lines.append(f"its batch was fixed to {plan.batch} and is open now")
+        size = "one image at a time" if plan.batch == 1 else f"batches of {plan.batch}"
+        lines.append(f"exported for {size}; it now takes any number (checked)")
     return tuple(lines)
 
 
-def _labels(plan: Plan, classes: int) -> tuple[str, ...]:
+def _labels(plan: Plan, classes: int, own: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return a label per class. Raises: ClassCountError.
+
+    Args:
+        plan: has the labels that were given, or were found.
+        classes: of the model.
+        own: labels that the file names itself.
+    """
     labels = plan.card.labels
     if labels is None:
         return tuple(str(number) for number in range(classes))
     if len(labels) != classes:
         origin = plan.read.origins.get("labels", "its card")
-        count = "lines" if origin.startswith("--labels") else "labels"
-        where = f"{origin.removeprefix('--labels ')} has {len(labels)} {count}"
-        raise ClassCountError(
-            f"{plan.file.name} returns {classes} classes, {where}. Give the {classes}-line file"
-            " with --labels."
-        )
+        name = printable(plan.file.name)
+        raise ClassCountError(mistaken.label_count(origin, labels, name, classes, own))
     return tuple(labels)

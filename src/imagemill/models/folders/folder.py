@@ -67,7 +67,7 @@ class Model:
     source: Path
     """The file with the network: ONNX, else safetensors, their index, or a pickle."""
     unused: tuple[str, ...]
-    """Names of other ONNX files."""
+    """Names of other files with a network."""
 
 
 def bundle_for(
@@ -112,15 +112,13 @@ def bundle_for(
             )
         return found
 
-    def tell(line: str) -> None:
-        say(f"{printable(folder)}: {line}")
+    shown = name or printable(folder)
 
-    tell(f"making a model of it, once, in {home}")
-    if model.unused:
-        more = f" and {len(model.unused) - _LISTED} more" if len(model.unused) > _LISTED else ""
-        names = ", ".join(printable(item) for item in model.unused[:_LISTED]) + more
-        used = printable(model.source.relative_to(folder))
-        tell(f"{used} is used; not used: {names}")
+    def tell(line: str) -> None:
+        say(f"{shown}: {line}")
+
+    tell(f"making a model of {printable(folder) if name else 'it'}, once, in {home}")
+    tell(f"network: {_network(model)}")
     facts = {
         "source": "folder",
         "folder": str(folder.absolute()),
@@ -130,6 +128,16 @@ def bundle_for(
         **{item: value for item, value in (origin or {}).items() if item != "licence"},
     }
     return _build(model, home, models_dir, key, facts, tell)
+
+
+def _network(model: Model) -> str:
+    """Return which file of a folder has the network, and which others it has."""
+    used, unused = printable(model.source.relative_to(model.folder)), model.unused
+    if not unused:
+        return used
+    more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
+    names = ", ".join(printable(item) for item in unused[:_LISTED])
+    return f"{used} ({names}{more} {'is' if len(unused) == 1 else 'are'} not used)"
 
 
 def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any]) -> Model:
@@ -168,7 +176,7 @@ def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any])
 
 
 def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the file with the weights, and the names of other ONNX files.
+    """Return the file with the network, and the names of other files with one.
 
     Raises:
         ModelError: there is none, or it is not clear which one to use, or it is too large.
@@ -194,7 +202,8 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
                 f"{printable(file)} has {size:,} bytes; ONNX files are smaller than"
                 f" {_MAX_GRAPH_BYTES:,}."
             )
-        return file, tuple(item for item in graphs if item != name)
+        weights = [item for item in _WEIGHTS if (folder / item).is_file()]
+        return file, tuple(item for item in (*graphs, *weights) if item != name)
     raise ModelError(
         f"{printable(folder)} has no weights that can be read: no model.onnx, onnx/model.onnx,"
         f" {', '.join(_WEIGHTS)}."
