@@ -1218,7 +1218,7 @@ def test_own_labels(models_dir: Path, tmp_path: Path) -> None:
         (found,) = opened.predict(sample_images.jpeg())
     assert found.label == f"{found.class_id}!"
     with pytest.raises(
-        imagemill.ClassCountError, match=r"returns 10 classes, .*two\.txt has 2 lines"
+        imagemill.ClassCountError, match=r"two\.txt has 2 labels, but .* has 10 classes"
     ):
         imagemill.load("tiny", labels=tmp_path / "two.txt")
 

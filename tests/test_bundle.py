@@ -51,8 +51,8 @@ def tiny_model() -> onnx.ModelProto:
         "f.bias": np.zeros(2, np.float32),
     }
     g = graph.Graph(arrays, epsilon=1e-5)
-    g.classify(g.conv(g.normalise("pixels", CARD.mean, CARD.std), "c", "b"), "f.weight", "f.bias")
-    return g.model("tiny", 8, 2, 2)
+    g.classify(g.conv(g.normalise("pixels", CARD.mean, CARD.std), "c", "b"), "f")
+    return g.model("tiny", graph.Prepared(8, 8, CARD.mean, CARD.std), 2, 2)
 
 
 @pytest.fixture

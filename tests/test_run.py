@@ -1159,7 +1159,7 @@ def test_a_model_that_changed_on_disk_is_refused(
                 " bits. Add --allow-mixed."
             ),
         ),
-        ({"model": "no such model"}, "'no such model' is not a model's name"),
+        ({"model": "no such model"}, "No model is called no such model."),
         ({"sources": ()}, "give at least one SOURCE"),
         ({"engine": "spark"}, "--engine spark: not known. Known: local, ray."),
     ],
