@@ -84,7 +84,7 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "is not a model bundle: it has no card.json"),
+        (None, "is not a model that imagemill made: it has no card.json"),
         ("{", "card.json cannot be read: Expecting"),
         ("[]", "expected `object`, got `array`"),
         ("[" * 100_000, "card.json cannot be read"),
