@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def test_the_commands_of_the_readme_are_those_that_exist() -> None:
     assert {name for name, _ in listed} == set(parsers())
     for command, wanted in listed:
         assert wanted <= flags(command), f"{wanted - flags(command)} of `imagemill {command}`"
+
+
+def test_the_extras_of_the_readme_are_those_that_exist() -> None:
+    """Each with the command that installs it from a checkout, on every page: imagemill is not on
+    PyPI, and no page sends people to an index of packages.
+    """
+    table = README.partition("| extra |")[2].partition("\n\n")[0]
+    listed = re.findall(r"^\| `([\w-]+)` \|.*\| `pip install '\.\[([\w-]+)\]'` \|$", table, re.M)
+    project = tomllib.loads((helpers.PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = set(project["optional-dependencies"]) - {"dev"}
+    assert {name for name, _ in listed} == extras
+    assert all(name == installed for name, installed in listed)
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        assert "'imagemill[" not in text, page
+        assert "index-url" not in text, page
 
 
 def test_the_options_of_the_readme_are_those_of_run() -> None:

@@ -133,7 +133,7 @@ def test_every_command_of_the_table_parses() -> None:
     assert len(TABLE) >= 11
     for _, cell in TABLE:
         for line in cell.split("<br>"):
-            assert line.startswith(("`imagemill ", "`pip install 'imagemill["))
+            assert line.startswith(("`imagemill ", "`pip install '.["))
         for arguments in commands(cell):
             assert cli._parser().parse_args(arguments).call
 
@@ -141,7 +141,7 @@ def test_every_command_of_the_table_parses() -> None:
 def test_every_row_of_the_table_is_run() -> None:
     """But the one that needs PyTorch."""
     rows = [had for had, _ in TABLE if not had.startswith(tuple(SETTINGS))]
-    assert rows == ["a folder or a Hub repository without ONNX"]
+    assert [had.partition(":")[0] for had in rows] == ["a folder or a Hub repository without ONNX"]
 
 
 @pytest.mark.parametrize("start", SETTINGS)

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import pth_files
-from helpers import Result, environment, rows
+from helpers import PROJECT, Result, environment, rows
 from imagemill.errors import CheckpointError, ClassCountError, ModelError, UsageError
-from imagemill.models import get, listing, resolve
+from imagemill.models import get, listing, mistaken, resolve
 from imagemill.models.architectures import ARCHITECTURES
 from imagemill.models.checkpoints import labels as saved_labels
 from imagemill.records import Bundle, Interpolation, Recipe, Scores
@@ -136,6 +137,26 @@ def test_a_name_that_is_published_too_is_noted(models: Path, tmp_path: Path) -> 
     messages.clear()
     get.get("birds", models, from_file=file, say=messages.append)
     assert not any("also a published model" in line for line in messages)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pth.tar", ".ckpt", ".bin", ".safetensors"])
+def test_files_of_every_suffix_in_the_documentation_are_read(
+    suffix: str, models: Path, tmp_path: Path, imagemill: Any
+) -> None:
+    """docs/models.md and `get-model --help` name them, and `run --model` knows them as weights."""
+    file = tmp_path / f"w{suffix}"
+    if suffix == ".safetensors":
+        arrays = LITE.random(1)
+        arrays |= {name: arrays[name][:3] for name in ("_fc.weight", "_fc.bias")}
+        safetensors.numpy.save_file(arrays, file)
+    else:
+        checkpoint_file(file)
+    assert len(get.get("birds", models, from_file=file).card.labels) == 3
+    assert file.suffix in mistaken.WEIGHTS
+    page = (PROJECT / "docs" / "models.md").read_text("utf-8")
+    assert f"`{suffix}`" in page.partition("**Which files are read?**")[2].partition("\n\n")[0]
+    assert suffix in page.partition("\n## ")[0]
+    assert suffix in imagemill("get-model", "--help").out
 
 
 def test_get_model_ends_with_what_to_type(imagemill: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,21 @@ def test_another_config_beside_an_onnx_file_is_nothing(
 def test_a_model_can_be_asked_for_again(origin: dict[str, str], typed: str | None) -> None:
     """What to type for a job whose model was deleted; the Hub's commit included."""
     assert resolve.typed(replace(TINY_CARD, origin=origin)) == typed
+
+
+def test_a_name_means_the_models_folder_first(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a folder that imagemill made, then a published model. docs/models.md has the order."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models_dir / "tiny", tmp_path / "tiny")
+    assert resolve.resolve("tiny", models_dir).dir == models_dir / "tiny"
+    assert resolve.resolve("./tiny", models_dir).dir.resolve() == tmp_path / "tiny"
+    made_of_parts(tmp_path / "resnet18", "onnx/model.onnx")
+    assert not resolve.is_local("resnet18", models_dir)
+    assert resolve.is_local("./resnet18", models_dir)
+    shutil.copytree(models_dir / "tiny", tmp_path / "resnet50")
+    assert resolve.resolve("resnet50", models_dir).dir.resolve() == tmp_path / "resnet50"
 
 
 def test_only_published_models_that_are_not_here_are_downloads(

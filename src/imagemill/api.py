@@ -221,7 +221,7 @@ def load(
     """Open a classifier in this process. Close it, or use it in a `with` statement.
 
     Args:
-        model: name, bundle folder, or ONNX file with its card; default: as the command line. A
+        model: name, folder, or ONNX file with its card; default: as the command line. A
             missing model is downloaded.
         device: one device, as in `--devices`: `cpu`, …
         precision: `fp32`, `bf16`, `int8`, or `auto`. `auto` uses a faster precision than fp32 if

@@ -249,8 +249,9 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         dest="from_file",
         metavar="SOURCE",
         help=(
-            "build from your own .pth or .safetensors file, from a folder of transformers or timm,"
-            " or from hf:owner/name; NAME is yours to choose"
+            "build from your own file with weights (.pth, .pt, .pth.tar, .ckpt, .bin,"
+            " .safetensors), from a folder of transformers or timm, or from hf:owner/name; NAME is"
+            " yours to choose"
         ),
     )
     sub.add_argument(
@@ -444,7 +445,7 @@ def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--output",
         metavar="DIR",
-        help="make a bundle folder instead, for `run --model DIR` on any machine",
+        help="make a folder with a model instead, for `run --model DIR` on any machine",
     )
 
 

@@ -187,7 +187,8 @@ def load(folder: Path) -> Bundle:
         data = (folder / CARD).read_bytes()
     except FileNotFoundError:
         raise ModelError(
-            f"{folder} is not a model bundle: it has no {CARD}. Make one with imagemill get-model."
+            f"{folder} is not a model that imagemill made: it has no {CARD}. Make one with"
+            " imagemill get-model."
         ) from None
     except OSError as error:
         raise ModelError(f"{folder / CARD} cannot be read: {error}. {remedy}") from error

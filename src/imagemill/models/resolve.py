@@ -161,8 +161,9 @@ def _from_folder(
         if why := mistaken.inside_model_folder(path, "--model " if name is None else "--from "):
             raise UsageError(why)
         raise UsageError(
-            f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as a model"
-            f" bundle has, nor {folder.CONFIG}, as folders of transformers and timm have."
+            f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as folders"
+            f" that imagemill made have, nor {folder.CONFIG}, as folders of transformers and timm"
+            " have."
         )
     return folder.bundle_for(path, models_dir, say, name=name, given=given)
 

@@ -165,7 +165,8 @@ def locked(folder: Path) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ModelError(
-            f"{folder} cannot be opened: {error.strerror}. Give a model bundle's folder."
+            f"{folder} cannot be opened: {error.strerror}. Give the folder of a model that"
+            " imagemill made."
         ) from error
     try:
         # Some network file systems have no locks: there, the last process to finish wins.
