@@ -306,7 +306,7 @@ def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
     assert onnx_card.read_card(onnx_card.card_file(file)).card.labels is None
 
 
-NOTE = "note: {} not given, so `run` refuses the model. Add the values that it was trained with:"
+NOTE = "note: {} not given, so `run` refuses the model. Most networks trained on ImageNet take"
 
 
 def test_what_nobody_said_is_noted_each_time_and_refused_by_run(tmp_path: Path) -> None:
@@ -316,6 +316,8 @@ def test_what_nobody_said_is_noted_each_time_and_refused_by_run(tmp_path: Path) 
     for given in ({}, {"labels": str(tmp_path / "labels.txt")}, {"interpolation": "bicubic"}):
         _, checked = wrap.wrap(file, given)
         assert checked.lines[-1].startswith(NOTE.format("mean, std and resize were"))
+        proposed = f"imagemill wrap {file} --mean R G B --std R G B --resize N"
+        assert proposed in checked.lines[-1]
         assert {"mean: 0 0 0 (default)", "resize: 9 (default: size / 0.875)"} < set(checked.lines)
     chosen = json.loads(onnx_card.card_file(file).read_text())
     assert {name for name, value in chosen.items() if value is not None} == {

@@ -157,7 +157,10 @@ def test_other_labels_or_templates_are_another_model(
     assert len(set(sums.values())) == len(made) - 1
     capsys.readouterr()
     assert classes(FIXTURES / "clip", labels, tmp_path / "first") == 0
-    assert capsys.readouterr().err == f"imagemill: {tmp_path / 'first'} is here already\n"
+    assert capsys.readouterr().err == (
+        f"imagemill: {tmp_path / 'first'} is here already\n"
+        f"imagemill: Ready: imagemill run SOURCE --output DIR --model {tmp_path / 'first'}\n"
+    )
     assert classes(FIXTURES / "clip", other, tmp_path / "first") == 2
     assert "holds another model (first, 4 classes)" in capsys.readouterr().err
     assert bundle.load(tmp_path / "first").card == made["first"]

@@ -117,12 +117,11 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     said = [name for name, origin in read.origins.items() if not origin.startswith("metadata")]
     files.write_whole(beside, card_text(read.card, said).encode())
     if missing:
-        flags = " ".join(_ESSENTIAL[name] for name in missing)
         note = (
-            f"note: {_listed(missing)} {_were(missing)} not given, so `run` refuses the model. Add"
-            f" the values that it was trained with: imagemill wrap {_quoted(file)} {flags}. Most"
+            f"note: {_listed(missing)} {_were(missing)} not given, so `run` refuses the model. Most"
             " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-            " --resize 256"
+            " --resize 256. Add the values that this one was trained with: imagemill wrap"
+            f" {_quoted(file)} {_flags(missing, read)}"
         )
         checked = replace(checked, lines=(*checked.lines, note), is_complete=False)
     return beside, checked
