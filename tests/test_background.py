@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import helpers
 import imagemill as package
@@ -122,6 +124,29 @@ def test_what_is_no_colour_is_exit_2(
         == f"imagemill: --background {text}: {words}. Give a name such as white, or #rrggbb.\n"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "PA"])
+def test_a_pillow_image_is_blended_as_its_file_is(models_dir: Path, mode: str) -> None:
+    """Transparent Pillow images of any mode answer as the PNG of what they display."""
+    with Image.open(ICON) as opened:
+        icon = opened.convert("RGBA")
+    shown = icon.convert("LA").convert("RGBA") if mode in ("LA", "La") else icon
+    buffer = io.BytesIO()
+    shown.save(buffer, "PNG")
+    image = {
+        "RGBA": lambda: icon,
+        "LA": lambda: icon.convert("LA"),
+        "La": lambda: icon.convert("LA").convert("La"),
+        "RGBa": lambda: icon.convert("RGBa"),
+        "PA": lambda: icon.convert("PA"),
+    }[mode]()
+    with package.load("tiny", models_dir=models_dir, background="white") as classifier:
+        given, file = classifier.predict([image, buffer.getvalue()])
+    if mode == "PA":  # a palette has other colours, but the same transparency
+        assert given.status == "ok"
+    else:
+        assert given.top_k == file.top_k
 
 
 def test_a_classifier_has_a_background(models_dir: Path) -> None:

@@ -703,7 +703,8 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
             image.load()
             orientation = _orientation(image) if recipe.exif else 1
             return _encode_image(
-                image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image
+                image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image,
+                keep_alpha=recipe.background is not None,
             )
         except MemoryError:
             bad = (Status.TOO_LARGE, "not enough memory to decode it")
@@ -729,9 +730,10 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and found in preprocess.TURNS else 1
 
 
-def _encode_image(image: Image.Image) -> bytes:
+def _encode_image(image: Image.Image, *, keep_alpha: bool) -> bytes:
     """Encode a loaded image so that decoding it gives what a PNG of it gives. PNG has no 32-bit
-    numbers, so these become a TIFF.
+    numbers, so these become a TIFF. Without `keep_alpha` transparency is dropped, as decoding would
+    do, and the image need not be compressed.
     """
     if image.mode in {"I", "F"}:
         buffer = io.BytesIO()
@@ -741,6 +743,11 @@ def _encode_image(image: Image.Image) -> bytes:
         return _ppm((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in {"La", "RGBa"}:
         image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if keep_alpha and image.has_transparency_data:
+        buffer = io.BytesIO()
+        shown = image.convert("RGBA") if image.mode == "PA" else image  # PNG has no such mode
+        shown.save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
     return _ppm(np.asarray(image.convert("L" if image.mode in {"1", "L"} else "RGB")))
 
 
