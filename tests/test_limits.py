@@ -5,6 +5,7 @@ one clear error, in bounded time.
 from __future__ import annotations
 
 import errno
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,26 @@ def test_a_worker_that_waits_for_ever_is_started_again(
     hooked(monkeypatch, tmp_path, STUCK_AT_WORK)
     summary = run.run(job(jpegs(4), preflight=False))
     assert (summary.ok, summary.devices[0].restarts) == (4, 1)
+
+
+def test_too_little_memory_for_the_imports_is_one_clear_error(tmp_path: Path) -> None:
+    """Even if the module that describes a shortage cannot be loaded either."""
+    code = (
+        "import sys; sys.modules['imagemill.system.processes'] = None\n"
+        "from imagemill import cli\n"
+        f"sys.exit(cli.main(['run', '.', '--output', {str(tmp_path / 'out')!r}]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        env=helpers.environment(),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.endswith("raise the limits of this shell (ulimit -v).\n")
 
 
 @pytest.mark.parametrize("kibibytes", [300_000, 450_000])

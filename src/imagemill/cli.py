@@ -108,8 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _shortage(error: Exception) -> str | None:
-    from imagemill.system import processes
-
+    try:
+        from imagemill.system import processes
+    except (ImportError, MemoryError):  # too little memory for one import is too little for another
+        return (
+            f"{' '.join(str(error).split())}. Free some memory, or raise the limits of this shell"
+            " (ulimit -v)."
+        )
     return processes.shortage(error)
 
 
