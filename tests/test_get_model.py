@@ -189,7 +189,7 @@ def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
 
 def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Path) -> None:
     """Its sha256 is in the card, verified is false, its accuracy is not claimed. Under a published
-    name the user is told that it is another file.
+    name a line says that it is another file.
     """
     messages: list[str] = []
     made = get.get(f"{LITE}.mine", models, from_file=lite_file, say=messages.append)

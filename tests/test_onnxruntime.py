@@ -210,16 +210,7 @@ def test_a_job_on_onnx_runtime_is_like_any_other(
         assert json.loads(metadata[b"imagemill.versions"])["onnxruntime"] == onnxruntime.__version__
     assert imagemill("verify", tmp_path / "ours").code == 0
     assert imagemill(*arguments, "--output", tmp_path / "theirs", "--devices", "cpu").code == 0
-    for one, other in zip(
-        helpers.rows(tmp_path / "ours"), helpers.rows(tmp_path / "theirs"), strict=True
-    ):
-        assert (one["path"], one["status"], one["label"]) == (
-            other["path"],
-            other["status"],
-            other["label"],
-        )
-        if one["status"] == "ok":
-            assert np.allclose(one["embedding"], other["embedding"], atol=1e-4)
+    helpers.assert_alike(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_another_backend_does_not_continue_a_job(

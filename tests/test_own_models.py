@@ -257,7 +257,7 @@ def test_labels_come_from_the_flag_else_from_the_checkpoint(models: Path, tmp_pa
 def test_without_labels_a_thousand_classes_are_imagenets(
     classes: int, expected: tuple[str, ...] | None, line: str, models: Path, tmp_path: Path
 ) -> None:
-    """Any other number of classes is numbered, and the user is told."""
+    """Any other number of classes is numbered, and a line says so."""
     messages: list[str] = []
     file = checkpoint_file(tmp_path / "w.pth", classes)
     made = get.get("mine", models, from_file=file, say=messages.append)

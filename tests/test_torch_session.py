@@ -475,7 +475,7 @@ def overflowing(folder: Path) -> Bundle:
 
 
 def test_images_that_overflow_fp16_are_computed_in_fp32(tmp_path: Path, models_dir: Path) -> None:
-    """They alone, and they are counted: the answers are those of fp32, whoever the neighbours
+    """They alone, and they are counted: the answers are those of fp32, whatever the neighbours
     are.
     """
     overflowing(models_dir)
@@ -695,16 +695,7 @@ def test_a_job_on_torch_is_like_any_other(
         assert json.loads(metadata[b"imagemill.versions"])["torch"] == torch.__version__
     assert imagemill("verify", tmp_path / "ours").code == 0
     assert imagemill(*arguments, "--output", tmp_path / "theirs").code == 0
-    for one, other in zip(
-        helpers.rows(tmp_path / "ours"), helpers.rows(tmp_path / "theirs"), strict=True
-    ):
-        assert (one["path"], one["status"], one["label"]) == (
-            other["path"],
-            other["status"],
-            other["label"],
-        )
-        if one["status"] == "ok":
-            assert np.allclose(one["embedding"], other["embedding"], atol=1e-4)
+    helpers.assert_alike(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_a_build_of_pytorch_without_cuda_says_what_to_type(

@@ -105,7 +105,7 @@ class EfficientNetLite:
 
     @property
     def name(self) -> str:
-        """As whoever spells the parameters so spells it: `efficientnet_lite0`, and timm's
+        """The name that goes with this spelling of the parameters: `efficientnet_lite0`, and timm's
         `tf_efficientnet_lite0`.
         """
         prefix = "tf_" if self.is_timm and self.is_tensorflow else ""

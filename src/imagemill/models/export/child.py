@@ -102,7 +102,7 @@ def export(request: Request, staging: Path) -> Exported:
             import timm  # noqa: F401
         else:
             networks.load_transformers()
-    if hasattr(os, "sched_getaffinity"):  # a child is told to use one thread
+    if hasattr(os, "sched_getaffinity"):  # a child's environment asks for one thread
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     file = staging / "onnx" / bundles.MODEL
     generator = torch.Generator().manual_seed(0)

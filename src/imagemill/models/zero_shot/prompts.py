@@ -12,7 +12,7 @@ from imagemill.errors import UsageError, printable
 from imagemill.models import bundle as bundles
 
 DEFAULT_TEMPLATE: Final = "a photo of a {}."
-"""The template of CLIP's authors for pictures of things."""
+"""The template of CLIP's authors for images of things."""
 MAX_PROMPTS: Final = 1_000_000
 """Labels times templates. A text tower of CLIP's size reads so many in a day."""
 MAX_LABELS: Final = 100_000
@@ -96,7 +96,7 @@ def _read_templates(argument: str) -> list[str]:
 
 
 def _check(origin: str, texts: Sequence[str]) -> None:
-    """Refuse what cannot be told apart or shown on one line."""
+    """Refuse labels that are equal to the model, or that do not fit on one line."""
     if not texts:
         raise UsageError(f"{origin} is empty. Write one per line.")
     lines: dict[str, int] = {}

@@ -38,7 +38,7 @@ _WHAT = {
     "coreml": "Apple Neural Engine and GPU",
     "directml": "GPUs by DirectX 12",
 }
-"""For people, in the order in which they are told."""
+"""For people, in the order of display."""
 _ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
 
 

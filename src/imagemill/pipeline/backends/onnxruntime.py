@@ -43,7 +43,7 @@ come.
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One execution provider: what it is called, what brings it, and what it is told."""
+    """One execution provider: its name, the package that brings it, and its options."""
 
     name: str
     install: str

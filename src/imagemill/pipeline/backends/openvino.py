@@ -138,9 +138,9 @@ class OpenVinoSession:
             if spec.cache_dir:
                 _prune(Path(spec.cache_dir))
         except RuntimeError as error:
-            told = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1]
             raise ModelError(
-                f"{spec.model_file} cannot be compiled: {told}{_smaller(spec.batch_size)}"
+                f"{spec.model_file} cannot be compiled: {reason}{_smaller(spec.batch_size)}"
             ) from error
         self._ports = [compiled.output(name) for name in self._names]
         in_flight = spec.batches_per_step or 2 * max(
