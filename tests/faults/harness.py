@@ -53,7 +53,7 @@ def hooks(folder: Path, *sources: str, **variables: str) -> dict[str, str]:
     """An environment in which every Python process runs these pieces of code as it starts;
     production code knows nothing of it.
 
-    Each piece is guarded by whoever writes it: `WORKER` and `LAUNCHER` say which process it is in.
+    Each piece is guarded by its author: `WORKER` and `LAUNCHER` say which process it is in.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(
@@ -107,6 +107,51 @@ def after_import(name, act):
 
 
 """
+
+
+HOLD = """
+def first_held():
+    try:
+        return int(os.readlink(os.environ["HOLD"]))
+    except FileNotFoundError:
+        return sys.maxsize
+
+
+if WORKER:
+    def hold(module):
+        decode = module.Feed._decode
+        def held(self, image, out):
+            while image.index >= first_held():
+                time.sleep(0.005)
+            return decode(self, image, out)
+        module.Feed._decode = held
+    after_import("imagemill.pipeline.feed", hold)
+"""
+
+
+class Hold:
+    """Workers that read no image from number `index` on, until `release`: a job is then in progress
+    for as long as a test needs it, however slow the machine is. A worker that waits has no time
+    limit.
+
+    Start the job with `environment`. Shards of earlier images are committed, except that a batch
+    may reach into later ones.
+    """
+
+    def __init__(self, folder: Path, index: int, *sources: str, **variables: str) -> None:
+        self._link = folder / "hold"  # a link, because its target is written in one step
+        self.environment = hooks(
+            folder / "hold-hooks", HOLD, *sources, HOLD=str(self._link), **variables
+        )
+        self.again(index)
+
+    def again(self, index: int) -> None:
+        """Hold the jobs that are started from now on."""
+        self._link.symlink_to(str(index))
+
+    def release(self) -> None:
+        """Let the workers read every image."""
+        self._link.unlink()
 
 
 def children(pid: int) -> list[int]:

@@ -17,24 +17,14 @@ import sample_images
 
 pytestmark = pytest.mark.process
 
-SLOW_READS = """
-if WORKER:
-    def slow(module):
-        fetch = module.FolderSource.fetch
-        def slowed(self, path, locator, max_bytes):
-            time.sleep(float(os.environ["READ_SECONDS"]))
-            return fetch(self, path, locator, max_bytes)
-        module.FolderSource.fetch = slowed
-    after_import("imagemill.pipeline.sources.folder", slow)
-"""
-
-
-def slow(folder: Path, seconds: float) -> dict[str, str]:
-    return harness.hooks(folder / "hooks", SLOW_READS, READ_SECONDS=str(seconds))
-
 
 def has_parts(output: Path) -> bool:
     return bool(list(output.glob("predictions/part-*.parquet")))
+
+
+def is_stopping(output: Path) -> bool:
+    """Whether the launcher has handled a signal."""
+    return "finishing the shards in flight" in (output / "logs" / "launcher.log").read_text()
 
 
 def test_sigterm_finishes_what_is_in_hand_within_the_grace(
@@ -43,11 +33,13 @@ def test_sigterm_finishes_what_is_in_hand_within_the_grace(
     """SIGTERM: the shards in flight are finished, no other is begun, exit 143 with the way to go on;
     repeating the command resumes.
     """
-    output = tmp_path / "out"
-    process = null_start(small_jpegs, "--output", output, "--grace", "20", env=slow(tmp_path, 0.05))
+    output, hold = tmp_path / "out", harness.Hold(tmp_path, 20)
+    process = null_start(small_jpegs, "--output", output, "--grace", "600", env=hold.environment)
     helpers.until(lambda: has_parts(output), process=process)
     before = len(helpers.parts(output))
     process.send_signal(signal.SIGTERM)
+    helpers.until(lambda: is_stopping(output), process=process)
+    hold.release()
     result = helpers.finish(process)
     assert result.code == 143
     assert "Repeat the command to resume." in result.err
@@ -69,34 +61,23 @@ def test_the_grace_and_a_second_signal_end_the_wait(
     """A shard that takes too long is dropped when the grace is over, and at once on a second
     signal; and is done when the job resumes.
     """
-    output, marker = tmp_path / "out", tmp_path / "marker"
-    hook = """
-    if WORKER:
-        def stall(module):
-            fetch = module.FolderSource.fetch
-            def stalled(self, path, locator, max_bytes):
-                if path == b"020.jpg":
-                    open(os.environ["MARKER"], "w").close()
-                    time.sleep(600)
-                return fetch(self, path, locator, max_bytes)
-            module.FolderSource.fetch = stalled
-        after_import("imagemill.pipeline.sources.folder", stall)
-    """
+    output = tmp_path / "out"
     process = null_start(
         small_jpegs,
         "--output",
         output,
         "--grace",
         grace,
-        env=harness.hooks(tmp_path / "hooks", hook, MARKER=str(marker)),
+        env=harness.Hold(tmp_path, 20).environment,
     )
-    helpers.until(lambda: marker.exists() and has_parts(output), process=process)
+    helpers.until(lambda: has_parts(output), process=process)
     workers = harness.children(process.pid)
-    for number in signals:
+    process.send_signal(signals[0])
+    helpers.until(lambda: is_stopping(output))  # two signals at once count as one
+    for number in signals[1:]:
         process.send_signal(number)
-        time.sleep(0.3)  # two signals at once count as one
-    # The read takes 600 s, and the grace without --grace is 20 s.
-    result = helpers.finish(process, timeout=18)
+    result = helpers.finish(process)
+    assert f"finishing the shards in flight, {grace} s at most" in result.err
     assert result.code == 128 + signals[0]
     assert not any(map(helpers.running, workers))
     assert null_run(small_jpegs, "--output", output).code == 0
@@ -127,15 +108,14 @@ def test_a_second_launcher_is_refused(
     """Two runs on one output: the second says so and exits 1, before the plan is frozen and after;
     the first does not notice. `status` may look at it.
     """
-    output = tmp_path / "out"
-    process = null_start(small_jpegs, "--output", output, env=slow(tmp_path, 0.15))
+    output, hold = tmp_path / "out", harness.Hold(tmp_path, 0)
+    process = null_start(small_jpegs, "--output", output, env=hold.environment)
     helpers.until((output / ".lock").exists, process=process)
     early = null_run(small_jpegs, "--output", output)
     helpers.until((output / "job.json").exists, process=process)
     late = null_run(small_jpegs, "--output", output)
-    process.send_signal(signal.SIGSTOP)  # it keeps the lock until we have looked
     status = imagemill("status", output, "--json").json
-    process.send_signal(signal.SIGCONT)
+    hold.release()
     assert (status["images"], status["running"], status["complete"]) == (48, True, False)
     for result in (early, late):
         assert (result.code, result.out) == (1, "")
@@ -155,7 +135,7 @@ def test_looking_at_a_job_does_not_lock_it(null_run, small_jpegs: Path, tmp_path
     hook = """
     if LAUNCHER:
         def busy(module):
-            locked = module.locked
+            locked, module._LOCK_DELAYS_S = module.locked, (0.05,) * 1000
             def busily(paths):
                 import subprocess
                 code = "import fcntl, sys, time; fcntl.flock(0, fcntl.LOCK_SH); print(flush=True); time.sleep(0.04)"
@@ -185,10 +165,12 @@ def test_images_that_change_or_vanish_under_the_job(
         tmp_path / "source", {path.name: path.read_bytes() for path in small_jpegs.iterdir()}
     )
     output = tmp_path / "out"
-    process = null_start(source, "--output", output, env=slow(tmp_path, 0.05))
+    hold = harness.Hold(tmp_path, 24)
+    process = null_start(source, "--output", output, env=hold.environment)
     helpers.until(lambda: has_parts(output), process=process)
     (source / "045.jpg").unlink()
     (source / "046.jpg").write_bytes(sample_images.jpeg(60, 50, seed=1))
+    hold.release()
     assert helpers.finish(process).code == 0
     harness.assert_complete(output)
     rows = helpers.by_path(output)
