@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 import helpers
 import sample_images
-from imagemill import partition as module
+from imagemill.arrange import partition as module
+from imagemill.arrange.links import Link
+from imagemill.arrange.partition import partition
 from imagemill.errors import OutputError, SourceError, UsageError
-from imagemill.partition import Link, partition
 
 
 def names_in(folder: Path) -> list[str]:

@@ -237,6 +237,44 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     sub.add_argument("dir", metavar="DIR")
 
+    sub = command(
+        "sort",
+        _sort,
+        "put the images of a job into one folder per label, as links or copies",
+    )
+    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument(
+        "--into",
+        required=True,
+        metavar="FOLDER",
+        help="output folder; run the same command again to continue, or to add new rows",
+    )
+    sub.add_argument(
+        "--by",
+        default="label",
+        metavar="label|status|COLUMN",
+        help="column whose values are the folders (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--min-probability",
+        type=_probability,
+        metavar="P",
+        help="leave out images whose first class is less probable",
+    )
+    sub.add_argument(
+        "--failed", action="store_true", help="also put failed images into _failed/STATUS"
+    )
+    sub.add_argument(
+        "--link",
+        choices=["hard", "symbolic", "copy"],
+        help=(
+            "default: hard, or symbolic if hard links are impossible; images in archives and behind"
+            " URLs are copied"
+        ),
+    )
+    sub.add_argument("--dry-run", action="store_true", help="show the folders, and write nothing")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("devices", _devices, "list the devices of this machine")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -552,6 +590,16 @@ def _preprocessing_options(sub: argparse._ActionsContainer) -> None:
     )
 
 
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return value
+
+
+_probability.__name__ = "number"  # in argparse's messages
+
+
 def _number_or_text(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() else text
 
@@ -822,12 +870,30 @@ def _quantize(parsed: argparse.Namespace) -> int:
 
 
 def _partition(parsed: argparse.Namespace) -> int:
-    from imagemill import partition
+    from imagemill.arrange import partition
+    from imagemill.arrange.links import Link
 
-    link = partition.Link(parsed.link) if parsed.link else None
+    link = Link(parsed.link) if parsed.link else None
     made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, _log)
     print(_as_json(made) if parsed.json else partition.format_partitioned(made))
     return 0
+
+
+def _sort(parsed: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from imagemill.arrange import sort
+    from imagemill.arrange.links import Link
+
+    if "://" in parsed.into:
+        raise UsageError(f"--into {parsed.into} is a URL. Give a folder on this machine.")
+    choice = sort.Choice(parsed.by, parsed.min_probability, parsed.failed)
+    link = Link(parsed.link) if parsed.link else None
+    done = sort.sort(
+        _open_job(parsed.dir), Path(parsed.into), choice, link, dry_run=parsed.dry_run, log=_log
+    )
+    print(_as_json(done) if parsed.json else sort.format_sorted(done, dry_run=parsed.dry_run))
+    return 1 if done.unreadable else 0
 
 
 def _bench(parsed: argparse.Namespace) -> int:

@@ -11,18 +11,14 @@ run DATA_DIR`. The listing is held in memory, about 200 bytes per image.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 
+from imagemill.arrange.links import Link, Log, Maker
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.pipeline.sources.folder import FolderSource
@@ -32,17 +28,6 @@ from imagemill.system import files
 MARKER = ".imagemill-partition.json"
 MAX_PARTITIONS = 512
 _TEMPORARY = b".imagemill-partition.tmp"
-_NO_HARD_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
-
-Log = Callable[[str], None]
-
-
-class Link(StrEnum):
-    """How an image is put into its partition."""
-
-    HARD = "hard"
-    SYMBOLIC = "symbolic"
-    COPY = "copy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +92,7 @@ def partition(
         "partitions": partitions,
     }
     files.write_whole(target / MARKER, json.dumps(marker).encode())
-    maker = _Maker(link, log)
+    maker = Maker(link, log, _TEMPORARY)
     for number, share in enumerate(shares):
         files.make_folder(target / str(number))
         for path in share:
@@ -207,78 +192,6 @@ def _files(folder: bytes) -> Iterator[bytes]:
             elif not files.is_system_file(os.fsdecode(name)):
                 yield os.path.relpath(path, folder)
         # os.walk lists links to folders as folders; `partition` makes none
-
-
-class _Maker:
-    """A maker of links or copies, which changes to symbolic links if hard links are impossible."""
-
-    def __init__(self, link: Link | None, log: Log) -> None:
-        self.link = link or Link.HARD
-        self.made = 0
-        self._may_fall_back = link is None
-        self._log = log
-
-    def make(self, source: bytes, target: bytes) -> None:
-        """Link or copy one image to `target`, unless it is there already. Raises: OutputError."""
-        try:
-            kind = self.link if _is_regular(source) else Link.SYMBOLIC
-            if self._exists(source, target, kind):
-                return
-            os.makedirs(os.path.dirname(target), exist_ok=True)  # noqa: PTH103, PTH120
-            self._put(source, target, kind)
-            self.made += 1
-        except OSError as error:
-            raise files.cannot_write(Path(os.fsdecode(target)), error) from error
-
-    def _put(self, source: bytes, target: bytes, kind: Link) -> None:
-        temporary = os.path.join(os.path.dirname(target), _TEMPORARY)  # noqa: PTH118, PTH120
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # noqa: PTH108
-        try:
-            if kind is Link.HARD:
-                os.link(os.path.realpath(source), temporary)
-            elif kind is Link.SYMBOLIC:
-                os.symlink(source, temporary)  # noqa: PTH211
-            else:
-                shutil.copy2(source, temporary)
-            os.replace(temporary, target)  # noqa: PTH105
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108
-            if kind is not Link.HARD or error.errno not in _NO_HARD_LINKS:
-                raise
-            if not self._may_fall_back:
-                raise OutputError(
-                    f"cannot make {shown(target)} a hard link to {shown(source)}: {error.strerror}."
-                    " Use --link symbolic or --link copy."
-                ) from error
-            self._log(
-                f"note: hard links are impossible here ({error.strerror}): making symbolic links"
-                " instead; --link copy makes copies"
-            )
-            self.link = Link.SYMBOLIC
-            self._put(source, target, Link.SYMBOLIC)
-
-    def _exists(self, source: bytes, target: bytes, kind: Link) -> bool:
-        try:
-            found = os.lstat(target)
-        except FileNotFoundError:
-            return False
-        if kind is Link.SYMBOLIC:
-            return stat.S_ISLNK(found.st_mode) and os.readlink(target) == source  # noqa: PTH115
-        wanted = os.stat(source)  # noqa: PTH116
-        same = (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)
-        if kind is Link.HARD:
-            return same
-        alike = (found.st_size, found.st_mtime_ns) == (wanted.st_size, wanted.st_mtime_ns)
-        return not same and stat.S_ISREG(found.st_mode) and alike
-
-
-def _is_regular(path: bytes) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
-    except OSError:
-        return False
 
 
 def format_partitioned(made: Partitioned) -> str:

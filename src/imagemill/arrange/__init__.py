@@ -1,0 +1,1 @@
+"""Images in folders of files: `imagemill partition` before a job, `imagemill sort` after it."""

@@ -1,0 +1,450 @@
+"""Sort the images of a job into one folder per label: `imagemill sort`.
+
+    INTO/LABEL/name.jpg            a hard link, symbolic link or copy of each image
+    INTO/_failed/STATUS/name.jpg   with `--failed`
+    INTO/sorted.csv                where each image is, and why; written before the images, so that
+                                   the same command continues after a stop
+
+Rows are read in plan order, three times: to find names that several images have, to write
+`sorted.csv`, and to make the files. In memory are eight bytes per image.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import re
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagemill.arrange import names
+from imagemill.arrange.links import Link, Log, Maker
+from imagemill.display.text import format_statuses
+from imagemill.errors import OutputError, UsageError, printable
+from imagemill.job import ledger, plan
+from imagemill.job.columns import COLUMNS
+from imagemill.job.open_job import OpenJob
+from imagemill.pipeline import sources
+from imagemill.records import BadImage, Status
+from imagemill.system import files, storage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MANIFEST = "sorted.csv"
+_COLUMNS = ("file", "index", "source", "path", "status", "class_id", "label", "probability")
+_TEMPORARY = b".imagemill-sort.tmp"
+MAX_FOLDERS = 10_000
+_TEXT_OR_WHOLE = re.compile("(large_)?string|u?int")
+"""Arrow's names of such types."""
+_FETCHING = 16
+"""Images outside of folders, in archives or behind URLs, that are read at a time."""
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which images are sorted, and by what."""
+
+    by: str = "label"
+    """`label`, or another column of text or whole numbers."""
+    min_probability: float | None = None
+    """Images that are `ok` but less certain are left out."""
+    failed: bool = False
+    """Failed images go to `_failed/STATUS`; they are left out otherwise."""
+
+
+ALL_LABELS = Choice()
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """The outcome of `sort`."""
+
+    into: str
+    images: int
+    """In folders now; with a dry run, afterwards."""
+    folders: Mapping[str, int]
+    """Number of images by folder, the largest first."""
+    made: int = 0
+    """Links or copies that this call made; the others existed already."""
+    removed: int = 0
+    """Files of an earlier call that do not belong there any more."""
+    link: Link | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of images that were not chosen, by reason."""
+    unreadable: int = 0
+    """Images that were chosen and cannot be read now."""
+    first_unreadable: tuple[str, ...] = ()
+    missing: int = 0
+    """Images of the job that have no row yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image that was chosen."""
+
+    row: Mapping[str, Any]
+    planned: plan.PlannedRow
+    folder: str
+    name: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+
+def sort(
+    job: OpenJob,
+    into: Path,
+    choice: Choice = ALL_LABELS,
+    link: Link | None = None,
+    *,
+    dry_run: bool = False,
+    log: Log = lambda _: None,
+) -> Sorted:
+    """Put the images of a job into one folder per label. Originals are never moved or changed.
+
+    The same call again continues an interrupted one, adds the rows that are new, and removes its
+    own files that do not belong there any more. Each file appears whole or not at all.
+
+    Args:
+        job: finished or not; the rows that exist are sorted.
+        into: the folder; new, empty, or made by an earlier call.
+        choice: which images, and by which column.
+        link: None makes hard links, or symbolic ones if hard links are impossible. Images in
+        archives, in tables and behind URLs are always copied.
+        dry_run: return what would be done, and write nothing.
+        log: is called with one line at a time.
+
+    Raises:
+        UsageError: an unknown column, or `into` is inside a source or the job.
+        OutputError: `into` holds other files, or cannot be written.
+        PartError: a part is damaged.
+    """
+    into = into.absolute()
+    _check_place(job, into)
+    chosen = _Chosen(job, choice)
+    before = _hashes(_files_before(into))
+    keys = _hashes(image.file for image in chosen.images())
+    counts: Counter[str] = Counter()
+    for image in _named(chosen, keys):
+        counts[image.folder] += 1
+        if not _among(image.file, before) and os.path.lexists(into / image.file):
+            raise OutputError(
+                f"{into / image.file} exists and was not made by `imagemill sort`. Move it away."
+            )
+    outcome = Sorted(
+        str(into),
+        counts.total(),
+        dict(counts.most_common()),
+        left_out=dict(sorted(chosen.left_out.items())),
+        missing=job.frozen.images - chosen.rows,
+    )
+    if dry_run:
+        return outcome
+    files.make_folder(into)
+    removed = _remove_stale(into, _named(chosen, keys))
+    _write_manifest(into, _named(chosen, keys))
+    maker = Maker(link, log, _TEMPORARY)
+    unreadable = _make(job, into, _named(chosen, keys), maker)
+    if unreadable:
+        kept = (image for image in _named(chosen, keys) if image.planned.index not in unreadable)
+        _write_manifest(into, kept)
+    return replace(
+        outcome,
+        images=outcome.images - len(unreadable),
+        made=maker.made,
+        removed=removed,
+        link=maker.link,
+        unreadable=len(unreadable),
+        first_unreadable=tuple(list(unreadable.values())[:_NAMED]),
+    )
+
+
+def _check_place(job: OpenJob, into: Path) -> None:
+    """Raise UsageError if the folder is inside a source or the job, OutputError if it holds files
+    that no earlier call made.
+    """
+    real = os.path.realpath(into)
+    places = {job.paths.root: "the job"}
+    for source in job.frozen.job.sources:
+        location = sources.relocated(source, job.frozen.job.access)
+        if not location.startswith("@") and not storage.is_url(location):
+            places[Path(location)] = f"the source {printable(location)}"
+    for place, what in places.items():
+        folder = os.path.realpath(place)
+        if place.is_dir() and os.path.commonpath([real, folder]) == folder:
+            raise UsageError(f"--into {into} is inside {what}. Give another folder.")
+    if into.exists() and not into.is_dir():
+        raise OutputError(f"--into {into} is a file. Give a folder.")
+    files.missing_goal(into)
+    found = os.listdir(into) if into.is_dir() else []  # noqa: PTH208 - only names are needed
+    others = sorted(
+        name
+        for name in found
+        if not files.is_system_file(name) and not name.startswith(f".{MANIFEST}.")
+    )
+    if others and MANIFEST not in others:
+        raise OutputError(
+            f"--into {into} is not empty and not made by `imagemill sort` (it holds"
+            f" {printable(others[0])!r}). Give a new folder."
+        )
+
+
+class _Chosen:
+    """The images that are sorted, in plan order, and how many are not."""
+
+    def __init__(self, job: OpenJob, choice: Choice) -> None:
+        self._job, self._choice = job, choice
+        done = job.committed()
+        self._shards = [shard for shard in job.shards if shard.number in done]
+        self.rows = sum(shard.count for shard in self._shards)
+        self.left_out: Counter[str] = Counter()
+        self._column = "class_id" if choice.by == "label" else choice.by
+        self._folders = names.folders(self._values())
+
+    def _values(self) -> Iterable[tuple[Any, str]]:
+        """Return every value that images may be sorted by, and what people call it."""
+        by, frozen = self._choice.by, self._job.frozen.job
+        if by == "label":
+            if not frozen.session.card.has_head:
+                raise UsageError("--by label: the model has no classes. Sort --by another column.")
+            return enumerate(frozen.session.card.labels)
+        if by == "status":
+            return [(status.value, status.value) for status in Status]
+        if by not in (known := [*COLUMNS, *(saved.value for saved in frozen.session.save)]):
+            raise UsageError(f"--by {by}: the job has no such column. It has {', '.join(known)}.")
+        distinct: dict[Any, str] = {}
+        for table in ledger.tables(self._job.store, self._numbers(), [by]):
+            if not _TEXT_OR_WHOLE.match(str(table[by].type)):
+                raise UsageError(f"--by {by}: the column holds neither text nor whole numbers.")
+            distinct |= {value: str(value) for value in table[by].unique().to_pylist()}
+            if len(distinct) > MAX_FOLDERS:
+                raise UsageError(
+                    f"--by {by}: the column has more than {MAX_FOLDERS:,} values, and each would"
+                    " be a folder."
+                )
+        distinct.pop(None, None)
+        return distinct.items()
+
+    def _numbers(self) -> list[int]:
+        return [shard.number for shard in self._shards]
+
+    def images(self) -> Iterator[_Image]:
+        """Yield the chosen images with the names that they would have alone in their folders."""
+        left_out: Counter[str] = Counter()
+        columns = list(dict.fromkeys([*_COLUMNS[1:], self._column]))
+        tables = ledger.tables(self._job.store, self._numbers(), columns)
+        for shard, table in zip(self._shards, tables, strict=True):
+            for row, planned in zip(table.to_pylist(), self._job.rows(shard), strict=True):
+                folder = self._folder(row)
+                if folder is None:
+                    left_out[self._reason(row)] += 1
+                else:
+                    path = planned.path or os.fsencode(row["source"]).partition(b"?")[0]
+                    yield _Image(row, planned, folder, names.file_name(path))
+        self.left_out = left_out
+
+    def _folder(self, row: Mapping[str, Any]) -> str | None:
+        if row["status"] != Status.OK and self._choice.by != "status":
+            return f"{names.RESERVED}/{row['status']}" if self._choice.failed else None
+        if self._is_unsure(row):
+            return None
+        return self._folders.get(row[self._column])
+
+    def _is_unsure(self, row: Mapping[str, Any]) -> bool:
+        least = self._choice.min_probability
+        return (
+            row["status"] == Status.OK
+            and least is not None
+            and (row["probability"] is None or row["probability"] < least)
+        )
+
+    def _reason(self, row: Mapping[str, Any]) -> str:
+        if row["status"] != Status.OK and self._choice.by != "status":
+            return "failed"
+        return "less certain" if self._is_unsure(row) else f"without a {self._choice.by}"
+
+
+def _named(chosen: _Chosen, keys: NDArray[Any]) -> Iterator[_Image]:
+    """Yield the chosen images with their final names. Where several images have one name, all but
+    the first get their index behind it.
+    """
+    import numpy as np
+
+    repeated = set(keys[1:][keys[1:] == keys[:-1]].tolist())
+    taken: set[int] = set()
+    for image in chosen.images():
+        key = _hash(image.file)
+        if key in repeated:
+            if key in taken:
+                stem, dot, suffix = image.name.rpartition(".")
+                mark = f"~{image.planned.index}"
+                while True:
+                    name = f"{stem}{mark}.{suffix}" if dot else f"{image.name}{mark}"
+                    image = replace(image, name=name)  # noqa: PLW2901
+                    place = np.searchsorted(keys, np.uint64(_hash(image.file)))
+                    if place == len(keys) or keys[place] != _hash(image.file):
+                        break
+                    mark = f"~{mark}"  # an image of its own has this name
+            taken.add(key)
+        yield image
+
+
+def _hash(file: str) -> int:
+    return int.from_bytes(hashlib.blake2b(names.fold(file).encode(), digest_size=8).digest())
+
+
+def _hashes(found: Iterable[str]) -> NDArray[Any]:
+    """Return a hash of each file's name, sorted."""
+    import numpy as np
+
+    hashes = np.frombuffer(array("Q", map(_hash, found)), np.uint64).copy()
+    hashes.sort()
+    return hashes
+
+
+def _among(file: str, hashes: NDArray[Any]) -> bool:
+    import numpy as np
+
+    wanted = np.uint64(_hash(file))
+    place = np.searchsorted(hashes, wanted)
+    return bool(place < len(hashes) and hashes[place] == wanted)
+
+
+def _files_before(into: Path) -> Iterator[str]:
+    """Yield the files that an earlier call made, from its manifest. Raises: OutputError."""
+    try:
+        with (into / MANIFEST).open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            if tuple(rows.fieldnames or ()) != _COLUMNS:
+                raise OutputError(
+                    f"{into / MANIFEST} was not made by `imagemill sort`. Give a new folder."
+                )
+            for row in rows:
+                path = row["file"]
+                if path and not path.startswith("/") and ".." not in path.split("/"):
+                    yield path
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise OutputError(
+            f"{into / MANIFEST} cannot be read: {error}. Give a new folder."
+        ) from error
+
+
+def _remove_stale(into: Path, images: Iterable[_Image]) -> int:
+    """Remove files of an earlier call that no image has now; return how many."""
+    kept, removed = _hashes(image.file for image in images), 0
+    root = os.path.realpath(into)
+    for file in _files_before(into):
+        path = into / file
+        if _among(file, kept) or not os.path.realpath(path.parent).startswith(f"{root}{os.sep}"):
+            continue
+        try:
+            path.unlink()
+            removed += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise files.cannot_write(path, error) from error
+        for folder in path.parents:
+            if folder == into:
+                break
+            try:
+                folder.rmdir()
+            except OSError:  # it holds other files
+                break
+    return removed
+
+
+def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
+    def lines() -> Iterator[bytes]:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for image in images:
+            writer.writerow([image.file, *(image.row[name] for name in _COLUMNS[1:])])
+            if text.tell() > 1 << 16:
+                yield text.getvalue().encode("utf-8", "backslashreplace")
+                text.seek(0)
+                text.truncate()
+        yield text.getvalue().encode("utf-8", "backslashreplace")
+
+    files.write_whole(into / MANIFEST, lines())
+
+
+def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> dict[int, str]:
+    """Make the files that are missing. Return the images that cannot be read: index → why."""
+    frozen = job.frozen.job
+    opened = sources.open_all(frozen.sources, aside=job.paths.plan, access=frozen.access)
+    unreadable: dict[int, str] = {}
+    waiting: deque[tuple[_Image, Future[bytes]]] = deque()
+
+    def finish(most: int) -> None:
+        while len(waiting) > most:
+            image, future = waiting.popleft()
+            try:
+                maker.write(future.result(), os.fsencode(into / image.file))
+            except BadImage as bad:
+                fail(image, f"{bad.status}: {bad.error}")
+
+    def fail(image: _Image, why: str) -> None:
+        unreadable[image.planned.index] = printable(f"{image.row['path']}: {why}")
+
+    with ThreadPoolExecutor(_FETCHING) as pool:
+        try:
+            for image in images:
+                target, planned = os.fsencode(into / image.file), image.planned
+                line = sources.as_line(frozen.sources, planned.source, planned.path)
+                place = line and frozen.access.at(line)
+                if place is None or storage.is_url(place):
+                    if not maker.has_copy(target, planned.size):
+                        source = opened[planned.source]
+                        limit = frozen.limits.max_bytes
+                        fetched = pool.submit(source.fetch, planned.path, planned.locator, limit)
+                        waiting.append((image, fetched))
+                        finish(_FETCHING)
+                elif os.path.isfile(place):  # noqa: PTH113 - bytes
+                    maker.make(place, target)
+                else:
+                    fail(image, "missing: it was there when it was classified")
+            finish(0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return unreadable
+
+
+def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
+    """Return the outcome as text: the largest folders, and what was left out."""
+    count = len(outcome.folders)
+    verb = "would be sorted" if dry_run else "sorted"
+    lines = [
+        f"{outcome.images:,} image{'s' * (outcome.images != 1)} {verb} into {count:,}"
+        f" folder{'s' * (count != 1)}: {outcome.into}"
+    ]
+    if not dry_run:
+        lines[0] += f" ({outcome.made:,} new"
+        lines[0] += f", {outcome.removed:,} old ones removed)" if outcome.removed else ")"
+    largest = list(outcome.folders.items())[:10]
+    width = max((len(f"{number:,}") for _, number in largest), default=0)
+    lines += [f"  {number:>{width},}  {folder}" for folder, number in largest]
+    if count > len(largest):
+        lines.append(f"  … and {count - len(largest):,} more folders")
+    if outcome.left_out:
+        lines.append(f"left out: {format_statuses(dict(outcome.left_out))}")
+    if outcome.unreadable:
+        lines.append(f"{outcome.unreadable:,} cannot be read now: {outcome.first_unreadable[0]}")
+    if outcome.missing:
+        lines.append(
+            f"{outcome.missing:,} images have no row yet. Finish the job, then repeat the command."
+        )
+    return "\n".join(lines)
