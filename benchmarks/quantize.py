@@ -6,7 +6,7 @@
 The bundle is copied to a temporary folder and quantised there, on IMAGES (a folder) or on noise;
 then the three precisions take turns, `--seconds` each, `--rounds` times, all cores, no decoding. It
 prints medians in images/s, their ratios to fp32, and every convolution of int8 that does not run as
-int8. For the accuracy of trained weights, and the gate, use `imagemill quantize MODEL --images
+int8. For the accuracy of trained weights, and the accuracy check, use `imagemill quantize MODEL --images
 SOURCE`.
 """
 
@@ -27,7 +27,7 @@ from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
-from imagemill.tuning import precisions, quantize, trial
+from imagemill.tuning import check, precisions, quantize
 
 
 def main() -> None:
@@ -123,10 +123,10 @@ def calibration_pixels(
         sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()),
         2 * given.calibration,
     )
-    wanted = trial.Trial(
+    wanted = check.AccuracyCheck(
         bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0
     )
-    return trial.calibration_pixels(wanted)
+    return check.calibration_pixels(wanted)
 
 
 if __name__ == "__main__":

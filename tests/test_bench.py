@@ -16,10 +16,10 @@ import pytest
 import helpers
 from imagemill import bench
 from imagemill.bench import measure
+from imagemill.bench.bottleneck import find_bottleneck, together
 from imagemill.bench.measure import machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
-from imagemill.bench.verdict import judge, together
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.pipeline.backends import devices
 from imagemill.records import Bundle, Precision
@@ -43,7 +43,7 @@ def settings(**changes: Any) -> bench.BenchSettings:
     return bench.BenchSettings(**(values | changes))
 
 
-def verdict(
+def bottleneck(
     compute: float, decode: float, achieved: float, **changes: Any
 ) -> tuple[str, tuple[str, ...]]:
     values: dict[str, Any] = {
@@ -54,7 +54,7 @@ def verdict(
         "cores": 2,
         "shared_cores": True,
     }
-    return judge(compute, decode, achieved, **(values | changes))
+    return find_bottleneck(compute, decode, achieved, **(values | changes))
 
 
 # What is measured.
@@ -117,7 +117,7 @@ def test_people_get_a_line_per_rate_and_device(imagemill: Callable[..., helpers.
     assert reported.err.count("iteration ") == 3
 
 
-def test_with_images_three_rates_and_a_verdict(
+def test_with_images_three_rates_and_a_bottleneck(
     jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]
 ) -> None:
     """Decode only, compute only and end to end, which one bounds the job, and what to change."""
@@ -196,16 +196,16 @@ def test_on_shared_cores_the_times_add_up() -> None:
 
 def test_the_slower_stage_bounds_the_job() -> None:
     """compute, decode or read, whichever takes most of an image's time."""
-    assert verdict(10, 200, 9.5)[0] == "compute"
-    assert verdict(500, 200, 140)[0] == "decode"
-    assert verdict(500, 200, 140, read_share=0.9)[0] == "read"
+    assert bottleneck(10, 200, 9.5)[0] == "compute"
+    assert bottleneck(500, 200, 140)[0] == "decode"
+    assert bottleneck(500, 200, 140, read_share=0.9)[0] == "read"
 
 
 def test_what_neither_explains_is_writing_and_starting() -> None:
     """Far below what both allow together, something else bounds the job, and both figures are
     named.
     """
-    bound, advice = verdict(100, 100, 20)
+    bound, advice = bottleneck(100, 100, 20)
     assert bound == "write"
     assert advice[0].startswith(
         "end to end reaches 40% of the 50.0 images/s that computing and decoding allow together:"
@@ -256,7 +256,7 @@ def test_the_advice_fits_the_bound(
     rates: tuple[float, float, float], changes: dict[str, Any], advice: tuple[str, ...]
 ) -> None:
     """Only what can still be changed is advised, and both stages where they are close."""
-    assert verdict(*rates, **changes)[1] == advice
+    assert bottleneck(*rates, **changes)[1] == advice
 
 
 # What goes wrong.

@@ -113,7 +113,7 @@ def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
     [
         "workers.worker",
         "bench.worker",
-        "tuning.trial_process",
+        "tuning.check_process",
         "pipeline.decoding.isolated",
     ],
 )

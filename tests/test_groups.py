@@ -92,7 +92,7 @@ def test_depthwise_and_odd_groups_are_left_alone() -> None:
     assert shapes(model) == [(12, 1, 1), (3, 4, 4)]
 
 
-def test_layers_that_the_gate_left_in_fp32_are_left_alone(network: Path) -> None:
+def test_layers_that_the_accuracy_check_left_in_fp32_are_left_alone(network: Path) -> None:
     """They are few, narrow and sensitive; merged they would only take more multiplications."""
     ov = load_openvino()
     model = ov.convert_model(str(network), input=[1, 224, 224, 3])

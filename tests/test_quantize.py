@@ -1,4 +1,4 @@
-"""int8 variants, what a trial finds, and which precision a job gets: promise 6."""
+"""int8 variants, what the accuracy check finds, and which precision a job gets: promise 6."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from imagemill.records import (
     SessionSpec,
 )
 from imagemill.system import cpu
-from imagemill.tuning import gate, precisions, quantize, trial, trial_process
+from imagemill.tuning import accuracy, check, check_process, precisions, quantize
 from tiny import WIDE_CARD, tiny_model
 
 pytestmark = pytest.mark.process
@@ -130,9 +130,9 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trials run in this process: quicker, and seen by monkeypatch."""
+    """Accuracy checks run in this process: quicker, and seen by monkeypatch."""
     monkeypatch.setattr(
-        trial_process, "in_child", lambda wanted, say=print: trial.carry_out(wanted, say)
+        check_process, "in_child", lambda wanted, say=print: check.carry_out(wanted, say)
     )
     return
 
@@ -149,10 +149,10 @@ def record(
     reference = np.eye(6, dtype=np.float32)[np.zeros(images, int)] * 9
     candidate = reference.copy()
     candidate[agree:] = 9 - candidate[agree:]
-    verdict = gate.judge(reference, candidate)
+    comparison = accuracy.compare(reference, candidate)
     return replace(
         PrecisionRecord(
-            verdict, "id", quantize.versions(), trial.instruction_set(), bundle.card.recipe
+            comparison, "id", quantize.versions(), check.instruction_set(), bundle.card.recipe
         ),
         **(
             {
@@ -269,10 +269,10 @@ def test_the_key_changes_with_all_that_decides_a_variant(monkeypatch: pytest.Mon
     assert len(keys | {quantize.key("a", "c", plain)}) == 6
 
 
-# precisions.json
+# accuracy.json
 
 
-def test_a_verdict_is_written_beside_the_others_and_not_to_the_card(tmp_path: Path) -> None:
+def test_a_result_is_written_beside_the_others_and_not_to_the_card(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     card = (tmp_path / "card.json").read_bytes()
     bf16, int8 = record(bundle), record(bundle, accepted=False, file="int8-a.xml")
@@ -287,17 +287,17 @@ def test_precisions_json_is_checked_when_it_is_read(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     assert variants.read(tmp_path) == variants.Precisions()
     variants.write(tmp_path, bf16=record(bundle))
-    file = tmp_path / "precisions.json"
+    file = tmp_path / "accuracy.json"
     file.write_text(file.read_text().replace('"images": 1000', '"images": "many"'))
     with pytest.raises(ModelError) as caught:
         precisions.choose(bundle, 10)
     assert str(caught.value) == (
-        f"{file} cannot be read: bf16.verdict.images: expected `int`, got `str`. Remove it;"
+        f"{file} cannot be read: bf16.comparison.images: expected `int`, got `str`. Remove it;"
         " `imagemill quantize` writes it again."
     )
 
 
-def test_a_new_model_in_the_folder_drops_the_verdicts(tmp_path: Path) -> None:
+def test_a_new_model_in_the_folder_drops_the_results(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     variants.write(tmp_path, bf16=record(bundle))
     bundles.write(tmp_path, bundle.card, onnx.load(tmp_path / "model.onnx"))
@@ -327,17 +327,17 @@ def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 5000), st.integers(0, 400), st.integers(1, 1500))
-def test_calibration_and_gate_never_share_an_image(
+def test_calibration_and_held_out_never_share_an_image(
     available: int, calibration: int, held_out: int
 ) -> None:
-    first, rest = trial.split(available, calibration, held_out)
+    first, rest = check.split(available, calibration, held_out)
     assert sorted(first + rest) == list(range(available))
     if available >= calibration + held_out:
         assert len(first) >= calibration
         assert len(rest) >= held_out
     elif available and calibration:
         assert 1 <= len(first) <= calibration
-    assert trial.split(available, calibration, held_out) == (first, rest)
+    assert check.split(available, calibration, held_out) == (first, rest)
 
 
 @given(st.integers(0, 4000), st.integers(1, 300))
@@ -354,11 +354,11 @@ def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
     entries = [Entry(0, b"a", 1), Entry(0, b"b", 2)]
     other = replace(bundle, card=replace(bundle.card, recipe=Recipe(64, 64)))
     ids = {
-        trial.identity(entries, 2, bundle),
-        trial.identity(entries[:1], 2, bundle),
-        trial.identity(entries, 1, bundle),
-        trial.identity([entries[0], replace(entries[1], size=3)], 2, bundle),
-        trial.identity(entries, 2, other),
+        check.identity(entries, 2, bundle),
+        check.identity(entries[:1], 2, bundle),
+        check.identity(entries, 1, bundle),
+        check.identity([entries[0], replace(entries[1], size=3)], 2, bundle),
+        check.identity(entries, 2, other),
     }
     assert len(ids) == 5
 
@@ -374,12 +374,12 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
         bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=messages.append
     )
     int8 = first.precisions["int8"]
-    assert int8.verdict.accepted is False
-    assert int8.verdict.reason.startswith("too few images: ")
+    assert int8.comparison.accepted is False
+    assert int8.comparison.reason.startswith("too few images: ")
     assert int8.calibration.images == 20
-    assert int8.verdict.images == first.images - 20
+    assert int8.comparison.images == first.images - 20
     assert len(int8.tried) == 1
-    assert json.loads((tmp_path / "precisions.json").read_text())["int8"]["file"] == int8.file
+    assert json.loads((tmp_path / "accuracy.json").read_text())["int8"]["file"] == int8.file
     assert (tmp_path / int8.file).is_file()
     assert precisions.report_lines(first)[0].startswith("int8: not accepted (too few images")
     before = (tmp_path / int8.file).stat().st_mtime_ns
@@ -402,14 +402,14 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     bundle = make_bundle(tmp_path)
     report = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=50)
     int8 = report.precisions["int8"]
-    assert int8.verdict.accepted is True
-    assert int8.verdict.images == 1000
+    assert int8.comparison.accepted is True
+    assert int8.comparison.images == 1000
     monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file == tmp_path / int8.file
     assert prepared.variant == f"int8-{int8.key}"
-    assert prepared.lines == (f"int8 is used: {int8.verdict.reason}",)
+    assert prepared.lines == (f"int8 is used: {int8.comparison.reason}",)
     precisions.verify_variant(prepared.model_file, prepared.sha256)
     prepared.model_file.with_suffix(".bin").write_bytes(b"changed")
     with pytest.raises(ModelError, match="is not the file that the job was started with"):
@@ -432,7 +432,7 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(
     ).precisions["int8"]
     assert [item.preset for item in int8.tried][:2] == ["performance", "mixed"]
     assert max(item.agreement for item in int8.tried[:2]) < 0.9
-    assert int8.verdict.accepted is True
+    assert int8.comparison.accepted is True
     assert int8.ignored == ("first/WithoutBiases", "second/WithoutBiases")
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
         f"int8-{int8.key}.bin",
@@ -440,8 +440,10 @@ def test_a_model_that_fails_is_rescued_by_leaving_its_worst_layer_alone(
     ]
 
 
-def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models_dir: Path) -> None:
-    """Those that are NaN in both precisions are left out of the verdict, and the others are
+def test_images_without_a_valid_output_do_not_end_an_accuracy_check(
+    tmp_path: Path, models_dir: Path
+) -> None:
+    """Those that are NaN in both precisions are left out of the result, and the others are
     compared.
     """
     made = bundles.load(shutil.copytree(models_dir / "spoilt", tmp_path / "spoilt"))
@@ -455,7 +457,7 @@ def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models
         for number in range(12)
     }
     entries = tuple(entries_of(helpers.fill(tmp_path / "p", images)))
-    asked = trial.Trial(
+    asked = check.AccuracyCheck(
         made,
         (str(tmp_path / "p"),),
         entries,
@@ -465,13 +467,13 @@ def test_images_without_a_valid_output_do_not_end_a_trial(tmp_path: Path, models
         calibration=0,
         held_out=12,
     )
-    verdict = trial.carry_out(asked)["bf16"].verdict
-    assert verdict.images == 9
-    assert verdict.agreement > 0.5
+    comparison = check.carry_out(asked)["bf16"].comparison
+    assert comparison.images == 9
+    assert comparison.agreement > 0.5
 
 
 def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here: None) -> None:
-    """Where none are enough for a verdict, what rests on more of them stays, and what rests on as
+    """Where none are enough for a result, what rests on more of them stays, and what rests on as
     many is replaced.
     """
     bundle, some, few = make_bundle(tmp_path / "model"), tmp_path / "some", tmp_path / "few"
@@ -480,16 +482,16 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
         for file in sorted((colours / "0").iterdir())[:count]:
             (folder / file.name).write_bytes(file.read_bytes())
     kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
-    assert not kept["int8"].verdict.accepted
+    assert not kept["int8"].comparison.accepted
     messages: list[str] = []
     precisions.quantize_bundle(
         bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1, say=messages.append
     )
-    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in messages
+    assert "int8: the bundle keeps its result on more images, and what it was made on" in messages
     assert variants.read(bundle.dir).int8 == kept["int8"]
 
 
-def test_few_images_take_nothing_from_a_verdict_on_enough(
+def test_few_images_take_nothing_from_a_result_on_enough(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever quantises again on some images keeps what was accepted on more of them, unless it no
@@ -507,8 +509,8 @@ def test_few_images_take_nothing_from_a_verdict_on_enough(
         calibration=20,
         say=messages.append,
     )
-    assert few.precisions["int8"].verdict.reason.startswith("too few images: ")
-    assert "int8: the bundle keeps its verdict on more images, and what it was made on" in messages
+    assert few.precisions["int8"].comparison.reason.startswith("too few images: ")
+    assert "int8: the bundle keeps its result on more images, and what it was made on" in messages
     assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(
         few
     )
@@ -532,8 +534,8 @@ def test_few_images_take_nothing_from_a_verdict_on_enough(
 @pytest.fixture
 def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the model were slow and the processor had every unit."""
-    monkeypatch.setattr(trial, "is_worthwhile", lambda *_, **__: True)
-    monkeypatch.setattr(trial, "_PROBE_S", 0.05)
+    monkeypatch.setattr(check, "is_worthwhile", lambda *_, **__: True)
+    monkeypatch.setattr(check, "_PROBE_S", 0.05)
     monkeypatch.setattr(cpu, "unit", lambda *_: "any")
     monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
 
@@ -551,7 +553,7 @@ def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
     everything_pays: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())  # no rescue
+    monkeypatch.setattr(check._Run, "_scheme", lambda *_: quantize.Scheme())  # no rescue
     bundle = make_bundle(tmp_path, loud=3e4)
     prepared = auto(bundle, colours)
     assert (prepared.precision, prepared.variant, prepared.model_file) == (
@@ -566,19 +568,19 @@ def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
     assert prepared.lines[-1].startswith("bf16 is used: the lower bound of its agreement")
 
 
-def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
+def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_results_once(
     tmp_path: Path,
     colours: Path,
     here: None,
     everything_pays: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither int8 nor bf16 has the digits for this model. The verdicts are in the card, so the
+    """Neither int8 nor bf16 has the digits for this model. The results are in the card, so the
     next job measures nothing.
     """
     if "avx512_bf16" not in cpu.flags():
         pytest.skip("this processor computes bf16 as fp32")
-    monkeypatch.setattr(trial._Run, "_scheme", lambda *_: quantize.Scheme())
+    monkeypatch.setattr(check._Run, "_scheme", lambda *_: quantize.Scheme())
     bundle = make_bundle(tmp_path, offset=1e5)
     prepared = auto(bundle, colours)
     assert prepared.precision is Precision.FP32
@@ -587,14 +589,14 @@ def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_verdicts_once(
         "bf16 is not used",
         "precision fp32",
     ]
-    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(check_process, "in_child", lambda *_: pytest.fail("measured again"))
     assert auto(bundles.load(tmp_path), colours).lines == prepared.lines[-3:]
 
 
 def test_auto_measures_nothing_where_a_job_is_too_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(check_process, "in_child", lambda *_: pytest.fail("measured"))
     prepared = precisions.prepare(
         "auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 1400, chosen=CPU
     )
@@ -602,13 +604,13 @@ def test_auto_measures_nothing_where_a_job_is_too_small(
     assert prepared.lines[-1] == "precision fp32"
 
 
-def test_auto_survives_a_trial_that_fails(
+def test_auto_survives_an_accuracy_check_that_fails(
     tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
         raise WorkerError("the process that measures precisions died")
 
-    monkeypatch.setattr(trial_process, "in_child", fails)
+    monkeypatch.setattr(check_process, "in_child", fails)
     prepared = auto(make_bundle(tmp_path), colours)
     assert prepared.precision is Precision.FP32
     assert prepared.lines[0] == "measuring whether int8 or bf16 would save time"
@@ -618,7 +620,7 @@ def test_auto_survives_a_trial_that_fails(
     )
 
 
-def test_a_signal_during_the_trial_ends_the_job(
+def test_a_signal_during_the_accuracy_check_ends_the_job(
     tmp_path: Path, colours: Path, everything_pays: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no reason to go on in fp32."""
@@ -626,28 +628,28 @@ def test_a_signal_during_the_trial_ends_the_job(
     def interrupted(*_: object) -> None:
         raise Interrupted("terminated", 143)
 
-    monkeypatch.setattr(trial_process, "in_child", interrupted)
+    monkeypatch.setattr(check_process, "in_child", interrupted)
     with pytest.raises(Interrupted):
         auto(make_bundle(tmp_path), colours)
 
 
-def test_a_large_job_pays_for_a_trial_and_a_small_or_fast_one_does_not() -> None:
-    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of trial against 60 ms an
+def test_a_large_job_pays_for_an_accuracy_check_and_a_small_or_fast_one_does_not() -> None:
+    """resnext101_32x4d makes 12.5 fp32 images/s on two cores: 300 s of accuracy check against 60 ms an
     image.
     """
     for precision in (Precision.INT8, Precision.BF16):
-        assert not trial.is_worthwhile(precision, 1_400, 300, 1000)
-        assert trial.is_worthwhile(precision, 10_000, 300, 1000, rate=12.5)
-        assert not trial.is_worthwhile(precision, 10_000, 300, 1000, rate=5_000)
+        assert not check.is_worthwhile(precision, 1_400, 300, 1000)
+        assert check.is_worthwhile(precision, 10_000, 300, 1000, rate=12.5)
+        assert not check.is_worthwhile(precision, 10_000, 300, 1000, rate=5_000)
 
 
-def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
+def test_an_accuracy_check_that_does_not_pay_is_dropped_after_the_probe(
     tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_PROBE_S", 0.05)
-    monkeypatch.setattr(trial, "_STARTING_S", 1e9)
+    monkeypatch.setattr(check, "_PROBE_S", 0.05)
+    monkeypatch.setattr(check, "_STARTING_S", 1e9)
     messages: list[str] = []
-    wanted = trial.Trial(
+    wanted = check.AccuracyCheck(
         make_bundle(tmp_path),
         (str(colours),),
         tuple(entries_of(colours)),
@@ -658,7 +660,7 @@ def test_a_trial_that_does_not_pay_is_dropped_after_the_probe(
         1000,
         images=10_000,
     )
-    assert trial.carry_out(wanted, messages.append) == {}
+    assert check.carry_out(wanted, messages.append) == {}
     assert messages == [
         "int8 is not tried: finding out whether it answers as fp32 does would take longer than it"
         " saves"
@@ -669,16 +671,16 @@ def test_bf16_that_is_slower_than_fp32_is_not_tried(
     tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A processor may have bf16 instructions that gain nothing: its rate is measured before
-    anything is judged.
+    anything is compared.
     """
     monkeypatch.setattr(
-        trial._Run,
+        check._Run,
         "_rate",
         lambda _self, precision, _pixels: {Precision.FP32: 10.0, Precision.BF16: 5.5}[precision],
     )
     messages: list[str] = []
-    wanted = replace(small_trial(make_bundle(tmp_path), colours), images=10**9)
-    assert trial.carry_out(wanted, messages.append) == {}
+    wanted = replace(small_check(make_bundle(tmp_path), colours), images=10**9)
+    assert check.carry_out(wanted, messages.append) == {}
     assert messages == [
         "bf16 is not tried: it makes 0.55 times the images/s of fp32 on this processor"
     ]
@@ -702,7 +704,7 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
 
 
 def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: None) -> None:
-    """Calibrated and judged on images that are wider than high, by its set of classes; the verdict
+    """Calibrated and compared on images that are wider than high, by its set of classes; the result
     is used.
     """
     card = replace(WIDE_CARD, scores=Scores.SIGMOID)
@@ -714,9 +716,9 @@ def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: Non
     report = precisions.quantize_bundle(
         bundle, [str(folder)], chosen=CPU, calibration=10, held_out=30, attempts=1
     )
-    verdict = report.precisions["int8"].verdict
-    assert verdict.images == 30
-    assert verdict.compared == "set of classes from probability 0.5"
+    comparison = report.precisions["int8"].comparison
+    assert comparison.images == 30
+    assert comparison.compared == "set of classes from probability 0.5"
     assert "the same set of classes from probability 0.5" in precisions.report_lines(report)[0]
     assert precisions.usable(bundle, Precision.INT8) is not None
 
@@ -727,7 +729,7 @@ def test_nothing_is_traded_where_agreement_is_not_defined(
     """A network without a head: `auto` stays in fp32 and says why, int8 and `quantize` are refused,
     and bf16 that was asked for is used.
     """
-    monkeypatch.setattr(trial_process, "in_child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(check_process, "in_child", lambda *_: pytest.fail("measured"))
     headless = bundles.load(models_dir / "headless")
 
     def prepare(setting: str) -> precisions.Prepared:
@@ -795,7 +797,7 @@ def test_int8_on_a_backend_without_it_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_verdict_of_other_circumstances_does_not_count(
+def test_a_result_of_other_circumstances_does_not_count(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     bundle = make_bundle(tmp_path)
@@ -805,8 +807,8 @@ def test_a_verdict_of_other_circumstances_does_not_count(
     assert precisions.choose(bundle, 10).precision is Precision.FP32
 
 
-def test_a_verdict_holds_for_any_background(tmp_path: Path) -> None:
-    """A verdict without a background, or with another one, counts: the arithmetic is the same."""
+def test_a_result_holds_for_any_background(tmp_path: Path) -> None:
+    """A result without a background, or with another one, counts: the arithmetic is the same."""
     bundle = make_bundle(tmp_path)
     plain = bundle.card.recipe
     on_white = replace(bundle, card=replace(bundle.card, recipe=replace(plain, background="#fff")))
@@ -826,7 +828,7 @@ def test_an_accepted_precision_that_is_no_faster_is_not_used(tmp_path: Path) -> 
     )
 
 
-def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(
+def test_a_refused_result_of_enough_images_is_final_and_one_of_too_few_is_not(
     tmp_path: Path, everything_pays: None
 ) -> None:
     bundle = make_bundle(tmp_path)
@@ -839,8 +841,8 @@ def test_a_refused_verdict_of_enough_images_is_final_and_one_of_too_few_is_not(
 # The child.
 
 
-def small_trial(bundle: Bundle, folder: Path) -> trial.Trial:
-    return trial.Trial(
+def small_check(bundle: Bundle, folder: Path) -> check.AccuracyCheck:
+    return check.AccuracyCheck(
         bundle, (str(folder),), tuple(entries_of(folder)), (0,), Limits(), (Precision.BF16,), 0, 20
     )
 
@@ -848,17 +850,17 @@ def small_trial(bundle: Bundle, folder: Path) -> trial.Trial:
 def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     tmp_path: Path, jpegs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial is started again with every image decoded in a disposable process, and judges by
+    """The accuracy check is started again with every image decoded in a disposable process, and judges by
     the others.
     """
     monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     messages: list[str] = []
-    found = trial_process.in_child(
-        small_trial(make_bundle(tmp_path / "bundle"), folder), messages.append
+    found = check_process.in_child(
+        small_check(make_bundle(tmp_path / "bundle"), folder), messages.append
     )
-    assert found["bf16"].verdict.images == 12
-    assert messages[0].startswith("the trial process was killed by SIG")
+    assert found["bf16"].comparison.images == 12
+    assert messages[0].startswith("the accuracy check process was killed by SIG")
 
 
 def test_a_users_error_crosses_from_the_child_as_itself(
@@ -867,4 +869,4 @@ def test_a_users_error_crosses_from_the_child_as_itself(
     bundle = make_bundle(tmp_path / "bundle")
     (bundle.dir / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ModelError, match=r"model\.onnx"):
-        trial_process.in_child(small_trial(bundle, jpegs(3)))
+        check_process.in_child(small_check(bundle, jpegs(3)))

@@ -325,20 +325,20 @@ def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
         assert value in text, value
 
 
-def test_the_accuracy_check_is_shown_if_a_precision_was_judged(
+def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
     reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
 ) -> None:
-    """Verdict, agreement, interval and speed-up of each faster precision that the card knows."""
+    """Comparison, agreement, interval and speed-up of each faster precision that the card knows."""
     output = copy_of(reported.output)
     job = json.loads((output / "job.json").read_bytes())
     session = job["job"]["session"]
     model = shutil.copytree(Path(session["model_file"]).parent, output.parent / "model")
     session["model_file"] = str(model / "model.onnx")
     (output / "job.json").write_text(json.dumps(job))
-    verdict = variants.Verdict(
+    comparison = variants.Comparison(
         1000, 0.978, 0.967, 0.9855, 900, 3, 0.01, accepted=True, reason="<b>it agrees</b>"
     )
-    record = variants.PrecisionRecord(verdict, "id", {}, "avx2", Recipe(), speedup=2.31)
+    record = variants.PrecisionRecord(comparison, "id", {}, "avx2", Recipe(), speedup=2.31)
     variants.write(model, int8=record)
     assert helpers.imagemill_cli("report", output).code == 0
     shown = opened(output / "report.html")

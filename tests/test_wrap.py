@@ -423,7 +423,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
 def test_a_wrapped_model_can_be_quantised(
     exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
 ) -> None:
-    """int8 is made and judged as for any bundle, and `auto` goes on working."""
+    """int8 is made and checked as for any bundle, and `auto` goes on working."""
     file = exported("torchscript")
     wrap.wrap(file, complete(file, **IMAGENET))
     made = models_resolve.resolve(str(file), tmp_path / "models")
@@ -432,7 +432,7 @@ def test_a_wrapped_model_can_be_quantised(
         made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1
     )
     assert (made.dir / report.precisions["int8"].file).is_file()
-    assert report.precisions["int8"].verdict.images == 20
+    assert report.precisions["int8"].comparison.images == 20
     settings = Settings(
         (str(folder),),
         str(tmp_path / "out"),

@@ -182,8 +182,8 @@ def test_int8_is_made_and_checked_as_of_any_model(
         *("--calibration", 8, "--held-out", 8, "--json"),
     )
     assert done.code == 0, done.err
-    verdict = done.json["precisions"]["int8"]["verdict"]
-    assert (verdict["images"], verdict["accepted"]) == (8, False)  # too few to accept
+    comparison = done.json["precisions"]["int8"]["comparison"]
+    assert (comparison["images"], comparison["accepted"]) == (8, False)  # too few to accept
     ran = imagemill(
         *("run", images, "--model", tmp_path / "mine", "--output", tmp_path / "out"),
         *("--precision", "int8", "--limit", 4),

@@ -271,10 +271,10 @@ def main(arguments: Sequence[str]) -> int:
     mode, process, folder, *places = arguments
     for late in (
         "pandas",
-        "imagemill.tuning.trial_process",
+        "imagemill.tuning.check_process",
         "imagemill.tuning.precisions",
         "imagemill.tuning.quantize",
-        "imagemill.tuning.gate",
+        "imagemill.tuning.accuracy",
     ):
         with contextlib.suppress(
             ImportError

@@ -2,13 +2,13 @@
 bounds a job.
 
 settings ─► measure.run ─► one process per device, rounds of compute | decode | end to end
-         ─► verdict ─► report
+         ─► result ─► report
 """
 
 from __future__ import annotations
 
+from imagemill.bench.bottleneck import format_report
 from imagemill.bench.measure import run
 from imagemill.bench.records import BenchReport, BenchSettings, Rates
-from imagemill.bench.verdict import format_report
 
 __all__ = ["BenchReport", "BenchSettings", "Rates", "format_report", "run"]

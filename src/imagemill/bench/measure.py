@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 
 from imagemill.bench.batch_search import find_batch_size
+from imagemill.bench.bottleneck import find_bottleneck
 from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
-from imagemill.bench.verdict import judge
 from imagemill.display import observer
 from imagemill.errors import Interrupted, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
@@ -186,12 +186,12 @@ def synthetic_session(
 def _precision(
     asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]
 ) -> tuple[Precision, Path]:
-    """The precision and its file; `auto` is what the bundle's verdicts allow, as in a run that is
-    too short for a new verdict.
+    """The precision and its file; `auto` is what the bundle's results allow, as in a run that is
+    too short for a new result.
     """
     devices.check_precision(asked, chosen)
     if asked in (None, "auto"):
-        if not precisions.are_judged(chosen):
+        if not precisions.are_checked(chosen):
             return Precision.FP32, model.dir / bundle.MODEL
         choice = precisions.choose(model, 0)
         return choice.precision, choice.model_file
@@ -252,7 +252,7 @@ def _with_sources(
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     read = sum(found.read_s for found in _flatten(decoded))
     hardware = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
-    bound, advice = judge(
+    bound, advice = find_bottleneck(
         compute_only.median,
         decode_only.median,
         end_to_end.median,

@@ -281,7 +281,7 @@ def write(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (folder / CARD, folder / "precisions.json", *folder.glob("model_*.onnx")):
+        for stale in (folder / CARD, folder / "accuracy.json", *folder.glob("model_*.onnx")):
             stale.unlink(missing_ok=True)
         if sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= external_from:
             _move_weights_out(folder / DATA, model)

@@ -1,9 +1,9 @@
-"""The accuracy verdicts of a bundle's faster precisions, and its int8 files.
+"""The accuracy results of a bundle's faster precisions, and its int8 files.
 
-    DIR/precisions.json          what was measured, by precision; `imagemill quantize` replaces it
+    DIR/accuracy.json            what was measured, by precision; `imagemill quantize` replaces it
     DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so each .xml has its weights
 
-Verdicts are not part of `card.json`, which is the model's identity.
+Results are not part of `card.json`, which is the model's identity.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from imagemill.models import bundle as bundles
 from imagemill.records import Recipe
 from imagemill.system import files, serialization
 
-PRECISIONS: Final = "precisions.json"
+ACCURACY: Final = "accuracy.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Comparison:
     """The result of an accuracy check against fp32."""
 
     images: int
@@ -46,7 +46,7 @@ class Verdict:
     accepted: bool
     reason: str
     compared: str = "top-1 class"
-    """What the answer of an image is: see `gate.agree`."""
+    """What the answer of an image is: see `accuracy.agree`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Calibration:
 class PrecisionRecord:
     """What a bundle keeps of one faster precision."""
 
-    verdict: Verdict
+    comparison: Comparison
     held_out: str
     """Identity of the images of the accuracy check."""
     versions: Mapping[str, str]
@@ -102,7 +102,7 @@ class PrecisionRecord:
 
 @dataclass(frozen=True, slots=True)
 class Precisions:
-    """`precisions.json`."""
+    """`accuracy.json`."""
 
     int8: PrecisionRecord | None = None
     bf16: PrecisionRecord | None = None
@@ -119,12 +119,12 @@ class Precisions:
 
 
 def read(folder: Path) -> Precisions:
-    """Read a bundle's `precisions.json`; it is empty if there is no such file.
+    """Read a bundle's `accuracy.json`; it is empty if there is no such file.
 
     Raises:
         ModelError: the file cannot be read, or a value has the wrong type.
     """
-    file = folder / PRECISIONS
+    file = folder / ACCURACY
     remedy = "Remove it; `imagemill quantize` writes it again."
     try:
         data = file.read_bytes()
@@ -136,17 +136,17 @@ def read(folder: Path) -> Precisions:
 
 
 def write(folder: Path, **records: PrecisionRecord) -> Precisions:
-    """Add records to a bundle's `precisions.json`, which is replaced as a whole.
+    """Add records to a bundle's `accuracy.json`, which is replaced as a whole.
 
     Raises:
         ModelError: the file cannot be read or written.
     """
     found = replace(read(folder), **records)
     try:
-        files.write_whole(folder / PRECISIONS, serialization.encode(found))
+        files.write_whole(folder / ACCURACY, serialization.encode(found))
     except OutputError as error:
         raise ModelError(
-            f"{folder / PRECISIONS} cannot be written. Make room or rights there, or use"
+            f"{folder / ACCURACY} cannot be written. Make room or rights there, or use"
             " --precision fp32."
         ) from error
     return found

@@ -201,7 +201,7 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
 
 
 def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
-    """Return the verdicts on faster precisions in the model's bundle; none if the bundle is gone or
+    """Return the results on faster precisions in the model's bundle; none if the bundle is gone or
     holds another model.
     """
     session = frozen.job.session
@@ -214,7 +214,7 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
         return []
     return [
         {
-            "verdict": record.verdict,
+            "comparison": record.comparison,
             "precision": precision,
             "speedup": record.speedup,
             "used": precision == session.precision,

@@ -153,14 +153,14 @@ class Sampler:
             _log.warning("the preflight failed after %d images", len(self._statuses), exc_info=True)
 
     def _report_unreadable(self) -> None:
-        from imagemill.tuning import gate  # imports NumPy, which resuming a job does without
+        from imagemill.tuning import accuracy  # imports NumPy, which resuming a job does without
 
         sampled = list(self._statuses)
         if len(sampled) < _MIN_SAMPLE:
             _log.warning("the preflight is not used: only %d images were sampled", len(sampled))
             return
         bad = Counter(status.value for status in sampled if status is not Status.OK)
-        low, high = gate.wilson(bad.total(), len(sampled))
+        low, high = accuracy.wilson(bad.total(), len(sampled))
         self.found = Preflight(
             sampled=len(sampled),
             unreadable=dict(sorted(bad.items())),

@@ -1,7 +1,7 @@
 """The precision that a job runs in, and the model file for it.
 
 `prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the
-verdicts in the bundle's `precisions.json` and let `trial` measure missing ones. `auto` does so only
+results in the bundle's `accuracy.json` and let `check` measure missing ones. `auto` does so only
 if the job saves more time than the accuracy check takes.
 
     auto       int8 if accepted ─► else bf16 if accepted ─► else fp32; each step is said
@@ -33,18 +33,18 @@ from imagemill.records import (
     Precision,
 )
 from imagemill.system import cpu
-from imagemill.tuning import gate, quantize, trial, trial_process
-from imagemill.tuning.trial import Say, Trial
+from imagemill.tuning import accuracy, check, check_process, quantize
+from imagemill.tuning.check import AccuracyCheck, Say
 
 CALIBRATION: Final = 300
 """Images that int8 is calibrated on."""
-HELD_OUT: Final = gate.ENOUGH
+HELD_OUT: Final = accuracy.MIN_IMAGES
 _SPARE: Final = 1.25
 """Images picked for each that is needed, since some cannot be read."""
 _MIN_SPEEDUP: Final = 1.05
 """Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
-"""An explicit precision is judged on one image in so many, so that its figures cost little beside
+"""An explicit precision is compared on one image in so many, so that its figures cost little beside
 the job.
 """
 _FEWEST: Final = 50
@@ -52,7 +52,7 @@ _FEWEST: Final = 50
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the bundle's verdicts allow a job that asks for `auto`."""
+    """What the bundle's results allow a job that asks for `auto`."""
 
     precision: Precision
     variant: str
@@ -63,7 +63,7 @@ class Choice:
     reasons: tuple[str, ...] = ()
     """Why, and why not the faster ones; one line each."""
     candidates: tuple[Precision, ...] = ()
-    """Faster ones without a verdict, whose trial may pay."""
+    """Faster ones without a result, whose accuracy check may be worthwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def prepare(
 
     Raises:
         UsageError: the devices do not all compute in it, or int8 of a network without a head,
-        which nothing can judge. ModelError, WorkerError: an explicit int8
+        which nothing can check. ModelError, WorkerError: an explicit int8
         cannot be made; `auto` says so and goes on in fp32.
     """
     lines: list[str] = []
@@ -137,7 +137,7 @@ def prepare(
         lines.append(line)
         say(line)
 
-    base = Trial(
+    base = AccuracyCheck(
         bundle=bundle,
         sources=tuple(sources_of_job),
         entries=(),
@@ -151,10 +151,10 @@ def prepare(
     devices.check_precision(setting, chosen)
     if setting == Precision.INT8:
         refuse_int8(bundle.card)
-    if setting in (Precision.FP32, Precision.FP16) or not are_judged(chosen):
+    if setting in (Precision.FP32, Precision.FP16) or not are_checked(chosen):
         precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
         return Prepared(precision, "model", bundle.dir / bundles.MODEL)
-    if not gate.is_defined(bundle.card):
+    if not accuracy.is_defined(bundle.card):
         precision = Precision.FP32 if setting in (None, "auto") else Precision(setting)
         tell(f"precision {precision}: {_not_defined(bundle.card)}")
         return Prepared(precision, "model", bundle.dir / bundles.MODEL, lines=tuple(lines))
@@ -169,7 +169,7 @@ def prepare(
 
 def refuse_int8(card: Card) -> None:
     """Raise UsageError if nothing can show whether int8 answers as fp32 does."""
-    if not gate.is_defined(card):
+    if not accuracy.is_defined(card):
         raise UsageError(f"int8 is not possible: {_not_defined(card)}. Use fp32.")
 
 
@@ -180,8 +180,8 @@ def _not_defined(card: Card) -> str:
     )
 
 
-def are_judged(chosen: Sequence[DeviceSpec]) -> bool:
-    """Whether the verdicts that a bundle keeps are about these devices: they are made by OpenVINO
+def are_checked(chosen: Sequence[DeviceSpec]) -> bool:
+    """Whether the results that a bundle keeps are about these devices: they are made by OpenVINO
     on the CPU.
     """
     return all((device.kind, device.backend) == ("cpu", "openvino") for device in chosen)
@@ -211,9 +211,9 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
 
 
 def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice:
-    """Pick the fastest precision that the bundle's verdicts allow; nothing is measured.
+    """Pick the fastest precision that the bundle's results allow; nothing is measured.
 
-    A verdict counts if it is of this recipe, OpenVINO version and kind of processor, and its file
+    A result counts if it is of this recipe, OpenVINO version and kind of processor, and its file
     is whole.
 
     Args:
@@ -226,33 +226,33 @@ def choose(bundle: Bundle, images: int, flags: set[str] | None = None) -> Choice
     worth: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
         record = usable(bundle, precision, flags)
-        if record and record.verdict.accepted:
+        if record and record.comparison.accepted:
             if record.speedup is not None and record.speedup < _MIN_SPEEDUP:
                 reasons.append(
                     f"{precision} is not used: it answers as fp32 does but makes only"
                     f" {record.speedup:.2f} times its images/s"
                 )
                 continue
-            reasons.append(f"{precision} is used: {record.verdict.reason}")
+            reasons.append(f"{precision} is used: {record.comparison.reason}")
             return replace(
                 _chosen(bundle, precision, record),
                 reasons=tuple(reasons),
                 candidates=tuple(worth),
             )
-        if record and record.verdict.images >= gate.ENOUGH:
-            reasons.append(f"{precision} is not used: {record.verdict.reason}")
+        if record and record.comparison.images >= accuracy.MIN_IMAGES:
+            reasons.append(f"{precision} is not used: {record.comparison.reason}")
         elif cpu.unit(precision, flags) is None:
             reasons.append(f"{precision} is not used: this processor has no units for it")
-        elif record and not trial.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
+        elif record and not check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
-                f"{precision} is not used: {record.verdict.reason}; `imagemill quantize` on more"
+                f"{precision} is not used: {record.comparison.reason}; `imagemill quantize` on more"
                 " images decides"
             )
-        elif not trial.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
+        elif not check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
             reasons.append(
                 f"{precision} is not used: {images:,} images are too few for trying it to pay;"
                 " `imagemill quantize` measures whether it answers as fp32 does, and keeps the"
-                " verdict"
+                " result"
             )
         else:
             worth.append(precision)
@@ -271,7 +271,7 @@ def usable(
     arithmetic.
 
     Raises:
-        ModelError: `precisions.json` cannot be read.
+        ModelError: `accuracy.json` cannot be read.
     """
     flags = cpu.flags() if flags is None else flags
     record = variants.read(bundle.dir).get(precision)
@@ -279,9 +279,9 @@ def usable(
         record is None
         or record.versions.get("openvino") != quantize.versions().get("openvino")
         or replace(record.recipe, background=None) != replace(bundle.card.recipe, background=None)
-        or record.instruction_set != trial.instruction_set(flags)
+        or record.instruction_set != check.instruction_set(flags)
         or record.group_channels != openvino_rewrites.wanted(precision, flags)
-        or not gate.is_current(record.verdict, bundle.card)
+        or not accuracy.is_current(record.comparison, bundle.card)
     ):
         return None
     if precision is Precision.INT8 and variants.int8_file(bundle.dir, record) is None:
@@ -297,7 +297,7 @@ def _chosen(bundle: Bundle, precision: Precision, record: PrecisionRecord) -> Ch
 
 
 def _automatic(
-    base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say
+    base: AccuracyCheck, entries: Callable[[], Iterable[Entry]], images: int, say: Say
 ) -> Choice:
     """See `prepare`. What goes wrong with a faster precision costs the job nothing but that
     precision.
@@ -308,7 +308,7 @@ def _automatic(
         known = variants.read(base.bundle.dir)
         say(f"measuring whether {' or '.join(choice.candidates)} would save time")
         try:
-            trial_process.in_child(
+            check_process.in_child(
                 replace(
                     base,
                     entries=tuple(some),
@@ -331,9 +331,13 @@ def _automatic(
 
 
 def _explicit(
-    precision: Precision, base: Trial, entries: Callable[[], Iterable[Entry]], images: int, say: Say
+    precision: Precision,
+    base: AccuracyCheck,
+    entries: Callable[[], Iterable[Entry]],
+    images: int,
+    say: Say,
 ) -> Choice:
-    """Choose a precision that was asked for; a short accuracy check makes a missing verdict."""
+    """Choose a precision that was asked for; a short accuracy check makes a missing result."""
     bundle = base.bundle
     record = usable(bundle, precision)
     if record is None and images == 0:
@@ -344,7 +348,7 @@ def _explicit(
         held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out, attempts=1)
         some, _ = thin(entries(), _wanted(quick))
-        record = trial_process.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
+        record = check_process.in_child(replace(quick, entries=tuple(some)), say)[precision.value]
     elif record is not None:
         say(f"{precision}: {format_record(record)}")
     if record is None:
@@ -353,15 +357,15 @@ def _explicit(
             " --images SOURCE` does that"
         )
         return Choice(precision, "model", bundle.dir / bundles.MODEL)
-    if not record.verdict.accepted:
+    if not record.comparison.accepted:
         say(
             f"{precision} is used because it was asked for; `auto` would not use it:"
-            f" {record.verdict.reason}"
+            f" {record.comparison.reason}"
         )
     return _chosen(bundle, precision, record)
 
 
-def _wanted(base: Trial) -> int:
+def _wanted(base: AccuracyCheck) -> int:
     return round(_SPARE * (base.calibration + base.held_out))
 
 
@@ -403,7 +407,7 @@ def quantize_bundle(
     """Make the int8 variant of a bundle and measure it, and bf16 where the processor has it,
     against fp32.
 
-    The verdicts are written to the bundle's `precisions.json`, whatever they are. Repeating the
+    The results are written to the bundle's `accuracy.json`, whatever they are. Repeating the
     call measures nothing again.
 
     Args:
@@ -412,7 +416,7 @@ def quantize_bundle(
         chosen: devices; all their cores are used by one process.
         filters: which entries of the sources are images.
         calibration: images to calibrate on.
-        held_out: other images to judge by; 1,000 at least for a verdict that `auto` follows.
+        held_out: other images to compare on; 1,000 at least for a result that `auto` follows.
         attempts: ways of quantising to try, as long as none is accepted.
         limits: budgets of one image.
         say: takes a line for the user.
@@ -428,7 +432,7 @@ def quantize_bundle(
             raise UsageError(f"{name} {value}: must be from 1 to 100,000.")
     resolved = sources.resolve(given)
     sources.check_kinds(resolved, all_files=filters is not None and filters.all_files)
-    base = Trial(
+    base = AccuracyCheck(
         bundle=bundle,
         sources=resolved,
         entries=(),
@@ -448,7 +452,7 @@ def quantize_bundle(
             f"{', '.join(given)} holds no images. Give a folder of images like those that will be"
             " classified."
         )
-    found = trial_process.in_child(replace(base, entries=tuple(some)), say)
+    found = check_process.in_child(replace(base, entries=tuple(some)), say)
     return Report(str(bundle.dir), images, found)
 
 
@@ -460,11 +464,11 @@ def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
 
 def format_record(record: PrecisionRecord) -> str:
     """Return a record's figures in one line."""
-    verdict = record.verdict
+    comparison = record.comparison
     faster = f"; {record.speedup:.2f} × the images/s of fp32" if record.speedup else ""
     return (
-        f"{'accepted' if verdict.accepted else 'not accepted'} ({verdict.reason}):"
-        f" {gate.format_verdict(verdict)}{faster}"
+        f"{'accepted' if comparison.accepted else 'not accepted'} ({comparison.reason}):"
+        f" {accuracy.format_comparison(comparison)}{faster}"
     )
 
 

@@ -327,8 +327,7 @@ def _cpu_offer() -> dict[str, Any]:
     }
     if faster:
         automatic = (
-            f"{', else '.join(faster)}, where a model's answers in it have passed the accuracy"
-            " gate; else fp32"
+            f"{', else '.join(faster)}, if the model passed the accuracy check in it; else fp32"
         )
     else:
         automatic = "fp32: this processor has no units that make int8 or bf16 faster"

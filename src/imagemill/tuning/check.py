@@ -1,7 +1,7 @@
 """The accuracy check of faster precisions: decode, calibrate, compare with fp32, and write the
-verdicts to the bundle's `precisions.json`.
+results to the bundle's `accuracy.json`.
 
-`trial_process` runs it in a process of its own.
+`check_process` runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from imagemill.models import variants
 from imagemill.models.variants import (
     Attempt,
     Calibration,
+    Comparison,
     PrecisionRecord,
     Precisions,
-    Verdict,
 )
 from imagemill.pipeline import sources, top_k
 from imagemill.pipeline.backends import openvino_rewrites
@@ -52,7 +52,7 @@ from imagemill.records import (
     Shard,
 )
 from imagemill.system import cpu, serialization
-from imagemill.tuning import gate, quantize
+from imagemill.tuning import accuracy, quantize
 
 Say = Callable[[str], None]
 
@@ -79,7 +79,7 @@ _LONG_ENOUGH_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class AccuracyCheck:
     """What to try, and on what."""
 
     bundle: Bundle
@@ -94,23 +94,23 @@ class Trial:
     calibration: int
     """Images to calibrate on."""
     held_out: int
-    """Other images to judge by."""
+    """Other images to compare on."""
     attempts: int = 4
     """Ways of quantising to try at most, as long as none is accepted."""
     images: int | None = None
-    """Of the job that must gain more than the trial costs, and needs one precision only; None: try
-    everything, whatever it costs.
+    """Of the job that must gain more than the accuracy check costs, and needs one precision only.
+    None: check all precisions, whatever it costs.
     """
     batch_size: int = 4
     isolate: bool = False
     """Decode every image in a disposable process."""
     access: Access = AS_GIVEN
     known: Precisions = field(default_factory=Precisions)
-    """The bundle's records when the trial was asked for."""
+    """The bundle's records when the accuracy check was asked for."""
 
 
 def instruction_set(flags: set[str] | None = None) -> str:
-    """The widest int8 or bf16 unit of the processor: answers, and so verdicts, may differ between
+    """The widest int8 or bf16 unit of the processor: answers, and so results, may differ between
     processors that differ in it.
     """
     flags = cpu.flags() if flags is None else flags
@@ -118,8 +118,8 @@ def instruction_set(flags: set[str] | None = None) -> str:
 
 
 def spent_images(precision: Precision, calibration: int, held_out: int, speedup: float) -> float:
-    """What trying a precision costs, in fp32 images: calibrating, and judging on the held-out ones
-    in fp32 and in it.
+    """Return the cost of checking a precision, in fp32 images: calibrating, and computing the
+    held-out images in fp32 and in the precision.
     """
     calibrating = _CALIBRATING * calibration if precision is Precision.INT8 else 0.0
     return calibrating + held_out * (1 + 1 / speedup)
@@ -147,7 +147,7 @@ def is_worthwhile(
         precision: bf16 or int8.
         images: of the job.
         calibration: images to calibrate on.
-        held_out: images to judge by.
+        held_out: images to compare on.
         rate: fp32 images/s of the model alone. 0 asks whether it could pay for the slowest of
         models.
         speedup: over fp32; None: as much as the units can.
@@ -160,8 +160,8 @@ def is_worthwhile(
 
 
 def split(available: int, calibration: int, held_out: int) -> tuple[list[int], list[int]]:
-    """Deal positions 0 … available−1 to calibration and gate: disjoint, both spread evenly, the
-    same every time.
+    """Divide positions 0 … available−1 between calibration and comparison: disjoint, both spread
+    evenly, the same every time.
 
     Where there are more than both need, both get spares in proportion; where there are fewer,
     calibration gets up to four fifths. Both lists come shuffled with a fixed seed, so that stopping
@@ -197,15 +197,17 @@ def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
 
 
 def carry_out(
-    trial: Trial, say: Say = lambda _: None, at: Callable[[float | None], None] = lambda _: None
+    asked: AccuracyCheck,
+    say: Say = lambda _: None,
+    at: Callable[[float | None], None] = lambda _: None,
 ) -> dict[str, PrecisionRecord]:
-    """Try the precisions in turn and write each verdict to the bundle's `precisions.json`.
+    """Try the precisions in turn and write each result to the bundle's `accuracy.json`.
 
     Held in memory: the calibration and held-out images, 150 KB each at 224×224, and fp32's answers
     to the latter.
 
     Args:
-        trial: see there.
+        asked: what to measure.
         say: takes lines for the user.
         at: told before each step how long it may take at most, seconds; None: not known.
 
@@ -218,16 +220,16 @@ def carry_out(
         BadLogitsError: fp32 itself returns NaN for every image.
     """
     at(None)
-    with variants.locked(trial.bundle.dir):
-        now = variants.read(trial.bundle.dir)
-        if trial.images is not None and now != trial.known:
-            return {}  # another process wrote verdicts while this one waited: the caller reads them
-        return _Run(trial, now, say, at).carry_out()
+    with variants.locked(asked.bundle.dir):
+        now = variants.read(asked.bundle.dir)
+        if asked.images is not None and now != asked.known:
+            return {}  # another process wrote results while this one waited: the caller reads them
+        return _Run(asked, now, say, at).carry_out()
 
 
-def calibration_pixels(trial: Trial) -> list[NDArray[np.uint8]]:
-    """Decode what a trial would calibrate on: uint8 (1, height, width, 3) each."""
-    return _Run(trial, Precisions(), lambda _: None, lambda _: None).calibration_pixels()
+def calibration_pixels(asked: AccuracyCheck) -> list[NDArray[np.uint8]]:
+    """Decode what an accuracy check would calibrate on: uint8 (1, height, width, 3) each."""
+    return _Run(asked, Precisions(), lambda _: None, lambda _: None).calibration_pixels()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,27 +237,27 @@ class _Candidate:
     scheme: quantize.Scheme
     file: Path
     key: str
-    verdict: Verdict
+    comparison: Comparison
     rate: float
     """images/s, compute only."""
 
 
 class _Measurements:
-    """The images of one trial, decoded, and the answers and rates of its precisions."""
+    """The images of one accuracy check, decoded, and the answers and rates of its precisions."""
 
     def __init__(
-        self, trial: Trial, now: Precisions, say: Say, at: Callable[[float | None], None]
+        self, asked: AccuracyCheck, now: Precisions, say: Say, at: Callable[[float | None], None]
     ) -> None:
-        self._trial, self._now, self._say, self._at = trial, now, say, at
-        self._onnx = trial.bundle.dir / bundles.MODEL
-        calibration = trial.calibration if Precision.INT8 in trial.precisions else 0
-        first, rest = split(len(trial.entries), calibration, trial.held_out)
+        self._asked, self._now, self._say, self._at = asked, now, say, at
+        self._onnx = asked.bundle.dir / bundles.MODEL
+        calibration = asked.calibration if Precision.INT8 in asked.precisions else 0
+        first, rest = split(len(asked.entries), calibration, asked.held_out)
         self._first, self._rest = (
-            [trial.entries[place] for place in first],
-            [trial.entries[place] for place in rest],
+            [asked.entries[place] for place in first],
+            [asked.entries[place] for place in rest],
         )
-        self._held_out = identity(self._rest, trial.held_out, trial.bundle)
-        self._calibrated_on = identity(self._first, calibration, trial.bundle)
+        self._held_out = identity(self._rest, asked.held_out, asked.bundle)
+        self._calibrated_on = identity(self._first, calibration, asked.bundle)
 
     def _rate(self, precision: Precision, pixels: Sequence[NDArray[np.uint8]]) -> float:
         """images/s, compute only."""
@@ -280,15 +282,15 @@ class _Measurements:
         """Yield the first `wanted` of the entries that can be decoded, uint8 (1, height, width, 3)
         each.
         """
-        trial = self._trial
-        patience_s = (4 if trial.isolate else 1) * trial.limits.max_seconds + _SLACK_S
-        opened = sources.open_all(trial.sources, access=trial.access)
+        asked = self._asked
+        patience_s = (4 if asked.isolate else 1) * asked.limits.max_seconds + _SLACK_S
+        opened = sources.open_all(asked.sources, access=asked.access)
         nowhere = Shard(0, 0, len(entries), 0, "", 0)
 
         def images() -> Iterator[PlannedImage]:
             for index, entry in enumerate(_nearly_in_order(entries)):
                 fetch = partial(
-                    opened[entry.source].fetch, entry.path, entry.locator, trial.limits.max_bytes
+                    opened[entry.source].fetch, entry.path, entry.locator, asked.limits.max_bytes
                 )
                 name = opened[entry.source].name
                 yield PlannedImage(
@@ -298,12 +300,12 @@ class _Measurements:
                     entry.path,
                     entry.size,
                     fetch,
-                    IsolationReason.CRASH if trial.isolate else None,
+                    IsolationReason.CRASH if asked.isolate else None,
                 )
 
-        limit_pillow(trial.limits)
+        limit_pillow(asked.limits)
         with Feed(
-            trial.bundle.card.recipe, trial.limits, 1, len(trial.cores), None, Stopwatch()
+            asked.bundle.card.recipe, asked.limits, 1, len(asked.cores), None, Stopwatch()
         ) as feed:
             self._at(patience_s)
             for batch in feed.batches(images()):
@@ -318,7 +320,7 @@ class _Measurements:
 
     def _batches(self, pixels: Sequence[NDArray[np.uint8]]) -> Iterator[Batch]:
         """Fixed-size batches, the last one padded."""
-        size = self._trial.batch_size
+        size = self._asked.batch_size
         for start in range(0, len(pixels), size):
             some = pixels[start : start + size]
             padding = [np.zeros_like(some[0])] * (size - len(some))
@@ -330,10 +332,10 @@ class _Measurements:
     def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
         from imagemill.pipeline.backends import open_session
 
-        trial = self._trial
-        spec = SessionSpec(str(file), trial.bundle.card, precision, trial.batch_size)
+        asked = self._asked
+        spec = SessionSpec(str(file), asked.bundle.card, precision, asked.batch_size)
         session = open_session(
-            spec, DeviceSpec("cpu#trial", "cpu", "openvino", trial.cores), Stopwatch()
+            spec, DeviceSpec("cpu#check", "cpu", "openvino", asked.cores), Stopwatch()
         )
         try:
             if precision is Precision.FP32:
@@ -353,46 +355,48 @@ class _Measurements:
             logits = [outputs.logits for _, outputs in session.stream(self._batches(pixels))]
             seconds = time.perf_counter() - begun
         if not logits:
-            return np.zeros((0, len(self._trial.bundle.card.labels)), np.float32), 0.0
+            return np.zeros((0, len(self._asked.bundle.card.labels)), np.float32), 0.0
         return np.concatenate(logits), len(pixels) / seconds if seconds > _LONG_ENOUGH_S else 0.0
 
-    def _judge(
+    def _compare(
         self,
         precision: Precision,
         pixels: Sequence[NDArray[np.uint8]],
         reference: NDArray[np.float32],
         file: Path,
-    ) -> tuple[Verdict, float]:
+    ) -> tuple[Comparison, float]:
         answers, rate = self._answers(precision, file, pixels)
-        verdict = gate.judge(reference, answers, self._trial.bundle.card.scores)
-        self._say(f"{precision}: {gate.format_verdict(verdict)}")
-        return verdict, rate
+        comparison = accuracy.compare(reference, answers, self._asked.bundle.card.scores)
+        self._say(f"{precision}: {accuracy.format_comparison(comparison)}")
+        return comparison, rate
 
 
 class _Run(_Measurements):
-    """One trial under the bundle's lock; `now` is the bundle's `precisions.json`."""
+    """One accuracy check under the bundle's lock; `now` is the bundle's `accuracy.json`."""
 
     def carry_out(self) -> dict[str, PrecisionRecord]:
-        trial = self._trial
+        asked = self._asked
         records: dict[str, PrecisionRecord] = {}
-        for precision in trial.precisions:
+        for precision in asked.precisions:
             if reused := self._noted(precision):
                 self._say(f"{precision} was measured on these very images already")
                 records[precision.value] = reused
-        wanted = [precision for precision in trial.precisions if precision.value not in records]
+        wanted = [precision for precision in asked.precisions if precision.value not in records]
         if not wanted:
             return records
         pixels = self.calibration_pixels() if Precision.INT8 in wanted else []
-        if trial.images is not None and not (
-            wanted := self._worthwhile(wanted, pixels, trial.images)
+        if asked.images is not None and not (
+            wanted := self._worthwhile(wanted, pixels, asked.images)
         ):
             return records
-        held_out = list(self._pixels(self._rest, trial.held_out))
+        held_out = list(self._pixels(self._rest, asked.held_out))
         self._at(None)
         reference, rate = self._answers(Precision.FP32, self._onnx, held_out)
         for precision in wanted:
-            judge = partial(self._judge, precision, held_out, reference)
-            record = self._int8(pixels, judge) if precision is Precision.INT8 else self._bf16(judge)
+            compare = partial(self._compare, precision, held_out, reference)
+            record = (
+                self._int8(pixels, compare) if precision is Precision.INT8 else self._bf16(compare)
+            )
             faster = record.images_per_second
             records[precision.value] = record = replace(
                 record,
@@ -402,47 +406,47 @@ class _Run(_Measurements):
             )
             if not record.kept:
                 self._say(
-                    f"{precision}: the bundle keeps its verdict on more images, and what it was"
+                    f"{precision}: the bundle keeps its result on more images, and what it was"
                     " made on"
                 )
                 if record.file:
-                    self._remove_unnamed(self._trial.bundle.dir / record.file)
+                    self._remove_unnamed(self._asked.bundle.dir / record.file)
                 continue
-            self._now = variants.write(trial.bundle.dir, **{precision.value: record})
-            if record.verdict.accepted and trial.images is not None:
+            self._now = variants.write(asked.bundle.dir, **{precision.value: record})
+            if record.comparison.accepted and asked.images is not None:
                 break
         return records
 
     def calibration_pixels(self) -> list[NDArray[np.uint8]]:
-        return list(self._pixels(self._first, self._trial.calibration))
+        return list(self._pixels(self._first, self._asked.calibration))
 
     def _says_less(self, precision: Precision, record: PrecisionRecord) -> bool:
         """Whether a record on too few images would take the place of one that holds here and was
         accepted, or rests on more of them.
         """
         before = self._now.get(precision)
-        if before is None or not record.verdict.reason.startswith(gate.TOO_FEW):
+        if before is None or not record.comparison.reason.startswith(accuracy.TOO_FEW):
             return False
         return (
-            (before.verdict.accepted or before.verdict.images > record.verdict.images)
+            (before.comparison.accepted or before.comparison.images > record.comparison.images)
             and _circumstances(before) == _circumstances(record)
             and (precision is not Precision.INT8 or self._has_file(before))
         )
 
     def _has_file(self, record: PrecisionRecord) -> bool:
-        return variants.int8_file(self._trial.bundle.dir, record) is not None
+        return variants.int8_file(self._asked.bundle.dir, record) is not None
 
     def _noted(self, precision: Precision) -> PrecisionRecord | None:
         """Return the bundle's record if it is of the same images, versions and processor, and its
         file is unchanged.
         """
         record = self._now.get(precision)
-        now = (quantize.versions(), instruction_set(), self._trial.bundle.card.recipe)
+        now = (quantize.versions(), instruction_set(), self._asked.bundle.card.recipe)
         if record is None or record.held_out != self._held_out or _circumstances(record) != now:
             return None
         if record.group_channels != openvino_rewrites.wanted(precision, cpu.flags()):
             return None
-        if not gate.is_current(record.verdict, self._trial.bundle.card):
+        if not accuracy.is_current(record.comparison, self._asked.bundle.card):
             return None
         if precision is Precision.INT8 and (
             record.calibration is None
@@ -459,9 +463,9 @@ class _Run(_Measurements):
         believed: on Intel processors whose AMX is switched off its instructions are there and
         slower than fp32's (0.55 × with resnext101_32x4d, OpenVINO 2026.4, 2026-11).
         """
-        trial = self._trial
-        some = list(pixels[: 16 * trial.batch_size]) or list(
-            self._pixels(self._rest, 16 * trial.batch_size)
+        asked = self._asked
+        some = list(pixels[: 16 * asked.batch_size]) or list(
+            self._pixels(self._rest, 16 * asked.batch_size)
         )
         if not some:
             return []
@@ -473,13 +477,13 @@ class _Run(_Measurements):
             p
             for p in wanted
             if is_worthwhile(
-                p, images, trial.calibration, trial.held_out, rate=rate, speedup=speedups[p]
+                p, images, asked.calibration, asked.held_out, rate=rate, speedup=speedups[p]
             )
         ]
         for precision, speedup in speedups.items():
             if precision in kept:
                 spent = (
-                    spent_images(precision, trial.calibration, trial.held_out, speedup) / rate
+                    spent_images(precision, asked.calibration, asked.held_out, speedup) / rate
                     + _STARTING_S
                 )
                 gained = gained_images(images, speedup) / rate
@@ -501,34 +505,34 @@ class _Run(_Measurements):
 
     # Precisions.
 
-    def _record(self, verdict: Verdict, rate: float) -> PrecisionRecord:
+    def _record(self, comparison: Comparison, rate: float) -> PrecisionRecord:
         return PrecisionRecord(
-            verdict,
+            comparison,
             self._held_out,
             quantize.versions(),
             instruction_set(),
-            self._trial.bundle.card.recipe,
+            self._asked.bundle.card.recipe,
             images_per_second=round(rate, 2),
         )
 
-    def _bf16(self, judge: Callable[[Path], tuple[Verdict, float]]) -> PrecisionRecord:
+    def _bf16(self, compare: Callable[[Path], tuple[Comparison, float]]) -> PrecisionRecord:
         channels = openvino_rewrites.wanted(Precision.BF16, cpu.flags())
-        return replace(self._record(*judge(self._onnx)), group_channels=channels)
+        return replace(self._record(*compare(self._onnx)), group_channels=channels)
 
     def _int8(
         self,
         pixels: Sequence[NDArray[np.uint8]],
-        judge: Callable[[Path], tuple[Verdict, float]],
+        compare: Callable[[Path], tuple[Comparison, float]],
     ) -> PrecisionRecord:
-        """Quantise until the gate accepts or the attempts are used up; keep the best."""
+        """Quantise until the accuracy check accepts or the attempts are used up; keep the best."""
         tried: list[_Candidate] = []
         kept: _Candidate | None = None
-        while len(tried) < self._trial.attempts:
+        while len(tried) < self._asked.attempts:
             scheme = self._scheme(kept, len(tried), pixels)
             if any(scheme == item.scheme for item in tried):
                 break  # nothing is left to try
             try:
-                candidate = self._attempt(scheme, pixels, judge)
+                candidate = self._attempt(scheme, pixels, compare)
             except ModelError as error:
                 if kept is None:
                     raise
@@ -539,11 +543,13 @@ class _Run(_Measurements):
                 kept, candidate = candidate, kept or candidate
             if candidate is not kept:
                 self._remove_unnamed(candidate.file)
-            if tried[-1].verdict.accepted or tried[-1].verdict.reason.startswith(gate.TOO_FEW):
+            if tried[-1].comparison.accepted or tried[-1].comparison.reason.startswith(
+                accuracy.TOO_FEW
+            ):
                 break
         assert kept is not None
         return replace(
-            self._record(kept.verdict, kept.rate),
+            self._record(kept.comparison, kept.rate),
             file=kept.file.name,
             key=kept.key,
             sha256=variants.digest(kept.file),
@@ -554,8 +560,8 @@ class _Run(_Measurements):
                 Attempt(
                     item.scheme.preset,
                     item.scheme.ignored,
-                    item.verdict.agreement,
-                    item.verdict.wilson_low,
+                    item.comparison.agreement,
+                    item.comparison.wilson_low,
                     round(item.rate, 2),
                 )
                 for item in tried
@@ -581,19 +587,19 @@ class _Run(_Measurements):
         self,
         scheme: quantize.Scheme,
         pixels: Sequence[NDArray[np.uint8]],
-        judge: Callable[[Path], tuple[Verdict, float]],
+        compare: Callable[[Path], tuple[Comparison, float]],
     ) -> _Candidate:
         but = f", {len(scheme.ignored)} sensitive layers in fp32" if scheme.ignored else ""
         self._say(f"int8: quantising on {len(pixels):,} images, preset {scheme.preset}{but}")
         self._at(None)
-        key = quantize.key(self._trial.bundle.card.sha256, self._calibrated_on, scheme)
+        key = quantize.key(self._asked.bundle.card.sha256, self._calibrated_on, scheme)
         model = quantize.quantize(
             self._onnx, pixels, len(pixels), preset=scheme.preset, ignored=scheme.ignored
         )
-        file = quantize.save(model, self._trial.bundle.dir, f"int8-{key}")
+        file = quantize.save(model, self._asked.bundle.dir, f"int8-{key}")
         del model
-        verdict, rate = judge(file)
-        return _Candidate(scheme, file, key, verdict, rate)
+        comparison, rate = compare(file)
+        return _Candidate(scheme, file, key, comparison, rate)
 
     def _remove_unnamed(self, file: Path) -> None:
         """Remove an attempt's files, unless the bundle's record names them: jobs may use them."""
@@ -617,4 +623,4 @@ def _nearly_in_order(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 
 def _goodness(candidate: _Candidate) -> tuple[float, float]:
-    return candidate.verdict.wilson_low, -candidate.verdict.mean_probability_difference
+    return candidate.comparison.wilson_low, -candidate.comparison.mean_probability_difference

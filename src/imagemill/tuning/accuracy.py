@@ -10,13 +10,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.models.variants import Verdict
+from imagemill.models.variants import Comparison
 from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Card, Scores
 
-ENOUGH: Final = 1_000
-"""Minimum number of held-out images for an accepted verdict."""
-BAR: Final = 0.95
+MIN_IMAGES: Final = 1_000
+"""Minimum number of held-out images for an accepted result."""
+MIN_AGREEMENT: Final = 0.95
 """Minimum lower bound of the agreement's 95 % Wilson interval."""
 SURE: Final = 0.1
 """fp32 is sure of an image if no probability would have to change by more than this for another
@@ -24,7 +24,7 @@ answer: its two largest ones differ by more, or all lie further from `PRESENT`.
 """
 PRESENT: Final = 0.5
 """Probability from which a multi-label model is taken to see a class. The check must not depend on
-the thresholds of one job, because its verdict is kept for all jobs.
+the thresholds of one job, because its result is kept for all jobs.
 """
 TOP_1: Final = "top-1 class"
 SET: Final = f"set of classes from probability {PRESENT:g}"
@@ -66,11 +66,11 @@ def is_defined(card: Card) -> bool:
     return card.has_head
 
 
-def is_current(verdict: Verdict, card: Card) -> bool:
-    """Return whether a verdict compares what is compared today. Older versions compared the top-1
+def is_current(comparison: Comparison, card: Card) -> bool:
+    """Return whether a result compares what is compared today. Older versions compared the top-1
     class of multi-label models, too.
     """
-    return card.scores is not Scores.SIGMOID or verdict.compared == SET
+    return card.scores is not Scores.SIGMOID or comparison.compared == SET
 
 
 def _is_multi_label(probabilities: NDArray[np.float32], scores: Scores) -> bool:
@@ -115,10 +115,10 @@ def _is_sure(probabilities: NDArray[np.float32], *, multi_label: bool) -> NDArra
     return np.asarray(are_all_sure & (has_present | is_first_sure | (classes == 1)))
 
 
-def judge(
+def compare(
     reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
-) -> Verdict:
-    """Return the verdict on a candidate, compared with fp32 on the same images. `agree` says
+) -> Comparison:
+    """Return the result on a candidate, compared with fp32 on the same images. `agree` says
     what is compared.
 
     Args:
@@ -147,8 +147,8 @@ def judge(
     )
     images = len(reference)
     if images == 0:
-        return Verdict(
-            0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {ENOUGH:,} are needed"
+        return Comparison(
+            0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {MIN_IMAGES:,} are needed"
         )
     both = known & finite
     reference, candidate = (
@@ -171,19 +171,19 @@ def judge(
             False,
             f"NaN or infinity in the answers to {strange:,} of {images:,} images",
         )
-    elif images < ENOUGH:
-        accepted, reason = False, f"{TOO_FEW}: {images:,} held out, {ENOUGH:,} are needed"
-    elif low < BAR:
+    elif images < MIN_IMAGES:
+        accepted, reason = False, f"{TOO_FEW}: {images:,} held out, {MIN_IMAGES:,} are needed"
+    elif low < MIN_AGREEMENT:
         accepted, reason = (
             False,
-            f"the lower bound of its agreement with fp32, {low:.4f}, is below {BAR}",
+            f"the lower bound of its agreement with fp32, {low:.4f}, is below {MIN_AGREEMENT}",
         )
     else:
         accepted, reason = (
             True,
-            f"the lower bound of its agreement with fp32, {low:.4f}, reaches {BAR}",
+            f"the lower bound of its agreement with fp32, {low:.4f}, reaches {MIN_AGREEMENT}",
         )
-    return Verdict(
+    return Comparison(
         images=images,
         agreement=agreed / images,
         wilson_low=low,
@@ -197,11 +197,11 @@ def judge(
     )
 
 
-def format_verdict(verdict: Verdict) -> str:
-    """Return a verdict's figures in one line."""
+def format_comparison(found: Comparison) -> str:
+    """Return a comparison's figures in one line."""
     return (
-        f"the same {verdict.compared} as fp32 for {verdict.agreement:.4f} of {verdict.images:,}"
-        f" held-out images (95 % interval {verdict.wilson_low:.4f} to {verdict.wilson_high:.4f}),"
-        f" {verdict.flips_where_sure:,} flips among the {verdict.sure:,} where fp32 was sure, mean"
-        f" probability difference {verdict.mean_probability_difference:.4f}"
+        f"the same {found.compared} as fp32 for {found.agreement:.4f} of {found.images:,}"
+        f" held-out images (95 % interval {found.wilson_low:.4f} to {found.wilson_high:.4f}),"
+        f" {found.flips_where_sure:,} flips among the {found.sure:,} where fp32 was sure, mean"
+        f" probability difference {found.mean_probability_difference:.4f}"
     )

@@ -1,4 +1,4 @@
-"""What bounds a job, judged from its three rates, what to change, and the report as text."""
+"""What bounds a job, from its three rates, what to change, and the report as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def together(compute: float, decode: float, *, shared_cores: bool) -> float:
     return 1 / (1 / compute + 1 / decode) if shared_cores else min(compute, decode)
 
 
-def judge(
+def find_bottleneck(
     compute: float,
     decode: float,
     achieved: float,

@@ -1,4 +1,4 @@
-"""The gate of promise 6: when a faster precision may stand in for fp32."""
+"""The accuracy check: when a faster precision may stand in for fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.records import Scores
-from imagemill.tuning import gate
+from imagemill.tuning import accuracy
 from tiny import TINY_CARD
 
 # Successes, trials, 95 % interval, as scipy.stats.binomtest(…).proportion_ci(method="wilson") of
@@ -40,7 +40,7 @@ def answers(agree: int, images: int, classes: int = 5) -> tuple[np.ndarray, np.n
 def test_wilson_gives_the_intervals_of_scipy(
     successes: int, trials: int, low: float, high: float
 ) -> None:
-    assert gate.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert accuracy.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.integers(0, 5000), st.data())
@@ -48,18 +48,18 @@ def test_wilson_holds_the_share_and_lies_in_the_unit_interval(
     trials: int, data: st.DataObject
 ) -> None:
     successes = data.draw(st.integers(0, trials))
-    low, high = gate.wilson(successes, trials)
+    low, high = accuracy.wilson(successes, trials)
     assert 0 <= low <= high <= 1
     if trials:
         assert low <= successes / trials <= high
-        mirrored = gate.wilson(trials - successes, trials)
+        mirrored = accuracy.wilson(trials - successes, trials)
         assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
 
 
 @given(st.integers(1, 3000), st.data())
 def test_more_agreement_never_lowers_the_bound(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials - 1))
-    assert gate.wilson(successes, trials)[0] <= gate.wilson(successes + 1, trials)[0]
+    assert accuracy.wilson(successes, trials)[0] <= accuracy.wilson(successes + 1, trials)[0]
 
 
 @pytest.mark.parametrize(
@@ -67,25 +67,29 @@ def test_more_agreement_never_lowers_the_bound(trials: int, data: st.DataObject)
 )
 def test_the_bar_lies_between_963_and_964_of_1000(agree: int, accepted: bool) -> None:
     """The lower bound, not the agreement itself, must reach 0.95."""
-    verdict = gate.judge(*answers(agree, 1000))
-    assert verdict.accepted is accepted
-    assert verdict.agreement == agree / 1000
-    assert verdict.flips_where_sure == 1000 - agree
-    assert ("reaches" if accepted else "is below") in verdict.reason
+    comparison = accuracy.compare(*answers(agree, 1000))
+    assert comparison.accepted is accepted
+    assert comparison.agreement == agree / 1000
+    assert comparison.flips_where_sure == 1000 - agree
+    assert ("reaches" if accepted else "is below") in comparison.reason
 
 
 @pytest.mark.parametrize("images", [0, 1, 999])
 def test_too_few_images_are_never_accepted_however_alike(images: int) -> None:
-    verdict = gate.judge(*answers(images, images))
-    assert not verdict.accepted
-    assert verdict.reason.startswith(gate.TOO_FEW)
+    comparison = accuracy.compare(*answers(images, images))
+    assert not comparison.accepted
+    assert comparison.reason.startswith(accuracy.TOO_FEW)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(Scores))
 def test_fp32_agrees_with_itself(images: int, classes: int, seed: int, scores: Scores) -> None:
     reference = np.random.default_rng(seed).normal(0, 4, (images, classes)).astype(np.float32)
-    verdict = gate.judge(reference, reference.copy(), scores)
-    assert (verdict.agreement, verdict.flips_where_sure, verdict.mean_probability_difference) == (
+    comparison = accuracy.compare(reference, reference.copy(), scores)
+    assert (
+        comparison.agreement,
+        comparison.flips_where_sure,
+        comparison.mean_probability_difference,
+    ) == (
         1,
         0,
         0,
@@ -106,67 +110,67 @@ def test_figures_are_those_counted_one_by_one(images: int, classes: int, seed: i
         agrees = top == int(np.argmax(q))
         same += agrees
         second, first = sorted(p)[-2:]
-        sure += first - second > gate.SURE
-        flips += first - second > gate.SURE and not agrees
+        sure += first - second > accuracy.SURE
+        flips += first - second > accuracy.SURE and not agrees
         difference += abs(p[top] - q[top])
-    verdict = gate.judge(reference, candidate)
-    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (
+    comparison = accuracy.compare(reference, candidate)
+    assert (comparison.agreement, comparison.sure, comparison.flips_where_sure) == (
         same / images,
         sure,
         flips,
     )
-    assert verdict.mean_probability_difference == pytest.approx(difference / images, abs=1e-6)
+    assert comparison.mean_probability_difference == pytest.approx(difference / images, abs=1e-6)
 
 
 def test_a_flip_where_fp32_was_not_sure_is_told_apart() -> None:
     reference = np.float32([[1.0, 0.99, 0.0], [5.0, 0.0, 0.0]])
     candidate = np.float32([[0.99, 1.0, 0.0], [0.0, 5.0, 0.0]])
-    verdict = gate.judge(reference, candidate)
-    assert (verdict.agreement, verdict.sure, verdict.flips_where_sure) == (0, 1, 1)
+    comparison = accuracy.compare(reference, candidate)
+    assert (comparison.agreement, comparison.sure, comparison.flips_where_sure) == (0, 1, 1)
 
 
 def test_nan_in_the_candidate_refuses_it() -> None:
     reference, candidate = answers(2000, 2000)
     candidate[7, 3] = np.nan
-    verdict = gate.judge(reference, candidate)
-    assert not verdict.accepted
-    assert verdict.reason == "NaN or infinity in the answers to 1 of 2,000 images"
+    comparison = accuracy.compare(reference, candidate)
+    assert not comparison.accepted
+    assert comparison.reason == "NaN or infinity in the answers to 1 of 2,000 images"
 
 
 def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
     """As for any other disagreement the share decides."""
     reference, candidate = answers(1000, 1000)
     reference[0, 0] = np.inf
-    verdict = gate.judge(reference, candidate)
-    assert (verdict.accepted, verdict.images, verdict.agreement, verdict.sure) == (
+    comparison = accuracy.compare(reference, candidate)
+    assert (comparison.accepted, comparison.images, comparison.agreement, comparison.sure) == (
         True,
         1000,
         0.999,
         999,
     )
-    assert verdict.mean_probability_difference == pytest.approx(0.001)
+    assert comparison.mean_probability_difference == pytest.approx(0.001)
     reference[:100, 0] = np.nan
-    assert not gate.judge(reference, candidate).accepted
+    assert not accuracy.compare(reference, candidate).accepted
 
 
 def test_images_without_an_answer_in_either_are_left_out() -> None:
     """They say nothing about the candidate, and do not count as held-out images."""
     reference, candidate = answers(1000, 1000)
     reference[:3, 0], candidate[:3, 1] = np.nan, np.inf
-    verdict = gate.judge(reference, candidate)
-    assert (verdict.images, verdict.agreement, verdict.accepted) == (997, 1.0, False)
-    assert verdict.reason.startswith(gate.TOO_FEW)
-    assert gate.judge(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).images == 0
+    comparison = accuracy.compare(reference, candidate)
+    assert (comparison.images, comparison.agreement, comparison.accepted) == (997, 1.0, False)
+    assert comparison.reason.startswith(accuracy.TOO_FEW)
+    assert accuracy.compare(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).images == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 4), (4,)])
 def test_answers_of_different_shapes_are_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be one shape"):
-        gate.judge(np.zeros((4, 5), np.float32), np.zeros(shape, np.float32))
+        accuracy.compare(np.zeros((4, 5), np.float32), np.zeros(shape, np.float32))
 
 
 def test_the_telling_names_every_figure() -> None:
-    text = gate.format_verdict(gate.judge(*answers(980, 1000)))
+    text = accuracy.format_comparison(accuracy.compare(*answers(980, 1000)))
     assert "0.9800 of 1,000 held-out images (95 % interval 0.9693 to 0.9870)" in text
     assert "20 flips among the 1,000 where fp32 was sure" in text
 
@@ -177,9 +181,9 @@ def test_near_ties_are_broken_as_in_the_results() -> None:
     """
     reference = np.tile(np.float32([31, 30, -5]), (1000, 1))
     candidate = np.tile(np.float32([30, 31, -5]), (1000, 1))
-    verdict = gate.judge(reference, candidate, Scores.SIGMOID)
-    assert verdict.accepted
-    assert verdict.agreement == 1
+    comparison = accuracy.compare(reference, candidate, Scores.SIGMOID)
+    assert comparison.accepted
+    assert comparison.agreement == 1
 
 
 # ── what an answer is ─────────────────────────────────────────────────────────────────────────────
@@ -210,19 +214,21 @@ def logit(probabilities: object) -> np.ndarray:
         ([0.2], [0.4], True),
     ],
 )
-def test_a_multi_label_model_is_judged_by_its_set_of_classes(
+def test_a_multi_label_model_is_compared_by_its_set_of_classes(
     before: list[float], after: list[float], agrees: bool
 ) -> None:
     """From probability 0.5. The same if a wrapped graph ends in its sigmoid, so that its scores
     are probabilities that do not sum to 1.
     """
-    verdict = gate.judge(logit([before]), logit([after]), Scores.SIGMOID)
-    assert verdict.agreement == agrees
-    assert verdict.compared == "set of classes from probability 0.5"
+    comparison = accuracy.compare(logit([before]), logit([after]), Scores.SIGMOID)
+    assert comparison.agreement == agrees
+    assert comparison.compared == "set of classes from probability 0.5"
     if sum(before) > 1.1:
-        raw = gate.judge(np.float32([before]), np.float32([after]), Scores.SOFTMAX)
-        assert (raw.agreement, raw.compared) == (agrees, verdict.compared)
-    assert "the same set of classes from probability 0.5 as fp32" in gate.format_verdict(verdict)
+        raw = accuracy.compare(np.float32([before]), np.float32([after]), Scores.SOFTMAX)
+        assert (raw.agreement, raw.compared) == (agrees, comparison.compared)
+    assert "the same set of classes from probability 0.5 as fp32" in accuracy.format_comparison(
+        comparison
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,25 +246,27 @@ def test_fp32_is_sure_of_a_set_if_no_class_is_near_the_bound(
     before: list[float], sure: bool
 ) -> None:
     """And of the most probable class, where that counts."""
-    assert gate.judge(logit([before]), logit([before]), Scores.SIGMOID).sure == sure
+    assert accuracy.compare(logit([before]), logit([before]), Scores.SIGMOID).sure == sure
 
 
-def test_exclusive_probabilities_are_judged_by_the_most_probable_class() -> None:
+def test_exclusive_probabilities_are_checked_by_the_most_probable_class() -> None:
     """Also those of a quantised softmax, whose sum is not quite 1, and of a sigmoid that was
     turned into two classes.
     """
     before, after = np.float32([[0.45, 0.35, 0.22]]), np.float32([[0.52, 0.3, 0.2]])
-    verdict = gate.judge(before, after, Scores.SOFTMAX)
-    assert (verdict.agreement, verdict.compared) == (1, "top-1 class")
-    two = gate.judge(np.float32([[0.4, 0.6]]), np.float32([[0.6, 0.4]]), Scores.SOFTMAX)
+    comparison = accuracy.compare(before, after, Scores.SOFTMAX)
+    assert (comparison.agreement, comparison.compared) == (1, "top-1 class")
+    two = accuracy.compare(np.float32([[0.4, 0.6]]), np.float32([[0.6, 0.4]]), Scores.SOFTMAX)
     assert (two.agreement, two.compared) == (0, "top-1 class")
 
 
-def test_a_verdict_by_the_rule_of_an_older_version_does_not_count() -> None:
+def test_a_result_by_the_rule_of_an_older_version_does_not_count() -> None:
     """That compared the top-1 class of multi-label models."""
     scores = np.zeros((1, 3), np.float32)
     for kind, compared_now in ((Scores.SIGMOID, False), (Scores.LOGITS, True)):
         card = replace(TINY_CARD, scores=kind)
-        verdict = gate.judge(scores, scores, kind)
-        assert gate.is_current(verdict, card)
-        assert gate.is_current(replace(verdict, compared="top-1 class"), card) is compared_now
+        comparison = accuracy.compare(scores, scores, kind)
+        assert accuracy.is_current(comparison, card)
+        assert (
+            accuracy.is_current(replace(comparison, compared="top-1 class"), card) is compared_now
+        )

@@ -5,7 +5,7 @@ heavy libraries stay out of the launcher. If the child dies or hangs it is start
 then decodes every image in a process of its own.
 
 parent                        child
-Trial ───────────────────────►
+AccuracyCheck ───────────────────────►
       ◄─────────────────────── Said(line)
       ◄─────────────────────── At(patience_s)     the next message comes within that time;
                                                   None: it may take long
@@ -23,7 +23,7 @@ from imagemill.errors import WorkerError
 from imagemill.models.variants import PrecisionRecord
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
-from imagemill.tuning.trial import Say, Trial, carry_out
+from imagemill.tuning.check import AccuracyCheck, Say, carry_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +47,21 @@ class Found:
     records: Mapping[str, PrecisionRecord] = field(default_factory=dict)
 
 
-def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, PrecisionRecord]:
+def in_child(asked: AccuracyCheck, say: Say = lambda _: None) -> dict[str, PrecisionRecord]:
     """Return what `carry_out` returns, from a child process.
 
     Raises:
         ImagemillError: as `carry_out`. WorkerError: the process died or hung twice.
     """
     try:
-        return _attempt_in_child(trial, say)
+        return _attempt_in_child(asked, say)
     except ChildError as died:
         say(
-            f"the trial process {died}: starting it again, each image decoded in a process of"
-            " its own"
+            f"the accuracy check process {died}: starting it again, each image decoded in a"
+            " process of its own"
         )
     try:
-        return _attempt_in_child(replace(trial, isolate=True), say)
+        return _attempt_in_child(replace(asked, isolate=True), say)
     except ChildError as died:
         raise WorkerError(
             f"the process that measures precisions {died}, twice. Use --precision fp32. The last"
@@ -69,9 +69,9 @@ def in_child(trial: Trial, say: Say = lambda _: None) -> dict[str, PrecisionReco
         ) from died
 
 
-def _attempt_in_child(trial: Trial, say: Say) -> dict[str, PrecisionRecord]:
-    with contextlib.closing(Child("imagemill.tuning.trial_process")) as child:
-        child.send(trial)
+def _attempt_in_child(asked: AccuracyCheck, say: Say) -> dict[str, PrecisionRecord]:
+    with contextlib.closing(Child("imagemill.tuning.check_process")) as child:
+        child.send(asked)
         patience_s: float | None = None
         while True:
             match child.receive(patience_s):
@@ -89,11 +89,11 @@ def main() -> int:
 
 
 def _work(connection: Connection) -> None:
-    trial = connection.recv()
-    assert isinstance(trial, Trial)
-    processes.pin_to_cores(trial.cores)
+    asked = connection.recv()
+    assert isinstance(asked, AccuracyCheck)
+    processes.pin_to_cores(asked.cores)
     found = carry_out(
-        trial,
+        asked,
         lambda line: connection.send(Said(line)),
         lambda patience_s: connection.send(At(patience_s)),
     )
