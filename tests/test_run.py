@@ -1203,6 +1203,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
         "images_per_second",
         "restarts",
         "clock",
+        "retired",
     }
     assert on_disk["images_per_second"] == pytest.approx(20 / on_disk["seconds"], rel=0.05)
     assert (on_disk["bottleneck"], on_disk["advice"].partition(":")[0]) == (

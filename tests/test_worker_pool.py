@@ -13,10 +13,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from batches import make_job
 from imagemill import records
-from imagemill.errors import Interrupted, WorkerError
+from imagemill.errors import (
+    DeviceError,
+    ImagemillError,
+    InexactError,
+    Interrupted,
+    ModelError,
+    WorkerError,
+)
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
-from imagemill.workers import launcher, protocol
+from imagemill.system.processes import Failed
+from imagemill.workers import launcher, local, protocol
 from imagemill.workers.launcher import Launcher
 from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
 
@@ -51,6 +60,8 @@ class Simulated:
         """Rows that have their answers, as a worker's heartbeat says."""
         self.failing_starts: list[bool] = []
         """Whether each of the next restarts fails."""
+        self.dead: dict[str, ImagemillError | None] = {}
+        """Devices on which no worker starts → the error that it sends; None: it just dies."""
         self._order = itertools.count()
         self._working: dict[str, int] = dict.fromkeys(seconds, 0)
         """Counts the lives of a worker, so that what it would have done in an earlier one does not
@@ -63,8 +74,15 @@ class Simulated:
     def start(self, limit: int) -> Sequence[DeviceSpec]:
         begun = [device(number) for number in range(len(self.seconds))][:limit]
         for one in begun:
-            self.at(0.0, lambda name=one.name: [Event(name, protocol.Ready(1))])
+            self.at(0.0, lambda name=one.name: self._begin(name))
         return begun
+
+    def _begin(self, name: str) -> list[Event]:
+        if name not in self.dead:
+            return [Event(name, protocol.Ready(1))]
+        error = self.dead[name]
+        sent = [Event(name, Failed.of(error))] if error else []
+        return sent + self.die(name, ready=False)
 
     def receive(self, seconds: float) -> Sequence[Event]:
         if not self.events:
@@ -126,7 +144,7 @@ class Simulated:
                     ready,
                     timed_out,
                     timed_out,
-                    "The last lines of its log:",
+                    "The last lines of its log:\n  loading\n  no driver",
                 ),
             )
         ]
@@ -143,9 +161,12 @@ class Simulated:
 
     def restart(self, name: str) -> None:
         fails = self.failing_starts.pop(0) if self.failing_starts else False
-        self.at(
-            0.0, lambda: self.die(name, ready=False) if fails else [Event(name, protocol.Ready(2))]
-        )
+        self.at(0.0, lambda: self.die(name, ready=False) if fails else self._begin(name))
+
+    def retire(self, name: str) -> bool:
+        self._working[name] += 1
+        del self.seconds[name]
+        return bool(self.seconds)
 
     def status(self, name: str) -> WorkerStatus:
         return WorkerStatus(self.answered.get(name, 0))
@@ -289,12 +310,140 @@ def test_only_starts_that_fail_in_a_row_end_the_job(commits_between: bool) -> No
         WorkerError,
         match=(
             r"^worker null#0 failed to start 3 times in a row; the last time it was killed by"
-            r" SIGKILL\. The last lines of its log:$"
+            r" SIGKILL\. The last lines of its log:\n  loading\n  no driver$"
         ),
     ):
         run(pool, 20)
     assert pool.killed
     assert not hasattr(pool, "ended"), "workers were let end as if all was committed"
+
+
+NO_START = (
+    "worker null#3 failed to start 3 times in a row; the last time it was killed by SIGKILL. The"
+    " last lines of its log: … no driver"
+)
+MISSING = "null#3: the driver has lost it."
+
+
+@pytest.mark.parametrize(
+    ("error", "starts", "reason"), [(None, 3, NO_START), (DeviceError(MISSING), 1, MISSING)]
+)
+def test_one_of_eight_devices_that_never_starts_is_retired(
+    error: ImagemillError | None, starts: int, reason: str
+) -> None:
+    """It is named once, the others do its share, and the outcome says so. What it reports as an
+    error is not tried again.
+    """
+    pool = Simulated({f"null#{number}": 1.0 for number in range(8)})
+    pool.dead = {"null#3": error}
+    lines: list[str] = []
+    seen: list[records.Progress] = []
+    given = [device(number) for number in range(8)]
+    job = Launcher(pool, given, shards(40), groups=8, say=lines.append, on_tick=seen.append)
+    outcome = job.run()
+    assert outcome.retired == {"null#3": reason}
+    assert lines == [f"null#3 is retired, the others take its shards: {reason}"]
+    assert outcome.restarts["null#3"] == starts - 1
+    assert outcome.devices["null#3"] == 0
+    assert sorted(number for _, _, number in pool.committed) == list(range(40))
+    assert seen[-1].retired == {"null#3": reason}
+    assert pool.ended
+
+
+@pytest.mark.parametrize("error", [None, DeviceError(MISSING)])
+def test_a_job_ends_once_no_device_is_left(error: ImagemillError | None) -> None:
+    """With the last one's error."""
+    pool = Simulated({f"null#{number}": 1.0 for number in range(3)})
+    pool.dead = dict.fromkeys(pool.seconds, error)
+    message = r"failed to start 3 times in a row" if error is None else MISSING
+    with pytest.raises(DeviceError if error else WorkerError, match=message):
+        run(pool, 20)
+    assert pool.committed == []
+    assert pool.killed
+
+
+@pytest.mark.parametrize("error", [ModelError("no model"), InexactError("inexact")])
+def test_an_error_that_is_not_the_devices_ends_the_job(error: ImagemillError) -> None:
+    """Another device would meet it too, or its answers would differ."""
+    pool = Simulated({"null#0": 1.0, "null#1": 1.0})
+    pool.dead = {"null#1": error}
+    with pytest.raises(type(error), match=str(error)):
+        run(pool, 20)
+
+
+def test_a_device_error_of_a_worker_that_computes_ends_the_job() -> None:
+    """Only what keeps a device from starting retires it."""
+    pool = Simulated({"null#0": 1.0, "null#1": 1.0})
+    pool.at(2.5, lambda: [Event("null#1", Failed.of(DeviceError("odd")))])
+    with pytest.raises(DeviceError, match="odd"):
+        run(pool, 20)
+
+
+def test_a_device_on_which_workers_die_for_ever_is_retired() -> None:
+    """It starts, takes shards and dies; the commits of the others do not hide that."""
+    pool = Simulated({"null#0": 3.0, "null#1": 1.0})
+
+    def strike() -> list[Event]:
+        if "null#0" in pool.seconds:
+            pool.at(1.5, strike)
+            return pool.die("null#0")
+        return []
+
+    pool.at(1.5, strike)
+    outcome = run(pool, 60)
+    assert outcome.retired["null#0"].startswith(
+        "worker null#0 died 10 times without finishing a shard; the last time it was killed by"
+    )
+    assert outcome.devices == {"null#0": 0, "null#1": 60 * IMAGES}
+
+
+def test_a_device_that_is_lost_at_each_start_is_retired_unless_its_machine_is_gone() -> None:
+    """As where Ray's actor dies with its worker."""
+
+    def outcome_of(*, with_machine: bool) -> launcher.Outcome:
+        pool = Simulated({"null#0": 1.0, "null#1": 1.0})
+        ready = pool._begin
+
+        def begin(name: str) -> list[Event]:
+            if name == "null#1":
+                return ready(name)
+            if name not in pool.seconds:
+                return []
+            pool.at(0.7, lambda: begin(name))
+            return [Event(name, Joined(device(0))), *pool.lose(name, with_machine=with_machine)]
+
+        pool._begin = begin  # type: ignore[method-assign]
+        return run(pool, 20)
+
+    assert outcome_of(with_machine=False).retired == {
+        "null#0": "worker null#0 failed to start 3 times in a row; the last time it was lost"
+        " (pulled the plug). See the logs of Ray on that machine."
+    }
+    assert outcome_of(with_machine=True).retired == {}
+
+
+def test_a_device_without_a_worker_takes_the_place_of_a_retired_one(
+    monkeypatch: pytest.MonkeyPatch, tiny: records.Bundle
+) -> None:
+    """A job of few shards starts few workers; the other devices are not lost to it."""
+
+    class Watched:
+        def __init__(self, _job: object, device: DeviceSpec) -> None:
+            self.device, self.connection = device, None
+
+        def watch(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(local, "Supervisor", Watched)
+    pool = local.LocalPool(make_job(tiny), [device(number) for number in range(3)])
+    assert [one.name for one in pool.start(1)] == ["null#0"]
+    monkeypatch.setattr(local, "wait", lambda *_, **__: [])
+    for number in (1, 2):
+        assert pool.retire(f"null#{number - 1}")
+        assert pool.receive(0.0) == [Event(f"null#{number}", Joined(device(number)))]
+        assert pool.receive(0.0) == []
+    assert not pool.retire("null#2")
 
 
 @pytest.fixture

@@ -556,6 +556,8 @@ class DeviceSummary:
     restarts: int
     clock: Clock | None = None
     """Where its time went; None in summaries of versions that did not keep it."""
+    retired: str | None = None
+    """Why it was not used any more; None if it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -674,3 +676,5 @@ class Progress:
     since_first_lease_s: float
     ready: int
     """Devices whose session is compiled."""
+    retired: dict[str, str] = field(default_factory=dict)
+    """Devices that are not used any more → why."""

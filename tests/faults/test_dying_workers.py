@@ -8,6 +8,8 @@ import harness
 import pytest
 
 import helpers
+from imagemill.display.results import format_status
+from imagemill.job.open_job import OpenJob
 
 pytestmark = pytest.mark.process
 
@@ -40,6 +42,48 @@ def test_a_worker_that_cannot_start_ends_the_job_with_its_last_words(
     assert log.read_text().count("the driver is not loaded") == 3
     assert null_run(small_jpegs, "--output", tmp_path / "out").code == 0
     harness.assert_complete(tmp_path / "out")
+
+
+def test_a_device_that_never_starts_is_retired_and_the_job_ends_complete(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """The user, `status` and the summary name it, while the job runs and afterwards; another start
+    tries it again.
+    """
+    hook = """
+    if WORKER:
+        def deadly(module):
+            begin = module.NullSession.__init__
+            def begun(self, spec, device, clock):
+                if device.name == "null#1":
+                    print("the card has fallen off the bus", file=sys.stderr, flush=True)
+                    os._exit(7)
+                while not os.path.exists(os.environ["RETIRED"]):
+                    time.sleep(0.02)
+                begin(self, spec, device, clock)
+            module.NullSession.__init__ = begun
+        after_import("imagemill.pipeline.backends.null", deadly)
+    """
+    words = (small_jpegs, "--output", tmp_path / "out", "--devices", "null:3")
+    retired = str(tmp_path / "out" / "retired.json")
+    result = null_run(*words, env=harness.hooks(tmp_path / "hooks", hook, RETIRED=retired))
+    assert result.code == 0, result
+    log = tmp_path / "out" / "logs" / "null#1.log"
+    reason = (
+        "worker null#1 failed to start 3 times in a row; the last time it ended with exit code 7."
+        f" The last lines of {log}: … the card has fallen off the bus"
+    )
+    assert result.err.count(f"null#1 is retired, the others take its shards: {reason}\n") == 1
+    assert f"  null#1 was retired: {reason}\n" in result.out
+    assert harness.assert_complete(tmp_path / "out").num_rows == 48
+    status = OpenJob.open(tmp_path / "out").status()
+    assert status.complete
+    assert format_status(status).splitlines()[-1] == f"null#1 was retired: {reason}"
+    next((tmp_path / "out" / "predictions").glob("part-*")).unlink()
+    again = null_run(*words, "--json")
+    assert again.code == 0, again
+    assert [device["retired"] for device in again.json["devices"]] == [None] * 3
+    assert OpenJob.open(tmp_path / "out").status().retired == {}
 
 
 def test_ten_deaths_without_a_commit_end_the_job(

@@ -67,6 +67,8 @@ def _format_speed(summary: Summary) -> Iterator[str]:
             f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f}"
             f" images/s{restarts}"
         )
+        if device.retired:
+            yield f"  {device.name} was retired: {device.retired}"
     what = f"bounded by {summary.bottleneck}" if summary.bottleneck else "bottleneck"
     yield f"{what}: {summary.advice}"
     # In a job of a few images an estimate may be lower than what was achieved: leave it out.
@@ -105,6 +107,7 @@ def format_status(found: JobStatus) -> str:
     ]
     if found.failed_by_status:
         lines.append(f"failed: {format_statuses(dict(found.failed_by_status))}")
+    lines += [f"{name} was retired: {reason}" for name, reason in found.retired.items()]
     return "\n".join(lines)
 
 

@@ -112,6 +112,8 @@ def device_lines(progress: Progress, estimate: Estimate, width: int, max_lines: 
         speed = f"{rate:>9,.1f} images/s" if rate is not None else f"{'-':>9} images/s"
         restarts = progress.restarts.get(name, 0)
         again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
+        if name in progress.retired:
+            again = ", retired"
         cells.append(f"{name:<{longest}} {progress.devices[name]:>11,} images {speed}{again}")
     cell_width = max(map(len, cells), default=0) + 2
     across = max(1, min(width // cell_width, -(-len(cells) // 4)))

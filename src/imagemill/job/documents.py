@@ -1,4 +1,4 @@
-"""The documents of a job folder: `job.json`, `manifest.json` and `summary.json`.
+"""The documents of a job folder: `job.json`, `manifest.json`, `summary.json`, `retired.json`.
 
 They are checked when they are read. An error names the file and the key.
 """
@@ -114,6 +114,13 @@ def read_manifest(store: Store) -> Manifest | None:
     cannot be read.
     """
     return _read_rebuildable(store, store.paths.manifest, Manifest)
+
+
+def read_retired(store: Store) -> dict[str, str]:
+    """Return the devices that the latest start has stopped using, with the reasons. Raises:
+    OutputError if they cannot be read.
+    """
+    return _read_rebuildable(store, store.paths.retired, dict[str, str]) or {}
 
 
 def _read_rebuildable(store: Store, path: Path, kind: type[T]) -> T | None:

@@ -28,6 +28,8 @@ class JobStatus:
     failed_by_status: Mapping[str, int]
     running: bool
     complete: bool
+    retired: Mapping[str, str]
+    """Devices that the latest start has stopped using → why."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class OpenJob:
             failed_by_status=dict(sorted(self.failed_by_status(sorted(done)).items())),
             running=lock.is_locked(self.paths),
             complete=len(done) == len(self.shards) and self.store.exists(self.paths.summary),
+            retired=documents.read_retired(self.store),
         )
 
     def verify(self, *, quarantine: bool = False) -> tuple[list[ledger.Problem], list[Path]]:

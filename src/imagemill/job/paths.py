@@ -99,6 +99,11 @@ class JobPaths:
         return self.root / "summary.json"
 
     @property
+    def retired(self) -> Path:
+        """The devices that the latest start has stopped using. It exists only if there are any."""
+        return self.root / "retired.json"
+
+    @property
     def manifest(self) -> Path:
         """The sha256 of every part. It can be rebuilt from the parts."""
         return self.root / "manifest.json"

@@ -154,6 +154,7 @@ def _carry_out(
             report.attempt(opened, watcher.say)
         return _report_finished(opened, summary, watcher)
     store.remove(paths.summary)
+    store.remove(paths.retired)
     resumed = sum(shard.count for shard in opened.shards if shard.number in done)
     if done:
         watcher.say(f"resuming: {resumed:,} of {frozen.images:,} images are done")
@@ -161,12 +162,14 @@ def _carry_out(
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.images, resumed)
+    write_retired = summarise.retired_writer(store)
     try:
         with preflight.Sampler(job, sampled, chosen, watcher.say) as sampler:
 
             def tick(progress: Progress) -> None:
                 sampler(progress)
                 shown(progress)
+                write_retired(progress)
 
             if left:
                 launcher = Launcher(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from imagemill.errors import TooManyBadError
 from imagemill.job.ledger import Tally
 from imagemill.job.open_job import OpenJob
+from imagemill.job.store import Store
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
@@ -14,9 +15,11 @@ from imagemill.records import (
     DeviceSpec,
     DeviceSummary,
     Job,
+    Progress,
     Receipt,
     Summary,
 )
+from imagemill.system import serialization
 from imagemill.workers.launcher import Outcome
 
 
@@ -45,6 +48,19 @@ def bad_fraction_guard(
 
     check()
     return guard
+
+
+def retired_writer(store: Store) -> Callable[[Progress], None]:
+    """Return a function that writes `retired.json` whenever a device was retired."""
+    written: dict[str, str] = {}
+
+    def write(progress: Progress) -> None:
+        nonlocal written
+        if progress.retired != written:
+            written = progress.retired
+            store.write(store.paths.retired, serialization.encode(written))
+
+    return write
 
 
 def summarise(
@@ -87,6 +103,7 @@ def summarise(
                 rate(outcome.devices[d.name]),
                 outcome.restarts[d.name],
                 outcome.clocks.get(d.name),
+                outcome.retired.get(d.name),
             )
             for d in chosen
         ),

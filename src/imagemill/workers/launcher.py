@@ -9,9 +9,10 @@ Contract
   decoding threads worked on are quarantined: the next worker decodes them in a process of their
   own. A shard in flight at two deaths is isolated: leased alone, with every image decoded that way.
   If an image takes too long even in quarantine, reading it hangs, and it is given up.
-- If a worker fails to start three times in a row, or workers die ten times without a commit in
-  between, the job ends with the last lines of the log. Lost nodes do not count: a hundred of them
-  may be reclaimed at once.
+- A device is retired if its worker fails to start three times in a row, dies ten times without a
+  commit of its own, or reports that the device cannot be used. The others take its shards. If no
+  device is left, the job ends with that error. It also ends if workers die ten times without any
+  commit in between. Lost nodes do not count: a hundred of them may be reclaimed at once.
 - Workers never outlive this process.
 - Memory does not grow with the number of images, and little with the number of shards: only
   uncommitted ones are held, as small records.
@@ -25,9 +26,10 @@ import contextlib
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from imagemill.errors import Interrupted, WorkerError
+from imagemill.errors import DeviceError, ImagemillError, Interrupted, WorkerError
 from imagemill.records import DeviceSpec, Lease, Progress, Receipt, Shard
 from imagemill.system.processes import Failed
 from imagemill.workers import protocol
@@ -80,7 +82,10 @@ class Launcher:
         self._say = say
         self._workers: dict[str, WorkerState] = {}
         self._tally = Tally([device.name for device in devices])
-        self._failed_starts = 0
+        self._failed_starts: Counter[str] = Counter()
+        """Device → its starts that failed in a row."""
+        self._deaths: Counter[str] = Counter()
+        """Device → its worker's deaths since its last commit."""
         self._deaths_since_commit = 0
         self._signals: list[int] = []
         self._next_tick = 0.0
@@ -89,8 +94,8 @@ class Launcher:
         """Run to the end.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came. WorkerError: workers keep dying. Any other
-            ImagemillError: a worker ended with it.
+            Interrupted: SIGINT or SIGTERM came. WorkerError: workers keep dying, and no device is
+            left. Any other ImagemillError: a worker ended with it.
         """
         with _noting_signals(self._signals):
             try:
@@ -135,11 +140,13 @@ class Launcher:
         if isinstance(event.message, Joined):
             self._add_worker(event.message.device)
             return
-        worker = self._workers[event.device]
+        worker = self._workers.get(event.device)
+        if worker is None:  # the device was retired
+            return
         match event.message:
             case protocol.Ready(pid):
                 worker.ready, worker.idle = True, True
-                self._failed_starts = 0
+                self._failed_starts.pop(worker.device.name, None)
                 _log.info("%s is ready (pid %d)", worker.device.name, pid)
             case protocol.Want():
                 lease = None if self._signals else self._next_lease(worker)
@@ -149,8 +156,7 @@ class Launcher:
             case protocol.Done():
                 self._handle_commit(worker, event.message)
             case Failed() as failed:
-                _log.error("%s: %s", worker.device.name, failed.message)
-                raise failed.error()
+                self._handle_failure(worker, failed)
             case Died() as died:
                 self._handle_exit(worker, died)
             case Lost() as lost:
@@ -171,6 +177,7 @@ class Launcher:
         del worker.leases[done.receipt.shard]
         self._leases.commit(done.receipt.shard)
         self._deaths_since_commit = 0
+        self._deaths.pop(worker.device.name, None)
         self._tally.commit(worker, done.receipt, done.clock, time.monotonic())
         self._on_receipt(done.receipt)
 
@@ -190,41 +197,70 @@ class Launcher:
 
     # Exits.
 
+    def _handle_failure(self, worker: WorkerState, failed: Failed) -> None:
+        """Retire a device that cannot be used. Raises: ImagemillError: any other error."""
+        _log.error("%s: %s", worker.device.name, failed.message)
+        error = failed.error()
+        if type(error) is not DeviceError or worker.ready:
+            raise error
+        self._retire(worker, error)
+
     def _handle_exit(self, worker: WorkerState, died: Died) -> None:
         """Return a dead worker's leases, quarantine its images, and restart it."""
         name, count = worker.device.name, len(worker.leases)
         _log.warning("%s (pid %d) %s, %d shards in flight", name, died.pid, died.reason, count)
-        if not died.ready:
-            self._failed_starts += 1
-        elif not died.timed_out:  # a timeout is progress: its image is not tried that way again
-            self._deaths_since_commit += 1
-        self._refuse_endless_deaths(name, died.reason, died.log_tail, ready=died.ready)
         for lease in reversed(worker.leases.values()):
             self._leases.return_dead(lease, died.active, died.timed_out)
-        self._tally.restart(worker)
-        self._pool.restart(name)
+        # A timeout is progress: its image is not tried that way again.
+        if died.timed_out or not self._gave_up(worker, died.reason, died.log_tail):
+            self._tally.restart(worker)
+            self._pool.restart(name)
 
     def _handle_lost(self, worker: WorkerState, lost: Lost) -> None:
         """Return the leases of a worker that is gone together with its supervisor."""
         name, count = worker.device.name, len(worker.leases)
         _log.warning("%s is lost, %d shards in flight: %s", name, count, lost.reason)
-        if worker.ready and not lost.with_machine:
-            self._deaths_since_commit += 1
-            reason, log = f"was lost ({lost.reason})", "See the logs of Ray on that machine."
-            self._refuse_endless_deaths(name, reason, log, ready=True)
         for lease in reversed(worker.leases.values()):
             self._leases.return_lost(lease)
-        self._tally.restart(worker)
+        reason, log = f"was lost ({lost.reason})", "See the logs of Ray on that machine."
+        if lost.with_machine or not self._gave_up(worker, reason, log):
+            self._tally.restart(worker)
 
-    def _refuse_endless_deaths(self, name: str, reason: str, log: str, *, ready: bool) -> None:
-        if self._failed_starts >= START_TRIES or self._deaths_since_commit >= DEATHS_WITHOUT_COMMIT:
-            count = DEATHS_WITHOUT_COMMIT if ready else START_TRIES
-            what = (
-                f"workers died {count} times without finishing a shard; the last one"
-                if ready
-                else f"worker {name} failed to start {count} times in a row; the last time it"
-            )
-            raise WorkerError(f"{what} {reason}. {log}")
+    def _gave_up(self, worker: WorkerState, reason: str, log: str) -> bool:
+        """Count a worker's end, and return whether its device was retired for it.
+
+        Raises:
+            WorkerError: no device is left, or workers die without end.
+        """
+        name = worker.device.name
+        if not worker.ready:
+            self._failed_starts[name] += 1
+            if self._failed_starts[name] < START_TRIES:
+                return False
+            what = f"worker {name} failed to start {START_TRIES} times in a row; the last time it"
+        else:
+            self._deaths[name] += 1
+            self._deaths_since_commit += 1
+            times = f"died {DEATHS_WITHOUT_COMMIT} times without finishing a shard; the last"
+            if self._deaths_since_commit >= DEATHS_WITHOUT_COMMIT:
+                raise WorkerError(f"workers {times} one {reason}. {log}")
+            if self._deaths[name] < DEATHS_WITHOUT_COMMIT:
+                return False
+            what = f"worker {name} {times} time it"
+        self._retire(worker, WorkerError(f"{what} {reason}. {log}"))
+        return True
+
+    def _retire(self, worker: WorkerState, error: ImagemillError) -> None:
+        """Continue without a device. Raises: ImagemillError: the given one if no other is left."""
+        name = worker.device.name
+        _log.error("%s is retired: %s", name, error)
+        del self._workers[name]
+        if not self._pool.retire(name):
+            raise error
+        reason, *log = str(error).splitlines()
+        line = reason + "".join(f" … {line.strip()}" for line in log[-1:])
+        self._tally.retire(worker, line)
+        self._say(f"{name} is retired, the others take its shards: {line}")
 
     # Signals.
 

@@ -10,7 +10,7 @@ from typing import Any
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system.processes import Stop
 from imagemill.workers import protocol
-from imagemill.workers.pool import Event, WorkerStatus
+from imagemill.workers.pool import Event, Joined, WorkerStatus
 from imagemill.workers.supervisor import Supervisor
 
 _STOP_S = 2.0
@@ -27,12 +27,14 @@ class LocalPool:
 
     def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
         self._job = job
-        self._devices = devices
+        self._spare = list(devices)
+        """Devices without a worker."""
+        self._joined: list[Event] = []
         self._workers: dict[str, Supervisor] = {}
 
     def start(self, limit: int) -> Sequence[DeviceSpec]:
         """Implement `WorkerPool.start`."""
-        started = self._devices[:limit]
+        started, self._spare = self._spare[:limit], self._spare[limit:]
         for device in started:
             self._workers[device.name] = self._start(device)
         return started
@@ -42,8 +44,8 @@ class LocalPool:
         by_connection: dict[Any, Supervisor] = {
             worker.connection: worker for worker in self._workers.values()
         }
-        events: list[Event] = []
-        for connection in wait(list(by_connection), timeout=seconds):
+        events, self._joined = self._joined, []
+        for connection in wait(list(by_connection), timeout=0 if events else seconds):
             assert isinstance(connection, Connection)
             worker = by_connection[connection]
             events += [Event(worker.device.name, message) for message in worker.receive()]
@@ -58,6 +60,15 @@ class LocalPool:
     def restart(self, device: str) -> None:
         """Implement `WorkerPool.restart`."""
         self._workers[device] = self._start(self._workers[device].device)
+
+    def retire(self, device: str) -> bool:
+        """Implement `WorkerPool.retire`."""
+        self._workers.pop(device).close()
+        if self._spare:
+            spare = self._spare.pop(0)
+            self._workers[spare.name] = self._start(spare)
+            self._joined.append(Event(spare.name, Joined(spare)))
+        return bool(self._workers)
 
     def status(self, device: str) -> WorkerStatus:
         """Implement `WorkerPool.status`."""

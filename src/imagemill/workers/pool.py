@@ -85,6 +85,10 @@ class WorkerPool(Protocol):
         """Start the process of a worker that died again."""
         ...
 
+    def retire(self, device: str) -> bool:
+        """Kill a worker for good. Return whether others are left, or were started for it."""
+        ...
+
     def status(self, device: str) -> WorkerStatus:
         """Return how far a worker's process is."""
         ...

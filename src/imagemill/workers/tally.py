@@ -20,6 +20,8 @@ class Outcome:
     devices: dict[str, int] = field(default_factory=dict)
     """Committed rows by device."""
     restarts: dict[str, int] = field(default_factory=dict)
+    retired: dict[str, str] = field(default_factory=dict)
+    """Devices that are not used any more → why, in one line."""
     clocks: dict[str, Clock] = field(default_factory=dict)
     seconds: float = 0.0
     """From the first lease to the last commit."""
@@ -92,11 +94,19 @@ class Tally:
 
     def restart(self, worker: WorkerState) -> None:
         """Count a restart, keep the time of the process that ended, and reset the worker."""
+        self.outcome.restarts[worker.device.name] += 1
+        self._keep_clock(worker)
+        worker.reset()
+
+    def retire(self, worker: WorkerState, reason: str) -> None:
+        """Note that a device is not used any more, and keep the time of its last process."""
+        self.outcome.retired[worker.device.name] = reason
+        self._keep_clock(worker)
+
+    def _keep_clock(self, worker: WorkerState) -> None:
         name = worker.device.name
-        self.outcome.restarts[name] += 1
         earlier = self._earlier_clocks.get(name, Clock())
         self._earlier_clocks[name] = total((earlier, worker.clock))
-        worker.reset()
 
     def finish(self, workers: Iterable[WorkerState]) -> Outcome:
         """Return the outcome, with the figures that are known only at the end."""
@@ -127,6 +137,7 @@ class Tally:
             leased=leased,
             clock=total(clocks),
             restarts=self.outcome.restarts.copy(),
+            retired=self.outcome.retired.copy(),
             since_first_lease_s=self.elapsed(now),
             ready=ready,
         )

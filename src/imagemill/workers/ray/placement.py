@@ -37,8 +37,6 @@ class Slot:
     called_at: float = 0.0
     outbox: list[Lease | Pause | Restart] = field(default_factory=list)
     status: WorkerStatus = field(default_factory=WorkerStatus)
-    ready: bool = False
-    """Whether its worker has been ready once."""
     late: bool = False
     """Whether it joined a running job. If its node is not fit, the job goes on without it."""
 
@@ -81,6 +79,8 @@ class Placement:
         """How many workers there may be."""
         self.unfit: set[str] = set()
         """Ids of nodes that joined and are not fit."""
+        self.retired: set[str] = set()
+        """Names of devices that get no worker any more."""
 
     def new_slots(self, slots: Mapping[str, Slot]) -> Iterator[Slot]:
         """Yield slots for nodes that joined, and for places whose actor was lost.
@@ -91,8 +91,8 @@ class Placement:
         taken = {slot.place.key for slot in slots.values()}
         for node in self._nodes():
             for place in places(node, self._asked):
-                is_free = place.key not in taken and node.id not in self.unfit
-                if is_free and len(slots) < self.limit:
+                is_unfit = node.id in self.unfit or self._names.get(place.key) in self.retired
+                if place.key not in taken and not is_unfit and len(slots) < self.limit:
                     yield self._new_slot(place, slots)
 
     def report(self, slots: Mapping[str, Slot]) -> None:
@@ -115,7 +115,7 @@ class Placement:
         name = self._names.get(place.key)
         if name is None or name in slots:
             number = 0
-            while f"{place.kind}#{number}" in slots:
+            while f"{place.kind}#{number}" in slots.keys() | self.retired:
                 number += 1
             name = self._names[place.key] = f"{place.kind}#{number}"
         return Slot(place.device(int(name.rpartition("#")[2])), place, late=True)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from imagemill.job.store import Store
 from imagemill.records import DeviceSpec, Lease
 from imagemill.system.processes import Failed
 from imagemill.workers.pool import Event, Joined, Lost, WorkerStatus
-from imagemill.workers.protocol import Pause, Ready
+from imagemill.workers.protocol import Pause
 from imagemill.workers.ray.actor import actor_class
 from imagemill.workers.ray.messages import Answer, Prepared, Report, Restart
 from imagemill.workers.ray.placement import UNPLACED_S, Placement, Slot
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-START_TRIES = 3
 _NODES_EVERY_S = 1.0
 _CHECKS_S = 120.0
 """How long the others wait for a node's checks, which may include sending the model."""
@@ -88,7 +86,6 @@ class RayPool:
         self._say = say
         self._class = self._ray.remote(actor_class())
         self._slots: dict[str, Slot] = {}
-        self._failed_starts: Counter[tuple[str, str, int]] = Counter()
         self._nodes_at = 0.0
         self._unchecked: set[str] = set()
         """The workers to start with whose node is not checked yet."""
@@ -157,6 +154,17 @@ class RayPool:
         """Implement `WorkerPool.restart`."""
         self._slots[device].status = WorkerStatus()
         self._slots[device].outbox = [Restart()]
+
+    def retire(self, device: str) -> bool:
+        """Implement `WorkerPool.retire`."""
+        self._placement.retired.add(device)
+        if slot := self._slots.pop(device, None):  # otherwise it is lost already
+            if slot.step != "hello":  # it publishes its log
+                self._ray.wait([slot.actor.end.remote(at_once=True)], timeout=_KILL_S)
+            self._ray.kill(slot.actor)
+        self._nodes_at = 0.0
+        self._held += self._look_at_nodes()
+        return bool(self._slots)
 
     def status(self, device: str) -> WorkerStatus:
         """Implement `WorkerPool.status`."""
@@ -239,9 +247,6 @@ class RayPool:
                 self._handle_failure(slot, answer)
             case Report(messages, status):
                 slot.status = status
-                if any(isinstance(message, Ready) for message in messages):
-                    slot.ready = True
-                    self._failed_starts.pop(slot.place.key, None)
                 return [Event(name, message) for message in messages]
             case Prepared(lacks_model):
                 if lacks_model:
@@ -278,19 +283,9 @@ class RayPool:
             reason: Ray's.
             with_node: whether its node is gone too, or unreachable; Ray may take half a minute to
                 know which.
-
-        Raises:
-            WorkerError: actors are lost on this node each time they start, though it is alive.
         """
         name, node = slot.device.name, slot.place.node
         self._ray.kill(slot.actor)  # if it is only unreachable, it must not run beside the new one
         del self._slots[name]
-        if not slot.ready:
-            self._failed_starts[slot.place.key] += 1
-            if self._failed_starts[slot.place.key] >= START_TRIES and not with_node:
-                raise WorkerError(
-                    f"{name} on node {node.name} was lost {START_TRIES} times in a row as it"
-                    f" started (last: {reason})"
-                )
         where = f"node {node.name}{' is gone or out of sight' if with_node else ''}"
         return Event(name, Lost(f"{where}: {reason}", with_node))
