@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.records import Scores
+from imagemill.system.statistics import wilson
 from imagemill.tuning import accuracy
 from tiny import TINY_CARD
 
@@ -40,7 +41,7 @@ def answers(agree: int, images: int, classes: int = 5) -> tuple[np.ndarray, np.n
 def test_wilson_gives_the_intervals_of_scipy(
     successes: int, trials: int, low: float, high: float
 ) -> None:
-    assert accuracy.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.integers(0, 5000), st.data())
@@ -48,18 +49,18 @@ def test_wilson_holds_the_share_and_lies_in_the_unit_interval(
     trials: int, data: st.DataObject
 ) -> None:
     successes = data.draw(st.integers(0, trials))
-    low, high = accuracy.wilson(successes, trials)
+    low, high = wilson(successes, trials)
     assert 0 <= low <= high <= 1
     if trials:
         assert low <= successes / trials <= high
-        mirrored = accuracy.wilson(trials - successes, trials)
+        mirrored = wilson(trials - successes, trials)
         assert (1 - mirrored[1], 1 - mirrored[0]) == pytest.approx((low, high), abs=1e-12)
 
 
 @given(st.integers(1, 3000), st.data())
 def test_more_agreement_never_lowers_the_bound(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials - 1))
-    assert accuracy.wilson(successes, trials)[0] <= accuracy.wilson(successes + 1, trials)[0]
+    assert wilson(successes, trials)[0] <= wilson(successes + 1, trials)[0]
 
 
 @pytest.mark.parametrize(

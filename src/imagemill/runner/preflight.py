@@ -34,6 +34,7 @@ from imagemill.records import (
     Shard,
     Status,
 )
+from imagemill.system.statistics import wilson
 
 _log = logging.getLogger(__name__)
 
@@ -153,14 +154,12 @@ class Sampler:
             _log.warning("the preflight failed after %d images", len(self._statuses), exc_info=True)
 
     def _report_unreadable(self) -> None:
-        from imagemill.tuning import accuracy  # imports NumPy, which resuming a job does without
-
         sampled = list(self._statuses)
         if len(sampled) < _MIN_SAMPLE:
             _log.warning("the preflight is not used: only %d images were sampled", len(sampled))
             return
         bad = Counter(status.value for status in sampled if status is not Status.OK)
-        low, high = accuracy.wilson(bad.total(), len(sampled))
+        low, high = wilson(bad.total(), len(sampled))
         self.found = Preflight(
             sampled=len(sampled),
             unreadable=dict(sorted(bad.items())),
