@@ -204,7 +204,7 @@ HOSTILE: dict[str, Callable[[], tuple[bytes, str]]] = {
     "bmp-cut": lambda: (half(encode(photograph(200, 100), "BMP")), "truncated"),
     "heic": lambda: (
         b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64),
-        "unsupported",
+        "corrupt",
     ),
     "jxl": lambda: (b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(64), "unsupported"),
     "pdf": lambda: (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported"),

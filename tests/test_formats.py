@@ -110,7 +110,6 @@ NAMED = {
     "FITS": lambda: b"SIMPLE  =                    T".ljust(2880),
     "DICOM": lambda: bytes(128) + b"DICM" + bytes(99),
     "NIfTI": lambda: struct.pack("<i", 348).ljust(344, b"\0") + b"n+1\0" + bytes(99),
-    "HEIF": lambda: FTYP + b"mif1\0\0\0\0heicmiaf" + bytes(99),
     "camera raw (Canon CR3)": lambda: FTYP + b"crx \0\0\0\x01crx isom" + bytes(99),
     "camera raw (Olympus ORF)": lambda: b"IIRO\x08\0\0\0" + bytes(99),
     "camera raw (Fujifilm RAF)": lambda: b"FUJIFILMCCD-RAW 0201" + bytes(99),

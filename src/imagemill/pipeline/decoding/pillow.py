@@ -71,11 +71,11 @@ bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that other file
 """
 
 PLUGINS = {
-    "HEIF": ("pillow_heif", "register_heif_opener", "pillow-heif"),
-    "JXL": ("pillow_jxl", None, "pillow-jxl-plugin"),
+    "HEIF": ("pillow_heif", "register_heif_opener", "heif"),
+    "JXL": ("pillow_jxl", None, "jxl"),
 }
 """Formats that need a package: its module, what registers it with Pillow (None: importing does),
-and its name for pip.
+and the extra of imagemill that installs it.
 """
 
 _setup = threading.Lock()
@@ -250,11 +250,12 @@ def _why_not(
             Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})"
         )
     if expected in PLUGINS:
-        _, _, package = PLUGINS[expected]
+        _, _, extra = PLUGINS[expected]
         if expected not in _registered:
             return Refusal(
                 Status.UNSUPPORTED,
-                f"{expected} needs a package that is not installed: pip install {package}",
+                f"{expected} needs a package that is not installed: pip install"
+                f" 'imagemill[{extra}]'",
             )
     elif expected not in FORMATS:
         return _refused(expected)
