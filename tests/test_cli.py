@@ -125,7 +125,7 @@ def test_dry_run_for_people(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> N
         (
             ("run",),
             (
-                "imagemill run: the following arguments are required: SOURCE, --output. See"
+                "imagemill run: the following arguments are required: SOURCE, -o/--output. See"
                 " `imagemill run --help`."
             ),
         ),
@@ -425,7 +425,7 @@ def test_an_old_spelling_is_looked_for_among_the_arguments_of_main(
             "unknown option --batch_size; use instead: --batch-size",
         ),
         (["run", "x", "--output", "y", "--bogus"], "unrecognized arguments: --bogus"),
-        (["run"], "the following arguments are required: SOURCE, --output"),
+        (["run"], "the following arguments are required: SOURCE, -o/--output"),
     ):
         with pytest.raises(SystemExit):
             cli.main(given)

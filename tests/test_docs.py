@@ -196,6 +196,7 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
         paths.manifest,
         paths.failed_list,
         paths.report,
+        paths.retired,
     ]
     spelt = {
         f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours

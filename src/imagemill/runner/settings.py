@@ -282,21 +282,21 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "max_pixels": Setting(
         "--max-pixels",
-        "larger images are not decoded and become too_large rows",
+        "larger images are not decoded and become too_large rows (default: 180000000)",
         "N",
         Effect.LIMITS,
         _COUNT,
     ),
     "max_bytes": Setting(
         "--max-bytes",
-        "larger files are not read and become too_large rows",
+        "larger files are not read and become too_large rows (default: 268435456, 256 MiB)",
         "N",
         Effect.LIMITS,
         _COUNT,
     ),
     "max_seconds": Setting(
         "--max-seconds",
-        "images that take longer become timeout rows",
+        "images that take longer become timeout rows (default: 60)",
         "S",
         Effect.LIMITS,
         Kind(float, _between("more than 0", lambda value: value > 0)),
@@ -355,7 +355,24 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "report": Setting("--no-report", "write no report.html at the end", options=_NO),
 }
-"""Field of `Settings` → its declaration, in the order of `--help`."""
+"""Field of `Settings` → its declaration."""
+
+SHORT = {"output": "-o", "model": "-m"}
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "": ("sources", "output", "model", "dry_run"),
+    "which images": ("include", "exclude", "all_files", "limit", "moved", "user_agent"),
+    "model and preprocessing": ("models_dir", "labels", "preprocess", "background"),
+    "results": ("top_k", "min_probability", "save", "shard_size", "report", "log_dir"),
+    "devices and speed": (
+        *("devices", "precision", "batch_size", "batches_per_step", "num_workers"),
+        *("engine", "allow_mixed", "allow_inexact"),
+    ),
+    "bad images, stopping and resuming": (
+        *("max_pixels", "max_bytes", "max_seconds", "retry_failed", "max_bad_fraction"),
+        *("preflight", "grace_s"),
+    ),
+}
+"""Group of options → its settings, in the order of `--help`."""
 
 
 def make_settings(given: Mapping[str, Any]) -> Settings:

@@ -15,42 +15,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from imagemill.cli.parser import Parser, PrintCompletion
 from imagemill.errors import ImagemillError, Interrupted, UsageError, printable
-from imagemill.runner.settings import SETTINGS, Kind, Setting, make_settings, number
+from imagemill.runner.settings import GROUPS, SETTINGS, SHORT, Kind, Setting, make_settings, number
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path  # takes 4 ms to import, which `--help` can do without
 
     from imagemill.job.open_job import OpenJob
-
-_OLD_FLAGS = {
-    "--batch_size": "--batch-size",
-    "--batches_per_step": "--batches-per-step",
-    "--data_dir": "the SOURCE argument of `imagemill run` (or `partition --data-dir`)",
-    "--data-dir": "the SOURCE argument of `imagemill run`",
-    "--data_sub_dir": "the SOURCE argument of `imagemill run`",
-    "--device_iterations": "--batches-per-step",
-    "--half_partials": "--precision",
-    "--hide_output": "nothing (logs are files, see --log-dir)",
-    "--log_path": "--log-dir",
-    "--log-path": "--log-dir",
-    "--micro_batch_size": "--batch-size",
-    "--micro-batch-size": "--batch-size",
-    "--model_name": "--model",
-    "--model-name": "the NAME argument of `imagemill get-model` (or `run --model`)",
-    "--model_path": "--models-dir",
-    "--model-path": "--models-dir",
-    "--nohide_output": "nothing (logs are files, see --log-dir)",
-    "--num_ipus": "--devices ipu:N",
-    "--num-ipus": "--devices ipu:N",
-    "--num_workers": "--num-workers",
-    "--num_of_partitions": "--partitions",
-    "--pretrained-model-path": "get-model --from FILE",
-    "--report_hw_cycle_count": "nothing (`imagemill bench` measures rates)",
-    "--use_popart": "--devices ipu:N@popart",
-}
-"""Flags of Graphcore's example, and similar ones → what to write instead."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,39 +111,28 @@ def _terminated(number: int, _frame: object) -> NoReturn:
     raise Interrupted("terminated. Run the same command again to continue.", 128 + number)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser with one-line errors that knows the flags of Graphcore's example."""
-
-    arguments: Sequence[str] = ()
-    """What the user typed."""
-
-    def error(self, message: str) -> NoReturn:
-        for argument in self.arguments:
-            flag = argument.partition("=")[0]
-            at_fault = (
-                not message.startswith("unrecognized arguments") or argument in message.split()
-            )
-            if at_fault and flag in _OLD_FLAGS and flag not in self._option_string_actions:
-                message = f"unknown option {flag}; use instead: {_OLD_FLAGS[flag]}"
-        self.exit(2, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
-
-
 def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="imagemill",
         description="Classify images in bulk: folders in, one Parquet row per image out.",
         allow_abbrev=False,
     )
     parser.arguments = arguments
     parser.add_argument("--version", action="version", version=f"imagemill {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=["bash", "zsh", "fish"],
+        help="print a script that completes commands, options and files in this shell",
+    )
     commands = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+        title="commands", metavar="COMMAND", required=True, parser_class=Parser
     )
 
     def command(
         name: str, call: Callable[[argparse.Namespace], int], text: str
     ) -> argparse.ArgumentParser:
-        sub: _Parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub: Parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.arguments = arguments
         sub.set_defaults(call=call)
         return sub
@@ -179,6 +141,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "run", _run, "classify all images of the sources; run the same command again to resume"
     )
     _add_options(sub, SETTINGS)
+    sub.usage = "%(prog)s SOURCE... --output DIR [options]"
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command(
@@ -193,6 +156,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         options={"default": "efficientnet_lite0"},
     )
     _add_options(sub, demo)
+    sub.usage = "%(prog)s [options]"
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command("status", _status, "show the progress of a job, which may be running")
@@ -610,17 +574,25 @@ def _preprocessing(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_options(sub: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
-    for name, setting in settings.items():
-        is_option = setting.flag.startswith("-")
-        options: dict[str, Any] = {
-            "dest": name if is_option else None,
-            "help": setting.help,
-            "metavar": setting.metavar if is_option else setting.flag,
-            "type": setting.kind.parse,
-            "action": "append" if setting.kind.is_list and not setting.options else None,
-        }
-        given = {key: value for key, value in options.items() if value is not None}
-        sub.add_argument(setting.flag if is_option else name, **given, **setting.options)
+    """Add the options of some settings, in groups if they are many."""
+    are_many = len(settings) > 12
+    for title, names in GROUPS.items():
+        named = [name for name in names if name in settings]
+        group = sub.add_argument_group(title) if named and title and are_many else sub
+        for name in named:
+            setting = settings[name]
+            is_option = setting.flag.startswith("-")
+            options: dict[str, Any] = {
+                "dest": name if is_option else None,
+                "help": setting.help,
+                "metavar": setting.metavar if is_option else setting.flag,
+                "type": setting.kind.parse,
+                "action": "append" if setting.kind.is_list and not setting.options else None,
+            }
+            given = {key: value for key, value in options.items() if value is not None}
+            flags = [SHORT[name]] if name in SHORT else []
+            flags.append(setting.flag if is_option else name)
+            group.add_argument(*flags, **given, **setting.options)
 
 
 def _number_or_search(text: str) -> int | str | None:
