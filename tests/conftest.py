@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,15 +181,16 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture
-def imagemill(models_dir: Path) -> Callable[..., helpers.Result]:
-    """Runs the command line in a process of its own; returns its exit code, outputs and JSON."""
+def imagemill() -> Callable[..., helpers.Result]:
+    """Runs the command line; returns its exit code, outputs and JSON. It runs in this process,
+    unless it needs an environment or a working directory of its own.
+    """
 
-    def call(
-        *arguments: object, env: Mapping[str, str] | None = None, **options: Any
-    ) -> helpers.Result:
-        return helpers.imagemill_cli(
-            *arguments, env=env or helpers.environment(IMAGEMILL_MODELS=str(models_dir)), **options
-        )
+    def call(*arguments: object, **options: Any) -> helpers.Result:
+        if not options:
+            return helpers.imagemill_here(*arguments)
+        options.setdefault("env", helpers.environment())
+        return helpers.imagemill_cli(*arguments, **options)
 
     return call
 

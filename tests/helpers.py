@@ -4,8 +4,11 @@ and the rows of an output.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import imagemill
+from imagemill import cli
 
 SOURCE_ROOT = Path(imagemill.__file__).resolve().parents[1]
 FAULTY_DECODERS = os.pathsep.join(
@@ -91,9 +95,39 @@ def finish(process: Any, timeout: float = 120) -> Result:
     )
 
 
+def read_until(process: Any, text: str) -> str:
+    """Read what a started command line prints to stderr until it contains `text`; return it."""
+    found = b""
+    while text.encode() not in found:
+        piece = os.read(process.stderr.fileno(), 65_536)
+        assert piece, found
+        found += piece
+    return found.decode()
+
+
 def imagemill_cli(*arguments: object, **options: Any) -> Result:
-    """Run `imagemill ARGUMENTS` to its end."""
+    """Run `imagemill ARGUMENTS` to its end, in a process of its own."""
     return finish(start(*arguments, **options))
+
+
+def imagemill_here(*arguments: object) -> Result:
+    """Run `imagemill ARGUMENTS` in this process, which saves its start and its imports."""
+    streams = [
+        io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
+        for _ in range(2)
+    ]
+    before = signal.getsignal(signal.SIGTERM)
+    environment = dict(os.environ)
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            code = cli.main([os.fsdecode(_argument(argument)) for argument in arguments])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.environ.clear()
+        os.environ.update(environment)
+    return Result(code, *(stream.buffer.getvalue().decode() for stream in streams))  # type: ignore[attr-defined]
 
 
 def _argument(argument: object) -> str | bytes:

@@ -38,13 +38,17 @@ def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def null_run(null_models: Path, start: Callable[..., Any]) -> Callable[..., helpers.Result]:
-    """`imagemill run ARGUMENTS --model null`, on the null device unless told otherwise, to its
-    end.
+    """`imagemill run ARGUMENTS --model null`, on the null device by default, to its end. It runs in
+    this process, unless it needs an environment or a working directory of its own.
     """
 
     def call(
         *arguments: object, env: dict[str, str] | None = None, **options: Any
     ) -> helpers.Result:
+        if env is None and not options:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("IMAGEMILL_MODELS", str(null_models))
+                return helpers.imagemill_here(*job_arguments(*arguments))
         return helpers.finish(
             start(*job_arguments(*arguments), env=with_models(env, null_models), **options)
         )

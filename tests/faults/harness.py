@@ -138,20 +138,22 @@ class Hold:
     may reach into later ones.
     """
 
-    def __init__(self, folder: Path, index: int, *sources: str, **variables: str) -> None:
+    def __init__(self, folder: Path, index: int | None, *sources: str, **variables: str) -> None:
         self._link = folder / "hold"  # a link, because its target is written in one step
         self.environment = hooks(
             folder / "hold-hooks", HOLD, *sources, HOLD=str(self._link), **variables
         )
-        self.again(index)
+        if index is not None:
+            self.at(index)
 
-    def again(self, index: int) -> None:
-        """Hold the jobs that are started from now on."""
-        self._link.symlink_to(str(index))
+    def at(self, index: int) -> None:
+        """Hold jobs at this image from now on."""
+        self._link.with_name("next").symlink_to(str(index))
+        self._link.with_name("next").replace(self._link)
 
     def release(self) -> None:
         """Let the workers read every image."""
-        self._link.unlink()
+        self._link.unlink(missing_ok=True)
 
 
 def children(pid: int) -> list[int]:
