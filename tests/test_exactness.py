@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 import helpers
+import imagemill
 from batches import make_spec
 from imagemill.errors import InexactError
+from imagemill.pipeline import backends
+from imagemill.pipeline.backends import null
 from imagemill.pipeline.exactness import check_exactness
 from imagemill.records import Batch, Bundle, Outputs, Saved
 
@@ -129,3 +132,22 @@ def test_a_job_on_such_a_device_stops_before_its_first_row(
     ended = imagemill(*words, "--allow-inexact", env=env)
     assert ended.code == 0, ended.err
     assert len(helpers.rows(tmp_path / "out")) == 6
+
+
+def test_load_checks_such_a_device_too(
+    jpegs: Callable[..., Path], models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises the error that a job ends with; `allow_inexact` accepts the device."""
+    exact = null.NullSession.stream
+
+    def stream(self: null.NullSession, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
+        for batch, outputs in exact(self, batches):
+            outputs.logits[-1:] += 0.25
+            yield batch, outputs
+
+    monkeypatch.setattr(backends, "INDEPENDENT", ())
+    monkeypatch.setattr(null.NullSession, "stream", stream)
+    with pytest.raises(InexactError, match="null#0: answers depend on position in the batch"):
+        imagemill.load("tiny", "null", models_dir=models_dir)
+    with imagemill.load("tiny", "null", models_dir=models_dir, allow_inexact=True) as classifier:
+        assert len(classifier.predict(list(jpegs(2).iterdir()))) == 2

@@ -72,6 +72,35 @@ def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(
             make(tiny, kind="cuda")
 
 
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_gpu_without_memory_is_an_error_of_its_own_kind(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """At the start and in a run; on the CPU it stays an error of the model."""
+    session = make(tiny)
+    session._device = replace(session._device, name=f"{kind}#0", kind=kind)
+    monkeypatch.setattr(
+        "imagemill.pipeline.backends.onnxruntime.free_memory", lambda _number: 300_000_000
+    )
+
+    class Full:
+        def run(self, *_: Any) -> None:
+            raise RuntimeError(
+                "bfc_arena.cc:376 AllocateRawInternal Failed to allocate memory for requested"
+                " buffer of size 268435456"
+            )
+
+    session._session = Full()
+    expected: type[Exception] = errors.ModelError
+    if kind == "cuda":
+        expected = errors.DeviceMemoryError
+    with pytest.raises(expected, match="batch") as caught:
+        list(session.stream(batches(1)))
+    session.close()
+    if kind == "cuda":
+        assert str(caught.value) == "cuda#0 has 0.3 GB free, and batches of 3 need more."
+
+
 def test_a_provider_whose_libraries_are_missing_names_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -485,9 +485,11 @@ def test_images_that_overflow_fp16_are_computed_in_fp32(tmp_path: Path, models_d
         batch.pixels[:] = 110 + batch.pixels // 16  # near the mean: nothing overflows
     given[1].pixels[1] = 255
     half = make(model, precision=Precision.FP16, save=(Saved.EMBEDDING,))
+    list(half.stream([replace(given[1], rows=())]))  # as the checks at the start
+    assert half._clock.read().recomputed == 0
     found = [outputs for _, outputs in half.stream(given)]
     half.close()
-    assert half.recomputed == 1
+    assert half._clock.read().recomputed == 1
     full = make(model, save=(Saved.EMBEDDING,), batch_size=1)
     ((_, alone),) = full.stream([Batch(given[1].pixels[1:2], 1, rows(1))])
     full.close()
@@ -629,20 +631,72 @@ def test_a_card_that_fails_in_a_run_is_lost(tiny: Bundle, standin: cuda_standin.
         list(session.stream(batches(8)))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_a_card_without_memory_says_how_much_there_is(
-    tiny: Bundle, standin: cuda_standin.Cuda
+    tiny: Bundle, standin: cuda_standin.Cuda, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the start, not in hour three."""
+    """At the start, not in hour three: as an error of its own kind, with the estimated need."""
 
     def fail(number: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     standin.fail = fail
-    with pytest.raises(
-        errors.DeviceError,
-        match=r"cuda#0 has 1\.2 of 24\.0 GB free, too little for batches of 3\. .*--batch-size",
-    ):
+    has = r"cuda#0 has 1\.2 of 24\.0 GB free, and batches of 3 need"
+    with pytest.raises(errors.DeviceMemoryError, match=has + r" more\.$"):
         make(tiny, "cuda")
+    monkeypatch.setattr(Program, "memory", lambda _self, width: width * 725_000_000)
+    with pytest.raises(errors.DeviceMemoryError, match=has + r" about 2\.9 GB\.$"):
+        make(tiny, "cuda")
+    with pytest.raises(errors.DeviceMemoryError, match=has + r" about 4\.3 GB\.$"):
+        make(tiny, "cuda", precision=Precision.FP16)  # and fp32 for images that overflow
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("CUDA error: out of memory", errors.DeviceMemoryError),
+        ("CUDA error: unspecified launch failure", errors.DeviceLostError),
+    ],
+)
+def test_a_card_that_cannot_be_opened_is_full_or_lost(
+    tiny: Bundle, standin: cuda_standin.Cuda, monkeypatch: pytest.MonkeyPatch, text: str, kind: Any
+) -> None:
+    """CUDA itself needs memory before anything can be asked."""
+
+    def fail(_number: int) -> None:
+        raise torch.AcceleratorError(text)
+
+    monkeypatch.setattr(cuda, "open_card", fail)
+    with pytest.raises(kind):
+        make(tiny, "cuda")
+
+
+def test_the_memory_of_a_program_is_estimated() -> None:
+    """Constants once, and the values that are needed at the same time."""
+    model = small_graph(
+        [
+            node("Conv", "x w", "a"),
+            node("Sigmoid", "a", "b"),
+            node("Conv", "b w", "c"),
+            node("Add", "a c", "d"),
+            node("Softplus", "d", "y"),
+        ],
+        {"w": np.zeros((3, 3, 1), np.float32)},
+        8,
+    )
+    program = program_of(model, np.zeros((2, 3, 8), np.float32))
+    assert [step.kind for step in program.steps] == ["Conv", "Sigmoid", "Conv", "Softplus"]
+    numbers = 2 * 3 * 8
+    # At the second convolution: its two inputs and its output; x is no longer needed.
+    assert program.memory(4) == 4 * (9 + 3 * numbers)
+    assert program.memory(2) == 2 * (9 + 3 * numbers)
 
 
 def test_fp32_is_never_tf32() -> None:

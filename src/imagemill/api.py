@@ -23,12 +23,13 @@ import numpy as np
 from PIL import Image
 
 from imagemill.display import observer
-from imagemill.errors import UsageError
+from imagemill.errors import DeviceMemoryError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.backends import depends_on_batch, devices, open_session
 from imagemill.pipeline.decoding import pillow, preprocess
 from imagemill.pipeline.decoding.jpeg import ORIENTATION
 from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.exactness import check_exactness
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.sources.files import read_file
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -216,6 +217,7 @@ def load(
     num_workers: int | None = None,
     background: str | None = None,
     limits: Limits | None = None,
+    allow_inexact: bool = False,
     progress: bool = False,
 ) -> Classifier:
     """Open a classifier in this process. Close it, or use it in a `with` statement.
@@ -237,11 +239,15 @@ def load(
         background: blend transparent images onto this colour (`white`, `#rrggbb`, …); default: drop
             alpha, as published pipelines do.
         limits: limits of one image. `max_seconds` is ignored: a thread cannot be stopped.
+        allow_inexact: accept a device whose results depend on an image's place in a batch. All
+            devices are checked but CPUs with OpenVINO or ONNX Runtime.
         progress: show downloads and messages on stderr.
 
     Raises:
         UsageError: an argument is wrong.
         ModelError, DeviceError: the model or the device is not available.
+        DeviceMemoryError: the device has too little free memory. InexactError: results depend on
+            an image's place in a batch.
         BadLogitsError: the model returns NaN or infinity for every image.
 
     Example:
@@ -279,9 +285,18 @@ def load(
     )  # twice what sessions have in flight
 
     def opener() -> Session:
-        session = open_session(spec, chosen[0], Stopwatch())
+        device = chosen[0]
+        try:
+            session = open_session(spec, device, Stopwatch())
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(
+                f"{error} Free memory, or use a smaller batch size: batch_size="
+                f"{max(1, spec.batch_size // 2)}."
+            ) from error
         try:
             check_model(session.stream, spec)
+            if depends_on_batch(device.engine):
+                check_exactness(session.stream, spec, device.name, allow_inexact=allow_inexact)
         except BaseException:
             session.close()
             raise

@@ -9,6 +9,7 @@ ImagemillError                exit 1: one clear line, never a traceback
 │   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
 │   └── BadLogitsError        a model returns NaN for every image, or a session the wrong shape
 ├── DeviceError               a device or backend that was asked for is not there
+│   ├── DeviceMemoryError     its free memory does not suffice for the model and its batches
 │   ├── DeviceLostError       it was there, and its program died; a job starts the worker again
 │   └── InexactError          an image's answer depends on its place in a batch or its neighbours
 ├── SourceError               a source as a whole cannot be listed
@@ -84,6 +85,10 @@ class DeviceLostError(DeviceError):
     """A device's own program died. In a job the worker dies with it and is started again; elsewhere
     it is an error as any other.
     """
+
+
+class DeviceMemoryError(DeviceError):
+    """The free memory of a device does not suffice for the model and its batches."""
 
 
 class InexactError(DeviceError):

@@ -509,6 +509,8 @@ class Clock:
     session_cpu: float = 0.0
     """CPU time of the session's own threads; 0 if the device is not the CPU."""
     images: int = 0
+    recomputed: int = 0
+    """Images that overflowed fp16 and were computed again in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -618,6 +620,8 @@ class Summary:
     """Of this invocation alone; None in summaries of versions that did not keep it."""
     preflight: Preflight | None = None
     """None where this invocation made none."""
+    recomputed: int = 0
+    """Images that overflowed fp16 and were computed again in fp32, in this run."""
     machine: Mapping[str, str] = field(default_factory=dict)
     """What the job ran on: `system`, `processor`, `cores`, `memory`, `python`."""
 

@@ -24,6 +24,12 @@ def format_summary(summary: Summary) -> str:
         lines.append(f"skipped: {skipped}")
     if summary.images_per_second:
         lines += _format_speed(summary)
+    if summary.recomputed:
+        were = "was" if summary.recomputed == 1 else "were"
+        lines.append(
+            f"{_format_count(summary.recomputed, 'image')} overflowed fp16 and {were} computed"
+            " again in fp32"
+        )
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")
     lines.append(f"results: {summary.output}/predictions")

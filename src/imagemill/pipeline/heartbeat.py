@@ -107,4 +107,4 @@ class Heartbeat:
     def clock(self) -> Clock:
         """Where the time went so far."""
         sums = {name: self._words[place] / 1e9 for place, name in enumerate(_SUMS, _CLOCK)}
-        return Clock(**sums, images=self._words[_CLOCK + len(_SUMS)])
+        return Clock(**sums, images=self._words[_CLOCK + len(_SUMS)], recomputed=0)

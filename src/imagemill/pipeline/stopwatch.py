@@ -70,7 +70,7 @@ class Stopwatch:
         self._seconds = dict.fromkeys(
             ("read", "decode", "starved", "compute", "write", "decode_wall"), 0.0
         )
-        self._images = 0
+        self._images = self._recomputed = 0
         self._begun = time.perf_counter()
 
     def add(self, name: str, seconds: float) -> None:
@@ -93,6 +93,10 @@ class Stopwatch:
             self._seconds["decode_wall"] += decode_wall_s
             self._decoders_cpu += cpu_s
             self._images += 1
+
+    def recompute(self) -> None:
+        """Count one image that overflowed fp16 and was computed again in fp32."""
+        self._recomputed += 1
 
     def through(self, rows: int) -> None:
         """Count rows with an answer. Call it in the thread that runs the loop."""
@@ -136,4 +140,9 @@ class Stopwatch:
                     0.0,
                     time.process_time() - self._process_begun - self._decoders_cpu - self._loop_cpu,
                 )
-            return Clock(**self._seconds, session_cpu=session_cpu, images=self._images)
+            return Clock(
+                **self._seconds,
+                session_cpu=session_cpu,
+                images=self._images,
+                recomputed=self._recomputed,
+            )

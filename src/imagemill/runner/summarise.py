@@ -115,6 +115,7 @@ def summarise(
         skipped_broken_links=frozen.skipped_broken_links,
         throughput=outcome.throughput,
         machine=devices.machine(),
+        recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
 
 

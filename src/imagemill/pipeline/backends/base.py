@@ -75,6 +75,26 @@ def make_outputs(names: Sequence[str], values: Iterable[NDArray[np.float32]]) ->
     return Outputs(found["logits"], embedding)
 
 
+def describe_memory_shortage(
+    device: str, batch_size: int, free: int | None, total: int | None = None, need: int = 0
+) -> str:
+    """Return the message of a DeviceMemoryError. It says nothing about what to do, which depends on
+    whether a job is new, frozen, or none.
+
+    Args:
+        device: its name.
+        batch_size: images per batch, for which memory was short.
+        free: bytes that were free before; None if unknown.
+        total: bytes of the device; None if unknown.
+        need: bytes that the model and its batches take, estimated; 0 if unknown.
+    """
+    if free is None:
+        return f"{device} has too little free memory for batches of {batch_size}."
+    of = f" of {total / 1e9:.1f}" if total else ""
+    more = f"about {need / 1e9:.1f} GB" if need > free else "more"
+    return f"{device} has {free / 1e9:.1f}{of} GB free, and batches of {batch_size} need {more}."
+
+
 def refuse_other_shapes(batch: Batch, shape: tuple[int, ...]) -> None:
     """Compare a batch with what a session was compiled for, uint8 `shape`. Raises: ModelError where
     it differs.

@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import DeviceError, ModelError
+from imagemill.errors import DeviceError, DeviceMemoryError, ModelError
 from imagemill.pipeline.backends.base import (
     Found,
+    describe_memory_shortage,
     make_outputs,
     names_of_outputs,
     refuse_other_shapes,
 )
-from imagemill.pipeline.backends.nvidia import find_gpus
+from imagemill.pipeline.backends.nvidia import find_gpus, free_memory
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Outputs, SessionSpec
 
@@ -35,6 +36,13 @@ _log = logging.getLogger(__name__)
 
 _PIP = "pip install "
 _LONGEST = 400
+_OUT_OF_MEMORY = (
+    "Failed to allocate memory",
+    "Available memory of",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+"""Parts of ONNX Runtime's and CUDA's messages about too little memory."""
 _AT_WORK = 2
 """Batches that a device other than the CPU has in flight: one computes while the next one's pixels
 come.
@@ -120,6 +128,7 @@ class OnnxRuntimeSession:
 
         self.backend = device.engine
         self.versions = {"onnxruntime": onnxruntime.__version__}
+        self._device = device
         self._clock = clock
         recipe = spec.card.recipe
         self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
@@ -178,6 +187,7 @@ class OnnxRuntimeSession:
         try:
             found: list[NDArray[np.float32]] = self._session.run(self._names, {self._input: pixels})
         except Exception as error:  # the classes that ONNX Runtime raises share no other base
+            _raise_if_out_of_memory(error, self._device, len(pixels))
             raise ModelError(
                 f"{self.backend} cannot compute a batch of {len(pixels)}: {_one_line(error)}"
             ) from error
@@ -263,6 +273,7 @@ def _open(
             spec.model_file, options, providers=wanted, enable_fallback=0
         )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
+        _raise_if_out_of_memory(error, device, spec.batch_size)
         raise ModelError(
             f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
         ) from error
@@ -274,6 +285,14 @@ def _open(
             f" libraries are missing that come with: {provider.install}."
         )
     return session
+
+
+def _raise_if_out_of_memory(error: Exception, device: DeviceSpec, batch_size: int) -> None:
+    """Raise DeviceMemoryError if an error means that a GPU's memory does not suffice."""
+    if device.kind != "cpu" and any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        free = free_memory(device.id) if device.kind == "cuda" else None
+        text = describe_memory_shortage(device.name, batch_size, free)
+        raise DeviceMemoryError(text) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -136,7 +136,7 @@ class CudaRunner:
         """
         slot, (inward, compute, outward) = self._free.popleft(), self._streams
         slot.pinned.copy_(as_tensor(pixels))
-        with torch.inference_mode(), _lost_if_it_fails():
+        with torch.inference_mode(), lost_if_it_fails():
             with self._cuda.stream(inward):
                 slot.pixels.copy_(slot.pinned, non_blocking=True)
                 slot.copied.record(inward)
@@ -159,7 +159,7 @@ class CudaRunner:
 
     def finish(self, ticket: _Slot) -> list[NDArray[np.float32]]:
         """Return a batch's outputs, which are the caller's own. Waiting occupies no core."""
-        with _lost_if_it_fails():
+        with lost_if_it_fails():
             ticket.done.synchronize()
         found = [values.numpy().copy() for values in ticket.found]
         self._free.append(ticket)
@@ -177,14 +177,26 @@ class CudaRunner:
         self._outputs = []
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the GPU's memory does not suffice: PyTorch's own, or the
+    one of CUDA's libraries.
+    """
+    signs = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
 @contextlib.contextmanager
-def _lost_if_it_fails() -> Iterator[None]:
+def lost_if_it_fails() -> Iterator[None]:
     """Turn an error of the CUDA driver into the loss of the device: after one, a process cannot use
     the GPU again.
     """
     try:
         yield
     except torch.AcceleratorError as error:
+        if is_out_of_memory(error):
+            raise
         raise DeviceLostError(f"the GPU failed: {str(error).splitlines()[0]}") from error
 
 

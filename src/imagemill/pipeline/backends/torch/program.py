@@ -68,6 +68,33 @@ class Program:
         """Return a value's shape."""
         return tuple(self.values[name].shape)
 
+    def memory(self, width: int) -> int:
+        """Return about how many bytes it takes when it is loaded and runs: constants, and at any
+        step the values that are still needed. Libraries take workspace beside that.
+
+        Args:
+            width: bytes of a number in the session's precision.
+        """
+
+        def size(name: str, step: Step) -> int:
+            value = self.values[name]
+            is_narrow = step.is_reduced and value.is_floating_point()
+            return int(value.numel() * (width if is_narrow else value.element_size()))
+
+        left, constants = self.users.copy(), dict[str, int]()
+        alive = {self.input: int(self.values[self.input].numel())}
+        peak = sum(alive.values())
+        for step in self.steps:
+            alive.update((name, size(name, step)) for name in step.outputs if left[name])
+            peak = max(peak, sum(alive.values()))
+            for name in filter(None, step.inputs):
+                if self.is_constant(name):
+                    constants[name] = size(name, step)
+                left[name] -= 1
+                if not left[name]:
+                    alive.pop(name, None)
+        return sum(constants.values()) + peak
+
     def refresh(self) -> None:
         """Drop what no output needs, and count the users of every value again."""
         needed, kept = set(self.outputs), []

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import DeviceError, ModelError
+from imagemill.errors import DeviceError, DeviceMemoryError, ModelError
 from imagemill.pipeline.backends.base import (
     Found,
+    describe_memory_shortage,
     make_outputs,
     names_of_outputs,
     refuse_other_shapes,
@@ -60,14 +61,20 @@ class TorchSession:
         }[spec.precision]
         program = self._read(spec, device, spec.batch_size)
         self._widths = [program.shape(name)[1] for name in self._names]
+        # One image at a time, so that its neighbours change no bit of it.
+        single = self._read(spec, device, 1) if spec.precision is Precision.FP16 else None
         self._exact: Loaded | None = None
         self._cuda: Any = None
         self._place = "cpu"
+        self._memory: tuple[int | None, int | None] = None, None
+        """Free and total memory of the GPU before anything was loaded, bytes."""
         try:
-            self._open(spec, device, program, dtype)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(self._out_of_memory(device, spec)) from error
+            self._open(spec, device, program, single, dtype)
         except RuntimeError as error:
+            if device.kind == "cuda" and _is_out_of_memory(error):
+                need = program.memory(dtype.itemsize) + (single.memory(4) if single else 0)
+                text = describe_memory_shortage(device.name, spec.batch_size, *self._memory, need)
+                raise DeviceMemoryError(text) from error
             raise ModelError(
                 f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
             ) from error
@@ -104,7 +111,14 @@ class TorchSession:
                 )
         return program
 
-    def _open(self, spec: SessionSpec, device: DeviceSpec, program: Program, dtype: Any) -> None:
+    def _open(
+        self,
+        spec: SessionSpec,
+        device: DeviceSpec,
+        program: Program,
+        single: Program | None,
+        dtype: Any,
+    ) -> None:
         import torch
 
         from imagemill.pipeline.backends.torch.cpu import CpuRunner
@@ -115,7 +129,9 @@ class TorchSession:
             from imagemill.pipeline.backends.torch import cuda
 
             cuda.prepare()
-            self._cuda, self._place = cuda.open_card(device.id)
+            with cuda.lost_if_it_fails():
+                self._cuda, self._place = cuda.open_card(device.id)
+                self._memory = self._cuda.mem_get_info(self._place)
             self.versions |= _cuda_versions(torch)
             loaded = Loaded(program, self._place, dtype)
             self._runner: Any = cuda.CudaRunner(
@@ -124,9 +140,7 @@ class TorchSession:
         else:
             loaded = Loaded(program, self._place, dtype)
             self._runner = CpuRunner(loaded, cores, spec.batches_per_step)
-        if spec.precision is Precision.FP16:
-            # One image at a time, so that its neighbours change no bit of it.
-            single = self._read(spec, device, 1)
+        if single is not None:
             self._exact = Loaded(single, self._place, torch.float32)
         # Memory is taken now, so that whatever is wrong with the model ends the start, not a batch.
         self._runner.finish(self._runner.start(np.zeros(self._shape, np.uint8)))
@@ -177,6 +191,8 @@ class TorchSession:
             for values, exact in zip(found, self._again(batch.pixels[row]), strict=True):
                 values[row] = exact
             self.recomputed += 1
+            if batch.rows:  # the checks at the start have none
+                self._clock.recompute()
             if self.recomputed.bit_count() == 1:  # 1, 2, 4, 8, …: a few lines, however many
                 _log.warning(
                     "%d images overflowed fp16 and were computed again in fp32", self.recomputed
@@ -190,14 +206,6 @@ class TorchSession:
         with torch.inference_mode():
             pixels = torch.from_numpy(image[np.newaxis].copy()).to(self._place)
             return [values.cpu().numpy()[0] for values in self._exact(pixels)]
-
-    def _out_of_memory(self, device: DeviceSpec, spec: SessionSpec) -> str:
-        free, total = self._cuda.mem_get_info(device.id)
-        return (
-            f"{device.name} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, too little for"
-            f" batches of {spec.batch_size}. Free it, or start a new job with a smaller"
-            " --batch-size."
-        )
 
     def close(self) -> None:
         """Let go of the device."""
@@ -217,6 +225,12 @@ def _missing(kind: str) -> str | None:
     if kind == "cuda" and not list(Path(here.origin).parent.glob("lib/*torch_cuda.*")):
         return f"The installed PyTorch has no CUDA: pip uninstall -y torch, then {_INSTALL}."
     return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    from imagemill.pipeline.backends.torch.cuda import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _cuda_versions(torch: Any) -> dict[str, str]:
