@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import helpers
 from helpers import fill
 from imagemill.errors import DeviceError, UsageError
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import devices, offers
 from imagemill.pipeline.backends.base import Found
 from imagemill.system import cpu
 
@@ -64,7 +64,7 @@ def test_auto_is_one_process_on_all_cores_where_these_are_few(
     assert devices.resolve("auto") == devices.resolve("cpu") == devices.resolve("cpu:1")
     assert (
         "--devices auto means this: one process, a stream and a decoding thread on each core"
-        in devices.offers()[0]["notes"]
+        in offers.offers()[0]["notes"]
     )
 
 
@@ -79,7 +79,7 @@ def test_auto_is_several_processes_where_cores_are_many(
     assert sorted(core for device in found for core in device.cores) == list(range(cores))
     assert max(len(device.cores) for device in found) <= 16
     assert len(devices.resolve("cpu")) == 1
-    assert devices.offers()[0]["notes"][-1].startswith(
+    assert offers.offers()[0]["notes"][-1].startswith(
         f"--devices auto means cpu:{processes}: a process for every 16 cores, "
     )
 
@@ -133,8 +133,8 @@ int cuDeviceGetName(char *name, int size, int number) {{
     return snprintf(name, size, "Stub GPU %d", number) < 0;
 }}
 int cuDeviceGetAttribute(int *value, int attribute, int number) {{
-    *value = attribute == 16 ? 132 : -1;
-    return 0;
+    *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 37 ? 5120 : -1;
+    return attribute == 36;
 }}
 int cuDeviceGetUuid(char *uuid, int number) {{ memset(uuid, number, 16); return 0; }}
 """
@@ -198,15 +198,23 @@ def test_nvidia_gpus_are_those_that_the_driver_shows(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
+def test_the_traits_of_a_gpu_are_the_drivers_answer(tmp_path: Path) -> None:
+    """An attribute that the driver does not know counts as nothing."""
+    program = "from imagemill.pipeline.backends.nvidia import traits; print(traits(0))"
+    found = ask(program, stub_driver(tmp_path / "stub", 1))
+    assert found == "Traits(capability=(9, 0), rank=(0, 132))"
+
+
 def test_a_driver_without_its_provider_is_not_enough(
     tmp_path: Path, imagemill: Callable[..., helpers.Result]
 ) -> None:
     """`devices` names the library that lacks, and the line to type; `run` ends with the same."""
     env = stub_driver(tmp_path / "driver", 1) | {"IMAGEMILL_MODELS": str(tmp_path / "none")}
-    offers = {
+    shown = {
         offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]
     }
-    missing = offers["cuda"]["missing"]
+    missing = shown["cuda"]["missing"]
     assert missing.startswith(("PyTorch is not installed", "The installed PyTorch has no CUDA"))
     assert missing.endswith("pip install 'imagemill[torch]'.")
     for spec in ("cuda:0", "cuda:0@onnxruntime"):
@@ -313,7 +321,7 @@ def test_a_library_that_fails_at_looking_is_what_is_missing(
         match=r"Looking for NVIDIA GPUs by torch failed: OSError: libfoo\.so: version",
     ):
         devices.resolve("cuda:0")
-    assert {offer["devices"] for offer in devices.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
+    assert {offer["devices"] for offer in offers.offers()} >= {"cpu", "cuda", "gpu", "npu", "ipu"}
 
 
 @pytest.mark.parametrize(
@@ -455,12 +463,12 @@ def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every offer that is usable names a `--devices` argument that resolves; every other one says
     what is missing.
     """
-    assert [offer["devices"] for offer in devices.offers() if not offer["missing"]] == ["cpu"]
+    assert [offer["devices"] for offer in offers.offers() if not offer["missing"]] == ["cpu"]
     found(monkeypatch, "one", "two")
-    offers = {offer["devices"]: offer for offer in devices.offers()}
-    assert {"cpu", "cuda:0,1", "gpu:0,1", "npu:0,1", "ipu:1"} <= set(offers)
-    assert all(devices.resolve(typed) for typed in offers)
-    assert all(offer["what"] and offer["missing"] is None for offer in offers.values())
+    shown = {offer["devices"]: offer for offer in offers.offers()}
+    assert {"cpu", "cuda:0,1", "gpu:0,1", "npu:0,1", "ipu:1"} <= set(shown)
+    assert all(devices.resolve(typed) for typed in shown)
+    assert all(offer["what"] and offer["missing"] is None for offer in shown.values())
 
 
 @pytest.mark.parametrize(
@@ -484,7 +492,7 @@ def test_the_cpu_says_what_it_would_use_and_why(
     flags: set[str], backend: str, automatic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "flags", lambda: flags)
-    notes = devices.offers()[0]["notes"]
+    notes = offers.offers()[0]["notes"]
     assert f"backend {backend}" in notes
     assert any(note.startswith(f"--precision auto means {automatic}") for note in notes)
 

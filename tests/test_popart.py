@@ -28,7 +28,7 @@ import popart_standin
 from imagemill import errors
 from imagemill.models import bundle
 from imagemill.models.custom import wrap
-from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.backends import devices, offers, open_session
 from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.backends.popart import program as popart_program
 from imagemill.pipeline.backends.popart import session as popart_session
@@ -624,7 +624,7 @@ def test_our_own_packages_are_not_shown_to_the_other_python(
     script.write_text('#!/bin/sh\necho "{\\"here\\": {\\"popart\\": \\"$PYTHONPATH\\"}}"\n')
     script.chmod(0o755)
     monkeypatch.setenv("IMAGEMILL_POPART_PYTHON", str(script))
-    (offer,) = [offer for offer in devices.offers() if offer["devices"].startswith("ipu")]
+    (offer,) = [offer for offer in offers.offers() if offer["devices"].startswith("ipu")]
     assert offer["missing"] is None
     assert str(helpers.SOURCE_ROOT) not in offer["what"].split()[1].split(os.pathsep)
     assert str(Path(popart_standin.__file__).parent) in offer["what"].split()[1].split(os.pathsep)

@@ -21,10 +21,10 @@ from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.display import observer
-from imagemill.errors import Interrupted, SourceError, UsageError
+from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, resolve, variants
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import (
     Bundle,
     DeviceSpec,
@@ -76,12 +76,21 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
         device, the model or a source is not available. WorkerError: a measuring process died.
     """
     check(settings)
-    chosen = devices.resolve(settings.devices or "auto")
+    typed = settings.devices or automatic.CPU
+    if typed == automatic.CPU:
+        typed = automatic.choose(None, settings.precision, say)
+    chosen = devices.resolve(typed)
+    if typed == automatic.CPU:
+        typed = f"cpu:{len(chosen)}"  # so that the measured runs do not choose again
+    settings = replace(settings, devices=typed)
     try:
         if settings.synthetic:
             return _synthetic(settings, chosen, say)
         with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
             return _with_sources(settings, chosen, Path(folder), say)
+    except DeviceMemoryError as error:
+        short = error.__cause__ if isinstance(error.__cause__, DeviceMemoryError) else error
+        raise DeviceMemoryError(f"{short} Free memory, or give a smaller --batch-size.") from error
     except Interrupted as stopped:  # its message is about the measured job
         raise Interrupted(
             "measuring was stopped, and has no result.", stopped.exit_code

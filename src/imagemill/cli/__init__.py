@@ -697,10 +697,10 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _devices(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
-    from imagemill.pipeline.backends import devices
+    from imagemill.pipeline.backends.offers import offers
 
-    offers = devices.offers()
-    print(json.dumps({"devices": offers}) if parsed.json else results.format_devices(offers))
+    found = offers()
+    print(json.dumps({"devices": found}) if parsed.json else results.format_devices(found))
     return 0
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill import records
@@ -49,11 +50,18 @@ from imagemill.runner.settings import limits_of
 def freeze(
     settings: Settings,
     store: Store,
-    chosen: Sequence[DeviceSpec],
+    choose: Callable[[int], tuple[str, Sequence[DeviceSpec]]],
     model: Bundle,
     watcher: Watcher,
 ) -> OpenJob:
     """List the sources, cut the plan, resolve automatic settings and write `job.json`.
+
+    Args:
+        settings: of the job.
+        store: of its output.
+        choose: returns a `--devices` argument and its devices for a number of images.
+        model: with the labels of the settings.
+        watcher: shows lines to the user.
 
     Raises:
         FileExistsError: another launcher has frozen a job in this object store meanwhile.
@@ -69,6 +77,7 @@ def freeze(
         raise no_images(settings, skipped)
     for note in skipped.notes():
         watcher.say(note)
+    typed, chosen = choose(listed.images)
     by_group = listed.groups == len(chosen) > 1
     shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
@@ -87,7 +96,7 @@ def freeze(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         job=job,
-        devices=settings.devices or "auto",
+        devices=typed,
         filters=filters,
         limit=settings.limit,
         shard_size=shard_size,
@@ -113,6 +122,34 @@ def freeze(
             raise
         # Otherwise it is our own job: only the answer to the first try was lost.
     return OpenJob(store, replace(frozen, job=replace(job, access=access)))
+
+
+def with_batch_size(opened: OpenJob, size: int, chosen: Sequence[DeviceSpec]) -> OpenJob:
+    """Freeze a job again with another batch size, before anything was committed.
+
+    A launcher on another machine that has read the old `job.json` refuses its parts, because their
+    answer id differs.
+    """
+    from imagemill.tuning.precisions import Prepared
+
+    frozen, job = opened.frozen, opened.frozen.job
+    session, fixed = replace(job.session, batch_size=size), fixed_facts(chosen, size)
+    prepared = Prepared(
+        session.precision, job.variant, Path(session.model_file), frozen.variant_sha256
+    )
+    answer = answer_id(
+        session.card,
+        prepared,
+        frozen.backend,
+        job.top_k,
+        session.save,
+        job.min_probability,
+        fixed,
+    )
+    job = replace(job, session=session, answer_id=answer)
+    written = replace(frozen, fixed=fixed, job=replace(job, access=records.AS_GIVEN))
+    opened.store.write(opened.paths.job, serialization.encode(written))
+    return OpenJob(opened.store, replace(written, job=job))
 
 
 def _job(

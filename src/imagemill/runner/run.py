@@ -28,7 +28,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
 from imagemill.models import bundle
 from imagemill.pipeline import sources
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import automatic, devices
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Skipped
@@ -39,7 +39,7 @@ from imagemill.records import (
     Settings,
     Summary,
 )
-from imagemill.runner import freeze, listing, model, preflight, resume, summarise
+from imagemill.runner import device_memory, freeze, listing, model, preflight, resume, summarise
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
 from imagemill.version import __version__
@@ -74,9 +74,20 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
 def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> Summary:
     opened = OpenJob.find(settings.output, settings.log_dir)
     store = opened.store if opened else open_store(_paths_of(settings))
-    asked = settings.devices or (opened.frozen.devices if opened else "auto")
+    if settings.devices == automatic.CPU:
+        settings = replace(settings, devices=None)
+    asked = settings.devices or (
+        opened.frozen.devices
+        if opened
+        else machines.automatic(None, settings.precision, lambda _: None)
+    )
     chosen = machines.devices(asked)
     backend_of(chosen, settings.allow_mixed)
+
+    def choose(images: int) -> tuple[str, Sequence[DeviceSpec]]:
+        typed = settings.devices or machines.automatic(images, settings.precision, watcher.say)
+        return typed, chosen if typed == asked else machines.devices(typed)
+
     if opened is None:
         devices.check_precision(settings.precision, chosen)
         store.check_unused()
@@ -94,16 +105,27 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
         hasty = False
         try:
             with observer.logging_to(paths.launcher_log):
+                is_new = opened is None
                 if opened is None:
                     try:
-                        opened = freeze.freeze(settings, store, chosen, with_model, watcher)
-                        return _carry_out(settings, opened, machines, chosen, watcher)
+                        opened = freeze.freeze(settings, store, choose, with_model, watcher)
                     except FileExistsError:
                         # In an object store, a launcher on another machine was faster.
-                        opened = OpenJob.open(settings.output)
-                resumed = resume.resume(settings, opened.frozen, chosen, watcher)
-                opened = OpenJob(store, resumed)
-                return _carry_out(settings, opened, machines, chosen, watcher, is_resumed=True)
+                        opened, is_new = OpenJob.open(settings.output), False
+                if settings.devices is None and opened.frozen.devices != asked:
+                    chosen = machines.devices(opened.frozen.devices)
+                if not is_new:
+                    resumed = resume.resume(settings, opened.frozen, chosen, watcher)
+                    opened = OpenJob(store, resumed)
+
+                def attempt(job: OpenJob, is_resumed: bool) -> Summary:
+                    return _carry_out(
+                        settings, job, machines, chosen, watcher, is_resumed=is_resumed
+                    )
+
+                return device_memory.run_with_memory(
+                    attempt, opened, chosen, settings, watcher, is_new=is_new
+                )
         except (KeyboardInterrupt, Interrupted):
             hasty = True
             raise
@@ -264,8 +286,9 @@ def _check_fixed(frozen: documents.Frozen, chosen: Sequence[DeviceSpec]) -> None
 def dry_run(settings: Settings) -> DryRun:
     """List the sources and return what a job would be. Nothing is written to the output."""
     check_settings(settings)
+    typed = settings.devices or automatic.CPU
     with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
-        chosen = machines.devices(settings.devices or "auto")
+        chosen = machines.devices(typed)
     store = open_store(_paths_of(settings))
     if documents.read_frozen(store) is None:
         store.check_unused()
@@ -285,6 +308,10 @@ def dry_run(settings: Settings) -> DryRun:
         )
     if not listed.images:
         raise listing.no_images(settings, skipped)
+    notes = list(skipped.notes())
+    if typed == automatic.CPU:
+        now = machines.automatic(listed.images, settings.precision, notes.append)
+        chosen = chosen if now == typed else machines.devices(now)
     shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
     return DryRun(
         images=listed.images,
@@ -294,7 +321,7 @@ def dry_run(settings: Settings) -> DryRun:
         skipped_by_filter=skipped.by_filter,
         first=tuple(first),
         skipped_broken_links=skipped.broken_links,
-        notes=tuple(skipped.notes()),
+        notes=tuple(notes),
     )
 
 

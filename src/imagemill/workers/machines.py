@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import DeviceSpec, Engine, Shard
 from imagemill.workers.local import LocalPool
 from imagemill.workers.pool import WorkerPool
@@ -17,6 +17,14 @@ class Machines(Protocol):
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
         """Return the devices that a `--devices` argument names. Raises: UsageError, DeviceError."""
+        ...
+
+    def automatic(
+        self, images: int | None, precision: str | None, notify: Callable[[str], None]
+    ) -> str:
+        """Return the `--devices` argument that `auto` means for a new job; see
+        `automatic.choose`.
+        """
         ...
 
     def pool(
@@ -36,6 +44,12 @@ class ThisMachine:
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
         """Implement `Machines.devices`."""
         return devices.resolve(spec)
+
+    def automatic(
+        self, images: int | None, precision: str | None, notify: Callable[[str], None]
+    ) -> str:
+        """Implement `Machines.automatic`."""
+        return automatic.choose(images, precision, notify)
 
     def pool(
         self,

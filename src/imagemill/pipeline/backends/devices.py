@@ -1,17 +1,15 @@
-"""Which devices this machine offers, and what a `--devices` argument means."""
+"""What a `--devices` argument means, and what follows from the devices of a job."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 from imagemill.errors import DeviceError, UsageError
 from imagemill.pipeline.backends import BACKENDS, depends_on_batch, library_versions, look_for
@@ -20,16 +18,16 @@ from imagemill.records import DeviceSpec, Precision
 from imagemill.system import cpu
 
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?::(?P<ids>[0-9,]+))?(?:@(?P<backend>[a-z]+))?")
-_COUNTED = ("cpu", "ipu", "null")
+COUNTED = ("cpu", "ipu", "null")
 """Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's
 business; of the others `kind:I,J` names them by id.
 """
 _MOST = 512
-_CORES_EACH = 16
+CORES_EACH = 16
 """Of one of `auto`'s processes: what Python does for each image is done under one lock a process,
 which ends at 4,000 to 6,000 images/s (docs/performance.md).
 """
-_WHAT = {
+WHAT = {
     "cuda": "NVIDIA GPUs",
     "gpu": "Intel GPUs",
     "npu": "Intel NPU",
@@ -39,7 +37,6 @@ _WHAT = {
     "directml": "GPUs by DirectX 12",
 }
 """For people, in the order of display."""
-_ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
 
 
 def usable_cores() -> list[int]:
@@ -111,7 +108,7 @@ class Asked:
         """How many processes an item means that asks for a number of them, on a machine of so many
         cores.
         """
-        return ceil(cores / _CORES_EACH) if self.ids == "auto" else int(self.ids or 1)
+        return ceil(cores / CORES_EACH) if self.ids == "auto" else int(self.ids or 1)
 
 
 def parse(spec: str) -> list[Asked]:
@@ -140,20 +137,20 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     for item in asked:
         kind, ids, backend = item.kind, item.ids, item.backend
         if kind not in BACKENDS[backend].anywhere and (kind, backend) not in found:
-            found[kind, backend] = _look_for(kind, backend)
+            found[kind, backend] = search(kind, backend)
             if missing := found[kind, backend].missing:
                 raise DeviceError(
                     f"--devices {spec}: {missing}"
                     + ("" if kind == "cpu" else " Until then: --devices cpu.")
                 )
         here = found.get((kind, backend), Found()).devices
-        if kind in _COUNTED:
+        if kind in COUNTED:
             taken = sum(place[0] == kind for place in places)
             chosen = list(range(taken, taken + item.processes(len(cores))))
         else:
             chosen = [int(number) for number in ids.split(",")] if ids else list(range(len(here)))
         for number in chosen:
-            if kind not in _COUNTED and number >= len(
+            if kind not in COUNTED and number >= len(
                 here
             ):  # how many IPUs are free shows when they are attached to
                 there = ", ".join(f"{place} ({name})" for place, name in enumerate(here))
@@ -200,12 +197,12 @@ def _parse(spec: str, item: str) -> tuple[str, str, str]:
         raise UsageError(
             f"--devices {spec}: {kind!r} is not a kind of device. Known: auto, {', '.join(kinds)}."
         )
-    backends = _backends(kind)
+    backends = backends_of(kind)
     if backend and backend not in backends:
         raise UsageError(
             f"--devices {spec}: {kind} has no backend {backend!r}. Known: {', '.join(backends)}."
         )
-    if kind in _COUNTED:
+    if kind in COUNTED:
         if ids not in ("", "auto") and not (ids.isdecimal() and 1 <= int(ids) <= _MOST):
             raise UsageError(
                 f"--devices {spec}: {kind}:N takes one number from 1 to {_MOST}, not {ids}."
@@ -218,18 +215,19 @@ def _parse(spec: str, item: str) -> tuple[str, str, str]:
     return kind, ids, backend or backends[0]
 
 
-def _backends(kind: str) -> list[str]:
+def backends_of(kind: str) -> list[str]:
+    """Return the backends that drive a kind of devices, the default first."""
     return [name for name, row in BACKENDS.items() if kind in row.kinds]
 
 
-def _look_for(kind: str, backend: str) -> Found:
-    """What a backend finds; where its library fails at that, this is what is missing."""
+def search(kind: str, backend: str) -> Found:
+    """Return what a backend finds. If its library fails, that is what is missing."""
     try:
         return look_for(backend, kind)
     except Exception as error:  # whatever a foreign library, half installed, comes up with
         return Found(
             (),
-            f"Looking for {_WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}:"
+            f"Looking for {WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}:"
             f" {error}.",
         )
 
@@ -274,85 +272,6 @@ def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
     least, more = divmod(len(cores), processes)
     ends = [number * least + min(number, more) for number in range(processes + 1)]
     return [tuple(cores[start:end]) for start, end in pairwise(ends)]
-
-
-def offers() -> list[dict[str, Any]]:
-    """What this machine offers, for `imagemill devices`.
-
-    One dict for each kind: `devices` (what to type), `what` it is, `notes`, and `missing`: why it
-    cannot be used and the line to type; None where it can.
-    """
-    found = [_cpu_offer()]
-    for kind, what in _WHAT.items():
-        if not sys.platform.startswith(_ONLY_ON.get(kind, "")):
-            continue
-        first, *others = _backends(kind)
-        here = _look_for(kind, first)
-        computes = ", ".join(BACKENDS[first].kinds[kind])
-        notes = [f"backend {first}, precisions: {computes}"]
-        for backend in others:
-            missing = _look_for(kind, backend).missing
-            notes.append(
-                f"@{backend}: "
-                + (missing or f"precisions {', '.join(BACKENDS[backend].kinds[kind])}")
-            )
-        typed = (
-            f"{kind}:1"
-            if kind in _COUNTED
-            else f"{kind}:{','.join(map(str, range(len(here.devices))))}"
-        )
-        if here.missing:
-            found.append({"devices": kind, "what": what, "notes": [], "missing": here.missing})
-        else:
-            found.append(
-                {"devices": typed, "what": ", ".join(here.devices), "notes": notes, "missing": None}
-            )
-    return found
-
-
-def _automatic(cores: int) -> str:
-    processes = parse("auto")[0].processes(cores)
-    return (
-        "this: one process"
-        if processes == 1
-        else f"cpu:{processes}: a process for every {_CORES_EACH} cores"
-    )
-
-
-def _cpu_offer() -> dict[str, Any]:
-    cores = usable_cores()
-    flags = cpu.flags()
-    faster = {
-        one: unit for one in (Precision.INT8, Precision.BF16) if (unit := cpu.unit(one, flags))
-    }
-    if faster:
-        automatic = (
-            f"{', else '.join(faster)}, if the model passed the accuracy check in it; else fp32"
-        )
-    else:
-        automatic = "fp32: this processor has no units that make int8 or bf16 faster"
-    units = cpu.vector_units(flags)
-    quota = cgroup_quota()
-    notes = [
-        f"cores {', '.join(map(str, cores))}"
-        + (f" (cgroup quota: {quota:g})" if quota is not None else ""),
-        f"backend openvino: fp32{''.join(f', {one} by {unit}' for one, unit in faster.items())}",
-        "@torch: " + (_look_for("cpu", "torch").missing or "precisions fp32, bf16"),
-        "@onnxruntime: " + (_look_for("cpu", "onnxruntime").missing or "precisions fp32"),
-        f"--precision auto means {automatic}",
-        (
-            f"--devices auto means {_automatic(len(cores))}, a stream and a decoding thread on each"
-            " core"
-        ),
-    ]
-    if units:
-        notes.insert(1, f"vector units: {', '.join(units)}")
-    return {
-        "devices": "cpu",
-        "what": f"{len(cores)} of {os.cpu_count()} cores, {cpu.name()}",
-        "notes": notes,
-        "missing": None,
-    }
 
 
 def machine() -> dict[str, str]:

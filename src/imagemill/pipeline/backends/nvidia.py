@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 from uuid import UUID
 
 from imagemill.pipeline.backends.base import Found
 
-_PROCESSORS = 16
-"""The driver's number for the attribute "multiprocessor count"."""
+_PROCESSORS: Final = 16
+_MEMORY_CLOCK: Final = 36
+_BUS_WIDTH: Final = 37
+_MAJOR: Final = 75
+_MINOR: Final = 76
+"""The driver's numbers of a GPU's attributes: multiprocessors, memory clock in kHz, width of the
+memory bus in bits, and the two parts of the compute capability.
+"""
+_PCI: Final = Path("/sys/bus/pci/devices")
+_VENDOR: Final = "0x10de"
 
 
 def find_gpus() -> Found:
@@ -35,10 +46,53 @@ def find_gpus() -> Found:
         name = ctypes.create_string_buffer(100)
         driver.cuDeviceGetName(name, 100, number)
         text = name.value.decode(errors="backslashreplace") or f"GPU {number}"
-        processors = ctypes.c_int()  # a part of a GPU has the whole one's name, but fewer of them
-        driver.cuDeviceGetAttribute(ctypes.byref(processors), _PROCESSORS, number)
-        names.append(f"{text} ({processors.value} SMs)")
+        # A part of a GPU has the name of the whole one, but fewer multiprocessors.
+        names.append(f"{text} ({_attribute(driver, _PROCESSORS, number)} SMs)")
     return Found(tuple(names))
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What decides whether `auto` uses a GPU."""
+
+    capability: tuple[int, int]
+    """Compute capability: (9, 0) for an H100."""
+    rank: tuple[int, int]
+    """Larger for a faster GPU: memory bandwidth, which bounds most networks, then
+    multiprocessors.
+    """
+
+
+def traits(number: int) -> Traits:
+    """Return the traits of a GPU that `find_gpus` found."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def read(*attributes: int) -> Iterator[int]:
+        return (_attribute(driver, attribute, number) for attribute in attributes)
+
+    major, minor, clock, width, processors = read(
+        _MAJOR, _MINOR, _MEMORY_CLOCK, _BUS_WIDTH, _PROCESSORS
+    )
+    return Traits((major, minor), (clock * width, processors))
+
+
+def is_card_here(pci: Path = _PCI) -> bool:
+    """Return whether an NVIDIA GPU is in this machine, with or without a driver."""
+    for device in pci.glob("*"):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:
+            continue
+        if vendor == _VENDOR and kind.startswith("0x03"):  # a display or 3D controller
+            return True
+    return False
+
+
+def _attribute(driver: ctypes.CDLL, attribute: int, number: int) -> int:
+    """Return an attribute of a GPU; 0 if the driver does not know it."""
+    value = ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, number)
+    return max(0, value.value)
 
 
 def free_memory(number: int) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 from imagemill.errors import DeviceError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends.automatic import CPU
 from imagemill.records import DeviceSpec, Shard
 from imagemill.workers.pool import WorkerPool
 from imagemill.workers.ray.nodes import Node, Place, offer, places
@@ -137,6 +138,15 @@ class Cluster:
         return tuple(
             place.device(int(name.rpartition("#")[2])) for name, place in self._places.items()
         )
+
+    def automatic(
+        self,
+        images: int | None,  # noqa: ARG002 - nodes with GPUs may join at any time
+        precision: str | None,  # noqa: ARG002
+        notify: Callable[[str], None],  # noqa: ARG002
+    ) -> str:
+        """Implement `Machines.automatic`: the CPUs of each node."""
+        return CPU
 
     def nodes(self) -> list[Node]:
         """Return the live nodes, sorted by name."""
