@@ -477,13 +477,13 @@ def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {"amx_int8", "amx_bf16", "avx512_vnni"},
             "openvino: fp32, int8 by amx_int8, bf16 by amx_bf16",
-            "int8, else bf16, where a model's",
+            "int8, else bf16, if the model",
         ),
-        ({"avx512_vnni"}, "openvino: fp32, int8 by avx512_vnni", "int8, where a model's"),
+        ({"avx512_vnni"}, "openvino: fp32, int8 by avx512_vnni", "int8, if the model"),
         (
             {"avx512_vnni", "avx512_bf16"},
             "openvino: fp32, int8 by avx512_vnni, bf16 by avx512_bf16",
-            "int8, else bf16, where a model's",
+            "int8, else bf16, if the model",
         ),
         ({"avx2"}, "openvino: fp32", "fp32: this processor has no units"),
     ],
