@@ -26,13 +26,13 @@ from pathlib import Path
 from imagemill.pipeline.backends import nvidia
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.backends.torch import session
-from imagemill.runner import device_memory
+from imagemill.runner import attempts
 
 nvidia.find_gpus = session.find_gpus = lambda: Found(("Stand-in (132 SMs)",))
 nvidia.traits = lambda number: nvidia.Traits((9, 0), (1, 132))
 nvidia.free_memory = lambda number: 8 * 10**9
 session._missing = lambda kind: None
-device_memory.WAIT_S = device_memory._PAUSE_S = 0.0
+attempts.WAIT_S = attempts._PAUSE_S = 0.0
 from imagemill.pipeline.backends import automatic
 automatic.WORTHWHILE = 5
 

@@ -35,11 +35,12 @@ from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
     DryRun,
+    Precision,
     Progress,
     Settings,
     Summary,
 )
-from imagemill.runner import device_memory, freeze, listing, model, preflight, resume, summarise
+from imagemill.runner import attempts, freeze, listing, model, preflight, resume, summarise
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
 from imagemill.version import __version__
@@ -118,19 +119,34 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     resumed = resume.resume(settings, opened.frozen, chosen, watcher)
                     opened = OpenJob(store, resumed)
 
-                def attempt(job: OpenJob, is_resumed: bool) -> Summary:
-                    return _carry_out(
-                        settings, job, machines, chosen, watcher, is_resumed=is_resumed
-                    )
+                def attempt(job: OpenJob, on: Sequence[DeviceSpec], is_resumed: bool) -> Summary:
+                    return _carry_out(settings, job, machines, on, watcher, is_resumed=is_resumed)
 
-                return device_memory.run_with_memory(
-                    attempt, opened, chosen, settings, watcher, is_new=is_new
+                def fall_back() -> tuple[OpenJob, Sequence[DeviceSpec]]:
+                    cpus = machines.devices(automatic.CPU)
+                    store.remove(paths.job)
+                    again = (settings, store, lambda _: (automatic.CPU, cpus), with_model, watcher)
+                    return freeze.freeze(*again), cpus
+
+                return attempts.attempt_until_it_fits(
+                    attempt,
+                    (opened, chosen),
+                    settings,
+                    watcher,
+                    is_new=is_new,
+                    fall_back=fall_back if _may_fall_back(settings, opened) else None,
                 )
         except (KeyboardInterrupt, Interrupted):
             hasty = True
             raise
         finally:
             store.publish_logs(hasty=hasty)
+
+
+def _may_fall_back(settings: Settings, opened: OpenJob) -> bool:
+    """Return whether `auto` chose the GPUs of a job that the CPU can process as well."""
+    is_choice = settings.devices is None and opened.frozen.devices != automatic.CPU
+    return is_choice and settings.precision in (None, "auto", Precision.FP32, Precision.BF16)
 
 
 def _paths_of(settings: Settings) -> JobPaths:

@@ -15,12 +15,20 @@ from imagemill import api
 from imagemill.bench import measure as bench
 from imagemill.bench.records import BenchSettings
 from imagemill.display.observer import Watcher
-from imagemill.errors import DeviceMemoryError, UsageError
+from imagemill.errors import (
+    DeviceError,
+    DeviceMemoryError,
+    InexactError,
+    ModelError,
+    OutputError,
+    UsageError,
+    WorkerError,
+)
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import backends
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import DeviceSpec, Settings
-from imagemill.runner import device_memory, run
+from imagemill.runner import attempts, run
 from imagemill.tuning import batch_size
 
 Job = Callable[..., tuple[Any, list[str]]]
@@ -46,6 +54,8 @@ class Fake:
         """Batch size, and whether the job was begun before."""
         self.chosen: Sequence[DeviceSpec] = ()
         self.commits = False
+        self.failure: Exception | None = None
+        """Of two devices, which stand for GPUs."""
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
         return devices.resolve(spec)
@@ -74,6 +84,8 @@ class Fake:
         size = opened.frozen.job.session.batch_size
         self.attempts.append((size, is_resumed))
         self.chosen = chosen
+        if self.failure is not None and len(chosen) > 1:
+            raise self.failure
         is_full = self.returns_after is None or len(self.attempts) <= self.returns_after
         if is_full and size > self.fits:
             raise DeviceMemoryError(
@@ -89,8 +101,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(run, "_carry_out", made.carry_out)
     monkeypatch.setattr(batch_size, "rule", lambda *_: 16)
     monkeypatch.setattr(backends, "INDEPENDENT", ())
-    monkeypatch.setattr(device_memory, "WAIT_S", 0.0)
-    monkeypatch.setattr(device_memory, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(attempts, "WAIT_S", 0.0)
+    monkeypatch.setattr(attempts, "_PAUSE_S", 0.0)
     monkeypatch.setattr(OpenJob, "committed", lambda _self: {0} if made.commits else set())
     return made
 
@@ -182,7 +194,7 @@ def test_memory_of_a_killed_predecessor_is_waited_for(
     fake.returns_after = 0
     job()
     fake.returns_after, fake.attempts = 3, []
-    monkeypatch.setattr(device_memory, "WAIT_S", 3600.0)
+    monkeypatch.setattr(attempts, "WAIT_S", 3600.0)
     done, lines = job()
     assert fake.attempts == [(16, True)] * 4
     assert len(lines) == 1
@@ -250,3 +262,53 @@ def test_a_precision_that_auto_cannot_have_is_an_error_before_the_listing(
     """As for devices that are named."""
     with pytest.raises(UsageError, match="--precision fp16: null@null does not compute in it"):
         job(devices="auto", precision="fp16", sources=("/no/such/folder",))
+
+
+UNKNOWN = ModelError("the torch backend does not know operator Acosh. Use --devices cuda@x.")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        UNKNOWN,
+        DeviceError("null#0: no driver"),
+        WorkerError("worker null#0 failed to start 3 times in a row.\n  a line of its log"),
+        DeviceMemoryError("null#0 has 1.2 of 24.0 GB free, and batches of 1 need more."),
+    ],
+)
+def test_a_new_job_whose_gpus_fail_starts_on_the_cpu(
+    fake: Fake, job: Job, monkeypatch: pytest.MonkeyPatch, failure: Exception, tmp_path: Path
+) -> None:
+    """One line says why. The job is frozen for the CPU, and continues there."""
+    monkeypatch.setattr(automatic, "CPU", "null")
+    fake.fits, fake.worthwhile, fake.failure = 16, 3, failure
+    done, lines = job(devices=None)
+    reason = str(failure).partition("\n")[0]
+    assert lines[-1] == f"null:2 is not used, but the CPU: {reason}"
+    assert (done.frozen.devices, len(fake.chosen)) == ("null", 1)
+    assert OpenJob.open(tmp_path / "out").frozen.devices == "null"
+    assert len(lines) == (5 if isinstance(failure, DeviceMemoryError) else 1)
+    assert job(devices=None)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "changes"),
+    [
+        (UNKNOWN, {"devices": "null:2"}),
+        (InexactError("answers depend on position"), {}),
+        (OutputError("the disk is full"), {}),
+        (UNKNOWN, {"commits": True}),
+    ],
+)
+def test_nothing_else_falls_back_to_the_cpu(
+    fake: Fake, job: Job, failure: Exception, changes: dict[str, Any]
+) -> None:
+    """Devices that were asked for, a card whose answers depend on the batch, errors of something
+    else, and jobs that have results.
+    """
+    fake.fits, fake.worthwhile, fake.failure = 16, 3, failure
+    fake.commits = changes.pop("commits", False)
+    with pytest.raises(type(failure)) as caught:
+        job(**({"devices": None} | changes))
+    assert caught.value is failure
+    assert len(fake.attempts) == 1
