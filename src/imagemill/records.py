@@ -288,6 +288,8 @@ class DeviceSpec:
     """It may use so many cores as `cores` has, whichever these are: others, who are not ours, may
     be at work on the machine.
     """
+    uuid: str = ""
+    """Of an NVIDIA GPU, as CUDA_VISIBLE_DEVICES takes it; empty if it is not known."""
 
     @property
     def engine(self) -> str:

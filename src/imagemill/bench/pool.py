@@ -9,6 +9,7 @@ from types import TracebackType
 
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import WorkerError
+from imagemill.pipeline.backends.nvidia import pinned
 from imagemill.records import DeviceSpec, SessionSpec
 from imagemill.system.processes import Child, ChildError, Stop
 
@@ -56,9 +57,10 @@ class MeasuringPool:
         self._patience_s = patience_s
         try:
             for device in devices:
-                member = _Member(device, Child("imagemill.bench.worker"))
+                visible, variables = pinned(device)
+                member = _Member(device, Child("imagemill.bench.worker", variables=variables))
                 self._members.append(member)
-                member.child.send(Begin(spec, device))
+                member.child.send(Begin(spec, visible))
             ready = [member.receive(patience_s) for member in self._members]
         except BaseException:
             self.close()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.backends.nvidia import pinned
 from imagemill.pipeline.heartbeat import Heartbeat, shared_file
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system import files, processes
@@ -63,6 +64,7 @@ class Supervisor:
         self._shared_file = shared_file()
         self._heartbeat = Heartbeat(self._shared_file.fileno())
         self._heartbeat.reset()
+        visible, variables = pinned(device)
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._shared_file)
             log = undo.enter_context(files.appending(self._log_file))
@@ -71,10 +73,11 @@ class Supervisor:
                 self._shared_file.fileno(),
                 log=log,
                 inherited=(self._shared_file.fileno(),),
+                variables=variables,
             )
             undo.pop_all()
         self.connection = self._child.connection
-        self.send(Begin(job, device))
+        self.send(Begin(job, visible))
 
     def send(self, message: Begin | Lease | Pause | Stop) -> None:
         """Send a message to the process. If it is dead, `receive` reports that."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
 from imagemill.errors import DeviceError, UsageError
-from imagemill.pipeline.backends import BACKENDS, depends_on_batch, library_versions, look_for
+from imagemill.pipeline.backends import (
+    BACKENDS,
+    depends_on_batch,
+    library_versions,
+    look_for,
+    nvidia,
+)
 from imagemill.pipeline.backends.base import Found
 from imagemill.records import DeviceSpec, Precision
 from imagemill.system import cpu
@@ -124,7 +130,8 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
     `auto`, a CPU process for every 16 cores; `cpu`, `cpu:N`, `ipu:N`, `null:N`; `cuda` for all of
     them and `cuda:I,J` by id, and so with `gpu`, `npu`, …; joined by `+`; `@backend` after one
     picks its backend. Cores are split between the processes of the whole list, as evenly as they
-    go; where there are more processes than cores, they take turns.
+    go, those near a GPU first to its process; where there are more processes than cores, they take
+    turns.
 
     Raises:
         UsageError: it is misspelt. DeviceError: the device is not to be had; says what is missing,
@@ -160,7 +167,8 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
             if any(place[0] == kind and place[2] == number for place in places):
                 raise UsageError(f"--devices {spec}: {kind} {number} is named twice.")
             places.append((kind, backend, number))
-    shares = split_cores(cores, len(places))
+    identities = [nvidia.identify(number) if kind == "cuda" else None for kind, _, number in places]
+    shares = share_cores(cores, [nvidia.near_cores(identity) for identity in identities])
     return tuple(
         DeviceSpec(
             f"{kind}#{number}",
@@ -169,8 +177,9 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
             share,
             0 if kind in ("cpu", "null") else number,
             _model(kind, number, found.get((kind, backend), Found())),
+            uuid=identity.uuid if identity else "",
         )
-        for (kind, backend, number), share in zip(places, shares, strict=True)
+        for (kind, backend, number), share, identity in zip(places, shares, identities, strict=True)
     )
 
 
@@ -272,6 +281,32 @@ def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
     least, more = divmod(len(cores), processes)
     ends = [number * least + min(number, more) for number in range(processes + 1)]
     return [tuple(cores[start:end]) for start, end in pairwise(ends)]
+
+
+def share_cores(cores: list[int], near: Sequence[Collection[int]]) -> list[tuple[int, ...]]:
+    """Return the cores of each process: as many as `split_cores` gives it, near ones first.
+
+    Args:
+        cores: to share.
+        near: for each process, the cores near its device; empty if none are nearer than others.
+    """
+    shares = split_cores(cores, len(near))
+    if len(near) >= len(cores):
+        return shares
+    free, chosen = list(cores), [list[int]() for _ in near]
+    for node in dict.fromkeys(map(frozenset, near)):
+        members = [number for number, others in enumerate(near) if set(others) == node]
+        local = [core for core in free if core in node]
+        if not local:
+            continue
+        runs = split_cores(local, len(members))[: len(local)]
+        for number, run in zip(members, runs, strict=False):
+            chosen[number] = list(run[: len(shares[number])])
+            free = [core for core in free if core not in chosen[number]]
+    for mine, share in zip(chosen, shares, strict=True):
+        while len(mine) < len(share):
+            mine.append(free.pop(0))
+    return [tuple(sorted(mine)) for mine in chosen]
 
 
 def machine() -> dict[str, str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
 
 from imagemill.pipeline.backends.base import Found
+from imagemill.records import DeviceSpec
 
 _PROCESSORS: Final = 16
 _MEMORY_CLOCK: Final = 36
@@ -98,25 +100,86 @@ def _attribute(driver: ctypes.CDLL, attribute: int, number: int) -> int:
 def free_memory(number: int) -> int | None:
     """Return the free memory of a GPU in bytes, or None if the driver does not tell.
 
-    Asked of NVML by the GPU's UUID, because NVML counts all GPUs and CUDA only the visible ones.
     Unlike a question to CUDA, this takes no memory on the GPU.
     """
+    sizes = (ctypes.c_ulonglong * 3)()
+    with _in_nvml(number) as found:
+        if found is None or found.library.nvmlDeviceGetMemoryInfo(found.handle, sizes):
+            return None
+    return int(sizes[1])  # total, free, used
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which GPU it is, whatever this process sees of the others."""
+
+    uuid: str
+    """As CUDA_VISIBLE_DEVICES takes it: `GPU-…`, or `MIG-…` for a part of a GPU."""
+    pci: str
+    """Its address, as Linux names it: `0000:3b:00.0`; empty if the driver does not tell."""
+
+
+def identify(number: int) -> Identity | None:
+    """Return the identity of a GPU that `find_gpus` found, or None if the driver does not tell."""
+    with _in_nvml(number) as found:
+        if found is None:
+            return None
+        text = ctypes.create_string_buffer(32)
+        ask = getattr(found.driver, "cuDeviceGetPCIBusId", None)
+        known = ask is not None and ask(text, len(text), number) == 0
+        return Identity(found.uuid, text.value.decode().lower() if known else "")
+
+
+def near_cores(identity: Identity | None, pci: Path = Path("/sys/bus/pci/devices")) -> set[int]:
+    """Return the CPU cores on a GPU's own node, empty if that is not known."""
+    try:
+        text = (pci / identity.pci / "local_cpulist").read_text() if identity else ""
+        ranges = [part.partition("-") for part in text.strip().split(",") if part]
+        return {n for low, _, high in ranges for n in range(int(low), int(high or low) + 1)}
+    except (OSError, ValueError):
+        return set()
+
+
+def pinned(device: DeviceSpec) -> tuple[DeviceSpec, Mapping[str, str]]:
+    """Return a device as a process of its own sees it, and the environment of that process.
+
+    The process sees no other GPU, so it can neither take memory on one nor count differently. Any
+    other device stays as it is.
+    """
+    if not device.uuid:
+        return device, {}
+    variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": device.uuid}
+    return replace(device, id=0), variables
+
+
+@dataclass(frozen=True, slots=True)
+class _InNvml:
+    driver: ctypes.CDLL
+    library: ctypes.CDLL
+    handle: ctypes.c_void_p
+    uuid: str
+
+
+@contextlib.contextmanager
+def _in_nvml(number: int) -> Iterator[_InNvml | None]:
+    """Look a GPU up in NVML by its UUID, because NVML counts all GPUs and CUDA the visible ones."""
     try:
         driver, library = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return None
-    raw = ctypes.create_string_buffer(16)
-    if driver.cuInit(0) or driver.cuDeviceGetUuid(raw, number) or library.nvmlInit_v2():
-        return None
-    sizes = (ctypes.c_ulonglong * 3)()
-    handle = ctypes.c_void_p()
+        yield None
+        return
+    raw, handle = ctypes.create_string_buffer(16), ctypes.c_void_p()
+    # Of a part of a GPU, the first version returns the whole one's.
+    ask = getattr(driver, "cuDeviceGetUuid_v2", None) or driver.cuDeviceGetUuid
+    if driver.cuInit(0) or ask(raw, number) or library.nvmlInit_v2():
+        yield None
+        return
     try:
-        for kind in ("GPU", "MIG"):  # a part of a GPU has a UUID of its own
-            name = f"{kind}-{UUID(bytes=raw.raw)}".encode()
-            if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
-                continue
-            if library.nvmlDeviceGetMemoryInfo(handle, sizes) == 0:
-                return int(sizes[1])  # total, free, used
+        names = [f"{kind}-{UUID(bytes=raw.raw)}" for kind in ("GPU", "MIG")]
+        for name in names:
+            if library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) == 0:
+                yield _InNvml(driver, library, handle, name)
+                return
+        yield None
     finally:
         library.nvmlShutdown()
-    return None
