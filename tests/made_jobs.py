@@ -20,8 +20,8 @@ from imagemill.pipeline.sink import Sink
 from imagemill.records import Batch, Bundle, Outputs, Row, Settings, Shard, Status, TopK
 from imagemill.runner import freeze
 
-Answer = tuple[int, float] | Status
-"""Class and probability of the image's only class, or why it has none."""
+Answer = tuple[int, float] | list[tuple[int, float]] | Status
+"""Class and probability of the image's only class, those of its top classes, or why it has none."""
 
 
 def made_job(
@@ -67,13 +67,14 @@ def write_part(job: OpenJob, shard: Shard, answer: Callable[[bytes], Answer]) ->
         )
         rows.append(row)
         if not isinstance(given, Status):
-            found.append(given)
-    top = TopK(
-        np.array([[number] for number, _ in found], np.int32).reshape(len(found), 1),
-        np.array([[probability] for _, probability in found], np.float32).reshape(len(found), 1),
-        np.array([number >= 0 for number, _ in found], np.intp),
-        Outputs(np.zeros((len(found), 0), np.float32)),
-    )
+            found.append(given if isinstance(given, list) else [given] if given[0] >= 0 else [])
+    k = job.frozen.job.top_k
+    ids, probabilities = np.zeros((len(found), k), np.int32), np.zeros((len(found), k), np.float32)
+    for place, answers in enumerate(found):
+        for rank, (class_id, probability) in enumerate(answers):
+            ids[place, rank], probabilities[place, rank] = class_id, probability
+    counts = np.array([len(answers) for answers in found], np.intp)
+    top = TopK(ids, probabilities, counts, Outputs(np.zeros((len(found), 0), np.float32)))
     batch = Batch(np.zeros((len(found), 1, 1, 3), np.uint8), len(found), tuple(rows))
     for part in Sink(job.frozen.job, "null@null", {}).write(batch, top):
         part.commit()

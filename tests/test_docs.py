@@ -198,6 +198,7 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
         paths.failed_list,
         paths.report,
         paths.retired,
+        paths.score,
     ]
     spelt = {
         f"DIR/{path.relative_to(tmp_path)}".replace("part-000000", "part-NNNNNN") for path in ours

@@ -2,6 +2,7 @@
 
     imagemill.run(sources, output, …) -> Summary          a whole job, as `imagemill run`
     imagemill.load(model, …).predict(…) -> list[Prediction]
+    imagemill.score(output, truth) -> Score               how many rows of a job are right
 
 Nothing heavy is imported before the first of these is touched.
 """
@@ -15,7 +16,7 @@ from imagemill.version import __version__
 # not imported: `python -m imagemill` would take it from a `typing.py` in the working directory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from imagemill.api import Answer, Classifier, Prediction, load, run
+    from imagemill.api import Answer, Classifier, Prediction, load, run, score
     from imagemill.errors import (
         BadLogitsError,
         CheckpointError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from imagemill.records import Limits, Status, Summary
+    from imagemill.scoring.record import Score
 
 __all__ = [
     "Answer",
@@ -57,6 +59,7 @@ __all__ = [
     "OutputError",
     "PartError",
     "Prediction",
+    "Score",
     "SourceError",
     "Status",
     "Summary",
@@ -66,11 +69,13 @@ __all__ = [
     "__version__",
     "load",
     "run",
+    "score",
 ]
 
 _HOMES = {
-    "api": ("Answer", "Classifier", "Prediction", "load", "run"),
+    "api": ("Answer", "Classifier", "Prediction", "load", "run", "score"),
     "records": ("Limits", "Status", "Summary"),
+    "scoring.record": ("Score",),
 }
 
 

@@ -7,6 +7,7 @@ same, bit for bit.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import threading
 import weakref
@@ -24,6 +25,7 @@ from PIL import Image
 
 from imagemill.display import observer
 from imagemill.errors import DeviceMemoryError, UsageError
+from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle as bundles
 from imagemill.pipeline.backends import depends_on_batch, devices, open_session
 from imagemill.pipeline.decoding import pillow, preprocess
@@ -57,6 +59,7 @@ from imagemill.runner.model import (
     with_recipe,
 )
 from imagemill.runner.settings import DEFAULT_MODEL, check_settings, make_settings
+from imagemill.scoring.record import Score
 from imagemill.tuning import precisions
 from imagemill.tuning.batch_size import resolved
 
@@ -75,7 +78,7 @@ if TYPE_CHECKING:
             ...
 
 
-__all__ = ["Answer", "Classifier", "Prediction", "load", "run"]
+__all__ = ["Answer", "Classifier", "Prediction", "load", "run", "score"]
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Item: TypeAlias = (
@@ -86,6 +89,7 @@ Item: TypeAlias = (
 or (H, W), grey.
 """
 
+_log = logging.getLogger(__name__)
 _PIXELS: Final = "Give uint8 (H, W, 3), RGB, or (H, W), grey, or a Pillow image"
 _BAD: Final = "imagemill_bad"
 """Attribute that marks a Pillow image as undecodable: its next `load` may silently succeed with
@@ -201,6 +205,36 @@ def run(
     """
     given = locals() | {"retry_failed": () if retry_failed is True else retry_failed or None}
     return runner.run(make_settings(given), observer.Terminal() if progress else None)
+
+
+def score(output: PathLike, truth: str, *, report: bool = True) -> Score:
+    """Compare the rows of a job with true labels.
+
+    Args:
+        output: the output folder or URL of a job, which may be running.
+        truth: where the true labels are, as `--truth` on the command line: `folders`,
+            `regex:PATTERN`, `@FILE.csv#path,label`, `column:NAME` or `cls`.
+        report: False does not write an existing `report.html` again.
+
+    Returns:
+        The content of `score.json`, which is written, too. `notes` has messages about the truth,
+        such as unknown labels.
+
+    Raises:
+        UsageError: the truth has no valid form, or no image has a true label that the model knows.
+        SourceError: a table or archive with labels cannot be read.
+        OutputError: the output is not a job, has no rows yet, or a part is damaged.
+
+    Example:
+        >>> imagemill.score("out", "folders").top1.value
+    """
+    from imagemill import report as reports
+    from imagemill.scoring import score as scoring
+
+    job = OpenJob.open(output)
+    found = scoring.score(job, truth)
+    reports.add_score(job, found, _log.info, rewrite=report)
+    return found
 
 
 def load(

@@ -202,6 +202,31 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument("dir", metavar="DIR")
 
     sub = command(
+        "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
+    )
+    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument(
+        "--truth",
+        required=True,
+        metavar="WHERE",
+        help=(
+            "where the true labels are: folders (the image's folder is its label), regex:PATTERN"
+            " (a group in the path), @FILE.csv#path,label (also .tsv, .parquet), column:NAME (of"
+            " the source table), or cls (WebDataset). Labels, class ids, or ImageNet synsets"
+        ),
+    )
+    sub.add_argument(
+        "--min-top1",
+        type=_probability,
+        metavar="SHARE",
+        help="exit 1 if the top-1 accuracy over all images is lower, such as 0.8",
+    )
+    sub.add_argument(
+        "--no-report", dest="report", action="store_false", help="do not write report.html again"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command(
         "sort",
         _sort,
         "put the images of a job into one folder per label, as links or copies",
@@ -692,6 +717,24 @@ def _report(parsed: argparse.Namespace) -> int:
     job = _open_job(parsed.dir)
     report.write(job)
     print(job.paths.shown(job.paths.report))
+    return 0
+
+
+def _score(parsed: argparse.Namespace) -> int:
+    from imagemill import report
+    from imagemill.display import score as display
+    from imagemill.scoring import score
+
+    job = _open_job(parsed.dir)
+    found = score.score(job, parsed.truth)
+    for note in found.notes:
+        _log(note)
+    print(_as_json(found) if parsed.json else display.format_score(found))
+    report.add_score(job, found, _log, rewrite=parsed.report)
+    top1 = found.top1.value or 0.0
+    if parsed.min_top1 is not None and top1 < parsed.min_top1:
+        _log(f"top-1 {top1:.4f} is lower than --min-top1 {parsed.min_top1:g}")
+        return 1
     return 0
 
 

@@ -170,14 +170,17 @@ def rows(store: Store, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield one table per committed shard, with these columns in this order. Raises: PartError."""
+    """Yield one table per committed shard, with these columns in this order. Raises: PartError.
+
+    A column may be one field of a list: `top_k.list.element.class_id` is a column `top_k` with that
+    field alone.
+    """
+    names = list(dict.fromkeys(column.partition(".")[0] for column in columns))
     for shard in shards:
         path = store.paths.part(shard)
         try:
-            with store.open(path) as file:
-                table = pq.read_table(file, columns=list(columns), use_threads=False).select(
-                    list(columns)
-                )
+            with store.open(path) as file, pq.ParquetFile(file) as part:
+                table = part.read(columns=list(columns), use_threads=False).select(names)
         except (OSError, pa.ArrowException, KeyError) as error:
             raise _part_error(store, path, f"is damaged: {_first_line(error)}") from error
         if what := _check_shard_number(table.schema.metadata, shard):

@@ -119,6 +119,11 @@ class JobPaths:
         return self.root / "report.html"
 
     @property
+    def score(self) -> Path:
+        """How accurate the rows are, written by `imagemill score`."""
+        return self.root / "score.json"
+
+    @property
     def launch(self) -> Path:
         """A file by which workers on other machines check that they see the same output."""
         return self.root / f".launch{_TEMPORARY_SUFFIX}"

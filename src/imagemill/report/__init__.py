@@ -12,11 +12,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from imagemill.errors import Interrupted
+from imagemill.errors import Interrupted, OutputError
 from imagemill.job import documents
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
+    from imagemill.scoring.record import Score
 
 _log = logging.getLogger(__name__)
 
@@ -64,3 +65,25 @@ def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
             f"note: the report could not be written ({error}). The results are complete. Run"
             f" `imagemill report {job.paths.output}` to try again."
         )
+
+
+def add_score(
+    job: OpenJob, found: Score, say: Callable[[str], None], *, rewrite: bool = True
+) -> None:
+    """Write a job's `score.json`, and its report again if there is one. If that fails, the user
+    gets a note.
+
+    Args:
+        job: the job.
+        found: its score.
+        say: called with messages.
+        rewrite: whether the report is written again.
+    """
+    from imagemill.scoring import score
+
+    try:
+        score.save(job, found)
+        if rewrite and job.store.exists(job.paths.report):
+            attempt(job, say)
+    except (OutputError, OSError) as error:
+        say(f"note: the score is not in the report: {error}")

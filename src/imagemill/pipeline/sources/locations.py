@@ -71,7 +71,7 @@ def open_text(name: str, location: bytes, access: Access, newline: str) -> TextI
     Raises:
         OSError: it cannot be read. UsageError: it is not text.
     """
-    raw = _open_bytes(access.at(location), access.user_agent)
+    raw = open_bytes(access.at(location), access.user_agent)
     try:
         head = raw.peek(kinds.HEAD_BYTES)[: kinds.HEAD_BYTES]
         kinds.refuse_list(name, head)
@@ -87,7 +87,8 @@ def open_text(name: str, location: bytes, access: Access, newline: str) -> TextI
         raise
 
 
-def _open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
+def open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:
+    """Open a file at a path or URL. Raises: OSError."""
     if storage.is_object(location):
         return io.BufferedReader(storage.BlobFile(storage.open_blob(location)), 2**20)
     if not storage.is_url(location):

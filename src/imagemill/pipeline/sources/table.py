@@ -22,7 +22,7 @@ from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
 from imagemill.system import storage
 
 SEPARATORS = {b".csv": ",", b".tsv": "\t"}
-_KNOWN_NAMES = (
+PATH_COLUMNS = (
     "path file_path filepath file filename file_name image_path image_file img_path url image_url"
     " uri image".split()
 )
@@ -113,7 +113,7 @@ class TableSource:
                     raise SourceError(
                         f"source {self.name} is empty. Its first line must name its columns."
                     )
-                place = header.index(self._chosen(header))
+                place = header.index(self.path_column(header))
                 for cells in reader:
                     if not cells:
                         continue
@@ -145,7 +145,7 @@ class TableSource:
 
         with parquet.opening(self.name, self._access.at(self._location)) as opened:
             schema: Any = opened.file.schema_arrow
-            column = self._chosen(schema.names)
+            column = self.path_column(schema.names)
             kind = parquet.plain_type(schema.field(column).type)
             if not parquet.is_text(kind) and not parquet.is_bytes(kind):
                 hint = (
@@ -160,8 +160,8 @@ class TableSource:
             for group in range(opened.file.metadata.num_row_groups):
                 yield from opened.values(group, column)
 
-    def _chosen(self, columns: list[str]) -> str:
-        """The column of paths. Raises: SourceError."""
+    def path_column(self, columns: list[str]) -> str:
+        """Return the column of paths among the columns of the table. Raises: SourceError."""
         held = ", ".join(map(repr, columns))
         if self._column is not None:
             found = self._column
@@ -179,7 +179,7 @@ class TableSource:
                     " .tsv; a plain list of paths is named .txt."
                 )
         else:
-            found = next((name for name in _KNOWN_NAMES if name in columns), "")
+            found = next((name for name in PATH_COLUMNS if name in columns), "")
         if not found:
             raise SourceError(
                 f"source {self.name} has several columns: {held}. Name the one of the paths:"

@@ -39,6 +39,8 @@ _MAX_LONG_HEADER = 2**24
 """Bytes of a PAX header or a long name; names have a few KiB, the rest is extended attributes."""
 _MAX_MEMBER = 2**60
 """Bytes of a member: a header can name more than any file system holds."""
+_MAX_TEXT = 2**16
+"""Bytes of a member that `texts` reads."""
 _LINK_WINDOW = 16_384
 _LOCATOR = struct.Struct("<BQQLL")
 """_PLAIN or _PACKED, offset and length of the data, the CRC-32 of the header before them and, if
@@ -91,15 +93,7 @@ class TarSource:
         for that, and its index is kept if there is a folder for it.
         """
         try:
-            blob = open_blob(self._location)
-            magic = blob.read_at(0, 6)
-            for other, name in _OTHER_PACKERS.items():
-                if magic.startswith(other):
-                    raise SourceError(
-                        f"source {self.name} is packed by {name}, which has no random access."
-                        " Unpack it to .tar, or pack it by gzip."
-                    )
-            stream = _Stream(self.name, blob, magic.startswith(gz.MAGIC))
+            blob, stream = self._stream()
             try:
                 yield from self._entries(stream, filters, skipped)
             except GeneratorExit:  # --limit: the rest is not wanted
@@ -113,6 +107,36 @@ class TarSource:
                 )
         except OSError as error:
             raise cannot_read(self.name, error, "a tar archive") from error
+
+    def texts(self, suffix: str) -> Iterator[tuple[str, str]]:
+        """Yield the name and the content of each member with a suffix, in the order of the
+        archive. Raises: SourceError.
+        """
+        try:
+            _, stream = self._stream()
+            for member in _members(stream):
+                if member.isreg() and member.name.endswith(suffix):
+                    name = shown(_bare(member.name))
+                    if member.size > _MAX_TEXT:
+                        raise SourceError(
+                            f"source {self.name}: member {name} has {member.size:,} bytes, more"
+                            f" than the {_MAX_TEXT:,} of a text that is read."
+                        )
+                    yield name, shown(stream.read(member.size))
+        except OSError as error:
+            raise cannot_read(self.name, error, "a tar archive") from error
+
+    def _stream(self) -> tuple[Blob, _Stream]:
+        """Open the archive for one pass. Raises: SourceError, OSError."""
+        blob = open_blob(self._location)
+        magic = blob.read_at(0, 6)
+        for other, name in _OTHER_PACKERS.items():
+            if magic.startswith(other):
+                raise SourceError(
+                    f"source {self.name} is packed by {name}, which has no random access."
+                    " Unpack it to .tar, or pack it by gzip."
+                )
+        return blob, _Stream(self.name, blob, magic.startswith(gz.MAGIC))
 
     def _keep_index(self, blob: Blob, stream: _Stream) -> None:
         if stream.is_packed and self._index is not None:
