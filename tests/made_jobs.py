@@ -44,7 +44,8 @@ def frozen_job(settings: Settings, model: Bundle) -> OpenJob:
     store = open_store(JobPaths.of(settings.output))
     for folder in (store.paths.plan, store.paths.predictions, store.paths.logs):
         folder.mkdir(parents=True)
-    return freeze.freeze(settings, store, devices.resolve("null"), model, Watcher())
+    chosen = "null", devices.resolve("null")
+    return freeze.freeze(settings, store, lambda _: chosen, model, Watcher())
 
 
 def write_part(job: OpenJob, shard: Shard, answer: Callable[[bytes], Answer]) -> None:
