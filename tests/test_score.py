@@ -23,6 +23,7 @@ import archive_files
 import helpers
 import imagemill
 import made_jobs
+import sample_images
 from imagemill import cli
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
@@ -679,6 +680,50 @@ def test_a_score_that_cannot_be_kept_is_printed_all_the_same(
     out, err = capsys.readouterr()
     assert out.startswith("top-1: 66.7%")
     assert err.startswith("imagemill: note: the score is not in the report: ")
+
+
+@pytest.mark.process
+def test_the_report_shows_the_most_frequent_confusions(
+    models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report that exists is written again, with thumbnails of the mistakes. It says so if the
+    score is older than the rows. Nothing in a label becomes markup.
+    """
+    labels = ("<b>cat", "dog")
+    answers: dict[str, Answer] = {
+        "0/a.jpg": (1, 0.9), "0/b.jpg": (1, 0.8), "1/c.jpg": (1, 0.7), "1/d.jpg": Status.CORRUPT,
+        "1/e.jpg": (0, 0.9),
+    }  # fmt: skip
+    helpers.fill(tmp_path / "images", {path: sample_images.jpeg(40, 30) for path in answers})
+    settings = made_jobs.settings_of(
+        tmp_path / "images", output=tmp_path / "out", models_dir=models_dir
+    )
+    model = made_jobs.tiny(models_dir)
+    model = replace(model, card=replace(model.card, labels=labels))
+    job = made_jobs.frozen_job(settings, model)
+    made_jobs.write_part(job, job.shards[0], lambda path: answers[path.decode()])
+    command = ["score", job.paths.output, "--truth", "folders"]
+    assert cli.main([*command]) == 0
+    assert not job.paths.report.exists()
+    job.paths.report.write_text("an older page")
+    assert cli.main([*command, "--no-report"]) == 0
+    assert job.paths.report.read_text() == "an older page"
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"imagemill: report: {job.paths.report}"
+    html = job.paths.report.read_text()
+    section = html.partition('id="score"')[2].partition("</section>")[0]
+    assert section.count("data:image/jpeg;base64,") == 2
+    assert "<bdi>&lt;b&gt;cat</bdi> taken for <bdi>dog</bdi>: 2 images" in section
+    assert section.index("0/a.jpg") < section.index("0/b.jpg")
+    assert "<dt>Top-1</dt><dd>25.0 %" in section
+    assert "33.3 % of those that are readable" in section
+    assert "Not given: top5, because the model has only 2 classes." in section
+    assert "Older than the rows" not in section
+    made_jobs.write_part(job, job.shards[1], lambda path: answers[path.decode()])
+    assert cli.main(["report", job.paths.output]) == 0
+    html = job.paths.report.read_text()
+    assert "the job was scored when 4 of these 5 images had a row" in html
 
 
 def test_the_score_of_a_job_in_an_object_store(s3: Bucket, make: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`report.html`, a self-contained page about a job (docs/report.md).
 
 figures.py      figures from the parts, in one pass
+accuracy.py     what the page shows of `score.json`
 thumbnails.py   small JPEGs of images, fetched and decoded again
 charts.py       scales and lines for the template to draw
 page.py         the HTML, from page.html.j2, page.css and page.js
@@ -35,17 +36,19 @@ def write(job: OpenJob) -> int:
         PartError: a part is damaged. OutputError: the plan is, or the page cannot be written.
     """
     from imagemill.report import (
+        accuracy,
         figures,
         page,
         thumbnails,
     )  # Jinja and Pillow are of no use to other commands
 
     found = figures.gather(job)
-    shown = [*found.most_certain, *found.least_certain, *found.sample]
-    made = thumbnails.make(job, shown)
+    scored = accuracy.gather(job)
+    shown = [*found.most_certain, *found.least_certain, *found.sample, *scored.examples]
+    made = thumbnails.make(job, list({image.index: image for image in shown}.values()))
     is_complete = found.images == job.frozen.images
     summary = documents.read_summary(job.store) if is_complete else None
-    html = page.render(job, summary, found, made)
+    html = page.render(job, summary, found, scored, made)
     job.store.write(job.paths.report, html)
     return len(html)
 

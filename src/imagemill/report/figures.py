@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
-from imagemill.records import Shard, Status
+from imagemill.records import Status
 
 BINS = 20
 """Number of bins in the histogram of probabilities."""
@@ -189,9 +189,8 @@ def gather(job: OpenJob) -> Figures:
         [index for index in sample.indices.tolist() if index not in ends_shown][:SAMPLE_IMAGES]
     )
     chosen_failed = {status: sorted(found.indices.tolist()) for status, found in failed.items()}
-    rows = _read_rows(
+    rows = read_rows(
         job,
-        shards,
         {
             *ends_shown,
             *chosen_sample,
@@ -228,10 +227,9 @@ def gather(job: OpenJob) -> Figures:
     )
 
 
-def _read_rows(
-    job: OpenJob, shards: Sequence[Shard], indices: Iterable[int]
-) -> dict[int, ImageRow]:
-    """Return the rows of some images, by index."""
+def read_rows(job: OpenJob, indices: Iterable[int]) -> dict[int, ImageRow]:
+    """Return the rows of some images, by index. Their shards must be committed."""
+    shards = job.shards
     firsts = [shard.first for shard in shards]
     by_shard: dict[int, list[int]] = {}
     for index in sorted(indices):

@@ -26,7 +26,9 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, variants
 from imagemill.records import Recipe, Summary
 from imagemill.report import charts, thumbnails
+from imagemill.report.accuracy import Accuracy
 from imagemill.report.figures import BINS, Figures
+from imagemill.scoring.record import Score
 from imagemill.version import __version__
 
 _HERE = Path(__file__).parent
@@ -43,6 +45,7 @@ def render(
     job: OpenJob,
     summary: Summary | None,
     figures: Figures,
+    scored: Accuracy,
     thumbnails_made: Mapping[int, thumbnails.Thumbnail],
 ) -> bytes:
     """Return the page as UTF-8.
@@ -51,6 +54,7 @@ def render(
         job: the job.
         summary: None if the job is not finished.
         figures: the figures of the parts.
+        scored: the accuracy, if the job was scored.
         thumbnails_made: those of all images in the gallery, by index.
     """
     frozen = job.frozen
@@ -79,6 +83,9 @@ def render(
             frozen=frozen,
             summary=summary,
             figures=figures,
+            scored=scored,
+            score=scored.score,
+            omitted=_omitted(scored.score),
             bins=BINS,
             galleries=[
                 ("most", "Most certain", figures.most_certain),
@@ -221,6 +228,14 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
         }
         for precision, record in records.items()
     ]
+
+
+def _omitted(score: Score | None) -> list[tuple[str, str]]:
+    """Return each reason why figures of a score are missing, with their names."""
+    names: dict[str, list[str]] = {}
+    for name, reason in (score.omitted if score else {}).items():
+        names.setdefault(reason, []).append(name)
+    return [(reason, ", ".join(found)) for reason, found in names.items()]
 
 
 def _resize(recipe: Recipe) -> str:

@@ -35,7 +35,7 @@ SIDE = 160
 """Longest side of a thumbnail, pixels."""
 _QUALITIES = (78, 60, 40, 20)
 _MAX_THUMBNAIL_BYTES = 16_384
-"""Ninety-six thumbnails are then at most 2 MB in base 64."""
+"""120 thumbnails are then at most 2.6 MB in base 64."""
 _MAX_IMAGE_BYTES = 64 * 2**20
 """Larger images have no thumbnail."""
 _FETCHERS = 4
