@@ -49,6 +49,7 @@ class Graph(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.before: Callable[[], None] = lambda: None
+        self.after: Callable[[torch.Tensor], None] = lambda _found: None
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
@@ -64,15 +65,23 @@ class Graph(TorchDispatchMode):
             for goal, value in zip(tree_leaves(made), tree_leaves(found), strict=True):
                 if isinstance(goal, torch.Tensor) and goal.data_ptr() != value.data_ptr():
                     goal.copy_(value)
+        self.after(self.calls[-1][-1])
 
 
 class Cuda:
-    """The part of `torch.cuda` that the runner uses. `fail` is called at each replay with its
-    number, and may raise.
+    """The part of `torch.cuda` that the runner uses.
+
+    Args:
+        fail: called at each replay with its number; may raise.
+        spoil: called after each replay with the last thing that was computed, which it may change.
     """
 
-    def __init__(self, fail: Callable[[int], None] = lambda _number: None) -> None:
-        self.fail = fail
+    def __init__(
+        self,
+        fail: Callable[[int], None] = lambda _number: None,
+        spoil: Callable[[torch.Tensor], None] = lambda _found: None,
+    ) -> None:
+        self.fail, self.spoil = fail, spoil
         self.replays = 0
         self.captures = 0
         self.Stream, self.Event = Stream, Event
@@ -94,7 +103,7 @@ class Cuda:
 
     def CUDAGraph(self) -> Graph:
         made = Graph()
-        made.before = self._replayed
+        made.before, made.after = self._replayed, lambda found: self.spoil(found)
         return made
 
     @contextlib.contextmanager

@@ -38,7 +38,10 @@ from test_models_golden import GOLDEN, MODELS, arrays_of, built_from, onnx_of, r
 from test_wrap import EXPORTED, FIXTURES, fixture_pixels
 from tiny import SIZE, Finished, tiny_model
 
+sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 torch = pytest.importorskip("torch", reason="needs torch")
+import harness  # noqa: E402
+
 import cuda_standin  # noqa: E402
 from imagemill.pipeline.backends.torch import cuda  # noqa: E402
 from imagemill.pipeline.backends.torch import session as torch_session  # noqa: E402
@@ -629,6 +632,109 @@ def test_a_card_that_fails_in_a_run_is_lost(tiny: Bundle, standin: cuda_standin.
     standin.fail = fail
     with pytest.raises(errors.DeviceLostError, match="the GPU failed: CUDA error: an illegal"):
         list(session.stream(batches(8)))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: unknown"), RuntimeError("No CUDA GPUs are here")]
+)
+def test_a_card_that_fails_at_the_start_is_lost_and_not_the_models_fault(
+    tiny: Bundle, standin: cuda_standin.Cuda, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """So that its worker is started again, and the card is retired if that does not help."""
+
+    def fail(_number: int) -> None:
+        raise error
+
+    monkeypatch.setattr(cuda, "open_card", fail)
+    with pytest.raises(errors.DeviceLostError, match=f"^cuda#0: the GPU failed: {error}$"):
+        make(tiny, "cuda")
+
+
+def test_a_card_that_fails_while_it_compiles_is_lost(
+    tiny: Bundle, standin: cuda_standin.Cuda
+) -> None:
+    """As in mid-run."""
+
+    def fail(_number: int) -> None:
+        raise torch.AcceleratorError("CUDA error: misaligned address")
+
+    standin.fail = fail
+    with pytest.raises(errors.DeviceLostError, match="the GPU failed: CUDA error: misaligned"):
+        make(tiny, "cuda")
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_a_card_whose_answers_depend_on_the_position_is_found(
+    tiny: Bundle,
+    standin: cuda_standin.Cuda,
+    caplog: pytest.LogCaptureFixture,
+    precision: Precision,
+) -> None:
+    """Before the first image, unless it is allowed."""
+
+    def spoil(found: Any) -> None:
+        found[-1, 0] += 1
+
+    spec = make_spec(tiny, precision=precision)
+    session = make(tiny, "cuda", precision=precision)
+    check_exactness(session.stream, spec, "cuda#0")
+    standin.spoil = spoil
+    with pytest.raises(errors.InexactError, match="cuda#0: answers depend on position in the"):
+        check_exactness(session.stream, spec, "cuda#0")
+    check_exactness(session.stream, spec, "cuda#0", allow_inexact=True)
+    assert "--allow-inexact accepts that" in caplog.text
+    session.close()
+
+
+LOST = """
+sys.path.append(os.environ["TESTS"])
+if LAUNCHER or WORKER:
+    def show(module):
+        module._missing = lambda _kind: None
+        module.find_gpus = lambda: module.Found(("A card (8 SMs)",))
+    after_import("imagemill.pipeline.backends.torch.session", show)
+if WORKER:
+    def put(module):
+        import cuda_standin
+        def fail(number):
+            if number == 9 and once(os.environ["MARKER"]):
+                raise module.torch.AcceleratorError("CUDA error: the card has fallen off the bus")
+        module.open_card = lambda _number: (cuda_standin.Cuda(fail), "cpu")
+        module.prepare = lambda: None
+    after_import("imagemill.pipeline.backends.torch.cuda", put)
+"""
+
+
+def test_a_card_lost_in_mid_run_costs_its_workers_restart(
+    imagemill: Callable[..., helpers.Result],
+    jpegs: Callable[..., Path],
+    models_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """Every image has its row, with the same bits as if nothing had happened."""
+    (tmp_path / "calm").touch()
+    words = ("run", jpegs(16), "--model", "tiny", "--devices", "cuda", "--shard-size", 4)
+    found = {}
+    for name in ("lost", "calm"):
+        env = harness.hooks(
+            tmp_path / "hooks",
+            LOST,
+            MARKER=str(tmp_path / name),
+            TESTS=str(helpers.PROJECT / "tests"),
+            IMAGEMILL_MODELS=str(models_dir),
+        )
+        output = tmp_path / f"{name}-out"
+        ended = imagemill(*words, "--output", output, "--batch-size", 2, "--json", env=env)
+        assert ended.code == 0, ended.err
+        (found[name],) = ended.json["devices"]
+    assert (found["lost"]["restarts"], found["calm"]["restarts"]) == (1, 0)
+    assert found["lost"]["images"] == 16
+    assert (
+        "the GPU failed: CUDA error: the card has fallen off"
+        in (tmp_path / "lost-out" / "logs" / "cuda#0.log").read_text()
+    )
+    harness.assert_complete(tmp_path / "lost-out")
+    harness.assert_same(tmp_path / "lost-out", tmp_path / "calm-out")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import DeviceError, DeviceMemoryError, ModelError
+from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
 from imagemill.pipeline.backends.base import (
     Found,
     describe_memory_shortage,
@@ -75,6 +75,8 @@ class TorchSession:
                 need = program.memory(dtype.itemsize) + (single.memory(4) if single else 0)
                 text = describe_memory_shortage(device.name, spec.batch_size, *self._memory, need)
                 raise DeviceMemoryError(text) from error
+            if isinstance(error, torch.AcceleratorError):
+                raise _lost(device, error) from error
             raise ModelError(
                 f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
             ) from error
@@ -129,9 +131,13 @@ class TorchSession:
             from imagemill.pipeline.backends.torch import cuda
 
             cuda.prepare()
-            with cuda.lost_if_it_fails():
+            try:
                 self._cuda, self._place = cuda.open_card(device.id)
                 self._memory = self._cuda.mem_get_info(self._place)
+            except RuntimeError as error:  # AcceleratorError is one
+                if cuda.is_out_of_memory(error):
+                    raise
+                raise _lost(device, error) from error
             self.versions |= _cuda_versions(torch)
             loaded = Loaded(program, self._place, dtype)
             self._runner: Any = cuda.CudaRunner(
@@ -225,6 +231,10 @@ def _missing(kind: str) -> str | None:
     if kind == "cuda" and not list(Path(here.origin).parent.glob("lib/*torch_cuda.*")):
         return f"The installed PyTorch has no CUDA: pip uninstall -y torch, then {_INSTALL}."
     return None
+
+
+def _lost(device: DeviceSpec, error: Exception) -> DeviceLostError:
+    return DeviceLostError(f"{device.name}: the GPU failed: {_one_line(error)}")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
