@@ -9,6 +9,7 @@ waited for that was not recorded, and no stream is left by itself.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +21,22 @@ from torch.utils._pytree import tree_leaves
 class Event:
     """An event; must be made with `blocking=True`, because waiting must not occupy a core."""
 
-    def __init__(self, *, blocking: bool = False) -> None:
+    def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
         assert blocking
         self.recorded = 0
+        self.recorded_at = 0.0
+        self.timed = enable_timing
 
     def record(self, stream: Stream) -> None:
         assert stream.current, "an event is recorded on a stream that is not the current one"
         self.recorded += 1
+        self.recorded_at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.timed
+        assert end.timed
+        assert self.recorded == end.recorded > 0, "the events of a batch are recorded together"
+        return 1000 * (end.recorded_at - self.recorded_at)
 
     def synchronize(self) -> None:
         assert self.recorded

@@ -17,12 +17,22 @@ import helpers
 from imagemill import bench
 from imagemill.bench import measure
 from imagemill.bench.bottleneck import find_bottleneck, together
+from imagemill.bench.device_figures import device_figures
 from imagemill.bench.measure import machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
+from imagemill.bench.records import DeviceFigures
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.pipeline.backends import devices
-from imagemill.records import Bundle, Precision
+from imagemill.records import (
+    Bundle,
+    DeviceSpec,
+    DeviceSummary,
+    MemoryTraffic,
+    Precision,
+    Summary,
+)
+from imagemill.system import cpu
 
 SYNTHETIC = (
     "bench",
@@ -257,6 +267,98 @@ def test_the_advice_fits_the_bound(
 ) -> None:
     """Only what can still be changed is advised, and both stages where they are close."""
     assert bottleneck(*rates, **changes)[1] == advice
+
+
+# What devices other than the CPU tell.
+
+CARDS = [DeviceSpec(f"cuda#{number}", "cuda", "torch", (0, 1, 2, 3)) for number in (0, 1)]
+TRAFFIC = {card.name: MemoryTraffic(100e6, 2000e9) for card in CARDS}
+
+
+def end_to_end(*busy: float | None) -> Summary:
+    """A run in which devices computed for so much of the time."""
+    shares = [
+        DeviceSummary(f"cuda#{place}", 1, 1.0, 0, busy=share) for place, share in enumerate(busy)
+    ]
+    values: dict[str, Any] = dict.fromkeys(Summary.__dataclass_fields__)
+    return Summary(**(values | {"devices": tuple(shares)}))
+
+
+def report(figures: DeviceFigures | None, devices: int, **changes: Any) -> bench.BenchReport:
+    def rates(median: float) -> bench.Rates:
+        names = {f"cuda#{number}": median / devices for number in range(devices)}
+        return bench.Rates(median, median, median, (median,), names)
+
+    values: dict[str, Any] = dict.fromkeys(bench.BenchReport.__dataclass_fields__)
+    values |= {
+        "model": "resnet50",
+        "precision": "fp16",
+        "batch_size": 256,
+        "images_per_iteration": {"compute_only": 5120, "decode_only": 900, "end_to_end": 900},
+        "compute_only": rates(10_000),
+        "settings": settings(iterations=1),
+        "device": figures,
+    }
+    return bench.BenchReport(**(values | changes))
+
+
+def test_the_figures_of_devices_are_those_of_all_together() -> None:
+    """Memory limits add up, busy shares are averaged over devices, the median run counts. A device
+    that was retired was not busy.
+    """
+    runs = [end_to_end(0.4, 0.6), end_to_end(0.5, 0.9), end_to_end(0.1, None)]
+    found = device_figures(TRAFFIC, CARDS, runs, cores=30.2)
+    assert found == DeviceFigures(
+        busy=0.5, memory_limit=40_000, bytes_per_image=100e6, bytes_per_s=4000e9, cores_needed=31
+    )
+
+
+def test_what_a_device_does_not_tell_is_left_out() -> None:
+    """A limit of some of the devices would be wrong for all; a CPU tells nothing."""
+    some = {"cuda#0": TRAFFIC["cuda#0"]}
+    assert device_figures(some, CARDS, [end_to_end(None, None)]) == DeviceFigures()
+    assert device_figures({}, devices.resolve("cpu"), [end_to_end(None)], cores=3.0) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "which", "need"),
+    [(1, "cuda#0", "cuda#0 needs"), (2, "the devices", "the devices need")],
+)
+def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, need: str) -> None:
+    """And none for the others."""
+    made = report(DeviceFigures(0.51, 26_900, 104.5e6, 2.811e12, 31), count)
+    text = bench.format_report(made)
+    assert text.splitlines()[-3:] == [
+        f"{which} computed for 51% of the time end to end",
+        "compute only is 37% of the 26,900.0 images/s that memory allows: 104.5 MB per image,"
+        " 2,811.0 GB/s",
+        f"{need} 31 such cores to be fed with these images",
+    ]
+    transfer = bench.Rates(90_000, 1, 2, (90_000,), {"cuda#0": 90_000})
+    with_transfer = bench.format_report(report(None, 1, transfer_only=transfer))
+    assert with_transfer.splitlines()[-1] == (
+        "transfer only  90,000.0 images/s (1.0 to 2.0; 5,120 images each)"
+    )
+    plain = bench.format_report(report(DeviceFigures(), count))
+    assert plain == bench.format_report(report(None, count))
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "expected"),
+    [
+        ("cuda", "torch", [Precision.FP16]),
+        ("cuda", "onnxruntime", []),
+        ("cpu", "torch", [Precision.BF16]),
+        ("cpu", "openvino", [Precision.BF16, Precision.INT8]),
+    ],
+)
+def test_a_lower_precision_is_one_that_the_device_computes_faster(
+    monkeypatch: pytest.MonkeyPatch, kind: str, backend: str, expected: list[Precision]
+) -> None:
+    """A card's units are not the processor's."""
+    monkeypatch.setattr(cpu, "flags", lambda: {"amx_int8", "amx_bf16"})
+    chosen = [DeviceSpec(f"{kind}#0", kind, backend, (0,))]
+    assert measure._faster_precisions(chosen) == expected
 
 
 # What goes wrong.

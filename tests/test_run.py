@@ -1204,6 +1204,7 @@ def test_the_summary_on_disk_is_the_one_returned(job: Jobs, jpegs: Folders, tmp_
         "restarts",
         "clock",
         "retired",
+        "busy",
     }
     assert on_disk["images_per_second"] == pytest.approx(20 / on_disk["seconds"], rel=0.05)
     assert (on_disk["bottleneck"], on_disk["advice"].partition(":")[0]) == (
@@ -1282,6 +1283,31 @@ def test_the_bottleneck_is_what_the_loop_waited_for(
         100 * 2 / (sums["read"] + sums["decode"]), abs=0.001
     )
     assert advice
+
+
+def test_devices_with_a_clock_of_their_own_say_how_fast_they_compute() -> None:
+    """However long the loop waited for them. Decoding is the bottleneck here, so the cores that
+    they would need are named. A device that was retired has computed nothing.
+    """
+    sums = {"starved": 8, "read": 1, "decode": 31, "decode_wall": 31, "compute": 1, "write": 1}
+    cards = [clock(**sums, device=2.0, transfer=0.5) for _ in range(2)]
+    for clocks in (cards, [*cards, Clock()]):
+        found, rates, advice = summarise.judge(clocks, 210, 10.0, 8, failed=10)
+        assert found == "decode"
+        assert rates["compute_only"] == 200 * 2 / 4.0
+        assert rates["transfer_only"] == 200 * 2 / 1.0
+        assert rates["decode_only"] == 200 * 8 / 64.0
+        assert advice is not None
+        assert advice.endswith("; the devices need 32 such cores to be fed with these images")
+
+
+def test_devices_without_a_clock_of_their_own_are_judged_by_the_loops_waits() -> None:
+    """Nothing is said of cores or transfers."""
+    sums = {"starved": 8, "read": 1, "decode": 31, "decode_wall": 31, "compute": 1, "write": 1}
+    _, rates, advice = summarise.judge([clock(**sums)], 100, 10.0, 8)
+    assert set(rates) == {"achieved", "decode_only", "compute_only"}
+    assert rates["compute_only"] == 100.0
+    assert "such cores" not in str(advice)
 
 
 def test_on_shared_cores_the_rates_add_up() -> None:

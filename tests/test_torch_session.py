@@ -43,7 +43,7 @@ torch = pytest.importorskip("torch", reason="needs torch")
 import harness  # noqa: E402
 
 import cuda_standin  # noqa: E402
-from imagemill.pipeline.backends.torch import cuda  # noqa: E402
+from imagemill.pipeline.backends.torch import cuda, traffic  # noqa: E402
 from imagemill.pipeline.backends.torch import session as torch_session  # noqa: E402
 from imagemill.pipeline.backends.torch.program import (  # noqa: E402
     Loaded,
@@ -688,21 +688,35 @@ def test_a_card_whose_answers_depend_on_the_position_is_found(
 
 LOST = """
 sys.path.append(os.environ["TESTS"])
-if LAUNCHER or WORKER:
-    def show(module):
-        module._missing = lambda _kind: None
-        module.find_gpus = lambda: module.Found(("A card (8 SMs)",))
-    after_import("imagemill.pipeline.backends.torch.session", show)
-if WORKER:
-    def put(module):
-        import cuda_standin
-        def fail(number):
-            if number == 9 and once(os.environ["MARKER"]):
-                raise module.torch.AcceleratorError("CUDA error: the card has fallen off the bus")
-        module.open_card = lambda _number: (cuda_standin.Cuda(fail), "cpu")
-        module.prepare = lambda: None
-    after_import("imagemill.pipeline.backends.torch.cuda", put)
+
+def show(module):
+    module._missing = lambda _kind: None
+    module.find_gpus = lambda: module.Found(("A card (8 SMs)",))
+
+def put(module):
+    import cuda_standin
+    def fail(number):
+        if number == 9 and once(os.environ["MARKER"]):
+            raise module.torch.AcceleratorError("CUDA error: the card has fallen off the bus")
+    module.open_card = lambda _number: (cuda_standin.Cuda(fail), "cpu")
+    module.prepare = lambda: None
+
+after_import("imagemill.pipeline.backends.torch.session", show)
+after_import("imagemill.pipeline.backends.torch.cuda", put)
 """
+
+
+def with_standin(tmp_path: Path, models_dir: Path, marker: str) -> dict[str, str]:
+    """An environment in which every process finds a card. It is lost in mid-run, unless the file
+    `marker` exists.
+    """
+    return harness.hooks(
+        tmp_path / "hooks",
+        LOST,
+        MARKER=str(tmp_path / marker),
+        TESTS=str(helpers.PROJECT / "tests"),
+        IMAGEMILL_MODELS=str(models_dir),
+    )
 
 
 def test_a_card_lost_in_mid_run_costs_its_workers_restart(
@@ -716,25 +730,71 @@ def test_a_card_lost_in_mid_run_costs_its_workers_restart(
     words = ("run", jpegs(16), "--model", "tiny", "--devices", "cuda", "--shard-size", 4)
     found = {}
     for name in ("lost", "calm"):
-        env = harness.hooks(
-            tmp_path / "hooks",
-            LOST,
-            MARKER=str(tmp_path / name),
-            TESTS=str(helpers.PROJECT / "tests"),
-            IMAGEMILL_MODELS=str(models_dir),
-        )
+        env = with_standin(tmp_path, models_dir, name)
         output = tmp_path / f"{name}-out"
         ended = imagemill(*words, "--output", output, "--batch-size", 2, "--json", env=env)
         assert ended.code == 0, ended.err
         (found[name],) = ended.json["devices"]
     assert (found["lost"]["restarts"], found["calm"]["restarts"]) == (1, 0)
     assert found["lost"]["images"] == 16
+    assert 0 < found["calm"]["busy"] <= 1
+    assert found["calm"]["clock"]["transfer"] > 0
     assert (
         "the GPU failed: CUDA error: the card has fallen off"
         in (tmp_path / "lost-out" / "logs" / "cuda#0.log").read_text()
     )
     harness.assert_complete(tmp_path / "lost-out")
     harness.assert_same(tmp_path / "lost-out", tmp_path / "calm-out")
+
+
+def test_bench_measures_what_a_card_tells_of_itself(
+    imagemill: Callable[..., helpers.Result], models_dir: Path, tmp_path: Path, tiny: Bundle
+) -> None:
+    """Copies between host and card, and what its memory allows."""
+    (tmp_path / "calm").touch()
+    words = ("--devices", "cuda", "--model", "tiny", "--batch-size", 2, "--batches-per-step", 4)
+    report = imagemill(
+        *("bench", "--synthetic", *words, "--iterations", 2, "--json"),
+        env=with_standin(tmp_path, models_dir, "calm"),
+    ).json
+    assert report["images_per_iteration"] == {"compute_only": 8}
+    assert len(report["transfer_only"]["iterations"]) == 2
+    assert set(report["transfer_only"]["devices"]) == {"cuda#0"}
+    assert report["transfer_only"]["min"] > 0
+    found = report["device"]
+    assert found["memory_limit"] == pytest.approx(found["bytes_per_s"] / found["bytes_per_image"])
+    assert found["bytes_per_image"] > 3 * SIZE * SIZE
+    assert (found["busy"], found["cores_needed"]) == (None, None)
+
+
+def test_the_time_of_a_card_is_its_own_events(tiny: Bundle, standin: cuda_standin.Cuda) -> None:
+    """Computing and copying, from one batch to the next."""
+    clock = Stopwatch()
+    device = DeviceSpec("cuda#0", "cuda", "torch", (0,))
+    session = open_session(make_spec(tiny), device, clock)
+    before = clock.read()
+    assert len(list(session.stream(batches(4)))) == 4
+    after = clock.read()
+    assert 0 < before.device < after.device < clock.elapsed()
+    assert 0 < before.transfer < after.transfer < clock.elapsed()
+    session.close()
+    plain = make(tiny)
+    assert plain.memory_traffic() is None, "a CPU's cores compute and decode"
+    plain.close()
+
+
+@pytest.mark.parametrize(("width", "lower"), [(4, 0), (2, 1)])
+def test_the_memory_traffic_of_a_program_is_every_input_and_output_once(
+    width: int, lower: int
+) -> None:
+    """Numbers between the products are narrow in a lower precision; so are their weights."""
+    weights = {"a": np.zeros((8, 3, 1), np.float32), "b": np.zeros((5, 8, 1), np.float32)}
+    nodes = [node("Conv", "x a", "0"), node("Relu", "0", "1"), node("Conv", "1 b", "y")]
+    program = program_of(small_graph(nodes, weights, 8), np.zeros((2, 3, 8), np.float32))
+    assert [step.kind for step in program.steps] == ["Conv", "Conv"]
+    entry, between, end = 2 * 3 * 8, 2 * 8 * 8, 2 * 5 * 8
+    narrow = 24 + 40 + 2 * between + end
+    assert traffic.count_bytes(program, width) == 4 * entry + (4 - 2 * lower) * narrow
 
 
 @pytest.mark.parametrize(

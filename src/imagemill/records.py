@@ -513,6 +513,20 @@ class Clock:
     images: int = 0
     recomputed: int = 0
     """Images that overflowed fp16 and were computed again in fp32."""
+    device: float = 0.0
+    """The device computed, by its own clock; 0 if it does not tell."""
+    transfer: float = 0.0
+    """Copies between host and device, by the device's clock; they may overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTraffic:
+    """What a device's memory allows a model."""
+
+    bytes_per_image: float
+    """Read and written if each layer reads its inputs and writes its outputs once."""
+    bytes_per_s: float
+    """At which the device copies within its memory, reads plus writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -562,6 +576,8 @@ class DeviceSummary:
     """Where its time went; None in summaries of versions that did not keep it."""
     retired: str | None = None
     """Why it was not used any more; None if it was."""
+    busy: float | None = None
+    """Share of the time in which it computed; None if it does not tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from imagemill.bench.device_figures import format_figures
 from imagemill.records import Precision
 
 if TYPE_CHECKING:
@@ -113,19 +114,18 @@ def format_report(report: BenchReport) -> str:
             f" {count} iteration{'s' if count != 1 else ''}"
         ),
     ]
-    for name in ("compute_only", "decode_only", "end_to_end"):
+    for name in ("compute_only", "transfer_only", "decode_only", "end_to_end"):
         rates: Rates | None = getattr(report, name)
         if rates is None:
             continue
-        spread = (
-            f"({rates.min:,.1f} to {rates.max:,.1f}; {report.images_per_iteration[name]:,} images"
-            " each)"
-        )
+        images = report.images_per_iteration[name.replace("transfer", "compute")]
+        spread = f"({rates.min:,.1f} to {rates.max:,.1f}; {images:,} images each)"
         lines.append(f"{name.replace('_', ' '):<13} {rates.median:>9,.1f} images/s {spread}")
         if len(rates.devices) > 1:
             lines += [
                 f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()
             ]
+    lines += format_figures(report)
     if report.bound:
         lines.append(f"bounded by {report.bound}. To speed it up: {'; '.join(report.advice)}")
     return "\n".join(lines)

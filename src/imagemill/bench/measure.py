@@ -17,6 +17,7 @@ from statistics import median
 
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.bottleneck import find_bottleneck
+from imagemill.bench.device_figures import device_figures, on_cpu
 from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
@@ -157,7 +158,7 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
         for number in range(1, settings.iterations + 1):
             rounds.append(pool.measure(orders))
             say(f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s")
-        versions = pool.versions
+        versions, traffic = pool.versions, pool.traffic
     images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
         model=model.card.name,
@@ -173,6 +174,8 @@ def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) 
         versions=_versions() | versions,
         settings=settings,
         batch_sizes=batch_sizes,
+        transfer_only=_transfer_rates(rounds),
+        device=device_figures(traffic, chosen),
     )
 
 
@@ -257,20 +260,20 @@ def _with_sources(
                 f" end {_achieved(achieved[-1]):,.1f}"
             )
             say(f"iteration {number} of {settings.iterations}: {rates} images/s")
-        versions = pool.versions
+        versions, traffic = pool.versions, pool.traffic
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
+    cores = {core for device in chosen for core in device.cores}
     read = sum(found.read_s for found in _flatten(decoded))
-    hardware = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
     bound, advice = find_bottleneck(
         compute_only.median,
         decode_only.median,
         end_to_end.median,
         read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
         precision=spec.precision,
-        hardware=[one for one in hardware if one in devices.precisions(chosen)],
+        hardware=_faster_precisions(chosen),
         threads=sum(job.num_workers or len(device.cores) for device in chosen),
-        cores=len({core for device in chosen for core in device.cores}),
-        shared_cores=all(device.kind in ("cpu", "null") for device in chosen),
+        cores=len(cores),
+        shared_cores=on_cpu(chosen),
     )
     return BenchReport(
         model=spec.card.name,
@@ -290,7 +293,23 @@ def _with_sources(
         versions=_versions() | versions,
         settings=settings,
         batch_sizes=batch_sizes,
+        transfer_only=_transfer_rates(computed),
+        device=device_figures(
+            traffic,
+            chosen,
+            achieved,
+            cores=len(cores) * compute_only.median / decode_only.median,
+        ),
     )
+
+
+def _faster_precisions(chosen: Sequence[DeviceSpec]) -> list[Precision]:
+    """Return the precisions that the devices compute faster than fp32, fastest last."""
+    if on_cpu(chosen):
+        found = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
+    else:
+        found = [Precision.FP16]
+    return [one for one in found if one in devices.precisions(chosen)]
 
 
 def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
@@ -349,6 +368,18 @@ def _total(found: Mapping[str, Measured]) -> float:
     images = sum(one.images for one in found.values())
     return images / (
         max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values())
+    )
+
+
+def _transfer_rates(rounds: Sequence[Mapping[str, Measured]]) -> Rates | None:
+    if not all(found.transfer_s for found in _flatten(rounds)):
+        return None
+    per_device = {
+        name: [found[name].images / found[name].transfer_s for found in rounds]
+        for name in rounds[0]
+    }
+    return _summarise_rates(
+        [sum(rates) for rates in zip(*per_device.values(), strict=True)], per_device
     )
 
 

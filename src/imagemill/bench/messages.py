@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imagemill.records import DeviceSpec, Job, Lease, SessionSpec
+from imagemill.records import DeviceSpec, Job, Lease, MemoryTraffic, SessionSpec
 
 # parent                        process that measures
 # Begin ───────────────────────►
@@ -29,6 +29,8 @@ class Ready:
 
     backend: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    traffic: MemoryTraffic | None = None
+    """What the device's memory allows; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Measured:
     """Summed over decoding threads: fetching bytes."""
     decode_s: float = 0.0
     """Summed over decoding threads: CPU time of decoding."""
+    transfer_s: float = 0.0
+    """Copies between host and device; 0 if the device does not tell."""
 
     @property
     def images_per_second(self) -> float:

@@ -10,7 +10,7 @@ from types import TracebackType
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import WorkerError
 from imagemill.pipeline.backends.nvidia import pinned
-from imagemill.records import DeviceSpec, SessionSpec
+from imagemill.records import DeviceSpec, MemoryTraffic, SessionSpec
 from imagemill.system.processes import Child, ChildError, Stop
 
 
@@ -66,9 +66,13 @@ class MeasuringPool:
             self.close()
             raise
         self.versions: dict[str, str] = {}
-        for answer in ready:
+        self.traffic: dict[str, MemoryTraffic] = {}
+        """Device → what its memory allows, if that is known."""
+        for member, answer in zip(self._members, ready, strict=True):
             assert isinstance(answer, Ready)
             self.versions |= answer.versions
+            if answer.traffic is not None:
+                self.traffic[member.device.name] = answer.traffic
 
     def __enter__(self) -> MeasuringPool:
         return self

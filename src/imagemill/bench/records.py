@@ -51,6 +51,22 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceFigures:
+    """What devices other than the CPU tell of themselves, all together; None if they do not."""
+
+    busy: float | None = None
+    """Share of the time end to end in which they computed."""
+    memory_limit: float | None = None
+    """images/s that their memory allows."""
+    bytes_per_image: float | None = None
+    """Memory traffic that an image needs at least."""
+    bytes_per_s: float | None = None
+    """At which they copy within their memory, reads plus writes."""
+    cores_needed: int | None = None
+    """So many cores like this machine's would decode as fast as the devices compute."""
+
+
+@dataclass(frozen=True, slots=True)
 class BenchReport:
     """All that one bench measured and concluded."""
 
@@ -58,7 +74,7 @@ class BenchReport:
     precision: str
     batch_size: int
     images_per_iteration: Mapping[str, int]
-    """`compute_only`, `decode_only`, `end_to_end` → images, all devices together."""
+    """Name of a rate below → images, all devices together."""
     compute_only: Rates
     decode_only: Rates | None
     """None without a source, as the next ones."""
@@ -72,3 +88,7 @@ class BenchReport:
     settings: BenchSettings
     batch_sizes: Mapping[str, float] = field(default_factory=dict)
     """After `--batch-size search`: batch size → images/s, compute only."""
+    transfer_only: Rates | None = None
+    """Copies between host and device; None if no device tells."""
+    device: DeviceFigures | None = None
+    """None on CPUs."""

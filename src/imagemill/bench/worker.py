@@ -20,6 +20,7 @@ from imagemill.system.processes import Stop
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
+    from imagemill.pipeline.stopwatch import Stopwatch
     from imagemill.records import Batch
 
 _DISTINCT_BATCHES = 4
@@ -36,16 +37,19 @@ def _work(connection: Connection) -> None:
     processes.pin_to_cores(begin.device.cores)
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline.backends import open_session
+    from imagemill.pipeline.backends.base import MeasuresMemory
     from imagemill.pipeline.stopwatch import Stopwatch
 
-    session = open_session(begin.spec, begin.device, Stopwatch())
+    clock = Stopwatch()
+    session = open_session(begin.spec, begin.device, clock)
+    traffic = session.memory_traffic() if isinstance(session, MeasuresMemory) else None
     batches = _synthetic(begin.spec)
     gc.freeze()
-    connection.send(Ready(session.backend, session.versions))
+    connection.send(Ready(session.backend, session.versions, traffic))
     while not isinstance(order := connection.recv(), Stop):
         match order:
             case Compute(count):
-                connection.send(_compute(session, islice(batches, count)))
+                connection.send(_compute(session, islice(batches, count), clock))
             case Decode():
                 connection.send(_decode(order, begin.device))
             case _:
@@ -69,10 +73,10 @@ def _synthetic(spec: SessionSpec) -> Iterator[Batch]:
     )
 
 
-def _compute(session: Session, batches: Iterator[Batch]) -> Measured:
-    begun = time.monotonic()
+def _compute(session: Session, batches: Iterator[Batch], clock: Stopwatch) -> Measured:
+    begun, before = time.monotonic(), clock.read().transfer
     images = sum(batch.filled for batch, _ in session.stream(batches))
-    return Measured(images, begun, time.monotonic())
+    return Measured(images, begun, time.monotonic(), transfer_s=clock.read().transfer - before)
 
 
 def _decode(order: Decode, device: DeviceSpec) -> Measured:

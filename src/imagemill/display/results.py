@@ -69,9 +69,10 @@ def _format_speed(summary: Summary) -> Iterator[str]:
     )
     for device in summary.devices:
         restarts = f", {_format_count(device.restarts, 'restart')}" if device.restarts else ""
+        busy = f", computed for {device.busy:.0%} of the time" if device.busy else ""
         yield (
             f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f}"
-            f" images/s{restarts}"
+            f" images/s{busy}{restarts}"
         )
         if device.retired:
             yield f"  {device.name} was retired: {device.retired}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from imagemill.errors import TooManyBadError
@@ -104,6 +105,7 @@ def summarise(
                 outcome.restarts[d.name],
                 outcome.clocks.get(d.name),
                 outcome.retired.get(d.name),
+                _busy(outcome.clocks.get(d.name), seconds),
             )
             for d in chosen
         ),
@@ -117,6 +119,10 @@ def summarise(
         machine=devices.machine(),
         recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
+
+
+def _busy(clock: Clock | None, seconds: float) -> float | None:
+    return round(clock.device / seconds, 3) if clock and clock.device and seconds else None
 
 
 def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
@@ -147,7 +153,8 @@ def judge(
     """Return the bottleneck of a run, the rates that its clocks suggest, and what to change.
 
     Rates are images/s of all devices. If decoding and computing share the cores, the rate of
-    computing alone follows from the CPU time that the session used.
+    computing alone follows from the CPU time that the session used. Else it follows from the time
+    that the devices computed, or from the time that the loop waited for them.
 
     Args:
         clocks: of the workers.
@@ -167,8 +174,12 @@ def judge(
     at_once, computing = len(clocks), seconds * len(clocks) - total.starved - total.write
     if cores:
         at_once, computing = cores, total.session_cpu
+    elif total.device and all(clock.device for clock in clocks if clock.images):
+        at_once, computing = sum(clock.device > 0 for clock in clocks), total.device
     if computing > 0 and total.compute:
         rates["compute_only"] = round((rows - failed) * at_once / computing, 3)
+    if total.transfer:
+        rates["transfer_only"] = round((rows - failed) * at_once / total.transfer, 3)
     if bottleneck is None:
         return (
             None,
@@ -184,4 +195,7 @@ def judge(
         "read": "more --num-workers, or storage that answers faster, would help",
         "write": "a faster disk, larger shards, or fewer --save columns would help",
     }[bottleneck]
+    if bottleneck == "decode" and total.device and "compute_only" in rates:
+        needed = math.ceil(threads * rates["compute_only"] / rates["decode_only"])
+        advice += f"; the devices need {needed:,} such cores to be fed with these images"
     return bottleneck, rates, advice

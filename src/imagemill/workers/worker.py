@@ -55,7 +55,9 @@ def _work(connection: Connection) -> None:
     top_k.check_model(session.stream, job.session)
     if depends_on_batch(device.engine):
         check_exactness(session.stream, job.session, device.name, allow_inexact=job.allow_inexact)
-    clock.add("compute", -clock.read().compute)  # the rates exclude the check's random images
+    spent = clock.read()  # the rates exclude the check's random images
+    for name in ("compute", "device", "transfer"):
+        clock.add(name, -getattr(spent, name))
     workers = job.num_workers or len(device.cores)
     sink = Sink(job, session.backend, session.versions | _decoder_versions())
     gc.freeze()

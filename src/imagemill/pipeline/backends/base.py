@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
-from imagemill.records import Batch, Outputs, Saved, SessionSpec
+from imagemill.records import Batch, MemoryTraffic, Outputs, Saved, SessionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,17 @@ class Found:
     """Why none can be used: what is missing, and the line to type, in whole sentences; None:
     nothing is missing.
     """
+
+
+@runtime_checkable
+class MeasuresMemory(Protocol):
+    """A session that can measure its device's memory."""
+
+    def memory_traffic(self) -> MemoryTraffic | None:
+        """Return what the device's memory allows; None if it cannot be measured. Takes some 0.1 s
+        and up to 512 MiB on the device. Nothing may be in flight.
+        """
+        ...
 
 
 class Session(Protocol):

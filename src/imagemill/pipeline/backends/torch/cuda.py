@@ -24,6 +24,7 @@ from imagemill.pipeline.backends.torch.cpu import as_tensor
 from imagemill.pipeline.backends.torch.fusions import FusedConv
 from imagemill.pipeline.backends.torch.operators import Call, Tensor
 from imagemill.pipeline.backends.torch.program import Loaded
+from imagemill.pipeline.stopwatch import Stopwatch
 
 SLOTS: Final = 3
 """Batches in flight: one is copied in, one computes, one is copied out."""
@@ -65,8 +66,11 @@ class _Slot:
     outputs: list[Tensor]
     found: list[Tensor]
     """Pinned memory of the outputs."""
+    sent: Any
     copied: Any
+    begun: Any
     computed: Any
+    fetched: Any
     done: Any
 
 
@@ -82,6 +86,7 @@ class CudaRunner:
         graph: whether the program's launches are recorded once and replayed.
         fused: whether cuDNN computes sum and ReLU inside convolutions, where it can. Off until a
         card has shown that it is faster and as repeatable: cuDNN does not promise it.
+        clock: records how long the GPU computed and copied, by its own events.
     """
 
     def __init__(
@@ -94,9 +99,10 @@ class CudaRunner:
         *,
         graph: bool = True,
         fused: bool = False,
+        clock: Stopwatch | None = None,
     ) -> None:
         self.in_flight = in_flight or SLOTS
-        self._cuda, self._program = cuda, program
+        self._cuda, self._program, self._clock = cuda, program, clock or Stopwatch()
         self._streams = [cuda.Stream(device) for _ in range(3)]
         self._pixels = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
         with torch.inference_mode(), cuda.stream(self._streams[1]):
@@ -127,7 +133,7 @@ class CudaRunner:
             torch.empty_like(self._pixels),
             [torch.empty_like(values) for values in self._outputs],
             [pinned(values) for values in self._outputs],
-            *(self._cuda.Event(blocking=True) for _ in range(3)),
+            *(self._cuda.Event(blocking=True, enable_timing=True) for _ in range(6)),
         )
 
     def start(self, pixels: NDArray[np.uint8]) -> _Slot:
@@ -138,10 +144,12 @@ class CudaRunner:
         slot.pinned.copy_(as_tensor(pixels))
         with torch.inference_mode(), lost_if_it_fails():
             with self._cuda.stream(inward):
+                slot.sent.record(inward)
                 slot.pixels.copy_(slot.pinned, non_blocking=True)
                 slot.copied.record(inward)
             with self._cuda.stream(compute):
                 compute.wait_event(slot.copied)
+                slot.begun.record(compute)
                 self._pixels.copy_(slot.pixels)
                 if self._graph is None:
                     self._outputs = self._program(self._pixels)
@@ -152,6 +160,7 @@ class CudaRunner:
                 slot.computed.record(compute)
             with self._cuda.stream(outward):
                 outward.wait_event(slot.computed)
+                slot.fetched.record(outward)
                 for pinned, values in zip(slot.found, slot.outputs, strict=True):
                     pinned.copy_(values, non_blocking=True)
                 slot.done.record(outward)
@@ -161,6 +170,9 @@ class CudaRunner:
         """Return a batch's outputs, which are the caller's own. Waiting occupies no core."""
         with lost_if_it_fails():
             ticket.done.synchronize()
+        self._clock.add("device", ticket.begun.elapsed_time(ticket.computed) / 1000)
+        copies = ticket.sent.elapsed_time(ticket.copied), ticket.fetched.elapsed_time(ticket.done)
+        self._clock.add("transfer", sum(copies) / 1000)
         found = [values.numpy().copy() for values in ticket.found]
         self._free.append(ticket)
         return found

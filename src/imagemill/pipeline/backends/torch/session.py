@@ -26,7 +26,7 @@ from imagemill.pipeline.backends.base import (
 )
 from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
+from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Outputs, Precision, SessionSpec
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.torch.program import Loaded, Program
@@ -63,6 +63,7 @@ class TorchSession:
         self._widths = [program.shape(name)[1] for name in self._names]
         # One image at a time, so that its neighbours change no bit of it.
         single = self._read(spec, device, 1) if spec.precision is Precision.FP16 else None
+        self._program, self._width = program, dtype.itemsize
         self._exact: Loaded | None = None
         self._cuda: Any = None
         self._place = "cpu"
@@ -141,7 +142,12 @@ class TorchSession:
             self.versions |= _cuda_versions(torch)
             loaded = Loaded(program, self._place, dtype)
             self._runner: Any = cuda.CudaRunner(
-                loaded, self._shape, self._cuda, self._place, spec.batches_per_step
+                loaded,
+                self._shape,
+                self._cuda,
+                self._place,
+                spec.batches_per_step,
+                clock=self._clock,
             )
         else:
             loaded = Loaded(program, self._place, dtype)
@@ -212,6 +218,15 @@ class TorchSession:
         with torch.inference_mode():
             pixels = torch.from_numpy(image[np.newaxis].copy()).to(self._place)
             return [values.cpu().numpy()[0] for values in self._exact(pixels)]
+
+    def memory_traffic(self) -> MemoryTraffic | None:
+        """Implement `MeasuresMemory.memory_traffic`, on GPUs alone."""
+        if self._cuda is None:
+            return None
+        from imagemill.pipeline.backends.torch import traffic
+
+        per_image = traffic.count_bytes(self._program, self._width) / self._shape[0]
+        return MemoryTraffic(per_image, traffic.measure_copies(self._cuda, self._place))
 
     def close(self) -> None:
         """Let go of the device."""
