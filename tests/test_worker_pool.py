@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -23,11 +24,15 @@ from imagemill.errors import (
     ModelError,
     WorkerError,
 )
+from imagemill.pipeline.backends import devices
 from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
 from imagemill.system.processes import Failed
 from imagemill.workers import launcher, local, protocol
 from imagemill.workers.launcher import Launcher
 from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
+from imagemill.workers.ray.nodes import Node, places
+from imagemill.workers.ray.placement import Placement, Slot
+from imagemill.workers.ray.pool import RayPool
 
 IMAGES = 10
 
@@ -443,6 +448,45 @@ def test_a_device_without_a_worker_takes_the_place_of_a_retired_one(
         assert pool.retire(f"null#{number - 1}")
         assert pool.receive(0.0) == [Event(f"null#{number}", Joined(device(number)))]
         assert pool.receive(0.0) == []
+    assert not pool.retire("null#2")
+
+
+def test_a_device_retired_on_a_cluster_stays_without_a_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its actor publishes its log before it ends, and another free place gets a worker."""
+    done: list[str] = []
+
+    def actor(name: str) -> SimpleNamespace:
+        def end(*, at_once: bool) -> str:
+            assert at_once
+            return f"{name} ends"
+
+        return SimpleNamespace(name=name, end=SimpleNamespace(remote=end))
+
+    def start_actor(pool: RayPool, slot: Slot) -> None:
+        slot.actor, slot.step = actor(slot.device.name), "turn"
+        pool._slots[slot.device.name] = slot
+
+    monkeypatch.setattr(RayPool, "_open", start_actor)
+    ray = SimpleNamespace(
+        remote=lambda made: made,
+        wait=lambda calls, timeout: done.extend(calls),
+        kill=lambda killed: done.append(f"{killed.name} is killed"),
+    )
+    node, asked = Node("id", "a node", {"CPU": 3}), devices.parse("null:3")
+    slots = [Slot(place.device(number), place) for number, place in enumerate(places(node, asked))][
+        :2
+    ]
+    placement = Placement(lambda: [node], asked, slots, lambda _: None)
+    store, launch = Mock(), Mock()
+    pool = RayPool(SimpleNamespace(ray=ray), store, launch, placement, slots, lambda _: None)  # type: ignore[arg-type]
+    assert [one.name for one in pool.start(2)] == ["null#0", "null#1"]
+    assert pool.retire("null#0")
+    assert done == ["null#0 ends", "null#0 is killed"]
+    assert [(event.device, type(event.message)) for event in pool._held] == [("null#2", Joined)]
+    assert pool.retire("null#1")
+    assert set(pool._slots) == {"null#2"}
     assert not pool.retire("null#2")
 
 
