@@ -194,14 +194,15 @@ def test_what_is_said_on_resuming_is_done_and_all_else_stays(
     """Each of what may change changes itself alone; what is not said comes from job.json."""
     settings = job(jpegs(1))
     run.run(settings)
-    before = OpenJob.open(tmp_path / "out").frozen
+    opened = OpenJob.open(tmp_path / "out")
+    before = opened.frozen
     chosen = devices.resolve("null")
     resumed = resume.resume(
         Settings(sources=settings.sources, output=settings.output, **given),
-        before,
+        opened,
         chosen,
         Watcher(),
-    )
+    ).frozen
     session = {
         name: frozen.pop(name) for name in ("batch_size", "batches_per_step") if name in frozen
     }

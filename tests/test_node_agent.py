@@ -71,7 +71,8 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
             "processes": 1,
             "cpus": 512,
             "launch": "the launch",
-            "plan_nonce": "",
+            "plan_nonces": ("",),
+            "sources": frozen.job.sources,
             "model": provisioning.model_files(frozen.job),
             "samples": provisioning.sample_images(frozen.job, plan.shards(paths.plan)),
         }

@@ -678,7 +678,8 @@ SAME_SOURCES = "Give the same sources in the same order to continue this job"
             {"sources": ("/",)},
             "SOURCE /",
             "SOURCE /",
-            "If the sources have moved, add --moved OLD=NEW. " + SAME_SOURCES,
+            "If the sources have moved, add --moved OLD=NEW. To add images of other sources, add"
+            " --append. " + SAME_SOURCES,
         ),
         (
             {"model": "tiny2"},
@@ -795,9 +796,7 @@ def test_saying_the_same_again_is_no_change(started: Settings) -> None:
 def test_a_finished_job_says_so_and_names_new_images(
     job: Jobs, jpegs: Folders, tmp_path: Path
 ) -> None:
-    """Nothing is computed; what is new since the plan was frozen is named, and left to another
-    output.
-    """
+    """Nothing is computed; what is new, changed or missing since the plan was frozen is named."""
     settings = job(jpegs(5))
     run.run(settings)
     before = helpers.parts(tmp_path / "out")
@@ -809,8 +808,9 @@ def test_a_finished_job_says_so_and_names_new_images(
         f"already finished: 5 images in {tmp_path}/out/predictions",
         (
             "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg,"
-            " 006.jpg. Run them into another --output."
+            " 006.jpg. Add --append to classify them."
         ),
+        "1 image of the job is no longer in its sources: 002.jpg. Rows are kept.",
     ]
     assert (summary.new_in_source, summary.resumed_shards, summary.images_per_second) == (
         3,

@@ -38,7 +38,7 @@ def test_every_flag_sets_its_setting() -> None:
         " --batches-per-step auto --num-workers 2 --top-k 3 --min-probability 0.5 --labels l"
         " --save logits --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
         " --preprocess card --background white --max-pixels 6 --max-bytes 7 --max-seconds 8"
-        " --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
+        " --append --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
         " --user-agent me --grace 9 --engine ray --allow-mixed --allow-inexact --log-dir logs --no-preflight"
         " --no-report"
     ).split()
@@ -49,7 +49,7 @@ def test_every_flag_sets_its_setting() -> None:
         ("a",),
         "out",
         *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), 4),
-        *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True),
+        *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True, True),
         *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, True, False, False),
         *((("old", "new"),), "me"),
     )

@@ -161,6 +161,7 @@ def run(
     max_pixels: int | None = None,
     max_bytes: int | None = None,
     max_seconds: float | None = None,
+    append: bool = False,
     retry_failed: bool | str | Sequence[str] = False,
     max_bad_fraction: float | None = None,
     grace_s: float = 20.0,
@@ -186,6 +187,8 @@ def run(
     Args:
         sources: one or several folders, images, lists, archives, … as on the command line.
         output: the output folder.
+        append: add images that are new in the sources, and in sources that the job does not have
+            yet, to the job. Without a job, start one.
         retry_failed: True computes all shards with failed images again. Statuses select failures.
         grace_s: seconds to finish shards in progress when stopped, as `--grace`.
         report: False writes no report, as `--no-report`.

@@ -251,6 +251,8 @@ class Settings:
     max_pixels: int | None = None
     max_bytes: int | None = None
     max_seconds: float | None = None
+    append: bool = False
+    """Whether images that an existing job does not have are added to it."""
     dry_run: bool = False
     retry_failed: tuple[str, ...] | None = None
     max_bad_fraction: float | None = None
@@ -362,6 +364,8 @@ class Shard:
     plan_file: str
     """File name below `plan/`."""
     row_group: int
+    answer_id: str = ""
+    """Of its generation, which its part carries; empty: that of the job as it was frozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -591,6 +595,10 @@ class DryRun:
     skipped_by_filter: int
     first: tuple[str, ...]
     """Paths of the first images."""
+    append: bool = False
+    """Whether the images would be added to an existing job. Then `images` and `first` are the new
+    ones.
+    """
     skipped_broken_links: int = 0
     notes: tuple[str, ...] = ()
     """Messages of a run about broken links and empty sources."""
@@ -633,6 +641,14 @@ class Summary:
     """Images in the source that are not in the frozen plan (known only when a finished job is
     repeated).
     """
+    appended: int = 0
+    """Images that this invocation added to the job, with `--append`."""
+    changed_in_source: int = 0
+    """Images in the source whose size is not that in the plan (known only with `--append` and when
+    a finished job is repeated).
+    """
+    missing_in_source: int = 0
+    """Images of the plan that are no longer in the source (known as above)."""
     complete: bool = True
     throughput: Throughput | None = None
     """Of this invocation alone; None in summaries of versions that did not keep it."""

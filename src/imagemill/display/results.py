@@ -90,7 +90,10 @@ def _format_speed(summary: Summary) -> Iterator[str]:
 def format_dry_run(found: DryRun) -> str:
     """Return what a job would process."""
     skipped = _format_skipped_of(found)
-    shards = f"{found.images:,} images, shards of {found.shard_size:,}"
+    if found.append and not found.images:
+        return "nothing to append"
+    images = f"{found.images:,} images{' to append' if found.append else ''}"
+    shards = f"{images}, shards of {found.shard_size:,}"
     return f"{shards}; skipped: {skipped}" if skipped else shards
 
 

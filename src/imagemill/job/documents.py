@@ -1,10 +1,12 @@
-"""The documents of a job folder: `job.json`, `manifest.json`, `summary.json`, `retired.json`.
+"""The documents of a job folder: `job.json`, those in `appended/`, `manifest.json`, `summary.json`
+and `retired.json`.
 
 They are checked when they are read. An error names the file and the key.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import Any, TypeVar
 from imagemill.errors import OutputError
 from imagemill.job.store import Store
 from imagemill.records import Filters, Job, Summary
-from imagemill.system import files, serialization
+from imagemill.system import files, interruptible, serialization
 
 T = TypeVar("T")
 
 FORMAT = 2
-"""Of `job.json`."""
+"""Of `job.json` and the documents of further generations."""
+_READ_AT_ONCE = 16
+"""A daily `--append` makes hundreds of documents, and an object store takes some 30 ms for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,49 @@ class Frozen:
     plan_nonce: str = ""
     """Which plan in an object store belongs to this job."""
     skipped_broken_links: int = 0
+    vector_units: str = ""
+    """Of the processor that computes; empty if it is not known or decides nothing."""
+
+    @property
+    def answer_id(self) -> str:
+        """Of its parts."""
+        return self.job.answer_id
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The sources of the command that froze it."""
+        return self.job.sources
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """`appended/NNNNNN.json`: a further generation of a job, the images that one `--append` added.
+
+    It is written last and never changes, so if it exists, the generation's plan is complete. Fields
+    that `Frozen` has too have the same meaning, for these images.
+    """
+
+    format: int
+    created: str
+    command: tuple[str, ...]
+    """The sources of the command that froze it."""
+    sources: tuple[str, ...]
+    """Those of them that the job did not have. Their positions follow those of earlier ones."""
+    filters: Filters
+    limit: int | None
+    shard_size: int
+    images: int
+    answer_id: str
+    decoder: str
+    versions: Mapping[str, str]
+    vector_units: str
+    fixed: Mapping[str, str]
+    plan_nonce: str
+    skipped_by_suffix: Mapping[str, int]
+    """Skipped in the sources that this generation adds, like the counts below."""
+    skipped_hidden: int
+    skipped_by_filter: int
+    skipped_broken_links: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +147,40 @@ def read_frozen(store: Store) -> Frozen | None:
             " Use the version that wrote it, or give another --output."
         )
     return serialization.decode(data, Frozen, shown, OutputError, remedy)
+
+
+def read_appended(store: Store) -> tuple[Appended, ...]:
+    """Return the further generations of the job in a store, in order.
+
+    Raises:
+        OutputError: one is missing, cannot be read, has another format, or a value has the wrong
+        type.
+    """
+    paths = store.paths
+    known = [name for name in store.names(paths.appended) if re.fullmatch(r"\d+\.json", name)]
+    numbers = range(2, len(known) + 2)
+    found: dict[int, Appended] = {}
+
+    def read(number: int) -> None:
+        path = paths.appended_document(number)
+        shown, data = paths.shown(path), _read(store, path)
+        if data is None:
+            raise OutputError(
+                f"{shown} is missing, although {paths.shown(paths.appended)} holds {known[-1]}."
+                " Restore it from a copy, or give another --output."
+            )
+        document = serialization.decode(
+            data, Appended, shown, OutputError, "Give another --output."
+        )
+        if document.format != FORMAT:
+            raise OutputError(
+                f"{shown} has format {document.format}, this version of imagemill reads format"
+                f" {FORMAT}. Use the version that wrote it, or give another --output."
+            )
+        found[number] = document
+
+    interruptible.run_all(read, numbers, _READ_AT_ONCE)
+    return tuple(found[number] for number in numbers)
 
 
 def read_summary(store: Store) -> Summary | None:

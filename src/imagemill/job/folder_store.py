@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,15 @@ class FolderStore:
     def exists(self, path: Path) -> bool:
         """Return whether the file exists."""
         return path.is_file()
+
+    def names(self, folder: Path) -> list[str]:
+        """Return the names in the folder."""
+        try:
+            return sorted(path.name for path in folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be listed: {files.reason(error)}.") from error
 
     def write(
         self,
@@ -99,14 +108,14 @@ class FolderStore:
                 " Give a new folder."
             )
 
-    def publish_plan(self) -> str:
+    def publish_plan(self, generation: int = 1) -> str:  # noqa: ARG002 - all are in the folder
         """Return an empty nonce: the plan is in the folder."""
         return ""
 
-    def forget_plan(self, nonce: str) -> None:
+    def forget_plan(self, nonce: str, generation: int = 1) -> None:
         """Do nothing: the lock admits one launcher."""
 
-    def fetch_plan(self, nonce: str) -> None:
+    def fetch_plan(self, nonces: Sequence[str]) -> None:
         """Do nothing: the plan is in the folder."""
 
     def publish_logs(self, pattern: str = "*.log", *, hasty: bool = False) -> None:

@@ -106,7 +106,9 @@ def close(
     failed: Counter[str] = Counter()
     for shard in shards:
         path = store.paths.part(shard.number)
-        if shard.number not in by_shard and (problem := _check_schema(store, shard, job.answer_id)):
+        if shard.number not in by_shard and (
+            problem := _check_schema(store, shard, shard.answer_id or job.answer_id)
+        ):
             raise _part_error(store, path, problem)
         record = examine(store, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
@@ -253,7 +255,7 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
             yield Problem(shard.number, path, "is missing")
             continue
         recorded = manifest.parts.get(path.name) if manifest else None
-        if what := _find_damage(store, shard, job.answer_id, recorded):
+        if what := _find_damage(store, shard, shard.answer_id or job.answer_id, recorded):
             yield Problem(shard.number, path, what, damaged=True)
     summary, problem = _try_reading(documents.read_summary, store, store.paths.summary)
     if summary is None:

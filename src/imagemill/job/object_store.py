@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import pyarrow as pa
@@ -62,6 +64,12 @@ class ObjectStore:
         """Return whether the object exists."""
         key = self.paths.key(path)
         return any(found == key for found, _ in self._objects.list(key))
+
+    def names(self, folder: Path) -> list[str]:
+        """Return the last parts of the keys below the folder's."""
+        prefix = f"{self.paths.key(folder)}/"
+        with files.output_errors(f"{self.paths.url}/{prefix} cannot be listed", f"{_RETRY}."):
+            return sorted(key.removeprefix(prefix) for key, _ in self._objects.list(prefix))
 
     def write(
         self, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False
@@ -115,52 +123,55 @@ class ObjectStore:
                         f" {key!r}). Give a new prefix."
                     )
 
-    def publish_plan(self) -> str:
+    def publish_plan(self, generation: int = 1) -> str:
         """Copy the plan's files into the store, under names with a new nonce."""
         nonce = secrets.token_hex(_NONCE_BYTES)
-        for path in sorted(self.paths.plan.iterdir()):
+        folder = self.paths.generation(generation)
+        for path in sorted(folder.iterdir()):
             if not path.name.startswith("."):
-                named = path.with_name(f"{path.stem}-{nonce}{path.suffix}")
-                self.write(named, path.read_bytes())
-        files.write_whole(self.paths.plan_nonce, nonce.encode())
+                self.write(folder / f"{path.stem}-{nonce}{path.suffix}", path.read_bytes())
+        self._keep_nonces([*self._local_nonces()[: generation - 1], nonce])
         return nonce
 
-    def forget_plan(self, nonce: str) -> None:
+    def forget_plan(self, nonce: str, generation: int = 1) -> None:
         """Delete the plan's objects."""
-        with contextlib.suppress(OSError):
-            for key, _ in list(self._plan_files(nonce)):
+        with contextlib.suppress(OSError, OutputError):
+            for key, _ in list(self._plan_files(nonce, generation)):
                 self._objects.remove(key)
 
-    def fetch_plan(self, nonce: str) -> None:
+    def fetch_plan(self, nonces: Sequence[str]) -> None:
         """Copy the plan's objects to this machine; its processes take turns."""
-        paths = self.paths
-        if self._local_nonce() == nonce:
+        paths, wanted = self.paths, list(nonces)
+        if self._local_nonces()[: len(wanted)] == wanted:
             return
         with files.in_turn(paths.fetching):
-            if self._local_nonce() == nonce:  # fetched by another process meanwhile
-                return
-            files.make_folder(paths.plan)
-            paths.plan_nonce.unlink(missing_ok=True)
-            for path in paths.plan.iterdir():
-                path.unlink()
+            same = map(operator.eq, self._local_nonces(), wanted)
+            kept = len(list(takewhile(bool, same)))
+            self._keep_nonces(wanted[:kept])
             with files.output_errors(f"the plan in {paths.url} cannot be read", f"{_RETRY}."):
-                for key, name in self._plan_files(nonce):
-                    files.write_whole(paths.plan / name, self._objects.read(key))
-            files.write_whole(paths.plan_nonce, nonce.encode())
+                for number, nonce in enumerate(wanted[kept:], kept + 1):
+                    files.clear_folder(paths.generation(number))
+                    for key, path in self._plan_files(nonce, number):
+                        files.write_whole(path, self._objects.read(key))
+                    paths.gather_indices(number)
+                    self._keep_nonces(wanted[:number])
 
-    def _local_nonce(self) -> str | None:
+    def _local_nonces(self) -> list[str]:
         try:
-            return self.paths.plan_nonce.read_text()
+            return self.paths.plan_nonces.read_text().split()
         except OSError:
-            return None
+            return []
 
-    def _plan_files(self, nonce: str) -> Iterator[tuple[str, str]]:
-        """Yield the key in the store and the local name of each file of one plan."""
-        folder = f"{self.paths.plan.name}/"
-        for key, _ in self._objects.list(folder):
-            match = _NONCE_NAME.fullmatch(key.removeprefix(folder))
+    def _keep_nonces(self, nonces: Sequence[str]) -> None:
+        files.write_whole(self.paths.plan_nonces, " ".join(nonces).encode())
+
+    def _plan_files(self, nonce: str, generation: int) -> Iterator[tuple[str, Path]]:
+        """Yield the key in the store and the local path of each file of one generation."""
+        folder = self.paths.generation(generation)
+        for name in self.names(folder):
+            match = _NONCE_NAME.fullmatch(name)
             if match and match[2] == nonce:
-                yield key, match[1] + match[3]
+                yield self.paths.key(folder / name), folder / (match[1] + match[3])
 
     def publish_logs(self, pattern: str = "*.log", *, hasty: bool = False) -> None:
         """Copy the logs, unless --log-dir keeps them on this machine."""

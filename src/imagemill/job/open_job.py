@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from imagemill.errors import OutputError
 from imagemill.job import documents, ledger, lock, plan
-from imagemill.job.documents import Frozen
+from imagemill.job.documents import Appended, Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
 from imagemill.records import Receipt, Shard
@@ -34,10 +35,17 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class OpenJob:
-    """A frozen job with its store and its plan."""
+    """A frozen job with its store and its plan.
+
+    `frozen` is the whole job, all of its generations together. Only what continues a job or adds to
+    it needs them one by one.
+    """
 
     store: Store
-    frozen: Frozen
+    first: Frozen
+    """`job.json`, the first generation."""
+    appended: tuple[Appended, ...] = ()
+    """The further generations, in order."""
 
     @classmethod
     def find(cls, output: str, log_dir: str | None = None) -> OpenJob | None:
@@ -56,7 +64,7 @@ class OpenJob:
             return None
         if frozen.job.log_dir and not log_dir:
             store = open_store(JobPaths.of(output, frozen.job.log_dir))
-        return cls(store, frozen)
+        return cls(store, frozen, documents.read_appended(store))
 
     @classmethod
     def open(cls, output: str | os.PathLike[str]) -> OpenJob:
@@ -70,6 +78,47 @@ class OpenJob:
     def paths(self) -> JobPaths:
         """The names of the job's files."""
         return self.store.paths
+
+    @property
+    def generations(self) -> tuple[Frozen | Appended, ...]:
+        """All generations, in order."""
+        return (self.first, *self.appended)
+
+    @cached_property
+    def frozen(self) -> Frozen:
+        """The job with the sources and images of all generations. What they may differ in, such as
+        filters and decoder, is that of the first.
+        """
+        if not self.appended:
+            return self.first
+        skipped = Counter(self.first.skipped_by_suffix)
+        for generation in self.appended:
+            skipped.update(generation.skipped_by_suffix)
+
+        def total(name: str) -> int:
+            return sum(getattr(generation, name) for generation in self.generations)
+
+        added = (source for generation in self.appended for source in generation.sources)
+        return replace(
+            self.first,
+            job=replace(self.first.job, sources=(*self.first.job.sources, *added)),
+            images=total("images"),
+            groups=1,  # the sub-folders of further generations are not assigned to devices
+            skipped_by_suffix=dict(sorted(skipped.items())),
+            skipped_hidden=total("skipped_hidden"),
+            skipped_by_filter=total("skipped_by_filter"),
+            skipped_broken_links=total("skipped_broken_links"),
+        )
+
+    def generation_of(self, shard: Shard) -> Frozen | Appended:
+        """Return the generation that a shard belongs to."""
+        number = int(shard.plan_file.rpartition("/")[0] or 1)
+        return self.generations[number - 1]
+
+    @property
+    def plan_nonces(self) -> list[str]:
+        """Of all generations, as `Store.fetch_plan` takes them."""
+        return [generation.plan_nonce for generation in self.generations]
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -85,12 +134,29 @@ class OpenJob:
         return shards
 
     def _read_shards(self) -> list[Shard]:
-        self.store.fetch_plan(self.frozen.plan_nonce)
-        return plan.shards(self.paths.plan)
+        self.store.fetch_plan(self.plan_nonces)
+        return plan.shards(self.paths.plan, ["", *(found.answer_id for found in self.appended)])
 
     def rows(self, shard: Shard) -> list[plan.PlannedRow]:
         """Return the plan's rows of a shard."""
         return plan.read(self.paths.plan, shard)
+
+    def all_rows(self) -> Iterator[plan.PlannedRow]:
+        """Yield the rows of the whole plan."""
+        for shard in self.shards:
+            yield from self.rows(shard)
+
+    def row(self, index: int) -> plan.PlannedRow:
+        """Return the plan's row of an image."""
+        shard = self.shards[bisect_right(self.shards, index, key=lambda shard: shard.first) - 1]
+        return self.rows(shard)[index - shard.first]
+
+    def sources_of(self, shards: Iterable[Shard]) -> tuple[str, ...]:
+        """Return the sources that shards have images of. Raises: OutputError if a plan file is
+        damaged.
+        """
+        sources = self.frozen.job.sources
+        return tuple(sources[place] for place in sorted(plan.sources_of(self.paths.plan, shards)))
 
     def committed(self) -> set[int]:
         """Return the shards whose part exists now."""

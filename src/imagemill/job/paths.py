@@ -63,15 +63,41 @@ class JobPaths:
         """The folder of the listing."""
         return self.root / "plan"
 
+    def generation(self, number: int) -> Path:
+        """Return the folder of one generation's plan. The first generation is the job as it was
+        frozen; `--append` makes further ones.
+        """
+        return self.plan if number == 1 else self.plan / f"{number:06d}"
+
+    def gather_indices(self, number: int) -> None:
+        """Move what listing a further generation has learnt about its sources to where all sources
+        look for it.
+        """
+        folder = self.generation(number)
+        if folder != self.plan:
+            for path in folder.glob("source-*"):
+                path.replace(self.plan / path.name)
+
+    @property
+    def appended(self) -> Path:
+        """The folder of the documents of further generations."""
+        return self.root / "appended"
+
+    def appended_document(self, number: int) -> Path:
+        """Return the document of a further generation. It is written last, so if it exists, the
+        generation's plan is complete.
+        """
+        return self.appended / f"{number:06d}.json"
+
     @property
     def spool(self) -> Path:
         """The listing before it is cut into shards."""
         return self.plan / ".listing.arrow.tmp"
 
     @property
-    def plan_nonce(self) -> Path:
-        """The nonce of the plan of an object store that `plan` holds now."""
-        return self.root / "plan.nonce"
+    def plan_nonces(self) -> Path:
+        """The nonces of the generations of an object store whose plans `plan` holds now."""
+        return self.root / "plan.nonces"
 
     @property
     def predictions(self) -> Path:
@@ -174,7 +200,7 @@ class JobPaths:
         """Remove temporary files of killed processes. Only for the holder of the lock, while no
         workers run.
         """
-        for folder in (self.root, self.plan, self.predictions):
+        for folder in (self.root, self.plan, self.appended, self.predictions):
             if folder.is_dir():
                 for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
                     path.unlink(missing_ok=True)

@@ -1,15 +1,19 @@
 """The plan: the frozen listing of a job's images, cut into shards, in listing order.
 
-A plan is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and `locator`.
-Every row group is one shard. So the shards are known from the files' footers, and a worker reads
-only the rows of its shard. The whole listing is never in memory.
+A plan has one or more generations. The first is the frozen job; `--append` adds further ones, each
+in a folder of its own (`plan/000002/`). Shards and images are counted on from one to the next.
+
+A generation is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and
+`locator`. Every row group is one shard. So the shards are known from the files' footers, and a
+worker reads only the rows of its shard. The whole listing is never in memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +116,35 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
     return Listing(images, len(groups))
 
 
-def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None:
-    """Cut a spooled listing into shards in `folder`. With `by_group`, shards also end where a group
-    ends.
+def cut(
+    spooled: Path,
+    folder: Path,
+    shard_size: int,
+    *,
+    by_group: bool,
+    first: int = 0,
+    kept: bytes | bytearray | None = None,
+) -> None:
+    """Cut a spooled listing into shards in `folder`.
 
     Files are named `plan-GGGGG-NNNNN.parquet` by group and order, so that sorting the names gives
     the listing order.
+
+    Args:
+        spooled: the file that `spool` wrote.
+        folder: of the generation.
+        shard_size: images per shard.
+        by_group: whether shards also end where a group ends.
+        first: index of the first image.
+        kept: a byte for each image of the listing, 1 if it is planned; None: all are.
 
     Raises:
         OutputError: it cannot be written.
     """
     writer: pq.ParquetWriter | None = None
     opened: pa.OSFile | None = None
-    shards_in_file = files = index = 0
-    group = -1
+    shards_in_file = files = 0
+    index, group = first, -1
 
     def close() -> None:
         nonlocal writer, opened
@@ -156,7 +175,7 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
             pa.OSFile(os.fsencode(spooled)) as file
         ):  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
             pending = _SPOOL_SCHEMA.empty_table()
-            for run_group, rows in _runs(pa.ipc.open_file(file), by_group=by_group):
+            for run_group, rows in _runs(pa.ipc.open_file(file), kept, by_group=by_group):
                 if run_group != group:
                     if pending.num_rows:
                         write_shard(pending)
@@ -179,10 +198,18 @@ def cut(spooled: Path, folder: Path, shard_size: int, *, by_group: bool) -> None
         raise cannot_write(folder, error) from error
 
 
-def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple[int, pa.Table]]:
-    """Yield the listing in order, as tables of one group each."""
+def _runs(
+    reader: pa.RecordBatchFileReader, kept: bytes | bytearray | None, *, by_group: bool
+) -> Iterator[tuple[int, pa.Table]]:
+    """Yield the planned images of the listing in order, as tables of one group each."""
     for number in range(reader.num_record_batches):
         table = pa.Table.from_batches([reader.get_batch(number)])
+        if kept is not None:
+            place = number * _SPOOL_ROWS
+            mask = kept[place : place + table.num_rows]
+            if 1 not in mask:
+                continue
+            table = table.filter(pa.array(map(bool, mask), pa.bool_()))
         if not by_group:
             yield 0, table
             continue
@@ -194,26 +221,67 @@ def _runs(reader: pa.RecordBatchFileReader, *, by_group: bool) -> Iterator[tuple
                 start = end
 
 
-def shards(folder: Path) -> list[Shard]:
+def spooled_rows(spooled: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yield source, path and size of each image of a spooled listing."""
+    with pa.OSFile(os.fsencode(spooled)) as file:
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            columns = (batch[name].to_pylist() for name in ("source", "path", "size"))
+            yield from zip(*columns, strict=True)
+
+
+def spooled_row(spooled: Path, number: int) -> tuple[int, bytes]:
+    """Return source and path of one image of a spooled listing."""
+    with pa.OSFile(os.fsencode(spooled)) as file:
+        batch = pa.ipc.open_file(file).get_batch(number // _SPOOL_ROWS)
+        row = batch.slice(number % _SPOOL_ROWS, 1)
+        return row["source"][0].as_py(), row["path"][0].as_py()
+
+
+def shards(folder: Path, answer_ids: Sequence[str] = ("",)) -> list[Shard]:
     """Return every shard of the plan, in order, from the footers of its files.
+
+    Args:
+        folder: of the first generation; further ones are below it.
+        answer_ids: of each generation, as `Shard.answer_id`.
 
     Raises:
         OutputError: a plan file is damaged or missing.
     """
     found: list[Shard] = []
     first = 0
-    for path in sorted(folder.glob("plan-*.parquet")):
-        try:
-            with pa.OSFile(os.fsencode(path)) as file:
-                metadata = pq.read_metadata(file)
-        except (OSError, pa.ArrowException) as error:
-            raise _damaged(path, error) from error
-        group = int(path.name.split("-")[1])
-        for row_group in range(metadata.num_row_groups):
-            count = metadata.row_group(row_group).num_rows
-            found.append(Shard(len(found), first, count, group, path.name, row_group))
-            first += count
+    for number, answer_id in enumerate(answer_ids, 1):
+        below = "" if number == 1 else f"{number:06d}/"
+        for path in sorted((folder / below).glob("plan-*.parquet")):
+            metadata = _metadata(path)
+            name, group = f"{below}{path.name}", int(path.name.split("-")[1])
+            for row_group in range(metadata.num_row_groups):
+                count = metadata.row_group(row_group).num_rows
+                found.append(Shard(len(found), first, count, group, name, row_group, answer_id))
+                first += count
     return found
+
+
+def sources_of(folder: Path, shards: Iterable[Shard]) -> set[int]:
+    """Return the positions of the sources that shards have images of, from the footers of the
+    plan's files. Positions between two of one shard's are taken for its sources too.
+    """
+    found: set[int] = set()
+    for name, in_file in groupby(shards, lambda shard: shard.plan_file):
+        metadata = _metadata(folder / name)
+        for shard in in_file:
+            column = metadata.row_group(shard.row_group).column(SCHEMA.get_field_index("source"))
+            found.update(range(column.statistics.min, column.statistics.max + 1))
+    return found
+
+
+def _metadata(path: Path) -> pq.FileMetaData:
+    try:
+        with pa.OSFile(os.fsencode(path)) as file:
+            return pq.read_metadata(file)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> OutputError:
@@ -232,3 +300,9 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
         raise _damaged(path, error) from error
     columns = (table[name].to_pylist() for name in SCHEMA.names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]
+
+
+def rows(folder: Path) -> Iterator[PlannedRow]:
+    """Yield the rows of a job's first generation. Raises: OutputError."""
+    for shard in shards(folder):
+        yield from read(folder, shard)

@@ -6,7 +6,7 @@ Everything that reads or writes results goes through a `Store` and names them by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +47,10 @@ class Store(Protocol):
         """Return whether a result exists. Raises: OSError if the store does not answer."""
         ...
 
+    def names(self, folder: Path) -> list[str]:
+        """Return the names of the files in a folder of results, sorted."""
+        ...
+
     def write(
         self, path: Path, data: bytes | memoryview | Iterable[bytes], *, create: bool = False
     ) -> None:
@@ -78,16 +82,20 @@ class Store(Protocol):
         """Raise OutputError if the place holds anything that an earlier start has not left."""
         ...
 
-    def publish_plan(self) -> str:
-        """Make the plan on this machine visible to others. Return its nonce, empty in a folder."""
+    def publish_plan(self, generation: int = 1) -> str:
+        """Make one generation's plan on this machine visible to others. Return its nonce, empty in
+        a folder.
+        """
         ...
 
-    def forget_plan(self, nonce: str) -> None:
-        """Remove a published plan because another launcher froze the job first."""
+    def forget_plan(self, nonce: str, generation: int = 1) -> None:
+        """Remove a published plan because another launcher froze the generation first."""
         ...
 
-    def fetch_plan(self, nonce: str) -> None:
-        """Bring the frozen job's plan to this machine if it is not here yet."""
+    def fetch_plan(self, nonces: Sequence[str]) -> None:
+        """Bring the plan to this machine as far as it is not here yet. Takes the nonces of all
+        generations.
+        """
         ...
 
     def publish_logs(self, pattern: str = "*.log", *, hasty: bool = False) -> None:

@@ -163,7 +163,10 @@ class Sink:
                 )
             )
             fields.append(pa.field(saved.value, kind))
-        metadata = self._metadata | {"imagemill.shard": str(opened.shard.number)}
+        shard = opened.shard
+        metadata = self._metadata | {"imagemill.shard": str(shard.number)}
+        if shard.answer_id:
+            metadata["imagemill.answer_id"] = shard.answer_id
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
 
 

@@ -17,12 +17,14 @@ from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import (
     Bundle,
     Card,
     DeviceSpec,
+    Engine,
     Job,
     Limits,
     Saved,
@@ -68,7 +70,7 @@ def freeze(
         ImagemillError: of listing, quantising or writing.
     """
     paths = store.paths
-    paths.plan_nonce.unlink(missing_ok=True)
+    paths.plan_nonces.unlink(missing_ok=True)
     files.clear_folder(paths.plan)
     filters = filters_of(settings)
     skipped = Skipped()
@@ -83,7 +85,7 @@ def freeze(
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
     paths.spool.unlink()
     access = access_of(settings)
-    check_moved(sources.resolve(settings.sources), access, paths.plan)
+    check_moved(sources.resolve(settings.sources), access, plan.rows(paths.plan))
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.say(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
@@ -109,7 +111,8 @@ def freeze(
         backend=backend_of(chosen, settings.allow_mixed),
         variant_sha256=prepared.sha256,
         decoder=DECODER,
-        versions={"imagemill": __version__},
+        versions=versions_of(chosen),
+        vector_units=vector_units_of(settings, chosen),
         fixed=fixed_facts(chosen, job.session.batch_size),
         plan_nonce=store.publish_plan(),
     )
@@ -130,14 +133,23 @@ def with_batch_size(opened: OpenJob, size: int, chosen: Sequence[DeviceSpec]) ->
     A launcher on another machine that has read the old `job.json` refuses its parts, because their
     answer id differs.
     """
-    from imagemill.tuning.precisions import Prepared
-
-    frozen, job = opened.frozen, opened.frozen.job
+    frozen, job = opened.first, opened.first.job
     session, fixed = replace(job.session, batch_size=size), fixed_facts(chosen, size)
+    job = replace(job, session=session, answer_id=answer_id_again(frozen, fixed))
+    written = replace(frozen, fixed=fixed, job=replace(job, access=records.AS_GIVEN))
+    opened.store.write(opened.paths.job, serialization.encode(written))
+    return OpenJob(opened.store, replace(written, job=job))
+
+
+def answer_id_again(frozen: Frozen, fixed: Mapping[str, str]) -> str:
+    """Return the answer id that a frozen job has with this decoder and these fixed facts."""
+    from imagemill.tuning.precisions import Prepared  # imports the decoders
+
+    job, session = frozen.job, frozen.job.session
     prepared = Prepared(
         session.precision, job.variant, Path(session.model_file), frozen.variant_sha256
     )
-    answer = answer_id(
+    return answer_id(
         session.card,
         prepared,
         frozen.backend,
@@ -146,10 +158,18 @@ def with_batch_size(opened: OpenJob, size: int, chosen: Sequence[DeviceSpec]) ->
         job.min_probability,
         fixed,
     )
-    job = replace(job, session=session, answer_id=answer)
-    written = replace(frozen, fixed=fixed, job=replace(job, access=records.AS_GIVEN))
-    opened.store.write(opened.paths.job, serialization.encode(written))
-    return OpenJob(opened.store, replace(written, job=job))
+
+
+def versions_of(chosen: Sequence[DeviceSpec]) -> dict[str, str]:
+    """Return the version of imagemill and those of the libraries that decide answers."""
+    return {"imagemill": __version__} | devices.versions_of(device.backend for device in chosen)
+
+
+def vector_units_of(settings: Settings, chosen: Sequence[DeviceSpec]) -> str:
+    """Return the vector units of the processors that compute; empty if they decide nothing, or are
+    not known because the nodes of a cluster compute.
+    """
+    return "" if settings.engine == Engine.RAY else devices.vector_units(chosen)
 
 
 def _job(
@@ -214,9 +234,8 @@ def _prepare(
     from imagemill.tuning import precisions
 
     def entries() -> Iterator[records.Entry]:
-        for shard in plan.shards(paths.plan):
-            for row in plan.read(paths.plan, shard):
-                yield records.Entry(row.source, row.path, row.size, locator=row.locator)
+        for row in plan.rows(paths.plan):
+            yield records.Entry(row.source, row.path, row.size, locator=row.locator)
 
     resolved = sources.resolve(settings.sources)
     return precisions.prepare(

@@ -1,12 +1,12 @@
-"""All sources of a job as one listing, and what of it a plan does not know yet."""
+"""All sources of a job as one listing, and the same listing some time later."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,13 @@ from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import AS_GIVEN, Access, Settings, is_below
+from imagemill.records import Access, Settings, is_below
+from imagemill.runner.difference import Difference, Named, compare
 from imagemill.system import storage
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
 
-_NAMED = 10
 _SHARD_SUFFIXES = {
     ".tar": "*.tar",
     ".gz": "*.tar.gz",
@@ -36,18 +36,11 @@ sources.
 
 
 def entries(
-    resolved: Sequence[str],
-    filters: Filters,
-    skipped: Skipped,
-    output: Path | None,
-    aside: Path | None = None,
-    access: Access = AS_GIVEN,
+    opened: Iterable[sources.Source], filters: Filters, skipped: Skipped
 ) -> Iterator[records.Entry]:
-    """All sources one after another; their sub-folders are counted on. `aside`, `access`: see
-    `sources.open_all`.
-    """
+    """Yield the images of sources one after another. Their sub-folders are counted on."""
     offset = 0
-    for source in sources.open_all(resolved, output, aside, access):
+    for source in opened:
         highest, is_empty = offset, True
         for entry in source.entries(filters, skipped):
             highest, is_empty = max(highest, offset + entry.group), False
@@ -65,12 +58,78 @@ def filters_of(settings: Settings) -> Filters:
 def listing(
     settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None
 ) -> Iterator[records.Entry]:
-    """The images of new settings, in plan order. Raises: SourceError."""
+    """Return the images of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
-    return islice(
-        entries(resolved, filters_of(settings), skipped, output, aside, access_of(settings)),
-        settings.limit,
+    opened = sources.open_all(resolved, output, aside, access_of(settings))
+    return islice(entries(opened, filters_of(settings), skipped), settings.limit)
+
+
+def check_sources(given: Sequence[str], settings: Settings) -> None:
+    """Raise SourceError or UsageError if a source does not exist or is of an unknown kind.
+
+    Args:
+        given: sources of these settings, as `sources.resolve` returns them.
+        settings: of the command.
+    """
+    access = access_of(settings)
+    sources.check(given, access)
+    sources.check_kinds(
+        [sources.relocated(source, access) for source in given],
+        all_files=bool(settings.all_files),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Relisting:
+    """A new listing of sources of a job, compared with its plan."""
+
+    added: tuple[str, ...]
+    """Sources of the command that the job does not have, in its order."""
+    images: int
+    """How many images the sources of the command hold."""
+    difference: Difference
+    skipped: Skipped
+    """What was left out of the added sources. The job has counts of the others."""
+    notes: tuple[str, ...]
+    """On what was not found, see `Skipped.notes`."""
+
+
+def list_again(
+    settings: Settings, job: OpenJob, spooled: Path, aside: Path | None = None
+) -> Relisting:
+    """List the sources of a command, and compare them with a job's plan.
+
+    Sources that the job has come first, in the job's order, then the others. So the limit counts
+    images that the job has, too.
+
+    Args:
+        settings: of the command.
+        job: the frozen job.
+        spooled: the file that the listing is written to.
+        aside: as `sources.open_all`.
+
+    Raises:
+        SourceError: a source cannot be listed. OutputError: the listing cannot be written.
+    """
+    asked, access = sources.resolve(settings.sources), access_of(settings)
+    known = job.frozen.job.sources
+    names = [{source, sources.relocated(source, access)} for source in known]
+    named = [place for place, either in enumerate(names) if not either.isdisjoint(asked)]
+    added = tuple(dict.fromkeys(source for source in asked if not any(source in n for n in names)))
+    check_sources([*(known[place] for place in named), *added], settings)
+    opened = sources.open_all((*known, *added), job.paths.root, aside, access)
+    filters, skipped, skipped_before = filters_of(settings), Skipped(), Skipped()
+    found = chain(
+        entries([opened[place] for place in named], filters, skipped_before),
+        entries(opened[len(known) :], filters, skipped),
+    )
+    listed = plan.spool(islice(found, settings.limit), spooled)
+    places = {*named, *range(len(known), len(opened))}
+    difference = compare(job, opened, places, spooled, listed.images)
+    if settings.limit is not None or any(one.filters != filters for one in job.generations):
+        difference = replace(difference, missing=Named())  # they may be left out, not gone
+    notes = (*skipped_before.notes(), *skipped.notes())
+    return Relisting(added, listed.images, difference, skipped, notes)
 
 
 def refuse_empty(settings: Settings, output: Path | None) -> None:
@@ -153,14 +212,14 @@ def access_of(settings: Settings) -> Access:
     return Access(sources.resolve_moved(settings.moved or ()), settings.user_agent)
 
 
-def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> None:
+def check_moved(resolved: Sequence[str], access: Access, rows: Iterable[plan.PlannedRow]) -> None:
     """See that each old place of `--moved` is the place of a source, or of an image that a list or
     table names.
 
     Args:
         resolved: the sources.
         access: with the places.
-        plan_folder: of the listing, which is read until each place was found.
+        rows: of the plan, which are read until each place was found.
 
     Raises: UsageError.
     """
@@ -168,12 +227,9 @@ def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> N
     left = {old for old, _ in access.moved if not any(is_below(file, old) for file in files)}
     named = {number for number, source in enumerate(resolved) if sources.names_others(source)}
     if left and named:
-        for row in (
-            row
-            for shard in plan.shards(plan_folder)
-            for row in plan.read(plan_folder, shard)
-            if row.source in named
-        ):
+        for row in rows:
+            if row.source not in named:
+                continue
             with contextlib.suppress(ValueError):
                 location = storage.beside(
                     files[row.source], sources.named_path(resolved[row.source], row.path)
@@ -191,49 +247,3 @@ def check_moved(resolved: Sequence[str], access: Access, plan_folder: Path) -> N
             f"--moved {min(left)}=…: nothing in this job is there. Give an old place as job.json"
             f" names it: {where}."
         )
-
-
-def new_in_source(job: OpenJob) -> tuple[int, list[str]]:
-    """Return how many images the sources hold that the plan does not, and the first of their
-    names. Sources and plan are read in order, side by side.
-    """
-    frozen = job.frozen
-    ordered = [source.ordered for source in sources.open_all(frozen.job.sources)]
-    if ordered != [
-        source.ordered for source in sources.open_all(frozen.job.sources, access=frozen.job.access)
-    ]:
-        raise SourceError(
-            "a folder moved to an object store, or back, which lists images in another order."
-        )
-
-    def keyed(
-        rows: Iterable[plan.PlannedRow | records.Entry],
-    ) -> Iterator[tuple[tuple[int, object], bytes]]:
-        source, number = -1, 0
-        for row in rows:
-            source, number = (
-                row.source,
-                (number + 1 if row.source == source else 0),
-            )  # of its own source: another may have grown
-            place = {True: row.path.split(b"/"), "whole": row.path, False: number}[
-                ordered[row.source]
-            ]
-            yield (row.source, place), row.path
-
-    planned = keyed(row for shard in job.shards for row in job.rows(shard))
-    count, names = 0, list[str]()
-    next_planned = next(planned, None)
-    for key, path in keyed(
-        entries(
-            frozen.job.sources, frozen.filters, Skipped(), job.paths.root, access=frozen.job.access
-        )
-    ):
-        while next_planned is not None and next_planned[0] < key:
-            next_planned = next(planned, None)
-        if next_planned is None and frozen.limit is not None:
-            break  # beyond the limit nothing is new
-        if next_planned is None or next_planned[0] != key:
-            count += 1
-            if len(names) < _NAMED:
-                names.append(sources.shown(path))
-    return count, names

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError
-from imagemill.job.documents import Frozen
+from imagemill.job.documents import Appended, Frozen
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline import sources
@@ -27,14 +29,19 @@ from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 
 
 def resume(
-    settings: Settings, frozen: Frozen, chosen: Sequence[DeviceSpec], watcher: Watcher
-) -> Frozen:
-    """Return a frozen job with the settings that may change.
+    settings: Settings, opened: OpenJob, chosen: Sequence[DeviceSpec], watcher: Watcher
+) -> OpenJob:
+    """Return a frozen job with the settings that may change. With `append`, those that select
+    images and cut them into shards may change, too.
 
     Raises:
         JobMismatchError: a setting that must not change differs. The message names both values.
     """
-    for name, was, asked in _compare(settings, frozen, chosen, watcher):
+    frozen = opened.first
+    compared = _compare(settings, frozen, chosen, watcher)
+    if not settings.append:
+        compared = chain(_compare_selection(settings, opened), compared)
+    for name, was, asked in compared:
         effect = SETTINGS[name].effect_on(frozen.backend)
         is_given = asked is not None or effect is Effect.LISTING
         if asked == was or not is_given or effect is Effect.NOTHING:
@@ -64,7 +71,34 @@ def resume(
         allow_inexact=settings.allow_inexact or job.allow_inexact,
         log_dir=settings.log_dir or job.log_dir,
     )
-    return replace(frozen, job=job)
+    return OpenJob(opened.store, replace(frozen, job=job), opened.appended)
+
+
+def _compare_selection(settings: Settings, opened: OpenJob) -> Iterator[tuple[str, object, object]]:
+    """Yield what decides the listing and its shards, as it was for the generation whose command
+    is most like this one, and as it is asked for now.
+
+    So the first command continues a job, and the last one without `--append` does, too.
+    """
+    asked, access = sources.resolve(settings.sources), access_of(settings)
+
+    def compared(frozen: Frozen | Appended) -> list[tuple[str, object, object]]:
+        moved = tuple(sources.relocated(source, access) for source in frozen.command)
+        now = frozen.command if asked == moved else asked  # at their old or at their new place
+        filters = frozen.filters
+        return [
+            ("sources", list(frozen.command), list(now)),
+            ("include", sorted(filters.include), sorted(settings.include or ())),
+            ("exclude", sorted(filters.exclude), sorted(settings.exclude or ())),
+            ("all_files", filters.all_files, bool(settings.all_files)),
+            ("limit", frozen.limit, settings.limit),
+            ("shard_size", frozen.shard_size, settings.shard_size or frozen.shard_size),
+        ]
+
+    def likeness(frozen: Frozen | Appended) -> list[bool]:
+        return [was == now for _, was, now in compared(frozen)]
+
+    yield from compared(max(opened.generations, key=likeness))
 
 
 def _compare(
@@ -74,17 +108,8 @@ def _compare(
 
     The settings that are cheap to compare come first: the last ones may read or wrap a model.
     """
-    job, filters, session = frozen.job, frozen.filters, frozen.job.session
+    job, session = frozen.job, frozen.job.session
     card, recipe = session.card, session.card.recipe
-    asked_sources, access = sources.resolve(settings.sources), access_of(settings)
-    if asked_sources == tuple(sources.relocated(source, access) for source in job.sources):
-        asked_sources = job.sources  # they may be given at their old or at their new place
-    yield "sources", list(job.sources), list(asked_sources)
-    yield "include", sorted(filters.include), sorted(settings.include or ())
-    yield "exclude", sorted(filters.exclude), sorted(settings.exclude or ())
-    yield "all_files", filters.all_files, bool(settings.all_files)
-    yield "limit", frozen.limit, settings.limit
-    yield "shard_size", frozen.shard_size, settings.shard_size
     yield "top_k", job.top_k, settings.top_k
     yield "save", sorted(session.save), settings.save and sorted(settings.save)
     asked_precision = None if settings.precision == "auto" else settings.precision
@@ -115,7 +140,8 @@ def _compare(
 def _remedy(flag: str, was: object, asked: object) -> str:
     if flag == "SOURCE":
         moved = "If the sources have moved, add --moved OLD=NEW"
-        return f"{moved}. Give the same sources in the same order"
+        add = "To add images of other sources, add --append"
+        return f"{moved}. {add}. Give the same sources in the same order"
     if not was:
         return f"Leave out {flag}"
     return f"{'Write' if asked else 'Add'} {_format_flag(flag, was)}"

@@ -38,9 +38,20 @@ from imagemill.records import (
     Precision,
     Progress,
     Settings,
+    Shard,
     Summary,
 )
-from imagemill.runner import attempts, freeze, listing, model, preflight, resume, summarise
+from imagemill.runner import (
+    append,
+    attempts,
+    freeze,
+    listing,
+    model,
+    preflight,
+    resume,
+    summarise,
+)
+from imagemill.runner.difference import MAX_NAMES, Difference
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
 from imagemill.version import __version__
@@ -48,8 +59,6 @@ from imagemill.workers.launcher import Launcher, Outcome
 from imagemill.workers.machines import Machines, connect
 
 _log = logging.getLogger(__name__)
-
-_NAMED_NEW = 10
 
 
 def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
@@ -92,18 +101,18 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
     if opened is None:
         devices.check_precision(settings.precision, chosen)
         store.check_unused()
-        _check_sources(settings)
+        listing.check_sources(sources.resolve(settings.sources), settings)
         listing.refuse_empty(settings, store.paths.root)
         with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
     paths = store.paths
     with lock.locked(paths):
-        # Another launcher may have frozen the job before this one held the lock.
-        opened = opened or OpenJob.find(settings.output, settings.log_dir)
+        # Another launcher may have changed the job before this one held the lock.
+        opened = OpenJob.find(settings.output, settings.log_dir) or opened
         paths.sweep()
         for folder in (paths.predictions, paths.plan, paths.logs):
             files.make_folder(folder)
-        hasty = False
+        hasty, found = False, None
         try:
             with observer.logging_to(paths.launcher_log):
                 is_new = opened is None
@@ -112,15 +121,20 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                         opened = freeze.freeze(settings, store, choose, with_model, watcher)
                     except FileExistsError:
                         # In an object store, a launcher on another machine was faster.
-                        opened, is_new = OpenJob.open(settings.output), False
+                        opened, is_new = OpenJob.find(settings.output, settings.log_dir), False
+                        assert opened is not None
                 if settings.devices is None and opened.frozen.devices != asked:
                     chosen = machines.devices(opened.frozen.devices)
                 if not is_new:
-                    resumed = resume.resume(settings, opened.frozen, chosen, watcher)
-                    opened = OpenJob(store, resumed)
+                    opened = resume.resume(settings, opened, chosen, watcher)
+                    files.remove_folder(paths.generation(len(opened.generations) + 1))
+                    if settings.append:
+                        opened, found = append.append(settings, opened, chosen, watcher)
 
                 def attempt(job: OpenJob, on: Sequence[DeviceSpec], is_resumed: bool) -> Summary:
-                    return _carry_out(settings, job, machines, on, watcher, is_resumed=is_resumed)
+                    return _carry_out(
+                        settings, job, machines, on, watcher, is_resumed=is_resumed, found=found
+                    )
 
                 def fall_back() -> tuple[OpenJob, Sequence[DeviceSpec]]:
                     cpus = machines.devices(automatic.CPU)
@@ -153,17 +167,6 @@ def _paths_of(settings: Settings) -> JobPaths:
     return JobPaths.of(settings.output, settings.log_dir)
 
 
-def _check_sources(settings: Settings) -> None:
-    """Raise SourceError or UsageError if a source does not exist or is of an unknown kind."""
-    resolved = sources.resolve(settings.sources)
-    access = listing.access_of(settings)
-    sources.check(resolved, access)
-    sources.check_kinds(
-        [sources.relocated(source, access) for source in resolved],
-        all_files=bool(settings.all_files),
-    )
-
-
 def _carry_out(
     settings: Settings,
     opened: OpenJob,
@@ -172,8 +175,11 @@ def _carry_out(
     watcher: observer.Watcher,
     *,
     is_resumed: bool = False,
+    found: Difference | None = None,
 ) -> Summary:
-    """Process the remaining shards of a job, close its ledger and write its summary."""
+    """Process the remaining shards of a job, close its ledger and write its summary. `found` is how
+    the sources differed from the plan before this command appended to it.
+    """
     store, paths, frozen = opened.store, opened.paths, opened.frozen
     job = frozen.job
     done = opened.committed()
@@ -183,14 +189,14 @@ def _carry_out(
         done -= again
     left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
-        listing.check_moved(job.sources, job.access, paths.plan)
+        listing.check_moved(job.sources, job.access, opened.all_rows())
     if left and is_resumed:
-        _check_remaining(frozen, chosen)
+        _check_remaining(opened, left, chosen)
     if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
             report.attempt(opened, watcher.say)
-        return _report_finished(opened, summary, watcher)
+        return _report_finished(settings, opened, summary, watcher, found)
     store.remove(paths.summary)
     store.remove(paths.retired)
     resumed = sum(shard.count for shard in opened.shards if shard.number in done)
@@ -234,6 +240,7 @@ def _carry_out(
         summarise.summarise(opened, done, outcome, tally, (*chosen, *outcome.joined)),
         preflight=sampler.found,
     )
+    summary = _with_difference(summary, settings, found)
     store.write(paths.summary, serialization.encode(summary))
     if settings.report:
         report.attempt(opened, watcher.say)
@@ -245,76 +252,91 @@ def _carry_out(
 
 
 def _read_summary(opened: OpenJob) -> Summary | None:
-    """Return the summary, or None if it must be written again."""
+    """Return the summary, or None if it must be written again. One of fewer images is from another
+    launcher, which closed the job while images were appended to it.
+    """
     try:
-        return documents.read_summary(opened.store)
+        summary = documents.read_summary(opened.store)
     except OutputError as error:
         _log.warning("%s", error)
         return None
+    return summary if summary and summary.images == opened.frozen.images else None
 
 
-def _check_remaining(frozen: documents.Frozen, chosen: Sequence[DeviceSpec]) -> None:
-    """Check that the remaining images of a resumed job can be processed as the first ones were.
-    A new job was checked before it was frozen; on a finished job none of this matters.
+def _check_remaining(opened: OpenJob, left: Sequence[Shard], chosen: Sequence[DeviceSpec]) -> None:
+    """Check that the remaining images of a resumed job can be processed as the first ones of their
+    generation were. A new job was checked before it was frozen; on a finished job none of this
+    matters.
 
     Raises:
         JobMismatchError: another decoder, device or library. SourceError, without which every
         remaining image would become a `missing` row. OutputError, ModelError: the model is missing
         or changed.
     """
-    _check_decoder(frozen)
-    _check_fixed(frozen, chosen)
+    for generation in {shard.plan_file: opened.generation_of(shard) for shard in left}.values():
+        _check_decoder(generation, opened.paths.output)
+        _check_fixed(generation, opened, chosen)
     try:
-        sources.check(frozen.job.sources, frozen.job.access)
+        sources.check(opened.sources_of(left), opened.first.job.access)
     except SourceError as error:
         raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
-    model.verify_model(frozen)
+    model.verify_model(opened.first)
 
 
-def _check_decoder(frozen: documents.Frozen) -> None:
+def _check_decoder(generation: documents.Frozen | documents.Appended, output: str) -> None:
     """Raise JobMismatchError if this version decodes images differently from the one that froze
-    the job: one answer id would stand for two kinds of answers.
+    the generation: one answer id would stand for two kinds of answers.
     """
-    if frozen.decoder != DECODER:
-        began = frozen.versions.get("imagemill", "another version")
+    if generation.decoder != DECODER:
+        began = generation.versions.get("imagemill", "another version")
         raise JobMismatchError(
-            f"{frozen.job.output} was started with decoder {frozen.decoder} (imagemill {began}),"
+            f"{output} was started with decoder {generation.decoder} (imagemill {began}),"
             f" this is decoder {DECODER} (imagemill {__version__}). Images may be decoded"
             f" differently. Continue with imagemill {began}, or give another --output."
         )
 
 
-def _check_fixed(frozen: documents.Frozen, chosen: Sequence[DeviceSpec]) -> None:
+def _check_fixed(
+    generation: documents.Frozen | documents.Appended,
+    opened: OpenJob,
+    chosen: Sequence[DeviceSpec],
+) -> None:
     """Raise JobMismatchError if answers would differ in the last bits, because of another model of
     the device or another version of a library.
     """
-    now = devices.fixed_facts(chosen, frozen.job.session.batch_size)
-    for what in sorted(frozen.fixed.keys() | now.keys()):
-        was, found = frozen.fixed.get(what, "none"), now.get(what, "none")
+    now = devices.fixed_facts(chosen, opened.first.job.session.batch_size)
+    for what in sorted(generation.fixed.keys() | now.keys()):
+        was, found = generation.fixed.get(what, "none"), now.get(what, "none")
         if was != found:
             raise JobMismatchError(
-                f"{frozen.job.output} was started with {what} {was}, this is {what} {found}, whose"
-                " answers differ in the last bits. Continue where it was started, or give another"
-                " --output."
+                f"{opened.paths.output} was started with {what} {was}, this is {what} {found},"
+                " whose answers differ in the last bits. Continue where it was started, or give"
+                " another --output."
             )
 
 
 def dry_run(settings: Settings) -> DryRun:
-    """List the sources and return what a job would be. Nothing is written to the output."""
+    """List the sources and return what a job would be, or with `append` what would be added to it.
+    Nothing is written to the output.
+    """
     check_settings(settings)
-    typed = settings.devices or automatic.CPU
+    opened = OpenJob.find(settings.output, settings.log_dir)
+    extended = opened if settings.append else None
+    typed = settings.devices or (extended.frozen.devices if extended else automatic.CPU)
     with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
         chosen = machines.devices(typed)
+    if extended:
+        return _dry_append(settings, extended, chosen)
     store = open_store(_paths_of(settings))
-    if documents.read_frozen(store) is None:
+    if opened is None:
         store.check_unused()
-    _check_sources(settings)
+    listing.check_sources(sources.resolve(settings.sources), settings)
     skipped = Skipped()
     first: list[str] = []
 
     def noting(entries: Iterator[records.Entry]) -> Iterator[records.Entry]:
         for entry in entries:
-            if len(first) < _NAMED_NEW:
+            if len(first) < MAX_NAMES:
                 first.append(sources.shown(entry.path))
             yield entry
 
@@ -341,27 +363,64 @@ def dry_run(settings: Settings) -> DryRun:
     )
 
 
-def _report_finished(opened: OpenJob, summary: Summary, watcher: observer.Watcher) -> Summary:
-    """Say that the job is finished, and name images that are new in the sources since."""
+def _dry_append(settings: Settings, opened: OpenJob, chosen: Sequence[DeviceSpec]) -> DryRun:
+    """Return what would be added to a job."""
+    with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
+        found = listing.list_again(settings, opened, Path(folder) / "listing")
+    images = found.difference.new.count
+    return DryRun(
+        images=images,
+        shard_size=settings.shard_size or plan.auto_shard_size(images, len(chosen)),
+        skipped_by_suffix=dict(sorted(found.skipped.by_suffix.items())),
+        skipped_hidden=found.skipped.hidden,
+        skipped_by_filter=found.skipped.by_filter,
+        first=found.difference.new.names,
+        skipped_broken_links=found.skipped.broken_links,
+        notes=(*found.notes, *append.describe(found, settings)),
+        append=True,
+    )
+
+
+def _report_finished(
+    settings: Settings,
+    opened: OpenJob,
+    summary: Summary,
+    watcher: observer.Watcher,
+    found: Difference | None,
+) -> Summary:
+    """Say that the job is finished, and name images that are new in the sources since, unless this
+    command has looked for them already.
+    """
     paths = opened.paths
     watcher.say(f"already finished: {summary.images:,} images in {paths.shown(paths.predictions)}")
-    try:
-        count, names = listing.new_in_source(opened)
-    except (SourceError, UsageError) as error:
-        watcher.say(f"images that are new in the source are not known: {error}")
-        count, names = 0, []
-    if count:
-        more = f" and {count - len(names):,} more" if count > len(names) else ""
-        are = "images are" if count > 1 else "image is"
-        watcher.say(
-            f"{count:,} {are} new in the source since the plan was frozen:"
-            f" {', '.join(names)}{more}. Run them into another --output."
-        )
-    return replace(
+    if not settings.append:
+        try:
+            again = listing.list_again(settings, opened, paths.spool)
+        except (SourceError, UsageError, OutputError) as error:
+            watcher.say(f"images that are new in the source are not known: {error}")
+        else:
+            found = again.difference
+            for line in append.describe(again, settings):
+                watcher.say(line)
+        paths.sweep()
+    summary = replace(
         summary,
         output=paths.output,
-        new_in_source=count,
         resumed_shards=summary.shards,
         seconds=0.0,
         images_per_second=None,
+    )
+    return _with_difference(summary, settings, found)
+
+
+def _with_difference(summary: Summary, settings: Settings, found: Difference | None) -> Summary:
+    """Return the summary with what is known of how the sources differ from the plan."""
+    found = found or Difference(bytearray())
+    new = found.new.count
+    return replace(
+        summary,
+        new_in_source=0 if settings.append else new,
+        appended=new if settings.append else 0,
+        changed_in_source=found.changed.count,
+        missing_in_source=found.missing.count,
     )

@@ -301,6 +301,12 @@ SETTINGS: Mapping[str, Setting] = {
         Effect.LIMITS,
         Kind(float, _between("more than 0", lambda value: value > 0)),
     ),
+    "append": Setting(
+        "--append",
+        "add images that are new in the sources, and in sources that the job does not have yet,"
+        " to a job",
+        options=_YES,
+    ),
     "dry_run": Setting("--dry-run", "list and count images, write nothing", options=_YES),
     "retry_failed": Setting(
         "--retry-failed",

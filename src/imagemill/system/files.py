@@ -171,14 +171,19 @@ def missing_goal(path: Path) -> Path | None:
     return goal
 
 
-def clear_folder(path: Path) -> None:
-    """Remove a folder with all that is in it, and make it again. Raises: OutputError."""
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it if it exists. Raises: OutputError."""
     try:
         shutil.rmtree(path, ignore_errors=False)
     except FileNotFoundError:
         pass
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def clear_folder(path: Path) -> None:
+    """Remove a folder with all that is in it, and make it again. Raises: OutputError."""
+    remove_folder(path)
     make_folder(path)
 
 

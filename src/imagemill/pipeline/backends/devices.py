@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -319,6 +321,28 @@ def machine() -> dict[str, str]:
         "memory": f"{memory / 2**30:.1f} GiB",
         "python": platform.python_version(),
     }
+
+
+def versions_of(backends: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the installed libraries that decide answers: those that decode, and
+    those of these backends.
+    """
+    found = {}
+    for name in ("pillow", "simplejpeg", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    for backend in sorted(set(backends)):
+        found |= library_versions(backend)
+    return found
+
+
+def vector_units(chosen: Sequence[DeviceSpec]) -> str:
+    """Return the vector units of this machine's processor if they decide answers of these devices;
+    else nothing.
+    """
+    if all(depends_on_batch(device.engine) for device in chosen):
+        return ""
+    return " ".join(cpu.vector_units(cpu.flags()))
 
 
 def fixed_facts(chosen: Sequence[DeviceSpec], batch_size: int) -> dict[str, str]:

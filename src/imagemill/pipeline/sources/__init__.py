@@ -37,6 +37,7 @@ from imagemill.system import interruptible, storage
 
 __all__ = [
     "Filters",
+    "ParquetSource",
     "Skipped",
     "Source",
     "as_line",

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from imagemill.records import Entry, Filters
 
@@ -79,13 +79,6 @@ class Source(Protocol):
 
     name: str
     """As rows name it: an absolute path or URL, bytes that are not UTF-8 shown as `\\xNN`."""
-
-    @property
-    def ordered(self) -> bool | Literal["whole"]:
-        """Whether entries come ordered by the components of their paths as bytes; `whole`: by their
-        whole paths as bytes; False: in an order of the source's own.
-        """
-        ...
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """List the images in bounded memory and in the same order each time, counting what is left

@@ -52,8 +52,6 @@ _UNTYPEABLE = re.compile(r"['\udc80-\udcff]")
 class FolderSource:
     """A folder, or one file. `root` is absolute; `skip`, the job's output, is never entered."""
 
-    ordered = True
-
     def __init__(self, position: int, root: bytes, skip: os.stat_result | None = None) -> None:
         self.name = shown(root)
         self._position = position

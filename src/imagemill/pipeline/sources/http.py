@@ -33,8 +33,6 @@ client = functools.cache(Client)
 class HttpSource:
     """One image at a URL."""
 
-    ordered = False
-
     def __init__(self, position: int, url: str, user_agent: str | None = None) -> None:
         self.name = url
         self._url = url

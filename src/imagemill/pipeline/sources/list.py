@@ -26,8 +26,6 @@ class ListSource:
     `failed.txt` of a job is such a list.
     """
 
-    ordered = False
-
     def __init__(self, position: int, file: bytes, access: Access = AS_GIVEN) -> None:
         self.name = "@" + shown(file)
         self._position = position

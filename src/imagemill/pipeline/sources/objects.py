@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
@@ -24,8 +23,6 @@ _REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the 
 
 class ObjectSource:
     """An object that is an image, or the images below a prefix. `url` ends without a slash."""
-
-    ordered: Literal["whole"] = "whole"
 
     def __init__(self, position: int, url: str) -> None:
         self.name = url

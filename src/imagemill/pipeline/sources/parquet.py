@@ -68,8 +68,6 @@ class ParquetSource:
         access: where the table is now, and how images beside it are asked for.
     """
 
-    ordered = False
-
     def __init__(
         self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
     ) -> None:

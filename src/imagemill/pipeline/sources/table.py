@@ -55,8 +55,6 @@ class TableSource:
         access: where table and images are now, and how they are asked for.
     """
 
-    ordered = False
-
     def __init__(
         self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
     ) -> None:

@@ -75,8 +75,6 @@ _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
 class TarSource:
     """A tar archive at a path or URL; the index of a packed one is kept in the folder `aside`."""
 
-    ordered = False
-
     def __init__(self, position: int, location: bytes, aside: Path | None = None) -> None:
         self.name = shown(location)
         self._position = position

@@ -102,8 +102,6 @@ class _Member:
 class ZipSource:
     """A zip archive at a path or URL."""
 
-    ordered = False
-
     def __init__(self, position: int, location: bytes) -> None:
         self.name = shown(location)
         self._position = position

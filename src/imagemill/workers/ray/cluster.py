@@ -174,9 +174,8 @@ class Cluster:
         backends = tuple(sorted({item.backend for item in self._asked}))
         provisioning = Provisioning(
             self.ray,
-            job.frozen.job,
+            job,
             remaining,
-            job.frozen.plan_nonce,
             backends,
             allow_mixed=self._allow_mixed,
         )

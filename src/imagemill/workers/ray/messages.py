@@ -70,7 +70,9 @@ class Assignment:
     """How many CPUs the node offers Ray."""
     launch: str
     """The expected content of `JobPaths.launch`."""
-    plan_nonce: str
+    plan_nonces: tuple[str, ...]
+    sources: tuple[str, ...]
+    """Those that the uncommitted shards have images of."""
     model: tuple[ModelFile, ...]
     """The file to compile, then the files beside it that it reads."""
     samples: tuple[Sample, ...]

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
-from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
 from imagemill.models import bundle
 from imagemill.pipeline import sources
-from imagemill.pipeline.backends import devices, library_versions
+from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadImage, DeviceSpec, Job, Lease
 from imagemill.system import cpu
@@ -39,13 +37,9 @@ _END_S = 2.0
 
 def identity(backends: Sequence[str]) -> Identity:
     """Return what decides the last bits of this machine's answers."""
-    found = {"imagemill": __version__, "decoder": DECODER}
-    for name in ("pillow", "simplejpeg", "numpy"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    for backend in backends:
-        found |= library_versions(backend)
-    return Identity(found, " ".join(cpu.vector_units(cpu.flags())) or "none known")
+    own = {"imagemill": __version__, "decoder": DECODER}
+    units = " ".join(cpu.vector_units(cpu.flags())) or "none known"
+    return Identity(own | devices.versions_of(backends), units)
 
 
 class NodeAgent:
@@ -65,7 +59,7 @@ class NodeAgent:
         self._store = open_store(self._paths)
         self._worker: Supervisor | None = None
         self._check_output()
-        self._store.fetch_plan(assignment.plan_nonce)
+        self._store.fetch_plan(assignment.plan_nonces)
         self._check_sources()
         make_folder(self._paths.logs)
         self._device = self._fitted(assignment.device)
@@ -126,7 +120,7 @@ class NodeAgent:
             " (s3://…)."
         )
         try:
-            sources.check(job.sources, job.access)
+            sources.check(self._assignment.sources, job.access)
         except SourceError as error:
             raise SourceError(f"node {node}: {error} {remedy}") from error
         opened = sources.open_all(job.sources, aside=self._paths.plan, access=job.access)

@@ -13,6 +13,7 @@ import numpy as np
 
 from imagemill.errors import DeviceError, ModelError
 from imagemill.job import plan
+from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline import sources
@@ -30,9 +31,8 @@ class Provisioning:
 
     Args:
         ray: the module.
-        job: the frozen job.
+        opened: the frozen job.
         remaining: its uncommitted shards.
-        plan_nonce: of its plan.
         backends: those that compute.
         allow_mixed: allow machines that differ in versions or vector units.
 
@@ -43,9 +43,8 @@ class Provisioning:
     def __init__(
         self,
         ray: Any,
-        job: Job,
+        opened: OpenJob,
         remaining: Sequence[Shard],
-        plan_nonce: str,
         backends: tuple[str, ...],
         *,
         allow_mixed: bool,
@@ -54,8 +53,9 @@ class Provisioning:
         self.launch = secrets.token_hex(8)
         """Content of `JobPaths.launch`, by which a node recognises the output."""
         self._ray = ray
-        self._job = job
-        self._plan_nonce = plan_nonce
+        job = self._job = opened.frozen.job
+        self._plan_nonces = tuple(opened.plan_nonces)
+        self._sources = opened.sources_of(remaining)
         self._allow_mixed = allow_mixed
         self._versions = identity(backends).versions
         self._reference: tuple[str, str] | None = None
@@ -94,7 +94,8 @@ class Provisioning:
             processes=place.of,
             cpus=int(place.node.resources.get("CPU", 0)),
             launch=self.launch,
-            plan_nonce=self._plan_nonce,
+            plan_nonces=self._plan_nonces,
+            sources=self._sources,
             model=self._model,
             samples=self._samples,
         )
