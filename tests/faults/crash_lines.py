@@ -5,6 +5,7 @@ that place, and the end of each job is checked.
     python tests/faults/crash_lines.py crash worker FOLDER PLACE…   kill at each, and print it
                                                                     when the job ended well
     python tests/faults/crash_lines.py record launcher FOLDER       the same for the launcher
+    python tests/faults/crash_lines.py record append FOLDER         the same for one that appends
 
 A place is `pipeline/sink.py:69`, a line about to be executed, or `system/files.py:124 return`, a
 function about to return. Two kills between which nothing changed outside the process are the same
@@ -12,7 +13,8 @@ kill, so `record` prints one place for each state of the output folder, and all 
 
 The workers are processes that really die of SIGKILL. They are forked from this process, because
 importing their libraries once per place would take longer than everything else. FOLDER holds
-`models` and `images`.
+`models` and `images`, and for `append` also `later`: the images that arrive after a first job has
+ended. A copy of that job is appended to for each place.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,10 +69,25 @@ FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
         "job/lock.py": {"locked"},
         "system/files.py": {"write_whole", "sync_file", "sync_folder", "make_folder"},
     },
+    "append": {
+        "runner/append.py": None,
+        "runner/difference.py": None,
+        "runner/listing.py": {"list_again"},
+        "runner/run.py": {"_run", "_carry_out"},
+        "job/plan.py": {"spool", "flush", "cut", "write_shard", "close"},
+        "job/paths.py": {"gather_indices"},
+        "job/ledger.py": {"close"},
+        "system/files.py": {
+            *("write_whole", "sync_file", "sync_folder"),
+            *("make_folder", "remove_folder", "clear_folder"),
+        },
+    },
 }
 """Process and file → the functions whose places count; None: all of them."""
-EVERY_PLACE = "pipeline/run_shards.py"
-"""The file between whose lines a worker sends messages, which the output folder does not show."""
+EVERY_PLACE = ("pipeline/run_shards.py", "runner/append.py")
+"""Files all of whose lines count. Between those of `run_shards.py` a worker sends messages, which
+the output folder does not show.
+"""
 PACKAGE = Path(imagemill.__file__).parent
 
 
@@ -150,7 +168,7 @@ def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> N
     sys.settrace(tracer)
 
 
-def job(folder: Path, output: Path) -> Summary:
+def job(folder: Path, output: Path, *, append: bool = False) -> Summary:
     settings = Settings(
         sources=(str(folder / "images"),),
         output=str(output),
@@ -160,6 +178,7 @@ def job(folder: Path, output: Path) -> Summary:
         shard_size=4,
         num_workers=1,
         batch_size=4,
+        append=append,
         report=False,
     )
     return run.run(settings)
@@ -175,8 +194,8 @@ def run_traced(process: str, folder: Path, output: Path, visit: Callable[[str], 
     if (pid := os.fork()) == 0:
         code = 1
         try:
-            trace(FUNCTIONS["launcher"], visit)
-            job(folder, output)
+            trace(FUNCTIONS[process], visit)
+            job(folder, output, append=process == "append")
             code = 0
         finally:
             os._exit(code)
@@ -209,6 +228,11 @@ def record(process: str, folder: Path) -> list[str]:
     """
     check_names(FUNCTIONS[process])
     output, places = folder / "undisturbed", folder / "places"
+    if process == "append":
+        job(folder, folder / "first")
+        for path in (folder / "later").iterdir():
+            path.rename(folder / "images" / path.name)
+        shutil.copytree(folder / "first", output)
     seen: set[str] = set()
     states: set[frozenset[tuple[object, ...]]] = set()
 
@@ -238,13 +262,15 @@ def crash(process: str, folder: Path, place: str) -> None:
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    if process == "append":
+        shutil.copytree(folder / "first", output)
     ended = run_traced(process, folder, output, visit)
     assert marker.exists(), f"{place} was not reached"
     if process == "worker":
         assert ended == 1, f"{ended} restarts"
     else:
         assert ended == -signal.SIGKILL, f"exit code {ended}"
-        job(folder, output)
+        job(folder, output, append=process == "append")
     harness.assert_complete(output)
     harness.assert_same(output, folder / "undisturbed")
 

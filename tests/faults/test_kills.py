@@ -59,6 +59,20 @@ def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_sam
     )
 
 
+def test_a_launcher_killed_at_any_line_of_appending_comes_to_the_same_end(tmp_path: Path) -> None:
+    """A launcher killed at any line of append.py, or after any change on disk that it makes while
+    it lists again, cuts the new images and processes them: the same command, repeated, ends with
+    the same rows, and the parts of the first generation keep their bytes.
+    """
+    later = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in (100, 101, 20, 21)}
+    helpers.fill(tmp_path / "later", later | {"00.jpg": b"broken"})
+    _kill_at_every_place(
+        "append",
+        tmp_path,
+        {"runner/append.py": 30, "runner/run.py": 1, "job/plan.py": 3, "system/files.py": 3},
+    )
+
+
 def _kill_at_every_place(process: str, folder: Path, least: dict[str, int]) -> None:
     harness.null_bundle(folder / "models", classes=20, size=16)
     files = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in range(11)} | {
