@@ -113,9 +113,9 @@ HEADER = """\
 """CPU in seconds, and in microseconds for each further image."""
 
 
-def make_images(folder: Path, count: int) -> None:
-    """Links to a few files, named so that no two are alike."""
-    folder.mkdir(parents=True)
+def make_images(folder: Path, count: int, first: int = 0) -> None:
+    """Links to a few files, named so that no two are alike; `first` is how many there are."""
+    folder.mkdir(parents=True, exist_ok=first > 0)
     originals = folder.parent / "originals"
     originals.mkdir(exist_ok=True)
     kinds = []
@@ -125,10 +125,10 @@ def make_images(folder: Path, count: int) -> None:
         original = originals / f"{folder.name}-{seed}{suffix}"
         original.write_bytes(sample_images.encode(image, kind))
         kinds.append((str(original), suffix))
-    for start in range(0, count, _FOLDER):
+    for start in range(first, first + count, _FOLDER):
         inside = f"{folder}/{start // _FOLDER:06d}"
         Path(inside).mkdir()
-        for number in range(start, min(start + _FOLDER, count)):
+        for number in range(start, min(start + _FOLDER, first + count)):
             original, suffix = kinds[number % len(kinds)]
             os.link(original, f"{inside}/{number:09d}{suffix}")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 import helpers
 import sample_images
 from archive_files import pack
+from imagemill import cli
 from imagemill.errors import JobMismatchError, OutputError, SourceError
 from imagemill.job import documents, plan
 from imagemill.job.open_job import OpenJob
@@ -582,3 +586,34 @@ def test_a_missing_plan_of_a_generation_is_found(job: Jobs, jpegs: Folders, tmp_
     (tmp_path / "out" / "plan" / "000002" / "plan-00000-00000.parquet").unlink()
     with pytest.raises(OutputError, match="does not hold the 2 images"):
         _ = OpenJob.open(tmp_path / "out").shards
+
+
+# ── the recipes of docs/append.md ─────────────────────────────────────────────────────────────────
+
+DOCUMENT = (helpers.PROJECT / "docs" / "append.md").read_text()
+
+
+def test_the_line_for_cron_is_a_command() -> None:
+    """After the five fields of its time."""
+    (line,) = (line for line in DOCUMENT.splitlines() if line.startswith("*/10 "))
+    words = shlex.split(line.partition(" >>")[0])[5:]
+    assert words[0] == "imagemill"
+    assert cli._parser().parse_args(words[1:]).append
+
+
+@pytest.mark.process
+def test_the_script_for_inotify_appends_once_for_images_that_arrive_together(
+    tmp_path: Path,
+) -> None:
+    """And once at its start. A stand-in of inotifywait names three images and ends."""
+    script = tmp_path / "append-on-arrival"
+    script.write_text(DOCUMENT.partition("```bash\n")[2].partition("```")[0])
+    for name, text in {
+        "inotifywait": 'for n in 1 2 3; do echo "$5 CLOSE_WRITE $n.jpg"; done',
+        "imagemill": f'echo "$@" >> {tmp_path}/calls',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script, "my photos", "out"], env=environment, check=True, timeout=300)
+    assert (tmp_path / "calls").read_text() == 2 * "run my photos --output out --append\n"

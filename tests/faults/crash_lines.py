@@ -70,7 +70,7 @@ FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
         "system/files.py": {"write_whole", "sync_file", "sync_folder", "make_folder"},
     },
     "append": {
-        "runner/append.py": None,
+        "runner/append.py": {"append", "_freeze"},
         "runner/difference.py": None,
         "runner/listing.py": {"list_again"},
         "runner/run.py": {"_run", "_carry_out"},

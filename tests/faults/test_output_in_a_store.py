@@ -5,6 +5,7 @@ and so are the kills.
 from __future__ import annotations
 
 import io
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import helpers
+import sample_images
+from archive_files import pack
 from s3 import Bucket, Fault, FaultProxy, Request, answers, delays, hangs, resets
 
 PATIENT = """
@@ -166,6 +169,55 @@ def test_two_launchers_at_once_do_no_harm(
     keys = s3.keys()
     assert len([key for key in keys if "/plan/" in key]) == 1
     assert helpers.imagemill_cli("verify", s3.url + "/job").code == 0
+
+
+def test_two_launchers_that_append_at_once_do_no_harm(
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    calm: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
+    null_start: Callable[..., Any],
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    """Two machines that append the same images at the same moment: one of them freezes them, the
+    other one finds them in the plan. A third machine, which has no copy of the plan, sees one job.
+    """
+    images = tmp_path / "images"
+    shutil.copytree(small_jpegs, images)
+    output = s3.url + "/job"
+    assert null_run(images, "--output", output).code == 0
+    keys = s3.keys()
+    before = {key: s3.get(key) for key in keys if "/predictions/" in key}
+    later = {f"{n}.jpg": sample_images.jpeg(30, 30, seed=n) for n in (0, 300)}
+    helpers.fill(images, later)
+    packed = pack(tmp_path, "tar.gz", later)
+    s3_faults.rule = lambda request: delays(3) if is_put_of("000002.json")(request) else None
+    launchers = [
+        null_start(
+            *(images, packed, "--append", "--output", output),
+            env=helpers.environment(XDG_CACHE_HOME=str(cache / name)),
+        )
+        for name in "ab"
+    ]
+    results = [helpers.finish(launcher) for launcher in launchers]
+    assert [result.code for result in results] == [0, 0], results
+    assert s3_faults.count("PUT", "000002.json") == 2, "they did not meet"
+    said = [next(line for line in r.err.splitlines() if " new images" in line) for r in results]
+    assert sorted(line.partition(":")[2][:18] for line in said) == [
+        " 4 new images: 0.j",
+        " nothing to append",
+    ]
+    keys = s3.keys()
+    assert [key for key in keys if "/appended/" in key] == ["job/appended/000002.json"]
+    assert len([key for key in keys if "/plan/000002/plan-" in key]) == 1
+    assert before.items() <= {key: s3.get(key) for key in keys}.items()
+    env = helpers.environment(XDG_CACHE_HOME=str(cache / "c"))
+    sound = helpers.imagemill_cli("verify", output, env=env)
+    assert (sound.code, sound.out) == (0, "complete and sound: 52 images, one row each\n"), sound
+    (local,) = (cache / "c" / "imagemill" / "jobs").iterdir()
+    assert (local / "plan" / "source-00001.gzidx").is_file()
 
 
 def test_a_slow_and_failing_store_delays_the_job_and_no_more(
