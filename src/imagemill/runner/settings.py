@@ -365,7 +365,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 SHORT = {"output": "-o", "model": "-m"}
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "": ("sources", "output", "model", "dry_run"),
+    "": ("sources", "output", "model", "append", "dry_run"),
     "which images": ("include", "exclude", "all_files", "limit", "moved", "user_agent"),
     "model and preprocessing": ("models_dir", "labels", "preprocess", "background"),
     "results": ("top_k", "min_probability", "save", "shard_size", "report", "log_dir"),
