@@ -22,7 +22,7 @@ test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-unit: $(DEV)  ## the tests that start no process: under a minute
-	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large and not gpu'
 
 test-large: $(DEV)  ## the tests that take gigabytes or many minutes
 	$(BIN)/python -m pytest -m large

@@ -53,6 +53,8 @@ class Candidate:
     """How many times what was asked for it holds: one at work, others being filled."""
     prepare: Callable[[pytest.MonkeyPatch, Path], None] = nothing
     """Called before it is opened, with a folder of its own."""
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+    """Of its tests: those that need a device are deselected unless they are asked for."""
 
 
 SESSIONS = {
@@ -64,6 +66,13 @@ SESSIONS = {
     "popart-fp32": Candidate("popart", "ipu", steps=2, prepare=popart_standin.prepare),
     "torch": Candidate("torch"),
     "torch-bf16": Candidate("torch", precision=Precision.BF16, tolerance=0.1),
+    "torch-cuda-fp32": Candidate("torch", "cuda", marks=(pytest.mark.gpu,)),
+    "torch-cuda-fp16": Candidate(
+        "torch", "cuda", Precision.FP16, tolerance=0.02, marks=(pytest.mark.gpu,)
+    ),
+    "torch-cuda-bf16": Candidate(
+        "torch", "cuda", Precision.BF16, tolerance=0.1, marks=(pytest.mark.gpu,)
+    ),
     "null": Candidate("null", "null", tolerance=None, is_queue=False),
 }
 
@@ -89,7 +98,7 @@ class Opener:
             session.close()
 
 
-@pytest.fixture(params=SESSIONS)
+@pytest.fixture(params=[pytest.param(name, marks=one.marks) for name, one in SESSIONS.items()])
 def opener(
     request: pytest.FixtureRequest, tiny: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Opener]:
