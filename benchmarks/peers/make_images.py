@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def make(folder: Path, output: Path, count: int) -> None:
+def make(folder: Path, output: Path, numbers: Iterable[int]) -> None:
+    """Make the images of these numbers, from 0; several processes can share the work."""
     from PIL import Image
 
     originals = sorted(
@@ -23,7 +25,7 @@ def make(folder: Path, output: Path, count: int) -> None:
     if not originals:
         raise SystemExit(f"{folder} holds no JPEG files")
     output.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
+    for number in numbers:
         original = originals[number % len(originals)]
         goal = output / f"{number:06d}-{original.stem}.jpg"
         if goal.exists():
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=1000)
     asked = parser.parse_args()
-    make(asked.images, asked.output, asked.count)
+    make(asked.images, asked.output, range(asked.count))
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="imagemill-peers-") as temporary, Limit() as limit:
         work = (asked.work_dir or Path(temporary)).resolve()
         images = work / f"images-{asked.count}"
-        make(asked.images, images, asked.count)
+        make(asked.images, images, range(asked.count))
         found = peers(asked, work, int8_file(asked.model_dir))
         for tool, file in (("nncf", "nncf-plain.xml"), ("ort", "onnxruntime-qdq.onnx")):
             if (

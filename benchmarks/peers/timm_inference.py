@@ -2,8 +2,8 @@
 softmax, top-k.
 
 timm's package does not carry the script itself; this follows its loop, options and defaults (batch
-256, two loading processes, top-1, everything kept until the end). fp32, or bf16 as its `--amp
---amp-dtype bfloat16`. Weights are random: speed does not depend on them.
+256, two loading processes, top-1, everything kept until the end). fp32, or bf16 and fp16 as its
+`--amp --amp-dtype`. Weights are random: speed does not depend on them.
 
 timm imports torchvision; where PyTorch was built apart from it, its compiled operators do
 not load. timm uses none of them on this path (the transforms are Pillow's), so their names alone
@@ -45,7 +45,9 @@ _KEPT: list[object] = []
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--device", default="cpu", help="as PyTorch spells it")
+    parser.add_argument("--network", help="as timm spells it (default: the bundle's architecture)")
     parser.add_argument(
         "--channels-last", action="store_true", help="as inference.py's option of that name"
     )
@@ -59,8 +61,11 @@ def main() -> None:
     from timm.data import create_dataset, create_loader, resolve_data_config
 
     torch.set_num_threads(asked.threads)
-    device = torch.device("cpu")
-    model = create_model(architecture(asked.model_dir), pretrained=False).to(device).eval()
+    device = torch.device(asked.device)
+    if device.type == "cuda":  # as the script does
+        torch.backends.cudnn.benchmark = True
+    network = asked.network or architecture(asked.model_dir)
+    model = create_model(network, pretrained=False).to(device).eval()
     if asked.channels_last:
         model = model.to(memory_format=torch.channels_last)
     config = resolve_data_config({}, model=model)
@@ -76,7 +81,8 @@ def main() -> None:
         img_dtype=torch.float32,
         **config,
     )
-    mixed = torch.autocast("cpu", torch.bfloat16) if asked.precision == "bf16" else nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked.precision)
+    mixed = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
     indices, outputs = [], []
     with torch.inference_mode():
         for batch, _ in loader:
@@ -85,8 +91,8 @@ def main() -> None:
             with mixed:
                 output = model(batch)
             output, index = output.softmax(-1).topk(1)
-            indices.append(index.numpy())
-            outputs.append(output.float().numpy())
+            indices.append(index.cpu().numpy())
+            outputs.append(output.float().cpu().numpy())
             meter.done(len(index))
     assert len(np.concatenate(indices)) == len(np.concatenate(outputs)) == len(dataset)
     meter.report(
