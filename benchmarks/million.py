@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -133,13 +134,25 @@ def make_images(folder: Path, count: int, first: int = 0) -> None:
             os.link(original, f"{inside}/{number:09d}{suffix}")
 
 
-def measure(folder: Path, count: int, devices: str) -> Measured:
-    """Make `count` images below `folder` and run one job over them."""
+def measure(folder: Path, count: int, devices: str, checkout: Path | None = None) -> Measured:
+    """Run one job over `count` images below `folder`, which are made if they are missing.
+
+    Args:
+        folder: has the models, and gets images and output.
+        count: number of images.
+        devices: of the job.
+        checkout: of the imagemill to run, with a .venv of its own; None: the imported one.
+    """
     source, output = folder / f"images-{count}", folder / f"out-{count}"
-    make_images(source, count)
+    shutil.rmtree(output, ignore_errors=True)
+    if not source.exists():
+        make_images(source, count)
     env = helpers.environment(IMAGEMILL_MODELS=str(folder / "models"))
+    if checkout is not None:
+        del env["PYTHONPATH"]
     command = [
-        sys.executable,
+        sys.executable if checkout is None else str(checkout / ".venv" / "bin" / "python"),
+        "-P",
         "-m",
         "imagemill",
         "run",
