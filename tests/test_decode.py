@@ -479,6 +479,74 @@ def test_a_png_without_metadata_is_not_copied() -> None:
         assert png.strip(data, want_orientation=True)[0] is data
 
 
+def raw(channels: int, lines: int = 5) -> bytes:
+    """Lines of 7 pixels, each with another filter of PNG."""
+    values = np.random.default_rng(0).integers(0, 256, (lines, 7 * channels), np.uint8)
+    return b"".join(bytes([number % 5]) + line.tobytes() for number, line in enumerate(values))
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+@pytest.mark.parametrize("background", [None, "#ff0000"])
+def test_a_small_png_has_the_pixels_of_pillows_reader(
+    colour: int, channels: int, background: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = sample_images.png(7, 5, colour=colour, rows=raw(channels))
+    assert png.read_small(data, 35) is not None
+    recipe = replace(RECIPE, background=background)
+    small = decode(data, recipe, LIMITS)
+    monkeypatch.setattr(png, "_SMALL", 0)
+    assert png.read_small(data, 35) is None
+    read = decode(data, recipe, LIMITS)
+    assert small.pixels is not None
+    np.testing.assert_array_equal(small.pixels, read.pixels)
+    assert (small.status, small.width, small.height) == (read.status, 7, 5)
+
+
+def with_header_byte(at: int) -> bytes:
+    """A small PNG with a 1 in one byte of its header, and the right checksum."""
+    header = _SMALL_PNG[12:at] + b"\1" + _SMALL_PNG[at + 1 : 29]
+    return _SMALL_PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + _SMALL_PNG[33:]
+
+
+_SMALL_PNG = sample_images.png(7, 5, colour=2, rows=raw(3))
+LEFT_TO_PILLOW = {
+    "16 bits": sample_images.png(7, 5, depth=16, colour=2, rows=raw(6)),
+    "4 bits": sample_images.png(14, 5, depth=4, rows=raw(1)),
+    "a palette": sample_images.png(
+        7, 5, colour=3, rows=raw(1), extra=sample_images.chunk(b"PLTE", bytes(768))
+    ),
+    "a transparent colour": sample_images.png(
+        7, 5, colour=2, rows=raw(3), extra=sample_images.chunk(b"tRNS", bytes(6))
+    ),
+    "too many pixels": sample_images.png(7, 6, colour=2, rows=raw(3, 6)),
+    "no pixels": sample_images.png(0, 5, colour=2, rows=raw(3)),
+    "cut pixels": _SMALL_PNG[:-30],
+    "something after the end": _SMALL_PNG + b"\0",
+    "no end": _SMALL_PNG[:-12],
+    "interlacing": with_header_byte(28),
+    "an unknown filter": with_header_byte(27),
+    "an unknown compression": with_header_byte(26),
+    "a wrong checksum of the header": _SMALL_PNG[:32]
+    + bytes([_SMALL_PNG[32] ^ 1])
+    + _SMALL_PNG[33:],
+    "broken pixels": sample_images.png_with_wrong_deflate(),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_PILLOW)
+def test_every_other_png_is_left_to_pillows_reader(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has its verdict."""
+    data = LEFT_TO_PILLOW[name]
+    assert png.read_small(data, 1200 if name == "broken pixels" else 35) is None
+    found = decode(data, RECIPE, LIMITS)
+    monkeypatch.setattr(png, "read_small", lambda *_: None)
+    expected = decode(data, RECIPE, LIMITS)
+    assert replace(found, pixels=None) == replace(expected, pixels=None)
+    np.testing.assert_array_equal(found.pixels, expected.pixels)
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_png_that_ends_within_its_metadata_is_truncated(after: bool) -> None:
     """A file that ends within a chunk is cut short, even if its pixels are whole."""

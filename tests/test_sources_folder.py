@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,20 @@ def test_a_file_beyond_max_bytes_is_not_read(tmp_path: Path) -> None:
         Status.TOO_LARGE,
         "has 1099511627776 bytes, more than --max-bytes 1048576",
     )
+
+
+@pytest.mark.parametrize("listed", [0, 3, 5, 6, 9])
+def test_a_file_whose_size_changes_is_read_to_its_end(
+    listed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has six bytes when it is read, whatever it had when it was opened."""
+    fill(tmp_path, {"a.jpg": b"abcdef"})
+    found = os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, listed, 0, 0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda _: found)
+        patched.setattr(files, "_PIECE", 2)
+        data = source(tmp_path).fetch(b"a.jpg", b"", 99)
+    assert data == b"abcdef"
 
 
 def test_errors_that_pass_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imagemill.errors import OutputError
-from imagemill.records import Entry, Shard
+from imagemill.records import Entry, Shard, record_of_image
 from imagemill.system.files import cannot_write, sync_file, sync_folder
 
 SCHEMA = pa.schema(
@@ -48,7 +48,7 @@ _SHARDS_PER_FILE = 200
 _MIN_SHARD_SIZE, _MAX_SHARD_SIZE, _MAX_SHARDS = 32, 1_024, 10_000
 
 
-@dataclass(frozen=True, slots=True)
+@record_of_image
 class PlannedRow:
     """One row of the plan."""
 

@@ -91,23 +91,19 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
 def _decode_jpeg(data: bytes, jpeg: Header, recipe: Recipe, out: NDArray[np.uint8]) -> bool:
     """Decode with simplejpeg; False where it refuses, which leaves it to Pillow."""
     orientation = jpeg.orientation if recipe.exif else 1
-    displayed = preprocess.turned_size(jpeg.width, jpeg.height, orientation)
-    factor = preprocess.shrink(*displayed, recipe)
-    stored = (-(-jpeg.width // factor), -(-jpeg.height // factor))
+    part = preprocess.needed(jpeg.width, jpeg.height, orientation, recipe, True)
     try:
         pixels = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=stored[1], min_width=stored[0], min_factor=factor
+            data, "RGB", min_height=part.height, min_width=part.width, min_factor=part.scale
         )
     except MemoryError:
         raise
     except Exception:  # it raises ValueError and others; all of them mean: ask Pillow
         return False
-    if pixels.shape != (stored[1], stored[0], 3):
+    if pixels.shape != (part.height, part.width, 3):
         return False
-    crop = preprocess.locate(*displayed, recipe)
-    width, height = preprocess.turned_size(*stored, orientation)
-    box = preprocess.region(crop, recipe, factor)
-    left, top, right, bottom = preprocess.turned_region(box, orientation, width, height)
-    part = preprocess.turn(pixels[top:bottom, left:right], orientation)
-    preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1], scale=factor)
+    left, top, right, bottom = part.stored
+    pixels = preprocess.turn(pixels[top:bottom, left:right], orientation)
+    left, top, *_ = part.displayed
+    preprocess.resample(pixels, part.crop, recipe, out, left=left, top=top, scale=part.scale)
     return True

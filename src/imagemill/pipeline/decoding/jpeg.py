@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 
 from PIL import Image
 
 from imagemill.pipeline.decoding import preprocess
+from imagemill.records import record_of_image
 
 _MAX_SEGMENTS = 10_000
 ORIENTATION = 0x0112
 
 
-@dataclass(frozen=True, slots=True)
+@record_of_image
 class Header:
     """What the header of a JPEG says."""
 
@@ -40,9 +40,9 @@ def read_header(data: bytes) -> Header | None:
     """
     frame: tuple[int, int, int, int, int] | None = None
     exif = xmp = None
-    at = 2
+    at, last = 2, len(data) - 4
     for _ in range(_MAX_SEGMENTS):
-        if data[at : at + 1] != b"\xff" or at + 4 > len(data):
+        if at > last or data[at] != 0xFF:
             return None
         marker = data[at + 1]
         if marker == 0xFF:  # padding

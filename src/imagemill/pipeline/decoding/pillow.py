@@ -89,19 +89,19 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
     """Decode and preprocess one image into a place of a batch, and note its size as soon as it is
     known. May raise anything.
     """
-    file, orientation, cut = (
-        png.strip(data, recipe.exif) if data.startswith(png.MAGIC) else (data, 1, None)
-    )
-    image = _open(file, limits, seen)
+    is_png = data.startswith(png.MAGIC)
+    file, orientation, cut = png.strip(data, recipe.exif) if is_png else (data, 1, None)
+    image = png.read_small(file, limits.max_pixels) if is_png else None
+    image = image or _open(file, limits, seen)
     try:
         turns_itself = (
             image.format == "TIFF"
         )  # Pillow does it when it loads, and gives the turned size before
-        if recipe.exif and not turns_itself and image.format != "PNG":
+        if recipe.exif and not turns_itself and not is_png:
             orientation = _pillow_orientation(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
         check_budget(*image.size, limits)
-        if image.format == "PNG":
+        if is_png:
             png.check_sums(data)
             if cut is not None:
                 raise cut
@@ -117,16 +117,15 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
         image.load()  # once: after an error the second call is silent and leaves black pixels
         seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
         check_budget(width, height, limits)
-        crop = preprocess.locate(width, height, recipe)
-        box = preprocess.region(crop, recipe)
-        box_stored = preprocess.turned_region(box, orientation, width, height)
+        part = preprocess.needed(*image.size, orientation, recipe, False)
         if recipe.background is not None and image.has_transparency_data:
-            part = _blend(image, box_stored, recipe.background, file)
+            pixels = _blend(image, part.stored, recipe.background, file)
         else:
-            part = _to_rgb(image, box_stored)
+            pixels = _to_rgb(image, part.stored)
         if orientation in preprocess.TURNS:
-            part = part.transpose(preprocess.TURNS[orientation])
-        preprocess.resample(part, crop, recipe, out, left=box[0], top=box[1])
+            pixels = pixels.transpose(preprocess.TURNS[orientation])
+        left, top, *_ = part.displayed
+        preprocess.resample(pixels, part.crop, recipe, out, left=left, top=top)
     finally:
         image.close()
 
@@ -328,7 +327,7 @@ def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
         return _grey(to_8_bits(np.asarray(part), low, high))
     if image.mode in {"La", "RGBa"}:
         part = part.convert("LA" if image.mode == "La" else "RGBA")
-    return part.convert("RGB")
+    return part if part.mode == "RGB" else part.convert("RGB")
 
 
 def _blend(
@@ -389,7 +388,7 @@ def prepare() -> None:
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     # catch_warnings, pytest's for one, removes the filter; so look for it each time (0.2 µs)
-    if not any(entry is _silence for entry in warnings.filters[:3]):
+    if _silence not in warnings.filters[:3]:
         with _setup:
             filters: Any = warnings.filters  # a list, in spite of its stub
             if _silence not in filters:

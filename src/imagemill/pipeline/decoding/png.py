@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from PIL import Image
+
 from imagemill.pipeline.decoding.jpeg import find_orientation
 from imagemill.pipeline.decoding.refusals import Refusal
 from imagemill.records import Status
@@ -26,20 +28,17 @@ _PIXELS = {b"tRNS", b"acTL", b"fcTL"}
 """Ancillary chunks that change pixels: transparency, and where the first frame of an animation
 lies. Dropped if the checksum is wrong.
 """
+_is_kind = re.compile(rb"\w{4}").match
+_ANCILLARY = 0x20
+"""Bit of the first letter of the kinds of chunks that are not critical."""
+_MODES = {
+    (8, colour, 0, 0, 0): mode for colour, mode in ((0, "L"), (2, "RGB"), (4, "LA"), (6, "RGBA"))
+}
+"""Bit depth, colour type, compression, filter and interlacing → the mode of the image."""
+_SMALL = 65_536
+"""Bytes of a small file."""
 _RAW_EXIF = b"Raw profile type exif"
 _XMP = b"XML:com.adobe.xmp"
-
-
-class _Chunk(NamedTuple):
-    kind: bytes
-    start: int
-    """Offset of the chunk's length field."""
-    end: int
-    """Offset of the next chunk."""
-
-    @property
-    def is_ancillary(self) -> bool:
-        return bool(self.kind[0] & 0x20)
 
 
 class Stripped(NamedTuple):
@@ -60,34 +59,67 @@ def strip(data: bytes, want_orientation: bool) -> Stripped:
     view, copied = memoryview(data), 0
     metadata: dict[bytes, bytes] = {}
     pixels_at = end = cut = None
-    for chunk in _chunks(data):
-        if pixels_at is not None and chunk.kind != b"IDAT":
-            end = end or chunk.start  # Pillow reads no pixels after the first run of IDAT
-            if chunk.kind == b"fcTL":  # the next frame of an animation
+    for kind, start, after in _chunks(data):
+        if pixels_at is not None and kind != b"IDAT":
+            end = end or start  # Pillow reads no pixels after the first run of IDAT
+            if kind == b"fcTL":  # the next frame of an animation
                 break
-        if chunk.kind == b"IDAT":
-            pixels_at = pixels_at or chunk.start
-        if not chunk.is_ancillary:
+        if kind == b"IDAT":
+            pixels_at = pixels_at or start
+        if not kind[0] & _ANCILLARY:
             continue
-        if chunk.end > len(data):
-            if end is not None and chunk.end - 4 > len(data):
+        if after > len(data):
+            if end is not None and after - 4 > len(data):
                 cut = Refusal(
                     Status.TRUNCATED,
-                    f"truncated PNG file: it ends within the {chunk.kind.decode()} chunk at byte"
-                    f" {chunk.start}",
+                    f"truncated PNG file: it ends within the {kind.decode()} chunk at byte {start}",
                 )
             break  # if the pixels are missing, Pillow says so
-        is_sound = _has_right_sum(view, chunk)
+        is_sound = _has_right_sum(view, start, after)
         if is_sound and want_orientation:
-            _collect(chunk.kind, data, chunk, metadata)
-        if end is None and not (is_sound and chunk.kind in _PIXELS):
-            kept.append(view[copied : chunk.start])
-            copied = chunk.end
+            _collect(kind, data, start + 8, after - 4, metadata)
+        if end is None and not (is_sound and kind in _PIXELS):
+            kept.append(view[copied:start])
+            copied = after
     if end is not None and data[end + 4 : end + 8] != b"IEND":
         kept += [view[copied:end], memoryview(b"\0\0\0\0IEND\xaeB`\x82")]
     elif kept:
         kept.append(view[copied:])
     return Stripped(b"".join(kept) if kept else data, _orientation(metadata), cut)
+
+
+def read_small(data: bytes, max_pixels: int) -> Image.Image | None:
+    """Decode a small and simple PNG: 8 bits per sample, no palette, not interlaced, and no chunk
+    but header, pixels and end.
+
+    Pillow's decoder does it without Pillow's reader of files, which takes longer than decoding so
+    few pixels. The reader decides on everything unusual or damaged.
+
+    Args:
+        data: the file without metadata.
+        max_pixels: the most pixels that are decoded here.
+
+    Returns:
+        the image, or None, which leaves it to Pillow's reader.
+    """
+    if len(data) > _SMALL or data[8:16] != b"\0\0\0\rIHDR":
+        return None
+    view, pixels, kind, after = memoryview(data), [], b"", 0
+    for kind, start, after in _chunks(data):
+        if kind == b"IDAT":
+            pixels.append(view[start + 8 : after - 4])
+        elif start != len(MAGIC) and kind != b"IEND":
+            return None
+    if kind != b"IEND" or after != len(data) or not _has_right_sum(view, len(MAGIC), 33):
+        return None
+    width, height, *form = struct.unpack_from(">2I5B", data, 16)
+    mode = _MODES.get(tuple(form))
+    if mode is None or not 0 < width * height <= max_pixels:
+        return None
+    try:
+        return Image.frombytes(mode, (width, height), b"".join(pixels), "zip", mode, 0)
+    except ValueError:  # damaged
+        return None
 
 
 def check_sums(data: bytes) -> None:
@@ -98,13 +130,13 @@ def check_sums(data: bytes) -> None:
         Refusal: a checksum is wrong.
     """
     view = memoryview(data)
-    for chunk in _chunks(data):
-        if chunk.end > len(data):
+    for kind, start, after in _chunks(data):
+        if after > len(data):
             return
-        if chunk.kind == b"IDAT" and not _has_right_sum(view, chunk):
+        if kind == b"IDAT" and not _has_right_sum(view, start, after):
             raise Refusal(
                 Status.CORRUPT,
-                f"broken PNG file: wrong checksum of the IDAT chunk at byte {chunk.start}",
+                f"broken PNG file: wrong checksum of the IDAT chunk at byte {start}",
             )
 
 
@@ -113,27 +145,28 @@ def bit_depth(data: bytes) -> int:
     return data[24]
 
 
-def _chunks(data: bytes) -> Iterator[_Chunk]:
-    """Yield the chunks up to IEND. The last one may end beyond the file."""
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the chunks up to IEND: kind, offset of the length field, and offset of the next chunk.
+    The last one may end beyond the file.
+    """
     at = len(MAGIC)
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
-        if not re.match(rb"\w{4}", kind):
+        if not _is_kind(kind):
             return
-        yield _Chunk(kind, at, at + 12 + length)
+        yield kind, at, at + 12 + length
         if kind == b"IEND":
             return
         at += 12 + length
 
 
-def _has_right_sum(view: memoryview, chunk: _Chunk) -> bool:
-    expected: int = struct.unpack_from(">I", view, chunk.end - 4)[0]
-    return zlib.crc32(view[chunk.start + 4 : chunk.end - 4]) == expected
+def _has_right_sum(view: memoryview, start: int, after: int) -> bool:
+    expected: int = struct.unpack_from(">I", view, after - 4)[0]
+    return zlib.crc32(view[start + 4 : after - 4]) == expected
 
 
-def _collect(kind: bytes, data: bytes, chunk: _Chunk, metadata: dict[bytes, bytes]) -> None:
+def _collect(kind: bytes, data: bytes, start: int, end: int, metadata: dict[bytes, bytes]) -> None:
     """Keep the content of a chunk that can hold an orientation."""
-    start, end = chunk.start + 8, chunk.end - 4
     if kind == b"eXIf":
         metadata[kind] = data[start:end]
     for key in (_RAW_EXIF, _XMP):

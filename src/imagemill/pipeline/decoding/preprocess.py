@@ -96,6 +96,42 @@ class Crop:
     y: Span
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which pixels of a stored image are needed for its crop."""
+
+    crop: Crop
+    scale: int
+    """By how much the image may be scaled down while it is decoded."""
+    width: int
+    """Of the stored image at this scale, pixels."""
+    height: int
+    """Of the stored image at this scale, pixels."""
+    displayed: tuple[int, int, int, int]
+    """Left, top, right and bottom in the displayed image at this scale."""
+    stored: tuple[int, int, int, int]
+    """The same in the stored image at this scale."""
+
+
+@functools.lru_cache(1024)  # many images have the size of another one
+def needed(width: int, height: int, orientation: int, recipe: Recipe, scaled: bool) -> Part:
+    """Return which part of a stored image of this size is needed.
+
+    Args:
+        width, height: of the stored image, pixels.
+        orientation: which way up it is displayed.
+        recipe: how it becomes the model's input.
+        scaled: whether its decoder can scale it by powers of two.
+    """
+    displayed = turned_size(width, height, orientation)
+    scale = shrink(*displayed, recipe) if scaled else 1
+    width, height = -(-width // scale), -(-height // scale)
+    crop = locate(*displayed, recipe)
+    box = region(crop, recipe, scale)
+    stored = turned_region(box, orientation, *turned_size(width, height, orientation))
+    return Part(crop, scale, width, height, box, stored)
+
+
 def locate(width: int, height: int, recipe: Recipe) -> Crop:
     """Return the crop of an image of this displayed size. `Centre` says which pixels it begins
     at.
@@ -326,11 +362,9 @@ def _resample_native(
     if pixels.strides[1:] != (3, 1):  # turned
         pixels = np.ascontiguousarray(pixels)
     goal = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
-    x, y = (
-        (span.length / scale, span.resized, span.skipped, offset)
-        for span, offset in ((crop.x, left), (crop.y, top))
-    )
-    resample_part(pixels, x, y, recipe.interpolation.value, _down_first(crop), goal)
+    x = (crop.x.length / scale, crop.x.resized, crop.x.skipped, left)
+    y = (crop.y.length / scale, crop.y.resized, crop.y.skipped, top)
+    resample_part(pixels, x, y, recipe.interpolation, _down_first(crop), goal)
     if goal is not out:
         out[:] = goal
 
