@@ -290,6 +290,20 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
     assert batch.rows[2].error == "reading or decoding it took more than --max-seconds 7, twice"
 
 
+def release_when_joined(
+    monkeypatch: pytest.MonkeyPatch, feed: Feed, release: threading.Event
+) -> None:
+    """Set the event when the feed waits for its only thread, which it has told to end by then."""
+    (thread,) = feed._threads
+    join = thread.join
+
+    def release_and_join() -> None:
+        release.set()
+        join()
+
+    monkeypatch.setattr(thread, "join", release_and_join)
+
+
 def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -311,14 +325,78 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
     with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
         assert entered.wait(20)
-        shutdown = feed._pool.shutdown
-
-        def noting(**how: bool) -> None:
-            threading.Timer(0.2, release.set).start()  # after it has been told to end
-            shutdown(**how)
-
-        monkeypatch.setattr(feed._pool, "shutdown", noting)
+        release_when_joined(monkeypatch, feed, release)
     assert fetched == list(range(6))
+
+
+def test_its_threads_end_with_a_feed_that_nobody_closes() -> None:
+    feed = Feed(RECIPE, Limits(), 2, 3, None, Stopwatch())
+    assert sum(len(batch.rows) for batch in feed.batches(map(image, range(9), "o" * 9))) == 9
+    threads = feed._threads
+    del feed
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_closed_feed_refuses_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it is closed while somebody waits for an image, which may be in another thread."""
+    reading, release = threading.Event(), threading.Event()
+
+    def fetch() -> bytes:
+        reading.set()
+        release.wait(20)
+        return b"o1"
+
+    slow = PlannedImage(0, SHARD, "s", b"a", -1, fetch)
+    refused: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(RuntimeError) as error:
+            list(feed.batches([slow, image(1, "o")]))
+        refused.append(str(error.value))
+
+    with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        assert reading.wait(20)
+        release_when_joined(monkeypatch, feed, release)
+    waiter.join(20)
+    assert refused == ["the feed is closed"]
+    with pytest.raises(RuntimeError, match="the feed is closed"):
+        list(feed.batches([image(0, "o")]))
+
+
+def test_a_slow_image_holds_up_no_other() -> None:
+    """One thread works on the slow one; the other decodes everything else that is read ahead."""
+    others, all_read = set(range(1, 8)), threading.Event()
+
+    def planned(number: int) -> PlannedImage:
+        def fetch() -> bytes:
+            if number == 0:
+                assert all_read.wait(20), f"not read: {others}"
+            others.discard(number)
+            if not others:
+                all_read.set()
+            return b"o%d" % number
+
+        return PlannedImage(number, SHARD, "s", b"a", -1, fetch)
+
+    with Feed(RECIPE, Limits(), 2, 2, None, Stopwatch()) as feed:
+        batches = list(feed.batches(map(planned, range(8))))
+    assert [row.index for batch in batches for row in batch.rows] == list(range(8))
+
+
+def test_an_error_that_is_no_fault_of_the_image_is_raised_where_its_batch_is_wanted() -> None:
+    def fetch() -> bytes:
+        raise ZeroDivisionError("a bug")
+
+    images = [image(0, "o"), image(1, "o"), PlannedImage(2, SHARD, "s", b"a", -1, fetch)]
+    with Feed(RECIPE, Limits(), 2, 2, None, Stopwatch()) as feed:
+        batches = feed.batches(images)
+        assert [row.index for row in next(batches).rows] == [0, 1]
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            next(batches)
 
 
 def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:

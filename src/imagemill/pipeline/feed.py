@@ -9,17 +9,19 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.pipeline.decoding.decode import decode, decode_into
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.pipeline.heartbeat import Heartbeat
+from imagemill.pipeline.heartbeat import SLOTS, Heartbeat
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     BadImage,
@@ -38,6 +40,10 @@ _log = logging.getLogger(__name__)
 
 class Feed:
     """Decodes images on `workers` threads and packs them into batches of fixed size.
+
+    The threads share one queue, and each takes the next image as soon as it can. So a slow image
+    holds up no other, and each thread of a slow source has a request in flight. Whoever asks for a
+    batch sleeps until its last image is decoded, instead of waking for each one.
 
     Args:
         recipe: defines the pixels.
@@ -58,16 +64,18 @@ class Feed:
         clock: Stopwatch,
     ) -> None:
         self._recipe = recipe
-        self._limits = limits
         self._batch_size = batch_size
         self._ahead = 2 * batch_size + 2 * workers
-        self._heartbeat = heartbeat
-        self._clock = clock
-        self._slots = itertools.count()
-        self._thread = threading.local()
-        self._pool = ThreadPoolExecutor(workers, "decode", initializer=self._take_slot)
-        self._isolated: IsolatedDecoder | None = None
-        self._isolated_lock = threading.Lock()
+        self._heartbeat = heartbeat or Heartbeat(-1)
+        self._decoders = _Decoders(recipe, limits, self._heartbeat, clock)
+        # The threads know only the decoders, so that they end with a feed that nobody closes.
+        self._threads = [
+            threading.Thread(target=self._decoders.run, args=(slot,), name="decode", daemon=True)
+            for slot in range(workers)
+        ]
+        self._end = weakref.finalize(self, self._decoders.end, workers)
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Feed:
         return self
@@ -78,9 +86,10 @@ class Feed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._isolated is not None:
-            self._isolated.close()
+        self._end()
+        for thread in self._threads:
+            thread.join()
+        self._decoders.isolated.close()
 
     def batches(self, images: Iterable[PlannedImage]) -> Iterator[Batch]:
         """Yield batches in plan order; each image is one row of one batch. The last batch may be
@@ -88,50 +97,124 @@ class Feed:
 
         Reads ahead of what it yields by two batches and two images a thread, whatever the number of
         images.
+
+        Raises:
+            RuntimeError: the feed is closed.
         """
-        window: deque[tuple[PlannedImage, Future[Decoded], NDArray[np.uint8] | None]] = deque()
+        window: deque[_Task] = deque()
         places = _Places(self._batch_size, self._recipe.height, self._recipe.width)
         coming = iter(images)
+        wake: _Wake = SimpleQueue()
         rows: list[Row] = []
         while True:
             for image in itertools.islice(coming, self._ahead - len(window)):
-                out = places.take(len(window))
-                window.append((image, self._pool.submit(self._decode, image, out), out))
-            if not window:
-                break
-            image, future, out = window.popleft()
-            decoded = future.result()
-            slot = places.settle(decoded.pixels, out)
-            path = image.path.decode("utf-8", "backslashreplace")
-            size = (decoded.width, decoded.height)
-            rows.append(
-                Row(
-                    image.index,
-                    image.shard,
-                    image.source,
-                    path,
-                    decoded.status,
-                    decoded.error,
-                    *size,
-                    slot,
-                )
-            )
-            if places.filled == self._batch_size or len(rows) >= 16 * self._batch_size:
-                if self._heartbeat is not None:
-                    self._heartbeat.mark_batch()
+                task = _Task(image, places.take(len(window)))
+                window.append(task)
+                self._decoders.add(task)
+            if rows and (places.is_full or len(rows) >= 16 * self._batch_size or not window):
+                self._heartbeat.mark_batch()
                 yield Batch(*places.batch(), tuple(rows))
                 rows = []
-        if rows:
-            yield Batch(*places.batch(), tuple(rows))
+            if not window:
+                return
+            wanted = min(self._batch_size - places.filled, 16 * self._batch_size - len(rows))
+            tasks = [window.popleft() for _ in range(min(wanted, len(window)))]
+            tasks[-1].result(wake)  # all of them are needed, and it is probably the last one
+            for task in tasks:
+                image, decoded = task.image, task.result(wake)
+                slot = places.settle(decoded.pixels, task.out)
+                path = image.path.decode("utf-8", "backslashreplace")
+                size = (decoded.width, decoded.height)
+                rows.append(
+                    Row(
+                        image.index,
+                        image.shard,
+                        image.source,
+                        path,
+                        decoded.status,
+                        decoded.error,
+                        *size,
+                        slot,
+                    )
+                )
 
-    def _take_slot(self) -> None:
-        self._thread.slot = next(self._slots)
 
-    def _decode(self, image: PlannedImage, out: NDArray[np.uint8] | None) -> Decoded:
-        """Decode one image on a decoding thread, into `out` or a new array.
+_Wake: TypeAlias = "SimpleQueue[None]"
 
-        Faults of the image are part of the result, never raised.
+
+class _Task:
+    """An image that a thread decodes or will decode."""
+
+    __slots__ = ("decoded", "error", "image", "out", "wake")
+
+    def __init__(self, image: PlannedImage, out: NDArray[np.uint8] | None) -> None:
+        self.image = image
+        self.out = out
+        self.decoded: Decoded | None = None
+        self.error: BaseException | None = None
+        self.wake: _Wake | None = None
+
+    def result(self, wake: _Wake) -> Decoded:
+        """Wait for the decoded image. Raises: what stopped its thread from decoding it.
+
+        Args:
+            wake: where the decoding threads wake the caller.
         """
+        if self.decoded is None:
+            self.wake = wake
+            while self.decoded is None:
+                if self.error is not None:
+                    raise self.error
+                wake.get()  # perhaps late, for an earlier image
+        return self.decoded
+
+
+class _Decoders:
+    """What the decoding threads of a feed share."""
+
+    def __init__(
+        self, recipe: Recipe, limits: Limits, heartbeat: Heartbeat, clock: Stopwatch
+    ) -> None:
+        self._recipe = recipe
+        self._limits = limits
+        self._heartbeat = heartbeat
+        self._clock = clock
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._is_open = True
+        self._cpu = [0.0] * SLOTS
+        """CPU time of each thread up to the end of its last image."""
+        self.isolated = IsolatedDecoder()
+
+    def add(self, task: _Task) -> None:
+        """Have a thread decode an image. Raises: RuntimeError after `end`."""
+        self._tasks.put(task)
+        self._check_open()  # last, because `end` in another thread may have missed this task
+
+    def end(self, threads: int) -> None:
+        """Let the threads end, each after the image that it works on."""
+        self._is_open = False
+        for _ in range(threads):
+            self._tasks.put(None)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RuntimeError("the feed is closed")
+
+    def run(self, slot: int) -> None:
+        """Decode images until `end`. Faults of an image are part of the result."""
+        while (task := self._tasks.get()) is not None:
+            try:
+                self._check_open()
+                task.decoded = self._decode(slot, task.image, task.out)
+            except BaseException as error:  # raised where the result is wanted
+                task.error = error
+            wake = task.wake
+            del task  # else a waiting thread would keep a batch in memory
+            if wake is not None:
+                wake.put(None)
+
+    def _decode(self, slot: int, image: PlannedImage, out: NDArray[np.uint8] | None) -> Decoded:
+        """Read and decode one image, into `out` or a new array."""
         if image.isolation is IsolationReason.HUNG_READ:
             return Decoded(
                 None,
@@ -139,10 +222,8 @@ class Feed:
                 f"reading or decoding it took more than --max-seconds {self._limits.max_seconds:g},"
                 " twice",
             )
-        slot = self._thread.slot
-        if self._heartbeat is not None:
-            self._heartbeat.mark_image(slot, image.index)
-        begun, cpu_begun = time.perf_counter(), time.thread_time()
+        self._heartbeat.mark_image(slot, image.index)
+        begun, cpu_begun = time.perf_counter(), self._cpu[slot]
         fetched = None
         try:
             data = image.fetch()
@@ -155,10 +236,9 @@ class Feed:
                     len(data),
                 )
             if image.isolation is not None:
-                if self._heartbeat is not None:
-                    # `IsolatedDecoder` keeps the time limit itself.
-                    self._heartbeat.mark_image(slot, image.index, timed=False)
-                return self._decode_isolated(data, image.isolation)
+                # `IsolatedDecoder` keeps the time limit itself.
+                self._heartbeat.mark_image(slot, image.index, timed=False)
+                return self.isolated.decode(data, self._recipe, self._limits, image.isolation)
             return (
                 decode(data, self._recipe, self._limits)
                 if out is None
@@ -167,19 +247,13 @@ class Feed:
         except BadImage as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:
-            if self._heartbeat is not None:
-                self._heartbeat.clear_image(slot)
+            self._heartbeat.clear_image(slot)
             ended, cpu_ended = time.perf_counter(), time.thread_time()
+            self._cpu[slot] = cpu_ended
             read, decoding = fetched or (ended, cpu_ended)  # reading failed, which took time too
             self._clock.image(
                 read - begun, cpu_ended - decoding, ended - read, cpu_ended - cpu_begun
             )
-
-    def _decode_isolated(self, data: bytes, reason: IsolationReason) -> Decoded:
-        with self._isolated_lock:
-            if self._isolated is None:
-                self._isolated = IsolatedDecoder()
-            return self._isolated.decode(data, self._recipe, self._limits, reason)
 
 
 class _Places:
@@ -203,6 +277,11 @@ class _Places:
         self._astray = False
         self.filled = 0
         """Places of the first batch that are settled."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place of the first batch is settled."""
+        return self.filled == self._size
 
     def take(self, before: int) -> NDArray[np.uint8] | None:
         """Give the next image a place, uint8 (height, width, 3), or None: it needs its own array.

@@ -95,7 +95,7 @@ class Stopwatch:
             read_s: wall time of reading it.
             decode_s: CPU time of decoding it.
             decode_wall_s: wall time of decoding it.
-            cpu_s: CPU time of both.
+            cpu_s: CPU time of its thread since the last image.
         """
         with self._lock:
             self._seconds["read"] += read_s
