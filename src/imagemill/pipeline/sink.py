@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
@@ -99,15 +101,11 @@ class Sink:
         """Take a batch's rows and yield the parts whose last row was among them. Batches may span
         shards.
         """
-        start = 0
-        while start < len(batch.rows):
-            shard = batch.rows[start].shard
-            end = start
-            while end < len(batch.rows) and batch.rows[end].shard.number == shard.number:
-                end += 1
-            opened = self._open.setdefault(shard.number, _Open(shard))
-            rows = batch.rows[start:end]
-            slots = [row.slot for row in rows if row.slot >= 0]
+        for shard, group in itertools.groupby(batch.rows, attrgetter("shard")):
+            if (opened := self._open.get(shard.number)) is None:
+                opened = self._open[shard.number] = _Open(shard)
+            rows = list(group)
+            slots = np.array([row.slot for row in rows if row.slot >= 0], np.intp)
             opened.rows.extend(rows)
             opened.class_ids.append(top.class_ids[slots])
             opened.probabilities.append(top.probabilities[slots])
@@ -119,7 +117,6 @@ class Sink:
             if len(opened.rows) == shard.count:
                 del self._open[shard.number]
                 yield Part(shard, self._table(opened), self._store, opened.since)
-            start = end
 
     def _table(self, opened: _Open) -> pa.Table:
         rows = opened.rows
@@ -142,7 +139,7 @@ class Sink:
             pa.array([row.index for row in rows], pa.int64()),
             pa.array([row.source for row in rows], pa.string()),
             pa.array([row.path for row in rows], pa.string()),
-            pa.array([row.status.value for row in rows], pa.string()),
+            pa.array([row.status for row in rows], pa.string()),
             pa.array([_told(row.error) for row in rows], pa.string()),
             ids.take(first),
             self._labels.take(ids.take(first)),

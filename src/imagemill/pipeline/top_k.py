@@ -70,7 +70,7 @@ def top_k(
         candidates = np.where(kept, probabilities, np.float32(-1))
         counts = np.minimum(counts, kept.sum(axis=1))
     class_ids = most_probable(candidates, k)
-    best = np.take_along_axis(probabilities, class_ids.astype(np.intp), axis=1)
+    best = probabilities[np.arange(len(class_ids))[:, None], class_ids]
     return batch, TopK(class_ids, best, counts, outputs)
 
 
