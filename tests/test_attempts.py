@@ -80,6 +80,7 @@ class Fake:
         _watcher: Watcher,
         *,
         is_resumed: bool,
+        **_: object,
     ) -> OpenJob:
         size = opened.frozen.job.session.batch_size
         self.attempts.append((size, is_resumed))
