@@ -640,8 +640,8 @@ class Summary:
     devices: tuple[DeviceSummary, ...]
     output: str
     rates: Mapping[str, float] = field(default_factory=dict)
-    """images/s: `decode_only` and `compute_only` as this run's clocks suggest them, and
-    `achieved`.
+    """images/s: `decode_only`, `compute_only` and, if the devices tell, `transfer_only`, as this
+    run's clocks suggest them; and `achieved`.
     """
     advice: str | None = None
     skipped_hidden: int = 0
