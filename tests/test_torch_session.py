@@ -737,8 +737,8 @@ def test_a_card_lost_in_mid_run_costs_its_workers_restart(
         (found[name],) = ended.json["devices"]
     assert (found["lost"]["restarts"], found["calm"]["restarts"]) == (1, 0)
     assert found["lost"]["images"] == 16
-    assert 0 < found["calm"]["busy"] <= 1
-    assert found["calm"]["clock"]["transfer"] > 0
+    assert 0 <= found["calm"]["busy"] <= 1
+    assert min(found["calm"]["clock"][name] for name in ("device", "transfer")) > 0
     assert (
         "the GPU failed: CUDA error: the card has fallen off"
         in (tmp_path / "lost-out" / "logs" / "cuda#0.log").read_text()
