@@ -101,6 +101,27 @@ def test_a_gpu_without_memory_is_an_error_of_its_own_kind(
         assert str(caught.value) == "cuda#0 has 0.3 GB free, and batches of 3 need more."
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("cuda", errors.DeviceLostError), ("cpu", errors.ModelError)]
+)
+def test_a_gpu_that_fails_is_lost(tiny: Bundle, kind: str, expected: type[Exception]) -> None:
+    """So that its worker is started again."""
+    session = make(tiny)
+    session._device = replace(session._device, name=f"{kind}#0", kind=kind)
+
+    class Lost:
+        def run(self, *_: Any) -> None:
+            raise RuntimeError(
+                "CUDA failure 700: an illegal memory access was encountered ; GPU=0 ; line=63"
+            )
+
+    session._session = Lost()
+    with pytest.raises(expected, match="CUDA failure 700: an illegal memory access") as caught:
+        list(session.stream(batches(1)))
+    assert type(caught.value) is expected
+    session.close()
+
+
 def test_a_provider_whose_libraries_are_missing_names_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import DeviceError, DeviceMemoryError, ModelError
+from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
 from imagemill.pipeline.backends.base import (
     Found,
     describe_memory_shortage,
@@ -43,6 +43,8 @@ _OUT_OF_MEMORY = (
     "ALLOC_FAILED",
 )
 """Parts of ONNX Runtime's and CUDA's messages about too little memory."""
+_LOST = "CUDA failure "
+"""Part of ONNX Runtime's messages about an error of CUDA, with its number."""
 _AT_WORK = 2
 """Batches that a device other than the CPU has in flight: one computes while the next one's pixels
 come.
@@ -187,7 +189,7 @@ class OnnxRuntimeSession:
         try:
             found: list[NDArray[np.float32]] = self._session.run(self._names, {self._input: pixels})
         except Exception as error:  # the classes that ONNX Runtime raises share no other base
-            _raise_if_out_of_memory(error, self._device, len(pixels))
+            _raise_if_device_failed(error, self._device, len(pixels))
             raise ModelError(
                 f"{self.backend} cannot compute a batch of {len(pixels)}: {_one_line(error)}"
             ) from error
@@ -273,7 +275,7 @@ def _open(
             spec.model_file, options, providers=wanted, enable_fallback=0
         )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
-        _raise_if_out_of_memory(error, device, spec.batch_size)
+        _raise_if_device_failed(error, device, spec.batch_size)
         raise ModelError(
             f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
         ) from error
@@ -287,12 +289,16 @@ def _open(
     return session
 
 
-def _raise_if_out_of_memory(error: Exception, device: DeviceSpec, batch_size: int) -> None:
-    """Raise DeviceMemoryError if an error means that a GPU's memory does not suffice."""
+def _raise_if_device_failed(error: Exception, device: DeviceSpec, batch_size: int) -> None:
+    """Raise an error of the device's if it is the device's: DeviceMemoryError if its memory does
+    not suffice, DeviceLostError if CUDA failed, after which a process cannot use the GPU again.
+    """
     if device.kind != "cpu" and any(sign in str(error) for sign in _OUT_OF_MEMORY):
         free = free_memory(device.id) if device.kind == "cuda" else None
         text = describe_memory_shortage(device.name, batch_size, free)
         raise DeviceMemoryError(text) from error
+    if device.kind == "cuda" and _LOST in str(error):
+        raise DeviceLostError(f"{device.name}: the GPU failed: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
