@@ -47,7 +47,7 @@ def _lines(score: Score) -> Iterator[str]:
         for found in score.confusions[:_CONFUSIONS]:
             yield f"  {found.images:>6,}  {found.label} → {found.predicted_label}"
     by = f", matched by {score.matched_by}" if score.matched_by else ""
-    yield f"truth: {score.truth}, read as {score.truth_is}{by}"
+    yield f"truth: {score.truth}, read as {score.read_as}{by}"
     for name, why in score.omitted.items():
         yield f"no {name}: {why}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,11 +48,12 @@ def full_path(source: str, path: str) -> str:
 
 
 def beside(file: str, path: str) -> str:
-    """Return the absolute path or URL that a path or URL in a file means."""
+    """Return the absolute path or URL that a path or URL in a file means, without `..`."""
     try:
-        return storage.beside(file.encode(), path.encode()).decode()
+        found = storage.beside(file.encode(), path.encode()).decode()
     except ValueError:  # leads above its host
         return path
+    return found if "://" in found else os.path.abspath(found)  # noqa: PTH100 - links stay
 
 
 def relative_path(source: str, path: str) -> str:

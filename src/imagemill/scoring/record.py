@@ -93,7 +93,7 @@ class Score:
     model: str
     truth: str
     """`--truth` as it was given."""
-    truth_is: str
+    read_as: str
     """How its values are read: `labels`, `synsets` or `class ids`."""
     matched_by: str
     """How images are found in a table: `path`, `full path` or `file name`; else empty."""

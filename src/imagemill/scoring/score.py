@@ -65,7 +65,7 @@ def score(job: OpenJob, given: str) -> Score:
         output=job.paths.output,
         model=card.name,
         truth=given,
-        truth_is=reading.kind,
+        read_as=reading.kind,
         matched_by=found.matched_by,
         plan_id=frozen.plan_id,
         answer_id=frozen.answer_id,
