@@ -62,7 +62,7 @@ def make_job(folder: Path, count: int) -> Path:
     card = job.frozen.job.session.card
     labels = tuple(f"{number:03d}" for number in range(_CLASSES))
     session = replace(job.frozen.job.session, card=replace(card, labels=labels))
-    frozen = replace(job.frozen, images=count, job=replace(job.frozen.job, session=session))
+    frozen = replace(job.first, images=count, job=replace(job.frozen.job, session=session))
     job.paths.job.write_bytes(serialization.encode(frozen))
     for file in job.paths.plan.iterdir():
         file.unlink()

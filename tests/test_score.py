@@ -349,11 +349,9 @@ def test_cls_members_of_a_webdataset(make: Make, tmp_path: Path) -> None:
         found = score(job, "cls")
         assert (found.top1.correct, found.labelled) == (2, 3)
         assert found.notes == (
-            "note: 1 of 4 images have no true label, first: y/002.jpg. They are not scored",
+            "note: images without a true label, not scored: 1 of 4, first: y/002.jpg",
         )
-    (tmp_path / "shard.tar").write_bytes(archive_files.tar({"a.cls": b"0" * 70_000}))
-    job = replace(job, frozen=replace(job.frozen, job=replace(
-        job.frozen.job, sources=(str(tmp_path / "shard.tar"),))))  # fmt: skip
+    (tmp_path / "shard.tar.gz").write_bytes(archive_files.tar({"a.cls": b"0" * 70_000}, "w:gz"))
     with pytest.raises(SourceError, match=r"member a\.cls has 70,000 bytes"):
         score(job, "cls")
 
@@ -408,10 +406,12 @@ def notes_of(make: Make, tmp_path: Path, text: str, answers: Any = THREE) -> tup
 
 def test_images_and_rows_without_a_partner(make: Make, tmp_path: Path) -> None:
     """Images without truth and truth without an image are one line each, with the first."""
-    found, notes = notes_of(make, tmp_path, "cat/a.jpg,cat\nx.jpg,cat\ndog/b.jpg,\ny.jpg,dog\n")
+    found, notes = notes_of(
+        make, tmp_path, "cat/a.jpg,cat\nx.jpg,cat\ndog/b.jpg,\ny.jpg,dog\n,cat\n,cat\n"
+    )
     assert notes == (
-        "note: 2 of 3 images have no true label, first: dog/b.jpg. They are not scored\n"
-        "note: 2 paths of /t.csv are not in the job, first: x.jpg"
+        "note: images without a true label, not scored: 2 of 3, first: dog/b.jpg\n"
+        "note: paths of /t.csv that are not in the job: 2, first: x.jpg"
     )
     assert (found.labelled, found.matched_by) == (1, "path")
 
@@ -422,8 +422,8 @@ def test_unknown_labels(make: Make, tmp_path: Path) -> None:
     answers = {"cat/a.jpg": (0, 0.9), **{f"dog/{n}.jpg": (1, 0.9) for n in range(14)}}
     found, notes = notes_of(make, tmp_path, f"cat/a.jpg,cat\n{rows}", answers)
     assert notes == (
-        "note: 7 labels are not among the model's labels: 'breed 0', 'breed 1', 'breed 2',"
-        " 'breed 3', 'breed 4', …. Their 14 images are not scored"
+        "note: labels that are not among the model's labels: 7 ('breed 0', 'breed 1', 'breed 2',"
+        " 'breed 3', 'breed 4', …); images with them, not scored: 14"
     )
     assert (found.labelled, found.top1.correct) == (1, 1)
 
@@ -433,10 +433,7 @@ def test_rows_that_repeat(make: Make, tmp_path: Path) -> None:
     found, notes = notes_of(
         make, tmp_path, "cat/a.jpg,cat\ndog/b.jpg,dog\ncat/a.jpg,cat\ndog/c.jpg,dog\n"
     )
-    assert notes == (
-        "note: 1 entries of the truth repeat a path and its label, first: cat/a.jpg. Each counts"
-        " once"
-    )
+    assert notes == ("note: labels that are given twice and count once: 1, first: cat/a.jpg")
     assert (found.top1.correct, found.labelled, len(found.confusion)) == (2, 3, 3)
 
 
@@ -446,8 +443,8 @@ def test_rows_that_contradict(make: Make, tmp_path: Path) -> None:
         make, tmp_path, "dog/c.jpg,dog\ncat/a.jpg,cat\ndog/b.jpg,dog\ndog/c.jpg,cat\n"
     )
     assert notes == (
-        "note: 1 images have several true labels, first: dog/c.jpg (dog, cat). Any of them counts,"
-        " and only accuracy is given"
+        "note: images with several true labels, of which any counts: 1, first: dog/c.jpg (dog, cat)."
+        " So only accuracy is given"
     )
     assert (found.top1.correct, found.labelled) == (3, 3)
     assert (found.macro, found.calibration, found.classes, found.confusion) == (None, None, (), ())
@@ -458,8 +455,8 @@ def test_class_ids_that_start_at_1(make: Make, tmp_path: Path) -> None:
     """The line about the id beyond the last one says so."""
     _, notes = notes_of(make, tmp_path, "cat/a.jpg,1\ndog/b.jpg,2\ndog/c.jpg,4\n")
     assert notes == (
-        "note: 1 labels are not among the model's class ids: '4'. Their 1 images are not scored."
-        " Class ids start at 0"
+        "note: labels that are not among the model's class ids: 1 ('4'); images with them, not"
+        " scored: 1. Class ids start at 0"
     )
 
 
@@ -636,7 +633,7 @@ def test_a_running_job(make: Make, tmp_path: Path) -> None:
     found = score(job, truth)
     assert (found.images, found.rows, found.labelled, found.top1.correct) == (9, 5, 5, 5)
     assert [note.replace(str(tmp_path), "") for note in found.notes] == [
-        "note: 4 paths of /t.csv are not among the rows so far, first: cat/0.jpg",
+        "note: paths of /t.csv that are not in the rows so far: 4, first: cat/0.jpg",
         "note: the job is not finished: 5 of 9 images have a row",
     ]
 
@@ -674,7 +671,7 @@ def test_the_function_returns_what_the_command_prints(make: Make) -> None:
     assert repr(found) == ("Score(top1=0.6667 [0.2077, 0.9385], images=3, failed=0, model='tiny')")
     assert json.loads(json.dumps(found.to_dict())) == json.loads(job.paths.score.read_text())
     assert scoring.read(job) == found
-    other = replace(job, frozen=replace(job.frozen, job=replace(job.frozen.job, answer_id="x")))
+    other = replace(job, first=replace(job.first, job=replace(job.first.job, answer_id="x")))
     assert scoring.read(other) is None
     job.paths.score.write_text("{}")
     assert scoring.read(job) is None

@@ -94,7 +94,7 @@ class Entries:
         numbers: list[NDArray[np.int32]] = []
         owners: list[NDArray[np.int64]] = []
         for texts, labels in self._flat():
-            keys.append(hashes([key(text) for text in texts]))
+            keys.append(hashes([key(text) if text else "" for text in texts]))
             numbers.append(codes.of(labels))
             if names_one:
                 owners.append(hashes(texts))
@@ -102,7 +102,7 @@ class Entries:
         all_codes = np.concatenate([*numbers, np.empty(0, np.int32)])
         keys.clear()
         order = np.lexsort((all_codes, all_keys))
-        order = order[all_codes[order] != NONE]
+        order = order[(all_codes[order] != NONE) & (all_keys[order] != hash(""))]
         all_keys, all_codes = all_keys[order], all_codes[order]
         is_next = _repeats(all_keys)
         is_repeated = is_next & _repeats(all_codes)

@@ -153,23 +153,24 @@ class _Pairs:
     def _notes(self) -> Iterator[str]:
         if missing := self.images - self.matched:
             yield (
-                f"note: {missing:,} of {self.images:,} images have no true label, first:"
-                f" {printable(self.first_missing)}. They are not scored"
+                f"note: images without a true label, not scored: {missing:,} of {self.images:,},"
+                f" first: {printable(self.first_missing)}"
             )
         if self.truth is None:
             return
         if self.truth.repeated:
             yield (
-                f"note: {self.truth.repeated:,} entries of the truth repeat a path and its label,"
-                f" first: {printable(self.truth.first_repeated)}. Each counts once"
+                f"note: labels that are given twice and count once: {self.truth.repeated:,}, first:"
+                f" {printable(self.truth.first_repeated)}"
             )
         further = self.used & self.truth.is_further
         if further.any():
             several = np.unique(self.truth.keys[further])
             text, labels = self.truth.first_values(further)
             yield (
-                f"note: {len(several):,} images have several true labels, first: {printable(text)}"
-                f" ({printable(', '.join(labels))}). Any of them counts, and only accuracy is given"
+                f"note: images with several true labels, of which any counts: {len(several):,},"
+                f" first: {printable(text)} ({printable(', '.join(labels))}). So only accuracy is"
+                " given"
             )
 
 
@@ -243,9 +244,9 @@ def _from_table(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
     notes = []
     unused = ~pairs.used & ~found.entries.is_further
     if unused.any():
-        where = "not in the job" if len(shards) == len(job.shards) else "not among the rows so far"
+        where = "the job" if len(shards) == len(job.shards) else "the rows so far"
         notes.append(
-            f"note: {int(unused.sum()):,} paths of {truth.file} are {where}, first:"
+            f"note: paths of {truth.file} that are not in {where}: {int(unused.sum()):,}, first:"
             f" {printable(found.entries.first(unused))}"
         )
     return pairs.values(found.codes, notes, names=found.names, way=way.name)

@@ -80,18 +80,18 @@ def folder_name(source: str, path: str) -> str | None:
 
 def row_number(source: str, path: str) -> str:
     """Return the part of a path that is its row's number in a table of images."""
-    return f"{source}\n{path.partition('/')[0]}"
+    return f"{source}/{path.partition('/')[0]}"
 
 
 def own_path(source: str, path: str) -> str:
     """Return a key for the path of an image in its source."""
-    return f"{source}\n{path}"
+    return f"{source}/{path}"
 
 
 def sample_key(source: str, path: str) -> str:
     """Return a key for a sample of a WebDataset: the path up to the first dot of the name."""
     folder, slash, name = path.rpartition("/")
-    return f"{source}\n{folder}{slash}{name.partition('.')[0]}"
+    return f"{source}/{folder}{slash}{name.partition('.')[0]}"
 
 
 def _without_query(place: str) -> str:

@@ -116,8 +116,9 @@ def _notes(found: TrueValues, reading: values.Reading, classes: int) -> Iterator
         is_one_off = reading.kind == "class ids" and str(classes) in unknown
         hint = ". Class ids start at 0" if is_one_off and "0" not in found.values else ""
         yield (
-            f"note: {len(unknown):,} labels are not among the model's {reading.kind}:"
-            f" {_first(unknown)}. Their {int(used[is_unknown].sum()):,} images are not scored{hint}"
+            f"note: labels that are not among the model's {reading.kind}: {len(unknown):,}"
+            f" ({_first(unknown)}); images with them, not scored: {int(used[is_unknown].sum()):,}"
+            f"{hint}"
         )
 
 
