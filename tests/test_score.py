@@ -24,10 +24,13 @@ import imagemill
 import made_jobs
 import sample_images
 from imagemill import cli
+from imagemill.display.observer import Watcher
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
+from imagemill.pipeline.backends import devices
 from imagemill.records import Scores, Status
+from imagemill.runner import append
 from imagemill.scoring import score as scoring
 from imagemill.scoring import values
 from imagemill.scoring.record import Score
@@ -636,6 +639,28 @@ def test_a_running_job(make: Make, tmp_path: Path) -> None:
         "note: paths of /t.csv that are not in the rows so far: 4, first: cat/0.jpg",
         "note: the job is not finished: 5 of 9 images have a row",
     ]
+
+
+def test_a_job_that_was_appended_to(make: Make, models_dir: Path, tmp_path: Path) -> None:
+    """All generations are one job; a score of before is older than the rows."""
+    job = make(THREE)
+    scoring.save(job, score(job, "folders"))
+    helpers.fill(tmp_path / "images", {"bird/0.jpg": b"", "cat/z.jpg": b""})
+    settings = made_jobs.settings_of(
+        tmp_path / "images", output=tmp_path / "out", models_dir=models_dir
+    )
+    settings = replace(settings, append=True)
+    job, _ = append.append(settings, job, devices.resolve("null"), Watcher())
+    found = score(job, "folders")
+    assert (found.images, found.rows) == (5, 3)
+    for shard in job.shards[1:]:
+        made_jobs.write_part(job, shard, lambda _: (0, 0.9))
+    found = score(job, "folders")
+    assert (found.rows, found.labelled, found.top1.correct) == (5, 4, 3)
+    assert "1 ('bird')" in found.notes[0]
+    older = scoring.read(job)
+    assert older is not None
+    assert older.rows == 3
 
 
 # ── the command and the function ──────────────────────────────────────────────────────────────────
