@@ -46,7 +46,7 @@ def freeze_job(folder: Path) -> int:
     store = open_store(JobPaths.of(settings.output))
     files.make_folder(store.paths.predictions)
     bundle = model.resolve_model(settings, watcher)
-    return freeze.freeze(settings, store, chosen, bundle, watcher).frozen.images
+    return freeze.freeze(settings, store, lambda _: ("null", chosen), bundle, watcher).first.images
 
 
 def append_to_job(folder: Path) -> int:

@@ -34,7 +34,8 @@ from imagemill.records import Entry, Settings
 from imagemill.runner import append as appending
 from imagemill.runner import difference, model, resume, run
 from imagemill.runner import freeze as freezing
-from imagemill.system import cpu, files
+from imagemill.system import cpu
+from made_jobs import frozen_job
 from test_run import Listener
 
 Jobs = Callable[..., Settings]
@@ -45,12 +46,7 @@ NULL = devices.resolve("null")
 
 def freeze(settings: Settings) -> OpenJob:
     """Freeze a job and start no worker."""
-    store = open_store(JobPaths.of(settings.output))
-    for folder in (store.paths.predictions, store.paths.plan):
-        files.make_folder(folder)
-    listener = Listener()
-    bundle = model.resolve_model(settings, listener)
-    return freezing.freeze(settings, store, lambda _: ("null", NULL), bundle, listener)
+    return frozen_job(settings, model.resolve_model(settings, Listener()))
 
 
 def append(settings: Settings) -> tuple[OpenJob, difference.Difference, list[str]]:
@@ -279,6 +275,7 @@ def test_appending_nothing_starts_no_worker(
     assert said == ["nothing to append: no new images in the sources, which have 3"]
     assert {path.name for path in (tmp_path / "out").rglob("*")} == {
         "job.json",
+        "logs",
         "plan",
         "plan-00000-00000.parquet",
         "predictions",

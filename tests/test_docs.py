@@ -190,6 +190,8 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
     ours = [
         paths.job,
         paths.plan / "*.parquet",
+        paths.appended_document(2),
+        paths.generation(2) / "*.parquet",
         paths.part(0),
         paths.logs,
         paths.summary,
