@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 from collections import Counter
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import helpers
 import sample_images
 from archive_files import pack
-from imagemill import cli
+from imagemill import cli, report
 from imagemill.errors import JobMismatchError, OutputError, SourceError
 from imagemill.job import documents, plan
 from imagemill.job.open_job import OpenJob
@@ -145,6 +146,8 @@ def test_new_images_get_new_parts_and_nothing_existing_is_touched(
     assert (out / "job.json").read_bytes() == frozen
     assert (out / "failed.txt").read_text() == f"{images}/later.jpg\n"
     assert documents.read_manifest(open_store(JobPaths(out))).parts.keys() == part_sums(out).keys()
+    report.write(OpenJob.open(out))
+    assert re.search(r"appended.*: 20 images.*: 1 image<", (out / "report.html").read_text(), re.S)
     status = OpenJob.open(out).status()
     assert (status.images, status.done, status.complete) == (121, 121, True)
     fresh = replace(settings, output=str(tmp_path / "fresh"), append=False)
@@ -167,7 +170,7 @@ def test_the_command_line_appends_and_a_dry_run_lists_what_it_would(
     assert imagemill(*words, "--dry-run").out == "nothing to append\n"
     repeated = imagemill(*words, "--json")
     assert (repeated.code, repeated.json["appended"]) == (0, 0)
-    assert "nothing to append: no new images in the sources, which have 8" in repeated.err
+    assert "nothing to append: the job has all 8 listed images" in repeated.err
     jpegs(10)
     before = part_sums(out)
     planned = imagemill(*words, "--dry-run")
@@ -272,7 +275,7 @@ def test_appending_nothing_starts_no_worker(
     freeze(settings)
     opened, found, said = append(settings)
     assert (opened.appended, found.new.count) == ((), 0)
-    assert said == ["nothing to append: no new images in the sources, which have 3"]
+    assert said == ["nothing to append: the job has all 3 listed images"]
     assert {path.name for path in (tmp_path / "out").rglob("*")} == {
         "job.json",
         "logs",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -477,6 +478,24 @@ def test_source_and_output_in_an_object_store(
         assert len(plan.shards(standing / "plan")) == 10, (
             "each node fetched the plan into a folder of its own"
         )
+
+
+def test_images_are_appended_on_a_cluster(
+    s3: Bucket, some_jpegs: dict[str, bytes], imagemill: Run, ray_run: Run, tmp_path: Path
+) -> None:
+    """To a job in an object store that was finished here. Its nodes fetch the plan of all
+    generations, and do not ask for a source that no remaining image needs.
+    """
+    monday, tuesday = (helpers.fill(tmp_path / day, some_jpegs) for day in ("mon", "tue"))
+    output = s3.url + "/job"
+    assert imagemill("run", monday, *arguments(output, "--devices", "null")).code == 0
+    shutil.rmtree(monday)
+    options = arguments(output, "--devices", "null", "--append", "--json")
+    result = ray_run(tuesday, *options)
+    assert result.code == 0, result
+    assert (result.json["images"], result.json["appended"]) == (80, 40)
+    sound = imagemill("verify", output)
+    assert sound.out == "complete and sound: 80 images, one row each\n", sound
 
 
 # ── what is not fit ───────────────────────────────────────────────────────────────────────────────

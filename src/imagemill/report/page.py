@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from imagemill.version import __version__
 _HERE = Path(__file__).parent
 _LONGEST = 400
 """Characters of any one value. Without a limit a hostile job could make the page very large."""
-_SOURCES = 20
+_SOURCES, _ADDITIONS = 20, 10
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
 )
@@ -238,6 +238,17 @@ def _omitted(score: Score | None) -> list[tuple[str, str]]:
     return [(reason, ", ".join(found)) for reason, found in names.items()]
 
 
+def _additions(opened: OpenJob) -> Iterator[str]:
+    """Yield what the last `--append` commands added to a job."""
+    earlier = opened.appended[:-_ADDITIONS]
+    if earlier:
+        images = sum(generation.images for generation in earlier)
+        yield f"{len(earlier):,} earlier times: {images:,} images"
+    for generation in opened.appended[-_ADDITIONS:]:
+        plural = "s" * (generation.images != 1)
+        yield f"{_moment(generation.created)}: {generation.images:,} image{plural}"
+
+
 def _resize(recipe: Recipe) -> str:
     """Return how images are resized, in words."""
     if recipe.resize is None:
@@ -281,6 +292,7 @@ def _provenance(
             [
                 ("output", opened.paths.output),
                 ("started", _moment(frozen.created)),
+                *([("appended", list(_additions(opened)))] if opened.appended else ()),
                 ("sources", named),
                 ("filters", filters or ["none"]),
                 (

@@ -74,7 +74,7 @@ def describe(found: listing.Relisting, settings: Settings) -> Iterator[str]:
     """
     new, changed, missing = found.difference.new, found.difference.changed, found.difference.missing
     if settings.append and not new.count:
-        yield f"nothing to append: no new images in the sources, which have {found.images:,}"
+        yield f"nothing to append: the job has all {found.images:,} listed images"
     elif settings.append:
         yield f"{_count(new, 'new image', 'new images')}: {new}"
     elif new.count:
