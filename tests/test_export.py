@@ -305,7 +305,7 @@ def test_a_job_of_other_columns_says_which(finished: Path) -> None:
     session = replace(job.frozen.job.session, save=())
     frozen = replace(job.frozen, job=replace(job.frozen.job, session=session))
     with pytest.raises(UsageError, match="no column 'logits'"):
-        export.export(replace(job, frozen=frozen), Form.CSV, columns=["logits"])
+        export.export(replace(job, first=frozen), Form.CSV, columns=["logits"])
 
 
 def test_a_part_under_another_ones_name_is_not_exported(

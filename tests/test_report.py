@@ -714,7 +714,7 @@ def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/a.jpg"
         frozen = replace(opened.frozen, job=replace(opened.frozen.job, sources=(url,)))
-        made = thumbnails.make(replace(opened, frozen=frozen), found.sample, seconds=0.3)
+        made = thumbnails.make(replace(opened, first=frozen), found.sample, seconds=0.3)
     assert {made[shown_values.index].reason for shown_values in found.sample} == {
         "not ready within 0.3 s for all thumbnails"
     }
