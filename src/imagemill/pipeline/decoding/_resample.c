@@ -318,6 +318,9 @@ static int is_axis(const axis *a, Py_ssize_t here, Py_ssize_t count) {
            (a->length != a->resized || (a->offset <= a->skipped && a->skipped + count <= a->offset + here));
 }
 
+/* Up to so many pixels of source and result the GIL is kept: getting it back may take longer than the work. */
+#define SMALL 4096
+
 static PyObject *resample_part(PyObject *Py_UNUSED(self), PyObject *arguments) {
     PyObject *source_object, *out_object;
     axis x, y;
@@ -343,12 +346,11 @@ static PyObject *resample_part(PyObject *Py_UNUSED(self), PyObject *arguments) {
     } else if (!is_axis(&x, source.shape[1], out.shape[1]) || !is_axis(&y, source.shape[0], out.shape[0])) {
         PyErr_SetString(PyExc_ValueError, "the part must lie within the image, and out within the result");
     } else {
-        int done;
-        Py_BEGIN_ALLOW_THREADS;
-        done = both(
+        PyThreadState *state = source.shape[0] * source.shape[1] + out.shape[0] * out.shape[1] > SMALL ? PyEval_SaveThread() : NULL;
+        int done = both(
             source.buf, source.strides[0], (int)source.shape[1], (int)source.shape[0], &x, &y, f, down_first, (int)out.shape[1], (int)out.shape[0],
             out.buf);
-        Py_END_ALLOW_THREADS;
+        if (state) PyEval_RestoreThread(state);
         if (done) {
             result = Py_None;
             Py_INCREF(result);
