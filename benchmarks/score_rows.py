@@ -134,8 +134,8 @@ def make_truth(folder: Path, count: int) -> tuple[Path, Path]:
     return text, packed
 
 
-def measure(output: Path, truth: str) -> tuple[float, float, Any]:
-    """Seconds, MiB and the score."""
+def measure(output: Path, truth: str) -> tuple[float, float, float, Any]:
+    """Seconds, seconds of CPU time, MiB and the score."""
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "imagemill", "score", output, "--truth", truth, "--json"],
@@ -147,7 +147,9 @@ def measure(output: Path, truth: str) -> tuple[float, float, Any]:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    return time.monotonic() - begun, usage.ru_maxrss / 1024, json.loads(printed)
+    seconds = time.monotonic() - begun
+    cpu = usage.ru_utime + usage.ru_stime
+    return seconds, cpu, usage.ru_maxrss / 1024, json.loads(printed)
 
 
 def main() -> int:
@@ -161,16 +163,16 @@ def main() -> int:
         folder = Path(name)
         harness.null_bundle(folder, classes=_CLASSES, size=224)
         helpers.fill(folder / "images", {"one.jpg": b""})
-        print("|       rows | truth   | seconds | peak MiB | top-1 |", flush=True)
-        print("|-----------:|---------|--------:|---------:|------:|", flush=True)
+        print("|       rows | truth   | seconds | CPU s | peak MiB | top-1 |", flush=True)
+        print("|-----------:|---------|--------:|------:|---------:|------:|", flush=True)
         for size in parsed.sizes:
             output = make_job(folder, size)
             text, packed = make_truth(folder, size)
             truths = {"folders": "folders", "CSV": f"@{text}", "Parquet": f"@{packed}"}
             for kind, truth in truths.items():
-                seconds, mebibytes, found = measure(output, truth)
+                seconds, cpu, mebibytes, found = measure(output, truth)
                 print(
-                    f"| {size:10,} | {kind:7} | {seconds:7.1f} | {mebibytes:8.0f} |"
+                    f"| {size:10,} | {kind:7} | {seconds:7.1f} | {cpu:5.0f} | {mebibytes:8.0f} |"
                     f" {found['top1']['value']:.3f} |",
                     flush=True,
                 )
