@@ -31,8 +31,8 @@ from imagemill.models import bundle
 from imagemill.pipeline.backends import devices
 from imagemill.records import Scores, Status
 from imagemill.runner import append
+from imagemill.scoring import places, values
 from imagemill.scoring import score as scoring
-from imagemill.scoring import values
 from imagemill.scoring.record import Score
 from made_jobs import Answer
 from s3 import Bucket
@@ -378,6 +378,32 @@ def test_single_files_and_sources_that_are_a_label(make: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("source", "path", "full", "folder", "name"),
+    [
+        ("/d", "cat/1.jpg", "/d/cat/1.jpg", "cat", "1.jpg"),
+        ("/d/cat/1.jpg", "", "/d/cat/1.jpg", "cat", "1.jpg"),
+        ("/d/a.zip", "cat/1.jpg", "/d/a.zip/cat/1.jpg", "cat", "1.jpg"),
+        ("/d/a.zip", "1.jpg", "/d/a.zip/1.jpg", None, "1.jpg"),
+        ("/d/a.parquet#img", "00000007/cat/1.jpg", "/d/a.parquet/00000007/cat/1.jpg", "cat", "1.jpg"),
+        ("/d/a.parquet", "00000007", "/d/a.parquet/00000007", None, "00000007"),
+        ("@/d/l.txt", "cat/1.jpg", "/d/cat/1.jpg", "cat", "1.jpg"),
+        ("@/d/l.csv#file", "/e/cat/1.jpg", "/e/cat/1.jpg", "cat", "1.jpg"),
+        ("@/d/l.txt", "https://h/cat/1.jpg?v=2/3", "https://h/cat/1.jpg?v=2/3", "cat", "1.jpg"),
+        ("@https://h/l.txt", "../1.jpg", "../1.jpg", "..", "1.jpg"),  # above the host: as written
+        ("https://h/cat/1.jpg?v=/", "", "https://h/cat/1.jpg?v=/", "cat", "1.jpg"),
+        ("s3://b/d", "cat/1.jpg", "s3://b/d/cat/1.jpg", "cat", "1.jpg"),
+    ],
+)  # fmt: skip
+def test_where_an_image_is(
+    source: str, path: str, full: str, folder: str | None, name: str
+) -> None:
+    """Full path, folder and name follow from the columns `source` and `path`."""
+    assert places.full_path(source, path) == full
+    assert places.folder_name(source, path) == folder
+    assert places.file_name(source, path) == name
+
+
+@pytest.mark.parametrize(
     ("truth", "message"),
     [
         ("labels", r"--truth labels: write folders, regex:PATTERN, @FILE.csv#path,label .*cls\.$"),
@@ -446,8 +472,7 @@ def test_rows_that_contradict(make: Make, tmp_path: Path) -> None:
         make, tmp_path, "dog/c.jpg,dog\ncat/a.jpg,cat\ndog/b.jpg,dog\ndog/c.jpg,cat\n"
     )
     assert notes == (
-        "note: images with several true labels, of which any counts: 1, first: dog/c.jpg (dog, cat)."
-        " So only accuracy is given"
+        "note: images with several true labels, of which any counts: 1, first: dog/c.jpg (dog, cat)"
     )
     assert (found.top1.correct, found.labelled) == (3, 3)
     assert (found.macro, found.calibration, found.classes, found.confusion) == (None, None, (), ())
@@ -676,7 +701,7 @@ def test_the_command(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     assert "       1  dog → cat" in out.splitlines()
     assert out.splitlines()[-2:] == [
         "truth: folders, read as labels",
-        "no top5: the model has only 4 classes",
+        "not given: top5, because the model has only 4 classes",
     ]
     assert cli.main(["score", output, "--truth", "folders", "--min-top1", "0.67", "--json"]) == 1
     out, err = capsys.readouterr()

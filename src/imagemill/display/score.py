@@ -48,8 +48,8 @@ def _lines(score: Score) -> Iterator[str]:
             yield f"  {found.images:>6,}  {found.label} → {found.predicted_label}"
     by = f", matched by {score.matched_by}" if score.matched_by else ""
     yield f"truth: {score.truth}, read as {score.read_as}{by}"
-    for name, why in score.omitted.items():
-        yield f"no {name}: {why}"
+    for why, names in score.omitted_by_reason().items():
+        yield f"not given: {names}, because {why}"
 
 
 def _format_share(share: Share) -> str:

@@ -28,7 +28,6 @@ from imagemill.records import Recipe, Summary
 from imagemill.report import charts, thumbnails
 from imagemill.report.accuracy import Accuracy
 from imagemill.report.figures import BINS, Figures
-from imagemill.scoring.record import Score
 from imagemill.version import __version__
 
 _HERE = Path(__file__).parent
@@ -85,7 +84,6 @@ def render(
             figures=figures,
             scored=scored,
             score=scored.score,
-            omitted=_omitted(scored.score),
             bins=BINS,
             galleries=[
                 ("most", "Most certain", figures.most_certain),
@@ -228,14 +226,6 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
         }
         for precision, record in records.items()
     ]
-
-
-def _omitted(score: Score | None) -> list[tuple[str, str]]:
-    """Return each reason why figures of a score are missing, with their names."""
-    names: dict[str, list[str]] = {}
-    for name, reason in (score.omitted if score else {}).items():
-        names.setdefault(reason, []).append(name)
-    return [(reason, ", ".join(found)) for reason, found in names.items()]
 
 
 def _additions(opened: OpenJob) -> Iterator[str]:

@@ -169,8 +169,7 @@ class _Pairs:
             text, labels = self.truth.first_values(further)
             yield (
                 f"note: images with several true labels, of which any counts: {len(several):,},"
-                f" first: {printable(text)} ({printable(', '.join(labels))}). So only accuracy is"
-                " given"
+                f" first: {printable(text)} ({printable(', '.join(labels))})"
             )
 
 

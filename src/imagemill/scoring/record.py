@@ -143,6 +143,13 @@ class Score:
             f" images={self.labelled:,}, failed={self.failed:,}, model={self.model!r})"
         )
 
+    def omitted_by_reason(self) -> dict[str, str]:
+        """Return the names of the figures that are not given, by the reason."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.omitted.items():
+            names.setdefault(reason, []).append(name)
+        return {reason: ", ".join(found) for reason, found in names.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the score as dicts, lists, strings and numbers: what `--json` prints."""
         from imagemill.system import serialization
