@@ -143,10 +143,10 @@ def test_a_gpu_without_a_backend_is_named_with_what_to_type(here: Machine) -> No
         (True, "", []),
     ],
 )
-def test_a_driver_that_fails_is_said_if_there_is_a_card(
+def test_a_driver_that_fails_is_reported_if_there_is_a_card(
     monkeypatch: pytest.MonkeyPatch, is_card_here: bool, visible: str | None, lines: list[str]
 ) -> None:
-    """Machines without a GPU say nothing, nor do those whose GPUs the user has hidden."""
+    """Nothing is printed without a GPU, or if the user has hidden it."""
     missing = "No NVIDIA GPU: the driver answers with error 3."
     monkeypatch.setattr(nvidia, "find_gpus", lambda: Found((), missing))
     monkeypatch.setattr(nvidia, "is_card_here", lambda: is_card_here)
