@@ -4,6 +4,7 @@ worker is the one of a local run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -275,6 +276,28 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     device = replace(DEVICE, cores=tuple(range(cores)))
     one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
     assert (one._device.cores, one._device.floating) == (expected, floating)
+
+
+@pytest.mark.parametrize("allow_mixed", [False, True])
+def test_nodes_are_compared_with_the_machine_that_processed_the_job_before(
+    order: Orders, tmp_path: Path, allow_mixed: bool
+) -> None:
+    """As in a job that was started here and is continued, or appended to, on a cluster."""
+    order()
+    job = OpenJob.open(tmp_path / "out")
+    job = replace(job, first=replace(job.first, vector_units="avx2"))
+    checks = provisioning.Provisioning(None, job, [], ("null",), allow_mixed=allow_mixed)
+    same = node_agent.identity(("null",))
+    checks.check("a (1)", replace(same, vector_units="avx2"))
+    with (
+        contextlib.nullcontext()
+        if allow_mixed
+        else pytest.raises(
+            DeviceError,
+            match=r"node b \(2\) has vector units sse, an earlier machine of this job has avx2: .*mixed",
+        )
+    ):
+        checks.check("b (2)", replace(same, vector_units="sse"))
 
 
 def test_a_node_whose_answers_may_differ_is_refused() -> None:

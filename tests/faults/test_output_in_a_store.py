@@ -220,6 +220,38 @@ def test_two_launchers_that_append_at_once_do_no_harm(
     assert (local / "plan" / "source-00001.gzidx").is_file()
 
 
+def test_a_launcher_killed_while_it_appends_to_a_store_is_followed_by_another_machine(
+    s3_faults: FaultProxy,
+    s3: Bucket,
+    calm: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
+    null_start: Callable[..., Any],
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    """It had published its plan, but not the document. The other machine adds more images, and the
+    first one, with its copy of a plan that never was, sees them.
+    """
+    output, words = s3.url + "/job", ("--append", "--output", s3.url + "/job")
+    assert null_run(small_jpegs, *words).code == 0
+    helpers.fill(tmp_path / "more", {f"{n}.jpg": sample_images.jpeg(seed=n) for n in range(3)})
+    document = is_put_of("appended/000002.json")
+    s3_faults.rule = lambda request: hangs() if document(request) else None
+    launcher = null_start(tmp_path / "more", *words)
+    helpers.until(lambda: any(map(document, list(s3_faults.requests))), process=launcher)
+    harness.kill(launcher.pid)
+    launcher.communicate()
+    s3_faults.rule = lambda _: None
+    helpers.fill(tmp_path / "more", {"0/first.jpg": sample_images.jpeg(seed=9)})
+    other = helpers.environment(XDG_CACHE_HOME=str(cache / "other"))
+    assert null_run(tmp_path / "more", *words, env=other).code == 0
+    again = null_run(tmp_path / "more", *words)
+    assert (again.code, "nothing to append" in again.err) == (0, True), again
+    sound = helpers.imagemill_cli("verify", output)
+    assert sound.out == "complete and sound: 52 images, one row each\n", sound
+
+
 def test_a_slow_and_failing_store_delays_the_job_and_no_more(
     s3_faults: FaultProxy,
     s3: Bucket,

@@ -144,8 +144,9 @@ def _freeze(
     nonce = store.publish_plan(number)
     paths.gather_indices(number)
     files.make_folder(paths.appended)
-    for folder in (paths.plan, paths.root):
-        files.sync_folder(folder)  # the document may not outlive the folders of plan and documents
+    with files.output_errors(f"cannot write {paths.root}"):
+        for folder in (paths.plan, paths.root):  # so that the document does not outlive its plan
+            files.sync_folder(folder)
     appended = Appended(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

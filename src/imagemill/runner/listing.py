@@ -112,10 +112,11 @@ def list_again(
         SourceError: a source cannot be listed. OutputError: the listing cannot be written.
     """
     asked, access = sources.resolve(settings.sources), access_of(settings)
-    known = job.frozen.job.sources
+    given, known = frozenset(asked), job.frozen.job.sources
     names = [{source, sources.relocated(source, access)} for source in known]
-    named = [place for place, either in enumerate(names) if not either.isdisjoint(asked)]
-    added = tuple(dict.fromkeys(source for source in asked if not any(source in n for n in names)))
+    named = [place for place, either in enumerate(names) if not either.isdisjoint(given)]
+    all_names = frozenset().union(*names)
+    added = tuple(dict.fromkeys(source for source in asked if source not in all_names))
     check_sources([*(known[place] for place in named), *added], settings)
     opened = sources.open_all((*known, *added), job.paths.root, aside, access)
     filters, skipped, skipped_before = filters_of(settings), Skipped(), Skipped()

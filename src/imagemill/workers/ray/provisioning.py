@@ -58,8 +58,11 @@ class Provisioning:
         self._sources = opened.sources_of(remaining)
         self._allow_mixed = allow_mixed
         self._versions = identity(backends).versions
-        self._reference: tuple[str, str] | None = None
-        """The first node and its vector units. The launcher's machine may have no worker."""
+        known = [found.vector_units for found in opened.generations if found.vector_units]
+        self._reference = ("an earlier machine of this job", known[-1]) if known else None
+        """A name and its vector units: of what processed the job before, else of the first node.
+        The launcher's machine may have no worker.
+        """
         self._samples = sample_images(job, remaining) if remaining else ()
         self._model = model_files(job)
         self._contents: list[Any] | None = None
@@ -78,10 +81,10 @@ class Provisioning:
             )
         self._refuse_mismatch(node, answer.versions, self._versions, "this machine")
         if self._reference is None:
-            self._reference = node, answer.vector_units
+            self._reference = f"node {node}", answer.vector_units
         first, units = self._reference
         self._refuse_mismatch(
-            node, {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}, f"node {first}"
+            node, {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}, first
         )
 
     def assignment(self, device: DeviceSpec, place: Place) -> Assignment:
