@@ -119,12 +119,12 @@ def first_held():
 
 if WORKER:
     def hold(module):
-        decode = module.Feed._decode
-        def held(self, image, out):
+        decode = module._Decoders._decode
+        def held(self, slot, image, out):
             while image.index >= first_held():
                 time.sleep(0.005)
-            return decode(self, image, out)
-        module.Feed._decode = held
+            return decode(self, slot, image, out)
+        module._Decoders._decode = held
     after_import("imagemill.pipeline.feed", hold)
 """
 
