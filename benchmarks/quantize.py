@@ -6,8 +6,7 @@
 The bundle is copied to a temporary folder and quantised there, on IMAGES (a folder) or on noise;
 then the three precisions take turns, `--seconds` each, `--rounds` times, all cores, no decoding. It
 prints medians in images/s, their ratios to fp32, and every convolution of int8 that does not run as
-int8. For the accuracy of trained weights, and the accuracy check, use `imagemill quantize MODEL --images
-SOURCE`.
+int8. For the accuracy check, use `imagemill quantize MODEL --images SOURCE`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices, open_session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
-from imagemill.tuning import check, precisions, quantize
+from imagemill.tuning import images, quantize
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     card, cores = bundle.card, tuple(devices.usable_cores())
     pixels = calibration_pixels(given, bundle, cores)
     begun = time.perf_counter()
-    model = quantize.quantize(folder / "model.onnx", pixels, len(pixels))
+    model = quantize.quantize(folder / "model.onnx", pixels)
     print(f"calibrated on {len(pixels)} images in {time.perf_counter() - begun:.1f} s")
     int8 = quantize.save(model, folder, "int8-bench")
     del model
@@ -118,15 +117,11 @@ def calibration_pixels(
             rng.integers(0, 256, (1, recipe.height, recipe.width, 3), dtype=np.uint8)
             for _ in range(given.calibration)
         ]
-    source = sources.resolve(given.images)
-    entries, _ = precisions.thin(
-        sources.open_all([source])[0].entries(sources.Filters(), sources.Skipped()),
-        2 * given.calibration,
-    )
-    wanted = check.AccuracyCheck(
-        bundle, (source,), tuple(entries), cores, Limits(), (Precision.INT8,), given.calibration, 0
-    )
-    return check.calibration_pixels(wanted)
+    resolved = sources.resolve([given.images])
+    listing = sources.open_all(resolved)[0].entries(sources.Filters(), sources.Skipped())
+    chosen, _ = images.sample(listing, 2 * given.calibration)
+    decoder = images.Decoder(resolved, bundle.card.recipe, Limits(), len(cores))
+    return [image.pixels for image in decoder.decode(chosen, given.calibration)]
 
 
 if __name__ == "__main__":

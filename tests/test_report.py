@@ -336,15 +336,40 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
     session["model_file"] = str(model / "model.onnx")
     (output / "job.json").write_text(json.dumps(job))
     comparison = variants.Comparison(
-        1000, 0.978, 0.967, 0.9855, 900, 3, 0.01, accepted=True, reason="<b>it agrees</b>"
+        images=1000,
+        agreement=0.978,
+        wilson_low=0.967,
+        wilson_high=0.9855,
+        sure=900,
+        flips_where_sure=3,
+        mean_probability_difference=0.01,
+        accepted=True,
+        reason="<b>it agrees</b>",
+        min_agreement=0.95,
+        flips=(variants.Flip("<i>a.jpg", "tench", 0.75, "<b>carp", 0.5, was_sure=True),),
     )
-    record = variants.PrecisionRecord(comparison, "id", {}, "avx2", Recipe(), speedup=2.31)
+    record = variants.PrecisionRecord(
+        comparison,
+        "id",
+        "sha256",
+        {},
+        "avx2",
+        Recipe(),
+        images_per_second=23.1,
+        fp32_images_per_second=10.0,
+    )
     variants.write(model, int8=record)
     assert helpers.imagemill_cli("report", output).code == 0
     shown = opened(output / "report.html")
-    assert shown.locator("section:has(> #accuracy) tbody").inner_text().split("\t") == [
-        "int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %", "2.31 ×"
-    ]  # fmt: skip
+    rows = shown.locator("section:has(> #accuracy) tbody")
+    assert rows.first.inner_text().split("\t") == [
+        *("int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %"),
+        *("3 of 900", "0.0100", "2.31 ×"),
+    ]
+    shown.locator("section:has(> #accuracy) summary").click()
+    assert rows.last.inner_text().split("\t") == [
+        *("<i>a.jpg", "tench", "0.750", "<b>carp", "0.500")
+    ]
     assert not opened(reported.report).locator("#accuracy").count()
 
 

@@ -429,7 +429,7 @@ def test_a_wrapped_model_can_be_quantised(
     made = models_resolve.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
     report = precisions.quantize_bundle(
-        made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20, attempts=1
+        made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20
     )
     assert (made.dir / report.precisions["int8"].file).is_file()
     assert report.precisions["int8"].comparison.images == 20

@@ -1,4 +1,4 @@
-"""The accuracy results of a bundle's faster precisions, and its int8 files.
+"""The accuracy check's results of a bundle's faster precisions, and its int8 files.
 
     DIR/accuracy.json            what was measured, by precision; `imagemill quantize` replaces it
     DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so each .xml has its weights
@@ -26,14 +26,43 @@ ACCURACY: Final = "accuracy.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Flip:
+    """An image with another answer than in fp32."""
+
+    image: str
+    """Its path in its source."""
+    fp32: str
+    """fp32's answer: a label, or the labels of a multi-label model."""
+    fp32_probability: float
+    """Probability of fp32's most probable class in fp32."""
+    answer: str
+    """The faster precision's answer."""
+    probability: float
+    """Probability of its most probable class."""
+    was_sure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrueAccuracy:
+    """How many answers are right, by `quantize --truth`: shares of the most probable class."""
+
+    truth: str
+    """As the user wrote it."""
+    images: int
+    """Number of compared images with a true class."""
+    fp32: float
+    precision: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """The result of an accuracy check against fp32."""
+    """The result of comparing a faster precision with fp32."""
 
     images: int
     agreement: float
     """Share of the images with fp32's answer, see `compared`; 0 without images."""
     wilson_low: float
-    """Lower bound of the agreement's 95 % interval."""
+    """Lower end of the agreement's 95 % interval."""
     wilson_high: float
     sure: int
     """Number of images of which fp32 was sure: its probabilities lie far from another answer."""
@@ -41,24 +70,17 @@ class Comparison:
     """Number of these images with another answer."""
     mean_probability_difference: float
     """Mean over the images of |p − p′|: the probability of fp32's top-1 class in fp32 and in the
-    candidate.
+    faster precision.
     """
     accepted: bool
     reason: str
+    min_agreement: float
+    """Minimum of `wilson_low` for an accepted precision."""
     compared: str = "top-1 class"
     """What the answer of an image is: see `accuracy.agree`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One way of quantising that was tried."""
-
-    preset: str
-    ignored: tuple[str, ...]
-    """Layers that stay in fp32."""
-    agreement: float
-    wilson_low: float
-    images_per_second: float
+    flips: tuple[Flip, ...] = ()
+    """Some images with another answer, those that fp32 was surest of first."""
+    true: TrueAccuracy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +97,9 @@ class PrecisionRecord:
 
     comparison: Comparison
     held_out: str
-    """Identity of the images of the accuracy check."""
+    """Identity of the images of the comparison."""
+    model: str
+    """The model's sha256."""
     versions: Mapping[str, str]
     """Versions of the libraries that decide the answers."""
     instruction_set: str
@@ -85,19 +109,19 @@ class PrecisionRecord:
     images_per_second: float = 0.0
     """Compute only; 0 if the images were too few to measure it."""
     fp32_images_per_second: float = 0.0
-    speedup: float | None = None
-    """Over fp32, compute only."""
     file: str | None = None
     """Name of the int8 file; this and all below are set for int8 only."""
-    key: str | None = None
     sha256: str | None = None
     """Of the int8 files, see `digest`."""
-    preset: str | None = None
-    ignored: tuple[str, ...] = ()
     calibration: Calibration | None = None
-    tried: tuple[Attempt, ...] = ()
     kept: bool = True
     """False if the bundle keeps an older record instead."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Over fp32, compute only; None if it was not measured."""
+        both = self.images_per_second and self.fp32_images_per_second
+        return self.images_per_second / self.fp32_images_per_second if both else None
 
 
 @dataclass(frozen=True, slots=True)

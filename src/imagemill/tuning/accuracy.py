@@ -1,23 +1,30 @@
-"""The acceptance test of a faster precision: does it agree with fp32 on images that its
-calibration did not see?
-"""
+"""The comparison of a faster precision with fp32, on images that calibration did not see."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.models.variants import Comparison
+from imagemill.models.variants import Comparison, Flip, TrueAccuracy
 from imagemill.pipeline.top_k import most_probable, to_probabilities
-from imagemill.records import Card, Scores
+from imagemill.records import Card, Precision, Scores
 from imagemill.system.statistics import wilson
 
 MIN_IMAGES: Final = 1_000
-"""Minimum number of held-out images for an accepted result."""
-MIN_AGREEMENT: Final = 0.95
-"""Minimum lower bound of the agreement's 95 % Wilson interval."""
+"""Minimum number of held-out images for an accepted precision."""
+MIN_AGREEMENT: Final[Mapping[Precision, float]] = {
+    Precision.INT8: 0.97,
+    Precision.BF16: 0.95,
+    Precision.FP16: 0.95,
+}
+"""Minimum lower end of the agreement's 95 % Wilson interval, by default. bf16 and fp16 cannot be
+made better by calibration, and change fewer answers (docs/performance.md).
+"""
+MAX_FLIPS: Final = 20
+"""Number of images with another answer that are named."""
 SURE: Final = 0.1
 """fp32 is sure of an image if no probability would have to change by more than this for another
 answer: its two largest ones differ by more, or all lie further from `PRESENT`.
@@ -41,13 +48,6 @@ def is_defined(card: Card) -> bool:
     far an embedding may move depends on what it is used for.
     """
     return card.has_head
-
-
-def is_current(comparison: Comparison, card: Card) -> bool:
-    """Return whether a result compares what is compared today. Older versions compared the top-1
-    class of multi-label models, too.
-    """
-    return card.scores is not Scores.SIGMOID or comparison.compared == SET
 
 
 def _is_multi_label(probabilities: NDArray[np.float32], scores: Scores) -> bool:
@@ -93,18 +93,26 @@ def _is_sure(probabilities: NDArray[np.float32], *, multi_label: bool) -> NDArra
 
 
 def compare(
-    reference: NDArray[Any], candidate: NDArray[Any], scores: Scores = Scores.LOGITS
+    reference: NDArray[Any],
+    candidate: NDArray[Any],
+    scores: Scores = Scores.LOGITS,
+    *,
+    min_agreement: float = MIN_AGREEMENT[Precision.INT8],
+    names: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> Comparison:
-    """Return the result on a candidate, compared with fp32 on the same images. `agree` says
-    what is compared.
+    """Return how a candidate compares with fp32 on the same images. `agree` says what is compared.
 
     Args:
         reference: fp32's scores, (n, classes), row by row of the same images as the candidate's; n
-        may be 0.
+            may be 0.
         candidate: the faster precision's. A row that is finite in only one of the two counts as
             another answer, and if fp32's is the finite one, refuses the candidate. A row that is
             finite in neither is left out.
         scores: what the numbers are.
+        min_agreement: minimum lower end of the interval for an accepted candidate.
+        names: of the images, to name those with another answer; none: none are named.
+        labels: of the classes.
 
     Raises:
         ValueError: the shapes differ or are not (n, classes).
@@ -116,50 +124,35 @@ def compare(
         )
     known, finite = np.isfinite(reference).all(axis=1), np.isfinite(candidate).all(axis=1)
     compared = known | finite
-    reference, candidate, known, finite = (
-        reference[compared],
-        candidate[compared],
-        known[compared],
-        finite[compared],
-    )
-    images = len(reference)
+    places = np.flatnonzero(compared)
+    images = len(places)
     if images == 0:
-        return Comparison(
-            0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, f"{TOO_FEW}: none, {MIN_IMAGES:,} are needed"
-        )
+        reason = f"{TOO_FEW}: none, {MIN_IMAGES:,} are needed"
+        return Comparison(0, 0.0, 0.0, 1.0, 0, 0, 0.0, False, reason, min_agreement)
+    known, finite = known[compared], finite[compared]
+    before = to_probabilities(np.where(known[:, None], reference[compared], 0), scores)
+    after = to_probabilities(np.where(finite[:, None], candidate[compared], 0), scores)
     both = known & finite
-    reference, candidate = (
-        np.where(known[:, None], reference, 0),
-        np.where(finite[:, None], candidate, 0),
-    )
-    rows = np.arange(images)
-    before, after = to_probabilities(reference, scores), to_probabilities(candidate, scores)
-    top = most_probable(before, 1)[:, 0]
     multi_label = _is_multi_label(before[known], scores)
     same = both & agree(before, after, multi_label=multi_label)
     sure = known & _is_sure(before, multi_label=multi_label)
-    change = before[rows, top].astype(np.float64) - after[rows, top]
-    difference = np.where(both, np.abs(change), 1.0)
-    agreed = int(same.sum())
+    top = most_probable(before, 1)[:, 0]
+    rows = np.arange(images)
+    change = np.abs(before[rows, top].astype(np.float64) - after[rows, top])
+    agreed, invalid = int(same.sum()), int((~finite).sum())
     low, high = wilson(agreed, images)
-    strange = int((~finite).sum())  # fp32's are finite in all of these
-    if strange:
-        accepted, reason = (
-            False,
-            f"NaN or infinity in the answers to {strange:,} of {images:,} images",
-        )
+    accepted = not invalid and images >= MIN_IMAGES and low >= min_agreement
+    if invalid:  # fp32's answers are finite for all of these
+        reason = f"NaN or infinity in the answers to {invalid:,} of {images:,} images"
     elif images < MIN_IMAGES:
-        accepted, reason = False, f"{TOO_FEW}: {images:,} held out, {MIN_IMAGES:,} are needed"
-    elif low < MIN_AGREEMENT:
-        accepted, reason = (
-            False,
-            f"the lower bound of its agreement with fp32, {low:.4f}, is below {MIN_AGREEMENT}",
-        )
+        reason = f"{TOO_FEW}: {images:,} held out, {MIN_IMAGES:,} are needed"
     else:
-        accepted, reason = (
-            True,
-            f"the lower bound of its agreement with fp32, {low:.4f}, reaches {MIN_AGREEMENT}",
+        reason = (
+            f"its agreement with fp32 is {agreed / images:.4f}, the lower end of the 95 % interval,"
+            f" {low:.4f}, {'reaches' if accepted else 'is below'} {min_agreement:g}"
         )
+    flipped: list[int] = np.flatnonzero(both & ~same).tolist() if names else []
+    surest = sorted(flipped, key=lambda row: -float(before[row, top[row]]))[:MAX_FLIPS]
     return Comparison(
         images=images,
         agreement=agreed / images,
@@ -167,11 +160,50 @@ def compare(
         wilson_high=high,
         sure=int(sure.sum()),
         flips_where_sure=int((sure & ~same).sum()),
-        mean_probability_difference=float(difference.mean()),
+        mean_probability_difference=float(np.where(both, change, 1.0).mean()),
         accepted=accepted,
         reason=reason,
+        min_agreement=min_agreement,
         compared=SET if multi_label else TOP_1,
+        flips=tuple(
+            Flip(
+                names[places[row]],
+                *_answer(before[row], labels, multi_label=multi_label),
+                *_answer(after[row], labels, multi_label=multi_label),
+                was_sure=bool(sure[row]),
+            )
+            for row in surest
+        ),
     )
+
+
+def true_accuracy(
+    truth: str,
+    classes: NDArray[np.int32],
+    reference: NDArray[Any],
+    candidate: NDArray[Any],
+) -> TrueAccuracy:
+    """Return how often each of two arrays of scores has the true class, (n,), as the most probable
+    one. Images without a true class (below 0) are left out, and an invalid answer is wrong.
+    """
+    known = classes >= 0
+    shares = []
+    for scores in (reference, candidate):
+        is_right = np.isfinite(scores).all(axis=1) & (scores.argmax(axis=1) == classes)
+        shares.append(float(is_right[known].mean()))
+    return TrueAccuracy(truth, int(known.sum()), *shares)
+
+
+def _answer(
+    probabilities: NDArray[np.float32], labels: Sequence[str], *, multi_label: bool
+) -> tuple[str, float]:
+    """Return an image's answer, and the probability of its most probable class."""
+    top = most_probable(probabilities[None], 1)[0]
+    ids: list[int] = top.tolist()
+    if multi_label:
+        ids = np.flatnonzero(probabilities >= PRESENT).tolist() or ids
+    text = ", ".join(labels[number] if number < len(labels) else str(number) for number in ids)
+    return text, round(float(probabilities[top[0]]), 4)
 
 
 def format_comparison(found: Comparison) -> str:
@@ -181,4 +213,14 @@ def format_comparison(found: Comparison) -> str:
         f" held-out images (95 % interval {found.wilson_low:.4f} to {found.wilson_high:.4f}),"
         f" {found.flips_where_sure:,} flips among the {found.sure:,} where fp32 was sure, mean"
         f" probability difference {found.mean_probability_difference:.4f}"
+        + _format_true(found.true)
+    )
+
+
+def _format_true(true: TrueAccuracy | None) -> str:
+    if true is None:
+        return ""
+    return (
+        f", right answers {true.fp32:.4f} in fp32 and {true.precision:.4f} here, of"
+        f" {true.images:,} images with a true label"
     )
