@@ -107,20 +107,19 @@ def chaos(
         "--json",
     ]
     quiet = helpers.environment(IMAGEMILL_MODELS=str(models))
-    begun = time.monotonic()
     result = helpers.imagemill_cli(*arguments, "--output", calm, env=quiet)
     assert result.code == 0, result
-    # On a busy machine starting takes longer: so that some workers live to commit something, the
-    # kills then come at longer intervals.
-    slowness = max(1.0, (time.monotonic() - begun) / (1.5 + count / 2000))
 
     rng, report, begun = random.Random(seed), Report(seed, count), time.monotonic()
     # Four threads read. Some half of the time no worker is ready; a kill comes every 0.8 s on
-    # average.
-    seconds = str(round(4 * 0.5 * kills / count * slowness, 4))
-    slow = harness.hooks(
-        folder / "hooks", SLOW_READS, IMAGEMILL_MODELS=str(models), CHAOS_READ_SECONDS=seconds
-    )
+    # average. The last shard is held, so that the job does not end before the last kill.
+    slow = harness.Hold(
+        folder,
+        count - 8,
+        SLOW_READS,
+        IMAGEMILL_MODELS=str(models),
+        CHAOS_READ_SECONDS=str(round(4 * 0.5 * kills / count, 4)),
+    ).environment
     workers_killed = 0
     launcher: subprocess.Popen[bytes] | None = None
     with (folder / "launcher.err").open("ab") as errors:
@@ -134,7 +133,13 @@ def chaos(
                     launcher = _launch([*arguments, "--output", output], slow, errors)
                     report.launches += 1
                     workers_killed = 0
-                time.sleep(rng.uniform(0.0, 1.6 * slowness))
+                time.sleep(rng.uniform(0.0, 1.6))
+                if report.kills.total() >= kills // 2:  # on a slow machine none may be ready yet
+                    running = launcher
+                    helpers.until(
+                        lambda running=running: helpers.parts(output) or running.poll() is not None,
+                        seconds=600,
+                    )
                 workers = harness.children(launcher.pid)
                 decoders = [pid for worker in workers for pid in harness.children(worker)]
                 choice = rng.random()

@@ -73,8 +73,8 @@ MODULES: dict[str, tuple[str, str]] = {
             " test_run.py::test_a_job_that_cannot_be_read_is_not_taken_for_none"
             " test_run.py::test_a_foreign_output_is_refused"
             " test_run.py::test_a_model_that_changed_on_disk_is_refused"
-            " test_run.py::test_a_limit_that_is_changed_is_said"
-            " test_run.py::test_sub_folders_are_dealt_to_as_many_devices"
+            " test_run.py::test_a_limit_that_is_changed_is_reported"
+            " test_run.py::test_sub_folders_are_distributed_to_as_many_devices"
             " test_run.py::test_center_crop_cuts_without_resizing"
             " test_run.py::test_filters_and_hidden_entries_are_in_the_summary"
         ),

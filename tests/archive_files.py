@@ -2,7 +2,7 @@
 sources as a job would.
 
 pack(folder, "tar.gz", {"a.jpg": b"…"})       the path of an archive zip_by_hand([Member(b"a.jpg",
-b"…", flags=1)])  a zip that says of its members whatever it is told read(source)
+b"…", flags=1)])  a zip whose directory says anything about its members; read(source)
 every planned member: its bytes, or the status of its row
 """
 
@@ -73,7 +73,7 @@ END = bytes(1024)
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a zip made by hand; what is None is told truly."""
+    """One member of a zip made by hand; None stands for the true value."""
 
     name: bytes
     data: bytes
@@ -98,7 +98,7 @@ def deflated(data: bytes) -> bytes:
 def zip_by_hand(
     members: Iterable[Member], *, comment: bytes = b"", count: int | None = None, disk: int = 0
 ) -> bytes:
-    """A zip whose directory says what it is told to say."""
+    """A zip whose directory says what its arguments say."""
     body, directory, number = bytearray(), bytearray(), 0
     for member in members:
         number += 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from PIL import Image
 
 import helpers
 import sample_images
@@ -43,7 +40,7 @@ PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
-    """No test reads or fills the models folder of whoever runs it."""
+    """No test reads or fills the user's own models folder."""
     monkeypatch.setenv("IMAGEMILL_MODELS", str(models_dir))
 
 
@@ -138,29 +135,16 @@ def jpegs(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def slow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 images that take some 20 ms each to decode, so that there is time to send a signal; links
-    to a few files. Larger ones on a faster machine.
-    """
-    folder = tmp_path_factory.mktemp("slow")
-    for width in (900, 1200, 1600):
-        data = [
-            sample_images.encode(
-                sample_images.photograph(width, 800, seed), "PNG", compress_level=1
-            )
-            for seed in range(4)
-        ]
-        begun = time.process_time()
-        for item in data:
-            Image.open(io.BytesIO(item)).load()
-        if time.process_time() - begun > len(data) * 0.018:
-            break
-    originals = [folder / f".{number}" for number in range(len(data))]
-    for path, content in zip(originals, data, strict=True):
-        path.write_bytes(content)
-    for number in range(96):
-        os.link(originals[number % len(originals)], folder / f"{number:03d}.png")
-    return folder
+def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 small images, all different."""
+    folder = tmp_path_factory.mktemp("small")
+    return helpers.fill(
+        folder,
+        {
+            f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80)
+            for seed in range(48)
+        },
+    )
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def start(
     )
 
 
-def finish(process: Any, timeout: float = 120) -> Result:
+def finish(process: Any, timeout: float = 300) -> Result:
     """Wait for a started command line."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -176,7 +176,7 @@ def parts(output: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def until(condition: Callable[[], Any], seconds: float = 60, process: Any = None) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 300, process: Any = None) -> Any:
     """Wait until a condition holds and return its value; give up after a while, or when the process
     has ended.
     """

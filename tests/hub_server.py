@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body if cut is None else body[:cut])
         if cut is not None and self.hub.stalls:
-            self.hub.released.wait(30)
+            self.hub.released.wait()
         if cut is not None:
             self.close_connection = True
 

@@ -162,7 +162,7 @@ class FaultProxy:
 def s3_faults(
     s3: Bucket, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultProxy]:
-    """The proxy; whoever reads the environment from now on goes through it. `Bucket` does not."""
+    """The proxy; programs that read the environment from now on go through it. `Bucket` does not."""
     port = int(s3_endpoint.rpartition(":")[2])
     lock = threading.Lock()
     ended = threading.Event()

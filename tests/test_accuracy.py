@@ -123,7 +123,7 @@ def test_figures_are_those_counted_one_by_one(images: int, classes: int, seed: i
     assert comparison.mean_probability_difference == pytest.approx(difference / images, abs=1e-6)
 
 
-def test_a_flip_where_fp32_was_not_sure_is_told_apart() -> None:
+def test_a_flip_where_fp32_was_not_sure_is_counted_apart() -> None:
     reference = np.float32([[1.0, 0.99, 0.0], [5.0, 0.0, 0.0]])
     candidate = np.float32([[0.99, 1.0, 0.0], [0.0, 5.0, 0.0]])
     comparison = accuracy.compare(reference, candidate)

@@ -164,7 +164,7 @@ def test_a_run_is_the_command_line_s(jpegs: Callable[..., Path], tmp_path: Path)
 def test_a_run_leaves_signals_alone_and_works_in_threads(
     jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Handlers are as before, whoever set them; two threads may run two jobs at once."""
+    """Handlers are as before, no matter what set them; two threads may run two jobs at once."""
     folder = jpegs(4)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     imagemill.run(folder, tmp_path / "main", model="tiny", devices="null")
@@ -952,7 +952,7 @@ def test_streams_and_calls_do_not_wait_for_each_other(small: imagemill.Classifie
     other: list[Any] = []
     thread = threading.Thread(target=lambda: other.extend(small.predict(data)), daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(300)
     assert [columns(item) for item in other] == expected
     inner = (item for item in data if small.predict(item)[0].status == "ok")
     assert [columns(item) for item in small.stream(inner)] == expected
@@ -1005,9 +1005,9 @@ def test_closing_ends_a_stream_with_a_clear_error(models_dir: Path) -> None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     opened.close()
-    thread.join(60)
+    thread.join(300)
     assert ended == [True]
 
 
@@ -1034,11 +1034,11 @@ def test_closing_while_a_batch_is_computed_ends(
         target=lambda: found.append(next(opened.stream(sample_images.jpeg()))), daemon=True
     )
     asking.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     closing = threading.Thread(target=opened.close, daemon=True)
     closing.start()
     for thread in (closing, asking):
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
     assert [item.status for item in found] == ["ok"]
 
@@ -1086,7 +1086,7 @@ def test_a_session_that_fails_is_opened_again(
 
 
 @pytest.mark.process
-def test_a_forked_child_is_told_to_load_its_own(models_dir: Path) -> None:
+def test_a_forked_child_must_load_its_own(models_dir: Path) -> None:
     """At once, and not by hanging: each use says so, closing does nothing, the child ends by
     itself, and its own classifier works.
     """
@@ -1144,10 +1144,10 @@ def test_a_classifier_that_is_dropped_lets_go_of_its_device(models_dir: Path) ->
     before = device_threads()
     opened = imagemill.load("tiny", precision="fp32")
     opened.predict(sample_images.jpeg())
-    assert device_threads() > before
+    (own,) = device_threads() - before
     del opened
     gc.collect()
-    helpers.until(lambda: device_threads() <= before)
+    own.join()
 
 
 @pytest.mark.process
@@ -1166,7 +1166,7 @@ assert next(answers).status == "ok"
         check=True,
         env=environment,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     assert made.stderr == b""
 

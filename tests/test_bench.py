@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 import helpers
+from faults.harness import children
 from imagemill import bench
 from imagemill.bench import measure
 from imagemill.bench.bottleneck import find_bottleneck, together
@@ -401,7 +401,7 @@ def test_a_lower_precision_is_one_that_the_device_computes_faster(
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(
+def test_mistakes_are_reported_before_anything_is_measured(
     change: dict[str, Any], message: str
 ) -> None:
     """Each mistake has one clear message that says what to do."""
@@ -433,7 +433,7 @@ def test_a_worker_that_dies_ends_the_bench_with_its_last_words(tiny: Bundle) -> 
 
 
 @pytest.mark.process
-def test_what_a_worker_cannot_do_is_told_as_run_would_tell_it(tiny: Bundle, tmp_path: Path) -> None:
+def test_what_a_worker_cannot_do_is_the_error_that_run_gives(tiny: Bundle, tmp_path: Path) -> None:
     """A model that cannot be compiled is one clear ModelError from the worker's process."""
     broken = Bundle(tmp_path, tiny.card)
     (tmp_path / "model.onnx").write_bytes(b"not a model")
@@ -451,22 +451,12 @@ def test_workers_end_with_the_bench(start: Callable[..., Any]) -> None:
         "bench", "--synthetic", "--model", "tiny", "--devices", "null:2", "--iterations", 100_000
     )
 
-    def workers() -> list[int]:
-        with contextlib.suppress(FileNotFoundError):
-            return list(
-                map(
-                    int,
-                    Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(),
-                )
-            )
-        return []
-
-    children = helpers.until(
-        lambda: found if len(found := workers()) == 2 else None, process=process
+    workers = helpers.until(
+        lambda: found if len(found := children(process.pid)) == 2 else None, process=process
     )
     process.send_signal(signal.SIGKILL)
     process.wait()
-    helpers.until(lambda: not any(map(helpers.running, children)))
+    helpers.until(lambda: not any(map(helpers.running, workers)))
 
 
 def test_a_bench_that_is_stopped_does_not_speak_of_a_job_to_resume(

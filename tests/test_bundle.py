@@ -125,7 +125,7 @@ def test_a_card_of_an_older_version_is_read(tiny: Bundle) -> None:
     assert bundle.load(tiny.dir).card.recipe == expected
 
 
-def test_a_card_that_lacks_a_field_names_it(tiny: Bundle) -> None:
+def test_a_card_without_a_field_names_it(tiny: Bundle) -> None:
     (tiny.dir / "card.json").write_text('{"name": "tiny"}')
     with pytest.raises(ModelError, match="missing required field `architecture`"):
         bundle.load(tiny.dir)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from imagemill.system.retry import RetryPolicy
 
 BODY = bytes(range(256)) * 4000
 DIGEST = hashlib.sha256(BODY).hexdigest()
-QUICK = RetryPolicy(silence_s=0.4, attempts=4, pause_s=0.01)
+QUICK = RetryPolicy(silence_s=60.0, attempts=4, pause_s=0.01)
 
 
 class Server:
@@ -112,7 +113,7 @@ def serve(
         handler.wfile.write(rest)
         handler.wfile.flush()
         if stall is not None:
-            handler.server_state.release.wait(5)
+            handler.server_state.release.wait()
 
     return behave
 
@@ -172,8 +173,10 @@ def test_a_cut_or_stalled_connection_is_continued(
         serve(**fault),
         serve(**{key: value for key, value in fault.items() if key == "etag"}),
     ]
+    policy = replace(QUICK, silence_s=2.0) if "stall" in fault else QUICK
     assert (
-        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], policy=QUICK) == DIGEST
+        download.fetch(server.url, tmp_path / "w", sha256_prefix=DIGEST[:8], policy=policy)
+        == DIGEST
     )
     assert (tmp_path / "w").read_bytes() == BODY
     assert len(server.requests) == 2
@@ -311,9 +314,7 @@ def test_a_home_that_never_answers_is_one_clear_error(server: Server, tmp_path: 
 
 @pytest.fixture
 def offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy of the environment, little time for a connection, and no second attempt: waiting for
-    one would fail the test.
-    """
+    """No proxy of the environment, and no second attempt: waiting for one would fail the test."""
 
     def wait(seconds: float) -> None:
         raise AssertionError(f"waits {seconds} s for another attempt")
@@ -321,10 +322,18 @@ def offline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", wait)
 
 
-def unreachable(url: str, folder: Path) -> str:
+@contextlib.contextmanager
+def refusing() -> Iterator[str]:
+    """An address that refuses connections: nobody listens, and nobody else can get the port."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+def unreachable(url: str, folder: Path, connect_s: float = 60.0) -> str:
     """The error of a download from a server that cannot be reached."""
     with pytest.raises(DownloadError, match="cannot be downloaded: ") as caught:
-        download.fetch(url, folder / "w", policy=RetryPolicy(connect_s=0.3, silence_s=60))
+        download.fetch(url, folder / "w", policy=RetryPolicy(connect_s=connect_s, silence_s=60))
     assert "imagemill get-model NAME --from FILE" in str(caught.value)
     assert names(folder) == []
     return str(caught.value)
@@ -334,19 +343,18 @@ def unreachable(url: str, folder: Path) -> str:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_server_that_refuses_is_asked_once(scheme: str, tmp_path: Path) -> None:
     """Nobody listens at the address."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
-        f"{scheme}://127.0.0.1:{port}/w", tmp_path
-    )
+    with refusing() as address:
+        assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
+            f"{scheme}://{address}/w", tmp_path
+        )
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_name_that_cannot_be_resolved_is_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a machine without a network; a resolver that does not answer is not waited for
-    either.
+    """As on a machine without a network. The time limit ends the wait for a resolver that does not
+    answer.
     """
 
     def fail(*_: object, **__: object) -> None:
@@ -356,9 +364,9 @@ def test_a_name_that_cannot_be_resolved_is_asked_once(
     text = unreachable("https://weights.invalid/w", tmp_path)
     assert "weights.invalid cannot be reached: Temporary failure in name resolution." in text
     released = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(30) or [])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait() or [])
     assert "weights.invalid cannot be reached: no connection within 0.3 s." in unreachable(
-        "https://weights.invalid/w", tmp_path
+        "https://weights.invalid/w", tmp_path, 0.3
     )
     released.set()
 
@@ -374,7 +382,7 @@ def test_a_network_that_drops_packets_is_given_up(tmp_path: Path) -> None:
             waiting.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/w"
         assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(
-            url, tmp_path
+            url, tmp_path, 0.3
         )
 
 
@@ -384,7 +392,7 @@ def test_a_server_that_does_not_speak_tls_is_given_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/w"
         assert "127.0.0.1 cannot be reached: no connection within 0.3 s." in unreachable(
-            url, tmp_path
+            url, tmp_path, 0.3
         )
 
 
@@ -397,11 +405,11 @@ def test_a_proxy_that_refuses_is_named(
     assert "127.0.0.1 cannot be reached: Tunnel connection failed: 501" in unreachable(
         "https://weights.invalid/w", tmp_path
     )
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed.getsockname()[1]}")
-    assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
-        "https://weights.invalid/w", tmp_path
-    )
+    with refusing() as address:
+        monkeypatch.setenv("https_proxy", f"http://{address}")
+        assert "127.0.0.1 cannot be reached: Connection refused." in unreachable(
+            "https://weights.invalid/w", tmp_path
+        )
 
 
 @pytest.mark.parametrize("before", [serve(cut=300_000), status(503)])

@@ -177,7 +177,7 @@ def test_an_unfinished_job_is_refused_unless_partial(
     finished: Path, copy_of: Callable[[Path], Path]
 ) -> None:
     """One clear message with both numbers; with --partial what is there, in plan order, and the
-    numbers told.
+    numbers reported.
     """
     out = copy_of(finished)
     JobPaths(out).part(1).unlink()
@@ -214,7 +214,7 @@ def test_a_damaged_part_is_one_message_and_no_file(
         exported(out, Form.JSONL)
 
 
-def test_a_part_that_lacks_a_column_is_damaged(
+def test_a_part_without_a_column_is_damaged(
     finished: Path, copy_of: Callable[[Path], Path]
 ) -> None:
     """All parts of a job have the columns of its settings; one that has not is no part of it."""

@@ -125,7 +125,7 @@ def test_also_where_almost_all_fail_or_almost_none(seed: int) -> None:
 def test_nobody_writes_to_a_place_that_is_settled(
     kinds: str, batch_size: int, ahead: int, most_rows: int
 ) -> None:
-    """Whoever is still being decoded may write at any time: to no settled place, whether of a batch
+    """An image that is still being decoded may be written at any time: to no settled place, whether of a batch
     that is filled or of one given away.
     """
     settled: list[NDArray[np.uint8]] = []
@@ -180,7 +180,7 @@ def test_where_nothing_fails_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_after_a_failure_only_those_under_way_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of four and two images a thread are under way: twelve, and as many that were
+    """Two batches of four and two images a thread are in progress: twelve, and as many that were
     begun while those were settled.
     """
     found = places(monkeypatch, "o" * 20 + "m" + "o" * 60)
@@ -231,7 +231,7 @@ def test_reading_ahead_is_bounded() -> None:
 
 
 def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
-    """A slow session is not taken for one that hangs: whoever watches the worker sees a batch more
+    """A slow session is not taken for one that hangs: the supervisor sees a batch more
     each time, images or failures.
     """
     with heartbeat.shared_file() as file:
@@ -248,7 +248,7 @@ def test_each_batch_that_is_handed_on_is_a_sign_of_life() -> None:
 def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Reading and decoding are timed. A suspect is decoded in a process with a clock of its own, so
+    """Reading and decoding are timed. A quarantined image is decoded in a process with a clock of its own, so
     here its decoding is not timed.
     """
     seen: dict[str, list[heartbeat.ActiveImage]] = {}
@@ -316,7 +316,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
         def fetch() -> bytes:
             if number == 5:
                 entered.set()
-                release.wait(20)
+                release.wait(300)
             fetched.append(number)
             return b"o%d" % number
 
@@ -324,7 +324,7 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
 
     with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
-        assert entered.wait(20)
+        assert entered.wait(300)
         release_when_joined(monkeypatch, feed, release)
     assert fetched == list(range(6))
 

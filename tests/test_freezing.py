@@ -184,7 +184,7 @@ def test_whatever_decides_the_listing_is_in_its_id() -> None:
         ({"max_seconds": 5.0}, {"limits": Limits(max_seconds=5.0)}),
     ],
 )
-def test_what_is_said_on_resuming_is_done_and_all_else_stays(
+def test_settings_given_on_resume_apply_and_all_others_stay(
     job: Callable[..., Settings],
     jpegs: Callable[..., Path],
     tmp_path: Path,

@@ -21,6 +21,7 @@ import pytest
 import helpers
 import pth_files
 import sample_images
+from faults.harness import Hold
 from golden import recipe
 
 pytestmark = pytest.mark.process
@@ -91,18 +92,25 @@ def coco(folder: Path, count: int = IMAGES) -> Path:
     return helpers.fill(folder, files)
 
 
-def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None:
+def test_the_example_from_first_line_to_last(
+    home: Home, tmp_path: Path, start: Callable[..., Any]
+) -> None:
     """partition → get-model → run on eight devices: every image has a row, eight logs, one
     aggregate; the download happens once.
     """
-    environment = helpers.environment(
-        IMAGEMILL_MODELS=str(tmp_path / "models"), NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"
+    hold = Hold(
+        tmp_path,
+        0,
+        IMAGEMILL_MODELS=str(tmp_path / "models"),
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
     )
 
     def imagemill(*arguments: object) -> helpers.Result:
-        result = helpers.finish(
-            helpers.start(*arguments, env=environment, cwd=tmp_path), timeout=300
-        )
+        return finished(start(*arguments, env=hold.environment, cwd=tmp_path))
+
+    def finished(process: Any) -> helpers.Result:
+        result = helpers.finish(process)
         assert result.code == 0, result.err
         return result
 
@@ -125,16 +133,18 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
     assert json.loads((models / "card.json").read_text())["origin"]["verified"] is False
 
     # 5. Run
-    ran = imagemill(
-        "run", "datasets/", "--output", "out", "--devices", f"cpu:{DEVICES}", "--batch-size", 6
-    )
+    command = ("run", "datasets/", "--output", "out", "--devices", f"null:{DEVICES}")
+    process = start(*command, "--batch-size", 6, env=hold.environment, cwd=tmp_path)
+    helpers.until(lambda: len(helpers.worker_pids(tmp_path / "out")) == DEVICES, process=process)
+    hold.release()
+    ran = finished(process)
     rows = helpers.rows(tmp_path / "out")
     assert sorted(Path(row["path"]).name for row in rows) == sorted(os.listdir(source))
     assert {row["status"] for row in rows} == {"ok"}
     logs = sorted(
         path.name for path in (tmp_path / "out" / "logs").iterdir() if path.name != "launcher.log"
     )
-    assert logs == [f"cpu#{number}.log" for number in range(DEVICES)]
+    assert logs == [f"null#{number}.log" for number in range(DEVICES)]
     assert "sub-folders" not in ran.err
     reported = [
         re.search(
@@ -152,7 +162,7 @@ def test_the_example_from_first_line_to_last(home: Home, tmp_path: Path) -> None
 def test_another_number_of_sub_folders_is_a_warning(
     tmp_path: Path, imagemill: Callable[..., helpers.Result]
 ) -> None:
-    """Four partitions on three devices: said, and every image still has its row."""
+    """Four partitions on three devices: a message says so, and every image still has its row."""
     coco(tmp_path / "val2014", 9)
     imagemill(
         "partition",

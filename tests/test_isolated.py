@@ -50,13 +50,6 @@ def alive(pid: int) -> bool:
     return True
 
 
-def gone_within(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not alive(pid)
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -142,7 +135,7 @@ def test_a_greedy_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
 
 
 def test_a_child_killed_from_outside_is_replaced(decoder: IsolatedDecoder) -> None:
-    """The kernel may kill the child for its memory, or a person may: the image at hand is tried
+    """The kernel may kill the child for its memory, or a person may: the image in progress is tried
     again and is ok.
     """
     decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
@@ -187,7 +180,7 @@ time.sleep(600)
         time.sleep(0.3)
         assert alive(pid)
         parent.kill()
-    assert gone_within(pid, 5)
+    helpers.until(lambda: not alive(pid))
 
 
 def test_a_child_that_cannot_start_is_an_error(

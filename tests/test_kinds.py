@@ -307,7 +307,7 @@ def test_objects_and_pages_of_another_kind_are_refused(s3: Bucket) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_list_is_read_in_every_unicode_encoding(tmp_path: Path, encoding: str, end: str) -> None:
-    """As PowerShell and Notepad write them: told by the byte order mark. Only line feeds end a
+    """As PowerShell and Notepad write them: recognised by the byte order mark. Only line feeds end a
     line.
     """
     names = ["x.jpg", "sp ace.jpg", "ü\u2028ñ\x85.jpg", "last \r one.jpg"]

@@ -225,10 +225,10 @@ def test_those_who_fetch_a_plan_take_turns(tmp_path: Path) -> None:
     with files.in_turn(path):
         assert held(path, fcntl.LOCK_SH)
         thread.start()
-        waiting.wait(20)
+        waiting.wait()
         thread.join(0.2)
         order.append("first")
-    thread.join(20)
+    thread.join()
     assert order == ["first", "second"]
     assert not held(path, fcntl.LOCK_EX)
 

@@ -19,7 +19,7 @@ def shards(count: int, groups: int = 1) -> list[Shard]:
 
 
 def test_shards_are_leased_in_plan_order() -> None:
-    """One after the other, each once, whoever asks."""
+    """One after the other, each once, whichever worker asks."""
     leases = Leases(shards(4))
     taken = [leases.next(position) for position in (1, 0, 0, 1)]
     assert [lease.shard.number for lease in taken if lease] == [0, 1, 2, 3]
@@ -147,7 +147,7 @@ def test_a_lost_worker_keeps_the_quarantined_images() -> None:
 def test_every_shard_is_waiting_or_leased_once_whatever_happens(
     count: int, acts: list[tuple[str, int]]
 ) -> None:
-    """Waiting, in exactly one hand, or committed: at any moment, whoever dies."""
+    """Waiting, leased to exactly one worker, or committed: at any moment, whichever worker dies."""
     leases, done = Leases(shards(count)), set()
     hands: list[list[Lease]] = [[], [], []]
     for act, who in acts:

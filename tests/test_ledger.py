@@ -217,7 +217,7 @@ def test_the_manifest_of_another_job_condemns_no_part(out: Path, name: str) -> N
     assert helpers.parts(out) == before
 
 
-def test_damage_to_one_part_is_told_beside_that_of_others(out: Path) -> None:
+def test_damage_to_one_part_is_reported_beside_that_of_others(out: Path) -> None:
     """A missing part does not end the search."""
     part(out, 0).unlink()
     part(out, 1).write_bytes(b"rubbish")
@@ -517,7 +517,7 @@ def test_failed_images_are_named_where_a_line_can_name_them(
 def test_rows_that_a_reader_would_take_for_the_jobs_are_found(
     finished: Settings, out: Path, name: str
 ) -> None:
-    """A copy beside a part is read with it by whoever reads the folder; `verify` names it, and
+    """Programs that read the folder read a copy beside a part too; `verify` names it, and
     quarantine moves it alone aside.
     """
     copy = out / "predictions" / name

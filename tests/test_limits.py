@@ -53,7 +53,6 @@ def hooked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hook: str) -> None:
         tmp_path / "hooks", hook, STUCK=str(tmp_path / "stuck")
     ).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(supervisor, "WITHOUT_CPU_S", 2.0)
 
 
 def test_a_worker_that_never_starts_ends_the_job(
@@ -63,9 +62,10 @@ def test_a_worker_that_never_starts_ends_the_job(
     third time the job ends with the reason.
     """
     hooked(monkeypatch, tmp_path, STUCK_AT_START)
+    monkeypatch.setattr(supervisor, "WITHOUT_CPU_S", 1.0)
     with pytest.raises(
         WorkerError,
-        match=r"3 times in a row; the last time it used no CPU time for 2 s while starting and was"
+        match=r"3 times in a row; the last time it used no CPU time for 1 s while starting and was"
         " killed; limits",
     ):
         run.run(job(jpegs(2), preflight=False))
@@ -78,8 +78,10 @@ def test_a_worker_that_waits_for_ever_is_started_again(
     over it is killed, and the job finishes.
     """
     hooked(monkeypatch, tmp_path, STUCK_AT_WORK)
+    monkeypatch.setattr(supervisor, "WITHOUT_CPU_S", 3.0)
     summary = run.run(job(jpegs(4), preflight=False))
-    assert (summary.ok, summary.devices[0].restarts) == (4, 1)
+    assert summary.ok == 4
+    assert summary.devices[0].restarts >= 1  # more if it is not scheduled for as long
 
 
 def test_too_little_memory_for_the_imports_is_one_clear_error(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_one_empty_source_among_others_is_a_note(job: Jobs, jpegs: Folders, tmp_
     assert found.notes == (f"note: 2 sources hold no images, first: {empty[0]}",)
 
 
-def test_links_that_lead_nowhere_are_said_and_counted(
+def test_broken_links_are_reported_and_counted(
     imagemill: CLI, jpegs: Folders, tmp_path: Path
 ) -> None:
     """At the start, in the summary for people and in the JSON."""

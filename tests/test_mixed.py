@@ -1,4 +1,4 @@
-"""Several backends in one job: allowed only where it is asked for, and told in every part."""
+"""Several backends in one job: allowed only with a flag, and named in every part."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import helpers
-from faults.harness import assert_complete
+import sample_images
+from faults.harness import Hold, assert_complete
 
 pytestmark = pytest.mark.process
 
@@ -46,15 +48,18 @@ def test_backends_are_mixed_only_where_that_is_allowed(
 
 
 def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
-    imagemill: Callable[..., helpers.Result], slow_folder: Path, tmp_path: Path
+    imagemill: Callable[..., helpers.Result],
+    start: Callable[..., Any],
+    models_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    """Shards go to whoever is idle, so both work; the summary has both devices, and `verify` is
-    content.
-    """
-    output = tmp_path / "out"
+    """Both devices get shards, the summary has both, and `verify` finds nothing."""
+    output, hold = tmp_path / "out", Hold(tmp_path, 0, IMAGEMILL_MODELS=str(models_dir))
+    images = [sample_images.jpeg(48, 40, seed=seed) for seed in range(4)]
+    folder = helpers.fill(tmp_path / "in", {f"{n:03d}.jpg": images[n % 4] for n in range(48)})
     arguments = (
         "run",
-        slow_folder,
+        folder,
         "--model",
         "tiny",
         "--output",
@@ -66,10 +71,13 @@ def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
         4,
         "--json",
     )
-    ended = imagemill(*arguments)
+    process = start(*arguments, env=hold.environment)
+    helpers.until(lambda: len(helpers.worker_pids(output)) == 2, process=process)
+    hold.release()
+    ended = helpers.finish(process)
     assert ended.code == 0, ended.err
     rows = assert_complete(output)
-    assert rows.num_rows == 96
+    assert rows.num_rows == 48
     assert imagemill("verify", output).code == 0
     summary = ended.json
     assert summary["precision"] == "fp32"
@@ -81,7 +89,7 @@ def test_a_mixed_job_gives_one_row_an_image_and_each_part_its_backend(
     }
     job = json.loads((output / "job.json").read_text())
     assert job["backend"] == "onnxruntime+openvino"
-    # The images are 24 times the same four: the backends agree but for the last bits.
+    # The images are 12 times the same four: the backends agree but for the last bits.
     by_content: dict[int, list[float]] = {}
     for number, row in enumerate(rows.to_pylist()):
         by_content.setdefault(number % 4, []).append(row["probability"])

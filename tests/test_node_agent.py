@@ -199,7 +199,7 @@ def with_model(job: Job, file: Path) -> Job:
     return replace(job, session=replace(job.session, model_file=str(file)))
 
 
-def test_a_model_that_a_node_lacks_comes_once_and_is_checked(
+def test_a_model_that_a_node_does_not_have_comes_once_and_is_checked(
     order: Orders, opened: Callable[..., NodeAgent], tmp_path: Path
 ) -> None:
     """It lies in the node's cache by its hash afterwards, where the next agent finds it; other

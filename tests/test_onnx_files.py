@@ -309,7 +309,7 @@ def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
 NOTE = "note: {} not given, so `run` refuses the model. Most networks trained on ImageNet take"
 
 
-def test_what_nobody_said_is_noted_each_time_and_refused_by_run(tmp_path: Path) -> None:
+def test_missing_settings_are_noted_each_time_and_refused_by_run(tmp_path: Path) -> None:
     """Because a guess costs accuracy silently. A default never becomes a choice in the card."""
     file, models = saved(small(), tmp_path), tmp_path / "models"
     helpers.fill(tmp_path, {"labels.txt": b"a\nb\nc\n"})

@@ -217,7 +217,7 @@ def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> Non
         make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, height=SIZE + 8)))
 
 
-def test_cuda_is_told_to_be_exact_and_repeatable(tiny: Bundle) -> None:
+def test_cuda_is_set_to_be_exact_and_repeatable(tiny: Bundle) -> None:
     """Its own defaults compute fp32 in TF32 and choose algorithms by a stopwatch at each start."""
     device = DeviceSpec("cuda#3", "cuda", "onnxruntime", (0,), 3)
     assert PROVIDERS["onnxruntime", "cuda"].options(make_spec(tiny), device) == {

@@ -33,7 +33,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: os.fsencode(name).split(b"/"))
 
 
-def dealt(output: Path) -> list[list[str]]:
+def shares_of(output: Path) -> list[list[str]]:
     """The images of each partition, in listing order."""
     return [
         names_in(output / str(number))
@@ -58,7 +58,7 @@ def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(
     """
     folder = tmp_path_factory.mktemp("any")
     made = partition(str(numbered(folder / "all", count)), partitions, str(folder / "out"))
-    shares = dealt(folder / "out")
+    shares = shares_of(folder / "out")
     assert [name for share in shares for name in share] == names_in(folder / "all")
     assert len(shares) == partitions
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -83,7 +83,7 @@ def test_an_image_is_what_the_folder_source_says(tmp_path: Path) -> None:
         ".d/f.jpg",
     )
     made = partition(str(source), 2, str(tmp_path / "out"))
-    assert sorted(name for share in dealt(tmp_path / "out") for name in share) == [
+    assert sorted(name for share in shares_of(tmp_path / "out") for name in share) == [
         "a.jpg",
         "b.JPEG",
         "c.png",
@@ -110,7 +110,7 @@ def test_hostile_names_survive(tmp_path: Path) -> None:
     for name in names:
         Path(os.fsdecode(os.path.join(os.fsencode(source), name))).write_bytes(name)
     partition(str(source), 2, str(tmp_path / "out"))
-    found = [os.fsencode(name) for share in dealt(tmp_path / "out") for name in share]
+    found = [os.fsencode(name) for share in shares_of(tmp_path / "out") for name in share]
     assert found == sorted(names)
 
 
@@ -145,9 +145,9 @@ def test_a_repeat_changes_nothing(tmp_path: Path) -> None:
     }
 
 
-def test_a_repeat_makes_what_lacks_and_mends_what_is_wrong(tmp_path: Path) -> None:
+def test_a_repeat_makes_what_is_missing_and_replaces_what_is_wrong(tmp_path: Path) -> None:
     """What an interrupted or damaged partition lacks is made; left temporary files go; another
-    --link makes all anew.
+    --link makes all of them again.
     """
     source = numbered(tmp_path / "all", 6)
     output = tmp_path / "out"
@@ -156,11 +156,11 @@ def test_a_repeat_makes_what_lacks_and_mends_what_is_wrong(tmp_path: Path) -> No
     (output / "1" / "003.jpg").write_bytes(b"")
     (output / "1" / os.fsdecode(module._TEMPORARY)).write_bytes(b"half")
     assert partition(str(source), 2, str(output), Link.COPY).made == 2
-    assert [name for share in dealt(output) for name in share] == names_in(source)
+    assert [name for share in shares_of(output) for name in share] == names_in(source)
     assert (output / "1" / "003.jpg").read_bytes() == b"003.jpg"
     for link in (Link.SYMBOLIC, Link.HARD, Link.COPY):
         assert partition(str(source), 2, str(output), link).made == 6
-    assert [name for share in dealt(output) for name in share] == names_in(source)
+    assert [name for share in shares_of(output) for name in share] == names_in(source)
 
 
 def test_another_number_of_partitions_is_refused(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_images_that_changed_since_are_refused_not_doubled(tmp_path: Path) -> No
     assert names_in(tmp_path / "out") == before
 
 
-def test_hard_links_that_are_impossible_become_symbolic_ones_and_it_is_said(
+def test_hard_links_that_are_impossible_become_symbolic_ones_with_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across file systems the default falls back and says so once; --link hard says what to do
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shutil, "copy2", half)
     with pytest.raises(OutputError, match="The disk is full"):
         partition(str(source), 2, str(tmp_path / "out"), Link.COPY)
-    assert dealt(tmp_path / "out") == [["000.jpg", "001.jpg"], []]
+    assert shares_of(tmp_path / "out") == [["000.jpg", "001.jpg"], []]
     monkeypatch.undo()
     assert partition(str(source), 2, str(tmp_path / "out"), Link.COPY).made == 2
 
@@ -326,7 +326,7 @@ def test_an_output_inside_the_data_folder_is_not_its_own_input(tmp_path: Path) -
 def test_more_partitions_than_images_leaves_some_empty(tmp_path: Path) -> None:
     """Every partition's folder is there, also an empty one."""
     partition(str(numbered(tmp_path / "all", 2)), 4, str(tmp_path / "out"))
-    assert dealt(tmp_path / "out") == [["000.jpg"], ["001.jpg"], [], []]
+    assert shares_of(tmp_path / "out") == [["000.jpg"], ["001.jpg"], [], []]
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_more_partitions_than_images_leaves_some_empty(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_told(
+def test_mistakes_are_reported(
     tmp_path: Path, change: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     """Each mistake has one clear message, and nothing is made."""
@@ -445,7 +445,7 @@ def test_the_command_line_tells_what_was_made(
     assert "Traceback" not in refused.err
 
 
-def test_links_that_lead_nowhere_are_said(tmp_path: Path) -> None:
+def test_broken_links_are_reported(tmp_path: Path) -> None:
     """They may have led to a folder of images, which is in no part then."""
     helpers.fill(tmp_path / "all", {"1.jpg": b"x", "2.jpg": b"x"})
     (tmp_path / "all" / "disk").symlink_to("/mnt/not mounted")

@@ -25,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import helpers
 import popart_standin
+from faults.harness import Hold
 from imagemill import errors
 from imagemill.models import bundle
 from imagemill.models.custom import wrap
@@ -44,7 +45,7 @@ TOLERANCE = 0.02
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One IPU, and a folder where it is told what was asked of it."""
+    """One IPU, and a folder that records what it was asked for."""
     popart_standin.prepare(monkeypatch, tmp_path / "ipus")
     return tmp_path / "ipus"
 
@@ -472,7 +473,7 @@ def test_other_layouts_and_colour_orders_answer_alike(folder: Path, tmp_path: Pa
     ]
 
 
-def test_what_popart_cannot_read_is_said_before_it_is_started(
+def test_what_popart_cannot_read_is_an_error_before_it_is_started(
     folder: Path, tmp_path: Path, tiny: Bundle
 ) -> None:
     """A newer opset, a card without the boundary, a graph that goes round it."""
@@ -541,10 +542,13 @@ def test_each_session_has_an_ipu_of_its_own(
         session.close()
 
 
-def test_an_ipu_that_comes_free_is_waited_for(folder: Path, tiny: Bundle) -> None:
+def test_an_ipu_that_comes_free_is_waited_for(
+    folder: Path, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one of a process that has just died is not there at once, and its worker is started again
     at once.
     """
+    monkeypatch.setattr(popart_session, "PATIENCE_S", 600.0)
     first = opened(tiny)
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(lambda: opened(tiny))
@@ -572,7 +576,7 @@ def test_out_of_memory_says_what_to_change(
 REMEDY = "source the enable.sh of its poplar and of its popart folder"
 
 
-def test_what_is_missing_is_said_with_the_remedy(
+def test_what_is_missing_is_reported_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No interpreter, one without popart, one with another package of that name, something that is
@@ -738,7 +742,7 @@ def test_a_program_that_is_killed_costs_a_restart_and_no_row(
 
 @pytest.mark.parametrize("whom", ["worker", "launcher"])
 def test_the_program_dies_with_its_worker_and_with_its_launcher(
-    tmp_path: Path, slow_folder: Path, start: Callable[..., Any], models_dir: Path, whom: str
+    tmp_path: Path, small_jpegs: Path, start: Callable[..., Any], models_dir: Path, whom: str
 ) -> None:
     """No process keeps an IPU that nobody uses. A worker's death costs a restart, as any other."""
     folder, output = tmp_path / "ipus", tmp_path / "out"
@@ -751,20 +755,20 @@ def test_the_program_dies_with_its_worker_and_with_its_launcher(
         "fp16",
         "--shard-size",
         "4",
-        "--limit",
-        "32",
         "--no-report",
         "--json",
     )
-    run = start(
-        "run", slow_folder, "--output", output, *arguments, env=environment(folder, models_dir)
-    )
+    hold, env = Hold(tmp_path, 0), environment(folder, models_dir)
+    env["PYTHONPATH"] += os.pathsep + hold.environment["PYTHONPATH"]
+    env["HOLD"] = hold.environment["HOLD"]
+    run = start("run", small_jpegs, "--output", output, *arguments, env=env)
     (worker,) = helpers.until(lambda: helpers.worker_pids(output), process=run)
     (program,) = processes(folder)
     os.kill(worker if whom == "worker" else run.pid, signal.SIGKILL)
     helpers.until(lambda: not helpers.running(program))
     helpers.until(lambda: not helpers.running(worker))
     if whom == "worker":
+        hold.release()
         ended = helpers.finish(run)
         assert ended.code == 0, ended.err
         assert [device["restarts"] for device in json.loads(ended.out)["devices"]] == [1]

@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -35,10 +37,11 @@ BAD_DECODER = """
 def act(module):
     decode = module.decode
     def bad(data, recipe, limits):
-        if data == b"crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if data in (b"crash", b"hang"):
-            time.sleep(60)
+        if data in (b"crash", b"hang"):  # SIGALRM ends a process that decodes for too long
+            os.kill(os.getpid(), signal.SIGSEGV if data == b"crash" else signal.SIGALRM)
+        if data in (b"crash", b"hang", b"stuck"):
+            open(os.environ["STUCK"], "w").close()
+            time.sleep(3600)
         return decode(data, recipe, limits)
     module.decode = bad
 if "imagemill.pipeline.decoding.isolated" in sys.orig_argv:
@@ -79,15 +82,20 @@ def decoders() -> list[int]:
 
 @pytest.fixture
 def all_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every job has a preflight, which samples all of its images."""
+    """Every job has a preflight, which samples all of its images, however long it takes."""
     monkeypatch.setattr(preflight, "sample_size", lambda images: images)
+    monkeypatch.setattr(preflight, "_TIME_LIMIT_S", 600.0)
+    monkeypatch.setattr(preflight, "_IMAGE_LIMIT_S", 600.0)
 
 
 @pytest.fixture
 def bad_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Isolated decoders crash or hang at images whose bytes are `crash` or `hang`."""
+    """Isolated decoders crash, end after the time limit, or hang at images whose bytes are `crash`,
+    `hang` or `stuck`.
+    """
     hooks = harness.hooks(tmp_path / "hooks", BAD_DECODER)
     monkeypatch.setenv("PYTHONPATH", hooks["PYTHONPATH"])
+    monkeypatch.setenv("STUCK", str(tmp_path / "stuck"))
 
 
 def carried_out(settings: Settings) -> tuple[Summary, list[str]]:
@@ -207,32 +215,38 @@ def test_it_can_be_turned_off_and_is_not_repeated(
 @pytest.mark.usefixtures("all_sampled", "bad_decoder")
 @pytest.mark.parametrize(("fault", "status"), [("crash", "crashed_decoder"), ("hang", "timeout")])
 def test_an_image_that_kills_or_hangs_its_decoder_costs_one_decoder(
-    job: Jobs, jpegs: Folders, monkeypatch: pytest.MonkeyPatch, fault: str, status: str
+    job: Jobs, jpegs: Folders, fault: str, status: str
 ) -> None:
     """It is one unreadable image of the sample. The other images are sampled, the job completes,
     and no process is left.
     """
-    monkeypatch.setattr(preflight, "_IMAGE_LIMIT_S", 0.5)
     folder = jpegs(30, **{"zz.jpg": fault.encode()})
     summary, _ = carried_out(job(folder))  # its workers decode elsewhere: the row is not_an_image
     assert summary.images == 31
     assert summary.preflight is not None
     assert summary.preflight.sampled == 31
     assert summary.preflight.unreadable == {status: 1}
-    assert not decoders()
+    helpers.until(lambda: not decoders())
 
 
 @pytest.mark.usefixtures("all_sampled", "bad_decoder")
 def test_a_sample_that_hangs_is_used_as_far_as_it_got(
-    job: Jobs, jpegs: Folders, monkeypatch: pytest.MonkeyPatch
+    job: Jobs, jpegs: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the time limit the display goes on, and the end of the job does not wait for it."""
-    settings = job(jpegs(60, **{"zz.jpg": b"hang"}), preflight=False)
+    settings = job(jpegs(60, **{"zz.jpg": b"stuck"}), preflight=False, max_seconds=600.0)
     run.run(settings)
-    monkeypatch.setattr(preflight, "_TIME_LIMIT_S", 4.0)
+    now = time.monotonic()
+    monkeypatch.setattr(
+        preflight, "time", SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    )
     messages: list[str] = []
     with sampler_of(settings, messages) as sampler:
-        reported(sampler)
+        helpers.until((tmp_path / "stuck").exists)
+        sampler(at(0.0, 0))
+        assert sampler.found is None
+        now += 601
+        sampler(at(0.0, 0))
         assert is_sampling()
     assert is_sampling()
     assert sampler.found is not None

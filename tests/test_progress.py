@@ -25,8 +25,12 @@ from imagemill.display import observer, terminal
 from imagemill.display import pace as pace_module
 from imagemill.display.pace import Estimate, Pace
 from imagemill.display.text import failure_parts, format_lines, job_parts
-from imagemill.records import Clock, Progress
+from imagemill.records import Clock, Progress, Settings
 from imagemill.runner import run
+
+sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
+
+import harness
 
 Folders = Callable[..., Path]
 
@@ -42,7 +46,7 @@ def at(
     failed: Mapping[str, int] | None = None,
     restarts: int = 0,
 ) -> Progress:
-    """A progress as the launcher tells it; one device where `rows` is a number."""
+    """A progress as the launcher reports it; one device if `rows` is a number."""
     devices = {"cpu#0": rows} if isinstance(rows, int) else dict(rows)
     return Progress(
         rows=saved,
@@ -117,7 +121,7 @@ def test_resumed_images_count_as_done_but_into_no_rate() -> None:
     assert (estimate.done, estimate.rate, estimate.left_s) == (924, 10.0, 7.6)
 
 
-def test_nothing_is_said_before_there_is_something_to_go_by() -> None:
+def test_nothing_is_shown_before_there_is_a_rate() -> None:
     """Without answers, and with those of the first two seconds alone, there is neither rate nor
     time.
     """
@@ -153,7 +157,7 @@ def test_a_short_hitch_moves_little() -> None:
     assert estimate.rate == pytest.approx(40, rel=0.03)
 
 
-def test_a_stall_makes_the_time_longer_and_is_said() -> None:
+def test_a_stall_makes_the_time_longer_and_is_shown() -> None:
     """Where answers stop coming the rate falls from then on, and the display says for how long
     nothing came.
     """
@@ -262,7 +266,7 @@ def test_who_waits_for_images_on_cores_that_compute_too_may_be_bounded_by_comput
     assert estimate.bottleneck == bottleneck
 
 
-def test_no_bottleneck_is_shown_before_it_can_be_told() -> None:
+def test_no_bottleneck_is_shown_before_it_is_known() -> None:
     """Not in the first seconds; the summary of so short a job names none either."""
     pace = Pace(10_000, 0)
     found = [
@@ -425,36 +429,39 @@ def test_a_download_shows_how_far_it_is(is_live: bool, monkeypatch: pytest.Monke
 
 
 def on_terminal(
-    folder: Path, output: Path, models_dir: Path, columns: int, **environment: str
+    folder: Path,
+    output: Path,
+    models_dir: Path,
+    is_seen: Callable[[str], bool] = lambda _: True,
+    **environment: str,
 ) -> tuple[str, list[str]]:
-    """Run the command on a terminal; returns all that came, and the lines that it showed for a
-    while, without what styles them.
+    """Run the command on a terminal of 80 columns. The job is held halfway until `is_seen` is true
+    of the text so far.
+
+    Returns:
+        all that came, and the lines that it showed for a while, without what styles them.
     """
     import pty
 
     ours, theirs = pty.openpty()
-    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [
-        sys.executable,
-        "-m",
-        "imagemill",
-        "run",
-        str(folder),
-        "--output",
-        str(output),
-        "--model",
-        "tiny",
-        "--devices",
-        "null:2",
-    ]
-    env = helpers.environment(IMAGEMILL_MODELS=str(models_dir), **environment)
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "imagemill", "run", str(folder), "--output", str(output)]
+    options = ["--model", "tiny", "--devices", "null:2", "--batch-size", "2", "--no-report"]
+    hold = harness.Hold(output.parent, 24, IMAGEMILL_MODELS=str(models_dir))
+    env = hold.environment | environment
     env = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [*command, "--no-report"], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=env
+        [*command, *options, "--shard-size", "8"],
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=env,
     )
     os.close(theirs)
     shown = b""
     while True:
+        if is_seen(shown.decode(errors="replace")):
+            hold.release()
         try:
             piece = os.read(ours, 65_536)
         except OSError:  # Linux says so when the last writer is gone
@@ -469,98 +476,107 @@ def on_terminal(
     return text, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("columns", [80, 160])
-def test_a_terminal_gets_a_live_display(
-    tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path, columns: int
-) -> None:
-    """It renews itself in place, in colour, no line wider than the terminal, and takes itself away
-    at the end.
-    """
-    text, lines = on_terminal(
-        slow_folder, tmp_path / "out", models_dir, columns, TERM="xterm-256color"
+def is_renewed(text: str) -> bool:
+    """Whether a live display has moved up to its first line, and shows the rate of a device."""
+    return "\x1b[1A" in text and any(
+        "null#0" in line and "images/s" in line for line in text.split("\n")
     )
-    assert "\x1b[1A" in text, "no line was renewed"
+
+
+@pytest.mark.process
+def test_a_terminal_gets_a_live_display(
+    tiny: Any, models_dir: Path, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """It is renewed in place, in colour, no line wider than the terminal, and removed at the end."""
+    text, lines = on_terminal(
+        small_jpegs, tmp_path / "out", models_dir, is_renewed, TERM="xterm-256color"
+    )
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", text), "no colour"
-    assert max(map(len, lines)) <= columns
-    assert any(re.match(r"\d+ of 96 \(\d+ %\), \d+ saved", line) for line in lines)
-    assert any("null#0" in line and "images/s" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert any(re.match(r"\d+ of 48 \(\d+ %\), \d+ saved", line) for line in lines)
     assert "null#0" not in lines[-1]
 
 
 @pytest.mark.process
-def test_no_color_is_obeyed(tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+def test_no_color_is_obeyed(tiny: Any, models_dir: Path, small_jpegs: Path, tmp_path: Path) -> None:
     """NO_COLOR: still renewed in place, without one colour."""
     text, lines = on_terminal(
-        slow_folder, tmp_path / "out", models_dir, 80, TERM="xterm-256color", NO_COLOR="1"
+        small_jpegs, tmp_path / "out", models_dir, is_renewed, TERM="xterm-256color", NO_COLOR="1"
     )
-    assert "\x1b[1A" in text
     assert not re.search(r"\x1b\[[0-9;]*(3|4|9|10)[0-9][;m]", text)
     assert any("null#1" in line for line in lines)
 
 
 @pytest.mark.process
 def test_a_dumb_terminal_gets_plain_lines(
-    tiny: Any, models_dir: Path, slow_folder: Path, tmp_path: Path
+    tiny: Any, models_dir: Path, small_jpegs: Path, tmp_path: Path
 ) -> None:
     """TERM=dumb: what a log file gets."""
-    text, lines = on_terminal(slow_folder, tmp_path / "out", models_dir, 80, TERM="dumb")
+    text, lines = on_terminal(small_jpegs, tmp_path / "out", models_dir, TERM="dumb")
     assert "\x1b" not in text
-    assert any(re.match(r"\d+ of 96 \(\d+ %\)", line) for line in lines), text
+    assert any(re.match(r"\d+ of 48 \(\d+ %\)", line) for line in lines), text
 
 
 @pytest.mark.process
 def test_answers_are_counted_before_their_shard_is_committed(
-    models_dir: Path, slow_folder: Path, tmp_path: Path
+    job: Callable[..., Settings],
+    small_jpegs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With one large shard the display moves all the same: workers tell what has its answer, and
-    where their time goes.
+    """With one large shard the display moves all the same: workers publish how many images have an
+    answer, and where their time goes.
     """
-    from imagemill.records import Settings
-
+    hold = harness.Hold(tmp_path, 12)
+    for name in ("PYTHONPATH", "HOLD"):
+        monkeypatch.setenv(name, hold.environment[name])
     seen: list[Progress] = []
 
     class Watcher(observer.Watcher):
         def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
-            return seen.append
+            def note(progress: Progress) -> None:
+                seen.append(progress)
+                hold.at(progress.devices["null#0"] + 12)
 
-    settings = Settings(
-        sources=(str(slow_folder),),
-        output=str(tmp_path / "out"),
-        model="tiny",
-        models_dir=str(models_dir),
-        devices="null",
-        shard_size=96,
-    )
-    run.run(settings, Watcher())
-    counts = sorted({one.devices["null#0"] for one in seen if not one.rows})
-    assert len(counts) > 3
+            return note
+
+    run.run(job(small_jpegs, shard_size=48, batch_size=2), Watcher())
+    counts = [one.devices["null#0"] for one in seen if not one.rows]
+    assert {12, 24, 36} <= set(counts)
     assert all(
-        one.devices["null#0"] + one.leased["null#0"] == 96 for one in seen if one.leased["null#0"]
+        one.devices["null#0"] + one.leased["null#0"] == 48 for one in seen if one.leased["null#0"]
     )
     assert [one.clock.images for one in seen] == sorted(one.clock.images for one in seen)
     assert max(one.clock.decode for one in seen) > 0
 
 
 @pytest.mark.ecosystem
-def test_an_image_of_a_notebook(models_dir: Path, slow_folder: Path, tmp_path: Path) -> None:
+def test_a_notebook_gets_a_live_display(
+    models_dir: Path, small_jpegs: Path, tmp_path: Path
+) -> None:
     """In a kernel the display is an output of the cell that is renewed in place, and nothing goes
     to stderr but what is said.
     """
     from jupyter_client.manager import start_new_kernel
 
+    hold = harness.Hold(tmp_path, 24, IMAGEMILL_MODELS=str(models_dir))
     manager, client = start_new_kernel(
-        kernel_name="python3", env=helpers.environment(IMAGEMILL_MODELS=str(models_dir))
+        kernel_name="python3", env=hold.environment, startup_timeout=300
     )
     try:
         code = f"""
 import imagemill
-slow = dict(num_workers=1, devices="null")
-summary = imagemill.run({str(slow_folder)!r}, {str(tmp_path / "out")!r}, model="tiny", progress=True, report=False, **slow)
+summary = imagemill.run({str(small_jpegs)!r}, {str(tmp_path / "out")!r}, model="tiny", progress=True, report=False, devices="null")
 print(summary.ok)
 """
         outputs: list[dict[str, Any]] = []
-        client.execute_interactive(code, timeout=60, output_hook=outputs.append)
+
+        def note(message: dict[str, Any]) -> None:
+            outputs.append(message)
+            if message["msg_type"] == "update_display_data":
+                hold.release()
+
+        client.execute_interactive(code, timeout=300, output_hook=note)
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -575,11 +591,11 @@ print(summary.ok)
         if message["msg_type"] == "stream"
     }
     assert not [message for message in outputs if message["msg_type"] == "error"], outputs
-    assert messages["stdout"] == "96\n"
+    assert messages["stdout"] == "48\n"
     assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     lines = shown[-1]["data"]["text/plain"].splitlines()
-    assert "96" in lines[0]
+    assert "48" in lines[0]
     assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
 

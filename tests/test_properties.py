@@ -89,7 +89,7 @@ def bits(table: pa.Table) -> list[bytes]:
 
 
 @examples(
-    max_examples=8, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=2, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(
     batch_size=st.integers(1, 12),
@@ -143,7 +143,7 @@ class Bench:
     def run(
         self, out: Path, shard_size: int, order: list[int], calls: int
     ) -> tuple[list[Shard], list[int]]:
-        """Cut the listing anew and carry its shards in this order, in so many calls of
+        """Cut the listing again and carry its shards in this order, in so many calls of
         `run_shards`; returns shards and commits.
         """
         paths = JobPaths(out)
@@ -183,7 +183,7 @@ def bench(reference: Finished, tiny: Bundle) -> Iterator[Bench]:
 
 
 @examples(
-    max_examples=25,
+    max_examples=10,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

@@ -437,7 +437,7 @@ def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
 
 
 def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path) -> None:
-    """In the child process, as the command does it; the second call measures nothing anew."""
+    """In the child process, as the command does it; the second call measures nothing again."""
     bundle = make_bundle(tmp_path)
     messages: list[str] = []
     first = precisions.quantize_bundle(
@@ -642,8 +642,8 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
 def test_few_images_take_nothing_from_a_result_on_enough(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever quantises again on some images keeps what was accepted on more of them, unless it no
-    longer counts; figures are told.
+    """A variant that was accepted on many images is kept if it is quantised again on fewer, unless
+    it no longer counts. The figures are reported.
     """
     bundle = make_bundle(tmp_path)
     accepted = precisions.quantize_bundle(

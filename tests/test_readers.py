@@ -1,4 +1,4 @@
-"""`predictions/` is a plain Parquet data set: whoever reads Parquet reads it as it is, by the lines
+"""`predictions/` is a plain Parquet data set: programs that read Parquet read it as it is, by the lines
 of the README.
 """
 

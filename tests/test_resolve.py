@@ -198,7 +198,7 @@ def test_what_wrap_cannot_wrap_is_one_line_with_what_to_type(
         ("net.engine", "--model net.engine is a file, but not a model: a model is an ONNX file (.onnx), a folder, or hf:owner/name."),
     ],
 )  # fmt: skip
-def test_other_files_are_told_what_to_type(
+def test_errors_of_other_files_name_what_to_type(
     typed: str, line: str, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not only what they are not."""

@@ -336,11 +336,11 @@ def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
-def test_sub_folders_are_dealt_to_as_many_devices(
+def test_sub_folders_are_distributed_to_as_many_devices(
     job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
     """One sub-folder per device: shards end with the sub-folder, so that each device can take its
-    own; another number is told.
+    own; another number is reported.
     """
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
@@ -540,7 +540,7 @@ def unsaid(settings: Settings, **changes: Any) -> Settings:
     return Settings(sources=settings.sources, output=settings.output, **changes)
 
 
-def test_repeating_the_command_computes_what_lacks_and_no_more(
+def test_repeating_the_command_computes_what_is_missing_and_no_more(
     started: Settings, tmp_path: Path
 ) -> None:
     """Finished parts are the very same files afterwards; the rows are those of an undisturbed
@@ -558,7 +558,7 @@ def test_repeating_the_command_computes_what_lacks_and_no_more(
     assert problems(tmp_path / "out") == []
 
 
-def test_a_limit_that_is_changed_is_said(started: Settings, tmp_path: Path) -> None:
+def test_a_limit_that_is_changed_is_reported(started: Settings, tmp_path: Path) -> None:
     """It decides whether an image is answered, and holds for those that are left and for that start
     alone.
     """
@@ -596,7 +596,7 @@ def test_a_job_is_not_continued_with_another_decoder(
 
 
 def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.Begin]:
-    """Run a job; returns what its workers were told as they started."""
+    """Run a job; returns what its workers received as they started."""
     messages: list[protocol.Begin] = []
     send = supervisor.Supervisor.send
 
@@ -609,7 +609,7 @@ def begun(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[protocol.
     return messages
 
 
-def test_what_was_frozen_need_not_be_said_again(
+def test_frozen_settings_need_not_be_given_again(
     started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model, devices, batch size and the rest come from job.json."""
@@ -827,7 +827,7 @@ def test_an_image_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_p
 
 
 def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Only shards that hold such a row; mended images become ok. A status that is not among them
+    """Only shards that hold such a row; repaired images become ok. A status that is not among them
     leaves all as it was.
     """
     folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b"not an image at all" * 9})
@@ -956,9 +956,7 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_no_output(
         run.run(job(jpegs(2), output=str(tmp_path / name), model="no such model"))
 
 
-def test_a_start_that_was_cut_short_is_started_anew(
-    job: Jobs, jpegs: Folders, tmp_path: Path
-) -> None:
+def test_a_start_that_was_cut_short_is_repeated(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Before job.json is there nothing counts: a half-written plan and temporary files are swept
     away.
     """

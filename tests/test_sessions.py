@@ -120,7 +120,7 @@ def test_null_answers_depend_on_every_pixel(tiny: Bundle) -> None:
 
 def test_a_cache_that_another_worker_writes_at_the_same_moment_does_no_harm(tmp_path: Path) -> None:
     """Where OpenVINO stumbles over the other's blob, the model is compiled without the cache;
-    whatever else fails is told as it was.
+    other failures are reported as they are.
     """
 
     class Stumbling:

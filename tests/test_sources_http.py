@@ -76,8 +76,8 @@ Rule = Callable[[Handler, int], object]
 
 
 class Server:
-    """Serves `files` by their paths, unless `rule` does otherwise. A rule is told how often this
-    path was asked for before.
+    """Serves `files` by their paths, unless `rule` does otherwise. A rule receives how often this
+    path was requested before.
     """
 
     def __init__(self) -> None:

@@ -169,11 +169,11 @@ def test_a_prefix_is_listed_as_a_folder_is(s3: Bucket, tmp_path: Path, filters: 
     assert skipped.by_suffix == expected_skipped.by_suffix
     assert skipped.by_filter == expected_skipped.by_filter
 
-    def dealt(entries: list[Any]) -> set[frozenset[bytes]]:
+    def grouped(entries: list[Any]) -> set[frozenset[bytes]]:
         inside = [entry for entry in entries if b"/" in entry.path]
         return {frozenset(e.path for e in inside if e.group == entry.group) for entry in inside}
 
-    assert dealt(found) == dealt(expected)
+    assert grouped(found) == grouped(expected)
 
 
 def test_an_object_is_a_source_by_itself(s3: Bucket) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 import helpers
 import sample_images
+from faults.harness import Hold
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import Filters, Skipped, open_all, parquet, resolve
 from imagemill.records import BadImage, Entry, Settings, Status
@@ -231,7 +232,7 @@ def test_a_column_of_a_known_name_is_taken(
         ({"image": [b""]}, "", "column 'image' holds list<"),
     ],
 )
-def test_a_column_that_cannot_be_told_is_one_clear_message(
+def test_a_column_that_cannot_be_chosen_is_one_clear_message(
     tmp_path: Path, columns: dict[str, object], suffix: str, message: str
 ) -> None:
     """What there is, and how to choose."""
@@ -404,7 +405,7 @@ def test_a_table_without_a_sound_footer_is_one_clear_message(tmp_path: Path, spo
 
 def test_damage_inside_costs_what_lies_behind_it_in_its_row_group(tmp_path: Path) -> None:
     """Rows before the damage and other row groups are read; those behind it are corrupt rows, each
-    told in one line, at once.
+    reported in one line, at once.
     """
     data = [random.Random(number).randbytes(500_000) for number in range(40)]
     with pq.ParquetWriter(
@@ -590,11 +591,11 @@ def test_a_table_gives_the_answers_of_its_folder(
     assert (tmp_path / "a" / "failed.txt").read_text() == f"{folder}/z/bad.jpg\n"
 
 
-def test_failed_rows_of_a_table_are_told_and_retried(
+def test_failed_rows_of_a_table_are_reported_and_retried(
     jpegs: Callable[..., Path], tmp_path: Path, imagemill: CLI
 ) -> None:
     """No line of failed.txt can name them; the run says how many there are, and --retry-failed
-    heals what was mended.
+    heals what was fixed.
     """
     folder = jpegs(2, **{"bad.jpg": b"x" * 99})
     rows: list[tuple[bytes | None, str | None]] = [
@@ -631,13 +632,18 @@ def test_failed_rows_of_a_table_are_told_and_retried(
 
 
 def test_a_killed_run_over_a_table_resumes(
-    slow_folder: Path, tmp_path: Path, start: Callable[..., Any], imagemill: CLI, job: Jobs
+    small_jpegs: Path,
+    models_dir: Path,
+    tmp_path: Path,
+    start: Callable[..., Any],
+    imagemill: CLI,
+    job: Jobs,
 ) -> None:
     """SIGKILL to the launcher amid one row group: the same command ends with every row once, as an
     undisturbed run's.
     """
     rows: list[tuple[bytes | None, str | None]] = [
-        (path.read_bytes(), path.name) for path in sorted(slow_folder.glob("*.png"))[:48]
+        (path.read_bytes(), path.name) for path in sorted(small_jpegs.iterdir())
     ]
     file = written(tmp_path / "t.parquet", hf_table(rows), compression="none", use_dictionary=False)
     arguments = (
@@ -647,10 +653,13 @@ def test_a_killed_run_over_a_table_resumes(
         "null:1",
         "--shard-size",
         "4",
+        "--batch-size",
+        "2",
         "--num-workers",
         "2",
     )
-    process = start("run", file, "--output", tmp_path / "out", *arguments)
+    hold = Hold(tmp_path, 24, IMAGEMILL_MODELS=str(models_dir))
+    process = start("run", file, "--output", tmp_path / "out", *arguments, env=hold.environment)
     helpers.until(lambda: len(helpers.parts(tmp_path / "out")) >= 2, process=process)
     process.kill()
     process.wait()
@@ -661,7 +670,7 @@ def test_a_killed_run_over_a_table_resumes(
     result = imagemill("run", file, "--output", tmp_path / "out", *arguments, "--json")
     assert (result.code, result.json["images"], result.json["ok"]) == (0, 48, 48)
     assert kept.items() <= helpers.parts(tmp_path / "out").items()
-    run.run(job(slow_folder, output=str(tmp_path / "calm"), limit=48))
+    run.run(job(small_jpegs, output=str(tmp_path / "calm")))
     assert answers(tmp_path / "out") == answers(tmp_path / "calm")
     assert imagemill("verify", tmp_path / "out").code == 0
 

@@ -1,9 +1,10 @@
-"""When a worker is killed by whoever watches it, and when it is left alone: simulated time, and a
+"""When a supervisor kills its worker, and when it leaves it alone: simulated time, and a
 test in the worker's place.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -87,9 +88,10 @@ def wait(
     seconds: float,
     act: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let time pass, and watch at every half of a second."""
-    for _ in range(int(2 * seconds)):
-        clock.now += 0.5
+    """Let time pass, and watch several times, in steps of at most five seconds."""
+    steps = max(4, math.ceil(seconds / 5))
+    for _ in range(steps):
+        clock.now += seconds / steps
         act()
         watching.watch()
 

@@ -115,7 +115,12 @@ def test_wrapped_files_answer_as_pytorch_did(name: str, tmp_path: Path, models_d
     np.testing.assert_allclose(outputs.logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("file", sorted(LIGHT.glob("*.onnx")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    # Most of the time would go into the weights of the other two, with the operators of AlexNet.
+    [file for file in sorted(LIGHT.glob("*.onnx")) if file.stem[6:] not in ("vgg19", "zfnet512")],
+    ids=lambda file: file.stem,
+)
 def test_light_graphs_answer_as_onnx_runtime_does(file: Path) -> None:
     """The onnx package's classifiers of ImageNet, with random weights."""
     model = onnx.load(file)
@@ -177,18 +182,16 @@ def test_model_folders_answer_as_onnx_runtime_does(name: str, tmp_path: Path) ->
 def test_photographs_get_the_classes_that_openvino_gives(
     photographs: Path, photographs_run: Finished, lite0: Bundle, tmp_path: Path
 ) -> None:
-    """EfficientNet-Lite0 with its trained weights, in fp32: at most one of 328 differs."""
+    """EfficientNet-Lite0 with its trained weights, in fp32: at most one of 60 differs."""
     environment = helpers.environment(IMAGEMILL_MODELS=str(lite0.dir.parent))
-    arguments = ("--output", tmp_path / "out", "--model", "efficientnet_lite0")
+    arguments = ("--output", tmp_path / "out", "--model", "efficientnet_lite0", "--limit", 60)
     done = helpers.imagemill_cli(
         "run", photographs, *arguments, "--devices", "cpu:2@torch", env=environment
     )
     assert done.code == 0, done.err
     ours, theirs = helpers.by_path(tmp_path / "out"), helpers.by_path(photographs_run.output)
-    assert set(ours) == set(theirs)
-    answered = [path for path, row in theirs.items() if row["status"] == "ok"]
-    assert len(answered) == 328
-    assert sum(ours[path]["class_id"] == theirs[path]["class_id"] for path in answered) >= 327
+    assert len(ours) == 60
+    assert sum(row["class_id"] == theirs[path]["class_id"] for path, row in ours.items()) >= 59
 
 
 # What it makes of a graph.

@@ -1,4 +1,4 @@
-"""Signals are heard while something is waited for that hears none, and what was left behind does no
+"""Signals are handled during blocking calls that handle none, and what is left behind does no
 harm.
 """
 
@@ -16,7 +16,7 @@ from imagemill.system import interruptible
 
 
 class Rung(Exception):  # noqa: N818 - a signal, not an error
-    """The signal was heard."""
+    """The signal was handled."""
 
 
 @pytest.fixture

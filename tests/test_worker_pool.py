@@ -513,7 +513,7 @@ def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_comm
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_has_the_shards_in_hand_finished_and_no_others(
+def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     simulated_time: Callable[[Simulated], None], number: signal.Signals, code: int
 ) -> None:
     """Nothing more is leased, the wait ends with the last commit and not with the grace, and the

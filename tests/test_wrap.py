@@ -353,7 +353,7 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
     np.testing.assert_allclose(found["logits"], pixels.mean(axis=(1, 2)) @ values, rtol=1e-4)
 
 
-def test_a_bundle_is_built_once_and_anew_when_file_or_card_changes(
+def test_a_bundle_is_built_again_only_when_file_or_card_changes(
     exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Named by the file and a hash over file and card; nothing half made stays behind."""

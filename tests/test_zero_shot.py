@@ -170,11 +170,10 @@ def test_other_labels_or_templates_are_another_model(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", KINDS)
 def test_int8_is_made_and_checked_as_of_any_model(
-    name: str, labels: Path, images: Path, tmp_path: Path, imagemill: Callable[..., Any]
+    labels: Path, images: Path, tmp_path: Path, imagemill: Callable[..., Any]
 ) -> None:
-    assert classes(FIXTURES / name, labels, tmp_path / "mine") == 0
+    assert classes(FIXTURES / "clip", labels, tmp_path / "mine") == 0
     for seed in range(12):
         Image.fromarray(pixels(40 + seed, 40)).save(images / f"more{seed}.png")
     done = imagemill(
@@ -385,7 +384,7 @@ def test_siglip_reads_lower_case_even_if_its_tokenizer_does_not(model: Any) -> N
     assert upper == lower
 
 
-def test_texts_that_are_too_long_are_cut_and_said(
+def test_texts_that_are_too_long_are_cut_with_a_message(
     model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_lines(tmp_path / "long.txt", ["cat", "dog " * 100, "van"])
@@ -412,7 +411,7 @@ def test_texts_that_are_too_long_are_cut_and_said(
         (["cat", "d\x1bog"], [], '"d\\x1bog" (line 2) has control characters'),
         (["cat", "d\u2028og"], [], '"d\\u2028og" (line 2) has control characters'),
         (["cat", "x" * 1001], [], "has 1,001 characters; at most 1,000"),
-        (range(10**6), [], "has 1,000,000 labels; at most 100,000"),
+        (range(100_001), [], "has 100,001 labels; at most 100,000"),
         (["cat"], [], "The probability of a single class is always 1.0"),
         (["cat", "Cat"], [], '"cat" and "Cat" are the same text to this model'),
         (["cat", "dog"], ["--template", "a photo"], "has no places for a label"),

@@ -13,7 +13,6 @@ import harness
 import pytest
 
 import helpers
-import sample_images
 
 sys.path.insert(0, str(helpers.PROJECT / "benchmarks"))
 
@@ -24,16 +23,14 @@ def null_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 small images, all different."""
-    folder = tmp_path_factory.mktemp("small")
-    return helpers.fill(
-        folder,
-        {
-            f"{seed:03d}.jpg": sample_images.jpeg(40, 36, seed=seed, quality=80)
-            for seed in range(48)
-        },
-    )
+def calm(tmp_path_factory: pytest.TempPathFactory, null_models: Path, small_jpegs: Path) -> Path:
+    """The output of an undisturbed job over `small_jpegs`."""
+    output = tmp_path_factory.mktemp("calm") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMAGEMILL_MODELS", str(null_models))
+        result = helpers.imagemill_here(*job_arguments(small_jpegs, "--output", output))
+    assert result.code == 0, result
+    return output
 
 
 @pytest.fixture
@@ -76,7 +73,7 @@ def job_arguments(*arguments: object) -> tuple[object, ...]:
         ("--num-workers", "1"),
     ):
         defaults += [] if flag in given else [flag, value]
-    return ("run", *arguments, *defaults)
+    return ("run", *arguments, *defaults, "--no-report")
 
 
 def with_models(env: dict[str, str] | None, models: Path) -> dict[str, str]:

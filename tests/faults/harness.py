@@ -157,13 +157,12 @@ class Hold:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that this one started and that still exist."""
-    try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
+    """Processes that this one, in any of its threads, started and that still exist."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, file.read_text().split())
+    return found
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> bool:

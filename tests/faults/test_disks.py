@@ -100,13 +100,10 @@ def test_a_full_disk_is_one_clear_error_and_no_damage(
     finished = null_run(*arguments)
     assert finished.code == 0, finished
     harness.assert_complete(output)
-    assert (
-        null_run(
-            small_jpegs, "--output", tmp_path / "calm", "--save", "logits", "--shard-size", "4"
-        ).code
-        == 0
-    )
-    harness.assert_same(output, tmp_path / "calm")
+    if free_kib == 100:
+        calm = (*arguments[:2], tmp_path / "calm", *arguments[3:])
+        assert null_run(*calm).code == 0
+        harness.assert_same(output, tmp_path / "calm")
 
 
 def _free(folder: Path) -> int:

@@ -86,9 +86,7 @@ def test_a_device_that_never_starts_is_retired_and_the_job_ends_complete(
     assert OpenJob.open(tmp_path / "out").status().retired == {}
 
 
-def test_ten_deaths_without_a_commit_end_the_job(
-    null_run, small_jpegs: Path, tmp_path: Path
-) -> None:
+def test_deaths_without_a_commit_end_the_job(null_run, small_jpegs: Path, tmp_path: Path) -> None:
     """Workers that start but never finish a shard are not restarted for ever; what was committed
     before them is kept.
     """
@@ -103,6 +101,10 @@ def test_ten_deaths_without_a_commit_end_the_job(
                 return write(self, batch, top)
             module.Sink.write = deadly
         after_import("imagemill.pipeline.sink", die)
+    if LAUNCHER:
+        def impatient(module):
+            module.DEATHS_WITHOUT_COMMIT = 3
+        after_import("imagemill.workers.launcher", impatient)
     """
     result = null_run(
         small_jpegs,
@@ -114,10 +116,10 @@ def test_ten_deaths_without_a_commit_end_the_job(
     )
     assert result.code == 1
     assert (
-        "imagemill: workers died 10 times without finishing a shard; the last one was killed by"
+        "imagemill: workers died 3 times without finishing a shard; the last one was killed by"
         " SIGKILL. The last lines of" in result.err
     )
-    assert (tmp_path / "out" / "logs" / "null#0.log").read_text().count("here it ends") == 10
+    assert (tmp_path / "out" / "logs" / "null#0.log").read_text().count("here it ends") == 3
     assert harness.assert_sound_so_far(tmp_path / "out") == 3
     before = helpers.parts(tmp_path / "out")
     assert null_run(small_jpegs, "--output", tmp_path / "out").code == 0
@@ -127,7 +129,7 @@ def test_ten_deaths_without_a_commit_end_the_job(
 
 @pytest.mark.parametrize("deaths", [1, 3])
 def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(
-    null_run, small_jpegs: Path, tmp_path: Path, deaths: int
+    null_run, small_jpegs: Path, calm: Path, tmp_path: Path, deaths: int
 ) -> None:
     """A MemoryError outside any decoder ends the worker, not the job; its shard is given to the
     next one, in the end alone.
@@ -154,9 +156,8 @@ def test_memory_that_runs_out_in_a_worker_is_a_death_like_any_other(
     assert (
         "several workers died: isolated" in (tmp_path / "out" / "logs" / "launcher.log").read_text()
     ) == (deaths >= 2)
-    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
     harness.assert_complete(tmp_path / "out")
-    harness.assert_same(tmp_path / "out", tmp_path / "calm")
+    harness.assert_same(tmp_path / "out", calm)
 
 
 def test_workers_take_no_module_from_the_folder_the_user_is_in(
@@ -203,7 +204,7 @@ def test_a_session_that_hangs_is_killed_and_started_again(
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
     result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", env=env)
     assert result.code == 0, result
-    assert result.json["devices"][0]["restarts"] == 1
+    assert result.json["devices"][0]["restarts"] >= 1  # more if it is not scheduled for as long
     assert (
         "null#0 has done nothing for 2 s with"
         in (tmp_path / "out" / "logs" / "launcher.log").read_text()

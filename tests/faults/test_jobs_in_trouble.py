@@ -27,7 +27,7 @@ def is_stopping(output: Path) -> bool:
     return "finishing the shards in flight" in (output / "logs" / "launcher.log").read_text()
 
 
-def test_sigterm_finishes_what_is_in_hand_within_the_grace(
+def test_sigterm_finishes_the_shards_in_flight_within_the_grace(
     null_start, null_run, small_jpegs: Path, tmp_path: Path
 ) -> None:
     """SIGTERM: the shards in flight are finished, no other is begun, exit 143 with the way to go on;
@@ -44,7 +44,7 @@ def test_sigterm_finishes_what_is_in_hand_within_the_grace(
     assert result.code == 143
     assert "Repeat the command to resume." in result.err
     assert before < len(helpers.parts(output)) < 6, (
-        "the shard in hand was to be finished, and no other"
+        "the shards in flight were to be finished, and no other"
     )
     kept = helpers.parts(output)
     assert null_run(small_jpegs, "--output", output).code == 0
@@ -268,7 +268,9 @@ def test_too_many_bad_images_stop_the_job_early_and_resumably(null_run, tmp_path
     assert kept.items() <= helpers.parts(output).items()
 
 
-def test_steps_of_the_clock_do_not_matter(null_run, small_jpegs: Path, tmp_path: Path) -> None:
+def test_steps_of_the_clock_do_not_matter(
+    null_run, small_jpegs: Path, calm: Path, tmp_path: Path
+) -> None:
     """A wall clock that jumps by years, to and fro, in every process neither kills a worker nor
     ends a wait nor changes a row.
     """
@@ -279,14 +281,11 @@ def test_steps_of_the_clock_do_not_matter(null_run, small_jpegs: Path, tmp_path:
     time.time_ns = lambda: int(time.time() * 1e9)
     """
     env = harness.hooks(tmp_path / "hooks", hook)
-    result = null_run(
-        small_jpegs, "--output", tmp_path / "out", "--max-seconds", "5", "--json", env=env
-    )
+    result = null_run(small_jpegs, "--output", tmp_path / "out", "--json", env=env)
     assert result.code == 0, result
     assert result.json["devices"][0]["restarts"] == 0
-    assert 0 < result.json["seconds"] < 60
-    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
-    harness.assert_same(tmp_path / "out", tmp_path / "calm")
+    assert 0 < result.json["seconds"] < 1e6  # a step is 3e8
+    harness.assert_same(tmp_path / "out", calm)
 
 
 def test_the_plan_is_durable_before_the_job_says_so(
@@ -319,5 +318,5 @@ def test_the_plan_is_durable_before_the_job_says_so(
     env = harness.hooks(tmp_path / "hooks", hook, EVENTS=str(tmp_path / "events"))
     assert null_run(small_jpegs, "--output", tmp_path / "out", env=env).code == 0
     events = (tmp_path / "events").read_text().splitlines()
-    closing = ["manifest.json", "failed.txt", "summary.json", "report.html"]
+    closing = ["manifest.json", "failed.txt", "summary.json"]
     assert events == ["job.json", *(f"part-{n:06d}.parquet" for n in range(6)), *closing]

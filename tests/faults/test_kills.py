@@ -26,8 +26,8 @@ def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     """
     import chaos
 
-    report = chaos.chaos(tmp_path, 300, 8, seed=4)
-    assert report.kills.total() == 8
+    report = chaos.chaos(tmp_path, 160, 5, seed=4)
+    assert report.kills.total() == 5
     assert report.committed_under_fire > 0
 
 
@@ -96,8 +96,8 @@ def _driver(*arguments: object) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("victim", ["worker", "launcher"])
-def test_the_image_in_hand_at_a_kill_is_no_worse_off(
-    null_start, null_run, small_jpegs: Path, tmp_path: Path, victim: str
+def test_the_image_in_progress_at_a_kill_gets_its_answer(
+    null_start, null_run, small_jpegs: Path, calm: Path, tmp_path: Path, victim: str
 ) -> None:
     """An image that was being read when its worker or its launcher was killed gets its answer like
     any other.
@@ -126,6 +126,5 @@ def test_the_image_in_hand_at_a_kill_is_no_worse_off(
         assert helpers.finish(process).code == 0
         log = (tmp_path / "out" / "logs" / "launcher.log").read_text()
         assert f"(pid {worker}) was killed by SIGKILL" in log
-    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
     harness.assert_complete(tmp_path / "out")
-    harness.assert_same(tmp_path / "out", tmp_path / "calm")
+    harness.assert_same(tmp_path / "out", calm)

@@ -36,12 +36,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def calm(
-    tmp_path: Path, small_jpegs: Path, null_run: Callable[..., helpers.Result]
-) -> dict[str, bytes]:
+def calm_parts(calm: Path) -> dict[str, bytes]:
     """Name and bytes of every part of an undisturbed job into a folder."""
-    assert null_run(small_jpegs, "--output", tmp_path / "calm").code == 0
-    return {path.name: path.read_bytes() for path in (tmp_path / "calm" / "predictions").iterdir()}
+    return {path.name: path.read_bytes() for path in (calm / "predictions").iterdir()}
 
 
 def parts(bucket: Bucket, job: str = "job") -> dict[str, bytes]:
@@ -63,7 +60,7 @@ def is_put_of(name: str) -> Callable[[Request], bool]:
 
 def test_a_job_in_a_store_is_the_job_in_a_folder(
     s3: Bucket,
-    calm: dict[str, bytes],
+    calm_parts: dict[str, bytes],
     small_jpegs: Path,
     null_run: Callable[..., helpers.Result],
     cache: Path,
@@ -74,7 +71,7 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
     result = null_run(small_jpegs, "--output", s3.url + "/job/", "--json")
     assert result.code == 0, result
     assert result.json["output"] == s3.url + "/job"
-    assert parts(s3) == calm
+    assert parts(s3) == calm_parts
     keys = s3.keys()
     names = {
         key.partition("/")[2] for key in keys if "/predictions/" not in key and "/plan/" not in key
@@ -84,7 +81,6 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
         "summary.json",
         "manifest.json",
         "failed.txt",
-        "report.html",
         "logs/launcher.log",
         "logs/null#0.log",
     }
@@ -106,7 +102,7 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
 def test_a_launcher_killed_in_mid_write_leaves_no_half_object(
     s3_faults: FaultProxy,
     s3: Bucket,
-    calm: dict[str, bytes],
+    calm_parts: dict[str, bytes],
     small_jpegs: Path,
     null_run: Callable[..., helpers.Result],
     null_start: Callable[..., Any],
@@ -134,13 +130,13 @@ def test_a_launcher_killed_in_mid_write_leaves_no_half_object(
     assert resumed.code == 0, resumed
     assert "resuming: 16 of 48 images are done" in resumed.err
     assert s3_faults.count("PUT", "part-000000") == s3_faults.count("PUT", "part-000001") == 0
-    assert parts(s3) == calm
+    assert parts(s3) == calm_parts
 
 
 def test_two_launchers_at_once_do_no_harm(
     s3_faults: FaultProxy,
     s3: Bucket,
-    calm: dict[str, bytes],
+    calm_parts: dict[str, bytes],
     small_jpegs: Path,
     null_start: Callable[..., Any],
     cache: Path,
@@ -165,7 +161,7 @@ def test_two_launchers_at_once_do_no_harm(
     ]
     results = [helpers.finish(launcher) for launcher in launchers]
     assert [result.code for result in results] == [0, 0], results
-    assert parts(s3) == calm
+    assert parts(s3) == calm_parts
     keys = s3.keys()
     assert len([key for key in keys if "/plan/" in key]) == 1
     assert helpers.imagemill_cli("verify", s3.url + "/job").code == 0
@@ -255,7 +251,7 @@ def test_a_launcher_killed_while_it_appends_to_a_store_is_followed_by_another_ma
 def test_a_slow_and_failing_store_delays_the_job_and_no_more(
     s3_faults: FaultProxy,
     s3: Bucket,
-    calm: dict[str, bytes],
+    calm_parts: dict[str, bytes],
     small_jpegs: Path,
     null_run: Callable[..., helpers.Result],
 ) -> None:
@@ -271,14 +267,14 @@ def test_a_slow_and_failing_store_delays_the_job_and_no_more(
     s3_faults.rule = rule
     result = null_run(small_jpegs, "--output", s3.url + "/job")
     assert result.code == 0, result
-    assert s3_faults.count("PUT") > len(calm) + 6
-    assert parts(s3) == calm
+    assert s3_faults.count("PUT") > len(calm_parts) + 6
+    assert parts(s3) == calm_parts
 
 
 def test_a_store_that_refuses_writes_ends_the_job_clearly_and_it_goes_on_later(
     s3_faults: FaultProxy,
     s3: Bucket,
-    calm: dict[str, bytes],
+    calm_parts: dict[str, bytes],
     small_jpegs: Path,
     null_run: Callable[..., helpers.Result],
 ) -> None:
@@ -296,11 +292,14 @@ def test_a_store_that_refuses_writes_ends_the_job_clearly_and_it_goes_on_later(
     assert len(parts(s3)) >= 3
     s3_faults.rule = lambda _: None
     assert null_run(small_jpegs, "--output", s3.url + "/job").code == 0
-    assert parts(s3) == calm
+    assert parts(s3) == calm_parts
 
 
 def test_a_damaged_part_in_a_store_is_found_moved_aside_and_computed_again(
-    s3: Bucket, calm: dict[str, bytes], small_jpegs: Path, null_run: Callable[..., helpers.Result]
+    s3: Bucket,
+    calm_parts: dict[str, bytes],
+    small_jpegs: Path,
+    null_run: Callable[..., helpers.Result],
 ) -> None:
     """`verify` names it, `verify --quarantine` moves it below quarantine/, `run` makes it again."""
     assert null_run(small_jpegs, "--output", s3.url + "/job").code == 0
@@ -315,7 +314,7 @@ def test_a_damaged_part_in_a_store_is_found_moved_aside_and_computed_again(
     assert name not in keys
     assert [key for key in keys if key.startswith("job/quarantine/part-000004.")]
     assert null_run(small_jpegs, "--output", s3.url + "/job").code == 0
-    assert parts(s3) == calm
+    assert parts(s3) == calm_parts
 
 
 def test_what_is_not_a_free_place_in_a_store_is_refused(

@@ -1,7 +1,8 @@
 """Makes decoders fail: Python runs this at its start if the folder is in PYTHONPATH.
 
 An image that contains `imagemill-test-crash` ends the process by SIGSEGV, `imagemill-test-hang`
-sleeps for ever, and `imagemill-test-oom` runs out of memory.
+sleeps for ever, `imagemill-test-alarm` ends the process as its own time limit does, and
+`imagemill-test-oom` runs out of memory.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def failing(function):
         if b"imagemill-test-crash" in data:
             os.kill(os.getpid(), signal.SIGSEGV)
             time.sleep(60)  # another thread may take the signal first
+        if b"imagemill-test-alarm" in data:
+            os.kill(os.getpid(), signal.SIGALRM)
+            time.sleep(60)
         while b"imagemill-test-hang" in data:
             time.sleep(3600)
         if b"imagemill-test-oom" in data:
