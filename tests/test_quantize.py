@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -953,6 +954,41 @@ def test_a_result_travels_with_the_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert (found.precision, found.model_file) == (Precision.INT8, copied.dir / "int8-a.xml")
     assert precisions.choose(copied, 10, flags | {"amx_int8"}).precision is Precision.FP32
     assert precisions.choose(copied, 10, {"avx2"}).precision is Precision.FP32
+
+
+INT8_UNITS = {"avx2", "avx512f", "avx512_vnni"}
+
+
+def test_without_the_extra_models_in_int8_that_exist_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need OpenVINO alone. Making one is an error that names the line to type."""
+    bundle = make_bundle(tmp_path)
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    install = r"int8 needs a package that is not installed. Type: pip install 'imagemill\[int8\]'"
+    with pytest.raises(ModelError, match=install):
+        precisions.quantize_bundle(bundle, ["images"], chosen=CPU)
+    with pytest.raises(ModelError, match=install):
+        precisions.prepare("int8", bundle, [], lambda: pytest.fail("listed"), 100, chosen=CPU)
+    (tmp_path / "int8-a.xml").write_bytes(b"graph")
+    (tmp_path / "int8-a.bin").write_bytes(b"weights")
+    sha256 = variants.digest(tmp_path / "int8-a.xml")
+    known = record(bundle, file="int8-a.xml", sha256=sha256, group_channels=0)
+    variants.write(tmp_path, int8=replace(known, instruction_set="avx512_vnni"))
+    assert precisions.choose(bundle, 10, INT8_UNITS).precision is Precision.INT8
+
+
+def test_without_the_extra_auto_names_it_once_where_int8_would_pay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    bundle = make_bundle(tmp_path)
+    (line,) = precisions.choose(bundle, 10**6, INT8_UNITS).lines
+    assert line.count("pip install 'imagemill[int8]'") == 1
+    assert Precision.INT8 not in precisions.choose(bundle, 10**6, INT8_UNITS).candidates
+    (line,) = precisions.choose(bundle, 13, INT8_UNITS).lines
+    assert "pip" not in line
 
 
 def test_a_result_holds_for_any_background(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from imagemill.records import (
     Precision,
 )
 from imagemill.system import cpu
-from imagemill.tuning import accuracy, check, check_process
+from imagemill.tuning import accuracy, check, check_process, quantize
 from imagemill.tuning.check import AccuracyCheck, Say
 from imagemill.tuning.images import sample
 
@@ -229,6 +229,9 @@ def choose(
             refused.append(f"{precision} is not used: {record.comparison.reason}")
         elif cpu.unit(precision, flags) is None:
             refused.append(f"{precision} is not used: this processor has no units for it")
+        elif precision is Precision.INT8 and not quantize.is_installed():
+            if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
+                refused.append(f"int8 may be faster, and needs {quantize.INSTALL}")
         else:
             unchecked.append(precision)
     if unchecked and failure is None:
@@ -302,6 +305,8 @@ def _explicit(
     record = usable(bundle, precision)
     if record is None and images == 0:
         return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
+    if record is None and precision is Precision.INT8:
+        quantize.check_installed()
     if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
         held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out)
@@ -372,6 +377,7 @@ def quantize_bundle(
         ModelError, SourceError, WorkerError.
     """
     refuse_int8(bundle.card)
+    quantize.check_installed()
     for name, value in (("--calibration", calibration), ("--held-out", held_out)):
         if not 1 <= value <= 100_000:
             raise UsageError(f"{name} {value}: must be from 1 to 100,000.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -28,6 +29,7 @@ from imagemill.records import Precision
 from imagemill.system import cpu, files
 from imagemill.system.openvino_library import load_openvino
 
+INSTALL: Final = "pip install 'imagemill[int8]'"
 _RECIPE: Final = 2
 """Version of the way to quantise; files of another one are made again."""
 _GROUP_CHANNELS: Final = 16
@@ -59,6 +61,17 @@ def _libraries() -> tuple[Any, Any]:
 
     nncf.set_log_level(logging.ERROR)
     return openvino, nncf
+
+
+def is_installed() -> bool:
+    """Return whether NNCF is installed, which only making an int8 model needs."""
+    return importlib.util.find_spec("nncf") is not None
+
+
+def check_installed() -> None:
+    """Raise ModelError if no int8 model can be made here."""
+    if not is_installed():
+        raise ModelError(f"int8 needs a package that is not installed. Type: {INSTALL}")
 
 
 def versions() -> dict[str, str]:
