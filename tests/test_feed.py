@@ -4,6 +4,7 @@ straight into it where nothing does.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import random
@@ -290,11 +291,13 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
     assert batch.rows[2].error == "reading or decoding it took more than --max-seconds 7, twice"
 
 
-def release_when_joined(
-    monkeypatch: pytest.MonkeyPatch, feed: Feed, release: threading.Event
-) -> None:
+def decoding_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "decode"]
+
+
+def release_when_joined(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
     """Set the event when the feed waits for its only thread, which it has told to end by then."""
-    (thread,) = feed._threads
+    (thread,) = decoding_threads()
     join = thread.join
 
     def release_and_join() -> None:
@@ -325,18 +328,40 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
     with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
         assert entered.wait(300)
-        release_when_joined(monkeypatch, feed, release)
+        release_when_joined(monkeypatch, release)
     assert fetched == list(range(6))
 
 
 def test_its_threads_end_with_a_feed_that_nobody_closes() -> None:
     feed = Feed(RECIPE, Limits(), 2, 3, None, Stopwatch())
     assert sum(len(batch.rows) for batch in feed.batches(map(image, range(9), "o" * 9))) == 9
-    threads = feed._threads
+    threads = decoding_threads()
+    assert len(threads) == 3
     del feed
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_threads_that_were_started_end_if_one_cannot_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, numbers = threading.Thread.start, itertools.count()
+
+    def failing(thread: threading.Thread) -> None:
+        if next(numbers) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="start new thread"):
+        Feed(RECIPE, Limits(), 2, 4, None, Stopwatch())
+    assert next(numbers) == 3
+    gc.collect()  # the error may have kept it alive
+    assert decoding_threads() == []
+
+
+def test_there_are_no_more_threads_than_slots() -> None:
+    with Feed(RECIPE, Limits(), 2, heartbeat.SLOTS + 1, None, Stopwatch()):
+        assert len(decoding_threads()) == heartbeat.SLOTS
 
 
 def test_a_closed_feed_refuses_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +385,7 @@ def test_a_closed_feed_refuses_images(monkeypatch: pytest.MonkeyPatch) -> None:
         waiter = threading.Thread(target=wait)
         waiter.start()
         assert reading.wait(20)
-        release_when_joined(monkeypatch, feed, release)
+        release_when_joined(monkeypatch, release)
     waiter.join(20)
     assert refused == ["the feed is closed"]
     with pytest.raises(RuntimeError, match="the feed is closed"):

@@ -49,7 +49,7 @@ class Feed:
         recipe: defines the pixels.
         limits: budgets of one image.
         batch_size: places in a batch.
-        workers: decoding threads, at most `heartbeat.SLOTS`.
+        workers: decoding threads; `heartbeat.SLOTS` if there are more.
         heartbeat: where the threads mark the images they work on; None: nowhere.
         clock: receives the times of reading and decoding.
     """
@@ -63,18 +63,19 @@ class Feed:
         heartbeat: Heartbeat | None,
         clock: Stopwatch,
     ) -> None:
+        workers = min(workers, SLOTS)
         self._recipe = recipe
         self._batch_size = batch_size
         self._ahead = 2 * batch_size + 2 * workers
         self._heartbeat = heartbeat or Heartbeat(-1)
         self._decoders = _Decoders(recipe, limits, self._heartbeat, clock)
-        # The threads know only the decoders, so that they end with a feed that nobody closes.
-        self._threads = [
+        threads = [
             threading.Thread(target=self._decoders.run, args=(slot,), name="decode", daemon=True)
             for slot in range(workers)
         ]
-        self._end = weakref.finalize(self, self._decoders.end, workers)
-        for thread in self._threads:
+        # Also if nobody closes the feed, which the threads do not know; at the latest at exit.
+        self._end = weakref.finalize(self, self._decoders.end, threads)
+        for thread in threads:
             thread.start()
 
     def __enter__(self) -> Feed:
@@ -87,8 +88,6 @@ class Feed:
         trace: TracebackType | None,
     ) -> None:
         self._end()
-        for thread in self._threads:
-            thread.join()
         self._decoders.isolated.close()
 
     def batches(self, images: Iterable[PlannedImage]) -> Iterator[Batch]:
@@ -190,11 +189,15 @@ class _Decoders:
         self._tasks.put(task)
         self._check_open()  # last, because `end` in another thread may have missed this task
 
-    def end(self, threads: int) -> None:
-        """Let the threads end, each after the image that it works on."""
+    def end(self, threads: list[threading.Thread]) -> None:
+        """Let the threads end, each after the image that it works on, and wait for that."""
         self._is_open = False
-        for _ in range(threads):
+        for _ in threads:
             self._tasks.put(None)
+        for thread in threads:
+            # One of them may drop the last reference to a feed; one that cannot start is not alive.
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join()
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -54,7 +54,9 @@ class ActiveImage:
 
 
 class Heartbeat:
-    """The status block in the shared file `descriptor`, which holds `SIZE` bytes."""
+    """The status block in the shared file `descriptor`, which holds `SIZE` bytes; -1: in memory
+    that nobody shares.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._words = memoryview(mmap.mmap(descriptor, SIZE)).cast("q")
