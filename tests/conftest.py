@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,14 +167,16 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
 @pytest.fixture
 def imagemill() -> Callable[..., helpers.Result]:
     """Runs the command line; returns its exit code, outputs and JSON. It runs in this process,
-    unless it needs an environment or a working directory of its own.
+    unless PYTHONPATH holds code for its own.
     """
 
-    def call(*arguments: object, **options: Any) -> helpers.Result:
-        if not options:
-            return helpers.imagemill_here(*arguments)
-        options.setdefault("env", helpers.environment())
-        return helpers.imagemill_cli(*arguments, **options)
+    def call(
+        *arguments: object, env: Mapping[str, str] | None = None, **options: Any
+    ) -> helpers.Result:
+        paths = helpers.environment()["PYTHONPATH"]
+        if options.keys() <= {"cwd"} and (env or {}).get("PYTHONPATH", paths) == paths:
+            return helpers.imagemill_here(*arguments, env=env, **options)
+        return helpers.imagemill_cli(*arguments, env=env or helpers.environment(), **options)
 
     return call
 

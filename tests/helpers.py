@@ -110,23 +110,32 @@ def imagemill_cli(*arguments: object, **options: Any) -> Result:
     return finish(start(*arguments, **options))
 
 
-def imagemill_here(*arguments: object) -> Result:
+def imagemill_here(
+    *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Result:
     """Run `imagemill ARGUMENTS` in this process, which saves its start and its imports."""
     streams = [
         io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", write_through=True)
         for _ in range(2)
     ]
     before = signal.getsignal(signal.SIGTERM)
-    environment = dict(os.environ)
+    variables = dict(os.environ)
     try:
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        os.environ.update(env or {})
+        for name in os.environ.keys() - (env or variables).keys():
+            del os.environ[name]
+        with (
+            contextlib.chdir(cwd or Path.cwd()),
+            contextlib.redirect_stdout(streams[0]),
+            contextlib.redirect_stderr(streams[1]),
+        ):
             code = cli.main([os.fsdecode(_argument(argument)) for argument in arguments])
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
         signal.signal(signal.SIGTERM, before)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(variables)
     return Result(code, *(stream.buffer.getvalue().decode() for stream in streams))  # type: ignore[attr-defined]
 
 

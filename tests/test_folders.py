@@ -73,7 +73,7 @@ def test_a_folder_gives_the_librarys_answers(name: str, images: Path, tmp_path: 
     expected = json.loads((FOLDERS / f"{name}.json").read_text())
     top_k = str(len(expected[0]))
     out = tmp_path / "out"
-    finished = helpers.imagemill_cli(
+    finished = helpers.imagemill_here(
         "run", images, "--output", out, "--model", FOLDERS / name, "--top-k", top_k,
         "--devices", "cpu:1", env=helpers.environment(IMAGEMILL_MODELS=str(tmp_path / "models")),
     )  # fmt: skip
@@ -102,14 +102,14 @@ def test_get_model_names_a_folder_and_takes_flags(images: Path, tmp_path: Path) 
     environment = helpers.environment(IMAGEMILL_MODELS=str(tmp_path / "models"))
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join("abcdefghij"))
-    made = helpers.imagemill_cli(
+    made = helpers.imagemill_here(
         "get-model", "mine", "--from", FOLDERS / "timm_border", "--labels", labels,
         "--fill", "#000000", env=environment,
     )  # fmt: skip
     assert made.code == 0 and made.out.strip() == str(tmp_path / "models/mine"), made.err
     assert "interpolation: bicubic (config.json: pretrained_cfg.interpolation)" in made.err
     out = tmp_path / "out"
-    finished = helpers.imagemill_cli(
+    finished = helpers.imagemill_here(
         "run", images, "--output", out, "--model", "mine", "--devices", "cpu:1", env=environment
     )
     assert finished.code == 0, finished.err

@@ -159,7 +159,7 @@ def reported(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Repo
     labels.write_text("\n".join(HOSTILE_LABELS[:-1]) + "\nlast\n", encoding="utf-8")
     environment = helpers.environment(IMAGEMILL_MODELS=str(models_dir))
     arguments = ("--model", "tiny", "--devices", "null:2", "--shard-size", "7", "--labels", labels)
-    result = helpers.imagemill_cli(
+    result = helpers.imagemill_here(
         "run", folder / "source", "--output", folder / "out", *arguments, env=environment
     )
     assert result.code == 0, result
@@ -362,7 +362,7 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
         fp32_images_per_second=10.0,
     )
     variants.write(model, int8=record)
-    assert helpers.imagemill_cli("report", output).code == 0
+    assert helpers.imagemill_here("report", output).code == 0
     shown = opened(output / "report.html")
     rows = shown.locator("section:has(> #accuracy) tbody")
     assert rows.first.inner_text().split("\t") == [
@@ -408,7 +408,7 @@ def test_a_job_that_is_not_finished_says_so(
     run.run(settings)
     part = tmp_path / "out" / "predictions" / "part-000001.parquet"
     part.unlink()
-    assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
+    assert helpers.imagemill_here("report", tmp_path / "out").code == 0
     shown = opened(tmp_path / "out" / "report.html")
     assert "8 of 12 images have their row" in shown.locator(".note").inner_text()
     run.run(settings)
@@ -726,7 +726,7 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(
     for name, reason in wanted.items():
         assert reason in reasons[name]
     shutil.rmtree(source)
-    assert helpers.imagemill_cli("report", tmp_path / "out").code == 0
+    assert helpers.imagemill_here("report", tmp_path / "out").code == 0
 
 
 def test_a_source_that_never_answers_is_waited_for_no_longer_than_the_deadline(

@@ -318,13 +318,6 @@ def gather(draw: Draw, opset: int) -> Case:
     return Case([numbers(draw, shape), ints(index)], {"axis": axis})
 
 
-def gather_by_images(draw: Draw, opset: int) -> Case:
-    """A constant table that is looked up by what comes at run time."""
-    case = gather(draw, opset)
-    case.variable = 1
-    return case
-
-
 def gather_elements(draw: Draw, _: int) -> Case:
     shape = a_shape(draw)
     axis = draw(st.integers(0, len(shape) - 1))

@@ -185,7 +185,7 @@ def test_photographs_get_the_classes_that_openvino_gives(
     """EfficientNet-Lite0 with its trained weights, in fp32: at most one of 60 differs."""
     environment = helpers.environment(IMAGEMILL_MODELS=str(lite0.dir.parent))
     arguments = ("--output", tmp_path / "out", "--model", "efficientnet_lite0", "--limit", 60)
-    done = helpers.imagemill_cli(
+    done = helpers.imagemill_here(
         "run", photographs, *arguments, "--devices", "cpu:2@torch", env=environment
     )
     assert done.code == 0, done.err

@@ -119,13 +119,13 @@ def first_held():
 
 if WORKER:
     def hold(module):
-        decode = module._Decoders._decode
-        def held(self, slot, image, out):
-            while image.index >= first_held():
+        mark_image = module.Heartbeat.mark_image
+        def held(self, slot, index, **options):
+            while index >= first_held():
                 time.sleep(0.005)
-            return decode(self, slot, image, out)
-        module._Decoders._decode = held
-    after_import("imagemill.pipeline.feed", hold)
+            mark_image(self, slot, index, **options)
+        module.Heartbeat.mark_image = held
+    after_import("imagemill.pipeline.heartbeat", hold)
 """
 
 

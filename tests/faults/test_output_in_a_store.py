@@ -86,14 +86,14 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
     }
     for machine in ("cache", "another machine's cache"):
         env = helpers.environment(XDG_CACHE_HOME=str(cache.parent / machine))
-        sound = helpers.imagemill_cli("verify", s3.url + "/job", env=env)
+        sound = helpers.imagemill_here("verify", s3.url + "/job", env=env)
         assert (sound.code, sound.out) == (
             0,
             "complete and sound: 48 images, one row each\n",
         ), sound
         assert (
             "48 of 48 images (6 of 6 shards), finished"
-            in helpers.imagemill_cli("status", s3.url + "/job", env=env).out
+            in helpers.imagemill_here("status", s3.url + "/job", env=env).out
         )
         repeated = null_run(small_jpegs, "--output", s3.url + "/job", env=env)
         assert (repeated.code, "already finished" in repeated.err) == (0, True), repeated
@@ -164,7 +164,7 @@ def test_two_launchers_at_once_do_no_harm(
     assert parts(s3) == calm_parts
     keys = s3.keys()
     assert len([key for key in keys if "/plan/" in key]) == 1
-    assert helpers.imagemill_cli("verify", s3.url + "/job").code == 0
+    assert helpers.imagemill_here("verify", s3.url + "/job").code == 0
 
 
 def test_two_launchers_that_append_at_once_do_no_harm(
@@ -210,7 +210,7 @@ def test_two_launchers_that_append_at_once_do_no_harm(
     assert len([key for key in keys if "/plan/000002/plan-" in key]) == 1
     assert before.items() <= {key: s3.get(key) for key in keys}.items()
     env = helpers.environment(XDG_CACHE_HOME=str(cache / "c"))
-    sound = helpers.imagemill_cli("verify", output, env=env)
+    sound = helpers.imagemill_here("verify", output, env=env)
     assert (sound.code, sound.out) == (0, "complete and sound: 52 images, one row each\n"), sound
     (local,) = (cache / "c" / "imagemill" / "jobs").iterdir()
     assert (local / "plan" / "source-00001.gzidx").is_file()
@@ -307,7 +307,7 @@ def test_a_damaged_part_in_a_store_is_found_moved_aside_and_computed_again(
     data = bytearray(s3.get(name))
     data[len(data) // 2] ^= 1
     s3.fill({name: bytes(data)})
-    found = helpers.imagemill_cli("verify", s3.url + "/job", "--quarantine")
+    found = helpers.imagemill_here("verify", s3.url + "/job", "--quarantine")
     assert found.code == 1
     assert f"{s3.url}/{name} is not the file that was committed" in found.out
     keys = s3.keys()

@@ -224,13 +224,6 @@ class DeviceManager:
         _note(attached=os.getpid(), ipu=id)
         return DeviceInfo(lock)
 
-    def createIpuModelDevice(self, options):
-        _of(options, dict)
-        return DeviceInfo()
-
-    def createCpuDevice(self):
-        return DeviceInfo()
-
 
 class PyStepIO:
     def __init__(self, inputs, outputs):
