@@ -253,12 +253,8 @@ def test_the_faults_are_programs(script: Any) -> None:
     """The one for a card is run only there."""
     pytest.importorskip("torch", reason="needs torch")
     jobs = script("jobs")
-    for runner, module, fault in (
-        ("CudaRunner", "cuda", jobs._ASSERT),
-        ("CpuRunner", "cpu", jobs._RAISE),
-    ):
-        text = jobs._LOST.format(runner=runner, module=module, fault=fault, number=1, marker="m")
-        compile(text, "sitecustomize.py", "exec")
+    for place in jobs._PLACES.values():
+        compile(jobs._LOST.format(number=1, marker="m", **place), "sitecustomize.py", "exec")
 
 
 @pytest.mark.process

@@ -79,8 +79,7 @@ def pipeline(stage: Stage) -> None:
 
 
 def _options(stage: Stage) -> tuple[object, ...]:
-    options = ("--model", stage.large, "--devices", stage.card.option)
-    return (*options, "--precision", stage.card.half, "--batch-size", stage.batch)
+    return ("--model", stage.large, *stage.card.of_jobs, "--batch-size", stage.batch)
 
 
 _QUIET = ("--no-preflight", "--no-report", "--json")
@@ -192,15 +191,15 @@ def _wait_for_parts(process: subprocess.Popen[str], output: Path, count: int) ->
 
 _LOST = """
 def act(module):
-    start, calls = module.{runner}.start, []
+    compute, calls = module.{method}, []
     def failing(self, pixels):
         calls.append(1)
         if len(calls) == {number} and once({marker!r}):
             {fault}
-        return start(self, pixels)
-    module.{runner}.start = failing
+        return compute(self, pixels)
+    module.{method} = failing
 if WORKER:
-    after_import("imagemill.pipeline.backends.torch.{module}", act)
+    after_import("imagemill.pipeline.backends.{module}", act)
 """
 """Breaks the device at a batch, once."""
 _ASSERT = (
@@ -209,6 +208,11 @@ _ASSERT = (
 )
 """An index that does not exist: the card's own assertion, after which no call of CUDA succeeds."""
 _RAISE = "from imagemill.errors import DeviceLostError; raise DeviceLostError('rehearsed')"
+_PLACES = {
+    "cuda": {"module": "torch.cuda", "method": "CudaRunner.start", "fault": _ASSERT},
+    "cpu": {"module": "onnxruntime", "method": "OnnxRuntimeSession._run", "fault": _RAISE},
+}
+"""Where a device is broken, by kind."""
 _STARTING = 10
 """Batches that a worker computes before its first image, and some more."""
 
@@ -238,7 +242,10 @@ def faults(stage: Stage) -> None:
         stage.put(parts={name: f"{different} of {len(expected)} differ"})
         stage.put(different_parts=stage.figures["different_parts"] + different)
     stage.attempt("order", partial(_other_order, stage, command, calm, count))
-    stage.attempt("batch size", partial(_other_batch_size, stage, command, calm))
+    if stage.card.is_gpu:
+        stage.attempt("batch size", partial(_other_batch_size, stage, command, calm))
+    else:
+        stage.note("another batch size was not tried: it changes nothing on the CPU")
 
 
 def _kill_launcher(stage: Stage, command: tuple[object, ...], output: Path) -> None:
@@ -262,12 +269,8 @@ def _kill_worker(stage: Stage, command: tuple[object, ...], output: Path) -> Non
 
 
 def _lose_device(stage: Stage, command: tuple[object, ...], output: Path) -> None:
-    runner, module, fault = (
-        ("CudaRunner", "cuda", _ASSERT) if stage.card.is_gpu else ("CpuRunner", "cpu", _RAISE)
-    )
-    folder = stage.work / "hooks"
-    marker = str(stage.work / "lost")
-    text = _LOST.format(runner=runner, module=module, fault=fault, number=_STARTING, marker=marker)
+    folder, marker = stage.work / "hooks", str(stage.work / "lost")
+    text = _LOST.format(number=_STARTING, marker=marker, **_PLACES[stage.card.kind])
     hooks = harness.hooks(folder, text)["PYTHONPATH"]
     with _started(stage, *command, "--output", output, env={"PYTHONPATH": hooks}) as process:
         _finish(process)

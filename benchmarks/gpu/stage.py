@@ -49,9 +49,18 @@ class Card:
         return "cuda:0" if self.is_gpu else "cpu"
 
     @property
-    def option(self) -> str:
-        """The value of `--devices`."""
+    def of_sessions(self) -> str:
+        """The value of `--devices` for sessions."""
         return "cuda:0" if self.is_gpu else "cpu@torch"
+
+    @property
+    def of_jobs(self) -> tuple[str, ...]:
+        """Device and precision of whole jobs. Those of the rehearsal use ONNX Runtime, which is
+        imported in a tenth of PyTorch's time.
+        """
+        if self.is_gpu:
+            return ("--devices", "cuda:0", "--precision", self.half)
+        return ("--devices", "cpu@onnxruntime", "--precision", "fp32")
 
     @cached_property
     def cuda(self) -> Any:
@@ -163,7 +172,7 @@ class Stage:
         return SessionSpec(model_file(found), found.card, precision, batch or self.batch)
 
     def session(self, spec: SessionSpec) -> Any:
-        (device,) = devices.resolve(self.card.option)
+        (device,) = devices.resolve(self.card.of_sessions)
         return open_session(spec, device, Stopwatch())
 
     def runner(
