@@ -11,9 +11,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -291,13 +291,24 @@ def test_a_thread_notes_its_image_while_it_works_on_it_and_no_longer(
     assert batch.rows[2].error == "reading or decoding it took more than --max-seconds 7, twice"
 
 
-def decoding_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "decode"]
+Threads: TypeAlias = Callable[[], list[threading.Thread]]
 
 
-def release_when_joined(monkeypatch: pytest.MonkeyPatch, release: threading.Event) -> None:
-    """Set the event when the feed waits for its only thread, which it has told to end by then."""
-    (thread,) = decoding_threads()
+@pytest.fixture
+def decoding_threads() -> Threads:
+    """Returns the living decoding threads of the test's own feeds."""
+    earlier = set(threading.enumerate())
+    return lambda: [
+        thread
+        for thread in threading.enumerate()
+        if thread.name == "decode" and thread not in earlier
+    ]
+
+
+def release_when_joined(
+    monkeypatch: pytest.MonkeyPatch, thread: threading.Thread, release: threading.Event
+) -> None:
+    """Set the event when the feed waits for its thread, which it has told to end by then."""
     join = thread.join
 
     def release_and_join() -> None:
@@ -308,7 +319,7 @@ def release_when_joined(monkeypatch: pytest.MonkeyPatch, release: threading.Even
 
 
 def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, decoding_threads: Threads
 ) -> None:
     """A job that ends early reads no further image, and none of its threads is at work
     afterwards.
@@ -328,11 +339,11 @@ def test_the_end_cancels_what_is_waiting_and_waits_for_what_is_being_read(
     with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         next(feed.batches(map(image, range(100))))
         assert entered.wait(300)
-        release_when_joined(monkeypatch, release)
+        release_when_joined(monkeypatch, *decoding_threads(), release)
     assert fetched == list(range(6))
 
 
-def test_its_threads_end_with_a_feed_that_nobody_closes() -> None:
+def test_its_threads_end_with_a_feed_that_nobody_closes(decoding_threads: Threads) -> None:
     feed = Feed(RECIPE, Limits(), 2, 3, None, Stopwatch())
     assert sum(len(batch.rows) for batch in feed.batches(map(image, range(9), "o" * 9))) == 9
     threads = decoding_threads()
@@ -342,7 +353,7 @@ def test_its_threads_end_with_a_feed_that_nobody_closes() -> None:
 
 
 def test_threads_that_were_started_end_if_one_cannot_start(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, decoding_threads: Threads
 ) -> None:
     start, numbers = threading.Thread.start, itertools.count()
 
@@ -359,12 +370,14 @@ def test_threads_that_were_started_end_if_one_cannot_start(
     assert decoding_threads() == []
 
 
-def test_there_are_no_more_threads_than_slots() -> None:
+def test_there_are_no_more_threads_than_slots(decoding_threads: Threads) -> None:
     with Feed(RECIPE, Limits(), 2, heartbeat.SLOTS + 1, None, Stopwatch()):
         assert len(decoding_threads()) == heartbeat.SLOTS
 
 
-def test_a_closed_feed_refuses_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_feed_refuses_images(
+    monkeypatch: pytest.MonkeyPatch, decoding_threads: Threads
+) -> None:
     """Also if it is closed while somebody waits for an image, which may be in another thread."""
     reading, release = threading.Event(), threading.Event()
 
@@ -384,9 +397,9 @@ def test_a_closed_feed_refuses_images(monkeypatch: pytest.MonkeyPatch) -> None:
     with Feed(RECIPE, Limits(), 2, 1, None, Stopwatch()) as feed:
         waiter = threading.Thread(target=wait)
         waiter.start()
-        assert reading.wait(20)
-        release_when_joined(monkeypatch, release)
-    waiter.join(20)
+        assert reading.wait(300)
+        release_when_joined(monkeypatch, *decoding_threads(), release)
+    waiter.join(300)
     assert refused == ["the feed is closed"]
     with pytest.raises(RuntimeError, match="the feed is closed"):
         list(feed.batches([image(0, "o")]))
