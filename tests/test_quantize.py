@@ -483,7 +483,7 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     assert precisions.report_lines(report)[-1] == (
         f"fp32 → int8: {rates(int8)}agreement {int8.comparison.agreement:.4f}, accepted"
     )
-    monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(check, "MIN_SPEEDUP", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
     assert prepared.precision is Precision.INT8
     assert prepared.model_file == tmp_path / int8.file
@@ -680,7 +680,7 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "cost_and_gain", lambda *_, **__: (1.0, 2.0))
     monkeypatch.setattr(check, "_PROBE_S", 0.05)
     monkeypatch.setattr(cpu, "unit", lambda *_: "any")
-    monkeypatch.setattr(precisions, "_MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(check, "MIN_SPEEDUP", 0.0)
 
 
 def auto(bundle: Bundle, folder: Path, **options: Any) -> precisions.Prepared:
@@ -813,7 +813,7 @@ def test_bf16_that_is_slower_than_fp32_is_not_checked(
     anything is compared.
     """
     rates = {Precision.FP32: 10.0, Precision.BF16: 5.5}
-    monkeypatch.setattr(check._Run, "_rate", lambda _self, precision: rates[precision])
+    monkeypatch.setattr(check.Run, "_rate", lambda _self, precision: rates[precision])
     asked = replace(small_check(make_bundle(tmp_path), colours), images=10**9)
     assert check.carry_out(asked) == {}
 

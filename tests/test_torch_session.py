@@ -24,15 +24,19 @@ from onnx import TensorProto, helper, numpy_helper
 import helpers
 from batches import batches, make_spec, rows
 from imagemill import errors
-from imagemill.models import bundle, evaluate
+from imagemill.models import bundle, evaluate, variants
 from imagemill.models.architectures import resnet
 from imagemill.models.custom import wrap
 from imagemill.models.folders import folder as folders
-from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.backends import library_versions, open_session
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.sources import Filters
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, Bundle, DeviceSpec, Precision, Saved
+from imagemill.records import Batch, Bundle, DeviceSpec, Limits, Precision, Saved
+from imagemill.tuning import accuracy, check, precisions
+from imagemill.tuning.check import AccuracyCheck
+from imagemill.tuning.on_gpus import GpuRun
 from onnx_files import complete, silent
 from test_models_golden import GOLDEN, MODELS, arrays_of, built_from, onnx_of, recipe
 from test_wrap import EXPORTED, FIXTURES, fixture_pixels
@@ -939,3 +943,30 @@ def test_a_build_of_pytorch_without_cuda_says_what_to_type(
     assert TorchSession.found("cuda").missing == (
         "PyTorch is not installed: pip install 'imagemill[torch]'."
     )
+
+
+def test_the_accuracy_check_of_a_card_compares_it_with_itself_in_fp32(
+    tiny: Bundle,
+    standin: cuda_standin.Cuda,
+    jpegs: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On decoded images, with sessions on the card in both precisions, and measured rates."""
+    model = bundle.write(tmp_path / "tiny", tiny.card, tiny_model())
+    entries = tuple(precisions._listing([str(jpegs(9))], Filters()))
+    gpu = DeviceSpec("cuda#0", "cuda", "torch", (0,), 0, "Card (1 SMs)")
+    limits = {"calibration": 0, "held_out": 6, "images": 10**6, "batch_size": 3}
+    monkeypatch.setattr(accuracy, "MIN_IMAGES", 6)
+    monkeypatch.setattr(check, "_PROBE_S", 0.0)
+    monkeypatch.setattr(GpuRun, "_gain", lambda *_: 1000.0)
+    asked = AccuracyCheck(
+        model, (str(tmp_path / "images"),), entries, (0,), Limits(), (Precision.FP16,),
+        gpus=(gpu,), min_agreement=0.5, **limits,
+    )  # fmt: skip
+    found = check.carry_out(asked, run=GpuRun)["fp16"]
+    assert (found.comparison.images, found.comparison.agreement) == (6, 1.0)
+    assert found.versions == library_versions("torch")
+    assert (found.instruction_set, found.group_channels) == ("Card (1 SMs)", 0)
+    assert variants.read(model.dir).get("fp16 on Card (1 SMs)") == found
+    assert standin.captures == 4, "a rate and the answers, in fp32 and fp16"

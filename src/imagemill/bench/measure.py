@@ -38,7 +38,7 @@ from imagemill.records import (
 from imagemill.runner import run as runner
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
-from imagemill.tuning import batch_size, precisions
+from imagemill.tuning import batch_size, on_gpus, precisions
 from imagemill.version import __version__
 
 COMPUTE_S = 2.0
@@ -203,6 +203,8 @@ def _precision(
     """
     devices.check_precision(asked, chosen)
     if asked in (None, "auto"):
+        if gpus := on_gpus.checked(chosen):
+            return on_gpus.find_accepted(model, gpus[0])[0], model.dir / bundle.MODEL
         if not precisions.are_checked(chosen):
             return Precision.FP32, model.dir / bundle.MODEL
         choice = precisions.choose(model, 0)

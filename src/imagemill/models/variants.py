@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -130,16 +130,19 @@ class Precisions:
 
     int8: PrecisionRecord | None = None
     bf16: PrecisionRecord | None = None
+    gpus: Mapping[str, PrecisionRecord] = field(default_factory=dict)
+    """Records by precision and model of GPU: `fp16 on NVIDIA H100 (132 SMs)`."""
 
-    def get(self, precision: str) -> PrecisionRecord | None:
-        """Return the record of a precision, or None."""
-        found: PrecisionRecord | None = getattr(self, precision, None)
+    def get(self, name: str) -> PrecisionRecord | None:
+        """Return the record of a precision on the CPU, or of a key of `gpus`, or None."""
+        found: PrecisionRecord | None = self.gpus.get(name) or getattr(self, name, None)
         return found
 
     def named(self) -> Mapping[str, PrecisionRecord]:
         """Return the records by precision."""
         both = {"int8": self.int8, "bf16": self.bf16}
-        return {name: record for name, record in both.items() if record is not None}
+        known = {name: record for name, record in both.items() if record is not None}
+        return known | dict(self.gpus)
 
 
 def read(folder: Path) -> Precisions:
@@ -160,12 +163,15 @@ def read(folder: Path) -> Precisions:
 
 
 def write(folder: Path, **records: PrecisionRecord) -> Precisions:
-    """Add records to a bundle's `accuracy.json`, which is replaced as a whole.
+    """Add records by name to a bundle's `accuracy.json`, which is replaced as a whole.
 
     Raises:
         ModelError: the file cannot be read or written.
     """
-    found = replace(read(folder), **records)
+    found = read(folder)
+    gpus = {name: record for name, record in records.items() if not hasattr(found, name)}
+    others = {name: record for name, record in records.items() if name not in gpus}
+    found = replace(found, gpus={**found.gpus, **gpus}, **others)
     try:
         files.write_whole(folder / ACCURACY, serialization.encode(found))
     except OutputError as error:

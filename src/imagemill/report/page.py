@@ -217,12 +217,14 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
         records = variants.read(folder).named()
     except (ImagemillError, OSError):
         return []
+    device = frozen.fixed.get("device")
+    used = f"{session.precision} on {device}" if device else session.precision.value
     return [
         {
             "comparison": record.comparison,
             "precision": precision,
             "speedup": record.speedup,
-            "used": precision == session.precision,
+            "used": precision == used,
         }
         for precision, record in records.items()
     ]

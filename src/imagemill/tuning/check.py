@@ -21,7 +21,7 @@ from imagemill.models import bundle as bundles
 from imagemill.models import variants
 from imagemill.models.variants import Calibration, PrecisionRecord, Precisions
 from imagemill.pipeline import top_k
-from imagemill.pipeline.backends import openvino_rewrites
+from imagemill.pipeline.backends import library_versions, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     AS_GIVEN,
@@ -50,6 +50,8 @@ _STARTING_S: Final = 12.0
 _PROBE_S: Final = 2.0
 _WARM_UP: Final = 8
 """Batches computed before a rate is measured."""
+MIN_SPEEDUP: Final = 1.05
+"""Measured speed-up from which an accepted precision is used."""
 _LONG_ENOUGH_S: Final = 0.5
 """Shorter passes give no rate."""
 
@@ -80,6 +82,8 @@ class AccuracyCheck:
     truth: str | None = None
     """Where true labels are, as `--truth` says it."""
     batch_size: int = 4
+    gpus: tuple[DeviceSpec, ...] = ()
+    """The job's GPUs, all of one model; the first one is checked. Empty: the CPU is."""
     isolate: bool = False
     """Decode every image in a process of its own."""
     access: Access = AS_GIVEN
@@ -137,6 +141,7 @@ def carry_out(
     asked: AccuracyCheck,
     say: Say = lambda _: None,
     at: Callable[[float | None], None] = lambda _: None,
+    run: type[Run] | None = None,
 ) -> dict[str, PrecisionRecord]:
     """Check the precisions in turn and write each result to the bundle's `accuracy.json`.
 
@@ -147,6 +152,7 @@ def carry_out(
         asked: what to check.
         say: takes lines for the user.
         at: is called before each step with the seconds that it may take at most; None: not known.
+        run: how to check; None: as the CPU is checked.
 
     Returns:
         precision → record, of those that were checked now or before. Empty if no check is
@@ -159,12 +165,12 @@ def carry_out(
     at(None)
     with variants.locked(asked.bundle.dir):
         now = variants.read(asked.bundle.dir)
-        if asked.images is not None and now != asked.known:
+        if asked.images is not None and not asked.gpus and now != asked.known:
             return {}  # another process wrote results while this one waited: the caller reads them
-        return _Run(asked, now, say, at).carry_out()
+        return (run or Run)(asked, now, say, at).carry_out()
 
 
-class _Run:
+class Run:
     """One accuracy check under the bundle's lock; `now` is the bundle's `accuracy.json`."""
 
     def __init__(
@@ -191,6 +197,7 @@ class _Run:
         )
 
     def carry_out(self) -> dict[str, PrecisionRecord]:
+        """Check the precisions; see the function of this name."""
         asked = self._asked
         records: dict[str, PrecisionRecord] = {}
         for precision in asked.precisions:
@@ -214,7 +221,8 @@ class _Run:
             record = self._check(precision, pixels, held_out, reference, rate)
             records[precision.value] = record
             if record.kept:
-                self._now = variants.write(asked.bundle.dir, **{precision.value: record})
+                name = record_name(precision, *asked.gpus[:1])
+                self._now = variants.write(asked.bundle.dir, **{name: record})
             elif record.file:
                 self._remove_unnamed(asked.bundle.dir / record.file)
             if record.comparison.accepted and asked.images is not None:
@@ -232,8 +240,8 @@ class _Run:
         """Return the bundle's record if it is of the same images, versions and processor, and its
         file is unchanged.
         """
-        record, asked = self._now.get(precision), self._asked
-        if record is None or record.held_out != self._held_out or not holds(record, asked.bundle):
+        record, asked = self._usable(precision), self._asked
+        if record is None or record.held_out != self._held_out:
             return None
         found = record.comparison
         if found.min_agreement != self._min_agreement(precision) or (
@@ -248,6 +256,12 @@ class _Run:
         ):
             return None
         return record
+
+    def _usable(self, precision: Precision) -> PrecisionRecord | None:
+        """Return the bundle's record of a precision if it holds."""
+        gpu = self._asked.gpus[:1]
+        record = self._now.get(record_name(precision, *gpu))
+        return record if record and holds(record, self._asked.bundle, None, *gpu) else None
 
     def _min_agreement(self, precision: Precision) -> float:
         asked = self._asked.min_agreement
@@ -328,14 +342,15 @@ class _Run:
                 found, true=accuracy.true_accuracy(asked.truth, true, reference, answers)
             )
         self._note(f"{precision}: {accuracy.format_comparison(found)}")
+        versions, unit, group_channels = _circumstances(precision, cpu.flags(), *asked.gpus[:1])
         record = PrecisionRecord(
             found,
             self._held_out,
             asked.bundle.card.sha256,
-            quantize.versions(),
-            instruction_set(),
+            versions,
+            unit,
             asked.bundle.card.recipe,
-            openvino_rewrites.wanted(precision, cpu.flags()),
+            group_channels,
             round(rate, 2),
             round(fp32_rate, 2),
         )
@@ -359,14 +374,12 @@ class _Run:
         """Return whether the bundle has a record that holds and was accepted, or is of more images,
         while this one is of too few images.
         """
-        before, folder = self._now.get(precision), self._asked.bundle.dir
+        before, folder = self._usable(precision), self._asked.bundle.dir
         if before is None or not record.comparison.reason.startswith(accuracy.TOO_FEW):
             return False
         return (
-            (before.comparison.accepted or before.comparison.images > record.comparison.images)
-            and holds(before, self._asked.bundle)
-            and (before.file is None or variants.int8_file(folder, before) is not None)
-        )
+            before.comparison.accepted or before.comparison.images > record.comparison.images
+        ) and (before.file is None or variants.int8_file(folder, before) is not None)
 
     @contextlib.contextmanager
     def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
@@ -375,6 +388,7 @@ class _Run:
         asked = self._asked
         spec = SessionSpec(str(file), asked.bundle.card, precision, asked.batch_size)
         device = DeviceSpec("cpu#check", "cpu", "openvino", asked.cores)
+        device = asked.gpus[0] if asked.gpus else device
         with contextlib.closing(open_session(spec, device, Stopwatch())) as session:
             if precision is Precision.FP32:
                 top_k.check_model(session.stream, spec)
@@ -409,20 +423,43 @@ class _Run:
             variants.remove(file)
 
 
-def holds(record: PrecisionRecord, bundle: Bundle, flags: set[str] | None = None) -> bool:
-    """Return whether a record is of this model, preprocessing, OpenVINO version and kind of
-    processor. It holds for any background: a background changes few images
-    and none of the arithmetic.
+def record_name(precision: Precision, gpu: DeviceSpec | None = None) -> str:
+    """Return the name of a precision's record in `accuracy.json`."""
+    return precision.value if gpu is None else f"{precision} on {gpu.model}"
+
+
+def holds(
+    record: PrecisionRecord,
+    bundle: Bundle,
+    flags: set[str] | None = None,
+    gpu: DeviceSpec | None = None,
+) -> bool:
+    """Return whether a record is of this model, preprocessing, library version and kind of
+    processor or GPU. It holds for any background: a background changes few
+    images and none of the arithmetic.
     """
     flags = cpu.flags() if flags is None else flags
     precision = Precision.BF16 if record.file is None else Precision.INT8
+    versions, unit, group_channels = _circumstances(precision, flags, gpu)
+    decisive = versions if gpu else ("openvino",)
     return (
         record.model == bundle.card.sha256
         and _without_background(record.recipe) == _without_background(bundle.card.recipe)
-        and record.versions.get("openvino") == quantize.versions().get("openvino")
-        and record.instruction_set == instruction_set(flags)
-        and record.group_channels == openvino_rewrites.wanted(precision, flags)
+        and all(record.versions.get(name) == versions.get(name) for name in decisive)
+        and record.instruction_set == unit
+        and record.group_channels == group_channels
     )
+
+
+def _circumstances(
+    precision: Precision, flags: set[str], gpu: DeviceSpec | None = None
+) -> tuple[Mapping[str, str], str, int]:
+    """Return what a record depends on beside the model: library versions, the processor's widest
+    unit or the model of the GPU, and the width of merged groups.
+    """
+    if gpu is not None:
+        return library_versions(gpu.backend), gpu.model, 0
+    return quantize.versions(), instruction_set(flags), openvino_rewrites.wanted(precision, flags)
 
 
 def _without_background(recipe: Recipe) -> Recipe:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 
 from imagemill.errors import WorkerError
 from imagemill.models.variants import PrecisionRecord
+from imagemill.pipeline.backends.nvidia import pinned
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
 from imagemill.tuning.check import AccuracyCheck, Say, carry_out
@@ -70,7 +71,12 @@ def in_child(asked: AccuracyCheck, say: Say = lambda _: None) -> dict[str, Preci
 
 
 def _attempt_in_child(asked: AccuracyCheck, say: Say) -> dict[str, PrecisionRecord]:
-    with contextlib.closing(Child("imagemill.tuning.check_process")) as child:
+    variables: Mapping[str, str] = {}
+    if asked.gpus:
+        visible, variables = pinned(asked.gpus[0])
+        asked = replace(asked, gpus=(visible, *asked.gpus[1:]))
+    child = Child("imagemill.tuning.check_process", variables=variables)
+    with contextlib.closing(child):
         child.send(asked)
         patience_s: float | None = None
         while True:
@@ -92,9 +98,12 @@ def _work(connection: Connection) -> None:
     asked = connection.recv()
     assert isinstance(asked, AccuracyCheck)
     processes.pin_to_cores(asked.cores)
+    from imagemill.tuning.on_gpus import GpuRun  # which starts this process elsewhere
+
     found = carry_out(
         asked,
         lambda line: connection.send(Said(line)),
         lambda patience_s: connection.send(At(patience_s)),
+        GpuRun if asked.gpus else None,
     )
     connection.send(Found(found))

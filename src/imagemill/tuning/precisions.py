@@ -5,6 +5,7 @@ results in the bundle's `accuracy.json` and let `check` measure missing ones. `a
 if the job saves more time than the accuracy check takes.
 
     auto       int8 if accepted ─► else bf16 if accepted ─► else fp32
+               on NVIDIA GPUs fp16, else bf16, else fp32; fp32 if decoding is slower anyway
     explicit   obeyed; its figures are printed
 """
 
@@ -33,7 +34,7 @@ from imagemill.records import (
     Precision,
 )
 from imagemill.system import cpu
-from imagemill.tuning import accuracy, check, check_process, quantize
+from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
 from imagemill.tuning.check import AccuracyCheck, Say
 from imagemill.tuning.images import sample
 
@@ -42,8 +43,6 @@ CALIBRATION: Final = 300
 HELD_OUT: Final = accuracy.MIN_IMAGES
 _SPARE: Final = 2
 """Images chosen for each that is needed, since some cannot be read and some are duplicates."""
-_MIN_SPEEDUP: Final = 1.05
-"""Measured speed-up from which an accepted precision is used."""
 _SHOWN_OF: Final = 50
 """An explicit precision is compared on one image in so many, so that its figures cost little beside
 the job.
@@ -125,7 +124,10 @@ def prepare(
     if asked is Precision.INT8:
         refuse_int8(bundle.card)
     plain = _plain(bundle, asked)
-    if setting in (Precision.FP32, Precision.FP16) or not are_checked(chosen):
+    gpus = on_gpus.checked(chosen)
+    if (not is_auto and gpus) or setting in (Precision.FP32, Precision.FP16):
+        return plain
+    if not gpus and not are_checked(chosen):
         return plain
     if not accuracy.is_defined(bundle.card):
         line = f"precision {asked}: {_not_defined(bundle.card)}"
@@ -142,7 +144,11 @@ def prepare(
         held_out=HELD_OUT,
         access=access,
     )
-    if is_auto:
+    if gpus:
+        base = replace(base, gpus=gpus, calibration=0, images=images)
+        precision, *lines = on_gpus.choose(base, lambda: sample(entries(), _wanted(base))[0], say)
+        found = _plain(bundle, precision, *lines)
+    elif is_auto:
         found = _automatic(base, entries, images, say)
     else:
         found = _explicit(asked, base, entries, images, say)
@@ -216,7 +222,7 @@ def choose(
     for precision in (Precision.INT8, Precision.BF16):
         record = usable(bundle, precision, flags)
         if record and record.comparison.accepted:
-            if (record.speedup or _MIN_SPEEDUP) >= _MIN_SPEEDUP:
+            if (record.speedup or check.MIN_SPEEDUP) >= check.MIN_SPEEDUP:
                 line = ". ".join([f"precision {precision}: {record.comparison.reason}", *refused])
                 variant = record.file.removesuffix(".xml") if record.file else "model"
                 file = bundle.dir / (record.file or bundles.MODEL)
