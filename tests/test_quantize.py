@@ -455,7 +455,10 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     assert int8.comparison.images == first.images - 20
     assert json.loads((tmp_path / "accuracy.json").read_text())["int8"]["file"] == int8.file
     assert (tmp_path / int8.file).is_file()
-    assert precisions.report_lines(first)[-1].endswith(f", not accepted ({int8.comparison.reason})")
+    assert precisions.report_lines(first)[-1].endswith(
+        f", not accepted ({int8.comparison.reason}). `--precision auto` uses {first.automatic} from"
+        " now on"
+    )
     before = (tmp_path / int8.file).stat().st_mtime_ns
     messages.clear()
     again = precisions.quantize_bundle(
@@ -481,7 +484,8 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     assert int8.comparison.accepted is True
     assert int8.comparison.images == HELD_OUT
     assert precisions.report_lines(report)[-1] == (
-        f"fp32 → int8: {rates(int8)}agreement {int8.comparison.agreement:.4f}, accepted"
+        f"fp32 → int8: {rates(int8)}agreement {int8.comparison.agreement:.4f}, accepted."
+        f" `--precision auto` uses {report.automatic} from now on"
     )
     monkeypatch.setattr(check, "MIN_SPEEDUP", 0.0)
     prepared = precisions.prepare("auto", bundles.load(tmp_path), [], lambda: [], 10, chosen=CPU)
@@ -531,7 +535,10 @@ def test_a_network_that_quantises_badly_is_refused_with_its_figures(
     assert f"{found.flips_where_sure} flips among the {found.sure} where fp32 was sure" in str(
         lines
     )
-    assert lines[-1].endswith(f", not accepted ({found.reason})")
+    assert report.automatic is not Precision.INT8
+    assert lines[-1].endswith(
+        f", not accepted ({found.reason}). `--precision auto` uses {report.automatic} from now on"
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2], ids=["first", "second", "logits"])

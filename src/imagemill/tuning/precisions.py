@@ -77,6 +77,8 @@ class Report:
     bundle: str
     images: int
     """Number of images in the sources."""
+    automatic: Precision
+    """What `auto` uses now."""
     precisions: Mapping[str, PrecisionRecord] = field(default_factory=dict)
 
 
@@ -421,7 +423,7 @@ def quantize_bundle(
         f" {max(held_out, HELD_OUT):,} others, all different, to accept it"
     )
     found = check_process.in_child(replace(base, entries=tuple(some)), say)
-    return Report(str(bundle.dir), images, found)
+    return Report(str(bundle.dir), images, choose(bundle, 0).precision, found)
 
 
 def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
@@ -464,4 +466,5 @@ def report_lines(report: Report) -> list[str]:
             f"fp32 → {precision}: {rates}agreement {found.agreement:.4f}, "
             + ("accepted" if found.accepted else f"not accepted ({found.reason})")
         )
+    lines[-1] += f". `--precision auto` uses {report.automatic} from now on"
     return lines
