@@ -77,6 +77,7 @@ def test_every_stage_runs_on_the_cpu(tmp_path: Path, script: Any) -> None:
     page = script("report").report(results)
     assert all(line["what"] in page for line in results["targets"])
     assert "| bf16, 4 |" in page
+    assert "the figures mean nothing" in page
 
 
 FAKE = """
@@ -141,6 +142,14 @@ def test_a_stage_that_hangs_is_stopped_at_its_limit(tmp_path: Path) -> None:
     assert code == 0
     assert stages["S0"]["status"].startswith("stopped at its limit")
     assert "stopped at its limit" in text
+
+
+@pytest.mark.process
+def test_without_the_device_nothing_else_is_tried(tmp_path: Path) -> None:
+    """A machine without a card gets one error, not twelve."""
+    code, _, stages = run_fake(tmp_path, "fails", "works")
+    assert code == 1
+    assert set(stages) == {"S0"}
 
 
 @pytest.mark.process

@@ -64,11 +64,11 @@ STAGES = (
     Plan("S2", "jobs.prepare", 40),
     Plan("S3", "answers.conformance", 60),
     Plan("S5", "compute.sessions", 60),
-    Plan("S6", "compute.peers", 90),
+    Plan("S6", "compute.peers", 100),
     Plan("S7", "compute.exactness", 40),
     Plan("S8", "answers.accuracy", 60),
     Plan("S10", "jobs.pipeline", 100),
-    Plan("S11", "jobs.faults", 120),
+    Plan("S11", "jobs.faults", 140),
     Plan("S4", "convolutions.convolutions", 45),
     Plan("S9", "answers.jpeg", 25),
     Plan("S12", "compute.autotuned", 300),
@@ -130,6 +130,8 @@ def main() -> int:
                 print(f"     {text}")
             for text in found["errors"]:
                 print("     " + text.rstrip().replace("\n", "\n     "), flush=True)
+            if plan.name == "S0" and found["errors"]:
+                break  # without the device, no stage can do anything
     print(format_table(results.get("targets", [])))
     if asked.tiny:
         print("This was a rehearsal on a tiny network: the figures above mean nothing.")

@@ -7,6 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def _bench(stage: Stage, count: int) -> None:
     rates = {name: done[name]["median"] for name in ("compute_only", "decode_only", "end_to_end")}
     slower = min(rates["compute_only"], rates["decode_only"])
     stage.put(rates=rates, bound=done["bound"], to_slower=rates["end_to_end"] / slower)
+    stage.put(bench=done["device"] or {}, advice=done["advice"])
 
 
 def _null(stage: Stage, count: int) -> None:
@@ -244,8 +246,10 @@ def faults(stage: Stage) -> None:
     stage.attempt("order", partial(_other_order, stage, command, calm, count))
     if stage.card.is_gpu:
         stage.attempt("batch size", partial(_other_batch_size, stage, command, calm))
+        stage.attempt("memory", partial(_small_memory, stage, command, stage.work / "unfinished"))
     else:
         stage.note("another batch size was not tried: it changes nothing on the CPU")
+        stage.note("a card without memory was not tried: this is the CPU")
 
 
 def _kill_launcher(stage: Stage, command: tuple[object, ...], output: Path) -> None:
@@ -253,10 +257,7 @@ def _kill_launcher(stage: Stage, command: tuple[object, ...], output: Path) -> N
         _wait_for_parts(process, output, 2)
         process.kill()
     stage.put(parts_before_kill=len(harness.part_sums(output)))
-    if stage.card.is_gpu:
-        stage.attempt("memory", partial(_small_memory, stage, command, output))
-    else:
-        stage.note("a card without memory was not tried: this is the CPU")
+    shutil.copytree(output, stage.work / "unfinished")
     stage.imagemill(*command, "--output", output)
 
 

@@ -21,6 +21,7 @@ from stage import Stage, shape_of
 
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.torch.program import Program, Step, read
+from imagemill.pipeline.backends.torch.traffic import bytes_of_steps
 from imagemill.records import Precision, SessionSpec
 from imagemill.system import cpu
 
@@ -28,12 +29,11 @@ _LIBRARIES = (
     "imagemill torch torchvision timm triton onnx onnxruntime numpy pillow simplejpeg pyarrow"
     " nvidia-cublas nvidia-cudnn-cu13 nvidia-cudnn-cu12"
 )
-_VIEWS = ("Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
-"""Steps that move no bytes."""
 
 
 def facts(stage: Stage) -> None:
     """S0: versions, the card, the processor, and what the later stages need."""
+    devices.resolve(stage.card.of_sessions)  # raises, and says what is missing
     found = {}
     for name in _LIBRARIES.split():
         try:
@@ -118,24 +118,7 @@ def layers(program: Program, itemsize: int) -> Iterator[Layer]:
         program: its shapes are those of one batch.
         itemsize: bytes of a number in the precision of its products.
     """
-    reduced = {name for step in program.steps if step.is_reduced for name in step.outputs}
-
-    def size(name: str | None, *, is_weight: bool) -> int:
-        if name is None:
-            return 0
-        value = program.values[name]
-        if not value.is_floating_point():
-            return int(value.numel() * value.element_size())
-        return int(value.numel()) * (itemsize if is_weight or name in reduced else 4)
-
-    for step in program.steps:
-        if step.kind in _VIEWS:
-            continue
-        moved = sum(
-            size(name, is_weight=step.is_reduced and program.is_constant(name))
-            for name in step.inputs
-        )
-        moved += sum(size(name, is_weight=False) for name in step.outputs)
+    for step, moved in bytes_of_steps(program, itemsize):
         yield Layer(step, moved, _flops(program, step))
 
 

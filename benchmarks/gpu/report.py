@@ -19,7 +19,7 @@ def report(results: Mapping[str, Any]) -> str:
     facts = figures.get("S0", {})
     versions = facts.get("versions", {})
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    machine = f"{facts.get('card', 'no GPU')}, {facts.get('cores', '?')} cores of a"
+    machine = f"{facts.get('card', 'no GPU')}, {facts.get('cores', '?')} cores of"
     blocks = [
         f"## How fast is it on an {facts.get('card', results['device'])}?",
         f"Measured on {results['begun'][:10]} by `benchmarks/gpu/device.py` in"
@@ -47,6 +47,15 @@ def report(results: Mapping[str, Any]) -> str:
         if rates := figures.get(stage, {}).get(name):
             cells = ((one, f"{rate:,.0f}") for one, rate in rates.items())
             blocks.append(_table((what, "images/s"), cells))
+    if results["is_tiny"]:
+        blocks.insert(1, "**This was a rehearsal on a tiny network: the figures mean nothing.**")
+    bench = figures.get("S10", {}).get("bench") or {}
+    if bench.get("busy") is not None:
+        bound = figures["S10"]["bound"]
+        text = f"From files, the GPU computed {bench['busy']:.0%} of the time; bound by {bound}."
+        if bench.get("cores_needed"):
+            text += f" It would need {bench['cores_needed']} such cores."
+        blocks.append(text)
     wrong = [
         f"{name}: {found['status']}" for name, found in stages.items() if found["status"] != "ok"
     ]

@@ -5,12 +5,13 @@ Most image classifiers are bound by memory on a GPU, not by arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 
 from imagemill.pipeline.backends.torch.operators import Tensor
-from imagemill.pipeline.backends.torch.program import Program
+from imagemill.pipeline.backends.torch.program import Program, Step
 
 _VIEWS: Final = ("Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 """Steps that move no bytes, at least as long as the layout allows it."""
@@ -21,7 +22,13 @@ _REPETITIONS: Final = 10
 
 def count_bytes(program: Program, width: int) -> int:
     """Return how many bytes a batch moves if every step reads its inputs and writes its outputs
-    once.
+    once; arguments as for `bytes_of_steps`.
+    """
+    return sum(moved for _, moved in bytes_of_steps(program, width))
+
+
+def bytes_of_steps(program: Program, width: int) -> Iterator[tuple[Step, int]]:
+    """Yield each step that moves something, with the bytes that it reads and writes.
 
     Args:
         program: with the shapes of one batch.
@@ -34,13 +41,13 @@ def count_bytes(program: Program, width: int) -> int:
         each = width if is_reduced and value.is_floating_point() else value.element_size()
         return int(value.numel()) * each
 
-    moved = 0
     for step in program.steps:
         if step.kind not in _VIEWS:
+            moved = 0
             for name in filter(None, (*step.inputs, *step.outputs)):
                 is_weight = program.is_constant(name) and step.is_reduced
                 moved += size(name, is_reduced=is_weight or name in reduced)
-    return moved
+            yield step, moved
 
 
 def measure_copies(cuda: Any, device: str) -> float:
