@@ -25,7 +25,7 @@ import helpers
 import sample_images
 from archive_files import pack
 from imagemill import cli, report
-from imagemill.errors import JobMismatchError, OutputError, SourceError
+from imagemill.errors import JobMismatchError, OutputError, SourceError, UsageError
 from imagemill.job import documents, plan
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -230,8 +230,11 @@ def test_parts_carry_the_answer_id_of_their_generation(
         problem.what for problem in opened.verify()[0]
     }
     parts[0].unlink()
-    with pytest.raises(JobMismatchError, match="Continue with imagemill"):
-        run.run(settings)
+    for flags in ({}, {"append": True, "allow_mixed": True}):
+        jpegs(8)
+        with pytest.raises(JobMismatchError, match="Continue with imagemill"):
+            run.run(replace(settings, **flags))
+    assert OpenJob.open(out).frozen.images == 7  # or no version could finish the job
 
 
 @pytest.mark.process
@@ -459,6 +462,17 @@ def test_the_first_and_the_last_command_continue_the_job(job: Jobs, jpegs: Folde
     ):
         with pytest.raises(JobMismatchError, match=what):
             resume.resume(settings, opened, NULL, Listener())
+
+
+def test_a_wrong_place_of_moved_images_is_refused_before_anything_is_added(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """As without --append."""
+    freeze(job(jpegs(2)))
+    jpegs(3)
+    with pytest.raises(UsageError, match="--moved /nowhere=…: nothing in this job is there"):
+        run.run(job(tmp_path / "images", append=True, moved=(("/nowhere", "/new"),)))
+    assert OpenJob.open(tmp_path / "out").frozen.images == 2
 
 
 def test_what_decides_answers_may_not_change(job: Jobs, jpegs: Folders) -> None:

@@ -127,8 +127,11 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     chosen = machines.devices(opened.frozen.devices)
                 if not is_new:
                     opened = resume.resume(settings, opened, chosen, watcher)
+                    known = (*opened.frozen.job.sources, *sources.resolve(settings.sources))
+                    listing.check_moved(known, opened.first.job.access, opened.all_rows())
                     files.remove_folder(paths.generation(len(opened.generations) + 1))
                     if settings.append:
+                        _check_remaining(opened, chosen)
                         opened, found = append.append(settings, opened, chosen, watcher)
 
                 def attempt(job: OpenJob, on: Sequence[DeviceSpec], is_resumed: bool) -> Summary:
@@ -189,9 +192,7 @@ def _carry_out(
         done -= again
     left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
-        listing.check_moved(job.sources, job.access, opened.all_rows())
-    if left and is_resumed:
-        _check_remaining(opened, left, chosen)
+        _check_remaining(opened, chosen, left)
     if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
@@ -263,16 +264,29 @@ def _read_summary(opened: OpenJob) -> Summary | None:
     return summary if summary and summary.images == opened.frozen.images else None
 
 
-def _check_remaining(opened: OpenJob, left: Sequence[Shard], chosen: Sequence[DeviceSpec]) -> None:
+def _check_remaining(
+    opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequence[Shard] | None = None
+) -> None:
     """Check that the remaining images of a resumed job can be processed as the first ones of their
     generation were. A new job was checked before it was frozen; on a finished job none of this
-    matters.
+    matters. Before images are appended, this is checked too: if different generations needed
+    different decoders, no version could finish the job.
+
+    Args:
+        opened: the job.
+        chosen: the devices.
+        left: the shards to process; default: those that are not committed.
 
     Raises:
         JobMismatchError: another decoder, device or library. SourceError, without which every
         remaining image would become a `missing` row. OutputError, ModelError: the model is missing
         or changed.
     """
+    if left is None:
+        done = opened.committed()
+        left = [shard for shard in opened.shards if shard.number not in done]
+    if not left:
+        return
     for generation in {shard.plan_file: opened.generation_of(shard) for shard in left}.values():
         _check_decoder(generation, opened.paths.output)
         _check_fixed(generation, opened, chosen)
