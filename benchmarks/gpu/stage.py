@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -306,10 +306,17 @@ def shape_of(spec: SessionSpec) -> tuple[int, int, int, int]:
 
 
 def noise(spec: SessionSpec, count: int = 4) -> list[Batch]:
-    """Return batches of random pixels, always the same ones. Zeros would be faster than images."""
-    rng = np.random.default_rng(0)
+    """Return at most four batches of random pixels, always the same ones. Zeros would be faster
+    than images.
+    """
     shape = shape_of(spec)
-    return [Batch(rng.integers(0, 256, shape, np.uint8), shape[0], ()) for _ in range(count)]
+    return [Batch(pixels, shape[0], ()) for pixels in _noise(shape)[:count]]
+
+
+@lru_cache(maxsize=1)  # a batch of 256 takes 0.2 s
+def _noise(shape: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, shape, np.uint8) for _ in range(4)]
 
 
 def in_batches(pixels: np.ndarray, size: int) -> Iterator[Batch]:
