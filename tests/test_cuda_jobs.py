@@ -39,7 +39,7 @@ automatic.WORTHWHILE = 5
 if "imagemill.workers.worker" in sys.orig_argv:
     import torch
     import cuda_standin
-    from imagemill.pipeline.backends.torch import cuda
+    from imagemill.pipeline.backends.torch import cuda, program
 
     class Runner(cuda.CudaRunner):
         def __init__(self, program, shape, *rest, **settings):
@@ -47,6 +47,8 @@ if "imagemill.workers.worker" in sys.orig_argv:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().__init__(program, shape, *rest, **settings)
 
+    # An image that overflows fp16 has a program of its own, so twice this is needed.
+    program.Program.memory = lambda program, width: 1_450_000_000
     cuda.CudaRunner = Runner
     cuda.prepare = lambda: None
     cuda.open_card = lambda number: (cuda_standin.Cuda(), "cpu")
@@ -79,7 +81,8 @@ def test_a_job_that_auto_puts_on_a_gpu_fits_its_batches_to_the_memory(
     lines = [line for line in ours.err.splitlines() if "GB" in line]
     assert len(lines) == 1
     assert lines[0].endswith(
-        "cuda#0 has 1.2 of 24.0 GB free, and batches of 128 need more. Starting with batches of 64."
+        "cuda#0 has 1.2 of 24.0 GB free, and batches of 128 need about 2.9 GB. Starting with"
+        " batches of 64."
     )
     frozen = json.loads((tmp_path / "ours" / "job.json").read_text())
     assert frozen["devices"] == "cuda"
@@ -99,6 +102,6 @@ def test_a_job_that_auto_puts_on_a_gpu_fits_its_batches_to_the_memory(
     frozen_again = imagemill(*words, "--output", tmp_path / "ours", "--devices", "auto", env=env)
     assert frozen_again.code == 1
     assert frozen_again.err.splitlines()[-1] == (
-        "imagemill: cuda#0 has 1.2 of 24.0 GB free, and batches of 64 need more. This job was"
-        " frozen with that batch size. Free memory, or give another --output."
+        "imagemill: cuda#0 has 1.2 of 24.0 GB free, and batches of 64 need about 2.9 GB. This job"
+        " was frozen with that batch size. Free memory, or give another --output."
     )

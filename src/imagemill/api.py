@@ -263,8 +263,9 @@ def load(
         model: name, folder, or ONNX file with its card; default: as the command line. A
             missing model is downloaded.
         device: one device, as in `--devices`: `cpu`, …
-        precision: `fp32`, `bf16`, `int8`, or `auto`. `auto` uses a faster precision than fp32 if
-            an accuracy check of this model has accepted it. `imagemill quantize` makes the check.
+        precision: `fp32`, `bf16`, `fp16`, `int8`, or `auto`. `auto` uses a faster precision than
+            fp32 if an accuracy check of this model has accepted it. `imagemill quantize` makes the
+            check for CPUs, `imagemill run` for GPUs.
         models_dir: default: `$IMAGEMILL_MODELS`, else the user's cache folder.
         labels: file with one label per line; default: the model's own labels.
         top_k: classes kept per image; default: 5.
