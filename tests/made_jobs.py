@@ -65,6 +65,7 @@ def write_part(job: OpenJob, shard: Shard, answer: Callable[[bytes], Answer]) ->
             None if failed else 40,
             None if failed else 30,
             -1 if failed else len(found),
+            planned.kept,
         )
         rows.append(row)
         if not isinstance(given, Status):

@@ -36,7 +36,7 @@ def test_every_flag_sets_its_setting() -> None:
     words = (
         "run a --output out --model m --models-dir d --devices cpu --precision fp32 --batch-size 1"
         " --batches-per-step auto --num-workers 2 --top-k 3 --min-probability 0.5 --labels l"
-        " --save logits --save embedding --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
+        " --save logits --save embedding --keep id,a=b --keep c --shard-size 4 --include *.jpg --exclude x --all-files --limit 5"
         " --preprocess card --background white --max-pixels 6 --max-bytes 7 --max-seconds 8"
         " --append --dry-run --retry-failed=timeout,missing --max-bad-fraction 0.5 --moved old=new"
         " --user-agent me --grace 9 --engine ray --allow-mixed --allow-inexact --log-dir logs --no-preflight"
@@ -48,7 +48,7 @@ def test_every_flag_sets_its_setting() -> None:
     assert make_settings(vars(cli._parser().parse_args(words))) == Settings(
         ("a",),
         "out",
-        *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), 4),
+        *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), ("id,a=b", "c"), 4),
         *(("*.jpg",), ("x",), True, 5, "card", "white", "l", 6, 7, 8.0, True, True),
         *(("timeout", "missing"), 0.5, 9.0, "logs", "ray", True, True, False, False),
         *((("old", "new"),), "me"),

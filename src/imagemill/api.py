@@ -150,6 +150,7 @@ def run(
     top_k: int | None = None,
     min_probability: float | PathLike | None = None,
     save: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] | Mapping[str, str] | None = None,
     shard_size: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -187,6 +188,8 @@ def run(
     Args:
         sources: one or several folders, images, lists, archives, … as on the command line.
         output: the output folder.
+        keep: columns of the sources that the rows have, too, as `--keep`; or a mapping of columns
+            to their names in the rows.
         append: add images that are new in the sources, and in sources that the job does not have
             yet, to the job. Without a job, start one.
         retry_failed: True computes all shards with failed images again. Statuses select failures.

@@ -116,6 +116,29 @@ class Saved(StrEnum):
     EMBEDDING = "embedding"
 
 
+class KeptType(StrEnum):
+    """The type of a column of `--keep`, as Arrow calls it."""
+
+    TEXT = "string"
+    WHOLE = "int64"
+    FLOAT = "double"
+    BOOLEAN = "bool"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A column of the sources that goes along into `predictions/`."""
+
+    column: str
+    """As the sources name it."""
+    name: str
+    """As `predictions/` names it."""
+    type: KeptType = KeptType.TEXT
+
+    def __str__(self) -> str:
+        return self.column if self.column == self.name else f"{self.column}={self.name}"
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How an image becomes the model's input; normalisation is not here, it is the graph's first
@@ -253,6 +276,8 @@ class Settings:
     min_probability: float | str | None = None
     """A probability, or the path of a file with one per label."""
     save: tuple[str, ...] | None = None
+    keep: tuple[str | tuple[str, str], ...] | None = None
+    """Columns of the sources, as `resolve_kept` takes them."""
     shard_size: int | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
@@ -357,6 +382,8 @@ class Job:
     answer_id: str
     min_probability: float | tuple[float, ...] | None = None
     """Less probable classes are not kept: one number, or one per class; None: all are kept."""
+    keep: tuple[Kept, ...] = ()
+    """Columns of the sources that the rows have, too."""
     allow_inexact: bool = False
     """Whether answers may depend on an image's place in a batch and on its neighbours."""
     log_dir: str | None = None
@@ -409,6 +436,8 @@ class PlannedImage:
     """Reads the encoded bytes. Raises `BadImage`."""
     isolation: IsolationReason | None = None
     """Why it must be decoded in a process of its own; None: it need not."""
+    kept: bytes = b""
+    """As `Entry.kept`."""
 
 
 class BadImage(Exception):  # noqa: N818 - not an error of the program but a row of the result
@@ -452,6 +481,8 @@ class Row:
     height: int | None
     slot: int
     """Its place in the batch; -1 where status is not ok."""
+    kept: bytes = b""
+    """As `Entry.kept`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -696,6 +727,8 @@ class Entry:
     """Where in its source its bytes lie, in the source's own words, so that nothing has to be
     searched for it; empty: its path says it.
     """
+    kept: bytes = b""
+    """A JSON list of the values that `Job.keep` names; empty: all are null."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from imagemill.arrange.links import Link, Log, Maker
 from imagemill.display.text import format_statuses
 from imagemill.errors import OutputError, UsageError, printable
 from imagemill.job import ledger, plan
-from imagemill.job.columns import COLUMNS
+from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.records import BadImage, Status
@@ -220,7 +220,7 @@ class _Chosen:
             return enumerate(frozen.session.card.labels)
         if by == "status":
             return [(status.value, status.value) for status in Status]
-        if by not in (known := [*COLUMNS, *(saved.value for saved in frozen.session.save)]):
+        if by not in (known := names_of(frozen)):
             raise UsageError(f"--by {by}: the job has no such column. It has {', '.join(known)}.")
         distinct: dict[Any, str] = {}
         for table in ledger.tables(self._job.store, self._numbers(), [by]):

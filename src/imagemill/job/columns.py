@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from imagemill.records import Job
+
 _TOP_K = pa.struct(
     [("class_id", pa.int32()), ("label", pa.string()), ("probability", pa.float32())]
 )
@@ -23,4 +25,13 @@ _COLUMNS = [
 ]
 
 COLUMNS = tuple(field.name for field in _COLUMNS)
-"""The columns of every part, in order. Columns of `--save` follow them."""
+"""The columns of every part, in order. Those of `--keep` and `--save` follow them."""
+
+
+def names_of(job: Job) -> list[str]:
+    """Return the names of a job's columns, in order."""
+    return [
+        *COLUMNS,
+        *(kept.name for kept in job.keep),
+        *(saved.value for saved in job.session.save),
+    ]

@@ -17,7 +17,7 @@ import pyarrow.csv as pv
 
 from imagemill.errors import OutputError, UsageError
 from imagemill.job import ledger
-from imagemill.job.columns import COLUMNS
+from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
 from imagemill.system import files
 
@@ -60,7 +60,7 @@ def export(
         UsageError: unknown column. OutputError: the job is not finished, or its plan is damaged.
         PartError: a part is damaged; raised while iterating.
     """
-    known = [*COLUMNS, *(saved.value for saved in job.frozen.job.session.save)]
+    known = names_of(job.frozen.job)
     if unknown := [name for name in columns or () if name not in known]:
         raise UsageError(
             f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has"
@@ -94,7 +94,7 @@ def write(pieces: Iterable[bytes], file: Path) -> None:
 
 
 def _csv(tables: Iterable[Any], columns: Sequence[str]) -> Iterator[bytes]:
-    yield ",".join(f'"{name}"' for name in columns).encode() + b"\n"
+    yield ",".join('"' + name.replace('"', '""') + '"' for name in columns).encode() + b"\n"
     for batch in _batches(tables):
         arrays = [_cells(array, alone=len(columns) == 1) for array in batch.columns]
         text = pa.BufferOutputStream()
@@ -152,7 +152,10 @@ def _json(array: Any) -> Any:
         )
     else:
         text = array.cast(pa.string())
-    return pc.if_else(array.is_valid(), text, pa.scalar("null"))
+    is_value = array.is_valid()
+    if pa.types.is_floating(kind):
+        is_value = pc.fill_null(pc.is_finite(array), False)  # JSON has no NaN
+    return pc.if_else(is_value, text, pa.scalar("null"))
 
 
 def _quoted(value: str) -> str:

@@ -177,12 +177,14 @@ def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Itera
     A column may be one field of a list: `top_k.list.element.class_id` is a column `top_k` with that
     field alone.
     """
-    names = list(dict.fromkeys(column.partition(".")[0] for column in columns))
     for shard in shards:
         path = store.paths.part(shard)
         try:
             with store.open(path) as file, pq.ParquetFile(file) as part:
-                table = part.read(columns=list(columns), use_threads=False).select(names)
+                there = part.schema_arrow.names  # a kept column may have a dot in its name
+                names = (name if name in there else name.partition(".")[0] for name in columns)
+                table = part.read(columns=list(columns), use_threads=False)
+                table = table.select(list(dict.fromkeys(names)))
         except (OSError, pa.ArrowException, KeyError) as error:
             raise _part_error(store, path, f"is damaged: {_first_line(error)}") from error
         if what := _check_shard_number(table.schema.metadata, shard):

@@ -3,9 +3,9 @@
 A plan has one or more generations. The first is the frozen job; `--append` adds further ones, each
 in a folder of its own (`plan/000002/`). Shards and images are counted on from one to the next.
 
-A generation is Parquet files with the columns `index`, `source`, `path` (bytes), `size` and
-`locator`. Every row group is one shard. So the shards are known from the files' footers, and a
-worker reads only the rows of its shard. The whole listing is never in memory.
+A generation is Parquet files with the columns `index`, `source`, `path` (bytes), `size`, `locator`
+and `kept`, the values of `--keep`. Every row group is one shard. So the shards are known from the
+files' footers, and a worker reads only the rows of its shard. The whole listing is never in memory.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
         ("path", pa.binary()),
         ("size", pa.int64()),
         ("locator", pa.binary()),
+        ("kept", pa.binary()),
     ]
 )
 _SPOOL_SCHEMA = pa.schema(
@@ -39,6 +40,7 @@ _SPOOL_SCHEMA = pa.schema(
         ("path", pa.binary()),
         ("size", pa.int64()),
         ("locator", pa.binary()),
+        ("kept", pa.binary()),
         ("group", pa.int32()),
     ]
 )
@@ -57,6 +59,7 @@ class PlannedRow:
     path: bytes
     size: int
     locator: bytes = b""
+    kept: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
         OutputError: it cannot be written.
     """
     images, groups = 0, set[int]()
-    columns: tuple[list[Any], ...] = ([], [], [], [], [])
+    columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
         writer.write_batch(
@@ -102,7 +105,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
             for entry in entries:
                 for column, value in zip(
                     columns,
-                    (entry.source, entry.path, entry.size, entry.locator, entry.group),
+                    (entry.source, entry.path, entry.size, entry.locator, entry.kept, entry.group),
                     strict=True,
                 ):
                     column.append(value)
@@ -164,7 +167,7 @@ def cut(
             writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
-        numbered = rows.select(["source", "path", "size", "locator"]).add_column(
+        numbered = rows.select(SCHEMA.names[1:]).add_column(
             0, "index", pa.array(range(index, index + count), pa.int64())
         )
         writer.write_table(numbered, row_group_size=count)
@@ -298,7 +301,8 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
             table = file.read_row_group(shard.row_group)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
-    columns = (table[name].to_pylist() for name in SCHEMA.names)
+    # Plans of older versions lack the last column.
+    columns = (table[name].to_pylist() for name in SCHEMA.names if name in table.column_names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]
 
 

@@ -134,6 +134,7 @@ class Feed:
                         decoded.error,
                         *size,
                         slot,
+                        image.kept,
                     )
                 )
 

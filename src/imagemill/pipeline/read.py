@@ -27,5 +27,5 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
                 reason = IsolationReason.CRASH
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
             yield PlannedImage(
-                row.index, lease.shard, source.name, row.path, row.size, fetch, reason
+                row.index, lease.shard, source.name, row.path, row.size, fetch, reason, row.kept
             )

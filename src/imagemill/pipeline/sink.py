@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from imagemill.job.columns import _COLUMNS, _TOP_K
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
-from imagemill.records import Batch, Job, Receipt, Row, Saved, Shard, Status, TopK
+from imagemill.records import Batch, Job, KeptType, Receipt, Row, Saved, Shard, Status, TopK
 
 
 @dataclass(slots=True)
@@ -151,6 +151,9 @@ class Sink:
             pa.array([_side(row.height) for row in rows], pa.int32()),
         ]
         fields = list(_COLUMNS)
+        for kept, array in zip(self._job.keep, self._kept(rows), strict=True):
+            columns.append(array)
+            fields.append(pa.field(kept.name, array.type))
         for saved, arrays in opened.saved.items():
             values = np.concatenate(arrays).astype(np.float32, copy=False)
             kind = pa.list_(pa.float32(), values.shape[1])
@@ -165,6 +168,15 @@ class Sink:
         if shard.answer_id:
             metadata["imagemill.answer_id"] = shard.answer_id
         return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
+
+    def _kept(self, rows: list[Row]) -> Iterator[pa.Array]:
+        """Yield the columns that the job keeps."""
+        unpacked = [json.loads(row.kept) if row.kept else None for row in rows]
+        for place, kept in enumerate(self._job.keep):
+            values = [None if found is None else found[place] for found in unpacked]
+            if kept.type is KeptType.FLOAT:  # JSON may hold whole numbers among them
+                values = [None if value is None else float(value) for value in values]
+            yield pa.array(values, pa.type_for_alias(kept.type.value))
 
 
 def _side(pixels: int | None) -> int | None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from imagemill.errors import printable
 from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Status
@@ -69,6 +70,8 @@ class ImageRow:
     """Label and probability, most probable first."""
     width: int | None
     height: int | None
+    kept: tuple[tuple[str, str], ...] = ()
+    """Name and value of the columns of `--keep` that are not null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +238,17 @@ def read_rows(job: OpenJob, indices: Iterable[int]) -> dict[int, ImageRow]:
     for index in sorted(indices):
         by_shard.setdefault(bisect_right(firsts, index) - 1, []).append(index)
     found = {}
-    tables = ledger.tables(
-        job.store, [shards[position].number for position in by_shard], _ROW_COLUMNS
-    )
+    kept = [kept.name for kept in job.frozen.job.keep]
+    columns = (*_ROW_COLUMNS, *kept)
+    tables = ledger.tables(job.store, [shards[position].number for position in by_shard], columns)
     for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
         shard = shards[position]
         for row in table.take([index - shard.first for index in wanted]).to_pylist():
             top_k = tuple(
                 (answer["label"], answer["probability"]) for answer in row.pop("top_k") or ()
             )
-            found[row["index"]] = ImageRow(shard=shard.number, top_k=top_k, **row)
+            values = tuple(
+                (name, printable(value)) for name in kept if (value := row.pop(name)) is not None
+            )
+            found[row["index"]] = ImageRow(shard=shard.number, top_k=top_k, kept=values, **row)
     return found

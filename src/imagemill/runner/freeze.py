@@ -26,13 +26,20 @@ from imagemill.records import (
     DeviceSpec,
     Engine,
     Job,
+    Kept,
     Limits,
-    Saved,
     SessionSpec,
     Settings,
 )
 from imagemill.runner import thresholds
-from imagemill.runner.listing import access_of, check_moved, filters_of, listing, no_images
+from imagemill.runner.listing import (
+    access_of,
+    check_moved,
+    filters_of,
+    keeper_of,
+    listing,
+    no_images,
+)
 from imagemill.system import files, serialization
 from imagemill.tuning import batch_size
 from imagemill.version import __version__
@@ -73,10 +80,12 @@ def freeze(
     paths.plan_nonces.unlink(missing_ok=True)
     files.clear_folder(paths.plan)
     filters = filters_of(settings)
-    skipped = Skipped()
-    listed = plan.spool(listing(settings, skipped, paths.root, paths.plan), paths.spool)
+    skipped, keeper = Skipped(), keeper_of(settings)
+    found = listing(settings, skipped, keeper, paths.root, paths.plan)
+    listed = plan.spool(found, paths.spool)
     if not listed.images:
         raise no_images(settings, skipped)
+    keep = keeper.kept()
     for note in skipped.notes():
         watcher.say(note)
     typed, chosen = choose(listed.images)
@@ -93,7 +102,7 @@ def freeze(
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
-    job = _job(settings, paths, chosen, model, prepared, shard_size, filters)
+    job = _job(settings, paths, chosen, model, prepared, shard_size, filters, keep)
     frozen = Frozen(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -154,7 +163,7 @@ def answer_id_again(frozen: Frozen, fixed: Mapping[str, str]) -> str:
         prepared,
         frozen.backend,
         job.top_k,
-        session.save,
+        [*session.save, *map(str, job.keep)],
         job.min_probability,
         fixed,
     )
@@ -180,6 +189,7 @@ def _job(
     prepared: Prepared,
     shard_size: int,
     filters: Filters,
+    keep: tuple[Kept, ...],
 ) -> Job:
     card = model.card
     resolved = sources.resolve(settings.sources)
@@ -211,11 +221,12 @@ def _job(
             prepared,
             backend_of(chosen, settings.allow_mixed),
             top_k,
-            save,
+            [*save, *map(str, keep)],
             min_probability,
             fixed_facts(chosen, session.batch_size),
         ),
         min_probability=min_probability,
+        keep=keep,
         allow_inexact=settings.allow_inexact,
         log_dir=str(paths.logs) if settings.log_dir else None,
     )
@@ -261,11 +272,13 @@ def answer_id(
     prepared: Prepared,
     backend: str,
     top_k: int,
-    save: Sequence[Saved],
+    columns: Sequence[str],
     min_probability: float | Sequence[float] | None = None,
     fixed: Mapping[str, str] | None = None,
 ) -> str:
-    """Return a hash of everything that decides a result; `fixed` is `Frozen.fixed`."""
+    """Return a hash of everything that decides a result. `columns` are the saved outputs and the
+    kept columns, `fixed` is `Frozen.fixed`.
+    """
     weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
     return _hash(
         weights,
@@ -275,7 +288,7 @@ def answer_id(
         DECODER,
         backend,
         top_k,
-        list(save),
+        list(columns),
         min_probability,
         *(sorted(fixed.items()) if fixed else ()),
     )

@@ -15,7 +15,7 @@ from imagemill.display.results import format_skipped
 from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.pipeline import sources
-from imagemill.pipeline.sources import Filters, Skipped
+from imagemill.pipeline.sources import Filters, Keeper, Skipped
 from imagemill.records import Access, Settings, is_below
 from imagemill.runner.difference import Difference, Named, compare
 from imagemill.system import storage
@@ -56,12 +56,21 @@ def filters_of(settings: Settings) -> Filters:
 
 
 def listing(
-    settings: Settings, skipped: Skipped, output: Path | None, aside: Path | None = None
+    settings: Settings,
+    skipped: Skipped,
+    keeper: Keeper,
+    output: Path | None,
+    aside: Path | None = None,
 ) -> Iterator[records.Entry]:
     """Return the images of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
-    opened = sources.open_all(resolved, output, aside, access_of(settings))
+    opened = sources.open_all(resolved, output, aside, access_of(settings), keeper)
     return islice(entries(opened, filters_of(settings), skipped), settings.limit)
+
+
+def keeper_of(settings: Settings) -> Keeper:
+    """Return a keeper of the columns that the settings keep. Raises: UsageError."""
+    return Keeper(sources.resolve_kept(settings.keep or ()))
 
 
 def check_sources(given: Sequence[str], settings: Settings) -> None:
@@ -118,7 +127,8 @@ def list_again(
     all_names = frozenset().union(*names)
     added = tuple(dict.fromkeys(source for source in asked if source not in all_names))
     check_sources([*(known[place] for place in named), *added], settings)
-    opened = sources.open_all((*known, *added), job.paths.root, aside, access)
+    keeper = Keeper(frozen=job.first.job.keep)
+    opened = sources.open_all((*known, *added), job.paths.root, aside, access, keeper)
     filters, skipped, skipped_before = filters_of(settings), Skipped(), Skipped()
     found = chain(
         entries([opened[place] for place in named], filters, skipped_before),
@@ -143,7 +153,7 @@ def refuse_empty(settings: Settings, output: Path | None) -> None:
     skipped = Skipped()
     if (
         all(map(sources.can_be_read_again, resolved))
-        and next(listing(settings, skipped, output), None) is None
+        and next(listing(settings, skipped, keeper_of(settings), output), None) is None
     ):
         raise no_images(settings, skipped)
 

@@ -16,7 +16,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.records import DeviceSpec, Settings
+from imagemill.records import DeviceSpec, Kept, Settings
 from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
 from imagemill.runner.model import (
@@ -112,6 +112,9 @@ def _compare(
     card, recipe = session.card, session.card.recipe
     yield "top_k", job.top_k, settings.top_k
     yield "save", sorted(session.save), settings.save and sorted(settings.save)
+    names = sources.resolve_kept(settings.keep or ())
+    keep = sorted(str(Kept(*pair)) for pair in names.items())
+    yield "keep", sorted(map(str, job.keep)), None if settings.keep is None else keep
     asked_precision = None if settings.precision == "auto" else settings.precision
     yield "precision", session.precision.value, asked_precision
     yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)

@@ -345,7 +345,7 @@ def dry_run(settings: Settings) -> DryRun:
     if opened is None:
         store.check_unused()
     listing.check_sources(sources.resolve(settings.sources), settings)
-    skipped = Skipped()
+    skipped, keeper = Skipped(), listing.keeper_of(settings)
     first: list[str] = []
 
     def noting(entries: Iterator[records.Entry]) -> Iterator[records.Entry]:
@@ -356,10 +356,12 @@ def dry_run(settings: Settings) -> DryRun:
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
         listed = plan.spool(
-            noting(listing.listing(settings, skipped, store.paths.root)), Path(folder) / "listing"
+            noting(listing.listing(settings, skipped, keeper, store.paths.root)),
+            Path(folder) / "listing",
         )
     if not listed.images:
         raise listing.no_images(settings, skipped)
+    keeper.kept()
     notes = list(skipped.notes())
     if typed == automatic.CPU:
         now = machines.automatic(listed.images, settings.precision, notes.append)

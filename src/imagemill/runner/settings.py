@@ -245,6 +245,14 @@ SETTINGS: Mapping[str, Setting] = {
         Effect.ANSWERS,
         Kind(None, _one_of(enum="Saved"), is_list=True),
     ),
+    "keep": Setting(
+        "--keep",
+        "also write these columns of source tables or WebDataset archives; COLUMN=NEW renames one;"
+        " may be repeated",
+        "COLUMN,…",
+        Effect.ANSWERS,
+        _TEXTS,
+    ),
     "shard_size": Setting(
         "--shard-size", "images per part file (default: auto)", "N", Effect.ANSWERS, _AUTO
     ),
@@ -368,7 +376,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "": ("sources", "output", "model", "append", "dry_run"),
     "which images": ("include", "exclude", "all_files", "limit", "moved", "user_agent"),
     "model and preprocessing": ("models_dir", "labels", "preprocess", "background"),
-    "results": ("top_k", "min_probability", "save", "shard_size", "report", "log_dir"),
+    "results": ("top_k", "min_probability", "save", "keep", "shard_size", "report", "log_dir"),
     "devices and speed": (
         *("devices", "precision", "batch_size", "batches_per_step", "num_workers"),
         *("engine", "allow_mixed", "allow_inexact"),
@@ -420,6 +428,7 @@ def check_settings(settings: Settings) -> None:
         raise UsageError("give at least one SOURCE: a folder or an image.")
     sources.resolve(settings.sources)
     sources.resolve_moved(settings.moved or ())
+    sources.resolve_kept(settings.keep or ())
 
 
 def check_setting(name: str, value: Any) -> None:

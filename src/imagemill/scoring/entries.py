@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imagemill.errors import SourceError, UsageError, printable
+from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.sources import Source, open_all
 from imagemill.pipeline.sources.parquet import ParquetSource
@@ -198,15 +200,22 @@ def _known(truth: Truth, columns: Sequence[str], known: Sequence[str], what: str
 
 
 def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
-    """Return the entries of a column of the job's tables.
+    """Return the entries of a column of the job's tables; without tables, of a column that the rows
+    keep.
 
     Raises:
         UsageError: no source is a table. SourceError: one cannot be read, or was replaced.
     """
     column = truth.label_column or ""
+    codes = Codes(truth)
     opened = [source for source in _opened(job) if isinstance(source, ParquetSource | TableSource)]
+    if not opened and column in (kept.name for kept in job.frozen.job.keep):
+        return Found(Entries(partial(_rows, job, shards, column), codes), codes, places.own_path)
     if not opened:
-        raise UsageError(f"--truth {truth.text}: no source of the job is a table.")
+        raise UsageError(
+            f"--truth {truth.text}: no source of the job is a table, and its rows do not keep this"
+            " column."
+        )
     tables = {source.name: _table(source, job.frozen.job.access) for source in opened}
     images = {source.name for source in opened if isinstance(source, ParquetSource)}
     _check_unchanged(job, shards, {name: tables[name] for name in images})
@@ -229,8 +238,16 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
         return (places.row_number if source in images else places.own_path)(source, path)
 
     names = next(filter(None, (table.class_names(column) for table in tables.values())), ())
-    codes = Codes(truth)
     return Found(Entries(stream, codes), codes, place, names)
+
+
+def _rows(job: OpenJob, shards: Sequence[Shard], column: str) -> Iterator[tuple[list[str], Any]]:
+    """Yield keys of images, and their values in a column of the rows."""
+    numbers = [shard.number for shard in shards]
+    for table in ledger.tables(job.store, numbers, ["source", "path", column]):
+        rows = zip(table["source"].to_pylist(), table["path"].to_pylist(), strict=True)
+        labels = table[column].combine_chunks().cast(pa.string())
+        yield [places.own_path(source, path) for source, path in rows], labels
 
 
 def _table(source: ParquetSource | TableSource, access: Access) -> Table:

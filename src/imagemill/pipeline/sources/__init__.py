@@ -26,6 +26,7 @@ from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import kinds, objects
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, Source, shown
 from imagemill.pipeline.sources.folder import FolderSource
+from imagemill.pipeline.sources.kept import NOTHING, Keeper, resolve_kept
 from imagemill.pipeline.sources.list import ListSource
 from imagemill.pipeline.sources.parquet import ParquetSource
 from imagemill.pipeline.sources.table import TableSource, is_table, split_column
@@ -37,6 +38,7 @@ from imagemill.system import interruptible, storage
 
 __all__ = [
     "Filters",
+    "Keeper",
     "ParquetSource",
     "Skipped",
     "Source",
@@ -50,6 +52,7 @@ __all__ = [
     "open_all",
     "relocated",
     "resolve",
+    "resolve_kept",
     "resolve_moved",
     "shown",
     "without_column",
@@ -187,6 +190,7 @@ def open_all(
     output: Path | None = None,
     aside: Path | None = None,
     access: Access = AS_GIVEN,
+    keeper: Keeper = NOTHING,
 ) -> list[Source]:
     """Make the sources of a job.
 
@@ -196,9 +200,13 @@ def open_all(
         aside: a folder in which a source may keep what it learnt while listing, for the processes
             that fetch; the plan's. None: it must learn it again.
         access: where the sources are now, and how they are asked for. They keep their names.
+        keeper: packs the columns of tables and archives that are kept.
     """
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
-    return [_open(position, source, skip, aside, access) for position, source in enumerate(sources)]
+    return [
+        _open(position, source, skip, aside, access, keeper)
+        for position, source in enumerate(sources)
+    ]
 
 
 def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
@@ -320,29 +328,39 @@ def _look(url: str, user_agent: str | None) -> None:
 
 
 def _open(
-    position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access
+    position: int,
+    source: str,
+    skip: os.stat_result | None = None,
+    aside: Path | None = None,
+    access: Access = AS_GIVEN,
+    keeper: Keeper = NOTHING,
 ) -> Source:
     location, column = split_column(source.removeprefix("@"))
     if source.startswith("@"):
         if is_table(location):
-            return TableSource(position, os.fsencode(location), column, access)
+            return TableSource(position, os.fsencode(location), column, access, keeper)
         return ListSource(position, os.fsencode(source[1:]), access)
     at = access.at(os.fsencode(location))
     if location.lower().endswith(".parquet") and not os.path.isdir(at):  # noqa: PTH112
-        return ParquetSource(position, os.fsencode(location), column, access)
-    opened = _open_here(position, relocated(source, access), skip, aside, access)
+        return ParquetSource(position, os.fsencode(location), column, access, keeper)
+    opened = _open_here(position, relocated(source, access), skip, aside, access, keeper)
     opened.name = shown(os.fsencode(source))
     return opened
 
 
 def _open_here(
-    position: int, source: str, skip: os.stat_result | None, aside: Path | None, access: Access
+    position: int,
+    source: str,
+    skip: os.stat_result | None,
+    aside: Path | None,
+    access: Access,
+    keeper: Keeper,
 ) -> Source:
     """Open a source where it is now."""
     if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
         return ZipSource(position, os.fsencode(source))
     if TAR_SUFFIXES.search(source) and not os.path.isdir(source):  # noqa: PTH112
-        return TarSource(position, os.fsencode(source), aside)
+        return TarSource(position, os.fsencode(source), aside, keeper)
     if storage.is_object(source):
         return objects.ObjectSource(position, source)
     if storage.is_url(source):
@@ -372,7 +390,7 @@ def as_line(resolved: Sequence[str], position: int, path: bytes) -> bytes | None
     or table, which no line can name.
     """
     source = resolved[position]
-    if isinstance(_open(0, source, None, None, AS_GIVEN), ZipSource | TarSource | ParquetSource):
+    if isinstance(_open(0, source), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):
         location, _ = split_column(source[1:])

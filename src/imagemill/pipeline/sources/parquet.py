@@ -41,7 +41,8 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import Skipped, matcher, shown
 from imagemill.pipeline.sources.files import retried
-from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
+from imagemill.pipeline.sources.kept import NOTHING, Keeper
+from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, KeptType, Status
 from imagemill.system import storage
 
 _KNOWN_NAMES = (
@@ -55,6 +56,8 @@ _BATCH_BYTES = 4 * 2**20
 _KEPT_BYTES = 32 * 2**20
 _BUFFER_BYTES = 4 * 2**20
 _LISTED_ROWS = 4_096
+_KEPT_ROWS = 1_024
+"""Read at once of the kept columns, whose texts may be long."""
 _OPEN_TABLES, _OPEN_ROW_GROUPS = 2, 2
 
 
@@ -66,29 +69,38 @@ class ParquetSource:
         location: path or URL of the table.
         column: which one holds the images; None: it is found by its name and type.
         access: where the table is now, and how images beside it are asked for.
+        keeper: packs the columns that are kept.
     """
 
     def __init__(
-        self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
+        self,
+        position: int,
+        location: bytes,
+        column: str | None = None,
+        access: Access = AS_GIVEN,
+        keeper: Keeper = NOTHING,
     ) -> None:
         self.name = shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
         self._column = column
         self._access = access
+        self._keeper = keeper
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        """Yield the rows. Only the footer is read, and the names if the table has them; the sizes
-        are not known.
+        """Yield the rows. Only the footer is read, the names if the table has them, and the columns
+        that are kept; the sizes are not known.
         """
         wanted = matcher(filters)
         with opening(self.name, self._access.at(self._location)) as opened:
             column = image_column(opened.file.schema_arrow, self.name, self._column)
+            kept = kept_columns(opened.file.schema_arrow, self.name, self._keeper)
             row = 0
             for group in range(opened.file.metadata.num_row_groups):
                 rows = opened.file.metadata.row_group(group).num_rows
                 names = opened.values(group, column.path) if column.path else repeat(None, rows)
-                for number, name in enumerate(names):
+                packed = opened.kept(group, kept, self.name, self._keeper)
+                for number, (name, values) in enumerate(zip(names, packed, strict=True)):
                     path = b"%08d" % row + (b"/" + name if name else b"")
                     row += 1
                     if wanted(path):
@@ -97,6 +109,7 @@ class ParquetSource:
                             path,
                             -1,
                             locator=_LOCATOR.pack(group, number, opened.checksum),
+                            kept=values,
                         )
                     else:
                         skipped.by_filter += 1
@@ -252,6 +265,58 @@ def format_type(kind: Any) -> str:
     )
 
 
+# ── columns that are kept ─────────────────────────────────────────────────────────────────────────
+
+
+def kept_columns(schema: Any, name: str, keeper: Keeper) -> dict[str, Any]:
+    """Return the kept columns of a table with the Arrow types that their values are cast to.
+
+    Whole numbers become int64, floats double, and what has a text form but no such type, such as
+    timestamps and decimals, text.
+
+    Raises:
+        SourceError: a column holds bytes or is nested, or has another type in another source.
+    """
+    found = {}
+    for column in keeper.add_columns(f"source {name}", schema.names):
+        kind = plain_type(schema.field(column).type)
+        if is_bytes(kind) or pa.types.is_nested(kind):
+            raise SourceError(
+                f"--keep {column}: source {name} holds {format_type(kind)} there. Only text,"
+                " numbers and booleans can be kept."
+            )
+        found[column] = pa.string()
+        if pa.types.is_null(kind):
+            continue
+        kept = KeptType.TEXT
+        if pa.types.is_boolean(kind):
+            kept = KeptType.BOOLEAN
+        elif pa.types.is_integer(kind) and kind != pa.uint64():
+            kept = KeptType.WHOLE
+        elif pa.types.is_floating(kind):
+            kept = KeptType.FLOAT
+        keeper.add_type(f"source {name}", column, kept)
+        found[column] = pa.type_for_alias(kept.value)
+    return found
+
+
+def _plain_values(array: Any, goal: Any) -> list[Any]:
+    """Return the values of a column as one of the types of `kept_columns`."""
+    array = _plain_array(array)
+    if pa.types.is_string(goal) and is_text(array.type):
+        texts = array.cast(pa.large_binary()).to_pylist()  # perhaps not UTF-8
+        return [text and text.decode("utf-8", "backslashreplace") for text in texts]
+    found: list[Any] = array.cast(goal).to_pylist()
+    return found
+
+
+def _plain_array(array: Any) -> Any:
+    """Return a column without its dictionary or extension."""
+    if isinstance(array.type, pa.BaseExtensionType):
+        return _plain_array(array.storage)
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
 # ── an open table ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -304,10 +369,7 @@ class OpenTable:
             )  # `a` also brings a column `a.b`
             if pa.types.is_struct(array.type):
                 (array,) = array.flatten()
-            if isinstance(array.type, pa.BaseExtensionType):
-                array = array.storage
-            if pa.types.is_dictionary(array.type):
-                array = array.dictionary_decode()
+            array = _plain_array(array)
             yield (
                 array if is_bytes(array.type) else array.cast(pa.large_binary())
             )  # text that is not UTF-8 stays as it is
@@ -322,6 +384,35 @@ class OpenTable:
             left -= len(array)
         if left:
             raise pa.ArrowInvalid(f"row group {group} lacks {left} values of column {column}")
+
+    def kept(
+        self, group: int, columns: dict[str, Any], name: str, keeper: Keeper
+    ) -> Iterator[bytes]:
+        """Yield the packed values of each row of one row group.
+
+        Args:
+            group: its number.
+            columns: as `kept_columns` returns them.
+            name: of the source, for messages.
+            keeper: packs them.
+
+        Raises:
+            OSError, ArrowException. SourceError: a value cannot be kept.
+        """
+        left = self.file.metadata.row_group(group).num_rows
+        if not columns:
+            yield from repeat(b"", left)
+            return
+        batches = self.file.iter_batches(
+            _KEPT_ROWS, row_groups=[group], columns=list(columns), use_threads=False
+        )
+        for batch in batches:
+            values = [_plain_values(batch.column(column), goal) for column, goal in columns.items()]
+            for row in zip(*values, strict=True):
+                yield keeper.pack(f"source {name}", dict(zip(columns, row, strict=True)))
+            left -= batch.num_rows
+        if left:
+            raise pa.ArrowInvalid(f"row group {group} lacks {left} values of {list(columns)}")
 
 
 class _BlobReader(storage.BlobFile):

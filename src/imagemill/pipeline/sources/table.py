@@ -18,7 +18,8 @@ from typing import Any
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
-from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
+from imagemill.pipeline.sources.kept import NOTHING, Keeper
+from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, KeptType, Status
 from imagemill.system import storage
 
 SEPARATORS = {b".csv": ",", b".tsv": "\t"}
@@ -53,16 +54,23 @@ class TableSource:
         location: path or URL of the table.
         column: which one holds the paths; None: the only one, or one that goes by a known name.
         access: where table and images are now, and how they are asked for.
+        keeper: packs the columns that are kept.
     """
 
     def __init__(
-        self, position: int, location: bytes, column: str | None = None, access: Access = AS_GIVEN
+        self,
+        position: int,
+        location: bytes,
+        column: str | None = None,
+        access: Access = AS_GIVEN,
+        keeper: Keeper = NOTHING,
     ) -> None:
         self.name = "@" + shown(location) + (f"#{column}" if column is not None else "")
         self._position = position
         self._location = location
         self._column = column
         self._access = access
+        self._keeper = keeper
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """Yield the rows in the order of the table; their sizes are not known."""
@@ -71,9 +79,9 @@ class TableSource:
         cells = (
             self._from_text(SEPARATORS[suffix]) if suffix in SEPARATORS else self._from_parquet()
         )
-        for row, cell in enumerate(cells, 1):
+        for row, (cell, kept) in enumerate(cells, 1):
             if not cell:
-                yield Entry(self._position, b"", -1, locator=b"%d" % row)
+                yield Entry(self._position, b"", -1, locator=b"%d" % row, kept=kept)
             elif storage.names_password(cell):
                 raise SourceError(f"source {self.name}, row {row}: {storage.NO_PASSWORDS}")
             elif why := self._refusal(cell):
@@ -81,7 +89,7 @@ class TableSource:
                     f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}."
                 )
             elif wanted(cell):
-                yield Entry(self._position, cell, -1)
+                yield Entry(self._position, cell, -1, kept=kept)
             else:
                 skipped.by_filter += 1
 
@@ -99,9 +107,9 @@ class TableSource:
             return error
         return None
 
-    def _from_text(self, separator: str) -> Iterator[bytes]:
-        """The column's cells of a CSV or TSV file. A row of no cells is an empty line, and passed
-        over.
+    def _from_text(self, separator: str) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the column's cells of a CSV or TSV file, with the kept ones of their rows. A row of
+        no cells is an empty line, and passed over.
         """
         try:
             with locations.open_text(self.name, self._location, self._access, "") as lines:
@@ -112,6 +120,13 @@ class TableSource:
                         f"source {self.name} is empty. Its first line must name its columns."
                     )
                 place = header.index(self.path_column(header))
+                origin = f"source {self.name}"
+                kept = {
+                    column: header.index(column)
+                    for column in self._keeper.add_columns(origin, header)
+                }
+                for column in kept:
+                    self._keeper.add_type(origin, column, KeptType.TEXT)
                 for cells in reader:
                     if not cells:
                         continue
@@ -121,7 +136,11 @@ class TableSource:
                             f" the header names {len(header)} columns. Correct the line; cells that"
                             " hold a separator are quoted."
                         )
-                    yield cells[place].encode("utf-8", "surrogateescape")
+                    values = {column: cells[at] or None for column, at in kept.items()}
+                    yield (
+                        cells[place].encode("utf-8", "surrogateescape"),
+                        self._keeper.pack(origin, values),
+                    )
         except csv.Error as error:
             raise SourceError(
                 f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Correct"
@@ -137,8 +156,8 @@ class TableSource:
                 " column of paths."
             ) from error
 
-    def _from_parquet(self) -> Iterator[bytes | None]:
-        """The column's cells of a Parquet file."""
+    def _from_parquet(self) -> Iterator[tuple[bytes | None, bytes]]:
+        """Yield the column's cells of a Parquet file, with the kept ones of their rows."""
         from imagemill.pipeline.sources import parquet  # brings pyarrow
 
         with parquet.opening(self.name, self._access.at(self._location)) as opened:
@@ -155,8 +174,13 @@ class TableSource:
                     f"source {self.name}: column {column!r} holds {parquet.format_type(kind)}, not"
                     f" paths.{hint}"
                 )
+            kept = parquet.kept_columns(schema, self.name, self._keeper)
             for group in range(opened.file.metadata.num_row_groups):
-                yield from opened.values(group, column)
+                yield from zip(
+                    opened.values(group, column),
+                    opened.kept(group, kept, self.name, self._keeper),
+                    strict=True,
+                )
 
     def path_column(self, columns: list[str]) -> str:
         """Return the column of paths among the columns of the table. Raises: SourceError."""

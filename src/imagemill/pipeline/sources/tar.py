@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources import gz
+from imagemill.pipeline.sources import gz, samples
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown
+from imagemill.pipeline.sources.kept import NOTHING, Keeper
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
@@ -75,11 +76,18 @@ _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
 class TarSource:
     """A tar archive at a path or URL; the index of a packed one is kept in the folder `aside`."""
 
-    def __init__(self, position: int, location: bytes, aside: Path | None = None) -> None:
+    def __init__(
+        self,
+        position: int,
+        location: bytes,
+        aside: Path | None = None,
+        keeper: Keeper = NOTHING,
+    ) -> None:
         self.name = shown(location)
         self._position = position
         self._location = location
         self._index = aside / f"source-{position:05d}.gzidx" if aside else None
+        self._keeper = keeper
         self._blob = LazyBlob(self._open)
 
     def _open(self) -> Blob:
@@ -93,7 +101,11 @@ class TarSource:
         try:
             blob, stream = self._stream()
             try:
-                yield from self._entries(stream, filters, skipped)
+                members = self._entries(stream, filters, skipped)
+                if self._keeper.columns:
+                    yield from samples.with_kept(self.name, members, self._keeper)
+                else:
+                    yield from (member.entry for member in members if member.entry)
             except GeneratorExit:  # --limit: the rest is not wanted
                 self._keep_index(blob, stream)
                 raise
@@ -140,7 +152,9 @@ class TarSource:
         if stream.is_packed and self._index is not None:
             gz.keep_index(blob, stream.at, self._index)
 
-    def _entries(self, stream: _Stream, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
+    def _entries(
+        self, stream: _Stream, filters: Filters, skipped: Skipped
+    ) -> Iterator[samples.Member]:
         chosen = chooser(filters, skipped)
         earlier = OrderedDict[bytes, tuple[int, bytes]]()
         """Name → size and locator of the last members that are files, for hard links."""
@@ -148,7 +162,7 @@ class TarSource:
             name, link = _bare(member.name), _bare(member.linkname)
             if member.type in _IGNORED or name.endswith(b"/"):
                 continue
-            size, locator = -1, b""
+            size, locator, data = -1, b"", None
             if member.issparse():
                 error = b"is stored as a sparse file. Pack without --sparse"
                 locator = bytes([_UNSUPPORTED]) + error
@@ -160,15 +174,18 @@ class TarSource:
             else:
                 size, start = member.size, member.offset_data
                 kind, crc = _PLAIN, 0
+                if samples.is_wanted(self.name, name, size, self._keeper):
+                    data = stream.read(size)
                 if stream.is_packed:  # it has to be unpacked anyway
                     kind, crc = _PACKED, stream.checksum(start + size, member)
+                    crc = crc if data is None else zlib.crc32(data)
                 locator = _LOCATOR.pack(kind, start, size, member.header_crc, crc)
             if size >= 0:
                 earlier[name] = (size, locator)
                 if len(earlier) > _LINK_WINDOW:
                     earlier.popitem(last=False)
-            if chosen(name):
-                yield Entry(self._position, name, size, locator=locator)
+            entry = Entry(self._position, name, size, locator=locator) if chosen(name) else None
+            yield samples.Member(name, entry, data)
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the locator says it
         """Return a member's bytes, by one read. The header before them must still be the one that
