@@ -853,7 +853,7 @@ def test_any_unscaled_jpeg_is_pillows(
         assert apart(pixels, reference_pixels(Image.open(io.BytesIO(data)), recipe)) == 0
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (1500, 1100), (2200, 3001), (4100, 4099)])
+@pytest.mark.parametrize("size", [(1024, 1024), (1500, 1100), (1900, 2401)])
 def test_scaled_jpeg_is_close_to_pillows(size: tuple[int, int]) -> None:
     """A JPEG scaled in the DCT stays within a level of Pillow's in the mean."""
     data = sample_images.encode(sample_images.photograph(*size), "JPEG", quality=90)

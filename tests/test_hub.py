@@ -5,12 +5,15 @@ one clear line.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +35,12 @@ WEIGHTS = b"safetensors" * 1000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither we nor the library pause between attempts."""
     monkeypatch.setattr(hub_library, "_RETRYING", RetryPolicy(attempts=3, pause_s=0.01))
+    quick = SimpleNamespace(**vars(time) | {"sleep": lambda _: None})
+    for module in ("utils._http", "file_download"):
+        library = importlib.import_module(f"huggingface_hub.{module}")
+        monkeypatch.setattr(library, "time", quick, raising=False)
 
 
 @pytest.fixture

@@ -460,7 +460,7 @@ def change_json(file: Path, **values: Any) -> None:
 
 def write_sparse(file: Path) -> None:
     with file.open("r+b") as opened:
-        opened.truncate(2**30)
+        opened.truncate(2**26 + 1)
 
 
 def save_text(folder: Path, **options: Any) -> None:
