@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -73,6 +74,12 @@ def test_the_commands_of_the_readme_are_those_that_exist() -> None:
     assert {name for name, _ in listed} == set(parsers())
     for command, wanted in listed:
         assert wanted <= flags(command), f"{wanted - flags(command)} of `imagemill {command}`"
+
+
+def test_the_page_of_options_is_what_the_parser_declares() -> None:
+    """To write it again: `python docs/make_options.py`."""
+    names = runpy.run_path(str(helpers.PROJECT / "docs" / "make_options.py"))
+    assert names["PAGE"].read_text("utf-8") == names["page"]()
 
 
 def test_the_extras_of_the_readme_are_those_that_exist() -> None:

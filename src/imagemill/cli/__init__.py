@@ -160,13 +160,13 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
 
     sub = command("status", _status, "show the progress of a job, which may be running")
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command(
         "verify", _verify, "check all results; exit 0 only if the job is complete and undamaged"
     )
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
     sub.add_argument(
         "--quarantine",
         action="store_true",
@@ -179,7 +179,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         _export,
         "write all rows of a job as CSV or JSON lines, in the order of its images",
     )
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
     sub.add_argument(
         "--to",
         required=True,
@@ -199,12 +199,12 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         _report,
         "write DIR/report.html again: results, speed, failures and sample images of a job",
     )
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
 
     sub = command(
         "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
     )
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
     sub.add_argument(
         "--truth",
         required=True,
@@ -231,7 +231,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         _sort,
         "put the images of a job into one folder per label, as links or copies",
     )
-    sub.add_argument("dir", metavar="DIR")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
     sub.add_argument(
         "--into",
         required=True,
