@@ -16,7 +16,7 @@ from imagemill.runner.settings import SETTINGS, Effect, Setting, check_setting, 
 
 DOCUMENTS = "\n".join(
     path.read_text(encoding="utf-8")
-    for path in (helpers.PROJECT / "README.md", *(helpers.PROJECT / "docs").glob("*.md"))
+    for path in (helpers.PROJECT / "README.md", *(helpers.PROJECT / "docs").rglob("*.md"))
 )
 
 
