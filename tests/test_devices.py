@@ -206,10 +206,12 @@ def test_the_traits_of_a_gpu_are_the_drivers_answer(tmp_path: Path) -> None:
     assert found == "Traits(capability=(9, 0), rank=(0, 132))"
 
 
-def test_a_driver_without_its_provider_is_not_enough(
-    tmp_path: Path, imagemill: Callable[..., helpers.Result]
-) -> None:
-    """`devices` names the library that lacks, and the line to type; `run` ends with the same."""
+@pytest.mark.process
+def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path) -> None:
+    """`devices` names the library that lacks, and the line to type; `run` ends with the same. The
+    driver is found by processes that start with LD_LIBRARY_PATH alone.
+    """
+    imagemill = helpers.imagemill_cli
     env = stub_driver(tmp_path / "driver", 1) | {"IMAGEMILL_MODELS": str(tmp_path / "none")}
     shown = {
         offer["devices"]: offer for offer in imagemill("devices", "--json", env=env).json["devices"]
