@@ -2,12 +2,13 @@
 
     python benchmarks/int8_recipes.py PHOTOGRAPHS --model NAME… [--recipe NAME…] [--calibration N…]
     [--seeds 3] [--also DIR] [--models-dir DIR] [--json FILE] [--speed] [--pages]
+    [--min-area SHARE]
 
 For each seed, a third of the photographs is for calibration and the others are held out, so no
 photograph is in both. Calibration images are the photographs, those of `--also`, and random crops
-of both (70 to 100 % of the area, half of them mirrored), until there are enough. The held-out
-images are some crops of each other photograph, at least 1,000 in all. The table shows top-1
-agreement with fp32 on these crops with its 95 % interval, and on the uncropped held-out
+of both (70 to 100 % of the area, see `--min-area`; half of them mirrored), until there are enough.
+The held-out images are some crops of each other photograph, at least 1,000 in all. The table shows
+top-1 agreement with fp32 on these crops with its 95 % interval, and on the uncropped held-out
 photographs. Crops of one photograph are not independent, so the interval is narrower than one of as
 many photographs. `--pages` draws 300 pages of text, turned by quarters, instead of photographs.
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models-dir", type=Path, default=bundles.default_models_dir())
     parser.add_argument("--also", type=Path, help="more photographs to calibrate on")
+    parser.add_argument("--min-area", type=float, default=0.7, help="of a crop (default: 0.7)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--pages", action="store_true")
@@ -165,7 +167,7 @@ class Images:
             else:
                 image = Image.open(source).convert("RGB")
             data = io.BytesIO()
-            (crop(image, rng) if cropped else image).save(data, "JPEG", quality=95)
+            (crop(image, rng, given.min_area) if cropped else image).save(data, "JPEG", quality=95)
             decoded = decode(data.getvalue(), bundle.card.recipe, Limits())
             assert decoded.pixels is not None
             return decoded.pixels[None]
@@ -182,9 +184,12 @@ def jpegs(folder: Path) -> list[str]:
     return sorted(str(file) for file in folder.rglob("*.[jJ][pP]*[gG]"))
 
 
-def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return a random part of 70 to 100 % of the area, half of the time mirrored."""
-    area, ratio = rng.uniform(0.7, 1) * image.width * image.height, np.exp(rng.uniform(-0.29, 0.29))
+def crop(image: Image.Image, rng: np.random.Generator, min_area: float) -> Image.Image:
+    """Return a random part of at least `min_area` of the area, half of the time mirrored."""
+    area, ratio = (
+        rng.uniform(min_area, 1) * image.width * image.height,
+        np.exp(rng.uniform(-0.29, 0.29)),
+    )
     width = min(image.width, round(float(np.sqrt(area * ratio))))
     height = min(image.height, round(float(np.sqrt(area / ratio))))
     left, top = (

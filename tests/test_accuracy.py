@@ -173,7 +173,7 @@ def test_answers_of_different_shapes_are_an_error(shape: tuple[int, ...]) -> Non
 def test_the_telling_names_every_figure() -> None:
     text = accuracy.format_comparison(accuracy.compare(*answers(980, 1000)))
     assert "0.9800 of 1,000 held-out images (95 % interval 0.9693 to 0.9870)" in text
-    assert "20 flips among the 1,000 where fp32 was sure" in text
+    assert "flips where fp32 was sure: 20 of 1,000, mean probability difference" in text
 
 
 def test_near_ties_are_broken_as_in_the_results() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -303,6 +304,31 @@ def test_weights_use_their_full_range_only_if_sums_cannot_overflow(
     assert largest() == 63
 
 
+def test_a_network_with_attention_is_quantised_as_a_transformer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NNCF then smooths activations over channels. A softmax at the end is no attention."""
+    import nncf
+
+    kinds: list[Any] = []
+
+    def stop(*_: object, **options: Any) -> None:
+        kinds.append(options["model_type"])
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(nncf, "quantize", stop)
+    for count in (0, 1, 2):
+        model = classifier()
+        names = ["logits", *(f"softmax{number}" for number in range(count))]
+        for before, after in itertools.pairwise(names):
+            model.graph.node.append(helper.make_node("Softmax", [before], [after]))
+        model.graph.output[0].name = names[-1]
+        onnx.save(model, tmp_path / "model.onnx")
+        with pytest.raises(ModelError, match="stopped"):
+            quantize.quantize(tmp_path / "model.onnx", [np.zeros((1, SIZE, SIZE, 3), np.uint8)])
+    assert kinds == [None, None, nncf.ModelType.TRANSFORMER]
+
+
 # accuracy.json
 
 
@@ -532,9 +558,8 @@ def test_a_network_that_quantises_badly_is_refused_with_its_figures(
         f"  {flip.image}: {flip.fp32} ({flip.fp32_probability:.2f}) in fp32, {flip.answer}"
         f" ({flip.probability:.2f}) in int8"
     ) in lines
-    assert f"{found.flips_where_sure} flips among the {found.sure} where fp32 was sure" in str(
-        lines
-    )
+    figures = f"flips where fp32 was sure: {found.flips_where_sure} of {found.sure}, mean"
+    assert figures in str(lines)
     assert report.automatic is not Precision.INT8
     assert lines[-1].endswith(
         f", not accepted ({found.reason}). `--precision auto` uses {report.automatic} from now on"
@@ -832,6 +857,7 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     )
     assert prepared.precision is Precision.INT8
     assert prepared.model_file.is_file()
+    assert prepared.lines[0].startswith("precision int8: the same top-1 class as fp32 for ")
     assert prepared.lines[-1].startswith(
         "int8 is used because it was asked for; `auto` would not use it: too few images"
     )

@@ -44,7 +44,9 @@ Say = Callable[[str], None]
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
 _CALIBRATING: Final = 3.0
-"""Quantising costs as much as this many fp32 images for each calibration image."""
+"""Quantising costs about as much as this many fp32 images for each calibration image:
+resnext101_32x4d 2, EfficientNet-Lite0 5 (CPU time, 2026-11-28).
+"""
 _STARTING_S: Final = 12.0
 """Importing, converting and compiling."""
 _PROBE_S: Final = 2.0
@@ -341,7 +343,6 @@ class Run:
             found = replace(
                 found, true=accuracy.true_accuracy(asked.truth, true, reference, answers)
             )
-        self._note(f"{precision}: {accuracy.format_comparison(found)}")
         versions, unit, group_channels = _circumstances(precision, cpu.flags(), *asked.gpus[:1])
         record = PrecisionRecord(
             found,

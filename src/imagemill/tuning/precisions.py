@@ -321,8 +321,6 @@ def _explicit(
         some, _ = sample(entries(), _wanted(quick))
         asked = replace(quick, entries=tuple(some))
         record = check_process.in_child(asked, say)[precision.value]
-    elif record is not None:
-        say(f"{precision}: {format_record(record)}")
     if record is None:
         return _plain(
             bundle,
@@ -330,15 +328,16 @@ def _explicit(
             f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name}"
             " --images SOURCE` does that",
         )
-    line = (
-        f"{precision} is used because it was asked for; `auto` would not use it:"
-        f" {record.comparison.reason}"
-    )
-    lines = () if record.comparison.accepted else (line,)
+    lines = [f"precision {precision}: {format_record(record)}"]
+    if not record.comparison.accepted:
+        lines.append(
+            f"{precision} is used because it was asked for; `auto` would not use it:"
+            f" {record.comparison.reason}"
+        )
     if record.file is None:
         return _plain(bundle, precision, *lines)
     file = bundle.dir / record.file
-    return Prepared(precision, file.stem, file, record.sha256, lines)
+    return Prepared(precision, file.stem, file, record.sha256, tuple(lines))
 
 
 def _wanted(base: AccuracyCheck) -> int:
@@ -434,12 +433,8 @@ def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
 
 def format_record(record: PrecisionRecord) -> str:
     """Return a record's figures in one line."""
-    comparison = record.comparison
-    faster = f"; {record.speedup:.2f} × the images/s of fp32" if record.speedup else ""
-    return (
-        f"{'accepted' if comparison.accepted else 'not accepted'} ({comparison.reason}):"
-        f" {accuracy.format_comparison(comparison)}{faster}"
-    )
+    faster = f", {record.speedup:.2f} times the images/s of fp32" if record.speedup else ""
+    return accuracy.format_comparison(record.comparison) + faster
 
 
 def report_lines(report: Report) -> list[str]:

@@ -97,12 +97,19 @@ def _has_unit() -> bool:
     return cpu.unit(Precision.INT8, cpu.flags()) is not None
 
 
+def _has_attention(model: Any) -> bool:
+    """Return whether a network is a transformer: others have at most one softmax, at the end."""
+    names = [node.get_type_name() for node in model.get_ops()]
+    return names.count("Softmax") > 1 or "ScaledDotProductAttention" in names
+
+
 def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
     """Return a model quantised to int8.
 
     NNCF by default halves the range of weights, because sums of two products overflow 16 bits on
     processors without int8 units. With units they do not, and the full range changes fewer answers
-    (docs/performance.md).
+    (docs/performance.md). Networks with attention are quantised as NNCF does transformers, which
+    smooths activations over channels.
 
     Args:
         model_file: ONNX; uint8 (n, H, W, 3) goes in, normalisation included.
@@ -133,6 +140,7 @@ def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
                 subset_size=len(pixels),
                 preset=nncf.QuantizationPreset.PERFORMANCE,
                 fast_bias_correction=False,
+                model_type=nncf.ModelType.TRANSFORMER if _has_attention(model) else None,
                 advanced_parameters=advanced,
             )
         openvino_rewrites.merge(ov, quantised, _GROUP_CHANNELS, "i8")
