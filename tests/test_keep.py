@@ -304,6 +304,16 @@ def test_a_column_that_no_source_has_ends_the_command(
         run.dry_run(settings(folder))
 
 
+def test_a_column_that_a_table_lacks_ends_the_command_before_a_model_is_looked_for(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Looking for it may download it."""
+    given = settings(csv(tmp_path, "path,label_id\na.jpg,1\n"), keep=("x",), model="unknown")
+    with pytest.raises(SourceError, match="--keep x: no source has this column"):
+        run.run(given)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -355,6 +365,17 @@ def test_values_of_a_webdataset_that_cannot_be_kept_are_refused(
     with pytest.raises(SourceError, match=message):
         run.dry_run(settings(source))
     assert run.dry_run(settings(source, keep=None)).images >= 1
+
+
+def test_an_archive_that_is_cut_inside_a_json_is_said_to_be_cut(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """And not to hold bad JSON."""
+    file = Path(pack(tmp_path, "tar", {"1.jpg": JPEG, "1.json": b'{"id": "' + b"x" * 600 + b'"}'}))
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b'"id"') + 100])
+    with pytest.raises(SourceError, match=r"is cut short: it ends at byte .* member 1\.json"):
+        run.dry_run(settings(file))
 
 
 def test_a_sample_without_end_is_refused(

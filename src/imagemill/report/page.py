@@ -345,6 +345,7 @@ def _provenance(
                     f" {max(job.min_probability):g}",
                 ),
                 ("also saved", ", ".join(job.session.save) or "nothing"),
+                ("columns kept", ", ".join(map(str, job.keep)) or "none"),
                 (
                     "limits of an image",
                     [

@@ -145,17 +145,18 @@ def list_again(
 
 def refuse_empty(settings: Settings, output: Path | None) -> None:
     """List as far as the first image, so that an empty job ends before anything is written or
-    downloaded. Raises: SourceError.
+    downloaded. Raises: SourceError, also if a single list or table lacks a column that is kept.
 
     A list that can be read only once, such as `@/dev/stdin`, is left to the listing proper.
     """
     resolved = sources.resolve(settings.sources)
-    skipped = Skipped()
-    if (
-        all(map(sources.can_be_read_again, resolved))
-        and next(listing(settings, skipped, keeper_of(settings), output), None) is None
-    ):
+    skipped, keeper = Skipped(), keeper_of(settings)
+    if not all(map(sources.can_be_read_again, resolved)):
+        return
+    if next(listing(settings, skipped, keeper, output), None) is None:
         raise no_images(settings, skipped)
+    if len(resolved) == 1 and sources.names_others(resolved[0]):
+        keeper.kept()
 
 
 def no_images(settings: Settings, skipped: Skipped) -> SourceError:

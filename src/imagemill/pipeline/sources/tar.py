@@ -176,6 +176,8 @@ class TarSource:
                 kind, crc = _PLAIN, 0
                 if samples.is_wanted(self.name, name, size, self._keeper):
                     data = stream.read(size)
+                    if stream.is_short:
+                        raise stream.cut(f"member {shown(name)}")
                 if stream.is_packed:  # it has to be unpacked anyway
                     kind, crc = _PACKED, stream.checksum(start + size, member)
                     crc = crc if data is None else zlib.crc32(data)
