@@ -320,6 +320,7 @@ def test_a_column_that_a_table_lacks_ends_the_command_before_a_model_is_looked_f
         ({"id": [b"x"]}, "holds binary there. Only text, numbers and booleans"),
         ({"id": [[1]]}, "holds list.* there. Only text"),
         ({"id": [{"a": 1}]}, "holds struct of a there"),
+        ({"id": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int8()))}, "holds map.* there"),
         ({"id": ["x" * (kept.MAX_TEXT + 1)]}, "a text of 32,769 characters. At most 32,768"),
     ],
 )
@@ -458,7 +459,7 @@ def test_appended_rows_have_the_columns_with_their_types(
     settings: Callable[..., Settings], make: Make, tmp_path: Path
 ) -> None:
     """From the sources of the job, from others, and null from those without the column. Another
-    type is refused, and so are floats, although JSON does not tell them apart.
+    type is refused, and so are floats, which JSON would allow in a new job.
     """
 
     def source(name: str, text: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pv
 
 from imagemill.errors import ImagemillError, SourceError, UsageError
-from imagemill.pipeline.sources import locations, parquet
+from imagemill.pipeline.sources import arrow_types, locations, parquet
 from imagemill.pipeline.sources.table import SEPARATORS
 from imagemill.records import AS_GIVEN, Access
 
@@ -140,9 +140,9 @@ class Table:
         try:
             return array.cast(pa.string())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            if not parquet.is_bytes(kind):
+            if not arrow_types.is_bytes(kind):
                 raise SourceError(
-                    f"{self.name}: a column of {parquet.format_type(kind)} holds no labels or"
+                    f"{self.name}: a column of {arrow_types.format_type(kind)} holds no labels or"
                     " paths."
                 ) from error
         if any_bytes:

@@ -56,7 +56,7 @@ def resolve_kept(keep: Iterable[str | tuple[str, str]]) -> dict[str, str]:
             raise UsageError(f"{given}: write --keep COLUMN or --keep COLUMN=NEW, in one line.")
         if column in found:
             raise UsageError(f"{given}: the column {column!r} is given twice.")
-        # Many readers, such as DuckDB, do not tell upper and lower case apart.
+        # Many readers, such as DuckDB, ignore the case of names.
         if name.casefold() in own:
             raise UsageError(
                 f"{given}: imagemill has a column {name.casefold()!r} of its own. Give yours"
@@ -109,8 +109,8 @@ class Keeper:
         return kept
 
     def add_type(self, source: str, column: str, kind: KeptType, *, is_json: bool = False) -> None:
-        """Note the type that a column has in a source. JSON does not tell whole numbers and floats
-        apart, so a column that has both there holds floats. Raises: SourceError if the column has
+        """Note the type that a column has in a source. JSON has one kind of number, so a column
+        of whole numbers and floats there holds floats. Raises: SourceError if the column has
         another type elsewhere.
         """
         known, first = self._types.setdefault(column, (kind, source))
