@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -248,7 +250,32 @@ def test_several_sources_are_one_job(job: Jobs, jpegs: Folders, tmp_path: Path) 
     found = [(row["source"], row["path"]) for row in helpers.rows(tmp_path / "out")]
     assert found == [(str(second), f"00{n}.jpg") for n in range(2)] + [
         (str(first), f"00{n}.jpg") for n in range(3)
-    ] + [(str(first / "001.jpg"), "")]
+    ] + [(str(first / "001.jpg"), "001.jpg")]
+
+
+def test_an_image_that_is_a_source_is_named_in_its_row_and_found_again(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """Its path is its name: of failed images too, in a dry run, and for `verify`. `failed.txt`
+    names its whole path. A job of an older version, whose rows have no path, is sound.
+    """
+    folder = jpegs(1, **{"bad.jpg": b""})
+    sources = tuple(str(folder / name) for name in ("000.jpg", "bad.jpg"))
+    settings = Settings(sources=sources, output=str(tmp_path / "out"), model="tiny", devices="null")
+    assert run.dry_run(settings).first == ("000.jpg", "bad.jpg")
+    run.run(settings)
+    opened = OpenJob.open(tmp_path / "out")
+    assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "bad.jpg"]
+    assert (tmp_path / "out" / "failed.txt").read_text() == f"{sources[1]}\n"
+    assert opened.verify() == ([], [])
+    assert run.run(settings).resumed_shards == 1
+    (part,) = opened.store.parts().values()
+    opened.store.remove(opened.paths.manifest)  # it has the part's hash
+    table = pq.read_table(part)
+    place = table.schema.get_field_index("path")
+    for paths, what in ((["", ""], []), (["000.jpg", "b"], ["has other paths than the plan"])):
+        pq.write_table(table.set_column(place, table.field(place), pa.array(paths)), part)
+        assert [found.what for found in opened.verify()[0] if found.damaged] == what
 
 
 def test_a_list_of_failed_images_is_a_source_again(

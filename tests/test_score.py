@@ -382,6 +382,7 @@ def test_single_files_and_sources_that_are_a_label(make: Make, tmp_path: Path) -
     [
         ("/d", "cat/1.jpg", "/d/cat/1.jpg", "cat", "1.jpg"),
         ("/d/cat/1.jpg", "", "/d/cat/1.jpg", "cat", "1.jpg"),
+        ("/d/cat/1.jpg", "1.jpg", "/d/cat/1.jpg", "cat", "1.jpg"),
         ("/d/a.zip", "cat/1.jpg", "/d/a.zip/cat/1.jpg", "cat", "1.jpg"),
         ("/d/a.zip", "1.jpg", "/d/a.zip/1.jpg", None, "1.jpg"),
         ("/d/a.parquet#img", "00000007/cat/1.jpg", "/d/a.parquet/00000007/cat/1.jpg", "cat", "1.jpg"),
@@ -391,6 +392,7 @@ def test_single_files_and_sources_that_are_a_label(make: Make, tmp_path: Path) -
         ("@/d/l.txt", "https://h/cat/1.jpg?v=2/3", "https://h/cat/1.jpg?v=2/3", "cat", "1.jpg"),
         ("@https://h/l.txt", "../1.jpg", "../1.jpg", "..", "1.jpg"),  # above the host: as written
         ("https://h/cat/1.jpg?v=/", "", "https://h/cat/1.jpg?v=/", "cat", "1.jpg"),
+        ("https://h/cat/1.jpg?v=/", "1.jpg", "https://h/cat/1.jpg?v=/", "cat", "1.jpg"),
         ("s3://b/d", "cat/1.jpg", "s3://b/d/cat/1.jpg", "cat", "1.jpg"),
     ],
 )  # fmt: skip

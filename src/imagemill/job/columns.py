@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pyarrow as pa
 
 from imagemill.records import Job
@@ -35,3 +37,21 @@ def names_of(job: Job) -> list[str]:
         *(kept.name for kept in job.keep),
         *(saved.value for saved in job.session.save),
     ]
+
+
+def row_path(source: str, path: bytes) -> bytes:
+    """Return what the column `path` holds. An image that is a source of its own has an empty path
+    in the plan, and its file's name in the rows.
+
+    Args:
+        source: as `job.json` names it.
+        path: of the plan.
+
+    Example:
+        >>> row_path("https://host/cats/1.jpg?size=2", b"")
+        b'1.jpg'
+    """
+    if path or source.startswith("@"):  # a table's cell without a value has no path
+        return path
+    place = source.partition("?")[0] if "://" in source else source
+    return os.fsencode(place.rpartition("/")[2])

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from imagemill.errors import OutputError, PartError
 from imagemill.job import documents, plan
+from imagemill.job.columns import row_path
 from imagemill.job.documents import Manifest, PartRecord
 from imagemill.job.store import Store
 from imagemill.records import Job, Receipt, Shard, Status
@@ -257,7 +258,7 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
             yield Problem(shard.number, path, "is missing")
             continue
         recorded = manifest.parts.get(path.name) if manifest else None
-        if what := _find_damage(store, shard, shard.answer_id or job.answer_id, recorded):
+        if what := _find_damage(store, shard, job, recorded):
             yield Problem(shard.number, path, what, damaged=True)
     summary, problem = _try_reading(documents.read_summary, store, store.paths.summary)
     if summary is None:
@@ -274,9 +275,7 @@ def _try_reading(
         return None, str(error).removeprefix(f"{store.paths.shown(path)} ").rstrip(".")
 
 
-def _find_damage(
-    store: Store, shard: Shard, answer_id: str, recorded: PartRecord | None
-) -> str | None:
+def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | None) -> str | None:
     """Return what is wrong with one part, or None."""
     path = store.paths.part(shard.number)
     try:
@@ -284,6 +283,7 @@ def _find_damage(
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        answer_id = shard.answer_id or job.answer_id
         if what := _check_metadata(file.schema_arrow.metadata, shard, answer_id):
             return what
         table = file.read(use_threads=False)
@@ -300,11 +300,13 @@ def _find_damage(
             if twice
             else "has other images than its shard, or another order"
         )
-    planned = [
-        row.path.decode("utf-8", "backslashreplace") for row in plan.read(store.paths.plan, shard)
-    ]
-    if table["path"].to_pylist() != planned:
-        return "has other paths than the plan"
+    for row, found in zip(
+        plan.read(store.paths.plan, shard), table["path"].to_pylist(), strict=True
+    ):
+        planned = row_path(job.sources[row.source], row.path).decode("utf-8", "backslashreplace")
+        # Older versions wrote no path for an image that is a source of its own.
+        if found != planned and (found or row.path):
+            return "has other paths than the plan"
     columns = (
         table["status"],
         table["error"],

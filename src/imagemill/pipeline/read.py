@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from imagemill.job import plan
+from imagemill.job.columns import row_path
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.sources import open_all
 from imagemill.records import IsolationReason, Job, Lease, PlannedImage
@@ -26,6 +27,7 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
             if reason is None and lease.isolate:
                 reason = IsolationReason.CRASH
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
+            path = row_path(job.sources[row.source], row.path)
             yield PlannedImage(
-                row.index, lease.shard, source.name, row.path, row.size, fetch, reason, row.kept
+                row.index, lease.shard, source.name, path, row.size, fetch, reason, row.kept
             )

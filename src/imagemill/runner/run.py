@@ -23,6 +23,7 @@ from imagemill.errors import (
     UsageError,
 )
 from imagemill.job import documents, ledger, lock, plan
+from imagemill.job.columns import row_path
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
@@ -344,14 +345,15 @@ def dry_run(settings: Settings) -> DryRun:
     store = open_store(_paths_of(settings))
     if opened is None:
         store.check_unused()
-    listing.check_sources(sources.resolve(settings.sources), settings)
+    resolved = sources.resolve(settings.sources)
+    listing.check_sources(resolved, settings)
     skipped, keeper = Skipped(), listing.keeper_of(settings)
     first: list[str] = []
 
     def noting(entries: Iterator[records.Entry]) -> Iterator[records.Entry]:
         for entry in entries:
             if len(first) < MAX_NAMES:
-                first.append(sources.shown(entry.path))
+                first.append(sources.shown(row_path(resolved[entry.source], entry.path)))
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:

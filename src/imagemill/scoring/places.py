@@ -35,7 +35,8 @@ def _source(name: str) -> _Source:
 
 
 def full_path(source: str, path: str) -> str:
-    """Return the absolute path or URL of an image.
+    """Return the absolute path or URL of an image. The path of one that is a source of its own is
+    its name; older versions left it empty.
 
     Example:
         >>> full_path("/data", "cats/1.jpg")
@@ -44,7 +45,8 @@ def full_path(source: str, path: str) -> str:
     found = _source(source)
     if found.is_list:
         return beside(found.location, path)
-    return f"{found.location}/{path}" if path else found.location
+    is_source = not path or path == _without_query(found.location).rpartition("/")[2]
+    return found.location if is_source else f"{found.location}/{path}"
 
 
 def beside(file: str, path: str) -> str:
