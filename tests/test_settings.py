@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import helpers
 from imagemill import cli
 from imagemill.errors import UsageError
 from imagemill.records import Settings
-from imagemill.runner.settings import SETTINGS, Effect, Setting, check_setting, make_settings
+from imagemill.runner.settings import (
+    SETTINGS,
+    Effect,
+    Setting,
+    check_setting,
+    check_settings,
+    make_settings,
+)
 
 DOCUMENTS = "\n".join(
     path.read_text(encoding="utf-8")
@@ -110,3 +118,25 @@ def test_what_a_setting_decides_may_depend_on_the_backend() -> None:
 def test_every_flag_is_documented(flag: str) -> None:
     """In the README or in docs/."""
     assert flag in DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"devices": 2}, "--devices 2: must be a str, not int."),
+        ({"model": 3}, "--model 3: must be a str, not int."),
+        ({"include": 3}, "--include 3: must be a str, not int."),
+        ({"sources": 3}, "SOURCE 3: must be a str, not int."),
+        ({"user_agent": 3}, "--user-agent 3: must be a str, not int."),
+        ({"moved": 3}, "--moved 3: must be a mapping from old to new places, both of them str."),
+        ({"moved": {"a": 3}}, "--moved ('a', 3): must be a mapping"),
+        ({"output": None}, "give an output: a folder or the URL of one."),
+    ],
+)
+def test_values_of_a_wrong_type_are_errors_of_imagemill(
+    given: dict[str, Any], message: str
+) -> None:
+    """Python callers get one line, and no exception of a library."""
+    values: dict[str, Any] = {"sources": "a", "output": "out"}
+    with pytest.raises(UsageError, match=re.escape(message)):
+        check_settings(make_settings(values | given))

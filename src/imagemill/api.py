@@ -58,7 +58,12 @@ from imagemill.runner.model import (
     saved_outputs,
     with_recipe,
 )
-from imagemill.runner.settings import DEFAULT_MODEL, check_settings, make_settings
+from imagemill.runner.settings import (
+    DEFAULT_MODEL,
+    check_setting,
+    check_settings,
+    make_settings,
+)
 from imagemill.scoring.record import Score
 from imagemill.tuning import precisions
 from imagemill.tuning.batch_size import resolved
@@ -298,6 +303,7 @@ def load(
     given = locals() | {"sources": os.curdir, "output": ""}  # neither is used
     settings = make_settings(given)
     check_settings(settings)
+    check_setting("devices", device)
     chosen = devices.resolve(device)
     if len(chosen) != 1:
         raise UsageError(f"device {device} names {len(chosen)} devices; a classifier runs on one.")

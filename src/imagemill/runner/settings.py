@@ -8,7 +8,7 @@ comparison on resume derive from `SETTINGS`. Only light modules are imported her
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,6 +84,12 @@ def _parse_moved(text: str) -> tuple[str, str]:
     if not equals:
         raise ArgumentTypeError(f"{text}: write OLD=NEW")
     return old, new
+
+
+def _find_problem_of_moved(pair: object) -> str | None:
+    if isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(side, str) for side in pair):
+        return None
+    return "must be a mapping from old to new places, both of them str."
 
 
 def _parse_statuses(text: str) -> tuple[str, ...]:
@@ -333,7 +339,7 @@ SETTINGS: Mapping[str, Setting] = {
         "--moved",
         "read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated",
         "OLD=NEW",
-        kind=Kind(_parse_moved, is_list=True),
+        kind=Kind(_parse_moved, _find_problem_of_moved, is_list=True),
     ),
     "user_agent": Setting(
         "--user-agent",
@@ -411,10 +417,10 @@ def _as_plain(value: Any, *, is_list: bool) -> Any:
         value = os.fspath(value)
     if not is_list or value is None:
         return value
-    if isinstance(value, str | bytes):
-        return (value,)
     if isinstance(value, Mapping):
         value = value.items()
+    elif isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        return (value,)
     return tuple(_as_plain(item, is_list=isinstance(item, tuple)) for item in value)
 
 
@@ -424,6 +430,8 @@ def check_settings(settings: Settings) -> None:
 
     for name in SETTINGS:
         check_setting(name, getattr(settings, name))
+    if settings.output is None:
+        raise UsageError("give an output: a folder or the URL of one.")
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or an image.")
     sources.resolve(settings.sources)
@@ -434,8 +442,12 @@ def check_settings(settings: Settings) -> None:
 def check_setting(name: str, value: Any) -> None:
     """Check the value of one setting; None is always fine. Raises: UsageError."""
     setting = SETTINGS[name]
+    is_text = setting.kind.parse is None and (setting.metavar or name == "sources")
     for item in () if value is None else value if setting.kind.is_list else (value,):
-        if problem := setting.kind.find_problem(item):
+        problem = None
+        if is_text and not isinstance(item, str):
+            problem = f"must be a str, not {type(item).__name__}."
+        if problem := problem or setting.kind.find_problem(item):
             shown = item if str(item).strip() and str(item).isprintable() else repr(item)
             raise UsageError(f"{setting.flag} {shown}: {problem}")
 
