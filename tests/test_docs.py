@@ -14,6 +14,7 @@ import helpers
 from imagemill import cli, records
 from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
 from imagemill.runner import settings
 
 README = (helpers.PROJECT / "README.md").read_text(encoding="utf-8")
@@ -231,3 +232,10 @@ def test_exit_codes_are_documented() -> None:
     assert codes == {1, 2}
     table = OUTPUT.partition("| exit code | meaning |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) == ["0", "1", "2", "130, 143"]
+
+
+def test_the_suffixes_of_images_are_those_that_are_planned() -> None:
+    """The list in docs/sources.md is the program's own."""
+    page = (helpers.PROJECT / "docs" / "sources.md").read_text(encoding="utf-8")
+    listed = page.partition("These suffixes are those of images")[2].split("\n\n")[1]
+    assert sorted(re.findall(r"`(\.\w+)`", listed)) == sorted(IMAGE_SUFFIXES)
