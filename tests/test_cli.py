@@ -252,7 +252,7 @@ def test_a_changed_flag_is_exit_2(imagemill: CLI, jpegs: Folders, tmp_path: Path
     result = imagemill(*command, "--top-k", "3")
     assert (result.code, result.out) == (2, "")
     assert (
-        "was started with --top-k 5, now --top-k 3 is asked for. Leave it out to continue this job"
+        "was started with --top-k 5, now --top-k 3 is asked for. Leave it out or give the old value to continue this job"
         in result.err
     )
 

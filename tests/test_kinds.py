@@ -184,9 +184,13 @@ FILES: list[tuple[str, Callable[[], bytes], str]] = [
     (
         "noise",
         lambda: b"\x93\x01\xf7\0",
-        "is not an image: its first bytes are 93 01 f7 00. Leave it out.",
+        "is not an image: its first bytes are 93 01 f7 00. Give a folder, an image or a list (@FILE).",
     ),
-    ("nothing", lambda: b"", "is not an image: it is empty. Leave it out."),
+    (
+        "nothing",
+        lambda: b"",
+        "is not an image: it is empty. Give a folder, an image or a list (@FILE).",
+    ),
 ]
 
 

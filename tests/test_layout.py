@@ -269,9 +269,9 @@ def test_clearing_a_folder_leaves_an_empty_one(tmp_path: Path) -> None:
     for name in ("plan", "none"):
         files.clear_folder(tmp_path / name)
         assert list((tmp_path / name).iterdir()) == []
-    with pytest.raises(OutputError, match=r"cannot write .*file: Not a directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*file is a file, not a folder"):
         files.clear_folder(tmp_path / "file")
-    with pytest.raises(OutputError, match=r"cannot write .*file/below: Not a directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*below: .*file is a file, not a folder"):
         files.make_folder(tmp_path / "file" / "below")
     with pytest.raises(OutputError, match=r"cannot write .*plan: Is a directory"):
         files.appending(tmp_path / "plan")

@@ -225,13 +225,13 @@ def test_an_image_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy)
         (
             "s3://no-such-bucket/x",
             None,
-            "cannot be read: 404 Not Found (NoSuchBucket). Look at the names of bucket and key.",
+            "cannot be read: 404 Not Found (NoSuchBucket). Check the names of bucket and key.",
         ),
         (
             "{}/nothing",
             None,
             (
-                "cannot be read: there is no such object, and none below it. Look at the names of"
+                "cannot be read: there is no such object, and none below it. Check the names of"
                 " bucket and key."
             ),
         ),
@@ -239,7 +239,7 @@ def test_an_image_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy)
             "@{}/list.txt",
             None,
             (
-                "cannot be read: there is no such object, and none below it. Look at the names of"
+                "cannot be read: there is no such object, and none below it. Check the names of"
                 " bucket and key."
             ),
         ),
@@ -254,7 +254,7 @@ def test_an_image_that_cannot_be_had_says_why(s3: Bucket, s3_faults: FaultProxy)
         (
             "{}/p",
             faults.answers(503, "SlowDown"),
-            "cannot be read: 503 Service Unavailable, after 3 tries. Look at the network, ",
+            "cannot be read: 503 Service Unavailable, after 3 tries. Check the network, ",
         ),
     ],
 )

@@ -750,7 +750,7 @@ def test_an_archive_in_an_object_store_gives_the_same_rows(
         s3.remove(name)
     with pytest.raises(
         SourceError,
-        match=re.escape(place) + r"/images.* cannot be read: .*Look at the names of bucket and key",
+        match=re.escape(place) + r"/images.* cannot be read: .*Check the names of bucket and key",
     ):
         read(f"{place}/{next(iter(archives))}")
 

@@ -39,6 +39,17 @@ def printable(value: object, limit: int = 200) -> str:
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the singular or plural.
+
+    Example:
+        >>> counted(1, "image"), counted(2_000, "class")
+        ('1 image', '2,000 classes')
+    """
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 class ImagemillError(Exception):
     """The base of all of them: its text is one clear message for the user."""
 

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from imagemill.arrange.links import Link, Log, Maker
-from imagemill.errors import OutputError, SourceError, UsageError
+from imagemill.errors import OutputError, SourceError, UsageError, counted
 from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import Filters
@@ -202,7 +202,8 @@ def format_partitioned(made: Partitioned) -> str:
         made.link
     ]
     lines = [
-        f"{made.images:,} images in {len(made.partitions)} partitions of {size}: {made.output}"
+        f"{counted(made.images, 'image')} in {counted(len(made.partitions), 'partition')} of"
+        f" {size}: {made.output}"
         f" ({made.made:,} {what} made)"
     ]
     if made.skipped_by_suffix:

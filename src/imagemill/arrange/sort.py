@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from imagemill.arrange import names
 from imagemill.arrange.links import Link, Log, Maker
 from imagemill.display.text import format_statuses
-from imagemill.errors import OutputError, UsageError, printable
+from imagemill.errors import OutputError, UsageError, counted, printable
 from imagemill.job import ledger, plan
 from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
@@ -428,8 +428,7 @@ def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
     count = len(outcome.folders)
     verb = "would be sorted" if dry_run else "sorted"
     lines = [
-        f"{outcome.images:,} image{'s' * (outcome.images != 1)} {verb} into {count:,}"
-        f" folder{'s' * (count != 1)}: {outcome.into}"
+        f"{counted(outcome.images, 'image')} {verb} into {counted(count, 'folder')}: {outcome.into}"
     ]
     if not dry_run:
         lines[0] += f" ({outcome.made:,} new"

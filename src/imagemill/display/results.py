@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imagemill.display.text import format_statuses
+from imagemill.errors import counted
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import JobStatus
@@ -17,7 +18,7 @@ _MAX_MISSING = 10
 
 def format_summary(summary: Summary) -> str:
     """Return the figures of a finished job."""
-    lines = [f"{summary.images:,} images: {summary.ok:,} ok, {summary.failed:,} failed"]
+    lines = [f"{counted(summary.images, 'image')}: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
         lines[0] += f" ({format_statuses(dict(summary.failed_by_status))})"
     if skipped := _format_skipped_of(summary):
@@ -27,7 +28,7 @@ def format_summary(summary: Summary) -> str:
     if summary.recomputed:
         were = "was" if summary.recomputed == 1 else "were"
         lines.append(
-            f"{_format_count(summary.recomputed, 'image')} overflowed fp16 and {were} computed"
+            f"{counted(summary.recomputed, 'image')} overflowed fp16 and {were} computed"
             " again in fp32"
         )
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
@@ -58,21 +59,17 @@ def _format_skipped_of(found: Summary | DryRun) -> str:
     )
 
 
-def _format_count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def _format_speed(summary: Summary) -> Iterator[str]:
     yield (
         f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s,"
         f" {summary.model} in {summary.precision}"
     )
     for device in summary.devices:
-        restarts = f", {_format_count(device.restarts, 'restart')}" if device.restarts else ""
+        restarts = f", {counted(device.restarts, 'restart')}" if device.restarts else ""
         busy = f", computed for {device.busy:.0%} of the time" if device.busy else ""
         yield (
-            f"  {device.name}: {device.images:,} images, {device.images_per_second or 0:,.1f}"
-            f" images/s{busy}{restarts}"
+            f"  {device.name}: {counted(device.images, 'image')},"
+            f" {device.images_per_second or 0:,.1f} images/s{busy}{restarts}"
         )
         if device.retired:
             yield f"  {device.name} was retired: {device.retired}"
@@ -92,7 +89,7 @@ def format_dry_run(found: DryRun) -> str:
     skipped = _format_skipped_of(found)
     if found.append and not found.images:
         return "nothing to append"
-    images = f"{found.images:,} images{' to append' if found.append else ''}"
+    images = f"{counted(found.images, 'image')}{' to append' if found.append else ''}"
     shards = f"{images}, shards of {found.shard_size:,}"
     return f"{shards}; skipped: {skipped}" if skipped else shards
 
@@ -133,12 +130,12 @@ def format_problems(
     unnamed = missing[_MAX_MISSING:]
     lines = [f"{found['path']} {found['problem']}" for found in problems if found not in unnamed]
     if unnamed:
-        lines.append(f"… and {len(unnamed):,} more parts are missing: repeat the run")
+        lines.append(f"… and {counted(len(unnamed), 'more part')} missing: repeat the run")
     lines += [f"moved to {path}" for path in moved]
     lines.append(
-        _format_count(len(problems), "problem")
+        counted(len(problems), "problem")
         if problems
-        else f"complete and sound: {images:,} images, one row each"
+        else f"complete and sound: {counted(images, 'image')}, one row each"
     )
     return "\n".join(lines)
 

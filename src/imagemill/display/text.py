@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TextIO
 
 from imagemill.display.pace import Estimate
+from imagemill.errors import counted
 from imagemill.records import Progress
 
 _STALLED_S = 30.0
@@ -111,7 +112,7 @@ def device_lines(progress: Progress, estimate: Estimate, width: int, max_lines: 
         rate = estimate.devices.get(name)
         speed = f"{rate:>9,.1f} images/s" if rate is not None else f"{'-':>9} images/s"
         restarts = progress.restarts.get(name, 0)
-        again = f", {restarts} restart{'s' if restarts > 1 else ''}" if restarts else ""
+        again = f", {counted(restarts, 'restart')}" if restarts else ""
         if name in progress.retired:
             again = ", retired"
         cells.append(f"{name:<{longest}} {progress.devices[name]:>11,} images {speed}{again}")

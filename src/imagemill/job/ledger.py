@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from imagemill.errors import OutputError, PartError
+from imagemill.errors import OutputError, PartError, counted
 from imagemill.job import documents, plan
 from imagemill.job.columns import row_path
 from imagemill.job.documents import Manifest, PartRecord
@@ -114,7 +114,9 @@ def close(
         record = examine(store, shard.number, by_shard.get(shard.number))
         if record.rows != shard.count:
             raise _part_error(
-                store, path, f"has {record.rows} rows, its shard has {shard.count} images"
+                store,
+                path,
+                f"has {counted(record.rows, 'row')}, its shard has {counted(shard.count, 'image')}",
             )
         parts[path.name] = record
         failed.update(record.failed_by_status)
@@ -291,7 +293,9 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read: {_first_line(error)}"
     if table.num_rows != shard.count:
-        return f"has {table.num_rows} rows, its shard has {shard.count} images"
+        return (
+            f"has {counted(table.num_rows, 'row')}, its shard has {counted(shard.count, 'image')}"
+        )
     indices = table["index"].to_pylist()
     if indices != list(range(shard.first, shard.first + shard.count)):
         twice = [index for index, count in Counter(indices).items() if count > 1]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from imagemill.errors import OutputError
+from imagemill.errors import OutputError, counted, printable
 from imagemill.job import documents, ledger, lock, plan
 from imagemill.job.documents import Appended, Frozen
 from imagemill.job.paths import JobPaths
@@ -71,7 +71,8 @@ class OpenJob:
         """Return the job in an output. Raises: OutputError if it is none, or cannot be read."""
         job = cls.find(os.fspath(output))
         if job is None:
-            raise OutputError(f"{output} is not an imagemill job: it has no job.json.")
+            shown = printable(JobPaths.of(os.fspath(output)).output)
+            raise OutputError(f"{shown} is not an imagemill job: it has no job.json.")
         return job
 
     @property
@@ -127,9 +128,10 @@ class OpenJob:
         """
         shards = self._read_shards()
         if sum(shard.count for shard in shards) != self.frozen.images:
+            images = counted(self.frozen.images, "image")
             raise OutputError(
-                f"{self.paths.shown(self.paths.plan)} does not hold the {self.frozen.images} images"
-                " of job.json. Start again in another --output."
+                f"{self.paths.shown(self.paths.plan)} does not hold the {images} of job.json. Start"
+                " again in another --output."
             )
         return shards
 
@@ -220,7 +222,7 @@ class OpenJob:
                 ledger.Problem(
                     None,
                     self.paths.plan,
-                    f"does not hold the {self.frozen.images} images of job.json",
+                    f"does not hold the {counted(self.frozen.images, 'image')} of job.json",
                 )
             )
         if not quarantine:

@@ -32,9 +32,9 @@ class JobPaths:
     @classmethod
     def of(cls, output: str, log_dir: str | None = None) -> JobPaths:
         """Return the paths of a job, from the values of `--output` and `--log-dir`."""
-        logs = Path(log_dir).absolute() if log_dir else None
+        logs = _normalised(log_dir) if log_dir else None
         if not storage.is_url(output):
-            return cls(Path(output).absolute(), logs)
+            return cls(_normalised(output), logs)
         url = output.rstrip("/")
         return cls(
             userdirs.cache() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url
@@ -204,3 +204,11 @@ class JobPaths:
             if folder.is_dir():
                 for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
                     path.unlink(missing_ok=True)
+
+
+def _normalised(path: str) -> Path:
+    """Return an absolute path without `..`, unless that would leave a link another way than the
+    system does.
+    """
+    plain = os.path.abspath(path)  # noqa: PTH100 - links stay as they were given
+    return Path(plain if os.path.realpath(plain) == os.path.realpath(path) else path).absolute()

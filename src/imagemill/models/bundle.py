@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 from imagemill.errors import ModelError, UsageError
 from imagemill.records import Bundle, Card, Recipe, Scores
-from imagemill.system import serialization, userdirs
+from imagemill.system import files, serialization, userdirs
 
 if TYPE_CHECKING:
     import onnx
@@ -292,8 +292,8 @@ def write(
             file.write(serialization.encode(card))
     except OSError as error:
         raise ModelError(
-            f"{folder} cannot be written: {error.strerror}. Make room or rights there, or choose"
-            " another folder with --models-dir."
+            f"{folder} cannot be written: {files.reason(error)}. Make room or rights there, or"
+            " choose another folder with --models-dir."
         ) from error
     return Bundle(folder, card)
 

@@ -189,6 +189,12 @@ def _check_known(asked: _Asked) -> None:
                 f" {', '.join(choices) or 'none'}. For weights of your own, add --from FILE, --url"
                 " URL or --random-weights SEED."
             )
+        if Path(name).exists() and (name := printable(name)):
+            raise UsageError(
+                f"{name} is a file or folder, not the name of a published model. Choose a name for"
+                f" the model: imagemill get-model {mistaken.name_for(Path(name).name)} --from"
+                f" {mistaken.quoted(name)}."
+            )
         raise UsageError(
             f"No model is called {name}. imagemill models lists the published ones. For weights of"
             " your own, add --from FILE."

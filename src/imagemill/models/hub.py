@@ -475,6 +475,6 @@ def _link(source: Path, target: Path) -> None:
         making.unlink(missing_ok=True)  # renaming does nothing if both are the same file
     except OSError as error:
         raise ModelError(
-            f"{target} cannot be written: {error.strerror or error}. Make room or rights there, or"
+            f"{target} cannot be written: {files.reason(error)}. Make room or rights there, or"
             " choose another folder with --models-dir."
         ) from error

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from imagemill.errors import printable
+from imagemill.errors import counted, printable
 from imagemill.models import published
 from imagemill.system import userdirs
 
@@ -128,7 +128,7 @@ def label_count(
         >>> label_count("two.txt", "ab", "best.onnx", 3)
         'two.txt has 2 labels, but best.onnx has 3 classes. Give one label per class, in the order…'
     """
-    counts = (_counted(len(labels), "label"), _counted(classes, "class"))
+    counts = (counted(len(labels), "label"), counted(classes, "class"))
     is_flag, place = where.startswith("--labels"), where.removeprefix("--labels ")
     if place == "--labels":
         place = "the file of --labels"
@@ -141,11 +141,6 @@ def label_count(
     more = ", …" if len(own) > _SHOWN_LABELS else ""
     shown = ", ".join(printable(label, 40) for label in own[:_SHOWN_LABELS])
     return f"{text}, or omit --labels: it names them itself ({shown}{more})."
-
-
-def _counted(number: int, noun: str) -> str:
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def name_error(name: str) -> str:

@@ -27,6 +27,8 @@ from imagemill.runner.model import (
 )
 from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 
+_REMEDY = "Leave it out or give the old value"
+
 
 def resume(
     settings: Settings, opened: OpenJob, chosen: Sequence[DeviceSpec], watcher: Watcher
@@ -50,9 +52,9 @@ def resume(
         if effect is Effect.LIMITS:
             watcher.say(f"{flag} was {was:,} and is now {asked:,}, for the remaining images")
             continue
-        remedy = _remedy(flag, was, asked) if effect is Effect.LISTING else "Leave it out"
+        remedy = _remedy(flag, was, asked) if effect is Effect.LISTING else _REMEDY
         raise JobMismatchError(
-            f"{settings.output} was started with {_format_flag(flag, was)}, now"
+            f"{opened.paths.output} was started with {_format_flag(flag, was)}, now"
             f" {_format_flag(flag, asked)} is asked for. {remedy} to continue this job, or give"
             " another --output."
         )

@@ -21,6 +21,7 @@ from imagemill.errors import (
     OutputError,
     SourceError,
     UsageError,
+    counted,
 )
 from imagemill.job import documents, ledger, lock, plan
 from imagemill.job.columns import row_path
@@ -189,7 +190,8 @@ def _carry_out(
     done = opened.committed()
     if settings.retry_failed is not None:
         again = opened.shards_with(settings.retry_failed)
-        watcher.say(f"retrying {len(again)} of {len(done)} finished shards")
+        images = sum(shard.count for shard in opened.shards if shard.number in again)
+        watcher.say(f"computing again: {counted(images, 'image')}, those in shards with failures")
         done -= again
     left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
@@ -235,8 +237,8 @@ def _carry_out(
     tally = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
     if tally.unlisted:
         watcher.say(
-            f"{tally.unlisted:,} failed images are in archives or tables: not in failed.txt, but"
-            " --retry-failed processes them again"
+            f"{counted(tally.unlisted, 'failed image')} {'is' if tally.unlisted == 1 else 'are'} in"
+            " archives or tables: not in failed.txt, but --retry-failed processes them again"
         )
     summary = replace(
         summarise.summarise(opened, done, outcome, tally, (*chosen, *outcome.joined)),
@@ -410,7 +412,8 @@ def _report_finished(
     command has looked for them already.
     """
     paths = opened.paths
-    watcher.say(f"already finished: {summary.images:,} images in {paths.shown(paths.predictions)}")
+    images, where = counted(summary.images, "image"), paths.shown(paths.predictions)
+    watcher.say(f"already finished: {images} in {where}")
     if not settings.append:
         try:
             again = listing.list_again(settings, opened, paths.spool)

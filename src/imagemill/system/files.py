@@ -107,11 +107,18 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
             " repeat the command."
         ),
     }.get(error.errno or 0, "Fix the cause and run the command again: finished parts are kept.")
-    return OutputError(f"cannot write {path}: {error.strerror or error}. {remedy}")
+    return OutputError(f"cannot write {path}: {reason(error)}. {remedy}")
 
 
 def reason(error: OSError) -> str:
     """Return why something could not be read or written, on one line without a full stop."""
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and isinstance(error.filename, str | Path):
+        path = Path(error.filename)
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                return f"{place} is a link to {place.readlink()}, which does not exist"
+            if place.is_file():
+                return f"{place} is a file, not a folder"
     return " ".join((error.strerror or str(error) or type(error).__name__).split()).rstrip(".")
 
 

@@ -48,6 +48,10 @@ PICKLE_BYTES: Final = 16 * 2**20
 DIRECTORY_BYTES: Final = 16 * 2**20
 """Budget of a zip file's directory."""
 
+_REMEDY: Final = (
+    "Nothing in it was run. Copy or download the file again, or save the weights alone:"
+    " torch.save(model.state_dict(), FILE)."
+)
 _LEGACY_MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _LEGACY_PROTOCOL: Final = 1001
 _PLAIN: Final = (
@@ -106,17 +110,12 @@ def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
             file.seek(0)
             return _read(path, file, head, size, lambda line: say(f"{path.name}: {line}"))
     except Refused as reason:
-        raise CheckpointError(
-            f"{path}: {reason}. Nothing in it was run. Get the file again from its publisher."
-        ) from None
+        raise CheckpointError(f"{path}: {reason}. {_REMEDY}") from None
     except OSError as error:
         if (
             error.errno == errno.EINVAL
         ):  # a seek to before the first byte, which only a damaged zip asks for
-            raise CheckpointError(
-                f"{path}: damaged ({error}). Nothing in it was run. Get the file again from its"
-                " publisher."
-            ) from error
+            raise CheckpointError(f"{path}: damaged ({error}). {_REMEDY}") from error
         raise CheckpointError(
             f"{path}: cannot be read: {error.strerror or error}. Check the path given with --from."
         ) from error
@@ -129,10 +128,7 @@ def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
         Exception
     ) as error:  # the border of a parser: whatever the bytes were, the user gets one clear line
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path}: damaged ({what}). Nothing in it was run. Get the file again from its"
-            " publisher."
-        ) from error
+        raise CheckpointError(f"{path}: damaged ({what}). {_REMEDY}") from error
 
 
 def _read(
@@ -157,7 +153,7 @@ def _strange(head: bytes, size: int) -> str:
             "this is a bare pickle, which may hold anything; only files made by torch.save or"
             " safetensors are read"
         )
-    return f"neither .safetensors nor .pth: it begins with {head[:8].hex(' ')}"
+    return f"neither .safetensors nor .pth (first bytes: {head[:8].hex(' ')})"
 
 
 # ── safetensors ───────────────────────────────────────────────────────────────────────────────────

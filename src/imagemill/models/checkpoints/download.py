@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from imagemill.errors import DownloadError, UsageError
+from imagemill.system import files
 from imagemill.system.http import (
     CHUNK_BYTES,
     Answer,
@@ -87,7 +88,7 @@ def fetch(
         return download.run(sha256_prefix)
     except OSError as error:
         raise DownloadError(
-            f"{target} cannot be written: {error.strerror or error}. Free some space, correct the"
+            f"{target} cannot be written: {files.reason(error)}. Free some space, correct the"
             " permissions, or choose another folder with --models-dir."
         ) from error
 

@@ -227,10 +227,12 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
-    return SourceError(
-        f"source {shown(os.fsencode(source))} cannot be read: {error.strerror}. Give a folder or an"
-        " image."
-    )
+    place = source.removeprefix("@")
+    why = error.strerror
+    if isinstance(error, FileNotFoundError) and os.path.islink(place):  # noqa: PTH114
+        why = f"it is a link to {shown(os.fsencode(os.readlink(place)))}, which does not exist"  # noqa: PTH115
+    give = "a list of images" if source.startswith("@") else "a folder or an image"
+    return SourceError(f"source {shown(os.fsencode(source))} cannot be read: {why}. Give {give}.")
 
 
 def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:

@@ -160,7 +160,10 @@ def refuse_file(source: str, head: bytes | None) -> None:
         )
     if head is not None:
         begins = f"its first bytes are {head[:8].hex(' ')}" if head else "it is empty"
-        raise UsageError(f"source {source} is not an image: {begins}. Leave it out. {_ANYWAY}")
+        raise UsageError(
+            f"source {source} is not an image: {begins}. Give a folder, an image or a list (@FILE)."
+            f" {_ANYWAY}"
+        )
 
 
 def refuse_list(source: str, head: bytes) -> None:

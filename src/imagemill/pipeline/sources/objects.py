@@ -15,10 +15,11 @@ from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy
 
 _REMEDIES = {
-    errno.ENOENT: "Look at the names of bucket and key.",
+    errno.ENOENT: "Check the names of bucket and key.",
+    errno.EINVAL: "Rename the object, or copy it to another key.",
     errno.EACCES: "Give credentials that may list and read it.",
 }
-_REMEDY = "Look at the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the command."
+_REMEDY = "Check the network, AWS_ENDPOINT_URL and AWS_REGION, and repeat the command."
 
 
 class ObjectSource:
