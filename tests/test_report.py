@@ -777,6 +777,19 @@ def test_a_report_that_cannot_be_made_is_a_note(
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed
 
 
+def test_the_page_can_be_written_to_another_file(
+    imagemill: CLI, reported: Reported, tmp_path: Path
+) -> None:
+    """`--output` leaves the job's own page alone; a folder that does not exist is one line."""
+    before = reported.report.stat().st_mtime_ns
+    result = imagemill("report", reported.output, "--output", tmp_path / "page.html")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_bytes().startswith(b"<!DOCTYPE html>")
+    assert reported.report.stat().st_mtime_ns == before
+    failed = imagemill("report", reported.output, "--output", tmp_path / "none" / "page.html")
+    assert (failed.code, failed.err.count("\n")) == (1, 1), failed
+
+
 def test_report_names_what_it_cannot_read(
     imagemill: CLI, reported: Reported, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:

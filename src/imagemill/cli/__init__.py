@@ -197,9 +197,10 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     sub = command(
         "report",
         _report,
-        "write DIR/report.html again: results, speed, failures and sample images of a job",
+        "write the report again: results, speed, failures and sample images of a job",
     )
     sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("--output", metavar="FILE", help="file of the page (default: DIR/report.html)")
 
     sub = command(
         "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
@@ -732,8 +733,8 @@ def _report(parsed: argparse.Namespace) -> int:
     from imagemill import report
 
     job = _open_job(parsed.dir)
-    report.write(job)
-    print(job.paths.shown(job.paths.report))
+    report.write(job, parsed.output)
+    print(parsed.output or job.paths.shown(job.paths.report))
     return 0
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill.errors import Interrupted, OutputError
 from imagemill.job import documents
+from imagemill.system import files
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def write(job: OpenJob) -> int:
+def write(job: OpenJob, output: str | None = None) -> int:
     """Write `report.html` from the finished parts. The page says whether the job is finished.
 
     Args:
         job: finished or not.
+        output: another file to write the page to.
 
     Returns:
         the size of the page in bytes.
@@ -49,7 +52,10 @@ def write(job: OpenJob) -> int:
     is_complete = found.images == job.frozen.images
     summary = documents.read_summary(job.store) if is_complete else None
     html = page.render(job, summary, found, scored, made)
-    job.store.write(job.paths.report, html)
+    if output:
+        files.write_whole(Path(output), html)
+    else:
+        job.store.write(job.paths.report, html)
     return len(html)
 
 
