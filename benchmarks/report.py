@@ -2,12 +2,14 @@
 
     python benchmarks/report.py --sizes 1000 100000 1000000
     python benchmarks/report.py --sizes 1000000 --run
+    python benchmarks/report.py --sizes 1000000 --before ../imagemill-before/src --rounds 3
 
 With --run each job is one that `imagemill run` really did, with the null session: a list that names
 5,000 small files over and over, one in a hundred of them broken; a million images take some 8
 minutes on 2 cores. Without it the jobs are written through the plan and the sink that every job
 goes through, with made-up answers: classes as unequal as in photographs, probabilities between 0
-and 1, one image in a hundred failed. The images that the gallery shows are real files both ways.
+and 1, one image in a hundred failed. With --before, another version makes the page of the same job
+in alternation with this one. The images that the gallery shows are real files both ways.
 Memory is the peak of the resident set of the process that makes the page (VmHWM), without its
 disposable decoder.
 """
@@ -15,6 +17,7 @@ disposable decoder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -174,16 +177,19 @@ def answers(shard: Shard, source: str) -> tuple[Batch, TopK]:
     probabilities = (top[:, None] * 0.5 ** np.arange(_K)).astype(np.float32)
     pixels = np.zeros((0, 1, 1, 3), np.uint8)
     return Batch(pixels, filled, tuple(rows())), TopK(
-        class_ids, probabilities, Outputs(np.zeros((filled, 0), np.float32))
+        class_ids,
+        probabilities,
+        np.full(filled, _K, np.intp),
+        Outputs(np.zeros((filled, 0), np.float32)),
     )
 
 
-def measure(output: Path) -> tuple[float, float, float]:
-    """Seconds, MiB and MB of page."""
+def measure(output: Path, source: Path) -> tuple[float, float, float]:
+    """Seconds, MiB and MB of page, by the version whose `src` folder this is."""
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "imagemill", "report", str(output)],
-        env=helpers.environment(),
+        env=helpers.environment(PYTHONPATH=str(source)),
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
@@ -206,8 +212,12 @@ def main() -> int:
         action="store_true",
         help="run the jobs with the null session instead of making up their answers",
     )
+    parser.add_argument("--before", type=Path, help="the src folder of another, built version")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
     parsed = parser.parse_args()
+    versions = {"before": parsed.before} if parsed.before else {}
+    versions["this"] = ROOT / "src"
     with tempfile.TemporaryDirectory(prefix="imagemill-report-", dir=parsed.folder) as name:
         folder = Path(name)
         harness.null_bundle(folder / "models", classes=_CLASSES, size=224)
@@ -224,17 +234,19 @@ def main() -> int:
                     data if (number + 1) % _FAILED_EVERY else sample_images.half(data)
                 )
         print(
-            "|      rows | seconds | peak MiB | page MB"
-            " |\n|----------:|--------:|---------:|--------:|",
+            "| version |      rows | seconds | peak MiB | page MB"
+            " |\n|---------|----------:|--------:|---------:|--------:|",
             flush=True,
         )
         for size in parsed.sizes:
-            seconds, mebibytes, megabytes = measure(
-                run_job(folder, size) if parsed.run else make_job(folder, size)
-            )
-            print(
-                f"| {size:9,} | {seconds:7.1f} | {mebibytes:8.0f} | {megabytes:7.2f} |", flush=True
-            )
+            output = run_job(folder, size) if parsed.run else make_job(folder, size)
+            for _, (name, source) in itertools.product(range(parsed.rounds), versions.items()):
+                seconds, mebibytes, megabytes = measure(output, source)
+                print(
+                    f"| {name:7} | {size:9,} | {seconds:7.1f} | {mebibytes:8.0f} |"
+                    f" {megabytes:7.2f} |",
+                    flush=True,
+                )
     return 0
 
 
