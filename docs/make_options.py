@@ -14,6 +14,8 @@ from imagemill import cli
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Which options does each command have?
 
+[README](../README.md)
+
 This page is made from the program itself (`python docs/make_options.py`). It says what
 `imagemill COMMAND --help` says. `imagemill --version` prints the version.
 """
