@@ -22,22 +22,24 @@ import pytest
 import helpers
 import made_jobs
 import sample_images
-from archive_files import pack
+from archive_files import pack, tar
 from imagemill import cli
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import documents, export, plan
 from imagemill.job.open_job import OpenJob
+from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.read import read
 from imagemill.pipeline.sources import kept, samples
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Kept, KeptType, Lease, Limits, Recipe, Settings, Status
+from imagemill.records import Filters, Kept, KeptType, Lease, Limits, Recipe, Settings, Status
 from imagemill.report import figures
 from imagemill.runner import append, freeze, listing, resume, run
 from imagemill.runner.settings import make_settings
 from imagemill.scoring import score
+from s3 import Bucket
 from tiny import TINY_CARD
 
 NULL = devices.resolve("null")
@@ -230,6 +232,29 @@ def test_sources_of_all_kinds_are_one_job(make: Make, tmp_path: Path) -> None:
     assert [value for (value,) in values(job, "id")] == [None, None, None, 4, 5]
 
 
+def test_tables_and_archives_in_an_object_store_give_their_columns(
+    s3: Bucket, tmp_path: Path
+) -> None:
+    """Read with range requests; two columns of a table at once."""
+    names = [f"{number}.jpg" for number in range(3000)]
+    columns = {"id": [str(number) for number in range(3000)], "path": names}
+    images = {"image": [{"bytes": b"x", "path": name} for name in names], **columns}
+    s3.fill(
+        {
+            "a.csv": b"path,id\na.jpg,1\n",
+            "b.parquet": table(tmp_path, images, row_group_size=2000).read_bytes(),
+            "c.tar": tar({"1.jpg": JPEG, "1.json": b'{"id": "c"}'}),
+        }
+    )
+    given = (f"@{s3.url}/a.csv", f"{s3.url}/b.parquet", f"@{s3.url}/b.parquet", f"{s3.url}/c.tar")
+    opened = sources.open_all(given, keeper=kept.Keeper({"id": "id"}))
+    found = [
+        [json.loads(entry.kept)[0] for entry in source.entries(Filters(), sources.Skipped())]
+        for source in opened
+    ]
+    assert found == [["1"], columns["id"], columns["id"], ["c"]]
+
+
 def test_a_row_that_failed_while_decoding_keeps_its_values(
     settings: Callable[..., Settings], models_dir: Path, tmp_path: Path
 ) -> None:
@@ -285,10 +310,10 @@ def test_a_column_that_no_source_has_ends_the_command(
     settings: Callable[..., Settings], models_dir: Path, tmp_path: Path
 ) -> None:
     """Before the job starts, with the columns there are; for a dry run, too."""
-    tar = pack(tmp_path, "tar", {"1.jpg": JPEG, "1.json": b'{"caption": "x"}'})
+    archive = pack(tmp_path, "tar", {"1.jpg": JPEG, "1.json": b'{"caption": "x"}'})
     source = csv(tmp_path, "path,label_id\na.jpg,1\n")
     for dry_run in (False, True):
-        given = settings(source, tar, keep=("lable",), dry_run=dry_run)
+        given = settings(source, archive, keep=("lable",), dry_run=dry_run)
         with pytest.raises(
             SourceError,
             match=r"--keep lable: no source has this column\. The columns are path, label_id, caption",
