@@ -37,7 +37,7 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Filters, Kept, KeptType, Lease, Limits, Recipe, Settings, Status
 from imagemill.report import figures
 from imagemill.runner import append, freeze, listing, resume, run
-from imagemill.runner.settings import make_settings
+from imagemill.runner.settings import check_settings, make_settings
 from imagemill.scoring import score
 from s3 import Bucket
 from tiny import TINY_CARD
@@ -302,6 +302,7 @@ def test_keep_is_written_in_every_usual_form() -> None:
     assert kept.resolve_kept(parsed.keep) == {"id": "id", "b": "c", "label": "truth", "x": "x"}
     for keep in ("id,label=truth", ["id", "label=truth"], {"id": "id", "label": "truth"}):
         given = make_settings({"sources": "a", "output": "o", "keep": keep})
+        check_settings(given)
         assert kept.resolve_kept(given.keep or ()) == {"id": "id", "label": "truth"}
     assert kept.resolve_kept([("a=b,c", "d")]) == {"a=b,c": "d"}
 

@@ -130,6 +130,8 @@ def test_every_flag_is_documented(flag: str) -> None:
         ({"user_agent": 3}, "--user-agent 3: must be a str, not int."),
         ({"moved": 3}, "--moved 3: must be a mapping from old to new places, both of them str."),
         ({"moved": {"a": 3}}, "--moved ('a', 3): must be a mapping"),
+        ({"keep": {"a": 3}}, "--keep ('a', 3): must be a str, or a mapping from columns"),
+        ({"keep": [3]}, "--keep 3: must be a str, or a mapping from columns"),
         ({"output": None}, "give an output: a folder or the URL of one."),
     ],
 )

@@ -86,10 +86,22 @@ def _parse_moved(text: str) -> tuple[str, str]:
     return old, new
 
 
+def _is_pair(value: object) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(side, str) for side in value)
+    )
+
+
 def _find_problem_of_moved(pair: object) -> str | None:
-    if isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(side, str) for side in pair):
+    return None if _is_pair(pair) else "must be a mapping from old to new places, both of them str."
+
+
+def _find_problem_of_keep(value: object) -> str | None:
+    if isinstance(value, str) or _is_pair(value):
         return None
-    return "must be a mapping from old to new places, both of them str."
+    return "must be a str, or a mapping from columns to their new names, both of them str."
 
 
 def _parse_statuses(text: str) -> tuple[str, ...]:
@@ -257,7 +269,7 @@ SETTINGS: Mapping[str, Setting] = {
         " may be repeated",
         "COLUMN,…",
         Effect.ANSWERS,
-        _TEXTS,
+        Kind(str, _find_problem_of_keep, is_list=True),
     ),
     "shard_size": Setting(
         "--shard-size", "images per part file (default: auto)", "N", Effect.ANSWERS, _AUTO
