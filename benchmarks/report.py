@@ -240,10 +240,10 @@ def main() -> int:
         )
         for size in parsed.sizes:
             output = run_job(folder, size) if parsed.run else make_job(folder, size)
-            for _, (name, source) in itertools.product(range(parsed.rounds), versions.items()):
+            for _, (version, source) in itertools.product(range(parsed.rounds), versions.items()):
                 seconds, mebibytes, megabytes = measure(output, source)
                 print(
-                    f"| {name:7} | {size:9,} | {seconds:7.1f} | {mebibytes:8.0f} |"
+                    f"| {version:7} | {size:9,} | {seconds:7.1f} | {mebibytes:8.0f} |"
                     f" {megabytes:7.2f} |",
                     flush=True,
                 )
