@@ -78,6 +78,20 @@ def test_the_commands_of_the_readme_are_those_that_exist() -> None:
         assert wanted <= flags(command), f"{wanted - flags(command)} of `imagemill {command}`"
 
 
+def test_every_extra_that_is_named_exists() -> None:
+    """In messages, comments of scripts and on pages."""
+    project = tomllib.loads((helpers.PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
+    files = [*PAGES, *(helpers.PROJECT / "src").rglob("*.py"), helpers.PROJECT / "Makefile"]
+    named = {
+        extra
+        for file in files
+        for group in re.findall(r"(?:imagemill|'\.)\[([a-z0-9_,]+)\]", file.read_text("utf-8"))
+        for extra in group.split(",")
+    }
+    assert {"s3", "int8", "heif", "torch"} <= named
+    assert named <= set(project["optional-dependencies"])
+
+
 def test_the_page_of_options_is_what_the_parser_declares() -> None:
     """To write it again: `python docs/make_options.py`."""
     names = runpy.run_path(str(helpers.PROJECT / "docs" / "make_options.py"))
