@@ -388,8 +388,8 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--min-agreement",
         type=float,
         metavar="SHARE",
-        help="accept a precision if the lower end of the 95 %% interval of its agreement with fp32"
-        " is at least SHARE (default: 0.97 for int8, 0.95 for bf16)",
+        help="accept a precision if the lower end of the confidence interval of its agreement with"
+        " fp32 is at least SHARE (default: 0.97 for int8, else 0.95)",
     )
     sub.add_argument(
         "--truth",
