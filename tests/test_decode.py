@@ -5,6 +5,7 @@ to Pillow's.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import struct
@@ -173,9 +174,14 @@ def test_32_bit_values_are_scaled(values: np.ndarray, expected: list[list[int]])
     assert pixels[:, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("size", [(640, 480), (481, 640), (1100, 1300)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *itertools.product(("JPEG", "PNG", "WEBP", "TIFF"), ((320, 240), (241, 320))),
+        ("JPEG", (1100, 1300)),  # scaled in the DCT
+    ],
+)
 def test_exif_orientation_is_applied(name: str, orientation: int, size: tuple[int, int]) -> None:
     """An image that is to be turned gives what the turned image gives, and the size as
     displayed.

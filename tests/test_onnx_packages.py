@@ -48,9 +48,11 @@ def file_of(module: str, path: str, folder: Path) -> Path:
     return Path(shutil.copy(Path(found.origin).parent / path, folder))
 
 
-@pytest.mark.parametrize("name", LIGHT_MODELS)
+@pytest.mark.parametrize(
+    "name", [name for name in LIGHT_MODELS if name != "vgg19"]
+)  # its weights: 600 MB
 def test_the_light_graphs_of_onnx_are_wrapped(name: str, tmp_path: Path) -> None:
-    """Nine classic networks of opset 9, exported for a batch of 1: logits and softmax, (n, 1000)
+    """Classic networks of opset 9, exported for a batch of 1: logits and softmax, (n, 1000)
     and (n, 1000, 1, 1), an input called `gpu_0/data_0`.
     """
     file = Path(shutil.copy(LIGHT / f"light_{name}.onnx", tmp_path))
