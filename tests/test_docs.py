@@ -223,7 +223,7 @@ def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None
         paths.part(0),
         paths.logs,
         paths.summary,
-        paths.retired,
+        paths.pace,
         paths.manifest,
         paths.failed_list,
         paths.report,

@@ -412,7 +412,7 @@ def test_a_job_goes_from_one_engine_to_the_other(
         result = interrupt(begin, index, number)
         if number == signal.SIGINT:
             assert result.code == 130
-            assert result.err.endswith(" shards are left. Repeat the command to resume.\n")
+            assert result.err.endswith(" images left. Run the same command again to continue.\n")
         assert kept.items() <= helpers.parts(out).items()
         kept, frozen = helpers.parts(out), (out / "job.json").read_bytes()
         assert index // 4 <= len(kept) < 24

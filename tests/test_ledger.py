@@ -21,6 +21,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import helpers
+import made_jobs
 import sample_images
 from imagemill.display import observer
 from imagemill.errors import OutputError, PartError
@@ -28,7 +29,7 @@ from imagemill.job import documents, ledger
 from imagemill.job.lock import locked
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
-from imagemill.records import Settings
+from imagemill.records import Settings, Status
 from imagemill.runner import run
 
 pytestmark = pytest.mark.process
@@ -620,3 +621,24 @@ def test_rows_come_with_the_columns_that_were_asked_for(out: Path) -> None:
         match=r"part-000001\.parquet is shard 0 under another shard's name\. Run `imagemill verify",
     ):
         list(ledger.rows(store, ["index"]))
+
+
+def test_images_that_an_extra_would_read_are_counted(models_dir: Path, tmp_path: Path) -> None:
+    """By extra, from the errors of the rows."""
+    helpers.fill(tmp_path / "images", dict.fromkeys(("a.heic", "b.jpg", "c.jxl", "d.heic"), b"x"))
+    settings = made_jobs.settings_of(
+        tmp_path / "images", output=tmp_path / "out", models_dir=models_dir
+    )
+    job = made_jobs.made_job(settings, made_jobs.tiny(models_dir), lambda _: Status.UNSUPPORTED)
+    needs = "{} needs a package that is not installed: pip install 'imagemill[{}]'"
+    errors = [
+        needs.format("HEIC", "heif"),
+        "pip install imagemill[x].jpg",
+        needs.format("JPEG XL", "jxl"),
+        needs.format("HEIC", "heif"),
+    ]
+    part = job.store.paths.part(0)
+    table = pq.read_table(part)
+    place = table.schema.get_field_index("error")
+    pq.write_table(table.set_column(place, table.field(place), pa.array(errors)), part)
+    assert job.close([], lambda *_: b"").extras == {"heif": 2, "jxl": 1}

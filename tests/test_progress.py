@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fcntl import ioctl
 from io import StringIO
 from pathlib import Path
 from termios import TIOCSWINSZ
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +24,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
+from imagemill import cli, report
+from imagemill.api import Answer, Prediction
 from imagemill.display import observer, terminal
 from imagemill.display import pace as pace_module
 from imagemill.display.pace import Estimate, Pace
-from imagemill.display.text import failure_parts, format_lines, job_parts
-from imagemill.records import Clock, Progress, Settings
-from imagemill.runner import run
+from imagemill.display.results import format_status, format_summary
+from imagemill.display.text import failure_parts, fit, fit_to, format_lines, job_parts
+from imagemill.job import documents
+from imagemill.job.open_job import JobStatus, OpenJob
+from imagemill.job.paths import JobPaths
+from imagemill.job.store import open_store
+from imagemill.records import Clock, Progress, Settings, Status, Summary
+from imagemill.runner import run, summarise
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
 
@@ -342,15 +352,24 @@ def test_restarts_are_shown() -> None:
 @pytest.mark.parametrize(
     ("course", "failed", "expected"),  # of 1,000 images after 100 that were resumed
     [
-        ([(0.0, 0)], {}, "100 of 1,100 (9 %), first images in progress"),
-        ([(1.0, 0), (11.0, 500)], {}, "600 of 1,100 (54 %)"),
-        ([(1.0, 50), (10.0, 500)], {}, "600 of 1,100 (54 %), 50.0 images/s, 10s left"),
+        ([(0.0, 0)], {}, "100 of 1,100 images (9 %), first images in progress"),
+        ([(1.0, 0), (11.0, 500)], {}, "600 of 1,100 images (54 %), 11s elapsed"),
+        (
+            [(1.0, 50), (10.0, 500)],
+            {},
+            "600 of 1,100 images (54 %), 50.0 images/s, 10s elapsed, 10s left",
+        ),
         (
             [(1.0, 50), (10.0, 500)],
             {"empty": 1, "corrupt": 2},
-            "600 of 1,100 (54 %), 50.0 images/s, 10s left, 3 failed: 2 corrupt, 1 empty",
+            "600 of 1,100 images (54 %), 50.0 images/s, 10s elapsed, 10s left, 3 failed: 2 corrupt, 1"
+            " empty",
         ),
-        ([(1.0, 50), (20.0, 1_000)], {}, "1,100 of 1,100 (100 %), 50.0 images/s, 0s left"),
+        (
+            [(1.0, 50), (20.0, 1_000)],
+            {},
+            "1,100 of 1,100 images (100 %), 50.0 images/s, 20s elapsed, 0s left",
+        ),
     ],
 )
 def test_a_line_says_how_far_how_fast_and_how_long(
@@ -396,12 +415,12 @@ def test_the_last_line_of_a_log_file_is_the_end_state() -> None:
     stream = StringIO()
     display = terminal.PlainDisplay(10, 0, stream)
     display(at(1.0, 4))
-    display(at(2.0, 10, failed={"empty": 1}))
+    display(at(2.0, 10, saved=10, failed={"empty": 1}))
     display.close()
     display.close()
     assert stream.getvalue().splitlines() == [
-        "4 of 10 (40 %)",
-        "10 of 10 (100 %), 1 failed: 1 empty",
+        "4 of 10 images (40 %), 1s elapsed",
+        "10 of 10 images (100 %), finished, 2s elapsed, 1 failed: 1 empty",
     ]
     unused = terminal.PlainDisplay(10, 10, stream)
     unused.close()
@@ -493,7 +512,7 @@ def test_a_terminal_gets_a_live_display(
     )
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", text), "no colour"
     assert max(map(len, lines)) <= 80
-    assert any(re.match(r"\d+ of 48 \(\d+ %\), \d+ saved", line) for line in lines)
+    assert any(re.match(r"\d+ of 48 images \(\d+ %\), \d+ saved", line) for line in lines)
     assert "null#0" not in lines[-1]
 
 
@@ -514,7 +533,9 @@ def test_a_dumb_terminal_gets_plain_lines(
     """TERM=dumb: what a log file gets."""
     text, lines = on_terminal(small_jpegs, tmp_path / "out", models_dir, TERM="dumb")
     assert "\x1b" not in text
-    assert any(re.match(r"\d+ of 48 \(\d+ %\)", line) for line in lines), text
+    assert any(re.match(r"\d+ of 48 images \(\d+ %\), ", line) for line in lines), text
+    shown = [line for line in lines if re.match(r"\d+ of 48 images", line)]
+    assert shown[-1].startswith("48 of 48 images (100 %), finished")
 
 
 @pytest.mark.process
@@ -595,7 +616,8 @@ print(summary.ok)
     assert len(shown) > 1
     assert len({content["transient"]["display_id"] for content in shown}) == 1
     lines = shown[-1]["data"]["text/plain"].splitlines()
-    assert "48" in lines[0]
+    assert lines[0].startswith("48 of 48 images (100 %)")
+    assert 'max="48" value="48"' in shown[-1]["data"]["text/html"]
     assert [line for line in lines if line.split()[:1] == ["null#0"]], lines
     assert "\x1b" not in "".join(content["data"]["text/plain"] for content in shown)
 
@@ -613,3 +635,135 @@ def test_the_logger_is_as_it_was_after_runs_that_overlapped(tmp_path: Path) -> N
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
     assert "for the second" in (tmp_path / "b").read_text()
     assert not (tmp_path / "a").exists()
+
+
+# ── the end of a job, its status, and notebooks ───────────────────────────────────────────────────
+
+
+def summary(**changes: Any) -> Summary:
+    """The summary of a job of ten images."""
+    made = Summary(10, 10, 0, {}, {}, 1, 0, 2.0, 5.0, "tiny", "fp32", None, (), "out")
+    return replace(made, rates={"achieved": 5.0, "decode_only": 9.0}, **changes)
+
+
+def test_the_summary_names_failed_images_and_what_would_read_them() -> None:
+    """Once per extra; without failures neither line is there."""
+    failed = summary(ok=6, failed=4, failed_by_status={"unsupported": 4}, extras={"heif": 3})
+    lines = format_summary(failed).splitlines()
+    assert lines[-1] == "failed images: out/failed.txt"
+    assert lines[1] == (
+        "to read 3 failed images: pip install 'imagemill[heif]', then run again with"
+        " --retry-failed=unsupported"
+    )
+    assert not re.search("failed.txt|pip install", format_summary(summary()))
+
+
+def test_rates_for_developers_are_shown_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With -v alone; the JSON always has them."""
+    monkeypatch.setattr(run, "run", lambda *_: summary())
+    for options, is_shown in (([], False), (["-v"], True), (["--verbose"], True)):
+        assert cli.main(["run", "a", "-o", "out", *options]) == 0
+        assert ("decode only 9.0" in capsys.readouterr().out) == is_shown
+    cli.main(["run", "a", "-o", "out", "--json"])
+    assert json.loads(capsys.readouterr().out)["rates"]["decode_only"] == 9.0
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_messages_are_broken_between_words(width: int) -> None:
+    """What can be copied stays whole: commands in backticks, paths and URLs. No word is lost."""
+    command = "`imagemill quantize efficientnet_lite0 --images SOURCE`"
+    text = f"imagemill: a message of {'many words ' * 20}with {command} and /a/{'long-' * 60}/path."
+    lines = fit(text, width).split("\n")
+    assert all(len(line) < width for line in lines if "long-long" not in line)
+    assert any(command in line for line in lines)
+    assert " ".join(fit(text, width).split()) == text
+    assert fit("  indented\n\nx", width) == "  indented\n\nx"
+
+
+def test_a_stream_that_is_no_terminal_gets_whole_lines() -> None:
+    """For `grep`, and where stderr was closed."""
+    text = "word " * 100
+    assert fit_to(text, StringIO()) == fit_to(text, None) == text
+
+
+def test_the_report_is_announced_before_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It may take a while."""
+    seen: list[str] = []
+    monkeypatch.setattr(report, "write", lambda _: seen.append("written"))
+    job = OpenJob(open_store(JobPaths.of(str(tmp_path))), None)  # type: ignore[arg-type]
+    report.attempt(job, seen.append)
+    assert seen == [f"writing the report: {tmp_path}/report.html", "written"]
+
+
+def test_status_shows_rate_time_left_failures_and_devices() -> None:
+    """Of a running job; a finished one has no rate."""
+    running = JobStatus(
+        *(100, 25, 4, 1, {"corrupt": 2, "empty": 1}, True, False, {}),
+        images_per_second=12.5,
+        seconds_left=6.0,
+        devices={"cpu#0": 12.5, "cpu#1": None},
+    )
+    assert format_status(running).splitlines() == [
+        "25 of 100 images (25 %), running, 12.5 images/s, 6s left",
+        "  cpu#0: 12.5 images/s",
+        "  cpu#1: no rate yet",
+        "failed: 2 corrupt, 1 empty",
+    ]
+    finished = JobStatus(1, 1, 1, 1, {}, False, True, {})
+    assert format_status(finished) == "1 of 1 image (100 %), finished"
+
+
+def test_a_running_job_writes_its_pace(tmp_path: Path) -> None:
+    """What `status` reads; a damaged or missing file is no error."""
+    paths = JobPaths.of(str(tmp_path))
+    write = summarise.pace_writer(paths, 1_000, 100)
+    assert documents.read_pace(paths) == documents.RunningPace()
+    write(at(1.0, 0))
+    summarise.pace_writer(paths, 10, 0)(at(2.0, 4))
+    assert documents.read_pace(paths) == documents.RunningPace(None, None, {"cpu#0": None})
+    documents.write_pace(paths, documents.RunningPace(5.0, 2.0, {"cpu#0": 5.0}))
+    assert documents.read_pace(paths).devices == {"cpu#0": 5.0}
+    paths.pace.write_text("{")
+    assert documents.read_pace(paths) == documents.RunningPace()
+    documents.write_pace(JobPaths.of(str(tmp_path / "none")), documents.RunningPace())
+
+
+def test_a_summary_and_a_prediction_are_a_few_lines_in_a_notebook() -> None:
+    """As text and as HTML, in which labels are no markup."""
+    made = summary(ok=9, failed=1, failed_by_status={"empty": 1})
+    assert repr(made).splitlines() == [
+        "images: 10, 9 ok, 1 failed (1 empty)",
+        "model: tiny in fp32",
+        "speed: 5.0 images/s over 2.0 s",
+        "results: out/predictions",
+        "failed images: out/failed.txt",
+    ]
+    assert "<td>out/failed.txt</td>" in made._repr_html_()
+    answers = [Answer(n, f"<b>{n}", 0.4 / (n + 1)) for n in range(4)]
+    found = Prediction(Status.OK, None, 0, "<b>0", 0.4, tuple(answers), 8, 8)
+    assert repr(found) == "Prediction(40.0% <b>0, 20.0% <b>1, 13.3% <b>2, …)"
+    assert found._repr_html_().count("<tr>") == 4
+    assert "<b>" not in found._repr_html_()
+    failed = Prediction(Status.EMPTY, "has no bytes", None, None, None, (), None, None)
+    assert repr(failed) == "Prediction(empty has no bytes)"
+
+
+def test_a_notebooks_bar_ends_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However soon after another update the job ends."""
+    updates: list[dict[str, str]] = []
+    handle = SimpleNamespace(update=lambda data, raw: updates.append(data))
+    module = SimpleNamespace(display=lambda *_, **__: handle)
+    monkeypatch.setattr(terminal.importlib, "import_module", lambda _: module)
+    display = terminal.NotebookDisplay(10, 0)
+    display(at(1.0, 4))
+    display(at(2.0, 10, saved=10))
+    display.close()
+    assert [re.findall(r'max="(\d+)" value="(\d+)"', data["text/html"]) for data in updates] == [
+        [("10", "4")],
+        [("10", "10")],
+    ]
+    assert updates[-1]["text/plain"].startswith("10 of 10 images (100 %)")

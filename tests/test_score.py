@@ -769,7 +769,10 @@ def test_the_report_shows_the_most_frequent_confusions(
     assert job.paths.report.read_text() == "an older page"
     capsys.readouterr()
     assert cli.main(command) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == f"imagemill: report: {job.paths.report}"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == f"imagemill: writing the report: {job.paths.report}"
+    )
     html = job.paths.report.read_text()
     section = html.partition('id="score"')[2].partition("</section>")[0]
     assert section.count("data:image/jpeg;base64,") == 2

@@ -347,7 +347,7 @@ def test_one_of_eight_devices_that_never_starts_is_retired(
     job = Launcher(pool, given, shards(40), groups=8, say=lines.append, on_tick=seen.append)
     outcome = job.run()
     assert outcome.retired == {"null#3": reason}
-    assert lines == [f"null#3 is retired, the others take its shards: {reason}"]
+    assert lines == [f"null#3 is retired, the others process its images: {reason}"]
     assert outcome.restarts["null#3"] == starts - 1
     assert outcome.devices["null#3"] == 0
     assert sorted(number for _, _, number in pool.committed) == list(range(40))
@@ -526,12 +526,13 @@ def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
     with pytest.raises(
         Interrupted,
-        match=rf"stopped by {number.name}: 32 shards are left\. Repeat the command to resume\.",
+        match=rf"stopped by {number.name}, 320 images left\. Run the same command again to continue\.",
     ) as caught:
         runner.run()
     assert caught.value.exit_code == code
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
     assert lines == [
-        f"{number.name}: finishing the shards in flight, 20 s at most; a second signal drops them"
+        f"stopping: finishing 4 shards (40 images) for at most 20 s, {again} to stop at once"
     ]
     assert len(pool.committed) == 8
     assert pool.now <= 1_008.5

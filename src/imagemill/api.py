@@ -49,6 +49,7 @@ from imagemill.records import (
     Shard,
     Status,
     Summary,
+    html_table,
 )
 from imagemill.runner import run as runner
 from imagemill.runner import thresholds
@@ -139,6 +140,22 @@ class Prediction:
     """float32 (features,) with `load(save=["embedding"])`, or if the model has no classes, if
     status is ok.
     """
+
+    def __repr__(self) -> str:
+        shown = [f"{value} {what}".rstrip() for value, what in self._lines()]
+        return f"Prediction({', '.join(shown[:3])}{', …' * (len(shown) > 3)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._lines())
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        """Yield what notebooks and Python's prompt show: the classes, or why there are none."""
+        if self.status is not Status.OK:
+            yield self.status.value, self.error or ""
+        elif not self.top_k:
+            yield "ok", "no class"
+        for answer in self.top_k:
+            yield f"{answer.probability:.1%}", answer.label
 
 
 def run(

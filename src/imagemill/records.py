@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -700,8 +700,37 @@ class Summary:
     """None where this invocation made none."""
     recomputed: int = 0
     """Images that overflowed fp16 and were computed again in fp32, in this run."""
+    extras: Mapping[str, int] = field(default_factory=dict)
+    """Extras that are not installed and would read failed images → how many images."""
     machine: Mapping[str, str] = field(default_factory=dict)
     """What the job ran on: `system`, `processor`, `cores`, `memory`, `python`."""
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name}: {value}" for name, value in self._facts().items())
+
+    def _repr_html_(self) -> str:
+        return html_table(self._facts().items())
+
+    def _facts(self) -> dict[str, str]:
+        """Return what notebooks and Python's prompt show."""
+        statuses = ", ".join(f"{n:,} {status}" for status, n in self.failed_by_status.items())
+        failed = f", {self.failed:,} failed ({statuses})" if self.failed else ""
+        facts = {"images": f"{self.images:,}, {self.ok:,} ok{failed}"}
+        facts["model"] = f"{self.model} in {self.precision}"
+        if self.images_per_second:
+            facts["speed"] = f"{self.images_per_second:,.1f} images/s over {self.seconds:,.1f} s"
+        facts["results"] = f"{self.output}/predictions"
+        if self.failed:
+            facts["failed images"] = f"{self.output}/failed.txt"
+        return facts
+
+
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
+    """Return names and values as an HTML table, for notebooks."""
+    from html import escape
+
+    cells = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<table style="text-align:left">{"".join(cells)}</table>'
 
 
 @dataclass(frozen=True, slots=True)

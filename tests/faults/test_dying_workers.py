@@ -73,7 +73,7 @@ def test_a_device_that_never_starts_is_retired_and_the_job_ends_complete(
         "worker null#1 failed to start 3 times in a row; the last time it ended with exit code 7."
         f" The last lines of {log}: … the card has fallen off the bus"
     )
-    assert result.err.count(f"null#1 is retired, the others take its shards: {reason}\n") == 1
+    assert result.err.count(f"null#1 is retired, the others process its images: {reason}\n") == 1
     assert f"  null#1 was retired: {reason}\n" in result.out
     assert harness.assert_complete(tmp_path / "out").num_rows == 48
     status = OpenJob.open(tmp_path / "out").status()

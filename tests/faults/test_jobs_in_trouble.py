@@ -5,6 +5,7 @@ not be frozen into the results.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_sigterm_finishes_the_shards_in_flight_within_the_grace(
     hold.release()
     result = helpers.finish(process)
     assert result.code == 143
-    assert "Repeat the command to resume." in result.err
+    assert "Run the same command again to continue." in result.err
     assert before < len(helpers.parts(output)) < 6, (
         "the shards in flight were to be finished, and no other"
     )
@@ -77,7 +78,9 @@ def test_the_grace_and_a_second_signal_end_the_wait(
     for number in signals[1:]:
         process.send_signal(number)
     result = helpers.finish(process)
-    assert f"finishing the shards in flight, {grace} s at most" in result.err
+    assert re.search(
+        rf"stopping: finishing \d shards? \(.* images\) for at most {grace} s, ", result.err
+    )
     assert result.code == 128 + signals[0]
     assert not any(map(helpers.running, workers))
     assert null_run(small_jpegs, "--output", output).code == 0

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # None if the caller closed it
             sys.stdout.flush()
     except ImagemillError as error:
-        print(f"imagemill: {error}", file=sys.stderr)
+        _log(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         print("imagemill: interrupted. Run the same command again to continue.", file=sys.stderr)
@@ -142,7 +142,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     _add_options(sub, SETTINGS)
     sub.usage = "%(prog)s SOURCE... --output DIR [options]"
-    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    _add_summary_options(sub)
 
     sub = command(
         "demo", _demo, "classify the sample images with the model that comes with the package"
@@ -157,7 +157,7 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     )
     _add_options(sub, demo)
     sub.usage = "%(prog)s [options]"
-    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    _add_summary_options(sub)
 
     sub = command("status", _status, "show the progress of a job, which may be running")
     sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
@@ -464,6 +464,15 @@ def _parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_summary_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    sub.add_argument(
+        *("-v", "--verbose"),
+        action="store_true",
+        help="also print what decoding alone and computing alone would reach",
+    )
+
+
 def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "file",
@@ -657,7 +666,10 @@ def _run(parsed: argparse.Namespace) -> int:
         print(_as_json(found) if parsed.json else results.format_dry_run(found))
     else:
         summary = run.run(settings, observer.Terminal())
-        print(_as_json(summary) if parsed.json else results.format_summary(summary))
+        if parsed.json:
+            print(_as_json(summary))
+        else:
+            _print_result(results.format_summary(summary, verbose=parsed.verbose))
     return 0
 
 
@@ -946,6 +958,13 @@ def _bench(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _print_result(result: str) -> None:
+    """Print text for people, in lines that fit into a terminal."""
+    from imagemill.display import text
+
+    print(text.fit_to(result, sys.stdout))
+
+
 def _as_json(record: object) -> str:
     from imagemill.system import serialization
 
@@ -955,7 +974,7 @@ def _as_json(record: object) -> str:
 def _log(message: str) -> None:
     from imagemill.display import text
 
-    text.print_line(f"imagemill: {message}")
+    text.print_message(f"imagemill: {message}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Terminal(Watcher):
 
     def say(self, message: str) -> None:
         """Print the line."""
-        text.print_line(f"imagemill: {message}")
+        text.print_message(f"imagemill: {message}")
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
         """Start the display that fits the place where stderr goes."""

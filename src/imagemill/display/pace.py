@@ -35,7 +35,9 @@ class Estimate:
     saved: int
     """Images in committed parts, which are safe whatever happens."""
     state: str
-    """`starting`, `first images in progress` or `running`."""
+    """`starting`, `first images in progress`, `running` or `finished`."""
+    elapsed_s: float
+    """Seconds since the first lease of this invocation."""
     rate: float | None
     """images/s of this invocation, recently; None before it is known."""
     left_s: float | None
@@ -130,11 +132,15 @@ class Pace:
         rate, left_s = self._left(progress, rates, max(0, self._total - self._resumed - done))
         last_step_s = max((count.last_step_s for count in self._counts.values()), default=0.0)
         state = "first images in progress" if progress.ready else "starting"
+        if done:
+            is_finished = self._resumed + progress.rows >= self._total
+            state = "finished" if is_finished else "running"
         return Estimate(
             total=self._total,
             done=self._resumed + done,
             saved=self._resumed + progress.rows,
-            state="running" if done else state,
+            state=state,
+            elapsed_s=now_s,
             rate=rate,
             left_s=left_s,
             stalled_s=max(0.0, now_s - last_step_s) if done else 0.0,

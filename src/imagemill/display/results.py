@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imagemill.display.text import format_statuses
+from imagemill.display.text import format_duration, format_statuses
 from imagemill.errors import counted
 
 if TYPE_CHECKING:
@@ -16,15 +16,22 @@ _MAX_MISSING = 10
 """Missing parts that `imagemill verify` names one by one."""
 
 
-def format_summary(summary: Summary) -> str:
-    """Return the figures of a finished job."""
+def format_summary(summary: Summary, *, verbose: bool = False) -> str:
+    """Return the figures of a finished job; with `verbose`, also the rates that show what decoding
+    and computing alone would reach.
+    """
     lines = [f"{counted(summary.images, 'image')}: {summary.ok:,} ok, {summary.failed:,} failed"]
     if summary.failed:
         lines[0] += f" ({format_statuses(dict(summary.failed_by_status))})"
+    for extra, images in summary.extras.items():
+        lines.append(
+            f"to read {counted(images, 'failed image')}: pip install 'imagemill[{extra}]', then"
+            " run again with --retry-failed=unsupported"
+        )
     if skipped := _format_skipped_of(summary):
         lines.append(f"skipped: {skipped}")
     if summary.images_per_second:
-        lines += _format_speed(summary)
+        lines += _format_speed(summary, verbose=verbose)
     if summary.recomputed:
         were = "was" if summary.recomputed == 1 else "were"
         lines.append(
@@ -34,6 +41,8 @@ def format_summary(summary: Summary) -> str:
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")
     lines.append(f"results: {summary.output}/predictions")
+    if summary.failed:
+        lines.append(f"failed images: {summary.output}/failed.txt")
     return "\n".join(lines)
 
 
@@ -59,7 +68,7 @@ def _format_skipped_of(found: Summary | DryRun) -> str:
     )
 
 
-def _format_speed(summary: Summary) -> Iterator[str]:
+def _format_speed(summary: Summary, *, verbose: bool) -> Iterator[str]:
     yield (
         f"{summary.images_per_second:,.1f} images/s over {summary.seconds:,.1f} s,"
         f" {summary.model} in {summary.precision}"
@@ -75,6 +84,8 @@ def _format_speed(summary: Summary) -> Iterator[str]:
             yield f"  {device.name} was retired: {device.retired}"
     what = f"bounded by {summary.bottleneck}" if summary.bottleneck else "bottleneck"
     yield f"{what}: {summary.advice}"
+    if not verbose:
+        return
     # In a job of a few images an estimate may be lower than what was achieved: leave it out.
     rates = [
         f"{name.replace('_', ' ')} {rate:,.1f}"
@@ -107,11 +118,20 @@ def format_rows(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def format_status(found: JobStatus) -> str:
     """Return how far a job is."""
-    state = "running" if found.running else "not finished: repeat the run command to resume"
-    lines = [
-        f"{found.done:,} of {found.images:,} images ({found.shards_done:,} of {found.shards:,}"
-        f" shards), {'finished' if found.complete else state}"
+    state = "running" if found.running else "not finished: run the same command again to continue"
+    share = 100 * found.done // max(found.images, 1)
+    parts = [
+        f"{found.done:,} of {counted(found.images, 'image')} ({share} %)",
+        "finished" if found.complete else state,
     ]
+    if found.images_per_second is not None:
+        parts.append(f"{found.images_per_second:,.1f} images/s")
+    if found.seconds_left is not None:
+        parts.append(f"{format_duration(found.seconds_left)} left")
+    lines = [", ".join(parts)]
+    for name, rate in found.devices.items():
+        speed = "no rate yet" if rate is None else f"{rate:,.1f} images/s"
+        lines.append(f"  {name}: {speed}")
     if found.failed_by_status:
         lines.append(f"failed: {format_statuses(dict(found.failed_by_status))}")
     lines += [f"{name} was retired: {reason}" for name, reason in found.retired.items()]

@@ -6,6 +6,7 @@ it. Everything goes to stderr, in ASCII, which every encoding of a log can hold.
 
 from __future__ import annotations
 
+import html
 import importlib
 import os
 import sys
@@ -44,7 +45,8 @@ class Display(ABC):
     def show(self, progress: Progress, estimate: Estimate) -> None:
         """Show the progress and what `Pace` estimates from it, if it is time to."""
 
-    def close(self) -> None:  # noqa: B027 - a notebook's display has nothing to end
+    @abstractmethod
+    def close(self) -> None:
         """End the display, after the last progress."""
 
 
@@ -122,9 +124,9 @@ class TerminalDisplay(Display):
 
 @final
 class NotebookDisplay(Display):
-    """The same text below a notebook's cell, renewed in place once a second.
+    """A bar and the same text below a notebook's cell, renewed in place once a second.
 
-    rich needs ipywidgets for this, which many notebook servers do not have.
+    rich needs ipywidgets for this, which many notebook servers do not have. `<progress>` is HTML.
     """
 
     def __init__(self, total: int, resumed: int) -> None:
@@ -132,13 +134,28 @@ class NotebookDisplay(Display):
         display = importlib.import_module("IPython.display").display
         self._handle: Any = display({"text/plain": "starting"}, raw=True, display_id=True)
         self._next_s = 0.0
+        self._latest: tuple[Progress, Estimate] | None = None
 
     def show(self, progress: Progress, estimate: Estimate) -> None:
-        """Replace the text if it is a second old."""
+        """Replace bar and text if they are a second old."""
+        self._latest = progress, estimate
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + 1.0
-            lines = format_lines(progress, estimate, _NOTEBOOK_COLUMNS, _MAX_DEVICE_LINES)
-            self._handle.update({"text/plain": "\n".join(lines)}, raw=True)
+            self._update(progress, estimate)
+
+    def close(self) -> None:
+        """Show the end state."""
+        if self._latest:
+            self._update(*self._latest)
+
+    def _update(self, progress: Progress, estimate: Estimate) -> None:
+        lines = format_lines(progress, estimate, _NOTEBOOK_COLUMNS, _MAX_DEVICE_LINES)
+        text = "\n".join(lines)
+        bar = (
+            f'<progress style="width:100%" max="{max(estimate.total, 1)}"'
+            f' value="{estimate.done}"></progress><pre>{html.escape(text)}</pre>'
+        )
+        self._handle.update({"text/plain": text, "text/html": bar}, raw=True)
 
 
 @final

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import TextIO
 
@@ -13,6 +16,7 @@ from imagemill.records import Progress
 
 _STALLED_S = 30.0
 """From this time on without any result, the display says so."""
+_MIN_COLUMNS = 20
 _ONE_LINE_COLUMNS = 100
 """In a display of this width, the state of the whole job takes one line, else two."""
 
@@ -23,6 +27,39 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
     """
     with contextlib.suppress(OSError, ValueError):
         print(text, end=end, file=stream or sys.stderr, flush=True)
+
+
+def print_message(text: str) -> None:
+    """Print to stderr, in lines that fit into a terminal."""
+    print_line(fit_to(text, sys.stderr))
+
+
+def fit_to(text: str, stream: TextIO | None) -> str:
+    """Return a text for a stream: as it is, for `grep`, unless the stream is a terminal."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream else 0
+    except (OSError, ValueError, AttributeError):  # no terminal, or closed, or a replacement
+        return text
+    return fit(text, width) if width else text
+
+
+def fit(text: str, width: int) -> str:
+    """Break long lines between words. Commands in backticks, paths and URLs stay in one piece, so
+    that they can be copied.
+    """
+    whole = re.sub(r"`[^`\n]*`", lambda found: found[0].replace(" ", "\0"), text)
+    lines = []
+    for line in whole.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())] + "  "
+        lines += textwrap.wrap(
+            line,
+            max(width - 1, _MIN_COLUMNS),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        ) or [""]
+    return "\n".join(lines).replace("\0", " ")
 
 
 def format_duration(seconds: float) -> str:
@@ -45,14 +82,18 @@ def format_statuses(failed: Mapping[str, int]) -> str:
 
 def job_parts(estimate: Estimate) -> list[str]:
     """Return the state of the whole job in parts, the most important first, such as
-    `600 of 1,100 (54 %)`, `50.0 images/s` and `10s left`.
+    `600 of 1,100 images (54 %)`, `50.0 images/s`, `12s elapsed` and `10s left`.
     """
     share = 100 * estimate.done // max(estimate.total, 1)
-    parts = [f"{estimate.done:,} of {estimate.total:,} ({share} %)"]
+    parts = [f"{estimate.done:,} of {counted(estimate.total, 'image')} ({share} %)"]
     if estimate.state != "running":
         parts.append(estimate.state)
-    elif estimate.rate is not None and estimate.left_s is not None:
-        parts += [f"{estimate.rate:,.1f} images/s", f"{format_duration(estimate.left_s)} left"]
+    if estimate.rate is not None:
+        parts.append(f"{estimate.rate:,.1f} images/s")
+    if estimate.elapsed_s >= 1:
+        parts.append(f"{format_duration(estimate.elapsed_s)} elapsed")
+    if estimate.left_s is not None and estimate.state == "running":
+        parts.append(f"{format_duration(estimate.left_s)} left")
     if estimate.stalled_s >= _STALLED_S:
         parts.append(f"no result for {format_duration(estimate.stalled_s)}")
     if estimate.bottleneck and estimate.state == "running":

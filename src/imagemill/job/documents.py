@@ -1,11 +1,12 @@
-"""The documents of a job folder: `job.json`, those in `appended/`, `manifest.json`, `summary.json`
-and `retired.json`.
+"""The documents of a job folder: `job.json`, those in `appended/`, `manifest.json`, `summary.json`,
+`retired.json` and `pace.json`.
 
 They are checked when they are read. An error names the file and the key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagemill.errors import OutputError
+from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.records import Filters, Job, Summary
 from imagemill.system import files, interruptible, serialization
@@ -202,6 +204,32 @@ def read_retired(store: Store) -> dict[str, str]:
     OutputError if they cannot be read.
     """
     return _read_rebuildable(store, store.paths.retired, dict[str, str]) or {}
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPace:
+    """`pace.json`: how fast a running job is. Rates are images/s; None is not known yet."""
+
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    devices: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def read_pace(paths: JobPaths) -> RunningPace:
+    """Return how fast the running job is; nothing is known of a job on another machine."""
+    try:
+        data = paths.pace.read_bytes()
+        return serialization.decode(data, RunningPace, str(paths.pace), OutputError)
+    except (OSError, OutputError):
+        return RunningPace()
+
+
+def write_pace(paths: JobPaths, pace: RunningPace) -> None:
+    """Replace `pace.json`. It is not synced, and a disk that is full does not end the job."""
+    making = paths.pace.with_name(f".{paths.pace.name}.tmp")
+    with contextlib.suppress(OSError):
+        making.write_bytes(serialization.encode(pace))
+        making.replace(paths.pace)
 
 
 def _read_rebuildable(store: Store, path: Path, kind: type[T]) -> T | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
+_EXTRA = re.compile(r"needs a package that is not installed: pip install 'imagemill\[(\w+)\]'")
+"""Finds the extra in the error of an image that it would read."""
 
 
 AsLine = Callable[[int, bytes], bytes | None]
@@ -49,6 +52,8 @@ class Tally:
     failed_by_status: Mapping[str, int] = field(default_factory=dict)
     unlisted: int = 0
     """Failed images that `failed.txt` cannot name, because they are in archives or tables."""
+    extras: Mapping[str, int] = field(default_factory=dict)
+    """Extras that would read failed images → how many."""
 
     @property
     def failed(self) -> int:
@@ -123,17 +128,20 @@ def close(
     store.write(
         store.paths.manifest, serialization.encode(Manifest(job.plan_id, job.answer_id, parts))
     )
-    listed = 0
+    listed, extras = 0, Counter[str]()
 
     def lines() -> Iterator[bytes]:
         nonlocal listed
-        for line in failed_paths(store, shards, parts, as_line):
+        for line in failed_paths(store, shards, parts, as_line, extras):
             listed += 1
             yield line
 
     store.write(store.paths.failed_list, lines())
     return Tally(
-        sum(shard.count for shard in shards), dict(sorted(failed.items())), failed.total() - listed
+        sum(shard.count for shard in shards),
+        dict(sorted(failed.items())),
+        failed.total() - listed,
+        dict(sorted(extras.items())),
     )
 
 
@@ -196,20 +204,25 @@ def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Itera
 
 
 def failed_paths(
-    store: Store, shards: Iterable[Shard], parts: Mapping[str, PartRecord], as_line: AsLine
+    store: Store,
+    shards: Iterable[Shard],
+    parts: Mapping[str, PartRecord],
+    as_line: AsLine,
+    extras: Counter[str],
 ) -> Iterator[bytes]:
     """Yield the full path or URL of each failed image, one a line, as `@FILE` reads them.
 
     A name with a line break becomes a JSON string. Images inside archives and tables are left out,
-    because no line can name them.
+    because no line can name them. Count in `extras` those that an extra would read.
     """
     for shard in shards:
         path = store.paths.part(shard.number)
         if parts[path.name].failed_by_status:
             with store.open(path) as file:
-                statuses = pq.read_table(file, columns=["status"], use_threads=False)[
-                    "status"
-                ].to_pylist()
+                table = pq.read_table(file, columns=["status", "error"], use_threads=False)
+            statuses = table["status"].to_pylist()
+            for error in table["error"].drop_null().to_pylist():
+                extras.update(_EXTRA.findall(error))
             for row, status in zip(plan.read(store.paths.plan, shard), statuses, strict=True):
                 if status != Status.OK.value:
                     full = as_line(row.source, row.path)

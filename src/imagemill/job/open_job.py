@@ -6,7 +6,7 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +31,11 @@ class JobStatus:
     complete: bool
     retired: Mapping[str, str]
     """Devices that the latest start has stopped using → why."""
+    images_per_second: float | None = None
+    """Of a job that runs on this machine, recently; None if it is not known."""
+    seconds_left: float | None = None
+    devices: Mapping[str, float | None] = field(default_factory=dict)
+    """images/s by device, while the job runs on this machine."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +199,20 @@ class OpenJob:
 
     def status(self) -> JobStatus:
         """Return how far the job has got. Reads only, so it is safe while the job runs."""
-        done = self.committed()
+        done, running = self.committed(), lock.is_locked(self.paths)
+        pace = documents.read_pace(self.paths) if running else documents.RunningPace()
         return JobStatus(
             images=self.frozen.images,
             done=sum(shard.count for shard in self.shards if shard.number in done),
             shards=len(self.shards),
             shards_done=len(done),
             failed_by_status=dict(sorted(self.failed_by_status(sorted(done)).items())),
-            running=lock.is_locked(self.paths),
+            running=running,
             complete=len(done) == len(self.shards) and self.store.exists(self.paths.summary),
             retired=documents.read_retired(self.store),
+            images_per_second=pace.images_per_second,
+            seconds_left=pace.seconds_left,
+            devices=pace.devices,
         )
 
     def verify(self, *, quarantine: bool = False) -> tuple[list[ledger.Problem], list[Path]]:

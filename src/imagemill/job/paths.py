@@ -130,6 +130,11 @@ class JobPaths:
         return self.root / "retired.json"
 
     @property
+    def pace(self) -> Path:
+        """How fast the running job is, for `imagemill status`. It exists only while it runs."""
+        return self.root / "pace.json"
+
+    @property
     def manifest(self) -> Path:
         """The sha256 of every part. It can be rebuilt from the parts."""
         return self.root / "manifest.json"

@@ -63,9 +63,9 @@ def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
     """Write the report of a job that has just finished. If that fails, the user gets a note and the
     job is still finished.
     """
+    say(f"writing the report: {job.paths.shown(job.paths.report)}")
     try:
         write(job)
-        say(f"report: {job.paths.shown(job.paths.report)}")
     except Interrupted:
         raise
     except Exception as error:

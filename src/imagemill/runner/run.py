@@ -211,6 +211,7 @@ def _carry_out(
     sampled = left if settings.preflight and not is_resumed else []
     shown = watcher.begin(frozen.images, resumed)
     write_retired = summarise.retired_writer(store)
+    write_pace = summarise.pace_writer(paths, frozen.images, resumed)
     try:
         with preflight.Sampler(job, sampled, chosen, watcher.say) as sampler:
 
@@ -218,6 +219,7 @@ def _carry_out(
                 sampler(progress)
                 shown(progress)
                 write_retired(progress)
+                write_pace(progress)
 
             if left:
                 launcher = Launcher(
@@ -233,6 +235,8 @@ def _carry_out(
                 outcome = launcher.run()
     finally:
         watcher.end()
+        with contextlib.suppress(OSError):
+            paths.pace.unlink(missing_ok=True)
     paths.sweep()  # workers that died have left temporary files
     tally = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
     if tally.unlisted:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 
+from imagemill.display.pace import Pace
 from imagemill.errors import TooManyBadError
+from imagemill.job.documents import RunningPace, write_pace
 from imagemill.job.ledger import Tally
 from imagemill.job.open_job import OpenJob
+from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
@@ -22,6 +26,9 @@ from imagemill.records import (
 )
 from imagemill.system import serialization
 from imagemill.workers.launcher import Outcome
+
+_PACE_S = 1.0
+"""Between writes of `pace.json`."""
 
 
 def bad_fraction_guard(
@@ -60,6 +67,27 @@ def retired_writer(store: Store) -> Callable[[Progress], None]:
         if progress.retired != written:
             written = progress.retired
             store.write(store.paths.retired, serialization.encode(written))
+
+    return write
+
+
+def pace_writer(paths: JobPaths, total: int, resumed: int) -> Callable[[Progress], None]:
+    """Return a function that writes how fast the job is, for `imagemill status`, every second.
+
+    Args:
+        paths: of the job.
+        total: images of the job.
+        resumed: images that earlier starts have done.
+    """
+    pace, next_s = Pace(total, resumed), 0.0
+
+    def write(progress: Progress) -> None:
+        nonlocal next_s
+        estimate = pace.add(progress)
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + _PACE_S
+            found = RunningPace(estimate.rate, estimate.left_s, estimate.devices)
+            write_pace(paths, found)
 
     return write
 
@@ -117,6 +145,7 @@ def summarise(
         skipped_broken_links=frozen.skipped_broken_links,
         throughput=outcome.throughput,
         machine=devices.machine(),
+        extras=tally.extras,
         recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
 

@@ -29,7 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from imagemill.errors import DeviceError, ImagemillError, Interrupted, WorkerError
+from imagemill.errors import DeviceError, ImagemillError, Interrupted, WorkerError, counted
 from imagemill.records import DeviceSpec, Lease, Progress, Receipt, Shard
 from imagemill.system.processes import Failed
 from imagemill.workers import protocol
@@ -75,6 +75,7 @@ class Launcher:
     ) -> None:
         self._pool = pool
         self._devices = list(devices)
+        self._images = sum(shard.count for shard in shards)
         self._leases = Leases(shards, by_group=groups == len(devices))
         self._grace_s = grace_s
         self._on_tick = on_tick
@@ -114,10 +115,10 @@ class Launcher:
                 self._pool.kill()
         outcome = self._tally.finish(self._workers.values())
         if self._leases.remaining:
-            number = self._signals[0]
+            number, left = self._signals[0], self._images - sum(outcome.devices.values())
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name}: {self._leases.remaining} shards are"
-                " left. Repeat the command to resume.",
+                f"stopped by {signal.Signals(number).name}, {counted(left, 'image')} left. Run the"
+                " same command again to continue.",
                 128 + number,
             )
         return outcome
@@ -260,7 +261,7 @@ class Launcher:
         reason, *log = str(error).splitlines()
         line = reason + "".join(f" … {line.strip()}" for line in log[-1:])
         self._tally.retire(worker, line)
-        self._say(f"{name} is retired, the others take its shards: {line}")
+        self._say(f"{name} is retired, the others process its images: {line}")
 
     # Signals.
 
@@ -270,9 +271,12 @@ class Launcher:
         """
         name = signal.Signals(self._signals[0]).name
         _log.warning("%s: finishing the shards in flight, %g s at most", name, self._grace_s)
+        leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
+        images = counted(sum(lease.shard.count for lease in leases), "image")
+        again = "Ctrl-C again" if self._signals[0] == signal.SIGINT else "a second signal"
         self._say(
-            f"{name}: finishing the shards in flight, {self._grace_s:g} s at most; a second signal"
-            " drops them"
+            f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most"
+            f" {self._grace_s:g} s, {again} to stop at once"
         )
         deadline = time.monotonic() + self._grace_s
         while (
