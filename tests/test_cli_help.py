@@ -45,6 +45,7 @@ def test_the_help_names_the_limits_that_hold_by_default(capsys: pytest.CaptureFi
         (("run", "x", "-o", "y", "--devcies=cpu"), "--devcies=cpu. Did you mean --devices?"),
         (("run", "x", "-o", "y", "--modle", "z"), "Did you mean --model?"),
         (("export", "x", "--to", "cvs"), "Did you mean csv?"),
+        (("run", "x", "--otput", "y"), "unrecognized arguments: --otput. Did you mean --output?"),
     ],
 )
 def test_a_mistyped_word_gets_the_one_that_was_meant(

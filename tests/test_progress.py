@@ -650,7 +650,7 @@ def test_the_summary_names_failed_images_and_what_would_read_them() -> None:
     """Once per extra; without failures neither line is there."""
     failed = summary(ok=6, failed=4, failed_by_status={"unsupported": 4}, extras={"heif": 3})
     lines = format_summary(failed).splitlines()
-    assert lines[-1] == "failed images: out/failed.txt"
+    assert lines[-2] == "failed images: out/failed.txt"
     assert lines[1] == (
         "to read 3 failed images: pip install 'imagemill[heif]', then run again with"
         " --retry-failed=unsupported"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -51,8 +52,15 @@ class Parser(argparse.ArgumentParser):
             )
             if at_fault and flag in _OLD_FLAGS and flag not in self._option_string_actions:
                 message = f"unknown option {flag}; use instead: {_OLD_FLAGS[flag]}"
-        message = f"{message}. {self._suggestion(message)}"
-        self.exit(2, f"{self.prog}: {message}See `{self.prog} --help`.\n")
+        if message.startswith("the following arguments are required"):  # perhaps a mistyped one
+            flags = [word for word in self.arguments if word.startswith("--")]
+            known = self._option_string_actions
+            if unknown := [flag for flag in flags if flag.partition("=")[0] not in known]:
+                message = f"unrecognized arguments: {unknown[0]}"
+        from imagemill.display.text import fit_to  # which other calls need later, or never
+
+        message = f"{self.prog}: {message}. {self._suggestion(message)}See `{self.prog} --help`."
+        self.exit(2, f"{fit_to(message, sys.stderr)}\n")
 
     def _suggestion(self, message: str) -> str:
         from difflib import get_close_matches  # takes a millisecond that no other call needs

@@ -40,9 +40,9 @@ def format_summary(summary: Summary, *, verbose: bool = False) -> str:
         )
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")
-    lines.append(f"results: {summary.output}/predictions")
     if summary.failed:
         lines.append(f"failed images: {summary.output}/failed.txt")
+    lines.append(f"results: {summary.output}/predictions")
     return "\n".join(lines)
 
 
