@@ -121,7 +121,7 @@ def test_whatever_the_csv_module_writes_is_read_back(
             "",
             "line 3: has 3 cells, the header names 2 columns. Correct the line",
         ),
-        ("path,n\na.jpg,1\nb\n", "", "line 3: has 1 cells, the header names 2 columns."),
+        ("path,n\na.jpg,1\nb\n", "", "line 3: has 1 cell, the header names 2 columns."),
         (
             'path,n\n"a.jpg,1\nb,2\n',
             "",

@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from imagemill.errors import CheckpointError, ClassCountError, ModelError, UsageError, printable
+from imagemill.errors import (
+    CheckpointError,
+    ClassCountError,
+    ModelError,
+    UsageError,
+    counted,
+    printable,
+)
 from imagemill.models import architectures, build, hub, mistaken, published
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import ARCHITECTURES, resnet
@@ -463,7 +470,8 @@ def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
         return read
     if len(labels.names) != weights.architecture.classes:
         say(
-            f"{key} has {len(labels.names):,} names for {weights.architecture.classes:,} classes,"
+            f"{key} has {counted(len(labels.names), 'name')} for"
+            f" {counted(weights.architecture.classes, 'class')},"
             " so it is not used"
         )
         return read

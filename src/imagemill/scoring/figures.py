@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from imagemill.errors import counted
 from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Scores, Shard, Status
@@ -303,7 +304,7 @@ def omitted(job: OpenJob, truth: TrueClasses, figures: Figures) -> Mapping[str, 
     elif frozen.top_k < TOP < len(card.labels):
         found["top5"] = f"the job keeps {frozen.top_k} classes per image (--top-k)"
     elif len(card.labels) <= TOP:
-        found["top5"] = f"the model has only {len(card.labels)} classes"
+        found["top5"] = f"the model has only {counted(len(card.labels), 'class')}"
     why = ""
     if card.scores is Scores.SIGMOID or figures.max_sum > _MAX_SUM:
         why = "the model gives each class a probability of its own"

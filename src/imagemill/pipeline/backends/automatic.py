@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from imagemill.errors import counted
 from imagemill.pipeline.backends import BACKENDS, devices, nvidia
 from imagemill.records import Precision
 
@@ -82,7 +83,8 @@ def _reasons(names: tuple[str, ...], images: int | None, precision: str | None) 
         return reasons | dict.fromkeys(usable, f"it does not compute in {asked}.")
     only_there = asked and asked not in BACKENDS[devices.backends_of("cpu")[0]].kinds["cpu"]
     if images is not None and images < WORTHWHILE and not only_there:
-        few = f"for {images:,} images its start takes too long. To use it: --devices {_KIND}"
+        few = f"for {counted(images, 'image')} its start takes too long."
+        few += f" To use it: --devices {_KIND}"
         return reasons | dict.fromkeys(usable, few)
     best = max(usable, key=lambda number: traits[number].rank, default=None)
     return reasons | {

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from imagemill.errors import SourceError
+from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
 from imagemill.pipeline.sources.kept import NOTHING, Keeper
@@ -132,8 +132,9 @@ class TableSource:
                         continue
                     if len(cells) != len(header):
                         raise SourceError(
-                            f"source {self.name}, line {reader.line_num}: has {len(cells)} cells,"
-                            f" the header names {len(header)} columns. Correct the line; cells that"
+                            f"source {self.name}, line {reader.line_num}: has"
+                            f" {counted(len(cells), 'cell')}, the header names"
+                            f" {counted(len(header), 'column')}. Correct the line; cells that"
                             " hold a separator are quoted."
                         )
                     values = {column: cells[at] or None for column, at in kept.items()}
