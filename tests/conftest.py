@@ -167,14 +167,17 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
 @pytest.fixture
 def imagemill() -> Callable[..., helpers.Result]:
     """Runs the command line; returns its exit code, outputs and JSON. It runs in this process,
-    unless PYTHONPATH holds code for its own.
+    unless the environment holds what only the start of a process reads.
     """
+
+    def of_start(env: Mapping[str, str] | None = None) -> dict[str, str]:
+        found = helpers.environment() if env is None else env
+        return {k: v for k, v in found.items() if k.startswith(("PYTHON", "LC_", "LD_"))}
 
     def call(
         *arguments: object, env: Mapping[str, str] | None = None, **options: Any
     ) -> helpers.Result:
-        paths = helpers.environment()["PYTHONPATH"]
-        if options.keys() <= {"cwd"} and (env or {}).get("PYTHONPATH", paths) == paths:
+        if options.keys() <= {"cwd"} and (env is None or of_start(env) == of_start()):
             return helpers.imagemill_here(*arguments, env=env, **options)
         return helpers.imagemill_cli(*arguments, env=env or helpers.environment(), **options)
 

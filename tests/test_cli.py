@@ -200,8 +200,8 @@ def test_the_spellings_of_graphcores_example_are_known(
             ("run", "none", "--output", "out", "--model", "tiny", "--devices", "ipu:8"),
             "imagemill: --devices ipu:8: ",
         ),
-        (("status", "none"), "imagemill: none is not an imagemill job: it has no job.json."),
-        (("verify", "."), "imagemill: . is not an imagemill job: it has no job.json."),
+        (("status", "none"), "imagemill: {here}/none is not an imagemill job: it has no job.json."),
+        (("verify", "."), "imagemill: {here} is not an imagemill job: it has no job.json."),
         (("get-model", "resnext50_32x4d.mine", "--from", "none.pth"), "imagemill: "),
     ],
 )

@@ -240,7 +240,7 @@ def test_the_readme_runs_code_within_its_first_twenty_lines() -> None:
     """A newcomer types one line and sees answers."""
     first = "\n".join(README.splitlines()[:20])
     assert "imagemill run " in first
-    assert "pip install ." in first
+    assert "pip install '.[hub]'" in first
 
 
 def test_the_default_model_is_the_one_documented() -> None:

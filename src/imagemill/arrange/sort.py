@@ -132,6 +132,8 @@ def sort(
     into = into.absolute()
     _check_place(job, into)
     chosen = _Chosen(job, choice)
+    if not chosen.rows:
+        raise OutputError(f"{job.paths.output} has no rows yet. Finish the job first.")
     before = _hashes(_files_before(into))
     keys = _hashes(image.file for image in chosen.images())
     counts: Counter[str] = Counter()
@@ -431,7 +433,9 @@ def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
         f"{counted(outcome.images, 'image')} {verb} into {counted(count, 'folder')}: {outcome.into}"
     ]
     if not dry_run:
-        lines[0] += f" ({outcome.made:,} new"
+        kind = "copy" if outcome.link is Link.COPY else f"{outcome.link} link"
+        kinds = kind if outcome.made == 1 else "copies" if kind == "copy" else f"{kind}s"
+        lines[0] += f" ({outcome.made:,} new {kinds}"
         lines[0] += f", {outcome.removed:,} old ones removed)" if outcome.removed else ")"
     largest = list(outcome.folders.items())[:10]
     width = max((len(f"{number:,}") for _, number in largest), default=0)

@@ -59,7 +59,9 @@ class Parser(argparse.ArgumentParser):
                 message = f"unrecognized arguments: {unknown[0]}"
         from imagemill.display.text import fit_to  # which other calls need later, or never
 
-        message = f"{self.prog}: {message}. {self._suggestion(message)}See `{self.prog} --help`."
+        typed = next((word for word in self.arguments if word in self._commands()), None)
+        of = f"{self.prog} {typed}" if typed else self.prog
+        message = f"{self.prog}: {message}. {self._suggestion(message)}See `{of} --help`."
         self.exit(2, f"{fit_to(message, sys.stderr)}\n")
 
     def _suggestion(self, message: str) -> str:

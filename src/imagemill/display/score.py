@@ -34,10 +34,11 @@ def _lines(score: Score) -> Iterator[str]:
             f"images without a class of at least the minimum probability, which count as wrong:"
             f" {score.unclassified:,}"
         )
-    for name, average in (("plain", score.macro), ("weighted", score.weighted)):
+    means = {"over classes": score.macro, "over images": score.weighted}
+    for name, average in means.items():
         if average:
             yield (
-                f"mean over classes, {name}: precision {average.precision:.1%}, recall"
+                f"mean {name}: precision {average.precision:.1%}, recall"
                 f" {average.recall:.1%}, F1 {average.f1:.1%}"
             )
     if score.calibration:

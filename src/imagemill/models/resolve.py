@@ -239,7 +239,8 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
     if "/" in model or "\\" in model or model.startswith("."):
         return f"--model {shown}: there is no such folder or file.{meant}"
     names = dict.fromkeys((*_names(models_dir), *published.ALIASES, *published.PUBLISHED))
-    near = difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.6)
+    near = [name for name in sorted(names, key=len) if name.startswith(model.lower())][:3]
+    near = near or difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.6)
     meant = mistaken.did_you_mean(beside + near)
     return (
         f"No model is called {shown}.{meant} `imagemill models` lists the names; a folder, a file"
