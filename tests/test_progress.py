@@ -552,16 +552,23 @@ def test_answers_are_counted_before_their_shard_is_committed(
     for name in ("PYTHONPATH", "HOLD"):
         monkeypatch.setenv(name, hold.environment[name])
     seen: list[Progress] = []
+    statuses: list[JobStatus] = []
 
     class Watcher(observer.Watcher):
         def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
             def note(progress: Progress) -> None:
                 seen.append(progress)
+                statuses.append(OpenJob.open(tmp_path / "out").status())
                 hold.at(progress.devices["null#0"] + 12)
 
             return note
 
     run.run(job(small_jpegs, shard_size=48, batch_size=2), Watcher())
+    assert statuses[-1].running
+    assert set(statuses[-1].devices) == {"null#0"}, "status has the devices of a running job"
+    finished = OpenJob.open(tmp_path / "out")
+    assert not finished.paths.pace.exists()
+    assert (finished.status().running, finished.status().devices) == (False, {})
     counts = [one.devices["null#0"] for one in seen if not one.rows]
     assert {12, 24, 36} <= set(counts)
     assert all(
