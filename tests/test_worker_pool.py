@@ -540,6 +540,19 @@ def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     assert not hasattr(pool, "ended")
 
 
+def test_a_signal_before_the_first_shard_has_nothing_to_finish(
+    simulated_time: Callable[[Simulated], None],
+) -> None:
+    """The job ends at once, without a line about shards."""
+    pool = Simulated({"null#0": 2.0})
+    simulated_time(pool)
+    pool.at(0.0, lambda: os.kill(os.getpid(), signal.SIGINT) or [])
+    lines: list[str] = []
+    with pytest.raises(Interrupted, match=r"stopped by SIGINT, 40 images left"):
+        Launcher(pool, [device(0)], shards(4), say=lines.append).run()
+    assert lines == []
+
+
 @pytest.mark.parametrize("how", ["grace", "second signal", "no chance"])
 def test_the_wait_after_a_signal_ends(
     simulated_time: Callable[[Simulated], None], how: str

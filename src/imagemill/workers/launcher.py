@@ -272,12 +272,8 @@ class Launcher:
         name = signal.Signals(self._signals[0]).name
         _log.warning("%s: finishing the shards in flight, %g s at most", name, self._grace_s)
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
-        images = counted(sum(lease.shard.count for lease in leases), "image")
-        again = "Ctrl-C again" if self._signals[0] == signal.SIGINT else "a second signal"
-        self._say(
-            f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most"
-            f" {self._grace_s:g} s, {again} to stop at once"
-        )
+        if leases:
+            self._say(_format_stopping(leases, self._signals[0], self._grace_s))
         deadline = time.monotonic() + self._grace_s
         while (
             any(worker.leases for worker in self._workers.values())
@@ -300,6 +296,15 @@ class Launcher:
             ):
                 return True
         return False
+
+
+def _format_stopping(leases: Sequence[Lease], number: int, grace_s: float) -> str:
+    images = counted(sum(lease.shard.count for lease in leases), "image")
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    return (
+        f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most {grace_s:g} s,"
+        f" {again} to stop at once"
+    )
 
 
 @contextlib.contextmanager
