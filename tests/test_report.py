@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import socket
 from collections import Counter
@@ -24,12 +25,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import helpers
+import made_jobs
 import sample_images
 from imagemill.job.open_job import OpenJob
 from imagemill.models import variants
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Clock, DeviceSummary, Limits, Recipe, Settings, Throughput
-from imagemill.report import charts, figures, page, thumbnails
+from imagemill.report import accuracy, charts, figures, page, thumbnails
 from imagemill.runner import run
 from imagemill.workers.timeline import BUCKETS, Timeline
 from s3 import Bucket
@@ -102,7 +104,7 @@ def opened(browser: Browser) -> Iterator[Pages]:
             "request",
             lambda request: (
                 seen.append(request.url[:1000])
-                if not request.url.startswith("data:image/jpeg;")
+                if not request.url.startswith("data:image/webp;")
                 else None
             ),
         )
@@ -182,7 +184,7 @@ def cards(shown: Page, part: str) -> list[dict[str, Any]]:
 
 
 def visible_names(shown: Page) -> list[str]:
-    return shown.locator(".images > li:visible .name bdi").all_text_contents()
+    return shown.locator(".part .images > li:visible .name bdi").all_text_contents()
 
 
 # ── what it says ──────────────────────────────────────────────────────────────────────────────────
@@ -306,12 +308,43 @@ def test_the_random_sample_is_uniform() -> None:
     ).sum() < 160  # 99.99 % of chi-squared with 99 degrees of freedom
 
 
+def test_many_classes_are_in_a_fold_and_the_least_certain_are_named(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    """The table has the ten most frequent classes, the fold all. A class of two images says too
+    little to be called uncertain.
+    """
+    labels = [f"class {letter}" for letter in "abcdefghijkl"]
+    ids = [n for n in range(12) for _ in range(14 - n)]
+    names = [f"{number:03d}.jpg" for number in range(len(ids))]
+    source = helpers.fill(tmp_path / "source", dict.fromkeys(names, b"x"))
+    job = made_jobs.made_job(
+        made_jobs.settings_of(source, output=tmp_path / "out", models_dir=models_dir),
+        made_jobs.tiny(models_dir),
+        lambda path: (ids[int(path[:3])], 0.9 - ids[int(path[:3])] / 20),
+        labels,
+    )
+    found = figures.gather(job)
+    assert [item.label for item in found.classes] == labels
+    assert (found.classes_seen, found.other_images) == (12, 4 + 3)
+    assert [item.class_id for item in found.uncertain_classes] == [11, 10, 9, 8, 7]
+    shown = [*found.most_certain, *found.least_certain, *found.sample]
+    nothing = {image.index: thumbnails.Thumbnail(reason="not made") for image in shown}
+    text = page.render(job, None, found, accuracy.Accuracy(None), nothing).decode()
+    table, _, fold = text.partition('<ol class="all">')
+    assert "All 12 classes seen, with their images" in table
+    assert table.count('class="quiet id"') == 10
+    assert re.findall("<bdi>(.*?)</bdi>", fold.partition("</ol>")[0]) == labels
+
+
 def test_provenance_is_all_there(reported: Reported, opened: Pages) -> None:
     """Model and its hash, licence and origin, settings, sources, versions and machine are on
     the page.
     """
     frozen = OpenJob.open(reported.output).frozen
-    text = opened(reported.report).locator("section:has(> #provenance)").inner_text()
+    shown = opened(reported.report)
+    shown.click(".provenance > summary")
+    text = shown.locator("section:has(> #provenance)").inner_text()
     card = frozen.job.session.card
     named = (
         card.sha256,
@@ -376,11 +409,24 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
     assert not opened(reported.report).locator("#accuracy").count()
 
 
-def test_speed_is_shown_per_device(reported: Reported, opened: Pages) -> None:
+def test_speed_is_shown_per_device(
+    reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
+) -> None:
     """A line for all and for each device, whose numbers add up to the job's rows; and where each
-    device's time went.
+    device's time went. A job of less than two seconds has no chart, whose axis would repeat itself.
     """
-    shown = opened(reported.report)
+    output = copy_of(reported.output)
+    for seconds in (60.0, 0.3):
+        summary = json.loads((output / "summary.json").read_bytes()) | {"seconds": seconds}
+        (output / "summary.json").write_text(json.dumps(summary))
+        page_file = output.parent / f"{seconds:g}.html"
+        assert helpers.imagemill_here("report", output, "--output", page_file).code == 0
+    short = opened(output.parent / "0.3.html").locator("section:has(> #speed)")
+    assert "164 images in 0.3 s: too short for a chart." in short.inner_text()
+    assert not short.locator("svg").count()
+    shown = opened(output.parent / "60.html")
+    axes = shown.locator("section:has(> #speed) .axis").all_inner_texts()
+    assert axes == ["images/s", "time since the start"]
     assert shown.locator("#speed ~ .legend").first.inner_text().split() == [
         "all",
         "devices",
@@ -426,7 +472,9 @@ def test_a_job_that_is_not_finished_says_so(
 def test_a_job_without_answers_and_one_of_one_image_have_a_page(
     job: Jobs, tmp_path: Path, opened: Pages
 ) -> None:
-    """Nothing divides by zero."""
+    """Nothing divides by zero, and a job of few images has one gallery, without strip, search and
+    histogram.
+    """
     run.run(
         job(
             helpers.fill(tmp_path / "bad", {"x.jpg": b"text"}),
@@ -435,7 +483,7 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(
         )
     )
     shown = opened(tmp_path / "b" / "report.html")
-    assert shown.get_by_text("No image has a class.").count() == 2
+    assert shown.get_by_text("No image has a class.").count() == 1
     assert shown.get_by_text("No image has a result.").count() == 1
     run.run(
         job(
@@ -444,7 +492,13 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(
             output=str(tmp_path / "c"),
         )
     )
-    assert len(cards(opened(tmp_path / "c" / "report.html"), "sample")) == 1
+    shown = opened(tmp_path / "c" / "report.html")
+    assert len(cards(shown, "sample")) == 1
+    assert shown.locator(".part h3").all_inner_texts() == ["All images"]
+    assert shown.locator("h2").all_inner_texts() == [
+        *("Figures", "Gallery", "Classes", "Failures", "Speed", "Provenance")
+    ]
+    assert not shown.locator(".strip, #filter, svg.plot").count()
 
 
 # ── that it harms nobody ──────────────────────────────────────────────────────────────────────────
@@ -455,6 +509,11 @@ def test_the_page_opens_from_disk_and_asks_for_nothing(reported: Reported, opene
     shown = opened(reported.report)
     assert shown.title() == "164 images, tiny – imagemill report"
     assert shown.locator("#shown").inner_text() == "96 of 96 images shown"
+    assert "96 of the 150 images" in shown.locator("section:has(> #gallery)").inner_text()
+    assert "Search this sample" in shown.locator("#filter").inner_text()
+    words = shown.locator("body").inner_text().lower()
+    for internal in ("plan id", "session", "lease", "commit"):
+        assert internal not in words
     assert reported.report.stat().st_size < 3_000_000
     assert "http" not in reported.report.read_text(encoding="utf-8").replace("http-equiv", "")
 
@@ -479,7 +538,7 @@ def test_hostile_names_labels_and_errors_are_inert(
     ) == [ours]
     assert shown.locator("style").count() == 1
     assert shown.evaluate(
-        "[...document.images].every(image => image.src.startsWith('data:image/jpeg;base64,'))"
+        "[...document.images].every(image => image.src.startsWith('data:image/webp;base64,'))"
     )
     assert not shown.evaluate(
         "[...document.querySelectorAll('*')].some(e => [...e.attributes].some(a =>"
@@ -579,6 +638,59 @@ def test_the_gallery_can_be_searched_and_filtered(reported: Reported, opened: Pa
     assert visible_names(shown) == everything
 
 
+def test_a_click_on_a_class_filters_the_gallery(reported: Reported, opened: Pages) -> None:
+    """It replaces whatever else was asked for."""
+    shown = opened(reported.report)
+    shown.fill("#text", "no such image")
+    shown.locator(".classes [data-pick]").first.click()
+    rows = {page.visible(row["path"]): row for row in reported.rows}
+    counts = Counter(row["class_id"] for row in reported.rows if row["status"] == "ok")
+    assert {rows[name]["class_id"] for name in visible_names(shown)} == {
+        min(counts, key=lambda class_id: (-counts[class_id], class_id))
+    }
+    assert shown.evaluate("location.hash") == "#gallery"
+
+
+def test_an_image_opens_larger(reported: Reported, opened: Pages) -> None:
+    """With its whole path, its five most probable classes, and a button that copies the path, by
+    mouse and keyboard.
+    """
+    shown = opened(reported.report)
+    row = max(
+        (row for row in reported.rows if row["status"] == "ok"),
+        key=lambda row: (row["probability"], -row["index"]),
+    )
+    shown.locator("#most img").first.press("Enter")
+    assert shown.locator("#content .name").inner_text() == (
+        f"{page.visible(row['path'])} in {reported.source}"
+    )
+    labels = shown.locator("#content .answer bdi, #content .next bdi").all_text_contents()
+    assert labels == [page.visible(answer["label"]) for answer in row["top_k"]]
+    assert shown.locator("#content img").bounding_box()["width"] > 300  # type: ignore[index]
+    shown.evaluate(
+        "() => { navigator.clipboard.writeText = async (text) => { window.copied = text; }; }"
+    )
+    shown.click("#copy")
+    shown.get_by_text("Copied").wait_for()
+    assert shown.evaluate("window.copied") == page.visible(row["path"])
+    shown.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject('denied'); }")
+    shown.click("#copy")
+    shown.get_by_text("Selected: press").wait_for()
+    assert shown.evaluate("getSelection().toString()") == page.visible(row["path"])
+    assert Axe().run(shown).response["violations"] == []
+    shown.keyboard.press("Escape")
+    assert not shown.locator("#large").is_visible()
+
+
+def test_a_truncated_image_shows_what_could_be_decoded(reported: Reported, opened: Pages) -> None:
+    """The upper half is the image, and the rest is one colour."""
+    shown = opened(reported.report)
+    image = shown.locator(".examples li", has_text="broken/half.jpg").locator("img")
+    data = str(image.get_attribute("src")).partition(",")[2]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
+    assert pixels[:10].std() > 2 * pixels[-8:].std()
+
+
 def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> None:
     """The first stop skips to the figures; every control, link and table that scrolls is a stop,
     with a visible focus.
@@ -590,7 +702,7 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
     shown.keyboard.press("Enter")
     assert shown.evaluate("location.hash") == "#main"
     stops = set()
-    for _ in range(60):
+    for _ in range(180):
         shown.keyboard.press("Tab")
         name, outline = shown.evaluate(
             "[document.activeElement.id || document.activeElement.tagName,"
@@ -599,7 +711,7 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
         if name != "BODY":
             stops.add(name)
             assert outline != "none", name
-    assert {"text", "class", "part", "clear", "SUMMARY", "DIV"} <= stops
+    assert {"text", "class", "part", "clear", "IMG", "SUMMARY", "DIV"} <= stops
     shown.focus("#text")
     shown.keyboard.type("half")
     shown.keyboard.press("Enter")
@@ -680,7 +792,8 @@ def test_paper_gets_what_paper_can_use(reported: Reported, opened: Pages) -> Non
 def test_without_scripts_everything_is_there(reported: Reported, opened: Pages) -> None:
     """Controls that would do nothing are hidden; all images and tables are shown."""
     shown = opened(reported.report, java_script_enabled=False)
-    assert shown.locator(".images > li").count() == 96
+    assert shown.locator(".part .images > li").count() == 96
+    assert shown.locator(".part .next").first.is_visible()
     assert not shown.locator("#filter").is_visible()
     assert not shown.locator("#appearance").is_visible()
 
@@ -883,12 +996,12 @@ def test_thumbnails_of_the_worst_images_are_small() -> None:
     """Noise does not compress; even so ninety-six of them are no more than 2 MB."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
     made = thumbnails.encode(noise)
-    assert (made.width, made.height) == (160, 160)
-    assert len(made.jpeg) <= 16_384
+    assert (made.width, made.height) == (224, 224)
+    assert len(made.webp) <= 16_384
     odd = thumbnails.encode(np.arange(160 * 160 * 3, dtype=np.uint8).reshape(160, 160, 3))
-    assert 0 < len(odd.jpeg) <= 16_384
-    harsh = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (160, 160, 3))
+    assert 0 < len(odd.webp) <= 16_384
+    harsh = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (224, 224, 3))
     buffer = io.BytesIO()
-    Image.fromarray(harsh).save(buffer, "JPEG", quality=78, optimize=True)
+    Image.fromarray(harsh).save(buffer, "WEBP", quality=thumbnails._QUALITIES[0])
     assert len(buffer.getvalue()) > 16_384, "no quality had to be given up"
-    assert 0 < len(thumbnails.encode(harsh).jpeg) <= 16_384
+    assert 0 < len(thumbnails.encode(harsh).webp) <= 16_384

@@ -775,7 +775,7 @@ def test_the_report_shows_the_most_frequent_confusions(
     )
     html = job.paths.report.read_text()
     section = html.partition('id="score"')[2].partition("</section>")[0]
-    assert section.count("data:image/jpeg;base64,") == 2
+    assert section.count("data:image/webp;base64,") == 2
     assert "<bdi>&lt;b&gt;cat</bdi> taken for <bdi>dog</bdi>: 2 images" in section
     assert section.index("0/a.jpg") < section.index("0/b.jpg")
     assert "<dt>Top-1</dt><dd>25.0 %" in section

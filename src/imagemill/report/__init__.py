@@ -2,7 +2,7 @@
 
 figures.py      figures from the parts, in one pass
 accuracy.py     what the page shows of `score.json`
-thumbnails.py   small JPEGs of images, fetched and decoded again
+thumbnails.py   small WebP files of images, fetched and decoded again
 charts.py       scales and lines for the template to draw
 page.py         the HTML, from page.html.j2, page.css and page.js
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from imagemill.errors import Interrupted, OutputError
 from imagemill.job import documents
+from imagemill.records import Status
 from imagemill.system import files
 
 if TYPE_CHECKING:
@@ -47,7 +48,11 @@ def write(job: OpenJob, output: str | None = None) -> int:
 
     found = figures.gather(job)
     scored = accuracy.gather(job)
-    shown = [*found.most_certain, *found.least_certain, *found.sample, *scored.examples]
+    truncated = found.examples.get(Status.TRUNCATED, ())
+    shown = [
+        *(*found.most_certain, *found.least_certain, *found.sample),
+        *(*scored.examples, *truncated),
+    ]
     made = thumbnails.make(job, list({image.index: image for image in shown}.values()))
     is_complete = found.images == job.frozen.images
     summary = documents.read_summary(job.store) if is_complete else None

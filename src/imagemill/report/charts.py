@@ -11,6 +11,8 @@ from imagemill.records import Clock, DeviceSummary, Throughput
 WIDTH, HEIGHT = 1000.0, 100.0
 """Size of a chart in its own coordinates, which the page stretches."""
 _TICKS = 4
+_MIN_SECONDS = 2.0
+"""The axis of a shorter job would repeat its labels."""
 _LINES = 6
 """If there are more devices than this, all their lines look alike."""
 
@@ -65,9 +67,9 @@ def ceiling(value: float) -> float:
 
 
 def rates(throughput: Throughput, seconds: float) -> RateChart | None:
-    """Return the chart of a job's throughput; None if no image was saved."""
+    """Return the chart of a job's throughput; None if no image was saved, or the job was short."""
     buckets = max((len(counts) for counts in throughput.images), default=0)
-    if not buckets or seconds <= 0:
+    if not buckets or seconds < _MIN_SECONDS:
         return None
     ends = [
         min((number + 1) * throughput.bucket_s, max(seconds, (buckets - 0.5) * throughput.bucket_s))
@@ -127,7 +129,7 @@ PIECES: Mapping[str, tuple[str, str]] = {
 
 
 def shares(device: DeviceSummary, seconds: float) -> tuple[Share, ...]:
-    """Return where a worker's time went, of the time from the first lease to the last commit."""
+    """Return where a worker's time went, from the first image to the last result saved."""
     clock = device.clock or Clock()
     spent = {name: getattr(clock, name) for name in ("starved", "compute", "write")}
     whole = max(seconds, sum(spent.values()), 1e-9)

@@ -20,11 +20,17 @@ from imagemill.records import Status
 
 BINS = 20
 """Number of bins in the histogram of probabilities."""
-CLASSES = 20
-"""Number of classes that the report lists, the most frequent ones."""
+CLASSES = 10
+"""Number of classes in the report's table, the most frequent ones."""
+LISTED_CLASSES = 2_000
+"""Number of classes that the report names with their images, the most frequent ones."""
+UNCERTAIN_CLASSES = 5
+UNCERTAIN_FROM = 3
+"""Images of a class from which on its mean probability says something."""
 CERTAIN_IMAGES = 24
 """Images in the gallery that are most certain; as many are least certain."""
 SAMPLE_IMAGES = 48
+"""Random images in the gallery. A job of so few images shows all of them, in plan order."""
 EXAMPLES = 8
 """Failed images that are listed for each status."""
 _COUNT_COLUMNS = ("status", "class_id", "probability")
@@ -83,12 +89,14 @@ class Figures:
     failed_by_status: Mapping[str, int]
     """Most frequent first."""
     classes: tuple[ClassCount, ...]
-    """The most frequent ones, at most `CLASSES`."""
+    """The most frequent ones, at most `LISTED_CLASSES`."""
+    uncertain_classes: tuple[ClassCount, ...]
+    """Those with the lowest mean probability, of those with at least `uncertain_from` images."""
     classes_seen: int
     unclassified: int
     """Images without a class: none of their classes was probable enough, or the model has none."""
     other_images: int
-    """Images of the classes that are not listed."""
+    """Images of the classes that are not in the table."""
     other_probability: float
     """Their mean probability; 0 if there are none."""
     probabilities: tuple[int, ...]
@@ -101,6 +109,7 @@ class Figures:
     sample: tuple[ImageRow, ...]
     """Other images, chosen at random, in plan order."""
     backend: str = ""
+    uncertain_from: int = UNCERTAIN_FROM
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the libraries that decided the results."""
 
@@ -140,7 +149,7 @@ def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
 
 
 def gather(job: OpenJob) -> Figures:
-    """Return the figures of a job's committed parts. Raises: PartError if a part is damaged."""
+    """Return the figures of a job's finished parts. Raises: PartError if a part is damaged."""
     done = job.committed()
     shards = [shard for shard in job.shards if shard.number in done]
     labels, seed = job.frozen.job.session.card.labels, int(job.frozen.job.plan_id, 16)
@@ -184,7 +193,7 @@ def gather(job: OpenJob) -> Figures:
             failed.setdefault(status, _Smallest(EXAMPLES)).offer(shuffled(lost, seed), lost)
     ok = statuses.pop(Status.OK.value, 0)
     classified_images = int(counts.sum())
-    ends = min(CERTAIN_IMAGES, classified_images // 3)
+    ends = min(CERTAIN_IMAGES, classified_images // 3) if ok > SAMPLE_IMAGES else 0
     chosen_most = most.indices[:ends].tolist()
     chosen_least = [index for index in least.indices.tolist() if index not in chosen_most][:ends]
     ends_shown = {*chosen_most, *chosen_least}
@@ -200,23 +209,29 @@ def gather(job: OpenJob) -> Figures:
             *(index for found in chosen_failed.values() for index in found),
         },
     )
-    named = [
-        int(class_id)
-        for class_id in np.lexsort((np.arange(len(labels)), -counts))[:CLASSES]
-        if counts[class_id]
-    ]
-    others = classified_images - int(counts[named].sum())
+    means = sums / np.maximum(counts, 1)
+
+    def named(class_ids: NDArray[Any]) -> tuple[ClassCount, ...]:
+        return tuple(
+            ClassCount(i, labels[i], int(counts[i]), float(means[i])) for i in class_ids.tolist()
+        )
+
+    frequent = np.lexsort((np.arange(len(labels)), -counts))[: np.count_nonzero(counts)]
+    enough = np.flatnonzero(counts >= UNCERTAIN_FROM)
+    others = frequent[CLASSES:]
+    other_images = int(counts[others].sum())
     return Figures(
         images=images,
         ok=ok,
         failed_by_status=dict(sorted(statuses.items(), key=lambda item: (-item[1], item[0]))),
-        classes=tuple(
-            ClassCount(i, labels[i], int(counts[i]), float(sums[i] / counts[i])) for i in named
-        ),
-        classes_seen=int(np.count_nonzero(counts)),
+        classes=named(frequent[:LISTED_CLASSES]),
+        uncertain_classes=named(enough[np.argsort(means[enough])][:UNCERTAIN_CLASSES])
+        if len(enough) > UNCERTAIN_CLASSES
+        else (),
+        classes_seen=len(frequent),
         unclassified=ok - classified_images,
-        other_images=others,
-        other_probability=float((sums.sum() - sums[named].sum()) / others) if others else 0.0,
+        other_images=other_images,
+        other_probability=float(sums[others].sum() / other_images) if other_images else 0.0,
         probabilities=tuple(bins.tolist()),
         mean_probability=float(sums.sum() / classified_images) if classified_images else None,
         examples={

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from imagemill.errors import ImagemillError
 from imagemill.job.documents import Frozen
@@ -27,13 +27,21 @@ from imagemill.models import bundle, variants
 from imagemill.records import Recipe, Summary
 from imagemill.report import charts, thumbnails
 from imagemill.report.accuracy import Accuracy
-from imagemill.report.figures import BINS, Figures
+from imagemill.report.figures import BINS, CLASSES, Figures
 from imagemill.version import __version__
 
 _HERE = Path(__file__).parent
 _LONGEST = 400
 """Characters of any one value. Without a limit a hostile job could make the page very large."""
 _SOURCES, _ADDITIONS = 20, 10
+_STRIP = 8
+"""Images directly under the figures of a large job."""
+_FILTERED = 8
+"""From so many images on, the gallery has a filter."""
+_SHORT_NAME, _NAME_TAIL = 14, 11
+"""Characters of a name that fits below an image, and those that stay at the end of a longer one: a
+number and a suffix.
+"""
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
 )
@@ -70,6 +78,17 @@ def render(
         if summary
         else []
     )
+    galleries = [
+        (key, title, images)
+        for key, title, images in (
+            ("most", "Most certain", figures.most_certain),
+            ("least", "Least certain", figures.least_certain),
+            ("sample", "Random sample" if figures.most_certain else "All images", figures.sample),
+        )
+        if images
+    ]
+    shown = sum(len(images) for _, _, images in galleries)
+    gallery_classes = _classes(figures) if shown >= _FILTERED else []
     text = (
         _environment()
         .get_template("page.html.j2")
@@ -85,15 +104,19 @@ def render(
             scored=scored,
             score=scored.score,
             bins=BINS,
-            galleries=[
-                ("most", "Most certain", figures.most_certain),
-                ("least", "Least certain", figures.least_certain),
-                ("sample", "Random sample", figures.sample),
-            ],
-            gallery_classes=_classes(figures),
+            is_sample=shown < figures.ok,
+            has_filter=shown >= _FILTERED,
+            galleries=galleries,
+            shown=shown,
+            strip=figures.sample[:: max(1, len(figures.sample) // _STRIP)][:_STRIP]
+            if figures.most_certain
+            else (),
+            gallery_classes=gallery_classes,
+            picks={class_id for class_id, _, _ in gallery_classes},
+            table_classes=CLASSES,
             thumbnails=thumbnails_made,
             images={
-                index: _data_uri(made.jpeg) for index, made in thumbnails_made.items() if made.jpeg
+                index: _data_uri(made.webp) for index, made in thumbnails_made.items() if made.webp
             },
             rates=charts.rates(summary.throughput, summary.seconds)
             if summary and summary.throughput
@@ -130,8 +153,10 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "count": _count,
+        "halves": _halves,
         "moment": _moment,
         "percent": _percent,
+        "plain": "{:,g}".format,
         "rate": _rate,
         "seconds": _seconds,
     }
@@ -140,6 +165,13 @@ def _environment() -> jinja2.Environment:
 
 def _count(value: int) -> str:
     return f"{value:,}"
+
+
+def _halves(name: str) -> tuple[Markup, Markup]:
+    """Return the beginning of a name, which the page may shorten, and its end, which it may not."""
+    text = visible(name)
+    cut = len(text) - _NAME_TAIL if len(text) > _SHORT_NAME else 0
+    return escape(text[:cut]), escape(text[cut:])
 
 
 def _moment(when: str) -> str:
@@ -187,9 +219,9 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _data_uri(jpeg: bytes) -> str:
+def _data_uri(webp: bytes) -> str:
     """Return a thumbnail as a data URI, as markup so that it is not shortened."""
-    return Markup("data:image/jpeg;base64,") + base64.b64encode(jpeg).decode()
+    return Markup("data:image/webp;base64,") + base64.b64encode(webp).decode()
 
 
 def _classes(figures: Figures) -> list[tuple[int, str, int]]:
