@@ -43,7 +43,9 @@ from imagemill.records import (
     Recipe,
     Scores,
     SessionSpec,
+    Settings,
 )
+from imagemill.runner import run
 from imagemill.system import cpu
 from imagemill.tuning import accuracy, check, check_process, images, precisions, quantize
 from tiny import WIDE_CARD, tiny_model
@@ -1010,6 +1012,18 @@ def test_without_the_extra_models_in_int8_that_exist_work(
     known = record(bundle, file="int8-a.xml", sha256=sha256, group_channels=0)
     variants.write(tmp_path, int8=replace(known, instruction_set="avx512_vnni"))
     assert precisions.choose(bundle, 10, INT8_UNITS).precision is Precision.INT8
+
+
+def test_without_the_extra_a_job_in_int8_leaves_nothing_behind(
+    tmp_path: Path, jpegs: Callable[..., Path], models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "is_installed", lambda: False)
+    settings = Settings(
+        (str(jpegs()),), str(tmp_path / "out"), "tiny", str(models_dir), precision="int8"
+    )
+    with pytest.raises(ModelError, match="int8 needs a package that is not installed"):
+        run.run(settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_extra_auto_names_it_once_where_int8_would_pay(

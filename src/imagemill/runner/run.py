@@ -107,6 +107,10 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
         listing.refuse_empty(settings, store.paths.root)
         with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
+        if settings.precision == Precision.INT8:
+            from imagemill.tuning import precisions  # imports NumPy
+
+            precisions.check_int8(model.with_recipe(with_model, settings))
     paths = store.paths
     with lock.locked(paths):
         # Another launcher may have changed the job before this one held the lock.

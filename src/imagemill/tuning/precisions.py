@@ -124,7 +124,7 @@ def prepare(
     is_auto = setting in (None, "auto")
     asked = Precision.FP32 if is_auto else Precision(str(setting))
     if asked is Precision.INT8:
-        refuse_int8(bundle.card)
+        check_int8(bundle)
     plain = _plain(bundle, asked)
     gpus = on_gpus.checked(chosen)
     if (not is_auto and gpus) or setting in (Precision.FP32, Precision.FP16):
@@ -168,6 +168,13 @@ def refuse_int8(card: Card) -> None:
     """Raise UsageError if nothing can show whether int8 keeps fp32's answers."""
     if not accuracy.is_defined(card):
         raise UsageError(f"int8 is not possible: {_not_defined(card)}. Use fp32.")
+
+
+def check_int8(bundle: Bundle) -> None:
+    """Raise UsageError or ModelError if the bundle has no int8 model and none can be made."""
+    refuse_int8(bundle.card)
+    if usable(bundle, Precision.INT8) is None:
+        quantize.check_installed()
 
 
 def _not_defined(card: Card) -> str:
@@ -313,8 +320,6 @@ def _explicit(
     record = usable(bundle, precision)
     if record is None and images == 0:
         return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
-    if record is None and precision is Precision.INT8:
-        quantize.check_installed()
     if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
         held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
         quick = replace(base, precisions=(precision,), held_out=held_out)
