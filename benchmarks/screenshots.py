@@ -150,7 +150,7 @@ def shrink(path: Path) -> None:
 
 def page_images(browser: Browser, report: Path, goal: Path) -> None:
     """All of a report at two widths, light and dark, and on paper."""
-    for width, scheme in itertools.product((1280, 360), ("light", "dark")):
+    for width, scheme in itertools.product((1280, 390), ("light", "dark")):
         shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
         shown.goto(report.as_uri())
         shown.screenshot(path=goal / f"report-{width}-{scheme}.png", full_page=True)
@@ -158,15 +158,14 @@ def page_images(browser: Browser, report: Path, goal: Path) -> None:
 
 
 def gallery_image(browser: Browser, goal: Path) -> None:
-    """The head and the gallery of the demo's report."""
+    """The top of the demo's report."""
     subprocess.run(
         [sys.executable, "-m", "imagemill", "demo", "--output", "demo"],
         check=True,
         capture_output=True,
     )
-    shown = browser.new_page(viewport={"width": 1120, "height": 560})
+    shown = browser.new_page(viewport={"width": 1280, "height": 1100})
     shown.goto(Path("demo/report.html").absolute().as_uri())
-    shown.evaluate("document.getElementById('gallery').scrollIntoView()")
     shown.screenshot(path=goal)
     shrink(goal)
 
