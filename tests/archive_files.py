@@ -138,10 +138,10 @@ def zip_by_hand(
 
 
 def listed(
-    path: Path | str, filters: Filters | None = None, aside: Path | None = None
+    path: Path | str, filters: Filters | None = None, index_dir: Path | None = None
 ) -> tuple[Source, list[Entry], Skipped]:
     """A source, its entries, and what it left out."""
-    (source,) = open_all([str(path)], aside=aside)
+    (source,) = open_all([str(path)], index_dir=index_dir)
     skipped = Skipped()
     return source, list(source.entries(filters or Filters(), skipped)), skipped
 

@@ -613,7 +613,7 @@ def test_a_view_that_leaves_its_storage_is_refused(
         checkpoint.read(WRITERS[form](tmp_path / "w.pth", {"a": ARRAYS["a.weight"]}, program))
 
 
-# ── damaged and foreign files ─────────────────────────────────────────────────────────────────────
+# ── damaged and custom files ─────────────────────────────────────────────────────────────────────
 
 
 def repack(
@@ -644,7 +644,7 @@ def test_a_zip_with_a_path_leading_out_is_refused(name: str, tmp_path: Path) -> 
 
 
 def test_odd_zips_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """Compressed, incomplete, foreign, big-endian, wrongly sized, twice the same name."""
+    """Compressed, incomplete, custom, big-endian, wrongly sized, twice the same name."""
 
     def refused(match: str) -> None:
         with pytest.raises(CheckpointError, match=match):

@@ -228,7 +228,7 @@ def test_a_part_without_a_column_is_damaged(
 def test_the_command_writes_to_stdout_or_to_a_file(
     finished: Path, imagemill: CLI, tmp_path: Path
 ) -> None:
-    """The same bytes; nothing but them on stdout; a foreign file of that name is replaced whole."""
+    """The same bytes; nothing but them on stdout; a custom file of that name is replaced whole."""
     result = imagemill("export", finished, "--to", "jsonl", "--columns", "index,path,label")
     assert (result.code, result.err) == (0, "")
     goal = tmp_path / "rows.jsonl"

@@ -308,7 +308,7 @@ def decoding_threads() -> Threads:
 def release_when_joined(
     monkeypatch: pytest.MonkeyPatch, thread: threading.Thread, release: threading.Event
 ) -> None:
-    """Set the event when the feed waits for its thread, which it has told to end by then."""
+    """Set the event when the feed waits for its thread, which it has asked to end by then."""
     join = thread.join
 
     def release_and_join() -> None:

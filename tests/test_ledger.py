@@ -342,7 +342,7 @@ def test_a_part_cut_short_is_found_even_without_a_manifest(
 
 
 def test_quarantine_and_run_heal(finished: Settings, out: Path) -> None:
-    """Damaged parts are moved aside with their summary; the same command computes them, and only
+    """Damaged parts are moved away with their summary; the same command computes them, and only
     them, again.
     """
     original = {
@@ -519,7 +519,7 @@ def test_rows_that_a_reader_would_take_for_the_jobs_are_found(
     finished: Settings, out: Path, name: str
 ) -> None:
     """Programs that read the folder read a copy beside a part too; `verify` names it, and
-    quarantine moves it alone aside.
+    quarantine moves it alone away.
     """
     copy = out / "predictions" / name
     copy.parent.mkdir(exist_ok=True)

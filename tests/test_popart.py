@@ -274,7 +274,7 @@ def test_the_program_ends_at_a_message_that_it_does_not_know(
     session._process.stdin.flush()
     with pytest.raises(
         errors.DeviceLostError,
-        match=re.escape(f"its program failed (the program was told what it does not know: {line})"),
+        match=re.escape(f"its program failed (the program received an unknown message: {line})"),
     ):
         session._answer("done")
     assert {"detached": program} in popart_standin.calls(folder)
@@ -410,7 +410,7 @@ def test_the_table_is_the_graphs_own_normalisation(tiny: Bundle) -> None:
     assert (cut.order, cut.channels_last, cut.convolutions) == ((0, 1, 2), False, ("c1", "c2"))
 
 
-def foreign(folder: Path, *, opset: int = 11) -> Path:
+def custom(folder: Path, *, opset: int = 11) -> Path:
     """A classifier as others make them: BGR, (n, 12, 12, 3), its own scale."""
     rng = np.random.default_rng(5)
     weights = {"w": rng.normal(size=(6, 3, 3, 3)), "m": rng.normal(size=(6, CLASSES))}
@@ -423,7 +423,7 @@ def foreign(folder: Path, *, opset: int = 11) -> Path:
     ]
     graph = helper.make_graph(
         nodes,
-        "foreign",
+        "custom",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 12, 12, 3])],
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", CLASSES])],
         [
@@ -433,7 +433,7 @@ def foreign(folder: Path, *, opset: int = 11) -> Path:
     )
     onnx.save(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10),
-        folder / "foreign.onnx",
+        folder / "custom.onnx",
     )
     labels = folder / "labels.txt"
     labels.write_text("".join(f"{number}\n" for number in range(CLASSES)))
@@ -445,7 +445,7 @@ def foreign(folder: Path, *, opset: int = 11) -> Path:
         "resize": "none",
         "labels": str(labels),
     }
-    made, _ = wrap.wrap(folder / "foreign.onnx", given, folder / "bundle")
+    made, _ = wrap.wrap(folder / "custom.onnx", given, folder / "bundle")
     return made
 
 
@@ -453,7 +453,7 @@ def test_other_layouts_and_colour_orders_answer_alike(folder: Path, tmp_path: Pa
     """A wrapped model that wants BGR and channels last, written with a newer IR version: as
     OpenVINO in fp32, within the tolerance.
     """
-    foreign(tmp_path)
+    custom(tmp_path)
     model = bundle.load(tmp_path / "bundle")
     given = batches(3, 12)
     session = opened(model)
@@ -477,12 +477,12 @@ def test_what_popart_cannot_read_is_an_error_before_it_is_started(
     folder: Path, tmp_path: Path, tiny: Bundle
 ) -> None:
     """A newer opset, a card without the boundary, a graph that goes round it."""
-    foreign(tmp_path, opset=13)
+    custom(tmp_path, opset=13)
     with pytest.raises(
         errors.ModelError,
         match=(
-            r"foreign cannot run on an IPU: it has opset 13, PopART reads opset 6 to 11\. Export it"
-            r" anew"
+            r"custom cannot run on an IPU: it has opset 13, PopART reads opset 6 to 11\. Export it"
+            r" again"
         ),
     ):
         opened(bundle.load(tmp_path / "bundle"))

@@ -48,9 +48,9 @@ def write(folder: Path, *pieces: bytes, name: str = "a.tar") -> Path:
     return path
 
 
-def unopened(path: Path, aside: Path | None = None) -> Source:
+def unopened(path: Path, index_dir: Path | None = None) -> Source:
     """The source as a process has it that did not list it."""
-    return open_all([str(path)], aside=aside)[0]
+    return open_all([str(path)], index_dir=index_dir)[0]
 
 
 # ── what is in it ─────────────────────────────────────────────────────────────────────────────────
@@ -428,7 +428,7 @@ def test_garbage_after_gzip_data_is_ignored_with_a_note(
     )
     path = write(tmp_path, packed + GARBAGE[garbage], name="a.tar.gz")
     for aside in (None, tmp_path):
-        source, entries, skipped = listed(path, aside=aside)
+        source, entries, skipped = listed(path, index_dir=aside)
         assert {entry.path.decode(): fetched(source, entry) for entry in entries} == files
         note = f"note: source {path}: trailing garbage after its gzip data was ignored."
         assert skipped.notes() == ([] if garbage == "zeros" else [note])
@@ -456,7 +456,7 @@ def test_a_damaged_archive_is_one_clear_error(case: str, tmp_path: Path) -> None
     name, data, expected = damages()[case]
     path = write(tmp_path, data, name=name)
     with pytest.raises(SourceError) as caught:
-        listed(path, aside=tmp_path)
+        listed(path, index_dir=tmp_path)
     assert str(caught.value).startswith(f"source {path} {expected}"), caught.value
     assert not list(tmp_path.glob("*.gzidx"))
 
@@ -501,7 +501,7 @@ def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(
     files = some_files(size=20_000)
     path = Path(pack(tmp_path, kind, files))
     sound = path.read_bytes()
-    _, entries, _ = listed(path, aside=tmp_path)
+    _, entries, _ = listed(path, index_dir=tmp_path)
 
     def statuses() -> Counter[str]:
         source = unopened(path, tmp_path)
@@ -559,7 +559,7 @@ def test_the_index_is_kept_and_saves_unpacking_from_the_beginning(
     without the index from all of it.
     """
     path, files = packed
-    _, entries, _ = listed(path, aside=tmp_path)
+    _, entries, _ = listed(path, index_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["source-00000.gzidx"]
     read = {}
     for aside in (tmp_path, None):
@@ -583,12 +583,12 @@ def test_a_lost_or_damaged_index_changes_no_answer(
     another archive.
     """
     path, files = packed
-    _, entries, _ = listed(path, aside=tmp_path)
+    _, entries, _ = listed(path, index_dir=tmp_path)
     index = tmp_path / "source-00000.gzidx"
     sound = index.read_bytes()
     other = tmp_path / "other"
     other.mkdir()
-    listed(pack(tmp_path, "tar.gz", some_files()), aside=other)
+    listed(pack(tmp_path, "tar.gz", some_files()), index_dir=other)
     for damaged in (
         b"",
         sound[: len(sound) // 2],
@@ -625,7 +625,7 @@ def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(
     path = tmp_path / "a.tar.gz"
     data = bytearray(packed[0].read_bytes())
     path.write_bytes(data)
-    _, entries, _ = listed(path, aside=tmp_path)
+    _, entries, _ = listed(path, index_dir=tmp_path)
     data[6_000_000:6_000_100] = random.Random(0).randbytes(100)
     path.write_bytes(data)
     source = unopened(path, tmp_path)
@@ -646,7 +646,7 @@ def test_many_threads_read_one_archive_at_once(
 ) -> None:
     """Each gets its own image, in any order, from one source that nobody has opened before."""
     path, files = packed
-    _, entries, _ = listed(path, aside=tmp_path)
+    _, entries, _ = listed(path, index_dir=tmp_path)
     source = unopened(path, tmp_path if with_index else None)
     work = random.Random(0).choices(entries, k=120)
     with ThreadPoolExecutor(8) as pool:

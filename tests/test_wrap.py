@@ -1,4 +1,4 @@
-"""Any classifier: foreign ONNX files, with a card made by `imagemill wrap` or by hand."""
+"""Any classifier: custom ONNX files, with a card made by `imagemill wrap` or by hand."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_open_nsfw_answers_as_its_own_package_does(
 
 def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) -> None:
     """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for
-    the foreign graph itself.
+    the custom graph itself.
     """
     made = wrap.bundle_for(nsfw, tmp_path, silent)
     pixels = np.stack([np.asarray(sample_images.photograph(224, 224, seed)) for seed in range(2)])
@@ -261,7 +261,7 @@ def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) 
 
 
 def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) -> None:
-    """A foreign graph may call its tensors as ours are called."""
+    """A custom graph may call its tensors as ours are called."""
     file = saved(small(), tmp_path)
     wrap.wrap(file, complete(file, scale=255))
     made = wrap.bundle_for(file, tmp_path / "models", silent)
@@ -329,7 +329,7 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
     exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Beyond protobuf's 2 GiB a bundle keeps weights beside the graph; those that are not raw bytes
-    in the foreign file too.
+    in the custom file too.
     """
     file = saved(small(), tmp_path)
     model = onnx.load(str(file))

@@ -327,11 +327,11 @@ def test_what_is_not_a_free_place_in_a_store_is_refused(
     nothing is written.
     """
     s3.fill({"mine/thesis.doc": b"x"})
-    foreign = null_run(small_jpegs, "--output", s3.url + "/mine")
+    custom = null_run(small_jpegs, "--output", s3.url + "/mine")
     assert (
-        foreign.code,
+        custom.code,
         f"--output {s3.url}/mine is not empty and not an imagemill job (it holds 'thesis.doc')"
-        in foreign.err,
+        in custom.err,
     ) == (
         1,
         True,

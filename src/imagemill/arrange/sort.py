@@ -387,7 +387,7 @@ def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
 def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> dict[int, str]:
     """Make the files that are missing. Return the images that cannot be read: index → why."""
     frozen = job.frozen.job
-    opened = sources.open_all(frozen.sources, aside=job.paths.plan, access=frozen.access)
+    opened = sources.open_all(frozen.sources, index_dir=job.paths.plan, access=frozen.access)
     unreadable: dict[int, str] = {}
     waiting: deque[tuple[_Image, Future[bytes]]] = deque()
 

@@ -710,13 +710,13 @@ def _verify(parsed: argparse.Namespace) -> int:
     problems, moved = job.verify(quarantine=parsed.quarantine)
     shown = job.paths.shown
     found = [{"shard": p.shard, "path": shown(p.path), "problem": p.what} for p in problems]
-    aside = [shown(path) for path in moved]
+    moved_to = [shown(path) for path in moved]
     images = job.frozen.images
     if parsed.json:
-        report = {"sound": not found, "images": images, "problems": found, "moved": aside}
+        report = {"sound": not found, "images": images, "problems": found, "moved": moved_to}
         print(json.dumps(report))
     else:
-        print(results.format_problems(found, aside, images))
+        print(results.format_problems(found, moved_to, images))
         if any(problem.damaged for problem in problems) and not parsed.quarantine:
             _log(
                 f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"

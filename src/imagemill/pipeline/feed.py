@@ -42,8 +42,8 @@ class Feed:
     """Decodes images on `workers` threads and packs them into batches of fixed size.
 
     The threads share one queue, and each takes the next image as soon as it can. So a slow image
-    holds up no other, and each thread of a slow source has a request in flight. Whoever asks for a
-    batch sleeps until its last image is decoded, instead of waking for each one.
+    holds up no other, and each thread of a slow source has a request in flight. A caller that asks
+    for a batch sleeps until its last image is decoded, instead of waking for each one.
 
     Args:
         recipe: defines the pixels.
@@ -52,6 +52,7 @@ class Feed:
         workers: decoding threads; `heartbeat.SLOTS` if there are more.
         heartbeat: where the threads mark the images they work on; None: nowhere.
         clock: receives the times of reading and decoding.
+
     """
 
     def __init__(

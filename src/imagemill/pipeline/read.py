@@ -19,7 +19,7 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
         OutputError: the plan is damaged.
     """
     folder = JobPaths.of(job.output).plan
-    opened = open_all(job.sources, aside=folder, access=job.access)
+    opened = open_all(job.sources, index_dir=folder, access=job.access)
     for lease in leases:
         for row in plan.read(folder, lease.shard):
             source = opened[row.source]

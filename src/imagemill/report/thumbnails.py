@@ -139,7 +139,9 @@ class _Fetching:
 
     def __init__(self, job: OpenJob, images: Iterable[ImageRow], max_bytes: int) -> None:
         frozen = job.frozen.job
-        self._opened = sources.open_all(frozen.sources, aside=job.paths.plan, access=frozen.access)
+        self._opened = sources.open_all(
+            frozen.sources, index_dir=job.paths.plan, access=frozen.access
+        )
         self._max_bytes = max_bytes
         self._wanted: queue.SimpleQueue[tuple[ImageRow, plan.PlannedRow]] = queue.SimpleQueue()
         self._fetched: queue.SimpleQueue[_Fetched] = queue.SimpleQueue()

@@ -60,11 +60,11 @@ def listing(
     skipped: Skipped,
     keeper: Keeper,
     output: Path | None,
-    aside: Path | None = None,
+    index_dir: Path | None = None,
 ) -> Iterator[records.Entry]:
     """Return the images of new settings, in plan order. Raises: SourceError."""
     resolved = sources.resolve(settings.sources)
-    opened = sources.open_all(resolved, output, aside, access_of(settings), keeper)
+    opened = sources.open_all(resolved, output, index_dir, access_of(settings), keeper)
     return islice(entries(opened, filters_of(settings), skipped), settings.limit)
 
 
@@ -104,7 +104,7 @@ class Relisting:
 
 
 def list_again(
-    settings: Settings, job: OpenJob, spooled: Path, aside: Path | None = None
+    settings: Settings, job: OpenJob, spooled: Path, index_dir: Path | None = None
 ) -> Relisting:
     """List the sources of a command, and compare them with a job's plan.
 
@@ -115,7 +115,7 @@ def list_again(
         settings: of the command.
         job: the frozen job.
         spooled: the file that the listing is written to.
-        aside: as `sources.open_all`.
+        index_dir: as `sources.open_all`.
 
     Raises:
         SourceError: a source cannot be listed. OutputError: the listing cannot be written.
@@ -128,7 +128,7 @@ def list_again(
     added = tuple(dict.fromkeys(source for source in asked if source not in all_names))
     check_sources([*(known[place] for place in named), *added], settings)
     keeper = Keeper(frozen=job.first.job.keep)
-    opened = sources.open_all((*known, *added), job.paths.root, aside, access, keeper)
+    opened = sources.open_all((*known, *added), job.paths.root, index_dir, access, keeper)
     filters, skipped, skipped_before = filters_of(settings), Skipped(), Skipped()
     found = chain(
         entries([opened[place] for place in named], filters, skipped_before),

@@ -131,7 +131,7 @@ class Sampler:
         )
         try:
             folder = JobPaths.of(job.output).plan
-            opened = sources.open_all(job.sources, aside=folder, access=job.access)
+            opened = sources.open_all(job.sources, index_dir=folder, access=job.access)
             with IsolatedDecoder() as decoder:
                 decoder.decode(
                     b"", job.session.card.recipe, limits

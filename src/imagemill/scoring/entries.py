@@ -297,4 +297,4 @@ def of_cls(job: OpenJob, truth: Truth) -> Found:
 
 def _opened(job: OpenJob) -> list[Source]:
     frozen = job.frozen.job
-    return open_all(frozen.sources, aside=job.paths.plan, access=frozen.access)
+    return open_all(frozen.sources, index_dir=job.paths.plan, access=frozen.access)

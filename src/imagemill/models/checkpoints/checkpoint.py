@@ -3,7 +3,7 @@ says.
 
     load(path) ─► {parameter name: array}, in the order of the file, and names of classes
 
-Three formats, told apart by their first bytes and never by the suffix: `.safetensors`; the zip form
+Three formats, recognised by their first bytes and never by the suffix: `.safetensors`; the zip form
 of `.pth` (a pickle plus one raw member per storage); and its legacy form (five pickles, then the
 raw storages).
 

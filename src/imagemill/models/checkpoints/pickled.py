@@ -235,7 +235,7 @@ class Machine:
                         )
                     stack.append(Unknown(made.full))
                 elif code == "BUILD":
-                    pop()  # the module versions that PyTorch hangs onto a state dict; not needed
+                    pop()  # the module versions that PyTorch attaches to a state dict; not needed
                     top(dict)
                 elif code == "BINPERSID":
                     stack.append(self._storage(pop()))

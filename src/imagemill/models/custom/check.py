@@ -27,7 +27,7 @@ Answers = list[dict[str, NDArray[np.float32]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Findings:
     """What a check run found."""
 
     classes: int
@@ -63,7 +63,7 @@ def run_twice(made: Bundle, plan: Plan) -> Answers:
         ) from error
 
 
-def judge(plan: Plan, answers: Answers) -> Verdict:
+def judge(plan: Plan, answers: Answers) -> Findings:
     """Return what the answers of `run_twice` say about a model.
 
     Raises:
@@ -100,7 +100,7 @@ def judge(plan: Plan, answers: Answers) -> Verdict:
             " images as invalid_output"
         )
     classes = found.shape[1] if main == "logits" else 0
-    return Verdict(classes, _features(plan, answers[0], classes), tuple(notes))
+    return Findings(classes, _features(plan, answers[0], classes), tuple(notes))
 
 
 def _features(plan: Plan, answer: Mapping[str, NDArray[np.float32]], classes: int) -> int:

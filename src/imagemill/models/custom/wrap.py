@@ -26,7 +26,7 @@ from imagemill.errors import ClassCountError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.custom.assemble import assemble
-from imagemill.models.custom.check import Verdict, judge, run_twice
+from imagemill.models.custom.check import Findings, judge, run_twice
 from imagemill.models.custom.graph import Plan, examine, image_input, input_types
 from imagemill.models.custom.metadata import read_metadata
 from imagemill.models.custom.onnx_card import (
@@ -379,15 +379,17 @@ def _build(source: Source, folder: Path) -> Checked:
     own = _own_labels(file.name, model) or plan.head.labels
     assemble(model, plan)
     made = bundles.write(folder, _bundle_card(plan, source), model)
-    verdict = judge(plan, run_twice(made, plan))
-    outputs = (["logits"] if verdict.classes else []) + (["embedding"] if verdict.features else [])
-    labels = _labels(plan, verdict.classes, own)
+    findings = judge(plan, run_twice(made, plan))
+    outputs = (["logits"] if findings.classes else []) + (
+        ["embedding"] if findings.features else []
+    )
+    labels = _labels(plan, findings.classes, own)
     read = plan.read
     if labels and read.card.labels is None:
         read = read.with_values({"labels": labels}, "the classes' numbers; no labels were given")
     final = replace(made.card, labels=labels, outputs=tuple(outputs))
     files.write_whole(folder / bundles.CARD, serialization.encode(final))
-    lines = (*read.lines(), *plan.lines, *_found(plan, verdict), *verdict.notes)
+    lines = (*read.lines(), *plan.lines, *_found(plan, findings), *findings.notes)
     return Checked(Bundle(folder, final), lines)
 
 
@@ -428,14 +430,14 @@ def _own_labels(name: str, model: onnx.ModelProto) -> tuple[str, ...] | None:
     return labels if isinstance(labels, tuple) else None
 
 
-def _found(plan: Plan, verdict: Verdict) -> tuple[str, ...]:
+def _found(plan: Plan, findings: Findings) -> tuple[str, ...]:
     """Return what the check run found, for people."""
     lines = []
-    if verdict.classes:
+    if findings.classes:
         second = "; the score is the probability of the second" if plan.two_classes else ""
-        lines.append(f"{plan.head.tensor}: {plan.scores}, {verdict.classes:,} classes{second}")
-    if verdict.features and plan.features:
-        lines.append(f"embedding: {plan.features.tensor}, {verdict.features:,} features")
+        lines.append(f"{plan.head.tensor}: {plan.scores}, {findings.classes:,} classes{second}")
+    if findings.features and plan.features:
+        lines.append(f"embedding: {plan.features.tensor}, {findings.features:,} features")
     else:
         lines.append("embedding: none found; name its tensor with --embedding if you want one")
     if plan.batch is not None:

@@ -235,7 +235,7 @@ def search(kind: str, backend: str) -> Found:
     """Return what a backend finds. If its library fails, that is what is missing."""
     try:
         return look_for(backend, kind)
-    except Exception as error:  # whatever a foreign library, half installed, comes up with
+    except Exception as error:  # whatever another library, half installed, raises
         return Found(
             (),
             f"Looking for {WHAT.get(kind, kind)} by {backend} failed: {type(error).__name__}:"

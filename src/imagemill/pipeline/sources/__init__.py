@@ -188,7 +188,7 @@ def _expanded(argument: str) -> list[str]:
 def open_all(
     sources: Iterable[str],
     output: Path | None = None,
-    aside: Path | None = None,
+    index_dir: Path | None = None,
     access: Access = AS_GIVEN,
     keeper: Keeper = NOTHING,
 ) -> list[Source]:
@@ -197,14 +197,14 @@ def open_all(
     Args:
         sources: as `resolve` spells them.
         output: a folder that is left out of what they list: the job's own.
-        aside: a folder in which a source may keep what it learnt while listing, for the processes
-            that fetch; the plan's. None: it must learn it again.
+        index_dir: a folder in which a source may keep what it learnt while listing, for the
+            processes that fetch; the plan's. None: it must learn it again.
         access: where the sources are now, and how they are asked for. They keep their names.
         keeper: packs the columns of tables and archives that are kept.
     """
     skip = os.stat(output) if output is not None and output.is_dir() else None  # noqa: PTH116
     return [
-        _open(position, source, skip, aside, access, keeper)
+        _open(position, source, skip, index_dir, access, keeper)
         for position, source in enumerate(sources)
     ]
 
@@ -333,7 +333,7 @@ def _open(
     position: int,
     source: str,
     skip: os.stat_result | None = None,
-    aside: Path | None = None,
+    index_dir: Path | None = None,
     access: Access = AS_GIVEN,
     keeper: Keeper = NOTHING,
 ) -> Source:
@@ -345,7 +345,7 @@ def _open(
     at = access.at(os.fsencode(location))
     if location.lower().endswith(".parquet") and not os.path.isdir(at):  # noqa: PTH112
         return ParquetSource(position, os.fsencode(location), column, access, keeper)
-    opened = _open_here(position, relocated(source, access), skip, aside, access, keeper)
+    opened = _open_here(position, relocated(source, access), skip, index_dir, access, keeper)
     opened.name = shown(os.fsencode(source))
     return opened
 
@@ -354,7 +354,7 @@ def _open_here(
     position: int,
     source: str,
     skip: os.stat_result | None,
-    aside: Path | None,
+    index_dir: Path | None,
     access: Access,
     keeper: Keeper,
 ) -> Source:
@@ -362,7 +362,7 @@ def _open_here(
     if source.lower().endswith(".zip") and not os.path.isdir(source):  # noqa: PTH112 - a URL is none
         return ZipSource(position, os.fsencode(source))
     if TAR_SUFFIXES.search(source) and not os.path.isdir(source):  # noqa: PTH112
-        return TarSource(position, os.fsencode(source), aside, keeper)
+        return TarSource(position, os.fsencode(source), index_dir, keeper)
     if storage.is_object(source):
         return objects.ObjectSource(position, source)
     if storage.is_url(source):

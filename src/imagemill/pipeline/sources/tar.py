@@ -74,19 +74,19 @@ _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
 
 
 class TarSource:
-    """A tar archive at a path or URL; the index of a packed one is kept in the folder `aside`."""
+    """A tar archive at a path or URL; the index of a packed one is kept in `index_dir`."""
 
     def __init__(
         self,
         position: int,
         location: bytes,
-        aside: Path | None = None,
+        index_dir: Path | None = None,
         keeper: Keeper = NOTHING,
     ) -> None:
         self.name = shown(location)
         self._position = position
         self._location = location
-        self._index = aside / f"source-{position:05d}.gzidx" if aside else None
+        self._index = index_dir / f"source-{position:05d}.gzidx" if index_dir else None
         self._keeper = keeper
         self._blob = LazyBlob(self._open)
 

@@ -123,7 +123,7 @@ class NodeAgent:
             sources.check(self._assignment.sources, job.access)
         except SourceError as error:
             raise SourceError(f"node {node}: {error} {remedy}") from error
-        opened = sources.open_all(job.sources, aside=self._paths.plan, access=job.access)
+        opened = sources.open_all(job.sources, index_dir=self._paths.plan, access=job.access)
         for image in self._assignment.samples:
             differs = (
                 f"source {job.sources[image.source]} on node {node} is not what it is on the"

@@ -128,7 +128,7 @@ def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
     Images that it cannot read are left out.
     """
     folder = JobPaths.of(job.output).plan
-    opened = sources.open_all(job.sources, aside=folder, access=job.access)
+    opened = sources.open_all(job.sources, index_dir=folder, access=job.access)
     found = []
     for shard in {
         shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])

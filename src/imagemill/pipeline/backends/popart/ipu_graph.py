@@ -88,12 +88,12 @@ def cut(model_file: Path, card: Card, batch_size: int, outputs: Sequence[str]) -
     )
     before = _between(model.graph, card.input, [card.normalised], card.name)
     after = _between(model.graph, card.normalised, outputs, card.name)
-    foreign = sorted({node.domain for node in after if node.domain not in ("", "ai.onnx")})
-    if opset not in OPSETS or foreign or model.functions or model.graph.sparse_initializer:
-        what = f"operators of {', '.join(foreign)}" if foreign else f"opset {opset}"
+    others = sorted({node.domain for node in after if node.domain not in ("", "ai.onnx")})
+    if opset not in OPSETS or others or model.functions or model.graph.sparse_initializer:
+        what = f"operators of {', '.join(others)}" if others else f"opset {opset}"
         raise ModelError(
             f"{card.name} cannot run on an IPU: it has {what}, PopART reads opset {OPSETS[0]} to"
-            f" {OPSETS[-1]}. Export it anew with opset {OPSETS[-1]}, or use --devices cpu."
+            f" {OPSETS[-1]}. Export it again with opset {OPSETS[-1]}, or use --devices cpu."
         )
     height, width = card.recipe.height, card.recipe.width
     pixels = helper.make_tensor_value_info(card.input, TensorProto.UINT8, ["n", height, width, 3])

@@ -45,7 +45,7 @@ ALIGNMENT = 64
 
 
 class Failure(Exception):  # noqa: N818 - what is said, not what went wrong
-    """What the session is told before this program ends."""
+    """What the session receives before this program ends."""
 
     def __init__(self, kind: str, text: str) -> None:
         Exception.__init__(self, text)
@@ -132,7 +132,7 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
                 or set(message) != {"run"}
                 or message["run"] not in range(len(slots))
             ):
-                raise Failure("lost", "the program was told what it does not know: %s" % line[:200])
+                raise Failure("lost", "the program received an unknown message: %s" % line[:200])
             x, outputs = slots[message["run"]]
             try:
                 session.run(popart.PyStepIO({input_id: x}, anchors))
@@ -154,7 +154,7 @@ def _order(line: str) -> Any:
     except ValueError:
         message = None
     if not isinstance(message, dict):
-        raise Failure("lost", "the program was told what it does not know: %s" % line[:200])
+        raise Failure("lost", "the program received an unknown message: %s" % line[:200])
     return message
 
 

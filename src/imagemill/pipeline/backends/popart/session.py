@@ -5,7 +5,7 @@
     outputs ◄───────── slot's outputs ◄─ done(slot) ──  anchors copied
 
 Two slots lie in a file that both processes map: one is filled and emptied here while the IPU is at
-the other. What is said is told in program.py. fp16 means that everything behind the card's
+the other. program.py describes the messages. fp16 means that everything behind the card's
 normalisation boundary, its input and outputs included, is computed in it.
 
 Environment: `IMAGEMILL_POPART_PYTHON`, the interpreter of the SDK (else `python3`, as found on the
