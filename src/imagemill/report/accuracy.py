@@ -12,8 +12,6 @@ from imagemill.scoring.record import ClassScore, Confusion, Score
 
 CONFUSIONS = 8
 """Confusions that the page shows with their images, the most frequent ones."""
-CLASSES = 20
-"""Classes that the page lists, those with most errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,5 @@ def gather(job: OpenJob) -> Accuracy:
             (confusion, tuple(rows[index] for index in confusion.examples if index in rows))
             for confusion in top
         ),
-        tuple(
-            sorted(wrong, key=lambda item: (item.correct - item.support, item.class_id))[:CLASSES]
-        ),
+        tuple(wrong[: figures.CLASSES]),
     )
