@@ -749,6 +749,36 @@ def test_nothing_overflows_a_phone(reported: Reported, opened: Pages, width: int
     assert beyond == []
 
 
+def test_a_phone_shows_images_side_by_side_and_that_tables_scroll(
+    reported: Reported, opened: Pages
+) -> None:
+    """Each part of the gallery is two rows that scroll sideways, and a table has a shade where it
+    goes on. Long names are shortened in the middle: their ends stay.
+    """
+    shown = opened(reported.report, width=390)
+    assert shown.locator("section:has(> #figures) .strip > li").count() == 8
+    for part in ("most", "least", "sample"):
+        assert shown.evaluate(
+            f"""(() => {{
+                const list = document.querySelector("#{part} ul"), found = [...list.children];
+                const rows = new Set(found.map(item => item.getBoundingClientRect().top));
+                return [rows.size, list.scrollWidth > 2 * list.clientWidth];
+            }})()"""
+        ) == [2, True]
+    assert "gradient" in shown.evaluate(
+        "getComputedStyle(document.querySelector('div.scroll')).backgroundImage"
+    )
+    end = shown.locator(".cut :last-child").filter(has_text="l" * 7 + ".jpg").first
+    begin, tail = end.evaluate(
+        "e => [e.previousElementSibling, e].map(part => [part.scrollWidth, part.clientWidth])"
+    )
+    assert begin[0] > begin[1]
+    assert tail[0] <= tail[1]
+    assert end.evaluate("e => e.getBoundingClientRect().right") <= end.locator(
+        "xpath=../.."
+    ).evaluate("e => e.getBoundingClientRect().right + 0.5")
+
+
 def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, opened: Pages) -> None:
     """The system's choice holds until the reader makes another one; print is always dark on light,
     without controls.
