@@ -87,7 +87,7 @@ def make_images(folder: Path, count: int) -> None:
 
 
 def chaos(
-    folder: Path, count: int, kills: int, seed: int, say: Callable[[str], None] = print
+    folder: Path, count: int, kills: int, seed: int, notify: Callable[[str], None] = print
 ) -> Report:
     """Run one job under fire below `folder`. Raises: AssertionError where a promise is broken."""
     source, calm, output = folder / "images", folder / "calm", folder / "out"
@@ -154,7 +154,7 @@ def chaos(
                 if launcher.poll() is None and harness.kill(pid):
                     report.kills[kind] += 1
                     workers_killed += kind == "workers"
-                    say(
+                    notify(
                         f"{time.monotonic() - begun:7.2f} s  kill {report.kills.total():3}:"
                         f" {kind[:-1]} {pid}"
                     )

@@ -114,7 +114,7 @@ def main() -> None:
     known = read(given.json)
     for seed in range(given.seeds):
         for name in given.model:
-            bundle = resolve.resolve(name, given.models_dir, say=lambda _: None)
+            bundle = resolve.resolve(name, given.models_dir, notify=lambda _: None)
             wanted = [
                 (recipe, count)
                 for recipe in given.recipe

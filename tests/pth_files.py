@@ -71,7 +71,7 @@ def tensor(
     count: int | None = None,
 ) -> bytes:
     """One tensor over a whole storage; the keyword arguments tell lies about it."""
-    say = old_text if python2 else text
+    notify = old_text if python2 else text
     storage = STORAGES[array.dtype.str]
     shape = array.shape if shape is None else shape
     if stride is None:
@@ -79,10 +79,10 @@ def tensor(
     count = array.size if count is None else count
     identity = (
         b"("
-        + say("storage")
+        + notify("storage")
         + name("torch", f"{storage}Storage")
-        + say(key)
-        + say("cpu")
+        + notify(key)
+        + notify("cpu")
         + number(count)
     )
     identity += (b"N" if legacy else b"") + b"tQ"
@@ -150,17 +150,17 @@ def write_legacy(
     *,
     python2: bool = False,
 ) -> Path:
-    say = old_text if python2 else text
+    notify = old_text if python2 else text
     sizes = b"".join(
-        say(kind) + number(size) for kind, size in (("short", 2), ("int", 4), ("long", 4))
+        notify(kind) + number(size) for kind, size in (("short", 2), ("int", 4), ("long", 4))
     )
     system = (
         b"\x80\x02}("
-        + say("protocol_version")
+        + notify("protocol_version")
         + number(1001)
-        + say("little_endian")
+        + notify("little_endian")
         + b"\x88"
-        + say("type_sizes")
+        + notify("type_sizes")
         + b"}("
         + sizes
         + b"uu."
@@ -169,7 +169,7 @@ def write_legacy(
         file.write(LEGACY_MAGIC + LEGACY_PROTOCOL + system)
         file.write(state_dict(arrays, legacy=True, python2=python2) if program is None else program)
         file.write(
-            b"\x80\x02](" + b"".join(say(str(index)) for index in range(len(arrays))) + b"e."
+            b"\x80\x02](" + b"".join(notify(str(index)) for index in range(len(arrays))) + b"e."
         )
         for array in arrays.values():
             file.write(struct.pack("<q", array.size))

@@ -38,7 +38,7 @@ class Lines(Watcher):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.lines.append(message)
 
 

@@ -189,7 +189,7 @@ def test_an_unfinished_job_is_refused_unless_partial(
         exported(out, Form.CSV)
     messages: list[str] = []
     rows = exported(
-        out, Form.JSONL, columns=["index"], partial=True, say=messages.append
+        out, Form.JSONL, columns=["index"], partial=True, notify=messages.append
     ).splitlines()
     assert [json.loads(row)["index"] for row in rows] == [0, 1, 2, 6, 7, 8, 9, 10]
     assert messages == [

@@ -221,7 +221,7 @@ def test_a_hostile_folder_is_one_clear_line(name: str, tmp_path: Path) -> None:
     before = list(tree(tmp_path / "in"))
     lines: list[str] = []
     with pytest.raises((ModelError, UsageError)) as raised:
-        resolve.resolve(str(folder), models, say=lines.append)
+        resolve.resolve(str(folder), models, notify=lines.append)
     messages = str(raised.value)
     assert message in messages
     assert messages.isprintable() and len(messages) < 1_200
@@ -235,7 +235,7 @@ def test_a_folders_name_may_hold_control_characters(tmp_path: Path) -> None:
     folder = tmp_path / "a\x1b[2J\nb"
     shutil.copytree(FOLDERS / SOUND, folder)
     lines: list[str] = []
-    made = resolve.resolve(str(folder), tmp_path / "models", say=lines.append)
+    made = resolve.resolve(str(folder), tmp_path / "models", notify=lines.append)
     assert made.card.name == r"a\x1b[2J\nb" and made.dir.parent == tmp_path / "models"
     assert lines and all(line.isprintable() for line in lines)
 

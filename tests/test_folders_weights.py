@@ -98,7 +98,7 @@ def test_a_variant_with_the_same_shapes_is_exported(
     """Weights do not show these differences, so the network must be made by its own library."""
     asked: list[Any] = []
 
-    def onnx_for(folder: Path, models: Path, say: object, size: tuple[int, int]) -> Path:
+    def onnx_for(folder: Path, models: Path, notify: object, size: tuple[int, int]) -> Path:
         asked.append((folder, size))
         raise ModelError("exporting is not tested here")
 

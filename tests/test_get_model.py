@@ -146,7 +146,7 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
 
     monkeypatch.setattr(builtins, "__import__", guarded)
     messages: list[str] = []
-    made = get.get(LITE, models, say=messages.append)
+    made = get.get(LITE, models, notify=messages.append)
     assert package not in sys.modules
     assert made.dir == models / LITE
     assert made.card.origin["verified"] is True
@@ -163,7 +163,7 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
 def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     """The same seed is the same bundle; another seed, or a file, is refused under the same name."""
     messages: list[str] = []
-    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), say=messages.append)
+    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), notify=messages.append)
     assert made.card.origin["source"] == "random"
     assert made.card.origin["seed"] == 3
     assert made.card.origin["verified"] is False
@@ -191,7 +191,7 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
     name a line says that it is another file.
     """
     messages: list[str] = []
-    made = get.get(f"{LITE}.mine", models, from_file=lite_file, say=messages.append)
+    made = get.get(f"{LITE}.mine", models, from_file=lite_file, notify=messages.append)
     assert made.card.origin["source"] == "file"
     assert made.card.origin["file"] == "own.pth"
     assert made.card.origin["sha256"] == bundle.sha256(lite_file)
@@ -207,7 +207,7 @@ def test_a_file_by_hand_is_recorded_and_not_verified(models: Path, lite_file: Pa
         ModelError, match=r"from your file own\.pth; asked for now: random weights of seed 1"
     ):
         get.get(f"{LITE}.mine", models, random_seed=1)
-    renamed = get.get(LITE, models, from_file=lite_file, say=messages.append)
+    renamed = get.get(LITE, models, from_file=lite_file, notify=messages.append)
     assert renamed.card.top1 is None
     assert any("the published sha256 begins with 57934424" in line for line in messages)
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_a_training_program_makes_the_same_model(
     )
     file = pth_files.write_zip(tmp_path / "training.pth", arrays, b"\x80\x02" + program + b".")
     messages: list[str] = []
-    nested = get.get(f"{LITE}.nested", models, from_file=file, say=messages.append)
+    nested = get.get(f"{LITE}.nested", models, from_file=file, notify=messages.append)
     assert nested.card.sha256 == get.get(f"{LITE}.bare", models, from_file=lite_file).card.sha256
     assert (
         "training.pth: the EMA weights are used ('model_ema'), not the plain ones ('model')"
@@ -331,7 +331,7 @@ def test_non_commercial_licences_are_printed(
     monkeypatch.setattr(published, "PUBLISHED", {**published.PUBLISHED, name: entry})
     (folder / "w.pth").write_bytes(lite_file.read_bytes())
     messages: list[str] = []
-    made = resolve.resolve(name, models, say=messages.append)
+    made = resolve.resolve(name, models, notify=messages.append)
     assert f"{name}: licence CC-BY-NC-4.0: not for commercial use" in messages
     assert any("not verified: no hash is published" in line for line in messages)
     assert made.card.origin["published"] == name

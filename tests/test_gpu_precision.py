@@ -64,7 +64,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(
         check_process,
         "in_child",
-        lambda asked, say: check.carry_out(asked, say, run=on_gpus.GpuRun),
+        lambda asked, notify: check.carry_out(asked, notify, run=on_gpus.GpuRun),
     )
     monkeypatch.setattr(accuracy, "MIN_IMAGES", IMAGES)
     monkeypatch.setattr(accuracy, "MIN_AGREEMENT", dict.fromkeys(Precision, 0.5))
@@ -96,7 +96,7 @@ def auto(card: Card, model: Bundle) -> Auto:
             lambda: entries,
             images,
             chosen=gpus,
-            say=card.lines.append,
+            notify=card.lines.append,
         )
         assert found.model_file == model.dir / bundles.MODEL
         return found.precision

@@ -499,7 +499,7 @@ def test_failed_images_are_named_where_a_line_can_name_them(
     messages: list[str] = []
 
     class Listener(observer.Watcher):
-        def say(self, message: str) -> None:
+        def notify(self, message: str) -> None:
             messages.append(message)
 
     assert run.run(settings, Listener()).failed == 7

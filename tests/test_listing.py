@@ -33,7 +33,7 @@ class Listener(observer.Watcher):
     def __init__(self) -> None:
         self.printed: list[str] = []
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.printed.append(message)
 
 

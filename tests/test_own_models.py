@@ -108,7 +108,7 @@ def test_the_name_is_free_and_found_again(models: Path, tmp_path: Path) -> None:
     """Any name; `run --model` and the listing find it, the same command finds it made."""
     file = checkpoint_file(tmp_path / "w.pth")
     messages: list[str] = []
-    made = get.get("My-birds.v2", models, from_file=file, say=messages.append)
+    made = get.get("My-birds.v2", models, from_file=file, notify=messages.append)
     assert made.dir == models / "My-birds.v2"
     assert made.card.architecture == "efficientnet_lite0"
     assert messages[0] == (
@@ -129,13 +129,13 @@ def test_a_name_that_is_published_too_is_noted(models: Path, tmp_path: Path) -> 
     arrays |= {name: arrays[name][:3] for name in ("fc.weight", "fc.bias")}
     file = pth_files.write_zip(tmp_path / "w.pth", arrays)
     messages: list[str] = []
-    made = get.get("resnet18", models, from_file=file, say=messages.append)
+    made = get.get("resnet18", models, from_file=file, notify=messages.append)
     assert messages[-1] == (
         f"note: resnet18 is also a published model. Until you remove {made.dir}, the name means"
         " yours."
     )
     messages.clear()
-    get.get("birds", models, from_file=file, say=messages.append)
+    get.get("birds", models, from_file=file, notify=messages.append)
     assert not any("also a published model" in line for line in messages)
 
 
@@ -239,7 +239,7 @@ def test_labels_come_from_the_flag_else_from_the_checkpoint(models: Path, tmp_pa
     """`--labels` counts before what the training program saved."""
     file = checkpoint_file(tmp_path / "w.pth", hyper_parameters={"class_names": list(BIRDS)})
     messages: list[str] = []
-    made = get.get("birds", models, from_file=file, say=messages.append)
+    made = get.get("birds", models, from_file=file, notify=messages.append)
     assert made.card.labels == BIRDS
     assert "birds: labels: 3: jay, owl, wren (w.pth: hyper_parameters/class_names)" in messages
     (tmp_path / "l.txt").write_text("a\nb\nc\n")
@@ -260,7 +260,7 @@ def test_without_labels_a_thousand_classes_are_imagenets(
     """Any other number of classes is numbered, and a line says so."""
     messages: list[str] = []
     file = checkpoint_file(tmp_path / "w.pth", classes)
-    made = get.get("mine", models, from_file=file, say=messages.append)
+    made = get.get("mine", models, from_file=file, notify=messages.append)
     assert len(made.card.labels) == classes
     assert expected is None or made.card.labels == expected
     assert any(text.startswith(f"mine: {line}") for text in messages)
@@ -279,7 +279,7 @@ def test_labels_that_do_not_fit_are_refused_or_left_out(models: Path, tmp_path: 
         get.get("birds", models, from_file=file, given={"labels": str(tmp_path / "l.txt")})
     assert not (models / "birds").exists()
     messages: list[str] = []
-    made = get.get("birds", models, from_file=file, say=messages.append)
+    made = get.get("birds", models, from_file=file, notify=messages.append)
     assert made.card.labels == ("0", "1", "2", "3")
     assert "w.pth: class_names has 3 names for 4 classes, so it is not used" in messages
     evil = checkpoint_file(tmp_path / "evil.pth", class_names=["a", "b\x1b[2J", "c"])
@@ -368,7 +368,7 @@ def test_a_network_without_a_head_has_an_embedding_alone(models: Path, tmp_path:
     weights = {k: v for k, v in LITE.random(5).items() if not k.startswith("_fc.")}
     file = pth_files.write_zip(tmp_path / "w.pth", weights)
     messages: list[str] = []
-    made = get.get("features", models, from_file=file, say=messages.append)
+    made = get.get("features", models, from_file=file, notify=messages.append)
     assert made.card.labels == ()
     assert made.card.outputs == ("embedding",)
     assert "features: efficientnet_lite0, no classifier, recognised from" in messages[0]

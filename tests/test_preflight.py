@@ -57,7 +57,7 @@ class Patient(observer.Watcher):
     def __init__(self) -> None:
         self.messages: list[str] = []
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         self.messages.append(message)
 
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:

@@ -149,7 +149,7 @@ def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accuracy checks run in this process: quicker, and seen by monkeypatch."""
     monkeypatch.setattr(
-        check_process, "in_child", lambda wanted, say=print: check.carry_out(wanted, say)
+        check_process, "in_child", lambda wanted, notify=print: check.carry_out(wanted, notify)
     )
     return
 
@@ -470,7 +470,7 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     bundle = make_bundle(tmp_path)
     messages: list[str] = []
     first = precisions.quantize_bundle(
-        bundle, [str(colours / "0")], chosen=CPU, calibration=20, say=messages.append
+        bundle, [str(colours / "0")], chosen=CPU, calibration=20, notify=messages.append
     )
     assert messages[0] == (
         "44 images found; 20 are needed to calibrate int8 and 1,000 others, all different, to"
@@ -494,7 +494,7 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
         [str(colours / "0")],
         chosen=CPU,
         calibration=20,
-        say=messages.append,
+        notify=messages.append,
     )
     assert again == first
     assert messages[1] == "int8 was checked on these images before"
@@ -732,7 +732,7 @@ def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
 ) -> None:
     bundle = make_bundle(tmp_path, loud=3e4)
     messages: list[str] = []
-    prepared = auto(bundle, colours, say=messages.append)
+    prepared = auto(bundle, colours, notify=messages.append)
     assert (prepared.precision, prepared.variant, prepared.model_file) == (
         Precision.BF16,
         "model",

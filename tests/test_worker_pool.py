@@ -344,7 +344,7 @@ def test_one_of_eight_devices_that_never_starts_is_retired(
     lines: list[str] = []
     seen: list[records.Progress] = []
     given = [device(number) for number in range(8)]
-    job = Launcher(pool, given, shards(40), groups=8, say=lines.append, on_tick=seen.append)
+    job = Launcher(pool, given, shards(40), groups=8, notify=lines.append, on_tick=seen.append)
     outcome = job.run()
     assert outcome.retired == {"null#3": reason}
     assert lines == [f"null#3 is retired, the others process its images: {reason}"]
@@ -523,7 +523,7 @@ def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     simulated_time(pool)
     pool.at(5.0, lambda: os.kill(os.getpid(), number) or [])
     lines: list[str] = []
-    runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, say=lines.append)
+    runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, notify=lines.append)
     with pytest.raises(
         Interrupted,
         match=rf"stopped by {number.name}, 320 images left\. Run the same command again to continue\.",
@@ -549,7 +549,7 @@ def test_a_signal_before_the_first_shard_has_nothing_to_finish(
     pool.at(0.0, lambda: os.kill(os.getpid(), signal.SIGINT) or [])
     lines: list[str] = []
     with pytest.raises(Interrupted, match=r"stopped by SIGINT, 40 images left"):
-        Launcher(pool, [device(0)], shards(4), say=lines.append).run()
+        Launcher(pool, [device(0)], shards(4), notify=lines.append).run()
     assert lines == []
 
 

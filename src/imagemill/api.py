@@ -334,7 +334,9 @@ def load(
             f"precision int8: {found.card.name} has no int8 variant for this machine. Make it: "
             f"`imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
         )
-    prepared = precisions.prepare(precision, found, (), tuple, 0, chosen=chosen, say=watcher.say)
+    prepared = precisions.prepare(
+        precision, found, (), tuple, 0, chosen=chosen, notify=watcher.notify
+    )
     spec = SessionSpec(
         model_file=str(prepared.model_file.absolute()),
         card=found.card,

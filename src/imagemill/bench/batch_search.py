@@ -32,12 +32,12 @@ _COMPARISON_S: Final = 12.0
 """After this time three rounds must do: on slow processors a single batch takes long."""
 _REPLY_TIMEOUT_S: Final = 600.0
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 
 def find_batch_size(
-    spec: SessionSpec, devices: Sequence[DeviceSpec], say: Say
+    spec: SessionSpec, devices: Sequence[DeviceSpec], notify: Notify
 ) -> tuple[int, Mapping[int, float]]:
     """Measure batch sizes, beginning with the specification's own.
 
@@ -56,7 +56,7 @@ def find_batch_size(
         while search.size >= first and search.size * 2 <= most and search.improves(search.size * 2):
             pass
         size, rates = search.size, dict(sorted(search.rates.items()))
-    say(
+    notify(
         f"batch size {size}; images/s, compute only: "
         + ", ".join(f"{rate:,.1f} with {tried}" for tried, rate in rates.items())
     )

@@ -62,15 +62,15 @@ _FLAGS = (
     "i8mm",
 )
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
+def run(settings: BenchSettings, notify: Notify = lambda _: None) -> BenchReport:
     """Return the rates that the settings ask for, and what bounds a job.
 
     Args:
         settings: either `synthetic`, or at least one source.
-        say: receives one line of progress at a time.
+        notify: receives one line of progress at a time.
 
     Raises:
         UsageError: the settings make no sense together. DeviceError, ModelError, SourceError: a
@@ -79,16 +79,16 @@ def run(settings: BenchSettings, say: Say = lambda _: None) -> BenchReport:
     check(settings)
     typed = settings.devices or automatic.CPU
     if typed == automatic.CPU:
-        typed = automatic.choose(None, settings.precision, say)
+        typed = automatic.choose(None, settings.precision, notify)
     chosen = devices.resolve(typed)
     if typed == automatic.CPU:
         typed = f"cpu:{len(chosen)}"  # so that the measured runs do not choose again
     settings = replace(settings, devices=typed)
     try:
         if settings.synthetic:
-            return _synthetic(settings, chosen, say)
+            return _synthetic(settings, chosen, notify)
         with tempfile.TemporaryDirectory(prefix="imagemill-bench-") as folder:
-            return _with_sources(settings, chosen, Path(folder), say)
+            return _with_sources(settings, chosen, Path(folder), notify)
     except DeviceMemoryError as error:
         short = error.__cause__ if isinstance(error.__cause__, DeviceMemoryError) else error
         raise DeviceMemoryError(f"{short} Free memory, or give a smaller --batch-size.") from error
@@ -127,7 +127,7 @@ def _batch_size(settings: BenchSettings) -> int | None:
 
 
 def _with_batch_size(
-    spec: SessionSpec, settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say
+    spec: SessionSpec, settings: BenchSettings, chosen: Sequence[DeviceSpec], notify: Notify
 ) -> tuple[SessionSpec, Mapping[str, float]]:
     """Return the specification with its own batch size, the rule's, or the fastest one after a
     search, together with the rates of all sizes.
@@ -135,8 +135,8 @@ def _with_batch_size(
     spec = batch_size.resolved(spec, chosen)
     if settings.batch_size != SEARCH:
         return spec, {}
-    say("finding the fastest batch size")
-    size, rates = find_batch_size(spec, chosen, say)
+    notify("finding the fastest batch size")
+    size, rates = find_batch_size(spec, chosen, notify)
     return replace(spec, batch_size=size), {
         str(tried): round(rate, 2) for tried, rate in rates.items()
     }
@@ -145,19 +145,23 @@ def _with_batch_size(
 # Without images.
 
 
-def _synthetic(settings: BenchSettings, chosen: Sequence[DeviceSpec], say: Say) -> BenchReport:
+def _synthetic(
+    settings: BenchSettings, chosen: Sequence[DeviceSpec], notify: Notify
+) -> BenchReport:
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    model = resolve.resolve(settings.model or DEFAULT_MODEL, models_dir, say=say)
+    model = resolve.resolve(settings.model or DEFAULT_MODEL, models_dir, notify=notify)
     spec, batch_sizes = _with_batch_size(
-        synthetic_session(settings, model, chosen), settings, chosen, say
+        synthetic_session(settings, model, chosen), settings, chosen, notify
     )
-    say(f"compiling {model.card.name} in {spec.precision} for {len(chosen)} devices")
+    notify(f"compiling {model.card.name} in {spec.precision} for {len(chosen)} devices")
     with MeasuringPool(spec, chosen) as pool:
         orders = _compute_orders(settings, pool, chosen)
         rounds = []
         for number in range(1, settings.iterations + 1):
             rounds.append(pool.measure(orders))
-            say(f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s")
+            notify(
+                f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s"
+            )
         versions, traffic = pool.versions, pool.traffic
     images = {"compute_only": sum(found.images for found in rounds[-1].values())}
     return BenchReport(
@@ -239,15 +243,15 @@ def _compute_orders(
 
 
 def _with_sources(
-    settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, say: Say
+    settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, notify: Notify
 ) -> BenchReport:
-    say("a short first run, to warm up and to find the length of an iteration")
-    first = _first_run(settings, folder, min(settings.limit or _MIN_IMAGES, _MIN_IMAGES), say)
+    notify("a short first run, to warm up and to find the length of an iteration")
+    first = _first_run(settings, folder, min(settings.limit or _MIN_IMAGES, _MIN_IMAGES), notify)
     limit = settings.limit or max(
         _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
     job = OpenJob.open(folder / "first").frozen.job
-    spec, batch_sizes = _with_batch_size(job.session, settings, chosen, say)
+    spec, batch_sizes = _with_batch_size(job.session, settings, chosen, notify)
     measured = replace(settings, batch_size=spec.batch_size)
     computed, decoded, achieved = [], [], []
     with MeasuringPool(spec, chosen) as pool:
@@ -261,7 +265,7 @@ def _with_sources(
                 f"compute {_total(computed[-1]):,.1f}, decode {_total(decoded[-1]):,.1f}, end to"
                 f" end {_achieved(achieved[-1]):,.1f}"
             )
-            say(f"iteration {number} of {settings.iterations}: {rates} images/s")
+            notify(f"iteration {number} of {settings.iterations}: {rates} images/s")
         versions, traffic = pool.versions, pool.traffic
     compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
     cores = {core for device in chosen for core in device.cores}
@@ -314,8 +318,8 @@ def _faster_precisions(chosen: Sequence[DeviceSpec]) -> list[Precision]:
     return [one for one in found if one in devices.precisions(chosen)]
 
 
-def _first_run(settings: BenchSettings, folder: Path, limit: int, say: Say) -> Summary:
-    first = runner.run(_run_settings(settings, folder / "first", limit), _Forwarder(say))
+def _first_run(settings: BenchSettings, folder: Path, limit: int, notify: Notify) -> Summary:
+    first = runner.run(_run_settings(settings, folder / "first", limit), _Forwarder(notify))
     if not first.ok:
         raise SourceError(
             f"none of the first {first.images} images of {', '.join(settings.sources)} can be read."
@@ -354,12 +358,12 @@ def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Deco
 class _Forwarder(observer.Watcher):
     """Forwards the messages of a run."""
 
-    def __init__(self, say: Say) -> None:
-        self._say = say
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Forward the message."""
-        self._say(message)
+        self._notify(message)
 
 
 # Rates.

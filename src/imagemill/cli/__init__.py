@@ -733,7 +733,7 @@ def _export(parsed: argparse.Namespace) -> int:
     job = _open_job(parsed.dir)
     columns = parsed.columns.split(",") if parsed.columns else None
     form = export.Form(parsed.to)
-    pieces = export.export(job, form, columns=columns, partial=parsed.partial, say=_log)
+    pieces = export.export(job, form, columns=columns, partial=parsed.partial, notify=_log)
     if parsed.output:
         export.write(pieces, Path(parsed.output))
     else:
@@ -816,7 +816,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
             source,
             folder,
             given=_preprocessing(parsed),
-            say=_log,
+            notify=_log,
             progress=DownloadDisplay(),
         )
         for size in parsed.batch_size:
@@ -830,7 +830,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
             random_seed=parsed.random_weights,
             given=_preprocessing(parsed),
             batch_sizes=tuple(parsed.batch_size),
-            say=_log,
+            notify=_log,
             progress=DownloadDisplay(),
         )
     print(made.dir)
@@ -900,7 +900,9 @@ def _quantize(parsed: argparse.Namespace) -> int:
     from imagemill.pipeline.backends import devices
     from imagemill.tuning import precisions
 
-    found = resolve.resolve(parsed.model, _models_dir(parsed), say=_log, progress=DownloadDisplay())
+    found = resolve.resolve(
+        parsed.model, _models_dir(parsed), notify=_log, progress=DownloadDisplay()
+    )
     bundle.verify_hash(found)
     report = precisions.quantize_bundle(
         found,
@@ -910,7 +912,7 @@ def _quantize(parsed: argparse.Namespace) -> int:
         held_out=parsed.held_out,
         min_agreement=parsed.min_agreement,
         truth=parsed.truth,
-        say=_log,
+        notify=_log,
     )
     print(_as_json(report) if parsed.json else "\n".join(precisions.report_lines(report)))
     return 0

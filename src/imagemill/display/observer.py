@@ -15,7 +15,7 @@ from imagemill.records import Progress
 class Watcher:
     """Receives the messages and the progress of a job. This base class ignores them."""
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Receive one line for the user."""
 
     def download(self, done: int, total: int | None) -> None:
@@ -40,7 +40,7 @@ class Terminal(Watcher):
     def __init__(self) -> None:
         self._downloading = terminal.DownloadDisplay()
 
-    def say(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Print the line."""
         text.print_message(f"imagemill: {message}")
 

@@ -42,7 +42,7 @@ def export(
     *,
     columns: Sequence[str] | None = None,
     partial: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[bytes]:
     """Return a job's rows as text.
 
@@ -51,7 +51,7 @@ def export(
         cell. JSON lines have one object per line.
         columns: the columns, in this order; None: all.
         partial: export the committed rows of an unfinished job.
-        say: called with a message about missing rows.
+        notify: called with a message about missing rows.
 
     Returns:
         the text in pieces, UTF-8. Numbers have enough digits to read the same float32 again.
@@ -77,7 +77,7 @@ def export(
                 f"{unfinished}. Repeat the run command to resume it, or add --partial for these"
                 " rows."
             )
-        say(f"{unfinished}, which are exported in plan order")
+        notify(f"{unfinished}, which are exported in plan order")
     chosen = list(dict.fromkeys(columns or known))
     tables = ledger.tables(job.store, sorted(done), chosen)
     return _csv(tables, chosen) if form is Form.CSV else _json_lines(tables, chosen)

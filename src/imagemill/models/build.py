@@ -22,7 +22,7 @@ from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
 from imagemill.records import Bundle, Card, Recipe, Scores
 
 Array = NDArray[Any]
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Takes one line for the user."""
 Origin = Mapping[str, str | int | bool | None]
 
@@ -35,7 +35,7 @@ def build(
     origin: Origin,
     *,
     top1: float | None = None,
-    say: Say,
+    notify: Notify,
 ) -> Bundle:
     """Build the bundle of a checkpoint's arrays.
 
@@ -48,7 +48,7 @@ def build(
             one of the architecture.
         origin: of the weights, for the bundle's card: `source`, `file`, `sha256`, …
         top1: published accuracy, per cent.
-        say: takes one line at a time: each value and where it came from.
+        notify: takes one line at a time: each value and where it came from.
 
     Raises:
         CheckpointError: the arrays do not fit the architecture, or are damaged.
@@ -58,7 +58,7 @@ def build(
     Example:
         >>> arrays = checkpoint.read(Path("model.safetensors"))
         >>> read = ReadCard(OnnxCard(size=224, resize=256, labels=("jay", "owl")))
-        >>> build(Path("birds"), recognise(arrays), arrays, read, {"source": "file"}, say=print)
+        >>> build(Path("birds"), recognise(arrays), arrays, read, {"source": "file"}, notify=print)
     """
     arrays = architecture.fitted(arrays)
     if architecture.classes == 1 and len(read.card.labels or ()) == 2:
@@ -75,7 +75,7 @@ def build(
     card = read.card
     mean, std = normalisation(card)
     for line in read.lines():
-        say(line)
+        notify(line)
     if card.color is Color.BGR:
         arrays[architecture.stem] = arrays[architecture.stem][:, ::-1]
     bundle_card = Card(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
     from imagemill.system.retry import RetryPolicy
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
@@ -95,7 +95,7 @@ def get(
     random_seed: int | None = None,
     given: Mapping[str, Any] | None = None,
     batch_sizes: tuple[int, ...] = (),
-    say: Say = _silent,
+    notify: Notify = _silent,
     progress: download.Progress | None = None,
     policy: RetryPolicy | None = None,
 ) -> Bundle:
@@ -113,7 +113,7 @@ def get(
         given: preprocessing, labels (a file's path), scores and licence of your own weights, by
         field of OnnxCard; None where unsaid.
         batch_sizes: sizes to write `model_N.onnx` for.
-        say: takes one line at a time: licences, downloads, what was found.
+        notify: takes one line at a time: licences, downloads, what was found.
         progress: called with bytes so far and in all while downloading.
         policy: timeouts and attempts of the download; None: `download.DOWNLOADING`.
 
@@ -137,11 +137,11 @@ def get(
     found = on_disk(name, models_dir, explicit=not asked.is_published)
     if found is not None:
         _check_origin(found, asked)
-        say(f"{found.card.name} is here: {found.dir} ({bundles.describe_origin(found.card)})")
+        notify(f"{found.card.name} is here: {found.dir} ({bundles.describe_origin(found.card)})")
     else:
         _check_known(asked)
-        weights = _weights(asked, models_dir, say, progress, policy)
-        found = _bundle(asked, weights, models_dir, say)
+        weights = _weights(asked, models_dir, notify, progress, policy)
+        found = _bundle(asked, weights, models_dir, notify)
     for size in batch_sizes:
         bundles.freeze(found, size)
     return found
@@ -274,14 +274,14 @@ def _sha256(file: Path) -> str:
 def _weights(
     asked: _Asked,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     progress: download.Progress | None,
     policy: RetryPolicy | None,
 ) -> _Weights:
     """Return the weights that were asked for, and recognise their architecture."""
     entry = published.find(asked.name)
     if asked.seed is not None:
-        return _random(asked, say)
+        return _random(asked, notify)
     if asked.file is not None and asked.file.suffix.lower() == ".onnx":
         if why := mistaken.inside_model_folder(asked.file, "--from "):
             raise UsageError(why)
@@ -291,7 +291,7 @@ def _weights(
             " describes it."
         )
     if asked.file is not None:
-        read = checkpoint.load(asked.file, say)
+        read = checkpoint.load(asked.file, notify)
         origin: build.Origin = {
             "source": "file",
             "file": asked.file.name,
@@ -304,12 +304,12 @@ def _weights(
     from imagemill.models.checkpoints import download  # urllib3 takes 0.1 s to import
 
     home = asked.url or download.mirrored(entry.home if entry else "")
-    say(f"{asked.name}: downloading {home}")
+    notify(f"{asked.name}: downloading {home}")
     target = models_dir / ".downloads" / asked.name
     prefix = entry.sha256_prefix if entry else None
     digest = download.fetch(home, target, sha256_prefix=prefix, progress=progress, policy=policy)
     try:
-        read = checkpoint.load(target, say)
+        read = checkpoint.load(target, notify)
     except CheckpointError as error:
         raise CheckpointError(
             f"{home} sent a file that is no checkpoint, which was removed. {error}"
@@ -319,10 +319,10 @@ def _weights(
     return _recognised(asked, read, {"source": "url", "url": home, "sha256": digest})
 
 
-def _random(asked: _Asked, say: Say) -> _Weights:
+def _random(asked: _Asked, notify: Notify) -> _Weights:
     assert asked.seed is not None
     architecture = ARCHITECTURES[asked.name.partition(".")[0]]
-    say(f"{asked.name}: random weights, seed {asked.seed}; its predictions mean nothing")
+    notify(f"{asked.name}: random weights, seed {asked.seed}; its predictions mean nothing")
     return _Weights(
         Checkpoint(architecture.random(asked.seed)),
         {"source": "random", "seed": asked.seed, "sha256": None},
@@ -362,16 +362,16 @@ def _recognised(asked: _Asked, read: Checkpoint, origin: build.Origin) -> _Weigh
 # ── bundles ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bundle:
+def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, notify: Notify) -> Bundle:
     """Write the bundle, and say what it is."""
     name, architecture = asked.name, weights.architecture
     is_random = asked.seed is not None
     known = published.with_sha256(str(weights.origin["sha256"]))
     if not is_random and not asked.is_published:
-        say(f"{name}: {architectures.describe(architecture)}")
-    entry = None if is_random else _publication(asked, weights, known, say)
+        notify(f"{name}: {architectures.describe(architecture)}")
+    entry = None if is_random else _publication(asked, weights, known, notify)
     read = build.usual(architecture, entry.recipe if entry else None, asked.given)
-    read = _with_labels(read, weights, say)
+    read = _with_labels(read, weights, notify)
     top1 = entry.top1 if entry else None
     if "licence" not in asked.given:
         licence = "none" if is_random else entry.licence if entry else "unknown"
@@ -385,7 +385,7 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bun
         origin["given"], top1 = asked.given_hash, None
     is_told = asked.given or (entry is None and not is_random)
     if is_told:
-        say(f"{name}: weights do not say how images are prepared. What differs, flags change:")
+        notify(f"{name}: weights do not say how images are prepared. What differs, flags change:")
     try:
         made = build.build(
             models_dir / name,
@@ -394,15 +394,15 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bun
             read,
             origin,
             top1=top1,
-            say=(lambda line: say(f"{name}: {line}")) if is_told else _silent,
+            notify=(lambda line: notify(f"{name}: {line}")) if is_told else _silent,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{weights.place}: {error}") from error
     if entry is not None or asked.url is not None:
-        _say_licence(made, entry, say)
+        _say_licence(made, entry, notify)
     if published.find(name) is not None and not asked.is_published and known is None:
         whose = "these random weights" if is_random else "yours"
-        say(
+        notify(
             f"note: {name} is also a published model. Until you remove {made.dir}, the name means"
             f" {whose}."
         )
@@ -410,7 +410,7 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, say: Say) -> Bun
 
 
 def _publication(
-    asked: _Asked, weights: _Weights, known: Published | None, say: Say
+    asked: _Asked, weights: _Weights, known: Published | None, notify: Notify
 ) -> Published | None:
     """Return the publication that the weights are from, or claim to be from.
 
@@ -418,7 +418,7 @@ def _publication(
         asked: the name may be that of a publication.
         weights: Cadene's names of parameters are his alone, and want his recipe.
         known: the publication that has the same hash.
-        say: takes one line.
+        notify: takes one line.
 
     Raises:
         ModelError: the weights are not those of the publication that the name says.
@@ -432,7 +432,7 @@ def _publication(
                 f"{weights.place} is {known.name} by its sha256, not {name}. Type: imagemill"
                 f" get-model {known.name} --from {asked.file or weights.place}"
             )
-        say(f"{name}: {weights.place} is {known.name} by its sha256")
+        notify(f"{name}: {weights.place} is {known.name} by its sha256")
         return known
     if weights.architecture.classes != 1000:
         if name in published.PUBLISHED:
@@ -447,7 +447,7 @@ def _publication(
     return cadene if cadene and resnet.is_cadene(weights.checkpoint.arrays) else named
 
 
-def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
+def _with_labels(read: ReadCard, weights: _Weights, notify: Notify) -> ReadCard:
     """Return the card with the labels that the checkpoint holds, unless it has others.
 
     Raises:
@@ -469,7 +469,7 @@ def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
             raise ClassCountError(mistaken.label_count("--labels", given, name, classes, own))
         return read
     if len(labels.names) != weights.architecture.classes:
-        say(
+        notify(
             f"{key} has {counted(len(labels.names), 'name')} for"
             f" {counted(weights.architecture.classes, 'class')},"
             " so it is not used"
@@ -478,14 +478,14 @@ def _with_labels(read: ReadCard, weights: _Weights, say: Say) -> ReadCard:
     return read.with_values({"labels": check_labels(key, labels.names)}, key)
 
 
-def _say_licence(made: Bundle, entry: Published | None, say: Say) -> None:
+def _say_licence(made: Bundle, entry: Published | None, notify: Notify) -> None:
     name, licence = made.card.name, made.card.licence
     note = ": not for commercial use" if "NC" in licence.split("-") else ""
-    say(f"{name}: licence {licence}{note}")
+    notify(f"{name}: licence {licence}{note}")
     if not made.card.origin.get("verified"):
         reason = (
             "no hash is published for it"
             if entry is None or entry.sha256_prefix is None
             else f"the published sha256 begins with {entry.sha256_prefix}"
         )
-        say(f"{name}: not verified: {reason} (sha256 {str(made.card.origin['sha256'])[:16]}…)")
+        notify(f"{name}: not verified: {reason} (sha256 {str(made.card.origin['sha256'])[:16]}…)")

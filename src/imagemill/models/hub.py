@@ -28,7 +28,7 @@ from imagemill.models.hub_library import Progress
 from imagemill.system import files, serialization
 from imagemill.version import __version__
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 PREFIX: Final = "hf:"
@@ -188,7 +188,7 @@ def _onnx_data(graph: str, names: Mapping[str, HubFile]) -> list[str]:
 def snapshot(
     name: str,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     progress: Progress | None = None,
     *,
     choose: Choose = classifier_files,
@@ -202,7 +202,7 @@ def snapshot(
     Args:
         name: `hf:owner/name` or `hf:owner/name@revision`.
         models_dir: what was found out is kept in its folder `.hub`.
-        say: takes one line at a time.
+        notify: takes one line at a time.
         progress: called with bytes so far and in all while downloading.
         choose: which of the repository's files are needed.
         refresh: ask the Hub again which commit the revision means.
@@ -224,25 +224,25 @@ def snapshot(
             listing = noted or _cached(repo, revision, choose)
             if listing is None:
                 raise
-            say(f"{error} Going on with the commit that is on disk.")
+            notify(f"{error} Going on with the commit that is on disk.")
     chosen = choose(repo, listing.files)
     _check_sizes(repo, chosen, listing)
     folder = home / listing.commit
     missing = [each for each in chosen if not _is_here(folder / each, listing.files[each])]
     branch = "" if revision == listing.commit else f" of {revision}"
     commit = f"commit {listing.commit[:12]}{branch}"
-    say(f"{PREFIX}{repo}: {commit}, {_licence(listing.licence)}")
+    notify(f"{PREFIX}{repo}: {commit}, {_licence(listing.licence)}")
     if missing:
-        _download(listing, missing, folder, say, progress)
+        _download(listing, missing, folder, notify, progress)
     if is_new:
         files.write_whole(note, serialization.encode(listing))
-    _warn_of_code(repo, folder, say)
+    _warn_of_code(repo, folder, notify)
     sums = {each: listing.files[each].sha256 or _sha256(folder / each) for each in chosen}
     return Snapshot(folder, repo, revision, listing.commit, listing.licence, sums)
 
 
 def cached_snapshot(
-    folder: Path, models_dir: Path, say: Say, *, choose: Choose = classifier_files
+    folder: Path, models_dir: Path, notify: Notify, *, choose: Choose = classifier_files
 ) -> Snapshot | None:
     """Return the snapshot that a folder of the Hub's cache is, as `snapshot_download` returns it.
 
@@ -266,8 +266,8 @@ def cached_snapshot(
         if not _is_here(target / name, listing.files[name]):
             _check(repo, name, folder / name, listing.files[name])
             _link(folder / name, target / name)
-    say(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {_licence(listing.licence)}")
-    _warn_of_code(repo, target, say)
+    notify(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {_licence(listing.licence)}")
+    _warn_of_code(repo, target, notify)
     sums = {each: listing.files[each].sha256 or _sha256(target / each) for each in chosen}
     return Snapshot(target, repo, listing.commit, listing.commit, listing.licence, sums)
 
@@ -314,12 +314,12 @@ def _is_here(path: Path, file: HubFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _warn_of_code(repo: str, folder: Path, say: Say) -> None:
+def _warn_of_code(repo: str, folder: Path, notify: Notify) -> None:
     """Say that a repository's own Python code is not used."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         config = json.loads((folder / "config.json").read_bytes())
         if isinstance(config, dict) and "auto_map" in config:
-            say(
+            notify(
                 f"{PREFIX}{repo}: its own Python code (auto_map in config.json) is not downloaded"
                 " and not run"
             )
@@ -401,7 +401,7 @@ def _listing_of(folder: Path, repo: str) -> Listing:
 
 
 def _download(
-    listing: Listing, missing: list[str], folder: Path, say: Say, progress: Progress | None
+    listing: Listing, missing: list[str], folder: Path, notify: Notify, progress: Progress | None
 ) -> None:
     """Fetch files through the Hub's cache, check them, and link them into `folder`."""
     hub = hub_library.load()
@@ -410,7 +410,7 @@ def _download(
     absent = [name for name in missing if not isinstance(cached[name], str)]
     total = sum(listing.files[name].size for name in absent)
     if absent:
-        say(f"{PREFIX}{repo}: downloading {', '.join(absent)} ({total / 2**20:,.1f} MiB)")
+        notify(f"{PREFIX}{repo}: downloading {', '.join(absent)} ({total / 2**20:,.1f} MiB)")
     done = 0
     for name in missing:
         bar = hub_library.make_bar(done, total, progress)

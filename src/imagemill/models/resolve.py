@@ -31,7 +31,7 @@ from imagemill.system import files, serialization, userdirs
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
@@ -42,7 +42,11 @@ def _silent(_: str) -> None:
 
 
 def resolve(
-    model: str, models_dir: Path, *, say: Say = _silent, progress: download.Progress | None = None
+    model: str,
+    models_dir: Path,
+    *,
+    notify: Notify = _silent,
+    progress: download.Progress | None = None,
 ) -> Bundle:
     """Return the bundle that `run --model` means; make it if it is not in the models folder.
 
@@ -50,7 +54,7 @@ def resolve(
         model: the name of a model on disk, a bundle's folder, an ONNX file, a model folder, a
             repository of the Hub as `hf:owner/name`, or a published name.
         models_dir: one folder per model.
-        say: takes one line at a time.
+        notify: takes one line at a time.
         progress: called with bytes so far and in all while downloading.
 
     Raises:
@@ -58,14 +62,14 @@ def resolve(
         ModelError: as `get`, `hub.snapshot`, `wrap.bundle_for` and `folder.bundle_for`.
     """
     if hub.is_hub_name(model):
-        return _from_hub(hub.snapshot(model, models_dir, say, progress), models_dir, say)
+        return _from_hub(hub.snapshot(model, models_dir, notify, progress), models_dir, notify)
     path = userdirs.expand(model)
     if model.endswith(".onnx") and not path.is_dir():
         if not card_file(path).is_file() and (why := mistaken.inside_model_folder(path)):
             raise UsageError(why)
         if not path.is_file():
             raise UsageError(_unknown(model, path, models_dir))
-        return wrap.bundle_for(path, models_dir, say)
+        return wrap.bundle_for(path, models_dir, notify)
     if (
         re.fullmatch(NAME, model)
         and (found := on_disk(model, models_dir, explicit=False)) is not None
@@ -74,9 +78,9 @@ def resolve(
     if bundles.is_bundle(path):
         return bundles.load(path)
     if published.find(model) is not None:
-        return _published(model, models_dir, say, progress)
+        return _published(model, models_dir, notify, progress)
     if path.is_dir():
-        return _from_folder(path, models_dir, say)
+        return _from_folder(path, models_dir, notify)
     raise UsageError(_unknown(model, path, models_dir))
 
 
@@ -86,7 +90,7 @@ def get_from(
     models_dir: Path,
     *,
     given: Mapping[str, Any],
-    say: Say = _silent,
+    notify: Notify = _silent,
     progress: download.Progress | None = None,
 ) -> Bundle:
     """Return the bundle NAME of a model folder or a repository of the Hub; make it if missing.
@@ -96,7 +100,7 @@ def get_from(
         source: a folder, or `hf:owner/name`. The Hub is asked for the newest commit.
         models_dir: one folder per model.
         given: fields of OnnxCard by name, which replace what the folder says; None if not given.
-        say: takes one line at a time.
+        notify: takes one line at a time.
         progress: called with bytes so far and in all while downloading.
 
     Raises:
@@ -112,9 +116,9 @@ def get_from(
             f" {printable(source)}."
         )
     if hub.is_hub_name(source):
-        found = hub.snapshot(source, models_dir, say, progress, refresh=True)
-        return _from_hub(found, models_dir, say, name=name, given=given)
-    return _from_folder(userdirs.expand(source), models_dir, say, name=name, given=given)
+        found = hub.snapshot(source, models_dir, notify, progress, refresh=True)
+        return _from_hub(found, models_dir, notify, name=name, given=given)
+    return _from_folder(userdirs.expand(source), models_dir, notify, name=name, given=given)
 
 
 def is_folder(source: str) -> bool:
@@ -149,14 +153,14 @@ def typed(card: Card) -> str | None:
 def _from_folder(
     path: Path,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     *,
     name: str | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Return the bundle of a folder of transformers or timm."""
-    if (cached := hub.cached_snapshot(path, models_dir, say)) is not None:
-        return _from_hub(cached, models_dir, say, name=name, given=given)
+    if (cached := hub.cached_snapshot(path, models_dir, notify)) is not None:
+        return _from_hub(cached, models_dir, notify, name=name, given=given)
     if not (path / folder.CONFIG).is_file():
         if why := mistaken.inside_model_folder(path, "--model " if name is None else "--from "):
             raise UsageError(why)
@@ -165,13 +169,13 @@ def _from_folder(
             f" that imagemill made have, nor {folder.CONFIG}, as folders of transformers and timm"
             " have."
         )
-    return folder.bundle_for(path, models_dir, say, name=name, given=given)
+    return folder.bundle_for(path, models_dir, notify, name=name, given=given)
 
 
 def _from_hub(
     found: hub.Snapshot,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     *,
     name: str | None = None,
     given: Mapping[str, Any] | None = None,
@@ -180,7 +184,7 @@ def _from_hub(
     place, shown = printable(found.folder), f"{hub.PREFIX}{found.repo}"
 
     def tell(line: str) -> None:
-        say(line.replace(place, shown))
+        notify(line.replace(place, shown))
 
     origin = {**found.origin, "licence": found.licence}
     if (found.folder / folder.CONFIG).is_file() or name or given:
@@ -203,10 +207,10 @@ def _from_hub(
 
 
 def _published(
-    model: str, models_dir: Path, say: Say, progress: download.Progress | None
+    model: str, models_dir: Path, notify: Notify, progress: download.Progress | None
 ) -> Bundle:
     try:
-        return get(model, models_dir, say=say, progress=progress)
+        return get(model, models_dir, notify=notify, progress=progress)
     except DownloadError as error:
         names = _installed(models_dir)
         if not names:

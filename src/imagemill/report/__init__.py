@@ -64,25 +64,25 @@ def write(job: OpenJob, output: str | None = None) -> int:
     return len(html)
 
 
-def attempt(job: OpenJob, say: Callable[[str], None]) -> None:
+def attempt(job: OpenJob, notify: Callable[[str], None]) -> None:
     """Write the report of a job that has just finished. If that fails, the user gets a note and the
     job is still finished.
     """
-    say(f"writing the report: {job.paths.shown(job.paths.report)}")
+    notify(f"writing the report: {job.paths.shown(job.paths.report)}")
     try:
         write(job)
     except Interrupted:
         raise
     except Exception as error:
         _log.warning("no report", exc_info=True)
-        say(
+        notify(
             f"note: the report could not be written ({error}). The results are complete. Run"
             f" `imagemill report {job.paths.output}` to try again."
         )
 
 
 def add_score(
-    job: OpenJob, found: Score, say: Callable[[str], None], *, rewrite: bool = True
+    job: OpenJob, found: Score, notify: Callable[[str], None], *, rewrite: bool = True
 ) -> None:
     """Write a job's `score.json`, and its report again if there is one. If that fails, the user
     gets a note.
@@ -90,7 +90,7 @@ def add_score(
     Args:
         job: the job.
         found: its score.
-        say: called with messages.
+        notify: called with messages.
         rewrite: whether the report is written again.
     """
     from imagemill.scoring import score
@@ -98,6 +98,6 @@ def add_score(
     try:
         score.save(job, found)
         if rewrite and job.store.exists(job.paths.report):
-            attempt(job, say)
+            attempt(job, notify)
     except (OutputError, OSError) as error:
-        say(f"note: the score is not in the report: {error}")
+        notify(f"note: the score is not in the report: {error}")

@@ -62,7 +62,7 @@ def append(
             files.remove_folder(folder)
         spooled.unlink()
         for line in (*found.notes, *describe(found, settings)):
-            watcher.say(line)
+            watcher.notify(line)
         if appended is not None:
             opened = OpenJob(opened.store, opened.first, (*opened.appended, appended))
         return opened, found.difference

@@ -69,11 +69,11 @@ def attempt_until_it_fits(
             is_new = is_new and not opened.committed()
             if is_new and isinstance(error, DeviceMemoryError) and _may_shrink(opened, settings):
                 size = opened.frozen.job.session.batch_size // 2
-                watcher.say(f"{error} Starting with batches of {size}.")
+                watcher.notify(f"{error} Starting with batches of {size}.")
                 frozen = freeze.with_batch_size(opened, size, chosen), chosen
             elif is_new and fall_back and not isinstance(error, InexactError):
                 reason = str(error).partition("\n")[0]
-                watcher.say(f"{opened.frozen.devices} is not used, but the CPU: {reason}")
+                watcher.notify(f"{opened.frozen.devices} is not used, but the CPU: {reason}")
                 nonce = opened.frozen.plan_nonce
                 frozen, fall_back = fall_back(), None
                 opened.store.forget_plan(nonce)
@@ -83,7 +83,7 @@ def attempt_until_it_fits(
                 raise DeviceMemoryError(f"{error} {_remedy(opened, is_new=is_new)}") from error
             else:
                 if deadline is None:
-                    watcher.say(f"{error} Waiting up to {WAIT_S:g} s for more.")
+                    watcher.notify(f"{error} Waiting up to {WAIT_S:g} s for more.")
                     deadline = time.monotonic() + WAIT_S
                 time.sleep(_PAUSE_S)
 

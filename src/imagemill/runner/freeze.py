@@ -87,7 +87,7 @@ def freeze(
         raise no_images(settings, skipped)
     keep = keeper.kept()
     for note in skipped.notes():
-        watcher.say(note)
+        watcher.notify(note)
     typed, chosen = choose(listed.images)
     by_group = listed.groups == len(chosen) > 1
     shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
@@ -96,7 +96,7 @@ def freeze(
     access = access_of(settings)
     check_moved(sources.resolve(settings.sources), access, plan.rows(paths.plan))
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
-        watcher.say(
+        watcher.notify(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
             " are not assigned by folder"
         )
@@ -258,7 +258,7 @@ def _prepare(
         chosen=chosen,
         limits=limits_of(settings, Limits()),
         access=access_of(settings),
-        say=watcher.say,
+        notify=watcher.notify,
     )
 
 

@@ -32,7 +32,10 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
     """
     models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     found = resolve.resolve(
-        settings.model or DEFAULT_MODEL, models_dir, say=watcher.say, progress=watcher.download
+        settings.model or DEFAULT_MODEL,
+        models_dir,
+        notify=watcher.notify,
+        progress=watcher.download,
     )
     card = found.card
     if not card.has_head:

@@ -50,7 +50,7 @@ def resume(
             continue
         flag = "backend" if name == "devices" else SETTINGS[name].flag
         if effect is Effect.LIMITS:
-            watcher.say(f"{flag} was {was:,} and is now {asked:,}, for the remaining images")
+            watcher.notify(f"{flag} was {was:,} and is now {asked:,}, for the remaining images")
             continue
         remedy = _remedy(flag, was, asked) if effect is Effect.LISTING else _REMEDY
         raise JobMismatchError(

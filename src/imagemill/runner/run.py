@@ -78,7 +78,7 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
     watcher = watcher or observer.Watcher()
     check_settings(settings)
     with contextlib.closing(
-        connect(settings.engine, watcher.say, allow_mixed=settings.allow_mixed)
+        connect(settings.engine, watcher.notify, allow_mixed=settings.allow_mixed)
     ) as machines:
         return _run(settings, machines, watcher)
 
@@ -97,7 +97,7 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
     backend_of(chosen, settings.allow_mixed)
 
     def choose(images: int) -> tuple[str, Sequence[DeviceSpec]]:
-        typed = settings.devices or machines.automatic(images, settings.precision, watcher.say)
+        typed = settings.devices or machines.automatic(images, settings.precision, watcher.notify)
         return typed, chosen if typed == asked else machines.devices(typed)
 
     if opened is None:
@@ -195,7 +195,9 @@ def _carry_out(
     if settings.retry_failed is not None:
         again = opened.shards_with(settings.retry_failed)
         images = sum(shard.count for shard in opened.shards if shard.number in again)
-        watcher.say(f"computing again: {counted(images, 'image')}, those in shards with failures")
+        watcher.notify(
+            f"computing again: {counted(images, 'image')}, those in shards with failures"
+        )
         done -= again
     left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
@@ -203,13 +205,13 @@ def _carry_out(
     if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
-            report.attempt(opened, watcher.say)
+            report.attempt(opened, watcher.notify)
         return _report_finished(settings, opened, summary, watcher, found)
     store.remove(paths.summary)
     store.remove(paths.retired)
     resumed = sum(shard.count for shard in opened.shards if shard.number in done)
     if done:
-        watcher.say(f"resuming: {resumed:,} of {frozen.images:,} images are done")
+        watcher.notify(f"resuming: {resumed:,} of {frozen.images:,} images are done")
     guard = summarise.bad_fraction_guard(settings.max_bad_fraction, opened, done)
     outcome = Outcome(devices={d.name: 0 for d in chosen}, restarts={d.name: 0 for d in chosen})
     sampled = left if settings.preflight and not is_resumed else []
@@ -217,7 +219,7 @@ def _carry_out(
     write_retired = summarise.retired_writer(store)
     write_pace = summarise.pace_writer(paths, frozen.images, resumed)
     try:
-        with preflight.Sampler(job, sampled, chosen, watcher.say) as sampler:
+        with preflight.Sampler(job, sampled, chosen, watcher.notify) as sampler:
 
             def tick(progress: Progress) -> None:
                 sampler(progress)
@@ -233,7 +235,7 @@ def _carry_out(
                     groups=frozen.groups,
                     grace_s=settings.grace_s,
                     on_tick=tick,
-                    say=watcher.say,
+                    notify=watcher.notify,
                     on_receipt=guard,
                 )
                 outcome = launcher.run()
@@ -244,7 +246,7 @@ def _carry_out(
     paths.sweep()  # workers that died have left temporary files
     tally = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
     if tally.unlisted:
-        watcher.say(
+        watcher.notify(
             f"{counted(tally.unlisted, 'failed image')} {'is' if tally.unlisted == 1 else 'are'} in"
             " archives or tables: not in failed.txt, but --retry-failed processes them again"
         )
@@ -255,9 +257,9 @@ def _carry_out(
     summary = _with_difference(summary, settings, found)
     store.write(paths.summary, serialization.encode(summary))
     if settings.report:
-        report.attempt(opened, watcher.say)
+        report.attempt(opened, watcher.notify)
     if job.session.card.origin.get("source") == "random":
-        watcher.say(
+        watcher.notify(
             f"note: {job.session.card.name} has random weights: its predictions mean nothing"
         )
     return summary
@@ -421,16 +423,16 @@ def _report_finished(
     """
     paths = opened.paths
     images, where = counted(summary.images, "image"), paths.shown(paths.predictions)
-    watcher.say(f"already finished: {images} in {where}")
+    watcher.notify(f"already finished: {images} in {where}")
     if not settings.append:
         try:
             again = listing.list_again(settings, opened, paths.spool)
         except (SourceError, UsageError, OutputError) as error:
-            watcher.say(f"images that are new in the source are not known: {error}")
+            watcher.notify(f"images that are new in the source are not known: {error}")
         else:
             found = again.difference
             for line in append.describe(again, settings):
-                watcher.say(line)
+                watcher.notify(line)
         paths.sweep()
     summary = replace(
         summary,

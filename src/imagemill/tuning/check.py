@@ -39,7 +39,7 @@ from imagemill.system import cpu
 from imagemill.tuning import accuracy, quantize
 from imagemill.tuning.images import Decoder, Image, divide, identity
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
@@ -141,7 +141,7 @@ def is_worthwhile(precision: Precision, images: int, calibration: int, held_out:
 
 def carry_out(
     asked: AccuracyCheck,
-    say: Say = lambda _: None,
+    notify: Notify = lambda _: None,
     at: Callable[[float | None], None] = lambda _: None,
     run: type[Run] | None = None,
 ) -> dict[str, PrecisionRecord]:
@@ -152,7 +152,7 @@ def carry_out(
 
     Args:
         asked: what to check.
-        say: takes lines for the user.
+        notify: takes lines for the user.
         at: is called before each step with the seconds that it may take at most; None: not known.
         run: how to check; None: as the CPU is checked.
 
@@ -169,7 +169,7 @@ def carry_out(
         now = variants.read(asked.bundle.dir)
         if asked.images is not None and not asked.gpus and now != asked.known:
             return {}  # another process wrote results while this one waited: the caller reads them
-        return (run or Run)(asked, now, say, at).carry_out()
+        return (run or Run)(asked, now, notify, at).carry_out()
 
 
 class Run:
@@ -179,10 +179,10 @@ class Run:
         self,
         asked: AccuracyCheck,
         now: Precisions,
-        say: Say,
+        notify: Notify,
         at: Callable[[float | None], None],
     ) -> None:
-        self._asked, self._now, self._say, self._at = asked, now, say, at
+        self._asked, self._now, self._notify, self._at = asked, now, notify, at
         self._onnx = asked.bundle.dir / bundles.MODEL
         calibration = asked.calibration if Precision.INT8 in asked.precisions else 0
         self._first, self._rest = divide(asked.entries, calibration, asked.held_out)
@@ -236,7 +236,7 @@ class Run:
         one after it.
         """
         if self._asked.images is None:
-            self._say(line)
+            self._notify(line)
 
     def _reused(self, precision: Precision) -> PrecisionRecord | None:
         """Return the bundle's record if it is of the same images, versions and processor, and its
@@ -290,7 +290,7 @@ class Run:
                     f" {gain / rate:,.0f} s)"
                 )
         if kept:
-            self._say(
+            self._notify(
                 f"checking whether {asked.bundle.card.name} keeps its answers in"
                 f" {', else '.join(lines)}; later jobs use the result"
             )

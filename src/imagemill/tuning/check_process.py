@@ -24,7 +24,7 @@ from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends.nvidia import pinned
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
-from imagemill.tuning.check import AccuracyCheck, Say, carry_out
+from imagemill.tuning.check import AccuracyCheck, Notify, carry_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,21 @@ class Found:
     records: Mapping[str, PrecisionRecord] = field(default_factory=dict)
 
 
-def in_child(asked: AccuracyCheck, say: Say = lambda _: None) -> dict[str, PrecisionRecord]:
+def in_child(asked: AccuracyCheck, notify: Notify = lambda _: None) -> dict[str, PrecisionRecord]:
     """Return what `carry_out` returns, from a child process.
 
     Raises:
         ImagemillError: as `carry_out`. WorkerError: the process died or hung twice.
     """
     try:
-        return _attempt_in_child(asked, say)
+        return _attempt_in_child(asked, notify)
     except ChildError as died:
-        say(
+        notify(
             f"the accuracy check process {died}: starting it again, each image decoded in a"
             " process of its own"
         )
     try:
-        return _attempt_in_child(replace(asked, isolate=True), say)
+        return _attempt_in_child(replace(asked, isolate=True), notify)
     except ChildError as died:
         raise WorkerError(
             f"the process that measures precisions {died}, twice. Use --precision fp32. The last"
@@ -70,7 +70,7 @@ def in_child(asked: AccuracyCheck, say: Say = lambda _: None) -> dict[str, Preci
         ) from died
 
 
-def _attempt_in_child(asked: AccuracyCheck, say: Say) -> dict[str, PrecisionRecord]:
+def _attempt_in_child(asked: AccuracyCheck, notify: Notify) -> dict[str, PrecisionRecord]:
     variables: Mapping[str, str] = {}
     if asked.gpus:
         visible, variables = pinned(asked.gpus[0])
@@ -82,7 +82,7 @@ def _attempt_in_child(asked: AccuracyCheck, say: Say) -> dict[str, PrecisionReco
         while True:
             match child.receive(patience_s):
                 case Said(line):
-                    say(line)
+                    notify(line)
                 case At(patience):
                     patience_s = patience
                 case Found(records):

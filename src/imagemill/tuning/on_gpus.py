@@ -19,7 +19,7 @@ from imagemill.models import variants
 from imagemill.models.variants import PrecisionRecord
 from imagemill.records import Bundle, DeviceSpec, Entry, Precision, SessionSpec
 from imagemill.tuning import batch_size, check, check_process
-from imagemill.tuning.check import AccuracyCheck, Say
+from imagemill.tuning.check import AccuracyCheck, Notify
 from imagemill.tuning.images import Image
 
 ORDER: Final = (Precision.FP16, Precision.BF16)
@@ -58,7 +58,7 @@ def find_accepted(bundle: Bundle, gpu: DeviceSpec) -> tuple[Precision, str]:
 
 
 def choose(
-    base: AccuracyCheck, sample: Callable[[], Sequence[Entry]], say: Say
+    base: AccuracyCheck, sample: Callable[[], Sequence[Entry]], notify: Notify
 ) -> tuple[Precision] | tuple[Precision, str]:
     """Return the precision of a job that asks for `auto`, and a line for the user unless the check
     has printed it. An error of the check costs the job nothing but the faster precision.
@@ -66,7 +66,7 @@ def choose(
     Args:
         base: with the job's GPUs and number of images; 0 measures nothing.
         sample: returns entries to check on.
-        say: receives lines for the user.
+        notify: receives lines for the user.
     """
     known = find_accepted(base.bundle, base.gpus[0])
     if not base.images or (base.images < _FEWEST and known[0] is Precision.FP32):
@@ -79,7 +79,7 @@ def choose(
             precisions=ORDER,
             batch_size=batch_size.resolved(spec, base.gpus).batch_size,
         )
-        found = check_process.in_child(asked, say)
+        found = check_process.in_child(asked, notify)
     except Interrupted:
         raise
     except ImagemillError as error:
@@ -120,7 +120,7 @@ class GpuRun(check.Run):
                 continue
             if record is None:
                 if reference is None:
-                    self._say(
+                    self._notify(
                         f"checking whether {asked.bundle.card.name} keeps its answers on"
                         f" {asked.gpus[0].model} in {precision} (takes about {_CHECK_S:.0f} s,"
                         f" could save {gain:,.0f} s); later jobs use the result"
@@ -133,7 +133,7 @@ class GpuRun(check.Run):
             if record.comparison.accepted:
                 return {precision.value: record}
             refused.append(f"{precision} is not used: {record.comparison.reason}")
-        self._say("precision fp32: " + ". ".join(refused))
+        self._notify("precision fp32: " + ". ".join(refused))
         return {}
 
     def _decided(self, precision: Precision, images: int) -> PrecisionRecord | None:

@@ -35,7 +35,7 @@ from imagemill.records import (
 )
 from imagemill.system import cpu
 from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
-from imagemill.tuning.check import AccuracyCheck, Say
+from imagemill.tuning.check import AccuracyCheck, Notify
 from imagemill.tuning.images import sample
 
 CALIBRATION: Final = 300
@@ -99,7 +99,7 @@ def prepare(
     chosen: Sequence[DeviceSpec],
     limits: Limits | None = None,
     access: Access = AS_GIVEN,
-    say: Say = _silent,
+    notify: Notify = _silent,
 ) -> Prepared:
     """Resolve a `--precision` setting, quantising and measuring if necessary.
 
@@ -113,7 +113,7 @@ def prepare(
         chosen: the job's devices.
         limits: budgets of one image.
         access: where the sources are now, and how they are asked for.
-        say: takes a line for the user.
+        notify: takes a line for the user.
 
     Raises:
         UsageError: the devices do not all compute in it, or int8 of a network without a head, which
@@ -133,7 +133,7 @@ def prepare(
         return plain
     if not accuracy.is_defined(bundle.card):
         line = f"precision {asked}: {_not_defined(bundle.card)}"
-        say(line)
+        notify(line)
         return replace(plain, lines=(line,))
     base = AccuracyCheck(
         bundle=bundle,
@@ -148,14 +148,16 @@ def prepare(
     )
     if gpus:
         base = replace(base, gpus=gpus, calibration=0, images=images)
-        precision, *lines = on_gpus.choose(base, lambda: sample(entries(), _wanted(base))[0], say)
+        precision, *lines = on_gpus.choose(
+            base, lambda: sample(entries(), _wanted(base))[0], notify
+        )
         found = _plain(bundle, precision, *lines)
     elif is_auto:
-        found = _automatic(base, entries, images, say)
+        found = _automatic(base, entries, images, notify)
     else:
-        found = _explicit(asked, base, entries, images, say)
+        found = _explicit(asked, base, entries, images, notify)
     for line in found.lines:
-        say(line)
+        notify(line)
     return found
 
 
@@ -282,7 +284,7 @@ def usable(
 
 
 def _automatic(
-    base: AccuracyCheck, entries: Callable[[], Iterable[Entry]], images: int, say: Say
+    base: AccuracyCheck, entries: Callable[[], Iterable[Entry]], images: int, notify: Notify
 ) -> Prepared:
     """Choose the precision of a job that asks for `auto`. An error of the accuracy check costs the
     job nothing but the faster precision.
@@ -300,7 +302,7 @@ def _automatic(
             images=images,
             known=variants.read(base.bundle.dir),
         )
-        check_process.in_child(asked, say)
+        check_process.in_child(asked, notify)
     except Interrupted:
         raise
     except ImagemillError as error:
@@ -313,7 +315,7 @@ def _explicit(
     base: AccuracyCheck,
     entries: Callable[[], Iterable[Entry]],
     images: int,
-    say: Say,
+    notify: Notify,
 ) -> Prepared:
     """Choose a precision that was asked for; a short accuracy check makes a missing result."""
     bundle = base.bundle
@@ -325,7 +327,7 @@ def _explicit(
         quick = replace(base, precisions=(precision,), held_out=held_out)
         some, _ = sample(entries(), _wanted(quick))
         asked = replace(quick, entries=tuple(some))
-        record = check_process.in_child(asked, say)[precision.value]
+        record = check_process.in_child(asked, notify)[precision.value]
     if record is None:
         return _plain(
             bundle,
@@ -363,7 +365,7 @@ def quantize_bundle(
     min_agreement: float | None = None,
     truth: str | None = None,
     limits: Limits | None = None,
-    say: Say = _silent,
+    notify: Notify = _silent,
 ) -> Report:
     """Make the int8 variant of a bundle, and compare it with fp32, and bf16 if the processor has
     it.
@@ -382,7 +384,7 @@ def quantize_bundle(
             `accuracy.MIN_AGREEMENT`.
         truth: where true labels of the images are, as `--truth` says it.
         limits: budgets of one image.
-        say: takes a line for the user.
+        notify: takes a line for the user.
 
     Raises:
         UsageError: numbers that make no sense, sources without images, or a network without a head.
@@ -422,11 +424,11 @@ def quantize_bundle(
             f"{', '.join(given)} holds no images. Give a folder of images like those that will be"
             " classified."
         )
-    say(
+    notify(
         f"{images:,} images found; {calibration:,} are needed to calibrate int8 and"
         f" {max(held_out, HELD_OUT):,} others, all different, to accept it"
     )
-    found = check_process.in_child(replace(base, entries=tuple(some)), say)
+    found = check_process.in_child(replace(base, entries=tuple(some)), notify)
     return Report(str(bundle.dir), images, choose(bundle, 0).precision, found)
 
 

@@ -58,7 +58,7 @@ class Launcher:
         grace_s: how long SIGTERM or SIGINT waits for the shards in flight.
         on_tick: called several times a second with the progress.
         on_receipt: called for each commit; may raise to end the job.
-        say: receives lines for the user.
+        notify: receives lines for the user.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Launcher:
         grace_s: float = 20.0,
         on_tick: Callable[[Progress], None] = lambda _: None,
         on_receipt: Callable[[Receipt], None] = lambda _: None,
-        say: Callable[[str], None] = lambda _: None,
+        notify: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._pool = pool
         self._devices = list(devices)
@@ -80,7 +80,7 @@ class Launcher:
         self._grace_s = grace_s
         self._on_tick = on_tick
         self._on_receipt = on_receipt
-        self._say = say
+        self._notify = notify
         self._workers: dict[str, WorkerState] = {}
         self._tally = Tally([device.name for device in devices])
         self._failed_starts: Counter[str] = Counter()
@@ -261,7 +261,7 @@ class Launcher:
         reason, *log = str(error).splitlines()
         line = reason + "".join(f" … {line.strip()}" for line in log[-1:])
         self._tally.retire(worker, line)
-        self._say(f"{name} is retired, the others process its images: {line}")
+        self._notify(f"{name} is retired, the others process its images: {line}")
 
     # Signals.
 
@@ -273,7 +273,7 @@ class Launcher:
         _log.warning("%s: finishing the shards in flight, %g s at most", name, self._grace_s)
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
         if leases:
-            self._say(_format_stopping(leases, self._signals[0], self._grace_s))
+            self._notify(_format_stopping(leases, self._signals[0], self._grace_s))
         deadline = time.monotonic() + self._grace_s
         while (
             any(worker.leases for worker in self._workers.values())

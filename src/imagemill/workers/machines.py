@@ -64,12 +64,12 @@ class ThisMachine:
         """Implement `Machines.close`."""
 
 
-def connect(engine: str, say: Callable[[str], None], *, allow_mixed: bool = False) -> Machines:
+def connect(engine: str, notify: Callable[[str], None], *, allow_mixed: bool = False) -> Machines:
     """Connect to the machines of an engine.
 
     Args:
         engine: `local` or `ray`.
-        say: receives lines for the user.
+        notify: receives lines for the user.
         allow_mixed: allow machines that differ in versions or vector units, which may change the
             last bits of results.
 
@@ -80,4 +80,4 @@ def connect(engine: str, say: Callable[[str], None], *, allow_mixed: bool = Fals
         return ThisMachine()
     from imagemill.workers.ray.cluster import Cluster  # needs Ray
 
-    return Cluster(say, allow_mixed=allow_mixed)
+    return Cluster(notify, allow_mixed=allow_mixed)

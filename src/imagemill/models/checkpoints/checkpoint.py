@@ -82,12 +82,12 @@ def _silent(_: str) -> None:
     """Say nothing."""
 
 
-def read(path: Path, say: Callable[[str], None] = _silent) -> dict[str, Array]:
+def read(path: Path, notify: Callable[[str], None] = _silent) -> dict[str, Array]:
     """Read a checkpoint's parameters by name, in the order of the file. See `load`."""
-    return load(path, say).arrays
+    return load(path, notify).arrays
 
 
-def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
+def load(path: Path, notify: Callable[[str], None] = _silent) -> Checkpoint:
     """Read a checkpoint's parameters, and the names of its classes.
 
     16-bit floats become float32, other types stay. Arrays may be read-only and may share memory
@@ -96,7 +96,7 @@ def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
 
     Args:
         path: the file.
-        say: takes one line if the file has several state dicts: which is used.
+        notify: takes one line if the file has several state dicts: which is used.
 
     Raises:
         CheckpointError: the file cannot be read, is damaged, is none of the three formats, or has
@@ -108,7 +108,7 @@ def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
             head = file.read(16)
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            return _read(path, file, head, size, lambda line: say(f"{path.name}: {line}"))
+            return _read(path, file, head, size, lambda line: notify(f"{path.name}: {line}"))
     except Refused as reason:
         raise CheckpointError(f"{path}: {reason}. {_REMEDY}") from None
     except OSError as error:
@@ -132,14 +132,14 @@ def load(path: Path, say: Callable[[str], None] = _silent) -> Checkpoint:
 
 
 def _read(
-    path: Path, file: IO[bytes], head: bytes, size: int, say: Callable[[str], None]
+    path: Path, file: IO[bytes], head: bytes, size: int, notify: Callable[[str], None]
 ) -> Checkpoint:
     if head[:4] == b"PK\x03\x04":
-        return _read_zip(file, size, say)
+        return _read_zip(file, size, notify)
     if head[:15] == _LEGACY_MAGIC:
-        return _read_legacy(file, size, say)
+        return _read_legacy(file, size, notify)
     if len(head) > 8 and head[8:9] == b"{":
-        return Checkpoint(state_dicts.choose({"": _read_safetensors(path, size)}, say))
+        return Checkpoint(state_dicts.choose({"": _read_safetensors(path, size)}, notify))
     raise Refused(_strange(head, size))
 
 
@@ -193,7 +193,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
 # ── zip .pth ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> Checkpoint:
+def _read_zip(file: IO[bytes], size: int, notify: Callable[[str], None]) -> Checkpoint:
     _check_zip_directory(file, size)
     try:
         archive = zipfile.ZipFile(file)
@@ -226,7 +226,7 @@ def _read_zip(file: IO[bytes], size: int, say: Callable[[str], None]) -> Checkpo
             )
         machine = Machine(size)
         root = machine.run(io.BytesIO(archive.read(program)))
-        tensors = _state_dict(root, size, say)
+        tensors = _state_dict(root, size, notify)
         needed = {tensor.storage.key for tensor in tensors.values()}
 
         raw: dict[str, Array] = {}
@@ -306,7 +306,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 # ── legacy .pth ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> Checkpoint:
+def _read_legacy(file: IO[bytes], size: int, notify: Callable[[str], None]) -> Checkpoint:
     stream = io.BytesIO(file.read(PICKLE_BYTES))
     machine = Machine(size)
     machine.run(stream)  # the magic number, seen already
@@ -322,7 +322,7 @@ def _read_legacy(file: IO[bytes], size: int, say: Callable[[str], None]) -> Chec
     keys = machine.run(stream)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise Refused("the list of its storages is damaged")
-    tensors = _state_dict(root, size, say)
+    tensors = _state_dict(root, size, notify)
     needed = {tensor.storage.key for tensor in tensors.values()}
 
     raw: dict[str, Array] = {}
@@ -393,11 +393,11 @@ def _from_bfloat16(bits: Array) -> NDArray[np.float32]:
     return upper.view(np.float32)
 
 
-def _state_dict(root: object, size: int, say: Callable[[str], None]) -> dict[str, Tensor]:
+def _state_dict(root: object, size: int, notify: Callable[[str], None]) -> dict[str, Tensor]:
     """Pick the mapping of names to tensors out of what the pickle described."""
     tensors: dict[str, Tensor] = {}
     total = 0
-    for name, value in state_dicts.choose(_found(root), say).items():
+    for name, value in state_dicts.choose(_found(root), notify).items():
         total += prod(value.size) * itemsize(value.storage.dtype)
         if total > 2 * size:  # twice: tied weights share their storage
             raise Refused(f"its tensors claim more than {2 * size} bytes, in a file of {size}")

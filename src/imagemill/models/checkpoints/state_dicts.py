@@ -43,7 +43,7 @@ _LISTED: Final = 5
 _NO_PARAMETER: Final = ".num_batches_tracked"
 
 
-def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> dict[str, T]:
+def choose(found: Mapping[str, Mapping[str, T]], notify: Callable[[str], None]) -> dict[str, T]:
     """Choose a state dict and drop the wrappers from its names.
 
     An exponential moving average (EMA) of the weights is preferred to the plain weights, as in
@@ -52,7 +52,7 @@ def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> 
 
     Args:
         found: path in the checkpoint → name → tensor; the path of the outermost mapping is empty.
-        say: takes one line if there are several: which is used.
+        notify: takes one line if there are several: which is used.
 
     Raises:
         Refused: none can be preferred, or two names mean the same parameter.
@@ -86,14 +86,14 @@ def choose(found: Mapping[str, Mapping[str, T]], say: Callable[[str], None]) -> 
         ]
         if not missing:
             if plain:
-                say(
+                notify(
                     f"the EMA weights are used ({_place(path)}), not the plain ones"
                     f" ({_place(used)})"
                 )
             return tensors
-        say(f"the EMA weights ({_place(path)}) are not used: they have no {shown(missing[0])}")
+        notify(f"the EMA weights ({_place(path)}) are not used: they have no {shown(missing[0])}")
     if others := [path for path in plain if path != used]:
-        say(f"the weights under {_place(used)} are used, not those under {_places(others)}")
+        notify(f"the weights under {_place(used)} are used, not those under {_places(others)}")
     return plain.get(used, {})
 
 

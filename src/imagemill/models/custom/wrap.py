@@ -43,7 +43,7 @@ from imagemill.system import files, serialization
 if TYPE_CHECKING:
     import onnx
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 _WRAPPER: Final = 2
 """Version of the wrapping: bundles of another version are built again."""
@@ -127,7 +127,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     return beside, checked
 
 
-def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
+def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
     """Return the bundle of a custom file, and build it in the models folder if it is missing.
 
     The folder's name has the file's name and a hash over file and card, so that a change of either
@@ -153,11 +153,11 @@ def bundle_for(file: Path, models_dir: Path, say: Say) -> Bundle:
             f"--model {shown}: {lack}. Known: {found}. Say it once, with the values that the model"
             f" was trained with: imagemill wrap {_quoted(file)} {_flags(missing, read)}"
         )
-    return bundle_of(file, model, read, models_dir, say)
+    return bundle_of(file, model, read, models_dir, notify)
 
 
 def bundle_of(
-    file: Path, model: onnx.ModelProto, read: ReadCard, models_dir: Path, say: Say
+    file: Path, model: onnx.ModelProto, read: ReadCard, models_dir: Path, notify: Notify
 ) -> Bundle:
     """Return the bundle of a file and a card, and build it in the models folder if it is missing.
 
@@ -166,7 +166,7 @@ def bundle_of(
         model: the file's content, without weights that lie beside it.
         read: the card, and where its values came from.
         models_dir: where bundles lie.
-        say: prints a line.
+        notify: prints a line.
 
     Raises:
         UsageError, ClassCountError: the card does not fit the file. ModelError: the file is not a
@@ -177,9 +177,9 @@ def bundle_of(
     folder = models_dir / f"{stem}-{key[:12]}"
     if bundles.is_bundle(folder):
         return bundles.load(folder)
-    say(f"{printable(file.name)}: wrapping it, once, into {folder}")
+    notify(f"{printable(file.name)}: wrapping it, once, into {folder}")
     for line in build(Source(file, model, read, key), folder).lines:
-        say(f"{printable(file.name)}: {line}")
+        notify(f"{printable(file.name)}: {line}")
     return bundles.load(folder)
 
 

@@ -29,7 +29,7 @@ from imagemill.models.folders.json_file import Document
 from imagemill.system import files
 from imagemill.system.processes import Child, ChildError
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 FOLDER: Final = ".exported"
 """Subfolder of the models folder. No model's name begins with a dot."""
@@ -55,7 +55,9 @@ _OFFLINE: Final = {
 """Variables of the child. Its `HF_HOME` is the staging folder, so that it finds nothing cached."""
 
 
-def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | None = None) -> Path:
+def onnx_for(
+    folder: Path, models_dir: Path, notify: Notify, size: tuple[int, int] | None = None
+) -> Path:
     """Return the ONNX file of a model folder that has none, and export it if that was not done yet.
 
     The file has one input `pixel_values`, float32 (n, channels, height, width), n open, and one
@@ -65,7 +67,7 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
     Args:
         folder: has `config.json` of transformers or timm, and safetensors.
         models_dir: the exported file is kept below it.
-        say: is called with lines for the user.
+        notify: is called with lines for the user.
         size: height and width of the input in pixels; None: as `config.json` says.
 
     Raises:
@@ -83,13 +85,13 @@ def onnx_for(folder: Path, models_dir: Path, say: Say, size: tuple[int, int] | N
     home = models_dir / FOLDER / f"{network}-{key[:12]}"
     file = home / bundles.MODEL
     if not file.is_file():
-        say(
+        notify(
             f"exporting {network} to ONNX, once (PyTorch {versions['torch']}, {library}"
             f" {versions[library]})"
         )
         started = time.monotonic()
         exported = _export(request, config, home)
-        say(
+        notify(
             f"exported in {time.monotonic() - started:.0f} s; its answers differ from PyTorch's by"
             f" at most {exported.difference:.1g} of the largest"
         )

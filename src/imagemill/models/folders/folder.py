@@ -29,7 +29,7 @@ from imagemill.models.folders.json_file import Document
 from imagemill.models.folders.transformers_config import is_plain_resnet
 from imagemill.records import Bundle
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 CONFIG: Final = "config.json"
@@ -73,7 +73,7 @@ class Model:
 def bundle_for(
     folder: Path,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     *,
     name: str | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -87,7 +87,7 @@ def bundle_for(
     Args:
         folder: has `config.json`.
         models_dir: one folder per model.
-        say: takes one line at a time: each value that was read and where it came from.
+        notify: takes one line at a time: each value that was read and where it came from.
         name: of the bundle, and of the model in results.
         origin: where the folder is from, for the card: `repository`, `commit`, `licence`, …
         given: fields of OnnxCard by name, which replace what the folder says.
@@ -115,7 +115,7 @@ def bundle_for(
     shown = name or printable(folder)
 
     def tell(line: str) -> None:
-        say(f"{shown}: {line}")
+        notify(f"{shown}: {line}")
 
     tell(f"making a model of {printable(folder) if name else 'it'}, once, in {home}")
     tell(f"network: {_network(model)}")
@@ -228,28 +228,30 @@ def _key(model: Model) -> str:
 
 
 def _build(
-    model: Model, home: Path, models_dir: Path, key: str, origin: Mapping[str, Any], say: Say
+    model: Model, home: Path, models_dir: Path, key: str, origin: Mapping[str, Any], notify: Notify
 ) -> Bundle:
     """Build the bundle of a folder."""
     graph = model.source
     if graph.suffix != ".onnx":
-        built = _build_weights(model, home, {**origin, "wrapped": key}, say)
+        built = _build_weights(model, home, {**origin, "wrapped": key}, notify)
         if built is not None:
             return built
         from imagemill.models import export
 
         size = model.read.card.size
         sides = dimensions(size)[::-1] if size is not None else None
-        graph = export.onnx_for(model.folder, models_dir, say, sides)
+        graph = export.onnx_for(model.folder, models_dir, notify, sides)
     architecture = model.architecture or "onnx"
     source = wrap.Source(graph, wrap.parse(graph), model.read, key, origin, architecture)
     checked = wrap.build(source, home)
     for line in checked.lines:
-        say(line)
+        notify(line)
     return checked.bundle
 
 
-def _build_weights(model: Model, home: Path, origin: Mapping[str, Any], say: Say) -> Bundle | None:
+def _build_weights(
+    model: Model, home: Path, origin: Mapping[str, Any], notify: Notify
+) -> Bundle | None:
     """Build the bundle from weights of a network that imagemill builds; None: it builds none like
     that.
     """
@@ -257,12 +259,12 @@ def _build_weights(model: Model, home: Path, origin: Mapping[str, Any], say: Say
     is_built = is_known(wanted) if model.is_timm else is_plain_resnet(model.document)
     if not is_built or model.source.name == _INDEX:
         return None
-    arrays = checkpoint.read(model.source, say)
+    arrays = checkpoint.read(model.source, notify)
     if all(name.startswith(_TIMM_WRAPPER) for name in arrays):
         arrays = {name.removeprefix(_TIMM_WRAPPER): array for name, array in arrays.items()}
     try:
         architecture = recognise(arrays, wanted or None)
     except CheckpointError as error:
         raise CheckpointError(f"{printable(model.source)}: {error}") from error
-    say(describe(architecture))
-    return build.build(home, architecture, arrays, model.read, origin, say=say)
+    notify(describe(architecture))
+    return build.build(home, architecture, arrays, model.read, origin, notify=notify)

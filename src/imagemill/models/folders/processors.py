@@ -246,7 +246,7 @@ class _Reader:
         fields: dict[str, Any] = {}
         origins: dict[str, str] = {}
 
-        def say(**found: Any) -> None:
+        def notify(**found: Any) -> None:
             origin = self.origin()
             for name, value in found.items():
                 fields[name] = checked(name, value)
@@ -262,7 +262,7 @@ class _Reader:
                     " follows. Add do_center_crop and crop_size, or height and width in size"
                 )
             size, self.used = resized, ["size"]
-        say(size=size[0] if size[0] == size[1] else spelled(size))
+        notify(size=size[0] if size[0] == size[1] else spelled(size))
         fields["resize"] = (
             "none"
             if resized is None
@@ -275,11 +275,11 @@ class _Reader:
         if resized is not None:
             default = self.kind.resample
             found = self.value("resample", None if default is None else _FILTERS.index(default))
-            say(interpolation=_FILTERS[found])
+            notify(interpolation=_FILTERS[found])
         if self.kind.flips:
             flipped = self.value("do_flip_channel_order", True)
-            say(color="BGR" if flipped else "RGB")
-        self._normalisation(say)
+            notify(color="BGR" if flipped else "RGB")
+        self._normalisation(notify)
         return ReadCard(OnnxCard(**fields), origins)
 
     def _box_or_short(
@@ -350,7 +350,7 @@ class _Reader:
             raise self.document.error("crop_size must have height and width")
         return crop
 
-    def _normalisation(self, say: Callable[..., None]) -> None:
+    def _normalisation(self, notify: Callable[..., None]) -> None:
         """Take over scale, mean and deviation. The rescaling is folded into them."""
         factor, offset = 1.0, 0.0
         if self.value("do_rescale", True):
@@ -359,15 +359,15 @@ class _Reader:
                 offset = 1.0
         is_usual = abs(factor * 255 - 1) < 1e-6
         unit = 1.0 if is_usual else factor
-        say(scale=1 if is_usual else 255)
+        notify(scale=1 if is_usual else 255)
         default_mean, default_std = self.kind.mean.value
         normalises = self.kind.mean is not Mean.NONE and self.value("do_normalize", True)
         mean = self._three("image_mean", default_mean) if normalises else (0.0, 0.0, 0.0)
-        say(mean=tuple((item + offset) / unit for item in mean))
+        notify(mean=tuple((item + offset) / unit for item in mean))
         again = self.kind.efficientnet and self.value("include_top", True)
         divisions = int(normalises) + int(again)
         std = self._three("image_std", default_std) if divisions else (1.0, 1.0, 1.0)
-        say(std=tuple(item**divisions / unit for item in std))
+        notify(std=tuple(item**divisions / unit for item in std))
 
     def _three(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """Return one number per channel."""

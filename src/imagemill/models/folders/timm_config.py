@@ -97,7 +97,7 @@ def read_timm(document: Document) -> ReadCard:
     fields: dict[str, Any] = {"centre": Centre.TORCHVISION}
     origins: dict[str, str] = {"centre": "timm"}
 
-    def say(*keys: str, **found: Any) -> None:
+    def notify(*keys: str, **found: Any) -> None:
         """Take fields over; `keys` are those that they were read from."""
         said = [key for key in keys if getattr(pretrained, key)]
         origin = inner.origin(*said) if said else "timm's default"
@@ -113,7 +113,7 @@ def read_timm(document: Document) -> ReadCard:
     scaled = math.floor(width / share), math.floor(height / share)
     if not 1 <= min(scaled) <= max(scaled) <= MAX_SIDE:
         raise document.error(f"{inner.prefix}crop_pct is {share:g}; it must be about 1")
-    say("input_size", size=width if width == height else spelled((width, height)))
+    notify("input_size", size=width if width == height else spelled((width, height)))
     resize: int | str = scaled[0]
     match pretrained.crop_mode:
         case "squash":
@@ -125,20 +125,20 @@ def read_timm(document: Document) -> ReadCard:
                 f"{inner.prefix}input_size is {width}×{height} with crop_mode center, which is"
                 " supported for square inputs only"
             )
-    say("input_size", "crop_pct", "crop_mode", resize=resize)
-    say("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
+    notify("input_size", "crop_pct", "crop_mode", resize=resize)
+    notify("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
     default_mean, default_std = Mean.IMAGENET.value
     mean = _per_channel(document, "mean", pretrained.mean or default_mean, channels)
-    say("mean", scale=1, mean=mean)
-    say("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
+    notify("mean", scale=1, mean=mean)
+    notify("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
     if pretrained.crop_mode == "border":
         levels = [min(255, max(0, round(255 * item))) for item in mean]
-        say("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
+        notify("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
     if pretrained.license:
-        say("license", licence=pretrained.license)
+        notify("license", licence=pretrained.license)
     count = pretrained.num_classes if config.num_classes is None else config.num_classes
     if count == 0:
-        say("num_classes", logits="none")
+        notify("num_classes", logits="none")
     else:
         fields["labels"], origins["labels"] = _labels(document, config, inner, pretrained, count)
     return ReadCard(OnnxCard(**fields), origins)

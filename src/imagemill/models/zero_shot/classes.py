@@ -35,7 +35,7 @@ from imagemill.models.zero_shot.text_tower import TextTower, tokenize
 from imagemill.models.zero_shot.towers import Towers
 from imagemill.records import Bundle, Scores
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 Array = NDArray[np.float32]
 
 _VERSION: Final = 1
@@ -50,7 +50,7 @@ def make(
     towers: Towers,
     prompts: Prompts,
     output: Path,
-    say: Say,
+    notify: Notify,
     *,
     logit_scale: float | None = None,
     logit_bias: float | None = None,
@@ -61,7 +61,7 @@ def make(
         towers: the model.
         prompts: labels and templates.
         output: the bundle's folder.
-        say: takes one line at a time: what was read, and where.
+        notify: takes one line at a time: what was read, and where.
         logit_scale: what cosines are multiplied by, instead of what the files say.
         logit_bias: what is added then.
 
@@ -82,14 +82,14 @@ def make(
     scale = scales.find(towers.folder, has_bias=has_bias, scale=logit_scale, bias=logit_bias)
     key = _key(towers, prompts, card, scale)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        return _existing(output, key, say)
+        return _existing(output, key, notify)
     model = wrap.load(towers.image_file)
     wanted = last_layer.features(towers.image_file, model, kind.image_output)
-    say(f"logit_scale: {scale.scale:.6g} ({scale.origin})")
+    notify(f"logit_scale: {scale.scale:.6g} ({scale.origin})")
     if has_bias:
-        say(f"logit_bias: {scale.bias:.6g} ({scale.origin})")
-    say(f"templates: {', '.join(printable(item, 60) for item in prompts.templates[:5])}")
-    embeddings = embed(towers, family, prompts, say)
+        notify(f"logit_bias: {scale.bias:.6g} ({scale.origin})")
+    notify(f"templates: {', '.join(printable(item, 60) for item in prompts.templates[:5])}")
+    embeddings = embed(towers, family, prompts, notify)
     if wanted not in (None, embeddings.shape[1]):
         raise ModelError(
             f"{printable(towers.text_file)} makes {embeddings.shape[1]} numbers of a text,"
@@ -123,11 +123,11 @@ def make(
     made = wrap.build(wrap.Source(towers.image_file, model, read, key, origin), output)
     for line in made.lines:
         if not line.endswith(("(--logits)", "(--embedding)")):  # chosen here, not by the user
-            say(line)
+            notify(line)
     return made.bundle
 
 
-def embed(towers: Towers, family: Family, prompts: Prompts, say: Say) -> Array:
+def embed(towers: Towers, family: Family, prompts: Prompts, notify: Notify) -> Array:
     """Return the embedding of every label: float32 (labels, features), each of length 1.
 
     Those of several templates are averaged, and made length 1 again.
@@ -144,7 +144,7 @@ def embed(towers: Towers, family: Family, prompts: Prompts, say: Say) -> Array:
         texts = prompts.of(template)
         tokens = tokenize(towers.folder, family, texts)
         if tokens.cut:
-            say(
+            notify(
                 f"note: {len(tokens.cut):,} of {len(texts):,} texts have more than"
                 f" {family.length} tokens, the rest is ignored:"
                 f' "{printable(texts[tokens.cut[0]], 60)}"'
@@ -159,7 +159,7 @@ def embed(towers: Towers, family: Family, prompts: Prompts, say: Say) -> Array:
             done += len(places)
             if time.monotonic() - clock > _REPORT_S:
                 clock = time.monotonic()
-                say(f"text tower: {done:,} of {len(texts) * len(prompts.templates):,} texts")
+                notify(f"text tower: {done:,} of {len(texts) * len(prompts.templates):,} texts")
     _check_distinct(prompts, keys)
     assert total is not None
     lengths = np.linalg.norm(total, axis=1, keepdims=True)
@@ -194,12 +194,12 @@ def _key(towers: Towers, prompts: Prompts, card: ReadCard, scale: scales.Scale) 
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _existing(output: Path, key: str, say: Say) -> Bundle:
+def _existing(output: Path, key: str, notify: Notify) -> Bundle:
     """Return the bundle at `output` if it is the one that was asked for."""
     if bundles.is_bundle(output):
         found = bundles.load(output)
         if found.card.origin.get("wrapped") == key:
-            say(f"{printable(output)} is here already")
+            notify(f"{printable(output)} is here already")
             return found
         raise UsageError(
             f"--output {printable(output)} holds another model ({found.card.name},"

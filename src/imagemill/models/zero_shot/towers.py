@@ -13,7 +13,7 @@ from imagemill.models.hub_library import Progress
 from imagemill.models.zero_shot.text_tower import load_library
 from imagemill.system import userdirs
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 _TEXTS: Final = (
     "config.json",
@@ -58,7 +58,7 @@ class Towers:
 def find(
     model: str,
     models_dir: Path,
-    say: Say,
+    notify: Notify,
     progress: Progress | None,
     *,
     with_scale: bool = True,
@@ -68,7 +68,7 @@ def find(
     Args:
         model: `hf:owner/name[@revision]`, or a folder.
         models_dir: where the Hub's files are kept.
-        say: takes one line for the user.
+        notify: takes one line for the user.
         progress: called with bytes so far and in all while downloading.
         with_scale: whether a file that holds the scale is downloaded too.
 
@@ -83,11 +83,11 @@ def find(
         return hub_files(repo, files, with_scale=with_scale)
 
     if hub.is_hub_name(model):
-        found = hub.snapshot(model, models_dir, say, progress, choose=choose)
+        found = hub.snapshot(model, models_dir, notify, progress, choose=choose)
         return Towers(found.folder, found.name, found.licence, found.origin)
     folder = userdirs.expand(model)
     if folder.is_dir():
-        cached = hub.cached_snapshot(folder, models_dir, say, choose=choose)
+        cached = hub.cached_snapshot(folder, models_dir, notify, choose=choose)
         if cached is not None:
             return Towers(cached.folder, cached.name, cached.licence, cached.origin)
         return Towers(folder, str(folder.absolute()))

@@ -54,7 +54,7 @@ class Cluster:
     started here.
 
     Args:
-        say: receives lines for the user.
+        notify: receives lines for the user.
         allow_mixed: allow nodes that differ in versions or vector units, which may change the last
             bits of results.
 
@@ -63,9 +63,9 @@ class Cluster:
         cannot be reached.
     """
 
-    def __init__(self, say: Callable[[str], None], *, allow_mixed: bool = False) -> None:
+    def __init__(self, notify: Callable[[str], None], *, allow_mixed: bool = False) -> None:
         self.ray = load_ray()
-        self._say = say
+        self._notify = notify
         self._allow_mixed = allow_mixed
         self._asked: list[devices.Asked] = []
         self._places: dict[str, Place] = {}
@@ -113,7 +113,7 @@ class Cluster:
         if sys.platform == "linux":
             here["_node_ip_address"] = _LOOPBACK
         self.ray.init(address="local", num_cpus=cores, **here, **quiet)
-        self._say(
+        self._notify(
             f"no Ray cluster was named: one was started on this machine, for this job, with {cores}"
             " CPUs"
         )
@@ -134,7 +134,7 @@ class Cluster:
                 """`--num-gpus N`, `--resources '{"ipu": N}'`), or wait for them: `ray status`."""
             )
         hosts = len({place.node.id for place in self._places.values()})
-        self._say(f"Ray: {len(self._places)} workers on {hosts} of {len(nodes)} nodes")
+        self._notify(f"Ray: {len(self._places)} workers on {hosts} of {len(nodes)} nodes")
         return tuple(
             place.device(int(name.rpartition("#")[2])) for name, place in self._places.items()
         )
@@ -180,8 +180,8 @@ class Cluster:
             allow_mixed=self._allow_mixed,
         )
         slots = [Slot(device, self._places[device.name]) for device in chosen]
-        placement = Placement(self.nodes, self._asked, slots, self._say)
-        return RayPool(self, job.store, provisioning, placement, slots, self._say)
+        placement = Placement(self.nodes, self._asked, slots, self._notify)
+        return RayPool(self, job.store, provisioning, placement, slots, self._notify)
 
     def close(self) -> None:
         """Implement `Machines.close`."""

@@ -58,7 +58,7 @@ class Placement:
         nodes: returns the live nodes.
         asked: the parsed `--devices`.
         first: the slots to start with.
-        say: receives lines for the user.
+        notify: receives lines for the user.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Placement:
         nodes: Callable[[], Sequence[Node]],
         asked: Sequence[devices.Asked],
         first: Sequence[Slot],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._nodes = nodes
         self._asked = asked
-        self._say = say
+        self._notify = notify
         self._names = {slot.place.key: slot.device.name for slot in first}
         """Place → the latest name of its device, so that it gets the same again."""
         self._no_workers_since: float | None = None
@@ -105,7 +105,7 @@ class Placement:
             is_waiting = slot.step == "hello" and slot.waits_longer_than(UNPLACED_S)
             if is_waiting and name not in self._unplaced:
                 self._unplaced.add(name)
-                self._say(
+                self._notify(
                     f"waiting for Ray to place {name} on node {slot.place.node.name}: its resources"
                     " are in use, see `ray status`"
                 )
@@ -126,7 +126,7 @@ class Placement:
             return
         if self._no_workers_since is None:
             self._no_workers_since = now
-            self._say(
+            self._notify(
                 "no node of the Ray cluster is left for a worker: waiting for one,"
                 f" {WITHOUT_WORKERS_S:g} s at most"
             )

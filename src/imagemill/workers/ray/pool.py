@@ -65,7 +65,7 @@ class RayPool:
         provisioning: checks the nodes.
         placement: finds further devices.
         slots: the devices to start with.
-        say: receives lines for the user.
+        notify: receives lines for the user.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RayPool:
         provisioning: Provisioning,
         placement: Placement,
         slots: Sequence[Slot],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
@@ -83,7 +83,7 @@ class RayPool:
         self._provisioning = provisioning
         self._placement = placement
         self._first = slots
-        self._say = say
+        self._notify = notify
         self._class = self._ray.remote(actor_class())
         self._slots: dict[str, Slot] = {}
         self._nodes_at = 0.0
@@ -271,7 +271,7 @@ class RayPool:
         if not slot.late or slot.step == "turn":
             raise Failed(failed.kind, text).error()
         self._placement.unfit.add(node.id)
-        self._say(f"left out: {text}")
+        self._notify(f"left out: {text}")
         self._ray.kill(slot.actor)
         del self._slots[slot.device.name]
 

@@ -58,7 +58,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # whatever libraries print must not look like an answer
 
-    def say(message: Dict[str, Any]) -> None:
+    def notify(message: Dict[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
@@ -66,11 +66,11 @@ def main() -> int:
         if len(sys.argv) == 3:
             _end_with(int(sys.argv[2]))
         popart, here = _load()
-        say({"here": here})
+        notify({"here": here})
         if len(sys.argv) == 3:
-            _serve(popart, int(sys.argv[1]), say)
+            _serve(popart, int(sys.argv[1]), notify)
     except Failure as failure:
-        say({"error": failure.kind, "text": " ".join(str(failure).split())})
+        notify({"error": failure.kind, "text": " ".join(str(failure).split())})
         return 1
     except BrokenPipeError:
         return 1
@@ -109,7 +109,7 @@ def _load() -> Tuple[Any, Dict[str, str]]:
     return popart, versions
 
 
-def _serve(popart: Any, descriptor: int, say: Any) -> None:
+def _serve(popart: Any, descriptor: int, notify: Any) -> None:
     lines = iter(sys.stdin.readline, "")
     order = _order(next(lines, ""))
     if order is None:
@@ -124,7 +124,7 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
         images = order["slot_shape"][0] * order["slot_shape"][1]
         widths = [anchors[name].size // images for name in output_ids]
         slots = _map(descriptor, order, images, widths)
-        say({"ready": widths})
+        notify({"ready": widths})
         for line in lines:
             message = _order(line)
             if (
@@ -142,7 +142,7 @@ def _serve(popart: Any, descriptor: int, say: Any) -> None:
                 goal[...] = anchors[name].reshape(
                     goal.shape
                 )  # copied: anchors are used again by the next step
-            say({"done": message["run"]})
+            notify({"done": message["run"]})
 
 
 def _order(line: str) -> Any:

@@ -127,7 +127,7 @@ class PopartSession:
                     "synthetic": spec.synthetic,
                     "patience_s": PATIENCE_S,
                 }
-                self._say(order)
+                self._notify(order)
                 self._slots = _map(file, shape, self._table.dtype, self._answer("ready"))
             except BaseException:
                 if self._process is not None:
@@ -214,7 +214,7 @@ class PopartSession:
 
     def _run(self, step: _Step) -> None:
         if step.is_run:
-            self._say({"run": step.slot})
+            self._notify({"run": step.slot})
 
     def _finish(self, busy: deque[_Step]) -> Iterator[tuple[Batch, Outputs]]:
         """The batches of the oldest step with their outputs."""
@@ -233,7 +233,7 @@ class PopartSession:
 
     # The program.
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _notify(self, message: dict[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # dead: waiting for its answer tells more
