@@ -140,7 +140,7 @@ class Sink:
             pa.array([row.source for row in rows], pa.string()),
             pa.array([row.path for row in rows], pa.string()),
             pa.array([row.status for row in rows], pa.string()),
-            pa.array([_told(row.error) for row in rows], pa.string()),
+            pa.array([_as_utf8(row.error) for row in rows], pa.string()),
             ids.take(first),
             self._labels.take(ids.take(first)),
             numbers.take(first),
@@ -184,6 +184,6 @@ def _side(pixels: int | None) -> int | None:
     return pixels if pixels is not None and 0 <= pixels < 2**31 else None
 
 
-def _told(error: str | None) -> str | None:
+def _as_utf8(error: str | None) -> str | None:
     """An error as UTF-8 can hold it: it may quote the image."""
     return error if error is None else error.encode("utf-8", "backslashreplace").decode()
