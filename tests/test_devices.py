@@ -241,7 +241,7 @@ def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path) -> None:
             "No NVIDIA driver: libcuda.so.1 cannot be loaded",
             "pip install 'imagemill[cuda]'",
         ),
-        ("cuda", "No NVIDIA driver", "until `nvidia-smi` lists the GPU"),
+        ("cuda", "No NVIDIA driver", "`nvidia-smi` must list the GPU"),
         ("ipu:1", "popart", "enable.sh"),
         ("gpu:0", "OpenVINO finds no GPU (it finds: CPU)", "Install Intel's compute driver"),
         ("npu", "OpenVINO finds no NPU (it finds: CPU)", "Install Intel's NPU driver"),

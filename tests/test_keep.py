@@ -325,7 +325,8 @@ def test_a_column_that_no_source_has_ends_the_command(
         assert not (tmp_path / "out" / "job.json").exists()
     folder = helpers.fill(tmp_path / "folder", {"f.jpg": JPEG})
     with pytest.raises(
-        SourceError, match=r"--keep id: no source has this column\. No source has columns"
+        SourceError,
+        match=r"--keep id: no source has this column\. Folders and lists of paths have none",
     ):
         run.dry_run(settings(folder))
 

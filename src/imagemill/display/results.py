@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagemill.display.text import format_duration, format_statuses
@@ -40,10 +41,18 @@ def format_summary(summary: Summary, *, verbose: bool = False) -> str:
         )
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")
-    if summary.failed:
+    if summary.failed and _has_failed_list(summary):
         lines.append(f"failed images: {summary.output}/failed.txt")
     lines.append(f"results: {summary.output}/predictions")
     return "\n".join(lines)
+
+
+def _has_failed_list(summary: Summary) -> bool:
+    """Return whether `failed.txt` names an image; images in archives and tables are not in it."""
+    try:
+        return (Path(summary.output) / "failed.txt").stat().st_size > 0
+    except OSError:  # it is in an object store
+        return True
 
 
 def format_skipped(
@@ -82,8 +91,10 @@ def _format_speed(summary: Summary, *, verbose: bool) -> Iterator[str]:
         )
         if device.retired:
             yield f"  {device.name} was retired: {device.retired}"
-    what = f"bounded by {summary.bottleneck}" if summary.bottleneck else "bottleneck"
-    yield f"{what}: {summary.advice}"
+    if summary.bottleneck:
+        yield f"bounded by {summary.bottleneck}: {summary.advice}"
+    elif verbose:
+        yield f"bottleneck: {summary.advice}"
     if not verbose:
         return
     # In a job of a few images an estimate may be lower than what was achieved: leave it out.

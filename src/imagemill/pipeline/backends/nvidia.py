@@ -33,8 +33,8 @@ def find_gpus() -> Found:
         here = "" if Path("/dev/nvidiactl").exists() else " and /dev/nvidiactl is not there"
         return Found(
             (),
-            f"No NVIDIA driver: libcuda.so.1 cannot be loaded{here}. Install it until `nvidia-smi`"
-            " lists the GPU.",
+            f"No NVIDIA driver: libcuda.so.1 cannot be loaded{here}. Install it: `nvidia-smi`"
+            " must list the GPU.",
         )
     count, code = ctypes.c_int(), driver.cuInit(0)
     code = code or driver.cuDeviceGetCount(ctypes.byref(count))

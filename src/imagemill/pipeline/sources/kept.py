@@ -170,7 +170,11 @@ class Keeper:
         for column in self.columns:
             if column not in self._found and not self._is_frozen:
                 names = ", ".join(map(printable, self._found))
-                there = f"The columns are {names}." if names else "No source has columns."
+                there = (
+                    f"The columns are {names}."
+                    if names
+                    else "Folders and lists of paths have none: give a table."
+                )
                 raise SourceError(f"--keep {column}: no source has this column. {there}")
         return tuple(
             Kept(column, name, self._types.get(column, (KeptType.TEXT, ""))[0])
