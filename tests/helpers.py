@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 import imagemill
 from imagemill import cli
@@ -214,6 +216,15 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except FileNotFoundError:
         return False
+
+
+def capture_log(name: str, caplog: pytest.LogCaptureFixture, patch: pytest.MonkeyPatch) -> None:
+    """Let `caplog` see a module's messages, whatever this process has made of the loggers above."""
+    logger = logging.getLogger(name)
+    caplog.set_level(logging.WARNING, name)
+    patch.setattr(logger, "handlers", [caplog.handler])
+    patch.setattr(logger, "propagate", False)
+    patch.setattr(logger, "disabled", False)  # libraries that configure logging may set it
 
 
 def without_root_powers() -> tuple[str, ...]:

@@ -361,7 +361,8 @@ def test_an_image_that_kills_its_decoder_is_a_row_on_a_cluster_too(
     result = ray_run(folder, *arguments(out, "--devices", "null", "--json"))
     assert result.code == 0, result.err
     assert result.json["failed_by_status"] == {"crashed_decoder": 1}
-    assert sum(device["restarts"] for device in result.json["devices"]) == 1
+    # One, or two if Ray took the first death for a lost actor.
+    assert sum(device["restarts"] for device in result.json["devices"]) in (1, 2)
     assert helpers.by_path(out)["005b.jpg"]["status"] == "crashed_decoder"
 
 

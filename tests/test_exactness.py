@@ -4,7 +4,6 @@ first image. The null device stands in for a GPU.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -89,11 +88,11 @@ def test_answers_that_depend_on_something_else_are_found(
 
 
 def test_a_difference_that_is_allowed_is_logged(
-    tiny: Bundle, caplog: pytest.LogCaptureFixture
+    tiny: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the log of a job shows it."""
-    with caplog.at_level(logging.WARNING):
-        check_exactness(answering(by_place), make_spec(tiny), "cuda#0", allow_inexact=True)
+    helpers.capture_log(check_exactness.__module__, caplog, monkeypatch)
+    check_exactness(answering(by_place), make_spec(tiny), "cuda#0", allow_inexact=True)
     assert "cuda#0: answers depend on position in the batch" in caplog.text
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import logging
 import random
 import threading
 import time
@@ -21,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import helpers
 import sample_images
 from imagemill.pipeline import feed as feed_module
 from imagemill.pipeline import heartbeat
@@ -476,12 +476,7 @@ def test_an_image_that_changed_since_it_was_listed_is_noted_in_the_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With both sizes; one whose size was not known, or is the same, is not."""
-    # Its own handler and level: a run in this process, or a library, may have changed its parents'.
-    logger = logging.getLogger("imagemill.pipeline.feed")
-    caplog.set_level(logging.WARNING, logger.name)
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "disabled", False)
+    helpers.capture_log("imagemill.pipeline.feed", caplog, monkeypatch)
     images = [
         PlannedImage(number, SHARD, "s", b"a%d" % number, size, lambda: b"o1")
         for number, size in enumerate((2, -1, 3, 0))

@@ -146,7 +146,7 @@ def test_the_demo_works_with_no_network_at_all(lite0: Bundle, tmp_path: Path) ->
     )
     assert result.code == 0, result.err
     assert (result.json["images"], result.json["failed_by_status"], result.json["model"]) == (
-        13,
+        11,
         {"truncated": 1},
         "efficientnet_lite0",
     )
