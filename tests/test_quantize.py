@@ -870,27 +870,6 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     assert again.lines == prepared.lines
 
 
-def test_int8_made_from_few_images_is_made_again_by_a_larger_job(
-    tmp_path: Path, colours: Path, here: None
-) -> None:
-    """And not by one that has no more images."""
-    make_bundle(tmp_path)
-
-    def prepared(images: int) -> precisions.Prepared:
-        return precisions.prepare(
-            "int8",
-            bundles.load(tmp_path),
-            [str(colours)],
-            lambda: entries_of(colours)[:images],
-            images,
-            chosen=CPU,
-        )
-
-    first = prepared(6)
-    assert prepared(6).model_file == first.model_file
-    assert prepared(100).model_file != first.model_file
-
-
 def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: None) -> None:
     """Calibrated and compared on images that are wider than high, by its set of classes; the result
     is used.

@@ -320,9 +320,6 @@ def _explicit(
     """Choose a precision that was asked for; a short accuracy check makes a missing result."""
     bundle = base.bundle
     record = usable(bundle, precision)
-    few = record.calibration.images if record and record.calibration else CALIBRATION
-    if few < min(CALIBRATION, images // 2) and quantize.is_installed():
-        record = None  # made from fewer images than this job has
     if record is None and images == 0:
         return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
     if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
