@@ -89,21 +89,24 @@ def sound(output: Path) -> pa.Table:
     return helpers.table(output)
 
 
-def grow(folder: Path) -> None:
-    """Twenty more images, some of which sort first; five removed, one changed."""
+def grow(folder: Path, mark: str = "", later: int = 0) -> None:
+    """Twenty more images, some of which sort first; five removed, one changed. `mark` and `later`
+    make them others than those of a call before.
+    """
     helpers.fill(
         folder,
         {
             f"{name}.jpg": sample_images.jpeg(30, 30, seed=seed)
             for seed, name in enumerate(
-                [*(f"0/{n}" for n in range(5)), *(f"050{n}" for n in range(5))]
-                + [f"z{n}" for n in range(10)]
+                [*(f"0/{mark}{n}" for n in range(5)), *(f"050{mark}{n}" for n in range(5))]
+                + [f"z{mark}{n}" for n in range(10)]
             )
         },
     )
     for number in (3, 10, 50, 77, 99):
-        (folder / f"{number:03d}.jpg").unlink()
-    (folder / "042.jpg").write_bytes((folder / "042.jpg").read_bytes() + b"more")
+        (folder / f"{number - later:03d}.jpg").unlink()
+    changed = folder / f"{42 + later:03d}.jpg"
+    changed.write_bytes(changed.read_bytes() + b"more")
 
 
 # ── whole jobs ────────────────────────────────────────────────────────────────────────────────────
@@ -138,23 +141,27 @@ def test_new_images_get_new_parts_and_nothing_existing_is_touched(
     assert second.items() >= first.items()
     assert len(second) == len(first) + 1
     rows = sound(out).to_pylist()
+    grow(images, "A", later=1)
     helpers.fill(images, {"later.jpg": b"broken"})
     summary = run.run(settings, Listener())
-    assert (summary.images, summary.appended, summary.failed) == (121, 1, 1)
+    assert (summary.images, summary.appended, summary.failed) == (141, 21, 1)
+    assert (summary.changed_in_source, summary.missing_in_source) == (2, 10)
     assert part_sums(out).items() >= second.items()
     assert sound(out).to_pylist()[:120] == rows
     assert (out / "job.json").read_bytes() == frozen
     assert (out / "failed.txt").read_text() == f"{images}/later.jpg\n"
     assert documents.read_manifest(open_store(JobPaths(out))).parts.keys() == part_sums(out).keys()
     report.write(OpenJob.open(out))
-    assert re.search(r"appended.*: 20 images.*: 1 image<", (out / "report.html").read_text(), re.S)
+    assert re.search(
+        r"appended.*: 20 images.*: 21 images<", (out / "report.html").read_text(), re.S
+    )
     status = OpenJob.open(out).status()
-    assert (status.images, status.done, status.complete) == (121, 121, True)
+    assert (status.images, status.done, status.complete) == (141, 141, True)
     fresh = replace(settings, output=str(tmp_path / "fresh"), append=False)
     run.run(fresh)
     answers = {row["path"]: row for row in helpers.rows(tmp_path / "fresh")}
-    for row in rows:
-        if row["path"] in answers and row["path"] != "042.jpg":
+    for row in sound(out).to_pylist():
+        if row["path"] in answers and row["path"] not in ("042.jpg", "043.jpg"):
             assert row | {"index": 0} == answers[row["path"]] | {"index": 0}
 
 

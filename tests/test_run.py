@@ -1335,7 +1335,7 @@ def test_devices_with_a_clock_of_their_own_say_how_fast_they_compute() -> None:
 
 
 def test_devices_without_a_clock_of_their_own_are_judged_by_the_loops_waits() -> None:
-    """Nothing is said of cores or transfers."""
+    """Cores and transfers are not mentioned."""
     sums = {"starved": 8, "read": 1, "decode": 31, "decode_wall": 31, "compute": 1, "write": 1}
     _, rates, advice = summarise.judge([clock(**sums)], 100, 10.0, 8)
     assert set(rates) == {"achieved", "decode_only", "compute_only"}
