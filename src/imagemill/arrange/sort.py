@@ -332,9 +332,7 @@ def _files_before(into: Path) -> Iterator[str]:
                     f"{into / MANIFEST} was not made by `imagemill sort`. Give a new folder."
                 )
             for row in rows:
-                path = row["file"]
-                if path and not path.startswith("/") and ".." not in path.split("/"):
-                    yield path
+                yield row["file"] or ""
     except FileNotFoundError:
         return
     except (OSError, UnicodeError, csv.Error) as error:
