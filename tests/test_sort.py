@@ -11,6 +11,9 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -479,6 +482,40 @@ def test_a_network_without_classes_is_refused_by_label(models_dir: Path, tmp_pat
     frozen = made_jobs.frozen_job(replace(settings, model="headless", top_k=None), headless)
     with pytest.raises(UsageError, match="--by label: the model has no classes"):
         sort.sort(frozen, tmp_path / "into")
+
+
+KILLED = """
+import os, signal, sys
+from imagemill import cli
+replace, left = os.replace, int(sys.argv[1])
+def kill(source, target):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+cli.main(["sort", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.process
+def test_sigkill_at_any_file_leaves_what_the_same_command_continues(
+    make: Callable[..., OpenJob], tmp_path: Path
+) -> None:
+    """And every original as it was."""
+    job = make(images=["1-9.jpg", "0-9.jpg"])
+    before, into = state(tmp_path / "images"), tmp_path / "into"
+    for allowed in range(3):  # the manifest, and two files
+        arguments = [str(allowed), job.paths.output, "--into", str(into), "--link", "hard"]
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, *arguments], env=helpers.environment(), check=False
+        )
+        assert killed.returncode == -signal.SIGKILL
+        assert sort.sort(job, into, link=Link.HARD).images == 2
+        assert set(content(into)) == {"dog/1-9.jpg", "cat~0/0-9.jpg"}
+        shutil.rmtree(into)
+    assert state(tmp_path / "images") == before
 
 
 def test_a_killed_call_is_continued(make: Callable[..., OpenJob], tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ def sort(
     if dry_run:
         return outcome
     files.make_folder(into)
+    for left in into.glob(f".{MANIFEST}.*"):  # by a call that was killed
+        left.unlink(missing_ok=True)
     removed = _remove_stale(into, _named(chosen, keys))
     _write_manifest(into, _named(chosen, keys))
     maker = Maker(link, log, _TEMPORARY)
