@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from imagemill import cli
+from imagemill.cli.commands import make_parser
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Which options does each command have?
@@ -23,7 +23,7 @@ This page is made from the program itself (`python docs/make_options.py`). It sa
 
 def page() -> str:
     """Return the page as Markdown."""
-    parser = cli._parser()
+    parser = make_parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     texts = {choice.dest: choice.help or "" for choice in commands._choices_actions}
     links = [f"[{name}](#imagemill-{name})" for name in commands.choices]

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 import helpers
 import sample_images
 from archive_files import pack
-from imagemill import cli, report
+from imagemill import report
+from imagemill.cli.commands import make_parser
 from imagemill.errors import JobMismatchError, OutputError, SourceError, UsageError
 from imagemill.job import documents, plan
 from imagemill.job.open_job import OpenJob
@@ -619,7 +620,7 @@ def test_the_line_for_cron_is_a_command() -> None:
     (line,) = (line for line in DOCUMENT.splitlines() if line.startswith("*/10 "))
     words = shlex.split(line.partition(" >>")[0])[5:]
     assert words[0] == "imagemill"
-    assert cli._parser().parse_args(words[1:]).append
+    assert make_parser().parse_args(words[1:]).append
 
 
 @pytest.mark.process

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from imagemill import cli
+from imagemill.cli.commands import make_parser
 from imagemill.records import Limits
 from imagemill.runner.settings import GROUPS, SETTINGS
 
@@ -65,7 +66,7 @@ def test_a_word_that_is_like_no_other_gets_no_suggestion(
 
 
 def test_short_options_are_those_of_run() -> None:
-    parser = cli._parser()
+    parser = make_parser()
     parsed = parser.parse_args(["run", "images", "-o", "out", "-m", "tiny"])
     assert (parsed.output, parsed.model) == ("out", "tiny")
 

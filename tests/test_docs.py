@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import helpers
-from imagemill import cli, records
+from imagemill import records
+from imagemill.cli.commands import make_parser
 from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
@@ -33,7 +34,7 @@ PAGES = sorted(
 def parsers() -> dict[str, argparse.ArgumentParser]:
     (commands,) = (
         action
-        for action in cli._parser()._actions
+        for action in make_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     return dict(commands.choices)
@@ -133,7 +134,7 @@ def test_every_command_of_a_page_parses(page: Path) -> None:
         for line in re.findall(r"^(?:.*&& )?(?:\.venv/bin/)?imagemill ([a-z].*)$", block, re.M):
             words = re.split(r" {2,}| +#", line)[0].split()
             if not any(word[0] == "[" or word in ("DIR", "NAME", "…") for word in words):
-                assert cli._parser().parse_args(words).call, words
+                assert make_parser().parse_args(words).call, words
 
 
 @pytest.mark.parametrize(

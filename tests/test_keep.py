@@ -23,7 +23,7 @@ import helpers
 import made_jobs
 import sample_images
 from archive_files import pack, tar
-from imagemill import cli
+from imagemill.cli.commands import make_parser
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import documents, export, plan
@@ -296,7 +296,7 @@ def test_names_that_cannot_be_kept_are_refused(keep: list[Any], message: str) ->
 
 def test_keep_is_written_in_every_usual_form() -> None:
     """Repeated, with commas, and from Python as a mapping, whose names may have any character."""
-    parsed = cli._parser().parse_args(
+    parsed = make_parser().parse_args(
         "run a --output o --keep id,b=c --keep label=truth --keep x".split()
     )
     assert kept.resolve_kept(parsed.keep) == {"id": "id", "b": "c", "label": "truth", "x": "x"}

@@ -17,7 +17,7 @@ import safetensors.numpy
 import helpers
 import pth_files
 from hub_server import Hub, Repo
-from imagemill import cli
+from imagemill.cli.commands import make_parser
 from imagemill.models.architectures import ARCHITECTURES
 from test_hub_run import FOLDERS, files_of, with_config
 
@@ -135,7 +135,7 @@ def test_every_command_of_the_table_parses() -> None:
         for line in cell.split("<br>"):
             assert line.startswith(("`imagemill ", "`pip install '.["))
         for arguments in commands(cell):
-            assert cli._parser().parse_args(arguments).call
+            assert make_parser().parse_args(arguments).call
 
 
 def test_every_row_of_the_table_is_run() -> None:

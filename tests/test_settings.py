@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import helpers
-from imagemill import cli
+from imagemill.cli.commands import make_parser
 from imagemill.errors import UsageError
 from imagemill.records import Settings
 from imagemill.runner.settings import (
@@ -35,7 +35,7 @@ def test_every_field_of_settings_is_declared() -> None:
 
 def test_a_command_without_options_means_the_defaults() -> None:
     """The command line and the Python API start from the same settings."""
-    parsed = cli._parser().parse_args(["run", "a", "b", "--output", "out"])
+    parsed = make_parser().parse_args(["run", "a", "b", "--output", "out"])
     assert make_settings(vars(parsed)) == Settings(sources=("a", "b"), output="out")
 
 
@@ -53,7 +53,7 @@ def test_every_flag_sets_its_setting() -> None:
     assert {setting.flag for setting in SETTINGS.values() if setting.flag.startswith("-")} <= {
         word.partition("=")[0] for word in words
     }
-    assert make_settings(vars(cli._parser().parse_args(words))) == Settings(
+    assert make_settings(vars(make_parser().parse_args(words))) == Settings(
         ("a",),
         "out",
         *("m", "d", "cpu", "fp32", 1, None, 2, 3, 0.5, ("logits", "embedding"), ("id,a=b", "c"), 4),

@@ -1,0 +1,137 @@
+"""The commands that run a job or look at one: run, demo, status, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from imagemill.cli.options import Command, add_settings
+from imagemill.cli.output import as_json, log, open_job, print_result
+from imagemill.runner.settings import SETTINGS, make_settings
+
+
+def add(command: Command) -> None:
+    """Add these commands."""
+    _add_run(command)
+    _add_demo(command)
+    _add_status(command)
+    _add_verify(command)
+
+
+def _add_run(command: Command) -> None:
+    sub = command(
+        "run", _run, "classify all images of the sources; run the same command again to resume"
+    )
+    add_settings(sub, SETTINGS)
+    sub.usage = "%(prog)s SOURCE... --output DIR [options]"
+    _add_summary_options(sub)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from imagemill.display import observer, results
+    from imagemill.runner import run
+
+    settings = make_settings(vars(parsed))
+    if settings.dry_run:
+        found = run.dry_run(settings)
+        for note in found.notes:
+            log(note)
+        print(as_json(found) if parsed.json else results.format_dry_run(found))
+    else:
+        summary = run.run(settings, observer.Terminal())
+        if parsed.json:
+            print(as_json(summary))
+        else:
+            print_result(results.format_summary(summary, verbose=parsed.verbose))
+    return 0
+
+
+def _add_demo(command: Command) -> None:
+    sub = command(
+        "demo", _demo, "classify the sample images with the model that comes with the package"
+    )
+    demo = {name: setting for name, setting in SETTINGS.items() if name != "sources"}
+    demo["output"] = demo["output"]._replace(
+        help="output folder (default: %(default)s)", options={"default": "imagemill-demo"}
+    )
+    demo["model"] = demo["model"]._replace(
+        help="name, folder, file.onnx or hf:owner/name of a model (default: %(default)s)",
+        options={"default": "efficientnet_lite0"},
+    )
+    add_settings(sub, demo)
+    sub.usage = "%(prog)s [options]"
+    _add_summary_options(sub)
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from importlib.resources import as_file, files
+
+    from imagemill.display import results
+    from imagemill.job import ledger
+
+    with as_file(files("imagemill") / "data" / "demo") as images:
+        parsed.sources = [str(images)]
+        code = _run(parsed)
+    if not parsed.json and not parsed.dry_run:
+        columns = ["path", "status", "label", "probability", "error"]
+        rows = ledger.rows(open_job(parsed.output).store, columns)
+        print(f"\n{results.format_rows(rows)}")
+    return code
+
+
+def _add_summary_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    sub.add_argument(
+        *("-v", "--verbose"),
+        action="store_true",
+        help="also print what decoding alone and computing alone would reach",
+    )
+
+
+def _add_status(command: Command) -> None:
+    sub = command("status", _status, "show the progress of a job, which may be running")
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from imagemill.display import results
+
+    found = open_job(parsed.dir).status()
+    print(as_json(found) if parsed.json else results.format_status(found))
+    return 0
+
+
+def _add_verify(command: Command) -> None:
+    sub = command(
+        "verify", _verify, "check all results; exit 0 only if the job is complete and undamaged"
+    )
+    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument(
+        "--quarantine",
+        action="store_true",
+        help="move damaged parts to another folder, so that `run` computes them again",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from imagemill.display import results
+
+    job = open_job(parsed.dir)
+    problems, moved = job.verify(quarantine=parsed.quarantine)
+    shown = job.paths.shown
+    found = [{"shard": p.shard, "path": shown(p.path), "problem": p.what} for p in problems]
+    moved_to = [shown(path) for path in moved]
+    images = job.frozen.images
+    if parsed.json:
+        report = {"sound": not found, "images": images, "problems": found, "moved": moved_to}
+        print(json.dumps(report))
+    else:
+        print(results.format_problems(found, moved_to, images))
+        if any(problem.damaged for problem in problems) and not parsed.quarantine:
+            log(
+                f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"
+                " damaged parts to another folder, then repeat the run"
+            )
+    return 1 if found else 0
