@@ -1021,7 +1021,7 @@ def test_closing_while_a_batch_is_computed_ends(
         def stream(self, batches: Any) -> Any:
             for answer in super().stream(batches):
                 begun.set()
-                helpers.until(opened._device._work.qsize)  # that it is to end lies in the queue
+                helpers.until(opened._device._work.qsize)  # the request to end is in the queue
                 yield answer
 
     monkeypatch.setattr(api, "open_session", Slow)

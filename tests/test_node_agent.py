@@ -202,7 +202,7 @@ def with_model(job: Job, file: Path) -> Job:
 def test_a_model_that_a_node_does_not_have_comes_once_and_is_checked(
     order: Orders, opened: Callable[..., NodeAgent], tmp_path: Path
 ) -> None:
-    """It lies in the node's cache by its hash afterwards, where the next agent finds it; other
+    """It is in the node's cache by its hash afterwards, where the next agent finds it; other
     bytes are refused, with both hashes.
     """
     made = order()

@@ -189,13 +189,13 @@ def test_an_image_is_fitted_into_a_box_and_its_centre_cut_out() -> None:
 
 
 def test_no_resize_copies_pixels() -> None:
-    """Without a resize the centre is copied, not computed, and what lacks is black."""
+    """Without a resize the centre is copied, not computed, and missing pixels are black."""
     for size in [(300, 250), (224, 224), (100, 300), (5, 5)]:
         assert difference(sample_images.photograph(*size), Recipe(resize=None)) == 0
 
 
 def test_padding_is_black_and_central() -> None:
-    """An image smaller than the crop lies in the middle of black, the odd pixel at the end, as
+    """An image smaller than the crop is in the middle of black, the odd pixel at the end, as
     torchvision pads.
     """
     out = np.full((8, 8, 3), 77, np.uint8)

@@ -147,7 +147,7 @@ def test_batches_come_back_in_order_each_with_its_own_outputs(opener: Opener) ->
 
 
 def test_padding_is_dropped_and_changes_nothing(opener: Opener) -> None:
-    """Places beyond `filled` are not in the outputs, whatever lies in them, and change no bit of
+    """Places beyond `filled` are not in the outputs, whatever they contain, and change no bit of
     the others.
     """
     session = opener(save=(Saved.EMBEDDING,))

@@ -471,7 +471,7 @@ def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(
     """
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 8}))
     entries = listed(file)
-    file.rename(tmp_path / "aside")
+    file.rename(tmp_path / "moved")
     file.symlink_to(file)  # a loop
     with ThreadPoolExecutor(8) as pool:
         refused = list(pool.map(lambda entry: refusal(file, entry), entries))
@@ -480,7 +480,7 @@ def test_a_failure_of_reading_is_a_row_of_its_own_and_nobody_waits_for_it_twice(
         "cannot be read: the table: Too many levels of"
     }
     file.unlink()
-    (tmp_path / "aside").rename(file)
+    (tmp_path / "moved").rename(file)
     assert [fetched(file, entry) for entry in entries] == [b"right"] * 8
 
 
@@ -490,7 +490,7 @@ def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None
     """
     file = written(tmp_path / "t.parquet", pa.table({"image": [b"right"] * 3}))
     entries = listed(file)
-    file.rename(tmp_path / "aside.parquet")
+    file.rename(tmp_path / "moved.parquet")
     assert refusal(file, entries[0]) == (Status.MISSING, "the table was listed but is gone")
     written(file, pa.table({"image": [b"wrong"] * 3}))
     assert refusal(file, entries[0]) == (
@@ -500,7 +500,7 @@ def test_a_table_that_is_gone_or_replaced_gives_no_image(tmp_path: Path) -> None
     parquet._table.cache_clear()
     file.write_text("no table at all")
     assert refusal(file, entries[0])[0] is Status.READ_ERROR
-    os.replace(tmp_path / "aside.parquet", file)
+    os.replace(tmp_path / "moved.parquet", file)
     assert fetched(file, entries[0]) == b"right"
 
 

@@ -427,8 +427,8 @@ def test_garbage_after_gzip_data_is_ignored_with_a_note(
         gzip.compress(data[:half]) + gzip.compress(data[half:]) if half else gzip.compress(data)
     )
     path = write(tmp_path, packed + GARBAGE[garbage], name="a.tar.gz")
-    for aside in (None, tmp_path):
-        source, entries, skipped = listed(path, index_dir=aside)
+    for index_dir in (None, tmp_path):
+        source, entries, skipped = listed(path, index_dir=index_dir)
         assert {entry.path.decode(): fetched(source, entry) for entry in entries} == files
         note = f"note: source {path}: trailing garbage after its gzip data was ignored."
         assert skipped.notes() == ([] if garbage == "zeros" else [note])
@@ -562,10 +562,10 @@ def test_the_index_is_kept_and_saves_unpacking_from_the_beginning(
     _, entries, _ = listed(path, index_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["source-00000.gzidx"]
     read = {}
-    for aside in (tmp_path, None):
-        before, source = read_bytes(), unopened(path, aside)
+    for index_dir in (tmp_path, None):
+        before, source = read_bytes(), unopened(path, index_dir)
         assert source.fetch(entries[-1].path, entries[-1].locator, 2**20) == files["059.jpg"]
-        read[aside] = read_bytes() - before
+        read[index_dir] = read_bytes() - before
     assert read[tmp_path] < path.stat().st_size // 6
     assert read[None] > path.stat().st_size
 
@@ -807,7 +807,7 @@ def test_an_archive_in_an_archive_is_skipped_or_a_row(job: Jobs, tmp_path: Path)
 def test_a_job_over_a_packed_tar_resumes_without_its_index(
     job: Jobs, packed: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:
-    """The index lies in the plan's folder; with half the parts and the index gone, the repeated
+    """The index is in the plan's folder; with half the parts and the index gone, the repeated
     command makes the same parts again.
     """
     settings = job(packed[0], shard_size=10)

@@ -751,7 +751,7 @@ class Entry:
     size: int
     """Bytes; -1 where unknown."""
     group: int = 0
-    """Which sub-folder it lies in, counted from 0 in listing order."""
+    """Which sub-folder it is in, counted from 0 in listing order."""
     locator: bytes = b""
     """Where in its source its bytes lie, in the source's own words, so that nothing has to be
     searched for it; empty: its path says it.

@@ -1,5 +1,5 @@
 """What becomes of parts that are damaged on disk: `verify` finds them, `--quarantine` moves them
-aside, `run` computes them again.
+to another folder, `run` computes them again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str, bool]] = [
     (lambda part: part.write_bytes(b""), "cannot be read", True),
 ]
 """By shard: what is done to its part, what `verify` says, and whether there is something to move
-aside.
+to another folder.
 """
 
 

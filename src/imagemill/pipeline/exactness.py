@@ -1,4 +1,4 @@
-"""Whether a device gives an image the same answer wherever it lies in a batch."""
+"""Whether a device gives an image the same answer at every place of a batch."""
 
 from __future__ import annotations
 

@@ -275,8 +275,8 @@ def check_precision(setting: str | None, chosen: Sequence[DeviceSpec]) -> None:
 
 
 def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
-    """Deal cores to processes: neighbouring runs whose lengths differ by at most one, or one core
-    each in turn.
+    """Divide the cores among processes: neighbouring runs whose lengths differ by at most one, or
+    one core each in turn.
     """
     if processes >= len(cores):
         return [(cores[number % len(cores)],) for number in range(processes)]

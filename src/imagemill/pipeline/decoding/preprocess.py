@@ -338,7 +338,7 @@ def _nearest(span: Span) -> NDArray[np.intp]:
 def _box(
     crop: Crop, width: int, height: int, left: int, top: int, scale: int
 ) -> tuple[float, float, float, float]:
-    """Where the crop lies in an image of this size that begins at (left, top)."""
+    """Return where the crop is in an image of this size that begins at (left, top)."""
     return (
         max(0.0, crop.x.start / scale - left),
         max(0.0, crop.y.start / scale - top),
