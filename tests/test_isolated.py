@@ -37,6 +37,25 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedDecoder]:
         yield decoder
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "TGA"])
+def test_the_beginning_of_a_truncated_image_is_decoded_on_demand(
+    decoder: IsolatedDecoder, form: str
+) -> None:
+    """What is there is the image; the next image that is not asked for so is truncated again."""
+    whole = sample_images.encode(sample_images.photograph(224, 224), form)
+    half = sample_images.half(whole)
+    found, expected = (
+        decoder.decode(data, Recipe(224, 224, None), LIMITS, partial=True) for data in (half, whole)
+    )
+    assert (found.status, found.error) == (expected.status, expected.error) == (Status.OK, None)
+    assert found.pixels is not None
+    assert expected.pixels is not None
+    rows = slice(124, None) if form in ("BMP", "TGA") else slice(None, 80)  # from below
+    assert np.array_equal(found.pixels[rows], expected.pixels[rows])
+    assert not np.array_equal(found.pixels, expected.pixels)
+    assert decoder.decode(half, Recipe(), LIMITS).status is Status.TRUNCATED
+
+
 def child_pid(decoder: IsolatedDecoder) -> int:
     assert decoder._child is not None
     return decoder._child._process.pid

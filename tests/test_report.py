@@ -399,12 +399,12 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
     shown = opened(output / "report.html")
     rows = shown.locator("section:has(> #accuracy) tbody")
     assert rows.first.inner_text().split("\t") == [
-        *("int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.7 % to 98.6 %"),
+        *("int8", "accepted: <b>it agrees</b>", "1,000", "97.80 %", "96.70 % to 98.55 %"),
         *("3 of 900", "0.0100", "2.31 ×"),
     ]
     shown.locator("section:has(> #accuracy) summary").click()
     assert rows.last.inner_text().split("\t") == [
-        *("<i>a.jpg", "tench", "0.750", "<b>carp", "0.500")
+        *("<i>a.jpg", "tench", "75.0 %", "<b>carp", "50.0 %")
     ]
     assert not opened(reported.report).locator("#accuracy").count()
 
@@ -499,6 +499,47 @@ def test_a_job_without_answers_and_one_of_one_image_have_a_page(
         *("Figures", "Gallery", "Classes", "Failures", "Speed", "Provenance")
     ]
     assert not shown.locator(".strip, #filter, svg.plot").count()
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=9))
+def test_numbers_side_by_side_have_the_same_decimals(values: list[float]) -> None:
+    """Whatever the figures are: times of one table have one unit, and ticks and shares as many
+    decimals.
+    """
+    assert len({text.split()[1] for text in page._times(values)}) == 1
+    top = charts.ceiling(max(values))
+    for texts in (
+        [text.split()[0].replace(":", ".") for text in page._times(values)],
+        page._ticks([top * part / 4 for part in range(5)]),
+        [page._percent(value / 1e6).strip("<> %") for value in (0.0, *values, 1e6)],
+    ):
+        assert len({len(text.partition(".")[2]) for text in texts}) == 1, texts
+
+
+def test_only_what_leads_alone_is_called_most_frequent(
+    models_dir: Path, tmp_path: Path, jpegs: Callable[..., Path]
+) -> None:
+    """Of classes or failures that tie, none is named."""
+    for ids, leads in (([3, 3, 4, 4, 5], False), ([3, 3, 3, 4, 4], True), ([1, 2, 3, 4, 5], False)):
+        output = tmp_path / "".join(map(str, ids))
+        answers = iter([(class_id, 0.5) for class_id in ids])
+        job = made_jobs.made_job(
+            made_jobs.settings_of(jpegs(5), output=output, models_dir=models_dir),
+            made_jobs.tiny(models_dir),
+            lambda _, answers=answers: next(answers),
+            list("abcdefgh"),
+        )
+        found = figures.gather(job)
+        failed = {"corrupt": 3 if leads else 2, "empty": 2}
+        text = page.render(
+            job,
+            None,
+            replace(found, images=9, failed_by_status=failed, examples=dict.fromkeys(failed, ())),
+            accuracy.Accuracy(None),
+            {image.index: thumbnails.Thumbnail(reason="not made") for image in found.sample},
+        ).decode()
+        assert ("most often <bdi>d</bdi>" in text) == leads
+        assert ("most often <bdi>corrupt</bdi>" in text) == leads
 
 
 # ── that it harms nobody ──────────────────────────────────────────────────────────────────────────
@@ -682,13 +723,21 @@ def test_an_image_opens_larger(reported: Reported, opened: Pages) -> None:
     assert not shown.locator("#large").is_visible()
 
 
-def test_a_truncated_image_shows_what_could_be_decoded(reported: Reported, opened: Pages) -> None:
+def test_a_truncated_image_shows_what_could_be_decoded(
+    job: Jobs, tmp_path: Path, opened: Pages
+) -> None:
     """The upper half is the image, and the rest is one colour."""
-    shown = opened(reported.report)
-    image = shown.locator(".examples li", has_text="broken/half.jpg").locator("img")
-    data = str(image.get_attribute("src")).partition(",")[2]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
-    assert pixels[:10].std() > 2 * pixels[-8:].std()
+    halves = {"half.jpg": sample_images.half(sample_images.jpeg(300, 200))}
+    whole = io.BytesIO()
+    Image.open(io.BytesIO(sample_images.jpeg(300, 200))).save(whole, "PNG")
+    halves["half.png"] = sample_images.half(whole.getvalue())
+    run.run(job(helpers.fill(tmp_path / "source", halves), report=True))
+    shown = opened(tmp_path / "out" / "report.html")
+    for name in halves:
+        image = shown.locator(".examples li", has_text=name).locator("img")
+        data = str(image.get_attribute("src")).partition(",")[2]
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
+        assert pixels[:10].std() > 2 * pixels[-8:].std(), name
 
 
 def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> None:
@@ -753,10 +802,12 @@ def test_a_phone_shows_images_side_by_side_and_that_tables_scroll(
     reported: Reported, opened: Pages
 ) -> None:
     """Each part of the gallery is two rows that scroll sideways, and a table has a shade where it
-    goes on. Long names are shortened in the middle: their ends stay.
+    goes on, and a line that says so.
     """
     shown = opened(reported.report, width=390)
+    hint = "getComputedStyle(document.querySelector('.scroll:has(> .classes)'), '::before').content"
     assert shown.locator("section:has(> #figures) .strip > li").count() == 8
+    assert shown.get_by_role("heading", name="Some of the images").is_visible()
     for part in ("most", "least", "sample"):
         assert shown.evaluate(
             f"""(() => {{
@@ -768,15 +819,95 @@ def test_a_phone_shows_images_side_by_side_and_that_tables_scroll(
     assert "gradient" in shown.evaluate(
         "getComputedStyle(document.querySelector('div.scroll')).backgroundImage"
     )
-    ends = shown.evaluate(
-        """[...document.querySelectorAll(".cut")].filter(name => name.offsetParent).map(name => {
-            const tail = name.lastElementChild, box = name.parentElement.getBoundingClientRect();
-            return [tail.scrollWidth <= tail.clientWidth + 1,
-                    tail.getBoundingClientRect().right <= box.right + 1];
-        })"""
+    assert "Scroll sideways" in shown.evaluate(hint)
+    shown.set_viewport_size({"width": 1280, "height": 800})
+    assert shown.evaluate(hint) == "none"
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_names_tell_images_apart(job: Jobs, tmp_path: Path, opened: Pages, width: int) -> None:
+    """A name of three lines is shown whole. A longer one is shortened in its middle: its end stays,
+    and the tooltip has all of it.
+    """
+    names = [
+        "short.jpg",
+        "imagenet-sample/n02114548_white_wolf.JPEG",
+        *(f"2026/a folder with a long name/another one of that kind/{n}/0001.jpg" for n in "ab"),
+        f"{'long' * 20}, version 17 of it.jpg",
+    ]
+    source = helpers.fill(
+        tmp_path / "source", {name: sample_images.jpeg(seed=n) for n, name in enumerate(names)}
     )
-    assert ends  # of failed images at least; the sample may lack the longest name
-    assert all(whole and inside for whole, inside in ends)
+    run.run(job(source, report=True))
+    shown = opened(tmp_path / "out" / "report.html", width=width)
+    found = shown.eval_on_selector_all(
+        ".images .name",
+        """names => names.map(name => {
+            const head = name.querySelector(".head"), box = name.getBoundingClientRect();
+            const tail = (name.querySelector(".tail") ?? name).getBoundingClientRect();
+            return [name.title, name.textContent, Boolean(head),
+                    head ? head.scrollHeight > head.clientHeight : false,
+                    tail.right <= box.right + 0.5 && tail.bottom <= box.bottom + 0.5];
+        })""",
+    )
+    assert sorted(name for name, *_ in found) == sorted(names)
+    for title, text, has_head, is_cut, is_end_inside in found:
+        assert (text, is_end_inside) == (title, True)
+        assert has_head == is_cut == (len(title) > 48), title
+
+
+def test_a_list_of_images_is_one_stop_of_the_tab_key(reported: Reported, opened: Pages) -> None:
+    """Arrow keys, Home and End move within it; Tab comes back to the image that they moved to. If a
+    filter hides that one, the first image that is left is the stop.
+    """
+    shown = opened(reported.report)
+    stops = "[...document.querySelectorAll('.images, .examples')].map(list => list.querySelectorAll('img[tabindex=\"0\"]').length)"
+    assert set(shown.evaluate(stops)) <= {0, 1}
+    images = shown.locator("#most .images > li img")
+    focused = "document.querySelectorAll('#most .images > li img')[{}] === document.activeElement"
+    images.first.focus()
+    for key, place in {
+        "ArrowRight": 1,
+        "ArrowDown": 9,
+        "ArrowLeft": 8,
+        "End": 23,
+        "Home": 0,
+    }.items():
+        shown.keyboard.press(key)
+        assert shown.evaluate(focused.format(place)), key
+    shown.keyboard.press("ArrowLeft")
+    shown.keyboard.press("ArrowRight")
+    shown.keyboard.press("Tab")
+    assert shown.evaluate("document.activeElement.closest('#least') !== null")
+    shown.keyboard.press("Shift+Tab")
+    assert shown.evaluate(focused.format(1))
+    assert set(shown.evaluate(stops)) <= {0, 1}
+    name = cards(shown, "most")[5]["name"]
+    shown.fill("#text", name)
+    assert images.nth(5).get_attribute("tabindex") == "0"
+    assert images.nth(1).get_attribute("tabindex") == "-1"
+
+
+def test_failures_name_the_next_step(
+    reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
+) -> None:
+    """How to try again, where the paths are, and the package that would read some of the images.
+    The page of an unfinished job, which has no such list yet, says how to continue.
+    """
+    output = copy_of(reported.output)
+    summary = json.loads((output / "summary.json").read_bytes()) | {"extras": {"heif": 1}}
+    (output / "summary.json").write_text(json.dumps(summary))
+    assert helpers.imagemill_here("report", output).code == 0
+    section = opened(output / "report.html").locator("section:has(> #failures)").inner_text()
+    for step in ("run the same command with --retry-failed", "failed.txt", "1 failed image can"):
+        assert step in section
+    assert "pip install 'imagemill[heif]', then --retry-failed=unsupported" in section
+    (output / "summary.json").unlink()
+    (output / "predictions" / "part-000000.parquet").unlink()
+    assert helpers.imagemill_here("report", output).code == 0
+    shown = opened(output / "report.html")
+    assert "failed.txt" not in shown.locator("section:has(> #failures)").inner_text()
+    assert "Run the same command again" in shown.locator(".note").inner_text()
 
 
 def test_light_and_dark_follow_the_system_and_the_reader(reported: Reported, opened: Pages) -> None:
@@ -913,7 +1044,7 @@ def test_a_report_that_cannot_be_made_is_a_note(
     (tmp_path / "out" / "summary.json").unlink()
     result = imagemill(*arguments)
     assert result.code == 0
-    assert "note: the report could not be written (cannot write" in result.err
+    assert "but the report could not be written: cannot write" in result.err
     assert f"`imagemill report {tmp_path / 'out'}` to try again" in result.err
     assert (tmp_path / "out" / "summary.json").is_file()
     failed = imagemill("report", tmp_path / "out")

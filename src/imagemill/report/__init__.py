@@ -68,7 +68,7 @@ def attempt(job: OpenJob, notify: Callable[[str], None]) -> None:
     """Write the report of a job that has just finished. If that fails, the user gets a note and the
     job is still finished.
     """
-    notify(f"writing the report: {job.paths.shown(job.paths.report)}")
+    notify("writing the report")
     try:
         write(job)
     except Interrupted:
@@ -76,8 +76,8 @@ def attempt(job: OpenJob, notify: Callable[[str], None]) -> None:
     except Exception as error:
         _log.warning("no report", exc_info=True)
         notify(
-            f"note: the report could not be written ({error}). The results are complete. Run"
-            f" `imagemill report {job.paths.output}` to try again."
+            "note: the results are complete, but the report could not be written:"
+            f" {str(error).rstrip('.')}. Run `imagemill report {job.paths.output}` to try again."
         )
 
 

@@ -13,6 +13,14 @@ dress();
 byId("appearance").hidden = false;
 document.documentElement.dataset.scripted = "";
 
+// A list of images is one stop of the Tab key: the image that arrow keys moved to, or its first one.
+const imagesIn = (list) => [...list.querySelectorAll("img")].filter((image) => !image.closest("li").hidden);
+const setStop = (list, stop) => {
+  const images = imagesIn(list);
+  stop ??= images.find((image) => image.tabIndex === 0) ?? images[0];
+  for (const image of list.querySelectorAll("img")) image.tabIndex = image === stop ? 0 : -1;
+};
+
 const filter = byId("filter");
 if (filter) {
   const text = byId("text"), chosenClass = byId("class"), chosenPart = byId("part");
@@ -33,6 +41,7 @@ if (filter) {
         here += fits;
       }
       part.hidden = !here;
+      setStop(part.querySelector(".images"));
       shown += here;
     }
     byId("shown").textContent = `${shown} of ${total} images shown`;
@@ -57,19 +66,28 @@ const enlarge = (image) => {
   content.replaceChildren(...image.parentElement.cloneNode(true).childNodes);
   const shown = content.querySelector("img"), name = content.querySelector(".name");
   for (const attribute of ["role", "tabindex"]) shown.removeAttribute(attribute);
-  if (name.title) name.insertAdjacentText("beforeend", ` in ${name.title}`);
+  if (name.dataset.source) name.insertAdjacentText("beforeend", ` in ${name.dataset.source}`);
   copy.textContent = "Copy path";
   large.showModal();
 };
-for (const image of document.querySelectorAll("main img")) {
-  image.tabIndex = 0;
-  image.setAttribute("role", "button");
-  image.addEventListener("click", () => enlarge(image));
-  image.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" && event.key !== " ") return;
-    event.preventDefault();
-    enlarge(image);
-  });
+for (const list of document.querySelectorAll("main .images, main .examples")) {
+  for (const image of list.querySelectorAll("img")) {
+    image.setAttribute("role", "button");
+    image.addEventListener("click", () => enlarge(image));
+    image.addEventListener("keydown", (event) => {
+      const images = imagesIn(list), at = images.indexOf(image);
+      const isAbove = (one, other) => one.offsetLeft === other.offsetLeft && one.offsetTop < other.offsetTop;
+      const goal = {
+        ArrowRight: images[at + 1], ArrowLeft: images[at - 1], Home: images[0], End: images.at(-1),
+        ArrowDown: images.find((other) => isAbove(image, other)), ArrowUp: images.findLast((other) => isAbove(other, image)),
+      }[event.key];
+      if (event.key === "Enter" || event.key === " ") enlarge(image);
+      else if (goal) { setStop(list, goal); goal.focus(); }
+      else return;
+      event.preventDefault();
+    });
+  }
+  setStop(list);
 }
 copy.addEventListener("click", async () => {
   const path = content.querySelector(".name bdi");
@@ -84,3 +102,8 @@ copy.addEventListener("click", async () => {
 byId("close").addEventListener("click", () => large.close());
 large.addEventListener("click", (event) => { if (event.target === large) large.close(); });
 addEventListener("beforeprint", () => { for (const part of document.querySelectorAll(".provenance")) part.open = true; });
+
+const markWide = () => { for (const region of document.querySelectorAll("div.scroll[role]")) region.toggleAttribute("data-wide", region.scrollWidth > region.clientWidth + 1); };
+addEventListener("resize", markWide);
+document.addEventListener("toggle", markWide, true);
+markWide();

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from imagemill.errors import ImagemillError
+from imagemill.errors import ImagemillError, counted
 from imagemill.job.documents import Frozen
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, variants
@@ -38,9 +38,9 @@ _STRIP = 8
 """Images directly under the figures of a large job."""
 _FILTERED = 8
 """From so many images on, the gallery has a filter."""
-_SHORT_NAME, _NAME_TAIL = 14, 11
-"""Characters of a name that fits below an image, and those that stay at the end of a longer one: a
-number and a suffix.
+_NAME_LINE, _NAME_LINES = 16, 3
+"""Characters in a line below an image, and lines of a name. A longer name is shortened in its
+middle.
 """
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
@@ -153,12 +153,14 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "count": _count,
+        "counted": counted,
         "halves": _halves,
         "moment": _moment,
         "percent": _percent,
-        "plain": "{:,g}".format,
         "rate": _rate,
         "seconds": _seconds,
+        "ticks": _ticks,
+        "times": _times,
     }
     return environment
 
@@ -168,9 +170,12 @@ def _count(value: int) -> str:
 
 
 def _halves(name: str) -> tuple[Markup, Markup]:
-    """Return the beginning of a name, which the page may shorten, and its end, which it may not."""
+    """Return the beginning of a long name, which the page shortens, and its end, which it does not:
+    the name of the file if that is short. A name that fits is an end alone.
+    """
     text = visible(name)
-    cut = len(text) - _NAME_TAIL if len(text) > _SHORT_NAME else 0
+    is_long = len(text) > _NAME_LINES * _NAME_LINE
+    cut = max(len(text) - _NAME_LINE, text.rfind("/") + 1) if is_long else 0
     return escape(text[:cut]), escape(text[cut:])
 
 
@@ -180,9 +185,7 @@ def _moment(when: str) -> str:
 
 
 def _percent(share: float, digits: int = 1) -> str:
-    """Return a share for people. Only all of it is 100 %, and only nothing is 0 %."""
-    if share in (0, 1):
-        return f"{100 * share:.0f} %"
+    """Return a share for people. Only all of it is 100.0 %, and only nothing is 0.0 %."""
     least = 10.0**-digits
     per_cent = 100 * share
     if share < 1 and per_cent > 100 - least / 2:
@@ -203,6 +206,24 @@ def _seconds(value: float) -> str:
         return f"{value:.0f} s"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _times(values: Iterable[float]) -> list[str]:
+    """Return seconds for people, all in one unit and with as many decimals."""
+    seconds = list(values)
+    longest = max(seconds, default=0)
+    if longest < 120:
+        digits = any(f"{value:.1f}"[-1] != "0" for value in seconds)
+        return [f"{value:.{digits:d}f} s" for value in seconds]
+    size, unit = (1, "min") if longest < 7200 else (60, "h")
+    parts = [divmod(round(value / size), 60) for value in seconds]
+    return [f"{whole}:{rest:02d} {unit}" for whole, rest in parts]
+
+
+def _ticks(values: Sequence[float]) -> list[str]:
+    """Return numbers at an axis, all with as many decimals."""
+    digits = max(len(f"{value:.6f}".rstrip("0").partition(".")[2]) for value in values)
+    return [f"{value:,.{digits}f}" for value in values]
 
 
 def _policy(style: str, script: str) -> str:
@@ -267,10 +288,9 @@ def _additions(opened: OpenJob) -> Iterator[str]:
     earlier = opened.appended[:-_ADDITIONS]
     if earlier:
         images = sum(generation.images for generation in earlier)
-        yield f"{len(earlier):,} earlier times: {images:,} images"
+        yield f"{counted(len(earlier), 'earlier time')}: {counted(images, 'image')}"
     for generation in opened.appended[-_ADDITIONS:]:
-        plural = "s" * (generation.images != 1)
-        yield f"{_moment(generation.created)}: {generation.images:,} image{plural}"
+        yield f"{_moment(generation.created)}: {counted(generation.images, 'image')}"
 
 
 def _resize(recipe: Recipe) -> str:
@@ -373,8 +393,8 @@ def _provenance(
                     if job.min_probability is None
                     else f"{job.min_probability:g}"
                     if isinstance(job.min_probability, float)
-                    else f"{len(job.min_probability):,} thresholds, {min(job.min_probability):g} to"
-                    f" {max(job.min_probability):g}",
+                    else f"{counted(len(job.min_probability), 'threshold')},"
+                    f" {min(job.min_probability):g} to {max(job.min_probability):g}",
                 ),
                 ("also saved", ", ".join(job.session.save) or "nothing"),
                 ("columns kept", ", ".join(map(str, job.keep)) or "none"),

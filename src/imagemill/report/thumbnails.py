@@ -2,10 +2,7 @@
 
 No image and no source can harm the report: bytes are fetched by threads that may hang, and decoded
 in a process that may die. All thumbnails share one deadline. An image that is late, missing or
-damaged has a reason instead.
-
-A truncated JPEG is decoded with an end marker put behind it, so that the decoder returns what it
-got so far.
+damaged has a reason instead. Of a truncated image, the thumbnail shows what could be decoded.
 """
 
 from __future__ import annotations
@@ -40,7 +37,6 @@ _QUALITIES = (50, 35, 20, 0)
 """At 50, a photograph takes about 5 kB: fewer than as a JPEG of 160 pixels at 78."""
 _MAX_THUMBNAIL_BYTES = 16_384
 """136 thumbnails are then at most 3 MB in base 64."""
-_END_OF_JPEG = b"\xff\xd9"
 _MAX_IMAGE_BYTES = 64 * 2**20
 """Larger images have no thumbnail."""
 _FETCHERS = 4
@@ -85,7 +81,7 @@ def make(
     """
     made: dict[int, Thumbnail] = {}
     deadline = time.monotonic() + seconds
-    limits = job.frozen.job.limits
+    limits, recipe = job.frozen.job.limits, job.frozen.job.session.card.recipe
     limits = replace(
         limits,
         max_bytes=min(limits.max_bytes, _MAX_IMAGE_BYTES),
@@ -98,9 +94,9 @@ def make(
             if fetched.reason:
                 made[image.index] = Thumbnail(reason=fetched.reason)
                 continue
-            data = fetched.data + _END_OF_JPEG * (image.status == Status.TRUNCATED)
+            is_partial = image.status == Status.TRUNCATED
             try:
-                decoded = decoder.decode(data, job.frozen.job.session.card.recipe, limits)
+                decoded = decoder.decode(fetched.data, recipe, limits, partial=is_partial)
             except ImagemillError as error:
                 made[image.index] = Thumbnail(reason=str(error))
                 continue

@@ -36,16 +36,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def decode(data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
+def decode(data: bytes, recipe: Recipe, limits: Limits, *, partial: bool = False) -> Decoded:
     """Decode and preprocess one image. Safe among threads; the heavy parts release the GIL.
+
+    Args:
+        data: the encoded image.
+        recipe: how it becomes the model's input.
+        limits: as for `decode_into`.
+        partial: as for `decode_into`.
 
     Returns: `pixels` is a new uint8 (height, width, 3) array, or None with status and error;
     `width` and `height` are known as soon as the header can be read, even if the rest cannot.
     """
-    return decode_into(data, recipe, limits, np.empty((recipe.height, recipe.width, 3), np.uint8))
+    out = np.empty((recipe.height, recipe.width, 3), np.uint8)
+    return decode_into(data, recipe, limits, out, partial=partial)
 
 
-def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+def decode_into(
+    data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], *, partial: bool = False
+) -> Decoded:
     """Decode and preprocess one image into a place of a batch.
 
     Args:
@@ -55,6 +64,8 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         process.
         out: uint8 (height, width, 3), any strides. Whether or not the image is ok, it may have been
         written to.
+        partial: whether a truncated image is ok if Pillow can decode its beginning. Only for a
+        process of its own, because Pillow's setting holds for all threads.
 
     Returns: as `decode`, with `pixels` being `out`.
     """
@@ -68,7 +79,7 @@ def decode_into(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uin
         )
     seen = Seen()
     try:
-        pillow.prepare()
+        pillow.prepare(partial=partial)
         jpeg = read_header(data) if data[:3] == b"\xff\xd8\xff" else None
         if jpeg is not None:
             seen.width, seen.height = preprocess.turned_size(

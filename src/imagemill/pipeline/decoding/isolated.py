@@ -9,7 +9,7 @@ Linux's parent-death signal, at the end of its connection, or by its own alarm.
 parent                        child
 address space in bytes ──────►
                       ◄────── "ready"
-(Recipe, Limits) ────────────►
+(Recipe, Limits, partial) ───►
 the encoded image ───────────►
                       ◄────── Decoded
 """
@@ -72,6 +72,8 @@ class IsolatedDecoder:
         recipe: Recipe,
         limits: Limits,
         reason: IsolationReason = IsolationReason.CRASH,
+        *,
+        partial: bool = False,
     ) -> Decoded:
         """Decode one image as `decode.decode` does, in the child.
 
@@ -80,6 +82,7 @@ class IsolatedDecoder:
             recipe: how it becomes the model's input.
             limits: all three are kept; `max_seconds` by killing the child.
             reason: why the image is quarantined; part of the error if it fails here too.
+            partial: whether a truncated image is ok if its beginning can be decoded.
 
         Returns: as `decode.decode`, or with status `crashed_decoder` or `timeout`.
 
@@ -88,11 +91,11 @@ class IsolatedDecoder:
         """
         with self._lock:
             try:
-                return self._attempt(data, recipe, limits)
+                return self._attempt(data, recipe, limits, partial)
             except _DecodeFailed:
                 pass
             try:
-                return self._attempt(data, recipe, limits)
+                return self._attempt(data, recipe, limits, partial)
             except _DecodeFailed as failed:
                 return Decoded(
                     None,
@@ -116,7 +119,7 @@ class IsolatedDecoder:
     ) -> None:
         self.close()
 
-    def _attempt(self, data: bytes, recipe: Recipe, limits: Limits) -> Decoded:
+    def _attempt(self, data: bytes, recipe: Recipe, limits: Limits, partial: bool) -> Decoded:
         child = self._get_child(_address_space(limits))
         out_of_time = threading.Event()
 
@@ -129,7 +132,7 @@ class IsolatedDecoder:
         timer.daemon = True
         timer.start()
         try:
-            child.send((recipe, limits))
+            child.send((recipe, limits, partial))
             with contextlib.suppress(OSError):  # the child is dead, which receive reports
                 child.connection.send_bytes(data)
             answer = child.receive()
@@ -192,12 +195,12 @@ def _serve(connection: Any) -> None:
     _confine(connection.recv())
     connection.send("ready")
     while True:
-        recipe, limits = connection.recv()
+        recipe, limits, partial = connection.recv()
         data = connection.recv_bytes()
         # The alarm is for a parent that is itself stopped.
         signal.setitimer(signal.ITIMER_REAL, limits.max_seconds + _ALARM_MARGIN)
         limit_pillow(limits)
-        decoded = decode(data, recipe, limits)
+        decoded = decode(data, recipe, limits, partial=partial)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(decoded)
 

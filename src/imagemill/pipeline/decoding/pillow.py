@@ -382,11 +382,11 @@ def limit_pillow(limits: Limits) -> None:
     Image.MAX_IMAGE_PIXELS = (limits.max_pixels + 1) // 2  # Pillow raises above twice its limit
 
 
-def prepare() -> None:
-    """Make errors of truncated images errors and silence warnings, before each image: code of
-    others may undo it.
+def prepare(*, partial: bool = False) -> None:
+    """Make errors of truncated images errors, unless they may be `partial`, and silence warnings,
+    before each image: code of others may undo it.
     """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    ImageFile.LOAD_TRUNCATED_IMAGES = partial
     # catch_warnings, pytest's for one, removes the filter; so look for it each time (0.2 µs)
     if _silence not in warnings.filters[:3]:
         with _setup:
