@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from imagemill.display.text import wrap_parts
-from imagemill.errors import printable
+from imagemill.errors import counted, printable
 
 if TYPE_CHECKING:
     from imagemill.models.listing import Row
@@ -97,7 +97,7 @@ def _own(row: Row) -> _Line:
     names = [printable(label, 20) for label in row.labels]
     if row.classes and row.classes > len(names):
         names.append("…")
-    classes = "" if row.classes is None else f"{row.classes:,} classes"
+    classes = "" if row.classes is None else counted(row.classes, "class")
     parts = [f"--model {printable(shlex.quote(row.typed))}" if row.typed else row.origin or ""]
     if names:
         parts.append(f"classes: {', '.join(names)}")

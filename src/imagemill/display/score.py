@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from imagemill.display.text import format_statuses
+from imagemill.errors import counted
 
 if TYPE_CHECKING:
     from imagemill.scoring.record import Score, Share
@@ -57,6 +58,6 @@ def _format_share(share: Share) -> str:
     if share.value is None:
         return "not known: no image is readable"
     return (
-        f"{share.value:.1%} ({share.correct:,} of {share.images:,} images; 95 % interval"
+        f"{share.value:.1%} ({share.correct:,} of {counted(share.images, 'image')}; 95 % interval"
         f" {share.low:.1%} to {share.high:.1%})"
     )

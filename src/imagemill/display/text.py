@@ -165,7 +165,7 @@ def device_lines(progress: Progress, estimate: Estimate, width: int, max_lines: 
         others = names[room:]
         images = sum(progress.devices[name] for name in others)
         rate = sum(estimate.devices.get(name) or 0.0 for name in others)
-        rest = [f"  and {len(others):,} more: {images:,} images, {rate:,.1f} images/s"]
+        rest = [f"  and {len(others):,} more: {counted(images, 'image')}, {rate:,.1f} images/s"]
         cells = cells[:room]
     down = -(-len(cells) // across)
     rows = [

@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from imagemill.errors import ModelError, UsageError
+from imagemill.errors import ModelError, UsageError, counted
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system import files, serialization, userdirs
 
@@ -211,7 +211,7 @@ def load(folder: Path) -> Bundle:
         raise ModelError(f"{folder / CARD}: {problem}. Correct recipe.resize there.")
     if card.has_head != bool(card.labels):
         raise ModelError(
-            f"{folder / CARD} has {len(card.labels):,} labels, and its outputs are"
+            f"{folder / CARD} has {counted(len(card.labels), 'label')}, and its outputs are"
             f" {', '.join(card.outputs) or 'none'}: a model with `logits` has labels, and one"
             f" without has none. {remedy}"
         )

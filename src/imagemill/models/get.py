@@ -437,8 +437,8 @@ def _publication(
     if weights.architecture.classes != 1000:
         if name in published.PUBLISHED:
             raise ModelError(
-                f"{weights.place} has {weights.architecture.classes:,} classes, and the published"
-                f" {name} has 1,000. Give another NAME."
+                f"{weights.place} has {counted(weights.architecture.classes, 'class')}, and the"
+                f" published {name} has 1,000. Give another NAME."
             )
         return None
     if asked.url is not None and name in published.PUBLISHED:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import ClassCountError, OutputError, UsageError
+from imagemill.errors import ClassCountError, OutputError, UsageError, counted
 from imagemill.job.documents import Frozen
 from imagemill.models import bundle, mistaken, resolve
 from imagemill.records import (
@@ -110,7 +110,7 @@ def describe_labels(labels: Sequence[str]) -> str:
     """Return a text that identifies a list of labels."""
     digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
     return (
-        f"of {len(labels)} labels from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})"
+        f"of {counted(len(labels), 'label')} from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})"
         if labels
         else "without a label"
     )

@@ -21,6 +21,7 @@ from typing import Final
 
 from imagemill.display.pace import Pace
 from imagemill.display.text import format_duration, format_statuses
+from imagemill.errors import counted
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
@@ -173,7 +174,9 @@ class Sampler:
         )
         count = f"{bad.total()} unreadable ({format_statuses(bad)})" if bad else "all readable"
         share = f"{100 * low:.1f} to {100 * high:.1f} %" if bad else f"at most {100 * high:.1f} %"
-        self._notify(f"preflight: {len(sampled)} of {self._images:,} images sampled, {count}")
+        self._notify(
+            f"preflight: {len(sampled)} of {counted(self._images, 'image')} sampled, {count}"
+        )
         self._notify(f"preflight: estimated unreadable images: {share} (95 % confidence)")
 
     def _report_time(self, pace: Pace, progress: Progress) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from imagemill.display.pace import Pace
-from imagemill.errors import TooManyBadError
+from imagemill.errors import TooManyBadError, counted
 from imagemill.job.documents import RunningPace, write_pace
 from imagemill.job.ledger import Tally
 from imagemill.job.open_job import OpenJob
@@ -44,9 +44,9 @@ def bad_fraction_guard(
     def check() -> None:
         if bad > fraction * images:
             raise TooManyBadError(
-                f"{bad:,} of {images:,} images failed, more than --max-bad-fraction {fraction:g}"
-                " allows. See the status and error columns; repeat the command with a larger"
-                " fraction, or without it, to resume."
+                f"{bad:,} of {counted(images, 'image')} failed, more than --max-bad-fraction"
+                f" {fraction:g} allows. See the status and error columns; repeat the command with a"
+                " larger fraction, or without it, to resume."
             )
 
     def guard(receipt: Receipt) -> None:

@@ -8,7 +8,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from imagemill.errors import UsageError
+from imagemill.errors import UsageError, counted
 from imagemill.records import Card, Settings
 
 
@@ -88,7 +88,8 @@ def describe(value: float | Sequence[float] | None) -> str | None:
         return None if value is None else f"{value:g}"
     digest = hashlib.sha256(",".join(map(repr, value)).encode()).hexdigest()[:12]
     return (
-        f"with {len(value)} thresholds from {min(value):g} to {max(value):g} (sha256 {digest})"
+        f"with {counted(len(value), 'threshold')} from {min(value):g} to {max(value):g}"
+        f" (sha256 {digest})"
         if value
         else "without a threshold"
     )

@@ -302,7 +302,7 @@ def omitted(job: OpenJob, truth: TrueClasses, figures: Figures) -> Mapping[str, 
         found["top5"] = "--min-probability has dropped classes"
         found["calibration"] = "--min-probability has dropped classes"
     elif frozen.top_k < TOP < len(card.labels):
-        found["top5"] = f"the job keeps {frozen.top_k} classes per image (--top-k)"
+        found["top5"] = f"the job keeps {counted(frozen.top_k, 'class')} per image (--top-k)"
     elif len(card.labels) <= TOP:
         found["top5"] = f"the model has only {counted(len(card.labels), 'class')}"
     why = ""

@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.errors import counted
 from imagemill.models.variants import Comparison, Flip, TrueAccuracy
 from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Card, Precision, Scores
@@ -143,7 +144,7 @@ def compare(
     low, high = wilson(agreed, images)
     accepted = not invalid and images >= MIN_IMAGES and low >= min_agreement
     if invalid:  # fp32's answers are finite for all of these
-        reason = f"NaN or infinity in the answers to {invalid:,} of {images:,} images"
+        reason = f"NaN or infinity in the answers to {invalid:,} of {counted(images, 'image')}"
     elif images < MIN_IMAGES:
         reason = f"{TOO_FEW}: {images:,} held out, {MIN_IMAGES:,} are needed"
     else:
@@ -221,5 +222,5 @@ def _format_true(true: TrueAccuracy | None) -> str:
         return ""
     return (
         f", right answers {true.fp32:.4f} in fp32 and {true.precision:.4f} here, of"
-        f" {true.images:,} images with a true label"
+        f" {counted(true.images, 'image')} with a true label"
     )

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.errors import counted
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
 from imagemill.models.variants import Calibration, PrecisionRecord, Precisions
@@ -366,7 +367,7 @@ class Run:
 
     def _quantise(self, pixels: Sequence[NDArray[np.uint8]]) -> Path:
         asked = self._asked
-        self._note(f"quantising on {len(pixels):,} images")
+        self._note(f"quantising on {counted(len(pixels), 'image')}")
         self._at(None)
         key = quantize.key(asked.bundle.card.sha256, self._calibrated_on)
         return quantize.save(quantize.quantize(self._onnx, pixels), asked.bundle.dir, f"int8-{key}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
+from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError, counted
 from imagemill.models import bundle as bundles
 from imagemill.models import resolve, variants
 from imagemill.models.variants import PrecisionRecord
@@ -425,7 +425,7 @@ def quantize_bundle(
             " classified."
         )
     notify(
-        f"{images:,} images found; {calibration:,} are needed to calibrate int8 and"
+        f"{counted(images, 'image')} found; {calibration:,} are needed to calibrate int8 and"
         f" {max(held_out, HELD_OUT):,} others, all different, to accept it"
     )
     found = check_process.in_child(replace(base, entries=tuple(some)), notify)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from imagemill.errors import CheckpointError, printable
+from imagemill.errors import CheckpointError, counted, printable
 from imagemill.models.architectures import efficientnet_lite, resnet
 from imagemill.models.architectures.graph import Architecture
 
@@ -73,5 +73,5 @@ def is_known(name: str) -> bool:
 
 def describe(architecture: Architecture) -> str:
     """Return one line on an architecture that was recognised."""
-    classes = f"{architecture.classes:,} classes" if architecture.classes else "no classifier"
+    classes = counted(architecture.classes, "class") if architecture.classes else "no classifier"
     return f"{architecture.name}, {classes}, recognised from the weights' names and shapes"

@@ -27,7 +27,7 @@ from typing import IO, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import CheckpointError
+from imagemill.errors import CheckpointError, counted
 from imagemill.models.checkpoints import labels, state_dicts
 from imagemill.models.checkpoints.labels import Labels
 from imagemill.models.checkpoints.pickled import (
@@ -206,8 +206,8 @@ def _read_zip(file: IO[bytes], size: int, notify: Callable[[str], None]) -> Chec
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise Refused(
-                f"a zip, but not one made by torch.save: it holds {len(pickles)} members named"
-                " NAME/data.pkl instead of 1"
+                "a zip, but not one made by torch.save: it holds"
+                f" {counted(len(pickles), 'member')} named NAME/data.pkl instead of 1"
             )
         prefix = pickles[0].removesuffix("data.pkl")
         if (

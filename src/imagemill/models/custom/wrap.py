@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from imagemill.errors import ClassCountError, ModelError, UsageError, printable
+from imagemill.errors import ClassCountError, ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.custom.assemble import assemble
@@ -435,7 +435,9 @@ def _found(plan: Plan, findings: Findings) -> tuple[str, ...]:
     lines = []
     if findings.classes:
         second = "; the score is the probability of the second" if plan.two_classes else ""
-        lines.append(f"{plan.head.tensor}: {plan.scores}, {findings.classes:,} classes{second}")
+        lines.append(
+            f"{plan.head.tensor}: {plan.scores}, {counted(findings.classes, 'class')}{second}"
+        )
     if findings.features and plan.features:
         lines.append(f"embedding: {plan.features.tensor}, {findings.features:,} features")
     else:

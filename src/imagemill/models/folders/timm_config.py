@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
+from imagemill.errors import counted
 from imagemill.models import bundle as bundles
 from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
 from imagemill.models.folders.json_file import MAX_LABELS, Document, check_labels
@@ -192,7 +193,7 @@ def _labels(
             return bundles.imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
         return None, "the numbers of the classes: config.json has no label_names"
     if count is not None and count != len(names):
-        raise document.error(f"{key} has {len(names):,} labels; num_classes is {count:,}")
+        raise document.error(f"{key} has {counted(len(names), 'label')}; num_classes is {count:,}")
     descriptions = config.label_descriptions or pretrained.label_descriptions or {}
     labels = [descriptions.get(name, name) for name in names]
     keys = (key, "label_descriptions") if descriptions else (key,)

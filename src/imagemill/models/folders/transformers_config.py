@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from imagemill.errors import counted
 from imagemill.models.custom.onnx_card import OnnxCard, ReadCard
 from imagemill.models.folders import json_file
 from imagemill.models.folders.json_file import Document, check_labels
@@ -122,8 +123,8 @@ def _labels(document: Document, found: Mapping[str, str | int]) -> tuple[str, ..
         label = found.get(str(number))
         if label is None:
             raise document.error(
-                f"id2label has {len(found):,} labels, but none for class {number}: its keys must be"
-                f" 0 to {len(found) - 1}"
+                f"id2label has {counted(len(found), 'label')}, but none for class {number}: its"
+                f" keys must be 0 to {len(found) - 1}"
             )
         labels.append(str(label))
     return check_labels(document, "id2label", labels)

@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import ModelError, UsageError, printable
+from imagemill.errors import ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.custom import wrap
 from imagemill.models.custom.onnx_card import ReadCard
@@ -203,6 +203,6 @@ def _existing(output: Path, key: str, notify: Notify) -> Bundle:
             return found
         raise UsageError(
             f"--output {printable(output)} holds another model ({found.card.name},"
-            f" {len(found.card.labels):,} classes). Remove it, or give another folder."
+            f" {counted(len(found.card.labels), 'class')}). Remove it, or give another folder."
         )
     raise UsageError(f"--output {printable(output)} exists and is not empty. Give a new folder.")

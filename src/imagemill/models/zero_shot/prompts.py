@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imagemill.errors import UsageError, printable
+from imagemill.errors import UsageError, counted, printable
 from imagemill.models import bundle as bundles
 
 DEFAULT_TEMPLATE: Final = "a photo of a {}."
@@ -74,8 +74,8 @@ def read_prompts(labels_file: Path, templates: Sequence[str]) -> Prompts:
             )
     if len(labels) * len(found) > MAX_PROMPTS:
         raise UsageError(
-            f"{len(labels):,} labels in {len(found):,} templates are more than {MAX_PROMPTS:,}"
-            " texts. Use fewer templates."
+            f"{counted(len(labels), 'label')} in {counted(len(found), 'template')} are more than"
+            f" {MAX_PROMPTS:,} texts. Use fewer templates."
         )
     return Prompts(labels, tuple(found))
 

@@ -37,7 +37,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imagemill.errors import SourceError
+from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.arrow_types import (
     format_type,
@@ -300,7 +300,9 @@ class OpenTable:
             yield from array.to_pylist()
             left -= len(array)
         if left:
-            raise pa.ArrowInvalid(f"row group {group} lacks {left} values of column {column}")
+            raise pa.ArrowInvalid(
+                f"row group {group} lacks {counted(left, 'value')} of column {column}"
+            )
 
     def kept(
         self, group: int, columns: dict[str, Any], name: str, keeper: Keeper
@@ -329,7 +331,9 @@ class OpenTable:
                 yield keeper.pack(f"source {name}", dict(zip(columns, row, strict=True)))
             left -= batch.num_rows
         if left:
-            raise pa.ArrowInvalid(f"row group {group} lacks {left} values of {list(columns)}")
+            raise pa.ArrowInvalid(
+                f"row group {group} lacks {counted(left, 'value')} of {list(columns)}"
+            )
 
 
 class _BlobReader(storage.BlobFile):
@@ -433,7 +437,8 @@ class _RowGroup:
             if batch is None:
                 self._damage = (
                     self._damage
-                    or f"the table is damaged: row group {self._group} ends after {self._next} rows"
+                    or f"the table is damaged: row group {self._group} ends after"
+                    f" {counted(self._next, 'row')}"
                 )
                 continue
             self._kept.append((self._next, batch))

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from imagemill.errors import SourceError
+from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.records import BadImage, Entry, Filters, Status
@@ -328,7 +328,9 @@ class ZipSource:
             )
             count += 1
         if count % directory.modulo != directory.members:
-            raise self._damaged(f"it holds {count:,} members and should hold {directory.members:,}")
+            raise self._damaged(
+                f"it holds {counted(count, 'member')} and should hold {directory.members:,}"
+            )
 
     def _damaged(self, why: str) -> SourceError:
         return SourceError(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from imagemill.errors import DeviceError, UsageError
+from imagemill.errors import DeviceError, UsageError, counted
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.automatic import CPU
@@ -134,7 +134,10 @@ class Cluster:
                 """`--num-gpus N`, `--resources '{"ipu": N}'`), or wait for them: `ray status`."""
             )
         hosts = len({place.node.id for place in self._places.values()})
-        self._notify(f"Ray: {len(self._places)} workers on {hosts} of {len(nodes)} nodes")
+        self._notify(
+            f"Ray: {counted(len(self._places), 'worker')} on {hosts} of"
+            f" {counted(len(nodes), 'node')}"
+        )
         return tuple(
             place.device(int(name.rpartition("#")[2])) for name, place in self._places.items()
         )
