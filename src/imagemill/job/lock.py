@@ -8,6 +8,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from imagemill.errors import OutputError
 from imagemill.job.paths import JobPaths
@@ -25,28 +26,44 @@ def locked(paths: JobPaths) -> Iterator[None]:
     Raises:
         OutputError: another launcher holds the lock, or the folder cannot be written to.
     """
-    make_folder(paths.root)
+    is_held = False
+    while not is_held:
+        make_folder(paths.root)
+        try:
+            handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise cannot_write(paths.lock, error) from error
+        try:
+            _acquire(handle, paths)
+            # A launcher whose job was refused has removed the file that was opened here.
+            is_held = _is_at(handle, paths.lock)
+            if is_held:
+                yield
+        finally:
+            os.close(handle)
+
+
+def _acquire(handle: int, paths: JobPaths) -> None:
+    for delay_s in (*_LOCK_DELAYS_S, None):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise cannot_write(paths.lock, error) from error
+            if delay_s is None:
+                raise OutputError(
+                    f"{paths.output} is in use by another imagemill run. Wait for it or stop"
+                    f" it; see `imagemill status {paths.output}`."
+                ) from error
+            time.sleep(delay_s)
+
+
+def _is_at(handle: int, path: Path) -> bool:
     try:
-        handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise cannot_write(paths.lock, error) from error
-    try:
-        for delay_s in (*_LOCK_DELAYS_S, None):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise cannot_write(paths.lock, error) from error
-                if delay_s is None:
-                    raise OutputError(
-                        f"{paths.output} is in use by another imagemill run. Wait for it or stop"
-                        f" it; see `imagemill status {paths.output}`."
-                    ) from error
-                time.sleep(delay_s)
-        yield
-    finally:
-        os.close(handle)
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(paths: JobPaths) -> bool:

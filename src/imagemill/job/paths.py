@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,30 @@ class JobPaths:
         return left | {
             path.name for path in (self.plan, self.predictions, self.root / "logs", self.lock)
         }
+
+    def unmade(self) -> list[Path]:
+        """Return what a start makes and does not exist yet: files and folders, and last the folders
+        that hold them.
+        """
+        made = (self.launcher_log, self.logs, self.plan, self.predictions, self.lock)
+        folders = (self.root, *self.root.parents)
+        return [path for path in (*made, *folders) if not os.path.lexists(path)]
+
+    def discard(self, made: Iterable[Path]) -> None:
+        """Remove what a start has made whose job was refused. Only for the holder of the lock.
+
+        Args:
+            made: what `unmade` returned before.
+        """
+        self.plan_nonces.unlink(missing_ok=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                if path in (self.plan, self.logs):
+                    shutil.rmtree(path)
+                elif path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink()
 
     def sweep(self) -> None:
         """Remove temporary files of killed processes. Only for the holder of the lock, while no

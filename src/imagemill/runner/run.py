@@ -112,14 +112,15 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
 
             precisions.check_int8(model.with_recipe(with_model, settings))
     paths = store.paths
+    made = paths.unmade()
     with lock.locked(paths):
         # Another launcher may have changed the job before this one held the lock.
         opened = OpenJob.find(settings.output, settings.log_dir) or opened
-        paths.sweep()
-        for folder in (paths.predictions, paths.plan, paths.logs):
-            files.make_folder(folder)
         hasty, found = False, None
         try:
+            paths.sweep()
+            for folder in (paths.predictions, paths.plan, paths.logs):
+                files.make_folder(folder)
             with observer.logging_to(paths.launcher_log):
                 is_new = opened is None
                 if opened is None:
@@ -146,10 +147,13 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     )
 
                 def fall_back() -> tuple[OpenJob, Sequence[DeviceSpec]]:
+                    nonlocal opened
                     cpus = machines.devices(automatic.CPU)
                     store.remove(paths.job)
+                    opened = None
                     again = (settings, store, lambda _: (automatic.CPU, cpus), with_model, watcher)
-                    return freeze.freeze(*again), cpus
+                    opened = freeze.freeze(*again)
+                    return opened, cpus
 
                 return attempts.attempt_until_it_fits(
                     attempt,
@@ -163,7 +167,10 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
             hasty = True
             raise
         finally:
-            store.publish_logs(hasty=hasty)
+            if opened is None:  # refused before it was frozen
+                paths.discard(made)
+            else:
+                store.publish_logs(hasty=hasty)
 
 
 def _may_fall_back(settings: Settings, opened: OpenJob) -> bool:
