@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import helpers
+import sample_images
 from imagemill import cli
 from imagemill.display.results import format_summary
 from imagemill.records import Summary
@@ -87,7 +88,11 @@ def test_the_aggregate_goes_to_stdout_and_progress_to_stderr(
     first, *lines = result.out.splitlines()
     assert first == "6 images: 5 ok, 1 failed (1 empty)"
     assert lines[0] == "skipped: 1 .txt"
-    assert lines[-1] == f"results: {tmp_path}/out/predictions"
+    assert lines[-3:] == [
+        f"report: {tmp_path}/out/report.html",
+        f"results: {tmp_path}/out/predictions",
+        f"as CSV: `imagemill export {tmp_path}/out --to csv`",
+    ]
     assert not any(line.startswith("bottleneck") for line in lines)
     assert "6 of 6 images (100 %), finished" in result.err
     assert "\x1b" not in result.out + result.err
@@ -190,27 +195,59 @@ def test_the_spellings_of_graphcores_example_are_known(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
         (
             ("run", "none", "--output", "out", *TINY),
+            2,
             "imagemill: source {here}/none cannot be read: No such file or directory.",
         ),
         (
+            ("run", "empty", "--output", "out", *TINY),
+            2,
+            "imagemill: no images found in {here}/empty",
+        ),
+        (
+            ("run", "images", "--output", ".", *TINY),
+            2,
+            "imagemill: --output {here} is not empty and",
+        ),
+        (("run", "images", "--output", "out", *TINY, "--top-k", "0"), 2, "imagemill"),
+        (
+            ("run", "images", "--output", "out", *TINY, "--labels", "none.txt"),
+            2,
+            "imagemill: ",
+        ),
+        (
+            ("run", "@list.csv", "--output", "out", *TINY, "--keep", "a=b=c"),
+            2,
+            "imagemill: --keep a=b=c: write --keep COLUMN or --keep COLUMN=NEW.",
+        ),
+        (
             ("run", "none", "--output", "out", "--model", "tiny", "--devices", "ipu:8"),
+            1,
             "imagemill: --devices ipu:8: ",
         ),
-        (("status", "none"), "imagemill: {here}/none is not an imagemill job: it has no job.json."),
-        (("verify", "."), "imagemill: {here} is not an imagemill job: it has no job.json."),
-        (("get-model", "resnext50_32x4d.mine", "--from", "none.pth"), "imagemill: "),
+        (
+            ("status", "none"),
+            2,
+            "imagemill: {here}/none is not an imagemill job: it does not exist.",
+        ),
+        (("verify", "."), 2, "imagemill: {here} is not an imagemill job: it has no job.json."),
+        (("get-model", "resnext50_32x4d.mine", "--from", "none.pth"), 1, "imagemill: "),
     ],
 )
-def test_failures_are_one_line_and_exit_1(
-    imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], message: str
+def test_failures_are_one_line_and_wrong_input_is_exit_2(
+    imagemill: CLI, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    """One clear message on stderr, nothing on stdout, no traceback."""
+    """One clear message on stderr, nothing on stdout, no traceback, and nothing left behind. A
+    wrong command, or an input that is wrong or missing, is exit 2; what else fails is exit 1.
+    """
+    (tmp_path / "empty").mkdir()
+    helpers.fill(tmp_path, {"images/a.jpg": sample_images.jpeg(), "list.csv": b"path,a\nx.jpg,1\n"})
     result = imagemill(*arguments, cwd=tmp_path)
-    assert (result.code, result.out) == (1, "")
+    assert (result.code, result.out) == (code, "")
+    assert not (tmp_path / "out").exists()
     assert result.err.startswith(message.format(here=tmp_path))
     assert "Traceback" not in result.err
 
@@ -236,13 +273,18 @@ def test_verify_and_status_speak_json_and_exit_codes(
     ) == (1, [1], 1)
     reported = imagemill("verify", out)
     assert reported.code == 1
-    assert "part-000001.parquet is missing\n" in reported.out
+    assert reported.out == (
+        "not finished, 1 part missing: run the same command again to continue\n"
+    )
     status = imagemill("status", out, "--json")
     assert (status.code, status.json["done"], status.json["complete"]) == (0, 4, False)
-    assert "not finished: run the same command again to continue" in imagemill("status", out).out
+    assert imagemill("status", out).out.splitlines() == [
+        "4 of 6 images saved (66 %), not finished",
+        f"to continue: imagemill run {command[1]} --output {out}",
+    ]
     assert imagemill(*command).json["resumed_shards"] == 2
     assert imagemill("verify", out).code == 0
-    assert "6 of 6 images (100 %), finished\n" in imagemill("status", out).out
+    assert "6 of 6 images saved (100 %), finished\n" in imagemill("status", out).out
 
 
 def test_a_changed_flag_is_exit_2(imagemill: CLI, jpegs: Folders, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_an_unfinished_job_is_refused_unless_partial(
     (out / "summary.json").unlink()
     with pytest.raises(
         OutputError,
-        match=(rf"^{out} is not finished: 8 of 11 rows exist. Repeat the run command .* --partial"),
+        match=rf"^{out} is not finished: 8 of 11 images have a row. Run the same .* --partial",
     ):
         exported(out, Form.CSV)
     messages: list[str] = []
@@ -193,7 +193,8 @@ def test_an_unfinished_job_is_refused_unless_partial(
     ).splitlines()
     assert [json.loads(row)["index"] for row in rows] == [0, 1, 2, 6, 7, 8, 9, 10]
     assert messages == [
-        f"{out} is not finished: 8 of 11 rows exist, which are exported in plan order"
+        f"{out} is not finished: 8 of 11 images have a row. Run the same `imagemill run` command"
+        " again to finish it. These rows are exported in plan order."
     ]
 
 
@@ -244,8 +245,8 @@ def test_the_command_writes_to_stdout_or_to_a_file(
 def test_mistakes_are_one_line(finished: Path, imagemill: CLI, tmp_path: Path) -> None:
     """A folder that is no job, none at all, no --to, an unknown column, a goal that is no file."""
     for arguments, code, text in (
-        ((tmp_path, "--to", "csv"), 1, "is not an imagemill job: it has no job.json."),
-        ((tmp_path / "nowhere", "--to", "csv"), 1, "is not an imagemill job: it has no job.json."),
+        ((tmp_path, "--to", "csv"), 2, "is not an imagemill job: it has no job.json."),
+        ((tmp_path / "nowhere", "--to", "csv"), 2, "is not an imagemill job: it does not exist."),
         ((finished,), 2, "the following arguments are required: --to"),
         ((finished, "--to", "xml"), 2, "invalid choice: 'xml'"),
         ((finished, "--to", "csv", "--columns", "nme"), 2, "the job has no column 'nme'"),

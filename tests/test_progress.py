@@ -653,16 +653,26 @@ def summary(**changes: Any) -> Summary:
     return replace(made, rates={"achieved": 5.0, "decode_only": 9.0}, **changes)
 
 
-def test_the_summary_names_failed_images_and_what_would_read_them() -> None:
-    """Once per extra; without failures neither line is there."""
-    failed = summary(ok=6, failed=4, failed_by_status={"unsupported": 4}, extras={"heif": 3})
+def test_the_summary_names_results_failed_images_and_what_would_read_them(tmp_path: Path) -> None:
+    """One line each; without failures or a report, their lines are not there."""
+    for name in ("failed.txt", "report.html"):
+        (tmp_path / name).write_text("content")
+    failed = summary(
+        **{"ok": 6, "failed": 4, "failed_by_status": {"unsupported": 4}, "extras": {"heif": 3}},
+        output=str(tmp_path),
+    )
     lines = format_summary(failed).splitlines()
-    assert lines[-2] == "failed images: out/failed.txt"
+    assert lines[-4:] == [
+        f"failed images: {tmp_path}/failed.txt",
+        f"report: {tmp_path}/report.html",
+        f"results: {tmp_path}/predictions",
+        f"as CSV: `imagemill export {tmp_path} --to csv`",
+    ]
     assert lines[1] == (
         "to read 3 failed images: pip install 'imagemill[heif]', then run again with"
         " --retry-failed=unsupported"
     )
-    assert not re.search("failed.txt|pip install", format_summary(summary()))
+    assert not re.search("failed.txt|pip install|report", format_summary(summary()))
 
 
 def test_rates_for_developers_are_shown_on_demand(
@@ -703,7 +713,7 @@ def test_the_report_is_announced_before_it_is_written(
     monkeypatch.setattr(report, "write", lambda _: seen.append("written"))
     job = OpenJob(open_store(JobPaths.of(str(tmp_path))), None)  # type: ignore[arg-type]
     report.attempt(job, seen.append)
-    assert seen == [f"writing the report: {tmp_path}/report.html", "written"]
+    assert seen == ["writing the report", "written"]
 
 
 def test_status_shows_rate_time_left_failures_and_devices() -> None:
@@ -715,13 +725,22 @@ def test_status_shows_rate_time_left_failures_and_devices() -> None:
         devices={"cpu#0": 12.5, "cpu#1": None},
     )
     assert format_status(running).splitlines() == [
-        "25 of 100 images (25 %), running, 12.5 images/s, 6s left",
+        "25 of 100 images saved (25 %), running, 12.5 images/s, 6s left",
         "  cpu#0: 12.5 images/s",
         "  cpu#1: no rate yet",
         "failed: 2 corrupt, 1 empty",
     ]
     finished = JobStatus(1, 1, 1, 1, {}, False, True, {})
-    assert format_status(finished) == "1 of 1 image (100 %), finished"
+    assert format_status(finished) == "1 of 1 image saved (100 %), finished"
+    stopped = replace(running, running=False, images_per_second=None, seconds_left=None, devices={})
+    for command, shown in (
+        ("imagemill run a", "imagemill run a"),
+        ("", "run the same command again"),
+    ):
+        assert format_status(stopped, command).splitlines()[:2] == [
+            "25 of 100 images saved (25 %), not finished",
+            f"to continue: {shown}",
+        ]
 
 
 def test_a_running_job_writes_its_pace(tmp_path: Path) -> None:

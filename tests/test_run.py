@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -666,6 +668,80 @@ def test_what_may_differ_may_be_changed(
     assert [one.device.name for one in (first, second)] == ["null#0", "null#1"]
     assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
     assert problems(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("has_folder", "log_dir"), [(False, None), (True, "logs of mine")])
+@pytest.mark.parametrize(
+    ("more", "changes"),
+    [
+        ({"second.zip": b"no archive" * 99}, {}),
+        ({}, {"keep": ("label=mine",)}),
+        ({}, {"moved": ("/nowhere=/else",)}),
+        ({}, {"min_probability": "none.csv"}),
+    ],
+)
+def test_a_refused_job_leaves_nothing(
+    job: Jobs,
+    jpegs: Folders,
+    tmp_path: Path,
+    more: dict[str, bytes],
+    changes: dict[str, Any],
+    has_folder: bool,
+    log_dir: str | None,
+) -> None:
+    """Whatever is found wrong before it is frozen: neither a file nor a folder, but an empty folder
+    that was there stays.
+    """
+    source, home = jpegs(3), tmp_path / "home"
+    home.mkdir()
+    helpers.fill(tmp_path / "more", more)
+    output, logs = home / "deep" / "out", home / log_dir if log_dir else None
+    if has_folder:
+        output.mkdir(parents=True)
+    before = sorted(home.rglob("*"))
+    settings = job(source, output=str(output), log_dir=logs and str(logs), **changes)
+    settings = replace(
+        settings, sources=(*settings.sources, *(str(tmp_path / "more" / name) for name in more))
+    )
+    with pytest.raises((SourceError, UsageError)) as refused:
+        run.run(settings)
+    assert refused.value.exit_code == 2
+    assert sorted(home.rglob("*")) == before
+    run.run(job(source, output=str(output)))
+    assert len(helpers.rows(output)) == 3
+
+
+def test_parts_of_a_lost_job_survive_a_refusal(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
+    """Whatever the folder held before stays, even where the job's own document is gone."""
+    run.run(job(jpegs(3), output=str(tmp_path / "out")))
+    for path in (tmp_path / "out").iterdir():
+        if path.name not in ("predictions", "plan", "logs", ".lock"):
+            path.unlink()
+    before = helpers.parts(tmp_path / "out")
+    with pytest.raises(SourceError):
+        run.run(job(jpegs(3), output=str(tmp_path / "out"), keep=("label=mine",)))
+    assert helpers.parts(tmp_path / "out") == before != {}
+
+
+def test_the_command_of_status_continues_a_job(
+    job: Jobs, jpegs: Folders, tmp_path: Path, imagemill: Callable[..., helpers.Result]
+) -> None:
+    """With what selects its images; other settings stay as they are."""
+    folder = tmp_path / "my photographs"
+    shutil.copytree(jpegs(9), folder)
+    settings = job(
+        folder, shard_size=2, limit=6, exclude=("00[12].jpg", "x y"), top_k=2, output="its output"
+    )
+    with contextlib.chdir(tmp_path):
+        count = run.run(settings).images
+        next(Path("its output", "predictions").glob("*.parquet")).unlink()
+        Path("its output", "summary.json").unlink()
+        line = imagemill("status", "its output").out.splitlines()[1]
+    words = shlex.split(line.removeprefix("to continue: "))
+    assert words[:2] == ["imagemill", "run"]
+    result = imagemill(*words[1:], "--json")
+    assert (result.code, result.json["images"]) == (0, count)
+    assert result.json["resumed_shards"] == result.json["shards"] - 1
 
 
 SAME_SOURCES = "Give the same sources in the same order to continue this job"

@@ -265,7 +265,7 @@ def test_a_table_that_is_not_utf_8_is_one_clear_line(make: Make, tmp_path: Path)
     with pytest.raises(SourceError) as raised:
         score(job, truth)
     assert str(raised.value) == (
-        f"{tmp_path}/a.csv is not UTF-8: row 2 has 'caf\\\\xe9.jpg'. Save it as UTF-8."
+        f"--truth {tmp_path}/a.csv is not UTF-8: row 2 has 'caf\\\\xe9.jpg'. Save it as UTF-8."
     )
 
 
@@ -409,7 +409,7 @@ def test_where_an_image_is(
     ("truth", "message"),
     [
         ("labels", r"--truth labels: write folders, regex:PATTERN, @FILE.csv#path,label .*cls\.$"),
-        ("truth.csv", r"or cls\. For a file, write @truth\.csv\.$"),
+        ("truth.csv", r": for a table, write @truth\.csv\. Otherwise write folders"),
         ("regex:", "write folders"),
         ("regex:(", r"--truth regex:\(: the pattern is not valid: missing \)"),
         ("regex:cat", r"the pattern has no group. Put the label in parentheses"),
@@ -656,7 +656,7 @@ def test_a_running_job(make: Make, tmp_path: Path) -> None:
     answers: dict[str, Answer] = {f"cat/{number}.jpg": (0, 0.9) for number in range(9)}
     job = make(answers, rows=False)
     truth = write(tmp_path / "t.csv", "path,label\n" + "".join(f"{path},cat\n" for path in answers))
-    with pytest.raises(OutputError, match=r"has no rows yet"):
+    with pytest.raises(OutputError, match=r"is not finished: 0 of 9 images have a row"):
         score(job, truth)
     for shard in job.shards[1:]:
         made_jobs.write_part(job, shard, lambda path: answers[path.decode()])
@@ -664,7 +664,8 @@ def test_a_running_job(make: Make, tmp_path: Path) -> None:
     assert (found.images, found.rows, found.labelled, found.top1.correct) == (9, 5, 5, 5)
     assert [note.replace(str(tmp_path), "") for note in found.notes] == [
         "note: paths of /t.csv that are not in the rows so far: 4, first: cat/0.jpg",
-        "note: the job is not finished: 5 of 9 images have a row",
+        "note: /out is not finished: 5 of 9 images have a row. Run the same `imagemill run` command"
+        " again to finish it, then score again.",
     ]
 
 
@@ -713,6 +714,20 @@ def test_the_command(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["score", output, "--truth", "folders", "--min-top1", "80"])
     assert "80 is not a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_a_minimum_is_not_met_by_an_unfinished_job(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A check in CI must not pass because half of the images are right."""
+    answers: dict[str, Answer] = {f"cat/{number}.jpg": (0, 0.9) for number in range(9)}
+    job = make(answers, rows=False)
+    made_jobs.write_part(job, job.shards[0], lambda path: answers[path.decode()])
+    command = ["score", job.paths.output, "--truth", "folders"]
+    assert cli.main(command) == 0
+    assert "is not finished: 4 of 9 images have a row" in capsys.readouterr().err
+    assert cli.main([*command, "--min-top1", "0.5"]) == 1
+    assert "not met before the job is finished" in capsys.readouterr().err
 
 
 def test_the_function_returns_what_the_command_prints(make: Make) -> None:
@@ -769,10 +784,7 @@ def test_the_report_shows_the_most_frequent_confusions(
     assert job.paths.report.read_text() == "an older page"
     capsys.readouterr()
     assert cli.main(command) == 0
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == f"imagemill: writing the report: {job.paths.report}"
-    )
+    assert capsys.readouterr().err.splitlines()[-1] == "imagemill: writing the report"
     html = job.paths.report.read_text()
     section = html.partition('id="score"')[2].partition("</section>")[0]
     assert section.count("data:image/webp;base64,") == 2

@@ -440,16 +440,22 @@ def test_hard_links_that_are_impossible_become_symbolic_ones(
 def test_a_job_that_is_not_finished_is_sorted_as_far_as_it_is(
     make: Callable[..., OpenJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The next call adds the rest."""
+    """It says so on stderr and is exit 1. The next call adds the rest."""
     job = make(images=[f"{number % 2}-{number + 1}.jpg" for number in range(8)])
     part = job.paths.part(1)
     data = part.read_bytes()
     part.unlink()
     arguments = ["sort", str(tmp_path / "out"), "--into", str(tmp_path / "into")]
-    assert cli.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "4 images sorted into 1 folder" in printed
-    assert "4 images have no row yet. Finish the job, then repeat the command." in printed
+    assert cli.main([*arguments, "--dry-run"]) == 1
+    assert "then sort again to add the others" in capsys.readouterr().err
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "4 images sorted into 1 folder" in printed.out
+    assert "not finished" not in printed.out
+    assert printed.err == (
+        f"imagemill: {tmp_path / 'out'} is not finished: 4 of 8 images have a row. Run the same"
+        " `imagemill run` command again to finish it, then sort again to add the others.\n"
+    )
     part.write_bytes(data)
     assert cli.main(arguments) == 0
     assert "8 images sorted into 2 folders" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Every exception imagemill raises on purpose.
 
-ImagemillError                exit 1: one clear line, never a traceback
+ImagemillError                exit 1 unless said otherwise: one clear line, never a traceback
 ├── UsageError                exit 2: the command or call is wrong; nothing was done
 │   ├── ClassCountError       labels and model disagree about the number of classes
 │   └── JobMismatchError      an explicit flag differs from the frozen job
@@ -12,8 +12,9 @@ ImagemillError                exit 1: one clear line, never a traceback
 │   ├── DeviceMemoryError     its free memory does not suffice for the model and its batches
 │   ├── DeviceLostError       it was there, and its program died; a job starts the worker again
 │   └── InexactError          an image's answer depends on its place in a batch or its neighbours
-├── SourceError               a source as a whole cannot be listed
-├── OutputError               the output is not a job, locked, full or read-only
+├── SourceError               exit 2: a source as a whole cannot be listed
+├── OutputError               the output is locked, full or read-only
+│   ├── NotAJobError          exit 2: the output is not a job, or cannot become one
 │   └── PartError             a part is damaged, missing, or belongs to another job
 ├── WorkerError               workers die and restarting does not help
 └── TooManyBadError           --max-bad-fraction was exceeded
@@ -109,9 +110,17 @@ class InexactError(DeviceError):
 class SourceError(ImagemillError):
     """A source as a whole cannot be listed."""
 
+    exit_code = 2
+
 
 class OutputError(ImagemillError):
     """The output is not a job, locked, full or read-only."""
+
+
+class NotAJobError(OutputError):
+    """The output is not a job, or cannot become one because it holds something else."""
+
+    exit_code = 2
 
 
 class PartError(OutputError):

@@ -133,7 +133,7 @@ def sort(
     _check_place(job, into)
     chosen = _Chosen(job, choice)
     if not chosen.rows:
-        raise OutputError(f"{job.paths.output} has no rows yet. Finish the job first.")
+        raise OutputError(f"{job.shortfall(0)}, then sort again.")
     before = _hashes(_files_before(into))
     keys = _hashes(image.file for image in chosen.images())
     counts: Counter[str] = Counter()
@@ -150,6 +150,8 @@ def sort(
         left_out=dict(sorted(chosen.left_out.items())),
         missing=job.frozen.images - chosen.rows,
     )
+    if outcome.missing:
+        log(f"{job.shortfall(chosen.rows)}, then sort again to add the others.")
     if dry_run:
         return outcome
     files.make_folder(into)
@@ -446,8 +448,4 @@ def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
         lines.append(f"left out: {format_statuses(dict(outcome.left_out))}")
     if outcome.unreadable:
         lines.append(f"{outcome.unreadable:,} cannot be read now: {outcome.first_unreadable[0]}")
-    if outcome.missing:
-        lines.append(
-            f"{outcome.missing:,} images have no row yet. Finish the job, then repeat the command."
-        )
     return "\n".join(lines)

@@ -97,8 +97,14 @@ def _add_status(command: Command) -> None:
 def _status(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
 
-    found = open_job(parsed.dir).status()
-    print(as_json(found) if parsed.json else results.format_status(found))
+    job = open_job(parsed.dir)
+    found = job.status()
+    if parsed.json:
+        print(as_json(found))
+    else:
+        from imagemill.runner import resume
+
+        print(results.format_status(found, resume.command_of(job)))
     return 0
 
 

@@ -117,6 +117,9 @@ def _score(parsed: argparse.Namespace) -> int:
     if parsed.min_top1 is not None and top1 < parsed.min_top1:
         log(f"top-1 {top1:.4f} is lower than --min-top1 {parsed.min_top1:g}")
         return 1
+    if parsed.min_top1 is not None and found.rows < found.images:
+        log("--min-top1 is not met before the job is finished")
+        return 1
     return 0
 
 
@@ -174,4 +177,4 @@ def _sort(parsed: argparse.Namespace) -> int:
         open_job(parsed.dir), Path(parsed.into), choice, link, dry_run=parsed.dry_run, log=log
     )
     print(as_json(done) if parsed.json else sort.format_sorted(done, dry_run=parsed.dry_run))
-    return 1 if done.unreadable else 0
+    return 1 if done.unreadable or done.missing else 0

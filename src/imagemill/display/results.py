@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +42,22 @@ def format_summary(summary: Summary, *, verbose: bool = False) -> str:
         )
     if any(device.name.partition("#")[0] == "null" for device in summary.devices):
         lines.append("note: the null device computes nothing: its predictions are made up")
-    if summary.failed and _has_failed_list(summary):
+    # `failed.txt` does not name images in archives and tables, and a report may not be wanted.
+    if summary.failed and _has_content(f"{summary.output}/failed.txt"):
         lines.append(f"failed images: {summary.output}/failed.txt")
+    if _has_content(f"{summary.output}/report.html"):
+        lines.append(f"report: {summary.output}/report.html")
     lines.append(f"results: {summary.output}/predictions")
+    lines.append(f"as CSV: `imagemill export {shlex.quote(summary.output)} --to csv`")
     return "\n".join(lines)
 
 
-def _has_failed_list(summary: Summary) -> bool:
-    """Return whether `failed.txt` names an image; images in archives and tables are not in it."""
+def _has_content(place: str) -> bool:
+    """Return whether a file is not empty. One in an object store is taken to exist."""
     try:
-        return (Path(summary.output) / "failed.txt").stat().st_size > 0
-    except OSError:  # it is in an object store
-        return True
+        return "://" in place or Path(place).stat().st_size > 0
+    except OSError:
+        return False
 
 
 def format_skipped(
@@ -127,12 +132,12 @@ def format_rows(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(f"  {row['path']:<34} {result(row)}" for row in rows)
 
 
-def format_status(found: JobStatus) -> str:
-    """Return how far a job is."""
-    state = "running" if found.running else "not finished: run the same command again to continue"
+def format_status(found: JobStatus, command: str = "") -> str:
+    """Return how far a job is. If it must be continued, `command` does that."""
+    state = "running" if found.running else "not finished"
     share = 100 * found.done // max(found.images, 1)
     parts = [
-        f"{found.done:,} of {counted(found.images, 'image')} ({share} %)",
+        f"{found.done:,} of {counted(found.images, 'image')} saved ({share} %)",
         "finished" if found.complete else state,
     ]
     if found.images_per_second is not None:
@@ -140,6 +145,8 @@ def format_status(found: JobStatus) -> str:
     if found.seconds_left is not None:
         parts.append(f"{format_duration(found.seconds_left)} left")
     lines = [", ".join(parts)]
+    if not found.complete and not found.running:
+        lines.append(f"to continue: {command or 'run the same command again'}")
     for name, rate in found.devices.items():
         speed = "no rate yet" if rate is None else f"{rate:,.1f} images/s"
         lines.append(f"  {name}: {speed}")
@@ -152,22 +159,26 @@ def format_status(found: JobStatus) -> str:
 def format_problems(
     problems: Sequence[Mapping[str, Any]], moved: Iterable[str], images: int
 ) -> str:
-    """Return what `imagemill verify` found, and where it moved damaged parts."""
-    missing = [
-        problem
-        for problem in problems
-        if problem["problem"] == "is missing" and problem["shard"] is not None
-    ]
-    unnamed = missing[_MAX_MISSING:]
-    lines = [f"{found['path']} {found['problem']}" for found in problems if found not in unnamed]
-    if unnamed:
+    """Return what `imagemill verify` found, and where it moved damaged parts. What an unfinished
+    job lacks is one line.
+    """
+    from imagemill.job import ledger  # imports PyArrow
+
+    missing = [problem for problem in problems if problem["problem"] == ledger.MISSING]
+    ends = [problem for problem in problems if problem["problem"] == ledger.NOT_FINISHED]
+    unnamed = [*missing, *ends] if ends else missing[_MAX_MISSING:]
+    named = [problem for problem in problems if problem not in unnamed]
+    lines = [f"{problem['path']} {problem['problem']}" for problem in named]
+    if ends:
+        what = counted(len(missing), "part") if missing else "only the summary"
+        lines.append(f"not finished, {what} missing: run the same command again to continue")
+    elif unnamed:
         lines.append(f"… and {counted(len(unnamed), 'more part')} missing: repeat the run")
     lines += [f"moved to {path}" for path in moved]
-    lines.append(
-        counted(len(problems), "problem")
-        if problems
-        else f"complete and sound: {counted(images, 'image')}, one row each"
-    )
+    if named:
+        lines.append(counted(len(named), "problem"))
+    elif not problems:
+        lines.append(f"complete and sound: {counted(images, 'image')}, one row each")
     return "\n".join(lines)
 
 

@@ -68,16 +68,10 @@ def export(
         )
     done = job.committed()
     if len(done) < len(job.shards) or not job.store.exists(job.paths.summary):
-        rows = sum(shard.count for shard in job.shards if shard.number in done)
-        unfinished = (
-            f"{job.paths.output} is not finished: {rows:,} of {job.frozen.images:,} rows exist"
-        )
+        unfinished = job.shortfall(sum(shard.count for shard in job.shards if shard.number in done))
         if not partial:
-            raise OutputError(
-                f"{unfinished}. Repeat the run command to resume it, or add --partial for these"
-                " rows."
-            )
-        notify(f"{unfinished}, which are exported in plan order")
+            raise OutputError(f"{unfinished}, or add --partial for these rows.")
+        notify(f"{unfinished}. These rows are exported in plan order.")
     chosen = list(dict.fromkeys(columns or known))
     tables = ledger.tables(job.store, sorted(done), chosen)
     return _csv(tables, chosen) if form is Form.CSV else _json_lines(tables, chosen)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from imagemill.errors import OutputError
+from imagemill.errors import NotAJobError, OutputError
 from imagemill.job.paths import JobPaths
 from imagemill.system import files
 
@@ -92,7 +92,7 @@ class FolderStore:
             files.missing_goal(root)
             return
         except NotADirectoryError as error:
-            raise OutputError(
+            raise NotAJobError(
                 f"--output {root} is a file, or is inside one. Give a folder."
             ) from error
         except OSError as error:
@@ -103,7 +103,7 @@ class FolderStore:
             name for name in names - self.paths.ours() if not files.is_system_file(name)
         )
         if others:
-            raise OutputError(
+            raise NotAJobError(
                 f"--output {root} is not empty and not an imagemill job (it holds {others[0]!r})."
                 " Give a new folder."
             )

@@ -31,6 +31,10 @@ from imagemill.system import serialization
 
 T = TypeVar("T")
 
+MISSING = "is missing"
+NOT_FINISHED = "is missing: the job is not finished"
+"""Problems of a part, and of what is written when a job is finished."""
+
 _ANSWER_ID = b"imagemill.answer_id"
 _SHARD = b"imagemill.shard"
 _EXTRA = re.compile(r"needs a package that is not installed: pip install 'imagemill\[(\w+)\]'")
@@ -270,7 +274,7 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
     for shard in shards:
         path = store.paths.part(shard.number)
         if shard.number not in present:
-            yield Problem(shard.number, path, "is missing")
+            yield Problem(shard.number, path, MISSING)
             continue
         recorded = manifest.parts.get(path.name) if manifest else None
         if what := _find_damage(store, shard, job, recorded):
@@ -285,7 +289,7 @@ def _try_reading(
 ) -> tuple[T | None, str]:
     """Return a document, or None and what is wrong with it."""
     try:
-        return read(store), "is missing: the job is not finished"
+        return read(store), NOT_FINISHED
     except OutputError as error:
         return None, str(error).removeprefix(f"{store.paths.shown(path)} ").rstrip(".")
 
@@ -349,7 +353,7 @@ def _check_schema(store: Store, shard: Shard, answer_id: str) -> str | None:
         with store.open(store.paths.part(shard.number)) as file:
             metadata = pq.read_schema(file).metadata
     except FileNotFoundError:
-        return "is missing"
+        return MISSING
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read: {_first_line(error)}"
     return _check_metadata(metadata, shard, answer_id)

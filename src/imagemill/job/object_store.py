@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from imagemill.errors import OutputError
+from imagemill.errors import NotAJobError, OutputError
 from imagemill.job.paths import JobPaths
 from imagemill.system import files, storage
 
@@ -118,7 +118,7 @@ class ObjectStore:
         ):
             for key, _ in self._objects.list():
                 if not key.startswith(known) and not any(map(files.is_system_file, key.split("/"))):
-                    raise OutputError(
+                    raise NotAJobError(
                         f"--output {self.paths.url} is not empty and not an imagemill job (it holds"
                         f" {key!r}). Give a new prefix."
                     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from imagemill.errors import OutputError, counted, printable
+from imagemill.errors import NotAJobError, OutputError, counted, printable
 from imagemill.job import documents, ledger, lock, plan
 from imagemill.job.documents import Appended, Frozen
 from imagemill.job.paths import JobPaths
@@ -76,8 +76,12 @@ class OpenJob:
         """Return the job in an output. Raises: OutputError if it is none, or cannot be read."""
         job = cls.find(os.fspath(output))
         if job is None:
-            shown = printable(JobPaths.of(os.fspath(output)).output)
-            raise OutputError(f"{shown} is not an imagemill job: it has no job.json.")
+            paths = JobPaths.of(os.fspath(output))
+            why = "it has no job.json" if paths.url or paths.root.exists() else "it does not exist"
+            raise NotAJobError(
+                f"{printable(paths.output)} is not an imagemill job: {why}. Give the output folder"
+                " of an `imagemill run`."
+            )
         return job
 
     @property
@@ -168,6 +172,16 @@ class OpenJob:
     def committed(self) -> set[int]:
         """Return the shards whose part exists now."""
         return ledger.committed(self.store, self.shards)
+
+    def shortfall(self, rows: int) -> str:
+        """Return that the job is not finished, and what to do, as the beginning of a message. It
+        has `rows` rows.
+        """
+        of = counted(self.frozen.images, "image")
+        return (
+            f"{self.paths.output} is not finished: {rows:,} of {of} have a row. Run the same"
+            " `imagemill run` command again to finish it"
+        )
 
     def failed_by_status(self, shards: Iterable[int]) -> Counter[str]:
         """Count failed images in committed shards. Raises: PartError if a part is damaged."""

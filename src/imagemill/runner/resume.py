@@ -27,6 +27,8 @@ from imagemill.runner.model import (
 )
 from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 
+_MAX_COMMAND = 1_000
+"""Characters of a command that is printed to be copied."""
 _REMEDY = "Leave it out or give the old value"
 
 
@@ -74,6 +76,24 @@ def resume(
         log_dir=settings.log_dir or job.log_dir,
     )
     return OpenJob(opened.store, replace(frozen, job=job), opened.appended)
+
+
+def command_of(job: OpenJob) -> str:
+    """Return a command that continues a job; empty if it would be too long to type. Settings that
+    it leaves out stay as they are.
+    """
+    first = job.first
+    selection: dict[str, object] = {
+        "SOURCE": list(first.command),
+        "--include": list(first.filters.include),
+        "--exclude": list(first.filters.exclude),
+        "--all-files": first.filters.all_files,
+        "--limit": first.limit,
+        "--output": [job.paths.output],
+    }
+    words = [_format_flag(flag, value) for flag, value in selection.items() if value]
+    command = " ".join(["imagemill run", *words]).replace(" SOURCE ", " ", 1)
+    return command if len(command) <= _MAX_COMMAND else ""
 
 
 def _compare_selection(settings: Settings, opened: OpenJob) -> Iterator[tuple[str, object, object]]:

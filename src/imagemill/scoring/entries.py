@@ -174,7 +174,7 @@ class Found:
 
 def of_table(truth: Truth, key: Callable[[str], str], place: Place, *, names_one: bool) -> Found:
     """Return the entries of `@FILE#path,label`. Raises: SourceError, UsageError."""
-    table = Table(truth.file, truth.file)
+    table = Table(f"--truth {truth.file}", truth.file)
     columns = table.columns()
     path = truth.path_column or _known(truth, columns, PATH_COLUMNS, "paths")
     label = truth.label_column or _known(truth, columns, _LABEL_COLUMNS, "labels")

@@ -41,7 +41,7 @@ def score(job: OpenJob, given: str) -> Score:
     shards = [shard for shard in job.shards if shard.number in done]
     rows = sum(shard.count for shard in shards)
     if not rows:
-        raise OutputError(f"{job.paths.output} has no rows yet. Try again later.")
+        raise OutputError(f"{job.shortfall(0)}, then score again.")
     found = matching.find(job, shards, wanted)
     reading = values.read(found.values, card.labels, found.names)
     is_known = reading.class_ids[found.codes] != values.UNKNOWN
@@ -50,9 +50,7 @@ def score(job: OpenJob, given: str) -> Score:
     true = TrueClasses.of(found.indices[is_known], reading.class_ids[found.codes[is_known]])
     notes = [*found.notes, *_notes(found, reading, len(card.labels))]
     if rows < job.frozen.images:
-        notes.append(
-            f"note: the job is not finished: {rows:,} of {job.frozen.images:,} images have a row"
-        )
+        notes.append(f"note: {job.shortfall(rows)}, then score again.")
     counted = figures.gather(job, shards, true)
     why = figures.omitted(job, true, counted)
     readable = counted.labelled - counted.failed

@@ -71,8 +71,8 @@ def parse(text: str) -> Truth:
     if form == Kind.COLUMN and rest:
         return Truth(text, Kind.COLUMN, label_column=rest)
     if not text.startswith("@"):
-        hint = f" For a file, write @{text}." if is_table(split_column(text)[0]) else ""
-        raise UsageError(f"--truth {text}: write {_FORMS}.{hint}")
+        hint = f"for a table, write @{text}. Otherwise " if is_table(split_column(text)[0]) else ""
+        raise UsageError(f"--truth {text}: {hint}write {_FORMS}.")
     file, columns = split_column(text[1:])
     if not is_table(file):
         raise UsageError(f"--truth {text}: the file must be a .csv, .tsv or .parquet table.")

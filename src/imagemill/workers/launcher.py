@@ -117,8 +117,8 @@ class Launcher:
         if self._leases.remaining:
             number, left = self._signals[0], self._images - sum(outcome.devices.values())
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name}, {counted(left, 'image')} left. Run the"
-                " same command again to continue.",
+                f"stopped by {_name(number)}, {counted(left, 'image')} left. Run the same command"
+                " again to continue.",
                 128 + number,
             )
         return outcome
@@ -269,8 +269,8 @@ class Launcher:
         """Lease nothing more, and wait for the shards in flight until the grace period is over or a
         second signal comes.
         """
-        name = signal.Signals(self._signals[0]).name
-        _log.warning("%s: finishing the shards in flight, %g s at most", name, self._grace_s)
+        what = "%s: finishing the shards in flight, %g s at most"
+        _log.warning(what, _name(self._signals[0]), self._grace_s)
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
         if leases:
             self._notify(_format_stopping(leases, self._signals[0], self._grace_s))
@@ -305,6 +305,10 @@ def _format_stopping(leases: Sequence[Lease], number: int, grace_s: float) -> st
         f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most {grace_s:g} s,"
         f" {again} to stop at once"
     )
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextlib.contextmanager

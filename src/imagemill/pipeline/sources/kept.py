@@ -74,6 +74,9 @@ def resolve_kept(keep: Iterable[str | tuple[str, str]]) -> dict[str, str]:
 def _pairs(item: str | tuple[str, str]) -> Iterable[tuple[str, str]]:
     if not isinstance(item, str):
         return [item]
+    for word in item.split(","):
+        if word.count("=") > 1:
+            raise UsageError(f"--keep {printable(word)}: write --keep COLUMN or --keep COLUMN=NEW.")
     pairs = (word.partition("=") for word in item.split(","))
     return [(column, name if equals else column) for column, equals, name in pairs]
 
