@@ -19,7 +19,9 @@ from PIL import Image
 import helpers
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle, resolve
+from imagemill.models.custom.graph import with_recipe
 from imagemill.models.folders import folder as folders
+from imagemill.models.folders import processors
 from imagemill.records import Scores
 from odd_images import ANSWERED, odd_image
 
@@ -409,6 +411,7 @@ def test_a_network_without_a_classifier_is_known_by_its_class(
         ({"do_resize": False}, {}, "images are resized to different shapes"),
         ({"do_pad": True}, {}, "do_pad is true"),
         ({"use_square_size": True}, {}, "use_square_size is true"),
+        ({"size": 64, "default_to_square": False}, {}, "default_to_square is false, and only some"),
         ({"resample": "bicubic"}, {}, "resample: expected `int"),
         ({"image_mean": [0.5, 0.5]}, {}, "image_mean has 2 numbers; it must have 3, or 1"),
         ({}, {"problem_type": "regression"}, "problem_type is 'regression'"),
@@ -449,6 +452,50 @@ def test_a_default_that_changed_between_versions_is_not_guessed(
         folders.look_into(copied("vit", missing), {}, {})
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        *((kind, key) for kind in ("CLIP", "ViT") for key in ("do_resize", "do_rescale")),
+        *((kind, "resample") for kind in ("CLIP", "ViT", "ConvNext")),
+        *((kind, "do_normalize") for kind in ("CLIP", "ViT", "ConvNext")),
+        *((kind, "do_center_crop") for kind in ("CLIP", "DeiT", "MobileNetV1")),
+        ("MobileViT", "do_flip_channel_order"),
+        ("EfficientNet", "include_top"),
+    ],
+)
+def test_null_is_not_guessed_if_it_changes_the_pixels(kind: str, key: str, tmp_path: Path) -> None:
+    """Some versions of transformers take null as false, others as the default of the class."""
+    values = {
+        "size": {"height": 64, "width": 64} if kind != "ConvNext" else {"shortest_edge": 64},
+        "resample": 3,
+        "crop_size": {"height": 32, "width": 32},
+        key: None,
+    }
+    document = folders.Document(tmp_path / "preprocessor_config.json", values)
+    with pytest.raises(ModelError, match=f"{key} is null, and versions of transformers disagree"):
+        processors.read_processor(document, kind)
+
+
+def test_null_means_the_same_as_missing_if_versions_agree(tmp_path: Path) -> None:
+    """Processors write every key that they know, and null for those that they do not use."""
+    values = dict.fromkeys(
+        ("crop_pct", "crop_size", "do_center_crop", "do_pad", "image_mean", "image_std", "size")
+    )
+    documents = [folders.Document(tmp_path / "p.json", item) for item in (values, {})]
+    cards = [processors.read_processor(document, "ViT").card for document in documents]
+    assert cards[0] == cards[1] and cards[0].size == 224
+
+
+def test_a_resize_below_the_crop_names_the_file(copied: Callable[..., Path]) -> None:
+    """Nobody typed a --resize."""
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 32, "width": 32}}
+    read = folders.look_into(copied("clip", sizes), {}, {}).read
+    with pytest.raises(UsageError) as raised:
+        with_recipe(read)
+    assert str(raised.value).startswith("preprocessor_config.json: ")
+    assert "resize 20 is smaller than the model's input of 32x32" in str(raised.value)
+
+
 def test_without_a_processor_the_values_must_be_given(
     copied: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -470,6 +517,20 @@ def test_the_processor_of_transformers_5_is_found_in_processor_config(
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
     read = folders.look_into(folder, {}, {}).read
     assert read.origins["interpolation"] == "processor_config.json: image_processor.resample"
+
+
+def test_two_files_that_prepare_images_differently_are_an_error(
+    copied: Callable[..., Path],
+) -> None:
+    """transformers 4 reads one of them, and transformers 5 the other."""
+    folder = copied("clip")
+    values = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
+    folders.look_into(folder, {}, {})
+    other = {"image_processor": values | {"resample": 2}}
+    (folder / "processor_config.json").write_text(json.dumps(other))
+    with pytest.raises(ModelError, match=r"processor_config.json beside it prepare images diff"):
+        folders.look_into(folder, {}, {})
 
 
 # ── labels ────────────────────────────────────────────────────────────────────────────────────────

@@ -356,9 +356,11 @@ def with_recipe(read: ReadCard) -> tuple[ReadCard, Recipe]:
         exif=card.exif,
     )
     if problem := bundles.cropped_beyond(recipe):
+        origin = _origin(read, "resize")
         raise UsageError(
-            f"--{problem}. Give a --resize of at least {min(width, height)}, or leave it out;"
-            " --crop none takes the whole image, --resize pad fits it into the input."
+            f"{'--' if origin == '--resize' else f'{origin}: '}{problem}. Give a --resize of at"
+            f" least {min(width, height)}, or leave it out; --crop none takes the whole image,"
+            " --resize pad fits it into the input (flags of `wrap` and `get-model`)."
         )
     return read, recipe
 

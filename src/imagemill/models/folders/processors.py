@@ -92,6 +92,7 @@ class Keys:
     include_top: bool | None = None
     do_flip_channel_order: bool | None = None
     do_pad: bool | None = None
+    default_to_square: bool | None = None
     use_square_size: bool | None = None
 
 
@@ -215,10 +216,13 @@ class _Reader:
         """Return a key's value, or the default of the class."""
         found = getattr(self.keys, key)
         self.used.append(key)
-        if found is None and default is None:
+        # For some versions null is false, for others it is the default.
+        is_null = key in self.document.values and (default is True or key == "resample")
+        if found is None and (default is None or is_null):
             raise self.document.error(
-                f"{key} is missing, and versions of transformers disagree about the default of"
-                f" {self.name}ImageProcessor. Write the value that the model was trained with"
+                f"{key} is {'null' if is_null else 'missing'}, and versions of transformers"
+                f" disagree about the default of {self.name}ImageProcessor. Write the value that"
+                " the model was trained with"
             )
         return default if found is None else found
 
@@ -288,6 +292,11 @@ class _Reader:
         """Return a size as (width, height), or as the length of the short side."""
         found = self.value(key, default)
         if isinstance(found, int):
+            if key == "size" and self.keys.default_to_square is short:
+                raise self.document.error(
+                    f"default_to_square is {str(short).lower()}, and only some versions of"
+                    " transformers follow it. Write height and width, or shortest_edge, into size"
+                )
             return found if short else (found, found)
         if isinstance(found, tuple):
             return found[1], found[0]

@@ -30,6 +30,7 @@ _PLAIN_RESNET: Final[Mapping[str, object]] = {
 """Settings of torchvision's ResNet. They are the defaults of transformers."""
 _NEEDED: Final = ("resize", "mean", "std")
 """Flags that replace a processor."""
+_FLAGS: Final = "--resize, --mean and --std"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,7 @@ def read_transformers(folder: Path, document: Document, given: Mapping[str, Any]
     if all(given.get(name) is not None for name in _NEEDED):
         read = ReadCard(OnnxCard())
     else:
-        preprocessor, name = _processor(folder, document, config)
-        read = read_processor(preprocessor, name)
+        read = _read_processors(folder, document, config)
     fields, origins = _head(document, config)
     return ReadCard(replace(read.card, **fields), {**read.origins, **origins})
 
@@ -130,32 +130,53 @@ def _labels(document: Document, found: Mapping[str, str | int]) -> tuple[str, ..
     return check_labels(document, "id2label", labels)
 
 
-def _processor(folder: Path, document: Document, config: Config) -> tuple[Document, str]:
-    """Return the processor's document, and its name among `PROCESSORS`.
+def _read_processors(folder: Path, document: Document, config: Config) -> ReadCard:
+    """Return what the files of a folder say about how images are prepared.
 
     Raises:
-        ModelError: there is none, or its class is unknown.
+        ModelError: no file does, or the class of a processor is unknown, or two files disagree.
+            Versions of transformers disagree which of them counts.
     """
-    flags = "--resize, --mean and --std"
+    found = []
     if (file := json_file.inside(folder, PREPROCESSOR)) is not None:
-        found = json_file.read(file)
-    elif (file := json_file.inside(folder, _PROCESSOR)) is not None and "image_processor" in (
+        found.append(json_file.read(file))
+    if (file := json_file.inside(folder, _PROCESSOR)) is not None and "image_processor" in (
         whole := json_file.read(file)
     ).values:
-        found = whole.inner("image_processor")
-    else:
+        found.append(whole.inner("image_processor"))
+    if not found:
         raise document.error(
             f"{PREPROCESSOR} is missing beside it, so how images are prepared is not known. Copy it"
             " from where the model is from. If you know the values, type: imagemill get-model NAME"
-            f" --from FOLDER with {flags}"
+            f" --from FOLDER with {_FLAGS}"
         )
+    read, *others = [read_processor(item, _class_of(item, document, config)) for item in found]
+    if any(other.card != read.card for other in others):
+        raise document.error(
+            f"{PREPROCESSOR} and {_PROCESSOR} beside it prepare images differently. Remove the one"
+            " that the model was not trained with"
+        )
+    return read
+
+
+def _class_of(found: Document, document: Document, config: Config) -> str:
+    """Return the name of a processor among `PROCESSORS`.
+
+    Args:
+        found: the processor's document.
+        document: `config.json`, which names the class if the processor's document does not.
+        config: its keys.
+
+    Raises:
+        ModelError: its class is unknown.
+    """
     types = found.record(Types)
     name, place = types.image_processor_type or types.feature_extractor_type, found
     if name is None:
         name, place = config.image_processor_type, document
     if name is None and config.model_type is not None:
         if config.model_type in MODEL_TYPES:
-            return found, MODEL_TYPES[config.model_type]
+            return MODEL_TYPES[config.model_type]
         raise document.error(
             f"model_type is {config.model_type[:100]!r}, whose image processor is not known, and"
             f" {found.file.name} has no image_processor_type. Write it there. Known:"
@@ -170,6 +191,6 @@ def _processor(folder: Path, document: Document, config: Config) -> tuple[Docume
         raise place.error(
             f"the image processor {name[:100]!r} is not known, so how images are prepared is not"
             f" either. If you know the values, type: imagemill get-model NAME --from FOLDER with"
-            f" {flags}. Known: {', '.join(PROCESSORS)}, each followed by ImageProcessor"
+            f" {_FLAGS}. Known: {', '.join(PROCESSORS)}, each followed by ImageProcessor"
         )
-    return found, short
+    return short
