@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import pth_files
 from imagemill.errors import CheckpointError, ModelError
@@ -96,6 +96,23 @@ def test_a_variant_with_the_same_shapes_is_exported(
     case: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights do not show these differences, so the network must be made by its own library."""
+    check_export(with_weights(tmp_path / "net", case, **config), tmp_path, monkeypatch)
+
+
+def test_a_resnet_of_another_depth_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `microsoft/resnet-26`: imagemill does not build it, but its own library does."""
+    folder = with_weights(tmp_path / "net", "transformers/resnet18", depths=[2, 2, 2, 1])
+    arrays = load_file(folder / "model.safetensors")
+    kept = {name: array for name, array in arrays.items() if ".stages.3.layers.1." not in name}
+    assert len(kept) < len(arrays)
+    save_file(kept, folder / "model.safetensors")
+    check_export(folder, tmp_path, monkeypatch)
+
+
+def check_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that the network of a folder is exported."""
     asked: list[Any] = []
 
     def onnx_for(folder: Path, models: Path, notify: object, size: tuple[int, int]) -> Path:
@@ -103,7 +120,6 @@ def test_a_variant_with_the_same_shapes_is_exported(
         raise ModelError("exporting is not tested here")
 
     monkeypatch.setattr(export, "onnx_for", onnx_for)
-    folder = with_weights(tmp_path / "net", case, **config)
     with pytest.raises(ModelError, match="not tested here"):
         build(folder, tmp_path)
     assert asked == [(folder, (224, 224))]

@@ -19,7 +19,7 @@ from typing import Any, Final
 from imagemill.errors import CheckpointError, ModelError, printable
 from imagemill.models import build
 from imagemill.models import bundle as bundles
-from imagemill.models.architectures import describe, is_known, recognise
+from imagemill.models.architectures import describe, is_known, recognise, resnet
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.custom import wrap
 from imagemill.models.custom.graph import dimensions
@@ -262,6 +262,8 @@ def _build_weights(
     arrays = checkpoint.read(model.source, notify)
     if all(name.startswith(_TIMM_WRAPPER) for name in arrays):
         arrays = {name.removeprefix(_TIMM_WRAPPER): array for name, array in arrays.items()}
+    if not model.is_timm and not resnet.recognise(arrays):
+        return None  # a ResNet of another depth or width
     try:
         architecture = recognise(arrays, wanted or None)
     except CheckpointError as error:
