@@ -35,7 +35,7 @@ from imagemill.pipeline.sink import Sink
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Lease, Settings
 from imagemill.runner import run as runner
-from imagemill.system import files
+from imagemill.system import cpu, files
 
 
 class Spent:
@@ -81,7 +81,7 @@ def sink_alone(output: Path, folder: Path) -> float:
     job, clock = frozen.job, Stopwatch()
     session = open_session(job.session, devices.resolve("null")[0], clock)
     leases = map(Lease, plan.shards(JobPaths(output).plan))
-    spec, threads = job.session, len(devices.usable_cores())
+    spec, threads = job.session, len(cpu.usable_cores())
     with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, clock) as feed:
         rows = [
             top_k.top_k(replace(batch, pixels=batch.pixels[:0]), outputs, spec, job.top_k)

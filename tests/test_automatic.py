@@ -11,6 +11,7 @@ import helpers
 from imagemill.pipeline.backends import automatic, devices, nvidia, offers
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.backends.nvidia import Traits
+from imagemill.system import cpu
 
 H100 = Traits((9, 0), (2_619_000 * 5_120, 132))
 T4 = Traits((7, 5), (5_001_000 * 256, 40))
@@ -169,7 +170,7 @@ def test_a_card_is_found_without_a_driver(tmp_path: Path) -> None:
 
 def test_devices_says_what_auto_means_here(here: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a usable GPU, and beside one that is not used."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(4)))
+    monkeypatch.setattr(cpu, "usable_cores", lambda: list(range(4)))
     (note,) = [n for n in offers.offers()[0]["notes"] if n.startswith("--devices auto")]
     assert note == (
         "--devices auto means cuda for jobs of 1,000 images or more, else this: one process, a"

@@ -111,7 +111,7 @@ def test_the_compute_rate_comes_from_the_real_session(
     report = imagemill(*SYNTHETIC, "--devices", "cpu:2", "--json").json
     assert set(report["compute_only"]["devices"]) == {"cpu#0", "cpu#1"}
     assert report["versions"]["openvino"]
-    assert report["machine"]["cores"] == devices.usable_cores()
+    assert report["machine"]["cores"] == cpu.usable_cores()
     assert (report["model"], report["precision"], report["batch_size"]) == ("tiny", "fp32", 6)
     assert report["settings"]["batches_per_step"] == 20
 
@@ -178,7 +178,7 @@ def test_nothing_is_left_behind(
 @pytest.mark.process
 def test_every_device_is_measured_on_its_own_cores(tiny: Bundle) -> None:
     """A bench worker stays on the cores of its device, as the worker of a run does."""
-    cores = devices.usable_cores()
+    cores = cpu.usable_cores()
     chosen = devices.resolve(f"null:{len(cores)}")
     with MeasuringPool(synthetic_session(settings(), tiny, chosen), chosen) as pool:
         pool.measure({device.name: Compute(1) for device in chosen})
@@ -190,7 +190,7 @@ def test_the_machine_is_described() -> None:
     """A figure without its machine says nothing."""
     found = machine()
     assert set(found) == {"cpu", "cores", "quota", "flags"}
-    assert found["cores"] == devices.usable_cores()
+    assert found["cores"] == cpu.usable_cores()
 
 
 # What is concluded.

@@ -30,7 +30,7 @@ def test_cores_are_split_evenly_and_completely(count: int, processes: int) -> No
     take turns, one core each.
     """
     cores = [3 * number for number in range(count)]
-    shares = devices.split_cores(cores, processes)
+    shares = cpu.split_cores(cores, processes)
     assert len(shares) == processes
     assert (
         {core for share in shares for core in share} == set(cores) if processes >= count else True
@@ -44,7 +44,7 @@ def test_cores_are_split_evenly_and_completely(count: int, processes: int) -> No
 
 def test_each_item_becomes_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names count on within a kind; the cores of the whole list are split over all of it."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: [0, 1, 2, 5])
+    monkeypatch.setattr(cpu, "usable_cores", lambda: [0, 1, 2, 5])
     found = devices.resolve("cpu:2+null+cpu@openvino")
     assert [(d.name, d.backend, d.cores) for d in found] == [
         ("cpu#0", "openvino", (0,)),
@@ -59,7 +59,7 @@ def test_auto_is_one_process_on_all_cores_where_these_are_few(
     cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`auto` and `cpu` mean the same there."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(cpu, "usable_cores", lambda: list(range(cores)))
     assert [d.cores for d in devices.resolve("auto")] == [tuple(range(cores))]
     assert devices.resolve("auto") == devices.resolve("cpu") == devices.resolve("cpu:1")
     assert (
@@ -73,7 +73,7 @@ def test_auto_is_several_processes_where_cores_are_many(
     cores: int, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most 16 cores each: one process alone could not feed more of them. `cpu` stays one."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(cpu, "usable_cores", lambda: list(range(cores)))
     found = devices.resolve("auto")
     assert found == devices.resolve(f"cpu:{processes}")
     assert sorted(core for device in found for core in device.cores) == list(range(cores))
@@ -395,7 +395,7 @@ def test_the_precisions_of_several_devices_are_those_they_share(
 def quota(tmp_path: Path, membership: str, files: dict[str, str]) -> float | None:
     fill(tmp_path / "cgroup", {name: text.encode() for name, text in files.items()})
     (tmp_path / "membership").write_text(membership)
-    return devices.cgroup_quota(tmp_path / "cgroup", tmp_path / "membership")
+    return cpu.cgroup_quota(tmp_path / "cgroup", tmp_path / "membership")
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_the_cgroups_limit_is_the_least_of_its_ancestors(
 
 def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
     """Other systems have no such file."""
-    assert devices.cgroup_quota(tmp_path, tmp_path / "none") is None
+    assert cpu.cgroup_quota(tmp_path, tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -457,8 +457,8 @@ def test_usable_cores_are_the_affinity_cut_to_the_limit(
 ) -> None:
     """Cores this process may not use are never handed to a worker, and at least one is."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 2, 3}, raising=False)
-    monkeypatch.setattr(devices, "cgroup_quota", lambda: limit)
-    assert devices.usable_cores() == expected
+    monkeypatch.setattr(cpu, "cgroup_quota", lambda: limit)
+    assert cpu.usable_cores() == expected
 
 
 def test_offers_say_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,6 @@ def test_the_cache_folder_is_below_home_by_default(
     if set_to is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", set_to)
     assert userdirs.cache() == tmp_path / ".cache" / "imagemill"
-    assert files.delivered("abc") == tmp_path / ".cache" / "imagemill" / "delivered" / "abc"
     paths = JobPaths.of("s3://bucket/job/")
     assert paths.root.parent == tmp_path / ".cache" / "imagemill" / "jobs"
     assert (paths.output, paths.shown(paths.job)) == ("s3://bucket/job", "s3://bucket/job/job.json")

@@ -272,7 +272,7 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     """A node that gives Ray all four cores has them split as a local run splits them; of one that
     gives some, so many are used, any.
     """
-    monkeypatch.setattr(node_agent.devices, "usable_cores", lambda: [10, 11, 12, 13])
+    monkeypatch.setattr(node_agent.cpu, "usable_cores", lambda: [10, 11, 12, 13])
     device = replace(DEVICE, cores=tuple(range(cores)))
     one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
     assert (one._device.cores, one._device.floating) == (expected, floating)

@@ -17,6 +17,7 @@ from imagemill.pipeline.backends import devices, nvidia
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.backends.nvidia import Identity
 from imagemill.records import Bundle, DeviceSpec
+from imagemill.system import cpu
 from imagemill.workers import supervisor
 from test_devices import ask, compiled, stub_driver
 
@@ -109,21 +110,21 @@ def test_near_cores_are_shared_first_and_every_core_is_used(
     places: Sequence[Sequence[int]], expected: list[list[int]]
 ) -> None:
     """Each process gets as many as without nodes, for decoding needs all of them."""
-    found = devices.share_cores([*LOW, *HIGH], places)
+    found = cpu.share_cores([*LOW, *HIGH], places)
     assert [list(share) for share in found] == expected
     assert sorted(core for share in found for core in share) == [*LOW, *HIGH]
 
 
 def test_more_gpus_than_cores_take_turns() -> None:
     """Wherever they are."""
-    assert devices.share_cores([4, 5], [[5]] * 3) == [(4,), (5,), (4,)]
+    assert cpu.share_cores([4, 5], [[5]] * 3) == [(4,), (5,), (4,)]
 
 
 def test_resolved_gpus_have_their_uuid_and_the_cores_near_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the number that CUDA shows here, which need not be another process's."""
-    monkeypatch.setattr(devices, "usable_cores", lambda: [*LOW, *HIGH])
+    monkeypatch.setattr(cpu, "usable_cores", lambda: [*LOW, *HIGH])
     monkeypatch.setattr(devices, "look_for", lambda _backend, _kind: Found(("A card", "A card")))
     monkeypatch.setattr(nvidia, "identify", lambda number: Identity(f"GPU-{number}", str(number)))
     nodes = {"0": set(HIGH), "1": set(LOW)}

@@ -13,9 +13,9 @@ import numpy as np
 from compute import logits_of
 from stage import ROOT, Stage, stream_of
 
-from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import DeviceSpec, Limits, Precision
+from imagemill.system import cpu
 from imagemill.system.statistics import wilson
 
 
@@ -66,7 +66,7 @@ def _pixels(stage: Stage, model: str, count: int) -> tuple[list[str], np.ndarray
     """Return the names and the pixels, uint8 (n, height, width, 3), of the first images."""
     recipe, limits = stage.spec(model, Precision.FP32).card.recipe, Limits()
     files = sorted((stage.work / "images").iterdir())[:count]
-    with ThreadPoolExecutor(len(devices.usable_cores())) as pool:
+    with ThreadPoolExecutor(len(cpu.usable_cores())) as pool:
         found = list(pool.map(lambda file: decode(file.read_bytes(), recipe, limits).pixels, files))
     return [file.name for file in files], np.stack([one for one in found if one is not None])
 
@@ -76,7 +76,7 @@ def _on_cpu(stage: Stage, model: str, pixels: np.ndarray) -> np.ndarray:
     from imagemill.pipeline.stopwatch import Stopwatch
 
     spec = stage.spec(model, Precision.FP32, 4)
-    device = DeviceSpec("cpu#0", "cpu", "onnxruntime", tuple(devices.usable_cores()))
+    device = DeviceSpec("cpu#0", "cpu", "onnxruntime", tuple(cpu.usable_cores()))
     session = open_session(spec, device, Stopwatch())
     found = logits_of(session.stream, pixels, 4)
     session.close()

@@ -22,7 +22,7 @@ from stage import ROOT, Finished, Stage
 
 import helpers
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline.backends import devices
+from imagemill.system import cpu
 
 sys.path.append(str(ROOT / "benchmarks" / "peers"))
 from make_images import make
@@ -42,7 +42,7 @@ def prepare(stage: Stage) -> None:
             stage.imagemill("get-model", stage.trained, "--random-weights", 0)
         else:
             stage.imagemill("get-model", stage.trained)
-        cores = len(devices.usable_cores())
+        cores = len(cpu.usable_cores())
         context = multiprocessing.get_context("fork")
         with concurrent.futures.ProcessPoolExecutor(cores, context) as pool:
             shares = [range(start, 3000, cores) for start in range(cores)]
@@ -129,7 +129,7 @@ def _timm(stage: Stage, count: int) -> None:
         if not goal.exists():
             os.link(file, goal)
     network = "test_resnet" if stage.is_tiny else stage.large
-    cores = 1 if stage.is_tiny else len(devices.usable_cores())
+    cores = 1 if stage.is_tiny else len(cpu.usable_cores())
     options = ("--images", folder, "--model-dir", stage.models / stage.large, "--channels-last")
     where = ("--device", stage.card.place, "--precision", stage.card.half, "--network", network)
     script = ROOT / "benchmarks" / "peers" / "timm_inference.py"

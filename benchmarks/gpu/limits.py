@@ -43,7 +43,7 @@ def facts(stage: Stage) -> None:
     stage.put(versions=found | {"python": platform.python_version()})
     stage.put(
         cpu=cpu.name(),
-        cores=len(devices.usable_cores()),
+        cores=len(cpu.usable_cores()),
         cudnn=torch.backends.cudnn.version() if stage.card.is_gpu else None,
         has_fused_convolution=hasattr(torch, "cudnn_convolution_relu"),
         has_native_resampling=bool(

@@ -432,8 +432,8 @@ def machine() -> dict[str, object]:
     flags = cpu.flags()
     return {
         "cpu": cpu.name(),
-        "cores": devices.usable_cores(),
-        "quota": devices.cgroup_quota(),
+        "cores": cpu.usable_cores(),
+        "quota": cpu.cgroup_quota(),
         "flags": [flag for flag in _FLAGS if flag in flags],
     }
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from imagemill import records
 from imagemill.display.observer import Watcher
 from imagemill.job import plan
+from imagemill.job.documents import FORMAT, Frozen, read_frozen
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import (
@@ -40,20 +42,14 @@ from imagemill.runner.listing import (
     listing,
     no_images,
 )
+from imagemill.runner.model import classes_kept, saved_outputs, with_recipe
+from imagemill.runner.settings import limits_of
 from imagemill.system import files, serialization
 from imagemill.tuning import batch_size
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
     from imagemill.tuning.precisions import Prepared
-from imagemill.job.documents import FORMAT, Frozen, read_frozen
-from imagemill.pipeline.backends.devices import backend_of, fixed_facts
-from imagemill.runner.model import (
-    classes_kept,
-    saved_outputs,
-    with_recipe,
-)
-from imagemill.runner.settings import limits_of
 
 
 def freeze(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagemill.errors import OutputError
-from imagemill.system import userdirs
 
 _TEMPORARY_SUFFIX = ".tmp"
 
@@ -34,11 +33,6 @@ def is_system_file(name: str) -> bool:
     managers make by themselves.
     """
     return _SYSTEM_FILES.fullmatch(name) is not None
-
-
-def delivered(key: str) -> Path:
-    """The folder in the user's cache that holds a model which came from another machine."""
-    return userdirs.cache() / "delivered" / key
 
 
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:

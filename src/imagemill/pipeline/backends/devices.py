@@ -6,12 +6,10 @@ import contextlib
 import os
 import platform
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import pairwise
 from math import ceil
-from pathlib import Path
 
 from imagemill.errors import DeviceError, UsageError
 from imagemill.pipeline.backends import (
@@ -45,60 +43,17 @@ WHAT = {
     "directml": "GPUs by DirectX 12",
 }
 """For people, in the order of display."""
-
-
-def usable_cores() -> list[int]:
-    """The CPU cores this process may use, by number: its affinity, cut to the cgroup's quota."""
-    known = hasattr(os, "sched_getaffinity")
-    cores = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count() or 1))
-    quota = cgroup_quota()
-    return cores if quota is None else cores[: max(1, min(len(cores), ceil(quota)))]
+usable_cores = cpu.usable_cores  # as `workers.ray.cluster` calls it
 
 
 def cores_here(chosen: Iterable[DeviceSpec]) -> tuple[int, ...]:
     """The cores of these devices, for work beside theirs; all that this process may use where they
     lie on other machines.
     """
-    usable = usable_cores()
+    usable = cpu.usable_cores()
     return tuple(
         core for core in usable if any(core in device.cores for device in chosen)
     ) or tuple(usable)
-
-
-def cgroup_quota(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> float | None:
-    """Cores' worth of time that the cgroup (v2, or v1's cpu controller) grants, the least over its
-    ancestors; None: no limit.
-    """
-    quotas = []
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
-            continue
-        base = root if controllers == "" else root / controllers
-        folder = base / name.lstrip("/")
-        for place in (folder, *folder.parents):
-            quotas.append(_quota_of(place))
-            if place == base:
-                break
-    return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def _quota_of(folder: Path) -> float | None:
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
-        return None if quota in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +95,7 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
         and the line to type.
     """
     asked = parse(spec)  # all of it before anything is looked for
-    cores = usable_cores()
+    cores = cpu.usable_cores()
     found: dict[tuple[str, str], Found] = {}
     places: list[tuple[str, str, int]] = []
     for item in asked:
@@ -170,7 +125,7 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
                 raise UsageError(f"--devices {spec}: {kind} {number} is named twice.")
             places.append((kind, backend, number))
     identities = [nvidia.identify(number) if kind == "cuda" else None for kind, _, number in places]
-    shares = share_cores(cores, [nvidia.near_cores(identity) for identity in identities])
+    shares = cpu.share_cores(cores, [nvidia.near_cores(identity) for identity in identities])
     return tuple(
         DeviceSpec(
             f"{kind}#{number}",
@@ -274,50 +229,13 @@ def check_precision(setting: str | None, chosen: Sequence[DeviceSpec]) -> None:
     )
 
 
-def split_cores(cores: list[int], processes: int) -> list[tuple[int, ...]]:
-    """Divide the cores among processes: neighbouring runs whose lengths differ by at most one, or
-    one core each in turn.
-    """
-    if processes >= len(cores):
-        return [(cores[number % len(cores)],) for number in range(processes)]
-    least, more = divmod(len(cores), processes)
-    ends = [number * least + min(number, more) for number in range(processes + 1)]
-    return [tuple(cores[start:end]) for start, end in pairwise(ends)]
-
-
-def share_cores(cores: list[int], near: Sequence[Collection[int]]) -> list[tuple[int, ...]]:
-    """Return the cores of each process: as many as `split_cores` gives it, near ones first.
-
-    Args:
-        cores: to share.
-        near: for each process, the cores near its device; empty if none are nearer than others.
-    """
-    shares = split_cores(cores, len(near))
-    if len(near) >= len(cores):
-        return shares
-    free, chosen = list(cores), [list[int]() for _ in near]
-    for node in dict.fromkeys(map(frozenset, near)):
-        members = [number for number, others in enumerate(near) if set(others) == node]
-        local = [core for core in free if core in node]
-        if not local:
-            continue
-        runs = split_cores(local, len(members))[: len(local)]
-        for number, run in zip(members, runs, strict=False):
-            chosen[number] = list(run[: len(shares[number])])
-            free = [core for core in free if core not in chosen[number]]
-    for mine, share in zip(chosen, shares, strict=True):
-        while len(mine) < len(share):
-            mine.append(free.pop(0))
-    return [tuple(sorted(mine)) for mine in chosen]
-
-
 def machine() -> dict[str, str]:
     """What this machine is, for provenance."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "processor": cpu.name(),
-        "cores": f"{len(usable_cores())} of {os.cpu_count()}",
+        "cores": f"{len(cpu.usable_cores())} of {os.cpu_count()}",
         "memory": f"{memory / 2**30:.1f} GiB",
         "python": platform.python_version(),
     }

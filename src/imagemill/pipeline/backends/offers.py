@@ -64,7 +64,7 @@ def _automatic(cores: int) -> list[str]:
 
 
 def _cpu_offer() -> dict[str, Any]:
-    cores = devices.usable_cores()
+    cores = cpu.usable_cores()
     flags = cpu.flags()
     faster = {
         one: unit for one in (Precision.INT8, Precision.BF16) if (unit := cpu.unit(one, flags))
@@ -76,7 +76,7 @@ def _cpu_offer() -> dict[str, Any]:
     else:
         precision = "fp32: this processor has no units that make int8 or bf16 faster"
     units = cpu.vector_units(flags)
-    quota = devices.cgroup_quota()
+    quota = cpu.cgroup_quota()
     notes = [
         f"cores {', '.join(map(str, cores))}"
         + (f" (cgroup quota: {quota:g})" if quota is not None else ""),

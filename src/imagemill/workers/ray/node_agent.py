@@ -22,8 +22,8 @@ from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import BadImage, DeviceSpec, Job, Lease
-from imagemill.system import cpu
-from imagemill.system.files import delivered, in_turn, make_folder, reason, write_whole
+from imagemill.system import cpu, userdirs
+from imagemill.system.files import in_turn, make_folder, reason, write_whole
 from imagemill.system.processes import Stop
 from imagemill.version import __version__
 from imagemill.workers.protocol import Pause
@@ -139,9 +139,9 @@ class NodeAgent:
 
     def _fitted(self, device: DeviceSpec) -> DeviceSpec:
         """Return the device with cores of this node."""
-        usable = devices.usable_cores()
+        usable = cpu.usable_cores()
         if self._assignment.cpus >= len(usable):
-            shares = devices.split_cores(usable, self._assignment.processes)
+            shares = cpu.split_cores(usable, self._assignment.processes)
             return replace(device, cores=shares[self._assignment.index])
         return replace(device, cores=tuple(usable[: len(device.cores)]), floating=True)
 
@@ -155,7 +155,7 @@ class NodeAgent:
         key = hashlib.sha256(
             "\n".join(f"{file.name} {file.sha256}" for file in files).encode()
         ).hexdigest()
-        folder = delivered(key)
+        folder = userdirs.cache() / "delivered" / key
         with in_turn(folder.with_name(f"{key}.lock")):
             if not _holds(folder, files):
                 if not contents:

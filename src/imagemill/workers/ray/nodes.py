@@ -8,6 +8,7 @@ from typing import Any
 
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec
+from imagemill.system import cpu
 
 _GPUS = ("cuda", "rocm")
 """Kinds of devices that Ray counts as GPU. It counts cores as CPU, and any other kind as a resource
@@ -108,7 +109,7 @@ def _shares(cpus: int, processes: int) -> list[float]:
     if processes > cpus:
         return [cpus / processes] * processes
     return (
-        [float(len(share)) for share in devices.split_cores(list(range(cpus)), processes)]
+        [float(len(share)) for share in cpu.split_cores(list(range(cpus)), processes)]
         if processes
         else []
     )
