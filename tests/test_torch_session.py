@@ -566,7 +566,10 @@ def residual(seed: int) -> onnx.ModelProto:
 def test_cudnns_fused_convolutions_are_used_where_they_are_right(
     standin: cuda_standin.Cuda, monkeypatch: pytest.MonkeyPatch, result: str
 ) -> None:
-    """A kernel that is missing or computes something else is not used."""
+    """In `benchmarks/gpu`. A kernel that is missing or computes something else is not used."""
+    monkeypatch.syspath_prepend(helpers.PROJECT / "benchmarks" / "gpu")
+    import runners
+
     called = []
 
     def relu(x: Any, w: Any, b: Any, *settings: Any) -> Any:
@@ -590,7 +593,8 @@ def test_cudnns_fused_convolutions_are_used_where_they_are_right(
     (expected,) = compute(program, x)
     loaded = Loaded(program, "cpu", torch.float32)
     with torch.inference_mode():
-        loaded(torch.from_numpy(x), cuda.with_cudnn)
+        runners.use_cudnn(loaded)
+        loaded(torch.from_numpy(x))
         assert called[:1] == ["relu"]
         assert "add relu" in called
         called.clear()

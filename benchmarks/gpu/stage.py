@@ -181,6 +181,7 @@ class Stage:
         """Return what computes a session's batches on a GPU, for settings that a session does not
         offer.
         """
+        import runners
         import torch
 
         from imagemill.pipeline.backends.torch import cuda
@@ -194,8 +195,10 @@ class Stage:
         program = read(Path(spec.model_file), spec.card.input, shape, ("logits",))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         loaded = Loaded(program, self.card.place, dtype[spec.precision])
-        card = self.card
-        return cuda.CudaRunner(loaded, shape, card.cuda, card.place, graph=graph, fused=fused)
+        if fused:
+            runners.use_cudnn(loaded)
+        kind = cuda.CudaRunner if graph else runners.WithoutGraph
+        return kind(loaded, shape, self.card.cuda, self.card.place)
 
     # Measuring.
 

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import DeviceLostError
 from imagemill.pipeline.backends.torch.cpu import as_tensor
-from imagemill.pipeline.backends.torch.fusions import FusedConv
-from imagemill.pipeline.backends.torch.operators import Call, Tensor
+from imagemill.pipeline.backends.torch.operators import Tensor
 from imagemill.pipeline.backends.torch.program import Loaded
 from imagemill.pipeline.stopwatch import Stopwatch
 
@@ -30,8 +29,6 @@ SLOTS: Final = 3
 """Batches in flight: one is copied in, one computes, one is copied out."""
 _WARM_UP: Final = 3
 """Runs before the graph is captured, in which libraries choose kernels and take workspace."""
-_CLOSE: Final = 0.02
-"""How far cuDNN's fused call may lie from the plain one, as a share of the largest number."""
 
 
 def prepare() -> None:
@@ -83,9 +80,6 @@ class CudaRunner:
         cuda: `torch.cuda`, or a stand-in.
         device: as PyTorch spells it.
         in_flight: batches that may be started before the first is finished; 0: three.
-        graph: whether the program's launches are recorded once and replayed.
-        fused: whether cuDNN computes sum and ReLU inside convolutions, where it can. Off until a
-        card has shown that it is faster and as repeatable: cuDNN does not promise it.
         clock: records how long the GPU computed and copied, by its own events.
     """
 
@@ -97,8 +91,6 @@ class CudaRunner:
         device: str,
         in_flight: int = 0,
         *,
-        graph: bool = True,
-        fused: bool = False,
         clock: Stopwatch | None = None,
     ) -> None:
         self.in_flight = in_flight or SLOTS
@@ -106,12 +98,10 @@ class CudaRunner:
         self._streams = [cuda.Stream(device) for _ in range(3)]
         self._pixels = torch.zeros(tuple(shape), dtype=torch.uint8, device=device)
         with torch.inference_mode(), cuda.stream(self._streams[1]):
-            if fused:
-                program(self._pixels, with_cudnn)
             for _ in range(_WARM_UP):
                 self._outputs = program(self._pixels)
         cuda.synchronize()
-        self._graph = self._captured() if graph else None
+        self._graph = self._captured()
         self._slots = [self._slot() for _ in range(self.in_flight)]
         self._free = deque(self._slots)
 
@@ -151,10 +141,7 @@ class CudaRunner:
                 compute.wait_event(slot.copied)
                 slot.begun.record(compute)
                 self._pixels.copy_(slot.pixels)
-                if self._graph is None:
-                    self._outputs = self._program(self._pixels)
-                else:
-                    self._graph.replay()
+                self._graph.replay()
                 for goal, values in zip(slot.outputs, self._outputs, strict=True):
                     goal.copy_(values)
                 slot.computed.record(compute)
@@ -210,31 +197,3 @@ def lost_if_it_fails() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise DeviceLostError(f"the GPU failed: {str(error).splitlines()[0]}") from error
-
-
-def with_cudnn(call: Call, given: Sequence[Tensor | None]) -> Call:
-    """Return a convolution with sum and ReLU in one kernel of cuDNN, if cuDNN has one for it and it
-    computes the same; else the call itself.
-
-    Args:
-        call: a step's call.
-        given: example inputs on the GPU.
-    """
-    if not isinstance(call, FusedConv) or call.activation != "Relu" or given[2] is None:
-        return call
-    settings = call.settings
-    if settings.rank != 2 or settings.before != settings.after:
-        return call
-
-    def fused(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor | None = None) -> Tensor:
-        rest = (bias, settings.strides, settings.before, settings.dilations, settings.group)
-        if other is None:
-            return torch.cudnn_convolution_relu(x, weight, *rest)
-        return torch.cudnn_convolution_add_relu(x, weight, other, 1.0, *rest)
-
-    try:
-        found, plain = fused(*given), call(*given)
-    except RuntimeError:  # cuDNN has no such kernel
-        return call
-    apart = (found.float() - plain.float()).abs().max()
-    return fused if bool(apart <= _CLOSE * plain.float().abs().max()) else call

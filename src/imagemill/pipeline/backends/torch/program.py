@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -316,14 +316,9 @@ class Loaded:
             self._constants[place] = value
         return place
 
-    def __call__(
-        self, pixels: Tensor, choose: Callable[[Call, list[Any]], Call] | None = None
-    ) -> list[Tensor]:
-        """Return the outputs, float32, for uint8 pixels on the program's device.
-
-        Args:
-            pixels: uint8 (batch, height, width, 3).
-            choose: returns what replaces a step's call from now on, given the call and its inputs.
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        """Return the outputs, float32, for uint8 pixels (batch, height, width, 3) on the program's
+        device.
         """
         values = list(self._constants)
         values[self._input] = pixels
@@ -331,8 +326,6 @@ class Loaded:
             given = [values[place] for place in step.inputs]
             for position, width in step.casts:
                 given[position] = given[position].to(width)
-            if choose is not None:
-                step.call = choose(step.call, given)
             made = step.call(*given)
             if isinstance(made, tuple):
                 for place, value in zip(step.outputs, made, strict=False):
