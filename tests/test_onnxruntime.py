@@ -45,7 +45,7 @@ def test_every_provider_is_one_that_onnx_runtime_knows() -> None:
     assert {provider.name for provider in PROVIDERS.values()} <= set(
         onnxruntime.get_all_providers()
     )
-    assert {("onnxruntime", kind) for kind in BACKENDS["onnxruntime"].kinds} == set(PROVIDERS)
+    assert set(BACKENDS["onnxruntime"].kinds) == set(PROVIDERS)
 
 
 def test_a_provider_that_is_not_active_is_an_error_never_the_cpu(
@@ -220,7 +220,7 @@ def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> Non
 def test_cuda_is_set_to_be_exact_and_repeatable(tiny: Bundle) -> None:
     """Its own defaults compute fp32 in TF32 and choose algorithms by a stopwatch at each start."""
     device = DeviceSpec("cuda#3", "cuda", "onnxruntime", (0,), 3)
-    assert PROVIDERS["onnxruntime", "cuda"].options(make_spec(tiny), device) == {
+    assert PROVIDERS["cuda"].options(make_spec(tiny), device) == {
         "device_id": 3,
         "use_tf32": 0,
         "cudnn_conv_algo_search": "HEURISTIC",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from types import TracebackType
@@ -19,6 +19,7 @@ from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.errors import ImagemillError, Interrupted
 from imagemill.records import DeviceSpec, SessionSpec
+from imagemill.system.messages import Notify
 
 MAX_ON_CPU: Final = 64
 MAX_ON_OTHER_DEVICES: Final = 512
@@ -32,7 +33,6 @@ _COMPARISON_S: Final = 12.0
 """After this time three rounds must do: on slow processors a single batch takes long."""
 _REPLY_TIMEOUT_S: Final = 600.0
 
-Notify = Callable[[str], None]
 _log = logging.getLogger(__name__)
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -36,10 +35,11 @@ from imagemill.records import (
     Summary,
 )
 from imagemill.runner import run as runner
+from imagemill.runner.freeze import versions_of
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
+from imagemill.system.messages import Notify
 from imagemill.tuning import batch_size, on_gpus, precisions
-from imagemill.version import __version__
 
 COMPUTE_S = 2.0
 """Length of an iteration of compute only without `--batches-per-step`."""
@@ -47,22 +47,6 @@ END_TO_END_S = 10.0
 """Length of an iteration end to end without `--limit`."""
 _MAX_IN_FLIGHT = 256
 _MIN_IMAGES = 64
-_LIBRARIES = ("openvino", "onnxruntime", "numpy", "pillow", "simplejpeg", "pyarrow")
-_FLAGS = (
-    "avx2",
-    "avx_vnni",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-)
-
-Notify = Callable[[str], None]
 
 
 def run(settings: BenchSettings, notify: Notify = lambda _: None) -> BenchReport:
@@ -175,7 +159,7 @@ def _synthetic(
         bound=None,
         advice=(),
         machine=machine(),
-        versions=_versions() | versions,
+        versions=versions_of(chosen) | versions,
         settings=settings,
         batch_sizes=batch_sizes,
         transfer_only=_transfer_rates(rounds),
@@ -296,7 +280,7 @@ def _with_sources(
         bound=bound,
         advice=advice,
         machine=machine(),
-        versions=_versions() | versions,
+        versions=versions_of(chosen) | versions,
         settings=settings,
         batch_sizes=batch_sizes,
         transfer_only=_transfer_rates(computed),
@@ -422,27 +406,8 @@ def _summarise_rates(rates: Sequence[float], per_device: Mapping[str, Sequence[f
     )
 
 
-# The machine.
-
-
-def machine() -> dict[str, object]:
-    """Return what the figures depend on: `cpu`, usable `cores`, `quota` in cores (None if there is
-    no limit), and vector `flags`.
+def machine() -> dict[str, str]:
+    """Return what the figures depend on, as a job's summary has it, and the processor's vector
+    units.
     """
-    flags = cpu.flags()
-    return {
-        "cpu": cpu.name(),
-        "cores": cpu.usable_cores(),
-        "quota": cpu.cgroup_quota(),
-        "flags": [flag for flag in _FLAGS if flag in flags],
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"imagemill": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return devices.machine() | {"vector_units": " ".join(cpu.vector_units(cpu.flags()))}

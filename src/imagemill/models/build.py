@@ -6,7 +6,7 @@ card: preprocessing, labels, scores, licence ───────┴─► bund
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from imagemill.models.architectures.graph import Architecture, Prepared
 from imagemill.models.custom.graph import normalisation, with_normalisation, with_recipe
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
 from imagemill.records import Bundle, Card, Recipe, Scores
+from imagemill.system.messages import Notify
 
 Array = NDArray[Any]
-Notify = Callable[[str], None]
 """Takes one line for the user."""
 Origin = Mapping[str, str | int | bool | None]
 

@@ -26,9 +26,9 @@ from imagemill.errors import DownloadError, ModelError, UsageError, printable
 from imagemill.models import hub_library
 from imagemill.models.hub_library import Progress
 from imagemill.system import files, serialization
+from imagemill.system.messages import Notify
 from imagemill.version import __version__
 
-Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 PREFIX: Final = "hf:"

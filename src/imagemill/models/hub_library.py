@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Final, TypeVar
 
-from imagemill.errors import DownloadError, UsageError, printable
+from imagemill.errors import DownloadError, UsageError
 from imagemill.system import interruptible
+from imagemill.system.messages import one_line
 from imagemill.system.retry import Attempts, RetryPolicy
 
 T = TypeVar("T")
@@ -141,19 +142,13 @@ def _translated(repo: str, revision: str, error: BaseException) -> DownloadError
             f"{where} at {revision} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or"
             f" fill the cache on a machine with a connection: hf download {repo}."
         )
-    text = _one_line(error)
+    text = re.sub(r"^\[Errno \d+\] ", "", one_line(error)).rstrip(".")
     if status is None and (type(error).__module__ or "").startswith("httpx"):
         return UnreachableError(
             f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}. Check the connection;"
             " HF_ENDPOINT names a mirror."
         )
     return DownloadError(f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}.")
-
-
-def _one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    text = re.sub(r"^\[Errno \d+\] ", "", " ".join(text.split()))
-    return printable(text, 300).rstrip(".")
 
 
 def make_bar(done: int, total: int, progress: Progress | None) -> type:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,11 +27,11 @@ from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization, userdirs
+from imagemill.system.messages import Notify
 
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
 
-Notify = Callable[[str], None]
 """Takes one line for the user."""
 
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")

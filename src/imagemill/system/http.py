@@ -36,6 +36,7 @@ from urllib3.exceptions import (
 from urllib3.exceptions import TimeoutError as NoAnswerError
 
 from imagemill.system import userdirs
+from imagemill.system.messages import one_line
 from imagemill.system.retry import RetryPolicy
 from imagemill.version import __version__
 
@@ -119,9 +120,7 @@ class Client:
             except (OSError, ValueError) as error:
                 if isinstance(error, HTTPError):
                     raise
-                raise HttpError(
-                    _one_line(error), is_temporary=isinstance(error, OSError)
-                ) from error
+                raise HttpError(one_line(error), is_temporary=isinstance(error, OSError)) from error
             yield answer
         except HTTPError as error:
             raise _translated(error, in_body=answer is not None) from error
@@ -185,7 +184,7 @@ class _DeadlineMixin(HTTPConnection):
         except (TimeoutError, ConnectTimeoutError) as error:
             raise NewConnectionError(self, f"no connection within {self.timeout:g} s") from error
         except (OSError, HTTPError) as error:
-            raise NewConnectionError(self, _one_line(error)) from error
+            raise NewConnectionError(self, one_line(error)) from error
 
 
 class _DeadlineHttp(_DeadlineMixin, HTTPConnection):
@@ -286,7 +285,7 @@ def _translated(error: HTTPError, in_body: bool) -> HttpError:
         text = f"no secure connection: {getattr(cause, 'verify_message', None) or cause}"
         return HttpError(text, is_temporary=in_body)
     if isinstance(inner, LocationParseError):
-        return HttpError(_one_line(inner), is_temporary=False)
+        return HttpError(one_line(inner), is_temporary=False)
     if isinstance(inner, NoAnswerError):
         return HttpError("no answer in time")
     if isinstance(inner, ProtocolError):
@@ -294,9 +293,4 @@ def _translated(error: HTTPError, in_body: bool) -> HttpError:
         if cut is not None:
             total = cut.partial + (cut.expected or 0)
             return CutError(f"the connection was cut after {cut.partial} of {total} bytes")
-    return HttpError(_one_line(inner))
-
-
-def _one_line(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+    return HttpError(one_line(inner))

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +27,8 @@ from imagemill.models.export.child import Exported, Request
 from imagemill.models.folders import json_file
 from imagemill.models.folders.json_file import Document
 from imagemill.system import files
+from imagemill.system.messages import Notify
 from imagemill.system.processes import Child, ChildError
-
-Notify = Callable[[str], None]
 
 FOLDER: Final = ".exported"
 """Subfolder of the models folder. No model's name begins with a dot."""

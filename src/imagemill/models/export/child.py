@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from imagemill.errors import ImagemillError, ModelError, printable
+from imagemill.errors import ImagemillError, ModelError
 from imagemill.models import bundle as bundles
 from imagemill.system import processes
+from imagemill.system.messages import one_line
 from imagemill.system.openvino_library import load_openvino
 
 if TYPE_CHECKING:
@@ -169,11 +170,5 @@ def _step(failed: str) -> Iterator[None]:
         raise ModelError(f"{failed}: out of memory.") from error
     except Exception as error:
         _log.exception("%s", failed)
-        raise ModelError(f"{failed}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    """Return an error's kind and the beginning of its text, with a full stop."""
-    return (
-        f"{type(error).__name__}: {printable(' '.join(str(error).split()), 300)}".rstrip(".…") + "."
-    )
+        text = f"{type(error).__name__}: {one_line(error)}".rstrip(".…")
+        raise ModelError(f"{failed}: {text}.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -12,8 +12,7 @@ from imagemill.models import hub
 from imagemill.models.hub_library import Progress
 from imagemill.models.zero_shot.text_tower import load_library
 from imagemill.system import userdirs
-
-Notify = Callable[[str], None]
+from imagemill.system.messages import Notify
 
 _TEXTS: Final = (
     "config.json",

@@ -31,11 +31,11 @@ from imagemill.pipeline.backends.base import (
 from imagemill.pipeline.backends.nvidia import find_gpus, free_memory
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Outputs, SessionSpec
+from imagemill.system.messages import one_line
 
 _log = logging.getLogger(__name__)
 
 _PIP = "pip install "
-_LONGEST = 400
 _OUT_OF_MEMORY = (
     "Failed to allocate memory",
     "Available memory of",
@@ -95,35 +95,31 @@ def _amd() -> Found:
     return Found(tuple(f"AMD GPU, node {node}" for node in gpus))
 
 
-PROVIDERS: dict[tuple[str, str], Provider] = {
-    ("onnxruntime", "cpu"): Provider(
+PROVIDERS: dict[str, Provider] = {
+    "cpu": Provider(
         "CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
     ),
-    ("onnxruntime", "cuda"): Provider(
+    "cuda": Provider(
         "CUDAExecutionProvider",
         _PIP + "'imagemill[cuda]'",
         _cuda,
         driver=find_gpus,
         library="libonnxruntime_providers_cuda.so",
     ),
-    ("onnxruntime", "rocm"): Provider(
-        "MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd
-    ),
-    ("onnxruntime", "coreml"): Provider(
+    "rocm": Provider("MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd),
+    "coreml": Provider(
         "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
     ),
-    ("onnxruntime", "directml"): Provider("DmlExecutionProvider", _PIP + "onnxruntime-directml"),
+    "directml": Provider("DmlExecutionProvider", _PIP + "onnxruntime-directml"),
 }
-"""Backend and kind of device → provider; a further one is one line here and its kind in
-`sessions.BACKENDS`.
-"""
+"""Kind of device → provider. A further one is a line here, and its kind in `backends.BACKENDS`."""
 
 
 class OnnxRuntimeSession:
     """See the module's docstring."""
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
-        provider = PROVIDERS[device.backend, device.kind]
+        provider = PROVIDERS[device.kind]
         if missing := _missing(provider):
             raise DeviceError(f"{device.name}: {missing}")
         import onnxruntime
@@ -158,7 +154,7 @@ class OnnxRuntimeSession:
     @staticmethod
     def found(kind: str) -> Found:
         """See `Found`."""
-        return _found(PROVIDERS["onnxruntime", kind])
+        return _found(PROVIDERS[kind])
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""
@@ -191,7 +187,7 @@ class OnnxRuntimeSession:
         except Exception as error:  # the classes that ONNX Runtime raises share no other base
             _raise_if_device_failed(error, self._device, len(pixels))
             raise ModelError(
-                f"{self.backend} cannot compute a batch of {len(pixels)}: {_one_line(error)}"
+                f"{self.backend} cannot compute a batch of {len(pixels)}: {one_line(error)}"
             ) from error
         return found
 
@@ -277,7 +273,7 @@ def _open(
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
         _raise_if_device_failed(error, device, spec.batch_size)
         raise ModelError(
-            f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+            f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
         ) from error
     active = session.get_providers()
     if provider.name not in active:
@@ -298,8 +294,4 @@ def _raise_if_device_failed(error: Exception, device: DeviceSpec, batch_size: in
         text = describe_memory_shortage(device.name, batch_size, free)
         raise DeviceMemoryError(text) from error
     if device.kind == "cuda" and _LOST in str(error):
-        raise DeviceLostError(f"{device.name}: the GPU failed: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        raise DeviceLostError(f"{device.name}: the GPU failed: {one_line(error)}") from error

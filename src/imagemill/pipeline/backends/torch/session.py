@@ -27,6 +27,7 @@ from imagemill.pipeline.backends.base import (
 from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Outputs, Precision, SessionSpec
+from imagemill.system.messages import one_line
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.torch.program import Loaded, Program
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _INSTALL: Final = "pip install 'imagemill[torch]'"
-_LONGEST: Final = 400
 _ALTERNATIVE: Final = {"cpu": "--devices cpu", "cuda": "--devices cuda@onnxruntime"}
 
 
@@ -79,7 +79,7 @@ class TorchSession:
             if isinstance(error, torch.AcceleratorError):
                 raise _lost(device, error) from error
             raise ModelError(
-                f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+                f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
             ) from error
         _log.info(
             "compiled %s for %s: %d batches of %d in flight",
@@ -104,7 +104,7 @@ class TorchSession:
             ) from error
         except Exception as error:  # onnx's, protobuf's and PyTorch's classes share no other base
             raise ModelError(
-                f"{spec.model_file} cannot be compiled for {device.name}: {_one_line(error)}"
+                f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
             ) from error
         for name in self._names:
             if len(shape := program.shape(name)) != 2 or shape[0] != batch:
@@ -249,7 +249,7 @@ def _missing(kind: str) -> str | None:
 
 
 def _lost(device: DeviceSpec, error: Exception) -> DeviceLostError:
-    return DeviceLostError(f"{device.name}: the GPU failed: {_one_line(error)}")
+    return DeviceLostError(f"{device.name}: the GPU failed: {one_line(error)}")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -264,7 +264,3 @@ def _cuda_versions(torch: Any) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
     }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
