@@ -16,8 +16,6 @@ from typing import Final
 from imagemill.models.architectures import ARCHITECTURES
 from imagemill.records import Interpolation, Recipe
 
-DEFAULT: Final = "resnext101_32x4d"
-
 _NC: Final = "CC-BY-NC-4.0"
 _BSD: Final = "BSD-3-Clause"
 _APACHE: Final = "Apache-2.0"
@@ -57,16 +55,6 @@ class Published:
     def parameters(self) -> int:
         """How many trained numbers it has."""
         return ARCHITECTURES[self.architecture].parameters
-
-    @property
-    def format(self) -> str:
-        """`safetensors` or `pth`."""
-        return self.home.rpartition(".")[2]
-
-    @property
-    def file(self) -> str:
-        """Name of the file."""
-        return self.home.rpartition("/")[2]
 
 
 def _torch(
@@ -231,7 +219,7 @@ ALIASES: Final[Mapping[str, str]] = {
     "wide_resnet50_2": "wide_resnet50_2.tv2_in1k",
     "wide_resnet101_2": "wide_resnet101_2.tv2_in1k",
     "resnext50_32x4d": "resnext50_32x4d.tv2_in1k",
-    DEFAULT: "resnext101_32x4d.gluon_in1k",
+    "resnext101_32x4d": "resnext101_32x4d.gluon_in1k",
     "resnext101_32x8d": "resnext101_32x8d.tv2_in1k",
     "resnext101_64x4d": "resnext101_64x4d.tv_in1k",
 }

@@ -36,7 +36,7 @@ class LocalPool:
         """Implement `WorkerPool.start`."""
         started, self._spare = self._spare[:limit], self._spare[limit:]
         for device in started:
-            self._workers[device.name] = self._start(device)
+            self._workers[device.name] = Supervisor(self._job, device)
         return started
 
     def receive(self, seconds: float) -> Sequence[Event]:
@@ -59,14 +59,14 @@ class LocalPool:
 
     def restart(self, device: str) -> None:
         """Implement `WorkerPool.restart`."""
-        self._workers[device] = self._start(self._workers[device].device)
+        self._workers[device] = Supervisor(self._job, self._workers[device].device)
 
     def retire(self, device: str) -> bool:
         """Implement `WorkerPool.retire`."""
         self._workers.pop(device).close()
         if self._spare:
             spare = self._spare.pop(0)
-            self._workers[spare.name] = self._start(spare)
+            self._workers[spare.name] = Supervisor(self._job, spare)
             self._joined.append(Event(spare.name, Joined(spare)))
         return bool(self._workers)
 
@@ -86,6 +86,3 @@ class LocalPool:
         """Implement `WorkerPool.kill`."""
         for worker in self._workers.values():
             worker.close()
-
-    def _start(self, device: DeviceSpec) -> Supervisor:
-        return Supervisor(self._job, device)

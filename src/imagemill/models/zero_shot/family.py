@@ -52,8 +52,6 @@ class Family:
     padding_token: str | None
     """None: `tokenizer.json` says it."""
     padding_left: bool
-    masked: bool
-    """Whether the attention mask leaves out the padding, if the tower wants a mask."""
     lowercase: bool
     """Texts are lower-cased, whether or not `tokenizer.json` says so."""
 
@@ -85,7 +83,6 @@ class _TokenizerConfig:
     model_max_length: Annotated[float, Meta(ge=2)] | None = None
     pad_token: str | _Token | None = None
     padding_side: str | None = None
-    model_input_names: tuple[str, ...] | None = None
     do_lower_case: bool | None = None
 
 
@@ -121,7 +118,6 @@ def read_family(folder: Path) -> Family:
         read.text_config.vocab_size,
         token,
         said.padding_side == "left",
-        kind.scores is not Scores.SIGMOID,
         # SigLIP 2 was trained on lower-cased texts, but its tokenizer.json does not do that.
         kind is _SIGLIP if said.do_lower_case is None else said.do_lower_case,
     )

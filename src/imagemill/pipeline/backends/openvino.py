@@ -53,22 +53,20 @@ _DRIVERS = {
 }
 
 
-def properties(
-    precision: Precision, cores: int, streams: int | None = None, kind: str = "cpu"
-) -> dict[str, Any]:
-    """How OpenVINO compiles for `cores` CPU cores, or for another kind of device, whose own hint
-    says how many streams it takes.
+def properties(precision: Precision, cores: int, kind: str = "cpu") -> dict[str, Any]:
+    """Return OpenVINO's settings for `cores` CPU cores, or for another kind of device, which
+    chooses its number of streams itself.
 
-    One stream a core: on 2 cores two streams of one thread gave as much as one of two or more
-    (docs/performance.md). fp32 is asked for by name, since the plug-in's own choice on a processor
-    with bfloat16 is bf16.
+    A CPU gets one stream per core: on 2 cores, two streams of one thread gave as much as one of two
+    or more (docs/performance.md). fp32 is asked for by name, because the plug-in's own choice on a
+    processor with bfloat16 is bf16.
     """
     hints: dict[str, Any] = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": _HINTS.get(precision, "f32"),
     }
     if kind == "cpu":
-        hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": streams or cores}
+        hints |= {"INFERENCE_NUM_THREADS": cores, "NUM_STREAMS": cores}
     return hints
 
 

@@ -79,13 +79,13 @@ class Provisioning:
                 f"node {node} cannot import imagemill ({answer['missing']}). Type there: "
                 f"{answer['python']} -m pip install 'imagemill[ray]=={version}'"
             )
-        self._refuse_mismatch(node, answer.versions, self._versions, "this machine")
+        found, expected = answer.versions, self._versions
+        refuse_mismatch(node, found, expected, "this machine", allow_mixed=self._allow_mixed)
         if self._reference is None:
             self._reference = f"node {node}", answer.vector_units
         first, units = self._reference
-        self._refuse_mismatch(
-            node, {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}, first
-        )
+        found, expected = {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}
+        refuse_mismatch(node, found, expected, first, allow_mixed=self._allow_mixed)
 
     def assignment(self, device: DeviceSpec, place: Place) -> Assignment:
         """Return the assignment for one device."""
@@ -115,11 +115,6 @@ class Provisioning:
                 for file in self._model
             ]
         return self._contents
-
-    def _refuse_mismatch(
-        self, node: str, found: Mapping[str, str], expected: Mapping[str, str], other: str
-    ) -> None:
-        refuse_mismatch(node, found, expected, other, allow_mixed=self._allow_mixed)
 
 
 def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
