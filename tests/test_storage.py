@@ -48,8 +48,8 @@ KEYS = (
 )
 
 
-def store(bucket: Bucket, prefix: str = "", policy: RetryPolicy = HASTY) -> storage.Store:
-    return storage.open_store(f"{bucket.url}/{prefix}", policy)
+def store(bucket: Bucket, prefix: str = "", policy: RetryPolicy = HASTY) -> storage.Bucket:
+    return storage.open_bucket(f"{bucket.url}/{prefix}", policy)
 
 
 @pytest.fixture(autouse=True)
@@ -352,7 +352,7 @@ def test_a_missing_package_is_named_with_the_line_to_type(tmp_path: Path) -> Non
 def test_what_is_no_place_in_a_store_is_wrong_usage(url: str) -> None:
     """A URL without a bucket, or of another kind, is refused in words."""
     with pytest.raises(UsageError, match="Write it like s3://bucket/prefix"):
-        storage.open_store(url)
+        storage.open_bucket(url)
 
 
 @pytest.mark.parametrize(

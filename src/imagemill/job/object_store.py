@@ -50,7 +50,7 @@ class ObjectStore:
 
     def __init__(self, paths: JobPaths) -> None:
         self.paths = paths
-        self._objects = storage.open_store(paths.url)
+        self._objects = storage.open_bucket(paths.url)
 
     def read(self, path: Path) -> bytes:
         """Return the object's bytes."""

@@ -1,8 +1,8 @@
 """Files and objects opened for random access by many threads, and object stores.
 
 `open_blob` takes a local path or an object's URL. Archives and tables are read through the blob, so
-the same code reads a zip on a disk and a zip in an object store. `open_store` returns a place in an
-object store to list, read and write.
+the same code reads a zip on a disk and a zip in an object store. `open_bucket` returns a bucket,
+or what is below a prefix of it, to list, read and write.
 
 obstore (Rust's object_store) makes the requests: a GET is one request, threads wait outside the
 interpreter's lock, and keys are listed as they come. Its clients live in threads that a fork does
@@ -105,9 +105,9 @@ class LocalBlob:
         self.close()
 
 
-class Store(Protocol):
-    """A place in an object store below which objects have keys, `/` between their parts. Safe to
-    use from many threads.
+class Bucket(Protocol):
+    """A bucket of an object store, or what is below a prefix of it. Its objects have keys with `/`
+    between their parts. Safe to use from many threads.
     """
 
     url: str
@@ -228,8 +228,8 @@ def local_path(url: bytes) -> bytes:
     return unquote_to_bytes(path)
 
 
-def open_store(url: str, policy: RetryPolicy | None = None) -> Store:
-    """Open a place in an object store; nothing is asked of it yet.
+def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
+    """Open a bucket, or what is below a prefix of it; nothing is asked of it yet.
 
     Credentials, region and endpoint come from the standard variables of the environment
     (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …); boto3 reads the profiles of `~/.aws`.
@@ -247,7 +247,7 @@ def open_store(url: str, policy: RetryPolicy | None = None) -> Store:
         raise UsageError(
             f"{url}: not a place in an object store. Write it like s3://bucket/prefix."
         )
-    return _ObjectStore(f"{scheme}://{bucket}", prefix, policy or READING)
+    return _Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -263,7 +263,7 @@ def open_blob(location: bytes) -> Blob:
     """
     if is_object(location):
         bucket, key = split(os.fsdecode(location))
-        return open_store(bucket).open(key)
+        return open_bucket(bucket).open(key)
     if is_url(location):
         raise OSError(
             errno.EPROTONOSUPPORT, "an archive or table cannot be read over this protocol"
@@ -271,8 +271,8 @@ def open_blob(location: bytes) -> Blob:
     return LocalBlob(location)
 
 
-class _ObjectStore:
-    """A `Store` by obstore."""
+class _Bucket:
+    """A `Bucket` by obstore."""
 
     def __init__(self, bucket: str, prefix: str, policy: RetryPolicy) -> None:
         self.url = f"{bucket}/{prefix}" if prefix else bucket

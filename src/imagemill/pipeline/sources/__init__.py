@@ -9,7 +9,8 @@
     s3://bucket/prefix        objects.py    all below it, or one object
     https://host/image.jpg  http.py
 
-A further kind is one file with a class behind the `Source` Protocol, and one line in `_open`.
+A further kind is one file with a class behind the `Source` protocol, and a branch in `_open` or
+`_open_here`. If it has a suffix, `is_opened`, `_READ_IN_PIECES` and `kinds.py` have it, too.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ _READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv"
 
 
 def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
-    """The source arguments as they are frozen: absolute paths, URLs, `@` and that of a list; braces
-    expanded. Raises: UsageError.
+    """Return source arguments as they are frozen: paths are absolute and braces expanded, URLs and
+    a leading `@` stay. Raises: UsageError.
     """
     return tuple(_absolute(item) for argument in arguments for item in _expanded(argument))
 
@@ -299,7 +300,7 @@ def _head_of_object(url: str) -> bytes | None:
         return None
     try:
         return (
-            storage.open_store(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES)
+            storage.open_bucket(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES)
             or None
         )
     except OSError:
@@ -395,9 +396,5 @@ def as_line(resolved: Sequence[str], position: int, path: bytes) -> bytes | None
     if isinstance(_open(0, source), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):
-        location, _ = split_column(source[1:])
-        try:
-            return storage.beside(os.fsencode(location), path) if path else None
-        except ValueError:  # in a plan of an older version
-            return None
+        return storage.beside(os.fsencode(without_column(source)), path) if path else None
     return os.path.join(os.fsencode(source), path) if path else os.fsencode(source)  # noqa: PTH118

@@ -48,7 +48,7 @@ class ObjectSource:
     def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         wanted, open_folder = matcher(filters), _Folders(matcher(filters))
         top, group = b"", -1
-        for key, size in storage.open_store(self._url).list():
+        for key, size in storage.open_bucket(self._url).list():
             path = key.encode()
             if is_hidden(path):
                 skipped.hidden += 1
@@ -90,7 +90,7 @@ def fetch(url: str, max_bytes: int) -> bytes:
     """
     bucket, key = storage.split(url)
     try:
-        return storage.open_store(bucket).read(key, max_bytes)
+        return storage.open_bucket(bucket).read(key, max_bytes)
     except FileNotFoundError as error:
         raise BadImage(Status.MISSING, f"the object is not there: {error.strerror}") from error
     except OSError as error:
@@ -123,10 +123,10 @@ def _look(url: str, policy: RetryPolicy | None) -> int | None:
     bucket, key = storage.split(url)
     if key:
         try:
-            size = storage.open_store(bucket, policy).open(key).size
+            size = storage.open_bucket(bucket, policy).open(key).size
         except (FileNotFoundError, PermissionError):
             size = None  # credentials may allow to list but not to read
-    if not size and next(storage.open_store(url, policy).list(), None) is not None:
+    if not size and next(storage.open_bucket(url, policy).list(), None) is not None:
         return None
     if size is None:
         raise SourceError(
