@@ -528,21 +528,6 @@ def test_other_libraries_and_processors_must_be_allowed(
     assert paths(append(settings)[0], 3) == ["003.jpg"]
 
 
-def test_a_job_of_a_version_that_kept_no_library_versions_is_appended_to(
-    job: Jobs, jpegs: Folders, tmp_path: Path
-) -> None:
-    """What is not known is not compared."""
-    settings = job(jpegs(2))
-    freeze(settings)
-    path = tmp_path / "out" / "job.json"
-    frozen = json.loads(path.read_text())
-    del frozen["vector_units"]
-    frozen["versions"] = {"imagemill": "0.0.1"}
-    path.write_text(json.dumps(frozen))
-    jpegs(3)
-    assert append(settings)[0].frozen.images == 3
-
-
 # ── damage ────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -90,12 +90,24 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
         ("[" * 100_000, "card.json cannot be read"),
         ({"labels": [1, 2]}, r"labels\[0\]: expected `str`, got `int`"),
         (
-            {"recipe": {"size": 0, "resize": None, "interpolation": "bilinear", "exif": True}},
+            {
+                "recipe": {
+                    "height": 0,
+                    "width": 0,
+                    "resize": None,
+                    "interpolation": "bilinear",
+                    "exif": True,
+                }
+            },
             "recipe says height 0, width 0, resize None",
         ),
         (
-            {"recipe": {"size": 8, "resize": None, "interpolation": "magic", "exif": True}},
+            {"recipe": {"height": 8, "resize": None, "interpolation": "magic", "exif": True}},
             "recipe.interpolation: invalid enum value 'magic'",
+        ),
+        (
+            {"recipe": {"size": 9, "resize": 9, "interpolation": "bicubic", "exif": True}},
+            "its recipe has a `size`, as early versions of imagemill wrote it",
         ),
         ({"mean": [1, 2]}, "mean: expected `array` of length 3"),
         ({"name": None}, "name: expected `str`, got `null`"),
@@ -114,15 +126,6 @@ def test_a_damaged_card_is_one_clear_error(tiny: Bundle, change: object, message
         bundle.load(tiny.dir)
     assert "imagemill get-model" in str(caught.value)
     assert str(tiny.dir) in str(caught.value)
-
-
-def test_a_card_of_an_older_version_is_read(tiny: Bundle) -> None:
-    """Recipes had one `size`, which is height and width today."""
-    path = tiny.dir / "card.json"
-    recipe = {"size": 9, "resize": 9, "interpolation": "bicubic", "exif": True}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": recipe}))
-    expected = Recipe(9, 9, 9, interpolation=Interpolation.BICUBIC)
-    assert bundle.load(tiny.dir).card.recipe == expected
 
 
 def test_a_card_without_a_field_names_it(tiny: Bundle) -> None:

@@ -47,21 +47,22 @@ class Frozen:
     skipped_hidden: int
     skipped_by_filter: int
     backend: str
-    variant_sha256: str | None = None
+    """The engines of its devices (`DeviceSpec.engine`), joined by `+`."""
+    variant_sha256: str | None
     """Hash of the quantised variant; None if the job uses the model's own weights."""
-    decoder: str = ""
+    decoder: str
     """Identity of the decoder, `DECODER` of the version that froze the job. A part of `answer_id`:
     another decoder gives other pixels.
     """
-    versions: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str]
+    fixed: Mapping[str, str]
     """What also decides the last bits of answers, and must stay: batch size, device model and
     library versions. Empty on CPUs with OpenVINO or ONNX Runtime, where it decides nothing.
     """
-    plan_nonce: str = ""
+    plan_nonce: str
     """Which plan in an object store belongs to this job."""
-    skipped_broken_links: int = 0
-    vector_units: str = ""
+    skipped_broken_links: int
+    vector_units: str
     """Of the processor that computes; empty if it is not known or decides nothing."""
 
     @property

@@ -298,11 +298,10 @@ def read(folder: Path, shard: Shard) -> list[PlannedRow]:
     path = folder / shard.plan_file
     try:
         with pa.OSFile(os.fsencode(path)) as opened, pq.ParquetFile(opened) as file:
-            table = file.read_row_group(shard.row_group)
-    except (OSError, pa.ArrowException) as error:
+            table = file.read_row_group(shard.row_group).select(SCHEMA.names)
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
-    # Plans of older versions lack the last column.
-    columns = (table[name].to_pylist() for name in SCHEMA.names if name in table.column_names)
+    columns = (table[name].to_pylist() for name in SCHEMA.names)
     return [PlannedRow(*row) for row in zip(*columns, strict=True)]
 
 

@@ -188,7 +188,8 @@ def _refuse_mixing(settings: Settings, opened: OpenJob, chosen: Sequence[DeviceS
     fixed = devices.fixed_facts(chosen, opened.first.job.session.batch_size)
     units = freeze.vector_units_of(settings, chosen)
     versions = freeze.versions_of(chosen)
-    known = (before.versions.keys() & versions.keys()) - {"imagemill"}  # older jobs kept only that
+    # What was installed since decides nothing, or it is in `fixed`.
+    known = (before.versions.keys() & versions.keys()) - {"imagemill"}
     pairs = [("decoder", before.decoder, DECODER)]
     pairs += [(name, before.versions[name], versions[name]) for name in sorted(known)]
     pairs += [

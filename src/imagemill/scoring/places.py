@@ -36,7 +36,7 @@ def _source(name: str) -> _Source:
 
 def full_path(source: str, path: str) -> str:
     """Return the absolute path or URL of an image. The path of one that is a source of its own is
-    its name; older versions left it empty.
+    its name in a row, and empty in a listing.
 
     Example:
         >>> full_path("/data", "cats/1.jpg")

@@ -39,7 +39,7 @@ def decode(
         of the wrong type. The message names the file and the key.
     """
     try:
-        return from_plain(kind, json.loads(data, object_hook=_rename_size))
+        return from_plain(kind, json.loads(data, object_hook=_refuse_size))
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} cannot be read: {problem}. {remedy}".rstrip()) from problem
 
@@ -62,12 +62,12 @@ def from_plain(kind: type[T], value: Any) -> T:
         raise ValueError(_key_first(str(error))) from None
 
 
-def _rename_size(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object, with `height` and `width` if it is a recipe of imagemill 0.1: that had
-    one `size`. Without this the key would be ignored, and the defaults would be used.
+def _refuse_size(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object, unless it is a recipe with one `size`. That of an early version had no
+    `height` and `width`, so their defaults would be used.
     """
-    if {"size", "resize", "interpolation", "exif"} <= value.keys():
-        value["height"] = value["width"] = value.pop("size")
+    if {"size", "resize", "interpolation"} <= value.keys():
+        raise ValueError("its recipe has a `size`, as early versions of imagemill wrote it")
     return value
 
 
