@@ -5,7 +5,7 @@ takes over.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,9 @@ from imagemill.records import (
     Settings,
 )
 from imagemill.runner import freeze, model, resume, run
+from imagemill.runner.settings import SETTINGS, Effect
 from imagemill.tuning.precisions import Prepared
+from made_jobs import frozen_job, settings_of, tiny
 from tiny import LABELS, TINY_CARD
 
 PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
@@ -208,6 +210,64 @@ def test_settings_given_on_resume_apply_and_all_others_stay(
     }
     expected = replace(before.job, session=replace(before.job.session, **session), **frozen)
     assert resumed == replace(before, job=expected)
+
+
+def test_each_setting_that_decides_something_is_compared_on_resume(
+    models_dir: Path, jpegs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With another value of any of them, a job is refused, or there is a note."""
+    other_labels = tmp_path / "labels.txt"
+    other_labels.write_text("\n".join(reversed(LABELS)))
+    changes: dict[str, Any] = {
+        "sources": (str(tmp_path),),
+        "model": "tiny2",
+        "devices": devices.resolve("null"),
+        "precision": "bf16",
+        "batch_size": 7,
+        "top_k": 2,
+        "min_probability": 0.5,
+        "labels": str(other_labels),
+        "save": ("logits",),
+        "keep": ("id",),
+        "shard_size": 2,
+        "include": ("*.png",),
+        "exclude": ("*.png",),
+        "all_files": True,
+        "limit": 1,
+        "preprocess": "center-crop",
+        "background": "white",
+        "max_pixels": 5,
+        "max_bytes": 5,
+        "max_seconds": 5.0,
+    }
+    assert set(changes) == {
+        name
+        for name, setting in SETTINGS.items()
+        if {setting.effect_on(backend) for backend in backends.BACKENDS} != {Effect.NOTHING}
+    }
+    settings = settings_of(jpegs(1), output=tmp_path / "out", models_dir=models_dir)
+    opened = frozen_job(settings, tiny(models_dir))
+    opened = replace(opened, first=replace(opened.first, backend="torch"))  # its batches decide
+    chosen = (DeviceSpec("cpu#0", "cpu", "torch", (0,)),)
+
+    def resume_with(changed: Settings, used: Sequence[DeviceSpec] = chosen) -> list[str]:
+        notes: list[str] = []
+        watcher = Watcher()
+        watcher.notify = notes.append  # type: ignore[method-assign]
+        try:
+            resume.resume(changed, opened, used, watcher)
+        except JobMismatchError as error:
+            notes.append(str(error))
+        return notes
+
+    assert resume_with(settings) == []
+    for name, value in changes.items():
+        if name == "devices":
+            (note,) = resume_with(settings, value)
+            assert "backend null is asked for" in note
+        else:
+            (note,) = resume_with(replace(settings, **{name: value}))
+            assert SETTINGS[name].flag in note
 
 
 @pytest.mark.parametrize(
