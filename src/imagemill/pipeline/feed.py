@@ -262,12 +262,13 @@ class _Decoders:
 
 
 class _Places:
-    """Where images go: straight into the batch that each will be in if none before it fails.
+    """Gives images places in batches, before they are decoded.
 
-    An image that fails takes no place. Those behind it that are being decoded are then one place
-    too far, and are copied to where they belong, which is always a place that nobody writes to: it
-    was theirs who came before, and these are settled. New ones get no place until the last of them
-    is settled.
+    Each image gets the place that it has if no image before it fails, and is decoded into it. If
+    one fails, the images behind it that have a place already should each have an earlier one.
+    `settle` copies them there. Nobody else writes to that place any more, because it was given to
+    an earlier image, which is settled. Until the last of them is settled, new images get no place:
+    they are decoded into arrays of their own, and copied, too.
 
     Args:
         batch_size: places in a batch.
@@ -289,8 +290,8 @@ class _Places:
         return self.filled == self._size
 
     def take(self, before: int) -> NDArray[np.uint8] | None:
-        """Give the next image a place, uint8 (height, width, 3), or None: it needs its own array.
-        `before` others are not settled yet.
+        """Return a place for the next image, uint8 (height, width, 3); None: it needs an array of
+        its own. `before` others are not settled yet.
         """
         if self._astray:
             return None
@@ -300,14 +301,14 @@ class _Places:
         return out
 
     def settle(self, pixels: NDArray[np.uint8] | None, out: NDArray[np.uint8] | None) -> int:
-        """Settle the image that was begun first.
+        """Put the earliest image that is not settled where it belongs.
 
         Args:
-            pixels: its own; None: it failed.
-            out: what `take` gave it.
+            pixels: the decoded image; None: it failed.
+            out: what `take` returned for it.
 
         Returns:
-            its slot in the first batch; -1: it has none.
+            its slot in the first batch; -1 if it failed.
         """
         slot = -1
         if pixels is not None:

@@ -101,7 +101,7 @@ def check_model(
 
     Args:
         stream: of a session that was opened for the spec.
-        job: its card and precision are named in the error.
+        spec: its card and precision are named in the error.
 
     Raises:
         BadLogitsError: the outputs are NaN or infinity for every one of these images.

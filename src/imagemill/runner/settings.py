@@ -1,8 +1,8 @@
-"""The settings of a job, each declared once: flag, help, bounds and effect.
+"""The settings of a job: flag, help, bounds and effect of each field of `records.Settings`.
 
-The options of the command line, the keywords of the Python API, the check of their values and the
-comparison on resume derive from `SETTINGS`. Only light modules are imported here, so that
-`imagemill --help` stays fast.
+The options of the command line, the check of values, and what may change on resume derive from
+`SETTINGS`. The keywords of `api.run` and the comparison in `resume.py` are written out, and tests
+hold them to it. Only light modules are imported here, so that `imagemill --help` stays fast.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Setting(NamedTuple):
     """Further arguments of `ArgumentParser.add_argument`."""
 
     def effect_on(self, backend: str) -> Effect:
-        """Return what the setting decides on a backend."""
+        """Return what the setting decides on a backend, which is named as in `Frozen.backend`."""
         return self.effect if isinstance(self.effect, Effect) else self.effect(backend)
 
 

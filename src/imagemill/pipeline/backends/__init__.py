@@ -54,8 +54,8 @@ BACKENDS: dict[str, Backend] = {
     "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),
 }
-"""Backend → what it is; a further one is one file and one line here. Where none is named, a kind's
-first is meant.
+"""Backend → what it is. A further one is one file and one line here. If a device is given without a
+backend, the first one that drives its kind is used.
 """
 
 INDEPENDENT = ("openvino", "onnxruntime", "null")
@@ -64,13 +64,13 @@ compare them bit for bit.
 """
 
 
-def depends_on_batch(backend: str) -> bool:
+def depends_on_batch(engines: str) -> bool:
     """Return whether answers depend on the batch size and on the model of the device.
 
     Args:
-        backend: engines, joined by `+`, as a job is frozen with them.
+        engines: of devices, joined by `+`, such as `Frozen.backend`.
     """
-    return any(engine not in INDEPENDENT for engine in backend.split("+"))
+    return any(engine not in INDEPENDENT for engine in engines.split("+"))
 
 
 def library_versions(backend: str) -> dict[str, str]:

@@ -11,7 +11,9 @@ from imagemill.pipeline.backends import BACKENDS, devices, nvidia
 from imagemill.records import Precision
 
 CPU: Final = "auto"
-"""As a job is frozen that runs on the CPU, so that it may continue with another number of cores."""
+"""The `--devices` argument in `job.json` if `auto` means the CPU. A resumed job resolves it again,
+so it may continue with another number of cores.
+"""
 WORTHWHILE: Final = 1_000
 """Images from which a job uses a GPU. Its start takes an estimated 4 to 8 s (importing PyTorch,
 taking memory, recording a graph). In 5 s, 16 cores compute about 1,000 images of resnext101_32x4d

@@ -48,7 +48,7 @@ class Session(Protocol):
     """
 
     backend: str
-    """As `DeviceSpec.engine` names it."""
+    """`DeviceSpec.engine` of its device."""
     versions: dict[str, str]
     """Of the libraries that decide the answers."""
 

@@ -25,8 +25,8 @@ from imagemill.system import cpu
 
 _ITEM = re.compile(r"(?P<kind>[a-z]+)(?::(?P<ids>[0-9,]+))?(?:@(?P<backend>[a-z]+))?")
 COUNTED = ("cpu", "ipu", "null")
-"""Kinds of which `kind:N` means so many, and how many there are is the system's or the backend's
-business; of the others `kind:I,J` names them by id.
+"""Kinds of which `kind:N` means N processes or devices, chosen by the system or the backend. Of all
+other kinds, `kind:I,J` means the devices with these ids.
 """
 _MOST = 512
 CORES_EACH = 16
@@ -62,8 +62,8 @@ class Asked:
 
     kind: str
     ids: str
-    """As it was typed: a number of them, or ids joined by commas; empty: as many as are meant
-    without; `auto`: what suits the cores.
+    """What was typed after the colon: a number for kinds in `COUNTED`, else ids joined by commas.
+    Empty if nothing was typed; `auto` if the item is `auto`.
     """
     backend: str
 

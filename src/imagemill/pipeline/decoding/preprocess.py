@@ -370,7 +370,9 @@ def _resample_native(
 
 
 def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:
-    """Width and height of an image once it is turned; and of a turned one before."""
+    """Return width and height of the displayed image for those of the stored one, or the other way
+    round: turning swaps them, or it does not.
+    """
     return (height, width) if orientation >= 5 else (width, height)
 
 

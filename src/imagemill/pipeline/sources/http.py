@@ -27,7 +27,7 @@ PROBING = RetryPolicy(attempts=3, seconds=8.0, connect_s=3.0, silence_s=5.0)
 """To find out whether a source exists, before anything starts."""
 
 client = functools.cache(Client)
-"""Return the client of this process, which is one of one device."""
+"""Return the HTTP client of this process, the same one each time."""
 
 
 class HttpSource:
