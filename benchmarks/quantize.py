@@ -54,7 +54,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     begun = time.perf_counter()
     model = quantize.quantize(folder / "model.onnx", pixels)
     print(f"calibrated on {len(pixels)} images in {time.perf_counter() - begun:.1f} s")
-    int8 = quantize.save(model, folder, "int8-bench")
+    int8 = quantize.save(model, folder)
     del model
     found = quantize.kernels(int8)
     for (layer, kernel), count in sorted(

@@ -79,7 +79,7 @@ def test_int8_needs_981_of_1000_and_bf16_964(agree: int, accepted: bool) -> None
 def test_too_few_images_are_never_accepted_however_alike(images: int) -> None:
     comparison = accuracy.compare(*answers(images, images))
     assert not comparison.accepted
-    assert comparison.reason.startswith(accuracy.TOO_FEW)
+    assert not comparison.is_verdict
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(Scores))
@@ -160,7 +160,7 @@ def test_images_without_an_answer_in_either_are_left_out() -> None:
     reference[:3, 0], candidate[:3, 1] = np.nan, np.inf
     comparison = accuracy.compare(reference, candidate)
     assert (comparison.images, comparison.agreement, comparison.accepted) == (997, 1.0, False)
-    assert comparison.reason.startswith(accuracy.TOO_FEW)
+    assert not comparison.is_verdict
     assert accuracy.compare(np.full((4, 3), np.nan), np.full((4, 3), np.nan)).images == 0
 
 

@@ -202,14 +202,14 @@ def test_every_grouped_convolution_runs_in_int8(
     onnx.save(network.build(network.random(0), prepared), tmp_path / "model.onnx")
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
-    saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels), tmp_path, "int8-test")
+    saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels), tmp_path)
     found = quantize.kernels(saved, batch_size=2)
     grouped = [kernel for kernel in found if kernel.type == "GroupConvolution"]
     assert len(grouped) == 4
     assert [kernel for kernel in found if not kernel.kernel.upper().endswith("_I8")] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "int8-test.bin",
-        "int8-test.xml",
+        f"{saved.stem}.bin",
+        saved.name,
         "model.onnx",
     ]
 
@@ -222,7 +222,6 @@ def test_the_variant_keeps_names_and_answers_alike_in_any_batch(tmp_path: Path) 
     file = quantize.save(
         quantize.quantize(tmp_path / "model.onnx", [row[None] for row in pixels]),
         tmp_path,
-        "int8-test",
     )
 
     def logits(batch_size: int) -> np.ndarray:
@@ -259,7 +258,7 @@ import numpy as np
 from pathlib import Path
 from imagemill.tuning import quantize
 pixels = [np.zeros((1, {SIZE}, {SIZE}, 3), np.uint8)]
-quantize.save(quantize.quantize(Path({str(tmp_path / "model.onnx")!r}), pixels), Path({str(tmp_path)!r}), "int8-x")
+quantize.save(quantize.quantize(Path({str(tmp_path / "model.onnx")!r}), pixels), Path({str(tmp_path)!r}))
 import nncf.telemetry, openvino
 assert "openvino_telemetry" in sys.modules and sys.modules["openvino_telemetry"] is None
 print(seen)
@@ -276,34 +275,25 @@ print(seen)
     ]  # the second shows that the hook would have seen it
 
 
-def test_the_key_changes_with_all_that_decides_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {quantize.key("a", "c"), quantize.key("b", "c"), quantize.key("a", "d")}
-    assert quantize.key("a", "c") in keys
-    monkeypatch.setattr(quantize, "_has_unit", lambda: not cpu.unit(Precision.INT8, cpu.flags()))
-    keys.add(quantize.key("a", "c"))
-    monkeypatch.setattr(quantize, "versions", lambda: {"nncf": "0"})
-    assert len(keys | {quantize.key("a", "c")}) == 5
-
-
 def test_weights_use_their_full_range_only_if_sums_cannot_overflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without int8 units, two products are added in 16 bits: there the first layer's weights, which
-    meet the widest inputs, use half of their range.
+    """Without int8 units, two products are added in 16 bits: there all weights use half of their
+    range.
     """
     make_bundle(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 1, SIZE, SIZE, 3), np.uint8)
 
-    def largest() -> int:
+    def largest() -> list[int]:
         model = quantize.quantize(tmp_path / "model.onnx", list(pixels))
         constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
         weights = [one.data for one in constants if one.get_element_type().get_type_name() == "i8"]
-        return max(int(np.abs(one.astype(int)).max()) for one in weights if one.shape[1] == 3)
+        return [int(np.abs(one.astype(int)).max()) for one in weights if one.ndim > 1]
 
     monkeypatch.setattr(quantize, "_has_unit", lambda: True)
-    assert largest() == 127
+    assert largest() == [127, 127, 127]
     monkeypatch.setattr(quantize, "_has_unit", lambda: False)
-    assert largest() == 63
+    assert largest() == [63, 63, 63]
 
 
 def test_a_network_with_attention_is_quantised_as_a_transformer(
@@ -774,6 +764,7 @@ def test_auto_measures_nothing_where_a_job_is_too_small(
 ) -> None:
     """One line says how to have faster precisions checked."""
     monkeypatch.setattr(check_process, "in_child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "unit", lambda *_: "any")
     prepared = precisions.prepare(
         "auto", make_bundle(tmp_path), [], lambda: pytest.fail("listed"), 100, chosen=CPU
     )
@@ -868,6 +859,135 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
     )
     assert again.model_file == prepared.model_file
     assert again.lines == prepared.lines
+
+
+def explicit_int8(
+    folder: Path, colours: Path, images: int, notify: Callable[[str], None] = lambda _: None
+) -> precisions.Prepared:
+    return precisions.prepare(
+        "int8",
+        bundles.load(folder),
+        [str(colours)],
+        lambda: entries_of(colours)[::-7][:images],
+        images,
+        chosen=CPU,
+        notify=notify,
+    )
+
+
+def test_int8_made_from_few_images_is_made_again_by_a_larger_job(
+    tmp_path: Path, colours: Path, here: None
+) -> None:
+    """And then used by small jobs, too. Jobs with the first file keep it."""
+    make_bundle(tmp_path)
+    small = explicit_int8(tmp_path, colours, 3)
+    assert variants.read(tmp_path).int8.calibration.images == 2
+    assert explicit_int8(tmp_path, colours, 4) == small  # no more than one image more
+    large = explicit_int8(tmp_path, colours, 30)
+    assert large.model_file != small.model_file
+    assert variants.read(tmp_path).int8.calibration.images == 24
+    assert "of 6 held-out images" in large.lines[0]
+    assert explicit_int8(tmp_path, colours, 3) == large
+    assert explicit_int8(tmp_path, colours, 37) == large  # 29 images are not twice as many
+    for prepared in (small, large):
+        precisions.verify_variant(prepared.model_file, prepared.sha256)
+
+
+def test_jobs_before_and_after_int8_is_made_again(
+    tmp_path: Path, colours: Path, here: None
+) -> None:
+    """A small job, a larger one, the small one resumed without its rows, and the small one again:
+    each report names the int8 model that its job used.
+    """
+    make_bundle(tmp_path / "models" / "colours")
+    small = tmp_path / "small"
+    small.mkdir()
+    for file in sorted((colours / "0").iterdir())[:3]:
+        shutil.copy(file, small)
+
+    def job(images: Path, name: str) -> tuple[str, str]:
+        output, models = tmp_path / name, tmp_path / "models"
+        options = ("--output", output, "--model", "colours", "--models-dir", models)
+        done = helpers.imagemill_here(
+            "run", images, *options, "--precision", "int8", "--devices", "cpu"
+        )
+        assert done.code == 0, done.err
+        session = json.loads((output / "job.json").read_bytes())["job"]["session"]
+        return session["model_file"], (output / "report.html").read_text()
+
+    first, report = job(small, "first")
+    assert "used because of --precision int8" in report
+    rows = helpers.by_path(tmp_path / "first")
+    larger, _ = job(colours, "larger")
+    assert larger != first
+    for part in (tmp_path / "first" / "predictions").glob("*.parquet"):
+        part.unlink()
+    resumed, report = job(small, "first")
+    assert resumed == first
+    assert helpers.by_path(tmp_path / "first") == rows
+    assert '<h2 id="accuracy">' not in report or "replaced since" in report
+    again, report = job(small, "again")
+    assert again == larger
+    assert "used because of --precision int8" in report
+
+
+def test_int8_of_few_images_is_made_again_however_many_were_held_out(
+    tmp_path: Path, colours: Path, here: None
+) -> None:
+    """`quantize` calibrated on few images and compared many, and the result was refused."""
+    bundle = make_bundle(tmp_path, loud=3e4)
+    first = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=2)
+    assert not first.precisions["int8"].comparison.accepted
+    made = explicit_int8(tmp_path, colours, 37)
+    assert variants.read(tmp_path).int8.calibration.images == 29
+    assert made.model_file.name == variants.read(tmp_path).int8.file
+
+
+def test_int8_that_cannot_be_made_better_stays(
+    tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few or none of the larger job's images can be read, or NNCF is missing."""
+    make_bundle(tmp_path / "model")
+    some = tmp_path / "images"
+    some.mkdir()
+    for file in sorted((colours / "0").iterdir())[:6]:
+        shutil.copy(file, some)
+    small = explicit_int8(tmp_path / "model", some, 6)
+    kept = variants.read(tmp_path / "model").int8
+    for number in range(30):
+        (some / f"broken{number}.ppm").write_bytes(b"P6 32 32 255 ")
+    assert explicit_int8(tmp_path / "model", some, 36) == small
+    for file in (file for file in some.iterdir() if not file.name.startswith("broken")):
+        file.unlink()
+    messages: list[str] = []
+    assert explicit_int8(tmp_path / "model", some, 30, messages.append) == small
+    assert messages[1].startswith("int8 is not calibrated again: ")
+    monkeypatch.setattr(quantize, "is_installed", lambda: False)
+    assert explicit_int8(tmp_path / "model", colours, 36) == small
+    assert variants.read(tmp_path / "model").int8 == kept
+    precisions.verify_variant(small.model_file, small.sha256)
+
+
+def test_an_int8_file_that_jobs_use_survives_quantising_on_its_images(
+    tmp_path: Path, colours: Path, here: None
+) -> None:
+    """A result that is not kept removes its own file only."""
+    make_bundle(tmp_path)
+    small = explicit_int8(tmp_path, colours, 3)
+    explicit_int8(tmp_path, colours, 30)
+    again = replace(
+        small_check(bundles.load(tmp_path), colours),
+        entries=tuple(entries_of(colours)[::-7][:3]),
+        precisions=(Precision.INT8,),
+        calibration=CALIBRATION,
+        held_out=50,
+    )
+    some, _ = images.sample(again.entries, 9)
+    record = check.carry_out(replace(again, entries=tuple(some)))["int8"]
+    assert not record.kept
+    precisions.verify_variant(small.model_file, small.sha256)
+    kept = {small.model_file.name, variants.read(tmp_path).int8.file}
+    assert {file.name for file in tmp_path.glob("int8-*.xml")} == kept
 
 
 def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: None) -> None:

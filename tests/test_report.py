@@ -409,6 +409,53 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
     assert not opened(reported.report).locator("#accuracy").count()
 
 
+@pytest.mark.parametrize(
+    ("precision", "file", "reason", "found"),
+    [
+        ("int8", "int8-a.xml", "too few", ("used because of --precision int8", "ran in int8.")),
+        ("int8", "int8-b.xml", "too few", None),
+        ("int8", "int8-b.xml", "it agrees", ("int8\t", "replaced since.")),
+        ("fp32", "model.onnx", "too few", None),
+        ("fp32", "model.onnx", "it agrees", ("int8\t", "ran in fp32.")),
+    ],
+    ids=["its own", "of an older file", "of a newer file", "of another precision", "a verdict"],
+)
+def test_a_result_of_few_images_is_shown_only_to_the_job_that_used_it(
+    reported: Reported,
+    copy_of: Callable[[Path], Path],
+    precision: str,
+    file: str,
+    reason: str,
+    found: tuple[str, str] | None,
+) -> None:
+    """A job in fp32 has nothing to do with them, nor a job with an int8 file that was replaced. A
+    result on enough images is shown, with the right answers that `--truth` found.
+    """
+    output = copy_of(reported.output)
+    job = json.loads((output / "job.json").read_bytes())
+    session = job["job"]["session"]
+    model = shutil.copytree(Path(session["model_file"]).parent, output.parent / "model")
+    session |= {"model_file": str(model / file), "precision": precision}
+    (output / "job.json").write_text(json.dumps(job))
+    true = variants.TrueAccuracy("folders", 900, 0.912, 0.9)
+    accepted = reason == "it agrees"
+    reason = f"{variants.TOO_FEW}: 50" if reason == "too few" else reason
+    comparison = variants.Comparison(
+        *(50, 0.9, 0.8, 0.95, 40, 1, 0.01, accepted, reason, 0.97), true=true
+    )
+    record = variants.PrecisionRecord(
+        comparison, "id", "sha256", {}, "avx2", Recipe(), file="int8-a.xml"
+    )
+    variants.write(model, int8=record)
+    assert helpers.imagemill_here("report", output).code == 0
+    text = (output / "report.html").read_text()
+    assert ('<h2 id="accuracy">' in text) == (found is not None)
+    section = text.partition('<h2 id="accuracy">')[2].partition("</section>")[0]
+    plain = re.sub(r"<[^>]*>", "", section.replace("</th>", "\t"))
+    assert found is None or all(part in plain for part in found), plain
+    assert found is None or "90.0 %, fp32 91.2 %" in plain
+
+
 def test_speed_is_shown_per_device(
     reported: Reported, copy_of: Callable[[Path], Path], opened: Pages
 ) -> None:

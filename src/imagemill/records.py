@@ -372,7 +372,7 @@ class Job:
     """Absolute paths or URLs; a plan row names its source by position."""
     session: SessionSpec
     variant: str
-    """Which file of the bundle: `model`, or `int8-<key>`."""
+    """Which file of the bundle: `model`, or `int8-<hash>`."""
     num_workers: int
     """Decoding threads per device; 0 leaves it to the worker."""
     top_k: int

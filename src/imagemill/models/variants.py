@@ -1,7 +1,7 @@
 """The accuracy check's results of a bundle's faster precisions, and its int8 files.
 
     DIR/accuracy.json            what was measured, by precision; `imagemill quantize` replaces it
-    DIR/int8-<key>.xml, .bin     OpenVINO IR; the .bin appears first, so each .xml has its weights
+    DIR/int8-<hash>.xml, .bin    OpenVINO IR; the .bin appears first, so each .xml has its weights
 
 Results are not part of `card.json`, which is the model's identity.
 """
@@ -23,6 +23,8 @@ from imagemill.records import Recipe
 from imagemill.system import files, serialization
 
 ACCURACY: Final = "accuracy.json"
+TOO_FEW: Final = "too few images"
+"""Start of a comparison's reason if there are too few images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ class Comparison:
     flips: tuple[Flip, ...] = ()
     """Some images with another answer, those that fp32 was surest of first."""
     true: TrueAccuracy | None = None
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether the images were enough to accept or refuse the precision."""
+        return not self.reason.startswith(TOO_FEW)
 
 
 @dataclass(frozen=True, slots=True)

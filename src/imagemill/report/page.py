@@ -259,28 +259,33 @@ def _classes(figures: Figures) -> list[tuple[int, str, int]]:
 
 
 def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
-    """Return the results on faster precisions in the model's bundle; none if the bundle is gone or
-    holds another model.
+    """Return the results on faster precisions in the model's bundle: of the precision that the job
+    used, and of others if there were enough images to decide. None if the bundle is gone or holds
+    another model.
     """
     session = frozen.job.session
-    folder = Path(session.model_file).parent
+    file = Path(session.model_file)
     try:
-        if bundle.load(folder).card.sha256 != session.card.sha256:
+        if bundle.load(file.parent).card.sha256 != session.card.sha256:
             return []
-        records = variants.read(folder).named()
+        records = variants.read(file.parent).named()
     except (ImagemillError, OSError):
         return []
     device = frozen.fixed.get("device")
     used = f"{session.precision} on {device}" if device else session.precision.value
-    return [
-        {
-            "comparison": record.comparison,
-            "precision": precision,
-            "speedup": record.speedup,
-            "used": precision == used,
-        }
-        for precision, record in records.items()
-    ]
+    found = []
+    for precision, record in records.items():
+        is_used = precision == used and record.file in (None, file.name)
+        if is_used or record.comparison.is_verdict:
+            found.append(
+                {
+                    "comparison": record.comparison,
+                    "precision": precision,
+                    "speedup": record.speedup,
+                    "used": is_used,
+                }
+            )
+    return found
 
 
 def _additions(opened: OpenJob) -> Iterator[str]:

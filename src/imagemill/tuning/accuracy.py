@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import counted
-from imagemill.models.variants import Comparison, Flip, TrueAccuracy
+from imagemill.models.variants import TOO_FEW, Comparison, Flip, TrueAccuracy
 from imagemill.pipeline.top_k import most_probable, to_probabilities
 from imagemill.records import Card, Precision, Scores
 from imagemill.system.statistics import wilson
@@ -40,8 +40,6 @@ _NOT_EXCLUSIVE: Final = 0.05
 """Probabilities whose sum is further from 1 than this are not those of exclusive classes. Quantised
 softmaxes are within it.
 """
-TOO_FEW: Final = "too few images"
-"""Start of the reason if there are too few images."""
 
 
 def is_defined(card: Card) -> bool:

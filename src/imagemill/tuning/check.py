@@ -220,14 +220,15 @@ class Run:
         if self._decoder.duplicates:
             self._note(f"{self._decoder.duplicates:,} duplicate images were left out")
         reference, rate = self._answers(Precision.FP32, self._onnx, held_out)
+        before = {file.name for file in asked.bundle.dir.glob("int8-*.xml")}
         for precision in wanted:
             record = self._check(precision, pixels, held_out, reference, rate)
             records[precision.value] = record
             if record.kept:
                 name = record_name(precision, *asked.gpus[:1])
                 self._now = variants.write(asked.bundle.dir, **{name: record})
-            elif record.file:
-                self._remove_unnamed(asked.bundle.dir / record.file)
+            elif record.file and record.file not in before:  # else jobs may use it
+                variants.remove(asked.bundle.dir / record.file)
             if record.comparison.accepted and asked.images is not None:
                 break
         return records
@@ -251,14 +252,21 @@ class Run:
             asked.truth and (found.true is None or found.true.truth != asked.truth)
         ):
             return None
-        if precision is Precision.INT8 and (
-            record.calibration is None
-            or record.calibration.id != self._calibrated_on
-            or record.versions != quantize.versions()
-            or variants.int8_file(asked.bundle.dir, record) is None
-        ):
+        if precision is Precision.INT8 and self._file_of_these_images() is None:
             return None
         return record
+
+    def _file_of_these_images(self) -> Path | None:
+        """Return the bundle's int8 file if it was made as this accuracy check would make it."""
+        record = self._usable(Precision.INT8)
+        if (
+            record is None
+            or record.calibration is None
+            or record.calibration.id != self._calibrated_on
+            or record.versions != quantize.versions()
+        ):
+            return None
+        return variants.int8_file(self._asked.bundle.dir, record)
 
     def _usable(self, precision: Precision) -> PrecisionRecord | None:
         """Return the bundle's record of a precision if it holds."""
@@ -366,22 +374,22 @@ class Run:
         return replace(record, kept=not self._has_better(precision, record))
 
     def _quantise(self, pixels: Sequence[NDArray[np.uint8]]) -> Path:
-        asked = self._asked
+        if file := self._file_of_these_images():
+            return file
         self._note(f"quantising on {counted(len(pixels), 'image')}")
         self._at(None)
-        key = quantize.key(asked.bundle.card.sha256, self._calibrated_on)
-        return quantize.save(quantize.quantize(self._onnx, pixels), asked.bundle.dir, f"int8-{key}")
+        return quantize.save(quantize.quantize(self._onnx, pixels), self._asked.bundle.dir)
 
     def _has_better(self, precision: Precision, record: PrecisionRecord) -> bool:
-        """Return whether the bundle has a record that holds and was accepted, or is of more images,
-        while this one is of too few images.
+        """Return whether a record of too few images must not replace the bundle's: that one was
+        accepted, or calibrated on more images, or on as many and compared on more.
         """
         before, folder = self._usable(precision), self._asked.bundle.dir
-        if before is None or not record.comparison.reason.startswith(accuracy.TOO_FEW):
+        if before is None or record.comparison.is_verdict:
             return False
-        return (
-            before.comparison.accepted or before.comparison.images > record.comparison.images
-        ) and (before.file is None or variants.int8_file(folder, before) is not None)
+        return _rank(before) > _rank(record) and (
+            before.file is None or variants.int8_file(folder, before) is not None
+        )
 
     @contextlib.contextmanager
     def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
@@ -419,10 +427,11 @@ class Run:
             padding = [np.zeros_like(some[0])] * (size - len(some))
             yield Batch(np.concatenate([*some, *padding]), len(some), ())
 
-    def _remove_unnamed(self, file: Path) -> None:
-        """Remove int8 files, unless the bundle's record names them: jobs may use them."""
-        if self._now.int8 is None or file.name != self._now.int8.file:
-            variants.remove(file)
+
+def _rank(record: PrecisionRecord) -> tuple[bool, int, int]:
+    """Return what orders records, the better one last."""
+    calibrated_on = record.calibration.images if record.calibration else 0
+    return record.comparison.accepted, calibrated_on, record.comparison.images
 
 
 def record_name(precision: Precision, gpu: DeviceSpec | None = None) -> str:

@@ -63,16 +63,19 @@ def sample(entries: Iterable[Entry], count: int) -> tuple[list[Entry], int]:
 def divide(
     entries: Sequence[Entry], calibration: int, held_out: int
 ) -> tuple[Sequence[Entry], Sequence[Entry]]:
-    """Divide shuffled entries between calibration and comparison, in proportion to the images that
-    both need. If there are too few for both, calibration gets up to four fifths.
-    """
-    available, wanted = len(entries), calibration + held_out
-    first = (
-        available * calibration // wanted
-        if available >= wanted > 0
-        else min(calibration, max(min(available, 1), available * 4 // 5))
-    )
+    """Divide shuffled entries between calibration and comparison, as `calibration_share` says."""
+    first = calibration_share(len(entries), calibration, held_out)
     return entries[:first], entries[first:]
+
+
+def calibration_share(available: int, calibration: int, held_out: int) -> int:
+    """Return how many of the available images calibration gets: in proportion to the images that
+    calibration and comparison need. If there are too few for both, it gets up to four fifths.
+    """
+    wanted = calibration + held_out
+    if available >= wanted > 0:
+        return available * calibration // wanted
+    return min(calibration, max(min(available, 1), available * 4 // 5))
 
 
 def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:

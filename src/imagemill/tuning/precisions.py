@@ -36,7 +36,7 @@ from imagemill.records import (
 from imagemill.system import cpu
 from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
 from imagemill.tuning.check import AccuracyCheck, Notify
-from imagemill.tuning.images import sample
+from imagemill.tuning.images import calibration_share, sample
 
 CALIBRATION: Final = 300
 """Images that int8 is calibrated on."""
@@ -57,7 +57,7 @@ class Prepared:
 
     precision: Precision
     variant: str
-    """`Job.variant`: `model`, or `int8-<key>`."""
+    """`Job.variant`: `model`, or `int8-<hash>`."""
     model_file: Path
     """`Job.model_file`."""
     sha256: str | None = None
@@ -242,7 +242,7 @@ def choose(
                 f"{precision} is not used: it keeps fp32's answers but makes only"
                 f" {record.speedup:.2f} times its images/s"
             )
-        elif record and record.comparison.images >= accuracy.MIN_IMAGES:
+        elif record and record.comparison.is_verdict:
             refused.append(f"{precision} is not used: {record.comparison.reason}")
         elif cpu.unit(precision, flags) is None:
             refused.append(f"{precision} is not used: this processor has no units for it")
@@ -317,17 +317,27 @@ def _explicit(
     images: int,
     notify: Notify,
 ) -> Prepared:
-    """Choose a precision that was asked for; a short accuracy check makes a missing result."""
+    """Choose a precision that was asked for. A short accuracy check makes a missing result, and
+    makes int8 again that was calibrated on few images.
+    """
     bundle = base.bundle
     record = usable(bundle, precision)
+    held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
+    has_more = record is not None and _has_more(record, images, held_out)
     if record is None and images == 0:
         return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
-    if record is None and (precision is Precision.INT8 or images >= HELD_OUT):
-        held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
+    if has_more or (record is None and (precision is Precision.INT8 or images >= HELD_OUT)):
         quick = replace(base, precisions=(precision,), held_out=held_out)
-        some, _ = sample(entries(), _wanted(quick))
-        asked = replace(quick, entries=tuple(some))
-        record = check_process.in_child(asked, notify)[precision.value]
+        try:
+            some, _ = sample(entries(), _wanted(quick))
+            made = check_process.in_child(replace(quick, entries=tuple(some)), notify)
+            record = made[precision.value]
+        except ImagemillError as error:
+            if record is None or isinstance(error, Interrupted):
+                raise
+            notify(f"{precision} is not calibrated again: {error}")
+        if not record.kept:
+            record = usable(bundle, precision)  # the one that the bundle keeps instead
     if record is None:
         return _plain(
             bundle,
@@ -345,6 +355,16 @@ def _explicit(
         return _plain(bundle, precision, *lines)
     file = bundle.dir / record.file
     return Prepared(precision, file.stem, file, record.sha256, tuple(lines))
+
+
+def _has_more(record: PrecisionRecord, images: int, held_out: int) -> bool:
+    """Return whether a job can calibrate int8 on at least twice as many images as a record that was
+    not accepted. Twice: so it happens few times, and unreadable images do not cause it.
+    """
+    if record.comparison.accepted or record.calibration is None or not quantize.is_installed():
+        return False
+    share = calibration_share(images, CALIBRATION, held_out)
+    return min(CALIBRATION, share) >= 2 * record.calibration.images
 
 
 def _wanted(base: AccuracyCheck) -> int:

@@ -8,10 +8,8 @@ convolutions otherwise keeps all of them in fp32, 29 % of the time of resnext101
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -24,14 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
+from imagemill.models import variants
 from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.records import Precision
 from imagemill.system import cpu, files
 from imagemill.system.openvino_library import load_openvino
 
 INSTALL: Final = "pip install 'imagemill[int8]'"
-_RECIPE: Final = 2
-"""Version of the way to quantise; files of another one are made again."""
 _GROUP_CHANNELS: Final = 16
 """Narrower groups are merged up to this many channels: resnext101_32x4d begins with groups of 4 and
 8, which ran at 82 and 185 Gop/s a core where groups of 16 make 485; merged they take 2/3 and 6/7 of
@@ -75,22 +72,12 @@ def check_installed() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide a variant; nothing is imported for it."""
-    found = {}
+    """Versions of what decides an int8 model and its answers; no library is imported for it."""
+    found = {"recipe": "3"}  # of `quantize`
     for name in ("openvino", "nncf"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def key(model_sha256: str, calibration: str) -> str:
-    """Return a variant's name, which depends on all that decides it: the model, the calibration
-    set's identity, the recipe, the processor's units, and the libraries' versions.
-    """
-    values = [model_sha256, calibration, _RECIPE, _has_unit(), _GROUP_CHANNELS]
-    return hashlib.sha256(json.dumps([*values, sorted(versions().items())]).encode()).hexdigest()[
-        :16
-    ]
 
 
 def _has_unit() -> bool:
@@ -106,10 +93,11 @@ def _has_attention(model: Any) -> bool:
 def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
     """Return a model quantised to int8.
 
-    NNCF by default halves the range of weights, because sums of two products overflow 16 bits on
-    processors without int8 units. With units they do not, and the full range changes fewer answers
-    (docs/performance.md). Networks with attention are quantised as NNCF does transformers, which
-    smooths activations over channels.
+    Without int8 units, processors add two products in 16 bits, which overflow unless weights use
+    half of their range. NNCF by default halves it in the first layer only, which is not enough
+    (docs/performance.md). With units nothing overflows, and the full range changes fewer answers.
+    Networks with attention are quantised as NNCF does transformers, which smooths activations over
+    channels.
 
     Args:
         model_file: ONNX; uint8 (n, H, W, 3) goes in, normalisation included.
@@ -128,7 +116,7 @@ def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
         )
     ov, nncf = _libraries()
     advanced = nncf.AdvancedQuantizationParameters(
-        overflow_fix=nncf.OverflowFix.DISABLE if _has_unit() else None
+        overflow_fix=nncf.OverflowFix.DISABLE if _has_unit() else nncf.OverflowFix.ENABLE
     )
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # NNCF draws progress bars there
@@ -153,18 +141,18 @@ def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
     return quantised
 
 
-def save(model: Any, folder: Path, name: str) -> Path:
-    """Write a model as `name.xml` and `name.bin`; each appears whole, the .xml last. Returns the
-    path of the .xml.
+def save(model: Any, folder: Path) -> Path:
+    """Write a model as `int8-<hash>.xml` and `.bin`, named by their content; each appears whole,
+    the .xml last. Returns the path of the .xml.
 
     Raises:
         ModelError: the folder cannot be written.
     """
     ov = load_openvino()
-    target = folder / f"{name}.xml"
-    temporary = folder / f".{name}.{os.getpid()}.tmp.xml"
+    temporary = target = folder / f".int8.{os.getpid()}.tmp.xml"
     try:
         ov.save_model(model, str(temporary), compress_to_fp16=False)
+        target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
         for suffix in (".bin", ".xml"):
             written = temporary.with_suffix(suffix)
             with written.open("rb") as file:
