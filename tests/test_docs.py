@@ -46,7 +46,7 @@ def flags(command: str) -> set[str]:
 
 def block_after(text: str, heading: str) -> str:
     """The first fenced block below a heading."""
-    return text.partition(f"\n{heading}\n")[2].split("```")[1]
+    return text.partition(f"\n{heading}\n")[2].split("```")[1].partition("\n")[2]
 
 
 def listed_commands(block: str) -> list[tuple[str, set[str]]]:
