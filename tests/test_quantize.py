@@ -559,15 +559,23 @@ def test_a_network_that_quantises_badly_is_refused_with_its_figures(
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2], ids=["first", "second", "logits"])
+@pytest.mark.parametrize("fault", ["exchanged", "negated", "cleared", "clipped"])
 def test_a_network_with_one_broken_layer_is_never_accepted(
-    tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch, layer: int
+    tmp_path: Path,
+    colours: Path,
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    layer: int,
+    fault: str,
 ) -> None:
-    """Two output channels of one quantised layer are exchanged."""
+    """Two output channels of one quantised layer are exchanged, its weights have another sign or
+    are 0, or the range of its input is so small that all values are clipped.
+    """
     made = quantize.quantize
 
     def broken(model_file: Path, pixels: Any) -> Any:
         model = made(model_file, pixels)
-        exchange_channels(model, layer)
+        break_layer(model, layer, fault)
         return model
 
     monkeypatch.setattr(quantize, "quantize", broken)
@@ -584,22 +592,39 @@ def test_a_network_with_one_broken_layer_is_never_accepted(
     assert found.flips_where_sure
 
 
-def exchange_channels(model: Any, layer: int) -> None:
-    """Exchange the first two output channels of a layer's quantised weights, and their scales."""
+def break_layer(model: Any, number: int, fault: str) -> None:
+    """Change a layer's quantised weights, with their scales if it is by channel, or the range of
+    its input.
+    """
     layers = [
         node
         for node in model.get_ordered_ops()
         if node.get_type_name() in ("Convolution", "MatMul")
     ]
-    todo = [layers[layer].input_value(1).get_node()]
+    layer = layers[number]
+    if fault == "clipped":
+        quantiser = layer.input_value(0).get_node()
+        while quantiser.get_type_name() != "FakeQuantize":
+            quantiser = quantiser.input_value(0).get_node()
+        for bound in range(1, 5):
+            change(quantiser.input_value(bound).get_node(), lambda values: values * 1e-3)
+        return
+    todo = [layer.input_value(1).get_node()]
     while todo:
         node = todo.pop()
         if node.get_type_name() == "Constant" and node.data.ndim > 1 and node.data.shape[0] > 1:
-            values = node.data.copy()
-            values[[0, 1]] = values[[1, 0]]
-            constant = openvino.opset13.constant(values, node.get_element_type())
-            node.output(0).replace(constant.output(0))
+            if fault == "exchanged":
+                change(node, lambda values: values[[1, 0, *range(2, len(values))]])
+            elif node.get_element_type().get_type_name() == "i8":
+                sign = -1 if fault == "negated" else 0
+                change(node, lambda values, sign=sign: values * sign)
         todo += [value.get_node() for value in node.input_values()]
+
+
+def change(constant: Any, how: Callable[[np.ndarray], np.ndarray]) -> None:
+    values = how(constant.data.copy()).astype(constant.data.dtype)
+    changed = openvino.opset13.constant(values, constant.get_element_type())
+    constant.output(0).replace(changed.output(0))
 
 
 def test_a_stricter_bound_is_kept_with_the_result(
