@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import openvino
 
 from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
@@ -56,14 +57,17 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     print(f"calibrated on {len(pixels)} images in {time.perf_counter() - begun:.1f} s")
     int8 = quantize.save(model, folder)
     del model
-    found = quantize.kernels(int8)
+    options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(str(int8), "CPU", options).create_infer_request()
+    request.infer([pixels[0]])
+    found = [item for item in request.profiling_info if item.node_type.endswith("Convolution")]
     for (layer, kernel), count in sorted(
-        Counter((kernel.type, kernel.kernel) for kernel in found).items()
+        Counter((item.node_type, item.exec_type) for item in found).items()
     ):
         print(f"  {count:4} × {layer:<18} {kernel}")
-    for kernel in found:
-        if not kernel.kernel.upper().endswith("_I8"):
-            print(f"  not int8: {kernel.layer} ({kernel.kernel})")
+    for item in found:
+        if not item.exec_type.upper().endswith("_I8"):
+            print(f"  not int8: {item.node_name} ({item.exec_type})")
 
     files = {
         Precision.FP32: folder / "model.onnx",

@@ -13,7 +13,6 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -34,19 +33,6 @@ _GROUP_CHANNELS: Final = 16
 8, which ran at 82 and 185 Gop/s a core where groups of 16 make 485; merged they take 2/3 and 6/7 of
 the time, 1.7 % of the whole network (2026-11-22).
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """What one layer ran as."""
-
-    layer: str
-    type: str
-    """`Convolution`, `GroupConvolution`, …"""
-    kernel: str
-    """OpenVINO's name for it, `brgconv_avx512_I8`; ends in the precision, for the first layer in
-    lower case with AMX.
-    """
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -149,7 +135,7 @@ def save(model: Any, folder: Path) -> Path:
         ModelError: the folder cannot be written.
     """
     ov = load_openvino()
-    temporary = target = folder / f".int8.{os.getpid()}.tmp.xml"
+    temporary = folder / f".int8.{os.getpid()}.tmp.xml"
     try:
         ov.save_model(model, str(temporary), compress_to_fp16=False)
         target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
@@ -164,7 +150,7 @@ def save(model: Any, folder: Path) -> Path:
             error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
         )
         raise ModelError(
-            f"{target} cannot be written: {reason}. Make room or rights there, or use --precision"
+            f"{folder} cannot be written: {reason}. Make room or rights there, or use --precision"
             " fp32."
         ) from error
     finally:
@@ -172,27 +158,3 @@ def save(model: Any, folder: Path) -> Path:
             with contextlib.suppress(OSError):
                 temporary.with_suffix(suffix).unlink(missing_ok=True)
     return target
-
-
-def kernels(model: Path | Any, batch_size: int = 1) -> tuple[Kernel, ...]:
-    """Run a model once and tell which kernel each convolution ran as.
-
-    Args:
-        model: a file or an `openvino.Model` (which is left with a fixed batch).
-        batch_size: images in the run.
-    """
-    ov = load_openvino()
-    core = ov.Core()
-    found = core.read_model(str(model)) if isinstance(model, Path) else model
-    entry = found.input(0)
-    shape = [batch_size, *(int(side.get_length()) for side in list(entry.get_partial_shape())[1:])]
-    found.reshape({next(iter(entry.get_names())): shape})
-    request = core.compile_model(
-        found, "CPU", {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
-    ).create_infer_request()
-    request.infer([np.zeros(shape, np.uint8)])
-    return tuple(
-        Kernel(item.node_name, item.node_type, item.exec_type)
-        for item in request.profiling_info
-        if item.node_type.endswith("Convolution")
-    )
