@@ -797,7 +797,12 @@ def test_auto_measures_nothing_where_a_job_is_too_small(
     )
     assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
     assert len(prepared.lines) == 1
-    assert prepared.lines[0].startswith("precision fp32: ")
+    assert prepared.lines[0].startswith("precision fp32: int8 and bf16 not checked, because that")
+    assert precisions.choose(bundles.load(tmp_path), 100, {"avx2"}).lines == prepared.lines
+    monkeypatch.undo()
+    assert precisions.choose(bundles.load(tmp_path), 100, {"avx2"}).lines == (
+        "precision fp32. This processor has no units that make int8 or bf16 faster",
+    )
 
 
 def test_auto_survives_an_accuracy_check_that_fails(

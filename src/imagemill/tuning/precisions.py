@@ -230,6 +230,7 @@ def choose(
     flags = cpu.flags() if flags is None else flags
     refused: list[str] = []
     unchecked: list[Precision] = []
+    without_units: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
         record = usable(bundle, precision, flags)
         if record and record.comparison.accepted:
@@ -245,12 +246,14 @@ def choose(
         elif record and record.comparison.is_verdict:
             refused.append(f"{precision} is not used: {record.comparison.reason}")
         elif cpu.unit(precision, flags) is None:
-            refused.append(f"{precision} is not used: this processor has no units for it")
+            without_units.append(precision)
         elif precision is Precision.INT8 and not quantize.is_installed():
             if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
                 refused.append(f"int8 may be faster, and needs {quantize.INSTALL}")
         else:
             unchecked.append(precision)
+    if without_units:
+        refused.append(f"This processor has no units that make {' or '.join(without_units)} faster")
     if unchecked and failure is None:
         typed = resolve.typed(bundle.card) or bundle.card.name
         failure = (
