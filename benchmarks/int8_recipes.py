@@ -1,8 +1,8 @@
 """Which recipe of post-training quantisation keeps a model's answers?
 
     python benchmarks/int8_recipes.py PHOTOGRAPHS --model NAME… [--recipe NAME…] [--calibration N…]
-    [--seeds 3] [--also DIR] [--models-dir DIR] [--json FILE] [--speed] [--pages]
-    [--min-area SHARE]
+    [--seeds 3] [--held-out N] [--also DIR] [--models-dir DIR] [--json FILE] [--speed] [--pages]
+    [--simulate] [--min-area SHARE]
 
 For each seed, a third of the photographs is for calibration and the others are held out, so no
 photograph is in both. Calibration images are the photographs, those of `--also`, and random crops
@@ -12,8 +12,10 @@ top-1 agreement with fp32 on these crops with its 95 % interval, and on the uncr
 photographs. Crops of one photograph are not independent, so the interval is narrower than one of as
 many photographs. `--pages` draws 300 pages of text, turned by quarters, instead of photographs.
 
-`--speed` also measures fp32 and int8 in turn, three times for 0.7 s each, and prints the ratio.
-Seconds depend on what else runs. Results that are already in FILE are not computed again.
+`--speed` also measures fp32 and the faster precision in turn, three times for 0.7 s each, and
+prints both images/s. Seconds are CPU time of quantising. Results that are already in FILE are not
+computed again. `--simulate` computes int8 models in fp32, with the values that int8 can hold: what
+a processor with int8 units computes, on one that has none.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ from imagemill.tuning import accuracy, quantize
 
 ACCURATE = {"fast_bias_correction": False}
 FULL = {"overflow": "DISABLE"}
-RECIPES: dict[str, dict[str, Any] | None] = {
-    "bf16": None,
+RECIPES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "imagemill": {},
     "performance": {},
     "mixed": {"preset": "mixed"},
     "performance accurate": ACCURATE,
@@ -60,16 +63,15 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "full mixed accurate": {"preset": "mixed", **ACCURATE, **FULL},
     "full performance accurate minmax": {**ACCURATE, **FULL, "range": "MINMAX"},
     "full performance accurate histogram": {**ACCURATE, **FULL, "range": "HISTOGRAM"},
-    "full performance accurate transformer": {**ACCURATE, **FULL, "model_type": "transformer"},
     "full performance accurate control": {**ACCURATE, **FULL, "max_drop": 0.01},
 }
-"""`full` and `half`: the range that all weights use; by default that of the first layer is halved.
-`control`: layers stay in fp32 until 99 % of 300 other crops of calibration photographs agree.
+"""`imagemill`: what `imagemill quantize` does. `full` and `half`: the range that all weights use;
+by default that of the first layer is halved. `control`: layers return to fp32 until 99 % of 300
+other crops of photographs for calibration agree.
 """
 COMPILE_MODEL = ov.Core.compile_model
 SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
 COUNT = 300
-HELD_OUT = 1000
 BATCH = 4
 Pixels = list[NDArray[np.uint8]]
 
@@ -91,7 +93,8 @@ class Row:
     sure: int
     probability_difference: float
     seconds: float
-    speedup: float | None
+    rates: tuple[float, float] | None
+    """Images/s in fp32 and in the precision, compute only."""
 
 
 def main() -> None:
@@ -100,11 +103,10 @@ def main() -> None:
     )
     parser.add_argument("photographs", type=Path)
     parser.add_argument("--model", nargs="+", default=["efficientnet_lite0"])
-    parser.add_argument(
-        "--recipe", nargs="+", choices=RECIPES, default=["full performance accurate"]
-    )
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=["imagemill"])
     parser.add_argument("--calibration", nargs="+", type=int, default=[COUNT])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=1000, metavar="N", help="crops at least")
     parser.add_argument("--models-dir", type=Path, default=bundles.default_models_dir())
     parser.add_argument("--also", type=Path, help="more photographs to calibrate on")
     parser.add_argument("--min-area", type=float, default=0.7, help="of a crop (default: 0.7)")
@@ -122,7 +124,7 @@ def main() -> None:
             wanted = [
                 (recipe, count)
                 for recipe in given.recipe
-                for count in (given.calibration if RECIPES[recipe] is not None else [0])
+                for count in ([0] if recipe == "bf16" else given.calibration)
                 if (name, recipe, count, seed) not in known
             ]
             if not wanted:
@@ -193,7 +195,7 @@ class Images:
 
         # In this order, so that the held-out crops do not depend on `wanted`.
         calibration = load_calibration(range(COUNT))
-        each = -(-HELD_OUT // len(rest))
+        each = -(-given.held_out // len(rest))
         crops = [load(one, cropped=True) for one in rest for _ in range(each)]
         uncropped = [load(one, cropped=False) for one in rest]
         calibration += load_calibration(range(COUNT, wanted))
@@ -243,12 +245,15 @@ def measure(
     images: Images,
     fp32: Sequence[NDArray[np.float32]],
 ) -> Row:
-    options = RECIPES[recipe]
     with tempfile.TemporaryDirectory(prefix="imagemill-recipes-") as folder:
         begun, precision, file = time.process_time(), Precision.BF16, bundle.dir / bundles.MODEL
-        if options is not None:
+        if recipe != "bf16":
             precision = Precision.INT8
-            model = quantised(bundle, images.calibration, count, options)
+            model = (
+                quantize.quantize(file, images.calibration[:count])
+                if recipe == "imagemill"
+                else quantised(bundle, images.calibration, count, RECIPES[recipe])
+            )
             file = quantize.save(model, Path(folder))
             del model
         seconds = time.process_time() - begun
@@ -256,9 +261,9 @@ def measure(
             accuracy.compare(before, answers(bundle, file, precision, some), bundle.card.scores)
             for before, some in zip(fp32, (images.crops, images.uncropped), strict=True)
         ]
-        speedup = None
+        rates = None
         if given.speed and seed == 0:
-            speedup = measure_speedup(bundle, file, precision, images.crops)
+            rates = measure_rates(bundle, file, precision, images.crops)
     crops, uncropped = found
     return Row(
         name,
@@ -276,7 +281,7 @@ def measure(
         crops.sure,
         crops.mean_probability_difference,
         round(seconds, 1),
-        speedup,
+        rates,
     )
 
 
@@ -294,8 +299,6 @@ def quantised(bundle: Bundle, pixels: Pixels, count: int, recipe: dict[str, Any]
     if (overflow := options.pop("overflow", None)) is not None:
         advanced["overflow_fix"] = getattr(nncf.OverflowFix, overflow)
     options["preset"] = nncf.QuantizationPreset(options["preset"])
-    if "model_type" in options:
-        options["model_type"] = nncf.ModelType(options["model_type"])
     parameters = nncf.AdvancedQuantizationParameters(**advanced)
     file = bundle.dir / bundles.MODEL
     calibration = nncf.Dataset(pixels[:count])
@@ -354,17 +357,17 @@ def answers(bundle: Bundle, file: Path, precision: Precision, pixels: Pixels) ->
         return np.concatenate([outputs.logits.copy() for _, outputs in stream(batches(pixels))])
 
 
-def measure_speedup(bundle: Bundle, faster: Path, precision: Precision, pixels: Pixels) -> float:
+def measure_rates(
+    bundle: Bundle, faster: Path, precision: Precision, pixels: Pixels
+) -> tuple[float, float]:
     some = list(batches(pixels[: 8 * BATCH]))
     with (
         opened(bundle, bundle.dir / bundles.MODEL, Precision.FP32) as fp32,
         opened(bundle, faster, precision) as fast,
     ):
-        ratios = []
-        for _ in range(4):
-            before, after = rate(fp32, some), rate(fast, some)
-            ratios.append(after / before)
-    return round(statistics.median(ratios[1:]), 2)  # the first turn warms up
+        turns = [(rate(fp32, some), rate(fast, some)) for _ in range(4)]
+    before, after = zip(*turns[1:], strict=True)  # the first turn warms up
+    return round(statistics.median(before), 1), round(statistics.median(after), 1)
 
 
 def rate(stream: Callable[[Any], Any], some: Sequence[Batch]) -> float:
@@ -380,7 +383,7 @@ def rate(stream: Callable[[Any], Any], some: Sequence[Batch]) -> float:
 
 
 def format_row(row: Row) -> str:
-    speed = f" | {row.speedup:.2f}" if row.speedup else " |"
+    speed = f" | {row.rates[0]} → {row.rates[1]}" if row.rates else " |"
     return (
         f"| {row.model} | {row.recipe} | {row.calibration} | {row.seed} | {row.agreement:.4f} of"
         f" {row.crops} ({row.low:.4f}–{row.high:.4f}) | {row.uncropped_agreement:.4f} of"
