@@ -46,7 +46,7 @@ def trapped(tmp_path: Path) -> Path:
     )
 
 
-def test_modules_in_the_working_directory_are_never_executed(
+def test_no_command_executes_a_module_of_the_working_directory(
     trapped: Path, tmp_path: Path, jpegs: Callable[..., Path], models_dir: Path
 ) -> None:
     """`demo`, which is a `run`, `bench` and `quantize` work in a folder of files named like

@@ -310,7 +310,7 @@ def test_a_damaged_summary_is_written_again(finished: Settings, out: Path) -> No
 
 @examples(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), number=st.integers(0, 3))
-def test_a_flipped_bit_anywhere_is_found(
+def test_a_flipped_bit_in_any_byte_is_damage(
     finished: Settings,
     tmp_path_factory: pytest.TempPathFactory,
     place: float,
