@@ -37,15 +37,11 @@ if TYPE_CHECKING:
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
-
-
 def resolve(
     model: str,
     models_dir: Path,
     *,
-    notify: Notify = _silent,
+    notify: Notify = lambda _: None,
     progress: download.Progress | None = None,
 ) -> Bundle:
     """Return the bundle that `run --model` means; make it if it is not in the models folder.
@@ -90,7 +86,7 @@ def get_from(
     models_dir: Path,
     *,
     given: Mapping[str, Any],
-    notify: Notify = _silent,
+    notify: Notify = lambda _: None,
     progress: download.Progress | None = None,
 ) -> Bundle:
     """Return the bundle NAME of a model folder or a repository of the Hub; make it if missing.

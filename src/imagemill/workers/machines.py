@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import DeviceSpec, Engine, Shard
+from imagemill.system.messages import Notify
 from imagemill.workers.local import LocalPool
 from imagemill.workers.pool import WorkerPool
 
@@ -19,9 +20,7 @@ class Machines(Protocol):
         """Return the devices that a `--devices` argument names. Raises: UsageError, DeviceError."""
         ...
 
-    def automatic(
-        self, images: int | None, precision: str | None, notify: Callable[[str], None]
-    ) -> str:
+    def automatic(self, images: int | None, precision: str | None, notify: Notify) -> str:
         """Return the `--devices` argument that `auto` means for a new job; see
         `automatic.choose`.
         """
@@ -45,9 +44,7 @@ class ThisMachine:
         """Implement `Machines.devices`."""
         return devices.resolve(spec)
 
-    def automatic(
-        self, images: int | None, precision: str | None, notify: Callable[[str], None]
-    ) -> str:
+    def automatic(self, images: int | None, precision: str | None, notify: Notify) -> str:
         """Implement `Machines.automatic`."""
         return automatic.choose(images, precision, notify)
 
@@ -64,7 +61,7 @@ class ThisMachine:
         """Implement `Machines.close`."""
 
 
-def connect(engine: str, notify: Callable[[str], None], *, allow_mixed: bool = False) -> Machines:
+def connect(engine: str, notify: Notify, *, allow_mixed: bool = False) -> Machines:
     """Connect to the machines of an engine.
 
     Args:

@@ -18,7 +18,7 @@ import errno
 import io
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,6 +40,7 @@ from imagemill.models.checkpoints.pickled import (
     raw_dtype,
     shown,
 )
+from imagemill.system.messages import Notify
 
 Array = NDArray[Any]
 
@@ -78,16 +79,12 @@ class Checkpoint:
     """Names of the classes, if they are saved beside the parameters."""
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
-
-
-def read(path: Path, notify: Callable[[str], None] = _silent) -> dict[str, Array]:
+def read(path: Path, notify: Notify = lambda _: None) -> dict[str, Array]:
     """Read a checkpoint's parameters by name, in the order of the file. See `load`."""
     return load(path, notify).arrays
 
 
-def load(path: Path, notify: Callable[[str], None] = _silent) -> Checkpoint:
+def load(path: Path, notify: Notify = lambda _: None) -> Checkpoint:
     """Read a checkpoint's parameters, and the names of its classes.
 
     16-bit floats become float32, other types stay. Arrays may be read-only and may share memory
@@ -131,9 +128,7 @@ def load(path: Path, notify: Callable[[str], None] = _silent) -> Checkpoint:
         raise CheckpointError(f"{path}: damaged ({what}). {_REMEDY}") from error
 
 
-def _read(
-    path: Path, file: IO[bytes], head: bytes, size: int, notify: Callable[[str], None]
-) -> Checkpoint:
+def _read(path: Path, file: IO[bytes], head: bytes, size: int, notify: Notify) -> Checkpoint:
     if head[:4] == b"PK\x03\x04":
         return _read_zip(file, size, notify)
     if head[:15] == _LEGACY_MAGIC:
@@ -193,7 +188,7 @@ def _read_safetensors(path: Path, size: int) -> dict[str, Array]:
 # ── zip .pth ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_zip(file: IO[bytes], size: int, notify: Callable[[str], None]) -> Checkpoint:
+def _read_zip(file: IO[bytes], size: int, notify: Notify) -> Checkpoint:
     _check_zip_directory(file, size)
     try:
         archive = zipfile.ZipFile(file)
@@ -306,7 +301,7 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
 # ── legacy .pth ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_legacy(file: IO[bytes], size: int, notify: Callable[[str], None]) -> Checkpoint:
+def _read_legacy(file: IO[bytes], size: int, notify: Notify) -> Checkpoint:
     stream = io.BytesIO(file.read(PICKLE_BYTES))
     machine = Machine(size)
     machine.run(stream)  # the magic number, seen already
@@ -393,7 +388,7 @@ def _from_bfloat16(bits: Array) -> NDArray[np.float32]:
     return upper.view(np.float32)
 
 
-def _state_dict(root: object, size: int, notify: Callable[[str], None]) -> dict[str, Tensor]:
+def _state_dict(root: object, size: int, notify: Notify) -> dict[str, Tensor]:
     """Pick the mapping of names to tensors out of what the pickle described."""
     tensors: dict[str, Tensor] = {}
     total = 0

@@ -8,10 +8,11 @@ beside `state_dict`), and put the names of their wrappers before the parameters'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final, TypeVar
 
 from imagemill.models.checkpoints.pickled import Refused, shown
+from imagemill.system.messages import Notify
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ _LISTED: Final = 5
 _NO_PARAMETER: Final = ".num_batches_tracked"
 
 
-def choose(found: Mapping[str, Mapping[str, T]], notify: Callable[[str], None]) -> dict[str, T]:
+def choose(found: Mapping[str, Mapping[str, T]], notify: Notify) -> dict[str, T]:
     """Choose a state dict and drop the wrappers from its names.
 
     An exponential moving average (EMA) of the weights is preferred to the plain weights, as in

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from imagemill.errors import counted
 from imagemill.pipeline.backends import BACKENDS, devices, nvidia
 from imagemill.records import Precision
+from imagemill.system.messages import Notify
 
 CPU: Final = "auto"
 """The `--devices` argument in `job.json` if `auto` means the CPU. A resumed job resolves it again,
@@ -29,7 +30,7 @@ _KIND: Final = "cuda"
 
 
 def choose(
-    images: int | None, precision: str | None = None, notify: Callable[[str], None] = lambda _: None
+    images: int | None, precision: str | None = None, notify: Notify = lambda _: None
 ) -> str:
     """Return the `--devices` argument that `auto` means: all usable GPUs of the best model, if the
     job is worth their start, else the CPU.

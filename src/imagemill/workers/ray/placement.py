@@ -10,6 +10,7 @@ from typing import Any
 from imagemill.errors import WorkerError
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Lease
+from imagemill.system.messages import Notify
 from imagemill.workers.pool import WorkerStatus
 from imagemill.workers.protocol import Pause
 from imagemill.workers.ray.messages import Restart
@@ -66,7 +67,7 @@ class Placement:
         nodes: Callable[[], Sequence[Node]],
         asked: Sequence[devices.Asked],
         first: Sequence[Slot],
-        notify: Callable[[str], None],
+        notify: Notify,
     ) -> None:
         self._nodes = nodes
         self._asked = asked

@@ -21,12 +21,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from imagemill.errors import ImagemillError, WorkerError
 from imagemill.job.store import Store
 from imagemill.records import DeviceSpec, Lease
+from imagemill.system.messages import Notify
 from imagemill.system.processes import Failed
 from imagemill.workers.pool import Event, Joined, Lost, WorkerStatus
 from imagemill.workers.protocol import Pause
@@ -75,7 +76,7 @@ class RayPool:
         provisioning: Provisioning,
         placement: Placement,
         slots: Sequence[Slot],
-        notify: Callable[[str], None],
+        notify: Notify,
     ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
