@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -507,4 +508,5 @@ def test_processor_is_read_from_either_kind_of_cpuinfo(tmp_path: Path) -> None:
     assert cpu.flags(x86) == {"fpu", "avx2", "amx_bf16"}
     assert cpu.name(x86) == "A CPU"
     assert "asimd" in cpu.flags(arm)
+    assert cpu.name(arm) == platform.machine()
     assert cpu.flags(tmp_path / "none") == set()

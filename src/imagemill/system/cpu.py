@@ -60,7 +60,7 @@ def name(cpuinfo: Path = _CPUINFO) -> str:
         for line in cpuinfo.read_text().splitlines():
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return platform.machine()  # platform.processor() would start a process
 
 
 def usable_cores() -> list[int]:
