@@ -452,6 +452,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "PPM plain": lambda: _replaced("PPM plain", b"44 36", b"20000 20000"),
     "PFM": lambda: _replaced("PPM float", b"44 36", b"20000 20000"),
     "WEBP": sample_images.webp_bomb,
+    "JXL": lambda: (  # width and height of 20,000, each 0, 2 (of 2 bits), then 18 bits
+        b"\xff\x0a" + (2 << 1 | 19_999 << 3 | 2 << 24 | 19_999 << 26).to_bytes(12, "little")
+    ),
     "AVIF": lambda: _replaced(
         "AVIF",
         b"ispe" + struct.pack(">III", 0, W, H),

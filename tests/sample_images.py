@@ -206,7 +206,7 @@ HOSTILE: dict[str, Callable[[], tuple[bytes, str]]] = {
         b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(64),
         "corrupt",
     ),
-    "jxl": lambda: (b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(64), "unsupported"),
+    "jpeg-xr": lambda: (b"II\xbc\x01" + bytes(64), "unsupported"),
     "pdf": lambda: (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "unsupported"),
     "eps": lambda: (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "unsupported"),
     "svg": lambda: (

@@ -13,7 +13,6 @@ from PIL import Image
 
 from imagemill.errors import UsageError
 from imagemill.pipeline.decoding import pillow, preprocess
-from imagemill.pipeline.decoding.jpeg import ORIENTATION
 from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
 from imagemill.pipeline.sources.files import read_file
 from imagemill.records import BadImage, Limits, Recipe, Status
@@ -171,7 +170,7 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
         try:
             pillow.prepare()
             image.load()
-            orientation = _orientation(image) if recipe.exif else 1
+            orientation = pillow.orientation_of(image) if recipe.exif else 1
             return _encode_image(
                 image.transpose(preprocess.TURNS[orientation]) if orientation > 1 else image,
                 keep_alpha=recipe.background is not None,
@@ -187,17 +186,9 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
             else:
                 bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
     orientation = (
-        1 if image.format == "TIFF" or not recipe.exif else _orientation(image)
+        1 if image.format == "TIFF" or not recipe.exif else pillow.orientation_of(image)
     )  # Pillow has turned a TIFF's size already
     raise BadImage(*bad, *preprocess.turned_size(*image.size, orientation))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        found = image.getexif().get(ORIENTATION)
-    except Exception:  # broken EXIF is no reason to refuse an image
-        return 1
-    return found if isinstance(found, int) and found in preprocess.TURNS else 1
 
 
 def _encode_image(image: Image.Image, *, keep_alpha: bool) -> bytes:

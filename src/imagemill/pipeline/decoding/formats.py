@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from itertools import takewhile
 
 REFUSED: dict[str, tuple[bytes, ...]] = {
     "PDF": (b"%PDF",),
@@ -38,6 +39,10 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
     "XPM2": (b"! XPM2",),
     "PGX": (b"PG ML", b"PG LM"),
     "VIFF": (b"\xab\x01",),
+    "VIPS": (b"\x08\xf2\xa6\xb6", b"\xb6\xa6\xf2\x08"),
+    "CALS": (b"srcdocid:",),
+    "sixel": (b"\x1bP",),
+    "XISF": (b"XISF0100",),
     "VICAR": (b"LBLSIZE=",),
     "PDS": (b"PDS_VERSION_ID",),
     "NITF": (b"NITF0", b"NSIF0"),
@@ -82,6 +87,7 @@ _HEIF_BRANDS = {
     b"jpeg",
     b"j2ki",
 }
+_DCX = b"\xb1\x68\xde\x3a"
 _OS2_KINDS = {b"IC", b"CI", b"PT", b"CP"}
 _BMP_HEADERS = {12, 40, 52, 56, 108, 124, *range(16, 65, 4)}
 _INFLATED = 4096
@@ -171,6 +177,16 @@ def variant(name: str | None, data: bytes) -> str | None:
                 return "PNG for iOS (CgBI)"
             case "PSD":
                 return _psd(data)
+            case "SUN":
+                width, depth, kind = (_u32(data, at, ">") for at in (4, 12, 20))
+                if depth == 32:
+                    return "SUN raster of 32 bits"
+                if kind == 2 and -(-width * depth // 8) % 2:
+                    return "SUN raster of packed rows with an odd number of bytes"
+            case "ICO" if data[4:6] == b"\0\0" and data[6:8] != b"\0\0":
+                return "JBIG"
+            case "PCX" if data[2] == 0:
+                return "PCX without compression"
             case "PCX":
                 bits, planes = data[3], data[65]
                 known = {(1, 1), (1, 2), (1, 4)} | ({(8, 1), (8, 3)} if data[1] == 5 else set())
@@ -202,6 +218,35 @@ def full_palette(data: bytes) -> bytes:
         if bits in {4, 8} and colours <= 1 << bits and colours != 256
         else data
     )
+
+
+def without_extra_channels(data: bytes) -> bytes:
+    """Return a packed PSD whose table of row lengths has the colours alone. Pillow takes the
+    lengths of further channels for pixels.
+    """
+    try:
+        at = _psd_pixels(data)
+        compression = struct.unpack_from(">H", data, at)[0]
+    except struct.error:
+        return data
+    channels, height, mode = struct.unpack_from(">HI6xH", data, 12)
+    used = 4 if (channels, mode) == (4, 3) else {3: 3, 4: 4, 9: 3}.get(mode, 1)
+    if compression != 1 or channels <= used:
+        return data
+    return data[: at + 2 + 2 * used * height] + data[at + 2 + 2 * channels * height :]
+
+
+def first_page(data: bytes) -> bytes:
+    """Return the first PCX file of a DCX, which Pillow would give the palette of the last one.
+    Return anything else as it is.
+    """
+    if not data.startswith(_DCX) or len(data) < 8:
+        return data
+    table = data[4 : 4 + 4 * min(1024, len(data) // 4 - 1)]
+    pages = [page for (page,) in takewhile(any, struct.iter_unpack("<I", table))]
+    if not pages or data[pages[0] : pages[0] + 1] != b"\n":
+        return data
+    return data[pages[0] : min((page for page in pages if page > pages[0]), default=len(data))]
 
 
 def _u32(data: bytes, at: int, order: str = "<") -> int:
@@ -254,7 +299,7 @@ def _jpeg(data: bytes) -> str | None:
 
 def _jpeg2000(data: bytes) -> str | None:
     """Refuse what Pillow reads to wrong pixels: the brightest colours of more than 8 bits become 0,
-    and subsampled ones fill a corner.
+    white of fewer bits becomes grey, and subsampled ones fill a corner.
     """
     at = data.find(b"\xff\x4f\xff\x51")
     if at < 0:
@@ -271,9 +316,12 @@ def _jpeg2000(data: bytes) -> str | None:
     channels = [
         struct.unpack_from("BBB", data, at + 42 + 3 * index) for index in range(min(count, 64))
     ]
-    bits = max(((bits & 0x7F) + 1 for bits, _, _ in channels), default=0)
-    if count > 1 and bits > 8:
-        return f"JPEG 2000 with {count} channels of {bits} bits"
+    depths = {(bits & 0x7F) + 1 for bits, _, _ in channels}
+    if not depths <= ({8, *range(10, 17)} if count == 1 else {8}):
+        return (
+            f"JPEG 2000 with {count} channel{'s' * (count != 1)} of"
+            f" {'/'.join(map(str, sorted(depths)))} bits"
+        )
     steps = [(across, down) for _, across, down in channels]
     whole = steps[:1] == [(1, 1)] and (count == 3 or len(set(steps)) == 1)
     return (
@@ -304,11 +352,16 @@ def _psd(data: bytes) -> str | None:
     bits, mode = struct.unpack_from(">HH", data, 22)
     if mode == 7 or (mode in _PSD_MODES and bits in {1, 16, 32} and (mode, bits) != (0, 1)):
         return f"PSD with {bits}-bit {_PSD_MODES[mode]} pixels"
+    compression = struct.unpack_from(">H", data, _psd_pixels(data))[0]
+    return "PSD with ZIP compression" if compression in {2, 3} else None
+
+
+def _psd_pixels(data: bytes) -> int:
+    """Return where the composite of a PSD begins, with its compression."""
     at = 26
     for _ in range(3):  # colours, resources, layers
         at += 4 + _u32(data, at, ">")
-    compression = struct.unpack_from(">H", data, at)[0]
-    return "PSD with ZIP compression" if compression in {2, 3} else None
+    return at
 
 
 def _tga(data: bytes) -> str | None:

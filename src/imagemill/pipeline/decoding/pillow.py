@@ -26,7 +26,15 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from imagemill.pipeline.decoding import png, preprocess, tiff
-from imagemill.pipeline.decoding.formats import REFUSED, full_palette, guess, recognise, variant
+from imagemill.pipeline.decoding.formats import (
+    REFUSED,
+    first_page,
+    full_palette,
+    guess,
+    recognise,
+    variant,
+    without_extra_channels,
+)
 from imagemill.pipeline.decoding.jpeg import ORIENTATION, read_header
 from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
@@ -89,6 +97,7 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
     """Decode and preprocess one image into a place of a batch, and note its size as soon as it is
     known. May raise anything.
     """
+    data = first_page(data)
     is_png = data.startswith(png.MAGIC)
     file, orientation, cut = png.strip(data, recipe.exif) if is_png else (data, 1, None)
     image = png.read_small(file, limits.max_pixels) if is_png else None
@@ -98,9 +107,10 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             image.format == "TIFF"
         )  # Pillow does it when it loads, and gives the turned size before
         if recipe.exif and not turns_itself and not is_png:
-            orientation = _pillow_orientation(image)
+            orientation = orientation_of(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
         check_budget(*image.size, limits)
+        area = image.width * image.height
         if is_png:
             png.check_sums(data)
             if cut is not None:
@@ -114,6 +124,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             raise Refusal(
                 Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours"
             )  # Pillow takes it for grey
+        if image.format == "JXL" and image.mode == "LA" and len(vars(image)["_data"]) > 2 * area:
+            raise _refused("JPEG XL with grey and alpha of more than 8 bits")
         image.load()  # once: after an error the second call is silent and leaves black pixels
         seen.width, seen.height = width, height = preprocess.turned_size(*image.size, orientation)
         check_budget(width, height, limits)
@@ -145,8 +157,12 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
         raise _refused(name)
     if expected == "BMP":
         data = full_palette(data)
+    if expected == "PSD":
+        data = without_extra_channels(data)
     if expected == "WEBP":
         _check_webp(data, limits, seen)
+    if expected == "JXL":
+        check_budget(*_jxl_size(data), limits)  # its plugin decodes as it opens
     reason: Exception | None = None
     for name in _candidates(expected, data):
         if name not in Image.OPEN and name not in COMMON_FORMATS:
@@ -232,7 +248,10 @@ _MAGIC: dict[str, tuple[bytes, ...]] = {
     "SGI": (b"\x01\xda",),
     "SUN": (b"\x59\xa6\x6a\x95",),
     "PCX": tuple(
-        bytes((10, version, 1, bits)) for version in (0, 2, 3, 4, 5) for bits in (1, 2, 4, 8)
+        bytes((10, version, packed, bits))
+        for version in (0, 2, 3, 4, 5)
+        for packed in (0, 1)
+        for bits in (1, 2, 4, 8)
     ),
     "XPM": (b"/* XPM */",),
     **REFUSED,
@@ -299,7 +318,10 @@ def _refused(name: str) -> Refusal:
 # How it becomes RGB
 
 
-def _pillow_orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation that an image of Pillow is still to be turned by."""
+    if image.format == "JXL" and not vars(image).get("jpeg"):
+        return 1  # libjxl has turned it, unless it is a JPEG packed without loss
     try:
         found = Image.Image.getexif(image).get(
             ORIENTATION, 1
@@ -405,6 +427,36 @@ def _avif_size(data: bytes) -> tuple[int, int] | None:
         for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)
     ]
     return max(sizes, default=None, key=lambda size: size[0] * size[1])
+
+
+def _jxl_size(data: bytes) -> tuple[int, int]:
+    """Return the width and height in the header of a JPEG XL; smaller ones if the header is cut
+    off.
+    """
+    stream, at = (data[:12], len(data)) if data.startswith(b"\xff\x0a") else (b"", 0)
+    while len(stream) < 12 and at + 16 <= len(data):  # boxes, several of which may have its parts
+        length, kind, long = struct.unpack_from(">I4sQ", data, at)
+        start = at + (16 if length == 1 else 8)
+        end = at + (long if length == 1 else length) if length else len(data)
+        if kind in {b"jxlc", b"jxlp"}:
+            stream += data[start + 4 * (kind == b"jxlp") : end][:12]
+        at = max(end, start)
+    bits = int.from_bytes(stream[2:12], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    def side() -> int:
+        return 8 * (take(5) + 1) if is_small else take((9, 13, 18, 30)[take(2)]) + 1
+
+    is_small = take(1)
+    height = side()
+    ratio = take(3)
+    across, down = ((0, 1), (1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))[ratio]
+    return (height * across // down if ratio else side()), height
 
 
 def _check_webp(data: bytes, limits: Limits, seen: Seen) -> None:
