@@ -447,6 +447,8 @@ def test_a_folder_given_as_a_list_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"a.jpg\n" * 200 + b"b\0.jpg\n", "line 201: has a NUL byte, which no path can hold."),
+        (b"a.jpg\rb.jpg\rc.jpg\r", "has carriage returns and no line feeds, so all of it is one"),
+        ("a.jpg\rb.jpg".encode("utf-16"), "has carriage returns and no line feeds"),
         (
             "a.jpg\n".encode("utf-16") + b"x",
             "cannot be read: 'utf-16-le' codec can't decode byte 0x78",
@@ -465,8 +467,9 @@ def test_a_list_that_is_damaged_is_one_clear_error(
 
 def test_a_failed_name_with_a_nul_byte_is_still_a_list(tmp_path: Path) -> None:
     """`failed.txt` quotes it, and it stays a row."""
-    (tmp_path / "failed.txt").write_bytes(b'"/nul\\u0000.jpg"\n')
-    assert [entry.path for entry in listed(f"@{tmp_path}/failed.txt")] == [b"/nul\0.jpg"]
+    (tmp_path / "failed.txt").write_bytes(b'"/nul\\u0000.jpg"\n"/a\\rb.jpg"\r\n')
+    listing = listed(f"@{tmp_path}/failed.txt")
+    assert [entry.path for entry in listing] == [b"/nul\0.jpg", b"/a\rb.jpg"]
 
 
 def test_a_source_that_cannot_be_reached_says_why(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ class ListSource:
         try:
             with locations.open_text(self.name, self._file, self._access, "\n") as lines:
                 for number, line in enumerate(lines, 1):
+                    if not line.endswith("\n") and number == 1 and "\r" in line.rstrip("\r"):
+                        raise SourceError(
+                            f"source {self.name} has carriage returns and no line feeds, so all of"
+                            " it is one line. End its lines with line feeds."
+                        )
                     path = self._path(
                         line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number
                     )
