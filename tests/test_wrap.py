@@ -577,6 +577,7 @@ def decomposed_softmax() -> onnx.ModelProto:
         (small(outputs={"embedding": ["n", "k"]}, classes=1), {}, r"returns one score per image, .* Add --scores sigmoid"),
         (four_dimensions(1), {}, r"returns one score per image, .* Add --scores sigmoid"),
         (head(turned("Sigmoid"), classes=1, outputs={"y": ["n", 1]}), {"scores": "softmax"}, r"one score per image, .* --scores sigmoid"),
+        (head(turned("LogSoftmax", axis=1)), {"scores": "sigmoid"}, r"returns logarithms of probabilities, .* Leave --scores out"),
         (head(turned("Softmax", axis=1), classes=1, outputs={"y": ["n", 1]}), {}, r"a Softmax over one class, .* Export it without"),
         (four_dimensions(3, turned("Softmax", axis=2)), {"scores": "softmax"}, r"its Softmax is not over the classes: .* sum to 3"),
         (decomposed_softmax(), {}, r"lie between 0 and 1 and sum to 1, so they are probabilities already, not logits\. Add"),

@@ -154,6 +154,15 @@ def _judge_scores(plan: Plan, scores: NDArray[np.float32]) -> list[str]:
                 f"note: an image's scores sum to {farthest:.4g}, not 1; they are written as"
                 " they are"
             ]
+    elif (
+        kind is Scores.SIGMOID
+        and classes > 1
+        and np.abs(np.exp(scores).sum(axis=1, dtype=np.float64) - 1).max() < _TOLERANCE
+    ):
+        raise UsageError(
+            f"{name} returns logarithms of probabilities, as LogSoftmax does, so --scores sigmoid"
+            " cannot be right. Leave --scores out."
+        )
     elif within and ends_in is None:
         if classes > 1 and abs(farthest - 1) < _TOLERANCE:
             raise UsageError(
