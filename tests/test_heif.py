@@ -5,6 +5,7 @@ extra.
 from __future__ import annotations
 
 import io
+import struct
 import sys
 
 import numpy as np
@@ -60,6 +61,27 @@ def test_half_a_heic_is_a_row() -> None:
 def test_a_heic_bomb_is_refused_undecoded() -> None:
     decoded = decode(heic(), RECIPE, Limits(max_pixels=100))
     assert (decoded.status, decoded.width) == (Status.TOO_LARGE, 90)
+
+
+def test_a_heic_that_shows_a_part_of_a_bomb_is_refused_undecoded() -> None:
+    """All of the picture is decoded, whatever part of it is shown."""
+    file = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (1002, 751))).save(file)
+    data = bytearray(file.getvalue())
+    part = data.index(b"clap") + 4
+    struct.pack_into(">8I", data, part, 90, 1, 60, 1, 0, 1, 0, 1)
+    decoded = decode(bytes(data), RECIPE, Limits(max_pixels=10_000))
+    assert (decoded.status, decoded.width, decoded.height) == (Status.TOO_LARGE, 90, 60)
+    assert "1002×752 are 753504 pixels" in str(decoded.error)
+    assert decode(bytes(data), RECIPE, Limits()).status is Status.OK
+
+
+def test_a_heic_beyond_its_decoder_is_not_corrupt() -> None:
+    """libheif refuses more than 2^30 pixels, whatever the budget."""
+    data = bytearray(heic())
+    struct.pack_into(">II", data, data.index(b"ispe") + 8, 40_000, 40_000)
+    for limits in (Limits(), Limits(max_pixels=10**10)):
+        assert decode(bytes(data), RECIPE, limits).status is Status.TOO_LARGE
 
 
 def test_without_the_extra_the_row_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

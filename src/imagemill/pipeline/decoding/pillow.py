@@ -41,6 +41,8 @@ from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Recipe, Status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
@@ -110,6 +112,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             orientation = orientation_of(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
         check_budget(*image.size, limits)
+        if image.format == "HEIF":
+            check_budget(*_coded_size(data), limits)
         area = image.width * image.height
         if is_png:
             png.check_sums(data)
@@ -289,7 +293,7 @@ def _why_not(
             f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type"
             f" SOF{jpeg.frame - 0xC0}",
         )
-    if expected == "AVIF" and (size := _avif_size(data)) is not None:
+    if expected == "AVIF" and any(size := _coded_size(data)):
         seen.width, seen.height = size
         check_budget(*size, limits)
         if max(size) > 2**15 or size[0] * size[1] > 2**28:
@@ -418,29 +422,39 @@ def prepare(*, partial: bool = False) -> None:
                 warnings._filters_mutated()  # type: ignore[attr-defined]
 
 
-def _avif_size(data: bytes) -> tuple[int, int] | None:
-    """Return the largest width and height among the properties of an AVIF, whose decoder does not
-    tell a size that it refuses.
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the kind of each outer box of an ISO file, and where its content begins and ends."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind, long = struct.unpack_from(">I4sQ", data, at)
+        start = at + (16 if length == 1 else 8)
+        end = at + (long if length == 1 else length) if length else len(data)
+        yield kind, start, end
+        at = max(end, start)
+
+
+def _coded_size(data: bytes) -> tuple[int, int]:
+    """Return the largest width and height among the properties of an AVIF or HEIF. An AVIF decoder
+    does not tell a size that it refuses, and that of HEIF tells the size after cropping.
     """
+    meta = next((data[start:end] for kind, start, end in _boxes(data) if kind == b"meta"), b"")
     sizes = [
-        struct.unpack_from(">4xII", data, found.end())
-        for found in re.finditer(b"ispe(?=.{12})", data[: 1 << 20], re.DOTALL)
+        struct.unpack_from(">4xII", meta, found.end())
+        for found in re.finditer(b"ispe(?=.{12})", meta, re.DOTALL)
     ]
-    return max(sizes, default=None, key=lambda size: size[0] * size[1])
+    return max(sizes, default=(0, 0), key=lambda size: size[0] * size[1])
 
 
 def _jxl_size(data: bytes) -> tuple[int, int]:
     """Return the width and height in the header of a JPEG XL; smaller ones if the header is cut
     off.
     """
-    stream, at = (data[:12], len(data)) if data.startswith(b"\xff\x0a") else (b"", 0)
-    while len(stream) < 12 and at + 16 <= len(data):  # boxes, several of which may have its parts
-        length, kind, long = struct.unpack_from(">I4sQ", data, at)
-        start = at + (16 if length == 1 else 8)
-        end = at + (long if length == 1 else length) if length else len(data)
-        if kind in {b"jxlc", b"jxlp"}:
+    stream = data[:12] if data.startswith(b"\xff\x0a") else b""
+    boxes = _boxes(data)
+    while len(stream) < 12 and (box := next(boxes, None)) is not None:
+        kind, start, end = box
+        if kind in {b"jxlc", b"jxlp"}:  # one box, or several parts
             stream += data[start + 4 * (kind == b"jxlp") : end][:12]
-        at = max(end, start)
     bits = int.from_bytes(stream[2:12], "little")
 
     def take(count: int) -> int:

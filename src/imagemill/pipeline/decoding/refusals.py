@@ -14,6 +14,7 @@ _TOO_LARGE = (
     "Decompressed data too large",
     "Too much memory used in text chunks",
     "decompression bomb",
+    "Security limit exceeded",
 )
 _CUT = (
     "truncated",
