@@ -122,6 +122,7 @@ def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
     names = [
         "../../up.jpg",
         "/etc/root.jpg",
+        ".\\windows.jpg",
         "line\nbreak.jpg",
         "not-\udcff-utf8.jpg",
         "twice.jpg",

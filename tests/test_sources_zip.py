@@ -138,6 +138,8 @@ def test_names_are_names_and_nothing_else(tmp_path: Path) -> None:
         b"../../up.jpg",
         b"/etc/root.jpg",
         b"C:\\a\\b.jpg",
+        b".\\a\\c.jpg",
+        b"..\\d.jpg",
         b"not-\xff-utf8.jpg",
         b"line\nbreak.jpg",
         b"twice.jpg",

@@ -108,11 +108,14 @@ def wanted_suffix(name: bytes, filters: Filters) -> str | None:
     return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
 
 
+_is_dotted = re.compile(rb"\.(?!\.?(?:\\|\Z))").match
+
+
 def is_hidden(path: bytes) -> bool:
     """Whether a member of an archive or store, or one of the folders above it, is hidden: its name
-    begins with a dot.
+    begins with a dot, and is not `.` or `..`, which some tools write before a backslash.
     """
-    return any(part.startswith(b".") and part not in (b".", b"..") for part in path.split(b"/"))
+    return any(map(_is_dotted, path.split(b"/")))
 
 
 def shown(name: bytes) -> str:
