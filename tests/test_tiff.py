@@ -279,6 +279,16 @@ def test_other_layouts_are_unsupported_by_name(name: str) -> None:
     assert reason in refused(data)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_without_a_photometric_interpretation_nothing_is_guessed(samples: int) -> None:
+    """A reader that takes white for 0 there, as Pillow does, shows a negative."""
+    data = tiff_files.by_hand(np.zeros((35, 37, samples)), 8, tags={262: 2 if samples == 3 else 1})
+    tag = struct.pack("<HHI", 262, 4, 1)
+    assert data.count(tag) == 1
+    renamed = data.replace(tag, struct.pack("<HHI", 263, 4, 1))  # Threshholding, which says nothing
+    assert "without a photometric interpretation" in refused(renamed)
+
+
 @pytest.mark.parametrize("link", ["following", "sub-directory"])
 def test_thumbnail_of_a_raw_file_is_no_answer(link: str) -> None:
     """A camera raw file is unsupported although its first image, a thumbnail, could be read."""

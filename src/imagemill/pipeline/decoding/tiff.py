@@ -372,6 +372,10 @@ class _Layout:
     def of(cls, tags: _Tags) -> _Layout:
         width, height = tags.one(256), tags.one(257)
         compression, photometric = tags.one(259, 1), tags.one(262, 0)
+        if 262 not in tags.values and compression not in _FAX:
+            raise Refusal(
+                Status.UNSUPPORTED, "TIFF without a photometric interpretation is not supported"
+            )  # black and white would be a guess
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
         if samples < 1:
             raise Refusal(Status.CORRUPT, f"broken TIFF header: {samples} samples per pixel")
