@@ -274,11 +274,14 @@ def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:
     """Return whether Pillow alone reads a TIFF with damaged tags, or alone refuses it.
 
     tifffile decides. It reads the file as it is, or with the bits per sample at its end made whole.
+    Strips that are missing are `truncated`, although both fill them in.
     """
     if data[:2] not in {b"II", b"MM"}:
         return False
     if expected.pixels is not None:
-        return decoded.status is not Status.OK and not _read_by_tifffile(data)
+        return decoded.status is not Status.OK and (
+            "where the size needs" in str(decoded.error) or not _read_by_tifffile(data)
+        )
     if decoded.status is not Status.OK or "cannot identify" not in expected.error:
         return False
     return _read_by_tifffile(data) or _read_by_tifffile(data + b"\x08\0" * 32)
@@ -315,7 +318,10 @@ EXCEPTIONS: dict[str, tuple[str, Callable[[bytes, Decoded, Reference], bool]]] =
         is_bmp_palette,
     ),
     "TIFF tags": (
-        "Pillow and tifffile disagree about a TIFF with damaged tags; we agree with tifffile",
+        (
+            "Pillow and tifffile disagree about a TIFF with damaged tags, and we agree with tifffile;"
+            " or both fill in strips that are missing"
+        ),
         is_tiff_tags,
     ),
 }
