@@ -80,6 +80,10 @@ def pcx(image: Image.Image | None = None) -> bytes:
     return sample_images.encode(image or Image.fromarray(PIXELS), "PCX")
 
 
+def monochrome_pcx() -> bytes:
+    return sample_images.encode(Image.fromarray(PIXELS).convert("1"), "PCX")
+
+
 def dcx(*pages: bytes) -> bytes:
     """A DCX of PCX files, behind a table of full length."""
     starts = [4 + 4 * 1024 + sum(map(len, pages[:number])) for number in range(len(pages))]
@@ -205,6 +209,10 @@ NAMED = {
     ),
     "PCX without compression": lambda: pcx()[:2] + b"\0" + pcx()[3:],
     "DCX: PCX without compression": lambda: dcx(pcx()[:2] + b"\0" + pcx()[3:]),
+    "PCX of two colours other than black and white": lambda: (
+        monochrome_pcx()[:16] + b"\xff\xff\xff\0\0\0" + monochrome_pcx()[22:]
+    ),
+    "SUN raster of 1 bit with a palette": lambda: sun(1, 1)[:24] + struct.pack(">II6x", 1, 6),
     "SUN raster of 32 bits": lambda: sun(32, 1),
     "SUN raster of packed rows with an odd number of bytes": lambda: sun(8, 2),
     "JBIG": lambda: b"\0\0\1\0" + struct.pack(">III", 40, 36, 36) + bytes(99),
@@ -336,6 +344,14 @@ def test_extra_channels_of_a_packed_psd_change_nothing(mode: str, extra: int) ->
     header = b"8BPS" + struct.pack(">H6xHIIHH", 1, len(planes), 36, 40, 8, number) + bytes(12)
     lengths = b"".join(struct.pack(">H", len(row)) for row in rows)
     check(header + b"\0\1" + lengths + b"".join(rows), np.asarray(image.convert("RGB")))
+
+
+def test_a_black_and_white_pcx_is_read() -> None:
+    """With the palette that says so, and without one."""
+    data = monochrome_pcx()
+    expected = np.asarray(Image.fromarray(PIXELS).convert("1").convert("RGB"))
+    for palette in (bytes(6), b"\0\0\0\xff\xff\xff"):
+        check(data[:16] + palette + data[22:], expected)
 
 
 def test_the_first_page_of_a_dcx_has_its_own_palette() -> None:

@@ -88,6 +88,8 @@ _HEIF_BRANDS = {
     b"j2ki",
 }
 _DCX = b"\xb1\x68\xde\x3a"
+_MONOCHROME = {bytes(6), b"\0\0\0\xff\xff\xff"}
+"""Palettes of a PCX of 1 bit that mean black and white, the first by being left out."""
 _OS2_KINDS = {b"IC", b"CI", b"PT", b"CP"}
 _BMP_HEADERS = {12, 40, 52, 56, 108, 124, *range(16, 65, 4)}
 _INFLATED = 4096
@@ -178,9 +180,11 @@ def variant(name: str | None, data: bytes) -> str | None:
             case "PSD":
                 return _psd(data)
             case "SUN":
-                width, depth, kind = (_u32(data, at, ">") for at in (4, 12, 20))
+                width, depth, kind, palette = (_u32(data, at, ">") for at in (4, 12, 20, 28))
                 if depth == 32:
                     return "SUN raster of 32 bits"
+                if depth == 1 and palette:
+                    return "SUN raster of 1 bit with a palette"
                 if kind == 2 and -(-width * depth // 8) % 2:
                     return "SUN raster of packed rows with an odd number of bytes"
             case "ICO" if data[4:6] == b"\0\0" and data[6:8] != b"\0\0":
@@ -189,6 +193,12 @@ def variant(name: str | None, data: bytes) -> str | None:
                 return "PCX without compression"
             case "PCX":
                 bits, planes = data[3], data[65]
+                if (
+                    (bits, planes) == (1, 1)
+                    and data[1] in {2, 5}
+                    and data[16:22] not in _MONOCHROME
+                ):
+                    return "PCX of two colours other than black and white"
                 known = {(1, 1), (1, 2), (1, 4)} | ({(8, 1), (8, 3)} if data[1] == 5 else set())
                 return (
                     None
