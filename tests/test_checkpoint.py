@@ -267,6 +267,26 @@ def test_names_of_wrappers_are_dropped(prefix: str, form: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("prefix", "left"),
+    [
+        ("resnet.", ""),
+        ("model.base_model.", ""),
+        ("_orig_mod.classifier.cnn.", ""),
+        ("features.0.", "features.0."),
+        ("timm_model.features.0.", "features.0."),
+        ("1.", "1."),
+    ],
+)
+def test_what_all_names_begin_with_is_dropped(prefix: str, left: str, tmp_path: Path) -> None:
+    """Users' modules hold the network under any name. A place in a sequence stays: what stands
+    before it may be there for a reason, and Cadene's names begin so.
+    """
+    arrays = prefixed(prefix) | {"criterion.weight": np.float32([1])}
+    save_file(arrays, tmp_path / "w.safetensors")
+    assert set(checkpoint.read(tmp_path / "w.safetensors")) == set(prefixed(left))
+
+
+@pytest.mark.parametrize(
     ("state", "line"),
     [
         ({"model": WEIGHTS, "model_ema": prefixed("module.", AVERAGED) | {"n_averaged": np.array(9)}}, "'model_ema'), not the plain ones"),

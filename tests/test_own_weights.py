@@ -217,6 +217,20 @@ def test_a_head_may_stand_in_a_sequence_or_be_missing() -> None:
         architectures.recognise(two).fitted(two)
 
 
+@pytest.mark.parametrize("head", ["classifier", "head.fc", "my_head", "classifier.1", "head.0"])
+@pytest.mark.parametrize("case", ["resnet18", "efficientnet_lite0"])
+def test_the_only_matrix_is_the_head(case: str, head: str) -> None:
+    """Whatever the training program calls it."""
+    model = ARCHITECTURES[case].with_classes(3)
+    arrays = {name.replace(model.head, head): array for name, array in zeros(model).items()}
+    assert f"{head}.weight" in arrays
+    assert architectures.recognise(arrays) == model
+    assert f"{model.head}.weight" in model.fitted(arrays)
+    more = {**arrays, "projection.weight": np.zeros((8, 3), np.float32)}
+    with pytest.raises(CheckpointError, match=r"extra: "):
+        architectures.recognise(more).fitted(more)
+
+
 def test_weights_that_fit_two_architectures_list_both() -> None:
     """timm's Lite networks: the same names and shapes, padded differently. The name decides."""
     arrays = arrays_of("timm/efficientnet_lite0")

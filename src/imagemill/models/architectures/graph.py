@@ -8,7 +8,6 @@ open.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,17 +135,13 @@ def head(name: str, classes: int, features: int) -> Shapes:
 
 
 def head_name(arrays: Mapping[str, Array], usual: str) -> str:
-    """Return what a file calls its classifier.
-
-    That is `usual`, or `last_linear` as in Cadene's `pretrainedmodels`, or the only layer of a
-    sequence, as in `fc = nn.Sequential(nn.Dropout(), nn.Linear(2048, 10))`: `fc.1`.
+    """Return what a file calls its classifier: `usual`, else the layer with the file's only matrix,
+    as in `fc = nn.Sequential(nn.Dropout(), nn.Linear(2048, 10))`, which is `fc.1`.
     """
     if f"{usual}.weight" in arrays:
         return usual
-    if "last_linear.weight" in arrays:
-        return "last_linear"
-    layers = [name for name in arrays if re.fullmatch(rf"{re.escape(usual)}\.\d+\.weight", name)]
-    return layers[0].removesuffix(".weight") if len(layers) == 1 else usual
+    matrices = [name for name, array in arrays.items() if array.ndim == 2]
+    return matrices[0].removesuffix(".weight") if len(matrices) == 1 else usual
 
 
 def classes(arrays: Mapping[str, Array], head: str) -> int:
@@ -226,7 +221,8 @@ def check(arrays: Mapping[str, Array], shapes: Shapes, architecture: str) -> Non
             f"The weights do not fit {architecture}: {len(problems)} parameters of {len(shapes)}"
             f" disagree with the file's {len(arrays)}\n  "
             + "\n  ".join(lines)
-            + f"\nGive a checkpoint of {architecture}, or a NAME that does not begin with it."
+            + f"\nGive a checkpoint of {architecture}, or export the model to ONNX, and give"
+            " --model file.onnx instead."
         )
 
 

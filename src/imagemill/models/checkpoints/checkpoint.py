@@ -288,7 +288,9 @@ def _checked_members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.Z
         if member.flag_bits & 0x1:
             raise Refused(f"its member {name!r} is encrypted")
         if member.compress_type != zipfile.ZIP_STORED:
-            raise Refused(f"its member {name!r} is compressed, which torch.save never does")
+            raise Refused(
+                f"its member {name!r} is compressed, as in TorchScript; torch.save never does that"
+            )
         if member.file_size != member.compress_size or member.file_size > size:
             raise Refused(
                 f"its member {name!r} claims {member.file_size} bytes, {member.compress_size}"

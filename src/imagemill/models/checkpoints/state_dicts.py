@@ -23,7 +23,7 @@ _WRAPPER: Final = re.compile(
 they wrap, which may be any module.
 """
 _CONTAINER: Final = re.compile(
-    r"^(?:(?:model|net|network|backbone|head|online_model|(?P<ema>ema|ema_model|model_ema|ema_net|net_ema))\.)+"
+    r"^(?:(?:model|net|network|backbone|online_model|(?P<ema>ema|ema_model|model_ema|ema_net|net_ema))\.)+"
 )
 """What Lightning modules and others call the network that they hold."""
 _EMA: Final = re.compile(r"(?:^|[_/.-])ema(?:$|[_/.-])", re.IGNORECASE)
@@ -91,11 +91,26 @@ def choose(found: Mapping[str, Mapping[str, T]], notify: Notify) -> dict[str, T]
                     f"the EMA weights are used ({_place(path)}), not the plain ones"
                     f" ({_place(used)})"
                 )
-            return tensors
+            return _without_prefix(tensors)
         notify(f"the EMA weights ({_place(path)}) are not used: they have no {shown(missing[0])}")
     if others := [path for path in plain if path != used]:
         notify(f"the weights under {_place(used)} are used, not those under {_places(others)}")
-    return plain.get(used, {})
+    return _without_prefix(plain.get(used, {}))
+
+
+def _without_prefix(tensors: dict[str, T]) -> dict[str, T]:
+    """Drop what all names begin with, such as `resnet.` if a user's module holds the network under
+    that name. A number is a place in a sequence, which means something.
+    """
+    while len(first := {name.partition(".")[0] for name in tensors}) == 1:
+        prefix = f"{first.pop()}."
+        short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if short.keys() == tensors.keys() or prefix[0].isdigit():
+            break
+        if any(name[:1] in "0123456789" for name in short):
+            break
+        tensors = short
+    return tensors
 
 
 def _preferred(groups: Mapping[str, object]) -> str:

@@ -46,8 +46,6 @@ _WEIGHTS: Final = ("model.safetensors", _INDEX, "pytorch_model.bin")
 _SHARD: Final = "model-*-of-*.safetensors"
 _MAX_GRAPH_BYTES: Final = 2**31
 """Limit of protobuf. Larger models keep their weights in files beside the graph."""
-_TIMM_WRAPPER: Final = "timm_model."
-"""What transformers puts before the names of timm's parameters."""
 _LISTED: Final = 5
 _READER: Final = 1
 """Version of the reading: bundles of another version are built again."""
@@ -260,8 +258,6 @@ def _build_weights(
     if not is_built or model.source.name == _INDEX:
         return None
     arrays = checkpoint.read(model.source, notify)
-    if all(name.startswith(_TIMM_WRAPPER) for name in arrays):
-        arrays = {name.removeprefix(_TIMM_WRAPPER): array for name, array in arrays.items()}
     if not model.is_timm and not resnet.recognise(arrays):
         return None  # a ResNet of another depth or width
     try:

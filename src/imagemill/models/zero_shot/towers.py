@@ -20,7 +20,6 @@ _TEXTS: Final = (
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
 )
 _IMAGE: Final = "vision_model.onnx"
 _TEXT: Final = "text_model.onnx"
