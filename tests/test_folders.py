@@ -547,6 +547,21 @@ def test_labels_that_do_not_fit_num_classes(copied: Callable[..., Path], tmp_pat
         build(copied("timm_border", num_classes=11), tmp_path)
 
 
+def test_labels_of_timm_may_have_their_classes_numbers(
+    copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`save_for_hf` takes a list or a mapping."""
+    names = {str(number): f"label {number}" for number in reversed(range(10))}
+    made, _ = build(copied("timm_border", label_names=names), tmp_path)
+    assert made.card.labels == tuple(f"label {number}" for number in range(10))
+    gap = {str(number): f"label {number}" for number in range(1, 11)}
+    document = folders.Document(
+        tmp_path / "config.json", {"label_names": gap, "pretrained_cfg": {}}
+    )
+    with pytest.raises(ModelError, match="label_names has 10 labels, but none for class 0"):
+        folders.timm_config.read_timm(document)
+
+
 def test_without_labels_they_are_numbers(copied: Callable[..., Path], tmp_path: Path) -> None:
     made, _ = build(copied("vit", id2label=None), tmp_path)
     assert made.card.labels == tuple(map(str, range(10)))

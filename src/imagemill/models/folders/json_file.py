@@ -6,7 +6,7 @@ Size, depth and types are checked before a value is used. A message names the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -115,6 +115,28 @@ def check_labels(document: Document, key: str, labels: Sequence[str]) -> tuple[s
         if any(ord(item) < 32 or 127 <= ord(item) < 160 for item in label):
             raise document.error(f"{key}: label {number} has a control character: {label[:50]!r}")
     return tuple(labels)
+
+
+def numbered_labels(
+    document: Document, key: str, found: Mapping[str, str | int]
+) -> tuple[str, ...]:
+    """Return labels in the order of their classes' numbers.
+
+    Raises:
+        ModelError: a number is missing, or as `check_labels`.
+    """
+    if len(found) > MAX_LABELS:
+        raise document.error(f"{key} has {len(found):,} labels; {MAX_LABELS:,} is the limit")
+    labels = []
+    for number in range(len(found)):
+        label = found.get(str(number))
+        if label is None:
+            raise document.error(
+                f"{key} has {len(found):,} labels, but none for class {number}: its keys must be"
+                f" 0 to {len(found) - 1}"
+            )
+        labels.append(str(label))
+    return check_labels(document, key, labels)
 
 
 def inside(folder: Path, name: str) -> Path | None:

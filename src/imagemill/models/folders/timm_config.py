@@ -14,7 +14,7 @@ from msgspec import Meta
 from imagemill.errors import counted
 from imagemill.models import bundle as bundles
 from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
-from imagemill.models.folders.json_file import MAX_LABELS, Document, check_labels
+from imagemill.models.folders.json_file import MAX_LABELS, Document, check_labels, numbered_labels
 from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side, spelled
 from imagemill.records import Centre, Interpolation
 
@@ -36,7 +36,7 @@ class Pretrained:
     mean: tuple[Number, ...] | None = None
     std: tuple[Positive, ...] | None = None
     num_classes: Annotated[int, Meta(ge=0, le=MAX_LABELS)] | None = None
-    label_names: tuple[str, ...] | None = None
+    label_names: tuple[str, ...] | dict[str, str] | None = None
     label_descriptions: dict[str, str] | None = None
     license: str | None = None
     tag: str | None = None
@@ -57,9 +57,9 @@ class Config:
 
     architecture: str | None = None
     num_classes: Annotated[int, Meta(ge=0, le=MAX_LABELS)] | None = None
-    label_names: tuple[str, ...] | None = None
+    label_names: tuple[str, ...] | dict[str, str] | None = None
     label_descriptions: dict[str, str] | None = None
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | dict[str, str] | None = None
     model_args: ModelArguments | None = None
 
 
@@ -192,6 +192,8 @@ def _labels(
         if count == 1000:
             return bundles.imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
         return None, "the numbers of the classes: config.json has no label_names"
+    if isinstance(names, dict):
+        names = numbered_labels(place, key, names)
     if count is not None and count != len(names):
         raise document.error(f"{key} has {counted(len(names), 'label')}; num_classes is {count:,}")
     descriptions = config.label_descriptions or pretrained.label_descriptions or {}

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill.errors import counted
 from imagemill.models.custom.onnx_card import OnnxCard, ReadCard
 from imagemill.models.folders import json_file
-from imagemill.models.folders.json_file import Document, check_labels
+from imagemill.models.folders.json_file import Document, numbered_labels
 from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
 from imagemill.records import Scores
 
@@ -96,7 +95,7 @@ def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str,
     fields: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if config.id2label:
-        fields["labels"] = _labels(document, config.id2label)
+        fields["labels"] = numbered_labels(document, "id2label", config.id2label)
         origins["labels"] = document.origin("id2label")
     match config.problem_type:
         case "multi_label_classification":
@@ -110,24 +109,6 @@ def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str,
                 " multi_label_classification"
             )
     return fields, origins
-
-
-def _labels(document: Document, found: Mapping[str, str | int]) -> tuple[str, ...]:
-    """Return the labels in the order of the classes."""
-    if len(found) > json_file.MAX_LABELS:
-        raise document.error(
-            f"id2label has {len(found):,} labels; {json_file.MAX_LABELS:,} is the limit"
-        )
-    labels = []
-    for number in range(len(found)):
-        label = found.get(str(number))
-        if label is None:
-            raise document.error(
-                f"id2label has {counted(len(found), 'label')}, but none for class {number}: its"
-                f" keys must be 0 to {len(found) - 1}"
-            )
-        labels.append(str(label))
-    return check_labels(document, "id2label", labels)
 
 
 def _read_processors(folder: Path, document: Document, config: Config) -> ReadCard:
