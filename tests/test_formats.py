@@ -5,6 +5,7 @@ never `corrupt` or `not_an_image`.
 from __future__ import annotations
 
 import gzip
+import re
 import struct
 
 import imagecodecs
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import helpers
 import sample_images
+from imagemill.pipeline.decoding import pillow
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits, Recipe, Status
 from reference import reference_pixels
@@ -365,3 +368,15 @@ def test_a_dcx_page_without_its_palette_is_truncated() -> None:
     page = pcx(Image.fromarray(PIXELS).quantize(200))
     for data in (dcx(page[:-769]), dcx(page[:-769], page)):
         assert decode(data, RECIPE, LIMITS).status is Status.TRUNCATED
+
+
+SPELT = {"JPEG2000": "JPEG 2000", "XVTHUMB": "XV thumbnails", "JXL": "JPEG XL"}
+"""Pillow's name → that of docs/formats.md, if it is another."""
+
+
+@pytest.mark.parametrize("name", [*pillow.FORMATS, *pillow.PLUGINS])
+def test_the_page_names_every_format_that_is_read(name: str) -> None:
+    """In the first column of its table."""
+    page = (helpers.PROJECT / "docs" / "formats.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| [^|]*\w[^|]* \|", page, re.M)
+    assert re.search(rf"\b{SPELT.get(name, name)}\b", "\n".join(rows), re.I)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from imagemill.errors import ModelError, printable
+from imagemill.errors import ModelError, counted, printable
 from imagemill.system import serialization
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def numbered_labels(
         label = found.get(str(number))
         if label is None:
             raise document.error(
-                f"{key} has {len(found):,} labels, but none for class {number}: its keys must be"
+                f"{key} has {counted(len(found), 'label')}, but none for class {number}: its keys must be"
                 f" 0 to {len(found) - 1}"
             )
         labels.append(str(label))
