@@ -132,8 +132,8 @@ def numbered_labels(
         label = found.get(str(number))
         if label is None:
             raise document.error(
-                f"{key} has {counted(len(found), 'label')}, but none for class {number}: its keys must be"
-                f" 0 to {len(found) - 1}"
+                f"{key} has {counted(len(found), 'label')}, but none for class {number}: its"
+                f" keys must be 0 to {len(found) - 1}"
             )
         labels.append(str(label))
     return check_labels(document, key, labels)
