@@ -413,6 +413,16 @@ def test_a_pickled_object_instead_of_a_state_dict_is_named(state: Any, tmp_path:
         checkpoint.read(write_training_state("zip", tmp_path, state))
 
 
+def test_a_model_of_ultralytics_names_its_export(tmp_path: Path) -> None:
+    """Its `best.pt` holds a pickled network; the ONNX file says all that imagemill needs."""
+    pickled = b"\x80\x02cultralytics.nn.tasks\nClassificationModel\n)\x81."
+    path = tmp_path / "best.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("best/data.pkl", pickled)
+    with pytest.raises(CheckpointError, match=r"export it: yolo export model=FILE format=onnx"):
+        checkpoint.read(path)
+
+
 def test_tensors_with_attributes_are_read(tmp_path: Path) -> None:
     """PyTorch writes a Parameter that carries attributes in a way of its own."""
     inner = pth_files.tensor("0", ARRAYS["a.weight"], legacy=False)

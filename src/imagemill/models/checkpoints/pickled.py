@@ -74,9 +74,11 @@ class Unknown:
     def refusal(self) -> str:
         """Why a file that needs this value is refused."""
         dotted = shown(self.full.replace(" ", "."))
+        is_yolo = self.full.startswith("ultralytics.")
+        hint = " (export it: yolo export model=FILE format=onnx)" if is_yolo else ""
         return (
             f"refused: its pickle asks for {dotted}, which is none of the names that a checkpoint"
-            " needs"
+            f" needs{hint}"
         )
 
 
