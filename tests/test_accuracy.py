@@ -136,6 +136,9 @@ def test_nan_in_the_candidate_refuses_it() -> None:
     comparison = accuracy.compare(reference, candidate)
     assert not comparison.accepted
     assert comparison.reason == "NaN or infinity in the answers to 1 of 2,000 images"
+    few = accuracy.compare(reference[:8], candidate[:8])
+    assert few.is_verdict
+    assert not few.accepted
 
 
 def test_an_answer_where_fp32_has_none_is_another_answer() -> None:
