@@ -58,7 +58,6 @@ GPU = "needs an NVIDIA GPU: tests/test_cuda_jobs.py runs jobs on a stand-in for 
 BENCH = "takes seconds per device: test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags"
 MADE = "test_the_example_from_first_line_to_last runs ours; the other commands are the example's"
 TABLE = "test_the_table_is_true"
-PYTHON = "test_the_documentation_s_examples_run"
 NETWORK = "downloads from the web"
 DEVELOPERS = "for developers of imagemill; CI runs `make check`"
 
@@ -102,13 +101,15 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("docs/performance.md", "imagemill quantize MODEL"): (
         "test_few_images_are_reported_and_not_accepted"
     ),
-    ("docs/python.md", ""): PYTHON,
+    ("docs/python.md", "import "): "test_the_documentation_s_examples_run",
+    ("docs/python.md", "from "): "test_the_documentation_s_examples_run",
     ("docs/recipes/imagenet-val.md", ""): "tests/test_recipes.py",
     ("docs/recipes/near-duplicates.md", "import "): "tests/test_recipes.py",
     ("docs/recipes/nightly.md", ""): "tests/test_recipes.py; cron runs the script at night",
     ("docs/recipes/nsfw.md", ""): "tests/test_recipes.py",
     ("docs/recipes/slurm.md", ""): "needs Slurm: tests/test_recipes.py runs the tasks",
-    ("docs/scaling.md", ""): CLUSTER,
+    ("docs/scaling.md", "pip install '.[ray,s3]'"): CLUSTER,
+    ("docs/scaling.md", "ray "): CLUSTER,
     ("docs/sources.md", "imagemill run photos/ more.zip"): STORE,
     ("docs/sources.md", "imagemill run /mnt/a/photos"): (
         "test_a_job_goes_on_where_its_sources_are_now"
