@@ -202,12 +202,12 @@ def test_a_source_that_is_gone_is_rows_and_retry_failed_heals_them(
     hook = """
     if LAUNCHER:
         def outage(module):
-            start = module.LocalPool._start
+            start = module.LocalPool.start
             def started(self, *arguments):
                 if os.path.exists(os.environ["SOURCE"] + "/b"):
                     os.rename(os.environ["SOURCE"] + "/b", os.environ["SOURCE"] + "-b")
                 return start(self, *arguments)
-            module.LocalPool._start = started
+            module.LocalPool.start = started
         after_import("imagemill.workers.local", outage)
     """
     result = null_run(
