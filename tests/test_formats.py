@@ -61,6 +61,15 @@ def bmp(
     return b"BM" + struct.pack("<IHHI", start + len(rows), 0, 0, start) + header + extra + rows
 
 
+def icon(colours: int) -> bytes:
+    """An icon of 32×32 and 4 bits, whose palette begins with black and white."""
+    palette = b"\0\0\0\0\xff\xff\xff\0".ljust(4 * colours, b"\x33")
+    dib = bytearray(bmp(4, bytes(512), palette=palette, colours=colours)[14:])
+    struct.pack_into("<i", dib, 8, 64)  # with its mask
+    entry = struct.pack("<BBBBHHII", 32, 32, colours, 0, 1, 4, len(dib) + 128, 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + dib + bytes(128)
+
+
 def tga(
     kind: int, depth: int, body: bytes, *, flags: int = 0, colours: int = 0, palette: int = 0
 ) -> bytes:
@@ -218,6 +227,7 @@ NAMED = {
     "SUN raster of 1 bit with a palette": lambda: sun(1, 1)[:24] + struct.pack(">II6x", 1, 6),
     "SUN raster of 32 bits": lambda: sun(32, 1),
     "SUN raster of packed rows with an odd number of bytes": lambda: sun(8, 2),
+    "ICO of 4 or 8 bits with a palette of black and white": lambda: icon(2),
     "JBIG": lambda: b"\0\0\1\0" + struct.pack(">III", 40, 36, 36) + bytes(99),
     "VIPS": lambda: b"\x08\xf2\xa6\xb6" + bytes(99),
     "CALS": lambda: b"srcdocid: NONE".ljust(2048),
@@ -299,6 +309,11 @@ def test_small_bmp_palettes_are_read(palette: str, bits: int) -> None:
     check(bmp(bits, rows[::-1].tobytes(), palette=table, colours=count), colours[values])
 
 
+def test_an_icon_of_other_palettes_is_read() -> None:
+    """Only one whose whole palette is black and white is refused."""
+    check(icon(16), np.zeros((32, 32, 3)))
+
+
 @pytest.mark.parametrize("origin", ["lower left", "lower right", "upper left", "upper right"])
 def test_tga_origin_is_obeyed(origin: str) -> None:
     """A TGA is read from the corner that its descriptor names."""
@@ -346,7 +361,12 @@ def test_extra_channels_of_a_packed_psd_change_nothing(mode: str, extra: int) ->
     number = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
     header = b"8BPS" + struct.pack(">H6xHIIHH", 1, len(planes), 36, 40, 8, number) + bytes(12)
     lengths = b"".join(struct.pack(">H", len(row)) for row in rows)
-    check(header + b"\0\1" + lengths + b"".join(rows), np.asarray(image.convert("RGB")))
+    data = header + b"\0\1" + lengths + b"".join(rows)
+    check(data, np.asarray(image.convert("RGB")))
+    if extra == 0:  # a damaged number of channels, as Pillow reads it
+        check(data[:12] + b"\0\x05" + data[14:], np.asarray(image.convert("RGB")))
+    behind_colours = len(data) - sum(map(len, rows[36 * stored.shape[2] :]))
+    assert decode(data[: behind_colours - 50], RECIPE, LIMITS).status is Status.TRUNCATED
 
 
 def test_a_black_and_white_pcx_is_read() -> None:

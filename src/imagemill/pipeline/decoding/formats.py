@@ -7,7 +7,11 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from functools import partial
 from itertools import takewhile
+
+import numpy as np
 
 REFUSED: dict[str, tuple[bytes, ...]] = {
     "PDF": (b"%PDF",),
@@ -189,6 +193,8 @@ def variant(name: str | None, data: bytes) -> str | None:
                     return "SUN raster of packed rows with an odd number of bytes"
             case "ICO" if data[4:6] == b"\0\0" and data[6:8] != b"\0\0":
                 return "JBIG"
+            case "ICO" if any(map(partial(_is_misread, data), _icons(data))):
+                return "ICO of 4 or 8 bits with a palette of black and white"
             case "PCX" if data[2] == 0:
                 return "PCX without compression"
             case "PCX":
@@ -243,7 +249,12 @@ def without_extra_channels(data: bytes) -> bytes:
     used = 4 if (channels, mode) == (4, 3) else {3: 3, 4: 4, 9: 3}.get(mode, 1)
     if compression != 1 or channels <= used:
         return data
-    return data[: at + 2 + 2 * used * height] + data[at + 2 + 2 * channels * height :]
+    kept, end = at + 2 + 2 * used * height, at + 2 + 2 * channels * height
+    table = data[at + 2 : kept]
+    lengths = np.frombuffer(table[: len(table) // 2 * 2], ">u2")
+    if kept + int(lengths.sum(dtype=np.int64)) == len(data):  # the number of channels is damaged
+        return data
+    return data[:kept] + data[end:]
 
 
 def first_page(data: bytes) -> bytes:
@@ -341,6 +352,23 @@ def _jpeg2000(data: bytes) -> str | None:
             f"JPEG 2000 with {count} channels sampled at"
             f" {', '.join(f'{across}×{down}' for across, down in steps)}"
         )
+    )
+
+
+def _icons(data: bytes) -> Iterator[int]:
+    """Yield where each icon of an ICO begins."""
+    for number in range(int.from_bytes(data[4:6], "little")):
+        yield _u32(data, 18 + 16 * number)
+
+
+def _is_misread(data: bytes, at: int) -> bool:
+    """Tell whether Pillow takes an icon of 4 or 8 bits for one of 1 bit, because of its palette."""
+    head = data[at : at + 48]
+    return (
+        len(head) == 48
+        and head[14] in {4, 8}
+        and _u32(head, 32) == 2
+        and (head[40:43], head[44:47]) == (bytes(3), b"\xff\xff\xff")
     )
 
 
