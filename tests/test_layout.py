@@ -190,6 +190,25 @@ def test_a_lock_that_the_file_system_refuses_is_an_error_of_its_own(
         pytest.fail("ran without a lock")
 
 
+def test_a_lock_file_that_a_refused_launcher_has_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waited for it has a lock that nobody else can have, too."""
+    paths, acquire, handles = JobPaths(tmp_path / "out"), lock._acquire, []
+
+    def removed_meanwhile(handle: int, paths: JobPaths) -> None:
+        acquire(handle, paths)
+        handles.append(handle)
+        if len(handles) == 1:
+            paths.discard([paths.lock, paths.root])
+            assert not paths.root.exists()
+
+    monkeypatch.setattr(lock, "_acquire", removed_meanwhile)
+    with lock.locked(paths):
+        assert len(handles) == 2
+        assert lock.is_locked(paths)
+
+
 @pytest.mark.parametrize("name", [".lock", ".fetching"])
 def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, name: str) -> None:
     """It is named, with the reason and what to do."""

@@ -160,7 +160,7 @@ def test_sources_without_an_image_start_no_job(job: Jobs, tmp_path: Path, kind: 
         with pytest.raises(SourceError) as caught:
             call(settings)
         texts.add(str(caught.value))
-        assert caught.value.exit_code == 1
+        assert caught.value.exit_code == 2
     (text,) = texts
     for message in messages:
         assert message.format(at=at) in text
@@ -184,7 +184,7 @@ def test_images_that_arrive_later_are_processed_by_the_same_command(
     assert run.run(job(tmp_path / "in")).images == 1
 
 
-def test_an_empty_source_is_exit_1_and_one_line(imagemill: CLI, tmp_path: Path) -> None:
+def test_an_empty_source_is_exit_2_and_one_line(imagemill: CLI, tmp_path: Path) -> None:
     """With nothing on stdout, also with --json."""
     (tmp_path / "in").mkdir()
     result = imagemill(
@@ -198,7 +198,7 @@ def test_an_empty_source_is_exit_1_and_one_line(imagemill: CLI, tmp_path: Path) 
         "null",
         "--json",
     )
-    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
     assert result.err.startswith(
         f"imagemill: no images found in {tmp_path}/in, so no job was started."
     )

@@ -15,7 +15,7 @@ import pytest
 
 import helpers
 import sample_images
-from imagemill.errors import DeviceError, ModelError, OutputError, SourceError
+from imagemill.errors import DeviceError, ModelError, OutputError, WorkerError
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -169,15 +169,15 @@ def test_sources_that_are_not_the_launchers_are_refused(order: Orders, tmp_path:
     differs = rf"source {folder} on node alien \(01234567\) is not what it is on the launcher's"
     kept = (folder / "000.jpg").read_bytes()
     (folder / "000.jpg").write_bytes(sample_images.jpeg(seed=99))
-    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg is another image\. {remedy}"):
+    with pytest.raises(WorkerError, match=rf"{differs}: 000\.jpg is another image\. {remedy}"):
         NodeAgent(made)
     (folder / "000.jpg").unlink()
-    with pytest.raises(SourceError, match=rf"{differs}: 000\.jpg: .*\. {remedy}"):
+    with pytest.raises(WorkerError, match=rf"{differs}: 000\.jpg: .*\. {remedy}"):
         NodeAgent(made)
     (folder / "000.jpg").write_bytes(kept)
     folder.rename(tmp_path / "moved")
     with pytest.raises(
-        SourceError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"
+        WorkerError, match=rf"node alien \(01234567\): source {folder} cannot be read: .* {remedy}"
     ):
         NodeAgent(made)
 

@@ -593,7 +593,7 @@ def test_a_folder_without_the_right_to_enter_it_ends_the_command(
     arguments = (root, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null")
     result = imagemill("run", *arguments, before=without_root_powers())
     (root / "closed").chmod(0o755)
-    assert result.code == 1
+    assert result.code == 2
     assert (
         f"folder {root}/closed/sub cannot be listed: Permission denied. Give it permission, or"
         " leave it out with --exclude" in result.err

@@ -530,12 +530,12 @@ def test_what_cannot_be_a_source_is_refused_in_words(source: str, text: str) -> 
 def test_a_source_that_is_not_there_ends_the_job_before_it_begins(
     server: Server, imagemill: CLI, tmp_path: Path
 ) -> None:
-    """A single URL and a list that the server does not have: exit 1, one line, nothing written."""
+    """A single URL and a list that the server does not have: exit 2, one line, nothing written."""
     for source in (f"{server.url}/none.jpg", f"@{server.url}/none.txt"):
         result = imagemill(
             "run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
         )
-        assert (result.code, len(result.err.splitlines())) == (1, 1)
+        assert (result.code, len(result.err.splitlines())) == (2, 1)
         assert "cannot be read: the server answers 404 Not Found. Check the address." in result.err
         assert not (tmp_path / "out").exists()
     check([f"{server.url}/a.jpg"])

@@ -268,13 +268,13 @@ def test_a_source_that_cannot_be_listed_is_one_clear_error(
     rule: faults.Fault | None,
     text: str,
 ) -> None:
-    """A wrong bucket or prefix, no permission, no service: exit 1, a line that says what to look
+    """A wrong bucket or prefix, no permission, no service: exit 2, a line that says what to look
     at, nothing written.
     """
     s3.fill({"p/a.jpg": b"x"})
     s3_faults.rule = lambda _: rule
     result = imagemill("run", source.format(s3.url), "--output", tmp_path / "out", *TINY, env=hasty)
-    assert result.code == 1
+    assert result.code == 2
     assert len(result.err.splitlines()) == 1
     assert text in result.err
     assert not (tmp_path / "out").exists()
@@ -508,7 +508,7 @@ def test_retry_failed_heals_what_an_outage_left(
         f"cannot be read: the connection was {how}, after 3 tries" for how in ("cut", "reset")
     }
     refused = imagemill(*arguments, "--retry-failed", env=hasty)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "cannot be read: the connection was" in refused.err
     s3_faults.rule = lambda _: None
     healed = imagemill(*arguments, "--retry-failed")

@@ -678,7 +678,7 @@ def test_a_killed_run_over_a_table_resumes(
 def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(
     tmp_path: Path, imagemill: CLI
 ) -> None:
-    """One line, exit 1; also for a table that is not there."""
+    """One line, exit 2; also for a table that is not there."""
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no more")
     for source, text in (
         (tmp_path / "t.parquet", "is damaged"),
@@ -687,7 +687,7 @@ def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(
         result = imagemill(
             "run", source, "--output", tmp_path / "out", "--model", "tiny", "--devices", "null"
         )
-        assert (result.code, result.out) == (1, "")
+        assert (result.code, result.out) == (2, "")
         assert text in result.err
         assert result.err.count("\n") == 1
 

@@ -512,9 +512,11 @@ def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_comm
     assert pool.ended
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
 def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
-    simulated_time: Callable[[Simulated], None], number: signal.Signals, code: int
+    simulated_time: Callable[[Simulated], None], number: signal.Signals, name: str, code: int
 ) -> None:
     """Nothing more is leased, the wait ends with the last commit and not with the grace, and the
     exit code is the signal's.
@@ -526,7 +528,7 @@ def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, notify=lines.append)
     with pytest.raises(
         Interrupted,
-        match=rf"stopped by {number.name}, 320 images left\. Run the same command again to continue\.",
+        match=rf"stopped by {name}, 320 images left\. Run the same command again to continue\.",
     ) as caught:
         runner.run()
     assert caught.value.exit_code == code
@@ -548,7 +550,7 @@ def test_a_signal_before_the_first_shard_has_nothing_to_finish(
     simulated_time(pool)
     pool.at(0.0, lambda: os.kill(os.getpid(), signal.SIGINT) or [])
     lines: list[str] = []
-    with pytest.raises(Interrupted, match=r"stopped by SIGINT, 40 images left"):
+    with pytest.raises(Interrupted, match=r"stopped by Ctrl-C, 40 images left"):
         Launcher(pool, [device(0)], shards(4), notify=lines.append).run()
     assert lines == []
 

@@ -332,10 +332,7 @@ def test_what_is_not_a_free_place_in_a_store_is_refused(
         custom.code,
         f"--output {s3.url}/mine is not empty and not an imagemill job (it holds 'thesis.doc')"
         in custom.err,
-    ) == (
-        1,
-        True,
-    )
+    ) == (2, True)
     missing = null_run(small_jpegs, "--output", "s3://no-such-bucket-here/job")
     assert (
         missing.code,
@@ -349,6 +346,8 @@ def test_what_is_not_a_free_place_in_a_store_is_refused(
         2,
         True,
     ), web
+    refused = null_run(small_jpegs, "--output", s3.url + "/job", "--keep", "none")
+    assert (refused.code, "--keep none: no source has this column" in refused.err) == (2, True)
     assert s3.keys() == ["mine/thesis.doc"]
 
 

@@ -166,10 +166,11 @@ def format_problems(
 
     missing = [problem for problem in problems if problem["problem"] == ledger.MISSING]
     ends = [problem for problem in problems if problem["problem"] == ledger.NOT_FINISHED]
-    unnamed = [*missing, *ends] if ends else missing[_MAX_MISSING:]
+    is_finished = not any(problem["path"].endswith("/summary.json") for problem in ends)
+    unnamed = missing[_MAX_MISSING:] if is_finished else [*missing, *ends]
     named = [problem for problem in problems if problem not in unnamed]
     lines = [f"{problem['path']} {problem['problem']}" for problem in named]
-    if ends:
+    if not is_finished:
         what = counted(len(missing), "part") if missing else "only the summary"
         lines.append(f"not finished, {what} missing: run the same command again to continue")
     elif unnamed:

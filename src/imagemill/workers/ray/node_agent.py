@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from imagemill.errors import ModelError, OutputError, SourceError
+from imagemill.errors import ModelError, OutputError, SourceError, WorkerError
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
 from imagemill.models import bundle
@@ -122,7 +122,7 @@ class NodeAgent:
         try:
             sources.check(self._assignment.sources, job.access)
         except SourceError as error:
-            raise SourceError(f"node {node}: {error} {remedy}") from error
+            raise WorkerError(f"node {node}: {error} {remedy}") from error
         opened = sources.open_all(job.sources, index_dir=self._paths.plan, access=job.access)
         for image in self._assignment.samples:
             differs = (
@@ -133,9 +133,9 @@ class NodeAgent:
             try:
                 data = opened[image.source].fetch(image.path, image.locator, job.limits.max_bytes)
             except BadImage as bad:
-                raise SourceError(f"{differs}: {name}: {bad.error}. {remedy}") from bad
+                raise WorkerError(f"{differs}: {name}: {bad.error}. {remedy}") from bad
             if hashlib.sha256(data).hexdigest() != image.sha256:
-                raise SourceError(f"{differs}: {name} is another image. {remedy}")
+                raise WorkerError(f"{differs}: {name} is another image. {remedy}")
 
     def _fitted(self, device: DeviceSpec) -> DeviceSpec:
         """Return the device with cores of this node."""
