@@ -23,7 +23,9 @@ RUN apt-get update \
     && rm -f cache.json libopenvino_intel_gpu_plugin.so libopenvino_intel_npu_plugin.so \
     && rm -f libopenvino_gguf_frontend.so.* libopenvino_jax_frontend.so.* libopenvino_paddle_frontend.so.* \
         libopenvino_pytorch_frontend.so.* libopenvino_tensorflow*_frontend.so.* \
-    && apt-get purge --yes --auto-remove python3-dev python3-venv gcc libc6-dev \
+    && apt-get purge --yes --auto-remove --option APT::AutoRemove::SuggestsImportant=false \
+        python3-dev python3-venv gcc libc6-dev \
+    && apt-get clean \
     && rm -rf /build /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 imagemill
