@@ -486,7 +486,7 @@ def damages() -> dict[str, tuple[bytes, str]]:
         ),
         "count": (
             zip_by_hand([Member(b"a.jpg", SOUND)], count=7),
-            "is damaged: it holds 1 members and should hold 7.",
+            "is damaged: it holds 1 member and should hold 7.",
         ),
         "volume": (
             zip_by_hand([Member(b"a.jpg", SOUND)], disk=3),
