@@ -36,13 +36,13 @@ CPU = (DeviceSpec("cpu#0", "cpu", "openvino", (0, 1)),)
 BAD_DECODER = """
 def act(module):
     decode = module.decode
-    def bad(data, recipe, limits):
+    def bad(data, recipe, limits, **options):
         if data in (b"crash", b"hang"):  # SIGALRM ends a process that decodes for too long
             os.kill(os.getpid(), signal.SIGSEGV if data == b"crash" else signal.SIGALRM)
         if data in (b"crash", b"hang", b"stuck"):
             open(os.environ["STUCK"], "w").close()
             time.sleep(3600)
-        return decode(data, recipe, limits)
+        return decode(data, recipe, limits, **options)
     module.decode = bad
 if "imagemill.pipeline.decoding.isolated" in sys.orig_argv:
     after_import("imagemill.pipeline.decoding.isolated", act)
