@@ -896,11 +896,13 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
 def explicit_int8(
     folder: Path, colours: Path, images: int, notify: Callable[[str], None] = lambda _: None
 ) -> precisions.Prepared:
+    some = entries_of(colours)
+    some = some[:: max(1, len(some) // images)][:images]
     return precisions.prepare(
         "int8",
         bundles.load(folder),
         [str(colours)],
-        lambda: entries_of(colours)[::-7][:images],
+        lambda: some,
         images,
         chosen=CPU,
         notify=notify,
@@ -984,16 +986,22 @@ def test_int8_that_cannot_be_made_better_stays(
     some.mkdir()
     for file in sorted((colours / "0").iterdir())[:6]:
         shutil.copy(file, some)
+    readable = sorted(some.iterdir())
     small = explicit_int8(tmp_path / "model", some, 6)
     kept = variants.read(tmp_path / "model").int8
     for number in range(30):
         (some / f"broken{number}.ppm").write_bytes(b"P6 32 32 255 ")
-    assert explicit_int8(tmp_path / "model", some, 36) == small
-    for file in (file for file in some.iterdir() if not file.name.startswith("broken")):
+    for file in readable[:3]:
+        file.unlink()
+    assert explicit_int8(tmp_path / "model", some, 33) == small
+    for file in readable[3:]:
         file.unlink()
     messages: list[str] = []
     assert explicit_int8(tmp_path / "model", some, 30, messages.append) == small
-    assert messages[1].startswith("int8 is not calibrated again: ")
+    assert messages[0] == (
+        "int8 was calibrated on 4 images; this job has more, so it is made again"
+    )
+    assert messages[2].startswith("int8 is not calibrated again: ")
     monkeypatch.setattr(quantize, "is_installed", lambda: False)
     assert explicit_int8(tmp_path / "model", colours, 36) == small
     assert variants.read(tmp_path / "model").int8 == kept
@@ -1023,7 +1031,7 @@ def test_an_int8_file_that_jobs_use_survives_quantising_on_its_images(
     explicit_int8(tmp_path, colours, 30)
     again = replace(
         small_check(bundles.load(tmp_path), colours),
-        entries=tuple(entries_of(colours)[::-7][:3]),
+        entries=tuple(entries_of(colours)[:: IMAGES // 3][:3]),
         precisions=(Precision.INT8,),
         calibration=CALIBRATION,
         held_out=50,

@@ -331,6 +331,12 @@ def _explicit(
         return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
     if has_more or (record is None and (precision is Precision.INT8 or images >= HELD_OUT)):
         quick = replace(base, precisions=(precision,), held_out=held_out)
+        if record and record.calibration:
+            few = record.calibration.images
+            notify(
+                f"int8 was calibrated on {few:,} image{'s' * (few != 1)}; this job has more, so it"
+                " is made again"
+            )
         try:
             some, _ = sample(entries(), _wanted(quick))
             made = check_process.in_child(replace(quick, entries=tuple(some)), notify)
