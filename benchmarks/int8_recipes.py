@@ -40,10 +40,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imagemill.models import bundle as bundles
 from imagemill.models import resolve
-from imagemill.pipeline.backends import devices, open_session, openvino_rewrites
+from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Limits, Precision, SessionSpec
+from imagemill.system import cpu
 from imagemill.tuning import accuracy, quantize
 
 ACCURATE = {"fast_bias_correction": False}
@@ -333,7 +334,7 @@ def share_of_fp32(model: Any, items: Any) -> tuple[float, list[float]]:
 
 @contextlib.contextmanager
 def opened(bundle: Bundle, file: Path, precision: Precision) -> Iterator[Callable[[Any], Any]]:
-    cores = tuple(devices.usable_cores())
+    cores = tuple(cpu.usable_cores())
     spec = SessionSpec(str(file), bundle.card, precision, BATCH)
     session = open_session(spec, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
     try:

@@ -24,9 +24,10 @@ import openvino
 
 from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
-from imagemill.pipeline.backends import devices, open_session
+from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
+from imagemill.system import cpu
 from imagemill.tuning import images, quantize
 
 
@@ -50,7 +51,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     for file in (given.models_dir / given.model).glob("[cm]*.*"):
         shutil.copy(file, folder)
     bundle = bundles.load(folder)
-    card, cores = bundle.card, tuple(devices.usable_cores())
+    card, cores = bundle.card, tuple(cpu.usable_cores())
     pixels = calibration_pixels(given, bundle, cores)
     begun = time.perf_counter()
     model = quantize.quantize(folder / "model.onnx", pixels)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sample_images
-from imagemill import api
+from imagemill.api.items import fetcher
 from imagemill.pipeline.decoding import pillow, preprocess
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Limits, Recipe, Status
@@ -74,7 +74,7 @@ def test_a_jxl_is_turned_once(orientation: int) -> None:
     assert decoded.status is Status.OK, decoded.error
     assert np.array_equal(decoded.pixels, expected)
     with Image.open(io.BytesIO(data)) as image:
-        encoded = api._read_image(image, Recipe(), Limits())
+        encoded = fetcher(0, image, Recipe(), Limits())()
     assert np.array_equal(decoded_at(encoded, expected).pixels, expected)
 
 

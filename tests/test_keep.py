@@ -26,7 +26,7 @@ from archive_files import pack, tar
 from imagemill.cli.commands import make_parser
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, SourceError, UsageError
-from imagemill.job import documents, export, plan
+from imagemill.job import documents, export
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
@@ -472,14 +472,6 @@ def test_kept_columns_are_part_of_the_answer_id(make: Make, tmp_path: Path) -> N
         assert freeze.answer_id_again(job.first, {}) == job.first.answer_id
         assert_sound(job)
     assert len(ids) == 4
-
-
-def test_a_plan_of_an_older_version_is_read(make: Make, tmp_path: Path) -> None:
-    """It has no values."""
-    job = make(csv(tmp_path, "path\na.jpg\n"), keep=None)
-    (file,) = Path(job.paths.plan).glob("*.parquet")
-    pq.write_table(pq.read_table(file).drop_columns("kept"), file)
-    assert plan.read(job.paths.plan, job.shards[0])[0].kept == b""
 
 
 def test_appended_rows_have_the_columns_with_their_types(

@@ -317,7 +317,9 @@ class DeviceSpec:
     kind: str
     """`cpu`, `cuda`, `gpu`, `npu`, `ipu`, `null`, …"""
     backend: str
-    """`openvino`, `torch`, `onnxruntime`, `popart`, `null`: a row of `sessions.BACKENDS`."""
+    """`openvino`, `torch`, `onnxruntime`, `popart`, `null`: a row of `BACKENDS` in
+    `pipeline/backends/__init__.py`.
+    """
     cores: tuple[int, ...]
     """CPU cores that the process may use, by number."""
     id: int = 0

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,13 +32,12 @@ from imagemill.models.custom.metadata import check_labels
 from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.published import Published
 from imagemill.records import Bundle
+from imagemill.system.messages import Notify
 
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
     from imagemill.system.retry import RetryPolicy
 
-Notify = Callable[[str], None]
-"""Takes one line for the user."""
 
 NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 """What a model may be called."""

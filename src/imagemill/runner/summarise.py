@@ -25,7 +25,7 @@ from imagemill.records import (
     Summary,
 )
 from imagemill.system import serialization
-from imagemill.workers.launcher import Outcome
+from imagemill.workers.tally import Outcome
 
 _PACE_S = 1.0
 """Between writes of `pace.json`."""

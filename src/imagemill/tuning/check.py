@@ -37,10 +37,9 @@ from imagemill.records import (
     SessionSpec,
 )
 from imagemill.system import cpu
+from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, quantize
 from imagemill.tuning.images import Decoder, Image, divide, identity
-
-Notify = Callable[[str], None]
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""

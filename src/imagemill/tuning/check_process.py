@@ -23,8 +23,9 @@ from imagemill.errors import WorkerError
 from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends.nvidia import pinned
 from imagemill.system import processes
+from imagemill.system.messages import Notify
 from imagemill.system.processes import Child, ChildError
-from imagemill.tuning.check import AccuracyCheck, Notify, carry_out
+from imagemill.tuning.check import AccuracyCheck, carry_out
 
 
 @dataclass(frozen=True, slots=True)

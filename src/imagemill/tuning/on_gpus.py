@@ -18,8 +18,9 @@ from imagemill.errors import ImagemillError, Interrupted
 from imagemill.models import variants
 from imagemill.models.variants import PrecisionRecord
 from imagemill.records import Bundle, DeviceSpec, Entry, Precision, SessionSpec
+from imagemill.system.messages import Notify
 from imagemill.tuning import batch_size, check, check_process
-from imagemill.tuning.check import AccuracyCheck, Notify
+from imagemill.tuning.check import AccuracyCheck
 from imagemill.tuning.images import Image
 
 ORDER: Final = (Precision.FP16, Precision.BF16)

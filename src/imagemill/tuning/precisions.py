@@ -34,8 +34,9 @@ from imagemill.records import (
     Precision,
 )
 from imagemill.system import cpu
+from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
-from imagemill.tuning.check import AccuracyCheck, Notify
+from imagemill.tuning.check import AccuracyCheck
 from imagemill.tuning.images import calibration_share, sample
 
 CALIBRATION: Final = 300

@@ -17,7 +17,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -39,11 +39,11 @@ from imagemill.models.custom.onnx_card import (
 )
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
+from imagemill.system.messages import Notify
 
 if TYPE_CHECKING:
     import onnx
 
-Notify = Callable[[str], None]
 
 _WRAPPER: Final = 2
 """Version of the wrapping: bundles of another version are built again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -28,9 +28,7 @@ from imagemill.models.folders import json_file, timm_config, transformers_config
 from imagemill.models.folders.json_file import Document
 from imagemill.models.folders.transformers_config import is_plain_resnet
 from imagemill.records import Bundle
-
-Notify = Callable[[str], None]
-"""Takes one line for the user."""
+from imagemill.system.messages import Notify
 
 CONFIG: Final = "config.json"
 _GRAPHS: Final = (

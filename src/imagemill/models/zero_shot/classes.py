@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,8 +33,8 @@ from imagemill.models.zero_shot.prompts import Prompts
 from imagemill.models.zero_shot.text_tower import TextTower, tokenize
 from imagemill.models.zero_shot.towers import Towers
 from imagemill.records import Bundle, Scores
+from imagemill.system.messages import Notify
 
-Notify = Callable[[str], None]
 Array = NDArray[np.float32]
 
 _VERSION: Final = 1

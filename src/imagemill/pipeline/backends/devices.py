@@ -43,12 +43,11 @@ WHAT = {
     "directml": "GPUs by DirectX 12",
 }
 """For people, in the order of display."""
-usable_cores = cpu.usable_cores  # as `workers.ray.cluster` calls it
 
 
 def cores_here(chosen: Iterable[DeviceSpec]) -> tuple[int, ...]:
-    """The cores of these devices, for work beside theirs; all that this process may use where they
-    lie on other machines.
+    """The cores of these devices, for work beside theirs; all that this process may use if they
+    are on other machines.
     """
     usable = cpu.usable_cores()
     return tuple(

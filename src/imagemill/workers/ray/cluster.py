@@ -17,6 +17,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.automatic import CPU
 from imagemill.records import DeviceSpec, Shard
+from imagemill.system import cpu
 from imagemill.workers.pool import WorkerPool
 from imagemill.workers.ray.nodes import Node, Place, offer, places
 from imagemill.workers.ray.placement import Placement, Slot
@@ -105,7 +106,7 @@ class Cluster:
                 raise DeviceError(
                     f"Ray cluster {address or 'of this machine'}: {' '.join(str(error).split())}"
                 ) from error
-        cores = len(devices.usable_cores())
+        cores = len(cpu.usable_cores())
         here: dict[str, Any] = {
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
