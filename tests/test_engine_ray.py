@@ -50,7 +50,7 @@ pytestmark = [
 def hold(tmp_path_factory: pytest.TempPathFactory) -> harness.Hold:
     """Of all workers, on the nodes and here. Their decoders crash if an image asks for it."""
     crash = Path(__file__).with_name("faulty_decoders") / "sitecustomize.py"
-    source = f"exec(compile(open({str(crash)!r}).read(), 'crash', 'exec'), {{'__name__': 'crash'}})"
+    source = f"exec(compile({crash.read_text()!r}, 'crash', 'exec'), {{'__name__': 'crash'}})"
     return harness.Hold(tmp_path_factory.mktemp("ray"), None, source)
 
 
@@ -386,7 +386,7 @@ def test_a_job_goes_from_one_engine_to_the_other(
 
     def interrupt(begin: Start, index: int, number: signal.Signals) -> helpers.Result:
         """Run up to an image, and send a signal."""
-        earlier, signals = len(helpers.worker_pids(out)), log(out).count("SIGINT: finishing")
+        earlier, signals = len(helpers.worker_pids(out)), log(out).count("Ctrl-C: finishing")
         hold.at(index)
         process = begin(folder, *arguments(out, "--devices", "null"))
         helpers.until(
@@ -398,7 +398,7 @@ def test_a_job_goes_from_one_engine_to_the_other(
         workers = helpers.worker_pids(out)[earlier:]
         process.send_signal(number)
         if number == signal.SIGINT:
-            helpers.until(lambda: log(out).count("SIGINT: finishing") > signals, process=process)
+            helpers.until(lambda: log(out).count("Ctrl-C: finishing") > signals, process=process)
             hold.release()
         result = helpers.finish(process)
         helpers.until(lambda: not any(map(helpers.running, workers)))

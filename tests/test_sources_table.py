@@ -327,6 +327,6 @@ def test_a_table_that_is_gone_is_one_line(tmp_path: Path, imagemill: CLI) -> Non
         "--devices",
         "null",
     )
-    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert (result.code, result.err.count("\n")) == (2, 1)
     assert "No such file or directory" in result.err
     assert not os.path.exists(tmp_path / "out")

@@ -102,7 +102,7 @@ def test_a_job_in_a_store_is_the_job_in_a_folder(
             "complete and sound: 48 images, one row each\n",
         ), sound
         assert (
-            "48 of 48 images (100 %), finished"
+            "48 of 48 images saved (100 %), finished"
             in helpers.imagemill_here("status", s3.url + "/job", env=env).out
         )
         repeated = null_run(small_jpegs, "--output", s3.url + "/job", env=env)
