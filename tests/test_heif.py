@@ -64,7 +64,7 @@ def test_a_heic_bomb_is_refused_undecoded() -> None:
 
 
 def test_a_heic_that_shows_a_part_of_a_bomb_is_refused_undecoded() -> None:
-    """All of the picture is decoded, whatever part of it is shown."""
+    """The whole image is decoded, whatever part of it is shown."""
     file = io.BytesIO()
     pillow_heif.from_pillow(Image.new("RGB", (1002, 751))).save(file)
     data = bytearray(file.getvalue())
