@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+import forked
 import helpers
 import sample_images
 from hub_server import hub  # noqa: F401 - a fixture
 from imagemill.models import bundle, get
 from imagemill.records import Bundle, Scores, Settings
+from imagemill.system import processes
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
 from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
 from tiny import HEADLESS_CARD, SIZE, TINY_CARD, WIDE_CARD, Finished, tiny_model
@@ -34,6 +38,18 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # so shells start what runs in the background, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_children() -> Iterator[None]:
+    """The children of this process are forked, which saves their imports."""
+    server = forked.Server()
+    with pytest.MonkeyPatch.context() as patch:
+        stands_in = SimpleNamespace(**vars(subprocess) | {"Popen": server.popen})
+        patch.setattr(processes, "subprocess", stands_in)
+        yield
+    server.close()
+
 
 PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 
@@ -170,14 +186,11 @@ def imagemill() -> Callable[..., helpers.Result]:
     unless the environment holds what only the start of a process reads.
     """
 
-    def of_start(env: Mapping[str, str] | None = None) -> dict[str, str]:
-        found = helpers.environment() if env is None else env
-        return {k: v for k, v in found.items() if k.startswith(("PYTHON", "LC_", "LD_"))}
-
     def call(
         *arguments: object, env: Mapping[str, str] | None = None, **options: Any
     ) -> helpers.Result:
-        if options.keys() <= {"cwd"} and (env is None or of_start(env) == of_start()):
+        as_here = env is None or forked.of_start(env) == forked.of_start(helpers.environment())
+        if options.keys() <= {"cwd"} and as_here:
             return helpers.imagemill_here(*arguments, env=env, **options)
         return helpers.imagemill_cli(*arguments, env=env or helpers.environment(), **options)
 

@@ -13,6 +13,8 @@ from collections.abc import Generator
 
 import pytest
 
+import forked
+
 TIERS = {"unit", "process", "ecosystem"}
 ECOSYSTEM = {"s3_endpoint", "browser", "ray_start"}
 """Fixtures that start something which is not ours."""
@@ -43,6 +45,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker("unit"):
             patch.setattr(subprocess.Popen, "__init__", refuse)
+            patch.setattr(forked.Popen, "__init__", refuse)
             patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
             patch.setattr(os, "fork", refuse)
         return (yield)
