@@ -24,7 +24,7 @@ test: $(DEV)  ## install what the tests need and run them
 test-unit: $(DEV)  ## the tests that start no process: under a minute
 	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large and not gpu'
 
-test-large: $(DEV)  ## the tests that take gigabytes or many minutes
+test-large: $(DEV)  ## the tests that take gigabytes or long, before a release
 	$(BIN)/python -m pytest -m large
 
 check: $(DEV)  ## exactly what CI runs: lint, format, types, import directions, tests

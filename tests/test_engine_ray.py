@@ -369,6 +369,7 @@ def test_an_image_that_kills_its_decoder_is_a_row_on_a_cluster_too(
 # ── here and there ────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.large
 def test_a_job_goes_from_one_engine_to_the_other(
     ray_start: Start, start: Start, hold: harness.Hold, models_dir: Path, tmp_path: Path
 ) -> None:
@@ -426,6 +427,7 @@ def test_a_job_goes_from_one_engine_to_the_other(
     assert harness.assert_complete(out).num_rows == 96
 
 
+@pytest.mark.large
 def test_source_and_output_in_an_object_store(
     s3: Bucket,
     some_jpegs: dict[str, bytes],
@@ -471,6 +473,7 @@ def test_source_and_output_in_an_object_store(
         )
 
 
+@pytest.mark.large
 def test_images_are_appended_on_a_cluster(
     s3: Bucket, some_jpegs: dict[str, bytes], imagemill: Run, ray_run: Run, tmp_path: Path
 ) -> None:

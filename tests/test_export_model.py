@@ -180,6 +180,7 @@ def test_a_repository_of_the_hub_without_onnx_is_run(
 
 @needs_transformers
 @pytest.mark.process
+@pytest.mark.large
 def test_weights_in_several_files_and_a_network_without_a_head(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ecosystem
 @pytest.mark.timeout(900)
+@pytest.mark.large
 def test_every_stage_runs_on_the_cpu(tmp_path: Path, script: Any) -> None:
     """Nothing of what a card is lent for fails for a misspelt name. The time limit is no part of
     the test: `--deadline 60` is for machines on which nothing else runs.

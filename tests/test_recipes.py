@@ -66,6 +66,7 @@ def archive(path: Path, images: Mapping[str, bytes]) -> None:
             file.addfile(member, io.BytesIO(data))
 
 
+@pytest.mark.large
 def test_imagenets_validation_set_from_its_archive_to_accuracy(shell: Any, tmp_path: Path) -> None:
     """Here four images, of which two have their true synset."""
     demo = helpers.PROJECT / "src" / "imagemill" / "data" / "demo"
@@ -80,6 +81,7 @@ def test_imagenets_validation_set_from_its_archive_to_accuracy(shell: Any, tmp_p
     assert "top-1: 50.0% (2 of 4 images" in shell(script)
 
 
+@pytest.mark.large
 def test_the_nsfw_filter_sorts(shell: Any, tmp_path: Path) -> None:
     """The package is installed already, so `pip` has nothing to do."""
     helpers.fill(tmp_path / "photos", {"a.jpg": sample_images.jpeg(60, 60), "b.jpg": b"broken"})
@@ -109,6 +111,7 @@ def test_the_nightly_script_adds_what_is_new(shell: Any, tmp_path: Path) -> None
     assert (tmp_path / "job" / "predictions" / "part-000000.parquet").read_bytes() == first
 
 
+@pytest.mark.large
 def test_tasks_of_a_slurm_array_make_one_data_set(shell: Any, tmp_path: Path) -> None:
     script, check = blocks("slurm.md", "bash")
     for number in range(2):

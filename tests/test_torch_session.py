@@ -183,6 +183,7 @@ def test_model_folders_answer_as_onnx_runtime_does(name: str, tmp_path: Path) ->
         np.testing.assert_allclose(found, expected, rtol=0, atol=within * np.abs(expected).max())
 
 
+@pytest.mark.large
 def test_photographs_get_the_classes_that_openvino_gives(
     photographs: Path, photographs_run: Finished, lite0: Bundle, tmp_path: Path
 ) -> None:

@@ -421,6 +421,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
 
 
 @pytest.mark.process
+@pytest.mark.large
 def test_a_wrapped_model_can_be_quantised(
     exported: Callable[[str], Path], jpegs: Any, tmp_path: Path
 ) -> None:

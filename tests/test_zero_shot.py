@@ -170,6 +170,7 @@ def test_other_labels_or_templates_are_another_model(
 
 
 @pytest.mark.process
+@pytest.mark.large
 def test_int8_is_made_and_checked_as_of_any_model(
     labels: Path, images: Path, tmp_path: Path, imagemill: Callable[..., Any]
 ) -> None:
