@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from types import TracebackType
 from typing import Final
 
 from imagemill.bench.messages import Compute
@@ -85,12 +84,7 @@ class _Search:
     def __enter__(self) -> _Search:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.close()
 
     def improves(self, size: int) -> bool:

@@ -146,24 +146,30 @@ def _synthetic(
             notify(
                 f"iteration {number} of {settings.iterations}: {_total(rounds[-1]):,.1f} images/s"
             )
-        versions, traffic = pool.versions, pool.traffic
-    images = {"compute_only": sum(found.images for found in rounds[-1].values())}
+    return _report(settings, spec, chosen, pool, rounds, batch_sizes)
+
+
+def _report(
+    settings: BenchSettings,
+    spec: SessionSpec,
+    chosen: Sequence[DeviceSpec],
+    pool: MeasuringPool,
+    rounds: Sequence[Mapping[str, Measured]],
+    batch_sizes: Mapping[str, float],
+) -> BenchReport:
+    """Return what is known of computing alone."""
     return BenchReport(
-        model=model.card.name,
+        model=spec.card.name,
         precision=spec.precision.value,
         batch_size=spec.batch_size,
-        images_per_iteration=images,
+        images_per_iteration={"compute_only": _images(rounds[-1])},
         compute_only=_rates(rounds),
-        decode_only=None,
-        end_to_end=None,
-        bound=None,
-        advice=(),
         machine=machine(),
-        versions=versions_of(chosen) | versions,
+        versions=versions_of(chosen) | pool.versions,
         settings=settings,
         batch_sizes=batch_sizes,
         transfer_only=_transfer_rates(rounds),
-        device=device_figures(traffic, chosen),
+        device=device_figures(pool.traffic, chosen),
     )
 
 
@@ -250,12 +256,12 @@ def _with_sources(
                 f" end {_achieved(achieved[-1]):,.1f}"
             )
             notify(f"iteration {number} of {settings.iterations}: {rates} images/s")
-        versions, traffic = pool.versions, pool.traffic
-    compute_only, decode_only, end_to_end = _rates(computed), _rates(decoded), _summarised(achieved)
+    report = _report(settings, spec, chosen, pool, computed, batch_sizes)
+    compute, decode_only, end_to_end = report.compute_only, _rates(decoded), _summarised(achieved)
     cores = {core for device in chosen for core in device.cores}
     read = sum(found.read_s for found in _flatten(decoded))
     bound, advice = find_bottleneck(
-        compute_only.median,
+        compute.median,
         decode_only.median,
         end_to_end.median,
         read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
@@ -265,31 +271,19 @@ def _with_sources(
         cores=len(cores),
         shared_cores=on_cpu(chosen),
     )
-    return BenchReport(
-        model=spec.card.name,
-        precision=spec.precision.value,
-        batch_size=spec.batch_size,
+    needed = len(cores) * compute.median / decode_only.median
+    return replace(
+        report,
         images_per_iteration={
-            "compute_only": sum(found.images for found in computed[-1].values()),
-            "decode_only": sum(found.images for found in decoded[-1].values()),
+            **report.images_per_iteration,
+            "decode_only": _images(decoded[-1]),
             "end_to_end": achieved[-1].images,
         },
-        compute_only=compute_only,
         decode_only=decode_only,
         end_to_end=end_to_end,
         bound=bound,
         advice=advice,
-        machine=machine(),
-        versions=versions_of(chosen) | versions,
-        settings=settings,
-        batch_sizes=batch_sizes,
-        transfer_only=_transfer_rates(computed),
-        device=device_figures(
-            traffic,
-            chosen,
-            achieved,
-            cores=len(cores) * compute_only.median / decode_only.median,
-        ),
+        device=device_figures(pool.traffic, chosen, achieved, cores=needed),
     )
 
 
@@ -353,10 +347,13 @@ class _Forwarder(observer.Watcher):
 # Rates.
 
 
+def _images(found: Mapping[str, Measured]) -> int:
+    return sum(one.images for one in found.values())
+
+
 def _total(found: Mapping[str, Measured]) -> float:
     """Return images/s of all devices, from the first one's start to the last one's end."""
-    images = sum(one.images for one in found.values())
-    return images / (
+    return _images(found) / (
         max(one.ended_s for one in found.values()) - min(one.begun_s for one in found.values())
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import WorkerError
@@ -77,12 +76,7 @@ class MeasuringPool:
     def __enter__(self) -> MeasuringPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
@@ -101,9 +95,9 @@ class MeasuringPool:
             found[member.device.name] = answer
         return found
 
-    def warm_up(self, batches: int = 4) -> None:
+    def warm_up(self, batches: int = 4) -> dict[str, Measured]:
         """Compute at least this many batches on every device."""
-        self.measure(
+        return self.measure(
             {member.device.name: Compute(member.whole(batches)) for member in self._members}
         )
 
@@ -112,14 +106,11 @@ class MeasuringPool:
 
         Each device's rate is measured on `fewest` batches first.
         """
-        tried = self.measure(
-            {member.device.name: Compute(member.whole(fewest)) for member in self._members}
-        )
+        tried = self.warm_up(fewest)
         rates = {name: found.images_per_second / self._batch_size for name, found in tried.items()}
-        members = {member.device.name: member for member in self._members}
         return {
-            name: Compute(members[name].whole(max(fewest, seconds * rate)))
-            for name, rate in rates.items()
+            (name := member.device.name): Compute(member.whole(max(fewest, seconds * rates[name])))
+            for member in self._members
         }
 
     def close(self) -> None:

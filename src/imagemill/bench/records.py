@@ -66,7 +66,7 @@ class DeviceFigures:
     """So many cores like this machine's would decode as fast as the devices compute."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
     """All that one bench measured and concluded."""
 
@@ -76,12 +76,12 @@ class BenchReport:
     images_per_iteration: Mapping[str, int]
     """Name of a rate below → images, all devices together."""
     compute_only: Rates
-    decode_only: Rates | None
+    decode_only: Rates | None = None
     """None without a source, as the next ones."""
-    end_to_end: Rates | None
-    bound: str | None
+    end_to_end: Rates | None = None
+    bound: str | None = None
     """`compute`, `decode`, `read` or `write`."""
-    advice: tuple[str, ...]
+    advice: tuple[str, ...] = ()
     """What to change, most promising first."""
     machine: Mapping[str, object]
     versions: Mapping[str, str]
