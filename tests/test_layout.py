@@ -16,8 +16,9 @@ import pytest
 
 import helpers
 from imagemill.errors import OutputError
-from imagemill.job import lock
+from imagemill.job import ledger, lock
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import open_store
 from imagemill.system import files, userdirs
 
 
@@ -227,7 +228,7 @@ def test_a_lock_file_that_cannot_be_opened_is_one_clear_error(tmp_path: Path, na
 
 def test_a_job_without_a_part_has_none(tmp_path: Path) -> None:
     """Before the first commit there may not even be a folder."""
-    assert JobPaths(tmp_path).parts() == {}
+    assert ledger.existing_parts(open_store(JobPaths(tmp_path))) == {}
 
 
 def test_those_who_fetch_a_plan_take_turns(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_an_image_that_is_a_source_is_named_in_its_row_and_found_again(
     assert (tmp_path / "out" / "failed.txt").read_text() == f"{sources[1]}\n"
     assert opened.verify() == ([], [])
     assert run.run(settings).resumed_shards == 1
-    (part,) = opened.store.parts().values()
+    (part,) = ledger.existing_parts(opened.store).values()
     opened.store.remove(opened.paths.manifest)  # it has the part's hash
     table = pq.read_table(part)
     place = table.schema.get_field_index("path")

@@ -19,6 +19,7 @@ import pyarrow as pa
 from onnx import TensorProto, helper
 
 import helpers
+from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Card, Recipe
@@ -220,4 +221,4 @@ def assert_sound_so_far(output: Path) -> int:
         return 0
     problems = [problem for problem in job.verify()[0] if problem.damaged]
     assert not problems, problems
-    return len(job.store.parts())
+    return len(ledger.existing_parts(job.store))

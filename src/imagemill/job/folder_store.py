@@ -69,10 +69,6 @@ class FolderStore:
         with files.output_errors(f"cannot move {path} to {goal}"):
             path.replace(goal)
 
-    def parts(self) -> dict[int, Path]:
-        """Return the parts in the folder."""
-        return self.paths.parts()
-
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the files in `predictions/` and its sub-folders."""
         found = {}

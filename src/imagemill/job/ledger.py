@@ -76,9 +76,14 @@ class Problem:
     """The file exists but cannot be trusted; `verify --quarantine` moves it away."""
 
 
+def existing_parts(store: Store) -> dict[int, Path]:
+    """Return every existing part by shard number, whatever its content."""
+    return store.paths.parts_among(store.names(store.paths.predictions))
+
+
 def committed(store: Store, shards: Iterable[Shard]) -> set[int]:
     """Return the shards whose part exists. A part appears whole, so its name is enough."""
-    return store.parts().keys() & {shard.number for shard in shards}
+    return existing_parts(store).keys() & {shard.number for shard in shards}
 
 
 def examine(store: Store, shard: int, receipt: Receipt | None = None) -> PartRecord:
@@ -182,7 +187,7 @@ def check_sizes(store: Store) -> None:
 
 def rows(store: Store, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of all existing parts, in plan order. Raises: PartError."""
-    for table in tables(store, store.parts(), columns):
+    for table in tables(store, existing_parts(store), columns):
         yield from table.to_pylist()
 
 
@@ -242,7 +247,7 @@ def _unrecognised(store: Store) -> list[Path]:
     """Return Parquet files in `predictions/` that are not parts, but that readers of the folder
     would read too.
     """
-    known = {path.name for path in store.parts().values()}
+    known = {path.name for path in existing_parts(store).values()}
     names = sorted(
         name for name in store.sizes() if name.endswith(".parquet") and name not in known
     )
@@ -259,7 +264,7 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
     elif (manifest.plan_id, manifest.answer_id) != (job.plan_id, job.answer_id):
         yield Problem(None, store.paths.manifest, "belongs to another job")
         manifest = None
-    present = store.parts()
+    present = existing_parts(store)
     expected = {shard.number for shard in shards}
     for number, path in present.items():
         if number not in expected:

@@ -99,10 +99,6 @@ class ObjectStore:
             self._objects.put(self.paths.key(goal), self.read(path))
             self._objects.remove(self.paths.key(path))
 
-    def parts(self) -> dict[int, Path]:
-        """Return the parts below the prefix."""
-        return self.paths.parts_among(self.sizes())
-
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the objects below `predictions/`."""
         folder = f"{self.paths.predictions.name}/"

@@ -174,16 +174,10 @@ class JobPaths:
         """Return the file of a shard's part. Its name depends on the shard alone."""
         return self.predictions / f"{_PART_PREFIX}{shard:06d}{_PART_SUFFIX}"
 
-    def parts(self) -> dict[int, Path]:
-        """Return every part in the folder by shard number, whatever its content. Other files are
-        left out.
-        """
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.predictions) as entries:
-            return self.parts_among(entry.name for entry in entries)
-        return {}
-
     def parts_among(self, names: Iterable[str]) -> dict[int, Path]:
-        """Return the parts among names of files in `predictions/`, ordered by shard number."""
+        """Return the parts among names of files in `predictions/`, ordered by shard number. Other
+        files are left out.
+        """
         found = {}
         for name in names:
             digits = name.removeprefix(_PART_PREFIX).removesuffix(_PART_SUFFIX)

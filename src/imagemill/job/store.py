@@ -70,10 +70,6 @@ class Store(Protocol):
         """Give a result another name below the root."""
         ...
 
-    def parts(self) -> dict[int, Path]:
-        """Return every part by shard number, whatever its content."""
-        ...
-
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file in `predictions/`, by its path there."""
         ...

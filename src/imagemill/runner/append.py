@@ -19,7 +19,7 @@ from pathlib import Path
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, OutputError
-from imagemill.job import documents, plan
+from imagemill.job import documents, ledger, plan
 from imagemill.job.documents import FORMAT, Appended
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
@@ -101,7 +101,7 @@ def _refuse_strays(opened: OpenJob) -> None:
     """Raise OutputError if there are parts of shards that the plan does not have, such as those of
     a generation whose document was removed. New shards would get their numbers.
     """
-    strays = opened.store.parts().keys() - {shard.number for shard in opened.shards}
+    strays = ledger.existing_parts(opened.store).keys() - {shard.number for shard in opened.shards}
     if strays and len(_reopened(opened).appended) == len(opened.appended):
         part = opened.paths.shown(opened.paths.part(min(strays)))
         raise OutputError(
