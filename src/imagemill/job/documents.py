@@ -27,43 +27,50 @@ _READ_AT_ONCE = 16
 """A daily `--append` makes hundreds of documents, and an object store takes some 30 ms for each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """`job.json`: the job as it was frozen.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What is known of the images that one command froze.
 
-    A start writes it last, so if it exists, the plan is complete.
+    Its document is written last, so if it exists, the generation's plan is complete.
     """
 
     format: int
     created: str
-    job: Job
-    devices: str
     filters: Filters
     limit: int | None
     shard_size: int
     images: int
-    groups: int
     skipped_by_suffix: Mapping[str, int]
+    """Skipped in the sources that this generation adds, like the counts below."""
     skipped_hidden: int
     skipped_by_filter: int
-    backend: str
-    """The engines of its devices (`DeviceSpec.engine`), joined by `+`."""
-    variant_sha256: str | None
-    """Hash of the quantised variant; None if the job uses the model's own weights."""
+    skipped_broken_links: int
     decoder: str
-    """Identity of the decoder, `DECODER` of the version that froze the job. A part of `answer_id`:
-    another decoder gives other pixels.
+    """Identity of the decoder, `DECODER` of the version that froze the images. A part of
+    `answer_id`: another decoder gives other pixels.
     """
     versions: Mapping[str, str]
+    vector_units: str
+    """Of the processor that computes; empty if it is not known or decides nothing."""
     fixed: Mapping[str, str]
     """What also decides the last bits of answers, and must stay: batch size, device model and
     library versions. Empty on CPUs with OpenVINO or ONNX Runtime, where it decides nothing.
     """
     plan_nonce: str
-    """Which plan in an object store belongs to this job."""
-    skipped_broken_links: int
-    vector_units: str
-    """Of the processor that computes; empty if it is not known or decides nothing."""
+    """Which plan in an object store belongs to this generation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen(Generation):
+    """`job.json`: the job as it was frozen, which is its first generation."""
+
+    job: Job
+    devices: str
+    groups: int
+    backend: str
+    """The engines of its devices (`DeviceSpec.engine`), joined by `+`."""
+    variant_sha256: str | None
+    """Hash of the quantised variant; None if the job uses the model's own weights."""
 
     @property
     def answer_id(self) -> str:
@@ -76,35 +83,17 @@ class Frozen:
         return self.job.sources
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
-    """`appended/NNNNNN.json`: a further generation of a job, the images that one `--append` added.
-
-    It is written last and never changes, so if it exists, the generation's plan is complete. Fields
-    that `Frozen` has too have the same meaning, for these images.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Appended(Generation):
+    """`appended/NNNNNN.json`: a further generation, the images that one `--append` added. It never
+    changes.
     """
 
-    format: int
-    created: str
     command: tuple[str, ...]
     """The sources of the command that froze it."""
     sources: tuple[str, ...]
     """Those of them that the job did not have. Their positions follow those of earlier ones."""
-    filters: Filters
-    limit: int | None
-    shard_size: int
-    images: int
     answer_id: str
-    decoder: str
-    versions: Mapping[str, str]
-    vector_units: str
-    fixed: Mapping[str, str]
-    plan_nonce: str
-    skipped_by_suffix: Mapping[str, int]
-    """Skipped in the sources that this generation adds, like the counts below."""
-    skipped_hidden: int
-    skipped_by_filter: int
-    skipped_broken_links: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,18 +127,8 @@ def read_frozen(store: Store) -> Frozen | None:
     Raises:
         OutputError: it cannot be read, has another format, or a value has the wrong type.
     """
-    path = store.paths.job
-    shown, remedy = store.paths.shown(path), "Give another --output."
-    data = _read(store, path)
-    if data is None:
-        return None
-    header = serialization.decode(data, _Header, shown, OutputError, remedy)
-    if header.format != FORMAT:
-        raise OutputError(
-            f"{shown} has format {header.format}, this version of imagemill reads format {FORMAT}."
-            " Use the version that wrote it, or give another --output."
-        )
-    return serialization.decode(data, Frozen, shown, OutputError, remedy)
+    data = _read(store, store.paths.job)
+    return None if data is None else _decode(store, store.paths.job, data, Frozen)
 
 
 def read_appended(store: Store) -> tuple[Appended, ...]:
@@ -166,24 +145,27 @@ def read_appended(store: Store) -> tuple[Appended, ...]:
 
     def read(number: int) -> None:
         path = paths.appended_document(number)
-        shown, data = paths.shown(path), _read(store, path)
+        data = _read(store, path)
         if data is None:
             raise OutputError(
-                f"{shown} is missing, although {paths.shown(paths.appended)} holds {known[-1]}."
-                " Restore it from a copy, or give another --output."
+                f"{paths.shown(path)} is missing, although {paths.shown(paths.appended)} holds"
+                f" {known[-1]}. Restore it from a copy, or give another --output."
             )
-        document = serialization.decode(
-            data, Appended, shown, OutputError, "Give another --output."
-        )
-        if document.format != FORMAT:
-            raise OutputError(
-                f"{shown} has format {document.format}, this version of imagemill reads format"
-                f" {FORMAT}. Use the version that wrote it, or give another --output."
-            )
-        found[number] = document
+        found[number] = _decode(store, path, data, Appended)
 
     interruptible.run_all(read, numbers, _READ_AT_ONCE)
     return tuple(found[number] for number in numbers)
+
+
+def _decode(store: Store, path: Path, data: bytes, kind: type[T]) -> T:
+    shown, remedy = store.paths.shown(path), "Give another --output."
+    header = serialization.decode(data, _Header, shown, OutputError, remedy)
+    if header.format != FORMAT:
+        raise OutputError(
+            f"{shown} has format {header.format}, this version of imagemill reads format {FORMAT}."
+            " Use the version that wrote it, or give another --output."
+        )
+    return serialization.decode(data, kind, shown, OutputError, remedy)
 
 
 def read_summary(store: Store) -> Summary | None:
