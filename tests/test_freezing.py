@@ -25,32 +25,35 @@ from imagemill.records import (
     Centre,
     DeviceSpec,
     Interpolation,
+    Job,
+    Kept,
     Limits,
     Precision,
     Recipe,
     Saved,
     Scores,
+    SessionSpec,
     Settings,
 )
 from imagemill.runner import freeze, model, resume, run
 from imagemill.runner.settings import SETTINGS, Effect
-from imagemill.tuning.precisions import Prepared
 from made_jobs import frozen_job, settings_of, tiny
 from tiny import LABELS, TINY_CARD
-
-PREPARED = Prepared(Precision.FP32, "model", Path("/models/tiny/model.onnx"))
 
 
 def answer_id(
     card: Card = TINY_CARD,
-    prepared: Prepared = PREPARED,
+    *,
+    session: dict[str, Any] | None = None,
+    variant_sha256: str | None = None,
     backend: str = "null",
-    top: int = 5,
-    save: tuple[Saved, ...] = (),
-    min_probability: float | list[float] | None = None,
     fixed: dict[str, str] | None = None,
+    **changes: Any,
 ) -> str:
-    return freeze.answer_id(card, prepared, backend, top, save, min_probability, fixed)
+    spec = SessionSpec("/models/tiny/model.onnx", card, Precision.FP32, 4)
+    job = Job("/out", ("/data",), spec, "model", 0, 5, Limits(), "plan", "answer")
+    job = replace(job, session=replace(spec, **(session or {})), **changes)
+    return freeze.answer_id(job, variant_sha256, backend, fixed or {})
 
 
 def other_recipes() -> list[Recipe]:
@@ -78,18 +81,19 @@ def test_whatever_decides_an_answer_is_in_its_id(monkeypatch: pytest.MonkeyPatch
     ids = [
         answer_id(),
         answer_id(replace(TINY_CARD, sha256="0" * 64)),
-        answer_id(prepared=replace(PREPARED, precision=Precision.BF16)),
-        answer_id(prepared=replace(PREPARED, variant="int8-x")),
-        answer_id(prepared=replace(PREPARED, sha256="0" * 64)),
+        answer_id(session={"precision": Precision.BF16}),
+        answer_id(variant="int8-x"),
+        answer_id(variant_sha256="0" * 64),
         *(answer_id(replace(TINY_CARD, recipe=recipe)) for recipe in other_recipes()),
         answer_id(replace(TINY_CARD, scores=Scores.SIGMOID)),
         answer_id(replace(TINY_CARD, labels=(*LABELS[:-1], "other"))),
         answer_id(backend="openvino"),
-        answer_id(top=4),
+        answer_id(top_k=4),
         answer_id(min_probability=0.5),
-        answer_id(min_probability=[0.5] * 10),
-        answer_id(save=(Saved.LOGITS,)),
-        answer_id(save=(Saved.LOGITS, Saved.EMBEDDING)),
+        answer_id(min_probability=(0.5,) * 10),
+        answer_id(session={"save": (Saved.LOGITS,)}),
+        answer_id(keep=(Kept("id", "id"),)),
+        answer_id(session={"save": (Saved.LOGITS, Saved.EMBEDDING)}),
         answer_id(fixed={"batch size": "4"}),
         answer_id(fixed={"batch size": "8"}),
         answer_id(fixed={"batch size": "4", "torch": "2.13.0"}),
@@ -149,9 +153,7 @@ def test_what_decides_no_answer_is_not_in_its_id() -> None:
         TINY_CARD, name="other", architecture="other", licence="other", top1=1.0, notes={"a": 1}
     )
     assert (
-        answer_id(
-            card, replace(PREPARED, model_file=Path("/elsewhere/model.onnx"), lines=("said",))
-        )
+        answer_id(card, session={"model_file": "/elsewhere/model.onnx"}, output="/elsewhere")
         == answer_id()
     )
 

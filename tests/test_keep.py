@@ -469,7 +469,8 @@ def test_kept_columns_are_part_of_the_answer_id(make: Make, tmp_path: Path) -> N
     for number, keep in enumerate([None, ("id",), ("caption=id",), ("id=x",)]):
         job = make(source, keep=keep, output=str(tmp_path / str(number)))
         ids.add(job.first.answer_id)
-        assert freeze.answer_id_again(job.first, {}) == job.first.answer_id
+        first = job.first
+        assert freeze.answer_id(first.job, None, first.backend, {}) == first.answer_id
         assert_sound(job)
     assert len(ids) == 4
 

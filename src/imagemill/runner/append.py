@@ -214,4 +214,4 @@ def _answer_id(opened: OpenJob, fixed: Mapping[str, str]) -> str:
     before, first = opened.generations[-1], opened.first
     if (before.decoder, before.fixed) == (DECODER, fixed):
         return before.answer_id
-    return freeze.answer_id_again(first, fixed)
+    return freeze.answer_id(first.job, first.variant_sha256, first.backend, fixed)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill import records
@@ -24,7 +23,6 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import (
     Bundle,
-    Card,
     DeviceSpec,
     Engine,
     Job,
@@ -75,7 +73,6 @@ def freeze(
     paths = store.paths
     paths.plan_nonces.unlink(missing_ok=True)
     files.clear_folder(paths.plan)
-    filters = filters_of(settings)
     skipped, keeper = Skipped(), keeper_of(settings)
     found = listing(settings, skipped, keeper, paths.root, paths.plan)
     listed = plan.spool(found, paths.spool)
@@ -98,13 +95,13 @@ def freeze(
         )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
-    job = _job(settings, paths, chosen, model, prepared, shard_size, filters, keep)
+    job = _job(settings, paths, chosen, model, prepared, shard_size, keep)
     frozen = Frozen(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         job=job,
         devices=typed,
-        filters=filters,
+        filters=filters_of(settings),
         limit=settings.limit,
         shard_size=shard_size,
         images=listed.images,
@@ -140,29 +137,11 @@ def with_batch_size(opened: OpenJob, size: int, chosen: Sequence[DeviceSpec]) ->
     """
     frozen, job = opened.first, opened.first.job
     session, fixed = replace(job.session, batch_size=size), fixed_facts(chosen, size)
-    job = replace(job, session=session, answer_id=answer_id_again(frozen, fixed))
+    job = replace(job, session=session)
+    job = replace(job, answer_id=answer_id(job, frozen.variant_sha256, frozen.backend, fixed))
     written = replace(frozen, fixed=fixed, job=replace(job, access=records.AS_GIVEN))
     opened.store.write(opened.paths.job, serialization.encode(written))
     return OpenJob(opened.store, replace(written, job=job))
-
-
-def answer_id_again(frozen: Frozen, fixed: Mapping[str, str]) -> str:
-    """Return the answer id that a frozen job has with this decoder and these fixed facts."""
-    from imagemill.tuning.precisions import Prepared  # imports the decoders
-
-    job, session = frozen.job, frozen.job.session
-    prepared = Prepared(
-        session.precision, job.variant, Path(session.model_file), frozen.variant_sha256
-    )
-    return answer_id(
-        session.card,
-        prepared,
-        frozen.backend,
-        job.top_k,
-        [*session.save, *map(str, job.keep)],
-        job.min_probability,
-        fixed,
-    )
 
 
 def versions_of(chosen: Sequence[DeviceSpec]) -> dict[str, str]:
@@ -184,13 +163,9 @@ def _job(
     model: Bundle,
     prepared: Prepared,
     shard_size: int,
-    filters: Filters,
     keep: tuple[Kept, ...],
 ) -> Job:
-    card = model.card
-    resolved = sources.resolve(settings.sources)
-    save, top_k = saved_outputs(settings, card), classes_kept(settings, card)
-    min_probability = thresholds.min_probability_of(settings, card)
+    card, resolved = model.card, sources.resolve(settings.sources)
     session = batch_size.resolved(
         SessionSpec(
             model_file=str(prepared.model_file.absolute()),
@@ -198,34 +173,29 @@ def _job(
             precision=prepared.precision,
             batch_size=settings.batch_size or 0,
             batches_per_step=settings.batches_per_step or 0,
-            save=save,
+            save=saved_outputs(settings, card),
             cache_dir=str(model.dir.absolute() / "compiled"),
         ),
         chosen,
     )
-    return Job(
+    job = Job(
         output=paths.output,
         sources=resolved,
         session=session,
         variant=prepared.variant,
         num_workers=settings.num_workers or 0,
-        top_k=top_k,
+        top_k=classes_kept(settings, card),
         limits=limits_of(settings, Limits()),
-        plan_id=plan_id(resolved, filters, settings.limit, shard_size),
-        answer_id=answer_id(
-            card,
-            prepared,
-            backend_of(chosen, settings.allow_mixed),
-            top_k,
-            [*save, *map(str, keep)],
-            min_probability,
-            fixed_facts(chosen, session.batch_size),
-        ),
-        min_probability=min_probability,
+        plan_id=plan_id(resolved, filters_of(settings), settings.limit, shard_size),
+        answer_id="",
+        min_probability=thresholds.min_probability_of(settings, card),
         keep=keep,
         allow_inexact=settings.allow_inexact,
         log_dir=str(paths.logs) if settings.log_dir else None,
     )
+    backend = backend_of(chosen, settings.allow_mixed)
+    fixed = fixed_facts(chosen, session.batch_size)
+    return replace(job, answer_id=answer_id(job, prepared.sha256, backend, fixed))
 
 
 def _prepare(
@@ -263,19 +233,12 @@ def plan_id(resolved: Sequence[str], filters: Filters, limit: int | None, shard_
     return _hash(list(resolved), asdict(filters), limit, shard_size)
 
 
-def answer_id(
-    card: Card,
-    prepared: Prepared,
-    backend: str,
-    top_k: int,
-    columns: Sequence[str],
-    min_probability: float | Sequence[float] | None = None,
-    fixed: Mapping[str, str] | None = None,
-) -> str:
-    """Return a hash of everything that decides a result. `columns` are the saved outputs and the
-    kept columns, `fixed` is `Frozen.fixed`.
+def answer_id(job: Job, variant_sha256: str | None, backend: str, fixed: Mapping[str, str]) -> str:
+    """Return a hash of everything that decides a job's results. All but the job are fields of
+    `Frozen`.
     """
-    weights = [card.sha256, prepared.precision, prepared.variant, prepared.sha256]
+    session, card = job.session, job.session.card
+    weights = [card.sha256, session.precision, job.variant, variant_sha256]
     return _hash(
         weights,
         serialization.to_plain(card.recipe),
@@ -283,10 +246,10 @@ def answer_id(
         list(card.labels),
         DECODER,
         backend,
-        top_k,
-        list(columns),
-        min_probability,
-        *(sorted(fixed.items()) if fixed else ()),
+        job.top_k,
+        [*session.save, *map(str, job.keep)],
+        job.min_probability,
+        *sorted(fixed.items()),
     )
 
 
