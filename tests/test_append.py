@@ -214,7 +214,7 @@ def test_parts_carry_the_answer_id_of_their_generation(
     settings, out = job(jpegs(4)), tmp_path / "out"
     run.run(settings)
     jpegs(6)
-    for module in (appending, freezing, run):
+    for module in (appending, freezing, resume):
         monkeypatch.setattr(module, "DECODER", "another/1")
     with pytest.raises(
         JobMismatchError, match=r"decoder pillow\S+, this is decoder another/1.*mix"

@@ -28,7 +28,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import backends
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import DeviceSpec, Settings
-from imagemill.runner import attempts, run
+from imagemill.runner import attempts, dry_run, run
 from imagemill.tuning import batch_size
 
 Job = Callable[..., tuple[Any, list[str]]]
@@ -72,15 +72,7 @@ class Fake:
         pass
 
     def carry_out(
-        self,
-        _settings: Settings,
-        opened: OpenJob,
-        _machines: object,
-        chosen: Sequence[DeviceSpec],
-        _watcher: Watcher,
-        *,
-        is_resumed: bool,
-        **_: object,
+        self, opened: OpenJob, chosen: Sequence[DeviceSpec], is_resumed: bool, **_: object
     ) -> OpenJob:
         size = opened.frozen.job.session.batch_size
         self.attempts.append((size, is_resumed))
@@ -98,7 +90,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     made = Fake()
-    monkeypatch.setattr(run, "connect", lambda *_, **__: made)
+    for module in (run, dry_run):
+        monkeypatch.setattr(module, "connect", lambda *_, **__: made)
     monkeypatch.setattr(run, "_carry_out", made.carry_out)
     monkeypatch.setattr(batch_size, "rule", lambda *_: 16)
     monkeypatch.setattr(backends, "INDEPENDENT", ())
@@ -252,9 +245,9 @@ def test_a_dry_run_chooses_as_the_job_would(
 ) -> None:
     """The line about an unused GPU is among its notes."""
     settings = Settings(sources=(str(jpegs(3)),), output=str(tmp_path / "none"))
-    assert run.dry_run(settings).notes == ("a GPU is not used",)
+    assert dry_run.dry_run(settings).notes == ("a GPU is not used",)
     fake.worthwhile = 3
-    assert run.dry_run(settings).notes == ()
+    assert dry_run.dry_run(settings).notes == ()
 
 
 def test_a_precision_that_auto_cannot_have_is_an_error_before_the_listing(

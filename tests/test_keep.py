@@ -36,7 +36,7 @@ from imagemill.pipeline.sources import kept, samples
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Filters, Kept, KeptType, Lease, Limits, Recipe, Settings, Status
 from imagemill.report import figures
-from imagemill.runner import append, freeze, listing, resume, run
+from imagemill.runner import append, dry_run, freeze, listing, resume, run
 from imagemill.runner.settings import check_settings, make_settings
 from imagemill.scoring import score
 from s3 import Bucket
@@ -313,13 +313,13 @@ def test_a_column_that_no_source_has_ends_the_command(
     """Before the job starts, with the columns there are; for a dry run, too."""
     archive = pack(tmp_path, "tar", {"1.jpg": JPEG, "1.json": b'{"caption": "x"}'})
     source = csv(tmp_path, "path,label_id\na.jpg,1\n")
-    for dry_run in (False, True):
-        given = settings(source, archive, keep=("lable",), dry_run=dry_run)
+    for is_dry in (False, True):
+        given = settings(source, archive, keep=("lable",), dry_run=is_dry)
         with pytest.raises(
             SourceError,
             match=r"--keep lable: no source has this column\. The columns are path, label_id, caption",
         ):
-            run.dry_run(given) if dry_run else made_jobs.frozen_job(
+            dry_run.dry_run(given) if is_dry else made_jobs.frozen_job(
                 given, made_jobs.tiny(models_dir)
             )
         assert not (tmp_path / "out" / "job.json").exists()
@@ -328,7 +328,7 @@ def test_a_column_that_no_source_has_ends_the_command(
         SourceError,
         match=r"--keep id: no source has this column\. Folders and lists of paths have none",
     ):
-        run.dry_run(settings(folder))
+        dry_run.dry_run(settings(folder))
 
 
 def test_a_column_that_a_table_lacks_ends_the_command_before_a_model_is_looked_for(
@@ -358,7 +358,7 @@ def test_columns_of_tables_that_cannot_be_kept_are_refused(
     file = table(tmp_path, {"path": ["a.jpg"], "image": [b"x"], **columns})
     for source in (f"@{file}#path", f"{file}#image"):
         with pytest.raises(SourceError, match=rf"--keep id: source .*{file.name}.*{message}"):
-            run.dry_run(settings(source))
+            dry_run.dry_run(settings(source))
 
 
 def test_two_columns_of_one_name_are_refused(
@@ -366,9 +366,9 @@ def test_two_columns_of_one_name_are_refused(
 ) -> None:
     """If they are kept."""
     source = csv(tmp_path, "path,id,id\na.jpg,1,2\n")
-    assert run.dry_run(settings(source, keep=None)).images == 1
+    assert dry_run.dry_run(settings(source, keep=None)).images == 1
     with pytest.raises(SourceError, match=r"table\.csv has several columns 'id'"):
-        run.dry_run(settings(source))
+        dry_run.dry_run(settings(source))
 
 
 @pytest.mark.parametrize(
@@ -391,8 +391,8 @@ def test_values_of_a_webdataset_that_cannot_be_kept_are_refused(
     """One line names the member."""
     source = pack(tmp_path, "tar", {"1.jpg": JPEG, **files})
     with pytest.raises(SourceError, match=message):
-        run.dry_run(settings(source))
-    assert run.dry_run(settings(source, keep=None)).images >= 1
+        dry_run.dry_run(settings(source))
+    assert dry_run.dry_run(settings(source, keep=None)).images >= 1
 
 
 def test_an_archive_that_is_cut_inside_a_json_is_said_to_be_cut(
@@ -403,7 +403,7 @@ def test_an_archive_that_is_cut_inside_a_json_is_said_to_be_cut(
     data = file.read_bytes()
     file.write_bytes(data[: data.index(b'"id"') + 100])
     with pytest.raises(SourceError, match=r"is cut short: it ends at byte .* member 1\.json"):
-        run.dry_run(settings(file))
+        dry_run.dry_run(settings(file))
 
 
 def test_a_sample_without_end_is_refused(
@@ -413,7 +413,7 @@ def test_a_sample_without_end_is_refused(
     monkeypatch.setattr(samples, "_MAX_IMAGES", 3)
     source = pack(tmp_path, "tar", {f"2024.{number}.jpg": JPEG for number in range(4)})
     with pytest.raises(SourceError, match=r"more than 3 images are one sample.*2024\.3\.jpg"):
-        run.dry_run(settings(source))
+        dry_run.dry_run(settings(source))
 
 
 def test_one_column_with_two_types_is_refused(
@@ -429,9 +429,9 @@ def test_one_column_with_two_types_is_refused(
             SourceError,
             match=rf"--keep id: .* whole numbers in source @.*first.* and {what} in source @.*{name}",
         ):
-            run.dry_run(settings(f"@{first}#path", f"@{second}#path"))
+            dry_run.dry_run(settings(f"@{first}#path", f"@{second}#path"))
     empty = table(tmp_path, {"path": ["a.jpg"], "id": pa.nulls(1)}, "empty")
-    assert run.dry_run(settings(f"@{empty}#path", f"@{first}#path")).images == 2
+    assert dry_run.dry_run(settings(f"@{empty}#path", f"@{first}#path")).images == 2
 
 
 # ── the frozen job ────────────────────────────────────────────────────────────────────────────────

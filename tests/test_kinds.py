@@ -23,7 +23,7 @@ from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Skipped, check_kinds, open_all, resolve
 from imagemill.records import Entry, Settings
-from imagemill.runner import run
+from imagemill.runner import dry_run, run
 from s3 import Bucket
 
 Jobs = Callable[..., Settings]
@@ -271,7 +271,7 @@ def test_a_source_of_another_kind_is_exit_2_and_costs_nothing(
         f" @{tmp_path}/list.csv." in result.err
     )
     with pytest.raises(UsageError, match=r"list\.csv is a table, not an image"):
-        run.dry_run(job(jpegs(2), tmp_path / "list.csv"))
+        dry_run.dry_run(job(jpegs(2), tmp_path / "list.csv"))
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ import sample_images
 from imagemill.display import observer
 from imagemill.errors import SourceError
 from imagemill.records import Settings
-from imagemill.runner import run
+from imagemill.runner import dry_run, run
 from s3 import Bucket
 
 Jobs = Callable[..., Settings]
@@ -156,7 +156,7 @@ def test_sources_without_an_image_start_no_job(job: Jobs, tmp_path: Path, kind: 
         **changes,
     )
     texts = set()
-    for call in (run.run, run.dry_run):
+    for call in (run.run, dry_run.dry_run):
         with pytest.raises(SourceError) as caught:
             call(settings)
         texts.add(str(caught.value))
@@ -224,7 +224,7 @@ def test_one_empty_source_among_others_is_a_note(job: Jobs, jpegs: Folders, tmp_
     listener = Listener()
     assert run.run(job(empty[0], jpegs(2)), listener).images == 2
     assert f"note: 1 source holds no images, first: {empty[0]}" in listener.printed
-    found = run.dry_run(job(jpegs(2), *empty, output=str(tmp_path / "out2")))
+    found = dry_run.dry_run(job(jpegs(2), *empty, output=str(tmp_path / "out2")))
     assert found.notes == (f"note: 2 sources hold no images, first: {empty[0]}",)
 
 

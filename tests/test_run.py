@@ -29,7 +29,7 @@ from imagemill.job import documents, ledger, plan
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
-from imagemill.runner import run, summarise
+from imagemill.runner import dry_run, resume, run, summarise
 from imagemill.version import __version__
 from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
@@ -264,7 +264,7 @@ def test_an_image_that_is_a_source_is_named_in_its_row_and_found_again(
     folder = jpegs(1, **{"bad.jpg": b""})
     sources = tuple(str(folder / name) for name in ("000.jpg", "bad.jpg"))
     settings = Settings(sources=sources, output=str(tmp_path / "out"), model="tiny", devices="null")
-    assert run.dry_run(settings).first == ("000.jpg", "bad.jpg")
+    assert dry_run.dry_run(settings).first == ("000.jpg", "bad.jpg")
     run.run(settings)
     opened = OpenJob.open(tmp_path / "out")
     assert [row["path"] for row in helpers.rows(tmp_path / "out")] == ["000.jpg", "bad.jpg"]
@@ -353,7 +353,7 @@ def test_an_output_inside_the_source_is_not_a_source(job: Jobs, jpegs: Folders) 
 
 def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """It lists and counts; the output folder does not even appear, and no model is needed."""
-    found = run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
+    found = dry_run.dry_run(job(jpegs(70, **{"x.txt": b""}), model="none.such", devices="null:2"))
     assert (found.images, found.shard_size, dict(found.skipped_by_suffix), found.first[:2]) == (
         70,
         32,
@@ -605,9 +605,9 @@ def test_a_job_is_not_continued_with_another_decoder(
     started: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One answer id never stands for images that were decoded in two ways."""
-    was, before = run.DECODER, helpers.rows(tmp_path / "out")
-    monkeypatch.setattr(run, "DECODER", "other/9")
-    monkeypatch.setattr(run, "__version__", "99.0")
+    was, before = resume.DECODER, helpers.rows(tmp_path / "out")
+    monkeypatch.setattr(resume, "DECODER", "other/9")
+    monkeypatch.setattr(resume, "__version__", "99.0")
     with pytest.raises(JobMismatchError) as caught:
         run.run(unsaid(started))
     assert caught.value.exit_code == 2

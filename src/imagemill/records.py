@@ -631,26 +631,6 @@ class DeviceSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class DryRun:
-    """What `--dry-run` found."""
-
-    images: int
-    shard_size: int
-    skipped_by_suffix: Mapping[str, int]
-    skipped_hidden: int
-    skipped_by_filter: int
-    first: tuple[str, ...]
-    """Paths of the first images."""
-    append: bool = False
-    """Whether the images would be added to an existing job. Then `images` and `first` are the new
-    ones.
-    """
-    skipped_broken_links: int = 0
-    notes: tuple[str, ...] = ()
-    """Messages of a run about broken links and empty sources."""
-
-
-@dataclass(frozen=True, slots=True)
 class Summary:
     """`summary.json`: what one finished job was, and what this invocation added to it."""
 

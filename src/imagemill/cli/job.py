@@ -29,11 +29,11 @@ def _add_run(command: Command) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     from imagemill.display import observer, results
-    from imagemill.runner import run
+    from imagemill.runner import dry_run, run
 
     settings = make_settings(vars(parsed))
     if settings.dry_run:
-        found = run.dry_run(settings)
+        found = dry_run.dry_run(settings)
         for note in found.notes:
             log(note)
         print(as_json(found) if parsed.json else results.format_dry_run(found))

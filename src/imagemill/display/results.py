@@ -12,7 +12,8 @@ from imagemill.errors import counted
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import JobStatus
-    from imagemill.records import DryRun, Summary
+    from imagemill.records import Summary
+    from imagemill.runner.dry_run import DryRun
 
 _MAX_MISSING = 10
 """Missing parts that `imagemill verify` names one by one."""

@@ -31,25 +31,23 @@ seconds.
 _PAUSE_S: Final = 2.0
 
 
-Frozen = tuple[OpenJob, Sequence[DeviceSpec]]
-"""A frozen job and its devices."""
-
-
 def attempt_until_it_fits(
     attempt: Callable[[OpenJob, Sequence[DeviceSpec], bool], Summary],
-    frozen: Frozen,
+    opened: OpenJob,
+    chosen: Sequence[DeviceSpec],
     settings: Settings,
     watcher: Watcher,
     *,
     is_new: bool,
-    fall_back: Callable[[], Frozen] | None = None,
+    fall_back: Callable[[], tuple[OpenJob, Sequence[DeviceSpec]]] | None,
 ) -> Summary:
     """Return what `attempt` returns, and repeat it if the devices cannot be used.
 
     Args:
         attempt: carries the job out; is given the job, its devices, and whether it was begun
             before.
-        frozen: the job.
+        opened: the frozen job.
+        chosen: its devices.
         settings: a batch size in them is never changed.
         watcher: shows what is changed or waited for.
         is_new: whether this call has frozen the job.
@@ -62,7 +60,6 @@ def attempt_until_it_fits(
     """
     deadline: float | None = None
     while True:
-        opened, chosen = frozen
         try:
             return attempt(opened, chosen, deadline is not None or not is_new)
         except (DeviceError, ModelError, WorkerError) as error:
@@ -70,12 +67,12 @@ def attempt_until_it_fits(
             if is_new and isinstance(error, DeviceMemoryError) and _may_shrink(opened, settings):
                 size = opened.frozen.job.session.batch_size // 2
                 watcher.notify(f"{error} Starting with batches of {size}.")
-                frozen = freeze.with_batch_size(opened, size, chosen), chosen
+                opened = freeze.with_batch_size(opened, size, chosen)
             elif is_new and fall_back and not isinstance(error, InexactError):
                 reason = str(error).partition("\n")[0]
                 watcher.notify(f"{opened.frozen.devices} is not used, but the CPU: {reason}")
                 nonce = opened.frozen.plan_nonce
-                frozen, fall_back = fall_back(), None
+                (opened, chosen), fall_back = fall_back(), None
                 opened.store.forget_plan(nonce)
             elif not isinstance(error, DeviceMemoryError):
                 raise

@@ -9,14 +9,16 @@ from itertools import chain
 from pathlib import Path
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import JobMismatchError
-from imagemill.job.documents import Appended, Frozen
+from imagemill.errors import JobMismatchError, SourceError
+from imagemill.job.documents import Appended, Frozen, Generation
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.pipeline import sources
+from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.records import DeviceSpec, Kept, Settings
+from imagemill.pipeline.decoding import DECODER
+from imagemill.records import DeviceSpec, Kept, Settings, Shard
 from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
 from imagemill.runner.model import (
@@ -24,8 +26,10 @@ from imagemill.runner.model import (
     identify,
     is_local,
     resolve_model,
+    verify_model,
 )
 from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
+from imagemill.version import __version__
 
 _MAX_COMMAND = 1_000
 """Characters of a command that is printed to be copied."""
@@ -76,6 +80,67 @@ def resume(
         log_dir=settings.log_dir or job.log_dir,
     )
     return OpenJob(opened.store, replace(frozen, job=job), opened.appended)
+
+
+def check_remaining(
+    opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequence[Shard] | None = None
+) -> None:
+    """Check that the remaining images of a resumed job can be processed as the first ones of their
+    generation were. A new job was checked before it was frozen; on a finished job none of this
+    matters. Before images are appended, this is checked too: if different generations needed
+    different decoders, no version could finish the job.
+
+    Args:
+        opened: the job.
+        chosen: the devices.
+        left: the shards to process; default: those that are not committed.
+
+    Raises:
+        JobMismatchError: another decoder, device or library. SourceError, without which every
+        remaining image would become a `missing` row. OutputError, ModelError: the model is missing
+        or changed.
+    """
+    if left is None:
+        done = opened.committed()
+        left = [shard for shard in opened.shards if shard.number not in done]
+    if not left:
+        return
+    for generation in {shard.plan_file: opened.generation_of(shard) for shard in left}.values():
+        _check_decoder(generation, opened.paths.output)
+        _check_fixed(generation, opened, chosen)
+    try:
+        sources.check(opened.sources_of(left), opened.first.job.access)
+    except SourceError as error:
+        raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
+    verify_model(opened.first)
+
+
+def _check_decoder(generation: Generation, output: str) -> None:
+    """Raise JobMismatchError if this version decodes images differently from the one that froze
+    the generation: one answer id would stand for two kinds of answers.
+    """
+    if generation.decoder != DECODER:
+        began = generation.versions.get("imagemill", "another version")
+        raise JobMismatchError(
+            f"{output} was started with decoder {generation.decoder} (imagemill {began}),"
+            f" this is decoder {DECODER} (imagemill {__version__}). Images may be decoded"
+            f" differently. Continue with imagemill {began}, or give another --output."
+        )
+
+
+def _check_fixed(generation: Generation, opened: OpenJob, chosen: Sequence[DeviceSpec]) -> None:
+    """Raise JobMismatchError if answers would differ in the last bits, because of another model of
+    the device or another version of a library.
+    """
+    now = devices.fixed_facts(chosen, opened.first.job.session.batch_size)
+    for what in sorted(generation.fixed.keys() | now.keys()):
+        was, found = generation.fixed.get(what, "none"), now.get(what, "none")
+        if was != found:
+            raise JobMismatchError(
+                f"{opened.paths.output} was started with {what} {was}, this is {what} {found},"
+                " whose answers differ in the last bits. Continue where it was started, or give"
+                " another --output."
+            )
 
 
 def command_of(job: OpenJob) -> str:

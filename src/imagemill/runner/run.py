@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-from imagemill import records, report
+from imagemill import report
 from imagemill.display import observer
 from imagemill.errors import (
     Interrupted,
-    JobMismatchError,
     OutputError,
     SourceError,
     UsageError,
     counted,
 )
-from imagemill.job import documents, ledger, lock, plan
-from imagemill.job.columns import row_path
+from imagemill.job import documents, ledger, lock
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
@@ -32,15 +28,11 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.pipeline.decoding import DECODER
-from imagemill.pipeline.sources import Skipped
 from imagemill.records import (
     DeviceSpec,
-    DryRun,
     Precision,
     Progress,
     Settings,
-    Shard,
     Summary,
 )
 from imagemill.runner import (
@@ -53,10 +45,9 @@ from imagemill.runner import (
     resume,
     summarise,
 )
-from imagemill.runner.difference import MAX_NAMES, Difference
+from imagemill.runner.difference import Difference
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
-from imagemill.version import __version__
 from imagemill.workers.launcher import Launcher, Outcome
 from imagemill.workers.machines import Machines, connect
 
@@ -85,7 +76,7 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
 
 def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> Summary:
     opened = OpenJob.find(settings.output, settings.log_dir)
-    store = opened.store if opened else open_store(_paths_of(settings))
+    store = opened.store if opened else open_store(JobPaths.of(settings.output, settings.log_dir))
     if settings.devices == automatic.CPU:
         settings = replace(settings, devices=None)
     asked = settings.devices or (
@@ -138,13 +129,8 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     listing.check_moved(known, opened.first.job.access, opened.all_rows())
                     files.remove_folder(paths.generation(len(opened.generations) + 1))
                     if settings.append:
-                        _check_remaining(opened, chosen)
+                        resume.check_remaining(opened, chosen)
                         opened, found = append.append(settings, opened, chosen, watcher)
-
-                def attempt(job: OpenJob, on: Sequence[DeviceSpec], is_resumed: bool) -> Summary:
-                    return _carry_out(
-                        settings, job, machines, on, watcher, is_resumed=is_resumed, found=found
-                    )
 
                 def fall_back() -> tuple[OpenJob, Sequence[DeviceSpec]]:
                     nonlocal opened
@@ -156,8 +142,15 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     return opened, cpus
 
                 return attempts.attempt_until_it_fits(
-                    attempt,
-                    (opened, chosen),
+                    partial(
+                        _carry_out,
+                        settings=settings,
+                        machines=machines,
+                        watcher=watcher,
+                        found=found,
+                    ),
+                    opened,
+                    chosen,
                     settings,
                     watcher,
                     is_new=is_new,
@@ -179,19 +172,15 @@ def _may_fall_back(settings: Settings, opened: OpenJob) -> bool:
     return is_choice and settings.precision in (None, "auto", Precision.FP32, Precision.BF16)
 
 
-def _paths_of(settings: Settings) -> JobPaths:
-    return JobPaths.of(settings.output, settings.log_dir)
-
-
 def _carry_out(
-    settings: Settings,
     opened: OpenJob,
-    machines: Machines,
     chosen: Sequence[DeviceSpec],
-    watcher: observer.Watcher,
+    is_resumed: bool,
     *,
-    is_resumed: bool = False,
-    found: Difference | None = None,
+    settings: Settings,
+    machines: Machines,
+    watcher: observer.Watcher,
+    found: Difference | None,
 ) -> Summary:
     """Process the remaining shards of a job, close its ledger and write its summary. `found` is how
     the sources differed from the plan before this command appended to it.
@@ -208,7 +197,7 @@ def _carry_out(
         done -= again
     left = [shard for shard in opened.shards if shard.number not in done]
     if is_resumed:
-        _check_remaining(opened, chosen, left)
+        resume.check_remaining(opened, chosen, left)
     if not left and (summary := _read_summary(opened)):
         ledger.check_sizes(store)
         if settings.report and not store.exists(paths.report):  # it was interrupted
@@ -282,140 +271,6 @@ def _read_summary(opened: OpenJob) -> Summary | None:
         _log.warning("%s", error)
         return None
     return summary if summary and summary.images == opened.frozen.images else None
-
-
-def _check_remaining(
-    opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequence[Shard] | None = None
-) -> None:
-    """Check that the remaining images of a resumed job can be processed as the first ones of their
-    generation were. A new job was checked before it was frozen; on a finished job none of this
-    matters. Before images are appended, this is checked too: if different generations needed
-    different decoders, no version could finish the job.
-
-    Args:
-        opened: the job.
-        chosen: the devices.
-        left: the shards to process; default: those that are not committed.
-
-    Raises:
-        JobMismatchError: another decoder, device or library. SourceError, without which every
-        remaining image would become a `missing` row. OutputError, ModelError: the model is missing
-        or changed.
-    """
-    if left is None:
-        done = opened.committed()
-        left = [shard for shard in opened.shards if shard.number not in done]
-    if not left:
-        return
-    for generation in {shard.plan_file: opened.generation_of(shard) for shard in left}.values():
-        _check_decoder(generation, opened.paths.output)
-        _check_fixed(generation, opened, chosen)
-    try:
-        sources.check(opened.sources_of(left), opened.first.job.access)
-    except SourceError as error:
-        raise SourceError(f"{error} If it has moved, add --moved OLD=NEW.") from error
-    model.verify_model(opened.first)
-
-
-def _check_decoder(generation: documents.Frozen | documents.Appended, output: str) -> None:
-    """Raise JobMismatchError if this version decodes images differently from the one that froze
-    the generation: one answer id would stand for two kinds of answers.
-    """
-    if generation.decoder != DECODER:
-        began = generation.versions.get("imagemill", "another version")
-        raise JobMismatchError(
-            f"{output} was started with decoder {generation.decoder} (imagemill {began}),"
-            f" this is decoder {DECODER} (imagemill {__version__}). Images may be decoded"
-            f" differently. Continue with imagemill {began}, or give another --output."
-        )
-
-
-def _check_fixed(
-    generation: documents.Frozen | documents.Appended,
-    opened: OpenJob,
-    chosen: Sequence[DeviceSpec],
-) -> None:
-    """Raise JobMismatchError if answers would differ in the last bits, because of another model of
-    the device or another version of a library.
-    """
-    now = devices.fixed_facts(chosen, opened.first.job.session.batch_size)
-    for what in sorted(generation.fixed.keys() | now.keys()):
-        was, found = generation.fixed.get(what, "none"), now.get(what, "none")
-        if was != found:
-            raise JobMismatchError(
-                f"{opened.paths.output} was started with {what} {was}, this is {what} {found},"
-                " whose answers differ in the last bits. Continue where it was started, or give"
-                " another --output."
-            )
-
-
-def dry_run(settings: Settings) -> DryRun:
-    """List the sources and return what a job would be, or with `append` what would be added to it.
-    Nothing is written to the output.
-    """
-    check_settings(settings)
-    opened = OpenJob.find(settings.output, settings.log_dir)
-    extended = opened if settings.append else None
-    typed = settings.devices or (extended.frozen.devices if extended else automatic.CPU)
-    with contextlib.closing(connect(settings.engine, lambda _: None)) as machines:
-        chosen = machines.devices(typed)
-    if extended:
-        return _dry_append(settings, extended, chosen)
-    store = open_store(_paths_of(settings))
-    if opened is None:
-        store.check_unused()
-    resolved = sources.resolve(settings.sources)
-    listing.check_sources(resolved, settings)
-    skipped, keeper = Skipped(), listing.keeper_of(settings)
-    first: list[str] = []
-
-    def noting(entries: Iterator[records.Entry]) -> Iterator[records.Entry]:
-        for entry in entries:
-            if len(first) < MAX_NAMES:
-                first.append(sources.shown(row_path(resolved[entry.source], entry.path)))
-            yield entry
-
-    with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        listed = plan.spool(
-            noting(listing.listing(settings, skipped, keeper, store.paths.root)),
-            Path(folder) / "listing",
-        )
-    if not listed.images:
-        raise listing.no_images(settings, skipped)
-    keeper.kept()
-    notes = list(skipped.notes())
-    if typed == automatic.CPU:
-        now = machines.automatic(listed.images, settings.precision, notes.append)
-        chosen = chosen if now == typed else machines.devices(now)
-    shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
-    return DryRun(
-        images=listed.images,
-        shard_size=shard_size,
-        skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
-        skipped_hidden=skipped.hidden,
-        skipped_by_filter=skipped.by_filter,
-        first=tuple(first),
-        skipped_broken_links=skipped.broken_links,
-        notes=tuple(notes),
-    )
-
-
-def _dry_append(settings: Settings, opened: OpenJob, chosen: Sequence[DeviceSpec]) -> DryRun:
-    """Return what would be added to a job."""
-    with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        found = listing.list_again(settings, opened, Path(folder) / "listing")
-    images = found.difference.new.count
-    return DryRun(
-        images=images,
-        shard_size=settings.shard_size or plan.auto_shard_size(images, len(chosen)),
-        skipped_by_suffix=dict(sorted(found.skipped.by_suffix.items())),
-        skipped_hidden=found.skipped.hidden,
-        skipped_by_filter=found.skipped.by_filter,
-        first=found.difference.new.names,
-        skipped_broken_links=found.skipped.broken_links,
-        notes=(*found.notes, *append.describe(found, settings)),
-        append=True,
-    )
 
 
 def _report_finished(
