@@ -28,7 +28,7 @@ from imagemill.arrange import names
 from imagemill.arrange.links import Link, Log, Maker
 from imagemill.display.text import format_statuses
 from imagemill.errors import OutputError, UsageError, counted, printable
-from imagemill.job import ledger, plan
+from imagemill.job import plan
 from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
@@ -210,8 +210,7 @@ class _Chosen:
 
     def __init__(self, job: OpenJob, choice: Choice) -> None:
         self._job, self._choice = job, choice
-        done = job.committed()
-        self._shards = [shard for shard in job.shards if shard.number in done]
+        self._shards = job.committed_shards()
         self.rows = sum(shard.count for shard in self._shards)
         self.left_out: Counter[str] = Counter()
         self._column = "class_id" if choice.by == "label" else choice.by
@@ -229,7 +228,7 @@ class _Chosen:
         if by not in (known := names_of(frozen)):
             raise UsageError(f"--by {by}: the job has no such column. It has {', '.join(known)}.")
         distinct: dict[Any, str] = {}
-        for table in ledger.tables(self._job.store, self._numbers(), [by]):
+        for _, table in self._job.tables(self._shards, [by]):
             if not _TEXT_OR_WHOLE.match(str(table[by].type)):
                 raise UsageError(f"--by {by}: the column holds neither text nor whole numbers.")
             distinct |= {value: str(value) for value in table[by].unique().to_pylist()}
@@ -241,15 +240,11 @@ class _Chosen:
         distinct.pop(None, None)
         return distinct.items()
 
-    def _numbers(self) -> list[int]:
-        return [shard.number for shard in self._shards]
-
     def images(self) -> Iterator[_Image]:
         """Yield the chosen images with the names that they would have alone in their folders."""
         left_out: Counter[str] = Counter()
         columns = list(dict.fromkeys([*_COLUMNS[1:], self._column]))
-        tables = ledger.tables(self._job.store, self._numbers(), columns)
-        for shard, table in zip(self._shards, tables, strict=True):
+        for shard, table in self._job.tables(self._shards, columns):
             for row, planned in zip(table.to_pylist(), self._job.rows(shard), strict=True):
                 folder = self._folder(row)
                 if folder is None:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.csv as pv
 
 from imagemill.errors import OutputError, UsageError
-from imagemill.job import ledger
 from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
 from imagemill.system import files
@@ -66,14 +65,14 @@ def export(
             f"--columns {','.join(columns or ())}: the job has no column {unknown[0]!r}. It has"
             f" {', '.join(known)}."
         )
-    done = job.committed()
+    done = job.committed_shards()
     if len(done) < len(job.shards) or not job.store.exists(job.paths.summary):
-        unfinished = job.shortfall(sum(shard.count for shard in job.shards if shard.number in done))
+        unfinished = job.shortfall(sum(shard.count for shard in done))
         if not partial:
             raise OutputError(f"{unfinished}, or add --partial for these rows.")
         notify(f"{unfinished}. These rows are exported in plan order.")
     chosen = list(dict.fromkeys(columns or known))
-    tables = ledger.tables(job.store, sorted(done), chosen)
+    tables = (table for _, table in job.tables(done, chosen))
     return _csv(tables, chosen) if form is Form.CSV else _json_lines(tables, chosen)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagemill.errors import NotAJobError, OutputError, counted, printable
 from imagemill.job import documents, ledger, lock, plan
@@ -16,6 +17,9 @@ from imagemill.job.documents import Appended, Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
 from imagemill.records import Receipt, Shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +177,18 @@ class OpenJob:
         """Return the shards whose part exists now."""
         return ledger.committed(self.store, self.shards)
 
+    def committed_shards(self) -> list[Shard]:
+        """Return the shards whose part exists now, in order."""
+        done = self.committed()
+        return [shard for shard in self.shards if shard.number in done]
+
+    def tables(
+        self, shards: Sequence[Shard], columns: Sequence[str]
+    ) -> Iterator[tuple[Shard, pa.Table]]:
+        """Yield committed shards with the rows of their parts; see `ledger.tables`."""
+        numbers = [shard.number for shard in shards]
+        return zip(shards, ledger.tables(self.store, numbers, columns), strict=True)
+
     def shortfall(self, rows: int) -> str:
         """Return that the job is not finished, and what to do, as the beginning of a message. It
         has `rows` rows.
@@ -213,14 +229,16 @@ class OpenJob:
 
     def status(self) -> JobStatus:
         """Return how far the job has got. Reads only, so it is safe while the job runs."""
-        done, running = self.committed(), lock.is_locked(self.paths)
+        done, running = self.committed_shards(), lock.is_locked(self.paths)
         pace = documents.read_pace(self.paths) if running else documents.RunningPace()
         return JobStatus(
             images=self.frozen.images,
-            done=sum(shard.count for shard in self.shards if shard.number in done),
+            done=sum(shard.count for shard in done),
             shards=len(self.shards),
             shards_done=len(done),
-            failed_by_status=dict(sorted(self.failed_by_status(sorted(done)).items())),
+            failed_by_status=dict(
+                sorted(self.failed_by_status(shard.number for shard in done).items())
+            ),
             running=running,
             complete=len(done) == len(self.shards) and self.store.exists(self.paths.summary),
             retired=documents.read_retired(self.store),

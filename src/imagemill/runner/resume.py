@@ -82,9 +82,7 @@ def resume(
     return OpenJob(opened.store, replace(frozen, job=job), opened.appended)
 
 
-def check_remaining(
-    opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequence[Shard] | None = None
-) -> None:
+def check_remaining(opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequence[Shard]) -> None:
     """Check that the remaining images of a resumed job can be processed as the first ones of their
     generation were. A new job was checked before it was frozen; on a finished job none of this
     matters. Before images are appended, this is checked too: if different generations needed
@@ -93,16 +91,13 @@ def check_remaining(
     Args:
         opened: the job.
         chosen: the devices.
-        left: the shards to process; default: those that are not committed.
+        left: the shards to process.
 
     Raises:
         JobMismatchError: another decoder, device or library. SourceError, without which every
         remaining image would become a `missing` row. OutputError, ModelError: the model is missing
         or changed.
     """
-    if left is None:
-        done = opened.committed()
-        left = [shard for shard in opened.shards if shard.number not in done]
     if not left:
         return
     for generation in {shard.plan_file: opened.generation_of(shard) for shard in left}.values():

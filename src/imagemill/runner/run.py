@@ -129,7 +129,9 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     listing.check_moved(known, opened.first.job.access, opened.all_rows())
                     files.remove_folder(paths.generation(len(opened.generations) + 1))
                     if settings.append:
-                        resume.check_remaining(opened, chosen)
+                        done = opened.committed()
+                        left = [shard for shard in opened.shards if shard.number not in done]
+                        resume.check_remaining(opened, chosen, left)
                         opened, found = append.append(settings, opened, chosen, watcher)
 
                 def fall_back() -> tuple[OpenJob, Sequence[DeviceSpec]]:

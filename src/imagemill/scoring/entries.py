@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imagemill.errors import SourceError, UsageError, printable
-from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.sources import Source, open_all
 from imagemill.pipeline.sources.parquet import ParquetSource
@@ -243,8 +242,7 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
 
 def _rows(job: OpenJob, shards: Sequence[Shard], column: str) -> Iterator[tuple[list[str], Any]]:
     """Yield keys of images, and their values in a column of the rows."""
-    numbers = [shard.number for shard in shards]
-    for table in ledger.tables(job.store, numbers, ["source", "path", column]):
+    for _, table in job.tables(shards, ["source", "path", column]):
         rows = zip(table["source"].to_pylist(), table["path"].to_pylist(), strict=True)
         labels = table[column].combine_chunks().cast(pa.string())
         yield [places.own_path(source, path) for source, path in rows], labels

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imagemill.errors import counted
-from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Scores, Shard, Status
 from imagemill.scoring.record import Average, Bin, Calibration, ClassScore, Confusion, Share
@@ -182,9 +181,7 @@ def gather(job: OpenJob, shards: Sequence[Shard], truth: TrueClasses) -> Figures
     if card.scores is Scores.SOFTMAX:
         columns += [_IDS, _PROBABILITIES]
     figures = Figures(len(card.labels))
-    numbers = [shard.number for shard in shards]
-    tables = ledger.tables(job.store, numbers, list(dict.fromkeys(columns)))
-    for shard, table in zip(shards, tables, strict=True):
+    for shard, table in job.tables(shards, list(dict.fromkeys(columns))):
         figures.add(shard, table, truth)
     return figures
 
@@ -271,8 +268,7 @@ def confusions(
     wanted = _cell(true[top].astype(np.int32), predicted[top].astype(np.int32), len(labels))
     examples: dict[int, list[tuple[float, int]]] = {int(cell): [] for cell in wanted}
     columns = ("status", "class_id", "probability")
-    tables = ledger.tables(job.store, [s.number for s in shards] if examples else [], columns)
-    for shard, table in zip(shards if examples else [], tables, strict=True):
+    for shard, table in job.tables(shards if examples else [], columns):
         rows, class_ids = truth.of_shard(shard)
         ids, probability = _predicted(table)
         cells = _cell(class_ids, ids[rows], len(labels))

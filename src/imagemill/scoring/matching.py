@@ -17,7 +17,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from imagemill.errors import UsageError, printable
-from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Shard
 from imagemill.scoring import entries, places
@@ -68,8 +67,7 @@ def find(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValues:
 
 def _rows(job: OpenJob, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[str], list[str]]]:
     """Yield the columns `source` and `path` of each shard."""
-    tables = ledger.tables(job.store, [shard.number for shard in shards], ("source", "path"))
-    for shard, table in zip(shards, tables, strict=True):
+    for shard, table in job.tables(shards, ("source", "path")):
         yield shard, table["source"].to_pylist(), table["path"].to_pylist()
 
 

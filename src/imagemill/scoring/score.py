@@ -37,8 +37,7 @@ def score(job: OpenJob, given: str) -> Score:
         raise UsageError(f"{card.name} has no classes, only an embedding: no row can be right.")
     if len(card.labels) < 2:
         raise UsageError(f"{card.name} has one class only: every row would be right.")
-    done = job.committed()
-    shards = [shard for shard in job.shards if shard.number in done]
+    shards = job.committed_shards()
     rows = sum(shard.count for shard in shards)
     if not rows:
         raise OutputError(f"{job.shortfall(0)}, then score again.")
