@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from imagemill.errors import UsageError
-from imagemill.scoring import entries, places, truth, values
+from imagemill.scoring import entries, truth, values
 from imagemill.scoring.entries import NONE, Codes, hashes
+from imagemill.scoring.matching import WAYS, labels_in
 from imagemill.scoring.truth import Kind, Truth
 
 
@@ -60,22 +62,15 @@ def _codes(
     """Return a number for the true value of each image, the values, and names of class ids."""
     if given.kind is not Kind.TABLE:
         codes = Codes(given)
-        if given.kind is Kind.FOLDERS:
-            found = [places.folder_name(*image) for image in images]
-        else:
-            found = [given.label_in(places.relative_path(*image)) for image in images]
+        found = labels_in(given, [source for source, _ in images], [path for _, path in images])
         return codes.of(pa.array(found, pa.string())), codes.values, ()
     best = None
-    for place, key in (
-        (places.relative_path, str),
-        (places.full_path, lambda text: places.beside(given.file, text)),
-        (places.file_name, lambda text: places.file_name("", text)),
-    ):
-        table = entries.of_table(given, key, place, names_one=False)
+    for way in WAYS:
+        table = entries.of_table(given, partial(way.key, given), way.place, names_one=False)
         known = dict(
             zip(reversed(table.entries.keys.tolist()), reversed(table.entries.codes), strict=True)
         )
-        keys = hashes([place(*image) for image in images]).tolist()
+        keys = hashes([way.place(*image) for image in images]).tolist()
         numbers = np.array([known.get(one, NONE) for one in keys], np.int32)
         if best is None or (numbers != NONE).sum() > (best[0] != NONE).sum():
             best = numbers, table.codes.values, table.names

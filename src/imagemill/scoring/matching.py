@@ -174,12 +174,8 @@ class _Pairs:
 def _from_paths(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValues:
     pairs, codes = _Pairs(), Codes(truth)
     for shard, sources, paths in _rows(job, shards):
-        if truth.kind is Kind.FOLDERS:
-            labels: Sequence[str | None] = places.all_of(places.folder_name, sources, paths)
-        else:
-            named = places.all_of(places.relative_path, sources, paths)
-            labels = [truth.label_in(path) for path in named]
-        pairs.add(shard, codes.of(pa.array(labels, pa.string())), paths)
+        labels = pa.array(labels_in(truth, sources, paths), pa.string())
+        pairs.add(shard, codes.of(labels), paths)
     if not pairs.matched:
         what = "is in a folder" if truth.kind is Kind.FOLDERS else "matches the pattern"
         raise UsageError(
@@ -188,11 +184,19 @@ def _from_paths(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
     return pairs.values(codes)
 
 
+def labels_in(truth: Truth, sources: Sequence[str], paths: Sequence[str]) -> Sequence[str | None]:
+    """Return the label of each image from its path: FOLDERS or REGEX."""
+    if truth.kind is Kind.FOLDERS:
+        return places.all_of(places.folder_name, sources, paths)
+    named = places.all_of(places.relative_path, sources, paths)
+    return [truth.label_in(path) for path in named]
+
+
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class Way:
     """A way to match images with the paths in a table."""
 
     name: str
@@ -201,10 +205,10 @@ class _Way:
     """Returns the key of a path in the table."""
 
 
-_WAYS: Final = (
-    _Way("path", places.relative_path, lambda _, text: text.removeprefix("./")),
-    _Way("full path", places.full_path, lambda truth, text: places.beside(truth.file, text)),
-    _Way("file name", places.file_name, lambda _, text: text.rpartition("/")[2]),
+WAYS: Final = (
+    Way("path", places.relative_path, lambda _, text: text.removeprefix("./")),
+    Way("full path", places.full_path, lambda truth, text: places.beside(truth.file, text)),
+    Way("file name", places.file_name, lambda _, text: places.file_name("", text)),
 )
 """In the order in which they are tried."""
 
@@ -215,9 +219,9 @@ def _from_table(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
     A way in which one path of the table means several images, or several paths one image, is not
     used.
     """
-    best: tuple[int, _Way | None] = (0, None)
+    best: tuple[int, Way | None] = (0, None)
     doubts: list[str] = []
-    for way in _WAYS:
+    for way in WAYS:
         found, pairs, doubt = _try(job, shards, truth, way)
         if doubt:
             doubts.append(f"by {way.name}, {printable(doubt)} is ambiguous")
@@ -250,7 +254,7 @@ def _from_table(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
 
 
 def _try(
-    job: OpenJob, shards: Sequence[Shard], truth: Truth, way: _Way
+    job: OpenJob, shards: Sequence[Shard], truth: Truth, way: Way
 ) -> tuple[Found, _Pairs, str]:
     """Match a table in one way. The last value is a path that is ambiguous in this way, or empty;
     then the pairs are not complete.
