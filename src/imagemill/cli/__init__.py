@@ -51,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it
         _drop_stdout()
         return 0
-    except OSError as error:
+    except Exception as error:
         if message := _shortage(error):
             print(f"imagemill: {message}", file=sys.stderr)
             return 1
-        if not _is_stdout_at_fault():
+        if not isinstance(error, OSError) or not _is_stdout_at_fault():
             raise
         _drop_stdout()
         print(
@@ -63,11 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             " affected.",
             file=sys.stderr,
         )
-        return 1
-    except Exception as error:
-        if (message := _shortage(error)) is None:
-            raise
-        print(f"imagemill: {message}", file=sys.stderr)
         return 1
     return code
 

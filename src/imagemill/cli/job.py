@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from imagemill.cli.options import Command, add_settings
+from imagemill.cli.options import JOB, JSON, Command, add_settings
 from imagemill.cli.output import as_json, log, open_job, print_result
 from imagemill.runner.settings import SETTINGS, make_settings
 
@@ -90,8 +90,8 @@ def _add_summary_options(sub: argparse.ArgumentParser) -> None:
 
 def _add_status(command: Command) -> None:
     sub = command("status", _status, "show the progress of a job, which may be running")
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("dir", **JOB)
+    sub.add_argument("--json", **JSON)
 
 
 def _status(parsed: argparse.Namespace) -> int:
@@ -112,13 +112,13 @@ def _add_verify(command: Command) -> None:
     sub = command(
         "verify", _verify, "check all results; exit 0 only if the job is complete and undamaged"
     )
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("dir", **JOB)
     sub.add_argument(
         "--quarantine",
         action="store_true",
         help="move damaged parts to another folder, so that `run` computes them again",
     )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from imagemill.cli.options import Command, add_settings
+from imagemill.cli.options import JSON, Command, add_settings
 from imagemill.cli.output import as_json, log
 from imagemill.runner.settings import SETTINGS, Kind, number
 
@@ -19,7 +19,7 @@ def add(command: Command) -> None:
 
 def _add_devices(command: Command) -> None:
     sub = command("devices", _devices, "list the devices of this machine")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _devices(parsed: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def _add_bench(command: Command) -> None:
         metavar="N",
         help="report the median over N iterations (default: %(default)s)",
     )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _number_or_search(text: str) -> int | str | None:
@@ -116,7 +116,7 @@ def _add_partition(command: Command) -> None:
         choices=["hard", "symbolic", "copy"],
         help="default: hard, or symbolic if hard links are impossible",
     )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _partition(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from imagemill.cli.options import (
+    JSON,
     MODELS_DIR,
     Command,
     add_preprocessing,
@@ -35,7 +36,7 @@ def _add_models(command: Command) -> None:
         "word", nargs="?", metavar="WORD", help="only models whose name, family or origin has it"
     )
     add_settings(sub, MODELS_DIR)
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _models_dir(parsed: argparse.Namespace) -> Path:
@@ -145,10 +146,6 @@ def _add_wrap(command: Command) -> None:
         _wrap,
         "make an ONNX classifier usable: describe its preprocessing in a card, and test it",
     )
-    _wrap_options(sub)
-
-
-def _wrap_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "file",
         metavar="FILE",
@@ -320,7 +317,7 @@ def _add_quantize(command: Command) -> None:
         " regex:PATTERN or @FILE.csv#path,label, as for `score`",
     )
     add_settings(sub, MODELS_DIR)
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _quantize(parsed: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from imagemill.cli.options import Command, probability
+from imagemill.cli.options import JOB, JSON, Command, probability
 from imagemill.cli.output import as_json, log, open_job
 from imagemill.errors import UsageError
 
@@ -24,7 +24,7 @@ def _add_export(command: Command) -> None:
         _export,
         "write all rows of a job as CSV or JSON lines, in the order of its images",
     )
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("dir", **JOB)
     sub.add_argument(
         "--to",
         required=True,
@@ -62,7 +62,7 @@ def _add_report(command: Command) -> None:
         _report,
         "write the report again: results, speed, failures and sample images of a job",
     )
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("dir", **JOB)
     sub.add_argument("--output", metavar="FILE", help="file of the page (default: DIR/report.html)")
 
 
@@ -79,7 +79,7 @@ def _add_score(command: Command) -> None:
     sub = command(
         "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
     )
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("dir", **JOB)
     sub.add_argument(
         "--truth",
         required=True,
@@ -99,7 +99,7 @@ def _add_score(command: Command) -> None:
     sub.add_argument(
         "--no-report", dest="report", action="store_false", help="do not write report.html again"
     )
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _score(parsed: argparse.Namespace) -> int:
@@ -129,7 +129,7 @@ def _add_sort(command: Command) -> None:
         _sort,
         "put the images of a job into one folder per label, as links or copies",
     )
-    sub.add_argument("dir", metavar="DIR", help="output folder or URL of a job")
+    sub.add_argument("dir", **JOB)
     sub.add_argument(
         "--into",
         required=True,
@@ -160,7 +160,7 @@ def _add_sort(command: Command) -> None:
         ),
     )
     sub.add_argument("--dry-run", action="store_true", help="show the folders, and write nothing")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--json", **JSON)
 
 
 def _sort(parsed: argparse.Namespace) -> int:
