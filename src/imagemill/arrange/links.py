@@ -7,17 +7,16 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
 from imagemill.errors import OutputError
 from imagemill.pipeline.sources.base import shown
 from imagemill.system import files
+from imagemill.system.messages import Notify
 
 _NO_HARD_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
-
-Log = Callable[[str], None]
 
 
 class Link(StrEnum):
@@ -31,7 +30,7 @@ class Link(StrEnum):
 class Maker:
     """A maker of links or copies, which changes to symbolic links if hard links are impossible."""
 
-    def __init__(self, link: Link | None, log: Log, temporary: bytes) -> None:
+    def __init__(self, link: Link | None, log: Notify, temporary: bytes) -> None:
         self.link = link or Link.HARD
         self.made = 0
         self._may_fall_back = link is None
@@ -119,6 +118,20 @@ class Maker:
             return same
         alike = (found.st_size, found.st_mtime_ns) == (wanted.st_size, wanted.st_mtime_ns)
         return not same and stat.S_ISREG(found.st_mode) and alike
+
+
+def names_in(folder: Path, shown_as: str) -> list[str]:
+    """Return the names in an output folder, sorted, without those that systems make by themselves;
+    none if it does not exist.
+
+    Raises:
+        OutputError: it is a file, or below a link to nowhere.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{shown_as} is a file. Give a folder.")
+    files.missing_goal(folder)
+    found = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - only names are needed
+    return sorted(name for name in found if not files.is_system_file(name))
 
 
 @contextlib.contextmanager

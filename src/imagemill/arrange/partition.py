@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from imagemill.arrange.links import Link, Log, Maker
+from imagemill.arrange.links import Link, Maker, names_in
 from imagemill.errors import OutputError, SourceError, UsageError, counted
 from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import Filters
 from imagemill.system import files
+from imagemill.system.messages import Notify
 
 MARKER = ".imagemill-partition.json"
 MAX_PARTITIONS = 512
@@ -49,7 +50,11 @@ class Partitioned:
 
 
 def partition(
-    data_dir: str, partitions: int, output: str, link: Link | None = None, log: Log = lambda _: None
+    data_dir: str,
+    partitions: int,
+    output: str,
+    link: Link | None = None,
+    log: Notify = lambda _: None,
 ) -> Partitioned:
     """Distribute the images of a folder, searched recursively, to sub-folders.
 
@@ -127,11 +132,7 @@ def _check_output(target: Path, source: Path, partitions: int) -> None:
     """Raise OutputError unless the output is new, empty, or a partition of the same folder into as
     many sub-folders.
     """
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"--output {target} is a file. Give a folder.")
-    files.missing_goal(target)
-    found_names = os.listdir(target) if target.is_dir() else []  # noqa: PTH208 - only names are needed
-    names = sorted(name for name in found_names if not files.is_system_file(name))
+    names = names_in(target, f"--output {target}")
     if not names:
         return
     try:

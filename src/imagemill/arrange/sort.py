@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagemill.arrange import names
-from imagemill.arrange.links import Link, Log, Maker
+from imagemill.arrange.links import Link, Maker, names_in
 from imagemill.display.text import format_statuses
 from imagemill.errors import OutputError, UsageError, counted, printable
 from imagemill.job import plan
@@ -34,6 +34,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.records import BadImage, Status
 from imagemill.system import files, storage
+from imagemill.system.messages import Notify
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def sort(
     link: Link | None = None,
     *,
     dry_run: bool = False,
-    log: Log = lambda _: None,
+    log: Notify = lambda _: None,
 ) -> Sorted:
     """Put the images of a job into one folder per label. Originals are never moved or changed.
 
@@ -189,15 +190,8 @@ def _check_place(job: OpenJob, into: Path) -> None:
         folder = os.path.realpath(place)
         if place.is_dir() and os.path.commonpath([real, folder]) == folder:
             raise UsageError(f"--into {into} is inside {what}. Give another folder.")
-    if into.exists() and not into.is_dir():
-        raise OutputError(f"--into {into} is a file. Give a folder.")
-    files.missing_goal(into)
-    found = os.listdir(into) if into.is_dir() else []  # noqa: PTH208 - only names are needed
-    others = sorted(
-        name
-        for name in found
-        if not files.is_system_file(name) and not name.startswith(f".{MANIFEST}.")
-    )
+    found = names_in(into, f"--into {into}")
+    others = [name for name in found if not name.startswith(f".{MANIFEST}.")]
     if others and MANIFEST not in others:
         raise OutputError(
             f"--into {into} is not empty and not made by `imagemill sort` (it holds"
