@@ -275,9 +275,10 @@ def test_an_image_that_is_a_source_is_named_in_its_row_and_found_again(
     opened.store.remove(opened.paths.manifest)  # it has the part's hash
     table = pq.read_table(part)
     place = table.schema.get_field_index("path")
-    for paths, what in ((["", ""], []), (["000.jpg", "b"], ["has other paths than the plan"])):
+    for paths in (["", ""], ["000.jpg", "b"]):
         pq.write_table(table.set_column(place, table.field(place), pa.array(paths)), part)
-        assert [found.what for found in opened.verify()[0] if found.damaged] == what
+        damaged = [found.what for found in opened.verify()[0] if found.damaged]
+        assert damaged == ["has other paths than the plan"]
 
 
 def test_a_list_of_failed_images_is_a_source_again(

@@ -330,8 +330,7 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
         plan.read(store.paths.plan, shard), table["path"].to_pylist(), strict=True
     ):
         planned = row_path(job.sources[row.source], row.path).decode("utf-8", "backslashreplace")
-        # Older versions wrote no path for an image that is a source of its own.
-        if found != planned and (found or row.path):
+        if found != planned:
             return "has other paths than the plan"
     columns = (
         table["status"],
