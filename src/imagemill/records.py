@@ -623,7 +623,7 @@ class DeviceSummary:
     images_per_second: float | None
     restarts: int
     clock: Clock | None = None
-    """Where its time went; None in summaries of versions that did not keep it."""
+    """Where its time went; None if nothing ran."""
     retired: str | None = None
     """Why it was not used any more; None if it was."""
     busy: float | None = None
@@ -677,7 +677,7 @@ class Summary:
     """Images of the plan that are no longer in the source (known as above)."""
     complete: bool = True
     throughput: Throughput | None = None
-    """Of this invocation alone; None in summaries of versions that did not keep it."""
+    """Of this invocation alone; None if nothing ran."""
     preflight: Preflight | None = None
     """None where this invocation made none."""
     recomputed: int = 0

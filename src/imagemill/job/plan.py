@@ -34,16 +34,7 @@ SCHEMA = pa.schema(
         ("kept", pa.binary()),
     ]
 )
-_SPOOL_SCHEMA = pa.schema(
-    [
-        ("source", pa.int32()),
-        ("path", pa.binary()),
-        ("size", pa.int64()),
-        ("locator", pa.binary()),
-        ("kept", pa.binary()),
-        ("group", pa.int32()),
-    ]
-)
+_SPOOL_SCHEMA = pa.schema([*list(SCHEMA)[1:], pa.field("group", pa.int32())])
 _SPOOL_ROWS = 4_096
 _SHARDS_PER_FILE = 200
 """A writer keeps about 8 KiB per shard until the file is closed, and a reader reads as much."""

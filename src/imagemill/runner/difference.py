@@ -7,6 +7,7 @@ order. Rows of a table of images are recognised by their names, or by their numb
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -84,9 +85,9 @@ def compare(
     count = min(1 + job.frozen.images // _BUCKET_IMAGES, _MAX_BUCKETS)
     with (
         files.output_errors(f"cannot write to {spooled.parent}"),
-        _Buckets(count, spooled.parent) as planned,
-        _Buckets(count, spooled.parent) as found,
+        contextlib.ExitStack() as opened_files,
     ):
+        planned, found = (_Buckets(count, spooled.parent, opened_files) for _ in range(2))
         for row in job.all_rows():
             if row.source in places:
                 planned.add(key(row.source, row.path), row.index, row.size)
@@ -152,18 +153,13 @@ class _Buckets:
     records of one file fit into memory.
     """
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, opened_files: contextlib.ExitStack) -> None:
         self._files = [
-            tempfile.TemporaryFile(prefix=".", suffix=".tmp", dir=folder)  # noqa: SIM115
+            opened_files.enter_context(
+                tempfile.TemporaryFile(prefix=".", suffix=".tmp", dir=folder)  # noqa: SIM115
+            )
             for _ in range(count)
         ]
-
-    def __enter__(self) -> _Buckets:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
 
     def add(self, key: bytes, first: int, second: int) -> None:
         file = self._files[int.from_bytes(key[:4]) % len(self._files)]
