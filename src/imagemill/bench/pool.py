@@ -37,12 +37,8 @@ class _Member:
 
 
 class MeasuringPool:
-    """One process per device, each with a compiled session.
-
-    Args:
-        spec: what to compile.
-        devices: get one process each.
-        patience_s: how long to wait for an answer; None: for ever.
+    """One process per device, each with a compiled session. They wait `patience_s` for an answer;
+    None: for ever.
 
     Raises:
         ImagemillError: a process reported it. WorkerError: a process died, or did not answer.
@@ -80,10 +76,8 @@ class MeasuringPool:
         self.close()
 
     def measure(self, orders: Mapping[str, Compute | Decode]) -> dict[str, Measured]:
-        """Give each device its order, all at once, and return the results.
-
-        Args:
-            orders: device name → order; other devices stay idle.
+        """Give each named device its order, all at once, and return the results. Other devices
+        stay idle.
         """
         asked = [member for member in self._members if member.device.name in orders]
         for member in asked:

@@ -41,11 +41,7 @@ def names_of(job: Job) -> list[str]:
 
 def row_path(source: str, path: bytes) -> bytes:
     """Return what the column `path` holds. An image that is a source of its own has an empty path
-    in the plan, and its file's name in the rows.
-
-    Args:
-        source: as `job.json` names it.
-        path: of the plan.
+    in the plan, and its file's name in the rows. Sources are named as in `job.json`.
 
     Example:
         >>> row_path("https://host/cats/1.jpg?size=2", b"")

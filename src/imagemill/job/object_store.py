@@ -35,10 +35,7 @@ _RETRY = "Run the command again once the store answers"
 
 
 class ObjectStore:
-    """A `Store` below a prefix of an object store.
-
-    Args:
-        paths: with the URL of the prefix.
+    """A `Store` below a prefix of an object store, whose URL is in `paths`.
 
     Raises:
         UsageError: the URL is malformed, or a package is missing.

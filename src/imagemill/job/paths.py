@@ -205,10 +205,8 @@ class JobPaths:
         return [path for path in (*made, *folders) if not os.path.lexists(path)]
 
     def discard(self, made: Iterable[Path]) -> None:
-        """Remove what a start has made whose job was refused. Only for the holder of the lock.
-
-        Args:
-            made: what `unmade` returned before.
+        """Remove what a start has made whose job was refused, of what `unmade` returned before.
+        Only for the holder of the lock.
         """
         self.plan_nonces.unlink(missing_ok=True)
         for path in made:

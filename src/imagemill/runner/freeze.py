@@ -57,14 +57,9 @@ def freeze(
     model: Bundle,
     watcher: Watcher,
 ) -> OpenJob:
-    """List the sources, cut the plan, resolve automatic settings and write `job.json`.
-
-    Args:
-        settings: of the job.
-        store: of its output.
-        choose: returns a `--devices` argument and its devices for a number of images.
-        model: with the labels of the settings.
-        watcher: shows lines to the user.
+    """List the sources, cut the plan, resolve automatic settings and write `job.json`. `choose`
+    returns a `--devices` argument and its devices for a number of images. The model has the labels
+    of the settings.
 
     Raises:
         FileExistsError: another launcher has frozen a job in this object store meanwhile.

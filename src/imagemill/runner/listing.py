@@ -74,11 +74,8 @@ def keeper_of(settings: Settings) -> Keeper:
 
 
 def check_sources(given: Sequence[str], settings: Settings) -> None:
-    """Raise SourceError or UsageError if a source does not exist or is of an unknown kind.
-
-    Args:
-        given: sources of these settings, as `sources.resolve` returns them.
-        settings: of the command.
+    """Raise SourceError or UsageError if a source of these settings, as `sources.resolve` returns
+    it, does not exist or is of an unknown kind.
     """
     access = access_of(settings)
     sources.check(given, access)
@@ -106,16 +103,10 @@ class Relisting:
 def list_again(
     settings: Settings, job: OpenJob, spooled: Path, index_dir: Path | None = None
 ) -> Relisting:
-    """List the sources of a command, and compare them with a job's plan.
+    """List the sources of a command into the file `spooled`, and compare them with a job's plan.
 
     Sources that the job has come first, in the job's order, then the others. So the limit counts
     images that the job has, too.
-
-    Args:
-        settings: of the command.
-        job: the frozen job.
-        spooled: the file that the listing is written to.
-        index_dir: as `sources.open_all`.
 
     Raises:
         SourceError: a source cannot be listed. OutputError: the listing cannot be written.
@@ -225,15 +216,8 @@ def access_of(settings: Settings) -> Access:
 
 
 def check_moved(resolved: Sequence[str], access: Access, rows: Iterable[plan.PlannedRow]) -> None:
-    """See that each old place of `--moved` is the place of a source, or of an image that a list or
-    table names.
-
-    Args:
-        resolved: the sources.
-        access: with the places.
-        rows: of the plan, which are read until each place was found.
-
-    Raises: UsageError.
+    """Raise UsageError unless each old place of `--moved` is the place of a source, or of an image
+    that a list or table names. The rows of the plan are read until each place was found.
     """
     files = [os.fsencode(sources.without_column(source)) for source in resolved]
     left = {old for old, _ in access.moved if not any(is_below(file, old) for file in files)}

@@ -60,15 +60,10 @@ def sample_size(images: int) -> int:
 
 
 class Sampler:
-    """Samples the images of a new job and prints estimates. Call it with every `Progress`.
+    """Samples the images of a new job, all of whose shards it is given, and prints estimates. Call
+    it with every `Progress`.
 
     A failure of the sample ends the sample only: it is logged, and nothing is raised.
-
-    Args:
-        job: the frozen job.
-        shards: all shards of the plan.
-        devices: the devices of the job.
-        notify: prints one line for the user.
     """
 
     def __init__(

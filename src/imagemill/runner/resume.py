@@ -88,11 +88,6 @@ def check_remaining(opened: OpenJob, chosen: Sequence[DeviceSpec], left: Sequenc
     matters. Before images are appended, this is checked too: if different generations needed
     different decoders, no version could finish the job.
 
-    Args:
-        opened: the job.
-        chosen: the devices.
-        left: the shards to process.
-
     Raises:
         JobMismatchError: another decoder, device or library. SourceError, without which every
         remaining image would become a `missing` row. OutputError, ModelError: the model is missing

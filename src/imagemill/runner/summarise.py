@@ -72,12 +72,8 @@ def retired_writer(store: Store) -> Callable[[Progress], None]:
 
 
 def pace_writer(paths: JobPaths, total: int, resumed: int) -> Callable[[Progress], None]:
-    """Return a function that writes how fast the job is, for `imagemill status`, every second.
-
-    Args:
-        paths: of the job.
-        total: images of the job.
-        resumed: images that earlier starts have done.
+    """Return a function that writes how fast the job is, for `imagemill status`, every second. Of
+    its `total` images, `resumed` were done by earlier starts.
     """
     pace, next_s = Pace(total, resumed), 0.0
 

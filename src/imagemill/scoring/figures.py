@@ -41,12 +41,7 @@ class TrueClasses:
 
     @classmethod
     def of(cls, indices: NDArray[np.int64], class_ids: NDArray[np.int32]) -> TrueClasses:
-        """Sort the pairs of an image, and drop those that repeat one.
-
-        Args:
-            indices: sorted.
-            class_ids: one for each.
-        """
+        """Sort the pairs of an image, and drop those that repeat one. Indices are sorted."""
         if not (indices[1:] == indices[:-1]).any():
             return cls(indices, class_ids)
         order = np.lexsort((class_ids, indices))

@@ -51,11 +51,8 @@ class Leases:
         return len(self._isolated) + sum(map(len, self._queues.values()))
 
     def next(self, position: int, in_flight: Collection[Lease] = ()) -> Lease | None:
-        """Return the next lease for a device, or None if there is none for it now.
-
-        Args:
-            position: of the device.
-            in_flight: the leases that the device holds.
+        """Return the next lease for the device at a position, which holds the leases `in_flight`;
+        None if there is none for it now.
         """
         if any(lease.isolate for lease in in_flight):
             return None

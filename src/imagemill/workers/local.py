@@ -18,12 +18,7 @@ _STOP_S = 2.0
 
 
 class LocalPool:
-    """The `WorkerPool` of `--engine local`.
-
-    Args:
-        job: the frozen job.
-        devices: get one worker process each.
-    """
+    """The `WorkerPool` of `--engine local`: one worker process for each device."""
 
     def __init__(self, job: Job, devices: Sequence[DeviceSpec]) -> None:
         self._job = job

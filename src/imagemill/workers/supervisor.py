@@ -42,10 +42,6 @@ _UNWATCHED_S = 10.0
 class Supervisor:
     """Starts and watches one worker process. A new process needs a new supervisor.
 
-    Args:
-        job: the frozen job.
-        device: the device that the process uses.
-
     Raises:
         WorkerError: no process can be started. OutputError: its log cannot be written.
     """

@@ -50,10 +50,8 @@ class WorkerState:
 
 
 class Tally:
-    """Counts commits, restarts and time. All times are of one monotonic clock.
-
-    Args:
-        devices: names of the devices that the launch starts with.
+    """Counts commits, restarts and time of devices, which are named. All times are of one monotonic
+    clock.
     """
 
     def __init__(self, devices: Sequence[str]) -> None:

@@ -11,24 +11,15 @@ _FIRST_S = 0.125
 
 
 class Timeline:
-    """Rows over time. When the job outlasts the buckets, they double their width.
-
-    Args:
-        devices: their names.
-    """
+    """Rows over time. When the job outlasts the buckets, they double their width."""
 
     def __init__(self, devices: Sequence[str]) -> None:
         self._bucket_s = _FIRST_S
         self._rows = {name: [0.0] * BUCKETS for name in devices}
 
     def add(self, device: str, begun_s: float, ended_s: float, rows: int) -> None:
-        """Spread the rows of a commit evenly over the time that they took.
-
-        Args:
-            device: its name; it may be new.
-            begun_s: start of the shard, in seconds since the first lease.
-            ended_s: time of the commit, likewise.
-            rows: number of rows.
+        """Spread the rows of a commit evenly over the time that they took, in seconds since the
+        first lease. The device may be new.
         """
         begun_s = max(0.0, begun_s)
         ended_s = max(ended_s, begun_s)

@@ -53,13 +53,8 @@ class Slot:
 
 
 class Placement:
-    """Finds devices for further workers, and reports those that Ray cannot start.
-
-    Args:
-        nodes: returns the live nodes.
-        asked: the parsed `--devices`.
-        first: the slots to start with.
-        notify: receives lines for the user.
+    """Finds devices for further workers than the first slots, as `--devices` asked for them, and
+    reports those that Ray cannot start. `nodes` returns the live nodes.
     """
 
     def __init__(

@@ -58,16 +58,7 @@ _NODE_GONE = ("node has died", "node was terminated", "node is dead", "not alive
 
 
 class RayPool:
-    """The `WorkerPool` of `--engine ray`.
-
-    Args:
-        cluster: the cluster.
-        store: the job's.
-        provisioning: checks the nodes.
-        placement: finds further devices.
-        slots: the devices to start with.
-        notify: receives lines for the user.
-    """
+    """The `WorkerPool` of `--engine ray`. It starts with the given slots."""
 
     def __init__(
         self,
@@ -277,13 +268,9 @@ class RayPool:
         del self._slots[slot.device.name]
 
     def _handle_lost(self, slot: Slot, reason: str, *, with_node: bool) -> Event:
-        """Drop a slot whose actor is gone. A new one is opened once Ray says its node is alive.
-
-        Args:
-            slot: the slot.
-            reason: Ray's.
-            with_node: whether its node is gone too, or unreachable; Ray may take half a minute to
-                know which.
+        """Drop a slot whose actor is gone, for Ray's reason. A new one is opened once Ray says its
+        node is alive. `with_node`: the node is gone too, or unreachable; Ray may take half a minute
+        to know which.
         """
         name, node = slot.device.name, slot.place.node
         self._ray.kill(slot.actor)  # if it is only unreachable, it must not run beside the new one

@@ -27,14 +27,8 @@ _VECTOR_UNITS = "vector units"
 
 
 class Provisioning:
-    """Checks nodes, and makes their assignments.
-
-    Args:
-        ray: the module.
-        opened: the frozen job.
-        remaining: its uncommitted shards.
-        backends: those that compute.
-        allow_mixed: allow machines that differ in versions or vector units.
+    """Checks nodes, and makes their assignments. Machines may differ in versions and vector units
+    with `allow_mixed`.
 
     Raises:
         ModelError: the model cannot be read.
