@@ -12,17 +12,18 @@ Rows are read in plan order, three times: to find names that several images have
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import re
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from imagemill.arrange import names
 from imagemill.arrange.links import Link, Maker, names_in
@@ -35,9 +36,6 @@ from imagemill.pipeline import sources
 from imagemill.records import BadImage, Status
 from imagemill.system import files, storage
 from imagemill.system.messages import Notify
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MANIFEST = "sorted.csv"
 _COLUMNS = ("file", "index", "source", "path", "status", "class_id", "label", "probability")
@@ -269,12 +267,10 @@ class _Chosen:
         return "less certain" if self._is_unsure(row) else f"without a {self._choice.by}"
 
 
-def _named(chosen: _Chosen, keys: NDArray[Any]) -> Iterator[_Image]:
+def _named(chosen: _Chosen, keys: NDArray[np.int64]) -> Iterator[_Image]:
     """Yield the chosen images with their final names. Where several images have one name, all but
     the first get their index behind it.
     """
-    import numpy as np
-
     repeated = set(keys[1:][keys[1:] == keys[:-1]].tolist())
     taken: set[int] = set()
     for image in chosen.images():
@@ -286,8 +282,7 @@ def _named(chosen: _Chosen, keys: NDArray[Any]) -> Iterator[_Image]:
                 while True:
                     name = f"{stem}{mark}.{suffix}" if dot else f"{image.name}{mark}"
                     image = replace(image, name=name)  # noqa: PLW2901
-                    place = np.searchsorted(keys, np.uint64(_hash(image.file)))
-                    if place == len(keys) or keys[place] != _hash(image.file):
+                    if not _among(image.file, keys):
                         break
                     mark = f"~{mark}"  # an image of its own has this name
             taken.add(key)
@@ -295,22 +290,16 @@ def _named(chosen: _Chosen, keys: NDArray[Any]) -> Iterator[_Image]:
 
 
 def _hash(file: str) -> int:
-    return int.from_bytes(hashlib.blake2b(names.fold(file).encode(), digest_size=8).digest())
+    return hash(names.fold(file))
 
 
-def _hashes(found: Iterable[str]) -> NDArray[Any]:
-    """Return a hash of each file's name, sorted."""
-    import numpy as np
-
-    hashes = np.frombuffer(array("Q", map(_hash, found)), np.uint64).copy()
-    hashes.sort()
-    return hashes
+def _hashes(found: Iterable[str]) -> NDArray[np.int64]:
+    """Return a hash of each file's name, sorted. They are those of this process alone."""
+    return np.sort(np.fromiter(map(_hash, found), np.int64))
 
 
-def _among(file: str, hashes: NDArray[Any]) -> bool:
-    import numpy as np
-
-    wanted = np.uint64(_hash(file))
+def _among(file: str, hashes: NDArray[np.int64]) -> bool:
+    wanted = _hash(file)
     place = np.searchsorted(hashes, wanted)
     return bool(place < len(hashes) and hashes[place] == wanted)
 
