@@ -27,6 +27,7 @@ from imagemill.workers.pool import Died
 from imagemill.workers.ray import node_agent, provisioning
 from imagemill.workers.ray.messages import Assignment, ModelFile, Restart
 from imagemill.workers.ray.node_agent import NodeAgent
+from imagemill.workers.ray.nodes import Node, Place
 
 pytestmark = pytest.mark.process
 
@@ -49,6 +50,11 @@ def left(tmp_path: Path) -> Callable[[], list[Shard]]:
     return lambda: plan.shards(tmp_path / "out" / "plan")
 
 
+def place_on(cpus: int, processes: int = 1, index: int = 0) -> Place:
+    node = Node("01234567", "alien (01234567)", {"CPU": cpus})
+    return Place(node, "null", "null", index, index, processes, cpus / processes)
+
+
 @pytest.fixture
 def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
     """Freezes a job of twelve images, takes its parts away again, and makes the order for one
@@ -65,12 +71,9 @@ def order(job: Jobs, jpegs: Folders, tmp_path: Path) -> Orders:
 
     def make(**changes: Any) -> Assignment:
         values: dict[str, Any] = {
-            "node": "alien (01234567)",
             "job": frozen.job,
             "device": DEVICE,
-            "index": 0,
-            "processes": 1,
-            "cpus": 512,
+            "place": place_on(512),
             "launch": "the launch",
             "plan_nonces": ("",),
             "sources": frozen.job.sources,
@@ -274,7 +277,7 @@ def test_a_worker_keeps_to_its_cores_only_where_the_node_is_ours(
     """
     monkeypatch.setattr(node_agent.cpu, "usable_cores", lambda: [10, 11, 12, 13])
     device = replace(DEVICE, cores=tuple(range(cores)))
-    one = opened(order(cpus=cpus, processes=processes, index=index, device=device))
+    one = opened(order(place=place_on(cpus, processes, index), device=device))
     assert (one._device.cores, one._device.floating) == (expected, floating)
 
 

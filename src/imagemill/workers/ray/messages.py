@@ -20,6 +20,7 @@ from imagemill.records import DeviceSpec, Job
 from imagemill.system.processes import Failed
 from imagemill.workers.pool import Died, WorkerStatus
 from imagemill.workers.protocol import Done, Idle, Ready, Want
+from imagemill.workers.ray.nodes import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +57,11 @@ class Sample:
 class Assignment:
     """What a node agent needs to know to begin."""
 
-    node: str
-    """Name of its node, for people."""
     job: Job
     """The frozen job."""
     device: DeviceSpec
     """The number of its `cores` counts; the node chooses which."""
-    index: int
-    """Position among the node's processes."""
-    processes: int
-    """How many processes of this job the node has."""
-    cpus: int
-    """How many CPUs the node offers Ray."""
+    place: Place
     launch: str
     """The expected content of `JobPaths.launch`."""
     plan_nonces: tuple[str, ...]

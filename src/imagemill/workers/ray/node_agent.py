@@ -55,6 +55,7 @@ class NodeAgent:
 
     def __init__(self, assignment: Assignment, contents: Sequence[memoryview] = ()) -> None:
         self._assignment = assignment
+        self._node = assignment.place.node.name
         self._paths = JobPaths.of(assignment.job.output, assignment.job.log_dir)
         self._store = open_store(self._paths)
         self._worker: Supervisor | None = None
@@ -109,12 +110,12 @@ class NodeAgent:
             if look + 1 < _LOOKS:
                 time.sleep(_LOOK_S)
         raise OutputError(
-            f"--output {self._paths.output} on node {self._assignment.node} is not what it is on"
-            f" the launcher's: {why}. {self._store.share_hint}"
+            f"--output {self._paths.output} on node {self._node} is not what it is on the"
+            f" launcher's: {why}. {self._store.share_hint}"
         )
 
     def _check_sources(self) -> None:
-        job, node = self._assignment.job, self._assignment.node
+        job, node = self._assignment.job, self._node
         remedy = (
             "Put it on storage that all nodes share, under the same path, or into an object store"
             " (s3://…)."
@@ -139,10 +140,9 @@ class NodeAgent:
 
     def _fitted(self, device: DeviceSpec) -> DeviceSpec:
         """Return the device with cores of this node."""
-        usable = cpu.usable_cores()
-        if self._assignment.cpus >= len(usable):
-            shares = cpu.split_cores(usable, self._assignment.processes)
-            return replace(device, cores=shares[self._assignment.index])
+        usable, place = cpu.usable_cores(), self._assignment.place
+        if int(place.node.resources.get("CPU", 0)) >= len(usable):
+            return replace(device, cores=cpu.split_cores(usable, place.of)[place.order])
         return replace(device, cores=tuple(usable[: len(device.cores)]), floating=True)
 
     # The model.
@@ -172,7 +172,7 @@ class NodeAgent:
             found = hashlib.sha256(content).hexdigest()
             if found != file.sha256:
                 raise ModelError(
-                    f"{file.name} came to node {self._assignment.node} with the sha256 {found}, the"
+                    f"{file.name} came to node {self._node} with the sha256 {found}, the"
                     f" job's is {file.sha256}. Repeat the command."
                 )
             write_whole(folder / file.name, content)

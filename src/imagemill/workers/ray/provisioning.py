@@ -22,7 +22,6 @@ from imagemill.workers.ray.messages import Assignment, Identity, ModelFile, Samp
 from imagemill.workers.ray.node_agent import identity
 from imagemill.workers.ray.nodes import Place
 
-_SAMPLED = 3
 _VECTOR_UNITS = "vector units"
 
 
@@ -84,12 +83,9 @@ class Provisioning:
     def assignment(self, device: DeviceSpec, place: Place) -> Assignment:
         """Return the assignment for one device."""
         return Assignment(
-            node=place.node.name,
             job=self._job,
             device=device,
-            index=place.order,
-            processes=place.of,
-            cpus=int(place.node.resources.get("CPU", 0)),
+            place=place,
             launch=self.launch,
             plan_nonces=self._plan_nonces,
             sources=self._sources,
@@ -112,9 +108,8 @@ class Provisioning:
 
 
 def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
-    """Return a few images, spread over the shards, as this machine reads them.
-
-    Images that it cannot read are left out.
+    """Return a few images, spread over the shards, as this machine reads them. Images that it
+    cannot read are left out.
     """
     folder = JobPaths.of(job.output).plan
     opened = sources.open_all(job.sources, index_dir=folder, access=job.access)
@@ -128,7 +123,7 @@ def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
         except BadImage:
             continue
         found.append(Sample(row.source, row.path, row.locator, hashlib.sha256(data).hexdigest()))
-    return tuple(found[:_SAMPLED])
+    return tuple(found)
 
 
 def model_files(job: Job) -> tuple[ModelFile, ...]:
@@ -171,13 +166,9 @@ def refuse_mismatch(
         actual = found.get(key, "none")
         if actual == value or (allow_mixed and key != "imagemill"):
             continue
-        if key == _VECTOR_UNITS:
-            remedy = "Leave one of them out, or add --allow-mixed."
-        elif key == "imagemill":
-            remedy = "Install the same on both."
-        else:
-            remedy = "Install the same on both, or add --allow-mixed."
+        remedy = "Leave one of them out" if key == _VECTOR_UNITS else "Install the same on both"
+        mixed = "" if key == "imagemill" else ", or add --allow-mixed"
         raise DeviceError(
             f"node {node} has {key} {actual}, {other} has {value}: their answers may differ."
-            f" {remedy}"
+            f" {remedy}{mixed}."
         )
