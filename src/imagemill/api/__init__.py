@@ -20,14 +20,14 @@ from imagemill.pipeline.backends import depends_on_batch, devices, open_session
 from imagemill.pipeline.exactness import check_exactness
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.pipeline.top_k import check_model
-from imagemill.records import Limits, Precision, SessionSpec, Summary
+from imagemill.records import Limits, Precision, Summary
 from imagemill.runner import run as runner
 from imagemill.runner import thresholds
-from imagemill.runner.model import classes_kept, resolve_model, saved_outputs, with_recipe
+from imagemill.runner.freeze import session_of
+from imagemill.runner.model import classes_kept, resolve_model, with_recipe
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting, check_settings, make_settings
 from imagemill.scoring.record import Score
 from imagemill.tuning import precisions
-from imagemill.tuning.batch_size import resolved
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
@@ -211,23 +211,15 @@ def load(
     bundles.verify_hash(found)
     if precision == Precision.INT8:
         precisions.refuse_int8(found.card)
-    if precision == Precision.INT8 and precisions.usable(found, Precision.INT8) is None:
-        raise UsageError(
-            f"precision int8: {found.card.name} has no int8 variant for this machine. Make it: "
-            f"`imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
-        )
+        if precisions.usable(found, Precision.INT8) is None:
+            raise UsageError(
+                f"precision int8: {found.card.name} has no int8 variant for this machine. Make it:"
+                f" `imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
+            )
     prepared = precisions.prepare(
         precision, found, (), tuple, 0, chosen=chosen, notify=watcher.notify
     )
-    spec = SessionSpec(
-        model_file=str(prepared.model_file.absolute()),
-        card=found.card,
-        precision=prepared.precision,
-        batch_size=batch_size or 0,
-        save=saved_outputs(settings, found.card),
-        cache_dir=str(found.dir.absolute() / "compiled"),
-    )
-    spec = resolved(spec, chosen)
+    spec = session_of(settings, found, prepared, chosen)
     ahead = (
         4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8
     )  # twice what sessions have in flight

@@ -161,18 +161,7 @@ def _job(
     keep: tuple[Kept, ...],
 ) -> Job:
     card, resolved = model.card, sources.resolve(settings.sources)
-    session = batch_size.resolved(
-        SessionSpec(
-            model_file=str(prepared.model_file.absolute()),
-            card=card,
-            precision=prepared.precision,
-            batch_size=settings.batch_size or 0,
-            batches_per_step=settings.batches_per_step or 0,
-            save=saved_outputs(settings, card),
-            cache_dir=str(model.dir.absolute() / "compiled"),
-        ),
-        chosen,
-    )
+    session = session_of(settings, model, prepared, chosen)
     job = Job(
         output=paths.output,
         sources=resolved,
@@ -191,6 +180,22 @@ def _job(
     backend = backend_of(chosen, settings.allow_mixed)
     fixed = fixed_facts(chosen, session.batch_size)
     return replace(job, answer_id=answer_id(job, prepared.sha256, backend, fixed))
+
+
+def session_of(
+    settings: Settings, model: Bundle, prepared: Prepared, chosen: Sequence[DeviceSpec]
+) -> SessionSpec:
+    """Return what a session of these settings compiles."""
+    spec = SessionSpec(
+        model_file=str(prepared.model_file.absolute()),
+        card=model.card,
+        precision=prepared.precision,
+        batch_size=settings.batch_size or 0,
+        batches_per_step=settings.batches_per_step or 0,
+        save=saved_outputs(settings, model.card),
+        cache_dir=str(model.dir.absolute() / "compiled"),
+    )
+    return batch_size.resolved(spec, chosen)
 
 
 def _prepare(

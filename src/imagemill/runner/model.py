@@ -46,19 +46,17 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
                 f"--save {saved}: {card.name} has no such output. Leave it out, or wrap the file"
                 f" again with --{saved} TENSOR."
             )
-    if settings.labels is None:
-        thresholds.min_probability_of(settings, card)
-        return found
-    labels = bundle.read_labels(Path(settings.labels))
-    if len(labels) != len(card.labels):
-        numbers = tuple(str(number) for number in range(len(card.labels)))
-        own = None if card.labels == numbers else card.labels
-        raise ClassCountError(
-            mistaken.label_count(
-                f"--labels {settings.labels}", labels, card.name, len(card.labels), own
+    if settings.labels is not None:
+        labels = bundle.read_labels(Path(settings.labels))
+        if len(labels) != len(card.labels):
+            numbers = tuple(str(number) for number in range(len(card.labels)))
+            own = None if card.labels == numbers else card.labels
+            raise ClassCountError(
+                mistaken.label_count(
+                    f"--labels {settings.labels}", labels, card.name, len(card.labels), own
+                )
             )
-        )
-    card = replace(card, labels=labels)
+        card = replace(card, labels=labels)
     thresholds.min_probability_of(settings, card)
     return replace(found, card=card)
 
