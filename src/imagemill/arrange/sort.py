@@ -238,33 +238,23 @@ class _Chosen:
         columns = list(dict.fromkeys([*_COLUMNS[1:], self._column]))
         for shard, table in self._job.tables(self._shards, columns):
             for row, planned in zip(table.to_pylist(), self._job.rows(shard), strict=True):
-                folder = self._folder(row)
+                folder, reason = self._folder(row)
                 if folder is None:
-                    left_out[self._reason(row)] += 1
+                    left_out[reason] += 1
                 else:
                     path = planned.path or os.fsencode(row["source"]).partition(b"?")[0]
                     yield _Image(row, planned, folder, names.file_name(path))
         self.left_out = left_out
 
-    def _folder(self, row: Mapping[str, Any]) -> str | None:
-        if row["status"] != Status.OK and self._choice.by != "status":
-            return f"{names.RESERVED}/{row['status']}" if self._choice.failed else None
-        if self._is_unsure(row):
-            return None
-        return self._folders.get(row[self._column])
-
-    def _is_unsure(self, row: Mapping[str, Any]) -> bool:
-        least = self._choice.min_probability
-        return (
-            row["status"] == Status.OK
-            and least is not None
-            and (row["probability"] is None or row["probability"] < least)
-        )
-
-    def _reason(self, row: Mapping[str, Any]) -> str:
-        if row["status"] != Status.OK and self._choice.by != "status":
-            return "failed"
-        return "less certain" if self._is_unsure(row) else f"without a {self._choice.by}"
+    def _folder(self, row: Mapping[str, Any]) -> tuple[str | None, str]:
+        """Return the folder of a row, or None; and the reason if it has none."""
+        choice, is_ok, probability = self._choice, row["status"] == Status.OK, row["probability"]
+        if not is_ok and choice.by != "status":
+            return f"{names.RESERVED}/{row['status']}" if choice.failed else None, "failed"
+        least = choice.min_probability
+        if is_ok and least is not None and (probability is None or probability < least):
+            return None, "less certain"
+        return self._folders.get(row[self._column]), f"without a {choice.by}"
 
 
 def _named(chosen: _Chosen, keys: NDArray[np.int64]) -> Iterator[_Image]:
