@@ -13,7 +13,7 @@ those images new, or finds them in the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -140,7 +140,11 @@ def _freeze(
         first=opened.frozen.images,
         kept=difference.is_new,
     )
-    fixed = devices.fixed_facts(chosen, opened.first.job.session.batch_size)
+    first, before = opened.first, opened.generations[-1]
+    fixed = devices.fixed_facts(chosen, first.job.session.batch_size)
+    answer_id = before.answer_id
+    if (before.decoder, before.fixed) != (DECODER, fixed):
+        answer_id = freeze.answer_id(first.job, first.variant_sha256, first.backend, fixed)
     nonce = store.publish_plan(number)
     paths.gather_indices(number)
     files.make_folder(paths.appended)
@@ -156,7 +160,7 @@ def _freeze(
         limit=settings.limit,
         shard_size=shard_size,
         images=difference.new.count,
-        answer_id=_answer_id(opened, fixed),
+        answer_id=answer_id,
         decoder=DECODER,
         versions=freeze.versions_of(chosen),
         vector_units=freeze.vector_units_of(settings, chosen),
@@ -167,9 +171,8 @@ def _freeze(
         skipped_by_filter=found.skipped.by_filter,
         skipped_broken_links=found.skipped.broken_links,
     )
-    document = paths.appended_document(number)
     try:
-        store.write(document, serialization.encode(appended), create=True)
+        store.write(paths.appended_document(number), serialization.encode(appended), create=True)
     except FileExistsError:
         if documents.read_appended(store)[number - 2].plan_nonce != nonce:
             store.forget_plan(nonce, number)
@@ -205,13 +208,3 @@ def _refuse_mixing(settings: Settings, opened: OpenJob, chosen: Sequence[DeviceS
                 f" {what} {now}. Answers may differ in the last bits. Add --allow-mixed, or give"
                 " the new images another --output."
             )
-
-
-def _answer_id(opened: OpenJob, fixed: Mapping[str, str]) -> str:
-    """Return the answer id of a new generation. It is that of the last one, unless the decoder, or
-    what fixes the last bits, has changed.
-    """
-    before, first = opened.generations[-1], opened.first
-    if (before.decoder, before.fixed) == (DECODER, fixed):
-        return before.answer_id
-    return freeze.answer_id(first.job, first.variant_sha256, first.backend, fixed)
