@@ -7,7 +7,7 @@ import json
 
 from imagemill.cli.options import JSON, Command, add_settings
 from imagemill.cli.output import as_json, log
-from imagemill.runner.settings import SETTINGS, Kind, number
+from imagemill.runner.settings import SETTINGS, ValueKind, number
 
 
 def add(command: Command) -> None:
@@ -50,7 +50,7 @@ def _add_bench(command: Command) -> None:
     options = {name: SETTINGS[name] for name in shared.split()}
     options["batch_size"] = options["batch_size"]._replace(
         help="images per batch, or `search` for the fastest size (default: as `run`)",
-        kind=Kind(_number_or_search),
+        kind=ValueKind(_number_or_search),
     )
     options["batches_per_step"] = options["batches_per_step"]._replace(
         help="batches handed to a device at a time (default: about 2 s of them)"

@@ -49,7 +49,7 @@ Returns the line of a list that names this image; None if no line can.
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class Totals:
     """The sum over all parts."""
 
     images: int
@@ -112,7 +112,7 @@ def examine(store: Store, shard: int, receipt: Receipt | None = None) -> PartRec
 
 def close(
     store: Store, shards: Sequence[Shard], job: Job, receipts: Iterable[Receipt], as_line: AsLine
-) -> Tally:
+) -> Totals:
     """Prove that every shard has its part with one row per image; write the manifest and the list
     of failed images. The arguments are those of `OpenJob.close`.
     """
@@ -146,7 +146,7 @@ def close(
             yield line
 
     store.write(store.paths.failed_list, lines())
-    return Tally(
+    return Totals(
         sum(shard.count for shard in shards),
         dict(sorted(failed.items())),
         failed.total() - listed,

@@ -215,7 +215,7 @@ class OpenJob:
             if failed and (not statuses or not failed.keys().isdisjoint(statuses))
         }
 
-    def close(self, receipts: Iterable[Receipt], as_line: ledger.AsLine) -> ledger.Tally:
+    def close(self, receipts: Iterable[Receipt], as_line: ledger.AsLine) -> ledger.Totals:
         """Prove that every image has one row; write the manifest and `failed.txt`.
 
         Args:

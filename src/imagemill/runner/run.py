@@ -242,14 +242,15 @@ def _carry_out(
         with contextlib.suppress(OSError):
             paths.pace.unlink(missing_ok=True)
     paths.sweep()  # workers that died have left temporary files
-    tally = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
-    if tally.unlisted:
+    totals = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
+    if totals.unlisted:
+        are = "is" if totals.unlisted == 1 else "are"
         watcher.notify(
-            f"{counted(tally.unlisted, 'failed image')} {'is' if tally.unlisted == 1 else 'are'} in"
-            " archives or tables: not in failed.txt, but --retry-failed processes them again"
+            f"{counted(totals.unlisted, 'failed image')} {are} in archives or tables: not in"
+            " failed.txt, but --retry-failed processes them again"
         )
     summary = replace(
-        summarise.summarise(opened, done, outcome, tally, (*chosen, *outcome.joined)),
+        summarise.summarise(opened, done, outcome, totals, (*chosen, *outcome.joined)),
         preflight=sampler.found,
     )
     summary = _with_difference(summary, settings, found)

@@ -36,7 +36,7 @@ class Effect(Enum):
     """Speed, display and the like: may change silently."""
 
 
-class Kind(NamedTuple):
+class ValueKind(NamedTuple):
     """The kind of a setting's values."""
 
     parse: Callable[[str], object] | None = None
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
     is_list: bool = False
 
 
-TEXT = Kind()
+TEXT = ValueKind()
 
 
 class Setting(NamedTuple):
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
     metavar: str | None = None
     effect: Effect | Callable[[str], Effect] = Effect.NOTHING
     """What it decides; a function if that depends on the backend, which it is given."""
-    kind: Kind = TEXT
+    kind: ValueKind = TEXT
     options: Mapping[str, Any] = {}
     """Further arguments of `ArgumentParser.add_argument`."""
 
@@ -184,10 +184,10 @@ def parse_colour(text: str) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
-_TEXTS = Kind(is_list=True)
-_COUNT = Kind(int, _count())
-_AUTO = Kind(number, _count())
-_THREADS = Kind(number, _count(MAX_THREADS))
+_TEXTS = ValueKind(is_list=True)
+_COUNT = ValueKind(int, _count())
+_AUTO = ValueKind(number, _count())
+_THREADS = ValueKind(number, _count(MAX_THREADS))
 _YES = {"action": "store_true"}
 _NO = {"action": "store_false"}
 _NO_STATUS = " Write --retry-failed=STATUS, with an equals sign, or alone and last."
@@ -227,7 +227,7 @@ SETTINGS: Mapping[str, Setting] = {
         "auto, fp32, fp16, bf16 or int8 (default: auto)",
         "P",
         Effect.ANSWERS,
-        Kind(None, _one_of("auto", enum="Precision")),
+        ValueKind(None, _one_of("auto", enum="Precision")),
     ),
     "batch_size": Setting(
         "--batch-size", "images per batch (default: auto)", "N", _effect_of_batch_size, _AUTO
@@ -248,7 +248,7 @@ SETTINGS: Mapping[str, Setting] = {
         " file with the columns label and threshold (default: keep all)",
         "P|FILE",
         Effect.ANSWERS,
-        Kind(_parse_min_probability, _find_problem_of_min_probability),
+        ValueKind(_parse_min_probability, _find_problem_of_min_probability),
     ),
     "labels": Setting(
         "--labels",
@@ -261,7 +261,7 @@ SETTINGS: Mapping[str, Setting] = {
         "also keep `logits` or `embedding`; may be repeated",
         "WHAT",
         Effect.ANSWERS,
-        Kind(None, _one_of(enum="Saved"), is_list=True),
+        ValueKind(None, _one_of(enum="Saved"), is_list=True),
     ),
     "keep": Setting(
         "--keep",
@@ -269,7 +269,7 @@ SETTINGS: Mapping[str, Setting] = {
         " may be repeated",
         "COLUMN,…",
         Effect.ANSWERS,
-        Kind(str, _find_problem_of_keep, is_list=True),
+        ValueKind(str, _find_problem_of_keep, is_list=True),
     ),
     "shard_size": Setting(
         "--shard-size", "images per part file (default: auto)", "N", Effect.ANSWERS, _AUTO
@@ -296,7 +296,7 @@ SETTINGS: Mapping[str, Setting] = {
         "card: the model's own preprocessing (default), or center-crop: crop without resizing",
         "HOW",
         Effect.ANSWERS,
-        Kind(None, _one_of("card", "center-crop")),
+        ValueKind(None, _one_of("card", "center-crop")),
     ),
     "background": Setting(
         "--background",
@@ -304,7 +304,7 @@ SETTINGS: Mapping[str, Setting] = {
         " published pipelines do)",
         "COLOR",
         Effect.ANSWERS,
-        Kind(None, lambda text: parse_colour(text) and None),
+        ValueKind(None, lambda text: parse_colour(text) and None),
     ),
     "max_pixels": Setting(
         "--max-pixels",
@@ -325,7 +325,7 @@ SETTINGS: Mapping[str, Setting] = {
         "images that take longer become timeout rows (default: 60)",
         "S",
         Effect.LIMITS,
-        Kind(float, _between("more than 0", lambda value: value > 0)),
+        ValueKind(float, _between("more than 0", lambda value: value > 0)),
     ),
     "append": Setting(
         "--append",
@@ -338,39 +338,39 @@ SETTINGS: Mapping[str, Setting] = {
         "--retry-failed",
         "compute shards with failed images again (default: any status)",
         "STATUS,…",
-        kind=Kind(_parse_statuses, _one_of(enum="Status", hint=_NO_STATUS), is_list=True),
+        kind=ValueKind(_parse_statuses, _one_of(enum="Status", hint=_NO_STATUS), is_list=True),
         options={"nargs": "?", "const": ()},
     ),
     "max_bad_fraction": Setting(
         "--max-bad-fraction",
         "stop if more than this fraction of all images fails",
         "F",
-        kind=Kind(float, _between("from 0 to 1", lambda value: 0 <= value <= 1)),
+        kind=ValueKind(float, _between("from 0 to 1", lambda value: 0 <= value <= 1)),
     ),
     "moved": Setting(
         "--moved",
         "read what was at OLD, a path or URL, at NEW; rows keep the old names; may be repeated",
         "OLD=NEW",
-        kind=Kind(_parse_moved, _find_problem_of_moved, is_list=True),
+        kind=ValueKind(_parse_moved, _find_problem_of_moved, is_list=True),
     ),
     "user_agent": Setting(
         "--user-agent",
         "sent to web servers (default: imagemill and its version)",
         "TEXT",
-        kind=Kind(None, _find_problem_of_user_agent),
+        kind=ValueKind(None, _find_problem_of_user_agent),
     ),
     "grace_s": Setting(
         "--grace",
         "seconds to finish shards in progress when stopped (default: %(default)s)",
         "S",
-        kind=Kind(float, _between("at least 0", lambda value: value >= 0)),
+        kind=ValueKind(float, _between("at least 0", lambda value: value >= 0)),
         options={"default": 20.0},
     ),
     "engine": Setting(
         "--engine",
         "where workers run: local, this machine (default), or ray, a Ray cluster",
         "NAME",
-        kind=Kind(None, _one_of(enum="Engine")),
+        kind=ValueKind(None, _one_of(enum="Engine")),
         options={"default": "local"},
     ),
     "allow_mixed": Setting(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from imagemill.display.pace import Pace
 from imagemill.errors import TooManyBadError, counted
 from imagemill.job.documents import RunningPace, write_pace
-from imagemill.job.ledger import Tally
+from imagemill.job.ledger import Totals
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
@@ -92,7 +92,7 @@ def summarise(
     job: OpenJob,
     done: set[int],
     outcome: Outcome,
-    tally: Tally,
+    totals: Totals,
     chosen: Sequence[DeviceSpec],
 ) -> Summary:
     """Return the summary of a finished job; `outcome` is what this invocation added."""
@@ -109,10 +109,10 @@ def summarise(
         list(outcome.clocks.values()), rows, seconds, threads, failed=failed, cores=cores
     )
     return Summary(
-        images=tally.images,
-        ok=tally.images - tally.failed,
-        failed=tally.failed,
-        failed_by_status=tally.failed_by_status,
+        images=totals.images,
+        ok=totals.images - totals.failed,
+        failed=totals.failed,
+        failed_by_status=totals.failed_by_status,
         skipped_by_suffix=frozen.skipped_by_suffix,
         shards=len(job.shards),
         resumed_shards=len(done),
@@ -141,7 +141,7 @@ def summarise(
         skipped_broken_links=frozen.skipped_broken_links,
         throughput=outcome.throughput,
         machine=devices.machine(),
-        extras=tally.extras,
+        extras=totals.extras,
         recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
 

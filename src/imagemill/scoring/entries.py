@@ -161,7 +161,7 @@ def _repeats(values: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Keyed:
     """Entries, and how the key of an image is made."""
 
     entries: Entries
@@ -171,7 +171,7 @@ class Found:
     """Values that a table has instead of the numbers 0, 1, …"""
 
 
-def of_table(truth: Truth, key: Callable[[str], str], place: Place, *, names_one: bool) -> Found:
+def of_table(truth: Truth, key: Callable[[str], str], place: Place, *, names_one: bool) -> Keyed:
     """Return the entries of `@FILE#path,label`. Raises: SourceError, UsageError."""
     table = Table(f"--truth {truth.file}", truth.file)
     columns = table.columns()
@@ -184,7 +184,7 @@ def of_table(truth: Truth, key: Callable[[str], str], place: Place, *, names_one
 
     codes = Codes(truth)
     entries = Entries(stream, codes, key, names_one=names_one)
-    return Found(entries, codes, place, table.class_names(label))
+    return Keyed(entries, codes, place, table.class_names(label))
 
 
 def _known(truth: Truth, columns: Sequence[str], known: Sequence[str], what: str) -> str:
@@ -198,7 +198,7 @@ def _known(truth: Truth, columns: Sequence[str], known: Sequence[str], what: str
     )
 
 
-def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
+def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Keyed:
     """Return the entries of a column of the job's tables; without tables, of a column that the rows
     keep.
 
@@ -209,7 +209,7 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
     codes = Codes(truth)
     opened = [source for source in _opened(job) if isinstance(source, ParquetSource | TableSource)]
     if not opened and column in (kept.name for kept in job.frozen.job.keep):
-        return Found(Entries(partial(_rows, job, shards, column), codes), codes, places.own_path)
+        return Keyed(Entries(partial(_rows, job, shards, column), codes), codes, places.own_path)
     if not opened:
         raise UsageError(
             f"--truth {truth.text}: no source of the job is a table, and its rows do not keep this"
@@ -237,7 +237,7 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Found:
         return (places.row_number if source in images else places.own_path)(source, path)
 
     names = next(filter(None, (table.class_names(column) for table in tables.values())), ())
-    return Found(Entries(stream, codes), codes, place, names)
+    return Keyed(Entries(stream, codes), codes, place, names)
 
 
 def _rows(job: OpenJob, shards: Sequence[Shard], column: str) -> Iterator[tuple[list[str], Any]]:
@@ -273,7 +273,7 @@ def _check_unchanged(job: OpenJob, shards: Sequence[Shard], tables: dict[str, Ta
             del numbers[name]
 
 
-def of_cls(job: OpenJob, truth: Truth) -> Found:
+def of_cls(job: OpenJob, truth: Truth) -> Keyed:
     """Return the entries of the `.cls` members of the job's tar archives.
 
     Raises:
@@ -290,7 +290,7 @@ def of_cls(job: OpenJob, truth: Truth) -> Found:
             yield texts, pa.array([text for _, text in members], pa.string())
 
     codes = Codes(truth)
-    return Found(Entries(stream, codes), codes, places.sample_key)
+    return Keyed(Entries(stream, codes), codes, places.sample_key)
 
 
 def _opened(job: OpenJob) -> list[Source]:

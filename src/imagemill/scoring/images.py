@@ -13,7 +13,7 @@ from imagemill.errors import UsageError
 from imagemill.scoring import entries, truth, values
 from imagemill.scoring.entries import NONE, Codes, hashes
 from imagemill.scoring.matching import WAYS, labels_in
-from imagemill.scoring.truth import Kind, Truth
+from imagemill.scoring.truth import Truth, TruthKind
 
 
 def parse(given: str) -> Truth:
@@ -23,7 +23,7 @@ def parse(given: str) -> Truth:
         UsageError: it has none of the forms.
     """
     found = truth.parse(given)
-    if found.kind in (Kind.COLUMN, Kind.CLS):
+    if found.kind in (TruthKind.COLUMN, TruthKind.CLS):
         raise UsageError(
             f"--truth {given}: `quantize` reads folders, regex:PATTERN and @FILE.csv#path,label."
         )
@@ -60,7 +60,7 @@ def _codes(
     given: Truth, images: Sequence[tuple[str, str]]
 ) -> tuple[NDArray[np.int32], tuple[str, ...], tuple[str, ...]]:
     """Return a number for the true value of each image, the values, and names of class ids."""
-    if given.kind is not Kind.TABLE:
+    if given.kind is not TruthKind.TABLE:
         codes = Codes(given)
         found = labels_in(given, [source for source, _ in images], [path for _, path in images])
         return codes.of(pa.array(found, pa.string())), codes.values, ()

@@ -20,8 +20,8 @@ from imagemill.errors import UsageError, printable
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Shard
 from imagemill.scoring import entries, places
-from imagemill.scoring.entries import NONE, Codes, Entries, Found, Place, hashes
-from imagemill.scoring.truth import Kind, Truth
+from imagemill.scoring.entries import NONE, Codes, Entries, Keyed, Place, hashes
+from imagemill.scoring.truth import Truth, TruthKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ def find(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValues:
         SourceError: a table or archive cannot be read.
         PartError: a part is damaged.
     """
-    if truth.kind in (Kind.FOLDERS, Kind.REGEX):
+    if truth.kind in (TruthKind.FOLDERS, TruthKind.REGEX):
         return _from_paths(job, shards, truth)
-    if truth.kind is Kind.TABLE:
+    if truth.kind is TruthKind.TABLE:
         return _from_table(job, shards, truth)
-    of_column = truth.kind is Kind.COLUMN
+    of_column = truth.kind is TruthKind.COLUMN
     found = entries.of_column(job, shards, truth) if of_column else entries.of_cls(job, truth)
     pairs = _Pairs(found.entries)
     for shard, sources, paths in _rows(job, shards):
@@ -177,7 +177,7 @@ def _from_paths(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
         labels = pa.array(labels_in(truth, sources, paths), pa.string())
         pairs.add(shard, codes.of(labels), paths)
     if not pairs.matched:
-        what = "is in a folder" if truth.kind is Kind.FOLDERS else "matches the pattern"
+        what = "is in a folder" if truth.kind is TruthKind.FOLDERS else "matches the pattern"
         raise UsageError(
             f"--truth {truth.text}: no path of the job {what}, first: {printable(pairs.first)}."
         )
@@ -186,7 +186,7 @@ def _from_paths(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
 
 def labels_in(truth: Truth, sources: Sequence[str], paths: Sequence[str]) -> Sequence[str | None]:
     """Return the label of each image from its path: FOLDERS or REGEX."""
-    if truth.kind is Kind.FOLDERS:
+    if truth.kind is TruthKind.FOLDERS:
         return places.all_of(places.folder_name, sources, paths)
     named = places.all_of(places.relative_path, sources, paths)
     return [truth.label_in(path) for path in named]
@@ -255,7 +255,7 @@ def _from_table(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> TrueValu
 
 def _try(
     job: OpenJob, shards: Sequence[Shard], truth: Truth, way: Way
-) -> tuple[Found, _Pairs, str]:
+) -> tuple[Keyed, _Pairs, str]:
     """Match a table in one way. The last value is a path that is ambiguous in this way, or empty;
     then the pairs are not complete.
     """

@@ -15,7 +15,7 @@ _FORMS: Final = (
 )
 
 
-class Kind(StrEnum):
+class TruthKind(StrEnum):
     """A place of true labels."""
 
     FOLDERS = "folders"
@@ -36,7 +36,7 @@ class Truth:
 
     text: str
     """As the user wrote it."""
-    kind: Kind
+    kind: TruthKind
     pattern: re.Pattern[str] | None = None
     """Of REGEX. Its group `label`, or else its first group, is the label."""
     file: str = ""
@@ -63,13 +63,13 @@ def parse(text: str) -> Truth:
         >>> parse("@truth.csv#file,class").label_column
         'class'
     """
-    if text in (Kind.FOLDERS, Kind.CLS):
-        return Truth(text, Kind(text))
+    if text in (TruthKind.FOLDERS, TruthKind.CLS):
+        return Truth(text, TruthKind(text))
     form, _, rest = text.partition(":")
-    if form == Kind.REGEX and rest:
-        return Truth(text, Kind.REGEX, pattern=_compile(text, rest))
-    if form == Kind.COLUMN and rest:
-        return Truth(text, Kind.COLUMN, label_column=rest)
+    if form == TruthKind.REGEX and rest:
+        return Truth(text, TruthKind.REGEX, pattern=_compile(text, rest))
+    if form == TruthKind.COLUMN and rest:
+        return Truth(text, TruthKind.COLUMN, label_column=rest)
     if not text.startswith("@"):
         hint = f"for a table, write @{text}. Otherwise " if is_table(split_column(text)[0]) else ""
         raise UsageError(f"--truth {text}: {hint}write {_FORMS}.")
@@ -77,7 +77,9 @@ def parse(text: str) -> Truth:
     if not is_table(file):
         raise UsageError(f"--truth {text}: the file must be a .csv, .tsv or .parquet table.")
     path, _, label = (columns or "").rpartition(",")
-    return Truth(text, Kind.TABLE, file=file, path_column=path or None, label_column=label or None)
+    return Truth(
+        text, TruthKind.TABLE, file=file, path_column=path or None, label_column=label or None
+    )
 
 
 def _compile(text: str, pattern: str) -> re.Pattern[str]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from imagemill.records import Lease
     from imagemill.system.processes import Failed
     from imagemill.workers.protocol import Pause
-    from imagemill.workers.ray.messages import Assignment, Identity, Prepared, Report, Restart
+    from imagemill.workers.ray.messages import Assignment, Checked, Identity, Report, Restart
     from imagemill.workers.ray.node_agent import NodeAgent
 
 
@@ -35,11 +35,11 @@ def actor_class() -> type:
             self.agent: NodeAgent | None = None
             return node_agent.identity(backends)
 
-        def prepare(self, assignment: Assignment, *contents: object) -> Prepared | Failed:
+        def prepare(self, assignment: Assignment, *contents: object) -> Checked | Failed:
             """Check the node, and start the worker unless the model must be sent first."""
             from imagemill.errors import ImagemillError
             from imagemill.system.processes import Failed
-            from imagemill.workers.ray.messages import Prepared
+            from imagemill.workers.ray.messages import Checked
             from imagemill.workers.ray.node_agent import NodeAgent
 
             try:
@@ -49,7 +49,7 @@ def actor_class() -> type:
                 )
             except ImagemillError as error:
                 return Failed.of(error)
-            return Prepared(self.agent.lacks_model)
+            return Checked(self.agent.lacks_model)
 
         def turn(
             self, messages: Sequence[Lease | Pause | Restart], seconds: float

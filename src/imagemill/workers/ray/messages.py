@@ -4,7 +4,7 @@ RayPool                       actor, with a NodeAgent
 hello(backends) ─────────────►
                 ◄───────────── Identity
 prepare(Assignment) ─────────►
-                ◄───────────── Prepared, or Failed    the model is sent with a second `prepare`,
+                ◄───────────── Checked, or Failed    the model is sent with a second `prepare`,
                                                       if the node lacks it
 turn(messages) ──────────────►
                 ◄───────────── Report, or Failed      as soon as the worker has sent something
@@ -73,7 +73,7 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Checked:
     """The node passed its checks."""
 
     lacks_model: bool
@@ -93,7 +93,7 @@ class Report:
     status: WorkerStatus
 
 
-Answer = Identity | Mapping[str, str] | Prepared | Report | Failed
+Answer = Identity | Mapping[str, str] | Checked | Report | Failed
 """What an actor may return. Only a node that cannot import imagemill returns a mapping, with the
 keys `missing` and `python`, because it has no records.
 """

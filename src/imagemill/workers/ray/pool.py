@@ -32,7 +32,7 @@ from imagemill.system.processes import Failed
 from imagemill.workers.pool import Event, Joined, Lost, WorkerStatus
 from imagemill.workers.protocol import Pause
 from imagemill.workers.ray.actor import actor_class
-from imagemill.workers.ray.messages import Answer, Prepared, Report, Restart
+from imagemill.workers.ray.messages import Answer, Checked, Report, Restart
 from imagemill.workers.ray.placement import UNPLACED_S, Placement, Slot
 from imagemill.workers.ray.provisioning import Provisioning
 
@@ -240,7 +240,7 @@ class RayPool:
             case Report(messages, status):
                 slot.status = status
                 return [Event(name, message) for message in messages]
-            case Prepared(lacks_model):
+            case Checked(lacks_model):
                 if lacks_model:
                     self._prepare(slot, *self._provisioning.model_contents())
             case _:
