@@ -1,25 +1,5 @@
-"""Every exception imagemill raises on purpose.
-
-ImagemillError                exit 1 unless said otherwise: one clear line, never a traceback
-├── UsageError                exit 2: the command or call is wrong; nothing was done
-│   ├── ClassCountError       labels and model disagree about the number of classes
-│   └── JobMismatchError      an explicit flag differs from the frozen job
-├── ModelError                a model cannot be had, read or built
-│   ├── CheckpointError       a weights file is damaged, hostile or does not fit its architecture
-│   ├── DownloadError         the home of a model cannot be reached, or sends the wrong bytes
-│   └── BadLogitsError        a model returns NaN for every image, or a session the wrong shape
-├── DeviceError               a device or backend that was asked for is not there
-│   ├── DeviceMemoryError     its free memory does not suffice for the model and its batches
-│   ├── DeviceLostError       it was there, and its program died; a job starts the worker again
-│   └── InexactError          an image's answer depends on its place in a batch or its neighbours
-├── SourceError               exit 2: a source as a whole cannot be listed
-├── OutputError               the output is locked, full or read-only
-│   ├── NotAJobError          exit 2: the output is not a job, or cannot become one
-│   └── PartError             a part is damaged, missing, or belongs to another job
-├── WorkerError               workers die and restarting does not help
-└── TooManyBadError           --max-bad-fraction was exceeded
-
-Interrupted                   exit 130 or 143: stopped by a signal, resumable
+"""Every exception imagemill raises on purpose. The user sees one clear line, never a traceback, and
+the exit code is 1 unless a class says otherwise.
 """
 
 from __future__ import annotations
@@ -136,7 +116,7 @@ class TooManyBadError(ImagemillError):
 
 
 class Interrupted(ImagemillError):  # noqa: N818 - what happened, not a fault
-    """The job was stopped by a signal; the same command resumes it."""
+    """The job was stopped by a signal, and exits with 130 or 143. The same command resumes it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
