@@ -112,14 +112,10 @@ def _read_path(path: str | bytes, max_bytes: int) -> bytes:
         if bad.status is Status.MISSING:
             raise BadImage(Status.MISSING, "there is no such file") from bad
         raise
-    except UnicodeEncodeError as error:
-        raise BadImage(
-            Status.MISSING, "there can be no such file: its name cannot be encoded"
-        ) from error
     except ValueError as error:
-        raise BadImage(
-            Status.MISSING, "there can be no such file: its name holds a null character"
-        ) from error
+        cannot_encode = isinstance(error, UnicodeEncodeError)
+        why = "cannot be encoded" if cannot_encode else "holds a null character"
+        raise BadImage(Status.MISSING, f"there can be no such file: its name {why}") from error
 
 
 def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:

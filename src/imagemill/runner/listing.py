@@ -153,11 +153,6 @@ def refuse_empty(settings: Settings, output: Path | None) -> None:
 def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     """Return the error for sources without an image: what was skipped, why, and what to do."""
     resolved = sources.resolve(settings.sources)
-    where = (
-        sources.shown(os.fsencode(resolved[0]))
-        if len(resolved) == 1
-        else f"the {len(resolved):,} sources"
-    )
     left_out = format_skipped(
         skipped.by_suffix, skipped.hidden, skipped.by_filter, skipped.broken_links
     )
@@ -178,16 +173,23 @@ def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     if skipped.hidden and not remedies:
         remedies.append("Names that begin with a dot are never taken: rename them.")
     nothing = "It is empty." if len(resolved) == 1 else "They are empty."
-    if (
-        is_filtered
-    ):  # a folder that --exclude names is not looked into, so nothing in it was counted
+    # A folder that --exclude names is not looked into, so nothing in it was counted.
+    if is_filtered:
         nothing = "Nothing is left after --include and --exclude."
     what = f"Skipped: {left_out}." if left_out else nothing
     if not left_out and not is_filtered and any(map(os.path.isdir, resolved)):
         remedies.append("Check the path, and that its disk is mounted.")
     return SourceError(
-        " ".join([f"no images found in {where}, so no job was started.", what, *remedies])
+        " ".join(
+            [f"no images found in {_named(resolved)}, so no job was started.", what, *remedies]
+        )
     )
+
+
+def _named(resolved: Sequence[str]) -> str:
+    if len(resolved) > 1:
+        return f"the {len(resolved):,} sources"
+    return sources.shown(os.fsencode(resolved[0]))
 
 
 def _open_them(resolved: Sequence[str], pattern: str) -> str:
@@ -234,12 +236,7 @@ def check_moved(resolved: Sequence[str], access: Access, rows: Iterable[plan.Pla
             if not left:
                 return
     if left:
-        where = (
-            f"the {len(resolved):,} sources"
-            if len(resolved) > 1
-            else sources.shown(os.fsencode(resolved[0]))
-        )
         raise UsageError(
             f"--moved {min(left)}=…: nothing in this job is there. Give an old place as job.json"
-            f" names it: {where}."
+            f" names it: {_named(resolved)}."
         )

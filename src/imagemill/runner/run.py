@@ -48,8 +48,9 @@ from imagemill.runner import (
 from imagemill.runner.difference import Difference
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization
-from imagemill.workers.launcher import Launcher, Outcome
+from imagemill.workers.launcher import Launcher
 from imagemill.workers.machines import Machines, connect
+from imagemill.workers.tally import Outcome
 
 _log = logging.getLogger(__name__)
 

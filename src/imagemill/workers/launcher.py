@@ -37,8 +37,6 @@ from imagemill.workers.leases import Leases
 from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerPool
 from imagemill.workers.tally import Outcome, Tally, WorkerState
 
-__all__ = ["Launcher", "Outcome"]
-
 _log = logging.getLogger(__name__)
 
 START_TRIES = 3
