@@ -16,7 +16,7 @@ import helpers
 from faults.harness import children
 from imagemill import bench
 from imagemill.bench import measure
-from imagemill.bench.bottleneck import find_bottleneck, together
+from imagemill.bench.bottleneck import Setup, find_bottleneck, together
 from imagemill.bench.device_figures import device_figures
 from imagemill.bench.measure import machine, synthetic_session
 from imagemill.bench.messages import Compute
@@ -54,17 +54,17 @@ def settings(**changes: Any) -> bench.BenchSettings:
 
 
 def bottleneck(
-    compute: float, decode: float, achieved: float, **changes: Any
+    compute: float, decode: float, achieved: float, read_share: float = 0.1, **changes: Any
 ) -> tuple[str, tuple[str, ...]]:
     values: dict[str, Any] = {
-        "read_share": 0.1,
         "precision": Precision.FP32,
         "hardware": [Precision.BF16, Precision.INT8],
         "threads": 2,
         "cores": 2,
         "shared_cores": True,
     }
-    return find_bottleneck(compute, decode, achieved, **(values | changes))
+    setup = Setup(**(values | changes))
+    return find_bottleneck(compute, decode, achieved, read_share=read_share, setup=setup)
 
 
 # What is measured.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagemill.bench.device_figures import format_figures
+from imagemill.errors import counted
 from imagemill.records import Precision
 
 if TYPE_CHECKING:
@@ -19,6 +21,22 @@ CLOSE = 1.25
 """If two rates are within this factor of each other, the advice names both."""
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What computes and decodes."""
+
+    precision: Precision
+    """Of the inference."""
+    hardware: Sequence[Precision]
+    """Precisions that the devices compute faster than fp32, fastest last."""
+    threads: int
+    """Decoding threads of all devices."""
+    cores: int
+    """CPU cores of all devices."""
+    shared_cores: bool
+    """Whether computing and decoding use the same cores."""
+
+
 def together(compute: float, decode: float, *, shared_cores: bool) -> float:
     """Return the rate that both stages allow, images/s. On the same cores their times add up, else
     the slower one decides.
@@ -27,16 +45,7 @@ def together(compute: float, decode: float, *, shared_cores: bool) -> float:
 
 
 def find_bottleneck(
-    compute: float,
-    decode: float,
-    achieved: float,
-    *,
-    read_share: float,
-    precision: Precision,
-    hardware: Sequence[Precision],
-    threads: int,
-    cores: int,
-    shared_cores: bool,
+    compute: float, decode: float, achieved: float, *, read_share: float, setup: Setup
 ) -> tuple[str, tuple[str, ...]]:
     """Return what bounds a job, and what to change.
 
@@ -45,16 +54,12 @@ def find_bottleneck(
         decode: images/s of reading and decoding alone.
         achieved: images/s from files to saved parts.
         read_share: share of reading in the time of reading and decoding.
-        precision: precision of the inference.
-        hardware: precisions that the CPU computes faster than fp32, fastest last.
-        threads: decoding threads of all devices.
-        cores: CPU cores of all devices.
-        shared_cores: whether computing and decoding use the same cores.
+        setup: what was measured.
 
     Returns:
         `compute`, `decode`, `read` or `write`, and advice, most promising first.
     """
-    allowed = together(compute, decode, shared_cores=shared_cores)
+    allowed = together(compute, decode, shared_cores=setup.shared_cores)
     decoding = "read" if read_share > 0.5 else "decode"
     if achieved < WRITE_BOUND_BELOW * allowed:
         share = (
@@ -67,12 +72,12 @@ def find_bottleneck(
         )
     bound = "compute" if compute <= decode else decoding
     advice = {
-        "compute": _faster_compute(precision, hardware),
-        "decode": _faster_decode(threads, cores),
-        "read": _faster_read(threads),
+        "compute": _faster_compute(setup.precision, setup.hardware),
+        "decode": _faster_decode(setup.threads, setup.cores),
+        "read": _faster_read(setup.threads),
     }
     second = decoding if bound == "compute" else "compute"
-    both = shared_cores and max(compute, decode) < CLOSE * min(compute, decode)
+    both = setup.shared_cores and max(compute, decode) < CLOSE * min(compute, decode)
     return bound, tuple(dict.fromkeys(advice[bound] + (advice[second] if both else [])))
 
 
@@ -96,23 +101,16 @@ def _faster_decode(threads: int, cores: int) -> list[str]:
 
 
 def _faster_read(threads: int) -> list[str]:
-    return [
-        (
-            f"more decoding threads (--num-workers), which read more images at once: there are"
-            f" {threads}"
-        ),
-        "faster storage",
-    ]
+    more = "more decoding threads (--num-workers), which read more images at once"
+    return [f"{more}: there are {threads}", "faster storage"]
 
 
 def format_report(report: BenchReport) -> str:
     """Return the report as text."""
     count = report.settings.iterations
     lines = [
-        (
-            f"{report.model} in {report.precision}, batches of {report.batch_size}, median of"
-            f" {count} iteration{'s' if count != 1 else ''}"
-        ),
+        f"{report.model} in {report.precision}, batches of {report.batch_size}, median of"
+        f" {counted(count, 'iteration')}"
     ]
     for name in ("compute_only", "transfer_only", "decode_only", "end_to_end"):
         rates: Rates | None = getattr(report, name)

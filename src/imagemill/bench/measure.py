@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from imagemill.bench.batch_search import find_batch_size
-from imagemill.bench.bottleneck import find_bottleneck
+from imagemill.bench.bottleneck import Setup, find_bottleneck
 from imagemill.bench.device_figures import device_figures, on_cpu
 from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
@@ -265,11 +265,13 @@ def _with_sources(
         decode_only.median,
         end_to_end.median,
         read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
-        precision=spec.precision,
-        hardware=_faster_precisions(chosen),
-        threads=sum(job.num_workers or len(device.cores) for device in chosen),
-        cores=len(cores),
-        shared_cores=on_cpu(chosen),
+        setup=Setup(
+            precision=spec.precision,
+            hardware=_faster_precisions(chosen),
+            threads=sum(job.num_workers or len(device.cores) for device in chosen),
+            cores=len(cores),
+            shared_cores=on_cpu(chosen),
+        ),
     )
     needed = len(cores) * compute.median / decode_only.median
     return replace(
