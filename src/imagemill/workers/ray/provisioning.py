@@ -114,9 +114,7 @@ def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
     folder = JobPaths.of(job.output).plan
     opened = sources.open_all(job.sources, index_dir=folder, access=job.access)
     found = []
-    for shard in {
-        shard.number: shard for shard in (shards[0], shards[len(shards) // 2], shards[-1])
-    }.values():
+    for shard in dict.fromkeys((shards[0], shards[len(shards) // 2], shards[-1])):
         row = plan.read(folder, shard)[0]
         try:
             data = opened[row.source].fetch(row.path, row.locator, job.limits.max_bytes)
