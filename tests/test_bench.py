@@ -22,6 +22,7 @@ from imagemill.bench.measure import machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import DeviceFigures
+from imagemill.display import bench as display
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
@@ -327,7 +328,7 @@ def test_what_a_device_does_not_tell_is_left_out() -> None:
 def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, need: str) -> None:
     """And none for the others."""
     made = report(DeviceFigures(0.51, 26_900, 104.5e6, 2.811e12, 31), count)
-    text = bench.format_report(made)
+    text = display.format_report(made)
     assert text.splitlines()[-3:] == [
         f"{which} computed for 51% of the time end to end",
         "compute only is 37% of the 26,900.0 images/s that memory allows: 104.5 MB per image,"
@@ -335,12 +336,12 @@ def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, n
         f"{need} 31 such cores to be fed with these images",
     ]
     transfer = bench.Rates(90_000, 1, 2, (90_000,), {"cuda#0": 90_000})
-    with_transfer = bench.format_report(report(None, 1, transfer_only=transfer))
+    with_transfer = display.format_report(report(None, 1, transfer_only=transfer))
     assert with_transfer.splitlines()[-1] == (
         "transfer only  90,000.0 images/s (1.0 to 2.0; 5,120 images each)"
     )
-    plain = bench.format_report(report(DeviceFigures(), count))
-    assert plain == bench.format_report(report(None, count))
+    plain = display.format_report(report(DeviceFigures(), count))
+    assert plain == display.format_report(report(None, count))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from imagemill.arrange.links import Link, Maker, names_in
-from imagemill.errors import OutputError, SourceError, UsageError, counted
+from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import Filters
@@ -193,26 +193,3 @@ def _files(folder: bytes) -> Iterator[bytes]:
             elif not files.is_system_file(os.fsdecode(name)):
                 yield os.path.relpath(path, folder)
         # os.walk lists links to folders as folders; `partition` makes none
-
-
-def format_partitioned(made: Partitioned) -> str:
-    """Return the outcome as text."""
-    least, most = min(made.partitions), max(made.partitions)
-    size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
-    what = {Link.HARD: "hard links", Link.SYMBOLIC: "symbolic links", Link.COPY: "copies"}[
-        made.link
-    ]
-    lines = [
-        f"{counted(made.images, 'image')} in {counted(len(made.partitions), 'partition')} of"
-        f" {size}: {made.output}"
-        f" ({made.made:,} {what} made)"
-    ]
-    if made.skipped_by_suffix:
-        lines.append(
-            "skipped: "
-            + ", ".join(
-                f"{count} {suffix or '(no suffix)'}"
-                for suffix, count in made.skipped_by_suffix.items()
-            )
-        )
-    return "\n".join(lines)

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from imagemill.arrange import names
 from imagemill.arrange.links import Link, Maker, names_in
-from imagemill.display.text import format_statuses
-from imagemill.errors import OutputError, UsageError, counted, printable
+from imagemill.errors import OutputError, UsageError, printable
 from imagemill.job import plan
 from imagemill.job.columns import names_of
 from imagemill.job.open_job import OpenJob
@@ -393,27 +392,3 @@ def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> d
         finally:
             pool.shutdown(cancel_futures=True)
     return unreadable
-
-
-def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
-    """Return the outcome as text: the largest folders, and what was left out."""
-    count = len(outcome.folders)
-    verb = "would be sorted" if dry_run else "sorted"
-    lines = [
-        f"{counted(outcome.images, 'image')} {verb} into {counted(count, 'folder')}: {outcome.into}"
-    ]
-    if not dry_run:
-        kind = "copy" if outcome.link is Link.COPY else f"{outcome.link} link"
-        kinds = kind if outcome.made == 1 else "copies" if kind == "copy" else f"{kind}s"
-        lines[0] += f" ({outcome.made:,} new {kinds}"
-        lines[0] += f", {outcome.removed:,} old ones removed)" if outcome.removed else ")"
-    largest = list(outcome.folders.items())[:10]
-    width = max((len(f"{number:,}") for _, number in largest), default=0)
-    lines += [f"  {number:>{width},}  {folder}" for folder, number in largest]
-    if count > len(largest):
-        lines.append(f"  … and {count - len(largest):,} more folders")
-    if outcome.left_out:
-        lines.append(f"left out: {format_statuses(dict(outcome.left_out))}")
-    if outcome.unreadable:
-        lines.append(f"{outcome.unreadable:,} cannot be read now: {outcome.first_unreadable[0]}")
-    return "\n".join(lines)

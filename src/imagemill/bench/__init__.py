@@ -7,8 +7,7 @@ settings ─► measure.run ─► one process per device, rounds of compute | d
 
 from __future__ import annotations
 
-from imagemill.bench.bottleneck import format_report
 from imagemill.bench.measure import run
 from imagemill.bench.records import BenchReport, BenchSettings, Rates
 
-__all__ = ["BenchReport", "BenchSettings", "Rates", "format_report", "run"]
+__all__ = ["BenchReport", "BenchSettings", "Rates", "run"]

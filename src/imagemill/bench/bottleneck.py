@@ -1,17 +1,11 @@
-"""What bounds a job, from its three rates, what to change, and the report as text."""
+"""What bounds a job, from its three rates, and what to change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from imagemill.bench.device_figures import format_figures
-from imagemill.errors import counted
 from imagemill.records import Precision
-
-if TYPE_CHECKING:
-    from imagemill.bench.records import BenchReport, Rates
 
 WRITE_BOUND_BELOW = 0.8
 """If a job reaches less than this share of the rate that computing and decoding allow together,
@@ -103,27 +97,3 @@ def _faster_decode(threads: int, cores: int) -> list[str]:
 def _faster_read(threads: int) -> list[str]:
     more = "more decoding threads (--num-workers), which read more images at once"
     return [f"{more}: there are {threads}", "faster storage"]
-
-
-def format_report(report: BenchReport) -> str:
-    """Return the report as text."""
-    count = report.settings.iterations
-    lines = [
-        f"{report.model} in {report.precision}, batches of {report.batch_size}, median of"
-        f" {counted(count, 'iteration')}"
-    ]
-    for name in ("compute_only", "transfer_only", "decode_only", "end_to_end"):
-        rates: Rates | None = getattr(report, name)
-        if rates is None:
-            continue
-        images = report.images_per_iteration[name.replace("transfer", "compute")]
-        spread = f"({rates.min:,.1f} to {rates.max:,.1f}; {images:,} images each)"
-        lines.append(f"{name.replace('_', ' '):<13} {rates.median:>9,.1f} images/s {spread}")
-        if len(rates.devices) > 1:
-            lines += [
-                f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()
-            ]
-    lines += format_figures(report)
-    if report.bound:
-        lines.append(f"bounded by {report.bound}. To speed it up: {'; '.join(report.advice)}")
-    return "\n".join(lines)

@@ -5,10 +5,10 @@ and how many cores they would need.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median
 
-from imagemill.bench.records import BenchReport, DeviceFigures
+from imagemill.bench.records import DeviceFigures
 from imagemill.records import DeviceSpec, MemoryTraffic, Summary
 
 
@@ -45,24 +45,3 @@ def device_figures(
         bytes_per_s=sum(one.bytes_per_s for one in traffic.values()) if is_known else None,
         cores_needed=math.ceil(cores) if cores else None,
     )
-
-
-def format_figures(report: BenchReport) -> Iterator[str]:
-    """Yield a line for each figure that is known."""
-    found = report.device
-    if found is None:
-        return
-    names = list(report.compute_only.devices)
-    which = names[0] if len(names) == 1 else "the devices"
-    if found.busy is not None:
-        yield f"{which} computed for {found.busy:.0%} of the time end to end"
-    if found.memory_limit and found.bytes_per_image and found.bytes_per_s:
-        yield (
-            f"compute only is {report.compute_only.median / found.memory_limit:.0%} of the"
-            f" {found.memory_limit:,.1f} images/s that memory allows:"
-            f" {found.bytes_per_image / 1e6:,.1f} MB per image,"
-            f" {found.bytes_per_s / 1e9:,.1f} GB/s"
-        )
-    if found.cores_needed is not None:
-        need = "needs" if len(names) == 1 else "need"
-        yield f"{which} {need} {found.cores_needed:,} such cores to be fed with these images"

@@ -78,6 +78,7 @@ _number_or_search.__name__ = "number"  # in argparse's messages
 
 def _bench(parsed: argparse.Namespace) -> int:
     from imagemill import bench
+    from imagemill.display import bench as display
 
     same = (
         "synthetic model models_dir devices precision batch_size batches_per_step num_workers"
@@ -87,7 +88,7 @@ def _bench(parsed: argparse.Namespace) -> int:
         sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}
     )
     report = bench.run(settings, log)
-    print(as_json(report) if parsed.json else bench.format_report(report))
+    print(as_json(report) if parsed.json else display.format_report(report))
     return 0
 
 
@@ -122,8 +123,9 @@ def _add_partition(command: Command) -> None:
 def _partition(parsed: argparse.Namespace) -> int:
     from imagemill.arrange import partition
     from imagemill.arrange.links import Link
+    from imagemill.display import folders
 
     link = Link(parsed.link) if parsed.link else None
     made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, log)
-    print(as_json(made) if parsed.json else partition.format_partitioned(made))
+    print(as_json(made) if parsed.json else folders.format_partitioned(made))
     return 0

@@ -168,6 +168,7 @@ def _sort(parsed: argparse.Namespace) -> int:
 
     from imagemill.arrange import sort
     from imagemill.arrange.links import Link
+    from imagemill.display import folders
 
     if "://" in parsed.into:
         raise UsageError(f"--into {parsed.into} is a URL. Give a folder on this machine.")
@@ -176,5 +177,5 @@ def _sort(parsed: argparse.Namespace) -> int:
     done = sort.sort(
         open_job(parsed.dir), Path(parsed.into), choice, link, dry_run=parsed.dry_run, log=log
     )
-    print(as_json(done) if parsed.json else sort.format_sorted(done, dry_run=parsed.dry_run))
+    print(as_json(done) if parsed.json else folders.format_sorted(done, dry_run=parsed.dry_run))
     return 1 if done.unreadable or done.missing else 0
