@@ -25,15 +25,7 @@ from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageE
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, resolve, variants
 from imagemill.pipeline.backends import automatic, devices
-from imagemill.records import (
-    Bundle,
-    DeviceSpec,
-    Lease,
-    Precision,
-    SessionSpec,
-    Settings,
-    Summary,
-)
+from imagemill.records import Bundle, DeviceSpec, Lease, Precision, SessionSpec, Settings, Summary
 from imagemill.runner import run as runner
 from imagemill.runner.freeze import versions_of
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting

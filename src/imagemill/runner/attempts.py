@@ -13,13 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import (
-    DeviceError,
-    DeviceMemoryError,
-    InexactError,
-    ModelError,
-    WorkerError,
-)
+from imagemill.errors import DeviceError, DeviceMemoryError, InexactError, ModelError, WorkerError
 from imagemill.job.open_job import OpenJob
 from imagemill.records import DeviceSpec, Settings, Summary
 from imagemill.runner import freeze

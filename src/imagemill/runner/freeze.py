@@ -21,16 +21,7 @@ from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import (
-    Bundle,
-    DeviceSpec,
-    Engine,
-    Job,
-    Kept,
-    Limits,
-    SessionSpec,
-    Settings,
-)
+from imagemill.records import Bundle, DeviceSpec, Engine, Job, Kept, Limits, SessionSpec, Settings
 from imagemill.runner import thresholds
 from imagemill.runner.listing import (
     access_of,

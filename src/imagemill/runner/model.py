@@ -11,12 +11,7 @@ from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError, counted
 from imagemill.job.documents import Frozen
 from imagemill.models import bundle, mistaken, resolve
-from imagemill.records import (
-    Bundle,
-    Card,
-    Saved,
-    Settings,
-)
+from imagemill.records import Bundle, Card, Saved, Settings
 from imagemill.runner import thresholds
 from imagemill.runner.settings import DEFAULT_MODEL, SETTINGS, parse_colour
 

@@ -25,16 +25,7 @@ from imagemill.errors import counted
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
-from imagemill.records import (
-    BadImage,
-    DeviceSpec,
-    Job,
-    Preflight,
-    Progress,
-    Saved,
-    Shard,
-    Status,
-)
+from imagemill.records import BadImage, DeviceSpec, Job, Preflight, Progress, Saved, Shard, Status
 from imagemill.system.statistics import wilson
 
 _log = logging.getLogger(__name__)

@@ -21,13 +21,7 @@ from imagemill.pipeline.decoding import DECODER
 from imagemill.records import DeviceSpec, Kept, Settings, Shard
 from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
-from imagemill.runner.model import (
-    describe_labels,
-    identify,
-    is_local,
-    resolve_model,
-    verify_model,
-)
+from imagemill.runner.model import describe_labels, identify, is_local, resolve_model, verify_model
 from imagemill.runner.settings import SETTINGS, Effect, limits_of, parse_colour
 from imagemill.version import __version__
 

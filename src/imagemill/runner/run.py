@@ -13,13 +13,7 @@ from functools import partial
 
 from imagemill import report
 from imagemill.display import observer
-from imagemill.errors import (
-    Interrupted,
-    OutputError,
-    SourceError,
-    UsageError,
-    counted,
-)
+from imagemill.errors import Interrupted, OutputError, SourceError, UsageError, counted
 from imagemill.job import documents, ledger, lock
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -28,23 +22,8 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.pipeline.backends.devices import backend_of
-from imagemill.records import (
-    DeviceSpec,
-    Precision,
-    Progress,
-    Settings,
-    Summary,
-)
-from imagemill.runner import (
-    append,
-    attempts,
-    freeze,
-    listing,
-    model,
-    preflight,
-    resume,
-    summarise,
-)
+from imagemill.records import DeviceSpec, Precision, Progress, Settings, Summary
+from imagemill.runner import append, attempts, freeze, listing, model, preflight, resume, summarise
 from imagemill.runner.difference import Difference
 from imagemill.runner.settings import check_settings
 from imagemill.system import files, serialization

@@ -15,15 +15,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
-from imagemill.records import (
-    Clock,
-    DeviceSpec,
-    DeviceSummary,
-    Job,
-    Progress,
-    Receipt,
-    Summary,
-)
+from imagemill.records import Clock, DeviceSpec, DeviceSummary, Job, Progress, Receipt, Summary
 from imagemill.system import serialization
 from imagemill.workers.tally import Outcome
 
