@@ -220,9 +220,8 @@ def load(
         precision, found, (), tuple, 0, chosen=chosen, notify=watcher.notify
     )
     spec = session_of(settings, found, prepared, chosen)
-    ahead = (
-        4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8
-    )  # twice what sessions have in flight
+    # Twice what sessions have in flight.
+    ahead = 4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8
 
     def opener() -> Session:
         device = chosen[0]

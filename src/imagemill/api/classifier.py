@@ -111,9 +111,8 @@ class Classifier:
         self._ahead = ahead
         self._process = os.getpid()
         self._device = Device(opener)
-        limits = replace(
-            limits, max_bytes=2**62
-        )  # checked here, for encoded images only: pixels have no encoded size
+        # Bytes are checked here, for encoded images only: pixels have no encoded size.
+        limits = replace(limits, max_bytes=2**62)
         self._feed = Feed(spec.card.recipe, limits, spec.batch_size, num_workers, None, Stopwatch())
         self._is_open = True
 
@@ -207,10 +206,9 @@ class Classifier:
             self._check_usable()  # close() makes the threads refuse work
             raise
         finally:
-            for _, future in (
-                waiting if os.getpid() == self._process else ()
-            ):  # in a forked child its lock may be held for ever
-                future.cancel()
+            if os.getpid() == self._process:  # in a forked child a lock may be held for ever
+                for _, future in waiting:
+                    future.cancel()
         if failed:
             raise failed[0]
 

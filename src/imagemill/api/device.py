@@ -57,9 +57,8 @@ class Device:
 
 def _stop(work: _Work, thread: threading.Thread) -> None:
     work.put(None)
-    if (
-        thread is not threading.current_thread()
-    ):  # which may be the one that drops the last reference to a device
+    # The thread itself may be the one that drops the last reference to a device.
+    if thread is not threading.current_thread():
         thread.join()
 
 

@@ -181,9 +181,8 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
                 )
             else:
                 bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
-    orientation = (
-        1 if image.format == "TIFF" or not recipe.exif else pillow.orientation_of(image)
-    )  # Pillow has turned a TIFF's size already
+    # Pillow has turned a TIFF's size already.
+    orientation = 1 if image.format == "TIFF" or not recipe.exif else pillow.orientation_of(image)
     raise BadImage(*bad, *preprocess.turned_size(*image.size, orientation))
 
 

@@ -66,9 +66,8 @@ class _Search:
     """The best batch size so far, with the processes that compute in it."""
 
     def __init__(self, spec: SessionSpec, devices: Sequence[DeviceSpec]) -> None:
-        self._spec = replace(
-            spec, cache_dir=None
-        )  # compiled models of rejected sizes would only take disk space
+        # Compiled models of rejected sizes would only take disk space.
+        self._spec = replace(spec, cache_dir=None)
         self._devices = devices
         self.size = spec.batch_size
         self.rates: dict[int, float] = {}

@@ -152,9 +152,7 @@ def cut(
         if writer is None or shards_in_file == _SHARDS_PER_FILE:
             close()
             path = folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet"
-            opened = pa.OSFile(
-                os.fsencode(path), "wb"
-            )  # as bytes: the folder's name may not be UTF-8
+            opened = pa.OSFile(os.fsencode(path), "wb")  # the folder's name may not be UTF-8
             writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
             files, shards_in_file = files + 1, 0
         count = rows.num_rows
@@ -165,9 +163,8 @@ def cut(
         shards_in_file, index = shards_in_file + 1, index + count
 
     try:
-        with (
-            pa.OSFile(os.fsencode(spooled)) as file
-        ):  # not mapped: pages of a mapping count as ours, and there may be gigabytes of them
+        # Not mapped: pages of a mapping count as ours, and there may be gigabytes of them.
+        with pa.OSFile(os.fsencode(spooled)) as file:
             pending = _SPOOL_SCHEMA.empty_table()
             for run_group, rows in _runs(pa.ipc.open_file(file), kept, by_group=by_group):
                 if run_group != group:

@@ -120,9 +120,8 @@ class Sampler:
             folder = JobPaths.of(job.output).plan
             opened = sources.open_all(job.sources, index_dir=folder, access=job.access)
             with IsolatedDecoder() as decoder:
-                decoder.decode(
-                    b"", job.session.card.recipe, limits
-                )  # starts it before the clock runs
+                # Starts it before the clock runs.
+                decoder.decode(b"", job.session.card.recipe, limits)
                 for index in chosen:
                     if self._stop.is_set():
                         return
