@@ -86,12 +86,11 @@ def _faster_compute(precision: Precision, hardware: Sequence[Precision]) -> list
 
 
 def _faster_decode(threads: int, cores: int) -> list[str]:
-    more = (
-        [f"more decoding threads (--num-workers): there are {threads} for {cores} cores"]
-        if threads < cores
-        else []
-    )
-    return [*more, "more cores", "smaller images"]
+    advice = ["more cores", "smaller images"]
+    if threads < cores:
+        more = f"more decoding threads (--num-workers): there are {threads} for {cores} cores"
+        advice.insert(0, more)
+    return advice
 
 
 def _faster_read(threads: int) -> list[str]:

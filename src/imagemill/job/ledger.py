@@ -321,11 +321,9 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
     indices = table["index"].to_pylist()
     if indices != list(range(shard.first, shard.first + shard.count)):
         twice = [index for index, count in Counter(indices).items() if count > 1]
-        return (
-            f"has image {twice[0]} twice"
-            if twice
-            else "has other images than its shard, or another order"
-        )
+        if twice:
+            return f"has image {twice[0]} twice"
+        return "has other images than its shard, or another order"
     for row, found in zip(
         plan.read(store.paths.plan, shard), table["path"].to_pylist(), strict=True
     ):

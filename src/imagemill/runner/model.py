@@ -101,11 +101,11 @@ def identify(card: Card) -> str:
 
 def describe_labels(labels: Sequence[str]) -> str:
     """Return a text that identifies a list of labels."""
+    if not labels:
+        return "without a label"
     digest = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
     return (
         f"of {counted(len(labels), 'label')} from {labels[0]!r} to {labels[-1]!r} (sha256 {digest})"
-        if labels
-        else "without a label"
     )
 
 

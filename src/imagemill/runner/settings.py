@@ -126,13 +126,9 @@ def _count(most: int = MAX_COUNT) -> Callable[[Any], str | None]:
     def find_problem(value: object) -> str | None:
         if not isinstance(value, int):
             return f"must be a whole number, not {type(value).__name__}."
-        return (
-            "must be at least 1."
-            if value < 1
-            else f"must be at most {most}."
-            if value > most
-            else None
-        )
+        if value < 1:
+            return "must be at least 1."
+        return f"must be at most {most}." if value > most else None
 
     return find_problem
 

@@ -151,11 +151,8 @@ def _shared_cores(chosen: Sequence[DeviceSpec]) -> int:
     CPUs or are on several machines.
     """
     cores = [core for device in chosen for core in device.cores]
-    return (
-        len(cores)
-        if len(set(cores)) == len(cores) and all(device.kind == "cpu" for device in chosen)
-        else 0
-    )
+    is_known = len(set(cores)) == len(cores) and all(device.kind == "cpu" for device in chosen)
+    return len(cores) if is_known else 0
 
 
 def judge(

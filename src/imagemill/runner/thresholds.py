@@ -50,16 +50,13 @@ def read_file(file: Path, labels: Sequence[str]) -> tuple[float, ...]:
         if not {"label", "threshold"} <= set(rows.fieldnames or ()):
             raise UsageError(f"{where}: its first line must name the columns label and threshold.")
         for row in rows:
-            label, value = row["label"], _threshold(row["threshold"])
-            problem = (
-                f"{label!r} is not a label of the model"
-                if label not in known
-                else f"{label!r} has a threshold already"
-                if label in found
-                else f"the threshold {row['threshold']!r} is not a number from 0 to 1"
-                if value is None
-                else None
-            )
+            label, value, problem = row["label"], _threshold(row["threshold"]), ""
+            if label not in known:
+                problem = f"{label!r} is not a label of the model"
+            elif label in found:
+                problem = f"{label!r} has a threshold already"
+            elif value is None:
+                problem = f"the threshold {row['threshold']!r} is not a number from 0 to 1"
             if value is None or problem:
                 raise UsageError(f"{where}: line {rows.line_num}: {problem}.")
             found[label] = value
@@ -86,10 +83,8 @@ def describe(value: float | Sequence[float] | None) -> str | None:
     """Return a text that identifies a minimum probability, or the thresholds of the labels."""
     if value is None or isinstance(value, float | int):
         return None if value is None else f"{value:g}"
+    if not value:
+        return "without a threshold"
     digest = hashlib.sha256(",".join(map(repr, value)).encode()).hexdigest()[:12]
-    return (
-        f"with {counted(len(value), 'threshold')} from {min(value):g} to {max(value):g}"
-        f" (sha256 {digest})"
-        if value
-        else "without a threshold"
-    )
+    span = f"from {min(value):g} to {max(value):g} (sha256 {digest})"
+    return f"with {counted(len(value), 'threshold')} {span}"

@@ -108,11 +108,8 @@ def _shares(cpus: int, processes: int) -> list[float]:
     """
     if processes > cpus:
         return [cpus / processes] * processes
-    return (
-        [float(len(share)) for share in cpu.split_cores(list(range(cpus)), processes)]
-        if processes
-        else []
-    )
+    shares = cpu.split_cores(list(range(cpus)), processes) if processes else []
+    return [float(len(share)) for share in shares]
 
 
 def offer(node: Node) -> str:
