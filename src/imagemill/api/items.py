@@ -124,10 +124,12 @@ def _read_buffer(data: bytes | bytearray | memoryview, max_bytes: int) -> bytes:
         if size > max_bytes:
             raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
         return bytes(data)
-    except ValueError as error:
-        raise BadImage(
-            Status.READ_ERROR, f"cannot be read: {one_line(error)}"
-        ) from error  # a memoryview that was released
+    except ValueError as error:  # a memoryview that was released
+        raise BadImage(Status.READ_ERROR, _why(error)) from error
+
+
+def _why(error: Exception) -> str:
+    return f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
 
 
 def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
@@ -138,10 +140,7 @@ def _read_binary(number: int, file: BinaryFile, max_bytes: int) -> bytes:
         try:
             chunk = file.read(min(left, _CHUNK))
         except Exception as error:  # a file of any make may raise anything
-            raise BadImage(
-                Status.READ_ERROR,
-                f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}",
-            ) from error
+            raise BadImage(Status.READ_ERROR, _why(error)) from error
         if chunk is None:
             raise BadImage(
                 Status.READ_ERROR, "cannot be read: it is in non-blocking mode and has no data yet"
@@ -175,10 +174,7 @@ def _read_image(image: Image.Image, recipe: Recipe, limits: Limits) -> bytes:
             bad = (Status.TOO_LARGE, "not enough memory to decode it")
         except Exception as error:  # plugins raise anything at all on damaged files
             if "closed" in str(error) or getattr(error, "strerror", None):
-                bad = (
-                    Status.READ_ERROR,
-                    f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}",
-                )
+                bad = (Status.READ_ERROR, _why(error))
             else:
                 bad = vars(image)[_BAD] = (judge(error, b""), one_line(error))
     # Pillow has turned a TIFF's size already.

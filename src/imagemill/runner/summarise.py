@@ -95,6 +95,14 @@ def summarise(
     def rate(count: int) -> float | None:
         return round(count / seconds, 3) if count and seconds else None
 
+    def of_device(name: str) -> DeviceSummary:
+        clock, images = outcome.clocks.get(name), outcome.devices[name]
+        busy = round(clock.device / seconds, 3) if clock and clock.device and seconds else None
+        retired = outcome.retired.get(name)
+        return DeviceSummary(
+            name, images, rate(images), outcome.restarts[name], clock, retired, busy
+        )
+
     failed = sum(receipt.failed for receipt in outcome.receipts)
     threads, cores = _threads(frozen.job, chosen), _shared_cores(chosen)
     bottleneck, rates, advice = judge(
@@ -113,18 +121,7 @@ def summarise(
         model=frozen.job.session.card.name,
         precision=frozen.job.session.precision.value,
         bottleneck=bottleneck,
-        devices=tuple(
-            DeviceSummary(
-                d.name,
-                outcome.devices[d.name],
-                rate(outcome.devices[d.name]),
-                outcome.restarts[d.name],
-                outcome.clocks.get(d.name),
-                outcome.retired.get(d.name),
-                _busy(outcome.clocks.get(d.name), seconds),
-            )
-            for d in chosen
-        ),
+        devices=tuple(of_device(device.name) for device in chosen),
         output=job.paths.output,
         rates=rates,
         advice=advice,
@@ -136,10 +133,6 @@ def summarise(
         extras=totals.extras,
         recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
-
-
-def _busy(clock: Clock | None, seconds: float) -> float | None:
-    return round(clock.device / seconds, 3) if clock and clock.device and seconds else None
 
 
 def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
@@ -195,14 +188,8 @@ def judge(
     if total.transfer:
         rates["transfer_only"] = round((rows - failed) * at_once / total.transfer, 3)
     if bottleneck is None:
-        return (
-            None,
-            rates,
-            (
-                f"too short to find the bottleneck: {seconds:.1f} s, less than"
-                f" {stopwatch.SHORT_S:g} s"
-            ),
-        )
+        why = f"{seconds:.1f} s, less than {stopwatch.SHORT_S:g} s"
+        return None, rates, f"too short to find the bottleneck: {why}"
     advice = {
         "compute": "a lower precision or one more device would help",
         "decode": "more cores, or smaller images, would help; more --num-workers if cores are idle",
