@@ -124,10 +124,11 @@ class Cluster:
         self._asked = devices.parse(spec)
         nodes = self.nodes()
         self._places = {}
+        found: list[DeviceSpec] = []
         for place in (place for node in nodes for place in places(node, self._asked)):
-            number = sum(other.kind == place.kind for other in self._places.values())
-            self._places[f"{place.kind}#{number}"] = place
-        if not self._places:
+            found.append(place.device(sum(device.kind == place.kind for device in found)))
+            self._places[found[-1].name] = place
+        if not found:
             offered = "; ".join(f"{node.name}: {offer(node)}" for node in nodes) or "it has no node"
             raise DeviceError(
                 f"--devices {spec}: no node of the Ray cluster offers that ({offered}). Start nodes"
@@ -136,12 +137,9 @@ class Cluster:
             )
         hosts = len({place.node.id for place in self._places.values()})
         self._notify(
-            f"Ray: {counted(len(self._places), 'worker')} on {hosts} of"
-            f" {counted(len(nodes), 'node')}"
+            f"Ray: {counted(len(found), 'worker')} on {hosts} of {counted(len(nodes), 'node')}"
         )
-        return tuple(
-            place.device(int(name.rpartition("#")[2])) for name, place in self._places.items()
-        )
+        return tuple(found)
 
     def automatic(
         self,
@@ -177,11 +175,7 @@ class Cluster:
         """Implement `Machines.pool`."""
         backends = tuple(sorted({item.backend for item in self._asked}))
         provisioning = Provisioning(
-            self.ray,
-            job,
-            remaining,
-            backends,
-            allow_mixed=self._allow_mixed,
+            self.ray, job, remaining, backends, allow_mixed=self._allow_mixed
         )
         slots = [Slot(device, self._places[device.name]) for device in chosen]
         placement = Placement(self.nodes, self._asked, slots, self._notify)
