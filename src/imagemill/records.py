@@ -264,6 +264,7 @@ class Settings:
     """
 
     sources: tuple[str, ...]
+    """As they were given; `check_settings` turns them into what is frozen."""
     output: str
     model: str | None = None
     models_dir: str | None = None

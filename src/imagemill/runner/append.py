@@ -22,7 +22,6 @@ from imagemill.errors import JobMismatchError, OutputError
 from imagemill.job import documents, ledger, plan
 from imagemill.job.documents import FORMAT, Appended
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import DeviceSpec, Settings
@@ -154,7 +153,7 @@ def _freeze(
     appended = Appended(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=sources.resolve(settings.sources),
+        command=settings.sources,
         sources=found.added,
         filters=listing.filters_of(settings),
         limit=settings.limit,

@@ -47,7 +47,7 @@ def dry_run(settings: Settings) -> DryRun:
     """List the sources and return what a job would be, or with `append` what would be added to it.
     Nothing is written to the output.
     """
-    check_settings(settings)
+    settings = check_settings(settings)
     opened = OpenJob.find(settings.output, settings.log_dir)
     extended = opened if settings.append else None
     typed = settings.devices or (extended.frozen.devices if extended else automatic.CPU)
@@ -58,15 +58,14 @@ def dry_run(settings: Settings) -> DryRun:
     store = open_store(JobPaths.of(settings.output, settings.log_dir))
     if opened is None:
         store.check_unused()
-    resolved = sources.resolve(settings.sources)
-    listing.check_sources(resolved, settings)
+    listing.check_sources(settings.sources, settings)
     skipped, keeper = Skipped(), listing.keeper_of(settings)
     first: list[str] = []
 
     def noting(entries: Iterator[Entry]) -> Iterator[Entry]:
         for entry in entries:
             if len(first) < MAX_NAMES:
-                first.append(sources.shown(row_path(resolved[entry.source], entry.path)))
+                first.append(sources.shown(row_path(settings.sources[entry.source], entry.path)))
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:

@@ -16,7 +16,6 @@ from imagemill.job.documents import FORMAT, Frozen, read_frozen
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
-from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.pipeline.decoding import DECODER
@@ -73,7 +72,7 @@ def freeze(
     plan.cut(paths.spool, paths.plan, shard_size, by_group=by_group)
     paths.spool.unlink()
     access = access_of(settings)
-    check_moved(sources.resolve(settings.sources), access, plan.rows(paths.plan))
+    check_moved(settings.sources, access, plan.rows(paths.plan))
     if listed.groups > 1 and len(chosen) > 1 and not by_group:
         watcher.notify(
             f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
@@ -151,17 +150,17 @@ def _job(
     shard_size: int,
     keep: tuple[Kept, ...],
 ) -> Job:
-    card, resolved = model.card, sources.resolve(settings.sources)
+    card = model.card
     session = session_of(settings, model, prepared, chosen)
     job = Job(
         output=paths.output,
-        sources=resolved,
+        sources=settings.sources,
         session=session,
         variant=prepared.variant,
         num_workers=settings.num_workers or 0,
         top_k=classes_kept(settings, card),
         limits=limits_of(settings, Limits()),
-        plan_id=plan_id(resolved, filters_of(settings), settings.limit, shard_size),
+        plan_id=plan_id(settings.sources, filters_of(settings), settings.limit, shard_size),
         answer_id="",
         min_probability=thresholds.min_probability_of(settings, card),
         keep=keep,
@@ -205,11 +204,10 @@ def _prepare(
         for row in plan.rows(paths.plan):
             yield records.Entry(row.source, row.path, row.size, locator=row.locator)
 
-    resolved = sources.resolve(settings.sources)
     return precisions.prepare(
         settings.precision,
         model,
-        resolved,
+        settings.sources,
         entries,
         images,
         chosen=chosen,

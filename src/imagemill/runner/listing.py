@@ -63,8 +63,7 @@ def listing(
     index_dir: Path | None = None,
 ) -> Iterator[records.Entry]:
     """Return the images of new settings, in plan order. Raises: SourceError."""
-    resolved = sources.resolve(settings.sources)
-    opened = sources.open_all(resolved, output, index_dir, access_of(settings), keeper)
+    opened = sources.open_all(settings.sources, output, index_dir, access_of(settings), keeper)
     return islice(entries(opened, filters_of(settings), skipped), settings.limit)
 
 
@@ -111,7 +110,7 @@ def list_again(
     Raises:
         SourceError: a source cannot be listed. OutputError: the listing cannot be written.
     """
-    asked, access = sources.resolve(settings.sources), access_of(settings)
+    asked, access = settings.sources, access_of(settings)
     given, known = frozenset(asked), job.frozen.job.sources
     names = [{source, sources.relocated(source, access)} for source in known]
     named = [place for place, either in enumerate(names) if not either.isdisjoint(given)]
@@ -140,19 +139,18 @@ def refuse_empty(settings: Settings, output: Path | None) -> None:
 
     A list that can be read only once, such as `@/dev/stdin`, is left to the listing proper.
     """
-    resolved = sources.resolve(settings.sources)
     skipped, keeper = Skipped(), keeper_of(settings)
-    if not all(map(sources.can_be_read_again, resolved)):
+    if not all(map(sources.can_be_read_again, settings.sources)):
         return
     if next(listing(settings, skipped, keeper, output), None) is None:
         raise no_images(settings, skipped)
-    if len(resolved) == 1 and sources.names_others(resolved[0]):
+    if len(settings.sources) == 1 and sources.names_others(settings.sources[0]):
         keeper.kept()
 
 
 def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     """Return the error for sources without an image: what was skipped, why, and what to do."""
-    resolved = sources.resolve(settings.sources)
+    given = settings.sources
     left_out = format_skipped(
         skipped.by_suffix, skipped.hidden, skipped.by_filter, skipped.broken_links
     )
@@ -163,7 +161,7 @@ def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     if pattern := next(
         (pattern for suffix, pattern in _SHARD_SUFFIXES.items() if skipped.by_suffix[suffix]), None
     ):
-        remedies.append(_open_them(resolved, pattern))
+        remedies.append(_open_them(given, pattern))
     elif skipped.by_suffix:
         remedies.append("Add --all-files to take files of any suffix.")
     if skipped.broken_links:
@@ -172,17 +170,15 @@ def no_images(settings: Settings, skipped: Skipped) -> SourceError:
         )
     if skipped.hidden and not remedies:
         remedies.append("Names that begin with a dot are never taken: rename them.")
-    nothing = "It is empty." if len(resolved) == 1 else "They are empty."
+    nothing = "It is empty." if len(given) == 1 else "They are empty."
     # A folder that --exclude names is not looked into, so nothing in it was counted.
     if is_filtered:
         nothing = "Nothing is left after --include and --exclude."
     what = f"Skipped: {left_out}." if left_out else nothing
-    if not left_out and not is_filtered and any(map(os.path.isdir, resolved)):
+    if not left_out and not is_filtered and any(map(os.path.isdir, given)):
         remedies.append("Check the path, and that its disk is mounted.")
     return SourceError(
-        " ".join(
-            [f"no images found in {_named(resolved)}, so no job was started.", what, *remedies]
-        )
+        " ".join([f"no images found in {_named(given)}, so no job was started.", what, *remedies])
     )
 
 

@@ -151,7 +151,7 @@ def _compare_selection(settings: Settings, opened: OpenJob) -> Iterator[tuple[st
 
     So the first command continues a job, and the last one without `--append` does, too.
     """
-    asked, access = sources.resolve(settings.sources), access_of(settings)
+    asked, access = settings.sources, access_of(settings)
 
     def compared(frozen: Frozen | Appended) -> list[tuple[str, object, object]]:
         moved = tuple(sources.relocated(source, access) for source in frozen.command)

@@ -47,7 +47,7 @@ def run(settings: Settings, watcher: observer.Watcher | None = None) -> Summary:
         OutputError, WorkerError, TooManyBadError, Interrupted: the job can be resumed.
     """
     watcher = watcher or observer.Watcher()
-    check_settings(settings)
+    settings = check_settings(settings)
     with contextlib.closing(
         connect(settings.engine, watcher.notify, allow_mixed=settings.allow_mixed)
     ) as machines:
@@ -74,7 +74,7 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
     if opened is None:
         devices.check_precision(settings.precision, chosen)
         store.check_unused()
-        listing.check_sources(sources.resolve(settings.sources), settings)
+        listing.check_sources(settings.sources, settings)
         listing.refuse_empty(settings, store.paths.root)
         with_model = model.resolve_model(settings, watcher)
         bundle.verify_hash(with_model)
@@ -105,7 +105,7 @@ def _run(settings: Settings, machines: Machines, watcher: observer.Watcher) -> S
                     chosen = machines.devices(opened.frozen.devices)
                 if not is_new:
                     opened = resume.resume(settings, opened, chosen, watcher)
-                    known = (*opened.frozen.job.sources, *sources.resolve(settings.sources))
+                    known = (*opened.frozen.job.sources, *settings.sources)
                     listing.check_moved(known, opened.first.job.access, opened.all_rows())
                     files.remove_folder(paths.generation(len(opened.generations) + 1))
                     if settings.append:

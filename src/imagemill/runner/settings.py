@@ -432,8 +432,12 @@ def _as_plain(value: Any, *, is_list: bool) -> Any:
     return tuple(_as_plain(item, is_list=isinstance(item, tuple)) for item in value)
 
 
-def check_settings(settings: Settings) -> None:
-    """Check settings before anything is listed, downloaded or written. Raises: UsageError."""
+def check_settings(settings: Settings) -> Settings:
+    """Check settings before anything is listed, downloaded or written, and return them with their
+    sources as they are frozen (`sources.resolve`). Raises: UsageError.
+    """
+    from dataclasses import replace
+
     from imagemill.pipeline import sources
 
     for name in SETTINGS:
@@ -442,9 +446,9 @@ def check_settings(settings: Settings) -> None:
         raise UsageError("give an output: a folder or the URL of one.")
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or an image.")
-    sources.resolve(settings.sources)
     sources.resolve_moved(settings.moved or ())
     sources.resolve_kept(settings.keep or ())
+    return replace(settings, sources=sources.resolve(settings.sources))
 
 
 def check_setting(name: str, value: Any) -> None:
