@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from imagemill.errors import CheckpointError
 from imagemill.models import architectures
-from imagemill.models.architectures import efficientnet_lite, graph, resnet
+from imagemill.models.architectures import Architecture, efficientnet_lite, graph, resnet
 from imagemill.models.checkpoints import checkpoint
 from pth_files import write_legacy, write_zip
 
@@ -69,7 +69,7 @@ def built_from(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
     return onnx_of(architectures.recognise(arrays), arrays)
 
 
-def onnx_of(model: graph.Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
+def onnx_of(model: Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
     recipe = model.recipe
     prepared = graph.Prepared(recipe.height, recipe.width, model.mean, model.std)
     return model.build(model.fitted(arrays), prepared)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import pth_files
 from imagemill.errors import CheckpointError
 from imagemill.models import architectures
-from imagemill.models.architectures import ARCHITECTURES, graph, resnet
+from imagemill.models.architectures import ARCHITECTURES, Architecture, graph, resnet
 from imagemill.models.checkpoints import checkpoint
 from test_models_golden import run_openvino
 
@@ -164,7 +164,7 @@ def test_bfloat16_is_read_from_both_formats(tmp_path: Path) -> None:
 # ── recognising ───────────────────────────────────────────────────────────────────────────────────
 
 
-def zeros(model: graph.Architecture) -> Arrays:
+def zeros(model: Architecture) -> Arrays:
     return {name: np.zeros(shape, np.float32) for name, shape in model.shapes().items()}
 
 
@@ -174,7 +174,7 @@ SMALL = [model for model in ARCHITECTURES.values() if model.parameters < 130_000
 @pytest.mark.parametrize("model", SMALL, ids=lambda model: model.name)
 @pytest.mark.parametrize("classes", [1, 10, 21_843])
 def test_each_architecture_is_recognised_with_any_number_of_classes(
-    model: graph.Architecture, classes: int
+    model: Architecture, classes: int
 ) -> None:
     """Also those that nobody published weights for."""
     model = model.with_classes(classes)

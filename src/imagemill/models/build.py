@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from imagemill.errors import ClassCountError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
-from imagemill.models.architectures.graph import Architecture, Prepared
+from imagemill.models.architectures import Architecture
+from imagemill.models.architectures.graph import Prepared
 from imagemill.models.custom.graph import normalisation, with_normalisation, with_recipe
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system.messages import Notify
 
 Array = NDArray[Any]
-"""Takes one line for the user."""
 Origin = Mapping[str, str | int | bool | None]
 
 

@@ -24,8 +24,7 @@ from imagemill.errors import (
 )
 from imagemill.models import architectures, build, hub, mistaken, published
 from imagemill.models import bundle as bundles
-from imagemill.models.architectures import ARCHITECTURES, resnet
-from imagemill.models.architectures.graph import Architecture
+from imagemill.models.architectures import ARCHITECTURES, Architecture, resnet
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.checkpoints.checkpoint import Checkpoint
 from imagemill.models.custom.metadata import check_labels

@@ -29,8 +29,6 @@ from imagemill.system import files, serialization
 from imagemill.system.messages import Notify
 from imagemill.version import __version__
 
-"""Takes one line for the user."""
-
 PREFIX: Final = "hf:"
 _PART: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 NAME: Final = re.compile(

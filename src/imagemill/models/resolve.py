@@ -32,8 +32,6 @@ from imagemill.system.messages import Notify
 if TYPE_CHECKING:
     from imagemill.models.checkpoints import download
 
-"""Takes one line for the user."""
-
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
 
 

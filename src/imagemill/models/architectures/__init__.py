@@ -6,15 +6,20 @@ arrays ─► recognise ─► Architecture ─► fitted (names, shapes checked
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, counted, printable
 from imagemill.models.architectures import efficientnet_lite, resnet
-from imagemill.models.architectures.graph import Architecture
+from imagemill.models.architectures.efficientnet_lite import EfficientNetLite
+from imagemill.models.architectures.resnet import ResNet
 
-ARCHITECTURES: Final[Mapping[str, resnet.ResNet | efficientnet_lite.EfficientNetLite]] = {
+Architecture: TypeAlias = ResNet | EfficientNetLite
+"""A network: knows its parameters and turns a checkpoint's arrays into ONNX. Both classes have the
+same methods.
+"""
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {
     **efficientnet_lite.ARCHITECTURES,
     **resnet.ARCHITECTURES,
 }

@@ -100,8 +100,11 @@ class EfficientNetLite:
     """Whether it was trained in TensorFlow."""
 
     features = FEATURES
+    """Length of the embedding."""
     stem = "_conv_stem.weight"
+    """Name of the first convolution's weight, (out, 3, k, k)."""
     head = "_fc"
+    """Name of the classifier: its parameters are `_fc.weight`, `_fc.bias`."""
 
     @property
     def name(self) -> str:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, printable
-from imagemill.records import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -47,77 +46,6 @@ class Prepared:
     """RGB, on the scale 0 to 255."""
     std: tuple[float, float, float]
     """RGB, on the scale 0 to 255."""
-
-
-class Architecture(Protocol):
-    """A model family's member: knows its parameters and turns a checkpoint's arrays into ONNX."""
-
-    @property
-    def name(self) -> str:
-        """As publishers spell it."""
-        ...
-
-    @property
-    def classes(self) -> int:
-        """Length of a row of logits; 0: it has no head, and its only output is the embedding."""
-        ...
-
-    @property
-    def features(self) -> int:
-        """Length of the embedding."""
-        ...
-
-    @property
-    def parameters(self) -> int:
-        """How many trained numbers it has."""
-        ...
-
-    @property
-    def recipe(self) -> Recipe:
-        """How images are usually prepared for it."""
-        ...
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Its usual mean, RGB, on the scale 0 to 255."""
-        ...
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Its usual deviation, RGB, on the scale 0 to 255."""
-        ...
-
-    @property
-    def stem(self) -> str:
-        """Name of the first convolution's weight, (out, 3, k, k)."""
-        ...
-
-    @property
-    def head(self) -> str:
-        """Name of the classifier: its parameters are `{head}.weight`, `{head}.bias`."""
-        ...
-
-    def shapes(self) -> Shapes:
-        """Every parameter's name and shape, buffers included, `num_batches_tracked` not."""
-        ...
-
-    def with_classes(self, classes: int) -> Architecture:
-        """The same network with another number of classes."""
-        ...
-
-    def random(self, seed: int) -> dict[str, Array]:
-        """Stand-in weights by seed."""
-        ...
-
-    def fitted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """A checkpoint's arrays under the names of `shapes`. Raises `CheckpointError` if they do
-        not fit.
-        """
-        ...
-
-    def build(self, arrays: Mapping[str, Array], prepared: Prepared) -> onnx.ModelProto:
-        """The ONNX model of arrays that `fitted` returned."""
-        ...
 
 
 def batch_norm(name: str, channels: int) -> Shapes:

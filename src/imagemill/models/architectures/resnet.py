@@ -69,7 +69,9 @@ class ResNet:
     mean = graph.IMAGENET_MEAN
     std = graph.IMAGENET_STD
     stem = "conv1.weight"
+    """Name of the first convolution's weight, (out, 3, k, k)."""
     head = "fc"
+    """Name of the classifier: its parameters are `fc.weight`, `fc.bias`."""
 
     @property
     def name(self) -> str:
