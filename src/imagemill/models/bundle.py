@@ -17,13 +17,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final
 
-from imagemill.errors import ModelError, UsageError, counted
+from imagemill.errors import ModelError, OutputError, UsageError, counted
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system import files, serialization, userdirs
 
@@ -284,37 +283,42 @@ def write(
         for stale in (folder / CARD, folder / "accuracy.json", *folder.glob("model_*.onnx")):
             stale.unlink(missing_ok=True)
         if sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= external_from:
-            _move_weights_out(folder / DATA, model)
-        with _replacing(folder / MODEL) as file:
-            file.write(model.SerializeToString())
+            files.write_whole(folder / DATA, _move_weights_out(model))
+        files.write_whole(folder / MODEL, model.SerializeToString())
         card = replace(card, sha256=sha256(folder / MODEL))
-        with _replacing(folder / CARD) as file:
-            file.write(serialization.encode(card))
-    except OSError as error:
-        raise ModelError(
-            f"{folder} cannot be written: {files.reason(error)}. Make room or rights there, or"
-            " choose another folder with --models-dir."
-        ) from error
+        files.write_whole(folder / CARD, serialization.encode(card))
+    except (OSError, OutputError) as error:
+        raise cannot_write(folder, error) from error
     return Bundle(folder, card)
 
 
-def _move_weights_out(data: Path, model: onnx.ModelProto) -> None:
+def cannot_write(path: Path, error: OSError | OutputError) -> ModelError:
+    """Return the error for a model's file or folder that cannot be written."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    assert isinstance(cause, OSError)
+    return ModelError(
+        f"{path} cannot be written: {files.reason(cause)}. Make room or rights there, or choose"
+        " another folder with --models-dir."
+    )
+
+
+def _move_weights_out(model: onnx.ModelProto) -> Iterator[bytes]:
+    """Yield the content of `model.onnx.data`, and let the model refer to it."""
     from onnx import TensorProto
     from onnx.external_data_helper import set_external_data
 
     digest = hashlib.sha256()
     position = 0
-    with _replacing(data) as file:
-        for tensor in model.graph.initializer:
-            padding = b"\0" * (-position % 4096)
-            raw = tensor.raw_data
-            for piece in (padding, raw):
-                file.write(piece)
-                digest.update(piece)
-            set_external_data(tensor, DATA, position + len(padding), len(raw))
-            position += len(padding) + len(raw)
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
+    for tensor in model.graph.initializer:
+        padding = b"\0" * (-position % 4096)
+        raw = tensor.raw_data
+        for piece in (padding, raw):
+            yield piece
+            digest.update(piece)
+        set_external_data(tensor, DATA, position + len(padding), len(raw))
+        position += len(padding) + len(raw)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
     entry = model.metadata_props.add()
     entry.key, entry.value = DATA_SHA256, digest.hexdigest()
 
@@ -338,31 +342,7 @@ def freeze(bundle: Bundle, batch_size: int) -> Path:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch_size
     try:
-        with _replacing(target) as file:
-            file.write(model.SerializeToString())
-    except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written: {error.strerror}. Make room or rights there."
-        ) from error
+        files.write_whole(target, model.SerializeToString())
+    except OutputError as error:
+        raise cannot_write(target, error) from error
     return target
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that becomes `path` when the block ends well, and
-    vanishes otherwise.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

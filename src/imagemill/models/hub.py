@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from imagemill.errors import DownloadError, ModelError, UsageError, printable
+from imagemill.models import bundle as bundles
 from imagemill.models import hub_library
 from imagemill.models.hub_library import Progress
 from imagemill.system import files, serialization
@@ -235,7 +236,7 @@ def snapshot(
     if is_new:
         files.write_whole(note, serialization.encode(listing))
     _warn_of_code(repo, folder, notify)
-    sums = {each: listing.files[each].sha256 or _sha256(folder / each) for each in chosen}
+    sums = {each: listing.files[each].sha256 or bundles.sha256(folder / each) for each in chosen}
     return Snapshot(folder, repo, revision, listing.commit, listing.licence, sums)
 
 
@@ -266,7 +267,7 @@ def cached_snapshot(
             _link(folder / name, target / name)
     notify(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {_licence(listing.licence)}")
     _warn_of_code(repo, target, notify)
-    sums = {each: listing.files[each].sha256 or _sha256(target / each) for each in chosen}
+    sums = {each: listing.files[each].sha256 or bundles.sha256(target / each) for each in chosen}
     return Snapshot(target, repo, listing.commit, listing.commit, listing.licence, sums)
 
 
@@ -321,11 +322,6 @@ def _warn_of_code(repo: str, folder: Path, notify: Notify) -> None:
                 f"{PREFIX}{repo}: its own Python code (auto_map in config.json) is not downloaded"
                 " and not run"
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ── the Hub ───────────────────────────────────────────────────────────────────────────────────────
@@ -472,7 +468,4 @@ def _link(source: Path, target: Path) -> None:
         making.replace(target)
         making.unlink(missing_ok=True)  # renaming does nothing if both are the same file
     except OSError as error:
-        raise ModelError(
-            f"{target} cannot be written: {files.reason(error)}. Make room or rights there, or"
-            " choose another folder with --models-dir."
-        ) from error
+        raise bundles.cannot_write(target, error) from error
