@@ -31,10 +31,9 @@ from imagemill.models.custom.metadata import check_labels
 from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.published import Published
 from imagemill.records import Bundle
-from imagemill.system.messages import Notify
+from imagemill.system.messages import DownloadProgress, Notify
 
 if TYPE_CHECKING:
-    from imagemill.models.checkpoints import download
     from imagemill.system.retry import RetryPolicy
 
 
@@ -94,7 +93,7 @@ def get(
     given: Mapping[str, Any] | None = None,
     batch_sizes: tuple[int, ...] = (),
     notify: Notify = _silent,
-    progress: download.Progress | None = None,
+    progress: DownloadProgress | None = None,
     policy: RetryPolicy | None = None,
 ) -> Bundle:
     """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it
@@ -273,7 +272,7 @@ def _weights(
     asked: _Asked,
     models_dir: Path,
     notify: Notify,
-    progress: download.Progress | None,
+    progress: DownloadProgress | None,
     policy: RetryPolicy | None,
 ) -> _Weights:
     """Return the weights that were asked for, and recognise their architecture."""

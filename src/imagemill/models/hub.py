@@ -25,9 +25,8 @@ from typing import Any, Final
 from imagemill.errors import DownloadError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub_library
-from imagemill.models.hub_library import Progress
 from imagemill.system import files, serialization
-from imagemill.system.messages import Notify
+from imagemill.system.messages import DownloadProgress, Notify
 from imagemill.version import __version__
 
 PREFIX: Final = "hf:"
@@ -188,7 +187,7 @@ def snapshot(
     name: str,
     models_dir: Path,
     notify: Notify,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     *,
     choose: Choose = classifier_files,
     refresh: bool = False,
@@ -395,7 +394,11 @@ def _listing_of(folder: Path, repo: str) -> Listing:
 
 
 def _download(
-    listing: Listing, missing: list[str], folder: Path, notify: Notify, progress: Progress | None
+    listing: Listing,
+    missing: list[str],
+    folder: Path,
+    notify: Notify,
+    progress: DownloadProgress | None,
 ) -> None:
     """Fetch files through the Hub's cache, check them, and link them into `folder`."""
     hub = hub_library.load()

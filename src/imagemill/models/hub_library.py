@@ -12,12 +12,10 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from imagemill.errors import DownloadError, UsageError
 from imagemill.system import interruptible
-from imagemill.system.messages import one_line
+from imagemill.system.messages import DownloadProgress, one_line
 from imagemill.system.retry import Attempts, RetryPolicy
 
 T = TypeVar("T")
-Progress = Callable[[int, int | None], None]
-"""Called with bytes so far and in all (None if unknown)."""
 
 _RETRYING: Final = RetryPolicy(attempts=3, pause_s=1.0)
 
@@ -151,7 +149,7 @@ def _translated(repo: str, revision: str, error: BaseException) -> DownloadError
     return DownloadError(f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}.")
 
 
-def make_bar(done: int, total: int, progress: Progress | None) -> type:
+def make_bar(done: int, total: int, progress: DownloadProgress | None) -> type:
     """Return a class that huggingface_hub uses as tqdm, and that reports to `progress`."""
 
     class Bar:

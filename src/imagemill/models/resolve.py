@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from imagemill.errors import DownloadError, ImagemillError, UsageError, printable
 from imagemill.models import bundle as bundles
@@ -27,10 +27,7 @@ from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import listing
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization, userdirs
-from imagemill.system.messages import Notify
-
-if TYPE_CHECKING:
-    from imagemill.models.checkpoints import download
+from imagemill.system.messages import DownloadProgress, Notify
 
 _HUB_PAGE: Final = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]+)")
 
@@ -40,7 +37,7 @@ def resolve(
     models_dir: Path,
     *,
     notify: Notify = lambda _: None,
-    progress: download.Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> Bundle:
     """Return the bundle that `run --model` means; make it if it is not in the models folder.
 
@@ -85,7 +82,7 @@ def get_from(
     *,
     given: Mapping[str, Any],
     notify: Notify = lambda _: None,
-    progress: download.Progress | None = None,
+    progress: DownloadProgress | None = None,
 ) -> Bundle:
     """Return the bundle NAME of a model folder or a repository of the Hub; make it if missing.
 
@@ -201,7 +198,7 @@ def _from_hub(
 
 
 def _published(
-    model: str, models_dir: Path, notify: Notify, progress: download.Progress | None
+    model: str, models_dir: Path, notify: Notify, progress: DownloadProgress | None
 ) -> Bundle:
     try:
         return get(model, models_dir, notify=notify, progress=progress)

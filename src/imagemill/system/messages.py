@@ -9,6 +9,8 @@ from imagemill.errors import printable
 
 Notify: TypeAlias = Callable[[str], None]
 """Receives one line for the user."""
+DownloadProgress: TypeAlias = Callable[[int, int | None], None]
+"""Receives the bytes so far and in all (None if unknown)."""
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import urllib.parse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -26,10 +25,8 @@ from imagemill.system.http import (
     UnreachableError,
     announced_bytes,
 )
+from imagemill.system.messages import DownloadProgress
 from imagemill.system.retry import Attempts, RetryPolicy
-
-Progress = Callable[[int, int | None], None]
-"""Called with bytes so far and in all (None if unknown)."""
 
 MIRROR_VARIABLE: Final = "IMAGEMILL_MIRROR"
 DOWNLOADING: Final = RetryPolicy(pause_s=1.0, longest_pause_s=30.0, connect_s=3.0, silence_s=30.0)
@@ -56,8 +53,7 @@ def fetch(
     target: Path,
     *,
     sha256_prefix: str | None = None,
-    size: int | None = None,
-    progress: Progress | None = None,
+    progress: DownloadProgress | None = None,
     policy: RetryPolicy | None = None,
     max_bytes: int = 16 * 2**30,
 ) -> str:
@@ -67,7 +63,6 @@ def fetch(
         url: http or https.
         target: appears whole, or not at all.
         sha256_prefix: hexadecimal start of the hash it must have; None: any.
-        size: bytes it must have; None: as many as the server announces.
         progress: called after every chunk.
         policy: timeouts, attempts and pauses; None: `DOWNLOADING`.
         max_bytes: a longer file is refused.
@@ -82,7 +77,7 @@ def fetch(
         raise UsageError(
             f"{url!r} cannot be downloaded: give a URL that begins with http:// or https://."
         )
-    download = _Download(url, target, size, progress, policy or DOWNLOADING, max_bytes)
+    download = _Download(url, target, progress, policy or DOWNLOADING, max_bytes)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return download.run(sha256_prefix)
@@ -110,8 +105,7 @@ class _Download:
         self,
         url: str,
         target: Path,
-        size: int | None,
-        progress: Progress | None,
+        progress: DownloadProgress | None,
         policy: RetryPolicy,
         max_bytes: int,
     ) -> None:
@@ -119,7 +113,6 @@ class _Download:
         self._target = target
         self._partial = target.with_name(target.name + ".partial")
         self._note = target.with_name(target.name + ".partial.json")
-        self._size = size
         self._progress = progress
         self._policy = policy
         self._max_bytes = max_bytes
@@ -223,10 +216,11 @@ class _Download:
         return have, part
 
     def _check_size(self, found: int, verb: str) -> None:
-        if found > self._max_bytes or (self._size is not None and found != self._size):
+        if found > self._max_bytes:
             self._discard()
-            expected = self._size or f"at most {self._max_bytes}"
-            raise self._error(f"{verb} {found} bytes instead of {expected}. Nothing was kept.")
+            raise self._error(
+                f"{verb} {found} bytes instead of at most {self._max_bytes}. Nothing was kept."
+            )
 
     def _changed(self) -> HttpError:
         self._discard()

@@ -9,10 +9,9 @@ from typing import Final
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import hub
-from imagemill.models.hub_library import Progress
 from imagemill.models.zero_shot.text_tower import load_library
 from imagemill.system import userdirs
-from imagemill.system.messages import Notify
+from imagemill.system.messages import DownloadProgress, Notify
 
 _TEXTS: Final = (
     "config.json",
@@ -57,7 +56,7 @@ def find(
     model: str,
     models_dir: Path,
     notify: Notify,
-    progress: Progress | None,
+    progress: DownloadProgress | None,
     *,
     with_scale: bool = True,
 ) -> Towers:
