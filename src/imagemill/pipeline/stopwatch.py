@@ -44,9 +44,8 @@ def bound_by(clock: Clock, seconds: float) -> str | None:
         return "compute"
     if longest == clock.write:
         return "write"
-    waiting_for_cores = max(
-        0.0, clock.decode_wall - clock.decode
-    )  # decoding waits for nothing else, and reading waits as much for them
+    # Decoding waits for nothing else, and reading waits as much for them.
+    waiting_for_cores = max(0.0, clock.decode_wall - clock.decode)
     if clock.read - waiting_for_cores > clock.decode_wall:
         return "read"
     return "compute" if clock.session_cpu > clock.decode else "decode"

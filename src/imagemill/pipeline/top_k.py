@@ -60,9 +60,8 @@ def top_k(
     valid = _valid(outputs)
     if not valid.all():
         batch = _with_invalid_rows(batch, valid, spec.precision)
-        scores = np.where(
-            valid[:, None], scores, np.float32(0)
-        )  # these classes are not written; NaN would only cause warnings
+        # These classes are not written; NaN would only cause warnings.
+        scores = np.where(valid[:, None], scores, np.float32(0))
     probabilities = to_probabilities(scores, card.scores)
     candidates, counts = probabilities, np.full(len(scores), min(k, scores.shape[1]), np.intp)
     if min_probability is not None:

@@ -510,9 +510,8 @@ def _client(
     variables = dict(environment)
     endpoints = (variables.get(name, "") for name in _ENDPOINTS)
     options: ClientConfig = {
-        "allow_http": any(
-            endpoint.startswith("http://") for endpoint in endpoints
-        ),  # an explicit http endpoint is deliberate
+        # An explicit http endpoint is deliberate.
+        "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),
         "connect_timeout": timedelta(seconds=policy.connect_s),
         "timeout": timedelta(seconds=policy.request_s),
         "user_agent": f"imagemill/{__version__}",
@@ -627,9 +626,8 @@ def _translated_errors(url: str) -> Iterator[None]:
         kind = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT}.get(code, errno.EIO)
         if any(mark in text for mark in _CUT):
             kind = errno.ECONNRESET
-        raise OSError(
-            kind, _reason(error), url
-        ) from error  # which makes it a PermissionError, a FileNotFoundError
+        # The number makes it a PermissionError or a FileNotFoundError.
+        raise OSError(kind, _reason(error), url) from error
     except Exception as error:
         if not type(error).__module__.startswith("botocore"):
             raise

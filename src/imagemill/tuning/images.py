@@ -126,9 +126,8 @@ class Decoder:
     def decode(self, entries: Sequence[Entry], wanted: int) -> Iterator[Image]:
         """Yield the first `wanted` of the entries that can be decoded and are new."""
         limit_pillow(self._limits)
-        with Feed(
-            self._recipe, self._limits, 1, self._threads, None, Stopwatch()
-        ) as feed:  # batches of one image
+        # Batches of one image.
+        with Feed(self._recipe, self._limits, 1, self._threads, None, Stopwatch()) as feed:
             self._at(self._patience_s)
             for batch in feed.batches(self._planned(entries)):
                 if wanted <= 0:

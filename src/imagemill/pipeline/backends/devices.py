@@ -113,9 +113,8 @@ def resolve(spec: str) -> tuple[DeviceSpec, ...]:
         else:
             chosen = [int(number) for number in ids.split(",")] if ids else list(range(len(here)))
         for number in chosen:
-            if kind not in COUNTED and number >= len(
-                here
-            ):  # how many IPUs are free shows when they are attached to
+            # How many IPUs are free shows when they are attached to.
+            if kind not in COUNTED and number >= len(here):
                 there = ", ".join(f"{place} ({name})" for place, name in enumerate(here))
                 raise DeviceError(
                     f"--devices {spec}: there is no {kind} {number} here; there are: {there}."

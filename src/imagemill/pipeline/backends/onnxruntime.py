@@ -239,9 +239,8 @@ def _unloadable(onnxruntime: Any, library: str) -> str | None:
     """Load a provider's library as ONNX Runtime itself would, and no further: nothing happens on
     the device. Why that fails, or None.
     """
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # it prints what it does not find, and stdout is for results
+    # It prints what it does not find, and stdout is for results.
+    with contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()  # the CUDA libraries that pip installed
     folder = Path(onnxruntime.__file__).parent / "capi"
     try:
@@ -261,9 +260,8 @@ def _open(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # decoding threads want the same cores
+    # Decoding threads want the same cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.use_deterministic_compute = True
     wanted = [(provider.name, provider.options(spec, device))]
     try:

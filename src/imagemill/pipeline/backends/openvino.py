@@ -129,9 +129,8 @@ class OpenVinoSession:
             name = _device_name(device.kind, device.id)
             hints = properties(spec.precision, len(device.cores), kind=device.kind)
             if device.floating and device.kind == "cpu":
-                hints["ENABLE_CPU_PINNING"] = (
-                    False  # else two such processes keep their threads on the same first cores
-                )
+                # Else two such processes keep their threads on the same first cores.
+                hints["ENABLE_CPU_PINNING"] = False
             compiled = _compiled(core, model, name, hints)
             if spec.cache_dir:
                 _prune(Path(spec.cache_dir))
@@ -182,12 +181,8 @@ class OpenVinoSession:
             while busy:
                 yield self._finish(*busy.popleft())
         finally:
-            for (
-                _,
-                request,
-            ) in (
-                busy
-            ):  # the stream was broken off: the requests come free, and let go of the pixels
+            # The stream was broken off: the requests come free, and let go of the pixels.
+            for _, request in busy:
                 if request is not None:
                     request.wait()
                     self._free.append(request)
@@ -201,9 +196,8 @@ class OpenVinoSession:
         def output(port: Any) -> NDArray[np.float32]:
             if request is None:
                 return np.empty((0, port.shape[1]), np.float32)
-            values: NDArray[np.float32] = (
-                request.get_tensor(port).data[: batch.filled].copy()
-            )  # the request's memory is used again
+            # Copied: the request's memory is used again.
+            values: NDArray[np.float32] = request.get_tensor(port).data[: batch.filled].copy()
             return values
 
         outputs = make_outputs(self._names, map(output, self._ports))

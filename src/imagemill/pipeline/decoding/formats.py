@@ -326,12 +326,8 @@ def _jpeg2000(data: bytes) -> str | None:
     if at < 0:
         return None
     colours = data.find(b"colr\x01", 0, at)
-    if colours >= 0 and (space := _u32(data, colours + 7, ">")) not in {
-        12,
-        16,
-        17,
-        18,
-    }:  # CMYK, sRGB, grey, YCC
+    known = {12, 16, 17, 18}  # CMYK, sRGB, grey, YCC
+    if colours >= 0 and (space := _u32(data, colours + 7, ">")) not in known:
         return f"JPEG 2000 with colour space number {space}"
     count = struct.unpack_from(">H", data, at + 40)[0]
     channels = [

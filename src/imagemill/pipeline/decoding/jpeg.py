@@ -48,9 +48,8 @@ def read_header(data: bytes) -> Header | None:
         if marker == 0xFF:  # padding
             at += 1
             continue
-        if (
-            marker < 0xC0 or 0xD0 <= marker <= 0xD9
-        ):  # markers without a length, none of which belongs here
+        # Markers without a length, none of which belongs here.
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:
             return None
         length = data[at + 2] << 8 | data[at + 3]
         if marker == 0xDA:

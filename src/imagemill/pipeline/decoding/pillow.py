@@ -105,9 +105,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
     image = png.read_small(file, limits.max_pixels) if is_png else None
     image = image or _open(file, limits, seen)
     try:
-        turns_itself = (
-            image.format == "TIFF"
-        )  # Pillow does it when it loads, and gives the turned size before
+        # Pillow does it when it loads, and gives the turned size before.
+        turns_itself = image.format == "TIFF"
         if recipe.exif and not turns_itself and not is_png:
             orientation = orientation_of(image)
         seen.width, seen.height = preprocess.turned_size(*image.size, orientation)
@@ -125,9 +124,10 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             and data[-769:-768] != b"\x0c"
             and data[68] != 2
         ):
+            # Pillow takes it for grey.
             raise Refusal(
                 Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours"
-            )  # Pillow takes it for grey
+            )
         if image.format == "JXL" and image.mode == "LA" and len(vars(image)["_data"]) > 2 * area:
             raise _refused("JPEG XL with grey and alpha of more than 8 bits")
         image.load()  # once: after an error the second call is silent and leaves black pixels
@@ -176,26 +176,20 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
             continue
         factory, accept = Image.OPEN[name]
         try:
-            if (
-                accept is not None and accept(prefix) is not True
-            ):  # a string says that the codec is missing
+            # A string says that the codec is missing.
+            if accept is not None and accept(prefix) is not True:
                 continue
             image = factory(io.BytesIO(data), "")
             if min(image.size) > 0:
                 return image
         except (MemoryError, Image.DecompressionBombError):
             raise
-        except (
-            SyntaxError,
-            IndexError,
-            TypeError,
-            struct.error,
-        ) as error:  # another format, as far as the plugin can tell
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            # Another format, as far as the plugin can tell.
             if name == expected:
                 reason = error
-        except (
-            Exception
-        ) as error:  # its format, but damaged or not supported; `Image.open` stops here too
+        except Exception as error:
+            # Its format, but damaged or not supported; `Image.open` stops here too.
             expected, reason = name, error
             break
     raise _why_not(data, expected, reason, limits, seen)
@@ -327,9 +321,8 @@ def orientation_of(image: Image.Image) -> int:
     if image.format == "JXL" and not vars(image).get("jpeg"):
         return 1  # libjxl has turned it, unless it is a JPEG packed without loss
     try:
-        found = Image.Image.getexif(image).get(
-            ORIENTATION, 1
-        )  # a plugin's own `getexif` may decode
+        # A plugin's own `getexif` may decode.
+        found = Image.Image.getexif(image).get(ORIENTATION, 1)
     except Exception:  # broken EXIF is no reason to refuse an image
         return 1
     return found if isinstance(found, int) and found in preprocess.TURNS else 1
@@ -383,9 +376,8 @@ def _is_opaque(image: Image.Image, box: tuple[int, int, int, int], file: bytes) 
     pixels = np.asarray(image.crop(box))
     if bits < 8:
         key = key * (255 // ((1 << bits) - 1))
-    elif (
-        bits == 16 and image.mode == "RGB"
-    ):  # decoded to the high bytes; read as little-endian, the low bytes are the high ones
+    elif bits == 16 and image.mode == "RGB":
+        # Decoded to the high bytes. Read as little-endian, the low bytes are the high ones.
         with Image.open(io.BytesIO(file), formats=["PNG"]) as other:
             other.tile = [tile._replace(args="RGB;16L") for tile in other.tile]
             pixels = pixels.astype(np.uint16) << 8 | np.asarray(other.crop(box))

@@ -188,9 +188,8 @@ def _collect(kind: bytes, data: bytes, start: int, end: int, metadata: dict[byte
 
 def _orientation(metadata: dict[bytes, bytes]) -> int:
     exif = metadata.get(b"eXIf")
-    if (
-        exif is None and _RAW_EXIF in metadata
-    ):  # ImageMagick: a line each with the name and the length, then hexadecimal digits
+    if exif is None and _RAW_EXIF in metadata:
+        # ImageMagick: a line each with the name and the length, then hexadecimal digits.
         try:
             exif = bytes.fromhex("".join(metadata[_RAW_EXIF].decode("latin-1").split("\n")[3:]))
         except ValueError:

@@ -373,9 +373,10 @@ class _Layout:
         width, height = tags.one(256), tags.one(257)
         compression, photometric = tags.one(259, 1), tags.one(262, 0)
         if 262 not in tags.values and compression not in _FAX:
+            # Black and white would be a guess.
             raise Refusal(
                 Status.UNSUPPORTED, "TIFF without a photometric interpretation is not supported"
-            )  # black and white would be a guess
+            )
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
         if samples < 1:
             raise Refusal(Status.CORRUPT, f"broken TIFF header: {samples} samples per pixel")
@@ -573,9 +574,8 @@ def _refuse_unsupported(layout: _Layout) -> None:
 
 def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
     """Read integers and floats of any layout, by numpy."""
-    pixels_decoded = max(
-        layout.width * layout.height, layout.segment_width * layout.segment_height
-    )  # a tile may be larger than the image
+    # A tile may be larger than the image.
+    pixels_decoded = max(layout.width * layout.height, layout.segment_width * layout.segment_height)
     needed = pixels_decoded * max(1, layout.samples * layout.bits[0] // 8)
     if needed > _BYTES_PER_PIXEL * limits.max_pixels:
         raise Refusal(
@@ -665,9 +665,8 @@ def _palette(layout: _Layout) -> NDArray[np.uint8]:
             f"broken TIFF header: a palette of {table.size} numbers where {layout.bits[0]} bits"
             f" need {3 * size}",
         )
-    return (table.reshape(3, size).T >> (8 if table.max() > 0xFF else 0)).astype(
-        np.uint8
-    )  # some programs write 8-bit palettes
+    unused_bits = 8 if table.max() > 0xFF else 0  # some programs write 8-bit palettes
+    return (table.reshape(3, size).T >> unused_bits).astype(np.uint8)
 
 
 def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
@@ -710,9 +709,8 @@ def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
     else:
         tags |= {273: offsets, 278: (layout.segment_height,), 279: counts}
     image = TiffImagePlugin.TiffImageFile(io.BytesIO(_with_directory(data, tags)), "")
-    image.im = Image.new(
-        "L", image.size
-    ).im  # or Pillow does it, and takes these bytes for pixels, of which it has a limit
+    # Or Pillow does it, and takes these bytes for pixels, of which it has a limit.
+    image.im = Image.new("L", image.size).im
     image.load()
     return image
 
@@ -761,9 +759,8 @@ def _samples(rows: NDArray[np.uint8], layout: _Layout) -> NDArray[Any]:
         summed = np.add.accumulate(
             rows.reshape(*rows.shape[:2], -1, per_pixel), axis=2, dtype=np.uint8
         )
-        planes = summed.reshape(
-            *rows.shape[:2], size, -1
-        )  # all first bytes, all second bytes, …, the most significant first
+        # All first bytes, all second bytes, …, the most significant first.
+        planes = summed.reshape(*rows.shape[:2], size, -1)
         values = (
             np.ascontiguousarray(planes.swapaxes(2, 3))
             .view(f">f{size}")

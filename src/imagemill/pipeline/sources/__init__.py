@@ -222,9 +222,8 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
             os.stat(path)  # noqa: PTH116
         except OSError as error:
             raise _cannot_read(source, error) from error
-    interruptible.run_all(
-        partial(_look, user_agent=access.user_agent), urls, 16
-    )  # thousands may have come of one pair of braces
+    # Thousands may have come of one pair of braces.
+    interruptible.run_all(partial(_look, user_agent=access.user_agent), urls, 16)
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:

@@ -90,9 +90,8 @@ class FolderSource:
         """Yield (path, size, whether it is the first image of a folder right below the root),
         sorted by name in each folder.
         """
-        levels = [
-            (b"", (root.st_dev, root.st_ino), self._names(b""))
-        ]  # a stack of our own: folders may lie deeper than calls
+        # A stack of our own: folders may lie deeper than calls.
+        levels = [(b"", (root.st_dev, root.st_ino), self._names(b""))]
         outside = self._folders_above()
         fresh = False
         while levels:

@@ -85,10 +85,8 @@ class GzipBlob:
                     self._unpacker.seek(number * self._block_bytes)
                     at_end = self._unpacker.tell() < number * self._block_bytes
                     block = b"" if at_end else self._unpacker.read(self._block_bytes)
-                except (
-                    OSError,
-                    indexed_gzip.NotCoveredError,
-                ) as error:  # its own errors are OSErrors too
+                # Its own errors are OSErrors, too.
+                except (OSError, indexed_gzip.NotCoveredError) as error:
                     if self._file.error is not None:
                         raise self._file.error from error
                     raise zlib.error("its gzip data are damaged") from error

@@ -187,10 +187,8 @@ def image_column(schema: Any, name: str, asked: str | None) -> ImageColumn:
         if asked is not None
         else _noted_as_images(schema) or [key for key, kind in kinds.items() if has_bytes(kind)]
     )
-    if not fitting:
-        fitting = [column for column in _KNOWN_NAMES if column in kinds][
-            :1
-        ]  # the error names its type
+    if not fitting:  # the error names the type of the column
+        fitting = [column for column in _KNOWN_NAMES if column in kinds][:1]
     if not fitting:
         raise SourceError(
             f"source {name} has no column of image bytes. Its columns: {held}. A column of paths is"
@@ -281,15 +279,14 @@ class OpenTable:
         for batch in self.file.iter_batches(
             batch_size=rows, row_groups=[group], columns=[column], use_threads=False
         ):
-            array = batch.column(
-                column if column in batch.schema.names else column.rpartition(".")[0]
-            )  # `a` also brings a column `a.b`
+            # `a` also brings a column `a.b`.
+            is_whole = column in batch.schema.names
+            array = batch.column(column if is_whole else column.rpartition(".")[0])
             if pa.types.is_struct(array.type):
                 (array,) = array.flatten()
             array = plain_array(array)
-            yield (
-                array if is_bytes(array.type) else array.cast(pa.large_binary())
-            )  # text that is not UTF-8 stays as it is
+            # Text that is not UTF-8 stays as it is.
+            yield array if is_bytes(array.type) else array.cast(pa.large_binary())
 
     def values(self, group: int, column: str) -> Iterator[bytes | None]:
         """The values of one column of one row group, as many as the footer says. Raises: OSError,
@@ -471,9 +468,8 @@ class _Table:
         asked = time.monotonic()
         with self._turn((group, row, threading.get_ident())):
             if self._failed is not None and self._failed[0] > asked:
-                raise OSError(
-                    *self._failed[1]
-                )  # or all who waited would try in turn, each as long as a store is waited for
+                # Or all who waited would try in turn, each as long as a store is waited for.
+                raise OSError(*self._failed[1])
             try:
                 return self._row_group(group, checksum).at(row)
             except (OSError, pa.ArrowException, SourceError) as error:

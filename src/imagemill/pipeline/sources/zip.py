@@ -138,9 +138,8 @@ class ZipSource:
         """
         offset, stored_bytes, size, crc, method, flags, is_link = _LOCATOR.unpack(locator)
         _refuse(method, flags, is_link)
-        if (
-            max(size, stored_bytes - stored_bytes // 8) > max_bytes
-        ):  # what cannot be made smaller grows by far less than an eighth
+        # What cannot be made smaller grows by far less than an eighth.
+        if max(size, stored_bytes - stored_bytes // 8) > max_bytes:
             raise BadImage(
                 Status.TOO_LARGE,
                 f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}",
@@ -266,10 +265,8 @@ class ZipSource:
                 f"source {self.name} is one volume of an archive in {disks}. Join them first: `zip"
                 " -s 0 FIRST.zip --out WHOLE.zip`."
             )
-        for at in (
-            record_at,
-            locator_at - _END_64.size,
-        ):  # the latter where something was put in front of the archive
+        # The latter where something was put in front of the archive.
+        for at in (record_at, locator_at - _END_64.size):
             record = blob.read_at(at, _END_64.size) if 0 <= at <= locator_at - _END_64.size else b""
             if record[:4] == b"PK\6\6":
                 return at, _END_64.unpack(record)
@@ -354,11 +351,8 @@ def _widened(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, in
             )
             break
         at += 4 + length
-    return (
-        packed,
-        size,
-        min(offset, 2**63),
-    )  # beyond the end of every archive, also when a prefix is added
+    # Beyond the end of every archive, also when a prefix is added.
+    return packed, size, min(offset, 2**63)
 
 
 _NOT_HERE = (

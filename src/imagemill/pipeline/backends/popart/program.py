@@ -139,9 +139,8 @@ def _serve(popart: Any, descriptor: int, notify: Any) -> None:
             except Exception as error:
                 raise Failure("lost", "%s: %s" % (type(error).__name__, error))
             for goal, name in zip(outputs, output_ids):
-                goal[...] = anchors[name].reshape(
-                    goal.shape
-                )  # copied: anchors are used again by the next step
+                # Copied: anchors are used again by the next step.
+                goal[...] = anchors[name].reshape(goal.shape)
             notify({"done": message["run"]})
 
 

@@ -198,19 +198,17 @@ class PopartSession:
             while busy:
                 yield from self._finish(busy)
         finally:
+            # The stream was broken off: what the program still says belongs to no other.
             with contextlib.suppress(ImagemillError):
-                for late in (
-                    busy
-                ):  # the stream was broken off: what the program still says belongs to no other
+                for late in busy:
                     if late.is_run:
                         self._answer("done")
 
     def _normalise(self, pixels: NDArray[np.uint8], goal: NDArray[Any]) -> None:
         for channel, colour in enumerate(self._order):
             place = goal[..., channel] if self._channels_last else goal[:, channel]
-            np.take(
-                self._table[channel], pixels[..., colour], out=place, mode="clip"
-            )  # `raise` would buffer it
+            # `raise` would buffer it.
+            np.take(self._table[channel], pixels[..., colour], out=place, mode="clip")
 
     def _run(self, step: _Step) -> None:
         if step.is_run:
