@@ -66,19 +66,8 @@ class Stopwatch:
         self._process_begun: float | None = None
         self._loop_begun = self._loop_cpu = self._decoders_cpu = 0.0
         self._rows = 0
-        self._seconds = dict.fromkeys(
-            (
-                "read",
-                "decode",
-                "starved",
-                "compute",
-                "write",
-                "decode_wall",
-                "device",
-                "transfer",
-            ),
-            0.0,
-        )
+        names = "read decode starved compute write decode_wall device transfer".split()
+        self._seconds = dict.fromkeys(names, 0.0)
         self._images = self._recomputed = 0
         self._begun = time.perf_counter()
 

@@ -74,23 +74,10 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
 }
 """Formats that are not decoded → what their files begin with."""
 
-_HEIF_BRANDS = {
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"hevm",
-    b"hevs",
-    b"mif1",
-    b"msf1",
-    b"miaf",
-    b"avci",
-    b"avcs",
-    b"jpeg",
-    b"j2ki",
-}
+_HEIF_BRANDS = set(
+    b"heic heix heim heis hevc hevx hevm hevs mif1 msf1 miaf avci avcs jpeg j2ki".split()
+)
+_IFF_KINDS = {b"ILBM", b"PBM ", b"ACBM", b"DEEP", b"CIMG", b"RGB8", b"RGBN"}
 _DCX = b"\xb1\x68\xde\x3a"
 _MONOCHROME = {bytes(6), b"\0\0\0\xff\xff\xff"}
 """Palettes of a PCX of 1 bit that mean black and white, the first by being left out."""
@@ -107,15 +94,7 @@ def recognise(data: bytes) -> str | None:
         return "OS/2 icon, pointer or bitmap array"
     if data[:4] == b"RIFF" and data[8:12] in {b"WEBP", b"ACON"}:
         return "WEBP" if data[8:12] == b"WEBP" else "ANI (animated cursor)"
-    if data[:4] in {b"FORM", b"FOR4"} and data[8:12] in {
-        b"ILBM",
-        b"PBM ",
-        b"ACBM",
-        b"DEEP",
-        b"CIMG",
-        b"RGB8",
-        b"RGBN",
-    }:
+    if data[:4] in {b"FORM", b"FOR4"} and data[8:12] in _IFF_KINDS:
         return "IFF"
     if data[4:8] == b"ftyp":
         brands = {

@@ -52,25 +52,8 @@ comes.
 
 FORMATS = (
     *COMMON_FORMATS,
-    *(
-        "WEBP",
-        "TIFF",
-        "AVIF",
-        "JPEG2000",
-        "PSD",
-        "ICO",
-        "ICNS",
-        "CUR",
-        "DDS",
-        "QOI",
-        "DIB",
-        "BLP",
-        "DCX",
-        "FLI",
-        "FTEX",
-        "GBR",
-    ),
-    *("IM", "MSP", "PCD", "PCX", "PIXAR", "SGI", "SUN", "XBM", "XPM", "XVTHUMB", "SPIDER", "TGA"),
+    *"WEBP TIFF AVIF JPEG2000 PSD ICO ICNS CUR DDS QOI DIB BLP DCX FLI FTEX GBR".split(),
+    *"IM MSP PCD PCX PIXAR SGI SUN XBM XPM XVTHUMB SPIDER TGA".split(),
 )
 """What is decoded: Pillow's raster formats, in the order in which they are tried (those without a
 magic number last).

@@ -49,72 +49,41 @@ _MAX_VALUES = 1 << 22
 """Strips or tiles of an image: a Python number takes 36 bytes."""
 
 _COMPRESSIONS = {
-    **{
-        1: "none",
-        2: "CCITT RLE",
-        3: "CCITT fax 3",
-        4: "CCITT fax 4",
-        5: "LZW",
-        6: "old-style JPEG",
-        7: "JPEG",
-        8: "Deflate",
-    },
-    **{
-        9: "JBIG",
-        10: "JBIG",
-        22610: "JPEG XR",
-        32766: "NeXT",
-        32771: "CCITT RLE/W",
-        32773: "PackBits",
-        32809: "ThunderScan",
-    },
-    **{
-        32895: "IT8",
-        32896: "IT8",
-        32897: "IT8",
-        32898: "IT8",
-        32908: "PixarFilm",
-        32909: "PixarLog",
-        32946: "Deflate",
-        32947: "DCS",
-    },
-    **{
-        33003: "JPEG 2000",
-        33004: "JPEG 2000",
-        33005: "JPEG 2000",
-        33007: "JPEG",
-        34661: "JBIG",
-        34676: "SGI Log",
-        34677: "SGI Log",
-    },
-    **{
-        34712: "JPEG 2000",
-        34715: "JBIG2",
-        34887: "LERC",
-        34892: "lossy JPEG",
-        34925: "LZMA",
-        34926: "ZSTD",
-        34927: "WebP",
-    },
-    **{
-        34933: "PNG",
-        34934: "JPEG XR",
-        50000: "ZSTD",
-        50001: "WebP",
-        50002: "JPEG XL",
-        52546: "JPEG XL",
-    },
+    "none": {1},
+    "CCITT RLE": {2},
+    "CCITT fax 3": {3},
+    "CCITT fax 4": {4},
+    "old-style JPEG": {6},
+    "JPEG": {7, 33007},
+    "JBIG": {9, 10, 34661},
+    "JPEG XR": {22610, 34934},
+    "NeXT": {32766},
+    "CCITT RLE/W": {32771},
+    "PackBits": {32773},
+    "ThunderScan": {32809},
+    "IT8": {32895, 32896, 32897, 32898},
+    "PixarFilm": {32908},
+    "PixarLog": {32909},
+    "DCS": {32947},
+    "JPEG 2000": {33003, 33004, 33005, 34712},
+    "SGI Log": {34676, 34677},
+    "JBIG2": {34715},
+    "LERC": {34887},
+    "lossy JPEG": {34892},
+    "ZSTD": {34926},
+    "WebP": {34927, 50001},
+    "PNG": {34933},
+    "JPEG XL": {50002, 52546},
 }
+"""The compressions that an error may have to name, and their numbers."""
 _CAMERA_COMPRESSIONS = {
-    **{
-        32767: "Sony",
-        32769: "packed raw",
-        32770: "Samsung",
-        34316: "Panasonic",
-        34713: "Nikon",
-        65000: "Kodak",
-        65535: "Pentax",
-    },
+    32767: "Sony",
+    32769: "packed raw",
+    32770: "Samsung",
+    34316: "Panasonic",
+    34713: "Nikon",
+    65000: "Kodak",
+    65535: "Pentax",
 }
 _FAX = {2, 3, 4, 32771}
 _BYTE_CODECS = {1, 5, 8, 32773, 32946, 34925, 50000}
@@ -124,25 +93,21 @@ does not.
 """
 
 _PHOTOMETRICS = {
-    **{
-        0: "WhiteIsZero",
-        1: "BlackIsZero",
-        2: "RGB",
-        3: "palette",
-        4: "transparency mask",
-        5: "CMYK",
-        6: "YCbCr",
-        8: "CIELAB",
-    },
-    **{
-        9: "ICCLAB",
-        10: "ITULAB",
-        32803: "color filter array",
-        32844: "LogL",
-        32845: "LogLUV",
-        34892: "linear raw",
-        51177: "depth map",
-    },
+    0: "WhiteIsZero",
+    1: "BlackIsZero",
+    2: "RGB",
+    3: "palette",
+    4: "transparency mask",
+    5: "CMYK",
+    6: "YCbCr",
+    8: "CIELAB",
+    9: "ICCLAB",
+    10: "ITULAB",
+    32803: "color filter array",
+    32844: "LogL",
+    32845: "LogLUV",
+    34892: "linear raw",
+    51177: "depth map",
 }
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _CAMERA_PHOTOMETRICS = {32803, 34892}
@@ -165,33 +130,8 @@ _TYPES = {
 
 _ARRAYS = {258, 273, 279, 320, 324, 325, 338, 339}
 """Of these tags, those values are read that a cut file still has."""
-_USED = {
-    *(
-        256,
-        257,
-        258,
-        259,
-        262,
-        266,
-        273,
-        274,
-        277,
-        278,
-        279,
-        284,
-        317,
-        320,
-        322,
-        323,
-        324,
-        325,
-        330,
-        332,
-        338,
-        339,
-    ),
-    *(529, 530, 532, 32997, 50706),
-}
+_USED = _ARRAYS | {256, 257, 259, 262, 266, 274, 277, 278, 284, 317, 322, 323, 330, 332}
+_USED |= {529, 530, 532, 32997, 50706}
 """The tags that are looked at; others may be large."""
 
 _KINDS = {1: "u", 2: "i", 3: "f"}
@@ -264,12 +204,8 @@ class _Tags:
                 Status.TRUNCATED,
                 f"truncated TIFF file: it ends in its header, after {len(data)} bytes",
             )
-        return cls.at(
-            data,
-            order,
-            big,
-            struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)[0],
-        )
+        (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+        return cls.at(data, order, big, offset)
 
     @classmethod
     def at(cls, data: bytes, order: str, big: bool, offset: int) -> _Tags:
@@ -522,7 +458,9 @@ def _jpeg_ycbcr(layout: _Layout) -> bool:
 
 def _refuse_unsupported(layout: _Layout) -> None:
     """Refuse what `_read_samples` cannot read, by the name of the property."""
-    name = _COMPRESSIONS.get(layout.compression, f"number {layout.compression}")
+    number = layout.compression
+    names = (name for name, numbers in _COMPRESSIONS.items() if number in numbers)
+    name = next(names, f"number {number}")
     photometric = _PHOTOMETRICS.get(layout.photometric, f"number {layout.photometric}")
     bits, kind, depth = layout.bits[0], _KINDS.get(layout.formats[0], ""), layout.tags.one(32997, 1)
     sample = (
@@ -619,12 +557,8 @@ def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
         _to_bytes(layout, lambda: blocks(channels, wanted), pixels[:, :, channels:], step, low=0)
     if layout.photometric == 0:
         np.subtract(255, pixels[:, :, 0], out=pixels[:, :, 0])
-    mode = {5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(layout.photometric) or {
-        1: "L",
-        2: "LA",
-        3: "RGB",
-        4: "RGBA",
-    }[wanted]
+    plain = ("L", "LA", "RGB", "RGBA")[wanted - 1]
+    mode = {5: "CMYK", 6: "YCbCr", 8: "LAB"}.get(layout.photometric, plain)
     if alpha and layout.extra[0] == 1:  # the colours are multiplied by alpha already
         mode = mode[:-1] + "a"
     return Image.frombytes(mode, (layout.width, layout.height), pixels.tobytes())
