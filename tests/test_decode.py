@@ -33,7 +33,7 @@ import mutations
 import sample_images
 from imagemill.pipeline.decoding import decode as decode_module
 from imagemill.pipeline.decoding import pillow, png, preprocess, tiff
-from imagemill.pipeline.decoding.decode import decode, decode_into
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 from reference import reference_pixels
 
@@ -921,13 +921,13 @@ def test_out_of_memory_is_a_row(owner: Any, function: str, monkeypatch: pytest.M
 
 
 def test_pixels_can_go_into_a_batch() -> None:
-    """`decode_into` writes to its place of a batch, all of it, and to no other."""
+    """With `out`, `decode` writes to its place of a batch, all of it, and to no other."""
     batch = np.full((3, 224, 224, 3), 77, np.uint8)
     for data in (
         sample_images.jpeg(),
         sample_images.encode(sample_images.photograph(40, 30), "PNG"),
     ):
-        decoded = decode_into(data, RECIPE, LIMITS, batch[1])
+        decoded = decode(data, RECIPE, LIMITS, batch[1])
         assert decoded.pixels is not None
         assert np.shares_memory(decoded.pixels, batch)
         assert np.array_equal(batch[1], ok(data))

@@ -43,8 +43,9 @@ SHARD = Shard(0, 0, 200, 0, "plan.parquet", 0)
 RECIPE = Recipe(SIDE, SIDE, None)
 
 
-def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+def decoding(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8] | None) -> Decoded:
     """Fills the place with the image's number; a lower-case `f` fails after it wrote something."""
+    out = np.empty((SIDE, SIDE, 3), np.uint8) if out is None else out
     number = int(data[1:])
     time.sleep(random.Random(number).random() / 5_000)
     out[:] = number % 251
@@ -72,14 +73,7 @@ def fed(kinds: str, batch_size: int, workers: int) -> Iterator[Batch]:
 
 @pytest.fixture(autouse=True)
 def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_module, "decode_into", decoding)
-    monkeypatch.setattr(
-        feed_module,
-        "decode",
-        lambda data, recipe, limits: decoding(
-            data, recipe, limits, np.empty((SIDE, SIDE, 3), np.uint8)
-        ),
-    )
+    monkeypatch.setattr(feed_module, "decode", decoding)
 
 
 def check(kinds: str, batch_size: int, workers: int) -> None:
@@ -159,11 +153,13 @@ def places(monkeypatch: pytest.MonkeyPatch, kinds: str) -> list[bool]:
     """Of each image that is ok, whether it was decoded straight into its place."""
     outs: dict[int, Any] = {}
 
-    def noting(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8]) -> Decoded:
+    def noting(
+        data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8] | None
+    ) -> Decoded:
         outs[int(data[1:])] = out
         return decoding(data, recipe, limits, out)
 
-    monkeypatch.setattr(feed_module, "decode_into", noting)
+    monkeypatch.setattr(feed_module, "decode", noting)
     straight = []
     with Feed(RECIPE, Limits(), 4, 2, None, Stopwatch()) as feed:
         for batch in feed.batches(image(number, kind) for number, kind in enumerate(kinds)):
@@ -461,7 +457,7 @@ def test_reading_and_decoding_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
         clock.thread += 5.0
         return Decoded(out, Status.OK, None, SIDE, SIDE)
 
-    monkeypatch.setattr(feed_module, "decode_into", decodes)
+    monkeypatch.setattr(feed_module, "decode", decodes)
     stopwatch = Stopwatch()
     with Feed(RECIPE, Limits(), 4, 1, None, stopwatch) as feed:
         list(feed.batches(map(reads, range(2))))

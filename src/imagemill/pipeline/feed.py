@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.pipeline.decoding.decode import decode, decode_into
+from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
 from imagemill.pipeline.heartbeat import SLOTS, Heartbeat
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -244,11 +244,7 @@ class _Decoders:
                 # `IsolatedDecoder` keeps the time limit itself.
                 self._heartbeat.mark_image(slot, image.index, timed=False)
                 return self.isolated.decode(data, self._recipe, self._limits, image.isolation)
-            return (
-                decode(data, self._recipe, self._limits)
-                if out is None
-                else decode_into(data, self._recipe, self._limits, out)
-            )
+            return decode(data, self._recipe, self._limits, out)
         except BadImage as bad:
             return Decoded(None, bad.status, bad.error, bad.width, bad.height)
         finally:

@@ -36,38 +36,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def decode(data: bytes, recipe: Recipe, limits: Limits, *, partial: bool = False) -> Decoded:
+def decode(
+    data: bytes,
+    recipe: Recipe,
+    limits: Limits,
+    out: NDArray[np.uint8] | None = None,
+    *,
+    partial: bool = False,
+) -> Decoded:
     """Decode and preprocess one image. Safe among threads; the heavy parts release the GIL.
 
     Args:
         data: the encoded image.
         recipe: how it becomes the model's input.
-        limits: as for `decode_into`.
-        partial: as for `decode_into`.
-
-    Returns: `pixels` is a new uint8 (height, width, 3) array, or None with status and error;
-    `width` and `height` are known as soon as the header can be read, even if the rest cannot.
-    """
-    out = np.empty((recipe.height, recipe.width, 3), np.uint8)
-    return decode_into(data, recipe, limits, out, partial=partial)
-
-
-def decode_into(
-    data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], *, partial: bool = False
-) -> Decoded:
-    """Decode and preprocess one image into a place of a batch.
-
-    Args:
-        data: the encoded image.
-        recipe: how it becomes the model's input.
         limits: `max_pixels` and `max_bytes` are kept here; `max_seconds` is for those who can end a
-        process.
-        out: uint8 (height, width, 3), any strides. Whether or not the image is ok, it may have been
-        written to.
+            process.
+        out: place for the pixels, uint8 (height, width, 3), any strides. Whether or not the image
+            is ok, it may have been written to. None: a new array.
         partial: whether a truncated image is ok if Pillow can decode its beginning. Only for a
-        process of its own, because Pillow's setting holds for all threads.
+            process of its own, because Pillow's setting holds for all threads.
 
-    Returns: as `decode`, with `pixels` being `out`.
+    Returns: `pixels` is `out`, or None with status and error; `width` and `height` are known as
+    soon as the header can be read, even if the rest cannot.
     """
     if not data:
         return Decoded(None, Status.EMPTY, "the file is empty: 0 bytes")
@@ -77,6 +67,8 @@ def decode_into(
             Status.TOO_LARGE,
             f"{len(data)} bytes are more than the budget of {limits.max_bytes} bytes per image",
         )
+    if out is None:
+        out = np.empty((recipe.height, recipe.width, 3), np.uint8)
     seen = Seen()
     try:
         pillow.prepare(partial=partial)
