@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -82,12 +81,7 @@ class Feed:
     def __enter__(self) -> Feed:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
         self._decoders.isolated.close()
 

@@ -20,7 +20,8 @@ import contextlib
 import resource
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding.decode import decode
@@ -28,11 +29,6 @@ from imagemill.pipeline.decoding.pillow import limit_pillow
 from imagemill.records import Decoded, IsolationReason, Limits, Recipe, Status
 from imagemill.system import processes
 from imagemill.system.processes import Child, ChildError
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-__all__ = ["IsolatedDecoder"]
 
 _STDERR = 2
 _START_SECONDS = 60.0
@@ -44,14 +40,7 @@ _BYTES_PER_PIXEL = 24
 mask, and the finite ones.
 """
 _ALARM_MARGIN = 10.0
-
-
-class _DecodeFailed(Exception):  # noqa: N818 - not an error of this program
-    """The child died of an image or was killed for it."""
-
-    def __init__(self, status: Status, error: str) -> None:
-        super().__init__(error)
-        self.status = status
+_FAILED = (Status.CRASHED_DECODER, Status.TIMEOUT)
 
 
 class IsolatedDecoder:
@@ -90,18 +79,12 @@ class IsolatedDecoder:
             WorkerError: children cannot be started.
         """
         with self._lock:
-            try:
-                return self._attempt(data, recipe, limits, partial)
-            except _DecodeFailed:
-                pass
-            try:
-                return self._attempt(data, recipe, limits, partial)
-            except _DecodeFailed as failed:
-                return Decoded(
-                    None,
-                    failed.status,
-                    f"{failed}, twice in a process of its own (quarantined for: {reason})",
-                )
+            for _ in range(2):
+                decoded = self._attempt(data, recipe, limits, partial)
+                if decoded.status not in _FAILED:
+                    return decoded
+        why = f"{decoded.error}, twice in a process of its own (quarantined for: {reason})"
+        return replace(decoded, error=why)
 
     def close(self) -> None:
         """End the child. Closing twice is allowed; decoding again starts another child."""
@@ -111,15 +94,11 @@ class IsolatedDecoder:
     def __enter__(self) -> IsolatedDecoder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _attempt(self, data: bytes, recipe: Recipe, limits: Limits, partial: bool) -> Decoded:
+        """Decode an image. If the child dies of it or is killed for it, the status is `_FAILED`."""
         child = self._get_child(_address_space(limits))
         out_of_time = threading.Event()
 
@@ -141,10 +120,9 @@ class IsolatedDecoder:
         except ChildError as died:
             self._discard()
             if out_of_time.is_set() or signal.SIGALRM.name in str(died):
-                raise _DecodeFailed(
-                    Status.TIMEOUT, f"decoding took more than {limits.max_seconds:g} s"
-                ) from None
-            raise _DecodeFailed(Status.CRASHED_DECODER, f"the decoder {died}") from None
+                why = f"decoding took more than {limits.max_seconds:g} s"
+                return Decoded(None, Status.TIMEOUT, why)
+            return Decoded(None, Status.CRASHED_DECODER, f"the decoder {died}")
         except BaseException:  # such as Ctrl-C: the next image must not get this one's answer
             self._discard()
             raise
