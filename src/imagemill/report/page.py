@@ -38,10 +38,12 @@ _STRIP = 8
 """Images directly under the figures of a large job."""
 _FILTERED = 8
 """From so many images on, the gallery has a filter."""
-_NAME_LINE, _NAME_LINES = 16, 3
-"""Characters in a line below an image, and lines of a name. A longer name is shortened in its
-middle.
+_LONG_NAME, _NAME_END = 48, 24
+"""Characters of a name below an image from which on it is shortened in its middle, and of the end
+that stays.
 """
+_NAME_BREAKS = re.compile(r"[/_\- ]+(?=[^/_\- ])")
+"""Separators in a name, between which a line is not broken if it is long enough."""
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\xa0\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\uffff]"
 )
@@ -171,12 +173,20 @@ def _count(value: int) -> str:
 
 def _halves(name: str) -> tuple[Markup, Markup]:
     """Return the beginning of a long name, which the page shortens, and its end, which it does not:
-    the name of the file if that is short. A name that fits is an end alone.
+    the name of the file or the last words of it. A name that fits is an end alone.
     """
     text = visible(name)
-    is_long = len(text) > _NAME_LINES * _NAME_LINE
-    cut = max(len(text) - _NAME_LINE, text.rfind("/") + 1) if is_long else 0
-    return escape(text[:cut]), escape(text[cut:])
+    cut = 0
+    if len(text) > _LONG_NAME:
+        cut = max(len(text) - _NAME_END, text.rfind("/") + 1)
+        words = (found.end() for found in _NAME_BREAKS.finditer(text, cut - 1, text.rfind(".")))
+        cut = next(words, cut)
+    return _breakable(text[:cut]), _breakable(text[cut:])
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name whose lines end at its separators."""
+    return Markup(_NAME_BREAKS.sub(r"\g<0><wbr>", str(escape(name))))  # noqa: S704 - escaped before
 
 
 def _moment(when: str) -> str:
