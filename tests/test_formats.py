@@ -216,7 +216,7 @@ NAMED = {
     ),
     "TGA of type 2 with 15 bits": lambda: tga(2, 15, bytes(2880)),
     "TGA of type 32": lambda: tga(32, 8, bytes(99 + 768), colours=256, palette=24),
-    "PCX of version 5 with 4 bits in 1 planes": lambda: (
+    "PCX of version 5 with 4 bits in 1 plane": lambda: (
         struct.pack("<BBBBHHHH", 10, 5, 1, 4, 0, 0, 9, 9).ljust(65, b"\0") + b"\1\x05" + bytes(99)
     ),
     "PCX without compression": lambda: pcx()[:2] + b"\0" + pcx()[3:],
@@ -233,10 +233,11 @@ NAMED = {
     "CALS": lambda: b"srcdocid: NONE".ljust(2048),
     "sixel": lambda: b'\x1bP0;0;0q"1;1;40;36#0;2;0;0;0-\x1b\\',
     "XISF": lambda: b"XISF0100" + bytes(99),
-    "JPEG 2000 with 1 channel of 1 bits": lambda: narrow_jpeg2000(1, channels=1),
+    "JPEG 2000 with 1 channel of 1 bit": lambda: narrow_jpeg2000(1, channels=1),
     "JPEG 2000 with 1 channel of 9 bits": lambda: narrow_jpeg2000(9, channels=1),
     "JPEG 2000 with 3 channels of 4 bits": lambda: narrow_jpeg2000(4, channels=3),
     "JPEG 2000 with 3 channels of 16 bits": lambda: jpeg2000([(16, 1, 1)] * 3),
+    "JPEG 2000 with 1 channel sampled at 2×2": lambda: jpeg2000([(8, 2, 2)]),
     "JPEG 2000 with 3 channels sampled at 2×2": lambda: jpeg2000([(8, 2, 2)] * 3),
     "JPEG 2000 with colour space number 14": lambda: (
         b"\0\0\0\x0cjP  \r\n\x87\n"

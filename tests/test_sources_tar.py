@@ -492,6 +492,14 @@ def test_any_damage_to_headers_ends_in_rows_or_one_clear_error(tmp_path: Path) -
     assert min(ends["rows"], ends["error"]) > 40, ends
 
 
+def test_one_byte_that_is_missing_is_singular(tmp_path: Path) -> None:
+    path = Path(pack(tmp_path, "tar", {"a.jpg": bytes(1024)}))
+    _, entries, _ = listed(path, index_dir=tmp_path)
+    path.write_bytes(path.read_bytes()[: 512 + 1024 - 1])
+    found = fetched(unopened(path, tmp_path), entries[0])
+    assert found == "truncated: the archive ends 1 byte before it does"
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
 def test_an_archive_that_changes_under_the_job_gives_rows_and_no_wrong_image(
     kind: str, tmp_path: Path

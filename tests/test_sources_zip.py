@@ -216,6 +216,18 @@ BAD: dict[str, tuple[Member, str]] = {
         Member(b"a.jpg", SOUND, method=8, size=999),
         "corrupt: unpacks to 189 bytes, the archive's directory says 999",
     ),
+    "one byte stored": (
+        Member(b"a.jpg", b"x", size=1_000),
+        "corrupt: is stored in 1 byte, the archive's directory says 1,000",
+    ),
+    "said one byte": (
+        Member(b"a.jpg", SOUND, method=8, size=1),
+        "corrupt: unpacks to more than the 1 byte that the archive's directory says",
+    ),
+    "one byte unpacked": (
+        Member(b"a.jpg", b"x", method=8, size=9),
+        "corrupt: unpacks to 1 byte, the archive's directory says 9",
+    ),
     "bomb": (
         Member(b"a.jpg", bytes(2**24), method=8),
         "too_large: has 16777216 bytes, more than --max-bytes 1048576",

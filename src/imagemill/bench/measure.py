@@ -21,7 +21,7 @@ from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.display import observer
-from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageError
+from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageError, counted
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, resolve, variants
 from imagemill.pipeline.backends import automatic, devices
@@ -129,7 +129,7 @@ def _synthetic(
     spec, batch_sizes = _with_batch_size(
         synthetic_session(settings, model, chosen), settings, chosen, notify
     )
-    notify(f"compiling {model.card.name} in {spec.precision} for {len(chosen)} devices")
+    notify(f"compiling {model.card.name} in {spec.precision} for {counted(len(chosen), 'device')}")
     with MeasuringPool(spec, chosen) as pool:
         orders = _compute_orders(settings, pool, chosen)
         rounds = []
@@ -294,8 +294,8 @@ def _first_run(settings: BenchSettings, folder: Path, limit: int, notify: Notify
     first = runner.run(_run_settings(settings, folder / "first", limit), _Forwarder(notify))
     if not first.ok:
         raise SourceError(
-            f"none of the first {first.images} images of {', '.join(settings.sources)} can be read."
-            " Give other images."
+            f"none of the first {counted(first.images, 'image')} of"
+            f" {', '.join(settings.sources)} can be read. Give other images."
         )
     return first
 

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import BadLogitsError, ClassCountError
+from imagemill.errors import BadLogitsError, ClassCountError, counted
 from imagemill.records import Batch, Outputs, Precision, Scores, SessionSpec, Status, TopK
 
 _TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
@@ -54,8 +54,8 @@ def top_k(
         )
     if scores.shape[1] != len(card.labels):
         raise ClassCountError(
-            f"{card.name} returns {scores.shape[1]} classes, its card has {len(card.labels)}"
-            " labels. Fix card.json."
+            f"{card.name} returns {counted(scores.shape[1], 'class')}, its card has"
+            f" {counted(len(card.labels), 'label')}. Fix card.json."
         )
     valid = _valid(outputs)
     if not valid.all():

@@ -13,6 +13,8 @@ from itertools import takewhile
 
 import numpy as np
 
+from imagemill.errors import counted
+
 REFUSED: dict[str, tuple[bytes, ...]] = {
     "PDF": (b"%PDF",),
     "EPS": (b"%!PS", b"\xc5\xd0\xd3\xc6"),
@@ -188,7 +190,8 @@ def variant(name: str | None, data: bytes) -> str | None:
                 return (
                     None
                     if (bits, planes) in known
-                    else f"PCX of version {data[1]} with {bits} bits in {planes} planes"
+                    else f"PCX of version {data[1]} with {counted(bits, 'bit')} in"
+                    f" {counted(planes, 'plane')}"
                 )
             case "XPM" if re.search(
                 rb'"[^"\n]{1,8}?\sc\s+#([\da-f]{3}|[\da-f]{9}|[\da-f]{12})["\s]',
@@ -315,8 +318,8 @@ def _jpeg2000(data: bytes) -> str | None:
     depths = {(bits & 0x7F) + 1 for bits, _, _ in channels}
     if not depths <= ({8, *range(10, 17)} if count == 1 else {8}):
         return (
-            f"JPEG 2000 with {count} channel{'s' * (count != 1)} of"
-            f" {'/'.join(map(str, sorted(depths)))} bits"
+            f"JPEG 2000 with {counted(count, 'channel')} of"
+            f" {'/'.join(map(str, sorted(depths)))} bit{'s' * (depths != {1})}"
         )
     steps = [(across, down) for _, across, down in channels]
     whole = steps[:1] == [(1, 1)] and (count == 3 or len(set(steps)) == 1)
@@ -324,7 +327,7 @@ def _jpeg2000(data: bytes) -> str | None:
         None
         if whole
         else (
-            f"JPEG 2000 with {count} channels sampled at"
+            f"JPEG 2000 with {counted(count, 'channel')} sampled at"
             f" {', '.join(f'{across}×{down}' for across, down in steps)}"
         )
     )
@@ -398,6 +401,6 @@ def _tga(data: bytes) -> str | None:
     )
     if not (plausible and coherent):
         return "TGA" if data.endswith(b"TRUEVISION-XFILE.\0") else None
-    return f"TGA of type {kind} with {depth} bits" + (
+    return f"TGA of type {kind} with {counted(depth, 'bit')}" + (
         f" and a palette of {palette} bits" if colormap else ""
     )

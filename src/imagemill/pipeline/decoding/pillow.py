@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageFile
 
+from imagemill.errors import counted
 from imagemill.pipeline.decoding import png, preprocess, tiff
 from imagemill.pipeline.decoding.formats import (
     REFUSED,
@@ -267,7 +268,7 @@ def _why_not(
         check_budget(jpeg.width, jpeg.height, limits)
         return Refusal(
             Status.UNSUPPORTED,
-            f"this JPEG has {jpeg.bits} bits and {jpeg.layers} layers, frame type"
+            f"this JPEG has {jpeg.bits} bits and {counted(jpeg.layers, 'layer')}, frame type"
             f" SOF{jpeg.frame - 0xC0}",
         )
     if expected == "AVIF" and any(size := _coded_size(data)):

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
-from imagemill.errors import SourceError
+from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import gz, samples
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown
@@ -215,7 +215,7 @@ class TarSource:
         if len(data) < _BLOCK + size:
             raise BadImage(
                 Status.TRUNCATED,
-                f"the archive ends {_BLOCK + size - len(data)} bytes before it does",
+                f"the archive ends {counted(_BLOCK + size - len(data), 'byte')} before it does",
             )
         data = data[_BLOCK:]
         if kind == _PACKED and zlib.crc32(data) != crc:

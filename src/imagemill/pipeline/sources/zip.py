@@ -190,10 +190,8 @@ class ZipSource:
         if not _is_same_name(data[_LOCAL.size : _LOCAL.size + name_bytes], path):
             return BadImage(Status.CORRUPT, _NOT_HERE)
         if len(data) < start + stored_bytes:
-            raise BadImage(
-                Status.TRUNCATED,
-                f"the archive ends {start + stored_bytes - len(data)} bytes before it does",
-            )
+            missing = counted(start + stored_bytes - len(data), "byte")
+            raise BadImage(Status.TRUNCATED, f"the archive ends {missing} before it does")
         return data[start : start + stored_bytes]
 
     def _directory(self, blob: Blob) -> _Directory:
@@ -421,7 +419,8 @@ def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
         if len(stored) != size:
             raise BadImage(
                 Status.CORRUPT,
-                f"is stored in {len(stored)} bytes, the archive's directory says {size}",
+                f"is stored in {counted(len(stored), 'byte')}, the archive's directory says"
+                f" {size:,}",
             )
         return stored
     try:
@@ -434,11 +433,12 @@ def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
     if len(data) > size:
         raise BadImage(
             Status.CORRUPT,
-            f"unpacks to more than the {size} bytes that the archive's directory says",
+            f"unpacks to more than the {counted(size, 'byte')} that the archive's directory says",
         )
     if len(data) < size:
         status = Status.CORRUPT if is_whole else Status.TRUNCATED
-        raise BadImage(status, f"unpacks to {len(data)} bytes, the archive's directory says {size}")
+        unpacked = counted(len(data), "byte")
+        raise BadImage(status, f"unpacks to {unpacked}, the archive's directory says {size:,}")
     return data
 
 
