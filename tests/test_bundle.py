@@ -20,6 +20,7 @@ from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle
 from imagemill.models.architectures import graph
 from imagemill.models.custom import wrap
+from imagemill.models.labels import imagenet_labels, read_labels
 from imagemill.records import Bundle, Card, Interpolation, Recipe, Scores
 
 CARD = Card(
@@ -307,7 +308,7 @@ def test_models_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_imagenet_has_a_thousand_labels() -> None:
     """One per class, in the order of the sorted WordNet ids."""
-    labels = bundle.imagenet_labels()
+    labels = imagenet_labels()
     assert len(labels) == 1000
     assert (labels[0], labels[1], labels[999]) == ("tench", "goldfish", "toilet tissue")
     assert all(label == label.strip() and label for label in labels)
@@ -333,7 +334,7 @@ def test_label_files_are_read_as_editors_write_them(
     """
     file = tmp_path / "labels.txt"
     file.write_bytes(text.encode(encoding))
-    assert bundle.read_labels(file) == ("ä", "b")
+    assert read_labels(file) == ("ä", "b")
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_label_files_that_could_shift_classes_are_refused(
     """A blank line before the last label is named by its number; what is no text is one line."""
     (tmp_path / "labels.txt").write_bytes(data)
     with pytest.raises(UsageError, match=message) as caught:
-        bundle.read_labels(tmp_path / "labels.txt")
+        read_labels(tmp_path / "labels.txt")
     assert "\n" not in str(caught.value)
 
 

@@ -22,6 +22,7 @@ from imagemill.models import bundle, resolve
 from imagemill.models.custom.graph import with_recipe
 from imagemill.models.folders import folder as folders
 from imagemill.models.folders import processors
+from imagemill.models.labels import imagenet_labels
 from imagemill.records import Scores
 from odd_images import ANSWERED, odd_image
 
@@ -199,7 +200,7 @@ def test_a_model_of_timm_without_names_of_1000_classes_has_imagenets(tmp_path: P
             {"architecture": "resnet18", "num_classes": 1000, "pretrained_cfg": {}},
         )
     )
-    assert read.card.labels == bundle.imagenet_labels()
+    assert read.card.labels == imagenet_labels()
     assert "1,000 classes" in read.origins["labels"]
 
 

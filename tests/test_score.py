@@ -28,6 +28,7 @@ from imagemill.display.observer import Watcher
 from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
+from imagemill.models.labels import imagenet_labels
 from imagemill.pipeline.backends import devices
 from imagemill.records import Scores, Status
 from imagemill.runner import append
@@ -567,7 +568,7 @@ def test_a_table_that_is_gone(make: Make, tmp_path: Path) -> None:
 
 # ── what values mean ──────────────────────────────────────────────────────────────────────────────
 
-IMAGENET = bundle.imagenet_labels()
+IMAGENET = imagenet_labels()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from imagemill.models.architectures import Architecture
 from imagemill.models.architectures.graph import Prepared
 from imagemill.models.custom.graph import normalisation, with_normalisation, with_recipe
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
+from imagemill.models.labels import imagenet_labels
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system.messages import Notify
 
@@ -144,7 +145,7 @@ def _labelled(architecture: Architecture, read: ReadCard) -> ReadCard:
         return read
     if labels is None and classes == 1000:
         return read.with_values(
-            {"labels": bundles.imagenet_labels()}, "ImageNet's, because there are 1,000 classes"
+            {"labels": imagenet_labels()}, "ImageNet's, because there are 1,000 classes"
         )
     if labels is None:
         numbers = tuple(str(number) for number in range(classes))

@@ -12,17 +12,15 @@ models made here name `model.onnx.data` only, and `custom.wrap` checks the files
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from imagemill.errors import ModelError, OutputError, UsageError, counted
+from imagemill.errors import ModelError, OutputError, counted
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system import files, serialization, userdirs
 
@@ -53,54 +51,6 @@ def default_models_dir() -> Path:
     if chosen := os.environ.get("IMAGEMILL_MODELS"):
         return userdirs.expand(chosen)
     return userdirs.cache() / "models"
-
-
-def imagenet_labels() -> tuple[str, ...]:
-    """Return the 1,000 classes of ImageNet-1k in the order of every published classifier's
-    logits.
-    """
-    text = (
-        resources.files("imagemill")
-        .joinpath("data/imagenet_labels.txt")
-        .read_text(encoding="utf-8")
-    )
-    return tuple(text.splitlines())
-
-
-def read_labels(file: Path) -> tuple[str, ...]:
-    """Read a list of labels, one a line, in the order of the model's scores; blank lines at the end
-    are ignored.
-
-    The text is UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it.
-
-    Raises:
-        UsageError: the file cannot be read, is no such text, or has a blank line before its last
-        label.
-    """
-    remedy = "Give a text file in UTF-8 with one label a line."
-    try:
-        data = file.read_bytes()
-        text = data.decode(
-            "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"--labels {file} cannot be read: {reason}. {remedy}") from error
-    if "\0" in text:
-        raise UsageError(
-            f"--labels {file} is not a text file: it contains null characters. {remedy}"
-        )
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise UsageError(
-                f"--labels {file}: line {number} of {len(lines)} is blank, so the labels after it"
-                " may be those of other classes. Write the missing label there, or delete the line"
-                " if no label is missing."
-            )
-    return tuple(lines)
 
 
 def cropped_beyond(recipe: Recipe) -> str | None:

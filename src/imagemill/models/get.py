@@ -27,8 +27,8 @@ from imagemill.models import bundle as bundles
 from imagemill.models.architectures import ARCHITECTURES, Architecture, resnet
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.checkpoints.checkpoint import Checkpoint
-from imagemill.models.custom.metadata import check_labels
 from imagemill.models.custom.onnx_card import ReadCard
+from imagemill.models.labels import check_labels, read_labels
 from imagemill.models.published import Published
 from imagemill.records import Bundle
 from imagemill.system.messages import DownloadProgress, Notify
@@ -148,7 +148,7 @@ def _read_given(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given fields alone, labels read from their file. Raises: UsageError."""
     values = {name: value for name, value in given.items() if value is not None}
     if isinstance(values.get("labels"), str):
-        values["labels"] = bundles.read_labels(Path(values["labels"]))
+        values["labels"] = read_labels(Path(values["labels"]))
     return values
 
 
@@ -450,29 +450,23 @@ def _with_labels(read: ReadCard, weights: _Weights, notify: Notify) -> ReadCard:
     Raises:
         ClassCountError: the others do not fit, and those of the checkpoint do.
     """
-    labels, given, classes = (
-        weights.checkpoint.labels,
-        read.card.labels,
-        weights.architecture.classes,
-    )
-    if labels is None:
+    saved, given = weights.checkpoint.labels, read.card.labels
+    classes = weights.architecture.classes
+    if saved is None:
         return read
-    key = f"{weights.place}: {labels.key}"
+    key = f"{weights.place}: {saved.key}"
     if given is not None:
         fits = len(given) == classes or (len(given), classes) == (2, 1)
-        if not fits and len(labels.names) == classes:
-            own = check_labels(key, labels.names)
+        if not fits and len(saved.names) == classes:
+            own = check_labels(key, saved.names)
             name = printable(weights.place)
             raise ClassCountError(mistaken.label_count("--labels", given, name, classes, own))
         return read
-    if len(labels.names) != weights.architecture.classes:
-        notify(
-            f"{key} has {counted(len(labels.names), 'name')} for"
-            f" {counted(weights.architecture.classes, 'class')},"
-            " so it is not used"
-        )
+    if len(saved.names) != classes:
+        names = counted(len(saved.names), "name")
+        notify(f"{key} has {names} for {counted(classes, 'class')}, so it is not used")
         return read
-    return read.with_values({"labels": check_labels(key, labels.names)}, key)
+    return read.with_values({"labels": check_labels(key, saved.names)}, key)
 
 
 def _say_licence(made: Bundle, entry: Published | None, notify: Notify) -> None:

@@ -11,6 +11,7 @@ from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError, counted
 from imagemill.job.documents import Frozen
 from imagemill.models import bundle, mistaken, resolve
+from imagemill.models.labels import read_labels
 from imagemill.records import Bundle, Card, Saved, Settings
 from imagemill.runner import thresholds
 from imagemill.runner.settings import DEFAULT_MODEL, SETTINGS, parse_colour
@@ -42,7 +43,7 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
                 f" again with --{saved} TENSOR."
             )
     if settings.labels is not None:
-        labels = bundle.read_labels(Path(settings.labels))
+        labels = read_labels(Path(settings.labels))
         if len(labels) != len(card.labels):
             numbers = tuple(str(number) for number in range(len(card.labels)))
             own = None if card.labels == numbers else card.labels

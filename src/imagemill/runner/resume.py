@@ -13,7 +13,7 @@ from imagemill.errors import JobMismatchError, SourceError
 from imagemill.job.documents import Appended, Frozen, Generation
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
-from imagemill.models import bundle
+from imagemill.models.labels import read_labels
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of
@@ -204,7 +204,7 @@ def _compare(
         now = thresholds.min_probability_of(settings, card)
         yield "min_probability", was, thresholds.describe(now)
     if settings.labels is not None:
-        labels = bundle.read_labels(Path(settings.labels))
+        labels = read_labels(Path(settings.labels))
         yield "labels", describe_labels(card.labels), describe_labels(labels)
     yield "max_pixels", job.limits.max_pixels, settings.max_pixels
     yield "max_bytes", job.limits.max_bytes, settings.max_bytes

@@ -12,7 +12,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.models import bundle
+from imagemill.models.labels import imagenet_labels
 
 UNKNOWN = -1
 _NUMBER = re.compile(r"0*([0-9]{1,9})(?:\.0+)?")
@@ -86,6 +86,6 @@ def _has_imagenet_order(labels: Sequence[str]) -> bool:
         return False
     if all(label == str(number) for number, label in enumerate(labels)):
         return True
-    usual = (_fold(label.partition("(")[0]) for label in bundle.imagenet_labels())
+    usual = (_fold(label.partition("(")[0]) for label in imagenet_labels())
     alike = sum(_fold(label).startswith(name) for label, name in zip(labels, usual, strict=True))
     return alike > len(labels) // 2

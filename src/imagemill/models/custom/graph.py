@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Final
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models.custom.metadata import check_labels
 from imagemill.models.custom.onnx_card import Crop, Layout, OnnxCard, ReadCard, box
 from imagemill.models.custom.outputs import (
     Dims,
@@ -22,6 +21,7 @@ from imagemill.models.custom.outputs import (
     inner_graphs,
     live_nodes,
 )
+from imagemill.models.labels import check_labels
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:
@@ -375,8 +375,8 @@ def _with_scores(name: str, read: ReadCard, head: Head) -> tuple[ReadCard, Score
             )
         return read, Scores.LOGITS, False
     if head.labels is not None and read.card.labels is None:
-        labels = check_labels(f"{name}: its ZipMap", head.labels)
-        read = read.with_values({"labels": labels}, "ZipMap")
+        names = check_labels(f"{name}: its ZipMap", head.labels)
+        read = read.with_values({"labels": names}, "ZipMap")
     card, ends_in = read.card, head.ends_in
     two_classes = head.classes == 1 and isinstance(card.labels, tuple) and len(card.labels) == 2
     if ends_in is not None:

@@ -15,25 +15,21 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard, checked
+from imagemill.models.labels import check_labels
 from imagemill.records import Interpolation
 
 if TYPE_CHECKING:
     import onnx
 
-MAX_LABELS: Final = 250_000
-"""More than the largest known classifier has (203,094)."""
-MAX_LABEL: Final = 1_000
-"""Characters."""
 _MAX_TEXT: Final = 8 * 2**20
 """Characters of one value."""
-_REMEDY: Final = "Give the labels with --labels FILE."
 _WRAP: Final = (
     "Give the labels once: imagemill wrap {name} --labels FILE. FILE has one label per line, in the"
     " order of the classes."
@@ -43,7 +39,6 @@ _LABEL_KEYS: Final = (
     *("classes", "categories", "id2label"),
 )
 """In the order in which they are tried."""
-_CONTROL: Final = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 _STRING: Final = r"""(?:'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+")"""
 _FLAT: Final = re.compile(
     rf"\s*[\[({{]\s*+(?:(?:(?:\d{{1,7}}|{_STRING})\s*+:\s*+)?+{_STRING}\s*+,?+\s*+)*+[\])}}]\s*"
@@ -87,8 +82,8 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
     unread: list[str] = []
     for key in _LABEL_KEYS if with_labels else ():
         text = entries.get(key, "")
-        if (labels := read_labels(name, key, text)) is not None:
-            take(key, labels=labels)
+        if (found := read_labels(name, key, text)) is not None:
+            take(key, labels=found)
             break
         if text.strip() and not text.strip().isdecimal():  # a number counts the classes
             unread.append(key)
@@ -177,27 +172,6 @@ def read_labels(name: str, key: str, text: str) -> tuple[str, ...] | None:
             f" '{printable(text, 80)}'. {_WRAP.format(name=name)}"
         )
     return check_labels(where, found)
-
-
-def check_labels(where: str, labels: Sequence[str]) -> tuple[str, ...]:
-    """Return labels from a file of a stranger.
-
-    Args:
-        where: the file and the key, for the message.
-        labels: one per class.
-
-    Raises:
-        ModelError: there are too many, or one is blank, too long, or has a control character.
-    """
-    if len(labels) > MAX_LABELS:
-        raise ModelError(f"{where} has {len(labels):,} labels, at most {MAX_LABELS:,} are read.")
-    for number, label in enumerate(labels):
-        if not label.strip() or len(label) > MAX_LABEL or _CONTROL.search(label):
-            raise ModelError(
-                f"{where}: label {number} is '{printable(label, 80)}'. A label has 1 to"
-                f" {MAX_LABEL:,} characters and no control characters. {_REMEDY}"
-            )
-    return tuple(labels)
 
 
 def _literal(text: str) -> Any:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from imagemill.errors import ModelError, UsageError, printable
-from imagemill.models import bundle as bundles
+from imagemill.models.labels import read_labels
 from imagemill.records import Centre, Interpolation, Scores
 
 SUFFIX: Final = ".card.json"
@@ -225,7 +225,7 @@ def read_card(path: Path) -> ReadCard:
     except ValueError as error:
         raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(card.labels, str):
-        card = replace(card, labels=bundles.read_labels(path.parent / card.labels))
+        card = replace(card, labels=read_labels(path.parent / card.labels))
     return ReadCard(card, dict.fromkeys(values, path.name))
 
 

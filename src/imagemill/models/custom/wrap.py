@@ -37,6 +37,7 @@ from imagemill.models.custom.onnx_card import (
     card_text,
     read_card,
 )
+from imagemill.models.labels import read_labels
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
 from imagemill.system.messages import Notify
@@ -95,7 +96,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     """
     beside = card_file(file)
     labels = given.get("labels")
-    given = dict(given) | {"labels": None if labels is None else bundles.read_labels(Path(labels))}
+    given = dict(given) | {"labels": None if labels is None else read_labels(Path(labels))}
     model = parse(file)
     read = _read(file, model, given)
     if labels is not None:

@@ -27,6 +27,7 @@ from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file, timm_config, transformers_config
 from imagemill.models.folders.json_file import Document
 from imagemill.models.folders.transformers_config import is_plain_resnet
+from imagemill.models.labels import read_labels
 from imagemill.records import Bundle
 from imagemill.system.messages import Notify
 
@@ -151,7 +152,7 @@ def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any])
     document = json_file.read(file)
     given = {name: value for name, value in given.items() if value is not None}
     if isinstance(given.get("labels"), str):
-        given["labels"] = bundles.read_labels(Path(given["labels"]))
+        given["labels"] = read_labels(Path(given["labels"]))
     if is_timm := timm_config.is_timm(document):
         read, architecture = timm_config.read_timm(document), timm_config.architecture(document)
     elif "model_type" in document.values or "architectures" in document.values:

@@ -6,22 +6,19 @@ Size, depth and types are checked before a value is used. A message names the fi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from imagemill.errors import ModelError, counted, printable
+from imagemill.models.labels import check_labels
 from imagemill.system import serialization
 
 T = TypeVar("T")
 
 MAX_BYTES: Final = 32 * 2**20
 """Of a JSON file. The labels of ImageNet-21k take 2 MB."""
-MAX_LABELS: Final = 250_000
-"""The largest published classifiers have about 200,000 classes."""
-MAX_LABEL: Final = 1_000
-"""Characters of one label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +94,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def check_labels(document: Document, key: str, labels: Sequence[str]) -> tuple[str, ...]:
-    """Return labels as a tuple.
-
-    Raises:
-        ModelError: there are none or too many, or one is too long or has a control character.
-    """
-    if not labels:
-        raise document.error(f"{key} is empty")
-    if len(labels) > MAX_LABELS:
-        raise document.error(f"{key} has {len(labels):,} labels; {MAX_LABELS:,} is the limit")
-    for number, label in enumerate(labels):
-        if len(label) > MAX_LABEL:
-            raise document.error(
-                f"{key}: label {number} has {len(label):,} characters; {MAX_LABEL:,} is the limit"
-            )
-        if any(ord(item) < 32 or 127 <= ord(item) < 160 for item in label):
-            raise document.error(f"{key}: label {number} has a control character: {label[:50]!r}")
-    return tuple(labels)
-
-
 def numbered_labels(
     document: Document, key: str, found: Mapping[str, str | int]
 ) -> tuple[str, ...]:
@@ -125,9 +102,7 @@ def numbered_labels(
     Raises:
         ModelError: a number is missing, or as `check_labels`.
     """
-    if len(found) > MAX_LABELS:
-        raise document.error(f"{key} has {len(found):,} labels; {MAX_LABELS:,} is the limit")
-    labels = []
+    names = []
     for number in range(len(found)):
         label = found.get(str(number))
         if label is None:
@@ -135,8 +110,8 @@ def numbered_labels(
                 f"{key} has {counted(len(found), 'label')}, but none for class {number}: its"
                 f" keys must be 0 to {len(found) - 1}"
             )
-        labels.append(str(label))
-    return check_labels(document, key, labels)
+        names.append(str(label))
+    return check_labels(f"{printable(document.file)}: {key}", names, may_be_blank=True)
 
 
 def inside(folder: Path, name: str) -> Path | None:

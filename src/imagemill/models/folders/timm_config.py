@@ -11,11 +11,11 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta
 
-from imagemill.errors import counted
-from imagemill.models import bundle as bundles
+from imagemill.errors import counted, printable
 from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
-from imagemill.models.folders.json_file import MAX_LABELS, Document, check_labels, numbered_labels
+from imagemill.models.folders.json_file import Document, numbered_labels
 from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side, spelled
+from imagemill.models.labels import MAX_LABELS, check_labels, imagenet_labels
 from imagemill.records import Centre, Interpolation
 
 _CROPPED: Final = 0.875
@@ -190,13 +190,14 @@ def _labels(
         names, place = pretrained.label_names, inner
     if not names:
         if count == 1000:
-            return bundles.imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
+            return imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
         return None, "the numbers of the classes: config.json has no label_names"
     if isinstance(names, dict):
         names = numbered_labels(place, key, names)
     if count is not None and count != len(names):
         raise document.error(f"{key} has {counted(len(names), 'label')}; num_classes is {count:,}")
     descriptions = config.label_descriptions or pretrained.label_descriptions or {}
-    labels = [descriptions.get(name, name) for name in names]
+    described = [descriptions.get(name, name) for name in names]
     keys = (key, "label_descriptions") if descriptions else (key,)
-    return check_labels(place, key, labels), place.origin(*keys)
+    where = f"{printable(place.file)}: {key}"
+    return check_labels(where, described, may_be_blank=True), place.origin(*keys)

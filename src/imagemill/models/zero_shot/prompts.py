@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from imagemill.errors import UsageError, counted, printable
-from imagemill.models import bundle as bundles
+from imagemill.models.labels import read_labels
 
 DEFAULT_TEMPLATE: Final = "a photo of a {}."
 """The template of CLIP's authors for images of things."""
@@ -52,7 +52,7 @@ def read_prompts(labels_file: Path, templates: Sequence[str]) -> Prompts:
         UsageError: a file cannot be read or is empty; a text is there twice, too long, or has
             control characters; a template has no `{}` or several; there are too many.
     """
-    labels = bundles.read_labels(labels_file)
+    labels = read_labels(labels_file)
     _check(f"--labels {labels_file}", labels)
     if len(labels) > MAX_LABELS:
         raise UsageError(
