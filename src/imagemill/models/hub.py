@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,15 @@ from typing import Any, Final
 from imagemill.errors import DownloadError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub_library
+from imagemill.models.folders import json_file
+from imagemill.models.folders.json_file import (
+    CONFIG,
+    GRAPHS,
+    INDEX,
+    PREPROCESSOR,
+    PROCESSOR,
+    WEIGHTS,
+)
 from imagemill.system import files, serialization
 from imagemill.system.messages import DownloadProgress, Notify
 from imagemill.version import __version__
@@ -42,13 +50,7 @@ _CACHE_FOLDER: Final = re.compile(
 )
 _FOLDER: Final = ".hub"
 """In the models folder: listings, and links to the files."""
-_TEXTS: Final = ("config.json", "preprocessor_config.json", "processor_config.json")
-_GRAPHS: Final = (
-    "onnx/vision_model.onnx",
-    "vision_model.onnx",
-    "onnx/model.onnx",
-    "model.onnx",
-)
+_TEXTS: Final = (CONFIG, PREPROCESSOR, PROCESSOR)
 _MAX_TEXT_BYTES: Final = 64 * 2**20
 """A list of 10⁶ labels has some 30 MiB."""
 _MAX_BYTES: Final = 16 * 2**30
@@ -150,16 +152,16 @@ def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
         ModelError: the repository has no such weights.
     """
     texts = [name for name in _TEXTS if name in names]
-    is_timm = "preprocessor_config.json" not in names and "model.safetensors" in names
-    for name in () if is_timm else _GRAPHS:
+    is_timm = PREPROCESSOR not in names and WEIGHTS in names
+    for name in () if is_timm else GRAPHS:
         if name in names:
             return [*texts, *_onnx_data(name, names), name]
-    if "model.safetensors" in names:
-        return [*texts, "model.safetensors"]
-    if "model.safetensors.index.json" in names:
+    if WEIGHTS in names:
+        return [*texts, WEIGHTS]
+    if INDEX in names:
         shard = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
         shards = sorted(name for name in names if shard.fullmatch(name))
-        return [*texts, "model.safetensors.index.json", *shards]
+        return [*texts, INDEX, *shards]
     graphs = [name for name in names if re.fullmatch(r"(onnx/)?[\w.-]+\.onnx", name)]
     if len(graphs) == 1:
         return [*texts, *_onnx_data(graphs[0], names), graphs[0]]
@@ -314,9 +316,8 @@ def _is_here(path: Path, file: HubFile) -> bool:
 
 def _warn_of_code(repo: str, folder: Path, notify: Notify) -> None:
     """Say that a repository's own Python code is not used."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        config = json.loads((folder / "config.json").read_bytes())
-        if isinstance(config, dict) and "auto_map" in config:
+    with contextlib.suppress(ModelError):
+        if "auto_map" in json_file.read(folder / CONFIG).values:
             notify(
                 f"{PREFIX}{repo}: its own Python code (auto_map in config.json) is not downloaded"
                 " and not run"
@@ -367,7 +368,7 @@ def _cached(repo: str, revision: str, choose: Choose) -> Listing | None:
     Other programs may have filled it, such as `hf download`.
     """
     hub = hub_library.load()
-    path = hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    path = hub.try_to_load_from_cache(repo, CONFIG, revision=revision)
     if not isinstance(path, str) or not _COMMIT.fullmatch(Path(path).parent.name):
         return None
     listing = _listing_of(Path(path).parent, repo)

@@ -11,19 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from imagemill.errors import counted, printable
+from imagemill.errors import ModelError, counted, printable
 from imagemill.models import published
+from imagemill.models.folders import json_file
+from imagemill.models.folders.json_file import CONFIG
 from imagemill.system import userdirs
 
 WEIGHTS: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".th")
 """Suffixes of files with weights alone."""
 LABELS: Final = "FILE has one label per line, in the order of the classes."
-_CONFIG: Final = "config.json"
 _CONFIG_KEYS: Final = ("model_type", "architectures", "pretrained_cfg", "architecture")
 """One of them is in every `config.json` of transformers and timm."""
-_MAX_CONFIG_BYTES: Final = 16 * 2**20
 _MAX_ENTRIES: Final = 10_000
 """Of a folder that is searched for names."""
 _MAX_NEAR: Final = 3
@@ -49,19 +47,17 @@ def inside_model_folder(path: Path, flag: str = "--model ") -> str | None:
             within = os.path.relpath(path if path.is_dir() else path.parent, folder)
             where = "" if within == "." else f" in {printable(within)}/"
             shown = printable(folder)
-            return f"{shown} has {_CONFIG} and this network{where}. Use {flag}{quoted(folder)}."
+            return f"{shown} has {CONFIG} and this network{where}. Use {flag}{quoted(folder)}."
     return None
 
 
 def is_model_folder(folder: Path) -> bool:
     """Tell whether a folder has a `config.json` of transformers or timm."""
     try:
-        if (folder / _CONFIG).stat().st_size > _MAX_CONFIG_BYTES:
-            return False
-        values = msgspec.json.decode((folder / _CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = json_file.read(folder / CONFIG).values
+    except ModelError:
         return False
-    return isinstance(values, dict) and any(key in values for key in _CONFIG_KEYS)
+    return any(key in values for key in _CONFIG_KEYS)
 
 
 def for_wrap(typed: str, given: Mapping[str, object]) -> str | None:

@@ -22,6 +22,7 @@ from imagemill.models import hub, mistaken, published
 from imagemill.models.custom import wrap
 from imagemill.models.custom.onnx_card import card_file
 from imagemill.models.folders import folder
+from imagemill.models.folders.json_file import CONFIG
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import How, listing
 from imagemill.records import Bundle, Card
@@ -151,12 +152,12 @@ def _from_folder(
     """Return the bundle of a folder of transformers or timm."""
     if (cached := hub.cached_snapshot(path, models_dir, notify)) is not None:
         return _from_hub(cached, models_dir, notify, name=name, given=given)
-    if not (path / folder.CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         if why := mistaken.inside_model_folder(path, "--model " if name is None else "--from "):
             raise UsageError(why)
         raise UsageError(
             f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as folders"
-            f" that imagemill made have, nor {folder.CONFIG}, as folders of transformers and timm"
+            f" that imagemill made have, nor {CONFIG}, as folders of transformers and timm"
             " have."
         )
     return folder.bundle_for(path, models_dir, notify, name=name, given=given)
@@ -177,7 +178,7 @@ def _from_hub(
         notify(line.replace(place, shown))
 
     origin = {**found.origin, "licence": found.licence}
-    if (found.folder / folder.CONFIG).is_file() or name or given:
+    if (found.folder / CONFIG).is_file() or name or given:
         try:
             return folder.bundle_for(
                 found.folder, models_dir, tell, name=name, origin=origin, given=given

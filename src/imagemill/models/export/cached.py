@@ -25,16 +25,13 @@ from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models.export.child import Exported, Request
 from imagemill.models.folders import json_file
-from imagemill.models.folders.json_file import Document
+from imagemill.models.folders.json_file import CONFIG, INDEX, WEIGHTS, Document
 from imagemill.system import files
 from imagemill.system.messages import Notify
 from imagemill.system.processes import Child, ChildError
 
 FOLDER: Final = ".exported"
 """Subfolder of the models folder. No model's name begins with a dot."""
-CONFIG: Final = "config.json"
-WEIGHTS: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
 _EXPORTER: Final = 1
 """Version of the exporting: files of another version are exported again."""
 _PLAIN_NAME: Final = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)

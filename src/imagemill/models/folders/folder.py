@@ -25,23 +25,13 @@ from imagemill.models.custom import wrap
 from imagemill.models.custom.graph import dimensions
 from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file, timm_config, transformers_config
-from imagemill.models.folders.json_file import Document
+from imagemill.models.folders.json_file import CONFIG, GRAPHS, INDEX, WEIGHTS, Document
 from imagemill.models.folders.transformers_config import is_plain_resnet
 from imagemill.models.labels import read_labels
 from imagemill.records import Bundle
 from imagemill.system.messages import Notify
 
-CONFIG: Final = "config.json"
-_GRAPHS: Final = (
-    "onnx/vision_model.onnx",
-    "vision_model.onnx",
-    "onnx/model.onnx",
-    "model.onnx",
-)
-"""In this order. A folder with a vision tower has both towers in `model.onnx`, which wants text."""
-_INDEX: Final = "model.safetensors.index.json"
-"""Says which file holds which parameter, if there are several."""
-_WEIGHTS: Final = ("model.safetensors", _INDEX, "pytorch_model.bin")
+_WEIGHTS: Final = (WEIGHTS, INDEX, "pytorch_model.bin")
 _SHARD: Final = "model-*-of-*.safetensors"
 _MAX_GRAPH_BYTES: Final = 2**31
 """Limit of protobuf. Larger models keep their weights in files beside the graph."""
@@ -182,7 +172,7 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
         file.relative_to(folder).as_posix()
         for file in (*sorted(folder.glob("*.onnx")), *sorted(folder.glob("onnx/*.onnx")))
     ]
-    usual = [name for name in _GRAPHS if name in graphs]
+    usual = [name for name in GRAPHS if name in graphs]
     listed = ", ".join(printable(name) for name in graphs[:_LISTED])
     if len(graphs) > 1 and not usual:
         raise ModelError(
@@ -213,7 +203,7 @@ def _key(model: Model) -> str:
     if model.source.suffix == ".onnx":
         names = wrap.external_files(model.source, wrap.parse(model.source))
         sums += [bundles.sha256(model.source.parent / name) for name in names]
-    elif model.source.name == _INDEX:
+    elif model.source.name == INDEX:
         shards = sorted(file.name for file in model.folder.glob(_SHARD))
         found = (json_file.inside(model.folder, name) for name in shards)
         sums += [bundles.sha256(file) for file in found if file is not None]
@@ -254,7 +244,7 @@ def _build_weights(
     """
     wanted = timm_config.plain_architecture(model.document) if model.is_timm else ""
     is_built = is_known(wanted) if model.is_timm else is_plain_resnet(model.document)
-    if not is_built or model.source.name == _INDEX:
+    if not is_built or model.source.name == INDEX:
         return None
     arrays = checkpoint.read(model.source, notify)
     if not model.is_timm and not resnet.recognise(arrays):

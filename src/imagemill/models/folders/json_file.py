@@ -1,4 +1,5 @@
-"""Read the JSON files of a model folder, which may come from anybody.
+"""The files of a model folder of transformers or timm: their names, and how JSON is read that may
+come from anybody.
 
 Size, depth and types are checked before a value is used. A message names the file and the key.
 """
@@ -17,6 +18,22 @@ from imagemill.system import serialization
 
 T = TypeVar("T")
 
+CONFIG: Final = "config.json"
+PREPROCESSOR: Final = "preprocessor_config.json"
+PROCESSOR: Final = "processor_config.json"
+"""Where transformers 5 puts the keys of `preprocessor_config.json`, below `image_processor`, if the
+model has a tokenizer too.
+"""
+GRAPHS: Final = (
+    "onnx/vision_model.onnx",
+    "vision_model.onnx",
+    "onnx/model.onnx",
+    "model.onnx",
+)
+"""In this order. A folder with a vision tower has both towers in `model.onnx`, which wants text."""
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+"""Says which file holds which parameter, if there are several."""
 MAX_BYTES: Final = 32 * 2**20
 """Of a JSON file. The labels of ImageNet-21k take 2 MB."""
 

@@ -10,15 +10,10 @@ from typing import Any, Final
 
 from imagemill.models.custom.onnx_card import OnnxCard, ReadCard
 from imagemill.models.folders import json_file
-from imagemill.models.folders.json_file import Document, numbered_labels
+from imagemill.models.folders.json_file import PREPROCESSOR, PROCESSOR, Document, numbered_labels
 from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
 from imagemill.records import Scores
 
-PREPROCESSOR: Final = "preprocessor_config.json"
-_PROCESSOR: Final = "processor_config.json"
-"""Where transformers 5 puts the same keys, below `image_processor`, if the model has a tokenizer
-too.
-"""
 _HEADLESS: Final = re.compile(r"\w+(?:Model|WithProjection|ForPreTraining)")
 """Classes of networks without a classifier."""
 _PLAIN_RESNET: Final[Mapping[str, object]] = {
@@ -121,7 +116,7 @@ def _read_processors(folder: Path, document: Document, config: Config) -> ReadCa
     found = []
     if (file := json_file.inside(folder, PREPROCESSOR)) is not None:
         found.append(json_file.read(file))
-    if (file := json_file.inside(folder, _PROCESSOR)) is not None and "image_processor" in (
+    if (file := json_file.inside(folder, PROCESSOR)) is not None and "image_processor" in (
         whole := json_file.read(file)
     ).values:
         found.append(whole.inner("image_processor"))
@@ -134,7 +129,7 @@ def _read_processors(folder: Path, document: Document, config: Config) -> ReadCa
     read, *others = [read_processor(item, _class_of(item, document, config)) for item in found]
     if any(other.card != read.card for other in others):
         raise document.error(
-            f"{PREPROCESSOR} and {_PROCESSOR} beside it prepare images differently. Remove the one"
+            f"{PREPROCESSOR} and {PROCESSOR} beside it prepare images differently. Remove the one"
             " that the model was not trained with"
         )
     return read

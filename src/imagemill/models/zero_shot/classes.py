@@ -77,7 +77,7 @@ def make(
             "--labels has one label. The probability of a single class is always 1.0: add a label"
             " for everything else."
         )
-    card = read_transformers(towers.folder, json_file.read(towers.folder / "config.json"), {})
+    card = read_transformers(towers.folder, json_file.read(towers.folder / json_file.CONFIG), {})
     scale = scales.find(towers.folder, has_bias=has_bias, scale=logit_scale, bias=logit_bias)
     key = _key(towers, prompts, card, scale)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

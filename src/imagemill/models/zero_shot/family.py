@@ -92,7 +92,7 @@ def read_family(folder: Path) -> Family:
     Raises:
         ModelError: a file is missing or damaged, or the model is neither CLIP nor SigLIP.
     """
-    config = json_file.read(folder / "config.json")
+    config = json_file.read(folder / json_file.CONFIG)
     if "model_type" not in config.values:
         raise config.error(f"no model_type; known: {', '.join(_KINDS)}")
     read = config.record(_Config)

@@ -9,16 +9,14 @@ from typing import Final
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import hub
+from imagemill.models.folders.json_file import CONFIG, PREPROCESSOR, PROCESSOR, WEIGHTS
 from imagemill.models.zero_shot.text_tower import load_library
 from imagemill.system import userdirs
 from imagemill.system.messages import DownloadProgress, Notify
 
 _TEXTS: Final = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *(CONFIG, PREPROCESSOR, PROCESSOR),
+    *("tokenizer.json", "tokenizer_config.json"),
 )
 _IMAGE: Final = "vision_model.onnx"
 _TEXT: Final = "text_model.onnx"
@@ -109,11 +107,7 @@ def hub_files(repo: str, files: Mapping[str, hub.HubFile], *, with_scale: bool) 
         if place is None:
             raise ModelError(_missing(f"hf:{repo}", name))
         towers += [*(other for other in files if other.startswith(f"{place}_data")), place]
-    holders = [
-        name
-        for name in files
-        if name == "model.safetensors" or Path(name).match("onnx/model*.onnx")
-    ]
+    holders = [name for name in files if name == WEIGHTS or Path(name).match("onnx/model*.onnx")]
     smallest = sorted(holders, key=lambda name: files[name].size)[: 1 if with_scale else 0]
     return [*(name for name in _TEXTS if name in files), *smallest, *towers]
 
