@@ -19,10 +19,10 @@ from PIL import Image
 import helpers
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle, resolve
-from imagemill.models.custom.graph import with_recipe
 from imagemill.models.folders import folder as folders
 from imagemill.models.folders import processors
 from imagemill.models.labels import imagenet_labels
+from imagemill.models.preprocessing import with_recipe
 from imagemill.records import Scores
 from odd_images import ANSWERED, odd_image
 

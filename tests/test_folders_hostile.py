@@ -164,6 +164,10 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a size of three": (preprocessor(size=[1, 2, 3]), "size"),
     "a filter that is unknown": (preprocessor(resample=6), "resample"),
     "a flag that is a text": (preprocessor(do_resize="yes"), "do_resize"),
+    "a mean beyond all bounds": (
+        preprocessor(rescale_factor=1e-9, image_mean=[10.0] * 3),
+        "mean is",
+    ),
     "a factor of 0": (preprocessor(rescale_factor=0), "rescale_factor"),
     "a class that is a list": (preprocessor(image_processor_type=["ViT"]), "image_processor_type"),
     "a class with control characters": (

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import sample_images
-from imagemill.models.custom.graph import with_recipe
-from imagemill.models.custom.onnx_card import Color, ReadCard
+from imagemill.models.card import Color, ReadCard
 from imagemill.models.folders import timm_config
 from imagemill.models.folders.json_file import Document
 from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
+from imagemill.models.preprocessing import with_recipe
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Limits
 from odd_images import SIZES, odd_image, sampled

@@ -23,6 +23,7 @@ from hub_server import TOKEN, Handler, Hub, Repo
 from imagemill.errors import DownloadError, ModelError, UsageError
 from imagemill.models import hub as hubs
 from imagemill.models import hub_library
+from imagemill.models.folders import json_file
 from imagemill.system.retry import RetryPolicy
 
 pytest.importorskip("huggingface_hub", reason="needs huggingface_hub")
@@ -411,7 +412,7 @@ def test_a_huge_configuration_is_not_fetched(
     hub: Hub, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its size is known before."""
-    monkeypatch.setattr(hubs, "_MAX_TEXT_BYTES", 40)
+    monkeypatch.setattr(json_file, "MAX_BYTES", 40)
     hub.repos["owner/vit"] = vit()
     line = refused(models, kind=ModelError)
     assert "preprocessor_config.json has 45 bytes, at most 40 are read" in line

@@ -18,7 +18,8 @@ import helpers
 import sample_images
 from imagemill.errors import ClassCountError, ModelError, UsageError
 from imagemill.models import bundle, evaluate
-from imagemill.models.custom import metadata, onnx_card, wrap
+from imagemill.models import card as cards
+from imagemill.models.custom import metadata, wrap
 from imagemill.records import Bundle, Centre, Scores
 from onnx_files import complete, head, saved, silent, small, turned
 
@@ -80,7 +81,7 @@ def test_an_export_of_ultralytics_needs_no_card(jpegs: Any, imagemill: Any, tmp_
     (made,) = (tmp_path / "models").iterdir()
     recipe = bundle.load(made).card.recipe
     assert (recipe.width, recipe.height, recipe.resize, recipe.pad) == (8, 8, 8, False)
-    assert not onnx_card.card_file(file).exists()
+    assert not cards.card_file(file).exists()
 
 
 def test_an_input_of_ultralytics_that_is_not_square_is_squashed(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_labels_are_read_from_metadata(
     """As PaddlePaddle, ultralytics and others write them. A number of classes is no label."""
     file = saved(reported(small(), **entries), tmp_path)
     assert built(file).card.labels == labels
-    assert onnx_card.read_card(onnx_card.card_file(file)).card.labels is None, (
+    assert cards.read_card(cards.card_file(file)).card.labels is None, (
         "the next export may have others"
     )
 
@@ -131,10 +132,10 @@ def test_labels_of_flags_and_cards_replace_those_of_metadata(tmp_path: Path) -> 
     """The flag before the card, the card before the metadata."""
     file = saved(reported(small(), names="['a', 'b', 'c']"), tmp_path)
     plain = {"mean": [0, 0, 0], "std": [1, 1, 1], "resize": 8}
-    onnx_card.card_file(file).write_text(json.dumps(plain | {"color": "BGR"}))
+    cards.card_file(file).write_text(json.dumps(plain | {"color": "BGR"}))
     models = tmp_path / "models"
     assert wrap.bundle_for(file, models, silent).card.labels == ("a", "b", "c")
-    onnx_card.card_file(file).write_text(json.dumps(plain | {"labels": ["d", "e", "f"]}))
+    cards.card_file(file).write_text(json.dumps(plain | {"labels": ["d", "e", "f"]}))
     assert wrap.bundle_for(file, models, silent).card.labels == ("d", "e", "f")
     helpers.fill(tmp_path, {"labels.txt": b"g\nh\ni\n"})
     _, checked = wrap.wrap(file, {"labels": str(tmp_path / "labels.txt")})
@@ -303,7 +304,7 @@ def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
     messages: list[str] = []
     wrap.bundle_for(file, tmp_path / "models", messages.append)
     assert f"small.onnx: {line}" in messages
-    assert onnx_card.read_card(onnx_card.card_file(file)).card.labels is None
+    assert cards.read_card(cards.card_file(file)).card.labels is None
 
 
 NOTE = "note: {} not given, so `run` refuses the model. Most networks trained on ImageNet take"
@@ -319,7 +320,7 @@ def test_missing_settings_are_noted_each_time_and_refused_by_run(tmp_path: Path)
         proposed = f"imagemill wrap {file} --mean R G B --std R G B --resize N"
         assert proposed in checked.lines[-1]
         assert {"mean: 0 0 0 (default)", "resize: 9 (default: size / 0.875)"} < set(checked.lines)
-    chosen = json.loads(onnx_card.card_file(file).read_text())
+    chosen = json.loads(cards.card_file(file).read_text())
     assert {name for name, value in chosen.items() if value is not None} == {
         *("labels", "interpolation")
     }

@@ -27,8 +27,9 @@ from imagemill.cli.commands import make_parser
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, evaluate
+from imagemill.models import card as cards
 from imagemill.models import resolve as models_resolve
-from imagemill.models.custom import onnx_card, wrap
+from imagemill.models.custom import wrap
 from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.graph import examine
 from imagemill.pipeline.backends.devices import resolve
@@ -339,7 +340,7 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
         helper.make_tensor("mean", TensorProto.FLOAT, values.shape, values.ravel().tolist())
     )
     assert not model.graph.initializer[0].raw_data
-    read = onnx_card.ReadCard(onnx_card.OnnxCard(scale=255))
+    read = cards.ReadCard(cards.ModelCard(scale=255))
     plan = examine(file, model, read)
     assemble(model, plan)
     made = bundle.write(
@@ -369,7 +370,7 @@ def test_a_bundle_is_built_again_only_when_file_or_card_changes(
     assert not messages
     assert (first.dir / bundle.MODEL).stat().st_mtime_ns == stamp
     wrap.wrap(file, {"exif": False})
-    card = onnx_card.read_card(onnx_card.card_file(file)).card
+    card = cards.read_card(cards.card_file(file)).card
     assert card.mean == IMAGENET["mean"], "what the second call left unsaid is the first one's"
     second = wrap.bundle_for(file, tmp_path / "models", silent)
     assert second.dir != first.dir
@@ -392,7 +393,7 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
         in refused.err
     )
     assert imagemill("wrap", file, *flags, "--resize", "none").code == 0
-    assert not onnx_card.card_file(file).exists()
+    assert not cards.card_file(file).exists()
     file.unlink()
     done = imagemill(
         "run",
@@ -496,7 +497,7 @@ def test_a_wrong_card_is_refused_by_key_and_value(
 ) -> None:
     """One line that names the file, what stands there and what could."""
     file = exported("torchscript")
-    onnx_card.card_file(file).write_text(json.dumps(values))
+    cards.card_file(file).write_text(json.dumps(values))
     with pytest.raises((ModelError, UsageError), match=message) as caught:
         wrap.bundle_for(file, tmp_path / "models", silent)
     assert "\n" not in str(caught.value)
@@ -628,13 +629,13 @@ def test_a_card_by_hand_for_one_score_is_refused_by_run(jpegs: Any, tmp_path: Pa
     )
     plain = {"size": 64, "resize": 73, "scale": 255, "std": [255, 255, 255]}
     for scores in ("logits", "softmax"):
-        onnx_card.card_file(file).write_text(json.dumps(plain | {"scores": scores}))
+        cards.card_file(file).write_text(json.dumps(plain | {"scores": scores}))
         with pytest.raises(
             UsageError, match=r"one\.onnx returns one score per image, .* Add --scores sigmoid"
         ):
             run.run(settings)
     assert not (tmp_path / "out").exists()
-    onnx_card.card_file(file).write_text(json.dumps(plain | {"scores": "sigmoid"}))
+    cards.card_file(file).write_text(json.dumps(plain | {"scores": "sigmoid"}))
     assert run.run(settings).ok == 4
     assert len({row["probability"] for row in helpers.rows(tmp_path / "out")}) > 1
 
@@ -845,7 +846,7 @@ def test_labels_that_do_not_fit_name_both_counts(
         ),
     ):
         wrap.wrap(file, {"labels": str(tmp_path / "two.txt")})
-    onnx_card.card_file(file).write_text('{"labels": ["a", "b"], "scale": 255, "resize": 46}')
+    cards.card_file(file).write_text('{"labels": ["a", "b"], "scale": 255, "resize": 46}')
     with pytest.raises(
         ClassCountError,
         match=(
@@ -931,7 +932,7 @@ def test_every_key_of_a_card_is_documented_and_is_a_flag() -> None:
         for line in table.splitlines()
         for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])
     ]
-    keys = [item.name for item in dataclasses.fields(onnx_card.OnnxCard)]
+    keys = [item.name for item in dataclasses.fields(cards.ModelCard)]
     assert sorted(reported) == sorted(keys)
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
         cli.main(["wrap", "--help"])
@@ -949,18 +950,16 @@ def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
             "labels.txt": b"a\nb\n",
         },
     )
-    card = onnx_card.read_card(tmp_path / "x.card.json").card
+    card = cards.read_card(tmp_path / "x.card.json").card
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
-    (tmp_path / "y.card.json").write_text(onnx_card.card_text(card))
-    assert onnx_card.read_card(tmp_path / "y.card.json").card == card, (
-        "what is written is read back"
-    )
+    (tmp_path / "y.card.json").write_text(cards.card_text(card))
+    assert cards.read_card(tmp_path / "y.card.json").card == card, "what is written is read back"
 
 
 def test_a_read_card_says_where_its_values_came_from() -> None:
     """One line per value; flags replace what files say; control characters are escaped."""
-    card = onnx_card.OnnxCard(size=40, labels=("a\x1b[2J", *"bcdefg"), exif=False)
-    found = onnx_card.ReadCard(
+    card = cards.ModelCard(size=40, labels=("a\x1b[2J", *"bcdefg"), exif=False)
+    found = cards.ReadCard(
         card, {"labels": "metadata: names", "size": "metadata: imgsz", "exif": "default"}
     )
     changed = found.with_values({"size": "50x40", "mean": (0.5, 0.5, 0.485), "std": None})

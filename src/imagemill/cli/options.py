@@ -46,7 +46,7 @@ _PREPROCESSING: Final = (
     *("size", "resize", "crop", "fill", "centre", "interpolation", "exif"),
     *("color", "scale", "mean", "std", "scores", "labels", "licence"),
 )
-"""Flags of `add_preprocessing`; each is a field of `onnx_card.OnnxCard`."""
+"""Flags of `add_preprocessing`; each is a field of `ModelCard`."""
 
 
 def add_preprocessing(sub: argparse._ActionsContainer) -> None:
@@ -141,7 +141,7 @@ def add_preprocessing(sub: argparse._ActionsContainer) -> None:
 
 
 def given_preprocessing(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Return what the flags of `add_preprocessing` say, by field of OnnxCard."""
+    """Return what the flags of `add_preprocessing` say, by field of ModelCard."""
     return {name: getattr(parsed, name) for name in _PREPROCESSING}
 
 

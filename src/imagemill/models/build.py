@@ -18,9 +18,9 @@ from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.architectures import Architecture
 from imagemill.models.architectures.graph import Prepared
-from imagemill.models.custom.graph import normalisation, with_normalisation, with_recipe
-from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard
+from imagemill.models.card import Color, ModelCard, ReadCard
 from imagemill.models.labels import imagenet_labels
+from imagemill.models.preprocessing import normalisation, with_normalisation, with_recipe
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system.messages import Notify
 
@@ -58,7 +58,7 @@ def build(
 
     Example:
         >>> arrays = checkpoint.read(Path("model.safetensors"))
-        >>> read = ReadCard(OnnxCard(size=224, resize=256, labels=("jay", "owl")))
+        >>> read = ReadCard(ModelCard(size=224, resize=256, labels=("jay", "owl")))
         >>> build(Path("birds"), recognise(arrays), arrays, read, {"source": "file"}, notify=print)
     """
     arrays = architecture.fitted(arrays)
@@ -108,7 +108,7 @@ def usual(
     Args:
         architecture: says size, mean and deviation.
         recipe: of the publication that the weights are from; None: the architecture's.
-        given: fields of OnnxCard by name.
+        given: fields of ModelCard by name.
 
     Raises:
         UsageError: a value that its field cannot have.
@@ -124,7 +124,7 @@ def usual(
     }
     if "size" not in given and "crop" not in given:
         values["resize"] = recipe.resize
-    read = ReadCard(OnnxCard()).with_values(values, f"usual for {architecture.name}")
+    read = ReadCard(ModelCard()).with_values(values, f"usual for {architecture.name}")
     return read.with_values(given)
 
 
@@ -161,7 +161,7 @@ def _labelled(architecture: Architecture, read: ReadCard) -> ReadCard:
     return read
 
 
-def _scores(architecture: Architecture, card: OnnxCard) -> Scores:
+def _scores(architecture: Architecture, card: ModelCard) -> Scores:
     """Return what the network's outputs are. Raises: UsageError."""
     if card.scores is Scores.SOFTMAX:
         raise UsageError(

@@ -25,10 +25,10 @@ from imagemill.errors import (
 from imagemill.models import architectures, build, hub, mistaken, published
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import ARCHITECTURES, Architecture, resnet
+from imagemill.models.card import ReadCard, read_given
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.checkpoints.checkpoint import Checkpoint
-from imagemill.models.custom.onnx_card import ReadCard
-from imagemill.models.labels import check_labels, read_labels
+from imagemill.models.labels import check_labels
 from imagemill.models.published import Published
 from imagemill.records import Bundle
 from imagemill.system.messages import DownloadProgress, Notify
@@ -50,7 +50,7 @@ class _Asked:
     url: str | None
     seed: int | None
     given: Mapping[str, Any]
-    """Fields of OnnxCard by name; labels are read."""
+    """Fields of ModelCard by name; labels are read."""
 
     @property
     def is_published(self) -> bool:
@@ -108,7 +108,7 @@ def get(
         url: another place to download from. If a hash is published for `name`, it must match.
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.
         given: preprocessing, labels (a file's path), scores and licence of your own weights, by
-        field of OnnxCard; None where unsaid.
+        field of ModelCard; None where unsaid.
         batch_sizes: sizes to write `model_N.onnx` for.
         notify: takes one line at a time: licences, downloads, what was found.
         progress: called with bytes so far and in all while downloading.
@@ -129,7 +129,7 @@ def get(
     for size in batch_sizes:
         if size < 1:
             raise UsageError(f"--batch-size {size}: a batch holds at least 1 image.")
-    asked = _Asked(name, from_file, url, random_seed, _read_given(given or {}))
+    asked = _Asked(name, from_file, url, random_seed, read_given(given or {}))
     _check_name(asked)
     found = on_disk(name, models_dir, explicit=not asked.is_published)
     if found is not None:
@@ -142,14 +142,6 @@ def get(
     for size in batch_sizes:
         bundles.freeze(found, size)
     return found
-
-
-def _read_given(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given fields alone, labels read from their file. Raises: UsageError."""
-    values = {name: value for name, value in given.items() if value is not None}
-    if isinstance(values.get("labels"), str):
-        values["labels"] = read_labels(Path(values["labels"]))
-    return values
 
 
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────

@@ -51,8 +51,6 @@ _CACHE_FOLDER: Final = re.compile(
 _FOLDER: Final = ".hub"
 """In the models folder: listings, and links to the files."""
 _TEXTS: Final = (CONFIG, PREPROCESSOR, PROCESSOR)
-_MAX_TEXT_BYTES: Final = 64 * 2**20
-"""A list of 10⁶ labels has some 30 MiB."""
 _MAX_BYTES: Final = 16 * 2**30
 _MAX_FILES: Final = 100_000
 _TIMEOUT_S: Final = 10.0
@@ -302,7 +300,7 @@ def _noted(note: Path) -> Listing | None:
 def _check_sizes(repo: str, chosen: list[str], listing: Listing) -> None:
     for name in chosen:
         size = listing.files[name].size
-        most = _MAX_TEXT_BYTES if name.endswith(".json") else _MAX_BYTES
+        most = json_file.MAX_BYTES if name.endswith(".json") else _MAX_BYTES
         if size > most:
             raise ModelError(
                 f"hf:{repo}: {name} has {size:,} bytes, at most {most:,} are read. Use another"

@@ -65,8 +65,8 @@ def for_wrap(typed: str, given: Mapping[str, object]) -> str | None:
 
     Args:
         typed: what the user typed.
-        given: fields of OnnxCard by name; None if not given. With mean, std and resize, a part of a
-            model folder can be wrapped.
+        given: fields of ModelCard by name; None if not given. With mean, std and resize, a part of
+            a model folder can be wrapped.
     """
     path, shown = userdirs.expand(typed), printable(typed)
     if path.is_dir():

@@ -19,8 +19,8 @@ from typing import Any, Final
 from imagemill.errors import DownloadError, ImagemillError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub, mistaken, published
+from imagemill.models.card import card_file
 from imagemill.models.custom import wrap
-from imagemill.models.custom.onnx_card import card_file
 from imagemill.models.folders import folder
 from imagemill.models.folders.json_file import CONFIG
 from imagemill.models.get import NAME, get, on_disk
@@ -90,7 +90,7 @@ def get_from(
         name: of the bundle.
         source: a folder, or `hf:owner/name`. The Hub is asked for the newest commit.
         models_dir: one folder per model.
-        given: fields of OnnxCard by name, which replace what the folder says; None if not given.
+        given: fields of ModelCard by name, which replace what the folder says; None if not given.
         notify: takes one line at a time.
         progress: called with bytes so far and in all while downloading.
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, printable
 from imagemill.models import bundle as bundles
+from imagemill.models.card import Color, Layout
 from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
-from imagemill.models.custom.onnx_card import Color, Layout
 from imagemill.models.custom.outputs import constant_tensors, inner_graphs, live_nodes
 from imagemill.records import Scores
 

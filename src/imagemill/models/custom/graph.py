@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from imagemill.errors import ModelError, UsageError, printable
-from imagemill.models import bundle as bundles
-from imagemill.models.custom.onnx_card import Crop, Layout, OnnxCard, ReadCard, box
+from imagemill.models.card import Layout, ModelCard, ReadCard, as_size, dimensions
 from imagemill.models.custom.outputs import (
     Dims,
     Features,
@@ -22,6 +21,12 @@ from imagemill.models.custom.outputs import (
     live_nodes,
 )
 from imagemill.models.labels import check_labels
+from imagemill.models.preprocessing import (
+    Channels,
+    normalisation,
+    with_normalisation,
+    with_recipe,
+)
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:
@@ -32,13 +37,7 @@ _OLDEST_OPSET: Final = 7
 """The first whose arithmetic broadcasts as NumPy does."""
 _MAX_AREA: Final = 2**24
 """Pixels of an input. A larger one could not be tried in the memory of an ordinary machine."""
-_CROPPED: Final = 0.875
-"""Share of the resized short side that the crop keeps if the card does not say it: 224 of 256."""
 _SURE: Final = "shape of the input"
-
-
-Channels = tuple[float, float, float]
-"""One number for red, green and blue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Plan:
     """What was found, for people."""
 
     @property
-    def card(self) -> OnnxCard:
+    def card(self) -> ModelCard:
         """The card, with everything that was left open filled in."""
         return self.read.card
 
@@ -249,12 +248,11 @@ def _with_size(name: str, read: ReadCard, shape: Dims) -> ReadCard:
             raise ModelError(
                 f"{name} takes images of {width}x{height}; at most {_MAX_AREA:,} pixels can be fed."
             )
-        size = width if width == height else f"{width}x{height}"
-        return read.with_values({"size": size}, _SURE)
+        return read.with_values({"size": as_size(width, height)}, _SURE)
     found_width, found_height = dimensions(read.card.size)
     if found_width * found_height > _MAX_AREA:
         raise UsageError(
-            f"size {read.card.size} ({_origin(read, 'size')}): at most {_MAX_AREA:,} pixels can be"
+            f"size {read.card.size} ({read.origin('size')}): at most {_MAX_AREA:,} pixels can be"
             f" fed to {name}."
         )
     wrong_width = isinstance(width, int) and width != found_width
@@ -262,107 +260,9 @@ def _with_size(name: str, read: ReadCard, shape: Dims) -> ReadCard:
     if wrong_width or wrong_height:
         raise UsageError(
             f"{name} takes images of {width}x{height}, but size is {read.card.size}"
-            f" ({_origin(read, 'size')}). Leave --size out, or give the right one."
+            f" ({read.origin('size')}). Leave --size out, or give the right one."
         )
     return read
-
-
-def dimensions(size: int | str) -> tuple[int, int]:
-    """Return width and height of a card's `size`."""
-    if isinstance(size, int):
-        return size, size
-    found = box(size)
-    assert found is not None, "checked when the card was read"
-    return found
-
-
-def _origin(read: ReadCard, field: str) -> str:
-    return read.origins.get(field, "default")
-
-
-def with_normalisation(name: str, read: ReadCard, channels: int, *, takes_bytes: bool) -> ReadCard:
-    """Fill in scale, mean and std. Raises: UsageError."""
-    card = read.card
-    if takes_bytes:
-        if card.mean is not None or card.std is not None or card.scale == 1:
-            raise UsageError(
-                f"{name} takes uint8, so it normalises by itself. Leave --mean, --std and --scale 1"
-                " out."
-            )
-        return read if card.scale else read.with_values({"scale": 255}, "the input is uint8")
-    values = {"scale": 1, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    read = read.with_values(
-        {field: value for field, value in values.items() if getattr(card, field) is None},
-        "default",
-    )
-    for field in ("mean", "std"):
-        numbers = getattr(read.card, field)
-        shown = " ".join(f"{value:g}" for value in numbers)
-        if read.card.scale == 1 and max(map(abs, numbers)) > 1:
-            raise UsageError(
-                f"--{field} {shown} is on the scale 0 to 255, --scale is 1: pixels from 0 to 1. Add"
-                " --scale 255."
-            )
-        if channels == 1 and len(set(numbers)) != 1:
-            raise UsageError(
-                f"--{field} {shown}: {name} takes grey images, which have one channel. Give the"
-                " same number three times."
-            )
-    return read
-
-
-def normalisation(card: OnnxCard) -> tuple[Channels, Channels]:
-    """Return mean and deviation, RGB, on the scale 0 to 255, of a card whose scale is known."""
-    factor = 255.0 if card.scale == 1 else 1.0
-    (a, b, c), (d, e, f) = card.mean or (0.0, 0.0, 0.0), card.std or (1.0, 1.0, 1.0)
-    return (a * factor, b * factor, c * factor), (d * factor, e * factor, f * factor)
-
-
-def with_recipe(read: ReadCard) -> tuple[ReadCard, Recipe]:
-    """Fill in how images are resized, and return it as a recipe too. Raises: UsageError."""
-    card = read.card
-    assert card.size is not None
-    width, height = dimensions(card.size)
-    if card.resize is None:
-        chosen = (
-            f"{width}x{height}" if card.crop is Crop.NONE else round(min(width, height) / _CROPPED)
-        )
-        why = "default: size, without a crop" if card.crop is Crop.NONE else "default: size / 0.875"
-        read = read.with_values({"resize": chosen}, why)
-    card = read.card
-    resize: int | tuple[int, int] | None = None
-    padded = False
-    if isinstance(card.resize, int):
-        resize = card.resize
-    elif card.resize is not None:
-        padded = card.resize.startswith("pad")
-        resize = box(card.resize.removeprefix("pad "))
-        if card.resize == "pad":
-            resize = width, height
-    if card.crop is Crop.NONE and resize != (width, height):
-        raise UsageError(
-            f"--crop none with --resize {card.resize}: without a crop every image must come out"
-            f" as {width}x{height}, which is what the model takes. Leave --resize out, or the"
-            " crop in."
-        )
-    recipe = Recipe(
-        height=height,
-        width=width,
-        resize=resize,
-        pad=padded,
-        fill=card.fill or "#000000",
-        centre=card.centre,
-        interpolation=card.interpolation,
-        exif=card.exif,
-    )
-    if problem := bundles.cropped_beyond(recipe):
-        origin = _origin(read, "resize")
-        raise UsageError(
-            f"{'--' if origin == '--resize' else f'{origin}: '}{problem}. Give a --resize of at"
-            f" least {min(width, height)}, or leave it out; --crop none takes the whole image,"
-            " --resize pad fits it into the input (flags of `wrap` and `get-model`)."
-        )
-    return read, recipe
 
 
 def _with_scores(name: str, read: ReadCard, head: Head) -> tuple[ReadCard, Scores, bool]:
@@ -371,7 +271,7 @@ def _with_scores(name: str, read: ReadCard, head: Head) -> tuple[ReadCard, Score
         if read.card.labels:
             raise UsageError(
                 f"{name} has no scores ({head.origin}), so it takes no labels"
-                f" ({_origin(read, 'labels')})."
+                f" ({read.origin('labels')})."
             )
         return read, Scores.LOGITS, False
     if head.labels is not None and read.card.labels is None:
@@ -422,7 +322,7 @@ def _with_defaults(read: ReadCard) -> ReadCard:
 
 
 def _summary(
-    card: OnnxCard, recipe: Recipe, entry: onnx.ValueInfoProto, channels: int
+    card: ModelCard, recipe: Recipe, entry: onnx.ValueInfoProto, channels: int
 ) -> tuple[str, ...]:
     from onnx import TensorProto
 

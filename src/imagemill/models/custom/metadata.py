@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from imagemill.errors import ModelError, UsageError, printable
-from imagemill.models.custom.onnx_card import Color, OnnxCard, ReadCard, checked
+from imagemill.models.card import Color, ModelCard, ReadCard, as_size
 from imagemill.models.labels import check_labels
 from imagemill.records import Interpolation
 
@@ -68,16 +68,14 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
         other than classification. The message names the key.
     """
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    read = ReadCard(ModelCard())
 
     def take(key: str, **found: Any) -> None:
-        for item, value in found.items():
-            try:
-                values[item] = checked(item, value)
-            except ValueError as error:
-                raise ModelError(f"{name}: its metadata key {key} is wrong: {error}.") from error
-            origins[item] = f"metadata: {key}"
+        nonlocal read
+        try:
+            read = read.plus(found, f"metadata: {key}")
+        except ValueError as error:
+            raise ModelError(f"{name}: its metadata key {key} is wrong: {error}.") from error
 
     unread: list[str] = []
     for key in _LABEL_KEYS if with_labels else ():
@@ -87,7 +85,7 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
             break
         if text.strip() and not text.strip().isdecimal():  # a number counts the classes
             unread.append(key)
-    if unread and "labels" not in values:
+    if unread and read.card.labels is None:
         raise ModelError(
             f"{name}: its metadata key {unread[0]} is '{printable(entries[unread[0]], 80)}', which"
             f" is not a list of labels. {_WRAP.format(name=name)}"
@@ -100,8 +98,8 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
                 f"{name} was exported for the task {task!r} (metadata: task), and imagemill runs"
                 " classifiers only. Export a classifier (yolo…-cls)."
             )
-        if "size" in values:
-            take("task classify", **_ultralytics(values["size"]))
+        if read.card.size is not None:
+            take("task classify", **_ultralytics(read.card.size))
     if (color := entries.get("Image.BitmapPixelFormat", "")[:3].upper()) in list(Color):
         take("Image.BitmapPixelFormat", color=color)
     if (scaling := _RANGES.get(entries.get("Image.NominalPixelRange", ""))) is not None:
@@ -109,7 +107,7 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
         take("Image.NominalPixelRange", scale=scale, mean=(mean,) * 3, std=(std,) * 3)
     if licence := entries.get("license", "").strip():
         take("license", licence=printable(licence))
-    return ReadCard(OnnxCard(**values), origins)
+    return read
 
 
 def _ultralytics(size: int | str) -> dict[str, Any]:
@@ -138,7 +136,7 @@ def _size(name: str, text: str) -> int | str:
             " numbers."
         )
     height, width = int(sides[0]), int(sides[-1])
-    return height if height == width else f"{width}x{height}"
+    return as_size(width, height)
 
 
 def read_labels(name: str, key: str, text: str) -> tuple[str, ...] | None:

@@ -1,7 +1,7 @@
 """Wrap a custom ONNX classifier as a bundle.
 
     file.onnx ─► `metadata`: what it says itself ─┐
-    file.card.json, flags ─► `onnx_card` ─────────┴► `graph`: the plan ─► `assemble`: the wrapped
+    file.card.json, flags ─► `card` ──────────────┴► `graph`: the plan ─► `assemble`: the wrapped
         graph ─► `check`: run once ─► bundle
 
 The card is JSON, written by hand or by `imagemill wrap`. A batch size that was fixed when the file
@@ -25,19 +25,19 @@ from typing import TYPE_CHECKING, Any, Final
 from imagemill.errors import ClassCountError, ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
-from imagemill.models.custom.assemble import assemble
-from imagemill.models.custom.check import Findings, judge, run_twice
-from imagemill.models.custom.graph import Plan, examine, image_input, input_types
-from imagemill.models.custom.metadata import read_metadata
-from imagemill.models.custom.onnx_card import (
+from imagemill.models.card import (
     Crop,
-    OnnxCard,
+    ModelCard,
     ReadCard,
     card_file,
     card_text,
     read_card,
+    read_given,
 )
-from imagemill.models.labels import read_labels
+from imagemill.models.custom.assemble import assemble
+from imagemill.models.custom.check import Findings, judge, run_twice
+from imagemill.models.custom.graph import Plan, examine, image_input, input_types
+from imagemill.models.custom.metadata import read_metadata
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
 from imagemill.system.messages import Notify
@@ -82,7 +82,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
 
     Args:
         file: ONNX.
-        given: fields of OnnxCard by name. None leaves the value of the card beside the file, else
+        given: fields of ModelCard by name. None leaves the value of the card beside the file, else
             of the file's metadata, else the default. `labels` is a file's path.
         output: a folder for a bundle; None writes the card beside the file.
 
@@ -96,7 +96,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     """
     beside = card_file(file)
     labels = given.get("labels")
-    given = dict(given) | {"labels": None if labels is None else read_labels(Path(labels))}
+    given = read_given(given)
     model = parse(file)
     read = _read(file, model, given)
     if labels is not None:
@@ -191,7 +191,7 @@ _ESSENTIAL: Final = {"mean": "--mean R G B", "std": "--std R G B", "resize": "--
 def _read(file: Path, model: onnx.ModelProto, given: Mapping[str, Any]) -> ReadCard:
     """Return what the file's metadata, the card beside it and the given fields say."""
     beside = card_file(file)
-    card = read_card(beside) if beside.is_file() else ReadCard(OnnxCard())
+    card = read_card(beside) if beside.is_file() else ReadCard(ModelCard())
     has_labels = given.get("labels") is not None or card.card.labels is not None
     read = read_metadata(file.name, model, with_labels=not has_labels)
     return read.with_card(card).with_values(given)
@@ -255,7 +255,7 @@ def build(source: Source, folder: Path) -> Checked:
     return replace(checked, bundle=replace(checked.bundle, dir=folder))
 
 
-def _key(file: Path, model: onnx.ModelProto, card: OnnxCard) -> str:
+def _key(file: Path, model: onnx.ModelProto, card: ModelCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
     names = external_files(file, model)
     sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in names)]

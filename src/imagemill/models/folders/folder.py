@@ -20,14 +20,12 @@ from imagemill.errors import CheckpointError, ModelError, printable
 from imagemill.models import build
 from imagemill.models import bundle as bundles
 from imagemill.models.architectures import describe, is_known, recognise, resnet
+from imagemill.models.card import ReadCard, dimensions, read_given
 from imagemill.models.checkpoints import checkpoint
 from imagemill.models.custom import wrap
-from imagemill.models.custom.graph import dimensions
-from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file, timm_config, transformers_config
 from imagemill.models.folders.json_file import CONFIG, GRAPHS, INDEX, WEIGHTS, Document
 from imagemill.models.folders.transformers_config import is_plain_resnet
-from imagemill.models.labels import read_labels
 from imagemill.records import Bundle
 from imagemill.system.messages import Notify
 
@@ -77,7 +75,7 @@ def bundle_for(
         notify: takes one line at a time: each value that was read and where it came from.
         name: of the bundle, and of the model in results.
         origin: where the folder is from, for the card: `repository`, `commit`, `licence`, …
-        given: fields of OnnxCard by name, which replace what the folder says.
+        given: fields of ModelCard by name, which replace what the folder says.
 
     Raises:
         UsageError: a given value makes no sense, or a package is missing. ClassCountError: the
@@ -140,9 +138,7 @@ def look_into(folder: Path, given: Mapping[str, Any], origin: Mapping[str, Any])
             f"{shown} has no {CONFIG}, so it is no model folder of transformers, optimum or timm."
         )
     document = json_file.read(file)
-    given = {name: value for name, value in given.items() if value is not None}
-    if isinstance(given.get("labels"), str):
-        given["labels"] = read_labels(Path(given["labels"]))
+    given = read_given(given)
     if is_timm := timm_config.is_timm(document):
         read, architecture = timm_config.read_timm(document), timm_config.architecture(document)
     elif "model_type" in document.values or "architectures" in document.values:

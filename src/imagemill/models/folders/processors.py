@@ -1,5 +1,5 @@
 """How the image processors of transformers prepare an image: `preprocessor_config.json` as the
-fields of an `OnnxCard`.
+fields of an `ModelCard`.
 
 Each class gives the keys its own meaning and its own defaults. The table is that of transformers
 4.57 and 5.24. If these versions disagree about a default, a file without that key is refused:
@@ -8,14 +8,14 @@ nobody can know which of them the model was trained with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Annotated, Any, Final
 
 from msgspec import Meta
 
-from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
+from imagemill.models.card import MAX_SIDE, ModelCard, ReadCard, as_size
 from imagemill.models.folders.json_file import Document
 from imagemill.records import Centre, Interpolation
 
@@ -207,6 +207,7 @@ class _Reader:
     keys: Keys = field(init=False)
     kind: Processor = field(init=False)
     used: list[str] = field(default_factory=list)
+    read: ReadCard = field(default_factory=lambda: ReadCard(ModelCard()))
 
     def __post_init__(self) -> None:
         self.keys = self.document.record(Keys)
@@ -238,6 +239,13 @@ class _Reader:
         rest = f"; default: {', '.join(defaults)}" if defaults else ""
         return self.document.origin(*said) + rest
 
+    def take(self, origin: str, **found: Any) -> None:
+        """Take fields of the card over. Raises: ModelError."""
+        try:
+            self.read = self.read.plus(found, origin)
+        except ValueError as error:
+            raise self.document.error(str(error)) from None
+
     def card(self) -> ReadCard:
         """Return the card with the origins of its fields."""
         if self.keys.do_pad:
@@ -247,15 +255,6 @@ class _Reader:
                 "use_square_size is true: versions of transformers disagree about its meaning."
                 " Write height and width into size instead"
             )
-        fields: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-
-        def notify(**found: Any) -> None:
-            origin = self.origin()
-            for name, value in found.items():
-                fields[name] = checked(name, value)
-                origins[name] = origin
-
         resized = self._resized()
         resize_origin = self.origin()
         size = self._cropped(resized)
@@ -266,25 +265,21 @@ class _Reader:
                     " follows. Add do_center_crop and crop_size, or height and width in size"
                 )
             size, self.used = resized, ["size"]
-        notify(size=size[0] if size[0] == size[1] else spelled(size))
-        fields["resize"] = (
-            "none"
-            if resized is None
-            else spelled(resized)
-            if isinstance(resized, tuple)
-            else resized
-        )
-        origins["resize"] = resize_origin
-        fields["centre"], origins["centre"] = Centre.TRANSFORMERS, f"{self.name}ImageProcessor"
+        self.take(self.origin(), size=as_size(*size))
+        if isinstance(resized, tuple):
+            self.take(resize_origin, resize=f"{resized[0]}x{resized[1]}")
+        else:
+            self.take(resize_origin, resize="none" if resized is None else resized)
+        self.take(f"{self.name}ImageProcessor", centre=Centre.TRANSFORMERS)
         if resized is not None:
             default = self.kind.resample
             found = self.value("resample", None if default is None else _FILTERS.index(default))
-            notify(interpolation=_FILTERS[found])
+            self.take(self.origin(), interpolation=_FILTERS[found])
         if self.kind.flips:
             flipped = self.value("do_flip_channel_order", True)
-            notify(color="BGR" if flipped else "RGB")
-        self._normalisation(notify)
-        return ReadCard(OnnxCard(**fields), origins)
+            self.take(self.origin(), color="BGR" if flipped else "RGB")
+        self._normalisation()
+        return self.read
 
     def _box_or_short(
         self, key: str, default: int | Pair | None, *, short: bool
@@ -359,7 +354,7 @@ class _Reader:
             raise self.document.error("crop_size must have height and width")
         return crop
 
-    def _normalisation(self, notify: Callable[..., None]) -> None:
+    def _normalisation(self) -> None:
         """Take over scale, mean and deviation. The rescaling is folded into them."""
         factor, offset = 1.0, 0.0
         if self.value("do_rescale", True):
@@ -368,15 +363,15 @@ class _Reader:
                 offset = 1.0
         is_usual = abs(factor * 255 - 1) < 1e-6
         unit = 1.0 if is_usual else factor
-        notify(scale=1 if is_usual else 255)
+        self.take(self.origin(), scale=1 if is_usual else 255)
         default_mean, default_std = self.kind.mean.value
         normalises = self.kind.mean is not Mean.NONE and self.value("do_normalize", True)
         mean = self._three("image_mean", default_mean) if normalises else (0.0, 0.0, 0.0)
-        notify(mean=tuple((item + offset) / unit for item in mean))
+        self.take(self.origin(), mean=tuple((item + offset) / unit for item in mean))
         again = self.kind.efficientnet and self.value("include_top", True)
         divisions = int(normalises) + int(again)
         std = self._three("image_std", default_std) if divisions else (1.0, 1.0, 1.0)
-        notify(std=tuple(item**divisions / unit for item in std))
+        self.take(self.origin(), std=tuple(item**divisions / unit for item in std))
 
     def _three(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """Return one number per channel."""
@@ -385,13 +380,3 @@ class _Reader:
         if len(values) not in (1, 3):
             raise self.document.error(f"{key} has {len(values)} numbers; it must have 3, or 1")
         return tuple(float(item) for item in values) * (3 // len(values))
-
-
-def spelled(size: tuple[int, int]) -> str:
-    """Return width and height as a card spells them.
-
-    Example:
-        >>> spelled((320, 240))
-        '320x240'
-    """
-    return f"{size[0]}x{size[1]}"

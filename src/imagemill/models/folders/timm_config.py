@@ -1,4 +1,4 @@
-"""How timm prepares an image: `config.json` with `pretrained_cfg`, as an `OnnxCard`.
+"""How timm prepares an image: `config.json` with `pretrained_cfg`, as an `ModelCard`.
 
 This follows `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.
 """
@@ -12,9 +12,9 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import Meta
 
 from imagemill.errors import counted, printable
-from imagemill.models.custom.onnx_card import MAX_SIDE, OnnxCard, ReadCard, checked
+from imagemill.models.card import MAX_SIDE, ModelCard, ReadCard, as_size
 from imagemill.models.folders.json_file import Document, numbered_labels
-from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side, spelled
+from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side
 from imagemill.models.labels import MAX_LABELS, check_labels, imagenet_labels
 from imagemill.records import Centre, Interpolation
 
@@ -95,54 +95,53 @@ def read_timm(document: Document) -> ReadCard:
     """
     config = document.record(Config)
     inner, pretrained = _pretrained(document)
-    fields: dict[str, Any] = {"centre": Centre.TORCHVISION}
-    origins: dict[str, str] = {"centre": "timm"}
+    read = ReadCard(ModelCard(centre=Centre.TORCHVISION), {"centre": "timm"})
 
-    def notify(*keys: str, **found: Any) -> None:
+    def take(*keys: str, **found: Any) -> None:
         """Take fields over; `keys` are those that they were read from."""
+        nonlocal read
         said = [key for key in keys if getattr(pretrained, key)]
         origin = inner.origin(*said) if said else "timm's default"
-        for name, value in found.items():
-            try:
-                fields[name] = checked(name, value)
-            except ValueError as error:
-                raise document.error(f"{inner.prefix}{keys[0]}: {error}") from None
-            origins[name] = origin
+        try:
+            read = read.plus(found, origin)
+        except ValueError as error:
+            raise document.error(f"{inner.prefix}{keys[0]}: {error}") from None
 
     channels, height, width = _input_size(document, config, pretrained)
     share = pretrained.crop_pct or _CROPPED
     scaled = math.floor(width / share), math.floor(height / share)
     if not 1 <= min(scaled) <= max(scaled) <= MAX_SIDE:
         raise document.error(f"{inner.prefix}crop_pct is {share:g}; it must be about 1")
-    notify("input_size", size=width if width == height else spelled((width, height)))
+    take("input_size", size=as_size(width, height))
     resize: int | str = scaled[0]
     match pretrained.crop_mode:
         case "squash":
-            resize = spelled(scaled)
+            resize = f"{scaled[0]}x{scaled[1]}"
         case "border":
-            resize = f"pad {spelled(scaled)}"
+            resize = f"pad {scaled[0]}x{scaled[1]}"
         case _ if width != height:
             raise document.error(
                 f"{inner.prefix}input_size is {width}×{height} with crop_mode center, which is"
                 " supported for square inputs only"
             )
-    notify("input_size", "crop_pct", "crop_mode", resize=resize)
-    notify("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
+    take("input_size", "crop_pct", "crop_mode", resize=resize)
+    take("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
     default_mean, default_std = Mean.IMAGENET.value
     mean = _per_channel(document, "mean", pretrained.mean or default_mean, channels)
-    notify("mean", scale=1, mean=mean)
-    notify("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
+    take("mean", scale=1, mean=mean)
+    take("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
     if pretrained.crop_mode == "border":
         levels = [min(255, max(0, round(255 * item))) for item in mean]
-        notify("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
+        take("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
     if pretrained.license:
-        notify("license", licence=pretrained.license)
+        take("license", licence=pretrained.license)
     count = pretrained.num_classes if config.num_classes is None else config.num_classes
     if count == 0:
-        notify("num_classes", logits="none")
-    else:
-        fields["labels"], origins["labels"] = _labels(document, config, inner, pretrained, count)
-    return ReadCard(OnnxCard(**fields), origins)
+        take("num_classes", logits="none")
+    elif (found := _labels(document, config, inner, pretrained, count)) is not None:
+        names, origin = found
+        read = read.plus({"labels": names}, origin)
+    return read
 
 
 def _pretrained(document: Document) -> tuple[Document, Pretrained]:
@@ -179,8 +178,8 @@ def _labels(
     inner: Document,
     pretrained: Pretrained,
     count: int | None,
-) -> tuple[tuple[str, ...] | None, str]:
-    """Return the labels and where they came from.
+) -> tuple[tuple[str, ...], str] | None:
+    """Return the labels and where they came from; None: the classes have no names.
 
     A name is replaced by its description if there is one. Without names, 1,000 classes are those of
     ImageNet-1k, as in timm.
@@ -191,7 +190,7 @@ def _labels(
     if not names:
         if count == 1000:
             return imagenet_labels(), "ImageNet-1k, as timm takes 1,000 classes to be"
-        return None, "the numbers of the classes: config.json has no label_names"
+        return None
     if isinstance(names, dict):
         names = numbered_labels(place, key, names)
     if count is not None and count != len(names):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from imagemill.models.custom.onnx_card import OnnxCard, ReadCard
+from imagemill.models.card import ModelCard, ReadCard
 from imagemill.models.folders import json_file
 from imagemill.models.folders.json_file import PREPROCESSOR, PROCESSOR, Document, numbered_labels
 from imagemill.models.folders.processors import MODEL_TYPES, PROCESSORS, read_processor
@@ -60,11 +60,10 @@ def read_transformers(folder: Path, document: Document, given: Mapping[str, Any]
     """
     config = document.record(Config)
     if all(given.get(name) is not None for name in _NEEDED):
-        read = ReadCard(OnnxCard())
+        read = ReadCard(ModelCard())
     else:
         read = _read_processors(folder, document, config)
-    fields, origins = _head(document, config)
-    return ReadCard(replace(read.card, **fields), {**read.origins, **origins})
+    return _with_outputs(read, document, config)
 
 
 def architecture(document: Document) -> str:
@@ -82,20 +81,17 @@ def is_plain_resnet(document: Document) -> bool:
     )
 
 
-def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the outputs of the network are, as fields of a card, and the origins."""
+def _with_outputs(read: ReadCard, document: Document, config: Config) -> ReadCard:
+    """Fill in what the outputs of the network are. Raises: ModelError."""
     name = next(iter(config.architectures or ()), "")
     if _HEADLESS.fullmatch(name):
-        return {"logits": "none"}, {"logits": document.origin("architectures")}
-    fields: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+        return read.plus({"logits": "none"}, document.origin("architectures"))
     if config.id2label:
-        fields["labels"] = numbered_labels(document, "id2label", config.id2label)
-        origins["labels"] = document.origin("id2label")
+        labels = numbered_labels(document, "id2label", config.id2label)
+        read = read.plus({"labels": labels}, document.origin("id2label"))
     match config.problem_type:
         case "multi_label_classification":
-            fields["scores"] = Scores.SIGMOID
-            origins["scores"] = document.origin("problem_type")
+            read = read.plus({"scores": Scores.SIGMOID}, document.origin("problem_type"))
         case "single_label_classification" | None:
             pass
         case other:
@@ -103,7 +99,7 @@ def _head(document: Document, config: Config) -> tuple[dict[str, Any], dict[str,
                 f"problem_type is {other[:100]!r}; it must be single_label_classification or"
                 " multi_label_classification"
             )
-    return fields, origins
+    return read
 
 
 def _read_processors(folder: Path, document: Document, config: Config) -> ReadCard:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
+from imagemill.models.card import ReadCard
 from imagemill.models.custom import wrap
-from imagemill.models.custom.onnx_card import ReadCard
 from imagemill.models.folders import json_file
 from imagemill.models.folders.transformers_config import read_transformers
 from imagemill.models.zero_shot import last_layer

@@ -1,8 +1,8 @@
-"""The card of a custom ONNX file, `file.card.json`: how an image becomes the model's input, and
-what its scores mean.
+"""How an image becomes a model's input, and what the model's scores mean: a card.
 
-A card is written by hand or by `imagemill wrap`. The readers of model folders and of ONNX metadata
-return one too, as a `ReadCard`, which also says where each value came from.
+Checkpoints, model folders and ONNX files end up as one: their readers return a `ReadCard`, which
+also says where each value came from. For a custom ONNX file it is also a file, `file.card.json`,
+written by hand or by `imagemill wrap`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import msgspec
 from msgspec import Meta
 
 from imagemill.errors import ModelError, UsageError, printable
+from imagemill.models.folders import json_file
 from imagemill.models.labels import read_labels
 from imagemill.records import Centre, Interpolation, Scores
 
 SUFFIX: Final = ".card.json"
 MAX_SIDE: Final = 65_535
 """Pixels. Larger than the input of any model, and a bound for hostile files."""
-_MAX_BYTES: Final = 64 * 2**20
-"""Of a card. A million labels fit."""
 _BOX: Final = r"[1-9]\d{0,4}x[1-9]\d{0,4}"
 _SHOWN_LABELS: Final = 5
 
@@ -58,8 +57,8 @@ class Crop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class OnnxCard:
-    """`file.card.json`: what a custom ONNX file does not say itself.
+class ModelCard:
+    """What a model's own network does not say.
 
     Every key is optional and may be null, which means the default named here. `wrap.bundle_for`
     wants `mean`, `std` and `resize` from the card or the file. The descriptions in the annotations
@@ -142,7 +141,7 @@ class OnnxCard:
 class ReadCard:
     """A card that was read from a model's own files, and where its values came from."""
 
-    card: OnnxCard
+    card: ModelCard
     origins: Mapping[str, str] = field(default_factory=dict)
     """Name of a field of the card → where its value came from, for example
     `{"labels": "config.json: id2label"}`.
@@ -152,31 +151,45 @@ class ReadCard:
         """Return the card with other values, for example those of the command line.
 
         Args:
-            given: fields of OnnxCard by name. None leaves the value as it is.
+            given: fields of ModelCard by name. None leaves the value as it is.
             origin: where they came from; None: from the flag of each field's name.
 
         Raises:
             UsageError: a value that its field cannot have.
 
         Example:
-            >>> ReadCard(OnnxCard()).with_values({"size": 224}).lines()
+            >>> ReadCard(ModelCard()).with_values({"size": 224}).lines()
             ('size: 224 (--size)',)
         """
-        chosen = {name: value for name, value in given.items() if value is not None}
-        card = changed(self.card, chosen)
+        try:
+            return self.plus(given, origin)
+        except ValueError as error:
+            raise UsageError(f"--{error}.") from error
+
+    def plus(self, values: Mapping[str, Any], origin: str | None) -> ReadCard:
+        """Return the card with other values, as `with_values`, but of a file.
+
+        Raises:
+            ValueError: a value that its field cannot have, see `checked`.
+        """
+        chosen = {name: checked(name, value) for name, value in values.items() if value is not None}
         origins = {name: origin or f"--{name}" for name in chosen}
-        return ReadCard(card, {**self.origins, **origins})
+        return ReadCard(replace(self.card, **chosen), {**self.origins, **origins})
 
     def with_card(self, other: ReadCard) -> ReadCard:
         """Return the card with the values of another one, as far as their origin is known."""
         values = {name: getattr(other.card, name) for name in other.origins}
         return ReadCard(replace(self.card, **values), {**self.origins, **other.origins})
 
+    def origin(self, field: str) -> str:
+        """Return where a field's value came from."""
+        return self.origins.get(field, "default")
+
     def lines(self) -> tuple[str, ...]:
         """Return one line per value whose origin is known, in the order of the card's fields."""
         return tuple(
             f"{item.name}: {_shown(getattr(self.card, item.name))} ({self.origins[item.name]})"
-            for item in fields(OnnxCard)
+            for item in fields(ModelCard)
             if item.name in self.origins
         )
 
@@ -208,20 +221,17 @@ def read_card(path: Path) -> ReadCard:
     """
     remedy = "Correct it, or make it with `imagemill wrap`."
     try:
-        values = msgspec.json.decode(_read_bounded(path))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"{path} cannot be read: {reason}. {remedy}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} is not a JSON object. {remedy}")
-    known = [item.name for item in fields(OnnxCard)]
+        values = json_file.read(path).values
+    except ModelError as error:
+        raise ModelError(f"{error} {remedy}") from error
+    known = [item.name for item in fields(ModelCard)]
     if unknown := [key for key in values if key not in known]:
         raise ModelError(
             f"{path} has the unknown key {printable(unknown[0])!r}. Known: {', '.join(known)}."
         )
     values = {name: value for name, value in values.items() if value is not None}
     try:
-        card = OnnxCard(**{name: checked(name, value) for name, value in values.items()})
+        card = ModelCard(**{name: checked(name, value) for name, value in values.items()})
     except ValueError as error:
         raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(card.labels, str):
@@ -229,15 +239,7 @@ def read_card(path: Path) -> ReadCard:
     return ReadCard(card, dict.fromkeys(values, path.name))
 
 
-def _read_bounded(path: Path) -> bytes:
-    with path.open("rb") as opened:
-        data = opened.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"it is larger than {_MAX_BYTES:,} bytes")
-    return data
-
-
-def card_text(card: OnnxCard, chosen: Collection[str] | None = None) -> str:
+def card_text(card: ModelCard, chosen: Collection[str] | None = None) -> str:
     """Return a card as its file holds it.
 
     Args:
@@ -252,11 +254,11 @@ def card_text(card: OnnxCard, chosen: Collection[str] | None = None) -> str:
     return msgspec.json.format(msgspec.json.encode(values), indent=2).decode() + "\n"
 
 
-_TYPES: Final[Mapping[str, Any]] = typing.get_type_hints(OnnxCard, include_extras=True)
+_TYPES: Final[Mapping[str, Any]] = typing.get_type_hints(ModelCard, include_extras=True)
 
 
 def checked(name: str, value: object) -> Any:
-    """Return the value as the field `name` of OnnxCard holds it.
+    """Return the value as the field `name` of ModelCard holds it.
 
     Raises:
         ValueError: the field cannot have this value. The message names the field, the value and
@@ -277,6 +279,18 @@ def checked(name: str, value: object) -> Any:
     raise ValueError(f"{name} is {shown}; known: {', '.join(choices)}")
 
 
+def read_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a command line that were given, labels read from the file that is named.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    if isinstance(values.get("labels"), str):
+        values["labels"] = read_labels(Path(values["labels"]))
+    return values
+
+
 def box(text: str) -> tuple[int, int] | None:
     """Return width and height of a text such as "224x224"; None if it is not one."""
     if not re.fullmatch(_BOX, text):
@@ -285,14 +299,20 @@ def box(text: str) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def changed(card: OnnxCard, given: Mapping[str, Any]) -> OnnxCard:
-    """Return a card with the values that the command line gives; None leaves a value as it is.
+def dimensions(size: int | str) -> tuple[int, int]:
+    """Return width and height of a card's `size`."""
+    if isinstance(size, int):
+        return size, size
+    found = box(size)
+    assert found is not None, "checked when the card was read"
+    return found
 
-    Raises:
-        UsageError: a value that its field cannot have.
+
+def as_size(width: int, height: int) -> int | str:
+    """Return the `size` of a card.
+
+    Example:
+        >>> as_size(224, 224), as_size(320, 240)
+        (224, '320x240')
     """
-    try:
-        values = {name: checked(name, value) for name, value in given.items() if value is not None}
-    except ValueError as error:
-        raise UsageError(f"--{error}.") from error
-    return replace(card, **values)
+    return width if width == height else f"{width}x{height}"
