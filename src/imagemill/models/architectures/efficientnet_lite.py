@@ -244,14 +244,7 @@ class EfficientNetLite:
                     return f"{_TIMM[piece]}.{part}"
             raise ValueError(name)
 
-        usual = _TIMM["_fc"] if self.is_timm else "_fc"
-        actual = graph.head_name(arrays, usual)
-
-        def called(name: str) -> str:
-            spelled = in_timm(name) if self.is_timm else name
-            return spelled.replace(usual, actual) if name.startswith("_fc.") else spelled
-
-        return called
+        return graph.with_head(arrays, in_timm if self.is_timm else str, "_fc")
 
     def _pads(self, extent: tuple[int, int], kernel: int, stride: int) -> tuple[int, int, int, int]:
         """Return the padding of a plane (height, width): top, left, bottom, right, pixels."""

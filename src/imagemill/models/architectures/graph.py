@@ -62,14 +62,29 @@ def head(name: str, classes: int, features: int) -> Shapes:
     return {f"{name}.weight": (classes, features), f"{name}.bias": (classes,)}
 
 
-def head_name(arrays: Mapping[str, Array], usual: str) -> str:
-    """Return what a file calls its classifier: `usual`, else the layer with the file's only matrix,
-    as in `fc = nn.Sequential(nn.Dropout(), nn.Linear(2048, 10))`, which is `fc.1`.
+def with_head(
+    arrays: Mapping[str, Array], translate: Callable[[str], str], head: str
+) -> Callable[[str], str]:
+    """Return `translate`, the function from our names of parameters to a file's, changed for a file
+    whose classifier has another name than usual: it is the layer with the file's only matrix, as in
+    `fc = nn.Sequential(nn.Dropout(), nn.Linear(2048, 10))`, which is `fc.1`.
+
+    Args:
+        arrays: the file's, by name.
+        translate: the function.
+        head: our name of the classifier.
     """
-    if f"{usual}.weight" in arrays:
-        return usual
+    usual = translate(f"{head}.weight").removesuffix(".weight")
     matrices = [name for name, array in arrays.items() if array.ndim == 2]
-    return matrices[0].removesuffix(".weight") if len(matrices) == 1 else usual
+    if f"{usual}.weight" in arrays or len(matrices) != 1:
+        return translate
+    actual = matrices[0].removesuffix(".weight")
+
+    def called(name: str) -> str:
+        found = translate(name)
+        return found.replace(usual, actual) if name.startswith(f"{head}.") else found
+
+    return called
 
 
 def classes(arrays: Mapping[str, Array], head: str) -> int:

@@ -230,22 +230,12 @@ def recognise(arrays: Mapping[str, Array]) -> list[ResNet]:
 
 def names(arrays: Mapping[str, Array]) -> Callable[[str], str]:
     """Return the function that translates torchvision's name of a parameter into the file's."""
-    translate = _same_name
+    translate: Callable[[str], str] = str  # torchvision's own
     if is_cadene(arrays):
         translate = cadene_name
     elif any(name.startswith("resnet.") for name in arrays):
         translate = transformers_name
-    usual = translate("fc.weight").removesuffix(".weight")
-    actual = graph.head_name(arrays, usual)
-
-    def called(name: str) -> str:
-        return translate(name).replace(usual, actual) if name[:3] == "fc." else translate(name)
-
-    return called
-
-
-def _same_name(name: str) -> str:
-    return name
+    return graph.with_head(arrays, translate, "fc")
 
 
 def is_cadene(arrays: Mapping[str, Array]) -> bool:
