@@ -83,6 +83,14 @@ def is_bundle(folder: Path) -> bool:
     return (folder / CARD).is_file()
 
 
+def unnamed_folder(name: str, key: str) -> str:
+    """Return what the folder of a bundle is called that the user gave no name: the name of what it
+    is made from, and the start of the hash of all that decides it.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:100].lstrip(".-") or "model"
+    return f"{stem}-{key[:12]}"
+
+
 def another_name(folder: Path) -> str:
     """Return a name that no model in the models folder has: `birds.2` if there is `birds`."""
     number = 2

@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -122,7 +120,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
             f"note: {_listed(missing)} {_were(missing)} not given, so `run` refuses the model. Most"
             " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
             " --resize 256. Add the values that this one was trained with: imagemill wrap"
-            f" {_quoted(file)} {_flags(missing, read)}"
+            f" {mistaken.quoted(file)} {_flags(missing, read)}"
         )
         checked = replace(checked, lines=(*checked.lines, note), is_complete=False)
     return beside, checked
@@ -135,8 +133,8 @@ def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
     builds another bundle.
 
     Raises:
-        UsageError: there is no such file, or neither the file nor its card says how images are
-        prepared. ModelError: see `wrap`.
+        UsageError: there is no such file, neither the file nor its card says how images are
+        prepared, or the card does not fit the file. ModelError: see `wrap`.
     """
     shown, card = printable(file), printable(card_file(file).name)
     if not file.is_file():
@@ -152,30 +150,10 @@ def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
         found = "; ".join(read.lines()) or "nothing"
         raise UsageError(
             f"--model {shown}: {lack}. Known: {found}. Say it once, with the values that the model"
-            f" was trained with: imagemill wrap {_quoted(file)} {_flags(missing, read)}"
+            f" was trained with: imagemill wrap {mistaken.quoted(file)} {_flags(missing, read)}"
         )
-    return bundle_of(file, model, read, models_dir, notify)
-
-
-def bundle_of(
-    file: Path, model: onnx.ModelProto, read: ReadCard, models_dir: Path, notify: Notify
-) -> Bundle:
-    """Return the bundle of a file and a card, and build it in the models folder if it is missing.
-
-    Args:
-        file: ONNX.
-        model: the file's content, without weights that lie beside it.
-        read: the card, and where its values came from.
-        models_dir: where bundles lie.
-        notify: prints a line.
-
-    Raises:
-        UsageError, ClassCountError: the card does not fit the file. ModelError: the file is not a
-        classifier that can be wrapped.
-    """
     key = _key(file, model, read.card)
-    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", file.stem)[:100].lstrip(".-") or "model"
-    folder = models_dir / f"{stem}-{key[:12]}"
+    folder = models_dir / bundles.unnamed_folder(file.stem, key)
     if bundles.is_bundle(folder):
         return bundles.load(folder)
     notify(f"{printable(file.name)}: wrapping it, once, into {folder}")
@@ -214,12 +192,7 @@ def _flags(missing: list[str], read: ReadCard) -> str:
     flags = " ".join(_ESSENTIAL[name] for name in missing)
     if "labels" in read.origins:
         return flags
-    return f"{flags} --labels FILE. FILE has one label per line, in the order of the classes."
-
-
-def _quoted(file: Path) -> str:
-    """Return a file's path as a shell takes it."""
-    return printable(shlex.quote(str(file)))
+    return f"{flags} --labels FILE. {mistaken.LABELS}"
 
 
 def _were(names: list[str]) -> str:

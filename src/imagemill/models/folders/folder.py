@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -86,8 +85,7 @@ def bundle_for(
     if name is not None:
         model = replace(model, read=replace(model.read, card=replace(model.read.card, name=name)))
     key = _key(model)
-    stem = re.sub(r"[^A-Za-z0-9_.-]", "_", model.read.card.name or "")[:100].lstrip(".-") or "model"
-    home = models_dir / (name or f"{stem}-{key[:12]}")
+    home = models_dir / (name or bundles.unnamed_folder(model.read.card.name or "", key))
     if bundles.is_bundle(home):
         found = bundles.load(home)
         if found.card.origin.get("wrapped") != key:
