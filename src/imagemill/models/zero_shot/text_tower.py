@@ -65,9 +65,18 @@ def tokenize(folder: Path, family: Family, prompts: Sequence[str]) -> Tokens:
     """
     library = load_library()
     file = folder / "tokenizer.json"
-    text = _read(file)
+    if not file.is_file():
+        raise ModelError(
+            f"{printable(file)} is missing, which turns texts into tokens. Get a model folder that"
+            " has it."
+        )
+    if file.stat().st_size > _TOKENIZER_BYTES:
+        raise ModelError(
+            f"{printable(file)} is larger than {_TOKENIZER_BYTES:,} bytes, too large for a"
+            " tokenizer."
+        )
     try:
-        tokenizer = library.Tokenizer.from_str(text)
+        tokenizer = library.Tokenizer.from_str(file.read_text("utf-8"))
         token = family.padding_token
         padding = (
             (tokenizer.padding or {}).get("pad_id")
@@ -105,26 +114,6 @@ def tokenize(folder: Path, family: Family, prompts: Sequence[str]) -> Tokens:
     return Tokens(
         ids, padding, tuple(place for place, item in enumerate(encoded) if item.overflowing)
     )
-
-
-def _read(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            data = opened.read(_TOKENIZER_BYTES + 1)
-        if len(data) > _TOKENIZER_BYTES:
-            raise ModelError(
-                f"{printable(file)} is larger than {_TOKENIZER_BYTES:,} bytes, too large for a"
-                " tokenizer."
-            )
-        return data.decode("utf-8")
-    except FileNotFoundError:
-        raise ModelError(
-            f"{printable(file)} is missing, which turns texts into tokens. Get a model folder that"
-            " has it."
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ModelError(f"{printable(file)} cannot be read: {reason}.") from error
 
 
 class TextTower:
