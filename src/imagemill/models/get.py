@@ -463,8 +463,7 @@ def _with_labels(read: ReadCard, weights: _Weights, notify: Notify) -> ReadCard:
 
 def _say_licence(made: Bundle, entry: Published | None, notify: Notify) -> None:
     name, licence = made.card.name, made.card.licence
-    note = ": not for commercial use" if "NC" in licence.split("-") else ""
-    notify(f"{name}: licence {licence}{note}")
+    notify(f"{name}: {hub.describe_licence(licence)}")
     if not made.card.origin.get("verified"):
         reason = (
             "no hash is published for it"

@@ -229,7 +229,7 @@ def snapshot(
     missing = [each for each in chosen if not _is_here(folder / each, listing.files[each])]
     branch = "" if revision == listing.commit else f" of {revision}"
     commit = f"commit {listing.commit[:12]}{branch}"
-    notify(f"{PREFIX}{repo}: {commit}, {_licence(listing.licence)}")
+    notify(f"{PREFIX}{repo}: {commit}, {describe_licence(listing.licence)}")
     if missing:
         _download(listing, missing, folder, notify, progress)
     if is_new:
@@ -264,7 +264,7 @@ def cached_snapshot(
         if not _is_here(target / name, listing.files[name]):
             _check(repo, name, folder / name, listing.files[name])
             _link(folder / name, target / name)
-    notify(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {_licence(listing.licence)}")
+    notify(f"{PREFIX}{repo}: commit {listing.commit[:12]}, {describe_licence(listing.licence)}")
     _warn_of_code(repo, target, notify)
     sums = {each: listing.files[each].sha256 or bundles.sha256(target / each) for each in chosen}
     return Snapshot(target, repo, listing.commit, listing.commit, listing.licence, sums)
@@ -284,7 +284,8 @@ def _note(home: Path, revision: str) -> Path:
     return home / f"{urllib.parse.quote(revision, safe='')}.json"
 
 
-def _licence(licence: str) -> str:
+def describe_licence(licence: str) -> str:
+    """Return a licence in words, with a note if it forbids commercial use."""
     restricted = re.search(r"(^|-)nc(-|$)", licence.lower()) is not None
     return f"licence {licence}{': not for commercial use' if restricted else ''}"
 
