@@ -19,6 +19,7 @@ from imagemill.models import bundle as bundles
 from imagemill.models.card import Color, Layout
 from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
 from imagemill.models.custom.outputs import constant_tensors, inner_graphs, live_nodes
+from imagemill.models.preprocessing import normalisation
 from imagemill.records import Scores
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _normalise(builder: _Builder, plan: Plan) -> None:
         shape = (1, -1, 1, 1) if card.layout is Layout.NCHW else (1, 1, 1, -1)
         mean, std = (
             np.array([values[place] for place in order], np.float32).reshape(shape)
-            for values in plan.normalisation
+            for values in normalisation(card)
         )
         at = builder.node("Sub", [at, builder.weight("mean", mean)], _OURS + "centred")
         at = builder.node("Div", [at, builder.weight("std", std)], "normalised")
@@ -162,7 +163,7 @@ def _outputs(builder: _Builder, plan: Plan) -> list[tuple[str, int | str]]:
             score = builder.node("Cast", [at], _OURS + "score", to=TensorProto.FLOAT)
             at = _two_classes(builder, score, plan)
         builder.node("Cast", [at], "logits", to=TensorProto.FLOAT)
-        found.append(("logits", 2 if plan.two_classes else plan.classes or "classes"))
+        found.append(("logits", 2 if plan.two_classes else plan.head.classes or "classes"))
     if plan.features is not None:
         at = _PREFIX + plan.features.tensor
         if plan.features.first_token:

@@ -72,7 +72,7 @@ def judge(plan: Plan, answers: Answers) -> Findings:
     """
     name, main = plan.file.name, "embedding" if plan.head.tensor is None else "logits"
     found = answers[0][main]
-    expected = 2 if plan.two_classes else plan.classes
+    expected = 2 if plan.two_classes else plan.head.classes
     if len(found) != 2 or (main == "logits" and expected not in (None, found.shape[1])):
         what = "scores are (n, classes)" if main == "logits" else "an embedding is (n, features)"
         raise ModelError(

@@ -21,12 +21,7 @@ from imagemill.models.custom.outputs import (
     live_nodes,
 )
 from imagemill.models.labels import check_labels
-from imagemill.models.preprocessing import (
-    Channels,
-    normalisation,
-    with_normalisation,
-    with_recipe,
-)
+from imagemill.models.preprocessing import with_normalisation, with_recipe
 from imagemill.records import Recipe, Scores
 
 if TYPE_CHECKING:
@@ -70,11 +65,6 @@ class Plan:
         return self.read.card
 
     @property
-    def classes(self) -> int | None:
-        """How many scores the file declares; None: it leaves them open."""
-        return self.head.classes
-
-    @property
     def bundle_scores(self) -> Scores:
         """What is left to do with the scores of the wrapped graph. Probabilities are taken as they
         are, which the card of a bundle calls `softmax`.
@@ -89,11 +79,6 @@ class Plan:
     def takes_bytes(self) -> bool:
         """Whether the graph normalises by itself."""
         return self.type == input_types()["uint8"]
-
-    @property
-    def normalisation(self) -> tuple[Channels, Channels]:
-        """Mean and deviation, RGB, on the scale 0 to 255."""
-        return normalisation(self.card)
 
 
 def input_types() -> dict[str, int]:

@@ -36,6 +36,7 @@ from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.check import Findings, judge, run_twice
 from imagemill.models.custom.graph import Plan, examine, image_input, input_types
 from imagemill.models.custom.metadata import read_metadata
+from imagemill.models.preprocessing import normalisation
 from imagemill.records import Bundle, Card
 from imagemill.system import files, serialization
 from imagemill.system.messages import Notify
@@ -106,8 +107,8 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
             raise UsageError(f"--output {output} is there already. Give a new folder.")
         if missing:
             raise UsageError(
-                f"--output makes a model that runs as it is, and {_listed(missing)}"
-                f" {_were(missing)} not given. Add {_flags(missing, read)}"
+                f"--output makes a model that runs as it is, and"
+                f" {_not_given(missing)}. Add {_flags(missing, read)}"
             )
         return output, build(source, output)
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
@@ -117,7 +118,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     files.write_whole(beside, card_text(read.card, said).encode())
     if missing:
         note = (
-            f"note: {_listed(missing)} {_were(missing)} not given, so `run` refuses the model. Most"
+            f"note: {_not_given(missing)}, so `run` refuses the model. Most"
             " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
             " --resize 256. Add the values that this one was trained with: imagemill wrap"
             f" {mistaken.quoted(file)} {_flags(missing, read)}"
@@ -195,8 +196,8 @@ def _flags(missing: list[str], read: ReadCard) -> str:
     return f"{flags} --labels FILE. {mistaken.LABELS}"
 
 
-def _were(names: list[str]) -> str:
-    return "was" if len(names) == 1 else "were"
+def _not_given(names: list[str]) -> str:
+    return f"{_listed(names)} {'was' if len(names) == 1 else 'were'} not given"
 
 
 def _listed(names: list[str]) -> str:
@@ -369,7 +370,7 @@ def _build(source: Source, folder: Path) -> Checked:
 
 def _bundle_card(plan: Plan, source: Source) -> Card:
     card, file = plan.card, plan.file
-    mean, std = plan.normalisation
+    mean, std = normalisation(card)
     outputs = ("logits", "embedding") if plan.features else ("logits",)
     return Card(
         name=card.name or file.stem,
