@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def models(tmp_path: Path) -> Iterator[Path]:
 
 def checkpoint_file(path: Path, classes: int = 3, **beside: object) -> Path:
     """A training program's file: weights for so many classes, and what it saves beside them."""
-    weights = LITE.with_classes(classes).random(5)
+    weights = replace(LITE, classes=classes).random(5)
     return pth_files.write_nested(path, {"state_dict": weights, **beside})
 
 
@@ -440,7 +441,7 @@ def test_weights_of_two_possible_architectures_name_what_to_type(
 
 def test_damaged_weights_leave_no_model(models: Path, tmp_path: Path) -> None:
     """Every misfit is listed, and the file is named."""
-    weights = LITE.with_classes(3).random(5)
+    weights = replace(LITE, classes=3).random(5)
     weights["_bn0.bias"][0] = np.nan
     del weights["_bn1.weight"]
     file = pth_files.write_zip(tmp_path / "w.pth", weights)

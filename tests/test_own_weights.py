@@ -177,7 +177,7 @@ def test_each_architecture_is_recognised_with_any_number_of_classes(
     model: Architecture, classes: int
 ) -> None:
     """Also those that nobody published weights for."""
-    model = model.with_classes(classes)
+    model = replace(model, classes=classes)
     assert architectures.recognise(zeros(model)) == model
 
 
@@ -221,7 +221,7 @@ def test_a_head_may_stand_in_a_sequence_or_be_missing() -> None:
 @pytest.mark.parametrize("case", ["resnet18", "efficientnet_lite0"])
 def test_the_only_matrix_is_the_head(case: str, head: str) -> None:
     """Whatever the training program calls it."""
-    model = ARCHITECTURES[case].with_classes(3)
+    model = replace(ARCHITECTURES[case], classes=3)
     arrays = {name.replace(model.head, head): array for name, array in zeros(model).items()}
     assert f"{head}.weight" in arrays
     assert architectures.recognise(arrays) == model

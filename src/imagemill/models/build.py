@@ -7,6 +7,7 @@ card: preprocessing, labels, scores, licence ───────┴─► bund
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _with_two_classes(architecture: Architecture, arrays: dict[str, Array]) -> A
     for part in ("weight", "bias"):
         name = f"{architecture.head}.{part}"
         arrays[name] = np.concatenate([np.zeros_like(arrays[name]), arrays[name]])
-    return architecture.with_classes(2)
+    return replace(architecture, classes=2)
 
 
 def _labelled(architecture: Architecture, read: ReadCard) -> ReadCard:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -166,10 +166,6 @@ class EfficientNetLite:
             **graph.batch_norm("_bn1", FEATURES),
         }
         return shapes | graph.head("_fc", self.classes, FEATURES)
-
-    def with_classes(self, classes: int) -> EfficientNetLite:
-        """Return the same network with another number of classes."""
-        return replace(self, classes=classes)
 
     def random(self, seed: int) -> dict[str, Array]:
         """Return stand-in weights by seed."""

@@ -13,7 +13,7 @@ The stride is on the 3×3 convolution, as in torchvision and timm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
@@ -115,10 +115,6 @@ class ResNet:
                     }
                 channels = out
         return shapes | graph.head("fc", self.classes, self.features)
-
-    def with_classes(self, classes: int) -> ResNet:
-        """Return the same network with another number of classes."""
-        return replace(self, classes=classes)
 
     def random(self, seed: int) -> dict[str, Array]:
         """Return stand-in weights by seed, under torchvision's names."""
