@@ -111,7 +111,6 @@ def get(
         field of ModelCard; None where unsaid.
         batch_sizes: sizes to write `model_N.onnx` for.
         notify: takes one line at a time: licences, downloads, what was found.
-        progress: called with bytes so far and in all while downloading.
         policy: timeouts and attempts of the download; None: `download.DOWNLOADING`.
 
     Raises:
@@ -407,7 +406,6 @@ def _publication(
         asked: the name may be that of a publication.
         weights: Cadene's names of parameters are his alone, and want his recipe.
         known: the publication that has the same hash.
-        notify: takes one line.
 
     Raises:
         ModelError: the weights are not those of the publication that the name says.

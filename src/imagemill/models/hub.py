@@ -200,8 +200,6 @@ def snapshot(
     Args:
         name: `hf:owner/name` or `hf:owner/name@revision`.
         models_dir: what was found out is kept in its folder `.hub`.
-        notify: takes one line at a time.
-        progress: called with bytes so far and in all while downloading.
         choose: which of the repository's files are needed.
         refresh: ask the Hub again which commit the revision means.
 

@@ -45,8 +45,6 @@ def resolve(
         model: the name of a model on disk, a bundle's folder, an ONNX file, a model folder, a
             repository of the Hub as `hf:owner/name`, or a published name.
         models_dir: one folder per model.
-        notify: takes one line at a time.
-        progress: called with bytes so far and in all while downloading.
 
     Raises:
         UsageError: it is none of them. The message says what may have been meant.
@@ -91,8 +89,6 @@ def get_from(
         source: a folder, or `hf:owner/name`. The Hub is asked for the newest commit.
         models_dir: one folder per model.
         given: fields of ModelCard by name, which replace what the folder says; None if not given.
-        notify: takes one line at a time.
-        progress: called with bytes so far and in all while downloading.
 
     Raises:
         UsageError: the name cannot be used. ModelError: as `resolve`, or NAME is another model.

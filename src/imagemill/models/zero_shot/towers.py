@@ -63,8 +63,6 @@ def find(
     Args:
         model: `hf:owner/name[@revision]`, or a folder.
         models_dir: where the Hub's files are kept.
-        notify: takes one line for the user.
-        progress: called with bytes so far and in all while downloading.
         with_scale: whether a file that holds the scale is downloaded too.
 
     Raises:
