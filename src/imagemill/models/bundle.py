@@ -73,11 +73,6 @@ def cropped_beyond(recipe: Recipe) -> str | None:
     )
 
 
-def frozen_file(bundle: Bundle, batch_size: int) -> Path:
-    """Return where the copy for a fixed batch is or would be."""
-    return bundle.dir / f"model_{batch_size}.onnx"
-
-
 def is_bundle(folder: Path) -> bool:
     """Tell whether the folder holds a finished bundle."""
     return (folder / CARD).is_file()
@@ -291,7 +286,7 @@ def freeze(bundle: Bundle, batch_size: int) -> Path:
         raise ModelError(
             f"A batch of {batch_size} cannot be frozen. Give --batch-size a number from 1."
         )
-    target = frozen_file(bundle, batch_size)
+    target = bundle.dir / f"model_{batch_size}.onnx"
     if target.is_file():
         return target
     import onnx

@@ -210,7 +210,7 @@ def snapshot(
     """
     repo, revision = parse_name(name)
     home = _home(repo, models_dir)
-    note = _note(home, revision)
+    note = home / f"{urllib.parse.quote(revision, safe='')}.json"
     noted = _noted(note)
     listing, is_new = noted, False
     if listing is None or refresh:
@@ -268,18 +268,8 @@ def cached_snapshot(
     return Snapshot(target, repo, listing.commit, listing.commit, listing.licence, sums)
 
 
-def is_here(name: str, models_dir: Path) -> bool:
-    """Return whether a repository was downloaded before, so that using it asks nobody."""
-    repo, revision = parse_name(name)
-    return _note(_home(repo, models_dir), revision).is_file()
-
-
 def _home(repo: str, models_dir: Path) -> Path:
     return models_dir / _FOLDER / repo.replace("/", "--")
-
-
-def _note(home: Path, revision: str) -> Path:
-    return home / f"{urllib.parse.quote(revision, safe='')}.json"
 
 
 def describe_licence(licence: str) -> str:

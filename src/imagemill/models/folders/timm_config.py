@@ -20,15 +20,13 @@ from imagemill.records import Centre, Interpolation
 
 _CROPPED: Final = 0.875
 """timm's default for `crop_pct`."""
-_Shape = tuple[Side, Side, Side]
 
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
     """`pretrained_cfg`. None: missing or null."""
 
-    input_size: _Shape | None = None
-    test_input_size: _Shape | None = None
+    input_size: tuple[Side, Side, Side] | None = None
     fixed_input_size: bool | None = None
     interpolation: Interpolation | None = None
     crop_pct: Annotated[float, Meta(ge=0, le=100)] | None = None
@@ -39,7 +37,6 @@ class Pretrained:
     label_names: tuple[str, ...] | dict[str, str] | None = None
     label_descriptions: dict[str, str] | None = None
     license: str | None = None
-    tag: str | None = None
     architecture: str | None = None
 
 
