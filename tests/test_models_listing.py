@@ -91,7 +91,7 @@ def test_models_of_files_and_folders_say_what_to_type(
     put(models, "vit-4091f5b9627e", origin=origin)
     put(models, "mine", origin=origin)
 
-    def rows() -> dict[str, listing.Row]:
+    def rows() -> dict[str, listing.ModelRow]:
         return {row.name: row for row in listing.listing(models)}
 
     assert rows()["vit-4091f5b9627e"].typed == str(path)

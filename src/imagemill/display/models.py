@@ -13,7 +13,7 @@ from imagemill.display.text import wrap_parts
 from imagemill.errors import counted, printable
 
 if TYPE_CHECKING:
-    from imagemill.models.listing import Row
+    from imagemill.models.listing import ModelRow
 
 _ANY_WIDTH: Final = 1_000
 """Columns of an output that is no terminal: one line per model, for `grep`."""
@@ -33,7 +33,7 @@ class _Line:
 
 
 def format_models(
-    rows: Sequence[Row],
+    rows: Sequence[ModelRow],
     models_dir: str,
     word: str | None = None,
     *,
@@ -81,7 +81,7 @@ def _others(missing: Sequence[str]) -> str:
     )
 
 
-def _published(row: Row) -> _Line:
+def _published(row: ModelRow) -> _Line:
     top1 = f"{row.top1:.2f} %" if row.top1 else ""
     parts = [row.needs or "installed"]
     if row.origin is not None:
@@ -93,7 +93,7 @@ def _published(row: Row) -> _Line:
     return _Line(row.name, (top1, f"{row.parameters / 1e6:6.1f} M", row.licence), tuple(parts))
 
 
-def _own(row: Row) -> _Line:
+def _own(row: ModelRow) -> _Line:
     names = [printable(label, 20) for label in row.labels]
     if row.classes and row.classes > len(names):
         names.append("…")
@@ -106,7 +106,7 @@ def _own(row: Row) -> _Line:
     return _Line(row.name, (classes, f"{_size(row):>11}"), tuple(parts))
 
 
-def _size(row: Row) -> str:
+def _size(row: ModelRow) -> str:
     return f"{(row.bytes_on_disk or 0) / 2**20:,.1f} MiB"
 
 

@@ -48,7 +48,7 @@ class How(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ModelRow:
     """One line of `imagemill models`."""
 
     name: str
@@ -84,7 +84,7 @@ class Row:
         return any(word.lower() in text.lower() for text in texts if text)
 
 
-def listing(models_dir: Path) -> list[Row]:
+def listing(models_dir: Path) -> list[ModelRow]:
     """Return what is published, by family, and then what else is in the models folder.
 
     A damaged bundle has a row that says so.
@@ -142,7 +142,7 @@ def _on_disk(models_dir: Path) -> Iterator[tuple[str, Bundle | None]]:
                 yield folder.name, None
 
 
-def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: Path) -> Row:
+def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: Path) -> ModelRow:
     folder = models_dir / name
     is_here = found is not None or bundles.is_bundle(folder)
     card = found.card if found else None
@@ -151,7 +151,7 @@ def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: P
     architecture = card.architecture if card else name.partition(".")[0]
     how, needs = _how(entry, is_here=is_here, is_sound=found is not None)
     aliases = (alias for alias, full in published.ALIASES.items() if full == name)
-    return Row(
+    return ModelRow(
         name=name,
         family=family_of(architecture),
         architecture=architecture,

@@ -22,7 +22,7 @@ Tokens = Annotated[int, Meta(ge=2)]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TowerKind:
     """What `model_type` decides."""
 
     scores: Scores
@@ -34,8 +34,8 @@ class Kind:
     """Name of the text tower's output with one embedding per text."""
 
 
-_CLIP: Final = Kind(Scores.LOGITS, 77, "image_embeds", "text_embeds")
-_SIGLIP: Final = Kind(Scores.SIGMOID, 64, "pooler_output", "pooler_output")
+_CLIP: Final = TowerKind(Scores.LOGITS, 77, "image_embeds", "text_embeds")
+_SIGLIP: Final = TowerKind(Scores.SIGMOID, 64, "pooler_output", "pooler_output")
 _KINDS: Final = {"clip": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
 """By `model_type`. The lengths are those of the published models."""
 
@@ -44,7 +44,7 @@ _KINDS: Final = {"clip": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
 class Family:
     """How texts become tokens, and which outputs of the towers are compared."""
 
-    kind: Kind
+    kind: TowerKind
     length: int
     """Tokens that a text has at most."""
     vocabulary: int | None
