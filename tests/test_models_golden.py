@@ -72,7 +72,7 @@ def built_from(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
 def onnx_of(model: Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
     recipe = model.recipe
     prepared = graph.Prepared(recipe.height, recipe.width, model.mean, model.std)
-    return model.build(model.fitted(arrays), prepared)
+    return model.build(architectures.fitted(model, arrays), prepared)
 
 
 def run_openvino(model: bytes, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +220,7 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     arrays["fc.weight"] = np.zeros((1000, 2048), np.int64)
     arrays["conv1.weight"][0, 0, 0, 0] = np.nan
     with pytest.raises(CheckpointError) as caught:
-        model.fitted(arrays)
+        architectures.fitted(model, arrays)
     text = str(caught.value)
     assert "The weights do not fit resnext50_32x4d: 5 parameters of" in text
     assert "missing: bn1.bias (64,)" in text
@@ -231,7 +231,7 @@ def test_missing_extra_and_misshapen_parameters_are_one_error() -> None:
     with pytest.raises(
         CheckpointError, match=r"missing: features\.1\.weight \(64,\)(.|\n)*and \d+ more\n"
     ):
-        model.fitted({"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
+        architectures.fitted(model, {"features.0.weight": np.zeros((64, 3, 7, 7), np.float32)})
 
 
 def test_counters_of_batches_are_ignored() -> None:

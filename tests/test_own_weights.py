@@ -43,7 +43,7 @@ def logits_of(case: str, arrays: Arrays) -> np.ndarray:
     model = architectures.recognise(arrays, case.partition("/")[2])
     height, width = CASES[case]["size"]
     prepared = graph.Prepared(height, width, model.mean, model.std)
-    built = model.build(model.fitted(arrays), prepared)
+    built = model.build(architectures.fitted(model, arrays), prepared)
     return run_openvino(built.SerializeToString(), recipe.pixels_of(height, width))[0]
 
 
@@ -202,19 +202,20 @@ def test_a_head_may_stand_in_a_sequence_or_be_missing() -> None:
     model = resnet.ResNet(18, classes=3)
     arrays = {name.replace("fc.", "fc.1."): array for name, array in zeros(model).items()}
     assert architectures.recognise(arrays) == model
-    assert "fc.weight" in model.fitted(arrays)
+    assert "fc.weight" in architectures.fitted(model, arrays)
     arrays = {name: array for name, array in zeros(model).items() if not name.startswith("fc.")}
     headless = architectures.recognise(arrays)
     assert headless == resnet.ResNet(18, classes=0)
     built = headless.build(
-        headless.fitted(arrays), graph.Prepared(224, 224, headless.mean, headless.std)
+        architectures.fitted(headless, arrays),
+        graph.Prepared(224, 224, headless.mean, headless.std),
     )
     assert [output.name for output in built.graph.output] == ["embedding"]
     onnx.checker.check_model(built, full_check=True)
     two = {**zeros(model), "fc.0.weight": np.zeros((8, 512)), "fc.3.weight": np.zeros((3, 8))}
     del two["fc.weight"]
     with pytest.raises(CheckpointError, match=r"extra: fc\.0\.weight \(8, 512\)"):
-        architectures.recognise(two).fitted(two)
+        architectures.fitted(architectures.recognise(two), two)
 
 
 @pytest.mark.parametrize("head", ["classifier", "head.fc", "my_head", "classifier.1", "head.0"])
@@ -225,10 +226,10 @@ def test_the_only_matrix_is_the_head(case: str, head: str) -> None:
     arrays = {name.replace(model.head, head): array for name, array in zeros(model).items()}
     assert f"{head}.weight" in arrays
     assert architectures.recognise(arrays) == model
-    assert f"{model.head}.weight" in model.fitted(arrays)
+    assert f"{model.head}.weight" in architectures.fitted(model, arrays)
     more = {**arrays, "projection.weight": np.zeros((8, 3), np.float32)}
     with pytest.raises(CheckpointError, match=r"extra: "):
-        architectures.recognise(more).fitted(more)
+        architectures.fitted(architectures.recognise(more), more)
 
 
 def test_weights_that_fit_two_architectures_list_both() -> None:
@@ -247,7 +248,7 @@ def test_weights_that_fit_two_architectures_list_both() -> None:
     tf, plain = (
         run_openvino(
             model.build(
-                model.fitted(arrays), graph.Prepared(224, 224, model.mean, model.std)
+                architectures.fitted(model, arrays), graph.Prepared(224, 224, model.mean, model.std)
             ).SerializeToString(),
             recipe.pixels(1),
         )[0]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from imagemill.errors import ClassCountError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
-from imagemill.models.architectures import Architecture
+from imagemill.models.architectures import Architecture, fitted
 from imagemill.models.architectures.graph import Prepared
 from imagemill.models.card import Color, ModelCard, ReadCard
 from imagemill.models.labels import imagenet_labels
@@ -62,7 +62,7 @@ def build(
         >>> read = ReadCard(ModelCard(size=224, resize=256, labels=("jay", "owl")))
         >>> build(Path("birds"), recognise(arrays), arrays, read, {"source": "file"}, notify=print)
     """
-    arrays = architecture.fitted(arrays)
+    arrays = fitted(architecture, arrays)
     if architecture.classes == 1 and len(read.card.labels or ()) == 2:
         architecture = _with_two_classes(architecture, arrays)
         origin_of_scores = "one score and two labels: it is the score of the second"

@@ -6,13 +6,12 @@ arrays ─► recognise ─► Architecture ─► fitted (names, shapes checked
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
-
-from numpy.typing import NDArray
+from typing import Final, TypeAlias
 
 from imagemill.errors import CheckpointError, counted, printable
-from imagemill.models.architectures import efficientnet_lite, resnet
+from imagemill.models.architectures import efficientnet_lite, graph, resnet
 from imagemill.models.architectures.efficientnet_lite import EfficientNetLite
+from imagemill.models.architectures.graph import Array
 from imagemill.models.architectures.resnet import ResNet
 
 Architecture: TypeAlias = ResNet | EfficientNetLite
@@ -28,7 +27,7 @@ _NAMES: Final = 3
 """Parameters that an error names."""
 
 
-def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> Architecture:
+def recognise(arrays: Mapping[str, Array], wanted: str | None = None) -> Architecture:
     """Return the architecture of a checkpoint, with the number of classes of its head.
 
     Other networks may have the same parameters: timm's `resnetblur50` has those of `resnet50`. If
@@ -51,9 +50,8 @@ def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> 
             raise CheckpointError(
                 f"The weights are those of {model.name}, not of {wanted}. Give another NAME."
             )
-        ARCHITECTURES[wanted.removeprefix("tf_")].fitted(
-            arrays
-        )  # raises, and lists what does not fit
+        # raises, and lists what does not fit
+        fitted(ARCHITECTURES[wanted.removeprefix("tf_")], arrays)
     if len(found) == 1:
         return found[0]
     if found:
@@ -69,6 +67,18 @@ def recognise(arrays: Mapping[str, NDArray[Any]], wanted: str | None = None) -> 
         f" imagemill builds: {', '.join(ARCHITECTURES)}. Export the model to ONNX, and give"
         " --model file.onnx instead."
     )
+
+
+def fitted(architecture: Architecture, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a checkpoint's arrays under the architecture's own names of parameters, in its order.
+
+    Raises:
+        CheckpointError: parameters are missing, extra or misshapen; lists them under the names that
+        the file uses.
+    """
+    shapes, called = architecture.shapes(), architecture.called(arrays)
+    graph.check(arrays, {called(name): shape for name, shape in shapes.items()}, architecture.name)
+    return {name: arrays[called(name)] for name in shapes}
 
 
 def is_known(name: str) -> bool:

@@ -171,20 +171,8 @@ class EfficientNetLite:
         """Return stand-in weights by seed."""
         return graph.random_arrays(self.shapes(), seed)
 
-    def fitted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return a checkpoint's arrays under the names of `efficientnet-lite-pytorch`.
-
-        Args:
-            arrays: name → array under the names of `efficientnet-lite-pytorch` or timm.
-
-        Raises:
-            CheckpointError: parameters are missing, extra or misshapen; lists them under the names
-            that the file uses.
-        """
-        return graph.fitted(arrays, self.shapes(), self._names(arrays), self.name)
-
     def build(self, arrays: Mapping[str, Array], prepared: graph.Prepared) -> onnx.ModelProto:
-        """Return the ONNX model of arrays that `fitted` returned."""
+        """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-3 if self.is_tensorflow else 1e-5)
         bounds = [g.weight("zero", np.array(0.0)), g.weight("six", np.array(6.0))]
         extent = (prepared.height, prepared.width)
@@ -227,8 +215,10 @@ class EfficientNetLite:
                 )
                 number, channels = number + 1, _scaled(out, width)
 
-    def _names(self, arrays: Mapping[str, Array]) -> Callable[[str], str]:
-        """Return the function that translates a name of `shapes` into the file's."""
+    def called(self, arrays: Mapping[str, Array]) -> Callable[[str], str]:
+        """Return the function that translates a name of `shapes` into that of a file:
+        `efficientnet-lite-pytorch`'s or timm's.
+        """
         blocks = {b.at: b for b in self._blocks()}
 
         def in_timm(name: str) -> str:
@@ -269,14 +259,14 @@ def _scaled(channels: int, factor: float) -> int:
 def recognise(arrays: Mapping[str, Array]) -> list[EfficientNetLite]:
     """Return the members of the family that a checkpoint's parameters fit: two under timm's names.
 
-    Only what tells members apart is looked at: `fitted` compares every parameter.
+    Only what tells members apart is looked at: `architectures.fitted` compares every parameter.
     """
     is_timm = "conv_stem.weight" in arrays
     if not is_timm and "_conv_stem.weight" not in arrays:
         return []
     for number in range(len(_SCALES)):
         model = EfficientNetLite(number, is_timm=is_timm)
-        called = model._names(arrays)
+        called = model.called(arrays)
         *_, last = model._blocks()
         wanted = {
             f"{last.at}._project_conv.weight": (last.out, last.channels * last.expansion, 1, 1),

@@ -97,24 +97,6 @@ def classes(arrays: Mapping[str, Array], head: str) -> int:
     return 1000 if any(name.startswith(f"{head}.") for name in arrays) else 0
 
 
-def fitted(
-    arrays: Mapping[str, Array], shapes: Shapes, called: Callable[[str], str], architecture: str
-) -> dict[str, Array]:
-    """Return a checkpoint's arrays under the names of `shapes`, in their order.
-
-    Args:
-        arrays: name → array.
-        shapes: name → shape.
-        called: translates a name of `shapes` into the file's.
-        architecture: its name, for messages.
-
-    Raises:
-        CheckpointError: see `check`.
-    """
-    check(arrays, {called(name): shape for name, shape in shapes.items()}, architecture)
-    return {name: arrays[called(name)] for name in shapes}
-
-
 def count(shapes: Shapes) -> int:
     """Count trained numbers, as publishers do: running statistics are not trained."""
     return sum(

@@ -121,20 +121,14 @@ class ResNet:
         last = ".bn2.weight" if self.depth in BASIC else ".bn3.weight"
         return graph.random_arrays(self.shapes(), seed, quiet=(last,))
 
-    def fitted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return a checkpoint's arrays under torchvision's names.
-
-        Args:
-            arrays: name → array under the names of torchvision, timm, Cadene or transformers.
-
-        Raises:
-            CheckpointError: parameters are missing, extra or misshapen; lists them under the names
-            that the file uses.
+    def called(self, arrays: Mapping[str, Array]) -> Callable[[str], str]:
+        """Return the function that translates a name of `shapes` into that of a file from
+        torchvision, timm, Cadene or transformers.
         """
-        return graph.fitted(arrays, self.shapes(), names(arrays), self.name)
+        return names(arrays)
 
     def build(self, arrays: Mapping[str, Array], prepared: graph.Prepared) -> onnx.ModelProto:
-        """Return the ONNX model of arrays that `fitted` returned."""
+        """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-5)
         x = g.normalise("pixels", prepared.mean, prepared.std)
         x = g.node("Relu", [g.conv(x, "conv1", "bn1", stride=2, pads=(3, 3, 3, 3))], "stem")
@@ -188,7 +182,7 @@ def recognise(arrays: Mapping[str, Array]) -> list[ResNet]:
     """Return the member of the family that has a checkpoint's depth, cardinality, width and number
     of classes, if there is one.
 
-    Only what tells members apart is looked at: `fitted` compares every parameter.
+    Only what tells members apart is looked at: `architectures.fitted` compares every parameter.
     """
     called = names(arrays)
 
