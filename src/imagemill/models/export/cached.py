@@ -73,11 +73,10 @@ def onnx_for(
     """
     document = json_file.read(folder / CONFIG)
     network, library = _network(document)
-    shards = _shards(folder)
-    versions = _versions(folder, network, library)
-    request = Request(network, library, _shape(document, size), tuple(map(str, shards)))
+    shards, versions = _shards(folder), _versions(folder, network, library)
+    request = Request(network, library, _shape(document, size), shards)
     config = document.values
-    key = _key(request, config, shards, versions)
+    key = _key(request, config, versions)
     home = models_dir / FOLDER / f"{network}-{key[:12]}"
     file = home / bundles.MODEL
     if not file.is_file():
@@ -113,10 +112,10 @@ def _network(document: Document) -> tuple[str, str]:
     return network, library
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(folder: Path) -> tuple[Path, ...]:
     """Return the files that hold a folder's weights. Raises: ModelError."""
     if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+        return (folder / WEIGHTS,)
     if not (folder / INDEX).is_file():
         pickles = [printable(file.name) for file in sorted(folder.glob("*.bin"))]
         instead = f" {pickles[0]} is not read here, since a pickle may run code." if pickles else ""
@@ -135,7 +134,7 @@ def _shards(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise document.error(f"weight_map: there is no {name}. Copy it there")
         names.add(name)
-    return [folder / name for name in sorted(names)]
+    return tuple(folder / name for name in sorted(names))
 
 
 def _versions(folder: Path, network: str, library: str) -> dict[str, str]:
@@ -176,11 +175,9 @@ def _shape(document: Document, size: tuple[int, int] | None) -> tuple[int, int, 
     return channels, height, width
 
 
-def _key(
-    request: Request, config: Mapping[str, Any], shards: list[Path], versions: Mapping[str, str]
-) -> str:
+def _key(request: Request, config: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """Return the hash of what decides the exported file."""
-    sums = [bundles.sha256(file) for file in shards]
+    sums = [bundles.sha256(file) for file in request.shards]
     parts = [_EXPORTER, request.shape, config, sums, versions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -234,11 +231,10 @@ def _staging(request: Request, config: Mapping[str, Any], home: Path) -> Iterato
             files.make_folder(staging / name)
         plain = {key: value for key, value in config.items() if key != "auto_map"}
         files.write_whole(staging / "model" / CONFIG, json.dumps(plain).encode())
-        shards = [Path(shard) for shard in request.shards]
-        for shard in shards:
+        for shard in request.shards:
             (staging / "model" / shard.name).symlink_to(shard.resolve())
-        if shards[0].name != WEIGHTS:
-            (staging / "model" / INDEX).symlink_to((shards[0].parent / INDEX).resolve())
+        if (first := request.shards[0]).name != WEIGHTS:
+            (staging / "model" / INDEX).symlink_to(first.with_name(INDEX).resolve())
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -54,8 +54,8 @@ class Request:
     library: str
     shape: tuple[int, int, int]
     """Channels, height and width of the input."""
-    shards: tuple[str, ...]
-    """Paths of the safetensors files."""
+    shards: tuple[Path, ...]
+    """The safetensors files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _work(connection: Connection) -> None:
 
 def _limit_memory(request: Request) -> None:
     """Keep a hostile configuration from taking the machine's memory."""
-    weights = sum(Path(shard).stat().st_size for shard in request.shards)
+    weights = sum(shard.stat().st_size for shard in request.shards)
     limit = _BASE_BYTES + _COPIES * weights
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if hard == resource.RLIM_INFINITY or limit < hard:

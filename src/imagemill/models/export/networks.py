@@ -57,7 +57,7 @@ def load(request: Request, folder: Path) -> torch.nn.Module:
     Raises:
         ModelError: the network is unknown, takes no images, or does not fit the weights.
     """
-    with _bounded([Path(shard) for shard in request.shards]):
+    with _bounded(request.shards):
         if request.library == "timm":
             return _timm(request, folder)
         return _transformers(request.network, folder)
