@@ -229,14 +229,14 @@ def read_card(path: Path) -> ReadCard:
         raise ModelError(
             f"{path} has the unknown key {printable(unknown[0])!r}. Known: {', '.join(known)}."
         )
-    values = {name: value for name, value in values.items() if value is not None}
     try:
-        card = ModelCard(**{name: checked(name, value) for name, value in values.items()})
+        read = ReadCard(ModelCard()).plus(values, path.name)
     except ValueError as error:
         raise ModelError(f"{path}: {error}. {remedy}") from error
-    if isinstance(card.labels, str):
-        card = replace(card, labels=read_labels(path.parent / card.labels))
-    return ReadCard(card, dict.fromkeys(values, path.name))
+    if isinstance(read.card.labels, str):
+        labels = read_labels(path.parent / read.card.labels)
+        read = replace(read, card=replace(read.card, labels=labels))
+    return read
 
 
 def card_text(card: ModelCard, chosen: Collection[str] | None = None) -> str:

@@ -107,7 +107,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
             raise UsageError(f"--output {output} is there already. Give a new folder.")
         if missing:
             raise UsageError(
-                f"--output makes a model that runs as it is, and"
+                "--output makes a model that runs as it is, and"
                 f" {_not_given(missing)}. Add {_flags(missing, read)}"
             )
         return output, build(source, output)
