@@ -14,7 +14,7 @@ import pytest
 from batches import make_spec
 from imagemill.models import bundle, get
 from imagemill.pipeline.backends import devices, open_session
-from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.session_checks import check_exactness
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, Precision
 from test_models_golden import GOLDEN, MODELS, arrays_of, built_from, recipe

@@ -17,7 +17,7 @@ from batches import make_spec
 from imagemill.errors import InexactError
 from imagemill.pipeline import backends
 from imagemill.pipeline.backends import null
-from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.session_checks import check_exactness
 from imagemill.records import Batch, Bundle, Outputs, Saved
 
 Change = Callable[[np.ndarray, int], None]

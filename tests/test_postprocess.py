@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from imagemill.errors import BadLogitsError, ClassCountError
-from imagemill.pipeline.top_k import check_model, to_probabilities, top_k
+from imagemill.pipeline.session_checks import check_model
+from imagemill.pipeline.top_k import to_probabilities, top_k
 from imagemill.records import (
     Batch,
     Outputs,

@@ -30,7 +30,7 @@ from imagemill.models.custom import wrap
 from imagemill.models.folders import folder as folders
 from imagemill.pipeline.backends import library_versions, open_session
 from imagemill.pipeline.backends.base import Found
-from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.session_checks import check_exactness
 from imagemill.pipeline.sources import Filters
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Limits, Precision, Saved

@@ -19,7 +19,7 @@ from limits import memory_limit
 from stage import ROOT, Stage, Streaming, allow_tf32, in_batches, noise, shape_of, stream_of
 
 from imagemill.errors import InexactError
-from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.session_checks import check_exactness
 from imagemill.records import Precision, SessionSpec
 
 _ENOUGH = 0.98

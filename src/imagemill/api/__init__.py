@@ -17,9 +17,8 @@ from imagemill.errors import DeviceMemoryError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle as bundles
 from imagemill.pipeline.backends import depends_on_batch, devices, open_session
-from imagemill.pipeline.exactness import check_exactness
+from imagemill.pipeline.session_checks import check_exactness, check_model
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.pipeline.top_k import check_model
 from imagemill.records import Limits, Precision, Summary
 from imagemill.runner import run as runner
 from imagemill.runner import thresholds

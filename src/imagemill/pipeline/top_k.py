@@ -4,20 +4,14 @@ infinity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import BadLogitsError, ClassCountError, counted
 from imagemill.records import Batch, Outputs, Precision, Scores, SessionSpec, Status, TopK
-
-_TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
-"""Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on
-one kind may accept another.
-"""
 
 
 def top_k(
@@ -57,7 +51,7 @@ def top_k(
             f"{card.name} returns {counted(scores.shape[1], 'class')}, its card has"
             f" {counted(len(card.labels), 'label')}. Fix card.json."
         )
-    valid = _valid(outputs)
+    valid = valid_rows(outputs)
     if not valid.all():
         batch = _with_invalid_rows(batch, valid, spec.precision)
         # These classes are not written; NaN would only cause warnings.
@@ -93,40 +87,8 @@ def most_probable(probabilities: NDArray[np.float32], k: int) -> NDArray[np.int3
     return class_ids
 
 
-def check_model(
-    stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], spec: SessionSpec
-) -> None:
-    """Run a session on random images, normally on one batch of them.
-
-    Args:
-        stream: of a session that was opened for the spec.
-        spec: its card and precision are named in the error.
-
-    Raises:
-        BadLogitsError: the outputs are NaN or infinity for every one of these images.
-    """
-    shape = (spec.batch_size, spec.card.recipe.height, spec.card.recipe.width, 3)
-    rng = np.random.default_rng(0)
-    for low, high in _TEST_RANGES:
-        batch = Batch(rng.integers(low, high, shape, np.uint8), spec.batch_size, ())
-        answers = list(stream([batch]))  # to its end, so that nothing stays in flight
-        if any(_valid(outputs).any() for _, outputs in answers):
-            return
-    if spec.precision is Precision.FP32:
-        remedy = (
-            "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the"
-            " model again, or use another one."
-        )
-    else:
-        remedy = "Use --precision fp32 and a new --output folder."
-    raise BadLogitsError(
-        f"{spec.card.name} returns NaN or infinity in {spec.precision} for every image: tried on "
-        f"{len(_TEST_RANGES) * spec.batch_size} random images before the first of yours. {remedy}"
-    )
-
-
-def _valid(outputs: Outputs) -> NDArray[np.bool_]:
-    """Tell for each row whether all of its outputs are finite."""
+def valid_rows(outputs: Outputs) -> NDArray[np.bool_]:
+    """Return for each row whether all of its outputs are finite, bool (n,)."""
     valid = np.asarray(np.isfinite(outputs.logits).all(axis=1))
     return (
         valid

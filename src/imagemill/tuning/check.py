@@ -21,8 +21,8 @@ from imagemill.errors import counted
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
 from imagemill.models.variants import Calibration, PrecisionRecord, Precisions
-from imagemill.pipeline import top_k
 from imagemill.pipeline.backends import library_versions, openvino_rewrites
+from imagemill.pipeline.session_checks import check_model
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     AS_GIVEN,
@@ -400,7 +400,7 @@ class Run:
         device = asked.gpus[0] if asked.gpus else device
         with contextlib.closing(open_session(spec, device, Stopwatch())) as session:
             if precision is Precision.FP32:
-                top_k.check_model(session.stream, spec)
+                check_model(session.stream, spec)
             yield session
 
     def _answers(

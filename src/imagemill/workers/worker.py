@@ -35,12 +35,11 @@ def _work(connection: Connection) -> None:
         processes.pin_to_cores(begin.device.cores)
     without_pandas.hide_pandas()
     # These import libraries that count the cores they may use, so the affinity is set first.
-    from imagemill.pipeline import top_k
     from imagemill.pipeline.backends import depends_on_batch, open_session
     from imagemill.pipeline.decoding.pillow import limit_pillow
-    from imagemill.pipeline.exactness import check_exactness
     from imagemill.pipeline.feed import Feed
     from imagemill.pipeline.run_shards import run_shards
+    from imagemill.pipeline.session_checks import check_exactness, check_model
     from imagemill.pipeline.sink import Sink
     from imagemill.pipeline.stopwatch import Stopwatch
 
@@ -52,7 +51,7 @@ def _work(connection: Connection) -> None:
     heartbeat.reset()
     limit_pillow(job.limits)
     session = open_session(job.session, device, clock)
-    top_k.check_model(session.stream, job.session)
+    check_model(session.stream, job.session)
     if depends_on_batch(device.engine):
         check_exactness(session.stream, job.session, device.name, allow_inexact=job.allow_inexact)
     spent = clock.read()  # the rates exclude the check's random images

@@ -1,17 +1,58 @@
-"""Whether a device gives an image the same answer at every place of a batch."""
+"""What a session has to show before its first image: finite answers, and if need be the same answer
+at every place of a batch.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.errors import InexactError
-from imagemill.records import Batch, Outputs, SessionSpec
+from imagemill.errors import BadLogitsError, InexactError
+from imagemill.pipeline.top_k import valid_rows
+from imagemill.records import Batch, Outputs, Precision, SessionSpec
 
 _log = logging.getLogger(__name__)
+
+_TEST_RANGES: Final = ((0, 256), (0, 64), (192, 256), (96, 160))
+"""Pixel values of the random test images: full contrast, dark, bright, grey. A model that fails on
+one kind may accept another.
+"""
+
+
+def check_model(
+    stream: Callable[[Iterable[Batch]], Iterator[tuple[Batch, Outputs]]], spec: SessionSpec
+) -> None:
+    """Run a session on random images, normally on one batch of them.
+
+    Args:
+        stream: of a session that was opened for the spec.
+        spec: its card and precision are named in the error.
+
+    Raises:
+        BadLogitsError: the outputs are NaN or infinity for every one of these images.
+    """
+    shape = (spec.batch_size, spec.card.recipe.height, spec.card.recipe.width, 3)
+    rng = np.random.default_rng(0)
+    for low, high in _TEST_RANGES:
+        batch = Batch(rng.integers(low, high, shape, np.uint8), spec.batch_size, ())
+        answers = list(stream([batch]))  # to its end, so that nothing stays in flight
+        if any(valid_rows(outputs).any() for _, outputs in answers):
+            return
+    if spec.precision is Precision.FP32:
+        remedy = (
+            "Its weights are damaged, or its normalisation (mean, std, scale) is wrong: get the"
+            " model again, or use another one."
+        )
+    else:
+        remedy = "Use --precision fp32 and a new --output folder."
+    raise BadLogitsError(
+        f"{spec.card.name} returns NaN or infinity in {spec.precision} for every image: tried on "
+        f"{len(_TEST_RANGES) * spec.batch_size} random images before the first of yours. {remedy}"
+    )
 
 
 def check_exactness(
