@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -225,8 +225,8 @@ def _redirected(url: str, target: str) -> str:
 def _check_status(answer: Answer) -> None:
     if 200 <= answer.status < 300:
         return
-    names = {status.value: status.phrase for status in HTTPStatus}
-    text = f"the server answers {answer.status} {names.get(answer.status, answer.reason or '')}"
+    phrase = responses.get(answer.status, answer.reason or "")
+    text = f"the server answers {answer.status} {phrase}"
     wait_s = _retry_after(answer.headers.get("Retry-After"))
     raise StatusError(answer.status, text.rstrip(), wait_s)
 

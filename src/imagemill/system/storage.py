@@ -25,6 +25,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
+from http.client import responses
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -103,53 +104,6 @@ class LocalBlob:
 
     def __del__(self) -> None:
         self.close()
-
-
-class Bucket(Protocol):
-    """A bucket of an object store, or what is below a prefix of it. Its objects have keys with `/`
-    between their parts. Safe to use from many threads.
-    """
-
-    url: str
-    """`s3://bucket/prefix`, without a slash at its end."""
-
-    def list(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """Keys (relative to `url`) that begin with `below`, in the order of their bytes, and their
-        sizes. Raises: OSError.
-        """
-        ...
-
-    def read(self, key: str, max_bytes: int | None = None) -> bytes:
-        """One whole object, by one request.
-
-        Raises: FileNotFoundError, PermissionError, OSError; that with EFBIG where it has more than
-        `max_bytes`, of which none is read.
-        """
-        ...
-
-    def open(self, key: str) -> Blob:
-        """An object for random access. Raises: FileNotFoundError, PermissionError, OSError."""
-        ...
-
-    def put(
-        self,
-        key: str,
-        data: bytes | memoryview,
-        *,
-        create: bool = False,
-        policy: RetryPolicy | None = None,
-    ) -> None:
-        """Write one object; others see all of it or nothing. With `create` only where none is
-        there; `policy` is else `WRITING`.
-
-        Raises: FileExistsError: `create`, and it is there. OSError: it could not be written, after
-        some tries.
-        """
-        ...
-
-    def remove(self, key: str) -> None:
-        """Remove one object, if it is there. Raises: OSError."""
-        ...
 
 
 def is_url(location: str | bytes) -> bool:
@@ -247,7 +201,7 @@ def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
         raise UsageError(
             f"{url}: not a place in an object store. Write it like s3://bucket/prefix."
         )
-    return _Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
+    return Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -271,22 +225,34 @@ def open_blob(location: bytes) -> Blob:
     return LocalBlob(location)
 
 
-class _Bucket:
-    """A `Bucket` by obstore."""
+class Bucket:
+    """A bucket of an object store, or what is below a prefix of it. Its objects have keys with `/`
+    between their parts. Safe to use from many threads.
+    """
+
+    url: str
+    """`s3://bucket/prefix`, without a slash at its end."""
 
     def __init__(self, bucket: str, prefix: str, policy: RetryPolicy) -> None:
         self.url = f"{bucket}/{prefix}" if prefix else bucket
         self._bucket = bucket
         self._prefix = prefix + "/" if prefix else ""
         self._policy = policy
-        _client(bucket, policy, _environment())
+        self._is_s3 = bucket.startswith("s3://")
+        self._client()
+
+    def _client(self, policy: RetryPolicy | None = None) -> ObjectStore:
+        return _make_client(self._bucket, policy or self._policy, _environment())
 
     @property
-    def _reader(self) -> ObjectStore:
-        return _client(self._bucket, self._policy, _environment())
+    def _boto3(self) -> tuple[Any, str]:
+        """boto3's client, for the keys that obstore refuses, and what it calls the bucket."""
+        return _make_boto3_client(self._policy, _environment()), self._bucket.partition("://")[2]
 
     def list(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """Yield keys and sizes in the order of the keys' bytes."""
+        """Yield the keys (relative to `url`) that begin with `below`, in the order of their bytes,
+        and their sizes. Raises: OSError.
+        """
         if not self._prefix and self._is_s3:  # obstore would list a key `/a.jpg` as `a.jpg`
             yield from self._boto3_paths(below, "")
             return
@@ -299,10 +265,6 @@ class _Bucket:
             before = path, size
         if before is not None:
             yield before[0][len(self._prefix) :], before[1]
-
-    @property
-    def _is_s3(self) -> bool:
-        return self._bucket.startswith("s3://")
 
     def _path(self, key: str) -> str:
         if _ODD_KEY.search(key):
@@ -320,9 +282,8 @@ class _Bucket:
         while True:
             try:
                 with _translated_errors(self.url):
-                    chunks = chunks or iter(
-                        self._reader.list(folder, offset=last, chunk_size=1_000)
-                    )
+                    if chunks is None:
+                        chunks = iter(self._client().list(folder, offset=last, chunk_size=1_000))
                     chunk = interruptible.run(partial(next, chunks, None))
             except ConnectionResetError as error:
                 _pause_or_raise(error, attempts)
@@ -345,10 +306,7 @@ class _Bucket:
         """List the keys after `after` by boto3, which changes none, a page at a time. An empty
         object `a/` only shows a folder.
         """
-        client, bucket = (
-            _boto3_client(self._policy, _environment()),
-            self._bucket.partition("://")[2],
-        )
+        client, bucket = self._boto3
         while True:
             ask = partial(client.list_objects_v2, Bucket=bucket, Prefix=start, StartAfter=after)
             page = _read_with_retries(ask, self.url, self._policy)
@@ -364,38 +322,32 @@ class _Bucket:
                 )
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
-        """Return one whole object."""
+        """Return one whole object, by one request.
 
-        def exact() -> bytes:
-            client, bucket = (
-                _boto3_client(self._policy, _environment()),
-                self._bucket.partition("://")[2],
-            )
-            answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
-            with contextlib.closing(answer["Body"]) as body:
-                if max_bytes is not None and answer["ContentLength"] > max_bytes:
-                    raise OSError(
-                        errno.EFBIG, f"has {answer['ContentLength']} bytes, more than {max_bytes}"
-                    )
-                data: bytes = body.read()
-            return data
+        Raises:
+            FileNotFoundError, PermissionError, OSError. With the number EFBIG, it has more than
+            `max_bytes`, of which none is read.
+        """
+        is_odd = self._is_s3 and _ODD_KEY.search(key)
+        read = partial(self._read_odd if is_odd else self._read, key, max_bytes)
+        return _read_with_retries(read, f"{self.url}/{key}", self._policy)
 
-        if self._is_s3 and _ODD_KEY.search(key):
-            return _read_with_retries(exact, f"{self.url}/{key}", self._policy)
+    def _read(self, key: str, max_bytes: int | None) -> bytes:
+        answer = self._client().get(self._path(key))
+        _check_size(answer.meta["size"], max_bytes)
+        return bytes(answer.bytes())
 
-        def whole() -> bytes:
-            answer = self._reader.get(self._path(key))
-            if max_bytes is not None and answer.meta["size"] > max_bytes:
-                raise OSError(
-                    errno.EFBIG, f"has {answer.meta['size']} bytes, more than {max_bytes}"
-                )
-            return bytes(answer.bytes())
-
-        return _read_with_retries(whole, f"{self.url}/{key}", self._policy)
+    def _read_odd(self, key: str, max_bytes: int | None) -> bytes:
+        client, bucket = self._boto3
+        answer = client.get_object(Bucket=bucket, Key=self._prefix + key)
+        with contextlib.closing(answer["Body"]) as body:
+            _check_size(answer["ContentLength"], max_bytes)
+            data: bytes = body.read()
+        return data
 
     def open(self, key: str) -> Blob:
-        """Open an object for random access."""
-        return _ObjectBlob(self._reader, f"{self.url}/{key}", self._path(key), self._policy)
+        """Open an object for random access. Raises: FileNotFoundError, PermissionError, OSError."""
+        return _ObjectBlob(self._client(), f"{self.url}/{key}", self._path(key), self._policy)
 
     def put(
         self,
@@ -405,9 +357,20 @@ class _Bucket:
         create: bool = False,
         policy: RetryPolicy | None = None,
     ) -> None:
-        """Write one object."""
+        """Write one object. Others see all of it or nothing.
+
+        Args:
+            key: of the object, relative to `url`.
+            data: its content.
+            create: write it only if there is none.
+            policy: when to give up; None: `WRITING`.
+
+        Raises:
+            FileExistsError: `create`, and the object exists. OSError: it could not be written,
+            after some tries.
+        """
         with _translated_errors(f"{self.url}/{key}"):
-            client = _client(self._bucket, policy or WRITING, _environment())
+            client = self._client(policy or WRITING)
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
             interruptible.run(
                 lambda: client.put(self._path(key), data, mode=mode, use_multipart=False),
@@ -415,9 +378,9 @@ class _Bucket:
             )
 
     def remove(self, key: str) -> None:
-        """Remove one object, if it exists."""
+        """Remove one object, if it exists. Raises: OSError."""
         with _translated_errors(f"{self.url}/{key}"):
-            client = _client(self._bucket, WRITING, _environment())
+            client = self._client(WRITING)
             with contextlib.suppress(FileNotFoundError):
                 interruptible.run(lambda: client.delete(self._path(key)), writes=True)
 
@@ -451,6 +414,11 @@ class _ObjectBlob:
 
     def close(self) -> None:
         """Close it. Does nothing the second time."""
+
+
+def _check_size(size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise OSError(errno.EFBIG, f"has {size} bytes, more than {max_bytes}")
 
 
 class _UnsupportedKeyError(OSError):
@@ -496,7 +464,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _client(
+def _make_client(
     bucket: str, policy: RetryPolicy, environment: tuple[tuple[str, str], ...]
 ) -> ObjectStore:
     """Return this process's client for a bucket, with its connections. Raises: UsageError."""
@@ -540,7 +508,7 @@ def _client(
 
 
 @functools.lru_cache(maxsize=16)
-def _boto3_client(policy: RetryPolicy, environment: tuple[tuple[str, str], ...]) -> Any:
+def _make_boto3_client(policy: RetryPolicy, environment: tuple[tuple[str, str], ...]) -> Any:
     """Return boto3's client, for the keys that obstore refuses. It finds the same endpoint, region
     and credentials. Raises: UsageError.
     """
@@ -622,8 +590,8 @@ def _translated_errors(url: str) -> Iterator[None]:
         raise _UnsupportedKeyError(errno.EINVAL, _reason(error), url) from error
     except (exceptions.BaseError, ValueError) as error:
         text = str(error)
-        code = (_STATUS.search(text) or ("", ""))[1][:3]
-        kind = {"401": errno.EACCES, "403": errno.EACCES, "404": errno.ENOENT}.get(code, errno.EIO)
+        found = _STATUS.search(text)
+        kind = _NUMBERS.get(int(found[1][:3]) if found else 0, errno.EIO)
         if any(mark in text for mark in _CUT):
             kind = errno.ECONNRESET
         # The number makes it a PermissionError or a FileNotFoundError.
@@ -647,20 +615,15 @@ def _from_boto3(error: Exception, url: str) -> OSError:
             "SSLError",
         )
         return (_TemporaryError if is_passing else OSError)(errno.EIO, _reason(error), url)
-    status, code = (
-        answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0),
-        answer.get("Error", {}).get("Code", ""),
-    )
-    text = (
-        f"{status} {next((known.phrase for known in HTTPStatus if known == status), '')} ({code})"
-    )
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    text = f"{status} {responses.get(status, '')} ({answer.get('Error', {}).get('Code', '')})"
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
         return _TemporaryError(errno.EIO, text, url)
-    return OSError(
-        {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}.get(status, errno.EIO), text, url
-    )
+    return OSError(_NUMBERS.get(status, errno.EIO), text, url)
 
 
+_NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}
+"""HTTP's status → the system's number of an error."""
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _CODE = re.compile(r"<Code>([^<]+)</Code>")
 _PREFIX = "Generic S3 error: "
