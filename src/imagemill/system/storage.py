@@ -20,18 +20,21 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from http import HTTPStatus
-from http.client import responses
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from imagemill.errors import UsageError
 from imagemill.system import interruptible, userdirs
 from imagemill.system.retry import Attempts, RetryPolicy
+from imagemill.system.storage_errors import (
+    TemporaryError,
+    UnsupportedKeyError,
+    reason,
+    translated_errors,
+)
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
@@ -281,7 +284,7 @@ class Bucket:
         chunks, attempts = None, Attempts(self._policy)
         while True:
             try:
-                with _translated_errors(self.url):
+                with translated_errors(self.url):
                     if chunks is None:
                         chunks = iter(self._client().list(folder, offset=last, chunk_size=1_000))
                     chunk = interruptible.run(partial(next, chunks, None))
@@ -289,7 +292,7 @@ class Bucket:
                 _pause_or_raise(error, attempts)
                 chunks = None
                 continue
-            except _UnsupportedKeyError:
+            except UnsupportedKeyError:
                 if not self._is_s3:
                     raise
                 yield from self._boto3_paths(start, last or "")
@@ -369,7 +372,7 @@ class Bucket:
             FileExistsError: `create`, and the object exists. OSError: it could not be written,
             after some tries.
         """
-        with _translated_errors(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             client = self._client(policy or WRITING)
             mode: Literal["create", "overwrite"] = "create" if create else "overwrite"
             interruptible.run(
@@ -379,7 +382,7 @@ class Bucket:
 
     def remove(self, key: str) -> None:
         """Remove one object, if it exists. Raises: OSError."""
-        with _translated_errors(f"{self.url}/{key}"):
+        with translated_errors(f"{self.url}/{key}"):
             client = self._client(WRITING)
             with contextlib.suppress(FileNotFoundError):
                 interruptible.run(lambda: client.delete(self._path(key)), writes=True)
@@ -395,7 +398,7 @@ class _ObjectBlob:
         self._policy = policy
         self._url = url
         self._path = path
-        with _translated_errors(url):
+        with translated_errors(url):
             found = interruptible.run(lambda: client.head(path))
         self.size = found["size"]
         self._tag = found["e_tag"]
@@ -421,14 +424,6 @@ def _check_size(size: int, max_bytes: int | None) -> None:
         raise OSError(errno.EFBIG, f"has {size} bytes, more than {max_bytes}")
 
 
-class _UnsupportedKeyError(OSError):
-    """obstore met a key that it refuses."""
-
-
-class _TemporaryError(ConnectionResetError):
-    """A failure of boto3 that another attempt may not meet."""
-
-
 def _pause_or_raise(error: OSError, attempts: Attempts) -> None:
     """Sleep before the next attempt, or raise the error if there is none.
 
@@ -436,7 +431,7 @@ def _pause_or_raise(error: OSError, attempts: Attempts) -> None:
     """
     if attempts.pause():
         return
-    if isinstance(error, _TemporaryError):
+    if isinstance(error, TemporaryError):
         text = f"{error.strerror}, after {attempts.failures} tries"
         raise OSError(errno.EIO, text, error.filename) from error
     raise error
@@ -446,7 +441,7 @@ def _read_with_retries(read: Callable[[], T], url: str, policy: RetryPolicy) -> 
     attempts = Attempts(policy)
     while True:
         try:
-            with _translated_errors(url):
+            with translated_errors(url):
                 return interruptible.run(read)
         except ConnectionResetError as error:
             _pause_or_raise(error, attempts)
@@ -503,7 +498,7 @@ def _make_client(
         )
     except Exception as error:  # the library's own are of no common kind
         raise UsageError(
-            f"{bucket}: cannot be opened: {_reason(error)}. Look at the variables {_VARIABLES}."
+            f"{bucket}: cannot be opened: {reason(error)}. Look at the variables {_VARIABLES}."
         ) from error
 
 
@@ -570,100 +565,7 @@ def _profile(variables: dict[str, str]) -> S3CredentialProvider | None:
     except Exception as error:
         if not named:
             return None  # the folder is there, credentials are not
-        raise UsageError(f"AWS_PROFILE {variables['AWS_PROFILE']}: {_reason(error)}") from error
-
-
-@contextmanager
-def _translated_errors(url: str) -> Iterator[None]:
-    """Turn the library's errors into the system's, with one line of text."""
-    from obstore import exceptions
-
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, _reason(error), url) from error
-    except exceptions.AlreadyExistsError as error:
-        raise FileExistsError(errno.EEXIST, "is there already", url) from error
-    except exceptions.PreconditionError as error:
-        raise OSError(errno.ESTALE, "changed while it was being read", url) from error
-    except exceptions.InvalidPathError as error:
-        raise _UnsupportedKeyError(errno.EINVAL, _reason(error), url) from error
-    except (exceptions.BaseError, ValueError) as error:
-        text = str(error)
-        found = _STATUS.search(text)
-        kind = _NUMBERS.get(int(found[1][:3]) if found else 0, errno.EIO)
-        if any(mark in text for mark in _CUT):
-            kind = errno.ECONNRESET
-        # The number makes it a PermissionError or a FileNotFoundError.
-        raise OSError(kind, _reason(error), url) from error
-    except Exception as error:
-        if not type(error).__module__.startswith("botocore"):
-            raise
-        raise _from_boto3(error, url) from error
-
-
-def _from_boto3(error: Exception, url: str) -> OSError:
-    """Turn an error of boto3 into the system's. A temporary one is a
-    ConnectionResetError.
-    """
-    answer = getattr(error, "response", None)
-    if not isinstance(answer, dict):  # there was no answer
-        is_passing = type(error).__name__ not in (
-            "NoCredentialsError",
-            "PartialCredentialsError",
-            "ParamValidationError",
-            "SSLError",
-        )
-        return (_TemporaryError if is_passing else OSError)(errno.EIO, _reason(error), url)
-    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    text = f"{status} {responses.get(status, '')} ({answer.get('Error', {}).get('Code', '')})"
-    if status == HTTPStatus.TOO_MANY_REQUESTS or status >= 500:
-        return _TemporaryError(errno.EIO, text, url)
-    return OSError(_NUMBERS.get(status, errno.EIO), text, url)
-
-
-_NUMBERS = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT}
-"""HTTP's status → the system's number of an error."""
-_STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
-_CODE = re.compile(r"<Code>([^<]+)</Code>")
-_PREFIX = "Generic S3 error: "
-_CUT = ("response body error", "Content-Range header not present")
-_TRIES = re.compile(r"after (\d+) retries")
-_CAUSES = {
-    "Connection refused": "the connection was refused",
-    "ConnectionRefused": "the connection was refused",
-    "ConnectionReset": "the connection was reset",
-    "TimedOut": "no answer in time",
-    "dns error": "its name cannot be resolved",
-    "certificate": "its certificate is not trusted",
-    "IncompleteMessage": "the connection was cut",
-    "UnexpectedEof": "the connection was cut",
-    "Connection was closed": "the connection was cut",
-    "Connection broken": "the connection was cut",
-    "Read timeout": "no answer in time",
-    "Connect timeout": "no answer in time",
-    "Could not connect": "the connection was refused",
-}
-
-
-def _reason(error: Exception) -> str:
-    """Return an error's text as one line: the libraries write many."""
-    text = str(error)
-    first = " ".join(text.partition("\n\nDebug source:")[0].split())
-    if "169.254.169.254" in first or "Unable to locate credentials" in first:
-        return (
-            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"
-            " AWS_SKIP_SIGNATURE=true for a public bucket"
-        )
-    status, code, tries = _STATUS.search(text), _CODE.search(first), _TRIES.search(first)
-    if status:
-        reason = status[1].strip() + (f" ({code[1]})" if code else "")
-    else:
-        reason = next(
-            (words for mark, words in _CAUSES.items() if mark in text),
-            first.rpartition(" - ")[2].removeprefix(_PREFIX)[:300],
-        )
-    return f"{reason}, after {int(tries[1]) + 1} tries" if tries else reason
+        raise UsageError(f"AWS_PROFILE {variables['AWS_PROFILE']}: {reason(error)}") from error
 
 
 class BlobFile(io.RawIOBase):
