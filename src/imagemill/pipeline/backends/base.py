@@ -4,15 +4,21 @@ order.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
-from imagemill.records import Batch, MemoryTraffic, Outputs, Saved, SessionSpec
+from imagemill.pipeline.stopwatch import Stopwatch
+from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Outputs, Saved, SessionSpec
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,71 @@ class Session(Protocol):
     def close(self) -> None:
         """Let go of the device."""
         ...
+
+
+class QueuedSession:
+    """A session that keeps several batches in flight, and yields them in order.
+
+    A subclass starts batches, collects their outputs and drops those that nobody wants. What its
+    `_start` returns is the batch's ticket.
+    """
+
+    _in_flight: int
+    """Batches that may be started before the first one is collected."""
+    _widths: Sequence[int]
+    """Of the outputs, in the order of `_names`."""
+
+    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
+        self.backend = device.engine
+        self._clock = clock
+        recipe = spec.card.recipe
+        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
+        self._names = names_of_outputs(spec)
+
+    def _log_start(self, spec: SessionSpec, device: DeviceSpec) -> None:
+        text = "compiled %s for %s: %d batches of %d in flight"
+        _log.info(text, spec.model_file, device.name, self._in_flight, spec.batch_size)
+
+    def _start(self, pixels: NDArray[np.uint8]) -> Any:
+        """Start a batch, and return its ticket."""
+        raise NotImplementedError
+
+    def _collect(self, batch: Batch, ticket: Any) -> list[NDArray[np.float32]]:
+        """Wait for a batch, and return its outputs: its own arrays, (filled, width) each."""
+        raise NotImplementedError
+
+    def _drop(self, ticket: Any) -> None:
+        """Wait for a batch whose outputs nobody needs, or cancel it."""
+        raise NotImplementedError
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
+        """See `Session.stream`."""
+        busy: deque[tuple[Batch, Any]] = deque()
+        computing = 0
+        try:
+            for batch in batches:
+                refuse_other_shapes(batch, self._shape)
+                while computing == self._in_flight:
+                    first, ticket = busy.popleft()
+                    computing -= ticket is not None
+                    yield self._finish(first, ticket)
+                busy.append((batch, self._start(batch.pixels) if batch.filled else None))
+                computing += batch.filled > 0
+            while busy:
+                yield self._finish(*busy.popleft())
+        finally:
+            for _, ticket in busy:  # the stream was broken off
+                if ticket is not None:
+                    self._drop(ticket)
+
+    def _finish(self, batch: Batch, ticket: Any) -> tuple[Batch, Outputs]:
+        if ticket is None:
+            empty = (np.empty((0, width), np.float32) for width in self._widths)
+            return batch, make_outputs(self._names, empty)
+        begun = time.perf_counter()
+        found = self._collect(batch, ticket)
+        self._clock.add("compute", time.perf_counter() - begun)
+        return batch, make_outputs(self._names, found)
 
 
 def names_of_outputs(spec: SessionSpec) -> list[str]:

@@ -8,9 +8,7 @@ import contextlib
 import ctypes
 import io
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import util
@@ -21,16 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
-from imagemill.pipeline.backends.base import (
-    Found,
-    describe_memory_shortage,
-    make_outputs,
-    names_of_outputs,
-    refuse_other_shapes,
-)
+from imagemill.pipeline.backends.base import Found, QueuedSession, describe_memory_shortage
 from imagemill.pipeline.backends.nvidia import find_gpus, free_memory
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, SessionSpec
+from imagemill.records import Batch, DeviceSpec, SessionSpec
 from imagemill.system.messages import one_line
 
 _log = logging.getLogger(__name__)
@@ -115,7 +107,7 @@ PROVIDERS: dict[str, Provider] = {
 """Kind of device → provider. A further one is a line here, and its kind in `backends.BACKENDS`."""
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(QueuedSession):
     """See the module's docstring."""
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
@@ -124,14 +116,10 @@ class OnnxRuntimeSession:
             raise DeviceError(f"{device.name}: {missing}")
         import onnxruntime
 
-        self.backend = device.engine
+        super().__init__(spec, device, clock)
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._device = device
-        self._clock = clock
-        recipe = spec.card.recipe
-        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
         self._input = spec.card.input
-        self._names = names_of_outputs(spec)
         # As with OpenVINO, a batch a core gave more than one batch on all cores (docs/backends.md).
         # It changes no bit.
         cores = len(device.cores)
@@ -143,40 +131,15 @@ class OnnxRuntimeSession:
         # Engines are built and memory is taken now, so that whatever is wrong with the model ends
         # the start, not a batch.
         self._widths = [values.shape[1] for values in self._run(np.zeros(self._shape, np.uint8))]
-        _log.info(
-            "compiled %s for %s: %d batches of %d in flight",
-            spec.model_file,
-            device.name,
-            self._in_flight,
-            spec.batch_size,
-        )
+        self._log_start(spec, device)
 
     @staticmethod
     def found(kind: str) -> Found:
         """See `Found`."""
         return _found(PROVIDERS[kind])
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
-        """See `Session.stream`."""
-        busy: deque[tuple[Batch, Future[list[NDArray[np.float32]]] | None]] = deque()
-        computing = 0
-        try:
-            for batch in batches:
-                refuse_other_shapes(batch, self._shape)
-                while computing == self._in_flight:
-                    first, future = busy.popleft()
-                    computing -= future is not None
-                    yield self._finish(first, future)
-                busy.append(
-                    (batch, self._pool.submit(self._run, batch.pixels) if batch.filled else None)
-                )
-                computing += batch.filled > 0
-            while busy:
-                yield self._finish(*busy.popleft())
-        finally:
-            for _, future in busy:
-                if future is not None and not future.cancel():
-                    future.exception()
+    def _start(self, pixels: NDArray[np.uint8]) -> Future[list[NDArray[np.float32]]]:
+        return self._pool.submit(self._run, pixels)
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         """The outputs of one batch, by name. Runs on the threads of the pool; the arrays that come
@@ -191,17 +154,14 @@ class OnnxRuntimeSession:
             ) from error
         return found
 
-    def _finish(
-        self, batch: Batch, future: Future[list[NDArray[np.float32]]] | None
-    ) -> tuple[Batch, Outputs]:
-        if future is None:
-            empty = (np.empty((0, width), np.float32) for width in self._widths)
-            return batch, make_outputs(self._names, empty)
-        begun = time.perf_counter()
-        found = future.result()
-        self._clock.add("compute", time.perf_counter() - begun)
-        values = (np.asarray(array[: batch.filled], np.float32) for array in found)
-        return batch, make_outputs(self._names, values)
+    def _collect(
+        self, batch: Batch, ticket: Future[list[NDArray[np.float32]]]
+    ) -> list[NDArray[np.float32]]:
+        return [np.asarray(array[: batch.filled], np.float32) for array in ticket.result()]
+
+    def _drop(self, ticket: Future[list[NDArray[np.float32]]]) -> None:
+        if not ticket.cancel():
+            ticket.exception()
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,9 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.pipeline.backends import openvino_rewrites
-from imagemill.pipeline.backends.base import (
-    Found,
-    make_outputs,
-    names_of_outputs,
-    refuse_other_shapes,
-)
+from imagemill.pipeline.backends.base import Found, QueuedSession
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Precision, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import load_openvino
 
@@ -98,18 +92,14 @@ def _compiled(core: Any, model: Any, name: str, hints: dict[str, Any]) -> Any:
         return core.compile_model(model, name, hints)
 
 
-class OpenVinoSession:
+class OpenVinoSession(QueuedSession):
     """See the module's docstring."""
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
         ov = load_openvino()
         self._ov = ov
-        self.backend = device.engine
+        super().__init__(spec, device, clock)
         self.versions = {"openvino": ov.get_version().split("-")[0]}
-        self._clock = clock
-        recipe = spec.card.recipe
-        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
-        self._names = names_of_outputs(spec)
         core = ov.Core()
         if spec.cache_dir and _can_be_written(Path(spec.cache_dir)):
             core.set_property({"CACHE_DIR": spec.cache_dir})
@@ -140,17 +130,11 @@ class OpenVinoSession:
                 f"{spec.model_file} cannot be compiled: {reason}{_smaller(spec.batch_size)}"
             ) from error
         self._ports = [compiled.output(name) for name in self._names]
-        in_flight = spec.batches_per_step or 2 * max(
-            1, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        )
-        self._free = deque(compiled.create_infer_request() for _ in range(in_flight))
-        _log.info(
-            "compiled %s for %s: %d batches of %d in flight",
-            spec.model_file,
-            device.name,
-            in_flight,
-            spec.batch_size,
-        )
+        self._widths = [port.shape[1] for port in self._ports]
+        best = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+        self._in_flight = spec.batches_per_step or 2 * max(1, best)
+        self._free = deque(compiled.create_infer_request() for _ in range(self._in_flight))
+        self._log_start(spec, device)
 
     @staticmethod
     def found(kind: str) -> Found:
@@ -164,46 +148,23 @@ class OpenVinoSession:
             )
         return Found(tuple(str(core.get_property(name, "FULL_DEVICE_NAME")) for name in names))
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
-        """See `Session.stream`."""
-        busy: deque[tuple[Batch, Any]] = deque()
-        try:
-            for batch in batches:
-                refuse_other_shapes(batch, self._shape)
-                while not self._free:
-                    yield self._finish(*busy.popleft())
-                request = None
-                if batch.filled:
-                    request = self._free.popleft()
-                    request.set_input_tensor(self._ov.Tensor(batch.pixels, shared_memory=True))
-                    request.start_async()
-                busy.append((batch, request))
-            while busy:
-                yield self._finish(*busy.popleft())
-        finally:
-            # The stream was broken off: the requests come free, and let go of the pixels.
-            for _, request in busy:
-                if request is not None:
-                    request.wait()
-                    self._free.append(request)
+    def _start(self, pixels: NDArray[np.uint8]) -> Any:
+        request = self._free.popleft()
+        request.set_input_tensor(self._ov.Tensor(pixels, shared_memory=True))
+        request.start_async()
+        return request
 
-    def _finish(self, batch: Batch, request: Any) -> tuple[Batch, Outputs]:
-        if request is not None:
-            begun = time.perf_counter()
-            request.wait()
-            self._clock.add("compute", time.perf_counter() - begun)
+    def _collect(self, batch: Batch, ticket: Any) -> list[NDArray[np.float32]]:
+        ticket.wait()
+        # Copied: the request's memory is used again.
+        tensors = map(ticket.get_tensor, self._ports)
+        found = [tensor.data[: batch.filled].copy() for tensor in tensors]
+        self._free.append(ticket)
+        return found
 
-        def output(port: Any) -> NDArray[np.float32]:
-            if request is None:
-                return np.empty((0, port.shape[1]), np.float32)
-            # Copied: the request's memory is used again.
-            values: NDArray[np.float32] = request.get_tensor(port).data[: batch.filled].copy()
-            return values
-
-        outputs = make_outputs(self._names, map(output, self._ports))
-        if request is not None:
-            self._free.append(request)
-        return batch, outputs
+    def _drop(self, ticket: Any) -> None:
+        ticket.wait()
+        self._free.append(ticket)
 
     def close(self) -> None:
         """See `Session.close`."""

@@ -6,9 +6,6 @@ PyTorch is imported by the session, in the worker process only: importing it tak
 from __future__ import annotations
 
 import logging
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,16 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
-from imagemill.pipeline.backends.base import (
-    Found,
-    describe_memory_shortage,
-    make_outputs,
-    names_of_outputs,
-    refuse_other_shapes,
-)
+from imagemill.pipeline.backends.base import Found, QueuedSession, describe_memory_shortage
 from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Outputs, Precision, SessionSpec
+from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Precision, SessionSpec
 from imagemill.system.messages import one_line
 
 if TYPE_CHECKING:
@@ -38,7 +29,7 @@ _INSTALL: Final = "pip install 'imagemill[torch]'"
 _ALTERNATIVE: Final = {"cpu": "--devices cpu", "cuda": "--devices cuda@onnxruntime"}
 
 
-class TorchSession:
+class TorchSession(QueuedSession):
     """A model's graph, computed by PyTorch in batches of one size."""
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
@@ -46,14 +37,10 @@ class TorchSession:
             raise DeviceError(f"{device.name}: {missing}")
         import torch
 
-        self.backend = device.engine
+        super().__init__(spec, device, clock)
         self.versions = {"torch": str(torch.__version__)}
         self.recomputed = 0
         """Images that overflowed fp16 and were computed again in fp32."""
-        self._clock = clock
-        recipe = spec.card.recipe
-        self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
-        self._names = names_of_outputs(spec)
         dtype = {
             Precision.FP32: torch.float32,
             Precision.BF16: torch.bfloat16,
@@ -72,7 +59,9 @@ class TorchSession:
         try:
             self._open(spec, device, program, single, dtype)
         except RuntimeError as error:
-            if device.kind == "cuda" and _is_out_of_memory(error):
+            from imagemill.pipeline.backends.torch.cuda import is_out_of_memory
+
+            if device.kind == "cuda" and is_out_of_memory(error):
                 need = program.memory(dtype.itemsize) + (single.memory(4) if single else 0)
                 text = describe_memory_shortage(device.name, spec.batch_size, *self._memory, need)
                 raise DeviceMemoryError(text) from error
@@ -81,13 +70,8 @@ class TorchSession:
             raise ModelError(
                 f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
             ) from error
-        _log.info(
-            "compiled %s for %s: %d batches of %d in flight",
-            spec.model_file,
-            device.name,
-            self._runner.in_flight,
-            spec.batch_size,
-        )
+        self._in_flight = self._runner.in_flight
+        self._log_start(spec, device)
 
     def _read(self, spec: SessionSpec, device: DeviceSpec, batch: int) -> Program:
         from imagemill.pipeline.backends.torch.operators import Unsupported
@@ -139,7 +123,8 @@ class TorchSession:
                 if cuda.is_out_of_memory(error):
                     raise
                 raise _lost(device, error) from error
-            self.versions |= _cuda_versions(torch)
+            self.versions["cuda"] = str(torch.version.cuda)
+            self.versions["cudnn"] = str(torch.backends.cudnn.version())
             loaded = Loaded(program, self._place, dtype)
             self._runner: Any = cuda.CudaRunner(
                 loaded,
@@ -166,36 +151,17 @@ class TorchSession:
         missing = [text for text in (devices.missing, _missing(kind)) if text]
         return Found((), " ".join(missing)) if missing else devices
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
-        """Yield each batch with its outputs, in order."""
-        busy: deque[tuple[Batch, Any]] = deque()
-        computing = 0
-        try:
-            for batch in batches:
-                refuse_other_shapes(batch, self._shape)
-                while computing == self._runner.in_flight:
-                    first, ticket = busy.popleft()
-                    computing -= ticket is not None
-                    yield self._finish(first, ticket)
-                busy.append((batch, self._runner.start(batch.pixels) if batch.filled else None))
-                computing += batch.filled > 0
-            while busy:
-                yield self._finish(*busy.popleft())
-        finally:
-            for _, ticket in busy:
-                if ticket is not None:
-                    self._runner.drop(ticket)
+    def _start(self, pixels: NDArray[np.uint8]) -> Any:
+        return self._runner.start(pixels)
 
-    def _finish(self, batch: Batch, ticket: Any) -> tuple[Batch, Outputs]:
-        if ticket is None:
-            empty = (np.empty((0, width), np.float32) for width in self._widths)
-            return batch, make_outputs(self._names, empty)
-        begun = time.perf_counter()
+    def _collect(self, batch: Batch, ticket: Any) -> list[NDArray[np.float32]]:
         found = [values[: batch.filled] for values in self._runner.finish(ticket)]
         if self._exact is not None:
             self._replace_overflows(batch, found)
-        self._clock.add("compute", time.perf_counter() - begun)
-        return batch, make_outputs(self._names, found)
+        return found
+
+    def _drop(self, ticket: Any) -> None:
+        self._runner.drop(ticket)
 
     def _replace_overflows(self, batch: Batch, found: list[NDArray[np.float32]]) -> None:
         finite = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in found])
@@ -250,17 +216,3 @@ def _missing(kind: str) -> str | None:
 
 def _lost(device: DeviceSpec, error: Exception) -> DeviceLostError:
     return DeviceLostError(f"{device.name}: the GPU failed: {one_line(error)}")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    from imagemill.pipeline.backends.torch.cuda import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
-def _cuda_versions(torch: Any) -> dict[str, str]:
-    """Return the versions of NVIDIA's libraries that PyTorch uses."""
-    return {
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-    }
