@@ -12,7 +12,6 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
 
 from imagemill.pipeline.backends.torch.operators.node import (
     DTYPES,
-    OPERATORS,
     Call,
     Node,
     Tensor,
@@ -67,19 +66,10 @@ _BINARY: dict[str, Call] = {
 }
 
 
-def _plain(table: dict[str, Call]) -> None:
-    def register(kind: str, call: Call) -> None:
-        def bound(node: Node) -> Call:
-            node.ignore("consumed_inputs")
-            return call
-
-        OPERATORS[kind] = bound
-
-    for kind, call in table.items():
-        register(kind, call)
-
-
-_plain(_UNARY | _BINARY)
+@operator(*_UNARY, *_BINARY)
+def _plain(node: Node) -> Call:
+    node.ignore("consumed_inputs")
+    return (_UNARY | _BINARY)[node.kind]
 
 
 @dataclass(slots=True)
@@ -107,24 +97,18 @@ def _pow(node: Node) -> Call:
     return power
 
 
-@operator("Sum")
-def _sum(_node: Node) -> Call:
-    return lambda *inputs: reduce(torch.add, inputs)
+_FOLDS: dict[str, Call] = {"Sum": torch.add, "Max": torch.maximum, "Min": torch.minimum}
+
+
+@operator(*_FOLDS)
+def _fold(node: Node) -> Call:
+    function = _FOLDS[node.kind]
+    return lambda *inputs: reduce(function, inputs)
 
 
 @operator("Mean")
 def _mean(_node: Node) -> Call:
     return lambda *inputs: reduce(torch.add, inputs) / len(inputs)
-
-
-@operator("Max")
-def _max(_node: Node) -> Call:
-    return lambda *inputs: reduce(torch.maximum, inputs)
-
-
-@operator("Min")
-def _min(_node: Node) -> Call:
-    return lambda *inputs: reduce(torch.minimum, inputs)
 
 
 @operator("Mod")
@@ -154,10 +138,19 @@ def _clip(node: Node) -> Call:
     )
 
 
-@operator("LeakyRelu")
-def _leaky_relu(node: Node) -> Call:
-    alpha = node.attribute("alpha", 0.01)
-    return lambda x: F.leaky_relu(x, alpha)
+_WITH_ALPHA: dict[str, tuple[Call, float]] = {
+    "LeakyRelu": (F.leaky_relu, 0.01),
+    "Elu": (F.elu, 1.0),
+    "Celu": (F.celu, 1.0),
+}
+"""Operator → PyTorch's function of x and alpha, and the default of alpha."""
+
+
+@operator(*_WITH_ALPHA)
+def _with_alpha(node: Node) -> Call:
+    function, default = _WITH_ALPHA[node.kind]
+    alpha = node.attribute("alpha", default)
+    return lambda x: function(x, alpha)
 
 
 @operator("PRelu")
@@ -169,18 +162,6 @@ def _prelu(_node: Node) -> Call:
 def _thresholded_relu(node: Node) -> Call:
     alpha = node.attribute("alpha", 1.0)
     return lambda x: torch.where(x > alpha, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-@operator("Elu")
-def _elu(node: Node) -> Call:
-    alpha = node.attribute("alpha", 1.0)
-    return lambda x: F.elu(x, alpha)
-
-
-@operator("Celu")
-def _celu(node: Node) -> Call:
-    alpha = node.attribute("alpha", 1.0)
-    return lambda x: F.celu(x, alpha)
 
 
 @operator("Selu")
@@ -244,6 +225,12 @@ def _axes(node: Node, since: int) -> tuple[int, ...] | None:
     return tuple(axis % node.rank() for axis in axes)
 
 
+def _product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
+    for axis in sorted(axes, reverse=True):
+        x = x.prod(axis, keepdim=keep, dtype=x.dtype)
+    return x
+
+
 _REDUCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "ReduceL1": (lambda x, axes, keep: x.abs().sum(axes, keepdim=keep), 18),
     "ReduceL2": (lambda x, axes, keep: torch.linalg.vector_norm(x, 2, axes, keepdim=keep), 18),
@@ -251,13 +238,14 @@ _REDUCTIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "ReduceMax": (lambda x, axes, keep: torch.amax(x, axes, keepdim=keep), 18),
     "ReduceMean": (lambda x, axes, keep: torch.mean(x, axes, keepdim=keep), 18),
     "ReduceMin": (lambda x, axes, keep: torch.amin(x, axes, keepdim=keep), 18),
+    "ReduceProd": (_product, 18),
     "ReduceSum": (lambda x, axes, keep: torch.sum(x, axes, keepdim=keep, dtype=x.dtype), 13),
     "ReduceSumSquare": (lambda x, axes, keep: (x * x).sum(axes, keepdim=keep, dtype=x.dtype), 18),
 }
 """Operator → PyTorch's function, and the opset from which the axes are an input."""
 
 
-_PLAIN_REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum")
+_PLAIN_REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
 """Reductions that leave a single number as it is."""
 
 
@@ -273,22 +261,6 @@ def _reduction(node: Node) -> Call:
     if not axes:  # of a single number, which PyTorch would take for all axes
         return lambda x: function(x.reshape(1), (0,), False)
     return lambda x: function(x, axes, keep)
-
-
-@operator("ReduceProd")
-def _reduce_prod(node: Node) -> Call:
-    keep = bool(node.attribute("keepdims", 1))
-    axes = _axes(node, 18)
-    node.ignore("noop_with_empty_axes")
-    if axes is None:
-        return lambda x: x
-
-    def product(x: Tensor) -> Tensor:
-        for axis in sorted(axes, reverse=True):
-            x = x.prod(axis, keepdim=keep, dtype=x.dtype)
-        return x
-
-    return product
 
 
 @operator("ArgMax", "ArgMin")

@@ -211,16 +211,11 @@ def _lrn(node: Node) -> Call:
     return normalise
 
 
-@operator("GlobalAveragePool")
-def _global_average_pool(node: Node) -> Call:
+@operator("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(node: Node) -> Call:
     axes = tuple(range(2, node.rank()))
-    return lambda x: x.mean(axes, keepdim=True)
-
-
-@operator("GlobalMaxPool")
-def _global_max_pool(node: Node) -> Call:
-    axes = tuple(range(2, node.rank()))
-    return lambda x: x.amax(axes, keepdim=True)
+    function: Call = torch.mean if node.kind == "GlobalAveragePool" else torch.amax
+    return lambda x: function(x, axes, keepdim=True)
 
 
 class _Window:

@@ -95,11 +95,8 @@ class Node:
 
     def integers(self, index: int, attribute: str, *, since: int) -> list[int] | None:
         """Return integers that were an attribute before an opset and are an input from it on."""
-        if self.opset < since:
-            found = self.attribute(attribute, None)
-            return None if found is None else [int(number) for number in found]
-        values = self.host(index)
-        return None if values is None else [int(number) for number in np.ravel(values)]
+        found = self.attribute(attribute, None) if self.opset < since else self.host(index)
+        return None if found is None else as_ints(found)
 
     def shape(self, index: int = 0) -> tuple[int, ...]:
         """Return an input's shape."""
