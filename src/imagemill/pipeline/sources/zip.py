@@ -17,9 +17,10 @@ import stat
 import struct
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
@@ -27,8 +28,13 @@ from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s22x2H")
+"""A member's own header: signature, lengths of name and extra fields."""
+_CENTRAL = struct.Struct("<4sH2x2H4x3L3H4x2L")
+"""A line of the central directory: signature, version and system that made it, flags, method,
+CRC-32, compressed and uncompressed size, lengths of name, extra fields and comment, external
+attributes, offset of the local header.
+"""
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _END_64_LOCATOR = struct.Struct("<4sLQL")
@@ -179,7 +185,7 @@ class ZipSource:
         data = self._blob.read_at(offset, guess)
         if len(data) < _LOCAL.size:
             return BadImage(Status.TRUNCATED, "the archive ends before it")
-        signature, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(data)
+        signature, name_bytes, extra_bytes = _LOCAL.unpack_from(data)
         start = _LOCAL.size + name_bytes + extra_bytes
         if signature != b"PK\3\4":
             return BadImage(Status.CORRUPT, _NOT_HERE)
@@ -283,44 +289,20 @@ class ZipSource:
                 raise self._damaged(
                     f"member {count + 1:,} of it, at byte {file.tell() - len(head):,}, is none"
                 )
-            (
-                _,
-                made_by,
-                _,
-                flags,
-                method,
-                _,
-                _,
-                crc,
-                packed,
-                size,
-                names,
-                extras,
-                comments,
-                _,
-                _,
-                outside,
-                offset,
-            ) = _CENTRAL.unpack(head)
+            _, made_by, flags, method, crc, packed, size, *lengths, outside, offset = (
+                _CENTRAL.unpack(head)
+            )
+            names, extras, comments = lengths
             rest = file.read(names + extras + comments)
             left -= _CENTRAL.size + len(rest)
             if len(rest) < names + extras + comments or left < 0:
                 raise self._damaged(f"member {count + 1:,} of it reaches beyond its end")
             name, extra = rest[:names], rest[names : names + extras]
             packed, size, offset = _widened(extra, packed, size, offset)
-            unix_mode = outside >> 16 if made_by >> 8 == _UNIX else 0
+            is_link = made_by >> 8 == _UNIX and stat.S_ISLNK(outside >> 16)
             is_folder = name.endswith(b"/") or bool(outside & _DOS_FOLDER and not size)
-            yield _Member(
-                name,
-                offset + directory.prefix,
-                packed,
-                size,
-                crc,
-                method,
-                flags,
-                is_folder,
-                stat.S_ISLNK(unix_mode),
-            )
+            offset += directory.prefix
+            yield _Member(name, offset, packed, size, crc, method, flags, is_folder, is_link)
             count += 1
         if count % directory.modulo != directory.members:
             raise self._damaged(
@@ -387,7 +369,7 @@ def _ends_with_header(blob: Blob, end: int) -> bool:
         if match.start() + _LOCAL.size <= len(data)
     )
     return any(
-        at + _LOCAL.size + sum(_LOCAL.unpack_from(data, at)[-2:]) == len(data) for at in headers
+        at + _LOCAL.size + sum(_LOCAL.unpack_from(data, at)[1:]) == len(data) for at in headers
     )
 
 
@@ -424,7 +406,17 @@ def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
             )
         return stored
     try:
-        data, is_whole = _DECOMPRESS[method](stored, size, flags)
+        if method == _LZMA:
+            # The zip form has a version and the length of the properties where an .lzma file has
+            # its sizes.
+            declared = struct.pack("<Q", 2**64 - 1 if flags & _END_MARKER_FLAG else size)
+            stored = stored[4:9] + declared + stored[9:]
+            unpacker: Any = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_BYTES)
+        elif method == _BZIP2:
+            unpacker = bz2.BZ2Decompressor()
+        else:
+            unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        data: bytes = unpacker.decompress(stored, size + 1)
     except (zlib.error, OSError, EOFError, lzma.LZMAError) as error:
         too_large = isinstance(error, lzma.LZMAError) and "emory" in str(error)
         raise BadImage(
@@ -436,34 +428,7 @@ def _unpacked(stored: bytes, size: int, method: int, flags: int) -> bytes:
             f"unpacks to more than the {counted(size, 'byte')} that the archive's directory says",
         )
     if len(data) < size:
-        status = Status.CORRUPT if is_whole else Status.TRUNCATED
+        status = Status.CORRUPT if unpacker.eof else Status.TRUNCATED
         unpacked = counted(len(data), "byte")
         raise BadImage(status, f"unpacks to {unpacked}, the archive's directory says {size:,}")
     return data
-
-
-def _inflate(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:  # noqa: ARG001 - as the others
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-    return unpacker.decompress(stored, size + 1), unpacker.eof
-
-
-def _bunzip2(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:  # noqa: ARG001 - as the others
-    unpacker = bz2.BZ2Decompressor()
-    return unpacker.decompress(stored, size + 1), unpacker.eof
-
-
-def _unlzma(stored: bytes, size: int, flags: int) -> tuple[bytes, bool]:
-    """The zip form of LZMA has a version and the length of the properties where an .lzma file has
-    its sizes.
-    """
-    declared = 2**64 - 1 if flags & _END_MARKER_FLAG else size
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY_BYTES)
-    data = unpacker.decompress(stored[4:9] + struct.pack("<Q", declared) + stored[9:], size + 1)
-    return data, unpacker.eof
-
-
-_DECOMPRESS: dict[int, Callable[[bytes, int, int], tuple[bytes, bool]]] = {
-    _DEFLATE: _inflate,
-    _BZIP2: _bunzip2,
-    _LZMA: _unlzma,
-}
