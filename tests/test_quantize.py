@@ -798,9 +798,10 @@ def test_auto_measures_nothing_where_a_job_is_too_small(
     assert (prepared.precision, prepared.variant) == (Precision.FP32, "model")
     assert len(prepared.lines) == 1
     assert prepared.lines[0].startswith("precision fp32: int8 and bf16 not checked, because that")
-    assert precisions.choose(bundles.load(tmp_path), 100, {"avx2"}).lines == prepared.lines
+    assert precisions.choose(bundles.load(tmp_path), 100).lines == prepared.lines
     monkeypatch.undo()
-    assert precisions.choose(bundles.load(tmp_path), 100, {"avx2"}).lines == (
+    monkeypatch.setattr(cpu, "flags", lambda: {"avx2"})
+    assert precisions.choose(bundles.load(tmp_path), 100).lines == (
         "precision fp32. This processor has no units that make int8 or bf16 faster",
     )
 
@@ -1061,7 +1062,7 @@ def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: Non
     assert comparison.images == 30
     assert comparison.compared == "set of classes from probability 0.5"
     assert "the same set of classes from probability 0.5" in str(precisions.report_lines(report))
-    assert precisions.usable(bundle, Precision.INT8) is not None
+    assert check.usable(bundle, Precision.INT8) is not None
 
 
 def test_nothing_is_traded_where_agreement_is_not_defined(
@@ -1159,10 +1160,12 @@ def test_a_result_travels_with_the_model(tmp_path: Path, monkeypatch: pytest.Mon
     known = record(bundle, file="int8-a.xml", sha256=sha256, group_channels=0)
     variants.write(bundle.dir, int8=replace(known, instruction_set="avx512_vnni"))
     copied = bundles.load(shutil.copytree(bundle.dir, tmp_path / "b"))
-    found = precisions.choose(copied, 10, flags)
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
+    found = precisions.choose(copied, 10)
     assert (found.precision, found.model_file) == (Precision.INT8, copied.dir / "int8-a.xml")
-    assert precisions.choose(copied, 10, flags | {"amx_int8"}).precision is Precision.FP32
-    assert precisions.choose(copied, 10, {"avx2"}).precision is Precision.FP32
+    for others in (flags | {"amx_int8"}, {"avx2"}):
+        monkeypatch.setattr(cpu, "flags", lambda found=others: found)
+        assert precisions.choose(copied, 10).precision is Precision.FP32
 
 
 INT8_UNITS = {"avx2", "avx512f", "avx512_vnni"}
@@ -1185,7 +1188,8 @@ def test_without_the_extra_models_in_int8_that_exist_work(
     sha256 = variants.digest(tmp_path / "int8-a.xml")
     known = record(bundle, file="int8-a.xml", sha256=sha256, group_channels=0)
     variants.write(tmp_path, int8=replace(known, instruction_set="avx512_vnni"))
-    assert precisions.choose(bundle, 10, INT8_UNITS).precision is Precision.INT8
+    monkeypatch.setattr(cpu, "flags", lambda: INT8_UNITS)
+    assert precisions.choose(bundle, 10).precision is Precision.INT8
 
 
 def test_without_the_extra_a_job_in_int8_leaves_nothing_behind(
@@ -1204,11 +1208,12 @@ def test_without_the_extra_auto_names_it_once_where_int8_would_pay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(cpu, "flags", lambda: INT8_UNITS)
     bundle = make_bundle(tmp_path)
-    (line,) = precisions.choose(bundle, 10**6, INT8_UNITS).lines
+    (line,) = precisions.choose(bundle, 10**6).lines
     assert line.count("pip install 'imagemill[int8]'") == 1
-    assert Precision.INT8 not in precisions.choose(bundle, 10**6, INT8_UNITS).candidates
-    (line,) = precisions.choose(bundle, 13, INT8_UNITS).lines
+    assert Precision.INT8 not in precisions.choose(bundle, 10**6).candidates
+    (line,) = precisions.choose(bundle, 13).lines
     assert "pip" not in line
 
 

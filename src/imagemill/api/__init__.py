@@ -26,7 +26,7 @@ from imagemill.runner.freeze import session_of
 from imagemill.runner.model import classes_kept, resolve_model, with_recipe
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting, check_settings, make_settings
 from imagemill.scoring.record import Score
-from imagemill.tuning import precisions
+from imagemill.tuning import check, precisions
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
@@ -210,7 +210,7 @@ def load(
     bundles.verify_hash(found)
     if precision == Precision.INT8:
         precisions.refuse_int8(found.card)
-        if precisions.usable(found, Precision.INT8) is None:
+        if check.usable(found, Precision.INT8) is None:
             raise UsageError(
                 f"precision int8: {found.card.name} has no int8 variant for this machine. Make it:"
                 f" `imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."

@@ -33,7 +33,6 @@ from imagemill.records import (
     Entry,
     Limits,
     Precision,
-    Recipe,
     SessionSpec,
 )
 from imagemill.system import cpu
@@ -93,12 +92,11 @@ class AccuracyCheck:
     """The bundle's records when the accuracy check was asked for."""
 
 
-def instruction_set(flags: set[str] | None = None) -> str:
+def instruction_set() -> str:
     """Return the widest int8 or bf16 unit of the processor: answers, and so results, may differ
     between processors that differ in it.
     """
-    flags = cpu.flags() if flags is None else flags
-    return next(iter(cpu.vector_units(flags)), "plain")
+    return next(iter(cpu.vector_units(cpu.flags())), "plain")
 
 
 def cost_and_gain(
@@ -260,18 +258,17 @@ class Run:
         record = self._usable(Precision.INT8)
         if (
             record is None
+            or record.file is None
             or record.calibration is None
             or record.calibration.id != self._calibrated_on
             or record.versions != quantize.versions()
         ):
             return None
-        return variants.int8_file(self._asked.bundle.dir, record)
+        return self._asked.bundle.dir / record.file
 
     def _usable(self, precision: Precision) -> PrecisionRecord | None:
-        """Return the bundle's record of a precision if it holds."""
-        gpu = self._asked.gpus[:1]
-        record = self._now.get(record_name(precision, *gpu))
-        return record if record and holds(record, self._asked.bundle, None, *gpu) else None
+        asked = self._asked
+        return usable(asked.bundle, precision, asked.gpus[0] if asked.gpus else None, self._now)
 
     def _min_agreement(self, precision: Precision) -> float:
         asked = self._asked.min_agreement
@@ -351,7 +348,7 @@ class Run:
             found = replace(
                 found, true=accuracy.true_accuracy(asked.truth, true, reference, answers)
             )
-        versions, unit, group_channels = _circumstances(precision, cpu.flags(), *asked.gpus[:1])
+        versions, unit, group_channels = _circumstances(precision, *asked.gpus[:1])
         record = PrecisionRecord(
             found,
             self._held_out,
@@ -383,12 +380,9 @@ class Run:
         """Return whether a record of too few images must not replace the bundle's: that one was
         accepted, or calibrated on more images, or on as many and compared on more.
         """
-        before, folder = self._usable(precision), self._asked.bundle.dir
-        if before is None or record.comparison.is_verdict:
+        if record.comparison.is_verdict or (before := self._usable(precision)) is None:
             return False
-        return _rank(before) > _rank(record) and (
-            before.file is None or variants.int8_file(folder, before) is not None
-        )
+        return _rank(before) > _rank(record)
 
     @contextlib.contextmanager
     def _session(self, precision: Precision, file: Path) -> Iterator[Any]:
@@ -438,39 +432,56 @@ def record_name(precision: Precision, gpu: DeviceSpec | None = None) -> str:
     return precision.value if gpu is None else f"{precision} on {gpu.model}"
 
 
-def holds(
-    record: PrecisionRecord,
+def usable(
     bundle: Bundle,
-    flags: set[str] | None = None,
+    precision: Precision,
     gpu: DeviceSpec | None = None,
-) -> bool:
-    """Return whether a record is of this model, preprocessing, library version and kind of
-    processor or GPU. It holds for any background: a background changes few
-    images and none of the arithmetic.
+    records: Precisions | None = None,
+) -> PrecisionRecord | None:
+    """Return the bundle's record of a precision if it is of this model, preprocessing, library
+    version and kind of processor or GPU, and its int8 file is unchanged; else None.
+
+    It holds for any background: a background changes few images and none of the arithmetic.
+
+    Args:
+        bundle: its card with the recipe that the job uses.
+        precision: of the record.
+        gpu: the record's device; None: the CPU.
+        records: of the bundle; None: read now.
+
+    Raises:
+        ModelError: `accuracy.json` cannot be read.
     """
-    flags = cpu.flags() if flags is None else flags
-    precision = Precision.BF16 if record.file is None else Precision.INT8
-    versions, unit, group_channels = _circumstances(precision, flags, gpu)
+    records = variants.read(bundle.dir) if records is None else records
+    record = records.get(record_name(precision, gpu))
+    if record is None:
+        return None
+    versions, unit, group_channels = _circumstances(precision, gpu)
     decisive = versions if gpu else ("openvino",)
-    return (
+    holds = (
         record.model == bundle.card.sha256
-        and _without_background(record.recipe) == _without_background(bundle.card.recipe)
+        and replace(record.recipe, background=None) == replace(bundle.card.recipe, background=None)
         and all(record.versions.get(name) == versions.get(name) for name in decisive)
         and record.instruction_set == unit
         and record.group_channels == group_channels
     )
+    if holds and precision is Precision.INT8:
+        holds = variants.int8_file(bundle.dir, record) is not None
+    return record if holds else None
+
+
+def is_fast(record: PrecisionRecord) -> bool:
+    """Return whether a precision makes enough images/s to be used, or was not measured."""
+    return record.speedup is None or record.speedup >= MIN_SPEEDUP
 
 
 def _circumstances(
-    precision: Precision, flags: set[str], gpu: DeviceSpec | None = None
+    precision: Precision, gpu: DeviceSpec | None = None
 ) -> tuple[Mapping[str, str], str, int]:
     """Return what a record depends on beside the model: library versions, the processor's widest
     unit or the model of the GPU, and the width of merged groups.
     """
     if gpu is not None:
         return library_versions(gpu.backend), gpu.model, 0
-    return quantize.versions(), instruction_set(flags), openvino_rewrites.wanted(precision, flags)
-
-
-def _without_background(recipe: Recipe) -> Recipe:
-    return replace(recipe, background=None)
+    group_channels = openvino_rewrites.wanted(precision, cpu.flags())
+    return quantize.versions(), instruction_set(), group_channels

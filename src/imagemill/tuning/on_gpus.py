@@ -47,13 +47,8 @@ def find_accepted(bundle: Bundle, gpu: DeviceSpec) -> tuple[Precision, str]:
     """
     records = variants.read(bundle.dir)
     for precision in ORDER:
-        record = records.get(check.record_name(precision, gpu))
-        if (
-            record is not None
-            and check.holds(record, bundle, None, gpu)
-            and record.comparison.accepted
-            and (record.speedup or check.MIN_SPEEDUP) >= check.MIN_SPEEDUP
-        ):
+        record = check.usable(bundle, precision, gpu, records)
+        if record and record.comparison.accepted and check.is_fast(record):
             return precision, f"precision {precision}: {record.comparison.reason}"
     return Precision.FP32, "precision fp32"
 

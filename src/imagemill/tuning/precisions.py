@@ -36,7 +36,7 @@ from imagemill.records import (
 from imagemill.system import cpu
 from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
-from imagemill.tuning.check import AccuracyCheck
+from imagemill.tuning.check import AccuracyCheck, usable
 from imagemill.tuning.images import calibration_share, sample
 
 CALIBRATION: Final = 300
@@ -217,25 +217,21 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
         )
 
 
-def choose(
-    bundle: Bundle, images: int, flags: set[str] | None = None, failure: str | None = None
-) -> Prepared:
+def choose(bundle: Bundle, images: int, failure: str | None = None) -> Prepared:
     """Return the fastest precision that the bundle's results allow; nothing is measured.
 
     Args:
         bundle: its card with the recipe that the job uses.
         images: of the job; decides which accuracy checks may be worthwhile.
-        flags: of the processor; None looks them up.
         failure: why an accuracy check failed, for the line.
     """
-    flags = cpu.flags() if flags is None else flags
     refused: list[str] = []
     unchecked: list[Precision] = []
     without_units: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
-        record = usable(bundle, precision, flags)
+        record = usable(bundle, precision)
         if record and record.comparison.accepted:
-            if (record.speedup or check.MIN_SPEEDUP) >= check.MIN_SPEEDUP:
+            if check.is_fast(record):
                 line = ". ".join([f"precision {precision}: {record.comparison.reason}", *refused])
                 variant = record.file.removesuffix(".xml") if record.file else "model"
                 file = bundle.dir / (record.file or bundles.MODEL)
@@ -246,7 +242,7 @@ def choose(
             )
         elif record and record.comparison.is_verdict:
             refused.append(f"{precision} is not used: {record.comparison.reason}")
-        elif cpu.unit(precision, flags) is None:
+        elif cpu.unit(precision, cpu.flags()) is None:
             without_units.append(precision)
         elif precision is Precision.INT8 and not quantize.is_installed():
             if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
@@ -268,23 +264,6 @@ def choose(
         if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT)
     )
     return replace(_plain(bundle, Precision.FP32, line), candidates=worthwhile)
-
-
-def usable(
-    bundle: Bundle, precision: Precision, flags: set[str] | None = None
-) -> PrecisionRecord | None:
-    """Return the bundle's record of a precision if it holds on this machine, see `check.holds`, and
-    its int8 file is unchanged; else None.
-
-    Raises:
-        ModelError: `accuracy.json` cannot be read.
-    """
-    record = variants.read(bundle.dir).get(precision)
-    if record is None or not check.holds(record, bundle, flags):
-        return None
-    if precision is Precision.INT8 and variants.int8_file(bundle.dir, record) is None:
-        return None
-    return record
 
 
 def _automatic(
