@@ -47,7 +47,15 @@ from imagemill.records import (
 )
 from imagemill.runner import run
 from imagemill.system import cpu
-from imagemill.tuning import accuracy, check, check_process, images, precisions, quantize
+from imagemill.tuning import (
+    accuracy,
+    check,
+    check_process,
+    command,
+    images,
+    precisions,
+    quantize,
+)
 from tiny import WIDE_CARD, tiny_model
 
 pytestmark = pytest.mark.process
@@ -155,7 +163,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def entries_of(folder: Path) -> list[Entry]:
-    return list(precisions._listing([str(folder)], precisions.Filters()))
+    return list(command.listing([str(folder)]))
 
 
 def record(
@@ -461,7 +469,7 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     """In the child process, as the command does it; the second call measures nothing again."""
     bundle = make_bundle(tmp_path)
     messages: list[str] = []
-    first = precisions.quantize_bundle(
+    first = command.quantize_bundle(
         bundle, [str(colours / "0")], chosen=CPU, calibration=20, notify=messages.append
     )
     assert messages[0] == (
@@ -475,13 +483,13 @@ def test_few_images_are_reported_and_not_accepted(tmp_path: Path, colours: Path)
     assert int8.comparison.images == first.images - 20
     assert json.loads((tmp_path / "accuracy.json").read_text())["int8"]["file"] == int8.file
     assert (tmp_path / int8.file).is_file()
-    assert precisions.report_lines(first)[-1].endswith(
+    assert command.report_lines(first)[-1].endswith(
         f", not accepted ({int8.comparison.reason}). `--precision auto` uses {first.automatic} from"
         " now on"
     )
     before = (tmp_path / int8.file).stat().st_mtime_ns
     messages.clear()
-    again = precisions.quantize_bundle(
+    again = command.quantize_bundle(
         bundles.load(tmp_path),
         [str(colours / "0")],
         chosen=CPU,
@@ -497,13 +505,13 @@ def test_enough_agreeing_images_are_accepted_and_auto_then_uses_them(
     tmp_path: Path, colours: Path, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(tmp_path)
-    report = precisions.quantize_bundle(
+    report = command.quantize_bundle(
         bundle, [str(colours)], chosen=CPU, calibration=CALIBRATION, held_out=HELD_OUT
     )
     int8 = report.precisions["int8"]
     assert int8.comparison.accepted is True
     assert int8.comparison.images == HELD_OUT
-    assert precisions.report_lines(report)[-1] == (
+    assert command.report_lines(report)[-1] == (
         f"fp32 → int8: {rates(int8)}agreement {int8.comparison.agreement:.4f}, accepted."
         f" `--precision auto` uses {report.automatic} from now on"
     )
@@ -534,7 +542,7 @@ def test_a_network_that_quantises_badly_is_refused_with_its_figures(
 ) -> None:
     """One loud channel sets the step for all. The report names images with both answers."""
     bundle = make_bundle(tmp_path, loud=3e4)
-    report = precisions.quantize_bundle(
+    report = command.quantize_bundle(
         bundle, [str(colours)], chosen=CPU, calibration=CALIBRATION, held_out=HELD_OUT
     )
     found = report.precisions["int8"].comparison
@@ -547,7 +555,7 @@ def test_a_network_that_quantises_badly_is_refused_with_its_figures(
     assert (colours / flip.image).is_file()
     assert flip.fp32 != flip.answer
     assert {flip.fp32, flip.answer} <= set(bundle.card.labels)
-    lines = precisions.report_lines(report)
+    lines = command.report_lines(report)
     assert (
         f"  {flip.image}: {flip.fp32} ({flip.fp32_probability:.2f}) in fp32, {flip.answer}"
         f" ({flip.probability:.2f}) in int8"
@@ -581,7 +589,7 @@ def test_a_network_with_one_broken_layer_is_never_accepted(
         return model
 
     monkeypatch.setattr(quantize, "quantize", broken)
-    report = precisions.quantize_bundle(
+    report = command.quantize_bundle(
         make_bundle(tmp_path),
         [str(colours)],
         chosen=CPU,
@@ -635,13 +643,13 @@ def test_a_stricter_bound_is_kept_with_the_result(
     """Another bound measures again, and decides for later jobs."""
     bundle, options = make_bundle(tmp_path), {"calibration": CALIBRATION, "held_out": HELD_OUT}
     for bound, accepted in ((0.999, False), (0.9, True)):
-        report = precisions.quantize_bundle(
+        report = command.quantize_bundle(
             bundle, [str(colours)], chosen=CPU, min_agreement=bound, **options
         )
         assert report.precisions["int8"].comparison.accepted is accepted
         assert variants.read(tmp_path).int8.comparison.min_agreement == bound
     with pytest.raises(UsageError, match=r"--min-agreement 1\.5: must be from 0 to 1"):
-        precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, min_agreement=1.5)
+        command.quantize_bundle(bundle, [str(colours)], chosen=CPU, min_agreement=1.5)
 
 
 def test_images_without_a_valid_output_do_not_end_an_accuracy_check(
@@ -685,9 +693,9 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
         folder.mkdir()
         for file in sorted((colours / "0").iterdir())[:count]:
             (folder / file.name).write_bytes(file.read_bytes())
-    kept = precisions.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
+    kept = command.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
     assert not kept["int8"].comparison.accepted
-    precisions.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1)
+    command.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1)
     assert variants.read(bundle.dir).int8 == kept["int8"]
 
 
@@ -698,14 +706,14 @@ def test_few_images_take_nothing_from_a_result_on_enough(
     it no longer counts. The figures are reported.
     """
     bundle = make_bundle(tmp_path)
-    accepted = precisions.quantize_bundle(
+    accepted = command.quantize_bundle(
         bundle, [str(colours)], chosen=CPU, calibration=CALIBRATION
     ).precisions["int8"]
-    few = precisions.quantize_bundle(
+    few = command.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
     )
     assert few.precisions["int8"].comparison.reason.startswith("too few images: ")
-    assert "  not kept: what was accepted before, on more images, stays" in precisions.report_lines(
+    assert "  not kept: what was accepted before, on more images, stays" in command.report_lines(
         few
     )
     assert variants.read(tmp_path).int8 == accepted
@@ -715,7 +723,7 @@ def test_few_images_take_nothing_from_a_result_on_enough(
     ]
 
     (tmp_path / accepted.file).with_suffix(".bin").write_bytes(b"changed")
-    again = precisions.quantize_bundle(
+    again = command.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
     )
     assert variants.read(tmp_path).int8 == again.precisions["int8"]
@@ -971,7 +979,7 @@ def test_int8_of_few_images_is_made_again_however_many_were_held_out(
 ) -> None:
     """`quantize` calibrated on few images and compared many, and the result was refused."""
     bundle = make_bundle(tmp_path, loud=3e4)
-    first = precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=2)
+    first = command.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=2)
     assert not first.precisions["int8"].comparison.accepted
     made = explicit_int8(tmp_path, colours, 37)
     assert variants.read(tmp_path).int8.calibration.images == 29
@@ -1055,13 +1063,11 @@ def test_a_multi_label_model_of_any_shape_is_quantised(tmp_path: Path, here: Non
     folder.mkdir()
     for number in range(40):
         sample_images.photograph(60, 50, number).save(folder / f"{number}.png")
-    report = precisions.quantize_bundle(
-        bundle, [str(folder)], chosen=CPU, calibration=10, held_out=30
-    )
+    report = command.quantize_bundle(bundle, [str(folder)], chosen=CPU, calibration=10, held_out=30)
     comparison = report.precisions["int8"].comparison
     assert comparison.images == 30
     assert comparison.compared == "set of classes from probability 0.5"
-    assert "the same set of classes from probability 0.5" in str(precisions.report_lines(report))
+    assert "the same set of classes from probability 0.5" in str(command.report_lines(report))
     assert check.usable(bundle, Precision.INT8) is not None
 
 
@@ -1088,7 +1094,7 @@ def test_nothing_is_traded_where_agreement_is_not_defined(
     assert prepare("fp32").lines == ()
     for refused in (
         lambda: prepare("int8"),
-        lambda: precisions.quantize_bundle(headless, ["."], chosen=CPU),
+        lambda: command.quantize_bundle(headless, ["."], chosen=CPU),
     ):
         with pytest.raises(UsageError) as caught:
             refused()
@@ -1180,7 +1186,7 @@ def test_without_the_extra_models_in_int8_that_exist_work(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     install = r"int8 needs a package that is not installed. Type: pip install 'imagemill\[int8\]'"
     with pytest.raises(ModelError, match=install):
-        precisions.quantize_bundle(bundle, ["images"], chosen=CPU)
+        command.quantize_bundle(bundle, ["images"], chosen=CPU)
     with pytest.raises(ModelError, match=install):
         precisions.prepare("int8", bundle, [], lambda: pytest.fail("listed"), 100, chosen=CPU)
     (tmp_path / "int8-a.xml").write_bytes(b"graph")
@@ -1293,7 +1299,7 @@ def test_the_accuracy_of_both_precisions_is_shown_if_true_labels_are_given(
     rows = "".join(f"{file.name},{file.parent.name}\n" for file in colours.rglob("*.ppm"))
     (tmp_path / "truth.csv").write_text(f"path,label\n{rows}")
     for truth in ("folders", f"@{tmp_path / 'truth.csv'}"):
-        report = precisions.quantize_bundle(
+        report = command.quantize_bundle(
             bundle, [str(colours)], chosen=CPU, calibration=60, held_out=100, truth=truth
         )
         found = report.precisions["int8"].comparison
@@ -1301,10 +1307,10 @@ def test_the_accuracy_of_both_precisions_is_shown_if_true_labels_are_given(
         assert found.true.fp32 == 1
         assert found.true.precision == pytest.approx(found.agreement)
         assert f"right answers 1.0000 in fp32 and {found.agreement:.4f} here" in str(
-            precisions.report_lines(report)
+            command.report_lines(report)
         )
     with pytest.raises(UsageError, match="`quantize` reads folders"):
-        precisions.quantize_bundle(bundle, [str(colours)], chosen=CPU, truth="cls")
+        command.quantize_bundle(bundle, [str(colours)], chosen=CPU, truth="cls")
 
 
 def test_images_without_a_true_label_are_left_out_of_the_accuracy() -> None:

@@ -31,10 +31,9 @@ from imagemill.models.folders import folder as folders
 from imagemill.pipeline.backends import library_versions, open_session
 from imagemill.pipeline.backends.base import Found
 from imagemill.pipeline.session_checks import check_exactness
-from imagemill.pipeline.sources import Filters
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Limits, Precision, Saved
-from imagemill.tuning import accuracy, check, precisions
+from imagemill.tuning import accuracy, check, command
 from imagemill.tuning.check import AccuracyCheck
 from imagemill.tuning.on_gpus import GpuRun
 from onnx_files import complete, silent
@@ -961,7 +960,7 @@ def test_the_accuracy_check_of_a_card_compares_it_with_itself_in_fp32(
 ) -> None:
     """On decoded images, with sessions on the card in both precisions, and measured rates."""
     model = bundle.write(tmp_path / "tiny", tiny.card, tiny_model())
-    entries = tuple(precisions._listing([str(jpegs(9))], Filters()))
+    entries = tuple(command.listing([str(jpegs(9))]))
     gpu = DeviceSpec("cuda#0", "cuda", "torch", (0,), 0, "Card (1 SMs)")
     limits = {"calibration": 0, "held_out": 6, "images": 10**6, "batch_size": 3}
     monkeypatch.setattr(accuracy, "MIN_IMAGES", 6)

@@ -36,7 +36,7 @@ from imagemill.pipeline.backends.devices import resolve
 from imagemill.pipeline.top_k import to_probabilities
 from imagemill.records import Precision, Scores, Settings
 from imagemill.runner import run
-from imagemill.tuning import precisions
+from imagemill.tuning import command
 from onnx_files import complete, head, saved, silent, small, turned
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -431,7 +431,7 @@ def test_a_wrapped_model_can_be_quantised(
     wrap.wrap(file, complete(file, **IMAGENET))
     made = models_resolve.resolve(str(file), tmp_path / "models")
     folder = jpegs(30)
-    report = precisions.quantize_bundle(
+    report = command.quantize_bundle(
         made, [str(folder)], chosen=resolve("cpu"), calibration=10, held_out=20
     )
     assert (made.dir / report.precisions["int8"].file).is_file()

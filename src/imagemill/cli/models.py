@@ -324,13 +324,13 @@ def _quantize(parsed: argparse.Namespace) -> int:
     from imagemill.display.terminal import DownloadDisplay
     from imagemill.models import bundle, resolve
     from imagemill.pipeline.backends import devices
-    from imagemill.tuning import precisions
+    from imagemill.tuning import command
 
     found = resolve.resolve(
         parsed.model, _models_dir(parsed), notify=log, progress=DownloadDisplay()
     )
     bundle.verify_hash(found)
-    report = precisions.quantize_bundle(
+    report = command.quantize_bundle(
         found,
         parsed.images,
         chosen=devices.resolve("cpu"),
@@ -340,5 +340,5 @@ def _quantize(parsed: argparse.Namespace) -> int:
         truth=parsed.truth,
         notify=log,
     )
-    print(as_json(report) if parsed.json else "\n".join(precisions.report_lines(report)))
+    print(as_json(report) if parsed.json else "\n".join(command.report_lines(report)))
     return 0

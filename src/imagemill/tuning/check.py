@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from imagemill.records import (
 from imagemill.system import cpu
 from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, quantize
-from imagemill.tuning.images import Decoder, Image, divide, identity
+from imagemill.tuning.images import Decoder, Image, divide, identity, sample
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
@@ -90,6 +90,17 @@ class AccuracyCheck:
     access: Access = AS_GIVEN
     known: Precisions = field(default_factory=Precisions)
     """The bundle's records when the accuracy check was asked for."""
+
+    @property
+    def wanted(self) -> int:
+        """Number of entries to choose from the sources: twice as many as are needed, since some
+        cannot be read and some are duplicates.
+        """
+        return 2 * (self.calibration + self.held_out)
+
+    def with_sample(self, entries: Iterable[Entry]) -> AccuracyCheck:
+        """Return the check with entries chosen from a listing of any length."""
+        return replace(self, entries=tuple(sample(entries, self.wanted)[0]))
 
 
 def instruction_set() -> str:

@@ -7,7 +7,7 @@ Accuracy is never traded for nothing: if fp32 outruns decoding, it stays.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -54,14 +54,14 @@ def find_accepted(bundle: Bundle, gpu: DeviceSpec) -> tuple[Precision, str]:
 
 
 def choose(
-    base: AccuracyCheck, sample: Callable[[], Sequence[Entry]], notify: Notify
+    base: AccuracyCheck, entries: Callable[[], Iterable[Entry]], notify: Notify
 ) -> tuple[Precision] | tuple[Precision, str]:
     """Return the precision of a job that asks for `auto`, and a line for the user unless the check
     has printed it. An error of the check costs the job nothing but the faster precision.
 
     Args:
         base: with the job's GPUs and number of images; 0 measures nothing.
-        sample: returns entries to check on.
+        entries: lists the job's images.
         notify: receives lines for the user.
     """
     known = find_accepted(base.bundle, base.gpus[0])
@@ -69,12 +69,8 @@ def choose(
         return known
     spec = SessionSpec("", base.bundle.card, ORDER[0], 0)
     try:
-        asked = replace(
-            base,
-            entries=tuple(sample()),
-            precisions=ORDER,
-            batch_size=batch_size.resolved(spec, base.gpus).batch_size,
-        )
+        size = batch_size.resolved(spec, base.gpus).batch_size
+        asked = replace(base, precisions=ORDER, batch_size=size).with_sample(entries())
         found = check_process.in_child(asked, notify)
     except Interrupted:
         raise

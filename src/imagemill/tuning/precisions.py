@@ -1,8 +1,7 @@
 """The precision that a job runs in, and the model file for it.
 
-`prepare` serves `run --precision`, `quantize_bundle` serves `imagemill quantize`. Both read the
-results in the bundle's `accuracy.json` and let `check` measure missing ones. `auto` does so only
-if the job saves more time than the accuracy check takes.
+`prepare` reads the results in the bundle's `accuracy.json` and lets `check` measure missing ones.
+`auto` does so only if the job saves more time than the accuracy check takes.
 
     auto       int8 if accepted ─► else bf16 if accepted ─► else fp32
                on NVIDIA GPUs fp16, else bf16, else fp32; fp32 if decoding is slower anyway
@@ -11,18 +10,16 @@ if the job saves more time than the accuracy check takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError, counted
+from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import resolve, variants
 from imagemill.models.variants import PrecisionRecord
-from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
-from imagemill.pipeline.sources import Filters, Skipped
 from imagemill.records import (
     AS_GIVEN,
     Access,
@@ -37,19 +34,16 @@ from imagemill.system import cpu
 from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, check, check_process, on_gpus, quantize
 from imagemill.tuning.check import AccuracyCheck, usable
-from imagemill.tuning.images import calibration_share, sample
+from imagemill.tuning.images import calibration_share
 
 CALIBRATION: Final = 300
 """Images that int8 is calibrated on."""
 HELD_OUT: Final = accuracy.MIN_IMAGES
-_SPARE: Final = 2
-"""Images chosen for each that is needed, since some cannot be read and some are duplicates."""
 _SHOWN_OF: Final = 50
 """An explicit precision is compared on one image in so many, so that its figures cost little beside
 the job.
 """
 _FEWEST: Final = 50
-_NAMED_FLIPS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +65,6 @@ class Prepared:
     """Faster precisions without a result, whose accuracy check may be worthwhile."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What `imagemill quantize` found."""
-
-    bundle: str
-    images: int
-    """Number of images in the sources."""
-    automatic: Precision
-    """What `auto` uses now."""
-    precisions: Mapping[str, PrecisionRecord] = field(default_factory=dict)
-
-
-def _silent(_: str) -> None:
-    """Print nothing."""
-
-
-# ── what a job runs in ────────────────────────────────────────────────────────────────────────────
-
-
 def prepare(
     setting: str | None,
     bundle: Bundle,
@@ -100,7 +75,7 @@ def prepare(
     chosen: Sequence[DeviceSpec],
     limits: Limits | None = None,
     access: Access = AS_GIVEN,
-    notify: Notify = _silent,
+    notify: Notify = lambda _: None,
 ) -> Prepared:
     """Resolve a `--precision` setting, quantising and measuring if necessary.
 
@@ -128,9 +103,8 @@ def prepare(
         check_int8(bundle)
     plain = _plain(bundle, asked)
     gpus = on_gpus.checked(chosen)
-    if (not is_auto and gpus) or setting in (Precision.FP32, Precision.FP16):
-        return plain
-    if not gpus and not are_checked(chosen):
+    can_be_checked = is_auto if gpus else are_checked(chosen)
+    if not can_be_checked or setting in (Precision.FP32, Precision.FP16):
         return plain
     if not accuracy.is_defined(bundle.card):
         line = f"precision {asked}: {_not_defined(bundle.card)}"
@@ -149,9 +123,7 @@ def prepare(
     )
     if gpus:
         base = replace(base, gpus=gpus, calibration=0, images=images)
-        precision, *lines = on_gpus.choose(
-            base, lambda: sample(entries(), _wanted(base))[0], notify
-        )
+        precision, *lines = on_gpus.choose(base, entries, notify)
         found = _plain(bundle, precision, *lines)
     elif is_auto:
         found = _automatic(base, entries, images, notify)
@@ -277,15 +249,9 @@ def _automatic(
         return choice
     failure = None
     try:
-        some, _ = sample(entries(), _wanted(base))
-        asked = replace(
-            base,
-            entries=tuple(some),
-            precisions=choice.candidates,
-            images=images,
-            known=variants.read(base.bundle.dir),
-        )
-        check_process.in_child(asked, notify)
+        known = variants.read(base.bundle.dir)
+        asked = replace(base, precisions=choice.candidates, images=images, known=known)
+        check_process.in_child(asked.with_sample(entries()), notify)
     except Interrupted:
         raise
     except ImagemillError as error:
@@ -318,8 +284,7 @@ def _explicit(
                 " is made again"
             )
         try:
-            some, _ = sample(entries(), _wanted(quick))
-            made = check_process.in_child(replace(quick, entries=tuple(some)), notify)
+            made = check_process.in_child(quick.with_sample(entries()), notify)
             record = made[precision.value]
         except ImagemillError as error:
             if record is None or isinstance(error, Interrupted):
@@ -356,126 +321,7 @@ def _has_more(record: PrecisionRecord, images: int, held_out: int) -> bool:
     return min(CALIBRATION, share) >= 2 * record.calibration.images
 
 
-def _wanted(base: AccuracyCheck) -> int:
-    return _SPARE * (base.calibration + base.held_out)
-
-
-# ── imagemill quantize ────────────────────────────────────────────────────────────────────────────
-
-
-def quantize_bundle(
-    bundle: Bundle,
-    given: Sequence[str],
-    *,
-    chosen: Sequence[DeviceSpec],
-    filters: Filters | None = None,
-    calibration: int = CALIBRATION,
-    held_out: int = HELD_OUT,
-    min_agreement: float | None = None,
-    truth: str | None = None,
-    limits: Limits | None = None,
-    notify: Notify = _silent,
-) -> Report:
-    """Make the int8 variant of a bundle, and compare it with fp32, and bf16 if the processor has
-    it.
-
-    The results are written to the bundle's `accuracy.json`, accepted or not. Repeating the call
-    measures nothing again.
-
-    Args:
-        bundle: the model.
-        given: sources, as on the command line.
-        chosen: devices; all their cores are used by one process.
-        filters: which entries of the sources are images.
-        calibration: number of images to calibrate on.
-        held_out: number of other images to compare on; an accepted result needs 1,000.
-        min_agreement: minimum lower end of the agreement's 95 % interval; None: see
-            `accuracy.MIN_AGREEMENT`.
-        truth: where true labels of the images are, as `--truth` says it.
-        limits: budgets of one image.
-        notify: takes a line for the user.
-
-    Raises:
-        UsageError: numbers that make no sense, sources without images, or a network without a head.
-        ModelError, SourceError, WorkerError.
-    """
-    refuse_int8(bundle.card)
-    quantize.check_installed()
-    for name, value in (("--calibration", calibration), ("--held-out", held_out)):
-        if not 1 <= value <= 100_000:
-            raise UsageError(f"{name} {value}: must be from 1 to 100,000.")
-    if min_agreement is not None and not 0 <= min_agreement <= 1:
-        raise UsageError(f"--min-agreement {min_agreement:g}: must be from 0 to 1.")
-    if truth is not None:
-        from imagemill.scoring.images import parse  # imports PyArrow
-
-        parse(truth)
-    resolved = sources.resolve(given)
-    sources.check_kinds(resolved, all_files=filters is not None and filters.all_files)
-    base = AccuracyCheck(
-        bundle=bundle,
-        sources=resolved,
-        entries=(),
-        cores=devices.cores_here(chosen),
-        limits=limits or Limits(),
-        precisions=(
-            Precision.INT8,
-            *([Precision.BF16] if cpu.unit(Precision.BF16, cpu.flags()) else []),
-        ),
-        calibration=calibration,
-        held_out=held_out,
-        min_agreement=min_agreement,
-        truth=truth,
-    )
-    some, images = sample(_listing(resolved, filters or Filters()), _wanted(base))
-    if not images:
-        raise UsageError(
-            f"{', '.join(given)} holds no images. Give a folder of images like those that will be"
-            " classified."
-        )
-    notify(
-        f"{counted(images, 'image')} found; {calibration:,} are needed to calibrate int8 and"
-        f" {max(held_out, HELD_OUT):,} others, all different, to accept it"
-    )
-    found = check_process.in_child(replace(base, entries=tuple(some)), notify)
-    return Report(str(bundle.dir), images, choose(bundle, 0).precision, found)
-
-
-def _listing(resolved: Sequence[str], filters: Filters) -> Iterator[Entry]:
-    skipped = Skipped()
-    for source in sources.open_all(resolved):
-        yield from source.entries(filters, skipped)
-
-
 def format_record(record: PrecisionRecord) -> str:
     """Return a record's figures in one line."""
     faster = f", {record.speedup:.2f} times the images/s of fp32" if record.speedup else ""
     return accuracy.format_comparison(record.comparison) + faster
-
-
-def report_lines(report: Report) -> list[str]:
-    """Return a report for people, which ends with the line about int8."""
-    lines = []
-    for precision, record in reversed(list(report.precisions.items())):
-        found = record.comparison
-        lines.append(f"{precision}: {accuracy.format_comparison(found)}")
-        lines += [
-            f"  {flip.image}: {flip.fp32} ({flip.fp32_probability:.2f}) in fp32,"
-            f" {flip.answer} ({flip.probability:.2f}) in {precision}"
-            for flip in found.flips[:_NAMED_FLIPS]
-        ]
-        if not record.kept:
-            lines.append("  not kept: what was accepted before, on more images, stays")
-        elif record.file:
-            lines.append(f"  kept {record.file} in {report.bundle}")
-        rates = ""
-        if record.speedup:
-            rates = (
-                f"{record.fp32_images_per_second:,.1f} → {record.images_per_second:,.1f} images/s, "
-            )
-        lines.append(
-            f"fp32 → {precision}: {rates}agreement {found.agreement:.4f}, "
-            + ("accepted" if found.accepted else f"not accepted ({found.reason})")
-        )
-    lines[-1] += f". `--precision auto` uses {report.automatic} from now on"
-    return lines
