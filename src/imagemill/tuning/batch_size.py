@@ -53,7 +53,7 @@ def rule(
     if all(device.kind == "cuda" for device in devices):
         known = _GPU_UNKNOWN if free is None else free
         return next(size for least, size in _GPU if known >= least)
-    if not all((device.kind, device.backend) == ("cpu", "openvino") for device in devices):
+    if not all(device.engine == "openvino" for device in devices):
         return _DEFAULT
     if precision is Precision.FP32:
         return _FP32

@@ -359,17 +359,11 @@ class Run:
             found = replace(
                 found, true=accuracy.true_accuracy(asked.truth, true, reference, answers)
             )
+        card = asked.bundle.card
         versions, unit, group_channels = _circumstances(precision, *asked.gpus[:1])
+        rates = (round(rate, 2), round(fp32_rate, 2))
         record = PrecisionRecord(
-            found,
-            self._held_out,
-            asked.bundle.card.sha256,
-            versions,
-            unit,
-            asked.bundle.card.recipe,
-            group_channels,
-            round(rate, 2),
-            round(fp32_rate, 2),
+            found, self._held_out, card.sha256, versions, unit, card.recipe, group_channels, *rates
         )
         if precision is Precision.INT8:
             record = replace(

@@ -9,14 +9,14 @@ AccuracyCheck ──────────────────────
       ◄─────────────────────── Said(line)
       ◄─────────────────────── At(patience_s)     the next message comes within that time;
                                                   None: it may take long
-      ◄─────────────────────── Found or Failed    the end
+      ◄─────────────────────── Checked or Failed  the end
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from imagemill.errors import WorkerError
@@ -43,10 +43,10 @@ class At:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Checked:
     """The last message: the result by precision, which is also kept with the model."""
 
-    records: Mapping[str, PrecisionRecord] = field(default_factory=dict)
+    records: Mapping[str, PrecisionRecord]
 
 
 def in_child(asked: AccuracyCheck, notify: Notify = lambda _: None) -> dict[str, PrecisionRecord]:
@@ -86,7 +86,7 @@ def _attempt_in_child(asked: AccuracyCheck, notify: Notify) -> dict[str, Precisi
                     notify(line)
                 case At(patience):
                     patience_s = patience
-                case Found(records):
+                case Checked(records):
                     return dict(records)
 
 
@@ -107,4 +107,4 @@ def _work(connection: Connection) -> None:
         lambda patience_s: connection.send(At(patience_s)),
         GpuRun if asked.gpus else None,
     )
-    connection.send(Found(found))
+    connection.send(Checked(found))

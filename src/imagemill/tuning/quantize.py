@@ -141,8 +141,7 @@ def save(model: Any, folder: Path) -> Path:
         target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
         for suffix in (".bin", ".xml"):
             written = temporary.with_suffix(suffix)
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
+            files.sync_file(written)
             written.replace(target.with_suffix(suffix))
         files.sync_folder(folder)
     except (OSError, RuntimeError) as error:
