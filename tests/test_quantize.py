@@ -742,7 +742,7 @@ def everything_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "MIN_SPEEDUP", 0.0)
 
 
-def auto(bundle: Bundle, folder: Path, **options: Any) -> precisions.Prepared:
+def auto(bundle: Bundle, folder: Path, **options: Any) -> precisions.ChosenPrecision:
     return precisions.prepare(
         "auto", bundle, [str(folder)], lambda: entries_of(folder), IMAGES, chosen=CPU, **options
     )
@@ -904,7 +904,7 @@ def test_explicit_int8_is_obeyed_and_reported(tmp_path: Path, colours: Path, her
 
 def explicit_int8(
     folder: Path, colours: Path, images: int, notify: Callable[[str], None] = lambda _: None
-) -> precisions.Prepared:
+) -> precisions.ChosenPrecision:
     some = entries_of(colours)
     some = some[:: max(1, len(some) // images)][:images]
     return precisions.prepare(
@@ -1080,7 +1080,7 @@ def test_nothing_is_traded_where_agreement_is_not_defined(
     monkeypatch.setattr(check_process, "in_child", lambda *_: pytest.fail("measured"))
     headless = bundles.load(models_dir / "headless")
 
-    def prepare(setting: str) -> precisions.Prepared:
+    def prepare(setting: str) -> precisions.ChosenPrecision:
         nothing = lambda: pytest.fail("listed")  # noqa: E731
         return precisions.prepare(setting, headless, [], nothing, 10**6, chosen=CPU)
 
@@ -1104,7 +1104,7 @@ def test_nothing_is_traded_where_agreement_is_not_defined(
 def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     fp32 = precisions.prepare("fp32", bundle, [], lambda: pytest.fail("listed"), 10**6, chosen=CPU)
-    assert fp32 == precisions.Prepared(Precision.FP32, "model", tmp_path / "model.onnx")
+    assert fp32 == precisions.ChosenPrecision(Precision.FP32, "model", tmp_path / "model.onnx")
     bf16 = precisions.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
     assert bf16.precision is Precision.BF16
     assert bf16.lines == (

@@ -37,7 +37,7 @@ from imagemill.tuning import batch_size
 from imagemill.version import __version__
 
 if TYPE_CHECKING:
-    from imagemill.tuning.precisions import Prepared
+    from imagemill.tuning.precisions import ChosenPrecision
 
 
 def freeze(
@@ -146,7 +146,7 @@ def _job(
     paths: JobPaths,
     chosen: Sequence[DeviceSpec],
     model: Bundle,
-    prepared: Prepared,
+    prepared: ChosenPrecision,
     shard_size: int,
     keep: tuple[Kept, ...],
 ) -> Job:
@@ -195,7 +195,7 @@ def _prepare(
     model: Bundle,
     images: int,
     watcher: Watcher,
-) -> Prepared:
+) -> ChosenPrecision:
     """Resolve the precision. If it must be measured, the job's own images are used."""
     # Imports NumPy and the decoder, which a repeated command does not need.
     from imagemill.tuning import precisions

@@ -47,7 +47,7 @@ _FEWEST: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class ChosenPrecision:
     """What a job is to be frozen with."""
 
     precision: Precision
@@ -76,7 +76,7 @@ def prepare(
     limits: Limits | None = None,
     access: Access = AS_GIVEN,
     notify: Notify = lambda _: None,
-) -> Prepared:
+) -> ChosenPrecision:
     """Resolve a `--precision` setting, quantising and measuring if necessary.
 
     Args:
@@ -134,9 +134,9 @@ def prepare(
     return found
 
 
-def _plain(bundle: Bundle, precision: Precision, *lines: str) -> Prepared:
+def _plain(bundle: Bundle, precision: Precision, *lines: str) -> ChosenPrecision:
     """Return what a job in a precision is frozen with that has no file of its own."""
-    return Prepared(precision, "model", bundle.dir / bundles.MODEL, lines=lines)
+    return ChosenPrecision(precision, "model", bundle.dir / bundles.MODEL, lines=lines)
 
 
 def refuse_int8(card: Card) -> None:
@@ -189,7 +189,7 @@ def verify_variant(model_file: Path, sha256: str | None) -> None:
         )
 
 
-def choose(bundle: Bundle, images: int, failure: str | None = None) -> Prepared:
+def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPrecision:
     """Return the fastest precision that the bundle's results allow; nothing is measured.
 
     Args:
@@ -207,7 +207,7 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> Prepared:
                 line = ". ".join([f"precision {precision}: {record.comparison.reason}", *refused])
                 variant = record.file.removesuffix(".xml") if record.file else "model"
                 file = bundle.dir / (record.file or bundles.MODEL)
-                return Prepared(precision, variant, file, record.sha256, (line,))
+                return ChosenPrecision(precision, variant, file, record.sha256, (line,))
             refused.append(
                 f"{precision} is not used: it keeps fp32's answers but makes only"
                 f" {record.speedup:.2f} times its images/s"
@@ -240,7 +240,7 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> Prepared:
 
 def _automatic(
     base: AccuracyCheck, entries: Callable[[], Iterable[Entry]], images: int, notify: Notify
-) -> Prepared:
+) -> ChosenPrecision:
     """Choose the precision of a job that asks for `auto`. An error of the accuracy check costs the
     job nothing but the faster precision.
     """
@@ -265,7 +265,7 @@ def _explicit(
     entries: Callable[[], Iterable[Entry]],
     images: int,
     notify: Notify,
-) -> Prepared:
+) -> ChosenPrecision:
     """Choose a precision that was asked for. A short accuracy check makes a missing result, and
     makes int8 again that was calibrated on few images.
     """
@@ -308,7 +308,7 @@ def _explicit(
     if record.file is None:
         return _plain(bundle, precision, *lines)
     file = bundle.dir / record.file
-    return Prepared(precision, file.stem, file, record.sha256, tuple(lines))
+    return ChosenPrecision(precision, file.stem, file, record.sha256, tuple(lines))
 
 
 def _has_more(record: PrecisionRecord, images: int, held_out: int) -> bool:

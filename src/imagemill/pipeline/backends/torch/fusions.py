@@ -193,7 +193,7 @@ def _activations(program: Program) -> None:
                 break
 
 
-Found = tuple[str, Callable[..., Any], tuple[str | None, ...]]
+Fused = tuple[str, Callable[..., Any], tuple[str | None, ...]]
 
 
 def _pairs(step: Step) -> list[tuple[str | None, str | None]]:
@@ -201,7 +201,7 @@ def _pairs(step: Step) -> list[tuple[str | None, str | None]]:
     return [(first, second), (second, first)]
 
 
-def _silu(graph: _Graph, step: Step) -> Found | None:
+def _silu(graph: _Graph, step: Step) -> Fused | None:
     if step.kind != "Mul":
         return None
     for x, gate in _pairs(step):
@@ -210,7 +210,7 @@ def _silu(graph: _Graph, step: Step) -> Found | None:
     return None
 
 
-def _hard_swish(graph: _Graph, step: Step) -> Found | None:
+def _hard_swish(graph: _Graph, step: Step) -> Fused | None:
     if step.kind != "Mul":
         return None
     for x, gate in _pairs(step):
@@ -232,7 +232,7 @@ def _factor_of(program: Program, step: Step) -> float | None:
     return None
 
 
-def _gelu(graph: _Graph, step: Step) -> Found | None:
+def _gelu(graph: _Graph, step: Step) -> Fused | None:
     """x · ½ · (1 + erf(x / √2)), multiplied in any order."""
     factors: list[str | None] = []
     total = 1.0
@@ -268,7 +268,7 @@ def _gelu(graph: _Graph, step: Step) -> Found | None:
     return None
 
 
-def _layer_norm(graph: _Graph, step: Step) -> Found | None:
+def _layer_norm(graph: _Graph, step: Step) -> Fused | None:
     """(x − mean) / √(mean of squares + ε), over the last axis; factor and summand stay apart."""
     if step.kind != "Div":
         return None
