@@ -14,13 +14,12 @@ batches; only the display uses them.
 from __future__ import annotations
 
 import mmap
-import os
-import tempfile
 import time
 from dataclasses import dataclass
 from typing import IO
 
 from imagemill.records import Clock
+from imagemill.system import files
 
 SLOTS = 256
 _SUMS = ("read", "decode", "starved", "compute", "write", "decode_wall", "session_cpu")
@@ -35,10 +34,7 @@ def shared_file() -> IO[bytes]:
 
     On a full disk a write to a mapped file would kill the process (SIGBUS).
     """
-    if hasattr(os, "memfd_create"):
-        file: IO[bytes] = os.fdopen(os.memfd_create("imagemill-heartbeat"), "w+b")
-    else:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    file = files.in_memory("imagemill-heartbeat")
     file.write(bytes(SIZE))
     file.flush()
     return file

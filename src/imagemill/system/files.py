@@ -8,9 +8,10 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from imagemill.errors import OutputError
 
@@ -62,6 +63,22 @@ def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def in_memory(name: str) -> IO[bytes]:
+    """Open an empty file to write and read: in memory if the system can, else a temporary one."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create(name), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def can_be_written(folder: Path) -> bool:
+    """Make a folder and its parents, and return whether files can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def sync_file(path: Path) -> None:

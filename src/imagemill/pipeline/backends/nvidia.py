@@ -130,7 +130,7 @@ def identify(number: int) -> Identity | None:
         return Identity(found.uuid, text.value.decode().lower() if known else "")
 
 
-def near_cores(identity: Identity | None, pci: Path = Path("/sys/bus/pci/devices")) -> set[int]:
+def near_cores(identity: Identity | None, pci: Path = _PCI) -> set[int]:
     """Return the CPU cores on a GPU's own node, empty if that is not known."""
     try:
         text = (pci / identity.pci / "local_cpulist").read_text() if identity else ""

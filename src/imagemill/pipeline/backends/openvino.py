@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections import deque
 from pathlib import Path
@@ -20,7 +19,7 @@ from imagemill.pipeline.backends import openvino_rewrites
 from imagemill.pipeline.backends.base import Found, QueuedSession
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Precision, SessionSpec
-from imagemill.system import cpu
+from imagemill.system import cpu, files
 from imagemill.system.openvino_library import load_openvino
 
 _log = logging.getLogger(__name__)
@@ -101,19 +100,17 @@ class OpenVinoSession(QueuedSession):
         super().__init__(spec, device, clock)
         self.versions = {"openvino": ov.get_version().split("-")[0]}
         core = ov.Core()
-        if spec.cache_dir and _can_be_written(Path(spec.cache_dir)):
+        # A models folder may be another user's, or read-only: then each start compiles.
+        if spec.cache_dir and files.can_be_written(Path(spec.cache_dir)):
             core.set_property({"CACHE_DIR": spec.cache_dir})
         try:
             model = core.read_model(spec.model_file)
             for result in list(model.get_results()):
-                if not set(
-                    result.output(0).get_node().input(0).get_source_output().get_names()
-                ) & set(self._names):
+                if result.input(0).get_source_output().get_names().isdisjoint(self._names):
                     model.remove_result(result)
             model.reshape({spec.card.input: list(self._shape)})
-            if device.kind == "cpu" and (
-                channels := openvino_rewrites.wanted(spec.precision, cpu.flags())
-            ):
+            channels = openvino_rewrites.wanted(spec.precision, cpu.flags())
+            if device.kind == "cpu" and channels:
                 fold_constants(model)
                 openvino_rewrites.merge(ov, model, channels, "f32")
             name = _device_name(device.kind, device.id)
@@ -179,17 +176,6 @@ def _smaller(batch_size: int) -> str:
     )
 
 
-def _can_be_written(folder: Path) -> bool:
-    """Make a folder. A models folder may be another user's, or read-only: then models are compiled
-    again at each start.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
-
-
 def _prune(folder: Path) -> None:
     """Remove the compiled models that were used longest ago: each batch size, precision and version
     of OpenVINO leaves one of its own.
@@ -204,8 +190,5 @@ def _prune(folder: Path) -> None:
         if used < before:
             with contextlib.suppress(OSError):
                 blob.unlink()
-                _log.info(
-                    "removed %s, a compiled model that was not used since %s",
-                    blob,
-                    time.ctime(used),
-                )
+                since = time.ctime(used)
+                _log.info("removed %s, a compiled model that was not used since %s", blob, since)

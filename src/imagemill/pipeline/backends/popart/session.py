@@ -22,7 +22,6 @@ import mmap
 import os
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -44,7 +43,7 @@ from imagemill.pipeline.backends.base import (
 from imagemill.pipeline.backends.popart import ipu_graph
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
-from imagemill.system import processes
+from imagemill.system import files, processes
 
 _log = logging.getLogger(__name__)
 
@@ -98,36 +97,30 @@ class PopartSession:
         cut = ipu_graph.cut(Path(spec.model_file), spec.card, spec.batch_size, self._names)
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
-        shape = (
-            self._steps,
-            spec.batch_size,
-            *((height, width, 3) if cut.channels_last else (3, height, width)),
-        )
+        image = (height, width, 3) if cut.channels_last else (3, height, width)
+        shape = (self._steps, spec.batch_size, *image)
         self._process: subprocess.Popen[bytes] | None = None
-        with (
-            tempfile.TemporaryFile()
-            if not hasattr(os, "memfd_create")
-            else os.fdopen(os.memfd_create("imagemill-ipu"), "w+b")
-        ) as file:
+        with files.in_memory("imagemill-ipu") as file:
             file.write(cut.model)
             file.flush()
             parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
             self._process = _start(str(file.fileno()), str(parent), descriptors=(file.fileno(),))
             try:
                 self.versions: dict[str, str] = self._answer("here")
-                order = {
-                    "model_bytes": len(cut.model),
-                    "opset": cut.opset,
-                    "convolutions": cut.convolutions,
-                }
-                order |= {"memory_proportion": proportion, "half": half, "cache": _cache(spec)}
-                order |= {
-                    "slot_shape": shape,
-                    "slots": SLOTS,
-                    "synthetic": spec.synthetic,
-                    "patience_s": PATIENCE_S,
-                }
-                self._notify(order)
+                self._notify(
+                    {
+                        "model_bytes": len(cut.model),
+                        "opset": cut.opset,
+                        "convolutions": cut.convolutions,
+                        "memory_proportion": proportion,
+                        "half": half,
+                        "cache": _cache(spec),
+                        "slot_shape": shape,
+                        "slots": SLOTS,
+                        "synthetic": spec.synthetic,
+                        "patience_s": PATIENCE_S,
+                    }
+                )
                 self._slots = _map(file, shape, self._table.dtype, self._answer("ready"))
             except BaseException:
                 if self._process is not None:
@@ -158,18 +151,9 @@ class PopartSession:
         message = _parsed(said)
         if "here" not in message:
             ended = f"{_python()} ended with exit code {process.returncode}"
-            return Found(
-                (),
-                f"{message.get('text') or ended}. {_REMEDY}",
-            )
-        return Found(
-            (
-                (
-                    f"PopART {message['here']['popart']} of {_python()}; each process attaches to"
-                    " an IPU that is free"
-                ),
-            )
-        )
+            return Found((), f"{message.get('text') or ended}. {_REMEDY}")
+        here = f"PopART {message['here']['popart']} of {_python()}"
+        return Found((f"{here}; each process attaches to an IPU that is free",))
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`. A step is run when it has all its batches, or none comes any
@@ -251,14 +235,9 @@ class PopartSession:
         code = self._end()
         kind, text = message.get("error"), str(message.get("text", ""))
         if kind == "device":
-            remedy = (
-                _REMEDY
-                if "popart" in text
-                else (
-                    "Ask for fewer with --devices ipu:N; gc-monitor shows which are taken, and by"
-                    " whom."
-                )
-            )
+            taken = "gc-monitor shows which are taken, and by whom."
+            fewer = f"Ask for fewer with --devices ipu:N; {taken}"
+            remedy = _REMEDY if "popart" in text else fewer
             raise DeviceError(f"{self._name}: {text}. {remedy}")
         if kind == "model":
             raise ModelError(f"{self._model} cannot be compiled for {self._name}: {text}")
@@ -303,17 +282,11 @@ def _python() -> str:
 def _start(*arguments: str, descriptors: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     """Start the program. Raises: DeviceError."""
     # The package's folder may hold libraries too, which belong to another Python.
-    paths = [
-        path
-        for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if path not in ("", processes.PACKAGE_PARENT)
-    ]
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONPATH", "PYTHONHOME", "PYTHONWARNINGS")
-    }
-    if paths:
+    environment = dict(os.environ)
+    for name in ("PYTHONHOME", "PYTHONWARNINGS"):
+        environment.pop(name, None)
+    paths = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    if paths := [path for path in paths if path not in ("", processes.PACKAGE_PARENT)]:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [_python(), "-u", str(_PROGRAM), *arguments]
     try:
@@ -380,8 +353,4 @@ def _cache(spec: SessionSpec) -> str | None:
     if not spec.cache_dir:
         return None
     folder = Path(spec.cache_dir) / "popart"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(folder) if os.access(folder, os.W_OK) else None
+    return str(folder) if files.can_be_written(folder) else None
