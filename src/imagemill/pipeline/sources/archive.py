@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
 from typing import ClassVar
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import objects
-from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
+from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, open_folders, wanted_suffix
 from imagemill.pipeline.sources.files import retried
 from imagemill.records import Filters
 from imagemill.system import storage
 
 GET_IT_AGAIN = "Get it again, or unpack what is whole of it and give the folder."
-_FOLDERS_REMEMBERED = 1_000
 _KEPT_OPEN = 4
 
 
@@ -28,19 +25,14 @@ def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
     Nothing below a folder that `--exclude` names is planned, as on a disk.
     """
     wanted = matcher(filters)
-
-    @lru_cache(_FOLDERS_REMEMBERED)
-    def is_closed(folder: bytes) -> bool:
-        return any(
-            not wanted(folder[: slash.end()]) for slash in re.finditer(rb"(?<=[^/])/", folder)
-        )
+    is_open = open_folders(wanted)
 
     def chosen(path: bytes) -> bool:
         if is_hidden(path):
             skipped.hidden += 1
         elif (suffix := wanted_suffix(path, filters)) is not None:
             skipped.by_suffix[suffix] += 1
-        elif not wanted(path) or (filters.exclude and is_closed(path[: path.rfind(b"/") + 1])):
+        elif not wanted(path) or (filters.exclude and not is_open(path)):
             skipped.by_filter += 1
         else:
             return True

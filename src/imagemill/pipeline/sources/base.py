@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from imagemill.records import Entry, Filters
@@ -21,6 +22,7 @@ IMAGE_SUFFIXES = frozenset(
 """Suffixes that make an entry an image, lower case; whether it can be read is another matter and
 becomes its row.
 """
+_FOLDERS_REMEMBERED = 1_000
 
 
 @dataclass(slots=True)
@@ -121,6 +123,21 @@ def is_hidden(path: bytes) -> bool:
 def shown(name: bytes) -> str:
     """A name for people: UTF-8, other bytes as `\\xNN`."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def open_folders(wanted: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+    """Return a function that tells whether `--exclude` closes no folder above a path.
+
+    Args:
+        wanted: as `matcher` returns it.
+    """
+
+    @lru_cache(_FOLDERS_REMEMBERED)
+    def is_open(folder: bytes) -> bool:
+        slashes = re.finditer(rb"(?<=[^/])/", folder)
+        return all(wanted(folder[: slash.end()]) for slash in slashes)
+
+    return lambda path: is_open(path[: path.rfind(b"/") + 1])
 
 
 def matcher(filters: Filters) -> Callable[[bytes], bool]:

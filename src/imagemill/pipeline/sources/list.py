@@ -15,7 +15,6 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources import locations
 from imagemill.pipeline.sources.base import Skipped, matcher, shown
 from imagemill.records import AS_GIVEN, Access, Entry, Filters
-from imagemill.system import storage
 
 
 class ListSource:
@@ -35,43 +34,22 @@ class ListSource:
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """Yield the lines in the order of the list; their sizes are not known."""
         wanted = matcher(filters)
-        try:
-            with locations.open_text(self.name, self._file, self._access, "\n") as lines:
-                for number, line in enumerate(lines, 1):
-                    if not line.endswith("\n") and number == 1 and "\r" in line.rstrip("\r"):
-                        raise SourceError(
-                            f"source {self.name} has carriage returns and no line feeds, so all of"
-                            " it is one line. End its lines with line feeds."
-                        )
-                    path = self._path(
-                        line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number
+        remedy = "Give a text file with one path or URL a line."
+        with locations.listing(self.name, self._file, self._access, "\n", remedy) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n") and number == 1 and "\r" in line.rstrip("\r"):
+                    raise SourceError(
+                        f"source {self.name} has carriage returns and no line feeds, so all of"
+                        " it is one line. End its lines with line feeds."
                     )
-                    if not path:
-                        continue
-                    if storage.names_password(path):
-                        raise SourceError(
-                            f"source {self.name}, line {number}: {storage.NO_PASSWORDS}"
-                        )
-                    try:
-                        storage.beside(self._file, path)
-                    except ValueError as error:
-                        raise SourceError(
-                            f"source {self.name}, line {number}: {shown(path)} cannot be read:"
-                            f" {error}."
-                        ) from error
-                    if wanted(path):
-                        yield Entry(self._position, path, -1)
-                    else:
-                        skipped.by_filter += 1
-        except UnicodeError as error:
-            raise SourceError(
-                f"source {self.name} cannot be read: {error}. Save it as UTF-8."
-            ) from error
-        except OSError as error:
-            what = "Give a text file with one path or URL a line."
-            raise SourceError(
-                f"source {self.name} cannot be read: {error.strerror}. {what}"
-            ) from error
+                path = self._path(line.rstrip("\r\n").encode("utf-8", "surrogateescape"), number)
+                if not path:
+                    continue
+                locations.check(self._file, path, f"source {self.name}, line {number}")
+                if wanted(path):
+                    yield Entry(self._position, path, -1)
+                else:
+                    skipped.by_filter += 1
 
     def fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:  # noqa: ARG002 - the path says it
         """Return the bytes of the image that a line names."""

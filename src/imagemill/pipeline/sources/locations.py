@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
+from imagemill.errors import SourceError
 from imagemill.pipeline.sources import kinds
+from imagemill.pipeline.sources.base import shown
 from imagemill.pipeline.sources.files import read_file
 from imagemill.records import AS_GIVEN, Access, BadImage, Status
 from imagemill.system import storage
@@ -85,6 +89,33 @@ def open_text(name: str, location: bytes, access: Access, newline: str) -> TextI
     except BaseException:
         raw.close()
         raise
+
+
+@contextmanager
+def listing(
+    name: str, location: bytes, access: Access, newline: str, remedy: str
+) -> Iterator[TextIO]:
+    """Open a list as `open_text` does, for a source. Raises: SourceError, UsageError."""
+    try:
+        with open_text(name, location, access, newline) as lines:
+            yield lines
+    except UnicodeError as error:
+        raise SourceError(f"source {name} cannot be read: {error}. Save it as UTF-8.") from error
+    except OSError as error:
+        why = error.strerror or error
+        raise SourceError(f"source {name} cannot be read: {why}. {remedy}") from error
+
+
+def check(file: bytes, path: bytes, where: str) -> None:
+    """Raise SourceError if what a file lists cannot be an image's path or URL. `where` names the
+    line.
+    """
+    if storage.names_password(path):
+        raise SourceError(f"{where}: {storage.NO_PASSWORDS}")
+    try:
+        storage.beside(file, path)
+    except ValueError as error:
+        raise SourceError(f"{where}: {shown(path)} cannot be read: {error}.") from error
 
 
 def open_bytes(location: bytes, user_agent: str | None) -> io.BufferedReader:

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
+from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, open_folders, wanted_suffix
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy
@@ -46,13 +46,14 @@ class ObjectSource:
         return fetch(f"{self._url}/{os.fsdecode(path)}" if path else self._url, max_bytes)
 
     def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        wanted, open_folder = matcher(filters), _Folders(matcher(filters))
+        wanted = matcher(filters)
+        is_open = open_folders(wanted)
         top, group = b"", -1
         for key, size in storage.open_bucket(self._url).list():
             path = key.encode()
             if is_hidden(path):
                 skipped.hidden += 1
-            elif not open_folder(path):
+            elif not is_open(path):
                 continue
             elif (suffix := wanted_suffix(path.rpartition(b"/")[2], filters)) is not None:
                 skipped.by_suffix[suffix] += 1
@@ -62,26 +63,6 @@ class ObjectSource:
                 folder = path.partition(b"/")[0] if b"/" in path else top
                 group, top = group + (folder != top), folder
                 yield Entry(self._position, path, size, max(group, 0))
-
-
-class _Folders:
-    """Whether the folders in which a key lies are open to the filters; keys of one folder come one
-    after another.
-    """
-
-    def __init__(self, wanted: Callable[[bytes], bool]) -> None:
-        self._wanted = wanted
-        self._last: tuple[bytes, bool] = (b"", True)
-
-    def __call__(self, path: bytes) -> bool:
-        folder = path.rpartition(b"/")[0]
-        if folder != self._last[0]:
-            parts = folder.split(b"/")
-            is_open = all(
-                self._wanted(b"/".join(parts[:depth]) + b"/") for depth in range(1, len(parts) + 1)
-            )
-            self._last = (folder, is_open)
-        return self._last[1]
 
 
 def fetch(url: str, max_bytes: int) -> bytes:

@@ -82,13 +82,9 @@ class TableSource:
         for row, (cell, kept) in enumerate(cells, 1):
             if not cell:
                 yield Entry(self._position, b"", -1, locator=b"%d" % row, kept=kept)
-            elif storage.names_password(cell):
-                raise SourceError(f"source {self.name}, row {row}: {storage.NO_PASSWORDS}")
-            elif why := self._refusal(cell):
-                raise SourceError(
-                    f"source {self.name}, row {row}: {shown(cell)} cannot be read: {why}."
-                )
-            elif wanted(cell):
+                continue
+            locations.check(self._location, cell, f"source {self.name}, row {row}")
+            if wanted(cell):
                 yield Entry(self._position, cell, -1, kept=kept)
             else:
                 skipped.by_filter += 1
@@ -99,63 +95,44 @@ class TableSource:
             raise BadImage(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
         return locations.fetch_beside(self._location, path, max_bytes, self._access)
 
-    def _refusal(self, cell: bytes) -> ValueError | None:
-        """Return why a cell cannot name an image; None if it can."""
-        try:
-            storage.beside(self._location, cell)
-        except ValueError as error:
-            return error
-        return None
-
     def _from_text(self, separator: str) -> Iterator[tuple[bytes, bytes]]:
         """Yield the column's cells of a CSV or TSV file, with the kept ones of their rows. A row of
         no cells is an empty line, and passed over.
         """
-        try:
-            with locations.open_text(self.name, self._location, self._access, "") as lines:
-                reader = csv.reader(lines, delimiter=separator, strict=True)
-                header = next(reader, None)
-                if not header:
-                    raise SourceError(
-                        f"source {self.name} is empty. Its first line must name its columns."
-                    )
-                place = header.index(self.path_column(header))
-                origin = f"source {self.name}"
-                kept = {
-                    column: header.index(column)
-                    for column in self._keeper.add_columns(origin, header)
-                }
-                for column in kept:
-                    self._keeper.add_type(origin, column, KeptType.TEXT)
-                for cells in reader:
-                    if not cells:
-                        continue
-                    if len(cells) != len(header):
-                        raise SourceError(
-                            f"source {self.name}, line {reader.line_num}: has"
-                            f" {counted(len(cells), 'cell')}, the header names"
-                            f" {counted(len(header), 'column')}. Correct the line; cells that"
-                            " hold a separator are quoted."
-                        )
-                    values = {column: cells[at] or None for column, at in kept.items()}
-                    yield (
-                        cells[place].encode("utf-8", "surrogateescape"),
-                        self._keeper.pack(origin, values),
-                    )
-        except csv.Error as error:
-            raise SourceError(
-                f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Correct"
-                " the line."
-            ) from error
-        except UnicodeError as error:
-            raise SourceError(
-                f"source {self.name} cannot be read: {error}. Save it as UTF-8."
-            ) from error
-        except OSError as error:
-            raise SourceError(
-                f"source {self.name} cannot be read: {error.strerror or error}. Give a table with a"
-                " column of paths."
-            ) from error
+        remedy = "Give a table with a column of paths."
+        with locations.listing(self.name, self._location, self._access, "", remedy) as lines:
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            try:
+                yield from self._cells(reader)
+            except csv.Error as error:
+                raise SourceError(
+                    f"source {self.name}, line {reader.line_num}: cannot be read: {error}. Correct"
+                    " the line."
+                ) from error
+
+    def _cells(self, reader: Any) -> Iterator[tuple[bytes, bytes]]:
+        header = next(reader, None)
+        if not header:
+            raise SourceError(f"source {self.name} is empty. Its first line must name its columns.")
+        place = header.index(self.path_column(header))
+        origin = f"source {self.name}"
+        columns = self._keeper.add_columns(origin, header)
+        kept = {column: header.index(column) for column in columns}
+        for column in kept:
+            self._keeper.add_type(origin, column, KeptType.TEXT)
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise SourceError(
+                    f"source {self.name}, line {reader.line_num}: has"
+                    f" {counted(len(cells), 'cell')}, the header names"
+                    f" {counted(len(header), 'column')}. Correct the line; cells that"
+                    " hold a separator are quoted."
+                )
+            values = {column: cells[at] or None for column, at in kept.items()}
+            path = cells[place].encode("utf-8", "surrogateescape")
+            yield path, self._keeper.pack(origin, values)
 
     def _from_parquet(self) -> Iterator[tuple[bytes | None, bytes]]:
         """Yield the column's cells of a Parquet file, with the kept ones of their rows."""
