@@ -89,12 +89,10 @@ def most_probable(probabilities: NDArray[np.float32], k: int) -> NDArray[np.int3
 
 def valid_rows(outputs: Outputs) -> NDArray[np.bool_]:
     """Return for each row whether all of its outputs are finite, bool (n,)."""
-    valid = np.asarray(np.isfinite(outputs.logits).all(axis=1))
-    return (
-        valid
-        if outputs.embedding is None
-        else np.asarray(valid & np.isfinite(outputs.embedding).all(axis=1))
-    )
+    valid: NDArray[np.bool_] = np.isfinite(outputs.logits).all(axis=1)
+    if outputs.embedding is not None:
+        valid &= np.isfinite(outputs.embedding).all(axis=1)
+    return valid
 
 
 def _with_invalid_rows(batch: Batch, valid: NDArray[np.bool_], precision: Precision) -> Batch:
@@ -105,14 +103,10 @@ def _with_invalid_rows(batch: Batch, valid: NDArray[np.bool_], precision: Precis
         else "try a new job with --precision fp32"
     )
     error = f"the model returned NaN or infinity for this image in {precision}; {advice}"
-    rows = (
-        (
-            row
-            if row.slot < 0 or valid[row.slot]
-            else replace(row, status=Status.INVALID_OUTPUT, error=error, slot=-1)
-        )
-        for row in batch.rows
-    )
+    rows = list(batch.rows)
+    for place, row in enumerate(rows):
+        if row.slot >= 0 and not valid[row.slot]:
+            rows[place] = replace(row, status=Status.INVALID_OUTPUT, error=error, slot=-1)
     return replace(batch, rows=tuple(rows))
 
 

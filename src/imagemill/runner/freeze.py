@@ -173,7 +173,7 @@ def _job(
 
 
 def session_of(
-    settings: Settings, model: Bundle, prepared: Prepared, chosen: Sequence[DeviceSpec]
+    settings: Settings, model: Bundle, prepared: ChosenPrecision, chosen: Sequence[DeviceSpec]
 ) -> SessionSpec:
     """Return what a session of these settings compiles."""
     spec = SessionSpec(

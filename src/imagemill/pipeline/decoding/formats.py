@@ -83,8 +83,13 @@ _IFF_KINDS = {b"ILBM", b"PBM ", b"ACBM", b"DEEP", b"CIMG", b"RGB8", b"RGBN"}
 _DCX = b"\xb1\x68\xde\x3a"
 _MONOCHROME = {bytes(6), b"\0\0\0\xff\xff\xff"}
 """Palettes of a PCX of 1 bit that mean black and white, the first by being left out."""
+_ODD_COLOUR = re.compile(
+    rb'"[^"\n]{1,8}?\sc\s+#([\da-f]{3}|[\da-f]{9}|[\da-f]{12})["\s]', re.IGNORECASE
+)
+"""A colour of an XPM with other than 8 bits per channel."""
 _OS2_KINDS = {b"IC", b"CI", b"PT", b"CP"}
 _BMP_HEADERS = {12, 40, 52, 56, 108, 124, *range(16, 65, 4)}
+_WBMP = re.compile(rb"\0\0([\x80-\xff]{0,3}[\0-\x7f])([\x80-\xff]{0,3}[\0-\x7f])", re.DOTALL)
 _INFLATED = 4096
 
 
@@ -136,11 +141,7 @@ def guess(data: bytes) -> str | None:
         and _u32(data, 8, ">") <= 2
     ):
         return "XWD"
-    if (
-        wide := re.match(
-            rb"\0\0((?:[\x80-\xff]{0,3})[\0-\x7f])((?:[\x80-\xff]{0,3})[\0-\x7f])", data, re.DOTALL
-        )
-    ) is not None:
+    if (wide := _WBMP.match(data)) is not None:
         width, height = (
             sum((byte & 0x7F) << 7 * at for at, byte in enumerate(reversed(number)))
             for number in wide.groups()
@@ -180,24 +181,14 @@ def variant(name: str | None, data: bytes) -> str | None:
                 return "PCX without compression"
             case "PCX":
                 bits, planes = data[3], data[65]
-                if (
-                    (bits, planes) == (1, 1)
-                    and data[1] in {2, 5}
-                    and data[16:22] not in _MONOCHROME
-                ):
+                is_coloured = data[1] in {2, 5} and data[16:22] not in _MONOCHROME
+                if (bits, planes) == (1, 1) and is_coloured:
                     return "PCX of two colours other than black and white"
                 known = {(1, 1), (1, 2), (1, 4)} | ({(8, 1), (8, 3)} if data[1] == 5 else set())
-                return (
-                    None
-                    if (bits, planes) in known
-                    else f"PCX of version {data[1]} with {counted(bits, 'bit')} in"
-                    f" {counted(planes, 'plane')}"
-                )
-            case "XPM" if re.search(
-                rb'"[^"\n]{1,8}?\sc\s+#([\da-f]{3}|[\da-f]{9}|[\da-f]{12})["\s]',
-                data[:1_000_000],
-                re.IGNORECASE,
-            ):
+                if (bits, planes) not in known:
+                    depth = f"{counted(bits, 'bit')} in {counted(planes, 'plane')}"
+                    return f"PCX of version {data[1]} with {depth}"
+            case "XPM" if _ODD_COLOUR.search(data[:1_000_000]):
                 return "XPM whose colours have other than 8 bits per channel"
     except (struct.error, IndexError):  # it is cut off, which its decoder says better
         pass
@@ -211,11 +202,9 @@ def full_palette(data: bytes) -> bytes:
     if len(data) < 54 or _u32(data, 14) < 40 or _u32(data, 10) == 14 + _u32(data, 14):
         return data
     bits, colours = int.from_bytes(data[28:30], "little"), _u32(data, 46)
-    return (
-        data[:46] + struct.pack("<I", 256) + data[50:]
-        if bits in {4, 8} and colours <= 1 << bits and colours != 256
-        else data
-    )
+    if bits not in {4, 8} or colours > 1 << bits or colours == 256:
+        return data
+    return data[:46] + struct.pack("<I", 256) + data[50:]
 
 
 def without_extra_channels(data: bytes) -> bytes:
@@ -257,15 +246,12 @@ def _u32(data: bytes, at: int, order: str = "<") -> int:
 
 
 def _is_svg(head: bytes) -> bool:
-    text = (
-        head.decode("utf-16", "ignore").encode()
-        if head[:2] in {b"\xff\xfe", b"\xfe\xff"}
-        else head.removeprefix(b"\xef\xbb\xbf")
-    )
-    begins = re.match(rb"\s*<(\?xml|!--|!DOCTYPE\s+svg|([\w.-]+:)?svg[\s>/])", text) is not None
-    return (
-        begins and re.search(rb"<([\w.-]+:)?svg[\s>/]", text) is not None and b"<html" not in text
-    )
+    text = head.removeprefix(b"\xef\xbb\xbf")
+    if head[:2] in {b"\xff\xfe", b"\xfe\xff"}:
+        text = head.decode("utf-16", "ignore").encode()
+    begins = re.match(rb"\s*<(\?xml|!--|!DOCTYPE\s+svg|([\w.-]+:)?svg[\s>/])", text)
+    has_tag = re.search(rb"<([\w.-]+:)?svg[\s>/]", text)
+    return begins is not None and has_tag is not None and b"<html" not in text
 
 
 def _in_gzip(data: bytes) -> str | None:
@@ -273,9 +259,8 @@ def _in_gzip(data: bytes) -> str | None:
         inner = zlib.decompressobj(31).decompress(data, _INFLATED)
     except zlib.error:
         return None
-    found = next(
-        (name for name, magics in REFUSED.items() if inner.startswith(magics)), None
-    ) or recognise(inner)
+    names = (name for name, magics in REFUSED.items() if inner.startswith(magics))
+    found = next(names, None) or recognise(inner)
     return f"{found} compressed with gzip" if found else None
 
 
@@ -322,15 +307,10 @@ def _jpeg2000(data: bytes) -> str | None:
             f" {'/'.join(map(str, sorted(depths)))} bit{'s' * (depths != {1})}"
         )
     steps = [(across, down) for _, across, down in channels]
-    whole = steps[:1] == [(1, 1)] and (count == 3 or len(set(steps)) == 1)
-    return (
-        None
-        if whole
-        else (
-            f"JPEG 2000 with {counted(count, 'channel')} sampled at"
-            f" {', '.join(f'{across}×{down}' for across, down in steps)}"
-        )
-    )
+    if steps[:1] == [(1, 1)] and (count == 3 or len(set(steps)) == 1):
+        return None
+    sampled = ", ".join(f"{across}×{down}" for across, down in steps)
+    return f"JPEG 2000 with {counted(count, 'channel')} sampled at {sampled}"
 
 
 def _icons(data: bytes) -> Iterator[int]:

@@ -102,12 +102,8 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             png.check_sums(data)
             if cut is not None:
                 raise cut
-        if (
-            image.format == "PCX"
-            and image.mode == "L"
-            and data[-769:-768] != b"\x0c"
-            and data[68] != 2
-        ):
+        is_grey_pcx = image.format == "PCX" and image.mode == "L"
+        if is_grey_pcx and data[-769:-768] != b"\x0c" and data[68] != 2:
             # Pillow takes it for grey.
             raise Refusal(
                 Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours"
@@ -210,9 +206,8 @@ def _recognise(data: bytes) -> str | None:
     """Name the format by its first bytes or its structure, if they are specific enough to be
     sure.
     """
-    return next(
-        (name for name, magics in _MAGIC.items() if data.startswith(magics)), None
-    ) or recognise(data)
+    names = (name for name, magics in _MAGIC.items() if data.startswith(magics))
+    return next(names, None) or recognise(data)
 
 
 _MAGIC: dict[str, tuple[bytes, ...]] = {
@@ -322,11 +317,8 @@ def _to_rgb(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(part) >> 8)
     if image.mode in {"I", "F"}:
-        low, high = (
-            (0, 0xFFFF)
-            if image.mode == "I" and image.format == "PPM"
-            else extremes([np.asarray(image)])
-        )
+        is_ppm = image.mode == "I" and image.format == "PPM"
+        low, high = (0, 0xFFFF) if is_ppm else extremes([np.asarray(image)])
         return _grey(to_8_bits(np.asarray(part), low, high))
     if image.mode in {"La", "RGBa"}:
         part = part.convert("LA" if image.mode == "La" else "RGBA")

@@ -239,11 +239,9 @@ class _Tags:
             values[tag] = struct.unpack_from(
                 f"{order}{length * len(letter)}{letter[0]}", source, begin
             )
-        following = (
-            struct.unpack_from(offset_format, data, end)[0]
-            if end + struct.calcsize(offset_format) <= len(data)
-            else 0
-        )
+        following = 0
+        if end + struct.calcsize(offset_format) <= len(data):
+            (following,) = struct.unpack_from(offset_format, data, end)
         return cls(data, order, big, values, following)
 
     def one(self, tag: int, default: int | None = None) -> int:
@@ -415,11 +413,7 @@ def _pillow_is_right(layout: _Layout) -> bool:
         fits = photometric in ({1, 2} if layout.planar or extra else {0, 1, 2, 5, 6})
         return bits == {8} and fits and extra in {(), (0,), (2,)}
     if bits in ({1}, {4}):
-        fits = (
-            layout.compression in _BYTE_CODECS | _FAX
-            if bits == {1}
-            else layout.compression == 32809
-        )
+        fits = layout.compression in (_BYTE_CODECS | _FAX if bits == {1} else {32809})
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
     if (
         layout.planar
@@ -470,12 +464,9 @@ def _refuse_unsupported(layout: _Layout) -> None:
     mixed = len(set(layout.bits)) > 1 or len(set(layout.formats)) > 1
     reason = None
     if layout.compression not in _BYTE_CODECS:
-        detail = (
-            f" of {sample} {photometric} samples"
-            if layout.compression in {6, 7, 32809} | _FAX
-            else ""
-        )
-        reason = f"{name} compression{detail}"
+        reason = f"{name} compression"
+        if layout.compression in {6, 7, 32809} | _FAX:
+            reason += f" of {sample} {photometric} samples"
     elif layout.photometric not in _CHANNELS:
         reason = f"photometric interpretation {photometric}"
     elif mixed or bits not in _BITS.get(kind, ()):
@@ -660,16 +651,8 @@ def _with_directory(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
         if len(values) > 1:
             arrays.append(struct.pack(f"<{len(values)}I", *values))
             at += len(arrays[-1])
-    return b"".join(
-        (
-            struct.pack("<4sI", b"II*\0", at),
-            data[8:],
-            *arrays,
-            struct.pack("<H", len(entries)),
-            *entries,
-            bytes(4),
-        )
-    )
+    head, count = struct.pack("<4sI", b"II*\0", at), struct.pack("<H", len(entries))
+    return b"".join((head, data[8:], *arrays, count, *entries, bytes(4)))
 
 
 def _samples(rows: NDArray[np.uint8], layout: _Layout) -> NDArray[Any]:

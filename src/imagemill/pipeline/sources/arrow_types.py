@@ -45,11 +45,9 @@ def has_bytes(kind: Any) -> bool:
 
 def format_type(kind: Any) -> str:
     """Return a type's name for messages."""
-    return (
-        f"struct of {', '.join(field.name for field in kind)}"
-        if pa.types.is_struct(kind)
-        else str(kind)
-    )
+    if pa.types.is_struct(kind):
+        return f"struct of {', '.join(field.name for field in kind)}"
+    return str(kind)
 
 
 def kept_columns(schema: Any, name: str, keeper: Keeper) -> dict[str, Any]:

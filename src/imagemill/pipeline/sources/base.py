@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
+from imagemill.errors import counted
 from imagemill.records import Entry, Filters
 
 IMAGE_SUFFIXES = frozenset(
@@ -57,22 +58,18 @@ class Skipped:
         """Return a line for each thing that a listing did not find and that a user would miss."""
         found = list(self.archive_notes)
         if self.broken_links:
-            links = (
-                "1 link leads nowhere"
-                if self.broken_links == 1
-                else f"{self.broken_links:,} links lead nowhere"
-            )
+            lead = "leads" if self.broken_links == 1 else "lead"
             found.append(
-                f"note: {links}, first: {self.first_broken_link}. If its disk is not mounted, the"
-                " images there are left out"
+                f"note: {counted(self.broken_links, 'link')} {lead} nowhere, first:"
+                f" {self.first_broken_link}. If its disk is not mounted, the images there are left"
+                " out"
             )
         if self.empty_sources:
-            sources = (
-                "1 source holds"
-                if self.empty_sources == 1
-                else f"{self.empty_sources:,} sources hold"
+            hold = "holds" if self.empty_sources == 1 else "hold"
+            found.append(
+                f"note: {counted(self.empty_sources, 'source')} {hold} no images, first:"
+                f" {self.first_empty_source}"
             )
-            found.append(f"note: {sources} no images, first: {self.first_empty_source}")
         return found
 
 

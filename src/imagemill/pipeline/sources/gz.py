@@ -144,11 +144,8 @@ def _read_index(path: Path, blob: Blob) -> bytes | None:
     except OSError:
         return None
     index = data[_HEADER.size :]
-    return (
-        index
-        if data[: _HEADER.size] == _HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(index))
-        else None
-    )
+    header = _HEADER.pack(_HEADER_MAGIC, blob.size, zlib.crc32(index))
+    return index if data.startswith(header) else None
 
 
 def _spacing(blob: Blob) -> int:

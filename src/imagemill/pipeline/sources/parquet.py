@@ -424,19 +424,14 @@ class _RowGroup:
             except (OSError, pa.ArrowException) as error:
                 if _is_failure(error):
                     raise
-                batch, self._damage = (
-                    None,
-                    (
-                        f"the table is damaged from row {self._next} of row group {self._group} on:"
-                        f" {_reason(error)}"
-                    ),
-                )
-            if batch is None:
                 self._damage = (
-                    self._damage
-                    or f"the table is damaged: row group {self._group} ends after"
-                    f" {counted(self._next, 'row')}"
+                    f"the table is damaged from row {self._next} of row group {self._group} on:"
+                    f" {_reason(error)}"
                 )
+                continue
+            if batch is None:
+                ends = counted(self._next, "row")
+                self._damage = f"the table is damaged: row group {self._group} ends after {ends}"
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)
