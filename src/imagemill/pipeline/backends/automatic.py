@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -49,12 +50,8 @@ def choose(
             notify(f"an NVIDIA GPU is not used: {found.missing}")
         return CPU
     reasons = _reasons(found.devices, images, precision)
-    for reason, name in dict.fromkeys(
-        (reasons[number], found.devices[number]) for number in reasons
-    ):
-        count = sum(
-            (reasons.get(n), other) == (reason, name) for n, other in enumerate(found.devices)
-        )
+    unused = Counter((found.devices[number], reason) for number, reason in reasons.items())
+    for (name, reason), count in unused.items():
         are = "is" if count == 1 else f"(× {count}) are"
         notify(f"{name} {are} not used: {reason}")
     chosen = [number for number in range(len(found.devices)) if number not in reasons]

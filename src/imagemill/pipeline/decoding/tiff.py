@@ -155,7 +155,7 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     tags = _Tags.first(data)
     width, height = tags.one(256), tags.one(257)
     if width < 1 or height < 1:
-        raise Refusal(Status.CORRUPT, f"broken TIFF header: the size is {width}×{height}")
+        raise _broken(f"the size is {width}×{height}")
     seen.width, seen.height = preprocess.turned_size(width, height, tags.one(274, 1))
     check_budget(width, height, limits)
     _refuse_camera_raw(tags)
@@ -173,12 +173,20 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
         raise
     except Exception as error:
         if layout.first_missing(len(data)) is not None:
-            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: {one_line(error)}") from error
+            raise _truncated(one_line(error)) from error
         raise
     turn = preprocess.TURNS.get(tags.one(274, 1))
     image = image if turn is None else image.transpose(turn)
     image.format = "TIFF"
     return image
+
+
+def _truncated(why: str) -> Refusal:
+    return Refusal(Status.TRUNCATED, f"truncated TIFF file: {why}")
+
+
+def _broken(why: str) -> Refusal:
+    return Refusal(Status.CORRUPT, f"broken TIFF header: {why}")
 
 
 # Tags
@@ -200,10 +208,7 @@ class _Tags:
         order = "<" if data[:1] == b"I" else ">"
         big = 43 in data[2:4]
         if len(data) < (16 if big else 8):
-            raise Refusal(
-                Status.TRUNCATED,
-                f"truncated TIFF file: it ends in its header, after {len(data)} bytes",
-            )
+            raise _truncated(f"it ends in its header, after {len(data)} bytes")
         (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
         return cls.at(data, order, big, offset)
 
@@ -216,10 +221,8 @@ class _Tags:
         count = struct.unpack_from(count_format, data, offset)[0] if start <= len(data) else 0
         end = start + count * struct.calcsize(entry)
         if not 0 < offset < start <= len(data) or end > len(data):
-            raise Refusal(
-                Status.TRUNCATED,
-                f"truncated TIFF file: its directory at byte {offset} lies beyond the end,"
-                f" {len(data)} bytes",
+            raise _truncated(
+                f"its directory at byte {offset} lies beyond the end, {len(data)} bytes"
             )
         values: dict[int, tuple[int, ...]] = {}
         for tag, kind, length, field in struct.iter_unpack(entry, memoryview(data)[start:end]):
@@ -250,7 +253,7 @@ class _Tags:
         if found:
             return found[0]
         if default is None:
-            raise Refusal(Status.TRUNCATED, f"truncated TIFF file: tag {tag} is missing")
+            raise _truncated(f"tag {tag} is missing")
         return default
 
 
@@ -313,7 +316,7 @@ class _Layout:
             )
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
         if samples < 1:
-            raise Refusal(Status.CORRUPT, f"broken TIFF header: {samples} samples per pixel")
+            raise _broken(f"{samples} samples per pixel")
         tiled = 324 in tags.values or 322 in tags.values
         rows = tags.one(278, height)
         return cls(
@@ -378,18 +381,12 @@ class _Layout:
 
 def _check_segments(layout: _Layout) -> None:
     if layout.segment_width < 1 or layout.segment_height < 1:
-        raise Refusal(
-            Status.CORRUPT,
-            f"broken TIFF header: tiles of {layout.segment_width}×{layout.segment_height}",
-        )
+        raise _broken(f"tiles of {layout.segment_width}×{layout.segment_height}")
     needed = layout.per_plane * layout.planes
     name = "tiles" if layout.tiled else "strips"
     jpeg = layout.compression == 6  # may be a whole JPEG file that tag 513 points to
     if len(layout.offsets) < needed and not jpeg:
-        raise Refusal(
-            Status.TRUNCATED,
-            f"truncated TIFF file: {len(layout.offsets)} {name} where the size needs {needed}",
-        )
+        raise _truncated(f"{len(layout.offsets)} {name} where the size needs {needed}")
     if 0 in layout.offsets[:needed] or 0 in layout.counts[:needed]:
         raise Refusal(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
 
@@ -492,10 +489,7 @@ def _refuse_unsupported(layout: _Layout) -> None:
     if reason is not None:
         raise Refusal(Status.UNSUPPORTED, f"TIFF with {reason} is not supported")
     if layout.samples < layout.channels:
-        raise Refusal(
-            Status.CORRUPT,
-            f"broken TIFF header: {layout.samples} samples per pixel for {photometric}",
-        )
+        raise _broken(f"{layout.samples} samples per pixel for {photometric}")
 
 
 # Samples of any layout
@@ -585,10 +579,8 @@ def _palette(layout: _Layout) -> NDArray[np.uint8]:
     size = 1 << layout.bits[0]
     table = np.array(layout.tags.values.get(320, ()), np.int64)
     if table.size != 3 * size:
-        raise Refusal(
-            Status.CORRUPT,
-            f"broken TIFF header: a palette of {table.size} numbers where {layout.bits[0]} bits"
-            f" need {3 * size}",
+        raise _broken(
+            f"a palette of {table.size} numbers where {layout.bits[0]} bits need {3 * size}"
         )
     unused_bits = 8 if table.max() > 0xFF else 0  # some programs write 8-bit palettes
     return (table.reshape(3, size).T >> unused_bits).astype(np.uint8)
@@ -609,16 +601,11 @@ def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
         ]
         counts = tuple(row * count for count in rows)
     elif len(counts) != len(offsets):
-        raise Refusal(
-            Status.TRUNCATED,
-            f"truncated TIFF file: {len(counts)} sizes for {len(offsets)} strips or tiles",
-        )
+        raise _truncated(f"{len(counts)} sizes for {len(offsets)} strips or tiles")
     for offset, count in zip(offsets, counts, strict=True):
         if offset + count > len(data):
-            raise Refusal(
-                Status.TRUNCATED,
-                f"truncated TIFF file: {count} bytes at byte {offset} lie beyond the end,"
-                f" {len(data)} bytes",
+            raise _truncated(
+                f"{count} bytes at byte {offset} lie beyond the end, {len(data)} bytes"
             )
     width = layout.across * row
     tags: dict[int, tuple[int, ...]] = {

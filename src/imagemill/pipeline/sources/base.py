@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from imagemill.errors import counted
-from imagemill.records import Entry, Filters
+from imagemill.records import BadImage, Entry, Filters, Status
 
 IMAGE_SUFFIXES = frozenset(
     """.apng .avif .avifs .bmp .bw .cur .dcx .dds .dib .emf .fit .fits .flc .fli .ftu .gbr .gif
@@ -71,6 +71,11 @@ class Skipped:
                 f" {self.first_empty_source}"
             )
         return found
+
+
+def too_large(size: int, max_bytes: int) -> BadImage:
+    """Return the error of an image that has more than `max_bytes`."""
+    return BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
 
 
 class Source(Protocol):

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from imagemill.pipeline.sources.base import too_large
 from imagemill.records import BadImage, Status
 from imagemill.system.retry import Attempts, RetryPolicy
 
@@ -73,9 +74,7 @@ def _read(path: bytes, max_bytes: int) -> bytes:
             }.get(stat.S_IFMT(found.st_mode), "a device")
             raise BadImage(Status.READ_ERROR, f"is {kind}, not a regular file")
         if found.st_size > max_bytes:
-            raise BadImage(
-                Status.TOO_LARGE, f"has {found.st_size} bytes, more than --max-bytes {max_bytes}"
-            )
+            raise too_large(found.st_size, max_bytes)
         # A file that ends where it should needs no second read to show it.
         data = os.read(handle, found.st_size + 1)
         if len(data) != found.st_size:

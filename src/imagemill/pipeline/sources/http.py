@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources.base import Skipped
+from imagemill.pipeline.sources.base import Skipped, too_large
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.http import (
     CHUNK_BYTES,
@@ -104,7 +104,7 @@ def _bad_image(error: HttpError, failures: int) -> BadImage:
 
 def _body(answer: Answer, max_bytes: int) -> bytes:
     if (size := announced_bytes(answer)) is not None and size > max_bytes:
-        raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
+        raise too_large(size, max_bytes)
     pieces, size = [], 0
     while piece := answer.read(CHUNK_BYTES):
         pieces.append(piece)

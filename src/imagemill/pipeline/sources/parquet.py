@@ -49,7 +49,7 @@ from imagemill.pipeline.sources.arrow_types import (
     plain_type,
     plain_values,
 )
-from imagemill.pipeline.sources.base import Skipped, matcher, shown
+from imagemill.pipeline.sources.base import Skipped, matcher, shown, too_large
 from imagemill.pipeline.sources.files import retried
 from imagemill.pipeline.sources.kept import NOTHING, Keeper
 from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
@@ -71,51 +71,44 @@ _KEPT_ROWS = 1_024
 _OPEN_TABLES, _OPEN_ROW_GROUPS = 2, 2
 
 
+@dataclass(eq=False)
 class ParquetSource:
-    """A Parquet file whose rows hold images, or paths or URLs of images.
+    """A Parquet file whose rows hold images, or paths or URLs of images."""
 
-    Args:
-        position: of the source in the command.
-        location: path or URL of the table.
-        column: which one holds the images; None: it is found by its name and type.
-        access: where the table is now, and how images beside it are asked for.
-        keeper: packs the columns that are kept.
-    """
+    position: int
+    """Of the source in the command."""
+    location: bytes
+    """Path or URL of the table."""
+    column: str | None = None
+    """Which one holds the images; None: it is found by its name and type."""
+    access: Access = AS_GIVEN
+    """Where the table is now, and how images beside it are asked for."""
+    keeper: Keeper = NOTHING
+    """Packs the columns that are kept."""
 
-    def __init__(
-        self,
-        position: int,
-        location: bytes,
-        column: str | None = None,
-        access: Access = AS_GIVEN,
-        keeper: Keeper = NOTHING,
-    ) -> None:
-        self.name = shown(location) + (f"#{column}" if column is not None else "")
-        self._position = position
-        self._location = location
-        self._column = column
-        self._access = access
-        self._keeper = keeper
+    def __post_init__(self) -> None:
+        column = f"#{self.column}" if self.column is not None else ""
+        self.name = shown(self.location) + column
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """Yield the rows. Only the footer is read, the names if the table has them, and the columns
         that are kept; the sizes are not known.
         """
         wanted = matcher(filters)
-        with opening(self.name, self._access.at(self._location)) as opened:
-            column = image_column(opened.file.schema_arrow, self.name, self._column)
-            kept = kept_columns(opened.file.schema_arrow, self.name, self._keeper)
+        with opening(self.name, self.access.at(self.location)) as opened:
+            column = image_column(opened.file.schema_arrow, self.name, self.column)
+            kept = kept_columns(opened.file.schema_arrow, self.name, self.keeper)
             row = 0
             for group in range(opened.file.metadata.num_row_groups):
                 rows = opened.file.metadata.row_group(group).num_rows
                 names = opened.values(group, column.path) if column.path else repeat(None, rows)
-                packed = opened.kept(group, kept, self.name, self._keeper)
+                packed = opened.kept(group, kept, self.name, self.keeper)
                 for number, (name, values) in enumerate(zip(names, packed, strict=True)):
                     path = b"%08d" % row + (b"/" + name if name else b"")
                     row += 1
                     if wanted(path):
                         yield Entry(
-                            self._position,
+                            self.position,
                             path,
                             -1,
                             locator=_LOCATOR.pack(group, number, opened.checksum),
@@ -133,17 +126,15 @@ class ParquetSource:
     def _fetch(self, path: bytes, locator: bytes, max_bytes: int) -> bytes:
         group, row, checksum = _LOCATOR.unpack(locator)
         with _OPENING:  # so that threads that fetch at once share one table
-            table = _table(self._access.at(self._location), self._column, self.name)
+            table = _table(self.access.at(self.location), self.column, self.name)
         image = table.image(group, row, checksum)
         if image is None:
             name = path.partition(b"/")[2]
             if not name:
                 raise BadImage(Status.MISSING, "the table has neither bytes nor a path in this row")
-            return locations.fetch_beside(self._location, name, max_bytes, self._access)
+            return locations.fetch_beside(self.location, name, max_bytes, self.access)
         if image.size > max_bytes:
-            raise BadImage(
-                Status.TOO_LARGE, f"has {image.size} bytes, more than --max-bytes {max_bytes}"
-            )
+            raise too_large(image.size, max_bytes)
         data: bytes = image.to_pybytes()
         return data
 

@@ -12,6 +12,7 @@ import csv
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -46,46 +47,39 @@ def is_table(location: str) -> bool:
     return location.lower().endswith((".csv", ".tsv", ".parquet"))
 
 
+@dataclass(eq=False)
 class TableSource:
-    """A CSV or Parquet table of paths and URLs. Each row is planned, whatever its suffix.
+    """A CSV or Parquet table of paths and URLs. Each row is planned, whatever its suffix."""
 
-    Args:
-        position: of the source in the command.
-        location: path or URL of the table.
-        column: which one holds the paths; None: the only one, or one that goes by a known name.
-        access: where table and images are now, and how they are asked for.
-        keeper: packs the columns that are kept.
-    """
+    position: int
+    """Of the source in the command."""
+    location: bytes
+    """Path or URL of the table."""
+    column: str | None = None
+    """Which one holds the paths; None: the only one, or one that goes by a known name."""
+    access: Access = AS_GIVEN
+    """Where table and images are now, and how they are asked for."""
+    keeper: Keeper = NOTHING
+    """Packs the columns that are kept."""
 
-    def __init__(
-        self,
-        position: int,
-        location: bytes,
-        column: str | None = None,
-        access: Access = AS_GIVEN,
-        keeper: Keeper = NOTHING,
-    ) -> None:
-        self.name = "@" + shown(location) + (f"#{column}" if column is not None else "")
-        self._position = position
-        self._location = location
-        self._column = column
-        self._access = access
-        self._keeper = keeper
+    def __post_init__(self) -> None:
+        column = f"#{self.column}" if self.column is not None else ""
+        self.name = "@" + shown(self.location) + column
 
     def entries(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
         """Yield the rows in the order of the table; their sizes are not known."""
         wanted = matcher(filters)
-        suffix = self._location[-4:].lower()
+        suffix = self.location[-4:].lower()
         cells = (
             self._from_text(SEPARATORS[suffix]) if suffix in SEPARATORS else self._from_parquet()
         )
         for row, (cell, kept) in enumerate(cells, 1):
             if not cell:
-                yield Entry(self._position, b"", -1, locator=b"%d" % row, kept=kept)
+                yield Entry(self.position, b"", -1, locator=b"%d" % row, kept=kept)
                 continue
-            locations.check(self._location, cell, f"source {self.name}, row {row}")
+            locations.check(self.location, cell, f"source {self.name}, row {row}")
             if wanted(cell):
-                yield Entry(self._position, cell, -1, kept=kept)
+                yield Entry(self.position, cell, -1, kept=kept)
             else:
                 skipped.by_filter += 1
 
@@ -93,14 +87,14 @@ class TableSource:
         """Return the bytes of a row's image. The locator of an empty cell is its row's number."""
         if not path:
             raise BadImage(Status.MISSING, f"the table's cell is empty: row {locator.decode()}")
-        return locations.fetch_beside(self._location, path, max_bytes, self._access)
+        return locations.fetch_beside(self.location, path, max_bytes, self.access)
 
     def _from_text(self, separator: str) -> Iterator[tuple[bytes, bytes]]:
         """Yield the column's cells of a CSV or TSV file, with the kept ones of their rows. A row of
         no cells is an empty line, and passed over.
         """
         remedy = "Give a table with a column of paths."
-        with locations.listing(self.name, self._location, self._access, "", remedy) as lines:
+        with locations.listing(self.name, self.location, self.access, "", remedy) as lines:
             reader = csv.reader(lines, delimiter=separator, strict=True)
             try:
                 yield from self._cells(reader)
@@ -116,10 +110,10 @@ class TableSource:
             raise SourceError(f"source {self.name} is empty. Its first line must name its columns.")
         place = header.index(self.path_column(header))
         origin = f"source {self.name}"
-        columns = self._keeper.add_columns(origin, header)
+        columns = self.keeper.add_columns(origin, header)
         kept = {column: header.index(column) for column in columns}
         for column in kept:
-            self._keeper.add_type(origin, column, KeptType.TEXT)
+            self.keeper.add_type(origin, column, KeptType.TEXT)
         for cells in reader:
             if not cells:
                 continue
@@ -132,13 +126,13 @@ class TableSource:
                 )
             values = {column: cells[at] or None for column, at in kept.items()}
             path = cells[place].encode("utf-8", "surrogateescape")
-            yield path, self._keeper.pack(origin, values)
+            yield path, self.keeper.pack(origin, values)
 
     def _from_parquet(self) -> Iterator[tuple[bytes | None, bytes]]:
         """Yield the column's cells of a Parquet file, with the kept ones of their rows."""
         from imagemill.pipeline.sources import arrow_types, parquet  # bring pyarrow
 
-        with parquet.opening(self.name, self._access.at(self._location)) as opened:
+        with parquet.opening(self.name, self.access.at(self.location)) as opened:
             schema: Any = opened.file.schema_arrow
             column = self.path_column(schema.names)
             kind = arrow_types.plain_type(schema.field(column).type)
@@ -152,19 +146,19 @@ class TableSource:
                     f"source {self.name}: column {column!r} holds"
                     f" {arrow_types.format_type(kind)}, not paths.{hint}"
                 )
-            kept = arrow_types.kept_columns(schema, self.name, self._keeper)
+            kept = arrow_types.kept_columns(schema, self.name, self.keeper)
             for group in range(opened.file.metadata.num_row_groups):
                 yield from zip(
                     opened.values(group, column),
-                    opened.kept(group, kept, self.name, self._keeper),
+                    opened.kept(group, kept, self.name, self.keeper),
                     strict=True,
                 )
 
     def path_column(self, columns: list[str]) -> str:
         """Return the column of paths among the columns of the table. Raises: SourceError."""
         held = ", ".join(map(repr, columns))
-        if self._column is not None:
-            found = self._column
+        if self.column is not None:
+            found = self.column
         elif len(columns) == 1:
             found = columns[0]
             if (

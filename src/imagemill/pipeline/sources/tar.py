@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Self, cast
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import gz, samples
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
-from imagemill.pipeline.sources.base import Skipped, shown
+from imagemill.pipeline.sources.base import Skipped, shown, too_large
 from imagemill.pipeline.sources.kept import NOTHING, Keeper
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
@@ -200,7 +200,7 @@ class TarSource:
             )
         kind, start, size, header_crc, crc = _LOCATOR.unpack(locator)
         if size > max_bytes:
-            raise BadImage(Status.TOO_LARGE, f"has {size} bytes, more than --max-bytes {max_bytes}")
+            raise too_large(size, max_bytes)
         try:
             data = self._blob.read_at(start - _BLOCK, _BLOCK + size)
         except zlib.error as error:

@@ -24,7 +24,7 @@ from typing import Any
 
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
-from imagemill.pipeline.sources.base import Skipped, shown
+from imagemill.pipeline.sources.base import Skipped, shown, too_large
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
@@ -146,10 +146,7 @@ class ZipSource:
         _refuse(method, flags, is_link)
         # What cannot be made smaller grows by far less than an eighth.
         if max(size, stored_bytes - stored_bytes // 8) > max_bytes:
-            raise BadImage(
-                Status.TOO_LARGE,
-                f"has {max(size, stored_bytes)} bytes, more than --max-bytes {max_bytes}",
-            )
+            raise too_large(max(size, stored_bytes), max_bytes)
         stored = self._stored(path, offset, stored_bytes)
         data = _unpacked(stored, size, method, flags)
         if zlib.crc32(data) != crc:

@@ -102,9 +102,9 @@ class Node:
         """Return an input's shape."""
         return tuple(self.values[index].shape)
 
-    def rank(self, index: int = 0) -> int:
-        """Return an input's number of dimensions."""
-        return len(self.shape(index))
+    def rank(self) -> int:
+        """Return the first input's number of dimensions."""
+        return len(self.shape())
 
     def ignore(self, *names: str) -> None:
         """Accept attributes that have no effect on inference."""
