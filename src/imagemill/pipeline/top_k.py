@@ -89,9 +89,9 @@ def most_probable(probabilities: NDArray[np.float32], k: int) -> NDArray[np.int3
 
 def valid_rows(outputs: Outputs) -> NDArray[np.bool_]:
     """Return for each row whether all of its outputs are finite, bool (n,)."""
-    valid: NDArray[np.bool_] = np.isfinite(outputs.logits).all(axis=1)
+    valid: NDArray[np.bool_] = np.asarray(np.isfinite(outputs.logits).all(axis=1))
     if outputs.embedding is not None:
-        valid &= np.isfinite(outputs.embedding).all(axis=1)
+        valid &= np.asarray(np.isfinite(outputs.embedding).all(axis=1))
     return valid
 
 
