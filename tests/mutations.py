@@ -21,8 +21,8 @@ import tifffile
 from PIL import Image, ImageOps
 
 import encoded
-from imagemill.pipeline.decoding import pillow
 from imagemill.pipeline.decoding.decode import decode
+from imagemill.pipeline.decoding.formats import FORMATS
 from imagemill.records import Decoded, Limits, Recipe, Status
 from reference import reference_pixels
 
@@ -163,7 +163,7 @@ class Reference:
 
 def reference(data: bytes) -> Reference:
     Image.init()
-    formats = [name for name in Image.ID if name in pillow.FORMATS]
+    formats = [name for name in Image.ID if name in FORMATS]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow means to drop IM

@@ -32,7 +32,7 @@ import encoded
 import mutations
 import sample_images
 from imagemill.pipeline.decoding import decode as decode_module
-from imagemill.pipeline.decoding import pillow, png, preprocess, tiff
+from imagemill.pipeline.decoding import formats, pillow, png, preprocess, tiff
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Decoded, Interpolation, Limits, Recipe, Status
 from reference import reference_pixels
@@ -261,7 +261,7 @@ def test_mutated_images_are_judged_as_pillow_judges_them() -> None:
 def test_mutations_cover_every_format() -> None:
     """A sample of each format that is decoded is there, whole, and read by that format's plugin."""
     read = {mutations.reference(make()).format for make in encoded.SAMPLES.values()}
-    assert {str(name).upper() for name in read} - {"MPO"} == set(pillow.FORMATS)
+    assert {str(name).upper() for name in read} - {"MPO"} == set(formats.FORMATS)
 
 
 def test_the_size_is_checked_before_the_pixels_are_decoded_once(
@@ -999,7 +999,7 @@ def test_decoding_releases_the_gil() -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     data=st.binary(max_size=300),
-    magic=st.sampled_from([b"", *(magic for kinds in pillow._MAGIC.values() for magic in kinds)]),
+    magic=st.sampled_from([b"", *(magic for kinds in formats.MAGIC.values() for magic in kinds)]),
 )
 def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
     """Any bytes at all, also behind any magic number, become an answer."""

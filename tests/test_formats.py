@@ -15,8 +15,8 @@ from PIL import Image
 
 import helpers
 import sample_images
-from imagemill.pipeline.decoding import pillow
 from imagemill.pipeline.decoding.decode import decode
+from imagemill.pipeline.decoding.formats import FORMATS, PLUGINS
 from imagemill.records import Limits, Recipe, Status
 from reference import reference_pixels
 
@@ -395,7 +395,7 @@ SPELT = {"JPEG2000": "JPEG 2000", "XVTHUMB": "XV thumbnails", "JXL": "JPEG XL"}
 """Pillow's name → that of docs/formats.md, if it is another."""
 
 
-@pytest.mark.parametrize("name", [*pillow.FORMATS, *pillow.PLUGINS])
+@pytest.mark.parametrize("name", [*FORMATS, *PLUGINS])
 def test_the_page_names_every_format_that_is_read(name: str) -> None:
     """In the first column of its table."""
     page = (helpers.PROJECT / "docs" / "formats.md").read_text("utf-8")

@@ -28,15 +28,19 @@ from PIL import Image, ImageFile
 from imagemill.errors import counted
 from imagemill.pipeline.decoding import png, preprocess, tiff
 from imagemill.pipeline.decoding.formats import (
-    REFUSED,
-    first_page,
-    full_palette,
+    COMMON_FORMATS,
+    FORMATS,
+    PLUGINS,
     guess,
     recognise,
+)
+from imagemill.pipeline.decoding.jpeg import ORIENTATION, read_header
+from imagemill.pipeline.decoding.misread import (
+    first_page,
+    full_palette,
     variant,
     without_extra_channels,
 )
-from imagemill.pipeline.decoding.jpeg import ORIENTATION, read_header
 from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
 from imagemill.records import Limits, Recipe, Status
@@ -45,32 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
-
-COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-"""Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such image
-comes.
-"""
-
-FORMATS = (
-    *COMMON_FORMATS,
-    *"WEBP TIFF AVIF JPEG2000 PSD ICO ICNS CUR DDS QOI DIB BLP DCX FLI FTEX GBR".split(),
-    *"IM MSP PCD PCX PIXAR SGI SUN XBM XPM XVTHUMB SPIDER TGA".split(),
-)
-"""What is decoded: Pillow's raster formats, in the order in which they are tried (those without a
-magic number last).
-
-Left out on purpose: EPS, WMF, EMF and PDF (programs to be run, or the system's renderer), BUFR,
-GRIB, HDF5 and MPEG (Pillow only recognises them), FITS (its compressed form inflates without
-bounds), IPTC, IMT and McIdas (recognised by next to nothing, so that other files pass for them).
-"""
-
-PLUGINS = {
-    "HEIF": ("pillow_heif", "register_heif_opener", "heif"),
-    "JXL": ("pillow_jxl", None, "jxl"),
-}
-"""Formats that need a package: its module, what registers it with Pillow (None: importing does),
-and the extra of imagemill that installs it.
-"""
 
 _setup = threading.Lock()
 _registered: set[str] = set()
@@ -134,7 +112,7 @@ def _open(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     where there is none.
     """
     prefix = data[:16]
-    expected = _recognise(data)
+    expected = recognise(data)
     if expected == "TIFF":
         return tiff.read(data, limits, seen)
     if (name := variant(expected, data)) is not None:
@@ -200,39 +178,6 @@ def _register(name: str) -> bool:
                 getattr(plugin, register)()
             _registered.add(name)
     return True
-
-
-def _recognise(data: bytes) -> str | None:
-    """Name the format by its first bytes or its structure, if they are specific enough to be
-    sure.
-    """
-    names = (name for name, magics in _MAGIC.items() if data.startswith(magics))
-    return next(names, None) or recognise(data)
-
-
-_MAGIC: dict[str, tuple[bytes, ...]] = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": tiff.MAGICS,
-    "PSD": (b"8BPS",),
-    "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
-    "ICO": (b"\0\0\1\0",),
-    "ICNS": (b"icns",),
-    "QOI": (b"qoif",),
-    "DDS": (b"DDS ",),
-    "JXL": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"),
-    "SGI": (b"\x01\xda",),
-    "SUN": (b"\x59\xa6\x6a\x95",),
-    "PCX": tuple(
-        bytes((10, version, packed, bits))
-        for version in (0, 2, 3, 4, 5)
-        for packed in (0, 1)
-        for bits in (1, 2, 4, 8)
-    ),
-    "XPM": (b"/* XPM */",),
-    **REFUSED,
-}
 
 
 def _why_not(

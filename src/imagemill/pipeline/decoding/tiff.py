@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")
-"""The first bytes of TIFF and BigTIFF. Pillow also takes the last two, which are wrong."""
-
 _BYTES_PER_PIXEL = 8
 """Decoded samples may take this many bytes for each pixel of `max_pixels`: enough for 16-bit RGBA
 at the limit.
