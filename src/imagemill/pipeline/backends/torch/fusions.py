@@ -187,7 +187,7 @@ class _Graph:
 def _activations(program: Program) -> None:
     graph = _Graph(program)
     for step in program.steps:
-        for rule in (_silu, _hard_swish, _gelu, _layer_norm):
+        for rule in (_gated, _gelu, _layer_norm):
             if found := rule(graph, step):
                 step.kind, step.call, step.inputs = found
                 break
@@ -201,21 +201,17 @@ def _pairs(step: Step) -> list[tuple[str | None, str | None]]:
     return [(first, second), (second, first)]
 
 
-def _silu(graph: _Graph, step: Step) -> Fused | None:
+def _gated(graph: _Graph, step: Step) -> Fused | None:
+    """x · sigmoid(x), or x · hardsigmoid(x)."""
     if step.kind != "Mul":
         return None
     for x, gate in _pairs(step):
-        if (sigmoid := graph.maker(gate, "Sigmoid")) and sigmoid.inputs == (x,):
+        found = graph.maker(gate, "Sigmoid", "HardSigmoid")
+        if found is None or found.inputs != (x,):
+            continue
+        if found.kind == "Sigmoid":
             return "Silu", F.silu, (x,)
-    return None
-
-
-def _hard_swish(graph: _Graph, step: Step) -> Fused | None:
-    if step.kind != "Mul":
-        return None
-    for x, gate in _pairs(step):
-        found = graph.maker(gate, "HardSigmoid")
-        if found and found.call is F.hardsigmoid and found.inputs == (x,):
+        if found.call is F.hardsigmoid:
             return "HardSwish", F.hardswish, (x,)
     return None
 
@@ -287,16 +283,12 @@ def _layer_norm(graph: _Graph, step: Step) -> Fused | None:
     if mean.inputs[0] != x or set(square.inputs) != {sub.outputs[0]}:
         return None
     shape = graph.program.shape(x or "")
-    if any(graph.program.shape(one.outputs[0]) != (*shape[:-1], 1) for one in (mean, spread)) or (
-        square.kind == "Pow" and not _squares(square)
-    ):
+    if any(graph.program.shape(one.outputs[0]) != (*shape[:-1], 1) for one in (mean, spread)):
+        return None
+    if square.kind == "Pow" and square.call != Power(2):
         return None
     width = shape[-1:]
     return "LayerNorm", lambda x: F.layer_norm(x, width, None, None, epsilon), (x,)
-
-
-def _squares(step: Step) -> bool:
-    return isinstance(step.call, Power) and step.call.exponent == 2
 
 
 def _linear(program: Program) -> None:

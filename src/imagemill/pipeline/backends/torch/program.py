@@ -280,7 +280,8 @@ class Loaded:
                     place = self._place(name, None)
                     inputs.append(place)
                     last[place] = number
-                    if (name in lower) != step.is_reduced and _is_float(program, name):
+                    is_float = program.values[name].is_floating_point()
+                    if is_float and (name in lower) != step.is_reduced:
                         casts.append((position, width))
             outputs = [self._place(name, None) if name else 0 for name in step.outputs]
             for place in outputs:
@@ -336,7 +337,3 @@ class Loaded:
             for place in step.ends:
                 values[place] = None
         return [values[place].float() for place in self._outputs]
-
-
-def _is_float(program: Program, name: str) -> bool:
-    return bool(program.values[name].is_floating_point())
