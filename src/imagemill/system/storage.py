@@ -586,10 +586,6 @@ class BlobFile(io.RawIOBase):
         """It is."""
         return True
 
-    def tell(self) -> int:
-        """Return where the next read begins."""
-        return self._at
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a position and return it."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._blob.size}[whence]

@@ -51,7 +51,7 @@ class HttpSource:
 def look(url: str, user_agent: str | None) -> None:
     """Raise SourceError if no server returns what is at a URL."""
     try:
-        _get(url, None, PROBING, user_agent)
+        fetch(url, None, PROBING, user_agent)
     except BadImage as bad:
         raise SourceError(
             f"source {url} cannot be read: {bad.error.removeprefix('cannot be read: ')}. Check"
@@ -60,13 +60,16 @@ def look(url: str, user_agent: str | None) -> None:
 
 
 def fetch(
-    url: str, max_bytes: int, policy: RetryPolicy | None = None, user_agent: str | None = None
+    url: str,
+    max_bytes: int | None,
+    policy: RetryPolicy | None = None,
+    user_agent: str | None = None,
 ) -> bytes:
-    """Return what is at a URL.
+    """Return what is at a URL. A request is repeated until it succeeds or the policy gives up.
 
     Args:
         url: http or https.
-        max_bytes: more than this is `too_large`; no more is read.
+        max_bytes: more than this is `too_large`; no more is read. None: read only the headers.
         policy: when to give up; None: `READING`.
         user_agent: value of that header; None: imagemill and its version.
 
@@ -74,11 +77,7 @@ def fetch(
         BadImage: `missing` (404, 410), `too_large`, `truncated` if every attempt ended early, or
             `read_error`.
     """
-    return _get(url, max_bytes, policy or READING, user_agent)
-
-
-def _get(url: str, max_bytes: int | None, policy: RetryPolicy, user_agent: str | None) -> bytes:
-    """Repeat a request until it succeeds. Read only the headers if `max_bytes` is None."""
+    policy = policy or READING
     headers = {"Accept": "image/*,*/*;q=0.8"}
     if user_agent:
         headers["User-Agent"] = user_agent
