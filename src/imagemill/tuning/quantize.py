@@ -13,7 +13,6 @@ import io
 import logging
 import os
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
 from imagemill.models import variants
-from imagemill.pipeline.backends import openvino_rewrites
+from imagemill.pipeline.backends import installed_versions, openvino_rewrites
 from imagemill.records import Precision
 from imagemill.system import cpu, files
 from imagemill.system.openvino_library import load_openvino
@@ -59,11 +58,7 @@ def check_installed() -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides an int8 model and its answers; no library is imported for it."""
-    found = {"recipe": "3"}  # of `quantize`
-    for name in ("openvino", "nncf"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return {"recipe": "3"} | installed_versions(("openvino", "nncf"))  # the recipe of `quantize`
 
 
 def _has_unit() -> bool:

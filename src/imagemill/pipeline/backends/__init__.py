@@ -4,7 +4,7 @@ backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -73,13 +73,18 @@ def depends_on_batch(engines: str) -> bool:
     return any(engine not in INDEPENDENT for engine in engines.split("+"))
 
 
-def library_versions(backend: str) -> dict[str, str]:
-    """Return the versions of the installed libraries that decide a backend's answers."""
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions that are installed; nothing is imported."""
     found = {}
-    for name in BACKENDS[backend].libraries:
+    for name in names:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def library_versions(backend: str) -> dict[str, str]:
+    """Return the versions of the installed libraries that decide a backend's answers."""
+    return installed_versions(BACKENDS[backend].libraries)
 
 
 def open_session(spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> Session:

@@ -34,6 +34,11 @@ class Found:
     nothing is missing.
     """
 
+    def lacking(self, missing: str | None) -> Found:
+        """Return what was found, or nothing if a library is missing, too."""
+        both = [text for text in (self.missing, missing) if text]
+        return Found((), " ".join(both)) if both else self
+
 
 @runtime_checkable
 class MeasuresMemory(Protocol):
@@ -135,6 +140,11 @@ class QueuedSession:
         found = self._collect(batch, ticket)
         self._clock.add("compute", time.perf_counter() - begun)
         return batch, make_outputs(self._names, found)
+
+
+def cannot_compile(spec: SessionSpec, device: DeviceSpec, why: str) -> ModelError:
+    """Return the error of a model that a backend does not take."""
+    return ModelError(f"{spec.model_file} cannot be compiled for {device.name}: {why}")
 
 
 def names_of_outputs(spec: SessionSpec) -> list[str]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from math import ceil
 
 from imagemill.errors import DeviceError, UsageError
 from imagemill.pipeline.backends import (
     BACKENDS,
     depends_on_batch,
+    installed_versions,
     library_versions,
     look_for,
     nvidia,
@@ -243,10 +242,7 @@ def versions_of(backends: Iterable[str]) -> dict[str, str]:
     """Return the versions of the installed libraries that decide answers: those that decode, and
     those of these backends.
     """
-    found = {}
-    for name in ("pillow", "simplejpeg", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    found = installed_versions(("pillow", "simplejpeg", "numpy"))
     for backend in sorted(set(backends)):
         found |= library_versions(backend)
     return found

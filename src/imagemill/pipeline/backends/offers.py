@@ -25,25 +25,17 @@ def offers() -> list[dict[str, Any]]:
             continue
         first, *others = devices.backends_of(kind)
         here = devices.search(kind, first)
+        if here.missing:
+            found.append({"devices": kind, "what": what, "notes": [], "missing": here.missing})
+            continue
         computes = ", ".join(BACKENDS[first].kinds[kind])
         notes = [f"backend {first}, precisions: {computes}"]
         for backend in others:
-            missing = devices.search(kind, backend).missing
-            notes.append(
-                f"@{backend}: "
-                + (missing or f"precisions {', '.join(BACKENDS[backend].kinds[kind])}")
-            )
-        typed = (
-            f"{kind}:1"
-            if kind in devices.COUNTED
-            else f"{kind}:{','.join(map(str, range(len(here.devices))))}"
-        )
-        if here.missing:
-            found.append({"devices": kind, "what": what, "notes": [], "missing": here.missing})
-        else:
-            found.append(
-                {"devices": typed, "what": ", ".join(here.devices), "notes": notes, "missing": None}
-            )
+            computes = f"precisions {', '.join(BACKENDS[backend].kinds[kind])}"
+            notes.append(f"@{backend}: {devices.search(kind, backend).missing or computes}")
+        ids = "1" if kind in devices.COUNTED else ",".join(map(str, range(len(here.devices))))
+        names = ", ".join(here.devices)
+        found.append({"devices": f"{kind}:{ids}", "what": names, "notes": notes, "missing": None})
     return found
 
 

@@ -19,7 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
-from imagemill.pipeline.backends.base import Found, QueuedSession, describe_memory_shortage
+from imagemill.pipeline.backends.base import (
+    Found,
+    QueuedSession,
+    cannot_compile,
+    describe_memory_shortage,
+)
 from imagemill.pipeline.backends.nvidia import find_gpus, free_memory
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, SessionSpec
@@ -136,7 +141,8 @@ class OnnxRuntimeSession(QueuedSession):
     @staticmethod
     def found(kind: str) -> Found:
         """See `Found`."""
-        return _found(PROVIDERS[kind])
+        provider = PROVIDERS[kind]
+        return provider.driver().lacking(_missing(provider))
 
     def _start(self, pixels: NDArray[np.uint8]) -> Future[list[NDArray[np.float32]]]:
         return self._pool.submit(self._run, pixels)
@@ -167,12 +173,6 @@ class OnnxRuntimeSession(QueuedSession):
         """See `Session.close`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._session = None
-
-
-def _found(provider: Provider) -> Found:
-    devices = provider.driver()
-    missing = [text for text in (devices.missing, _missing(provider)) if text]
-    return Found((), " ".join(missing)) if missing else devices
 
 
 def _missing(provider: Provider) -> str | None:
@@ -230,9 +230,7 @@ def _open(
         )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
         _raise_if_device_failed(error, device, spec.batch_size)
-        raise ModelError(
-            f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
-        ) from error
+        raise cannot_compile(spec, device, one_line(error)) from error
     active = session.get_providers()
     if provider.name not in active:
         raise DeviceError(

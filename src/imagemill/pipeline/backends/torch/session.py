@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
-from imagemill.pipeline.backends.base import Found, QueuedSession, describe_memory_shortage
+from imagemill.pipeline.backends.base import (
+    Found,
+    QueuedSession,
+    cannot_compile,
+    describe_memory_shortage,
+)
 from imagemill.pipeline.backends.nvidia import find_gpus
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Precision, SessionSpec
@@ -67,9 +72,7 @@ class TorchSession(QueuedSession):
                 raise DeviceMemoryError(text) from error
             if isinstance(error, torch.AcceleratorError):
                 raise _lost(device, error) from error
-            raise ModelError(
-                f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
-            ) from error
+            raise cannot_compile(spec, device, one_line(error)) from error
         self._in_flight = self._runner.in_flight
         self._log_start(spec, device)
 
@@ -79,23 +82,18 @@ class TorchSession(QueuedSession):
 
         other = _ALTERNATIVE[device.kind]
         try:
-            program = read(
-                Path(spec.model_file), spec.card.input, (batch, *self._shape[1:]), self._names
-            )
+            shape = (batch, *self._shape[1:])
+            program = read(Path(spec.model_file), spec.card.input, shape, self._names)
         except Unsupported as error:
             raise ModelError(
                 f"{spec.model_file}: the torch backend does not know {error}. Use {other}."
             ) from error
         except Exception as error:  # onnx's, protobuf's and PyTorch's classes share no other base
-            raise ModelError(
-                f"{spec.model_file} cannot be compiled for {device.name}: {one_line(error)}"
-            ) from error
+            raise cannot_compile(spec, device, one_line(error)) from error
         for name in self._names:
             if len(shape := program.shape(name)) != 2 or shape[0] != batch:
-                raise ModelError(
-                    f"{spec.model_file} cannot be compiled for {device.name}: its output {name} has"
-                    f" the shape {shape} for {batch} images"
-                )
+                why = f"its output {name} has the shape {shape} for {batch} images"
+                raise cannot_compile(spec, device, why)
         return program
 
     def _open(
@@ -148,8 +146,7 @@ class TorchSession(QueuedSession):
     def found(kind: str) -> Found:
         """Return the GPUs that the NVIDIA driver shows, if PyTorch is installed."""
         devices = find_gpus() if kind == "cuda" else Found(("the CPU",))
-        missing = [text for text in (devices.missing, _missing(kind)) if text]
-        return Found((), " ".join(missing)) if missing else devices
+        return devices.lacking(_missing(kind))
 
     def _start(self, pixels: NDArray[np.uint8]) -> Any:
         return self._runner.start(pixels)
