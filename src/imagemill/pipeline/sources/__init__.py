@@ -72,19 +72,21 @@ def resolve(arguments: Iterable[str]) -> tuple[str, ...]:
 
 
 def _absolute(argument: str) -> str:
+    location = argument.removeprefix("@")
     at = "@" if argument.startswith("@") else ""
-    if storage.is_file_url(argument.removeprefix("@")):
-        return at + os.path.abspath(_local_path(argument.removeprefix("@")))  # noqa: PTH100
-    if storage.is_url(argument.removeprefix("@")):
-        return at + _url(argument.removeprefix("@"), is_list=bool(at))
-    return at + os.path.abspath(argument.removeprefix("@"))  # noqa: PTH100 - links stay as they were given
+    if storage.is_url(location) and not storage.is_file_url(location):
+        return at + _url(location, is_list=bool(at))
+    return at + _absolute_path(location)
 
 
-def _local_path(url: str) -> str:
+def _absolute_path(location: str) -> str:
+    """Return the path that a path or a `file:` URL means; links stay as they were given."""
     try:
-        return os.fsdecode(storage.local_path(os.fsencode(url)))
+        if storage.is_file_url(location):
+            location = os.fsdecode(storage.local_path(os.fsencode(location)))
     except ValueError as error:
-        raise UsageError(f"source {url}: {error}.") from error
+        raise UsageError(f"source {location}: {error}.") from error
+    return os.path.abspath(location)  # noqa: PTH100
 
 
 def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -106,10 +108,8 @@ def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ..
 
 
 def _place(location: str) -> str:
-    if storage.is_file_url(location):
-        location = _local_path(location)
-    if not storage.is_url(location):
-        location = os.path.abspath(location)  # noqa: PTH100 - links stay as they were given
+    if storage.is_file_url(location) or not storage.is_url(location):
+        location = _absolute_path(location)
     return location.rstrip("/")
 
 
@@ -119,11 +119,8 @@ def relocated(source: str, access: Access) -> str:
         return source
     at = "@" if source.startswith("@") else ""
     location, column = split_column(source.removeprefix("@"))
-    return (
-        at
-        + os.fsdecode(access.at(os.fsencode(location)))
-        + (f"#{column}" if column is not None else "")
-    )
+    end = f"#{column}" if column is not None else ""
+    return at + os.fsdecode(access.at(os.fsencode(location))) + end
 
 
 def _url(url: str, *, is_list: bool) -> str:
@@ -154,9 +151,8 @@ def _expanded(argument: str) -> list[str]:
     """`{000..099}` and `{a,b}` as WebDataset and shells write them; a name that is there as it
     stands is taken as it stands.
     """
-    if not storage.is_url(argument.removeprefix("@")) and os.path.lexists(
-        argument.removeprefix("@")
-    ):
+    location = argument.removeprefix("@")
+    if not storage.is_url(location) and os.path.lexists(location):
         return [argument]
     pieces: list[list[str]] = []
     count, end = 1, 0
@@ -298,20 +294,16 @@ def _head_of_object(url: str) -> bytes | None:
     if not key:
         return None
     try:
-        return (
-            storage.open_bucket(bucket, storage.PROBING).open(key).read_at(0, kinds.HEAD_BYTES)
-            or None
-        )
+        opened = storage.open_bucket(bucket, storage.PROBING).open(key)
+        return opened.read_at(0, kinds.HEAD_BYTES) or None
     except OSError:
         return None
 
 
 def is_opened(source: str) -> bool:
     """Whether a source is an archive or a table by its name, so that its content is listed."""
-    location, _ = split_column(source)
-    return (
-        location.lower().endswith((".parquet", ".zip")) or TAR_SUFFIXES.search(source) is not None
-    )
+    is_tar = TAR_SUFFIXES.search(source) is not None
+    return is_tar or split_column(source)[0].lower().endswith((".parquet", ".zip"))
 
 
 def can_be_read_again(source: str) -> bool:

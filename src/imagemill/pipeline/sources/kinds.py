@@ -185,9 +185,7 @@ def refuse_list(source: str, head: bytes) -> None:
         return
     if kind is None and _IMAGE.match(head):
         raise UsageError(f"source {source} is an image, {wanted}. Leave out the @.")
-    kind = kind or next(
-        (kind for kind in _KINDS if re.match(kind.signature, head, re.DOTALL)), None
-    )
+    kind = kind or _by_signature(head)
     if kind is not None:
         is_source = file.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz"))
         remedy = "Leave out the @." if is_source else kind.remedy.replace("FILE", file)
@@ -202,14 +200,14 @@ def refuse_list(source: str, head: bytes) -> None:
 def _kind(suffix: str, head: bytes) -> _Kind | None:
     """What a file that is not an image is; None: not known."""
     by_suffix = next((kind for kind in _KINDS if suffix in kind.suffixes), None)
-    by_content = next((kind for kind in _KINDS if re.match(kind.signature, head, re.DOTALL)), None)
     if by_suffix in _BY_SUFFIX and not (by_suffix and by_suffix.is_list):
         return by_suffix
-    return (
-        by_content
-        or by_suffix
-        or (_TEXT if head and (_is_text(head) or encoding_of(head) != "utf-8-sig") else None)
-    )
+    is_text = head and (_is_text(head) or encoding_of(head) != "utf-8-sig")
+    return _by_signature(head) or by_suffix or (_TEXT if is_text else None)
+
+
+def _by_signature(head: bytes) -> _Kind | None:
+    return next((kind for kind in _KINDS if re.match(kind.signature, head, re.DOTALL)), None)
 
 
 def _is_text(head: bytes) -> bool:

@@ -22,6 +22,7 @@ import errno
 import functools
 import heapq
 import json
+import math
 import os
 import stat
 import struct
@@ -445,7 +446,7 @@ class _Table:
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, int, int]] = []
         self._busy = False
-        self._failed: tuple[float, tuple[int, str]] | None = None
+        self._failed_at, self._failure = -math.inf, (0, "")
 
     def image(self, group: int, row: int, checksum: int) -> Any:
         """The bytes in one row as an Arrow buffer; None where it is null. Raises: BadImage; OSError
@@ -453,9 +454,9 @@ class _Table:
         """
         asked = time.monotonic()
         with self._turn((group, row, threading.get_ident())):
-            if self._failed is not None and self._failed[0] > asked:
+            if self._failed_at > asked:
                 # Or all who waited would try in turn, each as long as a store is waited for.
-                raise OSError(*self._failed[1])
+                raise OSError(*self._failure)
             try:
                 return self._row_group(group, checksum).at(row)
             except (OSError, pa.ArrowException, SourceError) as error:
@@ -466,11 +467,12 @@ class _Table:
                         Status.READ_ERROR,
                         f"the table was changed since it was listed: {_reason(error)}",
                     ) from error
-                self._failed = (
+                number = getattr(error, "errno", None) or errno.ENOMEM
+                self._failed_at, self._failure = (
                     time.monotonic(),
-                    (getattr(error, "errno", None) or errno.ENOMEM, f"the table: {_reason(error)}"),
+                    (number, f"the table: {_reason(error)}"),
                 )
-                raise OSError(*self._failed[1]) from error
+                raise OSError(*self._failure) from error
 
     @contextlib.contextmanager
     def _turn(self, place: tuple[int, int, int]) -> Iterator[None]:

@@ -318,6 +318,14 @@ def _pad(node: Node) -> Call:
     return pad
 
 
+_ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "round_prefer_floor": lambda position: np.ceil(position - 0.5),
+    "round_prefer_ceil": lambda position: np.floor(position + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
+
+
 @operator("Resize", "Upsample")
 def _resize(node: Node) -> Call:
     shape = node.shape()
@@ -335,23 +343,14 @@ def _resize(node: Node) -> Call:
     node.require(not outside or mode == "cubic", f"with exclude_outside=1 and mode={mode}")
     known = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
     node.require(transform in known, f"with coordinate_transformation_mode={transform}")
-    node.require(
-        rounding in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
-        f"with nearest_mode={rounding}",
-    )
+    node.require(rounding in _ROUNDINGS, f"with nearest_mode={rounding}")
     steps: list[Call] = []
     for axis, (length, goal) in enumerate(zip(shape, sizes, strict=True)):
         if scales[axis] == 1 and goal == length:
             continue
         position = _positions(length, goal, scales[axis], transform)
         if mode == "nearest":
-            roundings: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-                "round_prefer_floor": lambda p: np.ceil(p - 0.5),
-                "round_prefer_ceil": lambda p: np.floor(p + 0.5),
-                "floor": np.floor,
-                "ceil": np.ceil,
-            }
-            index = np.clip(roundings[rounding](position), 0, length - 1).astype(np.int64)
+            index = np.clip(_ROUNDINGS[rounding](position), 0, length - 1).astype(np.int64)
             steps.append(_picking(axis, index))
         elif mode == "linear":
             steps.append(_blending(axis, np.clip(position, 0, length - 1), length, len(shape)))
@@ -419,11 +418,11 @@ def _scales_and_sizes(node: Node) -> tuple[list[float], list[int]]:
     """Return the factor and the new length of each axis."""
     shape = node.shape()
     given: np.ndarray | None
-    wanted: np.ndarray | None
+    wanted: np.ndarray | None = None
     if node.opset < 9 and node.kind == "Upsample":
-        given, wanted = np.asarray(node.attribute("scales")), None
+        given = np.asarray(node.attribute("scales"))
     elif node.opset < 11:
-        given, wanted = node.host(1), None
+        given = node.host(1)
     else:
         given, wanted = node.host(2), node.host(3)
         if node.has(1):
