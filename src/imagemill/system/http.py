@@ -6,13 +6,11 @@ User names and passwords come from `~/.netrc` only. Redirects never lead from ht
 
 from __future__ import annotations
 
-import email.utils
 import functools
 import netrc
 import os
 import ssl
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -27,6 +25,7 @@ from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
     IncompleteRead,
+    InvalidHeader,
     LocationParseError,
     NewConnectionError,
     ProtocolError,
@@ -227,19 +226,14 @@ def _check_status(answer: Answer) -> None:
         return
     phrase = responses.get(answer.status, answer.reason or "")
     text = f"the server answers {answer.status} {phrase}"
-    wait_s = _retry_after(answer.headers.get("Retry-After"))
-    raise StatusError(answer.status, text.rstrip(), wait_s)
+    raise StatusError(answer.status, text.rstrip(), _retry_after(answer))
 
 
-def _retry_after(value: str | None) -> float:
+def _retry_after(answer: Answer) -> float:
     """Return the seconds in a `Retry-After` header, which holds a number or a date."""
-    if value is None:
-        return 0.0
-    if value.strip().isdigit():
-        return float(value)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+        return urllib3.Retry().get_retry_after(answer) or 0.0
+    except (InvalidHeader, ValueError, OverflowError):  # neither a number nor a date
         return 0.0
 
 
