@@ -164,26 +164,16 @@ def _group_norm(node: Node) -> Call:
     return normalise
 
 
-@operator("LayerNormalization")
+@operator("LayerNormalization", "RMSNormalization")
 def _layer_norm(node: Node) -> Call:
     shape = node.shape()[node.attribute("axis", -1) % node.rank() :]
     epsilon = node.attribute("epsilon", 1e-5)
     node.ignore("stash_type")
     node.require(node.outputs == 1, "with more than one output")
-
-    def normalise(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-        weights = [values if values is None else values.expand(shape) for values in (scale, bias)]
-        return F.layer_norm(x, shape, *weights, epsilon)
-
-    return normalise
-
-
-@operator("RMSNormalization")
-def _rms_norm(node: Node) -> Call:
-    shape = node.shape()[node.attribute("axis", -1) % node.rank() :]
-    epsilon = node.attribute("epsilon", 1e-5)
-    node.ignore("stash_type")
-    return lambda x, scale: F.rms_norm(x, shape, scale.expand(shape), epsilon)
+    function = F.layer_norm if node.kind == "LayerNormalization" else F.rms_norm
+    return lambda x, *weights: function(
+        x, shape, *(values.expand(shape) for values in weights), eps=epsilon
+    )
 
 
 @operator("LpNormalization")
