@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +24,16 @@ from PIL import Image, TiffImagePlugin
 from imagemill.pipeline.decoding import preprocess
 from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
+from imagemill.pipeline.decoding.tiff_layout import (
+    BYTE_CODECS,
+    CHANNELS,
+    FAX,
+    KINDS,
+    Layout,
+    Tags,
+    broken,
+    truncated,
+)
 from imagemill.records import Limits, Status
 
 if TYPE_CHECKING:
@@ -41,10 +50,6 @@ _BLOCK_BYTES = 1 << 22
 """Samples are converted in blocks of rows, so that intermediate arrays stay small beside the
 image.
 """
-_MAX_DIRECTORIES = 32
-_MAX_VALUES = 1 << 22
-"""Strips or tiles of an image: a Python number takes 36 bytes."""
-
 _COMPRESSIONS = {
     "none": {1},
     "CCITT RLE": {2},
@@ -82,8 +87,8 @@ _CAMERA_COMPRESSIONS = {
     65000: "Kodak",
     65535: "Pentax",
 }
-_FAX = {2, 3, 4, 32771}
-_BYTE_CODECS = {1, 5, 8, 32773, 32946, 34925, 50000}
+_CAMERA_PHOTOMETRICS = {32803, 34892}
+_MAX_DIRECTORIES = 32
 _PREDICTING = {5, 8, 32946, 34925, 50000}
 """Compressions that a predictor applies to. With none and PackBits libtiff ignores it and tifffile
 does not.
@@ -106,32 +111,6 @@ _PHOTOMETRICS = {
     34892: "linear raw",
     51177: "depth map",
 }
-_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
-_CAMERA_PHOTOMETRICS = {32803, 34892}
-
-_TYPES = {
-    1: "B",
-    3: "H",
-    4: "I",
-    5: "II",
-    6: "b",
-    7: "B",
-    8: "h",
-    9: "i",
-    13: "I",
-    16: "Q",
-    17: "q",
-    18: "Q",
-}
-"""The types of tags that hold integers or pairs of them, as `struct` spells them."""
-
-_ARRAYS = {258, 273, 279, 320, 324, 325, 338, 339}
-"""Of these tags, those values are read that a cut file still has."""
-_USED = _ARRAYS | {256, 257, 259, 262, 266, 274, 277, 278, 284, 317, 322, 323, 330, 332}
-_USED |= {529, 530, 532, 32997, 50706}
-"""The tags that are looked at; others may be large."""
-
-_KINDS = {1: "u", 2: "i", 3: "f"}
 _KIND_NAMES = {
     1: "unsigned",
     2: "signed",
@@ -149,14 +128,14 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
 
     Raises: Refusal, and whatever Pillow raises for a damaged file.
     """
-    tags = _Tags.first(data)
+    tags = Tags.first(data)
     width, height = tags.one(256), tags.one(257)
     if width < 1 or height < 1:
-        raise _broken(f"the size is {width}×{height}")
+        raise broken(f"the size is {width}×{height}")
     seen.width, seen.height = preprocess.turned_size(width, height, tags.one(274, 1))
     check_budget(width, height, limits)
     _refuse_camera_raw(tags)
-    layout = _Layout.of(tags)
+    layout = Layout.of(tags)
     check_budget(layout.segment_width, layout.segment_height, limits)  # libtiff decodes whole tiles
     _check_segments(layout)
     try:
@@ -170,7 +149,7 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
         raise
     except Exception as error:
         if layout.first_missing(len(data)) is not None:
-            raise _truncated(one_line(error)) from error
+            raise truncated(one_line(error)) from error
         raise
     turn = preprocess.TURNS.get(tags.one(274, 1))
     image = image if turn is None else image.transpose(turn)
@@ -178,89 +157,16 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     return image
 
 
-def _truncated(why: str) -> Refusal:
-    return Refusal(Status.TRUNCATED, f"truncated TIFF file: {why}")
+# Who reads it
 
 
-def _broken(why: str) -> Refusal:
-    return Refusal(Status.CORRUPT, f"broken TIFF header: {why}")
-
-
-# Tags
-
-
-@dataclass(frozen=True, slots=True)
-class _Tags:
-    """The integer tags of one directory."""
-
-    data: bytes
-    order: str
-    big: bool
-    values: dict[int, tuple[int, ...]]
-    following: int
-    """Where the next directory begins; 0 if there is none."""
-
-    @classmethod
-    def first(cls, data: bytes) -> _Tags:
-        order = "<" if data[:1] == b"I" else ">"
-        big = 43 in data[2:4]
-        if len(data) < (16 if big else 8):
-            raise _truncated(f"it ends in its header, after {len(data)} bytes")
-        (offset,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        return cls.at(data, order, big, offset)
-
-    @classmethod
-    def at(cls, data: bytes, order: str, big: bool, offset: int) -> _Tags:
-        count_format, entry, offset_format = (
-            order + letters for letters in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I"))
-        )
-        start = offset + struct.calcsize(count_format)
-        count = struct.unpack_from(count_format, data, offset)[0] if start <= len(data) else 0
-        end = start + count * struct.calcsize(entry)
-        if not 0 < offset < start <= len(data) or end > len(data):
-            raise _truncated(
-                f"its directory at byte {offset} lies beyond the end, {len(data)} bytes"
-            )
-        values: dict[int, tuple[int, ...]] = {}
-        for tag, kind, length, field in struct.iter_unpack(entry, memoryview(data)[start:end]):
-            if tag not in _USED or tag in values or (letter := _TYPES.get(kind)) is None:
-                continue
-            size = length * struct.calcsize("=" + letter)
-            at = struct.unpack(offset_format, field)[0]
-            if size > len(field) and at + size > len(data):
-                length = max(0, len(data) - at) * length // size if tag in _ARRAYS else 0  # noqa: PLW2901 - libtiff ignores the others
-            if not length:
-                continue
-            if length > _MAX_VALUES:
-                raise Refusal(
-                    Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}"
-                )
-            source, begin = (field, 0) if size <= len(field) else (data, at)
-            values[tag] = struct.unpack_from(
-                f"{order}{length * len(letter)}{letter[0]}", source, begin
-            )
-        following = 0
-        if end + struct.calcsize(offset_format) <= len(data):
-            (following,) = struct.unpack_from(offset_format, data, end)
-        return cls(data, order, big, values, following)
-
-    def one(self, tag: int, default: int | None = None) -> int:
-        """Return the first value of a tag."""
-        found = self.values.get(tag)
-        if found:
-            return found[0]
-        if default is None:
-            raise _truncated(f"tag {tag} is missing")
-        return default
-
-
-def _refuse_camera_raw(tags: _Tags) -> None:
+def _refuse_camera_raw(tags: Tags) -> None:
     """Refuse camera raw files: their first image is usually a thumbnail, and the photograph needs a
     raw converter.
     """
     maker = "Canon CR2" if tags.data[8:10] == b"CR" else "DNG" if 50706 in tags.values else None
     waiting, done = [tags.following, *tags.values.get(330, ())], 0
-    directory: _Tags | None = tags
+    directory: Tags | None = tags
     while maker is None and directory is not None:
         compression = directory.one(259, 1)
         if directory.one(262, 0) in _CAMERA_PHOTOMETRICS or compression in _CAMERA_COMPRESSIONS:
@@ -269,7 +175,7 @@ def _refuse_camera_raw(tags: _Tags) -> None:
         while waiting and directory is None and done < _MAX_DIRECTORIES:
             offset = waiting.pop(0)
             try:
-                directory = _Tags.at(tags.data, tags.order, tags.big, offset)
+                directory = Tags.at(tags.data, tags.order, tags.big, offset)
             except Refusal:  # a later image that is cut off says nothing about the first
                 done += 1
     if maker is not None:
@@ -279,116 +185,19 @@ def _refuse_camera_raw(tags: _Tags) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """How the samples of a TIFF are stored."""
-
-    order: str
-    width: int
-    height: int
-    bits: tuple[int, ...]
-    formats: tuple[int, ...]
-    samples: int
-    extra: tuple[int, ...]
-    photometric: int
-    compression: int
-    predictor: int
-    fill_order: int
-    planar: bool
-    tiled: bool
-    segment_width: int
-    segment_height: int
-    offsets: tuple[int, ...]
-    counts: tuple[int, ...]
-    tags: _Tags
-
-    @classmethod
-    def of(cls, tags: _Tags) -> _Layout:
-        width, height = tags.one(256), tags.one(257)
-        compression, photometric = tags.one(259, 1), tags.one(262, 0)
-        if 262 not in tags.values and compression not in _FAX:
-            # Black and white would be a guess.
-            raise Refusal(
-                Status.UNSUPPORTED, "TIFF without a photometric interpretation is not supported"
-            )
-        samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
-        if samples < 1:
-            raise _broken(f"{samples} samples per pixel")
-        tiled = 324 in tags.values or 322 in tags.values
-        rows = tags.one(278, height)
-        return cls(
-            order=tags.order,
-            width=width,
-            height=height,
-            bits=tags.values.get(258, (1,))[:samples],
-            formats=tags.values.get(339, (1,))[:samples],
-            samples=samples,
-            extra=tags.values.get(338, ()),
-            photometric=photometric,
-            compression=compression,
-            predictor=tags.one(317, 1) if compression in _BYTE_CODECS else 1,
-            fill_order=tags.one(266, 1),
-            planar=tags.one(284, 1) == 2 and samples > 1,
-            tiled=tiled,
-            segment_width=tags.one(322) if tiled else width,
-            segment_height=tags.one(323) if tiled else min(rows, height) if rows > 0 else height,
-            offsets=tags.values.get(324, ()) or tags.values.get(273, ()),
-            counts=tags.values.get(325, ()) or tags.values.get(279, ()),
-            tags=tags,
-        )
-
-    @property
-    def across(self) -> int:
-        return -(-self.width // self.segment_width)
-
-    @property
-    def per_plane(self) -> int:
-        return self.across * -(-self.height // self.segment_height)
-
-    @property
-    def planes(self) -> int:
-        return self.samples if self.planar else 1
-
-    @property
-    def channels(self) -> int:
-        """Colour channels; the samples behind them are extra."""
-        return _CHANNELS[self.photometric]
-
-    @property
-    def kind(self) -> str:
-        return _KINDS[self.formats[0]]
-
-    @property
-    def segment_row_bytes(self) -> int:
-        return -(-self.segment_width * (1 if self.planar else self.samples) * self.bits[0] // 8)
-
-    def first_missing(self, size: int) -> int | None:
-        """Return the first strip or tile that reaches beyond the end of a file; None if they are
-        all there.
-        """
-        for index, offset in enumerate(self.offsets):
-            count = self.counts[index] if index < len(self.counts) else 1
-            if offset + count > size:
-                return index
-        return None
-
-
-# Who reads it
-
-
-def _check_segments(layout: _Layout) -> None:
+def _check_segments(layout: Layout) -> None:
     if layout.segment_width < 1 or layout.segment_height < 1:
-        raise _broken(f"tiles of {layout.segment_width}×{layout.segment_height}")
+        raise broken(f"tiles of {layout.segment_width}×{layout.segment_height}")
     needed = layout.per_plane * layout.planes
     name = "tiles" if layout.tiled else "strips"
     jpeg = layout.compression == 6  # may be a whole JPEG file that tag 513 points to
     if len(layout.offsets) < needed and not jpeg:
-        raise _truncated(f"{len(layout.offsets)} {name} where the size needs {needed}")
+        raise truncated(f"{len(layout.offsets)} {name} where the size needs {needed}")
     if 0 in layout.offsets[:needed] or 0 in layout.counts[:needed]:
         raise Refusal(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
 
 
-def _pillow_is_right(layout: _Layout) -> bool:
+def _pillow_is_right(layout: Layout) -> bool:
     """Tell whether Pillow reads this layout to the right pixels; `tests/test_tiff.py` compares each
     of them with tifffile.
     """
@@ -401,19 +210,19 @@ def _pillow_is_right(layout: _Layout) -> bool:
         return False
     if layout.compression == 6:
         return bits == {8} and photometric == 6 and layout.samples == 3 and not layout.planar
-    if photometric not in _CHANNELS or layout.samples != layout.channels + len(extra):
+    if photometric not in CHANNELS or layout.samples != layout.channels + len(extra):
         return False
     if layout.compression == 7:
         fits = photometric in ({1, 2} if layout.planar or extra else {0, 1, 2, 5, 6})
         return bits == {8} and fits and extra in {(), (0,), (2,)}
     if bits in ({1}, {4}):
-        fits = layout.compression in (_BYTE_CODECS | _FAX if bits == {1} else {32809})
+        fits = layout.compression in (BYTE_CODECS | FAX if bits == {1} else {32809})
         return fits and layout.samples == 1 and photometric in {0, 1} and layout.predictor == 1
     if (
         layout.planar
         or layout.fill_order != 1
         or layout.predictor not in {1, 2}
-        or layout.compression not in _BYTE_CODECS
+        or layout.compression not in BYTE_CODECS
     ):
         return False
     if layout.predictor == 2 and layout.compression not in _PREDICTING:
@@ -429,7 +238,7 @@ def _pillow_is_right(layout: _Layout) -> bool:
     return not extra and (photometric == 0 or plain_cmyk or wide_palette)
 
 
-def _jpeg_ycbcr(layout: _Layout) -> bool:
+def _jpeg_ycbcr(layout: Layout) -> bool:
     """Tell whether YCbCr has the colour matrix and the range that JPEG has, and is not
     subsampled.
     """
@@ -444,24 +253,24 @@ def _jpeg_ycbcr(layout: _Layout) -> bool:
     )
 
 
-def _refuse_unsupported(layout: _Layout) -> None:
+def _refuse_unsupported(layout: Layout) -> None:
     """Refuse what `_read_samples` cannot read, by the name of the property."""
     number = layout.compression
     names = (name for name, numbers in _COMPRESSIONS.items() if number in numbers)
     name = next(names, f"number {number}")
     photometric = _PHOTOMETRICS.get(layout.photometric, f"number {layout.photometric}")
-    bits, kind, depth = layout.bits[0], _KINDS.get(layout.formats[0], ""), layout.tags.one(32997, 1)
+    bits, kind, depth = layout.bits[0], KINDS.get(layout.formats[0], ""), layout.tags.one(32997, 1)
     sample = (
         f"{'/'.join(map(str, dict.fromkeys(layout.bits)))}-bit"
         f" {_KIND_NAMES.get(layout.formats[0], f'format {layout.formats[0]}')}"
     )
     mixed = len(set(layout.bits)) > 1 or len(set(layout.formats)) > 1
     reason = None
-    if layout.compression not in _BYTE_CODECS:
+    if layout.compression not in BYTE_CODECS:
         reason = f"{name} compression"
-        if layout.compression in {6, 7, 32809} | _FAX:
+        if layout.compression in {6, 7, 32809} | FAX:
             reason += f" of {sample} {photometric} samples"
-    elif layout.photometric not in _CHANNELS:
+    elif layout.photometric not in CHANNELS:
         reason = f"photometric interpretation {photometric}"
     elif mixed or bits not in _BITS.get(kind, ()):
         reason = f"{sample} samples"
@@ -486,13 +295,13 @@ def _refuse_unsupported(layout: _Layout) -> None:
     if reason is not None:
         raise Refusal(Status.UNSUPPORTED, f"TIFF with {reason} is not supported")
     if layout.samples < layout.channels:
-        raise _broken(f"{layout.samples} samples per pixel for {photometric}")
+        raise broken(f"{layout.samples} samples per pixel for {photometric}")
 
 
 # Samples of any layout
 
 
-def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
+def _read_samples(data: bytes, layout: Layout, limits: Limits) -> Image.Image:
     """Read integers and floats of any layout, by numpy."""
     # A tile may be larger than the image.
     pixels_decoded = max(layout.width * layout.height, layout.segment_width * layout.segment_height)
@@ -547,7 +356,7 @@ def _read_samples(data: bytes, layout: _Layout, limits: Limits) -> Image.Image:
 
 
 def _to_bytes(
-    layout: _Layout,
+    layout: Layout,
     blocks: Callable[[], Iterator[NDArray[Any]]],
     out: NDArray[np.uint8],
     step: int,
@@ -571,19 +380,19 @@ def _to_bytes(
             part[:] = block * (255 // ((1 << bits) - 1))
 
 
-def _palette(layout: _Layout) -> NDArray[np.uint8]:
+def _palette(layout: Layout) -> NDArray[np.uint8]:
     """Return the palette as uint8 (entries, 3)."""
     size = 1 << layout.bits[0]
     table = np.array(layout.tags.values.get(320, ()), np.int64)
     if table.size != 3 * size:
-        raise _broken(
+        raise broken(
             f"a palette of {table.size} numbers where {layout.bits[0]} bits need {3 * size}"
         )
     unused_bits = 8 if table.max() > 0xFF else 0  # some programs write 8-bit palettes
     return (table.reshape(3, size).T >> unused_bits).astype(np.uint8)
 
 
-def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
+def _decompress(data: bytes, layout: Layout, plane: int) -> Image.Image:
     """Return the bytes of the rows of one plane, tile beside tile, by Pillow's libtiff: as if they
     were 8-bit grey pixels.
     """
@@ -598,12 +407,10 @@ def _decompress(data: bytes, layout: _Layout, plane: int) -> Image.Image:
         ]
         counts = tuple(row * count for count in rows)
     elif len(counts) != len(offsets):
-        raise _truncated(f"{len(counts)} sizes for {len(offsets)} strips or tiles")
+        raise truncated(f"{len(counts)} sizes for {len(offsets)} strips or tiles")
     for offset, count in zip(offsets, counts, strict=True):
         if offset + count > len(data):
-            raise _truncated(
-                f"{count} bytes at byte {offset} lie beyond the end, {len(data)} bytes"
-            )
+            raise truncated(f"{count} bytes at byte {offset} lie beyond the end, {len(data)} bytes")
     width = layout.across * row
     tags: dict[int, tuple[int, ...]] = {
         256: (width,),
@@ -639,7 +446,7 @@ def _with_directory(data: bytes, tags: dict[int, tuple[int, ...]]) -> bytes:
     return b"".join((head, data[8:], *arrays, count, *entries, bytes(4)))
 
 
-def _samples(rows: NDArray[np.uint8], layout: _Layout) -> NDArray[Any]:
+def _samples(rows: NDArray[np.uint8], layout: Layout) -> NDArray[Any]:
     """Interpret bytes of rows as samples: (rows, width, samples in a plane), in native byte
     order.
     """
