@@ -2,7 +2,7 @@
 
 Constants are folded before quantising: the shape arithmetic around the weights of grouped
 convolutions otherwise keeps all of them in fp32, 29 % of the time of resnext101_32x4d
-(docs/performance.md). `kernels` shows what runs in int8.
+(docs/performance.md).
 """
 
 from __future__ import annotations
