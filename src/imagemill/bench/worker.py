@@ -37,12 +37,12 @@ def _work(connection: Connection) -> None:
     processes.pin_to_cores(begin.device.cores)
     # These import libraries that count the cores they may use, so the affinity is set first.
     from imagemill.pipeline.backends import open_session
-    from imagemill.pipeline.backends.base import MeasuresMemory
+    from imagemill.pipeline.backends.base import QueuedSession
     from imagemill.pipeline.stopwatch import Stopwatch
 
     clock = Stopwatch()
     session = open_session(begin.spec, begin.device, clock)
-    traffic = session.memory_traffic() if isinstance(session, MeasuresMemory) else None
+    traffic = session.memory_traffic() if isinstance(session, QueuedSession) else None
     batches = _synthetic(begin.spec)
     gc.freeze()
     connection.send(Ready(session.backend, session.versions, traffic))

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +38,6 @@ class Found:
         """Return what was found, or nothing if a library is missing, too."""
         both = [text for text in (self.missing, missing) if text]
         return Found((), " ".join(both)) if both else self
-
-
-@runtime_checkable
-class MeasuresMemory(Protocol):
-    """A session that can measure its device's memory."""
-
-    def memory_traffic(self) -> MemoryTraffic | None:
-        """Return what the device's memory allows; None if it cannot be measured. Takes some 0.1 s
-        and up to 512 MiB on the device. Nothing may be in flight.
-        """
-        ...
 
 
 class Session(Protocol):
@@ -111,6 +100,12 @@ class QueuedSession:
     def _drop(self, ticket: Any) -> None:
         """Wait for a batch whose outputs nobody needs, or cancel it."""
         raise NotImplementedError
+
+    def memory_traffic(self) -> MemoryTraffic | None:
+        """Return what the device's memory allows; None if it cannot be measured. Takes some 0.1 s
+        and up to 512 MiB on the device. Nothing may be in flight.
+        """
+        return None
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Outputs]]:
         """See `Session.stream`."""

@@ -123,9 +123,10 @@ class OpenVinoSession(QueuedSession):
                 _prune(Path(spec.cache_dir))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise ModelError(
-                f"{spec.model_file} cannot be compiled: {reason}{_smaller(spec.batch_size)}"
-            ) from error
+            if (size := spec.batch_size) > _LARGE:
+                reason += f". It was for batches of {size}: repeat the command with a smaller"
+                reason += " --batch-size"
+            raise ModelError(f"{spec.model_file} cannot be compiled: {reason}") from error
         self._ports = [compiled.output(name) for name in self._names]
         self._widths = [port.shape[1] for port in self._ports]
         best = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -166,14 +167,6 @@ class OpenVinoSession(QueuedSession):
     def close(self) -> None:
         """See `Session.close`."""
         self._free.clear()
-
-
-def _smaller(batch_size: int) -> str:
-    return (
-        f". It was for batches of {batch_size}: repeat the command with a smaller --batch-size"
-        if batch_size > _LARGE
-        else ""
-    )
 
 
 def _prune(folder: Path) -> None:

@@ -220,12 +220,10 @@ def _is_close(value: float | None, goal: float) -> bool:
     return value is not None and abs(value - goal) <= 1e-4 * abs(goal)
 
 
-def _factor_of(program: Program, step: Step) -> float | None:
+def _factor_of(graph: _Graph, step: Step) -> float | None:
     """Return the number that an affine step multiplies by, if that is all it does."""
-    if step.kind == "Affine" and step.call is torch.mul:
-        value = program.values[step.inputs[1] or ""]
-        return float(value) if value.numel() == 1 else None
-    return None
+    is_product = step.kind == "Affine" and step.call is torch.mul
+    return graph.number(step.inputs[1]) if is_product else None
 
 
 def _gelu(graph: _Graph, step: Step) -> Fused | None:
@@ -236,7 +234,7 @@ def _gelu(graph: _Graph, step: Step) -> Fused | None:
     while pending:  # the product's tree, as far as it consists of products
         name = pending.pop()
         maker = graph.maker(name, "Mul", "Affine")
-        number = _factor_of(graph.program, maker) if maker else None
+        number = _factor_of(graph, maker) if maker else None
         is_inner = name == step.outputs[0] or graph.program.users[name or ""] == 1
         if maker is not None and maker.kind == "Mul" and is_inner:
             pending += maker.inputs
@@ -259,7 +257,7 @@ def _gelu(graph: _Graph, step: Step) -> Fused | None:
         scaled = graph.maker(erf.inputs[0], "Affine") if erf else None
         if scaled is None or scaled.inputs[0] != x:
             continue
-        if _is_close(_factor_of(graph.program, scaled), 0.5**0.5):
+        if _is_close(_factor_of(graph, scaled), 0.5**0.5):
             return "Gelu", F.gelu, (x,)
     return None
 

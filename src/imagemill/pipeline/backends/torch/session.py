@@ -183,7 +183,7 @@ class TorchSession(QueuedSession):
             return [values.cpu().numpy()[0] for values in self._exact(pixels)]
 
     def memory_traffic(self) -> MemoryTraffic | None:
-        """Implement `MeasuresMemory.memory_traffic`, on GPUs alone."""
+        """See `QueuedSession.memory_traffic`; on GPUs alone."""
         if self._cuda is None:
             return None
         from imagemill.pipeline.backends.torch import traffic
