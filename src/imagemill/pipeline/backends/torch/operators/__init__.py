@@ -5,26 +5,12 @@ that computes it. Shapes are static, so whatever depends on shapes alone is comp
 first image.
 """
 
-from imagemill.pipeline.backends.torch.operators import elementwise, layers, layout
-from imagemill.pipeline.backends.torch.operators.node import (
-    DTYPES,
-    OPERATORS,
-    Call,
-    Node,
-    Tensor,
-    Unsupported,
-    bind,
-)
-
-__all__ = [
-    "DTYPES",
-    "OPERATORS",
-    "Call",
-    "Node",
-    "Tensor",
-    "Unsupported",
-    "bind",
-    "elementwise",
-    "layers",
-    "layout",
-]
+from imagemill.pipeline.backends.torch.operators import elementwise as elementwise
+from imagemill.pipeline.backends.torch.operators import layers as layers
+from imagemill.pipeline.backends.torch.operators import layout as layout
+from imagemill.pipeline.backends.torch.operators.node import OPERATORS as OPERATORS
+from imagemill.pipeline.backends.torch.operators.node import Call as Call
+from imagemill.pipeline.backends.torch.operators.node import Node as Node
+from imagemill.pipeline.backends.torch.operators.node import Tensor as Tensor
+from imagemill.pipeline.backends.torch.operators.node import Unsupported as Unsupported
+from imagemill.pipeline.backends.torch.operators.node import bind as bind
