@@ -16,20 +16,8 @@ BYTE_CODECS = {1, 5, 8, 32773, 32946, 34925, 50000}
 CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 KINDS = {1: "u", 2: "i", 3: "f"}
 
-_TYPES = {
-    1: "B",
-    3: "H",
-    4: "I",
-    5: "II",
-    6: "b",
-    7: "B",
-    8: "h",
-    9: "i",
-    13: "I",
-    16: "Q",
-    17: "q",
-    18: "Q",
-}
+_TYPES = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I"}
+_TYPES |= {16: "Q", 17: "q", 18: "Q"}  # BigTIFF's
 """The types of tags that hold integers or pairs of them, as `struct` spells them."""
 
 _ARRAYS = {258, 273, 279, 320, 324, 325, 338, 339}

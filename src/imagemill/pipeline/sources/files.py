@@ -11,18 +11,8 @@ from imagemill.pipeline.sources.base import too_large
 from imagemill.records import BadImage, Status
 from imagemill.system.retry import Attempts, RetryPolicy
 
-_TEMPORARY_ERRORS = frozenset(
-    (
-        errno.EIO,
-        errno.EAGAIN,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.EBUSY,
-        errno.EINTR,
-        errno.ENFILE,
-        errno.EMFILE,
-    )
-)
+_TEMPORARY_ERRORS = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY}
+_TEMPORARY_ERRORS |= {errno.EINTR, errno.ENFILE, errno.EMFILE}
 _PIECE = 2**20
 _READING = RetryPolicy(attempts=5, seconds=5.0, pause_s=0.1)
 """About a second. An object store that fails has been tried for longer, and is not tried again."""
