@@ -101,7 +101,7 @@ def prepare(
     asked = Precision.FP32 if is_auto else Precision(str(setting))
     if asked is Precision.INT8:
         check_int8(bundle)
-    plain = _plain(bundle, asked)
+    plain = _chosen(bundle, asked, None)
     gpus = on_gpus.checked(chosen)
     can_be_checked = is_auto if gpus else are_checked(chosen)
     if not can_be_checked or setting in (Precision.FP32, Precision.FP16):
@@ -124,7 +124,7 @@ def prepare(
     if gpus:
         base = replace(base, gpus=gpus, calibration=0, images=images)
         precision, *lines = on_gpus.choose(base, entries, notify)
-        found = _plain(bundle, precision, *lines)
+        found = _chosen(bundle, precision, None, *lines)
     elif is_auto:
         found = _automatic(base, entries, images, notify)
     else:
@@ -134,9 +134,12 @@ def prepare(
     return found
 
 
-def _plain(bundle: Bundle, precision: Precision, *lines: str) -> ChosenPrecision:
-    """Return what a job in a precision is frozen with that has no file of its own."""
-    return ChosenPrecision(precision, "model", bundle.dir / bundles.MODEL, lines=lines)
+def _chosen(
+    bundle: Bundle, precision: Precision, record: PrecisionRecord | None, *lines: str
+) -> ChosenPrecision:
+    """Return what a job in a precision is frozen with: the record's file, or the model's own."""
+    file = bundle.dir / ((record and record.file) or bundles.MODEL)
+    return ChosenPrecision(precision, file.stem, file, record and record.sha256, lines)
 
 
 def refuse_int8(card: Card) -> None:
@@ -199,15 +202,15 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
     """
     refused: list[str] = []
     unchecked: list[Precision] = []
+    candidates: list[Precision] = []
     without_units: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
+        pays = check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT)
         record = usable(bundle, precision)
         if record and record.comparison.accepted:
             if check.is_fast(record):
                 line = ". ".join([f"precision {precision}: {record.comparison.reason}", *refused])
-                variant = record.file.removesuffix(".xml") if record.file else "model"
-                file = bundle.dir / (record.file or bundles.MODEL)
-                return ChosenPrecision(precision, variant, file, record.sha256, (line,))
+                return _chosen(bundle, precision, record, line)
             refused.append(
                 f"{precision} is not used: it keeps fp32's answers but makes only"
                 f" {record.speedup:.2f} times its images/s"
@@ -217,10 +220,11 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
         elif cpu.unit(precision, cpu.flags()) is None:
             without_units.append(precision)
         elif precision is Precision.INT8 and not quantize.is_installed():
-            if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT):
+            if pays:
                 refused.append(f"int8 may be faster, and needs {quantize.INSTALL}")
         else:
             unchecked.append(precision)
+            candidates += [precision] if pays else []
     if without_units:
         refused.append(f"This processor has no units that make {' or '.join(without_units)} faster")
     if unchecked and failure is None:
@@ -230,12 +234,7 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
             f" here. `imagemill quantize {typed} --images SOURCE` does it once for all jobs"
         )
     line = ". ".join(["precision fp32" + (f": {failure}" if failure else ""), *refused])
-    worthwhile = tuple(
-        precision
-        for precision in unchecked
-        if check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT)
-    )
-    return replace(_plain(bundle, Precision.FP32, line), candidates=worthwhile)
+    return replace(_chosen(bundle, Precision.FP32, None, line), candidates=tuple(candidates))
 
 
 def _automatic(
@@ -274,7 +273,7 @@ def _explicit(
     held_out = min(HELD_OUT, max(_FEWEST, images // _SHOWN_OF))
     has_more = record is not None and _has_more(record, images, held_out)
     if record is None and images == 0:
-        return _plain(bundle, precision)  # nothing to calibrate on, and nothing to classify
+        return _chosen(bundle, precision, None)  # nothing to calibrate on, and nothing to classify
     if has_more or (record is None and (precision is Precision.INT8 or images >= HELD_OUT)):
         quick = replace(base, precisions=(precision,), held_out=held_out)
         if record and record.calibration:
@@ -293,22 +292,18 @@ def _explicit(
         if not record.kept:
             record = usable(bundle, precision)  # the one that the bundle keeps instead
     if record is None:
-        return _plain(
-            bundle,
-            precision,
+        line = (
             f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name}"
-            " --images SOURCE` does that",
+            " --images SOURCE` does that"
         )
+        return _chosen(bundle, precision, None, line)
     lines = [f"precision {precision}: {format_record(record)}"]
     if not record.comparison.accepted:
         lines.append(
             f"{precision} is used because it was asked for; `auto` would not use it:"
             f" {record.comparison.reason}"
         )
-    if record.file is None:
-        return _plain(bundle, precision, *lines)
-    file = bundle.dir / record.file
-    return ChosenPrecision(precision, file.stem, file, record.sha256, tuple(lines))
+    return _chosen(bundle, precision, record, *lines)
 
 
 def _has_more(record: PrecisionRecord, images: int, held_out: int) -> bool:
