@@ -138,8 +138,9 @@ def _chosen(
     bundle: Bundle, precision: Precision, record: PrecisionRecord | None, *lines: str
 ) -> ChosenPrecision:
     """Return what a job in a precision is frozen with: the record's file, or the model's own."""
-    file = bundle.dir / ((record and record.file) or bundles.MODEL)
-    return ChosenPrecision(precision, file.stem, file, record and record.sha256, lines)
+    name, sha256 = (record.file, record.sha256) if record else (None, None)
+    file = bundle.dir / (name or bundles.MODEL)
+    return ChosenPrecision(precision, file.stem, file, sha256, lines)
 
 
 def refuse_int8(card: Card) -> None:

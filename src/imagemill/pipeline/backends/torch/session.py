@@ -82,8 +82,8 @@ class TorchSession(QueuedSession):
 
         other = _ALTERNATIVE[device.kind]
         try:
-            shape = (batch, *self._shape[1:])
-            program = read(Path(spec.model_file), spec.card.input, shape, self._names)
+            pixels = (batch, *self._shape[1:])
+            program = read(Path(spec.model_file), spec.card.input, pixels, self._names)
         except Unsupported as error:
             raise ModelError(
                 f"{spec.model_file}: the torch backend does not know {error}. Use {other}."
