@@ -9,6 +9,8 @@ import re
 import struct
 import zlib
 
+from imagemill.errors import counted
+
 COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 """Those that Pillow loads first; the rest cost 50 ms of imports, once, when the first such image
 comes.
@@ -34,8 +36,6 @@ PLUGINS = {
 """Formats that need a package: its module, what registers it with Pillow (None: importing does),
 and the extra of imagemill that installs it.
 """
-
-from imagemill.errors import counted
 
 REFUSED: dict[str, tuple[bytes, ...]] = {
     "PDF": (b"%PDF",),

@@ -59,8 +59,8 @@ def variant(name: str | None, data: bytes) -> str | None:
                     return "PCX of two colours other than black and white"
                 known = {(1, 1), (1, 2), (1, 4)} | ({(8, 1), (8, 3)} if data[1] == 5 else set())
                 if (bits, planes) not in known:
-                    depth = f"{counted(bits, 'bit')} in {counted(planes, 'plane')}"
-                    return f"PCX of version {data[1]} with {depth}"
+                    found = f"{counted(bits, 'bit')} in {counted(planes, 'plane')}"
+                    return f"PCX of version {data[1]} with {found}"
             case "XPM" if _ODD_COLOUR.search(data[:1_000_000]):
                 return "XPM whose colours have other than 8 bits per channel"
     except (struct.error, IndexError):  # it is cut off, which its decoder says better
