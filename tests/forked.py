@@ -32,7 +32,7 @@ PRELOADED = (
     "imagemill.pipeline.backends.null",
     "imagemill.pipeline.backends.openvino",
     "imagemill.pipeline.decoding.isolated",
-    "imagemill.pipeline.exactness",
+    "imagemill.pipeline.session_checks",
     "imagemill.pipeline.feed",
     "imagemill.pipeline.run_shards",
     "imagemill.pipeline.sink",
