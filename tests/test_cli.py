@@ -70,7 +70,7 @@ def test_json_prints_exactly_one_object(imagemill: CLI, jpegs: Folders, tmp_path
     assert (new.code, new.json) == (0, json.loads((tmp_path / "out" / "summary.json").read_bytes()))
     again = imagemill(*command)
     assert (again.code, again.json["resumed_shards"], again.json["images"]) == (0, 1, 5)
-    assert "already finished: 5 images" in again.err
+    assert "already finished" in again.err
     for result in (dry, new, again):
         assert result.out.count("\n") == 1
 

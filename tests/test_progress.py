@@ -35,7 +35,7 @@ from imagemill.job import documents
 from imagemill.job.open_job import JobStatus, OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
-from imagemill.records import Clock, Progress, Settings, Status, Summary
+from imagemill.records import Clock, DeviceSummary, Progress, Settings, Status, Summary
 from imagemill.runner import run, summarise
 
 sys.path.insert(0, str(helpers.PROJECT / "tests" / "faults"))
@@ -673,6 +673,19 @@ def test_the_summary_names_results_failed_images_and_what_would_read_them(tmp_pa
         " --retry-failed=unsupported"
     )
     assert not re.search("failed.txt|pip install|report", format_summary(summary()))
+
+
+def test_a_lone_device_does_not_repeat_the_rate_of_the_job() -> None:
+    """It has a line if there is more to say: another device, a restart, or how busy it was."""
+    one = DeviceSummary("cpu#0", 10, 5.0, 0)
+    for devices, lines in (
+        ((one,), 0),
+        ((one, replace(one, name="cpu#1")), 2),
+        ((replace(one, restarts=1),), 1),
+        ((replace(one, busy=0.5),), 1),
+        ((replace(one, retired="no memory"),), 2),
+    ):
+        assert format_summary(summary(devices=devices)).count("\n  cpu#") == lines
 
 
 def test_rates_for_developers_are_shown_on_demand(

@@ -368,7 +368,7 @@ def test_sub_folders_are_distributed_to_as_many_devices(
     job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
     """One sub-folder per device: shards end with the sub-folder, so that each device can take its
-    own; another number is reported.
+    own. Another number changes no answer, so nothing is said of it.
     """
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
@@ -385,9 +385,8 @@ def test_sub_folders_are_distributed_to_as_many_devices(
     ]
     assert listener.printed == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
-    assert listener.printed == [
-        "note: the sources have 3 sub-folders for 2 devices: shards are not assigned by folder"
-    ]
+    assert OpenJob.open(tmp_path / "out2").frozen.groups == 1
+    assert listener.printed == []
 
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -917,7 +916,7 @@ def test_a_finished_job_says_so_and_names_new_images(
     listener = Listener()
     summary = run.run(settings, listener)
     assert listener.printed == [
-        f"already finished: 5 images in {tmp_path}/out/predictions",
+        "already finished",
         (
             "3 images are new in the source since the plan was frozen: 0/first.jpg, 005.jpg,"
             " 006.jpg. Add --append to classify them."
@@ -1393,6 +1392,14 @@ def test_the_bottleneck_is_what_the_loop_waited_for(
         100 * 2 / (sums["read"] + sums["decode"]), abs=0.001
     )
     assert advice
+
+
+@pytest.mark.parametrize(("cores", "more"), [(2, "more cores"), (0, "more devices")])
+def test_more_devices_are_no_advice_if_they_share_the_same_cores(cores: int, more: str) -> None:
+    """A second CPU device brings no core."""
+    sums = {"starved": 1, "read": 1, "decode": 1, "compute": 8, "write": 1, "session_cpu": 8}
+    _, _, advice = summarise.judge([clock(**sums)], 100, 10.0, 2, cores=cores)
+    assert advice == f"a smaller model, a faster precision or {more} would help"
 
 
 def test_devices_with_a_clock_of_their_own_say_how_fast_they_compute() -> None:

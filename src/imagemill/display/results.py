@@ -89,6 +89,9 @@ def _format_speed(summary: Summary, *, verbose: bool) -> Iterator[str]:
         f" {summary.model} in {summary.precision}"
     )
     for device in summary.devices:
+        is_alone = len(summary.devices) == 1
+        if is_alone and not (device.busy or device.restarts or device.retired):
+            continue  # its images and rate are those of the line above
         restarts = f", {counted(device.restarts, 'restart')}" if device.restarts else ""
         busy = f", computed for {device.busy:.0%} of the time" if device.busy else ""
         yield (

@@ -73,11 +73,6 @@ def freeze(
     paths.spool.unlink()
     access = access_of(settings)
     check_moved(settings.sources, access, plan.rows(paths.plan))
-    if listed.groups > 1 and len(chosen) > 1 and not by_group:
-        watcher.notify(
-            f"note: the sources have {listed.groups} sub-folders for {len(chosen)} devices: shards"
-            " are not assigned by folder"
-        )
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
     job = _job(settings, paths, chosen, model, prepared, shard_size, keep)

@@ -267,8 +267,7 @@ def _report_finished(
     command has looked for them already.
     """
     paths = opened.paths
-    images, where = counted(summary.images, "image"), paths.shown(paths.predictions)
-    watcher.notify(f"already finished: {images} in {where}")
+    watcher.notify("already finished")
     if not settings.append:
         try:
             again = listing.list_again(settings, opened, paths.spool)

@@ -190,8 +190,9 @@ def judge(
     if bottleneck is None:
         why = f"{seconds:.1f} s, less than {stopwatch.SHORT_S:g} s"
         return None, rates, f"too short to find the bottleneck: {why}"
+    more = "cores" if cores else "devices"
     advice = {
-        "compute": "a lower precision or one more device would help",
+        "compute": f"a smaller model, a faster precision or more {more} would help",
         "decode": "more cores, or smaller images, would help; more --num-workers if cores are idle",
         "read": "more --num-workers, or storage that answers faster, would help",
         "write": "a faster disk, larger shards, or fewer --save columns would help",
