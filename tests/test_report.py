@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+import encoded
 import helpers
 import made_jobs
 import sample_images
@@ -791,6 +792,25 @@ def test_a_truncated_image_shows_what_could_be_decoded(
         data = str(image.get_attribute("src")).partition(",")[2]
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))), float)
         assert pixels[:10].std() > 2 * pixels[-8:].std(), name
+
+
+SHOWN = ("JPEG", "PNG", "GIF", "BMP", "PPM", "PSD", "PCX", "TGA", "TIFF")
+NOT_SHOWN = ("WEBP", "WEBP lossless", "AVIF", "QOI", "TIFF LZW", "TIFF deflate", "JPEG2000")
+
+
+def test_formats_whose_truncated_images_are_shown_are_documented(job: Jobs, tmp_path: Path) -> None:
+    """A thumbnail of one colour would show nothing."""
+    files = {name: encoded.SAMPLES[name]() for name in (*SHOWN, *NOT_SHOWN)}
+    files = {f"{name}.jpg": data[: len(data) * 4 // 5] for name, data in files.items()}
+    run.run(job(helpers.fill(tmp_path / "source", files)))
+    opened = OpenJob.open(tmp_path / "out")
+    rows = figures.read_rows(opened, range(len(files)))
+    assert {row.status for row in rows.values()} == {"truncated"}
+    made = thumbnails.make(opened, list(rows.values()))
+    shown = {Path(row.path).stem for row in rows.values() if made[row.index].webp}
+    assert shown == set(SHOWN)
+    text = " ".join((helpers.PROJECT / "docs" / "report.md").read_text(encoding="utf-8").split())
+    assert "JPEG, PNG, GIF, BMP, PPM, PSD, PCX, TGA and TIFF without compression. WebP, " in text
 
 
 def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> None:

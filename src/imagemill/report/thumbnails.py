@@ -102,6 +102,8 @@ def make(
                 continue
             if decoded.pixels is None:
                 made[image.index] = Thumbnail(reason=decoded.error or decoded.status)
+            elif is_partial and (decoded.pixels == decoded.pixels[0, 0]).all():
+                made[image.index] = Thumbnail(reason="nothing of it could be decoded")
             elif fetched.resized or (decoded.width, decoded.height) != (image.width, image.height):
                 made[image.index] = Thumbnail(reason="the image changed after it was classified")
             else:
