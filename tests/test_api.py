@@ -731,6 +731,8 @@ def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: 
     assert [(item.status, item.error, item.top_k, item.logits) for item in found] == [
         ("missing", "there is no such file", (), None)
     ]
+    (address,) = classifier.predict("https://example.com/a.jpg")
+    assert address.error == "is a URL: download it, and give its bytes"
     (odd,) = classifier.predict("a\0b.jpg")
     assert (odd.status, odd.error) == (
         "missing",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +58,20 @@ def test_a_mistyped_word_gets_the_one_that_was_meant(
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["my photos", "https://example.com/a.jpg", "s3://bucket/a"])
+def test_a_source_without_a_command_gets_the_command(
+    source: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "my photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = answer(capsys, source)
+    assert code == 2
+    assert f"Did you mean `imagemill run {shlex.quote(source)} --output DIR`?" in err
 
 
 @pytest.mark.parametrize("arguments", [("run", "x", "-o", "y", "--quick"), ("zzz",)])

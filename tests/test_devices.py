@@ -245,6 +245,7 @@ def test_a_driver_without_its_provider_is_not_enough(tmp_path: Path) -> None:
         ("cuda", "No NVIDIA driver", "`nvidia-smi` must list the GPU"),
         ("ipu:1", "popart", "enable.sh"),
         ("gpu:0", "OpenVINO finds no GPU (it finds: CPU)", "Install Intel's compute driver"),
+        ("gpu", "OpenVINO finds no GPU", "For an NVIDIA GPU: --devices cuda."),
         ("npu", "OpenVINO finds no NPU (it finds: CPU)", "Install Intel's NPU driver"),
         ("rocm:0", "has no MIGraphXExecutionProvider", "onnxruntime-migraphx"),
         ("cpu+ipu:8", "popart", "enable.sh"),

@@ -347,7 +347,7 @@ def test_a_folder_without_weights(copied: Callable[..., Path], tmp_path: Path) -
 
 
 def test_a_folder_that_is_no_model_folder(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"has neither card.json.* nor config.json"):
+    with pytest.raises(UsageError, match=r"has neither card.json.* nor config.json.* to ONNX\."):
         resolve.resolve(str(tmp_path), tmp_path / "models")
     (tmp_path / "config.json").write_text('{"name": "something else"}')
     with pytest.raises(ModelError, match="neither model_type nor architectures"):

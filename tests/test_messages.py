@@ -90,6 +90,11 @@ def test_a_file_in_the_way_of_a_folder_is_called_so(tmp_path: Path) -> None:
             files.make_folder(path)
 
 
+def test_a_missing_folder_of_a_file_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"Its folder does not exist\. Make it, or give another"):
+        files.write_whole(tmp_path / "none" / "report.html", b"")
+
+
 def test_paths_of_a_job_are_shown_without_dots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,7 +195,9 @@ def test_what_wrap_cannot_wrap_is_one_line_with_what_to_type(
         ("classes.txt", "--model classes.txt is a text file, not a model. A file of labels is given to `imagemill get-model` or `imagemill wrap`: --labels classes.txt."),
         ("my-vit/config.json", "--model my-vit/config.json describes a model. Give its folder: --model my-vit."),
         ("NET.ONNX", "--model NET.ONNX: its name must end in .onnx, in small letters. Rename it."),
-        ("net.engine", "--model net.engine is a file, but not a model: a model is an ONNX file (.onnx), a folder, or hf:owner/name."),
+        ("net.engine", "--model net.engine is a file, but not a model: a model is an ONNX file (.onnx), a folder, or hf:owner/name. Unpack an archive. Export a model of another framework to ONNX."),
+        ("https://example.com/net.onnx", "--model https://example.com/net.onnx is a URL. Download it, and give the file or folder."),
+        ("s3://bucket/net", "--model s3://bucket/net is a URL. Download it, and give the file or folder."),
     ],
 )  # fmt: skip
 def test_errors_of_other_files_name_what_to_type(

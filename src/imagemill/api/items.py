@@ -110,7 +110,9 @@ def _read_path(path: str | bytes, max_bytes: int) -> bytes:
         return _read_buffer(read_file(os.fsencode(path), max_bytes), max_bytes)
     except BadImage as bad:
         if bad.status is Status.MISSING:
-            raise BadImage(Status.MISSING, "there is no such file") from bad
+            is_url = "://" in os.fsdecode(path)
+            why = "is a URL: download it, and give its bytes" if is_url else "there is no such file"
+            raise BadImage(Status.MISSING, why) from bad
         raise
     except ValueError as error:
         cannot_encode = isinstance(error, UnicodeEncodeError)

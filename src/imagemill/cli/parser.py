@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -76,6 +78,9 @@ class Parser(argparse.ArgumentParser):
         if unknown[1]:
             typed = next((word for word in self.arguments if word in commands), None)
             known = [*(commands[typed] if typed else self)._option_string_actions]
+        is_source = "://" in word or os.path.exists(word)  # noqa: PTH110 - false if it is too long
+        if is_source and known == list(commands):
+            return f"Did you mean `{self.prog} run {shlex.quote(word)} --output DIR`? "
         close = get_close_matches(word.partition("=")[0], known, 1)
         return f"Did you mean {close[0]}? " if close else ""
 

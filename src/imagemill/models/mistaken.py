@@ -19,6 +19,7 @@ from imagemill.system import userdirs
 
 WEIGHTS: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".th")
 """Suffixes of files with weights alone."""
+ELSEWHERE: Final = "Unpack an archive. Export a model of another framework to ONNX."
 LABELS: Final = "FILE has one label per line, in the order of the classes."
 _CONFIG_KEYS: Final = ("model_type", "architectures", "pretrained_cfg", "architecture")
 """One of them is in every `config.json` of transformers and timm."""
@@ -163,8 +164,8 @@ def other_file(path: Path, typed: str) -> str:
         return f"{shown} describes a model. Give its folder: --model {quoted(path.parent)}."
     return (
         f"{shown} is a file, but not a model: a model is an ONNX file (.onnx), a folder, or"
-        f" hf:owner/name. Files with weights ({', '.join(WEIGHTS)}) become one with imagemill"
-        " get-model NAME --from FILE."
+        f" hf:owner/name. {ELSEWHERE} Files with weights ({', '.join(WEIGHTS)}) become one with"
+        " imagemill get-model NAME --from FILE."
     )
 
 

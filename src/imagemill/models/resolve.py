@@ -154,7 +154,7 @@ def _from_folder(
         raise UsageError(
             f"{printable(path)} is a folder, but it has neither {bundles.CARD}, as folders"
             f" that imagemill made have, nor {CONFIG}, as folders of transformers and timm"
-            " have."
+            f" have. {mistaken.ELSEWHERE}"
         )
     return folder.bundle_for(path, models_dir, notify, name=name, given=given)
 
@@ -214,6 +214,8 @@ def _unknown(model: str, path: Path, models_dir: Path) -> str:
     if page := _HUB_PAGE.fullmatch(model):
         name = "/".join(page[1].strip("/").split("/")[:2])
         return f"--model {shown} is a web page. Type: --model {hub.PREFIX}{printable(name)}"
+    if "://" in model:
+        return f"--model {shown} is a URL. Download it, and give the file or folder."
     if path.is_file():
         if path.suffix.lower() in mistaken.WEIGHTS:
             return f"--model {mistaken.weights_file(path, model)}"

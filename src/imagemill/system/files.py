@@ -107,6 +107,7 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
             "The disk quota is used up. Free some space, then repeat the command: finished parts"
             " are kept."
         ),
+        errno.ENOENT: "Its folder does not exist. Make it, or give another path.",
         errno.EROFS: (
             "The file system is read-only. Give another --output, or remount it and repeat the"
             " command."

@@ -236,7 +236,7 @@ class _Download:
     def _error(self, text: str) -> DownloadError:
         return DownloadError(
             f"{self._url} {text} Get the file some other way and type `imagemill get-model NAME"
-            " --from FILE`, name another address with --url URL there, or set"
+            " --from FILE`, give `get-model` another address with --url, or set"
             f" {MIRROR_VARIABLE} to a mirror (laid out as HOST/PATH)."
         )
 

@@ -37,7 +37,7 @@ _LARGE = 64
 _DRIVERS = {
     "gpu": (
         "Install Intel's compute driver (package intel-opencl-icd) and join the group that owns"
-        " /dev/dri/renderD128."
+        " /dev/dri/renderD128. For an NVIDIA GPU: --devices cuda."
     ),
     "npu": (
         "Install Intel's NPU driver (linux-npu-driver) and join the group that owns"
