@@ -280,7 +280,7 @@ def test_verify_and_status_speak_json_and_exit_codes(
     assert (status.code, status.json["done"], status.json["complete"]) == (0, 4, False)
     assert imagemill("status", out).out.splitlines() == [
         "4 of 6 images saved (66 %), not finished",
-        f"to continue: imagemill run {command[1]} --output {out}",
+        f"to continue: `imagemill run {command[1]} --output {out}`",
     ]
     assert imagemill(*command).json["resumed_shards"] == 2
     assert imagemill("verify", out).code == 0

@@ -24,6 +24,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import helpers
+import made_jobs
 from imagemill import cli, report
 from imagemill.api import Answer, Prediction
 from imagemill.display import observer, terminal
@@ -718,6 +719,27 @@ def test_a_stream_that_is_no_terminal_gets_whole_lines() -> None:
     assert fit_to(text, StringIO()) == fit_to(text, None) == text
 
 
+def test_results_of_commands_are_broken_between_words_on_a_terminal(
+    models_dir: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command that `status` names stays in one piece."""
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    settings = made_jobs.settings_of(
+        tmp_path / "a.jpg", output=tmp_path / "out", models_dir=models_dir
+    )
+    made_jobs.frozen_job(settings, made_jobs.tiny(models_dir))
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((40, 24)))
+    for command in (["devices"], ["status", str(tmp_path / "out")], ["verify", settings.output]):
+        cli.main(command)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) > 6
+    assert all(len(line) < 40 for line in lines if "/" not in line), lines
+    assert f"  `imagemill run {tmp_path}/a.jpg --output {tmp_path}/out`" in lines
+
+
 def test_the_report_is_announced_before_it_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -747,7 +769,7 @@ def test_status_shows_rate_time_left_failures_and_devices() -> None:
     assert format_status(finished) == "1 of 1 image saved (100 %), finished"
     stopped = replace(running, running=False, images_per_second=None, seconds_left=None, devices={})
     for command, shown in (
-        ("imagemill run a", "imagemill run a"),
+        ("imagemill run a", "`imagemill run a`"),
         ("", "run the same command again"),
     ):
         assert format_status(stopped, command).splitlines()[:2] == [

@@ -737,7 +737,7 @@ def test_the_command_of_status_continues_a_job(
         next(Path("its output", "predictions").glob("*.parquet")).unlink()
         Path("its output", "summary.json").unlink()
         line = imagemill("status", "its output").out.splitlines()[1]
-    words = shlex.split(line.removeprefix("to continue: "))
+    words = shlex.split(line.removeprefix("to continue: ").strip("`"))
     assert words[:2] == ["imagemill", "run"]
     result = imagemill(*words[1:], "--json")
     assert (result.code, result.json["images"]) == (0, count)

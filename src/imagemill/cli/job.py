@@ -36,7 +36,10 @@ def _run(parsed: argparse.Namespace) -> int:
         found = dry_run.dry_run(settings)
         for note in found.notes:
             log(note)
-        print(as_json(found) if parsed.json else results.format_dry_run(found))
+        if parsed.json:
+            print(as_json(found))
+        else:
+            print_result(results.format_dry_run(found))
     else:
         summary = run.run(settings, observer.Terminal())
         if parsed.json:
@@ -104,7 +107,7 @@ def _status(parsed: argparse.Namespace) -> int:
     else:
         from imagemill.runner import resume
 
-        print(results.format_status(found, resume.command_of(job)))
+        print_result(results.format_status(found, resume.command_of(job)))
     return 0
 
 
@@ -134,7 +137,7 @@ def _verify(parsed: argparse.Namespace) -> int:
         report = {"sound": not found, "images": images, "problems": found, "moved": moved_to}
         print(json.dumps(report))
     else:
-        print(results.format_problems(found, moved_to, images))
+        print_result(results.format_problems(found, moved_to, images))
         if any(problem.damaged for problem in problems) and not parsed.quarantine:
             log(
                 f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"

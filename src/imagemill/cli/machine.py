@@ -6,7 +6,7 @@ import argparse
 import json
 
 from imagemill.cli.options import JSON, Command, add_settings
-from imagemill.cli.output import as_json, log
+from imagemill.cli.output import as_json, log, print_result
 from imagemill.runner.settings import SETTINGS, ValueKind, number
 
 
@@ -27,7 +27,10 @@ def _devices(parsed: argparse.Namespace) -> int:
     from imagemill.pipeline.backends.offers import offers
 
     found = offers()
-    print(json.dumps({"devices": found}) if parsed.json else results.format_devices(found))
+    if parsed.json:
+        print(json.dumps({"devices": found}))
+    else:
+        print_result(results.format_devices(found))
     return 0
 
 

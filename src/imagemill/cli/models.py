@@ -14,7 +14,7 @@ from imagemill.cli.options import (
     add_settings,
     given_preprocessing,
 )
-from imagemill.cli.output import as_json, log
+from imagemill.cli.output import as_json, log, print_result
 from imagemill.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -340,5 +340,8 @@ def _quantize(parsed: argparse.Namespace) -> int:
         truth=parsed.truth,
         notify=log,
     )
-    print(as_json(report) if parsed.json else "\n".join(command.report_lines(report)))
+    if parsed.json:
+        print(as_json(report))
+    else:
+        print_result("\n".join(command.report_lines(report)))
     return 0

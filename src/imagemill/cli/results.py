@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from imagemill.cli.options import JOB, JSON, Command, probability
-from imagemill.cli.output import as_json, log, open_job
+from imagemill.cli.output import as_json, log, open_job, print_result
 from imagemill.errors import UsageError
 
 
@@ -111,7 +111,10 @@ def _score(parsed: argparse.Namespace) -> int:
     found = score.score(job, parsed.truth)
     for note in found.notes:
         log(note)
-    print(as_json(found) if parsed.json else display.format_score(found))
+    if parsed.json:
+        print(as_json(found))
+    else:
+        print_result(display.format_score(found))
     report.add_score(job, found, log, rewrite=parsed.report)
     top1 = found.top1.value or 0.0
     if parsed.min_top1 is not None and top1 < parsed.min_top1:

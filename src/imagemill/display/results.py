@@ -150,7 +150,8 @@ def format_status(found: JobStatus, command: str = "") -> str:
         parts.append(f"{format_duration(found.seconds_left)} left")
     lines = [", ".join(parts)]
     if not found.complete and not found.running:
-        lines.append(f"to continue: {command or 'run the same command again'}")
+        again = f"`{command}`" if command else "run the same command again"
+        lines.append(f"to continue: {again}")
     for name, rate in found.devices.items():
         speed = "no rate yet" if rate is None else f"{rate:,.1f} images/s"
         lines.append(f"  {name}: {speed}")

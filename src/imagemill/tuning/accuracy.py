@@ -208,10 +208,11 @@ def _answer(
 def format_comparison(found: Comparison) -> str:
     """Return a comparison's figures in one line."""
     return (
-        f"the same {found.compared} as fp32 for {found.agreement:.4f} of {found.images:,}"
-        f" held-out images (95 % interval {found.wilson_low:.4f} to {found.wilson_high:.4f}), flips"
-        f" where fp32 was sure: {found.flips_where_sure:,} of {found.sure:,}, mean probability"
-        f" difference {found.mean_probability_difference:.4f}" + _format_true(found.true)
+        f"the same {found.compared} as fp32 for {found.agreement:.4f} of"
+        f" {counted(found.images, 'held-out image')} (95 % interval {found.wilson_low:.4f}"
+        f" to {found.wilson_high:.4f}), flips where fp32 was sure: {found.flips_where_sure:,} of"
+        f" {found.sure:,}, mean probability difference {found.mean_probability_difference:.4f}"
+        + _format_true(found.true)
     )
 
 
