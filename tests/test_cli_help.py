@@ -57,6 +57,7 @@ def test_a_mistyped_word_gets_the_one_that_was_meant(
     code, _, err = answer(capsys, *arguments)
     assert code == 2
     assert words in err
+    assert "choose from" not in err
     assert err.count("\n") == 1
 
 

@@ -63,7 +63,9 @@ class Parser(argparse.ArgumentParser):
 
         typed = next((word for word in self.arguments if word in self._commands()), None)
         of = f"{self.prog} {typed}" if typed else self.prog
-        message = f"{self.prog}: {message}. {self._suggestion(message)}See `{of} --help`."
+        if meant := self._suggestion(message):
+            message = message.partition(" (choose from ")[0]
+        message = f"{self.prog}: {message}. {meant}See `{of} --help`."
         self.exit(2, f"{fit_to(message, sys.stderr)}\n")
 
     def _suggestion(self, message: str) -> str:
