@@ -239,7 +239,7 @@ def test_a_wrong_body_is_removed_and_named(server: Server, tmp_path: Path) -> No
     assert "sent the wrong file: its sha256 is " in text
     assert "it should begin with 29e315fa" in text
     assert "--from FILE" in text
-    assert "--url URL" in text
+    assert "with --url" in text
     assert "IMAGEMILL_MIRROR" in text
     assert names(tmp_path) == []
     assert len(server.requests) == 1
