@@ -93,7 +93,10 @@ class Popen:
 
 
 class Server:
-    """The process that forks children. It is started by the first one and ends with its maker."""
+    """The process that forks children. It is started by the first one and ends with its maker, when
+    the socket between them closes: the kernel's death signal would come with the end of the thread
+    that made it.
+    """
 
     def __init__(self) -> None:
         self._environment = processes.environment()
@@ -116,7 +119,7 @@ class Server:
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__, str(theirs.fileno()), str(os.getpid())],
+                    [sys.executable, __file__, str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env=self._environment,
@@ -192,5 +195,4 @@ def be_child(request: dict[str, Any], received: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
-    processes.die_with_parent(int(sys.argv[2]))
     serve(socket.socket(fileno=int(sys.argv[1])))
