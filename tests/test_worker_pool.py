@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import signal
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -512,6 +511,16 @@ def test_the_seconds_of_a_launch_are_those_from_its_first_lease_to_its_last_comm
     assert pool.ended
 
 
+def arrives(number: signal.Signals) -> list[Event]:
+    """Call the launcher's handler as the interpreter does. Real signals to real launchers are in
+    tests/faults/test_jobs_in_trouble.py.
+    """
+    handler = signal.getsignal(number)
+    assert callable(handler) and "_noting_signals" in handler.__qualname__
+    handler(number, None)
+    return []
+
+
 @pytest.mark.parametrize(
     ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
 )
@@ -523,7 +532,7 @@ def test_a_signal_has_the_shards_in_flight_finished_and_no_others(
     """
     pool = Simulated({"null#0": 2.0, "null#1": 2.0})
     simulated_time(pool)
-    pool.at(5.0, lambda: os.kill(os.getpid(), number) or [])
+    pool.at(5.0, lambda: arrives(number))
     lines: list[str] = []
     runner = Launcher(pool, [device(0), device(1)], shards(40), grace_s=20.0, notify=lines.append)
     with pytest.raises(
@@ -548,7 +557,7 @@ def test_a_signal_before_the_first_shard_has_nothing_to_finish(
     """The job ends at once, without a line about shards."""
     pool = Simulated({"null#0": 2.0})
     simulated_time(pool)
-    pool.at(0.0, lambda: os.kill(os.getpid(), signal.SIGINT) or [])
+    pool.at(0.0, lambda: arrives(signal.SIGINT))
     lines: list[str] = []
     with pytest.raises(Interrupted, match=r"stopped by Ctrl-C, 40 images left"):
         Launcher(pool, [device(0)], shards(4), notify=lines.append).run()
@@ -564,7 +573,7 @@ def test_the_wait_after_a_signal_ends(
     """
     pool = Simulated({"null#0": 10.0})
     simulated_time(pool)
-    strike = lambda: os.kill(os.getpid(), signal.SIGTERM) or []  # noqa: E731
+    strike = lambda: arrives(signal.SIGTERM)  # noqa: E731
     pool.at(1.0 if how != "no chance" else 10.5, strike)
     if how == "second signal":
         pool.at(2.0, strike)
