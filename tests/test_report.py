@@ -908,6 +908,13 @@ def test_a_phone_shows_images_side_by_side_and_that_tables_scroll(
     assert shown.evaluate(hint) == "none"
 
 
+def reported_names(job: Jobs, folder: Path, names: list[str]) -> Path:
+    """Return the report of a job with images of these names."""
+    images = {name: sample_images.jpeg(seed=seed) for seed, name in enumerate(names)}
+    run.run(job(helpers.fill(folder / "source", images), report=True))
+    return folder / "out" / "report.html"
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_names_tell_images_apart(job: Jobs, tmp_path: Path, opened: Pages, width: int) -> None:
     """A name of 48 characters is shown whole. A longer one is shortened in its middle: its end stays,
@@ -919,11 +926,7 @@ def test_names_tell_images_apart(job: Jobs, tmp_path: Path, opened: Pages, width
         *(f"2026/a folder with a long name/another one of that kind/{n}/0001.jpg" for n in "ab"),
         f"{'long' * 20}, version 17 of it.jpg",
     ]
-    source = helpers.fill(
-        tmp_path / "source", {name: sample_images.jpeg(seed=n) for n, name in enumerate(names)}
-    )
-    run.run(job(source, report=True))
-    shown = opened(tmp_path / "out" / "report.html", width=width)
+    shown = opened(reported_names(job, tmp_path, names), width=width)
     found = shown.eval_on_selector_all(
         ".images .name",
         """names => names.map(name => {
@@ -951,11 +954,7 @@ def test_names_are_broken_between_words(
         "2026/holiday in the mountains/second camera of the family/white_wolf_mirrored.jpg",
         f"{'long' * 8}.jpg",
     ]
-    source = helpers.fill(
-        tmp_path / "source", {name: sample_images.jpeg(seed=n) for n, name in enumerate(names)}
-    )
-    run.run(job(source, report=True))
-    shown = opened(tmp_path / "out" / "report.html", width=width)
+    shown = opened(reported_names(job, tmp_path, names), width=width)
     broken = shown.evaluate(
         """[...document.querySelectorAll(".images .name")].flatMap(name => {
             const texts = document.createTreeWalker(name, NodeFilter.SHOW_TEXT), found = [];

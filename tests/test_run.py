@@ -368,7 +368,7 @@ def test_sub_folders_are_distributed_to_as_many_devices(
     job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
     """One sub-folder per device: shards end with the sub-folder, so that each device can take its
-    own. Another number changes no answer, so nothing is said of it.
+    own. Another number changes no answer, so no message mentions it.
     """
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
