@@ -6,10 +6,12 @@ that place, and the end of each job is checked.
                                                                     when the job ended well
     python tests/faults/crash_lines.py record launcher FOLDER       the same for the launcher
     python tests/faults/crash_lines.py record append FOLDER         the same for one that appends
+    python tests/faults/crash_lines.py lines append FOLDER          more of its places
 
 A place is `pipeline/sink.py:69`, a line about to be executed, or `system/files.py:124 return`, a
 function about to return. Two kills between which nothing changed outside the process are the same
 kill, so `record` prints one place for each state of the output folder, and all of `EVERY_PLACE`.
+`lines` adds those of `MORE_PLACES`.
 
 The workers are processes that really die of SIGKILL. They are forked from this process, because
 importing their libraries once per place would take longer than everything else. FOLDER holds
@@ -84,10 +86,11 @@ FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
     },
 }
 """Process and file → the functions whose places count; None: all of them."""
-EVERY_PLACE = ("pipeline/run_shards.py", "runner/append.py")
+EVERY_PLACE = ("pipeline/run_shards.py",)
 """Files all of whose lines count. Between those of `run_shards.py` a worker sends messages, which
 the output folder does not show.
 """
+MORE_PLACES = ("runner/append.py",)
 PACKAGE = Path(imagemill.__file__).parent
 
 
@@ -222,9 +225,9 @@ def state(output: Path) -> frozenset[tuple[object, ...]]:
     return frozenset(found)
 
 
-def record(process: str, folder: Path) -> list[str]:
-    """Return the places to kill at, in the order in which an undisturbed job reaches them. The
-    others are compared with its output.
+def record(process: str, folder: Path, every: tuple[str, ...]) -> list[str]:
+    """Return the places to kill at, in the order in which an undisturbed job reaches them, with all
+    lines of the files in `every`. The others are compared with its output.
     """
     check_names(FUNCTIONS[process])
     output, places = folder / "undisturbed", folder / "places"
@@ -241,7 +244,7 @@ def record(process: str, folder: Path) -> list[str]:
             return
         seen.add(place)
         found = state(output)
-        if found not in states or place.startswith(EVERY_PLACE):
+        if found not in states or place.startswith(every):
             states.add(found)
             with places.open("a") as file:
                 file.write(f"{place}\n")
@@ -311,8 +314,9 @@ def main(arguments: Sequence[str]) -> int:
         DEVNULL=subprocess.DEVNULL,
         TimeoutExpired=subprocess.TimeoutExpired,
     )
-    if mode == "record":
-        apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder))))
+    if mode in ("record", "lines"):
+        every = EVERY_PLACE + MORE_PLACES * (mode == "lines")
+        apart(lambda: "".join(f"{place}\n" for place in record(process, Path(folder), every)))
     for place in places:
         apart(partial(crash, process, Path(folder), place))
         print(place, flush=True)

@@ -15,10 +15,6 @@ import sample_images
 pytestmark = pytest.mark.process
 
 SCRIPT = Path(__file__).with_name("crash_lines.py")
-share = pytest.mark.parametrize(
-    "share", [pytest.param(1, marks=pytest.mark.large), 4], ids=["all", "a quarter"]
-)
-"""Kill at every place, or at each fourth one."""
 
 
 def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
@@ -35,66 +31,64 @@ def test_any_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
     assert report.committed_under_fire > 0
 
 
-@share
 def test_a_worker_killed_at_any_step_of_run_shards_and_of_the_commit_comes_to_the_same_end(
-    tmp_path: Path, share: int
+    tmp_path: Path,
 ) -> None:
     """A worker killed at any line of run_shards.py, or after any change on disk that sink.py or
     writing a file makes: the job is complete, with one row per image, and its parts equal an
     undisturbed job's byte for byte.
     """
-    _kill_at_places(
+    _kill_at_every_place(
         "worker",
         tmp_path,
         {"pipeline/run_shards.py": 5, "pipeline/sink.py": 1, "system/files.py": 3},
-        share,
     )
 
 
-@share
 def test_a_launcher_killed_at_any_step_from_freezing_to_closing_comes_to_the_same_end(
-    tmp_path: Path, share: int
+    tmp_path: Path,
 ) -> None:
     """A launcher killed after any change on disk that it makes while it freezes a job, cuts its
     plan, carries it out, closes its ledger or writes a file: the same command, repeated, ends as
     if nothing had happened.
     """
-    _kill_at_places(
+    _kill_at_every_place(
         "launcher",
         tmp_path,
         {"runner/run.py": 1, "runner/freeze.py": 1, "job/plan.py": 3, "system/files.py": 3},
-        share,
     )
 
 
-@share
-def test_a_launcher_killed_at_any_line_of_appending_comes_to_the_same_end(
-    tmp_path: Path, share: int
+@pytest.mark.parametrize("places", [pytest.param("lines", marks=pytest.mark.large), "record"])
+def test_a_launcher_killed_at_any_step_of_appending_comes_to_the_same_end(
+    tmp_path: Path, places: str
 ) -> None:
-    """A launcher killed at any line of append.py, or after any change on disk that it makes while
-    it lists again, cuts the new images and processes them: the same command, repeated, ends with
-    the same rows, and the parts of the first generation keep their bytes.
+    """A launcher killed after any change on disk that it makes while it lists again, cuts the new
+    images and processes them, and with `lines` at any line of append.py: the same command,
+    repeated, ends with the same rows, and the parts of the first generation keep their bytes.
     """
     later = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in (100, 101, 20, 21)}
     helpers.fill(tmp_path / "later", later | {"00.jpg": b"broken"})
-    _kill_at_places(
+    _kill_at_every_place(
         "append",
         tmp_path,
-        {"runner/append.py": 30, "runner/run.py": 1, "job/plan.py": 3, "system/files.py": 3},
-        share,
+        {"runner/run.py": 1, "job/plan.py": 3, "system/files.py": 3}
+        | ({"runner/append.py": 30} if places == "lines" else {}),
+        places,
     )
 
 
-def _kill_at_places(process: str, folder: Path, least: dict[str, int], share: int) -> None:
+def _kill_at_every_place(
+    process: str, folder: Path, least: dict[str, int], mode: str = "record"
+) -> None:
     harness.null_bundle(folder / "models", classes=20, size=16)
     files = {f"{seed}.jpg": sample_images.jpeg(24, 20, seed=seed) for seed in range(11)} | {
         "broken.jpg": b"broken"
     }
     helpers.fill(folder / "images", files)
-    places = _driver("record", process, folder).communicate()[0].decode().splitlines()
+    places = _driver(mode, process, folder).communicate()[0].decode().splitlines()
     for file, count in least.items():
         assert sum(place.startswith(file) for place in places) >= count, places
-    places = places[::share]
     drivers = [_driver("crash", process, folder, *places[half::2]) for half in (0, 1)]
     ends = [(driver.communicate(), driver.returncode) for driver in drivers]
     for half, ((out, err), code) in enumerate(ends):
