@@ -652,6 +652,16 @@ def test_a_stricter_bound_is_kept_with_the_result(
         command.quantize_bundle(bundle, [str(colours)], chosen=CPU, min_agreement=1.5)
 
 
+def test_sources_without_images_are_one_line(tmp_path: Path, here: None) -> None:
+    """Before a process is started, and nothing is written beside the model."""
+    bundle = make_bundle(tmp_path / "model")
+    before = sorted(bundle.dir.iterdir())
+    source = helpers.fill(tmp_path / "source", {"readme.txt": b"text"})
+    with pytest.raises(UsageError, match=r"source holds no images\. Give a folder of images like"):
+        command.quantize_bundle(bundle, [str(source)], chosen=CPU)
+    assert sorted(bundle.dir.iterdir()) == before
+
+
 def test_images_without_a_valid_output_do_not_end_an_accuracy_check(
     tmp_path: Path, models_dir: Path
 ) -> None:

@@ -964,8 +964,13 @@ def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Fol
     assert run.run(job(folder)).failed_by_status == {"empty": 6}
 
 
-def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
-    """Not empty and not ours: nothing is written, and the message names what is in it."""
+@pytest.mark.parametrize("command", [run.run, dry_run.dry_run])
+def test_a_foreign_output_is_refused(
+    job: Jobs, jpegs: Folders, tmp_path: Path, command: Callable[[Settings], object]
+) -> None:
+    """Not empty and not ours: nothing is written, and the message names what is in it. A dry run
+    says the same.
+    """
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").touch()
     with pytest.raises(
@@ -975,12 +980,12 @@ def test_a_foreign_output_is_refused(job: Jobs, jpegs: Folders, tmp_path: Path) 
             r" folder\."
         ),
     ):
-        run.run(job(jpegs(1)))
+        command(job(jpegs(1)))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.doc"]
     with pytest.raises(
         OutputError, match=r"thesis\.doc is a file, or is inside one\. Give a folder\."
     ):
-        run.run(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
+        command(job(jpegs(1), output=str(tmp_path / "out" / "thesis.doc")))
 
 
 SYSTEM_FILES = (
