@@ -32,7 +32,7 @@ from imagemill.errors import ModelError, UsageError
 from imagemill.models import export
 from imagemill.models.export import cached
 from imagemill.system import processes
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import new_core
 from test_no_network import HOOK as NOTE_SOCKETS
 
 GOLDEN = Path(__file__).parent / "golden" / "export"
@@ -77,7 +77,7 @@ def changed(folder: Path, **values: object) -> Path:
 
 def answers(file: Path, batch: np.ndarray) -> np.ndarray:
     """Return the only output of an ONNX file."""
-    core = load_openvino().Core()
+    core = new_core()
     model = core.compile_model(str(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.array(model(batch)[0])
 

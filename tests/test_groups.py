@@ -17,7 +17,7 @@ from imagemill.pipeline.backends.openvino import fold_constants
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Card, DeviceSpec, Precision, Recipe, SessionSpec
 from imagemill.system import cpu
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import load_openvino, new_core
 from imagemill.tuning import quantize
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 224, 224, 3), dtype=np.uint8)
@@ -44,9 +44,7 @@ def shapes(model: Any) -> list[tuple[int, ...]]:
 
 
 def logits(model: Any) -> NDArray[np.float32]:
-    compiled = (
-        load_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    )
+    compiled = new_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
 
 
@@ -63,7 +61,7 @@ def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPa
 
 def test_fp32_answers_stay_what_they_are(network: Path) -> None:
     ov = load_openvino()
-    model = ov.Core().read_model(network)
+    model = new_core().read_model(network)
     before = logits(model)
     assert openvino_rewrites.merge(ov, model, 32, "f32") == 0, (
         "weights behind arithmetic are left alone"

@@ -19,6 +19,7 @@ from imagemill.errors import CheckpointError
 from imagemill.models import architectures
 from imagemill.models.architectures import Architecture, efficientnet_lite, graph, resnet
 from imagemill.models.checkpoints import checkpoint
+from imagemill.system.openvino_library import new_core
 from pth_files import write_legacy, write_zip
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,10 +77,7 @@ def onnx_of(model: Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelPro
 
 
 def run_openvino(model: bytes, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
-    core = openvino.Core()
+    core = new_core()
     compiled = core.compile_model(
         core.read_model(model),
         "CPU",

@@ -47,6 +47,7 @@ from imagemill.records import (
 )
 from imagemill.runner import run
 from imagemill.system import cpu
+from imagemill.system.openvino_library import new_core
 from imagemill.tuning import (
     accuracy,
     check,
@@ -211,7 +212,7 @@ def test_every_grouped_convolution_runs_in_int8(
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
     saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels), tmp_path)
-    request = openvino.Core().compile_model(str(saved), "CPU", {"PERF_COUNT": True})
+    request = new_core().compile_model(str(saved), "CPU", {"PERF_COUNT": True})
     request = request.create_infer_request()
     request.infer([np.concatenate(pixels[:2])])
     found = [item for item in request.profiling_info if item.node_type.endswith("Convolution")]

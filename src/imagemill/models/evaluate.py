@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import new_core
 
 
 def answers(
@@ -20,8 +20,7 @@ def answers(
     Raises:
         RuntimeError: OpenVINO's, where it cannot read, compile or run the model.
     """
-    ov = load_openvino()
-    core = ov.Core()
+    core = new_core()
     model = core.read_model(str(model_file))
     model.reshape({"pixels": list(batches[0].shape)})
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

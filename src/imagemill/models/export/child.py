@@ -24,7 +24,7 @@ from imagemill.errors import ImagemillError, ModelError
 from imagemill.models import bundle as bundles
 from imagemill.system import processes
 from imagemill.system.messages import one_line
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import new_core
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +142,7 @@ def _difference(file: Path, network: torch.nn.Module, batches: list[torch.Tensor
     """
     import numpy as np
 
-    ov = load_openvino()
-    core = ov.Core()
+    core = new_core()
     compiled = core.compile_model(
         core.read_model(str(file)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

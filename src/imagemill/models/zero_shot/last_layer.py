@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, printable
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import new_core
 
 if TYPE_CHECKING:
     import onnx
@@ -44,7 +44,7 @@ def features(file: Path, model: onnx.ModelProto, output: str) -> int | None:
 def _inferred(file: Path, output: str) -> int | None:
     """Return the length that follows from the graph's weights; None if it does not."""
     try:
-        model = load_openvino().Core().read_model(str(file))
+        model = new_core().read_model(str(file))
         last = model.output(output).get_partial_shape()[1]
     except RuntimeError:  # OpenVINO's own; running the wrapped model will tell what is wrong
         return None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from imagemill.errors import ImagemillError, ModelError, UsageError, printable
 from imagemill.models.custom import wrap
 from imagemill.models.zero_shot.family import Family
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import new_core
 
 Ids = NDArray[np.int64]
 
@@ -144,7 +144,7 @@ class TextTower:
         self._model = self._compile()
 
     def _compile(self) -> Any:
-        core = load_openvino().Core()
+        core = new_core()
         try:
             return core.compile_model(str(self._file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         except RuntimeError as error:  # OpenVINO's own

@@ -20,7 +20,7 @@ from imagemill.pipeline.backends.base import Found, QueuedSession
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Precision, SessionSpec
 from imagemill.system import cpu, files
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import load_openvino, new_core
 
 _log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class OpenVinoSession(QueuedSession):
         self._ov = ov
         super().__init__(spec, device, clock)
         self.versions = {"openvino": ov.get_version().split("-")[0]}
-        core = ov.Core()
+        core = new_core()
         # A models folder may be another user's, or read-only: then each start compiles.
         if spec.cache_dir and files.can_be_written(Path(spec.cache_dir)):
             core.set_property({"CACHE_DIR": spec.cache_dir})
@@ -137,7 +137,7 @@ class OpenVinoSession(QueuedSession):
     @staticmethod
     def found(kind: str) -> Found:
         """See `Found`."""
-        core = load_openvino().Core()
+        core = new_core()
         names = [name for name in core.available_devices if name.partition(".")[0] == kind.upper()]
         if not names:
             others = ", ".join(core.available_devices) or "none"
