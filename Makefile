@@ -10,13 +10,15 @@ PATH   := $(BIN):$(PATH)
 export PATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-large check format bench clean
+.PHONY: help demo install test test-unit test-large check format bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(BASE)  ## install imagemill and classify the images that ship with it
 	$(BIN)/imagemill demo
+
+install: $(DEV)  ## install imagemill and what the tests need
 
 test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest $(PARALLEL)
