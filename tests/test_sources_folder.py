@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from helpers import Result, fill, without_root_powers
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
+from imagemill.pipeline.sources.base import matcher
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import BadImage, Entry, Status
 from imagemill.system.retry import RetryPolicy
@@ -124,6 +125,30 @@ def test_filters_choose_by_name_or_by_path(
     """
     fill(tmp_path, dict.fromkeys(("a/1.png", "a/c/3.jpg", "b/2.png", "b/4.jpg"), b"x"))
     assert paths(tmp_path, **filters) == [os.fsencode(path) for path in expected]
+
+
+@pytest.mark.parametrize(
+    ("rule", "filters", "path", "is_wanted"),
+    [
+        ("`*` stands for any characters", {"include": ("a*.png",)}, b"abc.png", True),
+        ("`?` for one", {"include": ("a?.png",)}, b"abc.png", False),
+        ("`[abc]` for one of these", {"include": ("[abc].png",)}, b"d.png", False),
+        ("`[!abc]` for any other one", {"include": ("[!abc].png",)}, b"d.png", True),
+        ("`*.png` finds PNG files in every folder", {"include": ("*.png",)}, b"x/y/a.png", True),
+        ("this finds `2024/may/a.png`", {"include": ("2024/*.png",)}, b"2024/may/a.png", True),
+        ("the whole path below the source", {"include": ("may/*",)}, b"2024/may/a.png", False),
+        ("`thumbs` or `thumbs/`", {"exclude": ("thumbs/",)}, b"a/thumbs/", False),
+        ("Capital and small letters differ", {"include": ("*.png",)}, b"a.PNG", False),
+        ("one of `--include`", {"include": ("*.png", "*.jpg")}, b"a.jpg", True),
+        ("none of `--exclude`", {"include": ("*",), "exclude": ("b*", "a*")}, b"a.jpg", False),
+    ],
+)
+def test_the_documented_rules_of_patterns_hold(
+    rule: str, filters: dict[str, Any], path: bytes, is_wanted: bool
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "sources.md"
+    assert rule in " ".join(page.read_text("utf-8").split())
+    assert matcher(Filters(**filters))(path) is is_wanted
 
 
 def test_filtered_images_are_counted(tmp_path: Path) -> None:
